@@ -1,0 +1,65 @@
+# Every target sets up what it needs, from nothing: a virtual environment in $(VENV) with the pinned versions of
+# constraints.txt. The second time that costs nothing. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+# passes/ and backends/ linked to where they are installed, for mypy.
+LINKS := build/links
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## make the virtual environment
+
+demo: $(STAMP) ## quantize a small diffusion transformer, pictures and report into out/
+	$(PY) -m examples.digits.demo --out $(OUT)
+
+test: check ## the checks, then the tests
+	$(PY) -m pytest -q
+
+check: $(STAMP) ## lint, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@# mypy follows neither package-dir nor the import hook of an editable install, so it gets the installed layout as links.
+	@rm -rf $(LINKS)/fxquant && mkdir -p $(LINKS)/fxquant
+	@ln -s $(CURDIR)/fxquant/* $(CURDIR)/passes $(CURDIR)/backends $(LINKS)/fxquant
+	cd $(LINKS) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml
+
+format: $(STAMP) ## mend what ruff can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP) ## time the conversion of models
+	$(PY) benchmarks/convert.py
+
+clean: ## remove what was built, but not the virtual environment
+	rm -rf build dist $(OUT) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environment too
+	rm -rf $(VENV)
+
+# torch goes in first and by itself, so that pip takes exactly that build and nothing after it brings in another.
+#
+# The editable install is the default one, an import hook, and not editable_mode=strict: strict makes a tree of links to
+# the files that there are now, so that a new file cannot be imported until the next install. The hook maps the three
+# folders, and what is added under them is there at once.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here; name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "The pinned versions in constraints.txt need Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1)."; \
+	  echo "Name a newer one: make PYTHON=python3.11"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
+	$(PIP) install --quiet --constraint constraints.txt setuptools
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev,torchao]'
+	@touch $@

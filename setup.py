@@ -1,0 +1,18 @@
+"""Finds the packages: the root folders passes/ and backends/ are installed as fxquant.passes and fxquant.backends.
+
+Everything else stands in pyproject.toml. This file is here because a table there cannot find packages under another
+name, and a list kept by hand would leave a new backend out of the wheel without a word.
+"""
+
+from setuptools import find_packages, setup
+
+ROOTS = {"fxquant": "fxquant", "fxquant.passes": "passes", "fxquant.backends": "backends"}
+
+setup(
+    package_dir=ROOTS,
+    packages=[
+        package
+        for root, folder in ROOTS.items()
+        for package in (root, *(f"{root}.{below}" for below in find_packages(folder)))
+    ]
+)
