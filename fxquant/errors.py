@@ -1,0 +1,65 @@
+"""Every error that fxquant raises on purpose. Each says what is wrong, where, and what to do next.
+
+All derive from :class:`FxquantError`, and additionally from the builtin that Python users would catch for the same
+kind of mistake (``ValueError``, ``KeyError``-like lookups as ``LookupError``, ``RuntimeError``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class FxquantError(Exception):
+    """Base class of all errors that fxquant raises on purpose."""
+
+
+class ConfigurationError(FxquantError, ValueError):
+    """An option is out of range or two options contradict each other."""
+
+
+class UnknownNameError(FxquantError, LookupError):
+    """A recipe, pass, backend or rule of that name is not registered; the message lists the known ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        listed = ", ".join(sorted(known)) or "none"
+        super().__init__(f"unknown {kind} {name!r}. Known: {listed}.")
+
+
+class DuplicateNameError(FxquantError, ValueError):
+    """Two objects were registered under one name."""
+
+
+class CaptureError(FxquantError, RuntimeError):
+    """The model could not be traced into a graph, or a call does not fit what was traced."""
+
+
+class MissingTimestepError(FxquantError, ValueError):
+    """The model has no input of the name that should hold the timestep."""
+
+
+class CalibrationError(FxquantError, RuntimeError):
+    """Calibration is missing, never called the model, or did not reach a layer."""
+
+
+class NonFiniteError(FxquantError, ValueError):
+    """A weight or an activation holds NaN or infinity; the message names the layer."""
+
+
+class VerificationError(FxquantError, RuntimeError):
+    """A graph breaks the specification of its stage; the message names the node and the pass."""
+
+
+class PassError(FxquantError, RuntimeError):
+    """A pass failed or was used out of order; the message names the pass."""
+
+
+class BackendError(FxquantError, RuntimeError):
+    """A backend cannot run what it was asked to; the message lists layers, reasons and what would serve."""
+
+
+class CheckpointError(FxquantError, RuntimeError):
+    """A checkpoint is damaged, incomplete, unsafe or of a newer format; the message names the file."""
+
+
+class AlreadyCompiledError(FxquantError, TypeError):
+    """The model given to ``compile`` is already an fxquant model."""
