@@ -58,6 +58,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "The pinned versions in constraints.txt need Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1)."; \
 	  echo "Name a newer one: make PYTHON=python3.11"; exit 1; }
+	@echo 'Setting up $(VENV), once: this takes a minute or more.'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
 	$(PIP) install --quiet --constraint constraints.txt setuptools

@@ -14,5 +14,5 @@ setup(
         package
         for root, folder in ROOTS.items()
         for package in (root, *(f"{root}.{below}" for below in find_packages(folder)))
-    ]
+    ],
 )
