@@ -31,8 +31,8 @@ check: $(STAMP) ## lint, format and types
 	$(PY) -m ruff format --check .
 	@# mypy follows neither package-dir nor the import hook of an editable install, so it gets the installed layout as links.
 	@rm -rf $(LINKS)/fxquant && mkdir -p $(LINKS)/fxquant
-	@ln -s $(CURDIR)/fxquant/* $(CURDIR)/passes $(CURDIR)/backends $(LINKS)/fxquant
-	cd $(LINKS) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml
+	@ln -s "$(CURDIR)"/fxquant/* "$(CURDIR)/passes" "$(CURDIR)/backends" $(LINKS)/fxquant
+	cd $(LINKS) && "$(abspath $(PY))" -m mypy --config-file "$(CURDIR)/pyproject.toml"
 
 format: $(STAMP) ## mend what ruff can mend
 	$(PY) -m ruff check --fix .
