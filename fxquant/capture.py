@@ -1,0 +1,339 @@
+"""Tracing: from a diffusion transformer and one call of it to an FX graph of ATen ops.
+
+``torch.export`` in non-strict mode traces a *weightless copy* of the model (fake tensors in place of parameters), so
+tracing needs no memory for weights, a checkpoint is loaded without ever holding float weights, and a later call with
+other shapes can be traced long after the float model is gone. The values come from a mapping of names to tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import operator
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import Dim
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+
+log = logging.getLogger(__name__)
+
+LAYER = "fxquant_layer"
+"""Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
+
+_TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
+_ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_LAYER_OPS = {
+    torch.ops.aten.linear.default: 1,
+    torch.ops.aten.conv1d.default: 1,
+    torch.ops.aten.conv2d.default: 1,
+    torch.ops.aten.conv3d.default: 1,
+    torch.ops.aten.embedding.default: 0,
+}
+
+
+@dataclass
+class CapturedGraph:
+    """One traced graph and the calls that it serves.
+
+    Attributes:
+        module: FX graph whose placeholders are the tensor inputs of ``call`` in order, and whose output is a tuple of
+            the output's leaves.
+        call: The inputs that the graph serves.
+        out_spec: Pytree structure that turns the leaves back into the model's own output class.
+        static_batch: Why the batch size had to be fixed, or None when any batch size runs.
+    """
+
+    module: fx.GraphModule
+    call: CallSpec
+    out_spec: pytree.TreeSpec
+    static_batch: str | None = None
+
+    def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
+        """The tensor leaves of a call, in the order of the graph's placeholders."""
+        return [
+            leaf for spec, leaf in zip(self.call.leaves, leaves, strict=True) if isinstance(spec, TensorSpec)
+        ]
+
+    def output(self, leaves: Sequence[Any]) -> Any:
+        """The model's own output, from the leaves that the graph returned."""
+        return pytree.tree_unflatten(list(leaves), self.out_spec)
+
+
+class Architecture:
+    """A model without its weights: what it takes to trace it, as often as new input shapes ask for it.
+
+    Attributes:
+        skeleton: The model with fake parameters. Never run on real data.
+        signature: Signature of the model's ``forward``.
+        timestep: Name of the ``forward`` argument that holds the timestep.
+    """
+
+    def __init__(self, skeleton: nn.Module, timestep: str | None) -> None:
+        self.skeleton = skeleton
+        self.timestep = timestep
+        self.signature = inspect.signature(skeleton.forward)
+
+    @classmethod
+    def of(cls, model: nn.Module, timestep: str | None) -> Architecture:
+        """The architecture of ``model``, which is left untouched and whose weights are not copied.
+
+        Raises:
+            ConfigurationError: If the model is in training mode.
+            CaptureError: If the module cannot be copied.
+        """
+        if model.training:
+            raise ConfigurationError(
+                "the model is in training mode, in which dropout is random; call model.eval() before fxquant.compile"
+            )
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        weightless: dict[int, Any] = {
+            id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=False) for p in model.parameters()
+        }
+        try:
+            skeleton = copy.deepcopy(model, weightless)
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be copied without its weights ({error}); "
+                "remove hooks and open handles from the module first"
+            ) from error
+        return cls(skeleton, timestep)
+
+    @classmethod
+    def from_config(cls, model_class: Any, config: Mapping[str, Any], timestep: str | None) -> Architecture:
+        """Build the architecture of a diffusers model from its config, without weights."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            skeleton = model_class.from_config(dict(config))
+        return cls(skeleton.eval().requires_grad_(False), timestep)
+
+    def canonical(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any], Any]:
+        """Leaf names, leaves and structure of a call; see :func:`fxquant.calls.canonical_call`."""
+        return canonical_call(self.signature, args, kwargs, self.timestep)
+
+    def capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+        """Trace the graph for calls like this one, with the batch size left open wherever the model allows.
+
+        Raises:
+            CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
+        """
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        return self.capture_spec(describe_call(names, leaves, structure), device)
+
+    def capture_spec(self, call: CallSpec, device: torch.device, static_batch: int | None = None) -> CapturedGraph:
+        """Trace the graph for calls of this spec, its inputs living on ``device``."""
+        reason = None
+        if call.batched and static_batch is None:
+            try:
+                program = self._export(call, device, _TRACED_BATCH)
+                return self._finish(program, call, None)
+            except CaptureError as error:
+                reason = str(error)
+                log.info("the batch cannot be left open: %s", reason)
+        program = self._export(call, device, static_batch or 1, dynamic=False)
+        return self._finish(program, call, reason)
+
+    def _export(
+        self, call: CallSpec, device: torch.device, batch: int, dynamic: bool = True
+    ) -> torch.export.ExportedProgram:
+        parameter = next(self.skeleton.parameters(), None)
+        mode = parameter.fake_mode if isinstance(parameter, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+
+        def fake(name: str, spec: TensorSpec) -> torch.Tensor:
+            with mode:
+                return torch.empty(spec.concrete(batch), dtype=spec.dtype, device=device)
+
+        arguments = call.arguments(fake)
+        dynamic_shapes = call.arguments(
+            lambda name, spec: {dim: Dim.AUTO for dim, size in enumerate(spec.shape) if size == BATCH} or None
+        )
+        dynamic_shapes = pytree.tree_map(
+            lambda leaf: leaf if isinstance(leaf, dict) else None, dynamic_shapes, is_leaf=_is_shape
+        )
+        variadic = [p.name for p in self.signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        if variadic:  # torch.export wants the shapes of **kwargs below the name of that parameter.
+            own = {name for name in self.signature.parameters if name not in variadic}
+            extra = {name: shapes for name, shapes in dynamic_shapes.items() if name not in own}
+            dynamic_shapes = {name: shapes for name, shapes in dynamic_shapes.items() if name in own}
+            if extra:
+                dynamic_shapes[variadic[0]] = extra
+        try:
+            with torch.no_grad():
+                return torch.export.export(
+                    self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
+                )
+        except Exception as error:
+            raise CaptureError(_explain(error, self.skeleton)) from error
+
+    def _finish(
+        self, program: torch.export.ExportedProgram, call: CallSpec, static_batch: str | None
+    ) -> CapturedGraph:
+        exported = program.module(check_guards=False)
+        assert isinstance(exported, fx.GraphModule)
+        out_spec = program.call_spec.out_spec
+        assert out_spec is not None
+        _flatten_signature(exported.graph, call)
+        _drop_assertions(exported.graph)
+        # A module of its own, without the input checks that torch.export hangs on the one it returns.
+        module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
+        _name_layers(module)
+        module.graph.lint()
+        open_batch = _open_dimensions(module, call)
+        if static_batch is None and call.batched and not open_batch:
+            static_batch = "the model's own code fixes the batch size"
+        if static_batch is not None:
+            size = 1 if not open_batch else _TRACED_BATCH
+            call = CallSpec(
+                call.names,
+                tuple(
+                    TensorSpec(leaf.concrete(size), leaf.dtype) if isinstance(leaf, TensorSpec) else leaf
+                    for leaf in call.leaves
+                ),
+                call.structure,
+            )
+        return CapturedGraph(module, call, out_spec, static_batch)
+
+
+def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors in the places of the fake ones that the graph was traced with.
+
+    Raises:
+        CheckpointError: If a tensor is missing or has another shape.
+    """
+    for target in sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"}):
+        value, held = values.get(target), get_tensor(module, target)
+        if value is None and isinstance(held, FakeTensor):
+            raise CheckpointError(f"no tensor {target!r}: the weights do not belong to this model or are incomplete")
+        if value is None:
+            continue
+        if value.shape != held.shape:
+            raise CheckpointError(f"tensor {target!r} has shape {tuple(value.shape)}, the model needs {tuple(held.shape)}")
+        set_tensor(module, target, value)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a model by name, shared ones under each of their names."""
+    values: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    values.update(model.named_buffers(remove_duplicate=False))
+    return {name: value.detach() for name, value in values.items()}
+
+
+def get_tensor(module: nn.Module, target: str) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node of this target reads."""
+    value = operator.attrgetter(target)(module)
+    assert isinstance(value, torch.Tensor), target
+    return value
+
+
+def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
+    """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules on the way as needed.
+
+    Floating-point tensors become parameters without gradient, all others buffers, so that ``dtype``, ``device``,
+    ``to`` and ``state_dict`` of the module mean what users expect.
+    """
+    *path, name = target.split(".")
+    holder = module
+    for part in path:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    if hasattr(holder, name):
+        delattr(holder, name)
+    if value.is_floating_point():
+        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=False))
+    else:
+        holder.register_buffer(name, value.detach())
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, int) for key in value)
+
+
+def _flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
+    """Make the graph's placeholders the tensor inputs alone, and its output a flat tuple."""
+    graph.set_codegen(CodeGen())
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, leaf in zip(placeholders, call.leaves, strict=True):
+        if not isinstance(leaf, TensorSpec):
+            if node.users:
+                raise CaptureError(f"the graph reads the constant input {node.name!r} as a value; give it as a tensor")
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and str(node.target) == "_guards_fn":
+            graph.erase_node(node)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Remove checks of traced dtypes and sizes, which would break casts and other shapes, and what only they read."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and any(name in str(node.target) for name in _ASSERTIONS):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _name_layers(module: fx.GraphModule) -> None:
+    """Give each linear, convolution and embedding a stable name: that of the module that owns its weight."""
+    seen: dict[str, int] = {}
+    for node in module.graph.nodes:
+        position = _LAYER_OPS.get(node.target)
+        if position is None:
+            continue
+        weight = node.args[position]
+        target = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
+        name = target.removesuffix(".weight")
+        seen[name] = seen.get(name, 0) + 1
+        node.meta[LAYER] = name if seen[name] == 1 else f"{name}@{seen[name]}"
+
+
+def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:
+    """Whether the graph kept every batch dimension of the call symbolic, under one symbol."""
+    symbols = set()
+    placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
+    for node, (_, spec) in zip(placeholders, call.tensors, strict=True):
+        for dim, size in enumerate(spec.shape):
+            if size == BATCH:
+                symbols.add(str(node.meta["val"].shape[dim]))
+    return len(symbols) == 1 and not next(iter(symbols)).isdigit()
+
+
+def _explain(error: BaseException, model: nn.Module) -> str:
+    """What went wrong in the user's terms: the innermost line of the model's own code, and torch's reason."""
+    frames = [frame for frame in _frames(error) if _is_user_code(frame.filename)]
+    where = ""
+    if frames:
+        last = frames[-1]
+        where = f'\n  File "{last.filename}", line {last.lineno}, in {last.name}\n    {last.line}'
+    reason = str(error).strip().splitlines()
+    return (
+        f"{type(model).__name__} cannot be traced: {reason[0] if reason else type(error).__name__}{where}\n"
+        "torch.export follows one path through the code: branch on shapes and options, not on tensor values "
+        "(no .item(), no `if tensor:`), or move that part out of the transformer's forward."
+    )
+
+
+def _frames(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
+    seen: set[int] = set()
+    chain = []
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for link in chain:  # The innermost cause last: its frames are the ones closest to the user's line.
+        yield from traceback.extract_tb(link.__traceback__)
+
+
+def _is_user_code(filename: str) -> bool:
+    libraries = {Path(torch.__file__).parent, Path(__file__).parent}
+    return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in libraries)
+
+

@@ -1,0 +1,84 @@
+"""Named things that others may add: passes, recipes, backends and channel rules.
+
+What fxquant ships and what other packages add go the same road, the entry points ``fxquant.passes``,
+``fxquant.recipes`` and ``fxquant.backends``: they are imported when first asked for, so the core never imports its
+plugins. Notebooks and scripts register with a decorator instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from fxquant.errors import DuplicateNameError, UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from names to objects of one kind that refuses duplicates and unknown names.
+
+    Args:
+        kind: What the objects are, for messages ("pass", "recipe", "backend").
+        group: Entry-point group to load lazily from, or None for a registry that only code fills.
+    """
+
+    def __init__(self, kind: str, group: str | None = None) -> None:
+        self.kind = kind
+        self.group = group
+        self._objects: dict[str, T] = {}
+        self._pending: dict[str, EntryPoint] | None = None
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that registers an object under ``name``.
+
+        Raises:
+            DuplicateNameError: If the name is taken, by code or by an installed package.
+        """
+
+        def decorate(item: T) -> T:
+            known = self._objects.get(name)
+            entry = self._entries().get(name)
+            if known is not None or (entry is not None and not _defines(entry, item)):
+                holder = known if known is not None else entry
+                raise DuplicateNameError(f"{self.kind} {name!r} is already registered by {holder!r}")
+            self._objects[name] = item
+            return item
+
+        return decorate
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._objects:
+            entry = self._entries().get(name)
+            if entry is None:
+                raise UnknownNameError(self.kind, name, self)
+            loaded = entry.load()  # Importing may run the decorator, which then has registered the object already.
+            self._objects.setdefault(name, loaded)
+        return self._objects[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._objects or name in self._entries()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._objects, *self._entries()}))
+
+    def __len__(self) -> int:
+        return len({*self._objects, *self._entries()})
+
+    def _entries(self) -> dict[str, EntryPoint]:
+        if self._pending is None:
+            found: dict[str, EntryPoint] = {}
+            for entry in entry_points(group=self.group) if self.group else ():
+                other = found.setdefault(entry.name, entry)
+                if other.value != entry.value:
+                    raise DuplicateNameError(
+                        f"two installed packages offer {self.kind} {entry.name!r}: {other.value} and {entry.value}"
+                    )
+            self._pending = found
+        return self._pending
+
+
+def _defines(entry: EntryPoint, item: object) -> bool:
+    """Whether the entry point names ``item`` itself, as when its module is imported and decorates it."""
+    return (entry.module, entry.attr) == (getattr(item, "__module__", None), getattr(item, "__qualname__", None))
