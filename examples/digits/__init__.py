@@ -1,0 +1,19 @@
+"""A small, real diffusion transformer on handwritten digits: the model that examples and tests quantize by default."""
+
+from .classifier import DigitClassifier, load_classifier
+from .data import digits
+from .metrics import frechet_distance, psnr, read_accuracy
+from .pipeline import generate, load_pipeline
+from .salience import plant_salience
+
+__all__ = [
+    "DigitClassifier",
+    "digits",
+    "frechet_distance",
+    "generate",
+    "load_classifier",
+    "load_pipeline",
+    "plant_salience",
+    "psnr",
+    "read_accuracy",
+]

@@ -1,0 +1,67 @@
+"""Figures of merit. Images are float [n, 3, 32, 32] in [0, 1], as `generate` returns them."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from .classifier import DigitClassifier
+
+BATCH = 250
+
+
+class _Features(nn.Module):
+    """Classifier features of images in [0, 1], float64 [n, d], in the form torchmetrics asks for."""
+
+    def __init__(self, classifier: DigitClassifier) -> None:
+        super().__init__()
+        self.classifier, self.num_features = classifier, classifier.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(2 * images - 1).double()
+
+
+@torch.no_grad()
+def read_accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> float:
+    """The share, 0 to 1, of images that the classifier reads as the digit asked for.
+
+    Raises:
+        ValueError: if there are not as many labels as images, or none.
+    """
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels; one label per image is needed")
+    read = torch.cat([classifier(2 * part - 1).argmax(dim=1) for part in images.split(BATCH)])
+    return (read == labels).double().mean().item()
+
+
+@torch.no_grad()
+def frechet_distance(real: Tensor, generated: Tensor, classifier: DigitClassifier) -> float:
+    """The Fréchet distance (arXiv 1706.08500) between two sets of images in the classifier's features, in float64.
+
+    The features are not Inception's, so the number compares with other numbers of this function alone.
+
+    Raises:
+        ValueError: if a set has fewer images than there are features, when its covariance would be singular.
+    """
+    if min(len(real), len(generated)) <= classifier.num_features:
+        raise ValueError(
+            f"{len(real)} and {len(generated)} images; more than {classifier.num_features} of each are needed"
+        )
+    distance = FrechetInceptionDistance(feature=_Features(classifier))
+    for images, is_real in ((real, True), (generated, False)):
+        for part in images.split(BATCH):
+            distance.update(part, real=is_real)
+    return max(0.0, distance.compute().item())  # rounding can leave a distance of zero just below it
+
+
+def psnr(images: Tensor, reference: Tensor, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in dB over all values together; infinite for equal tensors.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if images.shape != reference.shape:
+        raise ValueError(f"shapes {tuple(images.shape)} and {tuple(reference.shape)} differ")
+    error = (images.double() - reference.double()).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
