@@ -1,0 +1,212 @@
+"""The only thing that edits graphs.
+
+It keeps shapes and dtypes of every value current by running each new op on fake tensors, gives private copies of
+parameters that others still read, and records on each node which pass made it from which nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
+
+from fxquant.capture import LAYER, get_tensor, set_tensor
+from fxquant.errors import NonFiniteError, PassError
+
+PROVENANCE = "fxquant_provenance"
+"""Key of ``node.meta`` for a tuple of :class:`Origin`, the oldest first."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from: the pass that made it and the nodes that it stands for."""
+
+    pass_name: str
+    sources: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.pass_name}({', '.join(self.sources)})"
+
+
+class Rewriter:
+    """Edits one graph on behalf of one pass.
+
+    Attributes:
+        module: The graph module being rewritten.
+        pass_name: Recorded as provenance.
+        edits: Number of changes made so far; 0 means that the pass did not match.
+    """
+
+    def __init__(self, module: fx.GraphModule, pass_name: str) -> None:
+        self.module = module
+        self.pass_name = pass_name
+        self.edits = 0
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph being rewritten."""
+        return self.module.graph
+
+    # --- tensors ---
+
+    def tensor(self, node: Any) -> Tensor:
+        """The tensor that a ``get_attr`` node reads: real, or fake while a plan is replayed without weights."""
+        assert isinstance(node, fx.Node) and node.op == "get_attr", f"{node} is not a parameter"
+        return get_tensor(self.module, str(node.target))
+
+    def fold(self, node: fx.Node, position: int, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the parameter in one argument of ``node`` by ``function`` of it; other readers keep the old one.
+
+        The function gets the parameter as it is and may return another dtype (float64): it is cast once, here.
+
+        Raises:
+            NonFiniteError: If the result does not fit the parameter's dtype.
+        """
+        attribute = node.args[position]
+        assert isinstance(attribute, fx.Node)
+        if set(attribute.users) != {node}:
+            attribute = self._private(attribute, [node])
+        self.fold_attribute(attribute, function)
+
+    def fold_attribute(
+        self, attribute: fx.Node, function: Callable[[Tensor], Tensor], readers: Sequence[fx.Node] | None = None
+    ) -> None:
+        """Replace a parameter by ``function`` of it, for all of its readers or for some."""
+        if readers is not None and set(readers) != set(attribute.users):
+            attribute = self._private(attribute, readers)
+        old = self.tensor(attribute)
+        new = function(old).to(old.dtype)
+        if not isinstance(new, FakeTensor) and not torch.isfinite(new).all():
+            raise NonFiniteError(
+                f"{attribute.target} does not fit {old.dtype} after {self.pass_name}; "
+                "convert the model to float32 first, or bound the factors of the pass"
+            )
+        self.put(attribute, new)
+
+    def put(self, attribute: fx.Node, value: Tensor) -> None:
+        """Make ``value`` the tensor of a ``get_attr`` node."""
+        set_tensor(self.module, str(attribute.target), value)
+        attribute.meta["val"] = self._fake(value)
+        self._note(attribute, [attribute])
+
+    def constant(self, name: str, value: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
+        """Add a tensor to the module under ``name`` (or a free name like it) and a node that reads it."""
+        target = self._free_target(name)
+        set_tensor(self.module, target, value)
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(target)
+        node.meta["val"] = self._fake(value)
+        self._note(node, sources)
+        return node
+
+    def give(self, node: fx.Node, position: int, name: str, value: Tensor) -> None:
+        """Give ``node`` a parameter that it lacked, in the dtype of its result."""
+        owner = node.meta.get(LAYER, node.name)
+        attribute = self.constant(f"{owner}.{name}", value.to(node.meta["val"].dtype), [node])
+        args = list(node.args)
+        args += [None] * (position + 1 - len(args))
+        args[position] = attribute
+        node.args = tuple(args)
+        self._note(node, [node])
+
+    # --- nodes ---
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go in front of ``node``."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go behind ``node``."""
+        with self.graph.inserting_after(node):
+            yield
+
+    def call(self, target: Any, args: tuple[Any, ...], sources: Sequence[fx.Node], name: str | None = None) -> fx.Node:
+        """Add a call of ``target``; its shape and dtype are worked out on fake tensors.
+
+        Args:
+            target: An overload of an op.
+            args: Its arguments, nodes among them.
+            sources: The nodes that the new one stands for; it inherits the layer name of the last that has one.
+            name: A readable name for the node.
+        """
+        node = self.graph.call_function(target, args, name=name)
+        node.meta["val"] = self.infer(node)
+        for source in sources:
+            for key in (LAYER, "nn_module_stack", "stack_trace"):
+                if key in source.meta:
+                    node.meta[key] = source.meta[key]
+        self._note(node, sources)
+        return node
+
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """Let everything that reads ``node`` read ``new``, and erase ``node``."""
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.edits += 1
+        if not node.users:
+            self.graph.erase_node(node)
+
+    def redirect(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one reader read ``new`` where it read ``old``."""
+        reader.replace_input_with(old, new)
+        self.edits += 1
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nothing reads."""
+        if node.users:
+            raise PassError(f"{self.pass_name}: {node.name} is still read by {', '.join(u.name for u in node.users)}")
+        self.graph.erase_node(node)
+        self.edits += 1
+
+    def infer(self, node: fx.Node) -> Any:
+        """The fake value of a node, from those of its inputs."""
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        with fake_mode_of(self.graph), torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    # --- inside ---
+
+    def _private(self, attribute: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
+        copy = self.constant(f"{attribute.target}_of_{readers[0].name}", self.tensor(attribute), [attribute])
+        for reader in readers:
+            self.redirect(reader, attribute, copy)
+        return copy
+
+    def _fake(self, value: Tensor) -> Tensor:
+        if isinstance(value, FakeTensor):
+            return value
+        return fake_mode_of(self.graph).from_tensor(value, static_shapes=True)
+
+    def _free_target(self, name: str) -> str:
+        taken = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        target, number = name, 2
+        while target in taken:
+            target, number = f"{name}_{number}", number + 1
+        return target
+
+    def _note(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
+        inherited: list[Origin] = []
+        for source in sources:
+            inherited += [origin for origin in source.meta.get(PROVENANCE, ()) if origin not in inherited]
+        origin = Origin(self.pass_name, tuple(source.name for source in sources))
+        node.meta[PROVENANCE] = (*(o for o in inherited if o != origin), origin)
+        self.edits += 1
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The mode under which the graph's fake values were made."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            mode = value.fake_mode
+            assert isinstance(mode, FakeTensorMode)
+            return mode
+    raise PassError("the graph has no shapes; capture it with fxquant or run shape propagation first")

@@ -1,0 +1,202 @@
+"""The stages of a graph on its way, and what must be true at each.
+
+Every stage has a specification: the ops that it may hold, and conditions on them. :func:`verify` checks a graph
+against one; the pipeline does so before and after every pass.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import map_arg
+
+from fxquant.capture import LAYER, get_tensor
+from fxquant.errors import FxquantError, VerificationError
+from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.ir.rewriter import PROVENANCE, fake_mode_of
+
+
+class Stage(enum.IntEnum):
+    """How far a graph has come."""
+
+    CAPTURED = 0
+    OBSERVED = 1
+    TRANSFORMED = 2
+    QUANTIZED = 3
+    LOWERED = 4
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a graph may hold.
+
+    Attributes:
+        name: For messages.
+        ops: Names of the fxquant ops that may occur.
+        namespaces: Namespaces of which every op may occur.
+    """
+
+    name: str
+    ops: frozenset[str] = frozenset()
+    namespaces: frozenset[str] = frozenset({"aten"})
+
+    def allows(self, node: fx.Node) -> bool:
+        """Whether the op of a ``call_function`` node may occur."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:  # Python's own arithmetic on sizes, and getitem.
+            return getattr(node.target, "__module__", "") in ("_operator", "operator", "math", "torch", "builtins")
+        namespace, _, name = str(schema.name).partition("::")
+        return namespace in self.namespaces or (namespace == "fxquant" and name in self.ops)
+
+
+_TRANSFORMED = frozenset({"channel_affine"})
+_QUANTIZED = _TRANSFORMED | {"quantize", "linear", "conv2d", "dequantize_weight"}
+
+SPECS: dict[Stage, StageSpec] = {
+    Stage.CAPTURED: StageSpec("captured"),
+    Stage.OBSERVED: StageSpec("observed", frozenset({"observe"})),
+    Stage.TRANSFORMED: StageSpec("transformed", _TRANSFORMED),
+    Stage.QUANTIZED: StageSpec("quantized", _QUANTIZED),
+}
+"""The specification of each stage but the last, which every backend declares for itself."""
+
+
+def verify(module: fx.GraphModule, spec: StageSpec) -> None:
+    """Check a graph: well-formed, ops allowed, recorded shapes and dtypes true, quantization parameters coherent.
+
+    Raises:
+        VerificationError: Names the node, its layer and the passes that made it.
+    """
+    module.graph.lint()
+    mode = fake_mode_of(module.graph)
+    with mode, torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                _check_tensor(module, node)
+            elif node.op == "call_function":
+                if not spec.allows(node):
+                    raise _broken(node, f"op {node.target} does not belong in a graph of stage {spec.name!r}")
+                _check_value(node)
+                check = _CHECKS.get(str(node.target))
+                if check is not None:
+                    check(node)
+            elif node.op not in ("placeholder", "output"):
+                raise _broken(node, f"a {node.op} node does not belong in any stage")
+
+
+def _broken(node: fx.Node, what: str) -> VerificationError:
+    origins = node.meta.get(PROVENANCE)
+    made = f", made by {' <- '.join(str(origin) for origin in reversed(origins))}" if origins else ""
+    layer = f" (layer {node.meta[LAYER]})" if LAYER in node.meta else ""
+    return VerificationError(f"node {node.name}{layer}{made}: {what}")
+
+
+def _check_tensor(module: fx.GraphModule, node: fx.Node) -> None:
+    value = node.meta.get("val")
+    try:
+        held = get_tensor(module, str(node.target))
+    except AttributeError:
+        raise _broken(node, f"there is no tensor {node.target!r}") from None
+    if value is None or tuple(value.shape) != tuple(held.shape) or value.dtype != held.dtype:
+        raise _broken(node, f"{node.target} is {_text(held)}, but recorded as {_text(value)}")
+
+
+def _check_value(node: fx.Node) -> None:
+    recorded = node.meta.get("val")
+    if recorded is None and node.users:
+        raise _broken(node, "its shape and dtype are not recorded")
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    try:
+        actual = node.target(*args, **kwargs)  # type: ignore[operator]
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise _broken(node, f"its arguments do not fit: {error}") from error
+    if isinstance(recorded, Tensor) and _text(actual) != _text(recorded):
+        raise _broken(node, f"it yields {_text(actual)}, but is recorded as {_text(recorded)}")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(size) for size in value.shape)}]"
+
+
+def _value(node: fx.Node, position: int) -> Tensor:
+    argument = node.args[position]
+    assert isinstance(argument, fx.Node)
+    value = argument.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _check_quantize(node: fx.Node) -> None:
+    scale, zero_point = _value(node, 1), _value(node, 2)
+    qmin, qmax, dtype = node.args[3], node.args[4], node.args[5]
+    if scale.shape != zero_point.shape:
+        raise _broken(node, f"scale {_text(scale)} and zero point {_text(zero_point)} differ in shape")
+    if not scale.is_floating_point():
+        raise _broken(node, f"the scale is {_text(scale)}, not floating-point")
+    limits = torch.iinfo(dtype)  # type: ignore[arg-type]
+    if not limits.min <= qmin < qmax <= limits.max:  # type: ignore[operator]
+        raise _broken(node, f"codes {qmin}..{qmax} do not fit {dtype}")
+
+
+def _check_linear(node: fx.Node) -> None:
+    codes, x_scale, x_zero_point, weight, scale, zero_point = (_value(node, i) for i in range(6))
+    bits, group = node.args[7], node.args[8]
+    features = int(codes.shape[-1])
+    groups = 1 if group == 0 else features // group  # type: ignore[operator]
+    if group and features % group:  # type: ignore[operator]
+        raise _broken(node, f"groups of {group} do not divide {features} input channels")
+    if codes.is_floating_point():
+        raise _broken(node, f"its input is {_text(codes)}, not integer codes")
+    if tuple(scale.shape) != (weight.shape[0], groups) or scale.shape != zero_point.shape:
+        raise _broken(
+            node,
+            f"weight scale {_text(scale)} and zero point {_text(zero_point)} are not one each for "
+            f"{weight.shape[0]} output channels x {groups} groups",
+        )
+    source = node.args[0]
+    if isinstance(source, fx.Node) and str(source.target) == "fxquant.quantize.default":
+        if (source.args[1], source.args[2]) != (node.args[1], node.args[2]):
+            raise _broken(node, f"its input scale and zero point are not those that {source.name} quantized with")
+    elif x_scale.shape != x_zero_point.shape:
+        raise _broken(node, "input scale and zero point differ in shape")
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise _broken(node, f"weights of {bits} bits are not supported")
+
+
+def _check_affine(node: fx.Node) -> None:
+    x, scale = _value(node, 0), _value(node, 1)
+    try:
+        shape = torch.broadcast_shapes(x.shape, scale.shape)
+    except RuntimeError as error:
+        raise _broken(node, f"scale {_text(scale)} does not broadcast against {_text(x)}") from error
+    if tuple(shape) != tuple(x.shape):
+        raise _broken(node, f"scale {_text(scale)} would change the shape of {_text(x)}")
+
+
+_CHECKS: dict[str, Callable[[fx.Node], None]] = {
+    "fxquant.quantize.default": _check_quantize,
+    "fxquant.linear.default": _check_linear,
+    "fxquant.channel_affine.default": _check_affine,
+}
+
+
+def is_replayed(module: fx.GraphModule) -> bool:
+    """Whether the graph holds fake tensors in place of weights, as while a plan is replayed."""
+    return any(
+        isinstance(get_tensor(module, str(node.target)), FakeTensor)
+        for node in module.graph.nodes
+        if node.op == "get_attr"
+    )
