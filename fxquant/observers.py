@@ -42,6 +42,9 @@ DEFAULT_ROWS = 8
 _FORMAT = "fxquant-statistics"
 _VERSION = 1
 _EMPTY = np.inf  # the priority of a slot that holds no row: every row beats it
+# Up to this many elements (16 MiB of float32, about a millisecond) a value on the CPU is reduced by this thread alone.
+# A parallel region waits until each of its threads was scheduled: many milliseconds where the cores are shared.
+_SERIAL_ELEMENTS = 1 << 22
 
 
 class _NeverReachedError(CalibrationError, KeyError):
@@ -73,7 +76,8 @@ class _Entry:
         return cls(
             minimum=torch.full((channels,), torch.inf),
             maximum=torch.full((channels,), -torch.inf),
-            rows=torch.zeros(num_rows, channels),
+            # Made by numpy, which asks for zeroed pages, where torch would fill them in a parallel region.
+            rows=torch.from_numpy(np.zeros((num_rows, channels), dtype=np.float32)),
             priorities=np.full(num_rows, _EMPTY),
         )
 
@@ -83,13 +87,15 @@ class _Entry:
         torch.maximum(self.maximum, maximum, out=self.maximum)
         self.count += count
 
-    def compete(self, priorities: npt.NDArray[np.float64], fetch: Callable[[npt.NDArray[np.intp]], Tensor]) -> None:
+    def compete(
+        self, priorities: npt.NDArray[np.float64], fetch: Callable[[npt.NDArray[np.intp]], Iterable[Tensor]]
+    ) -> None:
         """Keep the R smallest of the present and the challenging priorities.
 
         Args:
             priorities: ``[n]`` of the challengers.
-            fetch: given the positions ``[m]`` of the challengers that won, their rows ``[m, C]``. It is not called
-                when none did, which soon becomes the usual case.
+            fetch: given the positions ``[m]`` of the challengers that won, their rows, m times ``[C]``. It is not
+                called when none did, which soon becomes the usual case.
         """
         size = len(self.priorities)
         kept = np.argsort(np.concatenate((self.priorities, priorities)), kind="stable")[:size]
@@ -99,7 +105,9 @@ class _Entry:
         lost = np.ones(size, dtype=bool)
         lost[kept[kept < size]] = False
         slots = np.flatnonzero(lost)
-        self.rows[torch.from_numpy(slots)] = fetch(winners)
+        # One by one: an indexed copy of several wide rows would be a parallel region.
+        for slot, row in zip(slots, fetch(winners), strict=True):
+            self.rows[slot].copy_(row)
         self.priorities[slots] = priorities[winners]
 
     def absorb(self, other: _Entry) -> None:
@@ -224,10 +232,15 @@ class ChannelStatistics:
     @staticmethod
     def _bounds(x: Tensor, groups: list[npt.NDArray[np.intp]]) -> list[tuple[Tensor, Tensor]]:
         """Minimum and maximum ``[C]`` of each group of samples of ``x``, float32 on the CPU."""
-        # amin and amax: torch.aminmax is 10 to 20 times slower along a leading axis. And an empty `dim` would mean all.
         first = 0 if len(groups) == 1 else 1
         inner = tuple(range(first, x.dim() - 1))
-        low, high = (x.amin(inner), x.amax(inner)) if inner else (x, x)
+        if not inner:  # torch would read no axes as all axes
+            low, high = x, x
+        elif x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() <= _SERIAL_ELEMENTS:
+            array = x.detach().numpy()
+            low, high = torch.from_numpy(array.min(inner)), torch.from_numpy(array.max(inner))
+        else:  # torch.aminmax is 10 to 20 times slower than these two along a leading axis
+            low, high = x.amin(inner), x.amax(inner)
         low, high = torch.stack((low, high)).to("cpu", torch.float32)  # one transfer, not two
         if len(groups) == 1:
             return [(low, high)]
@@ -254,11 +267,13 @@ class ChannelStatistics:
         priorities = np.cumsum(stream.standard_exponential(k) / np.arange(n, n - k, -1))
         picked = stream.choice(n, k, replace=False)
 
-        def fetch(winners: npt.NDArray[np.intp]) -> Tensor:
+        def fetch(winners: npt.NDArray[np.intp]) -> Iterable[Tensor]:
             rows = picked[winners]
             flat = samples[rows // per_sample] * per_sample + rows % per_sample
             index = np.unravel_index(flat, x.shape[:-1])
-            return x[tuple(torch.from_numpy(i).to(x.device) for i in index)].to("cpu", torch.float32)
+            if x.device.type == "cpu":
+                return (x[tuple(position)] for position in zip(*index, strict=True))
+            return x[tuple(torch.from_numpy(i).to(x.device) for i in index)].cpu()  # one transfer
 
         entry.compete(priorities, fetch)
 
