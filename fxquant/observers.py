@@ -244,8 +244,8 @@ class ChannelStatistics:
         low, high = torch.stack((low, high)).to("cpu", torch.float32)  # one transfer, not two
         if len(groups) == 1:
             return [(low, high)]
-        indices = [torch.from_numpy(samples) for samples in groups]
-        return [(low[index].amin(0), high[index].amax(0)) for index in indices]
+        lows, highs = low.numpy(), high.numpy()
+        return [(torch.from_numpy(lows[at].min(0)), torch.from_numpy(highs[at].max(0))) for at in groups]
 
     def _stream(self, moment: float, count: int) -> np.random.Generator:
         """Random numbers that are a function of seed, key, timestep and the rows seen there so far, and nothing else.
