@@ -1,11 +1,11 @@
 """The operators of observed and quantized graphs, as PyTorch custom operators `torch.ops.fxquant.*`.
 
 Each has one schema, one reference kernel that defines its meaning on every device, and one fake kernel for shapes.
-Importing this module registers them. They stay single nodes in FX and export graphs and under `torch.compile`; a backend
-replaces them or runs the reference. An operator belongs here if passes and backends have to agree on what it means.
+Importing this module registers them. They stay single nodes in FX and export graphs and under `torch.compile`; a
+backend replaces them or runs the reference. An operator belongs here if passes and backends have to agree on it.
 
-Codes and scales: `scale * (q - zero_point)`, see :mod:`fxquant.quantizer`. Scales and zero points of activations are 0-d
-or broadcast to the activation with 1 in the last axis: `[batch, 1, 1]` is one a sample, `[batch, tokens, 1]` one a
+Codes and scales: `scale * (q - zero_point)`, see :mod:`fxquant.quantizer`. Scales and zero points of activations are
+0-d or broadcast to the activation with 1 in the last axis: `[batch, 1, 1]` is one a sample, `[batch, tokens, 1]` one a
 token. Arithmetic is in float32, or in float64 where the float side of the operator is float64, in which integers up to
 2**53 are exact. Autocast does not reach inside. The operators are for inference and define no gradients. Results are
 contiguous, and errors are :class:`~fxquant.errors.ConfigurationError` unless a description says otherwise.
@@ -56,7 +56,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def observe(x: Tensor, timestep: Tensor, key: str, axis: int) -> Tensor:
-    """Return `x` itself, after showing it to the active recorder under the name `key`.
+    """Return `x`, the same memory, after showing it to the active recorder under the name `key`.
 
     `timestep` is 0-d or `[batch]`, `axis` is the channel axis of `x`. For eager graphs only: it aliases its input and
     acts by side effect, so it is no subject for `torch.compile`.
@@ -72,18 +72,18 @@ def observe(x: Tensor, timestep: Tensor, key: str, axis: int) -> Tensor:
         )
     with torch.no_grad():
         recorder(key, x, timestep, axis)
-    return x
+    return _alias(x)
 
 
 def _fake_observe(x: Tensor, timestep: Tensor, key: str, axis: int) -> Tensor:
-    return x
+    return _alias(x)
 
 
 def channel_affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """`x * scale + shift`, rounded once to the dtype of `x`.
 
-    `scale` and `shift` broadcast to the shape of `x`: `[channels]`, or `[batch, 1, channels]` for a row a sample. This is a
-    balancing factor that no weight could take in.
+    `scale` and `shift` broadcast to the shape of `x`: `[channels]`, or `[batch, 1, channels]` for a row a sample. This
+    is a balancing factor that no weight could take in.
     """
     _check_affine(x, scale, shift)
     dtype = quantizer.compute_dtype(x.dtype)
@@ -157,7 +157,7 @@ def linear(
     group_size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`x_scale * w_scale * sum_k (xq_k - x_zero_point) (wq_k - w_zero_point) + bias`, an integer product, real epilogue.
+    """An integer product, then real numbers: `x_scale * w_scale * sum_k (xq_k - x_zp) (wq_k - w_zp) + bias`.
 
     `xq` is integers `[..., in]`; the weight is as for :func:`dequantize_weight`. With groups, `w_scale` and
     `w_zero_point` belong to the group of k and move into the sum. `bias` broadcasts to the result: `[out]`, or
@@ -221,9 +221,9 @@ def conv2d(
     """The convolution that :func:`linear` is for matrices, on `xq` integers `[batch, in, height, width]`.
 
     `kernel` is `[in / groups, kernel height, kernel width]`; the weight codes are packed as rows of that many,
-    `[out, packed_size(prod(kernel), bits)]`, with `w_scale` and `w_zero_point` `[out, 1]`. `groups` are the convolution's.
-    Padding adds real zeros, which are `x_zero_point` in codes. `bias` is `[out]` or broadcasts to the result. The result is
-    `[batch, out, height, width]` of `out_dtype`.
+    `[out, packed_size(prod(kernel), bits)]`, with `w_scale` and `w_zero_point` `[out, 1]`. `groups` are those of the
+    convolution. Padding adds real zeros, which are `x_zero_point` in codes. `bias` is `[out]` or broadcasts to the
+    result, which is `[batch, out, height, width]` of `out_dtype`.
     """
     _check_activation_grid(xq, x_scale, x_zero_point)
     _check_weight(wq, w_scale, w_zero_point, bits, 0, math.prod(kernel))
@@ -262,6 +262,11 @@ def _fake_conv2d(
         (xq.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[1 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
     return xq.new_empty((xq.shape[0], wq.shape[0], *sizes), dtype=out_dtype)
+
+
+def _alias(x: Tensor) -> Tensor:
+    # The dispatcher forbids kernels to hand back the very object that they were given.
+    return x.view_as(x)
 
 
 def _check_broadcast(what: str, value: Tensor, shape: Sequence[int]) -> None:
