@@ -213,8 +213,7 @@ def weight_range(rows: Tensor, bits: int, method: RangeMethod, symmetric: bool =
     _check_method(method)
     rows = rows.detach()
     if method == "minmax":
-        low, high = torch.aminmax(rows, dim=1)
-        return low, high
+        return _extremes(rows)
     # Small enough for a processor's cache, large enough to fill a GPU.
     elements = 1 << 18 if rows.device.type == "cpu" else 1 << 24
     lows, highs = [], []
@@ -356,6 +355,11 @@ def _check_method(method: str) -> None:
         raise ConfigurationError(f"unknown range method {method!r}. Known: {', '.join(get_args(RangeMethod))}.")
 
 
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    # Two passes, yet ten times faster on a processor than torch.aminmax along an axis, which is not vectorised.
+    return rows.amin(1), rows.amax(1)
+
+
 def _at(ordered: Tensor, share: float) -> float:
     """The quantile of sorted values, with linear interpolation; `torch.quantile` stops at 16 million values."""
     position = share * (ordered.numel() - 1)
@@ -403,7 +407,7 @@ def _percentile_ranges(values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _shrunk_ranges(values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The range of each row of `values` `[rows, n]`, then the same shrunk step by step, as float64 `[rows]` pairs."""
-    low, high = (end.to(torch.float64) for end in torch.aminmax(values, dim=1))
+    low, high = (end.to(torch.float64) for end in _extremes(values))
     for step in range(_WEIGHT_SHRINKS):
         factor = 1.0 - 0.8 * step / (_WEIGHT_SHRINKS - 1)
         yield low * factor, high * factor

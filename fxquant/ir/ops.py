@@ -304,9 +304,9 @@ def _check_conv_input(xq: Tensor, kernel: list[int], groups: int) -> None:
 def _check_weight(wq: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int, in_features: int) -> None:
     grid = (wq.shape[0], quantizer.group_count(in_features, group_size))
     size = packed_size(in_features, bits)
-    if wq.dim() != 2 or wq.shape[1] != size:
+    if wq.dtype != torch.uint8 or wq.dim() != 2 or wq.shape[1] != size:
         raise ConfigurationError(
-            f"a weight of {in_features} inputs and {bits} bits is packed as [out, {size}], not {tuple(wq.shape)}."
+            f"a weight of {in_features} inputs and {bits} bits is packed as uint8 [out, {size}], not {wq.dtype} {tuple(wq.shape)}."
         )
     for name, value in (("scale", scale), ("zero point", zero_point)):
         if tuple(value.shape) != grid:
