@@ -306,7 +306,8 @@ def _check_weight(wq: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grou
     size = packed_size(in_features, bits)
     if wq.dtype != torch.uint8 or wq.dim() != 2 or wq.shape[1] != size:
         raise ConfigurationError(
-            f"a weight of {in_features} inputs and {bits} bits is packed as uint8 [out, {size}], not {wq.dtype} {tuple(wq.shape)}."
+            f"a weight of {in_features} inputs and {bits} bits is packed as uint8 [out, {size}], "
+            f"not {wq.dtype} {tuple(wq.shape)}."
         )
     for name, value in (("scale", scale), ("zero point", zero_point)):
         if tuple(value.shape) != grid:
