@@ -150,7 +150,9 @@ def canonical_call(
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             if value:
-                raise CaptureError(f"the model takes *{name}; give these inputs by keyword so that they can be told apart")
+                raise CaptureError(
+                    f"the model takes *{name}; give these inputs by keyword so that they can be told apart"
+                )
         elif kind is inspect.Parameter.VAR_KEYWORD:
             arguments.update(value)
         else:

@@ -62,9 +62,7 @@ class CapturedGraph:
 
     def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
         """The tensor leaves of a call, in the order of the graph's placeholders."""
-        return [
-            leaf for spec, leaf in zip(self.call.leaves, leaves, strict=True) if isinstance(spec, TensorSpec)
-        ]
+        return [leaf for spec, leaf in zip(self.call.leaves, leaves, strict=True) if isinstance(spec, TensorSpec)]
 
     def output(self, leaves: Sequence[Any]) -> Any:
         """The model's own output, from the leaves that the graph returned."""
@@ -175,9 +173,7 @@ class Architecture:
         except Exception as error:
             raise CaptureError(_explain(error, self.skeleton)) from error
 
-    def _finish(
-        self, program: torch.export.ExportedProgram, call: CallSpec, static_batch: str | None
-    ) -> CapturedGraph:
+    def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, static_batch: str | None) -> CapturedGraph:
         exported = program.module(check_guards=False)
         assert isinstance(exported, fx.GraphModule)
         out_spec = program.call_spec.out_spec
@@ -217,15 +213,15 @@ def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
         if value is None:
             continue
         if value.shape != held.shape:
-            raise CheckpointError(f"tensor {target!r} has shape {tuple(value.shape)}, the model needs {tuple(held.shape)}")
+            raise CheckpointError(
+                f"tensor {target!r} has shape {tuple(value.shape)}, the model needs {tuple(held.shape)}"
+            )
         set_tensor(module, target, value)
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a model by name, shared ones under each of their names."""
-    values: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    values.update(model.named_buffers(remove_duplicate=False))
-    return {name: value.detach() for name, value in values.items()}
+    return {name: value.detach() for name, value in weights_and_buffers(model)}
 
 
 def get_tensor(module: nn.Module, target: str) -> torch.Tensor:
@@ -253,6 +249,26 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
         setattr(holder, name, nn.Parameter(value.detach(), requires_grad=False))
     else:
         holder.register_buffer(name, value.detach())
+
+
+def read_tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that a graph reads, by target, in the order of the graph."""
+    targets = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    return {target: get_tensor(module, target) for target in targets}
+
+
+def drop_unread_tensors(module: fx.GraphModule) -> None:
+    """Delete parameters and buffers that no node reads, and the modules that this leaves empty."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in weights_and_buffers(module) if name not in read]:
+        path, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(path), leaf)
+    module.delete_all_unused_submodules()
+
+
+def weights_and_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, shared ones under each of their names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
 def _is_shape(value: Any) -> bool:
@@ -335,5 +351,3 @@ def _frames(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
 def _is_user_code(filename: str) -> bool:
     libraries = {Path(torch.__file__).parent, Path(__file__).parent}
     return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in libraries)
-
-

@@ -41,12 +41,14 @@ class Rewriter:
         module: The graph module being rewritten.
         pass_name: Recorded as provenance.
         edits: Number of changes made so far; 0 means that the pass did not match.
+        memo: What the pass made already and may use again, by keys of its own.
     """
 
     def __init__(self, module: fx.GraphModule, pass_name: str) -> None:
         self.module = module
         self.pass_name = pass_name
         self.edits = 0
+        self.memo: dict[Any, Any] = {}
 
     @property
     def graph(self) -> fx.Graph:
@@ -93,6 +95,12 @@ class Rewriter:
         """Make ``value`` the tensor of a ``get_attr`` node."""
         set_tensor(self.module, str(attribute.target), value)
         attribute.meta["val"] = self._fake(value)
+        self._note(attribute, [attribute])
+
+    def forget(self, attribute: fx.Node) -> None:
+        """Drop the values of a parameter that is about to lose its last reader; its shape and dtype remain."""
+        with fake_mode_of(self.graph):
+            set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         self._note(attribute, [attribute])
 
     def constant(self, name: str, value: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
@@ -181,9 +189,13 @@ class Rewriter:
         return copy
 
     def _fake(self, value: Tensor) -> Tensor:
-        if isinstance(value, FakeTensor):
+        mode = fake_mode_of(self.graph)
+        if not isinstance(value, FakeTensor):
+            return mode.from_tensor(value, static_shapes=True)
+        if value.fake_mode is mode:
             return value
-        return fake_mode_of(self.graph).from_tensor(value, static_shapes=True)
+        with mode:  # A weight of the skeleton, which has a mode of its own.
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     def _free_target(self, name: str) -> str:
         taken = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
@@ -202,9 +214,9 @@ class Rewriter:
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The mode under which the graph's fake values were made."""
+    """The mode under which the graph's fake values were made: that of its inputs, which knows the open batch."""
     for node in graph.nodes:
-        value = node.meta.get("val")
+        value = node.meta.get("val") if node.op == "placeholder" else None
         if isinstance(value, FakeTensor):
             mode = value.fake_mode
             assert isinstance(mode, FakeTensorMode)

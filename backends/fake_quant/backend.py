@@ -1,0 +1,33 @@
+"""The oracle."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.backend import Backend
+from fxquant.ir.stages import SPECS, Stage, StageSpec
+from fxquant.plan import LayerPlan, Plan
+
+
+class FakeQuant(Backend):
+    """Runs the reference ops themselves: lowering leaves the graph as it is."""
+
+    name: ClassVar[str] = "fake-quant"
+    spec: ClassVar[StageSpec] = StageSpec("lowered to fake-quant", SPECS[Stage.QUANTIZED].ops)
+
+    def refuse(self, layer: LayerPlan) -> str | None:
+        """Every bit width and granularity runs."""
+        return None
+
+    def lower(self, module: fx.GraphModule, plan: Plan) -> None:
+        """The quantized graph is the lowered one."""
+
+    def kernel(self, layer: LayerPlan) -> str:
+        """The reference op of the layer."""
+        if layer.weight_bits is None:
+            return "aten float"
+        if layer.activation_bits is None:
+            return "dequantize + aten float"
+        return f"fxquant::{'conv2d' if layer.kind == 'conv' else 'linear'} (reference)"

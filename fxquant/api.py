@@ -1,0 +1,239 @@
+"""What users call: trace a model, compile it to a quantized one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.backend import Backend, resolve_backend
+from fxquant.calibrate import Calibration, output_sqnr, run_calibration
+from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
+from fxquant.errors import AlreadyCompiledError, CalibrationError, ConfigurationError
+from fxquant.model import GraphModel, bound_graph
+from fxquant.observers import Statistics
+from fxquant.pipeline import Instrument, PassRecord, Pipeline
+from fxquant.plan import Plan, tensor_bytes
+from fxquant.quantizer import require_finite
+from fxquant.recipes import Recipe, make_recipe
+
+_POOR_DB = 10.0
+
+
+class QualityWarning(UserWarning):
+    """The quantized model's output is far from the float model's."""
+
+
+def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
+    """Wrap a diffusion transformer as FX graphs, without changing its function.
+
+    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit.
+
+    Args:
+        model: A diffusion transformer in evaluation mode. Its weights are shared, not copied.
+        timestep: Name of the ``forward`` argument that holds the timestep, or None.
+
+    Raises:
+        AlreadyCompiledError: If the model is an fxquant model already.
+        ConfigurationError: If the model is in training mode.
+    """
+    _refuse_compiled(model)
+    architecture = Architecture.of(model, timestep)
+    weights = weights_of(model)
+
+    def make_graph(_: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+        captured = architecture.capture(names, leaves, structure)
+        bind(captured.module, weights)
+        return captured
+
+    return GraphModel(architecture, dtype_of(weights), None, make_graph)
+
+
+def compile(
+    model: nn.Module,
+    *,
+    recipe: str | Recipe | None = None,
+    backend: str | Backend = "fake-quant",
+    calibrate: Callable[[], Any] | None = None,
+    plan: Plan | None = None,
+    layers: str = "default",
+    timestep: str = "timestep",
+    measure: int = 8,
+    statistics: Statistics | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> GraphModel:
+    """Quantize a diffusion transformer; shaped like ``torch.compile``: a module in, a drop-in module out.
+
+    The graph is captured from the first call that ``calibrate`` makes. While it runs, the model's calls go through a
+    graph with observers; when it returns, the model is as it was, and the quantized one shares what stayed float.
+
+    Args:
+        model: A diffusion transformer in evaluation mode, such as ``pipe.transformer``.
+        recipe: A name with a precision, such as ``"ptq4dit-w4a8"``, or a :class:`~fxquant.recipes.Recipe`.
+        backend: ``"fake-quant"``, another registered name, or a backend.
+        calibrate: Any callable that runs the model the way it will be used.
+        plan: In place of recipe and calibration: a plan from an earlier run, edited or not, to carry out again.
+        layers: ``"default"`` (transformer blocks; embedders with float arithmetic and 8-bit weights), ``"blocks"``
+            (embedders wholly float) or ``"all"``.
+        timestep: Name of the ``forward`` argument that holds the timestep.
+        measure: Number of calibration calls on which the output error is measured afterwards; 0 for none.
+        statistics: Receives what the observers record, to look at it or to merge runs; a new one if None.
+        instruments: Watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline`).
+
+    Returns:
+        The quantized model, to put in the pipeline in place of ``model``.
+
+    Raises:
+        AlreadyCompiledError: If the model is an fxquant model already.
+        ConfigurationError: If options contradict each other or are out of range.
+        UnknownNameError: If there is no such recipe or backend.
+        CalibrationError: If calibration is missing, fails, or reaches no layer.
+        MissingTimestepError: If the model has no input of the name ``timestep``.
+        CaptureError: If the model cannot be traced.
+        NonFiniteError: If a weight or activation holds NaN or infinity.
+        BackendError: If the backend cannot run what the recipe asks for.
+    """
+    _refuse_compiled(model)
+    runner = resolve_backend(backend)
+    if plan is not None:
+        if recipe is not None or calibrate is not None:
+            raise ConfigurationError("give either a plan, or a recipe with calibrate")
+        return _replay(model, plan, runner, instruments)
+    if recipe is None:
+        raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
+    chosen = make_recipe(recipe, layers)
+    if calibrate is None:
+        raise CalibrationError(
+            "static activation ranges come from calibration, and the graph from its first call; pass calibrate=, "
+            "a function that runs the model, such as lambda: pipe(class_labels=labels, num_inference_steps=25)"
+        )
+    weights = weights_of(model)
+    for name, tensor in weights.items():
+        require_finite(tensor, f"weight {name!r} of the model")
+    architecture = Architecture.of(model, timestep)
+    made = Plan(str(chosen), class_path(model), timestep)
+    made.backend = runner.name
+    calibration = Calibration(model, architecture, made, chosen.prepare, measure, instruments, statistics)
+    run_calibration(calibration, model, calibrate)
+    made.calls = [captured.call for captured in calibration.prepared]
+    made.timesteps = calibration.statistics.timesteps.tolist()
+    made.statistics = calibration.statistics
+    made.bytes_before = tensor_bytes(weights)
+    runner.check(made.layers)
+    try:
+        quantized = _convert(calibration, chosen, runner, dtype_of(weights), instruments)
+    finally:
+        made.statistics = None
+    made.bytes_after = tensor_bytes(quantized.tensors())
+    made.output_sqnr_db = output_sqnr(quantized, calibration.samples)
+    _warn_if_poor(made)
+    return quantized
+
+
+def _convert(
+    calibration: Calibration, recipe: Recipe, backend: Backend, dtype: torch.dtype, instruments: Sequence[Instrument]
+) -> GraphModel:
+    plan = calibration.plan
+    pipeline = Pipeline(recipe.convert, instruments)
+    quantized = GraphModel(calibration.architecture, dtype, plan, _further_graph(recipe, backend))
+    calibration.forget_observed()
+    for captured in calibration.prepared:
+        records = pipeline.run(captured.module, plan)
+        backend.finish(captured.module, plan)
+        plan.passes = plan.passes or [_log_entry(record) for record in records]
+        quantized.add(captured)
+    return quantized
+
+
+def _replay(model: nn.Module, plan: Plan, backend: Backend, instruments: Sequence[Instrument]) -> GraphModel:
+    """Carry out a recorded plan on a float model."""
+    if not plan.calls:
+        raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
+    recipe = Recipe.parse(plan.recipe)
+    backend.check(plan.layers)
+    weights = weights_of(model)
+    architecture = Architecture.of(model, plan.timestep)
+    quantized = GraphModel(architecture, dtype_of(weights), plan, _further_graph(recipe, backend))
+    device = next(iter(weights.values())).device
+    for call in plan.calls:
+        captured = architecture.capture_spec(call, device)
+        bind(captured.module, weights)
+        convert_graph(captured, plan, recipe, backend, instruments)
+        quantized.add(captured)
+    plan.bytes_after = tensor_bytes(quantized.tensors())
+    return quantized
+
+
+def convert_graph(
+    captured: CapturedGraph, plan: Plan, recipe: Recipe, backend: Backend, instruments: Sequence[Instrument] = ()
+) -> list[PassRecord]:
+    """Take one captured graph all the way, as the plan says; with or without real weights."""
+    records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
+    backend.finish(captured.module, plan)
+    return records
+
+
+def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGraph]:
+    """How a quantized model makes a graph for a call that fits none: trace, replay the plan, share the tensors."""
+
+    def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+        assert owner.plan is not None
+        captured = owner.architecture.capture(names, leaves, structure)
+        convert_graph(captured, owner.plan, recipe, backend)
+        return bound_graph(captured, owner.tensors())
+
+    return make_graph
+
+
+def model_from_plan(
+    architecture: Architecture, plan: Plan, backend: Backend, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+) -> GraphModel:
+    """Build a quantized model from a plan and its tensors alone, without float weights.
+
+    Raises:
+        CheckpointError: If a tensor is missing or has another shape.
+    """
+    recipe = Recipe.parse(plan.recipe)
+    quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend))
+    device = next(iter(tensors.values())).device
+    for call in plan.calls:
+        captured = architecture.capture_spec(call, device)
+        convert_graph(captured, plan, recipe, backend)
+        bind(captured.module, tensors)
+        quantized.add(captured)
+    return quantized
+
+
+def class_path(model: nn.Module) -> str:
+    """Where a model's class is found again: ``diffusers:DiTTransformer2DModel``, or its module and name."""
+    cls = type(model)
+    root = cls.__module__.partition(".")[0]
+    return f"{root if root == 'diffusers' else cls.__module__}:{cls.__qualname__}"
+
+
+def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """Dtype of the first floating-point tensor."""
+    return next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if isinstance(model, GraphModel):
+        raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
+
+
+def _log_entry(record: PassRecord) -> dict[str, Any]:
+    return {"pass": record.text, "seconds": round(record.seconds, 3), "edits": record.edits, "ops": record.ops}
+
+
+def _warn_if_poor(plan: Plan) -> None:
+    values = list(plan.output_sqnr_db.values())
+    if values and sum(values) / len(values) < _POOR_DB:
+        warnings.warn(
+            f"the quantized model's output has {sum(values) / len(values):.1f} dB SQNR against float; images will "
+            "differ visibly. More weight bits, groups (-g64) or another recipe help; see fxquant.report(model)",
+            QualityWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,192 @@
+"""Calibration: while the user's own code runs the model, its calls go through the observed graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxquant.calls import BATCH, TensorSpec
+from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
+from fxquant.errors import CalibrationError, FxquantError
+from fxquant.ir.ops import recording
+from fxquant.observers import Statistics
+from fxquant.pipeline import PASSES, Instrument, Pass, Pipeline
+from fxquant.plan import Plan
+from fxquant.quantizer import sqnr_db
+
+_KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
+
+
+@dataclass
+class Sample:
+    """Part of one calibration call, with the float model's output.
+
+    Attributes:
+        timestep: The denoising step; that of the first sample kept.
+        arguments: Keyword arguments of the call, with a few samples of the batch.
+        output: The first tensor of the float output.
+    """
+
+    timestep: float
+    arguments: dict[str, Any]
+    output: Tensor
+
+
+class Calibration:
+    """Records what passes decide from, while calls of the model go through observed graphs.
+
+    Attributes:
+        prepared: The captured graphs, after the passes that come before calibration; one a kind of call.
+        statistics: What the observers recorded.
+        samples: Calls kept to measure the output error on.
+        calls: Number of calls of the model so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        plan: Plan,
+        prepare: Sequence[Pass],
+        keep: int,
+        instruments: Sequence[Instrument] = (),
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.architecture = architecture
+        self.plan = plan
+        self.prepare = Pipeline(prepare, instruments)
+        self.weights = weights_of(model)
+        self.prepared: list[CapturedGraph] = []
+        self.statistics = Statistics() if statistics is None else statistics
+        self.samples: list[Sample] = []
+        self.calls = 0
+        self._observed: list[fx.GraphModule] = []
+        self._keep, self._stride = keep, 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one call of the model on its observed graph."""
+        names, leaves, structure = self.architecture.canonical(args, kwargs)
+        number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves)), None)
+        if number is None:
+            number = self._capture(names, leaves, structure)
+        captured = self.prepared[number]
+        with recording(self.statistics.record), torch.no_grad():
+            output = self._observed[number](*captured.inputs(leaves))
+        self._keep_sample(captured, names, leaves, structure, output)
+        self.calls += 1
+        return captured.output(output)
+
+    def forget_observed(self) -> None:
+        """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
+        self._observed.clear()
+        self.weights = {}
+
+    def _capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> int:
+        captured = self.architecture.capture(names, leaves, structure)
+        bind(captured.module, self.weights)
+        self.prepare.run(captured.module, self.plan)
+        observed = copy_graph(captured.module)
+        Pipeline([PASSES["insert-observers"]()]).run(observed, self.plan)
+        self.prepared.append(captured)
+        self._observed.append(observed)
+        return len(self.prepared) - 1
+
+    def _keep_sample(
+        self,
+        captured: CapturedGraph,
+        names: tuple[str, ...],
+        leaves: Sequence[Any],
+        structure: Any,
+        output: Sequence[Any],
+    ) -> None:
+        """Keep every so many calls; when there are too many, drop every other one and keep half as often."""
+        if not self._keep or self.calls % self._stride:
+            return
+        if len(self.samples) >= 2 * self._keep:
+            self.samples = self.samples[::2]
+            self._stride *= 2
+            if self.calls % self._stride:
+                return
+        batch = captured.call.batch_size(leaves)
+        chosen = torch.linspace(0, batch - 1, min(batch, _KEPT_SAMPLES)).long() if batch else None
+
+        def take(leaf: Any, spec: Any) -> Any:
+            if isinstance(leaf, Tensor) and isinstance(spec, TensorSpec) and BATCH in spec.shape and chosen is not None:
+                return leaf.index_select(spec.shape.index(BATCH), chosen.to(leaf.device))
+            return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+        kept = [take(leaf, spec) for leaf, spec in zip(leaves, captured.call.leaves, strict=True)]
+        first = next(leaf for leaf in output if isinstance(leaf, Tensor))
+        if chosen is not None and first.dim() and first.shape[0] == batch:
+            first = first.index_select(0, chosen.to(first.device))
+        step = kept[names.index(str(self.plan.timestep))]
+        arguments = pytree.tree_map(lambda position: kept[position], structure)
+        self.samples.append(Sample(float(step.flatten()[0]), arguments, first.clone()))
+
+
+@contextmanager
+def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of the model run another function; whatever happens, the model is left as it was."""
+    own = model.__dict__.get("forward")
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
+
+
+def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Callable[[], Any]) -> None:
+    """Run the user's callable and see to it that it called the model.
+
+    Raises:
+        CalibrationError: If the callable raised, or never called the model. The model is left as it was.
+    """
+    if not callable(calibrate):
+        raise CalibrationError(
+            f"calibrate is a {type(calibrate).__name__}; pass a function that runs the model, such as "
+            "calibrate=lambda: pipe(class_labels=labels, num_inference_steps=25)"
+        )
+    try:
+        with calls_redirected(model, calibration.forward):
+            calibrate()
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"calibrate raised {type(error).__name__}: {error}. The model is unchanged; mend the callable and try again."
+        ) from error
+    if not calibration.calls:
+        raise CalibrationError(
+            f"calibrate returned without calling the model ({type(model).__name__}); it has to run this very object, "
+            "for example through the pipeline that holds it"
+        )
+
+
+def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, float]:
+    """SQNR in dB of a model's output against the float one, by timestep, the noisiest first."""
+    by_step: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for sample in samples:
+        with torch.no_grad():
+            output = model(**sample.arguments)
+        first = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        by_step.setdefault(sample.timestep, []).append((sample.output.flatten(), first.flatten()))
+    found = {}
+    for step in sorted(by_step, reverse=True):
+        reference, actual = (torch.cat(side) for side in zip(*by_step[step], strict=True))
+        found[step] = sqnr_db(reference, actual)
+    return found
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own over the same tensors."""
+    return fx.GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)

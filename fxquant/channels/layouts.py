@@ -1,0 +1,141 @@
+"""How requests move through reshapes and broadcasts, worked out on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fxquant.channels.wants import IDENTITY, UNREAD, Want
+
+Array = npt.NDArray[np.generic]
+
+
+def static(size: Any) -> int | None:
+    """A size as an int, or None when it is symbolic (the open batch)."""
+    return size if isinstance(size, int) else None
+
+
+def reshape_back(want: Want, output: Sequence[Any], source: Sequence[Any]) -> Want | None:
+    """Move a want on the result of a reshape to its source; None if it has no such form there.
+
+    Both shapes are cut into the smallest runs of axes of equal product, as ``[B*T, H*D]`` against ``[B, T, H, D]``
+    into ``B*T | B, T`` and ``H*D | H, D``. A run that the want does not vary along stays of size 1; another one is
+    spread out to its full size, which must be static, and laid out anew.
+    """
+    runs = _runs(list(output), list(source))
+    if runs is None:
+        return None
+    spread: list[int] = []
+    target: list[int] = []
+    for out_axes, src_axes in runs:
+        if any(want.varies(axis) for axis in out_axes):
+            sizes = [static(output[axis]) for axis in out_axes]
+            source_sizes = [static(source[axis]) for axis in src_axes]
+            if None in sizes or None in source_sizes:
+                return None
+            spread += [size for size in sizes if size is not None]
+            target += [size for size in source_sizes if size is not None]
+        else:
+            spread += [1] * len(out_axes)
+            target += [1] * len(src_axes)
+
+    def move(array: Array) -> Array:
+        return np.broadcast_to(array, spread).reshape(target)
+
+    return compress(want.map(move))
+
+
+def compress(want: Want) -> Want:
+    """The same want with every axis along which it is constant reduced to size 1."""
+    for axis, size in enumerate(want.scale.shape):
+        if size > 1:
+            first = want.map(lambda array, axis=axis: np.take(array, [0], axis=axis))  # type: ignore[misc]
+            if (want.scale == first.scale).all() and (want.offset == first.offset).all():
+                want = first
+    return want
+
+
+def broadcast_back(want: Want, operand: Sequence[Any]) -> Want | None:
+    """Move a want on the result of an elementwise op to one operand, which may have been broadcast.
+
+    None if the want differs along an axis on which the operand has a single element.
+    """
+    extra = want.scale.ndim - len(operand)
+    if any(want.varies(axis) for axis in range(extra)):
+        return None
+    for axis, size in enumerate(operand):
+        if static(size) == 1 and want.varies(axis + extra):
+            return None
+    return want.map(lambda array: array.reshape(array.shape[extra:]))
+
+
+def embed(want: Want, axis: int, start: int, step: int, size: int) -> Want:
+    """A want on a slice along ``axis`` as one on the whole, which nothing else reads.
+
+    Args:
+        want: The want on the slice; expanded along the axis to the slice's own length by the caller.
+        axis: The sliced axis, not negative.
+        start: First index of the slice.
+        step: Distance between indices.
+        size: Size of the whole along the axis.
+    """
+    length = want.scale.shape[axis]
+    shape = list(want.scale.shape)
+    shape[axis] = size
+    scale = np.full(shape, UNREAD, dtype=np.int64)
+    offset = np.zeros(shape)
+    place = (slice(None),) * axis + (slice(start, start + length * step, step),)
+    scale[place] = want.scale
+    offset[place] = want.offset
+    return Want(scale, offset)
+
+
+def stretch(want: Want, axis: int, size: int) -> Want:
+    """The want spread out along one axis to its full size."""
+    shape = list(want.scale.shape)
+    shape[axis] = size
+    return want.map(lambda array: np.broadcast_to(array, shape))
+
+
+def forget_unread(want: Want) -> Want:
+    """Positions that nobody reads may stay as they are."""
+    return Want(np.where(want.scale == UNREAD, IDENTITY, want.scale), want.offset)
+
+
+def _runs(output: list[Any], source: list[Any]) -> list[tuple[list[int], list[int]]] | None:
+    """Cut two shapes of equal product into the shortest runs of axes of equal product; None where none is found."""
+    runs: list[tuple[list[int], list[int]]] = []
+    o = s = 0
+    while o < len(output) and s < len(source):
+        out_axes, src_axes = [o], [s]
+        out_product, src_product = output[o], source[s]
+        o, s = o + 1, s + 1
+        while not _equal(out_product, src_product):
+            if _hint(out_product) < _hint(src_product) and o < len(output):
+                out_product = out_product * output[o]
+                out_axes.append(o)
+                o += 1
+            elif _hint(out_product) > _hint(src_product) and s < len(source):
+                src_product = src_product * source[s]
+                src_axes.append(s)
+                s += 1
+            else:
+                return None
+        runs.append((out_axes, src_axes))
+    if o < len(output) or s < len(source):  # Only axes of size 1 can be left over.
+        runs.append((list(range(o, len(output))), list(range(s, len(source)))))
+    return runs
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return str(left) == str(right)
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 2

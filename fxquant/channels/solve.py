@@ -1,0 +1,368 @@
+"""The walk: from the inputs of linears back to what can be rewritten offline.
+
+Every channel of every balanced value is a variable. Going through the graph once, from its end to its start, each
+request is merged with those of the value's other readers and handed to the rule of the op that makes the value. Where
+two requests meet, their variables are tied; where one cannot be met, its variables are tied to the identity. Which
+variables are equal in the end is a question of connected components, asked once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx
+
+from fxquant.channels.layouts import forget_unread
+from fxquant.channels.rules import outcome, shape_of
+from fxquant.channels.wants import (
+    IDENTITY,
+    UNREAD,
+    Barrier,
+    Choose,
+    Cost,
+    End,
+    Indices,
+    Push,
+    Want,
+)
+
+_SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
+_PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
+_SHAPE_READERS = ("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size")
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A value that is to be multiplied per channel, and those of its readers that undo it.
+
+    Attributes:
+        name: Stable name, that of the first linear which reads the value.
+        value: The value.
+        readers: The nodes that read ``a * value`` and undo it.
+        axis: The channel axis of the value.
+    """
+
+    name: str
+    value: fx.Node
+    readers: tuple[fx.Node, ...]
+    axis: int = -1
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return int(shape_of(self.value)[self.axis])
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One thing to rewrite: a fold into parameters, or a multiplication inserted between a value and some readers.
+
+    Attributes:
+        node: The node whose value is to be scaled.
+        want: By what.
+        cost: What it costs at run time.
+        end: How to fold it into parameters; None to multiply at run time.
+        readers: The users of the node that are to read the scaled value.
+    """
+
+    node: fx.Node
+    want: Want
+    cost: Cost
+    end: End | None
+    readers: tuple[fx.Node, ...] = ()
+
+    @property
+    def into(self) -> str:
+        """What absorbs the factor, in words."""
+        return self.end.into if self.end else f"a multiplication after {self.node.name}"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What the walk found for one seed.
+
+    Attributes:
+        seed: The seed.
+        classes: For each channel the class of channels that must share its factor; 0 where it has to stay 1.
+        cost: The dearest edit that it takes; ``NOT`` when no channel can be scaled.
+        into: What absorbs it.
+        reason: Why some or all channels cannot be scaled, or None.
+    """
+
+    seed: Seed
+    classes: Indices
+    cost: Cost
+    into: tuple[str, ...]
+    reason: str | None
+
+    @property
+    def granted(self) -> npt.NDArray[np.bool_]:
+        """Which channels may be scaled."""
+        return self.classes > IDENTITY
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Grants for all seeds, and the edits that carry them out."""
+
+    grants: Mapping[str, Grant]
+    edits: Sequence[Edit]
+    _class_of: Indices
+    _base: Mapping[str, int]
+
+    def groups(self) -> list[list[str]]:
+        """Names of seeds that have to be decided together, because channels of theirs share a factor."""
+        graph = nx.Graph()
+        graph.add_nodes_from(self.grants)
+        owner: dict[int, str] = {}
+        for name, grant in self.grants.items():
+            for number in np.unique(grant.classes[grant.granted]).tolist():
+                graph.add_edge(owner.setdefault(number, name), name)
+        order = {name: position for position, name in enumerate(self.grants)}
+        return [sorted(group, key=order.__getitem__) for group in nx.connected_components(graph)]
+
+    def factors(self, edit: Edit, chosen: Mapping[str, Tensor]) -> Tensor:
+        """The factor a of an edit, float64 and laid out as its want.
+
+        Args:
+            edit: One of the edits.
+            chosen: For each seed its factor per channel, float64 ``[channels]``; equal over each class.
+        """
+        table = torch.ones(int(self._class_of.max()) + 1, dtype=torch.float64)
+        for name, factor in chosen.items():
+            table[torch.from_numpy(self.grants[name].classes)] = factor.to(torch.float64)
+        table[IDENTITY] = 1.0
+        return table[torch.from_numpy(self._class_of[edit.want.scale])]
+
+
+def solve(graph: fx.Graph, seeds: Sequence[Seed], dearest: Cost = Cost.VECTOR) -> Solution:
+    """Find out which channels of the seeds can be scaled, at what cost, and by which edits.
+
+    Nothing is changed and no tensor value is read.
+
+    Args:
+        graph: A captured graph with shapes in ``meta["val"]``.
+        seeds: The values to scale.
+        dearest: The dearest edit allowed; what would cost more is left unscaled, with the reason.
+    """
+    return _Walk(graph, seeds, dearest).run()
+
+
+class _Walk:
+    def __init__(self, graph: fx.Graph, seeds: Sequence[Seed], dearest: Cost) -> None:
+        self.graph = graph
+        self.seeds = seeds
+        self.dearest = dearest
+        self.batch = _batch_hint(graph)
+        self.wants: dict[fx.Node, dict[fx.Node, list[Want]]] = defaultdict(lambda: defaultdict(list))
+        self.ties: list[tuple[Indices, Indices]] = []
+        self.blocked: list[tuple[Indices, str]] = []
+        self.edits: list[Edit] = []
+        self.base: dict[str, int] = {}
+        total = IDENTITY + 1
+        for seed in seeds:
+            self.base[seed.name] = total
+            shape = [1] * len(shape_of(seed.value))
+            shape[seed.axis] = seed.channels
+            ids = np.arange(total, total + seed.channels, dtype=np.int64).reshape(shape)
+            for reader in seed.readers:
+                self.wants[seed.value][reader].append(Want.of(ids))
+            total += seed.channels
+        self.total = total
+
+    def run(self) -> Solution:
+        for node in reversed(self.graph.nodes):
+            asked = self.wants.pop(node, None)
+            if asked:
+                self._visit(node, asked)
+        return self._resolve()
+
+    def _visit(self, node: fx.Node, asked: Mapping[fx.Node, list[Want]]) -> None:
+        wants = [want for pushed in asked.values() for want in pushed]
+        others = [reader for reader in readers_of(node) if reader not in asked]
+        for other in list(others):
+            share = _identity_share(other, node)
+            if share is not None:
+                wants.append(share)
+                others.remove(other)
+        merged = self._merge(wants)
+        if merged.trivial:
+            return
+        if others:
+            names = ", ".join(reader.name for reader in others[:3])
+            if node.op == "get_attr":  # A private copy for those who ask.
+                self._end(node, merged, outcome(node, merged), tuple(asked))
+            else:
+                self._stop(node, merged, tuple(asked), f"{node.name} is also read by {names}")
+            return
+        found = outcome(node, merged)
+        if isinstance(found, Choose):
+            found = min(found.ways, key=lambda way: self._price(node, way))
+        if isinstance(found, Push):
+            self.ties += found.ties
+            for source, want in found.inputs:
+                self.wants[source][node].append(want)
+        else:
+            self._end(node, merged, found, tuple(asked))
+
+    def _end(self, node: fx.Node, want: Want, found: object, readers: tuple[fx.Node, ...]) -> None:
+        if isinstance(found, End):
+            self.edits.append(Edit(node, want, Cost.FREE, found, _direct(node, readers)))
+        else:
+            assert isinstance(found, Barrier)
+            self._stop(node, want, readers, found.reason)
+
+    def _stop(self, node: fx.Node, want: Want, readers: tuple[fx.Node, ...], reason: str) -> None:
+        """Multiply here at run time if that is cheap enough, otherwise leave these channels as they are."""
+        cost = self._run_time_cost(node, want)
+        if cost <= self.dearest:
+            self.edits.append(Edit(node, want, cost, None, _direct(node, readers)))
+        else:
+            self._block(want.variables, reason)
+
+    def _block(self, variables: Indices, reason: str) -> None:
+        self.ties.append((variables, np.full_like(variables, IDENTITY)))
+        self.blocked.append((variables, reason))
+
+    def _merge(self, wants: Sequence[Want]) -> Want:
+        """One want that satisfies all: where two ask for different variables, these are tied."""
+        shape = np.broadcast_shapes(*(want.scale.shape for want in wants))
+        scale = np.full(shape, UNREAD, dtype=np.int64)
+        offset = np.zeros(shape)
+        for want in wants:
+            other = np.broadcast_to(want.scale, shape)
+            shift = np.broadcast_to(want.offset, shape)
+            both = (scale != UNREAD) & (other != UNREAD)
+            differ = both & (scale != other)
+            if differ.any():
+                self.ties.append((scale[differ], other[differ]))
+                identity = differ & ((scale == IDENTITY) | (other == IDENTITY))
+                if identity.any():
+                    self.blocked.append((np.unique(np.maximum(scale, other)[identity]), "part of it is read unscaled"))
+            apart = both & (offset != shift) & (scale > IDENTITY)
+            if apart.any():
+                self._block(np.unique(scale[apart]), "its readers ask for different constant shifts")
+            new = scale == UNREAD
+            scale = np.where(new, other, scale)
+            offset = np.where(new, shift, offset)
+        return forget_unread(Want(scale, offset))
+
+    def _run_time_cost(self, node: fx.Node, want: Want) -> Cost:
+        """VECTOR if the value holds one element a sample and channel, TOKENS if more."""
+        elements = 1
+        for axis, size in enumerate(shape_of(node)):
+            if not want.varies(axis):
+                elements *= size if isinstance(size, int) else int(size.node.hint)
+        return Cost.VECTOR if elements <= self.batch else Cost.TOKENS
+
+    def _price(self, node: fx.Node, way: Push) -> tuple[int, int, int]:
+        """What a way would cost: blocked or run-time multiplications, vectors, new operands. Less is better."""
+        return _add([self._price_of(source, want, node) for source, want in way.inputs])
+
+    def _price_of(self, node: fx.Node, want: Want, reader: fx.Node) -> tuple[int, int, int]:
+        if want.trivial:
+            return (0, 0, 0)
+        others = (other for other in readers_of(node) if other is not reader)
+        if node.op != "get_attr" and any(_identity_share(other, node) is None for other in others):
+            return self._price_here(node, want)
+        found = outcome(node, want)
+        if isinstance(found, End):
+            return (0, 0, found.operands)
+        if isinstance(found, Barrier):
+            return self._price_here(node, want)
+        if isinstance(found, Choose):
+            return min(self._price(node, way) for way in found.ways)
+        return self._price(node, found)
+
+    def _price_here(self, node: fx.Node, want: Want) -> tuple[int, int, int]:
+        cost = self._run_time_cost(node, want)
+        return (0, 1, 0) if cost is Cost.VECTOR and self.dearest >= Cost.VECTOR else (1, 0, 0)
+
+    def _resolve(self) -> Solution:
+        left = np.concatenate([np.empty(0, np.int64), *(tie[0].ravel() for tie in self.ties)])
+        right = np.concatenate([np.empty(0, np.int64), *(tie[1].ravel() for tie in self.ties)])
+        real = (left != UNREAD) & (right != UNREAD)
+        class_of = _components(self.total, left[real], right[real])
+        between = real & (left != IDENTITY) & (right != IDENTITY)
+        apart = _components(self.total, left[between], right[between])
+        reason_of: dict[int, str] = {}
+        for variables, reason in self.blocked:
+            for number in np.unique(apart[variables]).tolist():
+                reason_of.setdefault(number, reason)
+        edits = [edit for edit in self.edits if (class_of[edit.want.scale] != IDENTITY).any()]
+        touching: dict[int, list[Edit]] = defaultdict(list)
+        for edit in edits:
+            for number in np.unique(class_of[edit.want.scale]).tolist():
+                touching[number].append(edit)
+        grants = {}
+        for seed in self.seeds:
+            own = slice(self.base[seed.name], self.base[seed.name] + seed.channels)
+            classes = class_of[own]
+            numbers = np.unique(classes[classes != IDENTITY]).tolist()
+            mine = list(dict.fromkeys(edit for number in numbers for edit in touching[number]))
+            missing = np.unique(apart[own][classes == IDENTITY]).tolist()
+            reason = next((reason_of[number] for number in missing if number in reason_of), None)
+            cost = max((edit.cost for edit in mine), default=Cost.NOT)
+            into = tuple(dict.fromkeys(edit.into for edit in mine))
+            grants[seed.name] = Grant(seed, classes, cost, into, reason)
+        return Solution(grants, edits, class_of, self.base)
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value's elements: parts of a chunk each for themselves, and nobody who asks its shape."""
+    found = []
+    for user in node.users:
+        name = str(getattr(user.target, "_name", ""))
+        if name.startswith(_SHAPE_READERS):
+            continue
+        if any(sharer in name for sharer in _SHARERS):
+            found += list(user.users)
+        else:
+            found.append(user)
+    return found
+
+
+def _direct(node: fx.Node, readers: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """The users of a value through which these readers read it: a chunk, where they read its parts."""
+    through = (reader if node in reader.all_input_nodes else reader.all_input_nodes[0] for reader in readers)
+    return tuple(dict.fromkeys(through))
+
+
+def _identity_share(reader: fx.Node, node: fx.Node) -> Want | None:
+    """What a reader that asks nothing reads of ``node``, if that is only a part; None if it may read everything."""
+    name = str(getattr(reader.target, "_name", ""))
+    shared = node not in reader.all_input_nodes  # Read through a chunk.
+    if not shared and not name.startswith(_PART_READERS):
+        return None
+    found = outcome(reader, Want.identity(len(shape_of(reader))))
+    return found.inputs[0][1] if isinstance(found, Push) else None
+
+
+def _components(total: int, left: Indices, right: Indices) -> Indices:
+    """Component number of each variable; that of :data:`IDENTITY` is 0."""
+    links = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(total, total))
+    _, labels = connected_components(links, directed=False)
+    zero = labels[IDENTITY]
+    swapped = np.where(labels == zero, IDENTITY, np.where(labels == IDENTITY, zero, labels))
+    return np.asarray(swapped, dtype=np.int64)
+
+
+def _add(prices: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
+    total = np.sum(list(prices), axis=0)
+    return int(total[0]), int(total[1]), int(total[2])
+
+
+def _batch_hint(graph: fx.Graph) -> int:
+    for node in graph.nodes:
+        if node.op == "placeholder" and len(shape_of(node)) >= 2:
+            size = shape_of(node)[0]
+            return size if isinstance(size, int) else int(size.node.hint)
+    return 1

@@ -1,0 +1,130 @@
+"""What is asked of a value: which factor variable each of its channels is to be multiplied by."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from fxquant.ir.rewriter import Rewriter
+
+Indices = npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.float64]
+
+IDENTITY = 0
+"""The variable whose factor is 1: a channel that must stay as it is."""
+
+UNREAD = -1
+"""Marks positions that a reader does not read, and therefore asks nothing of."""
+
+
+class Cost(enum.IntEnum):
+    """What a rewrite costs at run time, the cheapest first."""
+
+    FREE = 0
+    """All in weights that exist already, or in a norm that had none."""
+    VECTOR = 1
+    """A multiplication on a ``[batch, channels]`` vector, such as a modulation vector shared by all blocks."""
+    TOKENS = 2
+    """A multiplication on a whole activation ``[batch, tokens, channels]``."""
+    NOT = 3
+    """Not possible at any price that was allowed."""
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, eq=False)
+class Want:
+    """The request that a value v yield ``a * v + (a - 1) * offset``.
+
+    ``a`` is known only later; here it is a variable a channel. Both arrays have one axis for each axis of the value,
+    of its size where the request differs along the axis and of size 1 elsewhere, so they broadcast against it.
+
+    Attributes:
+        scale: Variable of each channel; :data:`IDENTITY` or :data:`UNREAD` where nothing is asked.
+        offset: The constant k that accumulates on the way through ``u + k``, such as the 1 of ``1 + gamma``.
+    """
+
+    scale: Indices
+    offset: Offsets
+
+    @classmethod
+    def of(cls, scale: Indices, offset: Offsets | float = 0.0) -> Want:
+        """A want with the same offset everywhere unless given an array."""
+        return cls(scale, np.broadcast_to(np.asarray(offset, dtype=np.float64), scale.shape))
+
+    @classmethod
+    def identity(cls, rank: int) -> Want:
+        """The request to leave a value of this rank as it is."""
+        return cls.of(np.full((1,) * rank, IDENTITY, dtype=np.int64))
+
+    def map(self, function: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]) -> Want:
+        """The same request in another layout: ``function`` moves both arrays alike."""
+        return Want(function(self.scale).astype(np.int64), function(self.offset).astype(np.float64))
+
+    def varies(self, axis: int) -> bool:
+        """Whether the request differs along an axis."""
+        return self.scale.shape[axis] > 1
+
+    @property
+    def trivial(self) -> bool:
+        """Whether nothing is asked."""
+        return bool((self.scale <= IDENTITY).all())
+
+    @property
+    def variables(self) -> Indices:
+        """The variables that occur, each once."""
+        found = np.unique(self.scale)
+        return found[found > IDENTITY]
+
+
+@dataclass(frozen=True)
+class Push:
+    """The request can be met if each of these inputs meets its own.
+
+    Attributes:
+        inputs: Pairs of an input and what is asked of it.
+        ties: Pairs of equally shaped variable arrays that have to be equal, as when heads share a key or value.
+    """
+
+    inputs: Sequence[tuple[fx.Node, Want]]
+    ties: Sequence[tuple[Indices, Indices]] = ()
+
+
+@dataclass(frozen=True)
+class Choose:
+    """The request can be met in any one of these ways; the cheapest is taken."""
+
+    ways: Sequence[Push]
+
+
+@dataclass(frozen=True)
+class End:
+    """The request is met here, offline.
+
+    Attributes:
+        fold: Called with the rewriter, ``a`` and ``c`` (float64, laid out as the want), rewrites the parameters.
+        into: What absorbs the factor, for the report.
+        operands: How many run-time operands the fold adds, to prefer folds that add none.
+    """
+
+    fold: Callable[[Rewriter, Tensor, Tensor], None] = field(repr=False)
+    into: str
+    operands: int = 0
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """The request cannot pass this op, and why."""
+
+    reason: str
+
+
+Outcome = Push | Choose | End | Barrier

@@ -1,0 +1,157 @@
+"""The drop-in model: graphs behind the signature, config and output class of the original."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
+from fxquant.devices import retarget
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.plan import Plan
+
+MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], CapturedGraph]
+
+
+class GraphModel(nn.Module):
+    """A diffusion transformer as one FX graph for each kind of call.
+
+    Pipelines take it in place of the original: it has its ``config``, ``dtype``, ``device``, ``forward`` signature and
+    output class, and hands on its other attributes. A call whose shapes or optional inputs fit none of the graphs
+    captures a further one; the graphs share their tensors.
+
+    Attributes:
+        graphs: The FX graph modules, one a kind of call; placeholders are the tensor inputs.
+        captured: The same with the calls that they serve.
+        plan: What was decided; None for a model that was only traced.
+    """
+
+    graphs: nn.ModuleList
+    plan: Plan | None
+
+    def __init__(
+        self, architecture: Architecture, dtype: torch.dtype, plan: Plan | None, make_graph: MakeGraph
+    ) -> None:
+        super().__init__()
+        self.graphs = nn.ModuleList()
+        self.plan = plan
+        self.captured: list[CapturedGraph] = []
+        # Not a submodule: its fake parameters are nobody's business.
+        object.__setattr__(self, "architecture", architecture)
+        self._make_graph = make_graph
+        self._dtype = dtype
+        self.forward = functools.partial(_forward, self)
+        functools.update_wrapper(self.forward, architecture.skeleton.forward)
+        self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
+        self.eval()
+
+    @property
+    def config(self) -> Any:
+        """The original model's config."""
+        return self.architecture.skeleton.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point dtype of the original model, which inputs and outputs keep."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return next(
+            (tensor.device for graph in self.graphs for tensor in read_tensors(graph).values()), torch.device("cpu")
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            architecture = self.__dict__.get("architecture")
+            if architecture is None or name.startswith("__"):
+                raise
+            return getattr(architecture.skeleton, name)
+
+    def add(self, captured: CapturedGraph) -> None:
+        """Add a graph; tensors that a graph here holds under the same name are shared."""
+        self.captured.append(captured)
+        self.graphs.append(captured.module)
+        self._share()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that any graph reads, by name."""
+        found: dict[str, torch.Tensor] = {}
+        for graph in self.graphs:
+            for target, tensor in read_tensors(graph).items():
+                found.setdefault(target, tensor)
+        return found
+
+    def find(self, names: tuple[str, ...], leaves: Sequence[Any]) -> CapturedGraph | None:
+        """The graph that serves a call with these leaves, if one was captured."""
+        return next((captured for captured in self.captured if captured.call.fits(names, leaves)), None)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write a checkpoint, as pipelines ask their components to; see :func:`fxquant.save`."""
+        from fxquant.checkpoint import save
+
+        save(self, save_directory, overwrite=True)
+
+    def _share(self) -> None:
+        held: dict[str, torch.Tensor] = {}
+        for graph in self.graphs:
+            for target, tensor in read_tensors(graph).items():
+                first = held.setdefault(target, tensor)
+                if first is not tensor and first.shape == tensor.shape and first.dtype == tensor.dtype:
+                    set_tensor(graph, target, first)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GraphModel:
+        probe = fn(torch.empty(0, dtype=self._dtype, device=self.device))
+        if probe.dtype != self._dtype:
+            raise ConfigurationError(
+                f"a captured model keeps the dtype it was captured with ({self._dtype}); "
+                f"convert the original to {probe.dtype} first and compile that"
+            )
+        moved = probe.device != self.device
+        super()._apply(fn, recurse)
+        self._share()
+        if moved:
+            for graph in self.graphs:
+                retarget(graph, probe.device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
+        clone = GraphModel(self.architecture, self._dtype, copy.deepcopy(self.plan, memo), self._make_graph)
+        for captured in self.captured:
+            module = copy.deepcopy(captured.module, memo)
+            clone.add(CapturedGraph(module, captured.call, captured.out_spec, captured.static_batch))
+        return clone
+
+
+def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
+    names, leaves, structure = self.architecture.canonical(args, kwargs)
+    captured = self.find(names, leaves)
+    if captured is None:
+        captured = self._make_graph(self, names, leaves, structure)
+        self.add(captured)
+    return captured.output(captured.module(*captured.inputs(leaves)))
+
+
+def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) -> CapturedGraph:
+    """Bind tensors to a graph that a call asked for after the float model was gone.
+
+    Raises:
+        CaptureError: If the graph reads a tensor that no captured graph read.
+    """
+    try:
+        bind(captured.module, tensors)
+    except CheckpointError as error:
+        raise CaptureError(
+            f"a call {captured.call} runs a part of the model that no calibration call ran ({error}); "
+            "calibrate with a call like this one"
+        ) from error
+    return captured

@@ -1,0 +1,234 @@
+"""The plan: everything that calibration decided, keyed by stable module names, in one object.
+
+Passes read the plan and the graph. What is in the plan already they carry out; what is missing they decide from the
+calibration statistics and write down. So the same passes, run again on another graph of the same model or on a graph
+without weights, make the same rewrite. People can read a plan, edit it, diff it and replay it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fxquant.calls import CallSpec
+from fxquant.errors import CalibrationError, CheckpointError
+from fxquant.observers import Statistics
+from fxquant.precision import Precision
+
+FORMAT = 1
+"""Version of the plan's file format; a newer one is refused."""
+
+PLAN_FILE = "plan.json"
+VECTORS_FILE = "plan.safetensors"
+
+
+@dataclass
+class Balance:
+    """How the input channels of a layer were balanced against its weight.
+
+    Attributes:
+        cost: ``free``, ``vector`` or ``tokens``; ``not`` when nothing was balanced.
+        into: What absorbed the factors.
+        channels: Number of balanced input channels.
+        group: First layer of the group whose factors were decided together.
+        reason: Why some or all channels were left alone.
+    """
+
+    cost: str
+    into: list[str] = field(default_factory=list)
+    channels: int = 0
+    group: str | None = None
+    reason: str | None = None
+
+
+@dataclass
+class ActivationRange:
+    """Static range of a layer's input: real values ``low`` to ``high``, found by ``method``."""
+
+    low: float
+    high: float
+    method: str
+
+
+@dataclass
+class LayerPlan:
+    """What was decided for one layer.
+
+    Attributes:
+        kind: ``linear``, ``conv`` or ``embedding``.
+        role: Part of the network: ``block``, ``adaln``, ``embedder``, ``patch`` or ``final``.
+        shape: Output and input features; for a convolution input channels times kernel elements.
+        weight_bits: 2 to 8, or None for float weights.
+        activation_bits: 2 to 8, or None for float activations.
+        group_size: Input channels a weight group, 0 for one group a row.
+        observed: Key of the calibration statistics of its input.
+        activation: Range of its input.
+        balance: How its input was balanced.
+        spread: Smallest and largest maximum of |input| over the calibrated timesteps.
+        weight_sqnr_db: Signal to quantization noise of the weight, in dB.
+        activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
+    """
+
+    kind: str
+    role: str
+    shape: list[int]
+    weight_bits: int | None
+    activation_bits: int | None
+    group_size: int = 0
+    observed: str | None = None
+    activation: ActivationRange | None = None
+    balance: Balance | None = None
+    spread: list[float] | None = None
+    weight_sqnr_db: float | None = None
+    activation_sqnr_db: float | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """Bits as one value; prints as ``w4a8``."""
+        return Precision(self.weight_bits, self.activation_bits, self.group_size)
+
+
+@dataclass
+class Plan:
+    """Everything that was decided for one model.
+
+    Attributes:
+        recipe: The recipe's passes, as pipeline text that can be parsed again.
+        model_class: Import path of the model's class, such as ``diffusers.DiTTransformer2DModel``.
+        timestep: Name of the model's timestep input.
+        calls: The calls that were captured; the first is the one that calibration began with.
+        layers: Decisions a layer.
+        vectors: Balance factors per input channel, float64 ``[in]``, by layer.
+        timesteps: The calibrated timesteps.
+        output_sqnr_db: Output SQNR against float by timestep, in dB, as measured on calibration inputs.
+        bytes_before: Size of the float model's tensors.
+        bytes_after: Size of the quantized model's tensors.
+        passes: What the pipeline did, one line a pass.
+        statistics: What calibration recorded; only there while passes decide, never saved.
+    """
+
+    recipe: str
+    model_class: str
+    timestep: str | None
+    calls: list[CallSpec] = field(default_factory=list)
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    timesteps: list[float] = field(default_factory=list)
+    output_sqnr_db: dict[float, float] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    backend: str = "fake-quant"
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    statistics: Statistics | None = field(default=None, repr=False, compare=False)
+
+    def layer(self, name: str) -> LayerPlan:
+        """The plan of one layer.
+
+        Raises:
+            CalibrationError: If the layer was in no graph that this plan was made for.
+        """
+        if name not in self.layers:
+            raise CalibrationError(
+                f"the plan knows no layer {name!r}: this call of the model runs a layer that no calibration call ran; "
+                "calibrate with calls like this one"
+            )
+        return self.layers[name]
+
+    def evidence(self, key: str) -> Any:
+        """Calibration statistics of one value.
+
+        Raises:
+            CalibrationError: If there are none: no calibration ran, or it never reached the layer.
+        """
+        if self.statistics is None:
+            raise CalibrationError(
+                f"layer {key!r} needs an activation range, and there are no calibration statistics; "
+                "pass calibrate= to fxquant.compile"
+            )
+        return self.statistics[key]
+
+    def quantized(self) -> Iterator[tuple[str, LayerPlan]]:
+        """The layers whose weights are quantized."""
+        return ((name, layer) for name, layer in self.layers.items() if layer.weight_bits is not None)
+
+    # --- files ---
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, the vectors left out."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_JSON}
+        data["calls"] = [call.to_json() for call in self.calls]
+        data["layers"] = {name: asdict(layer) for name, layer in self.layers.items()}
+        data["output_sqnr_db"] = [[t, db] for t, db in self.output_sqnr_db.items()]
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            CheckpointError: If it is of a newer format, or not a plan.
+        """
+        if not isinstance(data, Mapping) or "format" not in data:
+            raise CheckpointError("this is not a plan: it has no format number")
+        if data["format"] != FORMAT:
+            raise CheckpointError(
+                f"the plan has format {data['format']}, this fxquant reads format {FORMAT}; install a newer fxquant"
+            )
+        try:
+            values = {f.name: data[f.name] for f in fields(cls) if f.name not in _NOT_IN_JSON}
+            values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
+            values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
+            values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
+            return cls(**values, vectors=dict(vectors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the plan cannot be read: {error!r}") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``plan.json`` and ``plan.safetensors`` into a folder, which is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        save_file({name: vector.contiguous() for name, vector in self.vectors.items()}, folder / VECTORS_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote, edited by hand or not.
+
+        Raises:
+            CheckpointError: If a file is missing or unreadable.
+        """
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+            vectors = load_file(folder / VECTORS_FILE)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{error.filename} is missing; a plan is {PLAN_FILE} and {VECTORS_FILE}") from error
+        except Exception as error:
+            raise CheckpointError(f"the plan in {folder} cannot be read: {error}") from error
+        return cls.from_json(data, vectors)
+
+
+_NOT_IN_JSON = ("vectors", "statistics")
+
+
+def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:
+    values = dict(data)
+    values["activation"] = ActivationRange(**values["activation"]) if values["activation"] else None
+    values["balance"] = Balance(**values["balance"]) if values["balance"] else None
+    return LayerPlan(**values)
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that tensors take, shared storage counted once."""
+    seen: dict[int, int] = {}
+    for tensor in tensors.values():
+        key = tensor.untyped_storage().data_ptr() if tensor.device != torch.device("meta") else id(tensor)
+        seen[key] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

@@ -1,0 +1,159 @@
+"""Bit widths, and which layers get which.
+
+Layers are told apart by their role in the network, which is read off the graph, so no model needs a table:
+
+========  ============================================================================================
+role      what it is
+========  ============================================================================================
+block     a linear inside a repeated block that works on tokens
+adaln     a linear inside a repeated block that makes modulation vectors from the conditioning
+embedder  a linear or table that makes the conditioning (timestep, label, text), wherever it stands
+patch     a convolution, or a linear outside the blocks that reads the noisy input before them
+final     a linear outside the blocks behind them
+========  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from fxquant.capture import LAYER
+from fxquant.errors import ConfigurationError
+
+ROLES = ("block", "adaln", "embedder", "patch", "final")
+_FORM = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
+_BLOCK = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bit widths of one layer; None stands for float. Prints and parses as ``w4a8``, ``w4a16-g64``, ``float``."""
+
+    weight_bits: int | None
+    activation_bits: int | None
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        for what, bits in (("weights", self.weight_bits), ("activations", self.activation_bits)):
+            if bits is not None and not 2 <= bits <= 8:
+                raise ConfigurationError(f"{bits} bits for {what}: 2 to 8 are possible, and 16 for float activations")
+        if self.weight_bits is None and self.activation_bits is not None:
+            raise ConfigurationError("quantized activations need quantized weights: give w2 to w8")
+        if self.group_size < 0:
+            raise ConfigurationError(f"a group of {self.group_size} input channels is not possible")
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Read ``w4a8``, ``w4a16-g64`` or ``float``.
+
+        Raises:
+            ConfigurationError: If the text is none of these or the bits are out of range.
+        """
+        if text == "float":
+            return FLOAT
+        match = _FORM.fullmatch(text)
+        if match is None:
+            raise ConfigurationError(
+                f"{text!r} is no precision; write w4a8, w8a16 (float activations), w4a8-g64 or float"
+            )
+        weights, activations, group = match.groups()
+        return cls(int(weights), None if activations == "16" else int(activations), int(group or 0))
+
+    def __str__(self) -> str:
+        if self.weight_bits is None:
+            return "float"
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return f"w{self.weight_bits}a{self.activation_bits or 16}{group}"
+
+
+FLOAT = Precision(None, None)
+
+
+def precision_of(name: str, role: str, default: Precision, layers: str, overrides: str) -> Precision:
+    """The precision of one layer.
+
+    Args:
+        name: Stable name of the layer.
+        role: Its role.
+        default: What the recipe says.
+        layers: ``default`` (blocks and adaLN; embedders keep float arithmetic but 8-bit weights), ``blocks`` (blocks
+            and adaLN, all else float), ``all`` (the papers' setting).
+        overrides: Patterns with precisions, ``blocks.0.*=w8a8;proj_out=float``; the first that fits decides.
+
+    Raises:
+        ConfigurationError: If an option cannot be read.
+    """
+    for entry in filter(None, overrides.split(";")):
+        pattern, equals, text = entry.partition("=")
+        if not equals:
+            raise ConfigurationError(f"override {entry!r} has no precision; write pattern=w8a8")
+        if fnmatchcase(name, pattern):
+            return Precision.parse(text)
+    if layers not in ("default", "blocks", "all"):
+        raise ConfigurationError(f"layers={layers!r} is not known; choose default, blocks or all")
+    if layers == "all" or role in ("block", "adaln"):
+        return default
+    if role == "embedder" and layers == "default":
+        return Precision(8, None)
+    return FLOAT
+
+
+def roles(graph: fx.Graph) -> dict[str, str]:
+    """Role of every linear, convolution and embedding, by its stable name.
+
+    The first tensor input is the noisy sample. What depends on the other inputs only is conditioning.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    sample = _reached(placeholders[0])
+    layers = {node: str(node.meta[LAYER]) for node in graph.nodes if LAYER in node.meta}
+    in_block = [node for node, name in layers.items() if _BLOCK.search(name)]
+    behind = {user for node in in_block if node in sample for user in _reached(node)}
+    found = {}
+    for node, name in layers.items():
+        if node in sample:
+            if node in in_block:
+                found[name] = "block"
+            else:
+                found[name] = "final" if node in behind else "patch"
+        elif "embedding" in str(node.target):
+            found[name] = "embedder"
+        elif _makes_modulation(node, sample, layers):
+            found[name] = "adaln" if node in in_block else "final"
+        else:
+            found[name] = "embedder"
+    return found
+
+
+def _reached(start: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user not in found and not str(user.target).startswith("aten.sym_size"):
+                found.add(user)
+                todo.append(user)
+    return found
+
+
+def _makes_modulation(node: fx.Node, sample: set[fx.Node], layers: dict[fx.Node, str]) -> bool:
+    """Whether a conditioning layer meets the sample's stream before any other layer reads it."""
+    todo, seen = list(node.users), set()
+    met = False
+    while todo:
+        user = todo.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if user in layers:
+            if user not in sample:
+                return False
+        elif user in sample:
+            met = True
+        else:
+            todo += user.users
+    return met

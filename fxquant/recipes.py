@@ -1,0 +1,112 @@
+"""Recipes: named lists of passes, one readable list each.
+
+A recipe's name ends in the precision: ``ptq4dit-w4a8``. What comes before it is a function of the precision that
+returns the passes; others register theirs under the entry point ``fxquant.recipes`` or with :func:`register_recipe`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fxquant.errors import ConfigurationError, UnknownNameError
+from fxquant.pipeline import Pass, Pipeline, parse_pass
+from fxquant.precision import Precision
+from fxquant.registry import Registry
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model.
+
+    Attributes:
+        prepare: Passes on the captured graph before calibration, which settle what is observed.
+        convert: Passes after it.
+        static: Whether any activation range is static, so that calibration is needed.
+    """
+
+    prepare: tuple[Pass, ...]
+    convert: tuple[Pass, ...]
+    static: bool = True
+
+    def __post_init__(self) -> None:
+        Pipeline([*self.prepare, *self.convert])  # Refuses an impossible order.
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.prepare)) + " ; " + ",".join(map(str, self.convert))
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read what ``str(recipe)`` writes: two pipelines with a semicolon between.
+
+        Raises:
+            ConfigurationError: If the text cannot be read.
+        """
+        before, semicolon, after = text.partition(" ; ")
+        if not semicolon:
+            raise ConfigurationError(f"{text!r} is no recipe; write passes before and after calibration: a,b ; c,d")
+        return cls(*(tuple(parse_pass(part) for part in half.split(",") if part.strip()) for half in (before, after)))
+
+
+RecipeMaker = Callable[[Precision, str], Recipe]
+"""Makes a recipe from a precision and the layers option (``default``, ``blocks``, ``all``)."""
+
+RECIPES: Registry[RecipeMaker] = Registry("recipe", "fxquant.recipes")
+"""All known recipes by name, without the precision."""
+
+register_recipe = RECIPES.register
+"""Decorator: ``@register_recipe("name")`` on a function of precision and layers that returns a :class:`Recipe`."""
+
+_NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
+
+
+def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
+    """A recipe from its name, such as ``ptq4dit-w4a8``, or the recipe itself.
+
+    Args:
+        recipe: Name with precision, or a recipe.
+        layers: Which layers are quantized: ``default``, ``blocks`` or ``all``.
+
+    Raises:
+        UnknownNameError: If there is no recipe of that name.
+        ConfigurationError: If the name lacks a precision or the bits are out of range.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    match = _NAME.fullmatch(recipe)
+    if match is None:
+        if recipe in RECIPES:
+            raise ConfigurationError(f"recipe {recipe!r} lacks a precision; write {recipe}-w8a8 or {recipe}-w4a8")
+        raise UnknownNameError("recipe", recipe, (f"{name}-w4a8" for name in RECIPES))
+    if match["name"] not in RECIPES:
+        raise UnknownNameError("recipe", match["name"], RECIPES)
+    return RECIPES[match["name"]](Precision.parse(match["precision"]), layers)
+
+
+def _recipe(precision: Precision, layers: str, *middle: str, ranges: str = "") -> Recipe:
+    # Adjacent strings, one a pass: the list that a reader of a recipe wants to see.
+    prepare = ("remove-no-ops", f"assign-precision{{precision={precision} layers={layers}}}")
+    options = f"{{{ranges}}}" if ranges else ""
+    quantize = (f"quantize-linears{options}", f"quantize-convolutions{options}", "quantize-embeddings")
+    return Recipe(
+        tuple(map(parse_pass, prepare)),
+        tuple(map(parse_pass, (*middle, *quantize))),
+        static=precision.activation_bits is not None,
+    )
+
+
+def rtn(precision: Precision, layers: str) -> Recipe:
+    """Round to nearest, min-max ranges: the plain baseline."""
+    return _recipe(precision, layers)
+
+
+def smoothquant(precision: Precision, layers: str) -> Recipe:
+    """SmoothQuant with alpha 0.5: factors from the largest activation over timesteps, min-max ranges."""
+    return _recipe(precision, layers, "balance-channels{salience=max}", "absorb-affines")
+
+
+def ptq4dit(precision: Precision, layers: str) -> Recipe:
+    """PTQ4DiT: Spearman-guided balancing absorbed offline, percentile ranges by lowest error."""
+    ranges = "weight-range=percentile activation-range=percentile"
+    return _recipe(precision, layers, "balance-channels", "absorb-affines", ranges=ranges)

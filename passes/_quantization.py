@@ -1,0 +1,121 @@
+"""What the quantizing passes share: codes of a weight and of an input, decided from the plan and written into it."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.capture import LAYER
+from fxquant.ir.rewriter import Rewriter
+from fxquant.plan import ActivationRange, Plan
+from fxquant.quantizer import (
+    activation_range,
+    affine_parameters,
+    fake_quantize,
+    quantize_weight,
+    require_finite,
+    sqnr_db,
+)
+
+
+class RangeSearch(enum.Enum):
+    """How the range of a grid is found; see :mod:`fxquant.quantizer`."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+
+
+def quantized_weight(
+    node: fx.Node, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool, position: int = 1
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Quantize the weight of a layer; returns nodes of its packed codes, scales and zero points.
+
+    The float weight is dropped at once, so that the two never add up over a whole model. Layers that share a weight
+    share its codes.
+
+    Raises:
+        NonFiniteError: If the weight holds NaN or infinity.
+        ConfigurationError: If the group size does not divide its columns.
+    """
+    name = node.meta[LAYER]
+    layer = plan.layer(name)
+    weight = node.args[position]
+    assert isinstance(weight, fx.Node) and layer.weight_bits is not None
+    key = (weight, layer.weight_bits, layer.group_size)
+    if key in rewriter.memo:
+        codes, layer.weight_sqnr_db = rewriter.memo[key]
+        return codes  # type: ignore[no-any-return]
+    values = rewriter.tensor(weight).flatten(1)
+    require_finite(values, f"the weight of layer {name}")
+    quantized = quantize_weight(
+        values, bits=layer.weight_bits, group_size=layer.group_size, symmetric=symmetric, method=method.value
+    )
+    if layer.weight_sqnr_db is None:
+        layer.weight_sqnr_db = sqnr_db(values, quantized.dequantize(values.dtype))
+    owner = str(weight.target)
+    codes = (
+        rewriter.constant(f"{owner}_packed", quantized.packed, [weight]),
+        rewriter.constant(f"{owner}_scale", quantized.scale, [weight]),
+        rewriter.constant(f"{owner}_zero_point", quantized.zero_point, [weight]),
+    )
+    rewriter.memo[key] = codes, layer.weight_sqnr_db
+    if set(weight.users) == {node}:
+        rewriter.forget(weight)
+    return codes
+
+
+def quantized_input(
+    node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: RangeSearch
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Quantize the input of a layer; returns nodes of its codes, its scale and its zero point.
+
+    Raises:
+        CalibrationError: If the plan has no range for it and calibration never reached the layer.
+    """
+    name = node.meta[LAYER]
+    layer = plan.layer(name)
+    bits = layer.activation_bits
+    assert isinstance(x, fx.Node) and bits is not None
+    if layer.activation is None:
+        _decide_range(name, plan, method)
+    assert layer.activation is not None
+    key = (x, bits, layer.activation.low, layer.activation.high)
+    if key not in rewriter.memo:
+        scale, zero_point = affine_parameters(layer.activation.low, layer.activation.high, bits)
+        device = x.meta["val"].device
+        grid = (
+            rewriter.constant(f"{name}.input_scale", scale.to(device), [x]),
+            rewriter.constant(f"{name}.input_zero_point", zero_point.to(device), [x]),
+        )
+        codes = rewriter.call(
+            torch.ops.fxquant.quantize.default,
+            (x, *grid, 0, 2**bits - 1, torch.uint8),
+            sources=[x],
+            name=f"{x.name}_codes",
+        )
+        rewriter.memo[key] = (codes, *grid)
+    return rewriter.memo[key]  # type: ignore[no-any-return]
+
+
+def _decide_range(name: str, plan: Plan, method: RangeSearch) -> None:
+    """Write the range of a layer's input into the plan, and how well it does on the sampled rows."""
+    layer = plan.layer(name)
+    assert layer.activation_bits is not None
+    seen = plan.evidence(layer.observed or name)
+    factor = plan.vectors.get(name)
+    divide = torch.ones(1) if factor is None else factor
+    low, high = (bound.double() / divide for bound in (seen.minimum, seen.maximum))
+    rows = (seen.rows().double() / divide).float()
+    chosen = activation_range(rows, float(low.min()), float(high.max()), layer.activation_bits, method.value)
+    layer.activation = ActivationRange(*chosen, method.value)
+    tops = torch.maximum(low.abs(), high.abs()).amax(dim=1)
+    layer.spread = [float(tops.min()), float(tops.max())]
+    layer.activation_sqnr_db = _input_sqnr(rows, layer.activation, layer.activation_bits)
+
+
+def _input_sqnr(rows: Tensor, chosen: ActivationRange, bits: int) -> float:
+    return sqnr_db(rows, fake_quantize(rows, *affine_parameters(chosen.low, chosen.high, bits), bits))

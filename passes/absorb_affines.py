@@ -1,0 +1,125 @@
+"""Make per-channel factors vanish into whatever produces the value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.channels.solve import Edit, Seed, Solution, solve
+from fxquant.channels.wants import Cost
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan
+
+_AFFINE = torch.ops.fxquant.channel_affine.default
+
+
+@register_pass
+@dataclass(frozen=True)
+class AbsorbAffines(Pass):
+    """Push each constant ``channel_affine(x, a)`` back through its producers until it ends in parameters.
+
+    Before, as an adaLN yields it::
+
+        gamma, beta = chunk(linear(silu(cond), W, bias)); x = layer_norm(h) * (1 + gamma) + beta
+        y = channel_affine(x, a)
+
+    After::
+
+        gamma, beta = chunk(linear(silu(cond), W', bias')); y = layer_norm(h) * (1 + gamma) + beta
+
+    with W_gamma' = diag(a) W_gamma, bias_gamma' = a (bias_gamma + 1) - 1, W_beta' = diag(a) W_beta,
+    bias_beta' = a bias_beta. The rules for all ops are in :mod:`fxquant.channels.rules`. Side conditions: nothing else
+    reads what is scaled on the way, or it asks for the same. Where a path cannot be followed to parameters, the factor
+    is multiplied onto a modulation vector instead, and where that is not possible either it stays where it is.
+    Equal in real arithmetic; parameters are computed in float64 and cast once.
+    """
+
+    name: ClassVar[str] = "absorb-affines"
+    tier: ClassVar[Tier] = Tier.ALGEBRAIC
+    requires: ClassVar[Stage] = Stage.TRANSFORMED
+    establishes: ClassVar[Stage] = Stage.TRANSFORMED
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        affines = {
+            node.name: node
+            for node in graph.nodes
+            if node.target is _AFFINE and node.args[1].op == "get_attr" and node.args[2] is None
+        }
+        factors = {name: rewriter.tensor(node.args[1]).double() for name, node in affines.items()}
+        seeds = [
+            Seed(name, node.args[0], (node,))
+            for name, node in affines.items()
+            if factors[name].dim() == 1 or factors[name].numel() == factors[name].shape[-1]
+        ]
+        solution, chosen = _agreed(graph, seeds, factors)
+        stuck = {name for name in chosen if _stays(solution, name)}
+        for edit in solution.edits:
+            if edit.end is None and edit.readers == tuple(n for n in edit.readers if n.name in stuck):
+                continue
+            _carry_out(edit, solution.factors(edit, chosen), rewriter)
+        for name in chosen:
+            if name not in stuck:
+                _remove(affines[name], factors[name].flatten(), solution, rewriter)
+
+
+def _agreed(
+    graph: fx.Graph, seeds: Sequence[Seed], factors: Mapping[str, Tensor]
+) -> tuple[Solution, dict[str, Tensor]]:
+    """A solution in which all channels of a class have one factor; seeds that spoil that are left out."""
+    kept = list(seeds)
+    while True:
+        solution = solve(graph, kept, Cost.VECTOR)
+        chosen: dict[str, Tensor] = {}
+        spoilers = set()
+        value_of: dict[int, float] = {}
+        for seed in kept:
+            factor = factors[seed.name].flatten()
+            chosen[seed.name] = factor
+            for number, value in zip(solution.grants[seed.name].classes.tolist(), factor.tolist(), strict=True):
+                if number and value_of.setdefault(number, value) != value:
+                    spoilers.add(seed.name)
+        if not spoilers:
+            return solution, chosen
+        kept = [seed for seed in kept if seed.name not in spoilers]
+
+
+def _stays(solution: Solution, name: str) -> bool:
+    """Whether an affine would be replaced by itself, or by nothing at all."""
+    grant = solution.grants[name]
+    return not grant.granted.any() or any(
+        edit.end is None and [reader.name for reader in edit.readers] == [name] for edit in solution.edits
+    )
+
+
+def _carry_out(edit: Edit, a: Tensor, rewriter: Rewriter) -> None:
+    c = (a - 1) * torch.from_numpy(edit.want.offset.copy())
+    if edit.end is not None and edit.node.op == "get_attr":
+        rewriter.fold_attribute(edit.node, lambda p: p.double() * a.to(p.device) + c.to(p.device), edit.readers)
+    elif edit.end is not None:
+        edit.end.fold(rewriter, a, c)
+    else:
+        source = edit.node
+        with rewriter.after(source):
+            scale = rewriter.constant(f"{source.name}_factor", a, [source])
+            shift = rewriter.constant(f"{source.name}_shift", c, [source]) if edit.want.offset.any() else None
+            scaled = rewriter.call(_AFFINE, (source, scale, shift), [source], name=f"{source.name}_scaled")
+        for reader in edit.readers:
+            rewriter.redirect(reader, source, scaled)
+
+
+def _remove(affine: fx.Node, factor: Tensor, solution: Solution, rewriter: Rewriter) -> None:
+    granted = torch.from_numpy(solution.grants[affine.name].granted)
+    left = torch.where(granted, 1.0, factor)
+    if (left == 1).all():
+        source = affine.args[0]
+        assert isinstance(source, fx.Node)
+        rewriter.replace(affine, source)
+    else:  # Some channels could not be absorbed and really are scaled.
+        scale = rewriter.constant(f"{affine.name}_left", left, [affine])
+        affine.args = (affine.args[0], scale, None)

@@ -1,0 +1,226 @@
+"""Balance the channels of activations against those of weights."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import softmax
+from scipy.stats import spearmanr
+from torch import Tensor, fx
+
+from fxquant.capture import LAYER
+from fxquant.channels.solve import Grant, Seed, Solution, solve
+from fxquant.channels.wants import Cost
+from fxquant.errors import ConfigurationError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Balance, Plan
+from fxquant.precision import ROLES
+from fxquant.quantizer import require_finite
+
+
+class Salience(enum.Enum):
+    """How the salience of activation channels at many timesteps becomes one."""
+
+    SPEARMAN = "spearman"
+    """PTQ4DiT's SSC: timesteps at which activation and weight salience disagree weigh more."""
+    MEAN = "mean"
+    """The mean over timesteps."""
+    MAX = "max"
+    """The maximum over timesteps, as SmoothQuant takes it."""
+
+
+@register_pass
+@dataclass(frozen=True)
+class BalanceChannels(Pass):
+    """Divide activation channels by b and multiply weight columns by b, so that neither side has salient channels.
+
+    Before::
+
+        y = linear(x, W, bias)
+
+    After::
+
+        y = linear(channel_affine(x, 1 / b), W diag(b), bias)
+
+    With the salience sX_j of activation channel j and sW_j = max over outputs of |W_j|::
+
+        b_j = sX_j ** exponent / sW_j ** (1 - exponent)
+
+    which for exponent 0.5 makes both saliences sqrt(sX_j sW_j) (PTQ4DiT, CSB, arXiv 2405.16005) and in general is
+    SmoothQuant. sX_j is max over tokens |X_j| at each timestep, combined over timesteps by ``salience``; with
+    ``spearman`` (SSC) by weights softmax over t of -rho_t, where rho_t is the Spearman correlation over channels of
+    sX at timestep t with sW.
+
+    A layer is balanced only if something upstream can absorb ``1 / b`` at an allowed cost, so that the pass
+    ``absorb-affines`` removes the multiplication again. Layers that read one value, and those whose factors meet in one
+    producer, are decided together. Equal in real arithmetic.
+
+    Attributes:
+        exponent: Share of the salience that moves to the weights, 0 to 1.
+        salience: How timesteps are combined.
+        dearest: The dearest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
+        roles: Roles of the layers to balance, joined by ``+``. PTQ4DiT balances those in blocks and leaves adaLN, the
+            embedders and the final layer alone; see :mod:`fxquant.precision` for all roles.
+    """
+
+    name: ClassVar[str] = "balance-channels"
+    tier: ClassVar[Tier] = Tier.ALGEBRAIC
+    requires: ClassVar[Stage] = Stage.TRANSFORMED
+    establishes: ClassVar[Stage] = Stage.TRANSFORMED
+
+    exponent: float = 0.5
+    salience: Salience = Salience.SPEARMAN
+    dearest: str = "vector"
+    roles: str = "block"
+
+    def __post_init__(self) -> None:
+        unknown = set(self.roles.split("+")) - set(ROLES)
+        if unknown:
+            raise ConfigurationError(
+                f"balance-channels: {', '.join(sorted(unknown))} is no role; known: {', '.join(ROLES)}"
+            )
+        if not 0 <= self.exponent <= 1:
+            raise ConfigurationError(f"balance-channels: exponent {self.exponent} is not between 0 and 1")
+        parse_cost(self.dearest)
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        seeds = _seeds(graph, plan, self.roles.split("+"))
+        solution = solve(graph, seeds, parse_cost(self.dearest))
+        for group in solution.groups():
+            grants = [solution.grants[name] for name in group]
+            layers = [[reader.meta[LAYER] for reader in grant.seed.readers] for grant in grants]
+            if all(plan.layer(name).balance is None for names in layers for name in names):
+                self._decide(solution, grants, layers, plan, rewriter)
+            for grant, names in zip(grants, layers, strict=True):
+                if names[0] in plan.vectors:
+                    _balance(grant.seed, plan.vectors[names[0]], rewriter)
+
+    def _decide(
+        self, solution: Solution, grants: Sequence[Grant], layers: list[list[str]], plan: Plan, rewriter: Rewriter
+    ) -> None:
+        """Write the factors of one group into the plan."""
+        activation = [plan.evidence(_observed(plan, names)).absmax.double().numpy() for names in layers]
+        weight = [_weight_salience(grant.seed.readers, rewriter) for grant in grants]
+        classes = np.concatenate([grant.classes for grant in grants])
+        sx, sw = np.concatenate(activation, axis=1), np.concatenate(weight)
+        combined = combine_timesteps(sx, sw, self.salience)
+        # Channels of one class share their factor: the most salient of them decides on either side.
+        numbers, inverse = np.unique(classes, return_inverse=True)
+        top_x, top_w = np.zeros(len(numbers)), np.zeros(len(numbers))
+        np.maximum.at(top_x, inverse, combined)
+        np.maximum.at(top_w, inverse, sw)
+        b = balance_factor(top_x, top_w, self.exponent)
+        b[numbers == 0] = 1.0
+        factors = torch.from_numpy(b[inverse])
+        start = 0
+        for grant, names in zip(grants, layers, strict=True):
+            channels = grant.seed.channels
+            for name in names:
+                plan.layer(name).balance = Balance(
+                    cost=str(grant.cost),
+                    into=list(grant.into),
+                    channels=int(grant.granted.sum()),
+                    group=layers[0][0],
+                    reason=grant.reason,
+                )
+                if grant.granted.any():
+                    plan.vectors[name] = factors[start : start + channels].clone()
+            start += channels
+
+
+def combine_timesteps(
+    activation: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], salience: Salience
+) -> npt.NDArray[np.float64]:
+    """Combine activation salience over timesteps.
+
+    Args:
+        activation: max |X_j| at each timestep, ``[timesteps, channels]``.
+        weight: max |W_j|, ``[channels]``.
+        salience: How.
+
+    Returns:
+        Salience a channel, ``[channels]``.
+    """
+    if salience is Salience.MAX:
+        return np.asarray(activation.max(axis=0))
+    if salience is Salience.MEAN or len(activation) == 1:
+        return np.asarray(activation.mean(axis=0))
+    return np.asarray(spearman_weights(activation, weight) @ activation)
+
+
+def spearman_weights(activation: npt.NDArray[np.float64], weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """PTQ4DiT's eta ``[timesteps]``: softmax over t of minus the Spearman correlation of both saliences at t."""
+    if np.ptp(weight) == 0:
+        return np.full(len(activation), 1 / len(activation))  # No order to correlate with.
+    rho = np.array([0.0 if np.ptp(row) == 0 else spearmanr(row, weight).statistic for row in activation])
+    return np.asarray(softmax(-rho))
+
+
+def balance_factor(
+    activation: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], exponent: float
+) -> npt.NDArray[np.float64]:
+    """B = sX ** exponent / sW ** (1 - exponent); 1 where a channel is dead on either side."""
+    alive = (activation > 0) & (weight > 0)
+    x, w = np.where(alive, activation, 1.0), np.where(alive, weight, 1.0)
+    return np.asarray(x**exponent / w ** (1 - exponent))
+
+
+def parse_cost(text: str) -> Cost:
+    """Read the name of a cost.
+
+    Raises:
+        ConfigurationError: If it is none.
+    """
+    try:
+        return {"free": Cost.FREE, "vector": Cost.VECTOR, "tokens": Cost.TOKENS}[text]
+    except KeyError:
+        raise ConfigurationError(f"{text!r} is no cost; choose free, vector or tokens") from None
+
+
+def _seeds(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> list[Seed]:
+    """The values read by linears of these roles with quantized activations, each with all of these linears."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if LAYER in node.meta and node.target is torch.ops.aten.linear.default:
+            layer = plan.layer(node.meta[LAYER])
+            if layer.role in roles and layer.activation_bits is not None:
+                readers.setdefault(node.args[0], []).append(node)
+    return [Seed(nodes[0].meta[LAYER], value, tuple(nodes)) for value, nodes in readers.items()]
+
+
+def _observed(plan: Plan, names: Sequence[str]) -> str:
+    return plan.layer(names[0]).observed or names[0]
+
+
+def _weight_salience(readers: Sequence[fx.Node], rewriter: Rewriter) -> npt.NDArray[np.float64]:
+    """Max over outputs |W_j| over all weights that read the value, ``[channels]``."""
+    tops = []
+    for reader in readers:
+        weight = rewriter.tensor(reader.args[1])
+        require_finite(weight, f"the weight of layer {reader.meta[LAYER]}")
+        low, high = torch.aminmax(weight, dim=0)
+        tops.append(torch.maximum(-low, high))
+    return np.asarray(torch.stack(tops).amax(dim=0).double().cpu().numpy())
+
+
+def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
+    with rewriter.before(seed.readers[0]):
+        # Kept in float64 whatever the model's dtype: what is absorbed must undo what the weight got, to the last bit.
+        scale = rewriter.constant(f"{seed.name}.balance", 1 / b, [seed.value])
+        balanced = rewriter.call(
+            torch.ops.fxquant.channel_affine.default,
+            (seed.value, scale, None),
+            sources=[*seed.readers],
+            name=f"{seed.value.name}_balanced",
+        )
+    for reader in seed.readers:
+        rewriter.redirect(reader, seed.value, balanced)
+        rewriter.fold(reader, 1, lambda w: w.double() * b.to(w.device))

@@ -1,0 +1,76 @@
+"""Make calibration visible in the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.capture import LAYER
+from fxquant.errors import MissingTimestepError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan
+
+
+@register_pass
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Put ``fxquant::observe`` on every value that a layer with quantized activations reads.
+
+    Before::
+
+        q = linear(x, wq); k = linear(x, wk)
+
+    After::
+
+        x_observed = observe(x, timestep, "to_q", -1); q = linear(x_observed, wq); k = linear(x_observed, wk)
+
+    Layers that read one value share an observer, keyed by the first of them. The channel axis is the last, for
+    convolutions the second. Observers return their input, so the output keeps its bits.
+    """
+
+    name: ClassVar[str] = "insert-observers"
+    tier: ClassVar[Tier] = Tier.EXACT
+    requires: ClassVar[Stage] = Stage.CAPTURED
+    establishes: ClassVar[Stage] = Stage.OBSERVED
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        observers: dict[tuple[fx.Node, int], fx.Node] = {}
+        for node in list(graph.nodes):
+            if LAYER not in node.meta or plan.layer(node.meta[LAYER]).activation_bits is None:
+                continue
+            layer = plan.layer(node.meta[LAYER])
+            value, axis = node.args[0], 1 if layer.kind == "conv" else -1
+            observer = observers.get((value, axis))
+            if observer is None:
+                with rewriter.before(node):
+                    observer = rewriter.call(
+                        torch.ops.fxquant.observe.default,
+                        (value, timestep_input(graph, plan), node.meta[LAYER], axis),
+                        sources=[value],
+                        name=f"{value.name}_observed",
+                    )
+                observers[value, axis] = observer
+            layer.observed = observer.args[2]
+            rewriter.redirect(node, value, observer)
+
+
+def timestep_input(graph: fx.Graph, plan: Plan) -> fx.Node:
+    """The input that holds the timestep.
+
+    Raises:
+        MissingTimestepError: If the graph has no input of that name.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        if node.target == plan.timestep:
+            return node
+    names = ", ".join(str(node.target) for node in inputs)
+    raise MissingTimestepError(
+        f"the model has no tensor input {plan.timestep!r}, which tells the denoising step. Its inputs are: {names}. "
+        'Name the right one: fxquant.compile(..., timestep="...").'
+    )

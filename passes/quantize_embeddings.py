@@ -1,0 +1,59 @@
+"""Store tables in few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.capture import LAYER
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.passes._quantization import RangeSearch, quantized_weight
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan
+
+aten = torch.ops.aten
+
+
+@register_pass
+@dataclass(frozen=True)
+class QuantizeEmbeddings(Pass):
+    """Store a table with one grid a row, and dequantize only the rows that are looked up.
+
+    Before::
+
+        y = embedding(table, labels)
+
+    After::
+
+        y = fxquant.dequantize_weight(embedding(packed, labels), embedding(scale, labels), embedding(zero_point, labels))
+
+    Arithmetic stays in float. Rounding moves each element by at most half a step of its row's grid.
+    """
+
+    name: ClassVar[str] = "quantize-embeddings"
+    tier: ClassVar[Tier] = Tier.LOSSY
+    requires: ClassVar[Stage] = Stage.QUANTIZED
+    establishes: ClassVar[Stage] = Stage.QUANTIZED
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        for node in list(graph.nodes):
+            if node.target is not aten.embedding.default or LAYER not in node.meta:
+                continue
+            layer = plan.layer(node.meta[LAYER])
+            if layer.weight_bits is None:
+                continue
+            packed = quantized_weight(node, plan, rewriter, RangeSearch.MINMAX, symmetric=False, position=0)
+            with rewriter.before(node):
+                rows = [rewriter.call(aten.embedding.default, (table, node.args[1]), [node]) for table in packed]
+                for row in rows:
+                    del row.meta[LAYER]  # They look up parts of the table, they are not the table.
+                new = rewriter.call(
+                    torch.ops.fxquant.dequantize_weight.default,
+                    (*rows, layer.weight_bits, 0, layer.shape[1], node.meta["val"].dtype),
+                    sources=[node],
+                )
+            rewriter.replace(node, new)

@@ -1,0 +1,78 @@
+"""Replace linears by quantized ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.capture import LAYER
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.passes._quantization import RangeSearch, quantized_input, quantized_weight
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan
+
+
+@register_pass
+@dataclass(frozen=True)
+class QuantizeLinears(Pass):
+    """Quantize the weights of linears, and their inputs where the plan gives those bits.
+
+    Before::
+
+        y = linear(x, W, bias)
+
+    After, with static ranges of x found in calibration::
+
+        y = fxquant.linear(fxquant.quantize(x, s, z), s, z, W_packed, W_scale, W_zero_point, bias)
+
+    or, for float activations::
+
+        y = linear(x, fxquant.dequantize_weight(W_packed, W_scale, W_zero_point), bias)
+
+    Linears that read one value share its codes. Weights have one grid an output channel, or one a group of input
+    channels; activations one a tensor, asymmetric (PTQ4DiT, arXiv 2405.16005). Rounding moves each weight by at most
+    half a step of its grid.
+
+    Attributes:
+        weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``.
+        activation_range: The same for activations, on rows sampled in calibration.
+        symmetric: Whether weight grids are symmetric about 0.
+    """
+
+    name: ClassVar[str] = "quantize-linears"
+    tier: ClassVar[Tier] = Tier.LOSSY
+    requires: ClassVar[Stage] = Stage.QUANTIZED
+    establishes: ClassVar[Stage] = Stage.QUANTIZED
+
+    weight_range: RangeSearch = RangeSearch.MINMAX
+    activation_range: RangeSearch = RangeSearch.MINMAX
+    symmetric: bool = False
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        for node in list(graph.nodes):
+            if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:
+                continue
+            layer = plan.layer(node.meta[LAYER])
+            if layer.weight_bits is None:
+                continue
+            x, weight = node.args[0], node.args[1]
+            bias = node.args[2] if len(node.args) > 2 else None
+            dtype = node.meta["val"].dtype
+            packed = quantized_weight(node, plan, rewriter, self.weight_range, self.symmetric)
+            with rewriter.before(node):
+                if layer.activation_bits is None:
+                    arguments = (*packed, layer.weight_bits, layer.group_size, layer.shape[1], dtype)
+                    values = rewriter.call(torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node])
+                    rewriter.redirect(node, weight, values)
+                    continue
+                codes, scale, zero_point = quantized_input(node, x, plan, rewriter, self.activation_range)
+                new = rewriter.call(
+                    torch.ops.fxquant.linear.default,
+                    (codes, scale, zero_point, *packed, bias, layer.weight_bits, layer.group_size, dtype),
+                    sources=[node],
+                )
+            rewriter.replace(node, new)

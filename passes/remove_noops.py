@@ -1,0 +1,65 @@
+"""Take out what does nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan
+
+aten = torch.ops.aten
+
+
+@register_pass
+@dataclass(frozen=True)
+class RemoveNoOps(Pass):
+    """Remove ops that return their input bit for bit.
+
+    Before::
+
+        a = slice(x, 0, 0, end); b = dropout(a, 0.1, train=False); c = div(b, 1.0); y = linear(c, w)
+
+    After::
+
+        y = linear(x, w)
+
+    Removed are full slices, casts to the dtype and device that the value has, dropout in evaluation, multiplication and
+    division by 1, addition and subtraction of a 0 number where the dtype does not change. Never a copy, for a reader
+    might depend on its memory. Side condition: same shape, same dtype.
+    """
+
+    name: ClassVar[str] = "remove-no-ops"
+    tier: ClassVar[Tier] = Tier.EXACT
+    requires: ClassVar[Stage] = Stage.LOWERED
+    establishes: ClassVar[Stage] = Stage.CAPTURED
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        for node in list(graph.nodes):
+            if node.op == "call_function" and _returns_input(node):
+                source = node.args[0]
+                if str(source.meta["val"].shape) == str(node.meta["val"].shape):
+                    rewriter.replace(node, source)
+
+
+def _returns_input(node: fx.Node) -> bool:
+    args: tuple[Any, ...] = node.args
+    if not args or not isinstance(args[0], fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    before = args[0].meta.get("val")
+    if not isinstance(before, torch.Tensor) or before.dtype != node.meta["val"].dtype:
+        return False
+    if node.target is aten.slice.Tensor:
+        return True  # The caller compares the shapes.
+    if node.target is aten.to.dtype:
+        return before.dtype == args[1] and not any(args[3:]) and not node.kwargs
+    if node.target is aten.dropout.default:
+        return args[2] is False
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        return isinstance(args[1], (int, float)) and args[1] == 1
+    return False
