@@ -1,0 +1,20 @@
+"""Fixtures that every folder of tests shares."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers import DiTPipeline, DiTTransformer2DModel
+
+from tests.tiny import make_dit, make_pipeline
+
+
+@pytest.fixture
+def tiny_dit() -> DiTTransformer2DModel:
+    """A fresh DiT, small enough to compile in a second."""
+    return make_dit()
+
+
+@pytest.fixture
+def tiny_pipeline() -> DiTPipeline:
+    """A fresh pipeline around such a DiT."""
+    return make_pipeline()

@@ -1,0 +1,71 @@
+"""A DiT small enough to compile in a second, and calls of it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import Tensor, nn
+
+STEPS = (900.0, 500.0, 100.0)
+
+
+def make_dit(layers: int = 1, **options: Any) -> DiTTransformer2DModel:
+    """A DiT for 8 x 8 latents of 4 channels whose adaLN layers, unlike after initialization, do something."""
+    torch.manual_seed(0)
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": layers,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 10,
+    }
+    model = DiTTransformer2DModel(**config | options).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def make_pipeline(model: nn.Module | None = None) -> DiTPipeline:
+    """A pipeline around it, ten classes, images of 8 x 8 pixels."""
+    torch.manual_seed(1)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=4).eval()
+    pipe = DiTPipeline(make_dit() if model is None else model, vae, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs(batch: int = 4, timestep: float | None = 500.0, size: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Keyword arguments of a call; without a timestep, each sample has one of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(0, 1000, (batch,), generator=generator)
+    return {
+        "hidden_states": torch.randn(batch, 4, size, size, generator=generator),
+        "timestep": steps if timestep is None else torch.full((batch,), int(timestep)),
+        "class_labels": torch.randint(0, 10, (batch,), generator=generator),
+    }
+
+
+@torch.no_grad()
+def run(model: nn.Module, **options: Any) -> Tensor:
+    """Output of one call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sample: Tensor = model(**inputs(**options)).sample
+    return sample
+
+
+def calibrate(model: nn.Module, **options: Any) -> Any:
+    """A calibration: one call a step."""
+
+    def calibration() -> None:
+        for seed, step in enumerate(STEPS):
+            run(model, timestep=step, seed=seed, **options)
+
+    return calibration
