@@ -23,7 +23,7 @@ def make_dit(layers: int = 1, **options: Any) -> DiTTransformer2DModel:
         "num_layers": layers,
         "sample_size": 8,
         "patch_size": 2,
-        "num_embeds_ada_norm": 10,
+        "num_embeds_ada_norm": 1000,  # DiTPipeline takes class 1000 for none.
     }
     model = DiTTransformer2DModel(**config | options).eval()
     for parameter in model.parameters():
@@ -33,7 +33,7 @@ def make_dit(layers: int = 1, **options: Any) -> DiTTransformer2DModel:
 
 
 def make_pipeline(model: nn.Module | None = None) -> DiTPipeline:
-    """A pipeline around it, ten classes, images of 8 x 8 pixels."""
+    """A pipeline around it, images of 8 x 8 pixels."""
     torch.manual_seed(1)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=4).eval()
     pipe = DiTPipeline(make_dit() if model is None else model, vae, DDIMScheduler())
