@@ -8,8 +8,8 @@ import math
 from typing import Literal
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
 

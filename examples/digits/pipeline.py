@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.utils import logging
 from torch import Tensor
 
 from .data import IMAGE_SIZE
@@ -89,8 +90,14 @@ def load_pipeline(folder: Path = PIPELINE_FOLDER) -> DiTPipeline:
     """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder}; make one with `python -m examples.digits.train`")
-    # JSON has turned the keys of the stored names into strings, which diffusers accepts but warns of.
-    pipe = DiTPipeline.from_pretrained(folder, local_files_only=True, id2label=NAMES)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # JSON has turned the keys of the stored names into strings, which diffusers accepts but warns of.
+        pipe = DiTPipeline.from_pretrained(folder, local_files_only=True, id2label=NAMES)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
