@@ -1,11 +1,58 @@
 """fxquant: a graph-rewriting compiler over torch.fx for post-training quantization of diffusion transformers."""
 
-from fxquant.api import QualityWarning, compile, trace
-from fxquant.checkpoint import load, save
-from fxquant.errors import FxquantError
-from fxquant.plan import Plan
-from fxquant.recipes import Recipe
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxquant.api import QualityWarning, compile, trace
+    from fxquant.checkpoint import load, save
+    from fxquant.errors import FxquantError
+    from fxquant.pipelines import load_pipeline, save_pipeline
+    from fxquant.plan import Plan
+    from fxquant.recipes import Recipe
+    from fxquant.reports import Report, report
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["FxquantError", "Plan", "QualityWarning", "Recipe", "compile", "load", "save", "trace"]
+__all__ = [
+    "FxquantError",
+    "Plan",
+    "QualityWarning",
+    "Recipe",
+    "Report",
+    "compile",
+    "load",
+    "load_pipeline",
+    "report",
+    "save",
+    "save_pipeline",
+    "trace",
+]
+
+# Names are imported when first asked for, so that `fxquant --help` need not wait for torch.
+_HOMES = {
+    "FxquantError": "errors",
+    "Plan": "plan",
+    "QualityWarning": "api",
+    "Recipe": "recipes",
+    "Report": "reports",
+    "compile": "api",
+    "load": "checkpoint",
+    "load_pipeline": "pipelines",
+    "report": "reports",
+    "save": "checkpoint",
+    "save_pipeline": "pipelines",
+    "trace": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

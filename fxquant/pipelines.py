@@ -1,0 +1,360 @@
+"""Whole diffusers pipelines: reading and writing their folders, and running them the way they are used.
+
+A quantized pipeline is an ordinary diffusers folder in which the part that was quantized, ``transformer/`` as a rule,
+holds an fxquant checkpoint. ``model_index.json`` keeps naming the original class.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.checkpoint import load, save
+from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.model import GraphModel
+from fxquant.plan import PLAN_FILE
+
+INDEX_FILE = "model_index.json"
+STEPS = 25
+"""Denoising steps of a calibration, as in PTQ4DiT (arXiv 2405.16005)."""
+SAMPLES = 32
+"""Samples of a calibration, as in PTQ4DiT; with guidance that many with condition and that many without."""
+BATCH = 8
+"""Samples that go through the pipeline at once."""
+
+
+def load_pipeline(source: str | Path, **options: Any) -> Any:
+    """Read a diffusers pipeline, quantized or not.
+
+    Args:
+        source: A folder that diffusers or :func:`save_pipeline` wrote, or a name on the Hugging Face Hub. A quantized
+            pipeline is read from a folder; its float weights are neither needed nor made.
+        options: Handed on to ``DiffusionPipeline.from_pretrained``, such as ``torch_dtype``.
+
+    Returns:
+        The ``DiffusionPipeline``, in evaluation mode.
+
+    Raises:
+        CheckpointError: If there is no such pipeline, or a part of it is damaged.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or not _like_hub_name(str(source)):
+            raise CheckpointError(f"there is no folder {source}")
+    elif not (folder / INDEX_FILE).is_file():
+        hint = (
+            "it holds one model; fxquant.load reads it, and a pipeline is the folder around it"
+            if (folder / PLAN_FILE).is_file() or (folder / "config.json").is_file()
+            else "it is not what DiffusionPipeline.save_pretrained or fxquant.save_pipeline wrote"
+        )
+        raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {hint}")
+    quantized = {path.parent.name: load(path.parent) for path in sorted(folder.glob(f"*/{PLAN_FILE}"))}
+    # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
+    stand_ins = {name: model.architecture.skeleton for name, model in quantized.items()}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, **{**stand_ins, **options})
+    except Exception as error:
+        raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {_first_line(error)}") from error
+    for name, model in quantized.items():
+        if name not in options:
+            setattr(pipe, name, model)
+    return pipe
+
+
+def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a pipeline with its quantized parts to a folder, all of it or nothing.
+
+    Args:
+        pipe: A ``DiffusionPipeline``, at least one part of which :func:`fxquant.compile` made.
+        folder: Where to; made, with its parents.
+        overwrite: Replace a folder that exists.
+
+    Raises:
+        ConfigurationError: If no part is quantized, or one cannot be saved.
+        CheckpointError: If the folder exists and ``overwrite`` is not given.
+    """
+    parts = _parts(pipe)
+    quantized = {name for name, part in parts.items() if isinstance(part, GraphModel)}
+    if not quantized:
+        raise ConfigurationError(
+            f"no part of this {type(pipe).__name__} is quantized; set pipe.transformer = fxquant.compile(...) first, "
+            "or use its own save_pretrained"
+        )
+    folder = Path(folder)
+    refuse_existing(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        written = Path(scratch) / "pipeline"
+        written.mkdir()
+        for name, part in parts.items():
+            if name in quantized:
+                save(part, written / name)
+            elif callable(getattr(part, "save_pretrained", None)):
+                part.save_pretrained(written / name)
+            else:
+                raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
+        _write_index(pipe, quantized, written)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        written.rename(folder)
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        CheckpointError: If the folder exists, is not empty, and ``overwrite`` is not given; or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)")
+
+
+def _parts(pipe: Any) -> dict[str, Any]:
+    """The parts of a pipeline that it has."""
+    return {name: part for name, part in pipe.components.items() if part is not None and _is_part(pipe, name)}
+
+
+def _is_part(pipe: Any, name: str) -> bool:
+    return isinstance(pipe.config.get(name), (list, tuple))
+
+
+def _write_index(pipe: Any, quantized: set[str], folder: Path) -> None:
+    pipe.save_config(folder)
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text(encoding="utf-8"))
+    for name in quantized:
+        original = type(getattr(pipe, name).architecture.skeleton)
+        root = original.__module__.partition(".")[0]
+        index[name] = [root if root == "diffusers" else original.__module__, original.__name__]
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _like_hub_name(text: str) -> bool:
+    owner, slash, name = text.partition("/")
+    return bool(owner and slash and name) and "/" not in name and not text.startswith((".", "~"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def calibration_call(
+    pipe: Any,
+    samples: int = SAMPLES,
+    steps: int = STEPS,
+    seed: int = 0,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+) -> Callable[[], None]:
+    """A function that runs the pipeline the way it is used, to pass as ``calibrate=`` to :func:`fxquant.compile`.
+
+    Every call of it is the same: noise comes from ``seed``. Nothing is decoded to pixels.
+
+    Args:
+        pipe: A pipeline that takes class labels, as ``DiTPipeline``, or prompts.
+        samples: Number of samples; with guidance each goes through the model with and without its condition.
+        steps: Denoising steps of each.
+        seed: Of the initial noise.
+        guidance: Guidance scale; what the pipeline does by itself if None.
+        prompts: For text pipelines; repeated if there are fewer than ``samples``.
+        labels: Classes; all classes that the model knows, evenly, if None.
+
+    Raises:
+        ConfigurationError: If the pipeline needs prompts and there are none, or needs what this function cannot give.
+    """
+    conditions = _conditions(pipe, samples, prompts, labels)
+    call = _bound_call(pipe, conditions, steps, guidance)
+
+    def calibrate() -> None:
+        with _without_decoder(pipe):
+            for _ in call(seed, "latent"):
+                pass
+
+    return calibrate
+
+
+def generate(
+    pipe: Any,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+) -> list[Any]:
+    """Make an image for each label or prompt.
+
+    Returns:
+        PIL images. The same seed, labels and steps give the same initial noise whatever the model is.
+
+    Raises:
+        ConfigurationError: If neither fits the pipeline, a label is out of range, or it makes something else.
+    """
+    given = prompts if prompts is not None else labels
+    if not given:
+        raise ConfigurationError("nothing to generate: give labels or prompts")
+    call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance)
+    images: list[Any] = []
+    for output in call(seed, "pil"):
+        if not hasattr(output, "images"):
+            raise ConfigurationError(f"{type(pipe).__name__} makes no images; call the pipeline itself")
+        images += output.images
+    return images
+
+
+def num_batches(samples: int) -> int:
+    """How many times :func:`calibration_call` and :func:`generate` run the pipeline for so many samples."""
+    return -(-samples // BATCH)
+
+
+@contextmanager
+def steps_watched(pipe: Any, tick: Callable[[], None]) -> Iterator[None]:
+    """Call ``tick`` after every step of the pipeline's scheduler."""
+    scheduler = pipe.scheduler
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        tick()
+        return result
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _signature(pipe: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipe).__call__).parameters)
+
+
+def _conditions(
+    pipe: Any, samples: int, prompts: Sequence[str] | None, labels: Sequence[int] | None
+) -> tuple[str, list[Any]]:
+    """Name of the argument that says what to draw, and its values, one a sample."""
+    if samples < 1:
+        raise ConfigurationError(f"{samples} samples are too few; at least one is needed")
+    names = _signature(pipe)
+    kind = type(pipe).__name__
+    if "class_labels" in names:
+        if prompts is not None:
+            raise ConfigurationError(f"{kind} takes class labels, not prompts")
+        return "class_labels", _labels(pipe, samples, labels)
+    if "prompt" in names:
+        if labels is not None:
+            raise ConfigurationError(f"{kind} takes prompts, not class labels")
+        if not prompts:
+            raise ConfigurationError(
+                f"{kind} draws what a prompt says, and there are no prompts; give some that are like those in use "
+                "(prompts=[...], on the command line --prompts)"
+            )
+        return "prompt", [prompts[i % len(prompts)] for i in range(samples)]
+    raise ConfigurationError(
+        f"{kind} takes neither class labels nor prompts; write the calibration yourself and pass it to "
+        "fxquant.compile: calibrate=lambda: pipe(...)"
+    )
+
+
+def _labels(pipe: Any, samples: int, labels: Sequence[int] | None) -> list[int]:
+    count = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
+    if labels is not None:
+        for label in labels:
+            if count is not None and not 0 <= label < count:
+                raise ConfigurationError(f"label {label} is out of range; the model knows classes 0 to {count - 1}")
+        return [labels[i % len(labels)] for i in range(samples)]
+    known = sorted(set(getattr(pipe, "labels", {}).values()))
+    if not known:
+        known = list(range(count or 1000))
+    if samples < len(known):
+        return [known[i * len(known) // samples] for i in range(samples)]
+    return [known[i % len(known)] for i in range(samples)]
+
+
+def _bound_call(
+    pipe: Any, conditions: tuple[str, list[Any]], steps: int, guidance: float | None
+) -> Callable[[int, str], Iterator[Any]]:
+    """Settle all arguments but the seed and the output type; the result runs the pipeline batch by batch."""
+    if steps < 1:
+        raise ConfigurationError(f"{steps} steps are too few; at least one is needed")
+    names = _signature(pipe)
+    condition, values = conditions
+    arguments: dict[str, Any] = {"num_inference_steps": steps}
+    if guidance is not None:
+        if "guidance_scale" not in names:
+            raise ConfigurationError(f"{type(pipe).__name__} has no guidance scale")
+        arguments["guidance_scale"] = guidance
+    given = {"self", condition, "generator", "output_type", *arguments}
+    missing = [
+        name
+        for name, parameter in names.items()
+        if name not in given
+        and parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if missing:
+        raise ConfigurationError(
+            f"{type(pipe).__name__} also needs {', '.join(missing)}; write the calibration yourself and pass it to "
+            "fxquant.compile: calibrate=lambda: pipe(...)"
+        )
+
+    def run(seed: int, output_type: str) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        kwargs = dict(arguments)
+        if "output_type" in names and (output_type != "latent" or _offers_latents(pipe)):
+            kwargs["output_type"] = output_type
+        elif "output_type" in names:
+            kwargs["output_type"] = "pt"
+        for start in range(0, len(values), BATCH):
+            yield pipe(**{condition: values[start : start + BATCH]}, generator=generator, **kwargs)
+
+    return run
+
+
+def _offers_latents(pipe: Any) -> bool:
+    """Whether the pipeline can stop before it decodes; only its code says so."""
+    try:
+        return '"latent"' in inspect.getsource(inspect.unwrap(type(pipe).__call__))
+    except (OSError, TypeError):
+        return False
+
+
+@contextmanager
+def _without_decoder(pipe: Any) -> Iterator[None]:
+    """Let a pipeline that always decodes, as ``DiTPipeline``, decode nothing."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None or _offers_latents(pipe):
+        yield
+        return
+
+    def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        return SimpleNamespace(sample=latents) if return_dict else (latents,)
+
+    own = vae.__dict__.get("decode")
+    vae.__dict__["decode"] = decode
+    try:
+        yield
+    finally:
+        if own is None:
+            del vae.__dict__["decode"]
+        else:
+            vae.__dict__["decode"] = own

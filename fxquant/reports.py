@@ -1,0 +1,495 @@
+"""The report: what was decided for every layer, what it costs and what it does to the output.
+
+Everything comes out of the plan, so a report needs no weights and is the same for a model, its plan and its
+checkpoint. Table and JSON are two views of one :class:`Report`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from fxquant.backend import Backend, resolve_backend
+from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.plan import PLAN_FILE, LayerPlan, Plan
+
+COSTS = ("free", "vector", "tokens", "not")
+"""What balancing a layer costs at run time, cheapest first; ``not`` stands for layers that were left alone."""
+
+_WIDTH = 140
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NODE_NUMBER = re.compile(r"_\d+$")
+_BLOCK = re.compile(r"(.*?)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: Stable name, such as ``transformer_blocks.3.attn1.to_q``.
+        kind: ``linear``, ``conv`` or ``embedding``.
+        role: Part of the network: ``block``, ``adaln``, ``embedder``, ``patch`` or ``final``.
+        kernel: What runs it on the plan's backend.
+        precision: Bits as text: ``w4a8``, ``w4a16-g64``, ``float``.
+        weight_bits: Bits a weight, None for float.
+        activation_bits: Bits an activation, None for float.
+        group_size: Input channels a weight group, 0 for one group a row.
+        shape: Output and input features.
+        cost: ``free``, ``vector``, ``tokens`` or ``not``; None for a layer that nobody meant to balance.
+        absorbed_into: What absorbed the balance factors.
+        balanced_channels: Number of balanced input channels.
+        reason: Why some or all channels were left alone.
+        activation_low: Smallest input that the static range holds.
+        activation_high: Largest input that the static range holds.
+        spread: Smallest and largest maximum of |input| over the calibrated timesteps.
+        weight_sqnr_db: Signal to quantization noise of the weight, in dB.
+        activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
+    """
+
+    name: str
+    kind: str
+    role: str
+    kernel: str
+    precision: str
+    weight_bits: int | None
+    activation_bits: int | None
+    group_size: int
+    shape: tuple[int, int]
+    cost: str | None
+    absorbed_into: tuple[str, ...]
+    balanced_channels: int
+    reason: str | None
+    activation_low: float | None
+    activation_high: float | None
+    spread: tuple[float, float] | None
+    weight_sqnr_db: float | None
+    activation_sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The model as a whole.
+
+    Attributes:
+        bytes_before: Size of the float model's tensors.
+        bytes_after: Size of the quantized model's tensors.
+        ratio: How many times smaller it became; None if a size is not known.
+        mean_sqnr_db: Mean over timesteps of the output SQNR, in dB; None if it was not measured.
+        worst_sqnr_db: The lowest of them.
+        worst_timestep: Where that is.
+        layers_by_precision: Number of layers by precision, most frequent first.
+        balance_by_cost: Number of layers meant to be balanced by the cost at which that was absorbed.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    ratio: float | None
+    mean_sqnr_db: float | None
+    worst_sqnr_db: float | None
+    worst_timestep: float | None
+    layers_by_precision: Mapping[str, int]
+    balance_by_cost: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: its text, wall time in seconds, number of edits and change in the number of nodes by op."""
+
+    text: str
+    seconds: float
+    edits: int
+    ops: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What fxquant did to a model; prints as a table.
+
+    Attributes:
+        model_class: Class of the original model.
+        recipe: The recipe as pipeline text.
+        backend: Name of the backend.
+        timesteps: The calibrated timesteps.
+        totals: The model as a whole.
+        output_sqnr_db: Output SQNR against float by timestep in dB, the noisiest timestep first.
+        layers: One row a layer, in the order of the graph.
+        passes: The pass log.
+    """
+
+    model_class: str
+    recipe: str
+    backend: str
+    timesteps: tuple[float, ...]
+    totals: Totals
+    output_sqnr_db: Mapping[float, float]
+    layers: tuple[LayerReport, ...]
+    passes: tuple[PassReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values; a number that is not finite, such as a lossless layer's SQNR, is a string."""
+        data = asdict(self)
+        data["output_sqnr_db"] = [[step, db] for step, db in self.output_sqnr_db.items()]
+        values = _json_values(data)
+        assert isinstance(values, dict)
+        return values
+
+    def table(self, *, every: bool = False) -> str:
+        """The report as text of at most 140 columns.
+
+        Layers that differ in nothing but the number of their block, and in measured values, share a row, which then
+        shows the range of the values and stands below the numbers of the blocks.
+
+        Args:
+            every: One row a layer instead.
+        """
+        parts = [self.summary(), self._layer_table(every)]
+        if reasons := self._reasons():
+            parts.append(reasons)
+        if self.output_sqnr_db:
+            parts.append(self._output_table())
+        if self.passes:
+            parts.append(self._pass_table())
+        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def summary(self) -> str:
+        """The totals in a few lines."""
+        totals = self.totals
+        lines = [("model", f"{self.model_class.rpartition(':')[2]} on {self.backend}")]
+        if totals.ratio is not None:
+            before, after = map(_size, (totals.bytes_before, totals.bytes_after))
+            lines.append(("size", f"{before} -> {after}, {totals.ratio:.2f} times smaller"))
+        if totals.mean_sqnr_db is not None and totals.worst_sqnr_db is not None:
+            lines.append(
+                (
+                    "output SQNR",
+                    f"mean {totals.mean_sqnr_db:.1f} dB, worst {totals.worst_sqnr_db:.1f} dB "
+                    f"at timestep {totals.worst_timestep:g}",
+                )
+            )
+        else:
+            lines.append(("output SQNR", "not measured"))
+        lines.append(("layers", ", ".join(f"{count} {name}" for name, count in totals.layers_by_precision.items())))
+        targets = sum(totals.balance_by_cost.values())
+        if targets:
+            shown = [f"{count} {cost}" for cost, count in totals.balance_by_cost.items() if count]
+            absorbed = targets - totals.balance_by_cost["not"]
+            lines.append(("balanced", f"{absorbed} of {targets} layers: {', '.join(shown)}"))
+        if self.timesteps:
+            lines.append(("calibrated", f"{len(self.timesteps)} timesteps"))
+        return "\n".join(f"{title:<12} {text}" for title, text in lines)
+
+    def _layer_table(self, every: bool) -> str:
+        kernels = Counter(layer.kernel for layer in self.layers)
+        letters = {kernel: _letter(number) for number, kernel in enumerate(kernels)}
+        header = ["layer", "role", "bits", "kernel", "balance", "range", "max|x|", "W dB", "x dB"]
+        rows = []
+        for title, groups in _sections(self.layers, every):
+            indent = ""
+            if title:
+                rows.append([title] + [""] * (len(header) - 1))
+                indent = "  "
+            rows += [_row(indent, group, letters) for group in groups]
+        if not rows:
+            return "no layers"
+        legend = [[letters[kernel], kernel, f"{count} layers"] for kernel, count in kernels.items()]
+        legend_text = tabulate(legend, ["kernel", "", ""], tablefmt="simple", disable_numparse=True)
+        return _fitted(header, rows, {0: 46, 4: 34}) + "\n\n" + legend_text
+
+    def _reasons(self) -> str:
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.reason is not None:
+                found.setdefault(layer.reason, []).append(layer.name)
+        lines = []
+        for reason, names in found.items():
+            patterns = Counter(_pattern(name) for name in names)
+            shown = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in patterns.items())
+            lines += _wrapped(f"{shown}: {reason}")
+        return "channels left alone, and why\n" + "\n".join(lines) if lines else ""
+
+    def _output_table(self) -> str:
+        values = list(self.output_sqnr_db.items())
+        width = 12
+        lines = []
+        for start in range(0, len(values), width):
+            part = values[start : start + width]
+            lines.append("timestep " + "".join(f"{step:>8g}" for step, _ in part))
+            lines.append("SQNR dB  " + "".join(f"{_decimal(db):>8}" for _, db in part))
+        return "output SQNR against float\n" + "\n".join(lines)
+
+    def _pass_table(self) -> str:
+        rows = [
+            [entry.text, entry.edits, f"{entry.seconds:.2f}", " ".join(f"{op}:{n:+d}" for op, n in entry.ops.items())]
+            for entry in self.passes
+        ]
+        return _fitted(["pass", "edits", "seconds", "change in ops"], rows, {0: 60, 3: 58}, right=(1, 2))
+
+
+def report(model: nn.Module | Plan | str | Path) -> Report:
+    """What fxquant did to a model, layer by layer.
+
+    Args:
+        model: What ``fxquant.compile`` or ``fxquant.load`` returned, a plan, or the folder of a checkpoint or of a
+            pipeline with one. No weights are read.
+
+    Raises:
+        ConfigurationError: If the model is not quantized.
+        CheckpointError: If the folder holds no checkpoint, or a damaged one.
+    """
+    plan = _plan_of(model)
+    backend = _backend_of(plan)
+    layers = tuple(_layer_report(name, layer, backend) for name, layer in plan.layers.items())
+    return Report(
+        model_class=plan.model_class,
+        recipe=plan.recipe,
+        backend=plan.backend,
+        timesteps=tuple(plan.timesteps),
+        totals=_totals(plan, layers),
+        output_sqnr_db=dict(plan.output_sqnr_db),
+        layers=layers,
+        passes=tuple(
+            PassReport(entry["pass"], entry["seconds"], entry["edits"], dict(entry["ops"])) for entry in plan.passes
+        ),
+    )
+
+
+def _plan_of(model: nn.Module | Plan | str | Path) -> Plan:
+    if isinstance(model, Plan):
+        return model
+    if isinstance(model, (str, Path)):
+        return Plan.load(checkpoint_folder(model))
+    plan = getattr(model, "plan", None)
+    if plan is None and isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # From torch.compile.
+        plan = getattr(inner, "plan", None)
+    if not isinstance(plan, Plan):
+        raise ConfigurationError(
+            f"report takes a quantized model, a plan or the folder of a checkpoint, not a {type(model).__name__}"
+        )
+    return plan
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """The folder itself, or the part of a pipeline's folder that holds the checkpoint.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, or more than one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    if (folder / PLAN_FILE).is_file():
+        return folder
+    found = sorted(path.parent for path in folder.glob(f"*/{PLAN_FILE}"))
+    if not found:
+        raise CheckpointError(f"{folder} holds no {PLAN_FILE}: it is not what fxquant wrote, or not all of it")
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} holds several quantized models; name one: {', '.join(map(str, found))}")
+    return found[0]
+
+
+def _backend_of(plan: Plan) -> Backend | None:
+    try:
+        return resolve_backend(plan.backend)
+    except UnknownNameError:  # A plan can be read where its backend is not installed.
+        return None
+
+
+def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> LayerReport:
+    balance, activation = layer.balance, layer.activation
+    return LayerReport(
+        name=name,
+        kind=layer.kind,
+        role=layer.role,
+        kernel="?" if backend is None else backend.kernel(layer),
+        precision=str(layer.precision),
+        weight_bits=layer.weight_bits,
+        activation_bits=layer.activation_bits,
+        group_size=layer.group_size,
+        shape=(layer.shape[0], layer.shape[1]),
+        cost=balance.cost if balance else None,
+        absorbed_into=tuple(balance.into) if balance else (),
+        balanced_channels=balance.channels if balance else 0,
+        reason=balance.reason if balance else None,
+        activation_low=activation.low if activation else None,
+        activation_high=activation.high if activation else None,
+        spread=(layer.spread[0], layer.spread[1]) if layer.spread else None,
+        weight_sqnr_db=layer.weight_sqnr_db,
+        activation_sqnr_db=layer.activation_sqnr_db,
+    )
+
+
+def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:
+    outputs = plan.output_sqnr_db
+    worst = min(outputs, key=lambda step: outputs[step], default=None)
+    costs = Counter(layer.cost for layer in layers if layer.cost is not None)
+    return Totals(
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        ratio=plan.bytes_before / plan.bytes_after if plan.bytes_before and plan.bytes_after else None,
+        mean_sqnr_db=sum(outputs.values()) / len(outputs) if outputs else None,
+        worst_sqnr_db=None if worst is None else outputs[worst],
+        worst_timestep=worst,
+        layers_by_precision=dict(Counter(layer.precision for layer in layers).most_common()),
+        balance_by_cost={cost: costs[cost] for cost in COSTS},
+    )
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _pattern(name: str) -> str:
+    """A layer's name, or a node's, with the number of its block left out: ``blocks.*.attn1.to_q``."""
+    return _NUMBER.sub("*", name, count=1) if "." in name else _NODE_NUMBER.sub("", name)
+
+
+def _sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, list[list[LayerReport]]]]:
+    """The rows of the table below the block, or blocks, that they stand in; no title for what is in none."""
+    groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+    for layer in layers:
+        into = tuple(_pattern(name) for name in layer.absorbed_into)
+        alike = (layer.role, layer.kernel, layer.precision, layer.shape, layer.cost, layer.balanced_channels)
+        key = (layer.name,) if every else (_pattern(layer.name), into, *alike, layer.reason)
+        groups.setdefault(key, []).append(layer)
+    sections: dict[tuple[str, bool], list[list[LayerReport]]] = {}
+    for group in groups.values():
+        block = _BLOCK.match(group[0].name)
+        title = f"{block[1]}.{_numbers(group)}" if block else ""
+        sections.setdefault((title, not block and group[0].role == "final"), []).append(group)
+    yield from ((title, found) for (title, _), found in sections.items())
+
+
+def _row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, str]) -> list[str]:
+    first = group[0]
+    lows = [layer.activation_low for layer in group if layer.activation_low is not None]
+    highs = [layer.activation_high for layer in group if layer.activation_high is not None]
+    spreads = [value for layer in group if layer.spread for value in layer.spread]
+    return [
+        indent + (_BLOCK.sub("", first.name, count=1) if indent else first.name),
+        first.role,
+        first.precision,
+        letters[first.kernel],
+        _balance(first, len(group) > 1),
+        f"{min(lows):.3g}..{max(highs):.3g}" if lows else "",
+        f"{min(spreads):.3g}..{max(spreads):.3g}" if spreads else "",
+        _span(layer.weight_sqnr_db for layer in group),
+        _span(layer.activation_sqnr_db for layer in group),
+    ]
+
+
+def _balance(layer: LayerReport, several: bool) -> str:
+    """``free: norm1.linear``; the number of channels where not all of them are balanced."""
+    if layer.cost is None:
+        return ""
+    part = "" if layer.balanced_channels in (0, layer.shape[1]) else f" {layer.balanced_channels}/{layer.shape[1]}"
+    block = _BLOCK.match(layer.name)
+    names = []
+    for name in layer.absorbed_into:
+        own = block is not None and name.startswith(block[0])
+        names.append(_BLOCK.sub("", name, count=1) if own else _pattern(name) if several else name)
+    return f"{layer.cost}{part}: {', '.join(names)}" if names else f"{layer.cost}{part}"
+
+
+def _letter(number: int) -> str:
+    return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")
+
+
+def _numbers(group: Sequence[LayerReport]) -> str:
+    """Which blocks a row stands for: ``0-7``, or ``0,2-7``."""
+    found = sorted({int(match[0]) for layer in group if (match := _NUMBER.search(layer.name))})
+    runs: list[list[int]] = []
+    for number in found:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _span(values: Iterator[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = _decimal(min(known)), _decimal(max(known))
+    return low if low == high else f"{low}..{high}"
+
+
+def _decimal(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else str(value)
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def _fitted(header: Sequence[str], rows: Sequence[Sequence[Any]], widths: dict[int, int], right: Any = ()) -> str:
+    """A table without its empty columns whose wide ones are wrapped until it fits the page."""
+    kept = [i for i in range(len(header)) if any(str(row[i]) for row in rows)]
+    limits = dict(widths)
+    while True:
+        cells = [[_broken(str(row[i]), limits.get(i)) for i in kept] for row in rows]
+        align = ["right" if i in right else "left" for i in kept]
+        text = tabulate(
+            cells,
+            [header[i] for i in kept],
+            tablefmt="simple",
+            disable_numparse=True,
+            preserve_whitespace=True,
+            colalign=align if rows else None,
+        )
+        if max((len(line) for line in text.splitlines()), default=0) <= _WIDTH:
+            return text
+        widest = max((i for i in kept if i in limits), key=lambda i: limits[i], default=None)
+        if widest is None or limits[widest] <= 12:
+            return text
+        limits[widest] -= 2
+
+
+def _broken(text: str, width: int | None) -> str:
+    """Text in lines of at most ``width`` columns, broken behind spaces, dots and commas where there are any."""
+    if width is None or len(text) <= width:
+        return text
+    indent = text[: len(text) - len(text.lstrip())]
+    lines, line = [], indent
+    for piece in re.findall(r"[^ .,/]+[ .,/]*", text):
+        rest = piece
+        while len(line) + len(rest.rstrip()) > width:
+            if line.strip():
+                lines.append(line.rstrip())
+            else:
+                lines.append(line + rest[: width - len(line)])
+                rest = rest[width - len(line) :]
+            line = indent + "  "
+        line += rest
+    return "\n".join([*lines, line.rstrip()] if line.strip() else lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    first, *rest = _broken(text, _WIDTH - 4).splitlines()
+    return [f"  {first}", *(f"    {line}" for line in rest)]
+
+
+def _json_values(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _json_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_values(item) for item in value]
+    return value
