@@ -1,9 +1,9 @@
 """A small, real diffusion transformer on handwritten digits: the model that examples and tests quantize by default."""
 
-from .classifier import DigitClassifier, load_classifier
 from .data import digits
+from .generator import generate, load_pipeline
+from .judge import DigitClassifier, load_classifier
 from .metrics import frechet_distance, psnr, read_accuracy
-from .pipeline import generate, load_pipeline
 from .salience import plant_salience
 
 __all__ = [

@@ -14,10 +14,10 @@ from diffusers import DiTPipeline
 from PIL import Image
 from torch import Tensor
 
-from .classifier import DigitClassifier, load_classifier
 from .data import NUM_CLASSES, digits
+from .generator import GUIDANCE, STEPS, generate, load_pipeline
+from .judge import DigitClassifier, load_classifier
 from .metrics import frechet_distance, psnr, read_accuracy
-from .pipeline import GUIDANCE, STEPS, generate, load_pipeline
 
 OUT = Path(__file__).parent / "runs" / "evaluation"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from .classifier import DigitClassifier
+from .judge import DigitClassifier
 
 BATCH = 250
 

@@ -5,9 +5,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from .classifier import DigitClassifier
 from .data import augment
-from .pipeline import NULL_CLASS
+from .generator import NULL_CLASS
+from .judge import DigitClassifier
 from .trainer import Stage, step_generator
 
 LABEL_DROPOUT = 0.1

@@ -20,9 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .classifier import DigitClassifier, save_classifier
 from .data import digits
-from .pipeline import build_pipeline, build_scheduler, build_transformer, build_vae
+from .generator import build_pipeline, build_scheduler, build_transformer, build_vae
+from .judge import DigitClassifier, save_classifier
 from .stages import classifier_stage, encode_copies, sampled_deviation, transformer_stage, vae_stage
 from .trainer import OnStep, fit, save_atomically
 

@@ -4,8 +4,8 @@ import torch
 from diffusers import DiTPipeline
 
 from examples.digits import digits, generate, read_accuracy
-from examples.digits.classifier import CLASSIFIER_FOLDER
-from examples.digits.pipeline import NULL_CLASS, PIPELINE_FOLDER
+from examples.digits.generator import NULL_CLASS, PIPELINE_FOLDER
+from examples.digits.judge import CLASSIFIER_FOLDER
 
 LIMIT = 16 * 2**20
 

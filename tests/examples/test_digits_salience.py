@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from examples.digits import plant_salience
-from examples.digits.pipeline import NULL_CLASS, build_transformer
+from examples.digits.generator import NULL_CLASS, build_transformer
 
 TIMESTEPS = (1, 250, 500, 750, 980)
 
