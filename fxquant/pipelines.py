@@ -52,7 +52,9 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or not _like_hub_name(str(source)):
-            raise CheckpointError(f"there is no folder {source}")
+            raise CheckpointError(
+                f"there is no folder {source}; give that of a diffusers pipeline, or a name on the hub, owner/name"
+            )
     elif not (folder / INDEX_FILE).is_file():
         hint = (
             "it holds one model; fxquant.load reads it, and a pipeline is the folder around it"

@@ -1,0 +1,550 @@
+"""The command line: quantize a pipeline, generate with it, report on it, list what there is.
+
+Only what help needs is imported at the top; torch and diffusers wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from fxquant import __version__
+from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import fx
+
+    from fxquant.pipeline import Pass, PassRecord
+    from fxquant.recipes import Recipe
+
+_ERROR = 2
+_INTERRUPTED = 130  # What shells report after Ctrl-C.
+
+out = Console()
+err = Console(stderr=True)
+
+
+class _Group(TyperGroup):
+    """Prints the errors that fxquant raises on purpose as one message, without traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxquantError as error:
+            if _debugging(ctx):
+                raise
+            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+            err.print(Text.assemble(("error: ", "bold red"), (f"{error}{notes}", "red")), soft_wrap=True)
+            raise typer.Exit(_ERROR) from None
+        except KeyboardInterrupt:
+            err.print("interrupted; nothing was written", style="red")
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+def _debugging(ctx: Any) -> bool:
+    return bool(ctx.find_root().meta.get("fxquant.debug"))
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="fxquant",
+    help="Quantize diffusion transformers: a graph-rewriting compiler over torch.fx.",
+    epilog="Begin with:  [bold]fxquant quantize facebook/DiT-XL-2-256 --out dit-w8a8[/]",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Layers(StrEnum):
+    """Which layers are quantized."""
+
+    default = "default"
+    blocks = "blocks"
+    all = "all"
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    recipes = "recipes"
+    passes = "passes"
+    backends = "backends"
+    rules = "rules"
+
+
+def _remember_debug(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.find_root().meta["fxquant.debug"] = True
+    return value
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        out.print(f"fxquant {__version__}", highlight=False)
+        raise typer.Exit
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel="Sampling")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial noise.", rich_help_panel="Sampling")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale; the pipeline's own if not given.", rich_help_panel="Sampling"),
+]
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    pass
+
+
+# --- quantize -------------------------------------------------------------------------------------------------------
+
+_QUANTIZE_EXAMPLES = """[bold]Examples[/]
+
+  fxquant quantize facebook/DiT-XL-2-256 --recipe ptq4dit-w4a8 --out dit-w4a8
+
+  fxquant quantize ./my-pixart --recipe rtn-w8a8 --prompts prompts.txt --out pixart-w8a8
+
+  fxquant quantize ./my-dit --recipe ptq4dit-w4a8-g64 --samples 8 --steps 10 --out quick --overwrite
+"""
+
+
+@app.command(epilog=_QUANTIZE_EXAMPLES, no_args_is_help=True)
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a diffusers pipeline.")],
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder that the quantized pipeline goes to.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Recipe with precision; see [bold]fxquant list recipes[/].")
+    ] = "ptq4dit-w8a8",
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", help="What runs it; see [bold]fxquant list backends[/].")
+    ] = "fake-quant",
+    layers: Annotated[
+        Layers,
+        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: only they; all: every layer."),
+    ] = Layers.default,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to calibrate with.", rich_help_panel="Sampling")] = 32,
+    steps: Steps = 25,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with a prompt a line, for text pipelines.", rich_help_panel="Sampling"),
+    ] = None,
+    measure: Annotated[
+        int, typer.Option(min=0, help="Calibration calls on which the output error is measured; 0 for none.")
+    ] = 8,
+    dump_graphs: Annotated[
+        Path | None, typer.Option(help="Folder for the graph after every pass, as readable code.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize the transformer of a pipeline and write the whole pipeline to a folder.
+
+    The pipeline is run the way it is used, to calibrate: with its classes or with your prompts.
+    """
+    lines = None if prompts is None else _read_prompts(prompts)
+    with _quiet(), _status("importing torch and diffusers"):
+        import fxquant
+        from fxquant.backend import resolve_backend
+        from fxquant.pipeline import DumpGraphs, Instrument
+        from fxquant.pipelines import (
+            calibration_call,
+            load_pipeline,
+            num_batches,
+            refuse_existing,
+            save_pipeline,
+            steps_watched,
+        )
+        from fxquant.recipes import make_recipe
+
+        # What can be refused is refused before anything takes time.
+        refuse_existing(out_folder, overwrite)
+        chosen = make_recipe(recipe, layers.value)
+        runner = resolve_backend(backend)
+    with _quiet():
+        with _status(f"reading {model}"):
+            _no_bars()
+            pipe = load_pipeline(model)
+            if not hasattr(pipe, "transformer"):
+                raise ConfigurationError(f"{type(pipe).__name__} has no transformer; fxquant quantizes transformers")
+            pipe.set_progress_bar_config(disable=True)
+            calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines)
+        with _progress() as progress:
+            watch = _PassProgress(progress, chosen)
+            instruments: list[Instrument] = [watch]
+            if dump_graphs is not None:
+                instruments.append(DumpGraphs(dump_graphs))
+            task = progress.add_task(f"calibrate: {samples} samples, {steps} steps", total=num_batches(samples) * steps)
+            with steps_watched(pipe, lambda: progress.advance(task)):
+                pipe.transformer = fxquant.compile(
+                    pipe.transformer,
+                    recipe=chosen,
+                    backend=runner,
+                    calibrate=calibrate,
+                    layers=layers.value,
+                    measure=measure,
+                    instruments=instruments,
+                )
+            watch.done()
+        with _status(f"writing {out_folder}"):
+            save_pipeline(pipe, out_folder, overwrite=overwrite)
+    found = fxquant.report(pipe.transformer)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print_plain(found.summary())
+        err.print(f"written to {out_folder}; see [bold]fxquant report {out_folder}[/]", highlight=False)
+
+
+class _PassProgress:
+    """Instrument that shows the passes as a progress bar."""
+
+    def __init__(self, progress: Progress, recipe: Recipe) -> None:
+        self.progress = progress
+        self.prepare, self.convert = len(recipe.prepare), len(recipe.convert)
+        self.first = recipe.prepare[0] if recipe.prepare else None
+        self.task: Any = None
+        self.seen = self.graphs = 0
+
+    def before(self, step: Pass, module: fx.GraphModule) -> None:
+        """Show the name of the pass."""
+        self.graphs += step == self.first
+        total = max(self.graphs, 1) * (self.prepare + self.convert)
+        if self.task is None:
+            self.task = self.progress.add_task("", total=total)
+        self.progress.update(self.task, total=total, description=f"pass: {step.name}")
+
+    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
+        """Advance by one; behind the last pass the output error is measured."""
+        self.seen += 1
+        last = self.seen >= max(self.graphs, 1) * (self.prepare + self.convert)
+        self.progress.update(self.task, advance=1, description="measure the output" if last else None)
+
+    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
+        """Say which pass it was."""
+        self.progress.update(self.task, description=f"failed: {step.name}")
+
+    def done(self) -> None:
+        """Say that all is over."""
+        if self.task is not None:
+            self.progress.update(self.task, description=f"passes: {self.seen} done")
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+_GENERATE_EXAMPLES = """[bold]Examples[/]
+
+  fxquant generate dit-w4a8 --labels 207,360,387 --out grid.png
+
+  fxquant generate dit-w4a8 --labels 0-9 --steps 50 --guidance 4 --out images/
+
+  fxquant generate pixart-w8a8 --prompts "a red fox in the snow" --prompts "a harbour at dawn" --out grid.png
+"""
+
+
+@app.command(epilog=_GENERATE_EXAMPLES, no_args_is_help=True)
+def generate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pipeline, quantized or not.")],
+    out_path: Annotated[Path, typer.Option("--out", "-o", help="An image file for a grid, or a folder for files.")],
+    labels: Annotated[str | None, typer.Option("--labels", "-l", help="Classes, such as 1,2,3 or 0-9.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompts", "-p", help="A prompt, or a text file with one a line; repeatable.")
+    ] = None,
+    steps: Steps = 25,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Images a row of the grid.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Generate images with a pipeline: one grid, or a folder of files."""
+    if (labels is None) == (not prompts):
+        raise ConfigurationError("give either --labels, such as --labels 1,2,3, or --prompts")
+    wanted = None if labels is None else _read_labels(labels)
+    lines = _all_prompts(prompts) if prompts else None
+    _check_image_path(out_path)
+    with _quiet():
+        with _status("importing torch and diffusers"):
+            from fxquant import pipelines
+        with _status(f"reading {folder}"):
+            _no_bars()
+            pipe = pipelines.load_pipeline(folder)
+            pipe.set_progress_bar_config(disable=True)
+        with _progress() as progress:
+            count = len(wanted or lines or ())
+            task = progress.add_task(f"generate: {count} images", total=pipelines.num_batches(count) * steps)
+            with pipelines.steps_watched(pipe, lambda: progress.advance(task)):
+                images = pipelines.generate(
+                    pipe, steps=steps, seed=seed, guidance=guidance, prompts=lines, labels=wanted
+                )
+    _write_images(images, out_path, columns)
+    err.print(f"{len(images)} images in {out_path}", highlight=False)
+
+
+def _check_image_path(path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix and path.suffix.lower() not in Image.registered_extensions():
+        raise ConfigurationError(f"{path.suffix} is no image format; write --out grid.png, or a folder")
+    if path.suffix and path.is_dir():
+        raise ConfigurationError(f"{path} is a folder; give it a slash-free name without suffix, or another one")
+    if not path.suffix and path.is_file():
+        raise ConfigurationError(f"{path} is a file; give a folder, or a name such as grid.png")
+
+
+def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> None:
+    from PIL import Image
+
+    if not path.suffix:
+        path.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(path / f"{number:03d}.png")
+        return
+    across = min(columns or max(1, round(len(images) ** 0.5 + 0.49)), len(images))
+    width, height = images[0].size
+    grid = Image.new("RGB", (across * width, -(-len(images) // across) * height))
+    for number, image in enumerate(images):
+        grid.paste(image, (number % across * width, number // across * height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}-partial{path.suffix}")
+    grid.save(scratch)
+    scratch.replace(path)
+
+
+def _read_labels(text: str) -> list[int]:
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            labels += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            raise ConfigurationError(f"--labels {text}: {part!r} is no class number; write 1,2,3 or 0-9") from None
+    if not labels:
+        raise ConfigurationError(f"--labels {text} names no class; write 1,2,3 or 0-9")
+    return labels
+
+
+def _all_prompts(given: Sequence[str]) -> list[str]:
+    return [line for entry in given for line in (_read_prompts(Path(entry)) if _is_file(entry) else [entry])]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # A prompt may be longer than a path can be.
+        return False
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from None
+    if not lines:
+        raise ConfigurationError(f"--prompts {path} is empty; write a prompt a line")
+    return lines
+
+
+# --- report and list ------------------------------------------------------------------------------------------------
+
+_REPORT_EXAMPLES = """[bold]Examples[/]
+
+  fxquant report dit-w4a8
+
+  fxquant report dit-w4a8 --json | jq .totals
+"""
+
+
+@app.command(epilog=_REPORT_EXAMPLES, no_args_is_help=True)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what was done to every layer, what it costs and how far the output moved."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    with _quiet(), _status("reading"):
+        import fxquant
+
+        found = fxquant.report(folder)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print_plain(found.table(every=every))
+
+
+@app.command("list", no_args_is_help=True)
+def list_(
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="recipes, passes, backends or rules.")],
+    debug: Debug = False,
+) -> None:
+    """List recipes, passes, backends or channel rules, one line each."""
+    with _quiet(), _status("importing torch"):
+        rows = {Kind.recipes: _recipes, Kind.passes: _passes, Kind.backends: _backends, Kind.rules: _rules}[kind]()
+    _print_rows(rows)
+
+
+def _recipes() -> list[tuple[str, str]]:
+    from fxquant.recipes import RECIPES
+
+    return [(f"{name}-w<bits>a<bits>", _summary(RECIPES[name])) for name in RECIPES]
+
+
+def _passes() -> list[tuple[str, str]]:
+    from fxquant.pipeline import PASSES
+
+    return [(name, f"[{PASSES[name].tier.value}] {_summary(PASSES[name])}") for name in PASSES]
+
+
+def _backends() -> list[tuple[str, str]]:
+    from fxquant.backend import BACKENDS
+
+    rows = []
+    for name in BACKENDS:
+        try:
+            rows.append((name, _summary(BACKENDS[name])))
+        except ImportError as error:
+            rows.append((name, f"not available: {error}"))
+    return rows
+
+
+def _rules() -> list[tuple[str, str]]:
+    from fxquant.channels.rules import RULES
+
+    ops: dict[Any, list[str]] = {}
+    for target, function in RULES.items():
+        name = str(getattr(target, "_name", None) or getattr(target, "__name__", target)).removeprefix("aten::")
+        short = name.partition(".")[0]
+        names = ops.setdefault(function, [])
+        if short not in names:
+            names.append(short)
+    return [(" ".join(names), _summary(function)) for function, names in ops.items()]
+
+
+def _summary(item: Any) -> str:
+    """First line of a docstring; "Barrier: ..." and "End: ..." of rules included."""
+    return (inspect.getdoc(item) or "").partition("\n")[0]
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    if not out.is_terminal:  # One line each, for grep.
+        width = max((len(name) for name, _ in rows), default=0)
+        _print_plain("\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows))
+        return
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", overflow="fold", max_width=44)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(Text(name), Text(text))
+    out.print(table)
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def _print_plain(text: str) -> None:
+    """As it is: a table that a narrow terminal would fold is easier to read scrolled or piped."""
+    sys.stdout.write(text + "\n")
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    if err.is_terminal:
+        with err.status(text):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        yield progress
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what libraries say to their developers off the screen; fxquant's own warnings stay."""
+    import logging
+
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "diffusers", "torch.utils._pytree", "torch.utils.pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"fxquant(\.|$)")
+        warnings.showwarning = _show_warning
+        yield
+
+
+def _no_bars() -> None:
+    """No bars but our own."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    err.print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line: the console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
