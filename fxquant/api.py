@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.backend import Backend, resolve_backend
-from fxquant.calibrate import Calibration, output_sqnr, run_calibration
+from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
-from fxquant.errors import AlreadyCompiledError, CalibrationError, ConfigurationError
+from fxquant.errors import AlreadyCompiledError, CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
@@ -38,9 +38,9 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If the model is in training mode.
+        ConfigurationError: If the model is in training mode, or no model.
     """
-    _refuse_compiled(model)
+    _check_model(model)
     architecture = Architecture.of(model, timestep)
     weights = weights_of(model)
 
@@ -96,7 +96,8 @@ def compile(
         NonFiniteError: If a weight or activation holds NaN or infinity.
         BackendError: If the backend cannot run what the recipe asks for.
     """
-    _refuse_compiled(model)
+    _check_model(model)
+    _check_options(recipe, backend, plan, measure, statistics)
     runner = resolve_backend(backend)
     if plan is not None:
         if recipe is not None or calibrate is not None:
@@ -111,18 +112,21 @@ def compile(
             "a function that runs the model, such as lambda: pipe(class_labels=labels, num_inference_steps=25)"
         )
     weights = weights_of(model)
-    for name, tensor in weights.items():
-        require_finite(tensor, f"weight {name!r} of the model")
+    _check_weights(model)
     architecture = Architecture.of(model, timestep)
     made = Plan(str(chosen), class_path(model), timestep)
     made.backend = runner.name
-    calibration = Calibration(model, architecture, made, chosen.prepare, measure, instruments, statistics)
+
+    def check() -> None:
+        made.check()
+        runner.check(made.layers)
+
+    calibration = Calibration(model, architecture, made, chosen.prepare, measure, instruments, statistics, check)
     run_calibration(calibration, model, calibrate)
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
     made.statistics = calibration.statistics
     made.bytes_before = tensor_bytes(weights)
-    runner.check(made.layers)
     try:
         quantized = _convert(calibration, chosen, runner, dtype_of(weights), instruments)
     finally:
@@ -219,9 +223,47 @@ def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
     return next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     if isinstance(model, GraphModel):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
+    if "_orig_mod" in getattr(model, "_modules", ()):  # Its class is costly to import.
+        raise ConfigurationError(
+            "this model went through torch.compile; give fxquant the original, and what it returns to torch.compile: "
+            "the other way round fxquant would see no graph"
+        )
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            f"a {type(model).__name__} is no model; give the transformer itself, such as pipe.transformer"
+        )
+    refuse_redirected(model)
+
+
+def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistics: Any) -> None:
+    if not isinstance(recipe, (str, Recipe, type(None))):
+        raise ConfigurationError(f"a recipe is a name, such as 'rtn-w8a8', or a Recipe, not a {type(recipe).__name__}")
+    if not isinstance(backend, (str, Backend)):
+        raise ConfigurationError(
+            f"a backend is a name, such as 'fake-quant', or a Backend, not a {type(backend).__name__}"
+        )
+    if not isinstance(plan, (Plan, type(None))):
+        raise ConfigurationError(f"plan is a {type(plan).__name__}; read one from a folder with fxquant.Plan.load")
+    if not isinstance(measure, int) or measure < 0:
+        raise ConfigurationError(f"measure={measure!r} is no number of calls; give 0 for none, or more")
+    if not isinstance(statistics, (Statistics, type(None))):
+        raise ConfigurationError(
+            f"statistics is a {type(statistics).__name__}; make one with fxquant.observers.Statistics()"
+        )
+
+
+def _check_weights(model: nn.Module) -> None:
+    # Parameters only: a buffer may be a mask, whose minus infinity is meant.
+    for name, weight in model.named_parameters():
+        try:
+            require_finite(weight.detach(), f"weight {name!r} of the model")
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error} Load the model again, in bfloat16 or float32 if a cast to float16 overflowed."
+            ) from None
 
 
 def _log_entry(record: PassRecord) -> dict[str, Any]:

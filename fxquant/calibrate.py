@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, TensorSpec
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
-from fxquant.errors import CalibrationError, FxquantError
+from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
 from fxquant.observers import Statistics
 from fxquant.pipeline import PASSES, Instrument, Pass, Pipeline
@@ -42,11 +43,22 @@ class Sample:
 class Calibration:
     """Records what passes decide from, while calls of the model go through observed graphs.
 
+    Args:
+        model: The float model.
+        architecture: The same without weights.
+        plan: Receives what the passes decide.
+        prepare: Passes on each captured graph before it is observed.
+        keep: Number of calls to keep for measuring the output error; up to twice as many are held meanwhile.
+        instruments: Watch these passes.
+        statistics: Receives what the observers record.
+        check: Called when bit widths are settled, before anything is observed; raises what would fail in the end.
+
     Attributes:
         prepared: The captured graphs, after the passes that come before calibration; one a kind of call.
         statistics: What the observers recorded.
         samples: Calls kept to measure the output error on.
         calls: Number of calls of the model so far.
+        failure: The first error of a call, which the user's code may have swallowed.
     """
 
     def __init__(
@@ -58,6 +70,7 @@ class Calibration:
         keep: int,
         instruments: Sequence[Instrument] = (),
         statistics: Statistics | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.architecture = architecture
         self.plan = plan
@@ -67,11 +80,22 @@ class Calibration:
         self.statistics = Statistics() if statistics is None else statistics
         self.samples: list[Sample] = []
         self.calls = 0
+        self.failure: FxquantError | None = None
+        self._lock = threading.Lock()  # Neither capture nor statistics take two calls at a time.
         self._observed: list[fx.GraphModule] = []
         self._keep, self._stride = keep, 1
+        self._check = check
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the model on its observed graph."""
+        with self._lock:
+            try:
+                return self._forward(args, kwargs)
+            except FxquantError as error:
+                self.failure = self.failure or error
+                raise
+
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         names, leaves, structure = self.architecture.canonical(args, kwargs)
         number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves)), None)
         if number is None:
@@ -89,9 +113,16 @@ class Calibration:
         self.weights = {}
 
     def _capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> int:
+        tensors = [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
+        if self.plan.timestep not in tensors:
+            raise MissingTimestepError(
+                f"the model has no tensor input {self.plan.timestep!r}, which tells the denoising step. Its inputs "
+                f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
+            )
         captured = self.architecture.capture(names, leaves, structure)
         bind(captured.module, self.weights)
         self.prepare.run(captured.module, self.plan)
+        self._check()
         observed = copy_graph(captured.module)
         Pipeline([PASSES["insert-observers"]()]).run(observed, self.plan)
         self.prepared.append(captured)
@@ -134,6 +165,7 @@ class Calibration:
 @contextmanager
 def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let calls of the model run another function; whatever happens, the model is left as it was."""
+    refuse_redirected(model)
     own = model.__dict__.get("forward")
     model.__dict__["forward"] = forward
     try:
@@ -145,11 +177,20 @@ def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
             model.__dict__["forward"] = own
 
 
+def refuse_redirected(model: nn.Module) -> None:
+    """Raise if calls of the model go to a calibration, of another thread or further up in this one."""
+    if isinstance(getattr(model.__dict__.get("forward"), "__self__", None), Calibration):
+        raise ConfigurationError(
+            f"this {type(model).__name__} is being calibrated by another fxquant.compile; wait until that returns"
+        )
+
+
 def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Callable[[], Any]) -> None:
     """Run the user's callable and see to it that it called the model.
 
     Raises:
         CalibrationError: If the callable raised, or never called the model. The model is left as it was.
+        FxquantError: Whatever typed error a call of the model raised, even if the callable swallowed it.
     """
     if not callable(calibrate):
         raise CalibrationError(
@@ -162,9 +203,14 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
     except FxquantError:
         raise
     except Exception as error:
+        if calibration.failure is not None:
+            raise calibration.failure from error
         raise CalibrationError(
-            f"calibrate raised {type(error).__name__}: {error}. The model is unchanged; mend the callable and try again."
+            f"calibrate raised {type(error).__name__}: {error}. "
+            "The model is unchanged; mend the callable and try again."
         ) from error
+    if calibration.failure is not None:
+        raise calibration.failure
     if not calibration.calls:
         raise CalibrationError(
             f"calibrate returned without calling the model ({type(model).__name__}); it has to run this very object, "

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fxquant.calls import CallSpec
-from fxquant.errors import CalibrationError, CheckpointError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.observers import Statistics
 from fxquant.precision import Precision
 
@@ -157,6 +157,28 @@ class Plan:
     def quantized(self) -> Iterator[tuple[str, LayerPlan]]:
         """The layers whose weights are quantized."""
         return ((name, layer) for name, layer in self.layers.items() if layer.weight_bits is not None)
+
+    def check(self) -> None:
+        """Refuse bit widths and groups that cannot be, as an edit or a recipe may ask for.
+
+        Raises:
+            ConfigurationError: Names the layers and the numbers.
+        """
+        indivisible: dict[tuple[int, int], list[str]] = {}
+        for name, layer in self.layers.items():
+            try:
+                _ = layer.precision
+            except ConfigurationError as error:
+                raise ConfigurationError(f"layer {name}: {error}") from None
+            if layer.group_size and layer.shape[1] % layer.group_size:
+                indivisible.setdefault((layer.group_size, layer.shape[1]), []).append(name)
+        if indivisible:
+            lines = [
+                f"  groups of {group} do not divide the {channels} input channels of {len(names)} layers "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for (group, channels), names in indivisible.items()
+            ]
+            raise ConfigurationError("choose a group size that divides, or none:\n" + "\n".join(lines))
 
     # --- files ---
 

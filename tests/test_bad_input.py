@@ -1,0 +1,420 @@
+"""What users get wrong: a typed error that says what to do, and a float model that is exactly as it was before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.errors import (
+    AlreadyCompiledError,
+    CalibrationError,
+    CaptureError,
+    ConfigurationError,
+    MissingTimestepError,
+    NonFiniteError,
+    UnknownNameError,
+)
+from fxquant.model import GraphModel
+from fxquant.pipeline import parse_pass
+from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
+
+
+def snapshot(model: nn.Module) -> Any:
+    """Everything about a model that a failed compile might have touched."""
+    modules = {
+        name: (type(module), module.training, {key: id(value) for key, value in module.__dict__.items()})
+        for name, module in model.named_modules()
+    }
+    hooks = {name: dict(module._forward_hooks) for name, module in model.named_modules()}
+    tensors = {
+        name: (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.detach().clone())
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+    return (modules, hooks), tensors
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Fail if the block left anything behind on the model."""
+    modules, tensors = snapshot(model)
+    try:
+        yield
+    finally:
+        modules_after, tensors_after = snapshot(model)
+        assert modules_after == modules
+        assert tensors_after.keys() == tensors.keys()
+        for name, (*identity, values) in tensors.items():
+            *identity_after, values_after = tensors_after[name]
+            assert identity_after == identity, name
+            assert torch.equal(values_after.nan_to_num(7.0), values.nan_to_num(7.0)), name
+
+
+@contextmanager
+def refused(model: nn.Module, kind: type[BaseException], *said: str) -> Iterator[None]:
+    """The block raises an error of this very kind, with these words in its message, and leaves the model alone."""
+    with unchanged(model), pytest.raises(kind) as caught:
+        yield
+    assert type(caught.value) is kind
+    for words in said:
+        assert words in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def quantized() -> GraphModel:
+    model = make_dit()
+    return fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model))
+
+
+# --- calibrate ---
+
+
+def test_no_calibrate(tiny_dit: DiTTransformer2DModel) -> None:
+    with refused(tiny_dit, CalibrationError, "pass calibrate=", "a function that runs the model"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8")
+
+
+def test_calibrate_is_no_function(tiny_dit: DiTTransformer2DModel) -> None:
+    with refused(tiny_dit, CalibrationError, "calibrate is a Tensor", "pass a function that runs the model"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=torch.zeros(1))
+
+
+def test_calibrate_runs_another_model(tiny_dit: DiTTransformer2DModel) -> None:
+    other = make_dit()
+    with refused(tiny_dit, CalibrationError, "without calling the model", "this very object"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=lambda: run(other))
+
+
+def test_calibrate_raises(tiny_dit: DiTTransformer2DModel) -> None:
+    def broken() -> None:
+        run(tiny_dit)
+        raise KeyError("no such picture")
+
+    with refused(tiny_dit, CalibrationError, "calibrate raised KeyError", "no such picture", "mend the callable"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=broken)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_calibrate_is_interrupted(tiny_dit: DiTTransformer2DModel, interrupt: type[BaseException]) -> None:
+    def interrupted() -> None:
+        raise interrupt
+
+    with refused(tiny_dit, interrupt):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=interrupted)
+
+
+def test_a_failure_that_calibrate_swallows_is_not_forgotten(tiny_dit: DiTTransformer2DModel) -> None:
+    def careless() -> None:
+        run(tiny_dit)
+        for value in (torch.nan, torch.inf):
+            try:
+                tiny_dit(**inputs() | {"hidden_states": torch.full((4, 4, 8, 8), value)})
+            except Exception:
+                continue
+
+    with refused(tiny_dit, NonFiniteError, "holds NaN or infinity", "timestep 500"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=careless)
+
+
+def test_calibration_within_a_calibration(tiny_dit: DiTTransformer2DModel) -> None:
+    def nested() -> None:
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit))
+
+    with refused(tiny_dit, ConfigurationError, "is being calibrated", "wait until"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=nested)
+
+
+def test_calibration_of_one_model_in_two_threads(tiny_dit: DiTTransformer2DModel) -> None:
+    began, go_on, errors = threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        began.set()
+        go_on.wait(60)
+        raise KeyError("enough")
+
+    def first() -> None:
+        try:
+            fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=slow)
+        except CalibrationError as error:
+            errors.append(error)
+
+    with unchanged(tiny_dit):
+        thread = threading.Thread(target=first)
+        thread.start()
+        assert began.wait(60)
+        with pytest.raises(ConfigurationError, match="is being calibrated"):
+            fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=lambda: run(tiny_dit))
+        go_on.set()
+        thread.join()
+    assert len(errors) == 1
+
+
+# --- values that are not finite ---
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite(tiny_dit: DiTTransformer2DModel, value: float) -> None:
+    with torch.no_grad():
+        tiny_dit.transformer_blocks[0].attn1.to_q.weight[1, 2] = value
+    with refused(tiny_dit, NonFiniteError, "transformer_blocks.0.attn1.to_q.weight", "NaN", "Load the model again"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit))
+
+
+def test_an_activation_that_is_not_finite(tiny_dit: DiTTransformer2DModel) -> None:
+    def poisoned() -> None:
+        run(tiny_dit, timestep=900)
+        with torch.no_grad():
+            tiny_dit(**inputs(timestep=300) | {"hidden_states": torch.full((4, 4, 8, 8), torch.inf)})
+
+    with refused(
+        tiny_dit, NonFiniteError, "transformer_blocks.0.attn1.to_q", "timestep 300", "Run calibration in a dtype"
+    ):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=poisoned)
+
+
+class Masked(nn.Module):
+    """A model whose mask, like many, holds minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return (self.proj(x) @ x.transpose(1, 2) + self.mask).softmax(-1) + timestep.view(-1, 1, 1)
+
+
+def test_a_mask_of_minus_infinity_is_no_mistake() -> None:
+    model = Masked().eval()
+    x, timestep = torch.randn(2, 4, 4), torch.tensor([3.0, 5.0])
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(x, timestep))
+    assert torch.isfinite(quantized(x, timestep)).all()
+
+
+# --- names and numbers ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "said"),
+    [
+        ("gptq-w4a8", UnknownNameError, ("unknown recipe 'gptq'", "ptq4dit", "rtn", "smoothquant")),
+        ("w4a8", UnknownNameError, ("unknown recipe 'w4a8'", "ptq4dit-w4a8")),
+        ("", UnknownNameError, ("unknown recipe ''", "ptq4dit-w4a8")),
+        ("ptq4dit", ConfigurationError, ("lacks a precision", "write ptq4dit-w8a8")),
+        ("rtn-w1a8", ConfigurationError, ("1 bits for weights", "2 to 8")),
+        ("rtn-w9a8", ConfigurationError, ("9 bits for weights", "2 to 8")),
+        ("rtn-w4a1", ConfigurationError, ("1 bits for activations", "2 to 8 are possible, and 16")),
+        ("rtn-w4a9", ConfigurationError, ("9 bits for activations", "2 to 8 are possible, and 16")),
+        ("rtn-w4a17", ConfigurationError, ("17 bits for activations", "2 to 8 are possible, and 16")),
+        (None, ConfigurationError, ("needs a recipe", 'recipe="ptq4dit-w8a8"')),
+        (["rtn-w8a8"], ConfigurationError, ("a recipe is a name", "not a list")),
+    ],
+)
+def test_recipes_that_there_are_not(
+    tiny_dit: DiTTransformer2DModel, recipe: Any, kind: type[Exception], said: tuple[str, ...]
+) -> None:
+    with refused(tiny_dit, kind, *said):
+        fxquant.compile(tiny_dit, recipe=recipe, calibrate=calibrate(tiny_dit))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"backend": "tensorrt"}, UnknownNameError, ("unknown backend 'tensorrt'", "Known:", "fake-quant")),
+        ({"backend": 8}, ConfigurationError, ("a backend is a name", "not a int")),
+        ({"layers": "some"}, ConfigurationError, ("layers='some'", "default, blocks or all")),
+        ({"measure": -1}, ConfigurationError, ("measure=-1", "0 for none")),
+        ({"statistics": {}}, ConfigurationError, ("statistics is a dict", "fxquant.observers.Statistics")),
+    ],
+)
+def test_options_that_there_are_not(
+    tiny_dit: DiTTransformer2DModel, options: dict[str, Any], kind: type[Exception], said: tuple[str, ...]
+) -> None:
+    with refused(tiny_dit, kind, *said):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("balance-chanels", UnknownNameError, ("unknown pass 'balance-chanels'", "Known:", "balance-channels")),
+        ("remove-no-ops{speed=2}", ConfigurationError, ("has no option 'speed=2'", "Its options: none")),
+        ("quantize-linears{range=mse}", ConfigurationError, ("no option 'range=mse'", "activation-range, symmetric")),
+        ("quantize-linears{weight-range=best}", ConfigurationError, ("best", "minmax, percentile, mse")),
+        ("quantize linears", ConfigurationError, ("is no pass", "write name or name{option=value")),
+    ],
+)
+def test_passes_and_options_that_there_are_not(text: str, kind: type[Exception], said: tuple[str, ...]) -> None:
+    with pytest.raises(kind) as caught:
+        parse_pass(text)
+    assert all(words in str(caught.value) for words in said), str(caught.value)
+
+
+def test_a_group_that_does_not_divide(tiny_dit: DiTTransformer2DModel) -> None:
+    with refused(tiny_dit, ConfigurationError, "transformer_blocks.0.", "16", "7", "divide"):
+        fxquant.compile(tiny_dit, recipe="rtn-w4a8-g7", calibrate=calibrate(tiny_dit))
+
+
+# --- the model ---
+
+
+def test_a_model_in_train_mode(tiny_dit: DiTTransformer2DModel) -> None:
+    tiny_dit.train()
+    with refused(tiny_dit, ConfigurationError, "training mode", "call model.eval()"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit))
+    with refused(tiny_dit, ConfigurationError, "training mode", "call model.eval()"):
+        fxquant.trace(tiny_dit)
+
+
+def test_compiling_twice(quantized: GraphModel) -> None:
+    for function in (
+        lambda: fxquant.compile(quantized, recipe="rtn-w8a8", calibrate=lambda: run(quantized)),
+        lambda: fxquant.trace(quantized),
+    ):
+        with refused(quantized, AlreadyCompiledError, "made by fxquant", "give the original float model"):
+            function()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: "facebook/DiT-XL-2-256", ("a str is no model", "such as pipe.transformer")),
+        (make_pipeline, ("a DiTPipeline is no model", "such as pipe.transformer")),
+        (lambda: torch.compile(make_dit(), backend="eager"), ("torch.compile", "the other way round")),
+    ],
+)
+def test_what_is_no_plain_model(make: Callable[[], Any], said: tuple[str, ...]) -> None:
+    thing = make()
+    for function in (
+        lambda: fxquant.compile(thing, recipe="rtn-w8a8", calibrate=lambda: None),
+        lambda: fxquant.trace(thing),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            function()
+        assert all(words in str(caught.value) for words in said), str(caught.value)
+
+
+class Flow(nn.Module):
+    """A small token model whose timestep input has another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.embed = nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        if sigma is not None:
+            x = x + self.embed(sigma[:, None].to(x.dtype))[:, None]
+        for block in self.blocks:
+            x = x + torch.nn.functional.gelu(block(x))
+        return x
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w8a8", "rtn-w8a16"])
+def test_a_model_without_a_timestep(recipe: str) -> None:
+    model = Flow().eval()
+    x, sigma = torch.randn(2, 3, 8), torch.tensor([0.1, 0.9])
+    with refused(model, MissingTimestepError, "no tensor input 'timestep'", "x, sigma", 'timestep="..."'):
+        fxquant.compile(model, recipe=recipe, layers="all", calibrate=lambda: model(x, sigma))
+    with refused(model, MissingTimestepError, "no tensor input 'sigma'", "inputs are: x.", 'timestep="..."'):
+        fxquant.compile(model, recipe=recipe, layers="all", timestep="sigma", calibrate=lambda: model(x))
+    quantized = fxquant.compile(model, recipe=recipe, layers="all", timestep="sigma", calibrate=lambda: model(x, sigma))
+    assert quantized.plan.timestep == "sigma"
+    assert list(quantized.plan.output_sqnr_db) == [pytest.approx(0.1)]
+
+
+class Undecided(nn.Module):
+    """What export cannot trace: the path depends on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        if timestep.sum() > 3:  # this line
+            return self.proj(x)
+        return x
+
+
+def test_a_model_that_cannot_be_traced() -> None:
+    model = Undecided().eval()
+    line = "if timestep.sum() > 3:  # this line"
+    said = ("Undecided cannot be traced", "test_bad_input.py", line, "branch on shapes")
+    with refused(model, CaptureError, *said):
+        fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: model(torch.ones(2, 4), torch.ones(2)))
+    traced = fxquant.trace(model)
+    with refused(model, CaptureError, *said):
+        traced(torch.ones(2, 4), torch.ones(2))
+    assert not traced.captured
+
+
+def test_an_input_that_cannot_be_captured(tiny_dit: DiTTransformer2DModel) -> None:
+    traced = fxquant.trace(tiny_dit)
+    with refused(tiny_dit, CaptureError, "input 'cross_attention_kwargs' is a object", "tensors, numbers, strings"):
+        traced(**inputs(), cross_attention_kwargs=object())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        traced(**inputs(), colour="red")
+
+
+# --- what comes after ---
+
+
+def test_plan_together_with_recipe(tiny_dit: DiTTransformer2DModel, quantized: GraphModel) -> None:
+    said = ("either a plan, or a recipe",)
+    with refused(tiny_dit, ConfigurationError, *said):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", plan=quantized.plan)
+    with refused(tiny_dit, ConfigurationError, *said):
+        fxquant.compile(tiny_dit, calibrate=lambda: None, plan=quantized.plan)
+    with refused(tiny_dit, ConfigurationError, "plan is a str", "fxquant.Plan.load"):
+        fxquant.compile(tiny_dit, plan="plan.json")
+
+
+def test_a_plan_of_another_model(quantized: GraphModel) -> None:
+    model = make_dit(layers=2)
+    with refused(model, ConfigurationError, "transformer_blocks.1.", "another model"):
+        fxquant.compile(model, plan=quantized.plan)
+
+
+class TwoWays(Flow):
+    """Without a text, one layer is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor | None = None) -> Tensor:
+        x = super().forward(x, timestep)
+        return x if text is None else x + self.context(text)
+
+
+def test_a_call_that_needs_a_part_that_was_never_captured() -> None:
+    model = TwoWays().eval()
+    x, timestep = torch.randn(2, 3, 8), torch.tensor([1.0, 9.0])
+    for recipe in ("rtn-w8a8", "rtn-w8a16"):
+        quantized = fxquant.compile(model, recipe=recipe, layers="all", calibrate=lambda: model(x, timestep))
+        before, layers = quantized(x, timestep), dict(quantized.plan.layers)
+        for _ in range(2):
+            with pytest.raises((CaptureError, CalibrationError)) as caught:
+                quantized(x, timestep, text=x)
+            assert "context" in str(caught.value)
+            assert "calibrate with" in str(caught.value).lower()
+        assert quantized.plan.layers == layers  # Nothing of the failed attempt is left.
+        assert len(quantized.graphs) == 1
+        assert torch.equal(quantized(x, timestep), before)
+
+
+def test_another_dtype(quantized: GraphModel) -> None:
+    for change in (quantized.half, lambda: quantized.to(torch.bfloat16), quantized.double):
+        with refused(quantized, ConfigurationError, "torch.float32", "convert the original to", "compile that"):
+            change()
+    with unchanged(quantized):
+        assert quantized.to("cpu") is quantized
+        assert quantized.to(torch.float32) is quantized
+        assert quantized.cpu() is quantized
