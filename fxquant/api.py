@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
-from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
+from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import AlreadyCompiledError, CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
@@ -75,7 +76,8 @@ def compile(
         recipe: A name with a precision, such as ``"ptq4dit-w4a8"``, or a :class:`~fxquant.recipes.Recipe`.
         backend: ``"fake-quant"``, another registered name, or a backend.
         calibrate: Any callable that runs the model the way it will be used.
-        plan: In place of recipe and calibration: a plan from an earlier run, edited or not, to carry out again.
+        plan: In place of recipe and calibration: a plan from an earlier run, edited or not, to carry out again. The
+            model gets a copy.
         layers: ``"default"`` (transformer blocks; embedders with float arithmetic and 8-bit weights), ``"blocks"``
             (embedders wholly float) or ``"all"``.
         timestep: Name of the ``forward`` argument that holds the timestep.
@@ -102,7 +104,7 @@ def compile(
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
-        return _replay(model, plan, runner, instruments)
+        return _replay(model, copy.deepcopy(plan), runner, instruments)
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
@@ -157,7 +159,11 @@ def _replay(model: nn.Module, plan: Plan, backend: Backend, instruments: Sequenc
     if not plan.calls:
         raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
     recipe = Recipe.parse(plan.recipe)
+    plan.check()
     backend.check(plan.layers)
+    plan.backend = backend.name
+    for layer in plan.layers.values():
+        layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
     weights = weights_of(model)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(weights), plan, _further_graph(recipe, backend))
@@ -165,8 +171,16 @@ def _replay(model: nn.Module, plan: Plan, backend: Backend, instruments: Sequenc
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
         bind(captured.module, weights)
-        convert_graph(captured, plan, recipe, backend, instruments)
+        try:
+            refuse_unknown_layers(captured, plan)
+        except CalibrationError as error:
+            raise ConfigurationError(
+                f"the plan was made for another model, {plan.model_class}, or for calls that run less of it: {error}"
+            ) from error
+        records = convert_graph(captured, plan, recipe, backend, instruments)
+        plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
+    plan.bytes_before = tensor_bytes(weights)
     plan.bytes_after = tensor_bytes(quantized.tensors())
     return quantized
 
@@ -180,13 +194,26 @@ def convert_graph(
     return records
 
 
+def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
+    """Raise if a graph runs a layer about which the plan says nothing.
+
+    Raises:
+        CalibrationError: Names the first such layer.
+    """
+    for node in captured.module.graph.nodes:
+        if LAYER in node.meta:
+            plan.layer(node.meta[LAYER])
+
+
 def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGraph]:
     """How a quantized model makes a graph for a call that fits none: trace, replay the plan, share the tensors."""
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
         captured = owner.architecture.capture(names, leaves, structure)
-        convert_graph(captured, owner.plan, recipe, backend)
+        refuse_unknown_layers(captured, owner.plan)
+        # On a copy: what a further call decides is no part of what calibration decided.
+        convert_graph(captured, copy.deepcopy(owner.plan), recipe, backend)
         return bound_graph(captured, owner.tensors())
 
     return make_graph
