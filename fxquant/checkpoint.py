@@ -60,6 +60,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> No
 
 def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
     config = dict(getattr(model.architecture.skeleton, "config", {}) or {})
+    config.pop("_name_or_path", None)  # Where it was read from: a path on this machine.
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors().items()}
     save_file(_unshared(tensors), folder / TENSORS_FILE, metadata={"format": "pt"})
