@@ -108,6 +108,7 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
             else:
                 raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
         _write_index(pipe, quantized, written)
+        _forget_origin(written)
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         written.rename(folder)
@@ -143,6 +144,14 @@ def _write_index(pipe: Any, quantized: set[str], folder: Path) -> None:
         root = original.__module__.partition(".")[0]
         index[name] = [root if root == "diffusers" else original.__module__, original.__name__]
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget_origin(folder: Path) -> None:
+    """Take out where the parts were read from: a path on this machine, and no use to whoever gets the folder."""
+    for path in (folder / INDEX_FILE, *folder.glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _like_hub_name(text: str) -> bool:

@@ -1,0 +1,208 @@
+"""The command line, as somebody types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import fxquant
+from fxquant.cli import app
+from tests.tiny import make_pipeline
+
+FAST = ("--samples", "2", "--steps", "2")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """The message of a command that fails as it should: exit code 2, one message, no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float") / "pipeline"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(float_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    result = run("quantize", float_folder, "--recipe", "ptq4dit-w4a8", "--out", folder / "dit", *FAST)
+    assert result.exit_code == 0, result.output
+    assert "times smaller" in result.stdout
+    assert str(folder / "dit") in result.stderr.replace("\n", "")
+    assert [path.name for path in folder.iterdir()] == ["dit"]
+    return folder / "dit"
+
+
+class TestHelp:
+    def test_version(self):
+        assert run("--version").stdout == f"fxquant {fxquant.__version__}\n"
+
+    @pytest.mark.parametrize("command", [[], ["quantize"], ["generate"], ["report"], ["list"]])
+    def test_help(self, command):
+        result = run(*command, "--help")
+        assert result.exit_code == 0
+        assert "Usage" in result.stdout
+        assert command in ([], ["list"]) or "Examples" in result.stdout
+
+    def test_help_needs_no_torch(self):
+        code = (
+            "import sys; from fxquant.cli import app; from typer.testing import CliRunner; "
+            "assert CliRunner().invoke(app, ['quantize', '--help']).exit_code == 0; "
+            "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestList:
+    @pytest.mark.parametrize(
+        ("kind", "expected"),
+        [
+            ("recipes", "ptq4dit-w<bits>a<bits>"),
+            ("passes", "absorb-affines"),
+            ("backends", "fake-quant"),
+            ("rules", "scaled_dot_product_attention"),
+        ],
+    )
+    def test_one_line_each(self, kind, expected):
+        result = run("list", kind)
+        assert result.exit_code == 0
+        lines = result.stdout.splitlines()
+        assert sum(line.startswith(expected) for line in lines) == 1
+        assert all("  " in line.strip() for line in lines), "something lacks a docstring"
+
+    def test_rules_are_grouped(self):
+        assert any(line.startswith("conv1d conv2d conv3d ") for line in run("list", "rules").stdout.splitlines())
+
+    def test_unknown_kind(self):
+        assert run("list", "colours").exit_code == 2
+
+
+class TestQuantize:
+    def test_the_pipeline_is_whole(self, quantized):
+        assert {path.name for path in quantized.iterdir()} == {"model_index.json", "scheduler", "transformer", "vae"}
+
+    def test_json_is_all_there_is_on_stdout(self, float_folder, tmp_path):
+        result = run(
+            "quantize", float_folder, "-r", "rtn-w8a8", "--out", tmp_path / "q", "--json", "--measure", 0,
+            "--dump-graphs", tmp_path / "graphs", "--layers", "blocks", "--guidance", 1, "--seed", 3, *FAST,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        data = json.loads(result.stdout)
+        assert data["totals"]["mean_sqnr_db"] is None
+        assert data["totals"]["layers_by_precision"]["w8a8"] == 7
+        assert any("quantize-linears" in path.name for path in (tmp_path / "graphs").iterdir())
+
+    def test_mistakes_cost_no_time(self, float_folder, quantized, tmp_path):
+        out = ("--out", tmp_path / "x")
+        assert "there is no folder" in refused("quantize", tmp_path / "nowhere", *out)
+        assert "exists" in refused("quantize", float_folder, "--out", quantized)
+        assert "unknown recipe 'magic'" in refused("quantize", float_folder, "--recipe", "magic-w4a8", *out)
+        assert "unknown backend 'abacus'" in refused("quantize", float_folder, "--backend", "abacus", *out)
+        assert "cannot be read" in refused("quantize", float_folder, "--prompts", tmp_path / "no.txt", *out)
+        assert "is no pipeline" in refused("quantize", quantized / "transformer", *out)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_quantized_pipeline_is_refused(self, quantized, tmp_path):
+        assert "made by fxquant" in refused("quantize", quantized, "--out", tmp_path / "x", *FAST)
+
+    def test_prompts_for_classes(self, float_folder, tmp_path):
+        (tmp_path / "prompts.txt").write_text("a fox\n\n a harbour \n")
+        message = refused("quantize", float_folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "x")
+        assert "takes class labels, not prompts" in message
+
+    def test_overwrite(self, float_folder, tmp_path):
+        (tmp_path / "q").mkdir()
+        (tmp_path / "q" / "old").write_text("")
+        result = run("quantize", float_folder, "-r", "rtn-w8a8", "--out", tmp_path / "q", "--overwrite", *FAST)
+        assert result.exit_code == 0, result.output
+        assert not (tmp_path / "q" / "old").exists()
+
+    def test_ctrl_c_leaves_nothing(self, float_folder, tmp_path, monkeypatch):
+        from diffusers import DDIMScheduler
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(DDIMScheduler, "save_pretrained", interrupted)
+        result = run("quantize", float_folder, "-r", "rtn-w8a8", "--out", tmp_path / "q", *FAST)
+        assert result.exit_code == 130
+        assert "interrupted" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestGenerate:
+    def test_a_grid(self, quantized, tmp_path):
+        result = run("generate", quantized, "--labels", "1,2,5-7", "--out", tmp_path / "grid.png", "--steps", 1)
+        assert result.exit_code == 0, result.output
+        assert Image.open(tmp_path / "grid.png").size == (24, 16)
+        assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+    def test_columns(self, quantized, tmp_path):
+        run("generate", quantized, "-l", "0-3", "--columns", 4, "-o", tmp_path / "grid.jpg", "--steps", 1)
+        assert Image.open(tmp_path / "grid.jpg").size == (32, 8)
+
+    def test_a_folder(self, float_folder, tmp_path):
+        result = run("generate", float_folder, "--labels", "1,2", "--out", tmp_path / "images", "--steps", 1)
+        assert result.exit_code == 0, result.output
+        assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["000.png", "001.png"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((), "give either --labels"),
+            (("--labels", "1", "--prompts", "a fox"), "give either --labels"),
+            (("--labels", "one"), "'one' is no class number"),
+            (("--labels", "5-2"), "names no class"),
+            (("--labels", "1000"), "label 1000 is out of range"),
+            (("--prompts", "a fox"), "takes class labels, not prompts"),
+        ],
+    )
+    def test_mistakes(self, quantized, tmp_path, arguments, message):
+        assert message in refused("generate", quantized, *arguments, "--out", tmp_path / "x.png")
+
+    def test_no_image_format(self, quantized, tmp_path):
+        assert ".docx is no image format" in refused("generate", quantized, "-l", 1, "--out", tmp_path / "x.docx")
+
+
+class TestReport:
+    def test_table(self, quantized):
+        result = run("report", quantized)
+        assert result.exit_code == 0
+        assert result.stdout.rstrip("\n") == str(fxquant.report(quantized))
+        assert "transformer_blocks.0" in run("report", quantized / "transformer", "--all").stdout
+
+    def test_json(self, quantized):
+        assert json.loads(run("report", quantized, "--json").stdout) == fxquant.report(quantized).to_json()
+
+    def test_a_float_pipeline(self, float_folder):
+        assert "holds no plan.json" in refused("report", float_folder)
+
+    def test_debug_shows_the_traceback(self, tmp_path):
+        result = run("report", tmp_path, "--debug")
+        assert isinstance(result.exception, fxquant.FxquantError)
+
+
+def test_the_installed_command(quantized):
+    """One real process: an error and a report, without the noise of the libraries."""
+    command = [sys.executable, "-m", "fxquant.cli"]
+    good = subprocess.run([*command, "report", str(quantized)], capture_output=True, text=True, check=True)
+    assert good.stdout.startswith("model        DiTTransformer2DModel on fake-quant\n")
+    assert good.stderr == ""
+    bad = subprocess.run([*command, "report", "nowhere"], check=False, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "error: there is no folder nowhere\n")
