@@ -100,8 +100,15 @@ def stretch(want: Want, axis: int, size: int) -> Want:
     return want.map(lambda array: np.broadcast_to(array, shape))
 
 
-def forget_unread(want: Want) -> Want:
-    """Positions that nobody reads may stay as they are."""
+def settle_unread(want: Want) -> Want:
+    """Positions that nobody reads may yield anything: what the others along an axis want if these agree, else as is."""
+    for axis in range(want.scale.ndim):
+        read = want.scale != UNREAD
+        if want.varies(axis) and not read.all():
+            first = np.expand_dims(read.argmax(axis=axis), axis)
+            one = want.map(lambda array, axis=axis, first=first: np.take_along_axis(array, first, axis))  # type: ignore[misc]
+            if (~read | ((want.scale == one.scale) & (want.offset == one.offset))).all():
+                want = one
     return Want(np.where(want.scale == UNREAD, IDENTITY, want.scale), want.offset)
 
 

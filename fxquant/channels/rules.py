@@ -8,17 +8,19 @@ arguments only, never at values. ``fxquant list rules`` prints the first line of
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from fxquant.capture import LAYER
 from fxquant.channels.layouts import broadcast_back, compress, embed, reshape_back, static, stretch
-from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Want
+from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.errors import DuplicateNameError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
@@ -60,7 +62,43 @@ def outcome(node: fx.Node, want: Want) -> Outcome:
     found = RULES.get(key)
     if found is None:
         return Barrier(f"{_op_name(node)} has no channel rule")
-    return found(node, want)
+    result = found(node, want)
+    if isinstance(result, Choose):
+        ways = [way for way in result.ways if _meets_every_use(node, way)]
+        return Choose(ways) if ways else _read_twice(node)
+    if isinstance(result, Push) and not _meets_every_use(node, result):
+        return _read_twice(node)
+    return result
+
+
+def _meets_every_use(node: fx.Node, way: Push) -> bool:
+    """Whether no input that is to be scaled is read by the node a further time, as both sides of a square are."""
+    uses = Counter(_arguments(node))
+    return all(uses[source] in (0, asked) for source, asked in Counter(source for source, _ in way.inputs).items())
+
+
+def _arguments(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg((node.args, dict(node.kwargs)), found.append)
+    return found
+
+
+def _read_twice(node: fx.Node) -> Barrier:
+    names = ", ".join(source.name for source, uses in Counter(_arguments(node)).items() if uses > 1)
+    return Barrier(f"{_op_name(node)} reads {names} more than once")
+
+
+def _tied(want: Want, axes: Iterable[int], reason: str) -> Tie | Barrier | None:
+    """The request with one factor along these axes; None if it has that already."""
+    axes = [axis for axis in axes if want.varies(axis)]
+    if not axes:
+        return None
+    one = want
+    for axis in axes:
+        one = one.map(lambda array, axis=axis: np.take(array, [0], axis=axis))  # type: ignore[misc]
+    if (want.offset != one.offset).any():
+        return Barrier(reason)
+    return Tie(one, [(want.scale, np.broadcast_to(one.scale, want.scale.shape))], reason)
 
 
 def _op_name(node: fx.Node) -> str:
@@ -75,7 +113,8 @@ def _elementwise(node: fx.Node, operand: Any, want: Want) -> list[tuple[fx.Node,
     moved = broadcast_back(want, shape_of(operand))
     if moved is None and operand.op == "get_attr":  # A parameter can be given the elements that it lacks.
         extra = want.scale.ndim - len(shape_of(operand))
-        moved = want if extra == 0 else None
+        if not any(want.varies(axis) for axis in range(extra)):
+            moved = want.map(lambda array: array.reshape(array.shape[extra:]))
     return None if moved is None else [(operand, moved)]
 
 
@@ -93,17 +132,16 @@ def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> A
 @rule(aten.linear.default)
 def linear(node: fx.Node, want: Want) -> Outcome:
     """End: W <- diag(a) W, b <- a b + c."""
-    if any(want.varies(axis) for axis in range(want.scale.ndim - 1)):
-        return Barrier("a linear's outputs cannot be scaled differently from token to token")
-    return _rows_end(node, want)
+    reason = "a linear's outputs cannot be scaled differently from token to token"
+    return _tied(want, range(want.scale.ndim - 1), reason) or _rows_end(node, want)
 
 
 @rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 def convolution(node: fx.Node, want: Want) -> Outcome:
     """End: the same, for output channels."""
-    if any(want.varies(axis) for axis in range(want.scale.ndim) if axis != 1):
-        return Barrier("a convolution's outputs cannot be scaled differently from place to place")
-    return _rows_end(node, want)
+    channels = want.scale.ndim - len(shape_of(_node(node.args[1]))) + 1  # An unbatched input has its channels first.
+    reason = "a convolution's outputs cannot be scaled differently from place to place"
+    return _tied(want, (axis for axis in range(want.scale.ndim) if axis != channels), reason) or _rows_end(node, want)
 
 
 def _rows_end(node: fx.Node, want: Want) -> Outcome:
@@ -150,8 +188,11 @@ def rms_norm(node: fx.Node, want: Want) -> Outcome:
 
 def _norm(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
     normalized = len(node.args[1])  # type: ignore[arg-type]
-    if any(want.varies(axis) for axis in range(want.scale.ndim - normalized)):
-        return Barrier("a norm's outputs cannot be scaled differently from token to token")
+    tied = _tied(
+        want, range(want.scale.ndim - normalized), "a norm's outputs cannot be scaled differently from token to token"
+    )
+    if tied is not None:
+        return tied
     if not _are_parameters(node, weight, *([] if bias is None else [bias])):
         return Barrier(f"the weight of {node.name} is computed in the graph")
     if bias is None and want.offset.any():
@@ -179,8 +220,11 @@ def _fold_norm(
 @rule(aten.embedding.default)
 def embedding(node: fx.Node, want: Want) -> Outcome:
     """End: fold into the columns of (a private copy of) the table."""
-    if any(want.varies(axis) for axis in range(want.scale.ndim - 1)):
-        return Barrier("an embedding's rows cannot be scaled differently from token to token")
+    tied = _tied(
+        want, range(want.scale.ndim - 1), "an embedding's rows cannot be scaled differently from token to token"
+    )
+    if tied is not None:
+        return tied
     if not _are_parameters(node, 0):
         return Barrier(f"the table of {node.name} is computed in the graph")
     return End(partial(_fold_table, node), into=_layer(node))
@@ -296,8 +340,9 @@ def nonlinear(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.scaled_dot_product_attention.default)
 def attention(node: fx.Node, want: Want) -> Outcome:
     """To v, per head channel: rows of the softmax sum to 1, so shifts pass as well. Grouped-query heads share theirs."""
-    if want.varies(want.scale.ndim - 2):
-        return Barrier("attention mixes tokens, and the factors differ between them")
+    tied = _tied(want, [want.scale.ndim - 2], "attention mixes tokens, which have to share their factors")
+    if tied is not None:
+        return tied
     value = node.args[2]
     assert isinstance(value, fx.Node)
     heads, kv_heads = (static(shape_of(n)[-3]) if len(shape_of(n)) >= 3 else 1 for n in (node, value))
@@ -308,6 +353,8 @@ def attention(node: fx.Node, want: Want) -> Outcome:
     axis = want.scale.ndim - 3
     grouped = [*want.scale.shape[:axis], kv_heads, heads // kv_heads, *want.scale.shape[axis + 1 :]]
     shared = want.map(lambda array: np.take(array.reshape(grouped), 0, axis=axis + 1))
+    if (np.expand_dims(shared.offset, axis + 1) != want.offset.reshape(grouped)).any():
+        return Barrier("heads that share a value ask for different constant shifts")
     every = np.broadcast_to(np.expand_dims(shared.scale, axis + 1), grouped)
     return Push([(value, shared)], ties=[(every, want.scale.reshape(grouped))])
 
@@ -319,8 +366,11 @@ def matmul(node: fx.Node, want: Want) -> Outcome:
     assert isinstance(right, fx.Node)
     if want.offset.any():
         return Barrier("a constant shift cannot pass a matrix product")
-    if want.scale.ndim >= 2 and want.varies(want.scale.ndim - 2):
-        return Barrier("a matrix product mixes tokens, and the factors differ between them")
+    if len(shape_of(right)) < 2 or want.scale.ndim < len(shape_of(right)):
+        return Barrier("a product with a vector has no channels to scale")
+    tied = _tied(want, [want.scale.ndim - 2], "a matrix product mixes tokens, which have to share their factors")
+    if tied is not None:
+        return tied
     pushed = _elementwise(node, right, want)
     return Push(pushed) if pushed else _cannot_broadcast(node)
 
@@ -399,19 +449,19 @@ def expand(node: fx.Node, want: Want) -> Outcome:
 def getitem(node: fx.Node, want: Want) -> Outcome:
     """The same part of what chunk, split or unbind took apart; the other parts stay."""
     parts, number = _source(node), node.args[1]
+    takes_apart = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
+    if parts.target not in (aten.unbind.int, *takes_apart):
+        return Barrier(f"{_op_name(parts)} has no channel rule")
     assert isinstance(number, int)
     source = _source(parts)
-    sizes = [shape_of(part) for part in _parts(parts)]
     if parts.target is aten.unbind.int:
         axis = _axis(source, _argument(parts, 1, "dim", 0))
         whole = static(shape_of(source)[axis])
         if whole is None:
             return Barrier("the batch is taken apart")
         return Push([(source, embed(want.map(lambda array: np.expand_dims(array, axis)), axis, number, 1, whole))])
-    if parts.target not in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes):
-        return Barrier(f"{_op_name(parts)} has no channel rule")
     axis = _axis(source, _argument(parts, 2, "dim", 0))
-    lengths = [static(size[axis]) for size in sizes]
+    lengths = [static(part.shape[axis]) for part in parts.meta["val"]]
     whole = static(shape_of(source)[axis])
     if whole is None or None in lengths:
         return Barrier("the batch is taken apart")
@@ -419,14 +469,6 @@ def getitem(node: fx.Node, want: Want) -> Outcome:
     length = lengths[number]
     assert length is not None
     return Push([(source, embed(stretch(want, axis, length), axis, start, 1, whole))])
-
-
-def _parts(node: fx.Node) -> Sequence[fx.Node]:
-    class _Part:  # The fake values of all parts, those without a reader included.
-        def __init__(self, value: Tensor) -> None:
-            self.meta = {"val": value}
-
-    return [_Part(value) for value in node.meta["val"]]  # type: ignore[misc]
 
 
 @rule(aten.slice.Tensor, aten.select.int, aten.narrow.default)
@@ -438,7 +480,9 @@ def part(node: fx.Node, want: Want) -> Outcome:
     if node.target is aten.select.int:
         if whole is None:
             return Barrier("one sample is selected from the batch")
-        index = node.args[2] % whole  # type: ignore[operator]
+        if not isinstance(node.args[2], int):
+            return Barrier("what is selected depends on the input")
+        index = node.args[2] % whole
         return Push([(source, embed(want.map(lambda array: np.expand_dims(array, axis)), axis, index, 1, whole))])
     start = _argument(node, 2, "start", 0) or 0
     step = _argument(node, 4, "step", 1) if node.target is aten.slice.Tensor else 1

@@ -20,20 +20,21 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
-from fxquant.channels.layouts import forget_unread
+from fxquant.channels.layouts import settle_unread
 from fxquant.channels.rules import outcome, shape_of
 from fxquant.channels.wants import (
     IDENTITY,
     UNREAD,
-    Barrier,
     Choose,
     Cost,
     End,
     Indices,
     Push,
+    Tie,
     Want,
 )
 
+_AFFINE = torch.ops.fxquant.channel_affine.default
 _SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
 _PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
 _SHAPE_READERS = ("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size")
@@ -162,11 +163,13 @@ class _Walk:
         self.seeds = seeds
         self.dearest = dearest
         self.batch = _batch_hint(graph)
+        self.tokens = _with_tokens(graph)
         self.wants: dict[fx.Node, dict[fx.Node, list[Want]]] = defaultdict(lambda: defaultdict(list))
         self.ties: list[tuple[Indices, Indices]] = []
         self.blocked: list[tuple[Indices, str]] = []
         self.edits: list[Edit] = []
         self.base: dict[str, int] = {}
+        self.undone = {reader for seed in seeds for reader in seed.readers if reader.target is _AFFINE}
         total = IDENTITY + 1
         for seed in seeds:
             self.base[seed.name] = total
@@ -186,45 +189,80 @@ class _Walk:
         return self._resolve()
 
     def _visit(self, node: fx.Node, asked: Mapping[fx.Node, list[Want]]) -> None:
-        wants = [want for pushed in asked.values() for want in pushed]
-        others = [reader for reader in readers_of(node) if reader not in asked]
-        for other in list(others):
-            share = _identity_share(other, node)
+        if node in self.undone:  # Two factors on one path would be taken for one.
+            for want in (want for wants in asked.values() for want in wants):
+                self._block(want.variables, f"{node.name} has a factor of its own")
+            return
+        by_user: dict[fx.Node, list[Want]] = defaultdict(list)
+        for reader, wants in asked.items():
+            by_user[_direct(node, reader)] += wants
+        shares, others = [], []
+        for reader in readers_of(node):
+            share = None if reader in asked else _identity_share(reader, node)
             if share is not None:
-                wants.append(share)
-                others.remove(other)
-        merged = self._merge(wants)
-        if merged.trivial:
-            return
-        if others:
+                by_user.get(_direct(node, reader), shares).append(share)
+            elif reader not in asked:
+                others.append(reader)
+        groups = self._agreeing({user: self._merge(wants) for user, wants in by_user.items()})
+        clash = len(groups) > 1 or not all(_agree(groups[0][0], share) for share in shares)
+        if others or (clash and self._may_part(node, groups)):
             names = ", ".join(reader.name for reader in others[:3])
-            if node.op == "get_attr":  # A private copy for those who ask.
-                self._end(node, merged, outcome(node, merged), tuple(asked))
-            else:
-                self._stop(node, merged, tuple(asked), f"{node.name} is also read by {names}")
+            reason = f"{node.name} is also read by {names}" if others else f"readers of {node.name} want other factors"
+            for want, users in groups:
+                settled = settle_unread(want)
+                if settled.trivial:
+                    continue
+                if node.op == "get_attr":  # A private copy for those who ask.
+                    self._meet(node, settled, users)
+                else:
+                    self._stop(node, settled, users, reason)
             return
-        found = outcome(node, merged)
+        merged = settle_unread(self._merge([*(want for want, _ in groups), *shares]))
+        if not merged.trivial:
+            self._meet(node, merged, tuple(by_user))
+
+    def _meet(self, node: fx.Node, want: Want, users: tuple[fx.Node, ...]) -> None:
+        """Let the rule of the node's op end, push on or stop what all of these users ask."""
+        found = outcome(node, want)
+        while isinstance(found, Tie):
+            for left, right in found.ties:
+                self._tie(left, right, found.reason)
+            want = found.want
+            found = outcome(node, want)
         if isinstance(found, Choose):
             found = min(found.ways, key=lambda way: self._price(node, way))
         if isinstance(found, Push):
             self.ties += found.ties
-            for source, want in found.inputs:
-                self.wants[source][node].append(want)
+            for source, pushed in found.inputs:
+                self.wants[source][node].append(pushed)
+        elif isinstance(found, End):
+            self.edits.append(Edit(node, want, Cost.FREE, found, users))
         else:
-            self._end(node, merged, found, tuple(asked))
+            self._stop(node, want, users, found.reason)
 
-    def _end(self, node: fx.Node, want: Want, found: object, readers: tuple[fx.Node, ...]) -> None:
-        if isinstance(found, End):
-            self.edits.append(Edit(node, want, Cost.FREE, found, _direct(node, readers)))
-        else:
-            assert isinstance(found, Barrier)
-            self._stop(node, want, readers, found.reason)
+    def _agreeing(self, wanted: Mapping[fx.Node, Want]) -> list[tuple[Want, tuple[fx.Node, ...]]]:
+        """Users of a value, together where they ask for the same factors."""
+        groups: list[tuple[Want, tuple[fx.Node, ...]]] = []
+        for user, want in wanted.items():
+            for number, (other, users) in enumerate(groups):
+                if _agree(other, want):
+                    groups[number] = self._merge([other, want]), (*users, user)
+                    break
+            else:
+                groups.append((want, (user,)))
+        return groups
 
-    def _stop(self, node: fx.Node, want: Want, readers: tuple[fx.Node, ...], reason: str) -> None:
+    def _may_part(self, node: fx.Node, groups: Sequence[tuple[Want, tuple[fx.Node, ...]]]) -> bool:
+        """Whether users that want different factors can have them: copies of a parameter, or multiples of a vector."""
+        if node.op == "get_attr":
+            return True
+        return all(self._run_time_cost(node, settle_unread(want)) <= self.dearest for want, _ in groups)
+
+    def _stop(self, node: fx.Node, want: Want, users: tuple[fx.Node, ...], reason: str) -> None:
         """Multiply here at run time if that is cheap enough, otherwise leave these channels as they are."""
         cost = self._run_time_cost(node, want)
         if cost <= self.dearest:
-            self.edits.append(Edit(node, want, cost, None, _direct(node, readers)))
+            self.edits.append(Edit(node, want, cost, None, users))
         else:
             self._block(want.variables, reason)
 
@@ -232,8 +270,17 @@ class _Walk:
         self.ties.append((variables, np.full_like(variables, IDENTITY)))
         self.blocked.append((variables, reason))
 
+    def _tie(self, left: Indices, right: Indices, reason: str) -> None:
+        """Let variables be equal; the reason is for those that thereby have to stay as they are."""
+        differ = left != right
+        left, right = left[differ], right[differ]
+        self.ties.append((left, right))
+        identity = (left == IDENTITY) | (right == IDENTITY)
+        if identity.any():
+            self.blocked.append((np.unique(np.maximum(left, right)[identity]), reason))
+
     def _merge(self, wants: Sequence[Want]) -> Want:
-        """One want that satisfies all: where two ask for different variables, these are tied."""
+        """One want that satisfies all: where two ask for different variables, these are tied. Unread stays unread."""
         shape = np.broadcast_shapes(*(want.scale.shape for want in wants))
         scale = np.full(shape, UNREAD, dtype=np.int64)
         offset = np.zeros(shape)
@@ -241,46 +288,51 @@ class _Walk:
             other = np.broadcast_to(want.scale, shape)
             shift = np.broadcast_to(want.offset, shape)
             both = (scale != UNREAD) & (other != UNREAD)
-            differ = both & (scale != other)
-            if differ.any():
-                self.ties.append((scale[differ], other[differ]))
-                identity = differ & ((scale == IDENTITY) | (other == IDENTITY))
-                if identity.any():
-                    self.blocked.append((np.unique(np.maximum(scale, other)[identity]), "part of it is read unscaled"))
+            self._tie(scale[both], other[both], "part of it is read unscaled")
             apart = both & (offset != shift) & (scale > IDENTITY)
             if apart.any():
                 self._block(np.unique(scale[apart]), "its readers ask for different constant shifts")
             new = scale == UNREAD
             scale = np.where(new, other, scale)
             offset = np.where(new, shift, offset)
-        return forget_unread(Want(scale, offset))
+        return Want(scale, offset)
 
     def _run_time_cost(self, node: fx.Node, want: Want) -> Cost:
-        """VECTOR if the value holds one element a sample and channel, TOKENS if more."""
-        elements = 1
-        for axis, size in enumerate(shape_of(node)):
-            if not want.varies(axis):
+        """VECTOR if the value holds one element a sample and channel, TOKENS if more, NOT if it cannot be scaled.
+
+        Channels may have two axes, as in ``[batch, 6, channels]``, if nothing with tokens went into the value.
+        """
+        if not isinstance(value := node.meta["val"], Tensor) or not value.is_floating_point():
+            return Cost.NOT
+        elements, axes = 1, 0
+        for axis, size in enumerate(value.shape):
+            if want.varies(axis):
+                axes += 1
+            else:
                 elements *= size if isinstance(size, int) else int(size.node.hint)
-        return Cost.VECTOR if elements <= self.batch else Cost.TOKENS
+        vector = elements <= self.batch and (axes <= 1 or node not in self.tokens)
+        return Cost.VECTOR if vector else Cost.TOKENS
 
     def _price(self, node: fx.Node, way: Push) -> tuple[int, int, int]:
         """What a way would cost: blocked or run-time multiplications, vectors, new operands. Less is better."""
         return _add([self._price_of(source, want, node) for source, want in way.inputs])
 
     def _price_of(self, node: fx.Node, want: Want, reader: fx.Node) -> tuple[int, int, int]:
+        want = settle_unread(want)
         if want.trivial:
             return (0, 0, 0)
         others = (other for other in readers_of(node) if other is not reader)
         if node.op != "get_attr" and any(_identity_share(other, node) is None for other in others):
             return self._price_here(node, want)
         found = outcome(node, want)
+        while isinstance(found, Tie):
+            want = found.want
+            found = outcome(node, want)
         if isinstance(found, End):
             return (0, 0, found.operands)
-        if isinstance(found, Barrier):
-            return self._price_here(node, want)
         if isinstance(found, Choose):
             return min(self._price(node, way) for way in found.ways)
-        return self._price(node, found)
+        return self._price(node, found) if isinstance(found, Push) else self._price_here(node, want)
 
     def _price_here(self, node: fx.Node, want: Want) -> tuple[int, int, int]:
         cost = self._run_time_cost(node, want)
@@ -330,10 +382,15 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _direct(node: fx.Node, readers: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-    """The users of a value through which these readers read it: a chunk, where they read its parts."""
-    through = (reader if node in reader.all_input_nodes else reader.all_input_nodes[0] for reader in readers)
-    return tuple(dict.fromkeys(through))
+def _direct(node: fx.Node, reader: fx.Node) -> fx.Node:
+    """The user of a value through which this reader reads it: a chunk, where it reads one of its parts."""
+    return reader if node in reader.all_input_nodes else reader.all_input_nodes[0]
+
+
+def _agree(left: Want, right: Want) -> bool:
+    """Whether two wants on one value ask for the same wherever both ask."""
+    both = (left.scale != UNREAD) & (right.scale != UNREAD)
+    return bool((~both | ((left.scale == right.scale) & (left.offset == right.offset))).all())
 
 
 def _identity_share(reader: fx.Node, node: fx.Node) -> Want | None:
@@ -358,6 +415,20 @@ def _components(total: int, left: Indices, right: Indices) -> Indices:
 def _add(prices: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
     total = np.sum(list(prices), axis=0)
     return int(total[0]), int(total[1]), int(total[2])
+
+
+def _with_tokens(graph: fx.Graph) -> set[fx.Node]:
+    """The values that an input with an axis between batch and channels goes into."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            has_tokens = len(shape_of(node)) >= 3
+        else:
+            reads_shape = str(getattr(node.target, "_name", "")).startswith(_SHAPE_READERS)
+            has_tokens = not reads_shape and any(source in found for source in node.all_input_nodes)
+        if has_tokens:
+            found.add(node)
+    return found
 
 
 def _batch_hint(graph: fx.Graph) -> int:

@@ -99,6 +99,21 @@ class Push:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """The request can be met if it is the same along some axes, as over the tokens that attention mixes.
+
+    Attributes:
+        want: The request, of size 1 along these axes.
+        ties: Pairs of equally shaped variable arrays that have to be equal for that.
+        reason: Why, for channels of which some have to stay as they are.
+    """
+
+    want: Want
+    ties: Sequence[tuple[Indices, Indices]]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Choose:
     """The request can be met in any one of these ways; the cheapest is taken."""
 
@@ -127,4 +142,4 @@ class Barrier:
     reason: str
 
 
-Outcome = Push | Choose | End | Barrier
+Outcome = Push | Tie | Choose | End | Barrier
