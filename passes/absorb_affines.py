@@ -46,26 +46,42 @@ class AbsorbAffines(Pass):
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        affines = {
-            node.name: node
-            for node in graph.nodes
-            if node.target is _AFFINE and node.args[1].op == "get_attr" and node.args[2] is None
-        }
-        factors = {name: rewriter.tensor(node.args[1]).double() for name, node in affines.items()}
-        seeds = [
-            Seed(name, node.args[0], (node,))
-            for name, node in affines.items()
-            if factors[name].dim() == 1 or factors[name].numel() == factors[name].shape[-1]
-        ]
+        while self._absorb(graph, rewriter):  # Of affines on one path, the first one goes first.
+            pass
+
+    def _absorb(self, graph: fx.Graph, rewriter: Rewriter) -> bool:
+        affines, factors = _constant_affines(graph, rewriter)
+        seeds = [Seed(name, node.args[0], (node,)) for name, node in affines.items()]
         solution, chosen = _agreed(graph, seeds, factors)
-        stuck = {name for name in chosen if _stays(solution, name)}
+        stuck = {name for name in chosen if _stays(solution, name, factors[name])}
         for edit in solution.edits:
             if edit.end is None and edit.readers == tuple(n for n in edit.readers if n.name in stuck):
                 continue
-            _carry_out(edit, solution.factors(edit, chosen), rewriter)
+            factors_here = solution.factors(edit, chosen)
+            if (factors_here != 1).any():
+                _carry_out(edit, factors_here, rewriter)
         for name in chosen:
             if name not in stuck:
-                _remove(affines[name], factors[name].flatten(), solution, rewriter)
+                _remove(affines[name], factors[name], solution, rewriter)
+        return chosen.keys() > stuck
+
+
+def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx.Node], dict[str, Tensor]]:
+    """The affines with a constant positive factor for each channel and without shift, and these factors, float64."""
+    affines, factors = {}, {}
+    for node in graph.nodes:
+        if node.target is not _AFFINE or node.args[1].op != "get_attr" or node.args[2] is not None:
+            continue
+        factor, channels = rewriter.tensor(node.args[1]).double(), node.meta["val"].shape[-1]
+        if (
+            isinstance(channels, int)
+            and factor.numel() in (1, channels)
+            and factor.shape[-1:].numel() == factor.numel()
+        ):
+            factor = factor.flatten().expand(channels)
+            if (factor > 0).all():  # As relu needs it.
+                affines[node.name], factors[node.name] = node, factor
+    return affines, factors
 
 
 def _agreed(
@@ -79,7 +95,7 @@ def _agreed(
         spoilers = set()
         value_of: dict[int, float] = {}
         for seed in kept:
-            factor = factors[seed.name].flatten()
+            factor = factors[seed.name]
             chosen[seed.name] = factor
             for number, value in zip(solution.grants[seed.name].classes.tolist(), factor.tolist(), strict=True):
                 if number and value_of.setdefault(number, value) != value:
@@ -89,10 +105,10 @@ def _agreed(
         kept = [seed for seed in kept if seed.name not in spoilers]
 
 
-def _stays(solution: Solution, name: str) -> bool:
+def _stays(solution: Solution, name: str, factor: Tensor) -> bool:
     """Whether an affine would be replaced by itself, or by nothing at all."""
-    grant = solution.grants[name]
-    return not grant.granted.any() or any(
+    granted = solution.grants[name].granted
+    return bool((factor[torch.from_numpy(granted)] == 1).all() and (factor != 1).any()) or any(
         edit.end is None and [reader.name for reader in edit.readers] == [name] for edit in solution.edits
     )
 
