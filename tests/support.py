@@ -1,0 +1,234 @@
+"""What the tests of the core share: capture a module, print its graph, ask for factors and have them absorbed."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, weights_of
+from fxquant.channels.solve import Grant, Seed, Solution, solve
+from fxquant.channels.wants import Cost
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import SPECS, Stage, verify
+from fxquant.passes.absorb_affines import AbsorbAffines
+from fxquant.pipeline import PassRecord, Pipeline
+from fxquant.plan import Plan
+
+AFFINE = torch.ops.fxquant.channel_affine.default
+
+
+def captured(model: nn.Module, *args: Any, timestep: str | None = None, **kwargs: Any) -> CapturedGraph:
+    """The graph of ``model`` for this call, over the model's own tensors."""
+    model = model.eval()
+    architecture = Architecture.of(model, timestep)
+    found = architecture.capture(*architecture.canonical(args, kwargs))
+    bind(found.module, weights_of(model))
+    return found
+
+
+def outputs(module: fx.GraphModule, *inputs: Tensor) -> list[Tensor]:
+    """All outputs of a graph."""
+    with torch.no_grad():
+        return list(module(*inputs))
+
+
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference against the largest element, over all outputs."""
+    return max(
+        float((a - e).abs().max() / e.abs().max().clamp_min(1e-300)) for a, e in zip(actual, expected, strict=True)
+    )
+
+
+def count(module: fx.GraphModule, target: Any) -> int:
+    """Number of calls of an op."""
+    return sum(node.target is target for node in module.graph.nodes)
+
+
+def nodes_of(module: fx.GraphModule, target: Any) -> list[fx.Node]:
+    """The calls of an op, in order."""
+    return [node for node in module.graph.nodes if node.target is target]
+
+
+def layer_node(module: fx.GraphModule, name: str) -> fx.Node:
+    """The linear, convolution or embedding of a stable name."""
+    return next(node for node in module.graph.nodes if node.meta.get(LAYER) == name)
+
+
+# --- golden text ----------------------------------------------------------------------------------------------------
+
+
+def text(module: fx.GraphModule) -> str:
+    """The graph, one line a node: ``name: dtype[shape] = op(arguments)``; parameters and the open batch by name."""
+    lines = []
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            shown = [_argument(argument) for argument in node.args]
+            shown += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
+            name = str(getattr(node.target, "_name", getattr(node.target, "__name__", node.target)))
+            name = name.removeprefix("aten::").removesuffix(".default")
+            lines.append(f"{node.name}{_type(node)} = {name}({', '.join(shown)})")
+        elif node.op == "output":
+            lines.append(f"return {', '.join(_argument(leaf) for leaf in node.args[0])}")
+        elif node.op == "placeholder":
+            lines.append(f"{node.name}{_type(node)}")
+    return "\n".join(lines)
+
+
+def golden(body: str) -> str:
+    """Text in a test's body, without its indentation."""
+    return textwrap.dedent(body).strip()
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"@{value.target}" if value.op == "get_attr" else value.name
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_argument, value)) + "]"
+    return str(value).removeprefix("torch.")
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ""
+    shape = ", ".join(re.sub(r"s\d+", "B", str(size)) for size in value.shape)
+    return f": {str(value.dtype).removeprefix('torch.')}[{shape}]"
+
+
+# --- factors --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Absorbed:
+    """What became of a request for factors.
+
+    Attributes:
+        module: The graph after absorb-affines.
+        grants: What the walk promised, by layer.
+        groups: Layers decided together.
+        left: Number of runtime multiplications in the graph.
+        error: Largest relative difference of the outputs against the captured graph.
+        record: What absorb-affines did.
+        factors: The factors that were asked for, by layer.
+    """
+
+    module: fx.GraphModule
+    grants: Mapping[str, Grant]
+    groups: list[list[str]]
+    left: int
+    error: float
+    record: PassRecord
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def grant(self) -> Grant:
+        """The only grant."""
+        (grant,) = self.grants.values()
+        return grant
+
+
+def absorb(
+    model: nn.Module,
+    *args: Any,
+    at: Sequence[str] = ("last",),
+    force: bool = False,
+    spread: bool = False,
+    **kwargs: Any,
+) -> Absorbed:
+    """Ask for random factors at the inputs of linears, have them absorbed, and compare in float64.
+
+    Args:
+        model: Converted to float64 in place.
+        args: Inputs of one call, float64.
+        at: Stable names of the linears.
+        force: Ask for factors on every channel, also where the walk said that it will not be possible.
+        spread: With ``force``: other factors for each linear.
+        kwargs: Inputs by keyword.
+    """
+    found = captured(model.double(), *args, **kwargs)
+    module = found.module
+    inputs = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+    expected = outputs(module, *inputs)
+    seeds = seeds_at(module, at)
+    solution = solve(module.graph, seeds)
+    factors = random_factors(solution, seeds, force, spread)
+    request(module, seeds, factors)
+    verify(module, SPECS[Stage.TRANSFORMED])
+    step = Pipeline([AbsorbAffines()])
+    (record,) = step.run(module, Plan("", "", None), Stage.TRANSFORMED)
+    error = relative_error(outputs(module, *inputs), expected)
+    before = text(module)
+    (again,) = step.run(module, Plan("", "", None), Stage.TRANSFORMED)
+    assert (again.edits, text(module)) == (0, before), "a second run changed the graph"
+    return Absorbed(module, solution.grants, solution.groups(), count(module, AFFINE), error, record, factors)
+
+
+def seeds_at(module: fx.GraphModule, names: Sequence[str]) -> list[Seed]:
+    """The values that these linears read, each with those of the linears that read it."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for name in names:
+        node = layer_node(module, name)
+        readers.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    return [Seed(nodes[0].meta[LAYER], value, tuple(nodes)) for value, nodes in readers.items()]
+
+
+def random_factors(solution: Solution, seeds: Sequence[Seed], force: bool, spread: bool) -> dict[str, Tensor]:
+    """One factor in 0.5 to 2 for each class of channels; 1 where none is granted, unless forced."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(size: int) -> Tensor:
+        return torch.rand(size, generator=generator, dtype=torch.float64) * 1.5 + 0.5
+
+    if force:
+        one = draw(max(seed.channels for seed in seeds))
+        return {seed.name: draw(seed.channels) if spread else one[: seed.channels] for seed in seeds}
+    table = draw(1 + max(int(grant.classes.max()) for grant in solution.grants.values()))
+    table[0] = 1.0
+    return {seed.name: table[torch.from_numpy(solution.grants[seed.name].classes)] for seed in seeds}
+
+
+def request(module: fx.GraphModule, seeds: Sequence[Seed], factors: Mapping[str, Tensor]) -> None:
+    """Multiply the values by their factors at run time, and divide the columns of their readers by them."""
+    rewriter = Rewriter(module, "request")
+    for seed in seeds:
+        factor = factors[seed.name]
+        with rewriter.before(seed.readers[0]):
+            scale = rewriter.constant(f"{seed.name}.factor", factor, [seed.value])
+            scaled = rewriter.call(AFFINE, (seed.value, scale, None), [seed.value], name=f"{seed.value.name}_scaled")
+        for reader in seed.readers:
+            rewriter.redirect(reader, seed.value, scaled)
+            rewriter.fold(reader, 1, lambda w, factor=factor: w.double() / factor)  # type: ignore[misc]
+    module.recompile()
+
+
+def proved(result: Absorbed, cost: Cost = Cost.FREE, into: Sequence[str] | None = None) -> None:
+    """All factors vanished at this cost, exactly."""
+    assert result.error < 1e-12
+    for grant in result.grants.values():
+        assert grant.granted.all(), grant.reason
+        assert grant.cost is cost
+        assert grant.reason is None
+    assert result.record.edits
+    if cost is Cost.FREE:
+        assert result.left == 0
+    if into is not None:
+        assert list(result.grant.into) == list(into)
+
+
+def refused(result: Absorbed, reason: str) -> None:
+    """No factor was granted, for this reason; forced on the graph they stay, and nothing else changes."""
+    assert result.error < 1e-12
+    for grant in result.grants.values():
+        assert not grant.granted.any()
+        assert grant.cost is Cost.NOT
+        assert grant.into == ()
+        assert grant.reason is not None
+        assert reason in grant.reason, grant.reason
+    assert result.record.edits == 0
+    assert result.left == len(result.grants)
