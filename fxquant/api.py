@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
-from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, weights_of
-from fxquant.errors import AlreadyCompiledError, CalibrationError, ConfigurationError, NonFiniteError
+from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, read_tensors, weights_of
+from fxquant.errors import (
+    AlreadyCompiledError,
+    CalibrationError,
+    CheckpointError,
+    ConfigurationError,
+    NonFiniteError,
+)
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
@@ -220,22 +226,44 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
 
 
 def model_from_plan(
-    architecture: Architecture, plan: Plan, backend: Backend, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    architecture: Architecture, plan: Plan, backend: Backend, dtype: torch.dtype, device: torch.device
 ) -> GraphModel:
-    """Build a quantized model from a plan and its tensors alone, without float weights.
+    """Build a quantized model from a plan alone, without float weights; :func:`bind_all` gives it its tensors.
 
     Raises:
-        CheckpointError: If a tensor is missing or has another shape.
+        CheckpointError: If the plan records no call.
+        CalibrationError: If the architecture has layers of which the plan says nothing.
     """
+    if not plan.calls:
+        raise CheckpointError("the plan records no call of the model")
     recipe = Recipe.parse(plan.recipe)
     quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend))
-    device = next(iter(tensors.values())).device
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
+        refuse_unknown_layers(captured, plan)
         convert_graph(captured, plan, recipe, backend)
-        bind(captured.module, tensors)
         quantized.add(captured)
     return quantized
+
+
+def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give every graph of a model its tensors.
+
+    Raises:
+        CheckpointError: If a tensor is missing, has another shape or dtype, or is read by no graph.
+    """
+    read = set()
+    for graph in quantized.graphs:
+        for name, held in read_tensors(graph).items():
+            read.add(name)
+            if name not in tensors:
+                raise CheckpointError(f"no tensor {name!r}: the weights do not belong to this model or are incomplete")
+            if tensors[name].dtype != held.dtype:
+                raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype}, the model needs {held.dtype}")
+        bind(graph, tensors)
+    extra = sorted(tensors.keys() - read)
+    if extra:
+        raise CheckpointError(f"the model reads no tensor {extra[0]!r}: the weights belong to another model")
 
 
 def class_path(model: nn.Module) -> str:

@@ -9,7 +9,8 @@ import hashlib
 import importlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxquant.api import model_from_plan
+from fxquant.api import bind_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
-from fxquant.capture import Architecture
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.capture import Architecture, read_tensors, weights_and_buffers
+from fxquant.errors import BackendError, CheckpointError, ConfigurationError, FxquantError
 from fxquant.model import GraphModel
-from fxquant.plan import PLAN_FILE, VECTORS_FILE, Plan
+from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
+_DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
+_FILES = (PLAN_FILE, *_DIGESTED)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -36,40 +39,68 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> No
     Args:
         model: What :func:`fxquant.compile` returned.
         folder: Where to; made, with its parents.
-        overwrite: Replace a folder that exists.
+        overwrite: Replace a checkpoint that is there already. Folders with anything else in them are never replaced.
 
     Raises:
         ConfigurationError: If the model is not quantized.
-        CheckpointError: If the folder exists and ``overwrite`` is not given.
+        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files.
     """
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
-    folder = Path(folder)
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
+    folder = Path(folder).resolve()
+    _refuse_to_replace(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         written = Path(scratch) / "checkpoint"
         written.mkdir()
         _write(model, model.plan, written)
+        old = Path(scratch) / "old"
         if folder.exists():
-            old = Path(scratch) / "old"
             folder.rename(old)
-        written.rename(folder)
+        try:
+            written.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+
+
+def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another name for the folder")
+    found = sorted(path.name for path in folder.iterdir())
+    if found and not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
+    others = [name for name in found if name not in _FILES]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds more than a checkpoint ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), "
+            "which overwriting would delete; choose another folder"
+        )
 
 
 def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
     config = dict(getattr(model.architecture.skeleton, "config", {}) or {})
     config.pop("_name_or_path", None)  # Where it was read from: a path on this machine.
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors().items()}
+    tensors: dict[str, Tensor] = {}
+    for captured in model.captured[: len(plan.calls)]:  # Graphs of later calls are captured again when they come.
+        for name, tensor in read_tensors(captured.module).items():
+            tensors.setdefault(name, tensor.detach().cpu().contiguous())
     save_file(_unshared(tensors), folder / TENSORS_FILE, metadata={"format": "pt"})
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    data["dtype"] = str(model.dtype).removeprefix("torch.")
-    data["files"] = {name: _digest(folder / name) for name in (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)}
+    data["dtype"] = _dtype_name(model.dtype)
+    data["dtypes"] = {
+        name: _dtype_name(tensor.dtype)
+        for name, tensor in weights_and_buffers(model.architecture.skeleton)
+        if tensor.is_floating_point() and tensor.dtype != model.dtype
+    }
+    data["files"] = {name: _digest(folder / name) for name in _DIGESTED}
     data["digest"] = _digest_of(data)
-    (folder / PLAN_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (folder / PLAN_FILE).write_text(_plan_text(data), encoding="utf-8")
 
 
 def load(
@@ -89,35 +120,88 @@ def load(
 
     Raises:
         CheckpointError: If a file is missing, damaged, unsafe, of a newer format or of another model.
+        UnknownNameError: If there is no such backend.
+        BackendError: If the backend cannot run the model.
+        ConfigurationError: If ``model`` is neither a class with ``from_config`` nor a model in evaluation mode.
     """
     folder = Path(folder)
+    runner = None if backend is None else resolve_backend(backend)
     data = _read_plan(folder)
     _refuse_pickles(folder)
     _check_files(folder, data)
-    plan = Plan.from_json(data, _read_tensors(folder / VECTORS_FILE, torch.device("cpu")))
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    architecture = _architecture(plan, config, model, folder)
-    tensors = _read_tensors(folder / TENSORS_FILE, torch.device(device))
-    dtype = getattr(torch, data["dtype"])
-    runner = resolve_backend(plan.backend if backend is None else backend)
+    with _blaming(folder / PLAN_FILE):
+        plan = Plan.from_json(data, _read_tensors(folder / VECTORS_FILE, torch.device("cpu")))
+        plan.check()
+        dtype = _dtype(data["dtype"])
+        dtypes = {name: _dtype(text) for name, text in data["dtypes"].items()}
+        runner = resolve_backend(plan.backend) if runner is None else runner
     plan.backend = runner.name
-    return model_from_plan(architecture, plan, runner, dtype, tensors)
+    architecture = _architecture(plan, model, folder)
+    _cast(architecture.skeleton, dtype, dtypes)
+    tensors = _read_tensors(folder / TENSORS_FILE, torch.device(device))
+    with _blaming(folder / PLAN_FILE):
+        quantized = model_from_plan(architecture, plan, runner, dtype, torch.device(device))
+    with _blaming(folder / TENSORS_FILE):
+        bind_all(quantized, tensors)
+    return quantized
 
 
-def _architecture(plan: Plan, config: Mapping[str, Any], model: Any, folder: Path) -> Architecture:
+def _architecture(plan: Plan, model: Any, folder: Path) -> Architecture:
     if isinstance(model, nn.Module):
         return Architecture.of(model, plan.timestep)
     if model is None:
+        model = _class_of(plan, folder)
+    elif not hasattr(model, "from_config"):
+        raise ConfigurationError(f"model={model!r} is neither a class with from_config nor a model; pass one of them")
+    with _blaming(folder / CONFIG_FILE):
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise CheckpointError("this is no config: it is not a JSON object")
+        return Architecture.from_config(model, config, plan.timestep)
+
+
+def _class_of(plan: Plan, folder: Path) -> Any:
+    with _blaming(folder / PLAN_FILE):
         module, _, name = plan.model_class.partition(":")
         if module != "diffusers":  # Importing whatever a file names would run code that a stranger chose.
             raise CheckpointError(
                 f"{folder} holds a {name} from {module}, which is not a diffusers model; "
                 "pass its class or an instance: fxquant.load(folder, model=...)"
             )
-        model = getattr(importlib.import_module("diffusers"), name, None)
-        if model is None:
-            raise CheckpointError(f"the installed diffusers has no {name}; install a version that does")
-    return Architecture.from_config(model, config, plan.timestep)
+        found = getattr(importlib.import_module("diffusers"), name, None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_config")):
+            raise CheckpointError(f"the installed diffusers has no model {name}; install a version that does")
+        return found
+
+
+def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
+    """Give a skeleton the dtypes of the model that was compiled, whatever its class makes."""
+    cast: dict[int, Tensor] = {}
+    for name, tensor in weights_and_buffers(skeleton):
+        wanted = others.get(name, dtype)
+        if not tensor.is_floating_point() or tensor.dtype == wanted:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = skeleton.get_submodule(path)
+        new = cast.setdefault(id(tensor), tensor.detach().to(wanted))
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+        else:
+            owner._buffers[leaf] = new
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn whatever the content of a file leads to into an error that names the file."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:
+        if isinstance(error, CheckpointError) and str(path.parent) in str(error):
+            raise
+        reason = str(error) if isinstance(error, FxquantError) else repr(error)
+        raise CheckpointError(f"{path}: {reason}") from error
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
@@ -127,12 +211,14 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {folder} is not an fxquant checkpoint, or not all of it was copied")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
     if not isinstance(data, dict) or "format" not in data:
         raise CheckpointError(f"{path} is not an fxquant plan")
-    if isinstance(data["format"], int) and data["format"] <= _known_format() and data.get("digest") != _digest_of(data):
+    # The text is compared as well, because not every damage changes what it means.
+    if data["format"] == FORMAT and (data.get("digest") != _digest_of(data) or text != _plan_text(data)):
         raise CheckpointError(
             f"{path} does not match its digest: it is damaged or was edited. Copy the checkpoint again; to change a "
             "plan, load it with fxquant.Plan.load, edit it and compile the float model with plan="
@@ -140,33 +226,30 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _known_format() -> int:
-    from fxquant.plan import FORMAT
-
-    return FORMAT
-
-
 def _check_files(folder: Path, data: Mapping[str, Any]) -> None:
-    for name, digest in dict(data.get("files", {})).items():
+    digests = data.get("files")
+    for name in _DIGESTED:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the checkpoint again")
-        if _digest(path) != digest:
+        if not isinstance(digests, Mapping) or _digest(path) != digests.get(name):
             raise CheckpointError(f"{path} is damaged: its bytes do not match the digest in {PLAN_FILE}; copy it again")
 
 
 def _refuse_pickles(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        if path.suffix in _PICKLES:
+        if path.suffix.lower() in _PICKLES:
             raise CheckpointError(
-                f"{path} is a pickle, which can run code when read; fxquant writes none. Remove it if you trust the rest"
+                f"{path} is a pickle, which can run code when read; fxquant writes none. "
+                "Remove it if you trust the rest"
             )
 
 
 def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            # Cloned, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}; copy the checkpoint again") from error
 
@@ -185,6 +268,21 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plan_text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1) + "\n"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: Any) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{name!r} is no dtype")
+    return dtype
 
 
 def _digest_of(data: Mapping[str, Any]) -> str:

@@ -199,9 +199,12 @@ class Plan:
         """
         if not isinstance(data, Mapping) or "format" not in data:
             raise CheckpointError("this is not a plan: it has no format number")
-        if data["format"] != FORMAT:
+        number = data["format"]
+        if number != FORMAT:
+            newer = isinstance(number, int) and number > FORMAT
             raise CheckpointError(
-                f"the plan has format {data['format']}, this fxquant reads format {FORMAT}; install a newer fxquant"
+                f"the plan has format {number!r}, this fxquant reads format {FORMAT}; "
+                + ("install a newer fxquant" if newer else "it is damaged or was written by something else")
             )
         try:
             values = {f.name: data[f.name] for f in fields(cls) if f.name not in _NOT_IN_JSON}
@@ -209,7 +212,7 @@ class Plan:
             values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
             values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
             return cls(**values, vectors=dict(vectors))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan cannot be read: {error!r}") from error
 
     def save(self, folder: str | Path) -> None:

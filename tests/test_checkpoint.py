@@ -1,0 +1,479 @@
+"""Checkpoints: the same bits in a new process, nothing in float, and every kind of damage refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxquant
+from fxquant import checkpoint
+from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.model import GraphModel
+from fxquant.plan import FORMAT
+from tests.tiny import calibrate, inputs, make_dit, run
+
+FILES = ("config.json", "plan.json", "model.safetensors", "plan.safetensors")
+
+
+@pytest.fixture(scope="module")
+def quantized() -> GraphModel:
+    model = make_dit()
+    return fxquant.compile(model, recipe="ptq4dit-w4a8", calibrate=calibrate(model))
+
+
+@pytest.fixture(scope="module")
+def saved(quantized: GraphModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "dit-w4a8"
+    fxquant.save(quantized, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def sign(folder: Path, change: Callable[[dict[str, Any]], object] = lambda data: None) -> None:
+    """Bring all digests up to date, as someone would who forges a checkpoint."""
+    data = json.loads((folder / "plan.json").read_text())
+    data["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in data["files"]}
+    change(data)
+    data.pop("digest", None)
+    data["digest"] = checkpoint._digest_of(data)
+    (folder / "plan.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def forge(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Write other tensors with correct digests."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sign(folder)
+
+
+# --- what is written ---
+
+_OTHER_PROCESS = """
+import sys, torch, fxquant
+from tests.tiny import run
+model = fxquant.load(sys.argv[1])
+torch.save([run(model, timestep=None), run(model, batch=1)], sys.argv[2])
+"""
+
+
+def test_a_new_process_gives_the_same_bits(quantized: GraphModel, saved: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", _OTHER_PROCESS, saved, tmp_path / "out.pt"], check=True, cwd=root)
+    several, one = torch.load(tmp_path / "out.pt")
+    assert torch.equal(several, run(quantized, timestep=None))
+    assert torch.equal(one, run(quantized, batch=1))
+
+
+def test_what_a_loaded_model_is(quantized: GraphModel, saved: Path) -> None:
+    loaded = fxquant.load(saved)
+    assert loaded.plan.to_json() == quantized.plan.to_json()
+    assert loaded.plan.vectors.keys() == quantized.plan.vectors.keys()
+    assert all(torch.equal(loaded.plan.vectors[name], vector) for name, vector in quantized.plan.vectors.items())
+    assert dict(loaded.config) == dict(quantized.config)
+    assert (loaded.dtype, loaded.device, loaded.training) == (torch.float32, torch.device("cpu"), False)
+    ours, theirs = loaded.tensors(), quantized.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+
+
+def test_saving_what_was_loaded_writes_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    fxquant.save(fxquant.load(saved), tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(saved)
+
+
+def test_only_these_files(saved: Path) -> None:
+    assert sorted(contents(saved)) == sorted(FILES)
+
+
+def test_no_float_weights(quantized: GraphModel, saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    layers = {name.partition("@")[0]: layer for name, layer in quantized.plan.quantized()}
+    assert len(layers) >= 8
+    for name, layer in layers.items():
+        assert f"{name}.weight" not in tensors
+        assert tensors[f"{name}.weight_packed"].dtype == torch.uint8
+        for key, tensor in tensors.items():
+            if key.startswith(f"{name}.") and tensor.is_floating_point():
+                assert tensor.numel() < layer.shape[0] * layer.shape[1], key
+    weights = {
+        f"{name}.weight": module.weight for name, module in make_dit().named_modules() if hasattr(module, "weight")
+    }
+    for name in layers:  # Under no other name either.
+        shape = weights[f"{name}.weight"].shape
+        assert not any(t.is_floating_point() and t.shape in (shape, shape[::-1]) for t in tensors.values()), name
+
+
+class RealTensors(TorchDispatchMode):
+    """Notes the shape of every float tensor with values that any op makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            real = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and not leaf.is_meta
+            if real and leaf.is_floating_point():
+                self.shapes.add(tuple(leaf.shape))
+        return result
+
+
+def test_load_makes_no_float_weights(quantized: GraphModel, saved: Path) -> None:
+    shapes = {tuple(layer.shape) for _, layer in quantized.plan.quantized()}
+    with RealTensors() as seen:
+        make_dit()
+    assert shapes <= seen.shapes  # The watch sees float weights where they are made.
+    with RealTensors() as seen:
+        fxquant.load(saved)
+    assert not shapes & seen.shapes
+
+
+class Mixed(nn.Module):
+    """A model that keeps its embedder in float32, as many of diffusers do."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.config = {"width": width}
+        self.embed = nn.Linear(1, width)
+        self.proj = nn.Linear(width, width)
+        self.register_buffer("position", torch.arange(width) / width)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Mixed:
+        return cls(**config)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        embedded = self.embed(timestep[:, None].to(self.embed.weight.dtype)) + self.position
+        return self.proj(x + embedded.to(x.dtype))
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["all in bfloat16", "some kept in float32"])
+def test_dtypes_other_than_those_of_the_class(tmp_path: Path, kept: bool) -> None:
+    model = Mixed().eval().to(torch.bfloat16)
+    if kept:
+        model.embed.float()
+        model.position = model.position.float() + 1e-4
+    x, timestep = torch.randn(2, 8).bfloat16(), torch.tensor([1.0, 9.0])
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(x, timestep))
+    fxquant.save(quantized, tmp_path / "mixed")
+    for given in (Mixed, Mixed().eval()):
+        loaded = fxquant.load(tmp_path / "mixed", model=given)
+        assert loaded.dtype == quantized.dtype
+        assert torch.equal(loaded(x, timestep), quantized(x, timestep))
+
+
+def test_a_bfloat16_dit(tmp_path: Path) -> None:
+    model = make_dit().to(torch.bfloat16)
+    arguments = inputs(timestep=None) | {"hidden_states": inputs()["hidden_states"].bfloat16()}
+    with torch.no_grad():
+        quantized = fxquant.compile(model, recipe="smoothquant-w8a8", calibrate=lambda: model(**arguments))
+        fxquant.save(quantized, tmp_path / "bf16")
+        loaded = fxquant.load(tmp_path / "bf16")
+        assert loaded.dtype == quantized.dtype == torch.bfloat16
+        assert loaded(**arguments).sample.dtype == torch.bfloat16
+        assert torch.equal(loaded(**arguments).sample, quantized(**arguments).sample)
+
+
+# --- damage ---
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_byte(folder: Path, name: str) -> None:
+    whole = (folder / name).read_bytes()
+    random.seed(name)
+    for _ in range(25):
+        position, mask = random.randrange(len(whole)), random.randrange(1, 256)
+        damaged = bytearray(whole)
+        damaged[position] ^= mask
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            fxquant.load(folder)
+
+
+def test_white_space_in_the_plan(folder: Path) -> None:
+    text = (folder / "plan.json").read_text()
+    (folder / "plan.json").write_text(text.replace("\n ", "\n\t", 1))
+    with pytest.raises(CheckpointError, match=r"plan\.json"):
+        fxquant.load(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file(folder: Path, name: str, share: float) -> None:
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        fxquant.load(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.") + " is missing"):
+        fxquant.load(folder)
+    if name != "plan.json":  # Nor when the plan does not speak of it.
+        data = json.loads((folder / "plan.json").read_text())
+        del data["files"][name], data["digest"]
+        data["digest"] = checkpoint._digest_of(data)
+        (folder / "plan.json").write_text(json.dumps(data, indent=1) + "\n")
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            fxquant.load(folder)
+
+
+def test_no_folder_and_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        fxquant.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="not an fxquant checkpoint"):
+        fxquant.load(tmp_path)
+
+
+TO_Q = "transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(f"{TO_Q}.weight_packed"), (f"{TO_Q}.weight_packed", "no tensor")),
+        (lambda t: t.pop(f"{TO_Q}.bias"), (f"{TO_Q}.bias", "no tensor")),
+        (lambda t: t.update({f"{TO_Q}.bias": torch.zeros(17)}), (f"{TO_Q}.bias", "(17,)", "(16,)")),
+        (
+            lambda t: t.update({f"{TO_Q}.bias": t[f"{TO_Q}.bias"].half()}),
+            (f"{TO_Q}.bias", "torch.float16", "torch.float32"),
+        ),
+        (lambda t: t.update(extra=torch.zeros(1)), ("extra", "reads no tensor")),
+        (lambda t: t.update(renamed=t.pop(f"{TO_Q}.bias")), (f"{TO_Q}.bias",)),
+        (lambda t: t.clear(), ("no tensor",)),
+    ],
+    ids=["no codes", "no bias", "another shape", "another dtype", "extra", "renamed", "none"],
+)
+def test_tensors_that_do_not_belong(folder: Path, change: Callable[[Any], object], said: tuple[str, ...]) -> None:
+    forge(folder, change)
+    with pytest.raises(CheckpointError) as caught:
+        fxquant.load(folder)
+    assert all(words in str(caught.value) for words in ("model.safetensors", *said)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(dtype="load"),
+        lambda d: d.pop("dtype"),
+        lambda d: d.pop("layers"),
+        lambda d: d.update(layers=[]),
+        lambda d: d["layers"][TO_Q].update(weight_bits=99),
+        lambda d: d["layers"][TO_Q].update(weight_bits="4"),
+        lambda d: d["layers"][TO_Q].pop("kind"),
+        lambda d: d["layers"].pop(TO_Q),
+        lambda d: d.update(calls=[]),
+        lambda d: d["calls"][0].update(leaves=[]),
+        lambda d: d.update(recipe="rm -rf"),
+        lambda d: d.update(recipe=4),
+        lambda d: d.update(files=[]),
+        lambda d: d.update(model_class="diffusers:DiTPipeline"),
+        lambda d: d.update(model_class="diffusers:utils"),
+        lambda d: d.update(model_class="diffusers:NoSuchModel"),
+        lambda d: d.update(model_class=3),
+    ],
+)
+def test_a_plan_that_makes_no_sense(folder: Path, change: Callable[[Any], object]) -> None:
+    sign(folder, change)
+    with pytest.raises(CheckpointError, match=r"plan\.json|diffusers"):
+        fxquant.load(folder)
+
+
+def test_a_config_that_makes_no_sense(folder: Path) -> None:
+    for text in ("[]", "{", '{"num_layers": "two"}'):
+        (folder / "config.json").write_text(text)
+        sign(folder)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            fxquant.load(folder)
+
+
+@pytest.mark.parametrize("number", [FORMAT + 1, 99, "one", None, 1.5])
+def test_another_format(folder: Path, number: Any) -> None:
+    sign(folder, lambda data: data.update(format=number))
+    with pytest.raises(CheckpointError, match=r"plan\.json.*format") as caught:
+        fxquant.load(folder)
+    if number == FORMAT + 1:
+        assert "install a newer fxquant" in str(caught.value)
+
+
+class Bomb:
+    exploded = False
+
+    def __reduce__(self) -> Any:
+        return (setattr, (Bomb, "exploded", True))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "extra.PKL"])
+def test_a_pickle_in_the_folder(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match=f"{name} is a pickle.*Remove it"):
+        fxquant.load(folder)
+
+
+@pytest.mark.parametrize("disguise", ["pickle", "zip"])
+def test_a_pickle_that_says_it_is_safetensors(folder: Path, disguise: str) -> None:
+    path = folder / "model.safetensors"
+    if disguise == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        fxquant.load(folder)
+    sign(folder)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read as safetensors"):
+        fxquant.load(folder)
+    assert not Bomb.exploded
+
+
+def test_an_unknown_backend(saved: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"Known:.*fake-quant"):
+        fxquant.load(saved, backend="tensorrt")
+
+
+# --- models that are not from diffusers ---
+
+
+class Custom(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.config = {"width": width}
+        self.proj = nn.Linear(width, width)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Custom:
+        return cls(**config)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.proj(x) + timestep[:, None]
+
+
+def test_a_class_of_ones_own(tmp_path: Path) -> None:
+    model = Custom().eval()
+    x, timestep = torch.randn(2, 8), torch.tensor([1.0, 9.0])
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(x, timestep))
+    fxquant.save(quantized, tmp_path / "custom")
+    with pytest.raises(
+        CheckpointError, match=r"holds a Custom from .*test_checkpoint, .*fxquant\.load\(folder, model="
+    ):
+        fxquant.load(tmp_path / "custom")
+    for given in (Custom, Custom().eval()):
+        assert torch.equal(fxquant.load(tmp_path / "custom", model=given)(x, timestep), quantized(x, timestep))
+    with pytest.raises(CheckpointError, match="proj"):
+        fxquant.load(tmp_path / "custom", model=Custom(16).eval())
+    with pytest.raises(ConfigurationError, match="class with from_config"):
+        fxquant.load(tmp_path / "custom", model=nn.Linear)
+
+
+# --- where it is written ---
+
+
+def test_a_folder_that_exists(quantized: GraphModel, folder: Path) -> None:
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match=r"copy exists.*overwrite=True"):
+        fxquant.save(quantized, folder)
+    assert contents(folder) == before
+    (folder / "config.json").write_text("{}")
+    fxquant.save(quantized, folder, overwrite=True)
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_an_empty_folder_and_missing_parents(quantized: GraphModel, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "empty", tmp_path / "a" / "b" / "c"):
+        fxquant.save(quantized, target)
+        assert contents(target) == contents(saved)
+
+
+def test_overwrite_spares_what_is_no_checkpoint(quantized: GraphModel, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years of it")
+    with pytest.raises(CheckpointError, match=r"thesis\.tex.*choose another folder"):
+        fxquant.save(quantized, tmp_path / "work", overwrite=True)
+    assert contents(tmp_path / "work") == {"thesis.tex": b"years of it"}
+    with pytest.raises(CheckpointError, match="is a file"):
+        fxquant.save(quantized, tmp_path / "work" / "thesis.tex", overwrite=True)
+
+
+@pytest.mark.parametrize("moment", ["writing", "replacing"])
+def test_a_failing_save_leaves_all_as_it_was(
+    quantized: GraphModel, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    before = contents(folder)
+    if moment == "writing":
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(checkpoint, "save_file", full)
+    else:
+        rename = Path.rename
+
+        def flaky(self: Path, target: Path) -> Path:
+            if self.name == "checkpoint":
+                raise OSError("no space left on device")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", flaky)
+    with pytest.raises(OSError, match="no space left"):
+        fxquant.save(quantized, folder, overwrite=True)
+    monkeypatch.undo()
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    with pytest.raises(OSError, match="no space left"):
+        monkeypatch.setattr(checkpoint, "_write", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        fxquant.save(quantized, folder.parent / "new")
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    for thing in (make_dit(), fxquant.trace(make_dit())):
+        with pytest.raises(ConfigurationError, match=r"save takes a model that fxquant\.compile made"):
+            fxquant.save(thing, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_pretrained_and_overwriting_through_a_link(quantized: GraphModel, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    quantized.save_pretrained(tmp_path / "link", safe_serialization=True)
+    quantized.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "real") == contents(saved)
+
+
+def test_another_backend_and_device(quantized: GraphModel, saved: Path) -> None:
+    loaded = fxquant.load(saved, backend="fake-quant", device=torch.device("cpu"))
+    assert loaded.plan.backend == "fake-quant"
+    assert torch.equal(run(loaded), run(quantized))
