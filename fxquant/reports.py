@@ -26,7 +26,7 @@ COSTS = ("free", "vector", "tokens", "not")
 
 _WIDTH = 140
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_NODE_NUMBER = re.compile(r"_\d+$")
+_NODE_NUMBER = re.compile(r"(?<![.\w])([a-z][a-z_]*?)_\d+(?![.\w])")  # Of a node of the graph, as in add_12.
 _BLOCK = re.compile(r"(.*?)\.\d+\.")
 
 
@@ -187,7 +187,8 @@ class Report:
             absorbed = targets - totals.balance_by_cost["not"]
             lines.append(("balanced", f"{absorbed} of {targets} layers: {', '.join(shown)}"))
         if self.timesteps:
-            lines.append(("calibrated", f"{len(self.timesteps)} timesteps"))
+            span = f", {min(self.timesteps):g} to {max(self.timesteps):g}" if len(self.timesteps) > 1 else ""
+            lines.append(("calibrated", f"{len(self.timesteps)} timesteps{span}"))
         return "\n".join(f"{title:<12} {text}" for title, text in lines)
 
     def _layer_table(self, every: bool) -> str:
@@ -211,7 +212,7 @@ class Report:
         found: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.reason is not None:
-                found.setdefault(layer.reason, []).append(layer.name)
+                found.setdefault(_alike(layer.reason) or "", []).append(layer.name)
         lines = []
         for reason, names in found.items():
             patterns = Counter(_pattern(name) for name in names)
@@ -351,16 +352,21 @@ def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:
 
 def _pattern(name: str) -> str:
     """A layer's name, or a node's, with the number of its block left out: ``blocks.*.attn1.to_q``."""
-    return _NUMBER.sub("*", name, count=1) if "." in name else _NODE_NUMBER.sub("", name)
+    return _NUMBER.sub("*", name, count=1) if "." in name else _NODE_NUMBER.sub(r"\1", name)
+
+
+def _alike(reason: str | None) -> str | None:
+    """A reason without the numbers of nodes, so that it reads the same for every block."""
+    return None if reason is None else _NODE_NUMBER.sub(r"\1", reason)
 
 
 def _sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, list[list[LayerReport]]]]:
     """The rows of the table below the block, or blocks, that they stand in; no title for what is in none."""
     groups: dict[tuple[Any, ...], list[LayerReport]] = {}
     for layer in layers:
-        into = tuple(_pattern(name) for name in layer.absorbed_into)
+        into = frozenset(_pattern(name) for name in layer.absorbed_into)
         alike = (layer.role, layer.kernel, layer.precision, layer.shape, layer.cost, layer.balanced_channels)
-        key = (layer.name,) if every else (_pattern(layer.name), into, *alike, layer.reason)
+        key = (layer.name,) if every else (_pattern(layer.name), into, *alike, _alike(layer.reason))
         groups.setdefault(key, []).append(layer)
     sections: dict[tuple[str, bool], list[list[LayerReport]]] = {}
     for group in groups.values():
@@ -394,10 +400,15 @@ def _balance(layer: LayerReport, several: bool) -> str:
         return ""
     part = "" if layer.balanced_channels in (0, layer.shape[1]) else f" {layer.balanced_channels}/{layer.shape[1]}"
     block = _BLOCK.match(layer.name)
-    names = []
-    for name in layer.absorbed_into:
-        own = block is not None and name.startswith(block[0])
-        names.append(_BLOCK.sub("", name, count=1) if own else _pattern(name) if several else name)
+    within = [block is not None and name.startswith(block[0]) for name in layer.absorbed_into]
+    elsewhere = [name for name, own in zip(layer.absorbed_into, within, strict=True) if not own]
+    # Inside its own block a short name will do, if nothing else could be meant by it.
+    shorten = not any(_BLOCK.match(name) for name in elsewhere)
+    names = [
+        _BLOCK.sub("", name, count=1) if own and shorten else _pattern(name) if several else name
+        for name, own in zip(layer.absorbed_into, within, strict=True)
+    ]
+    names = list(dict.fromkeys(names))
     return f"{layer.cost}{part}: {', '.join(names)}" if names else f"{layer.cost}{part}"
 
 

@@ -153,8 +153,8 @@ class TestGenerate:
         assert Image.open(tmp_path / "grid.png").size == (24, 16)
         assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
-    def test_columns(self, quantized, tmp_path):
-        run("generate", quantized, "-l", "0-3", "--columns", 4, "-o", tmp_path / "grid.jpg", "--steps", 1)
+    def test_columns(self, float_folder, tmp_path):
+        run("generate", float_folder, "-l", "0-3", "--columns", 4, "-o", tmp_path / "grid.jpg", "--steps", 1)
         assert Image.open(tmp_path / "grid.jpg").size == (32, 8)
 
     def test_a_folder(self, float_folder, tmp_path):
@@ -173,11 +173,11 @@ class TestGenerate:
             (("--prompts", "a fox"), "takes class labels, not prompts"),
         ],
     )
-    def test_mistakes(self, quantized, tmp_path, arguments, message):
-        assert message in refused("generate", quantized, *arguments, "--out", tmp_path / "x.png")
+    def test_mistakes(self, float_folder, tmp_path, arguments, message):
+        assert message in refused("generate", float_folder, *arguments, "--out", tmp_path / "x.png")
 
-    def test_no_image_format(self, quantized, tmp_path):
-        assert ".docx is no image format" in refused("generate", quantized, "-l", 1, "--out", tmp_path / "x.docx")
+    def test_no_image_format(self, float_folder, tmp_path):
+        assert ".docx is no image format" in refused("generate", float_folder, "-l", 1, "--out", tmp_path / "x.docx")
 
 
 class TestReport:

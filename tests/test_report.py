@@ -121,6 +121,21 @@ class TestTable:
         assert "blocks.0-11" in lines
         assert any("vector 3/8: layer_norm" in line for line in lines)
 
+    def test_numbers_of_nodes_keep_nothing_apart(self):
+        plan = hand_made()
+        for number in range(12):
+            plan.layers[f"blocks.{number}.ff"].balance.reason = f"add_{4 * number} is also read by add_{4 * number + 1}"
+        text = report(plan).table()
+        assert "blocks.*.ff (12x): add is also read by add" in text
+        assert sum("ff  " in line for line in text.splitlines()) == 1
+        assert "add_8 is also read by add_9" in json.dumps(report(plan).to_json())
+
+    def test_targets_in_other_blocks_are_told_apart(self):
+        plan = hand_made()
+        plan.layers["blocks.2.attn.to_q"].balance.into = ["table", "blocks.2.table", "blocks.1.table", "blocks.0.table"]
+        text = report(plan).table()
+        assert all(name in text for name in ("blocks.2.table", "blocks.1.table", "blocks.0.table"))
+
     def test_every_layer_on_demand(self):
         text = report(hand_made()).table(every=True)
         assert text.count("attn.to_q") == 12
