@@ -187,6 +187,8 @@ def quantize(
 
         # What can be refused is refused before anything takes time.
         refuse_existing(out_folder, overwrite)
+        if Path(model).exists() and Path(model).resolve() == out_folder.resolve():
+            raise ConfigurationError(f"--out {out_folder} is the float pipeline itself; choose another folder")
         chosen = make_recipe(recipe, layers.value)
         runner = resolve_backend(backend)
     with _quiet():
@@ -314,7 +316,7 @@ def _check_image_path(path: Path) -> None:
     if path.suffix and path.suffix.lower() not in Image.registered_extensions():
         raise ConfigurationError(f"{path.suffix} is no image format; write --out grid.png, or a folder")
     if path.suffix and path.is_dir():
-        raise ConfigurationError(f"{path} is a folder; give it a slash-free name without suffix, or another one")
+        raise ConfigurationError(f"{path} is a folder; give another name")
     if not path.suffix and path.is_file():
         raise ConfigurationError(f"{path} is a file; give a folder, or a name such as grid.png")
 

@@ -81,11 +81,11 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
     Args:
         pipe: A ``DiffusionPipeline``, at least one part of which :func:`fxquant.compile` made.
         folder: Where to; made, with its parents.
-        overwrite: Replace a folder that exists.
+        overwrite: Replace a pipeline that is there already. Folders that hold no pipeline are never replaced.
 
     Raises:
         ConfigurationError: If no part is quantized, or one cannot be saved.
-        CheckpointError: If the folder exists and ``overwrite`` is not given.
+        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds something else.
     """
     parts = _parts(pipe)
     quantized = {name for name, part in parts.items() if isinstance(part, GraphModel)}
@@ -94,7 +94,7 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
             f"no part of this {type(pipe).__name__} is quantized; set pipe.transformer = fxquant.compile(...) first, "
             "or use its own save_pretrained"
         )
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     refuse_existing(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -109,21 +109,34 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
                 raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
         _write_index(pipe, quantized, written)
         _forget_origin(written)
+        old = Path(scratch) / "old"
         if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        written.rename(folder)
+            folder.rename(old)
+        try:
+            written.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Refuse to write where something is.
 
     Raises:
-        CheckpointError: If the folder exists, is not empty, and ``overwrite`` is not given; or is a file.
+        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
+            holds no pipeline.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another name for the folder")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
         raise CheckpointError(f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)")
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"{folder} holds no pipeline but other files, which would be lost; choose another folder")
 
 
 def _parts(pipe: Any) -> dict[str, Any]:

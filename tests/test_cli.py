@@ -112,6 +112,7 @@ class TestQuantize:
         out = ("--out", tmp_path / "x")
         assert "there is no folder" in refused("quantize", tmp_path / "nowhere", *out)
         assert "exists" in refused("quantize", float_folder, "--out", quantized)
+        assert "is the float pipeline itself" in refused("quantize", float_folder, "--out", float_folder, "--overwrite")
         assert "unknown recipe 'magic'" in refused("quantize", float_folder, "--recipe", "magic-w4a8", *out)
         assert "unknown backend 'abacus'" in refused("quantize", float_folder, "--backend", "abacus", *out)
         assert "cannot be read" in refused("quantize", float_folder, "--prompts", tmp_path / "no.txt", *out)
@@ -129,6 +130,7 @@ class TestQuantize:
     def test_overwrite(self, float_folder, tmp_path):
         (tmp_path / "q").mkdir()
         (tmp_path / "q" / "old").write_text("")
+        (tmp_path / "q" / "model_index.json").write_text("{}")
         result = run("quantize", float_folder, "-r", "rtn-w8a8", "--out", tmp_path / "q", "--overwrite", *FAST)
         assert result.exit_code == 0, result.output
         assert not (tmp_path / "q" / "old").exists()

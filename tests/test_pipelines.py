@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,14 +95,38 @@ class TestSaveAndLoad:
         target = tmp_path / "target"
         target.mkdir()
         (target / "old").write_text("")
+        (target / "model_index.json").write_text("{}")
         save_pipeline(pipe, target, overwrite=True)
         assert not (target / "old").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+    def test_what_is_no_pipeline_is_never_replaced(self, pipe, tmp_path):
+        (tmp_path / "mine").write_text("precious")
+        with pytest.raises(CheckpointError, match="holds no pipeline but other files"):
+            save_pipeline(pipe, tmp_path, overwrite=True)
+        assert (tmp_path / "mine").read_text() == "precious"
+
+    def test_a_failed_rename_puts_the_old_one_back(self, pipe, tmp_path, monkeypatch):
+        target = tmp_path / "target"
+        target.mkdir()
+        (target / "model_index.json").write_text("{}")
+        rename = Path.rename
+
+        def interrupted(path, other):
+            if path.name == "pipeline":
+                raise KeyboardInterrupt
+            return rename(path, other)
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_pipeline(pipe, target, overwrite=True)
+        assert (target / "model_index.json").read_text() == "{}"
 
     def test_a_failure_leaves_the_old_folder(self, pipe, tmp_path, monkeypatch):
         target = tmp_path / "target"
         target.mkdir()
         (target / "old").write_text("")
+        (target / "model_index.json").write_text("{}")
 
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
