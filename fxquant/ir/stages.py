@@ -7,7 +7,7 @@ against one; the pipeline does so before and after every pass.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from fxquant.capture import LAYER, get_tensor
 from fxquant.errors import FxquantError, VerificationError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.rewriter import PROVENANCE, fake_mode_of
+
+_PROVEN = "fxquant_proven"  # Key of ``node.meta`` for the proof of a node's value that was found last.
+_PLAIN = (int, float, str, torch.device)
 
 
 class Stage(enum.IntEnum):
@@ -114,6 +117,8 @@ def _check_value(node: fx.Node) -> None:
     recorded = node.meta.get("val")
     if recorded is None and node.users:
         raise _broken(node, "its shape and dtype are not recorded")
+    if _Proof(node).same_as(node.meta.get(_PROVEN)):
+        return
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
         actual = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -123,6 +128,50 @@ def _check_value(node: fx.Node) -> None:
         raise _broken(node, f"its arguments do not fit: {error}") from error
     if isinstance(recorded, Tensor) and _text(actual) != _text(recorded):
         raise _broken(node, f"it yields {_text(actual)}, but is recorded as {_text(recorded)}")
+    node.meta[_PROVEN] = _Proof(node)
+
+
+class _Proof:
+    """That an op yields a value from its inputs; it holds as long as all of them are the same.
+
+    The inputs and the value are those in the metadata, not nodes, so a proof stays true in a copy of the graph. Sizes
+    are kept besides, because an op that works in place may change those of a value that stays the same object.
+    """
+
+    __slots__ = ("leaves", "target")
+
+    def __init__(self, node: fx.Node) -> None:
+        self.target = node.target
+        self.leaves: list[Any] = []
+        self._take((node.args, node.kwargs, node.meta.get("val")))
+
+    def _take(self, value: Any) -> None:
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, (tuple, list)):
+            self.leaves.append(len(value))
+            for item in value:
+                self._take(item)
+        elif isinstance(value, Mapping):
+            self._take([*value, *value.values()])
+        else:
+            self.leaves.append(value)
+            if isinstance(value, Tensor):
+                # Symbolic sizes by their nodes: to compare them as numbers would pin the open batch.
+                self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
+
+    def same_as(self, other: _Proof | None) -> bool:
+        """Whether the other proof, if there is one, is of the same facts."""
+        return (
+            other is not None
+            and self.target is other.target
+            and len(self.leaves) == len(other.leaves)
+            and all(map(_same, self.leaves, other.leaves))
+        )
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    return mine is theirs or (type(mine) is type(theirs) and isinstance(mine, _PLAIN) and mine == theirs)
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,131 @@
+"""Verification leaves out what it proved before, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxquant.capture import Architecture, CapturedGraph
+from fxquant.errors import VerificationError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import SPECS, Stage, verify
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x, timestep):
+        first, second = torch.chunk(self.linear(x), 2, dim=-1)
+        return (first * (1 + second)).transpose(1, 2)
+
+
+def captured() -> CapturedGraph:
+    architecture = Architecture.of(Model().eval(), "timestep")
+    return architecture.capture(*architecture.canonical((torch.randn(2, 4, 8), torch.zeros(2)), {}))
+
+
+def check(module: fx.GraphModule) -> None:
+    verify(module, SPECS[Stage.CAPTURED])
+
+
+def nodes(module: fx.GraphModule, name: str) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if name in str(node.target)]
+
+
+@pytest.fixture
+def module() -> fx.GraphModule:
+    module = captured().module
+    check(module)
+    return module
+
+
+def counted(module: fx.GraphModule) -> int:
+    """How many ops a verification runs."""
+    ran = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal ran
+            ran += 1
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        check(module)
+    return ran
+
+
+def test_second_verification_runs_nothing(module):
+    assert counted(captured().module) > 0
+    assert counted(module) == 0
+    assert counted(fx.GraphModule(module, copy.deepcopy(module.graph))) == 0
+
+
+def wrong_shape(module: fx.GraphModule) -> None:
+    (node,) = nodes(module, "mul")
+    with node.meta["val"].fake_mode:
+        node.meta["val"] = torch.empty(2, 4, 5)
+
+
+def wrong_dtype(module: fx.GraphModule) -> None:
+    (node,) = nodes(module, "add")
+    node.meta["val"] = node.meta["val"].half()
+
+
+def wrong_argument(module: fx.GraphModule) -> None:
+    (node,) = nodes(module, "transpose")
+    node.args = (node.args[0], 0, 1)
+
+
+def wrong_op(module: fx.GraphModule) -> None:
+    (node,) = nodes(module, "transpose")
+    node.target = torch.ops.aten.select.int
+
+
+def wrong_input(module: fx.GraphModule) -> None:
+    (mul,) = nodes(module, "mul")
+    (linear,) = nodes(module, "linear.default")
+    mul.replace_input_with(mul.all_input_nodes[0], linear)
+
+
+def resized_in_place(module: fx.GraphModule) -> None:
+    (node,) = nodes(module, "mul")
+    node.meta["val"].unsqueeze_(0)
+
+
+def narrower_parameter(module: fx.GraphModule) -> None:
+    (weight,) = nodes(module, "linear.weight")
+    Rewriter(module, "test").put(weight, torch.zeros(6, 7))
+
+
+def lost_metadata(module: fx.GraphModule) -> None:
+    del nodes(module, "add")[0].meta["val"]
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["same", "copied"])
+@pytest.mark.parametrize(
+    "spoil",
+    [wrong_shape, wrong_dtype, wrong_argument, wrong_op, wrong_input, resized_in_place, narrower_parameter],
+)
+def test_what_changed_since_is_caught(module, spoil, copied):
+    if copied:
+        module = fx.GraphModule(module, copy.deepcopy(module.graph))
+    spoil(module)
+    with pytest.raises(VerificationError):
+        check(module)
+
+
+def test_lost_metadata_is_caught(module):
+    lost_metadata(module)
+    with pytest.raises(VerificationError, match="not recorded"):
+        check(module)
+
+
+def test_parameters_of_one_shape_leave_proofs_standing(module):
+    (weight,) = nodes(module, "linear.weight")
+    Rewriter(module, "test").put(weight, torch.zeros(6, 8))
+    assert counted(module) == 0
