@@ -6,6 +6,7 @@ parameters that others still read, and records on each node which pass made it f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Rewriter:
         self.pass_name = pass_name
         self.edits = 0
         self.memo: dict[Any, Any] = {}
+        self._mode: FakeTensorMode | None = None
+        self._taken: Counter[str] | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -94,12 +97,13 @@ class Rewriter:
     def put(self, attribute: fx.Node, value: Tensor) -> None:
         """Make ``value`` the tensor of a ``get_attr`` node."""
         set_tensor(self.module, str(attribute.target), value)
-        attribute.meta["val"] = self._fake(value)
+        if not _alike(attribute.meta["val"], value):  # What was proved of those who read it stays proved.
+            attribute.meta["val"] = self._fake(value)
         self._note(attribute, [attribute])
 
     def forget(self, attribute: fx.Node) -> None:
         """Drop the values of a parameter that is about to lose its last reader; its shape and dtype remain."""
-        with fake_mode_of(self.graph):
+        with self._fake_mode():
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         self._note(attribute, [attribute])
 
@@ -160,7 +164,7 @@ class Rewriter:
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.edits += 1
         if not node.users:
-            self.graph.erase_node(node)
+            self._drop(node)
 
     def redirect(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Let one reader read ``new`` where it read ``old``."""
@@ -171,13 +175,13 @@ class Rewriter:
         """Remove a node that nothing reads."""
         if node.users:
             raise PassError(f"{self.pass_name}: {node.name} is still read by {', '.join(u.name for u in node.users)}")
-        self.graph.erase_node(node)
+        self._drop(node)
         self.edits += 1
 
     def infer(self, node: fx.Node) -> Any:
         """The fake value of a node, from those of its inputs."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with fake_mode_of(self.graph), torch.no_grad():
+        with self._fake_mode(), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     # --- inside ---
@@ -189,7 +193,7 @@ class Rewriter:
         return copy
 
     def _fake(self, value: Tensor) -> Tensor:
-        mode = fake_mode_of(self.graph)
+        mode = self._fake_mode()
         if not isinstance(value, FakeTensor):
             return mode.from_tensor(value, static_shapes=True)
         if value.fake_mode is mode:
@@ -197,12 +201,24 @@ class Rewriter:
         with mode:  # A weight of the skeleton, which has a mode of its own.
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
+    def _fake_mode(self) -> FakeTensorMode:
+        if self._mode is None:
+            self._mode = fake_mode_of(self.graph)
+        return self._mode
+
     def _free_target(self, name: str) -> str:
-        taken = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        if self._taken is None:
+            self._taken = Counter(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
         target, number = name, 2
-        while target in taken:
+        while self._taken[target]:
             target, number = f"{name}_{number}", number + 1
+        self._taken[target] += 1
         return target
+
+    def _drop(self, node: fx.Node) -> None:
+        self.graph.erase_node(node)
+        if node.op == "get_attr" and self._taken is not None:
+            self._taken[str(node.target)] -= 1
 
     def _note(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
         inherited: list[Origin] = []
@@ -211,6 +227,15 @@ class Rewriter:
         origin = Origin(self.pass_name, tuple(source.name for source in sources))
         node.meta[PROVENANCE] = (*(o for o in inherited if o != origin), origin)
         self.edits += 1
+
+
+def _alike(recorded: Tensor, value: Tensor) -> bool:
+    return (recorded.shape, recorded.stride(), recorded.dtype, recorded.device) == (
+        value.shape,
+        value.stride(),
+        value.dtype,
+        value.device,
+    )
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
