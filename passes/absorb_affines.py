@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -54,12 +55,11 @@ class AbsorbAffines(Pass):
         seeds = [Seed(name, node.args[0], (node,)) for name, node in affines.items()]
         solution, chosen = _agreed(graph, seeds, factors)
         stuck = {name for name in chosen if _stays(solution, name, factors[name])}
-        for edit in solution.edits:
+        for edit, a in solution.factors(chosen):
             if edit.end is None and edit.readers == tuple(n for n in edit.readers if n.name in stuck):
                 continue
-            factors_here = solution.factors(edit, chosen)
-            if (factors_here != 1).any():
-                _carry_out(edit, factors_here, rewriter)
+            if (a != 1).any():
+                _carry_out(edit, a, rewriter)
         for name in chosen:
             if name not in stuck:
                 _remove(affines[name], factors[name], solution, rewriter)
@@ -93,13 +93,16 @@ def _agreed(
         solution = solve(graph, kept, Cost.VECTOR)
         chosen: dict[str, Tensor] = {}
         spoilers = set()
-        value_of: dict[int, float] = {}
+        value_of = np.full(solution.classes, np.nan)  # By class, the factor of the first channel that has one.
         for seed in kept:
             factor = factors[seed.name]
             chosen[seed.name] = factor
-            for number, value in zip(solution.grants[seed.name].classes.tolist(), factor.tolist(), strict=True):
-                if number and value_of.setdefault(number, value) != value:
-                    spoilers.add(seed.name)
+            grant = solution.grants[seed.name]
+            classes, values = grant.classes[grant.granted], factor.cpu().numpy()[grant.granted]
+            new = np.isnan(value_of[classes])
+            value_of[classes[new][::-1]] = values[new][::-1]
+            if (value_of[classes] != values).any():
+                spoilers.add(seed.name)
         if not spoilers:
             return solution, chosen
         kept = [seed for seed in kept if seed.name not in spoilers]

@@ -9,14 +9,14 @@ variables are equal in the end is a question of connected components, asked once
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
@@ -119,29 +119,37 @@ class Solution:
     _class_of: Indices
     _base: Mapping[str, int]
 
+    @property
+    def classes(self) -> int:
+        """Number of classes of channels, that of the identity included."""
+        return int(self._class_of.max()) + 1
+
     def groups(self) -> list[list[str]]:
         """Names of seeds that have to be decided together, because channels of theirs share a factor."""
         graph = nx.Graph()
         graph.add_nodes_from(self.grants)
-        owner: dict[int, str] = {}
-        for name, grant in self.grants.items():
-            for number in np.unique(grant.classes[grant.granted]).tolist():
-                graph.add_edge(owner.setdefault(number, name), name)
+        names = list(self.grants)
+        owner = np.full(self.classes, -1)
+        for position, (name, grant) in enumerate(self.grants.items()):
+            numbers = grant.classes[grant.granted]
+            owners = owner[numbers]
+            graph.add_edges_from((names[first], name) for first in np.unique(owners[owners >= 0]))
+            owner[numbers[owners < 0]] = position
         order = {name: position for position, name in enumerate(self.grants)}
         return [sorted(group, key=order.__getitem__) for group in nx.connected_components(graph)]
 
-    def factors(self, edit: Edit, chosen: Mapping[str, Tensor]) -> Tensor:
-        """The factor a of an edit, float64 and laid out as its want.
+    def factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[Edit, Tensor]]:
+        """Each edit with its factor a, float64 and laid out as its want.
 
         Args:
-            edit: One of the edits.
             chosen: For each seed its factor per channel, float64 ``[channels]``; equal over each class.
         """
-        table = torch.ones(int(self._class_of.max()) + 1, dtype=torch.float64)
+        table = torch.ones(self.classes, dtype=torch.float64)
         for name, factor in chosen.items():
             table[torch.from_numpy(self.grants[name].classes)] = factor.to(torch.float64)
         table[IDENTITY] = 1.0
-        return table[torch.from_numpy(self._class_of[edit.want.scale])]
+        for edit in self.edits:
+            yield edit, table[torch.from_numpy(self._class_of[edit.want.scale])]
 
 
 def solve(graph: fx.Graph, seeds: Sequence[Seed], dearest: Cost = Cost.VECTOR) -> Solution:
@@ -345,23 +353,22 @@ class _Walk:
         class_of = _components(self.total, left[real], right[real])
         between = real & (left != IDENTITY) & (right != IDENTITY)
         apart = _components(self.total, left[between], right[between])
-        reason_of: dict[int, str] = {}
-        for variables, reason in self.blocked:
-            for number in np.unique(apart[variables]).tolist():
-                reason_of.setdefault(number, reason)
+        reason_of = np.full(self.total, -1)  # By number of the component, the position of the first reason.
+        for position, (variables, _) in reversed(list(enumerate(self.blocked))):
+            reason_of[apart[variables]] = position
         edits = [edit for edit in self.edits if (class_of[edit.want.scale] != IDENTITY).any()]
-        touching: dict[int, list[Edit]] = defaultdict(list)
-        for edit in edits:
-            for number in np.unique(class_of[edit.want.scale]).tolist():
-                touching[number].append(edit)
+        touched = [np.unique(class_of[edit.want.scale]) for edit in edits]
+        which = np.repeat(np.arange(len(edits)), [len(numbers) for numbers in touched])
+        numbers = np.concatenate([np.empty(0, np.int64), *touched])
+        touching = csr_array((np.ones(len(which), np.int8), (numbers, which)), shape=(self.total, len(edits) or 1))
         grants = {}
         for seed in self.seeds:
             own = slice(self.base[seed.name], self.base[seed.name] + seed.channels)
             classes = class_of[own]
-            numbers = np.unique(classes[classes != IDENTITY]).tolist()
-            mine = list(dict.fromkeys(edit for number in numbers for edit in touching[number]))
-            missing = np.unique(apart[own][classes == IDENTITY]).tolist()
-            reason = next((reason_of[number] for number in missing if number in reason_of), None)
+            indices = touching[np.unique(classes[classes != IDENTITY])].indices
+            mine = [edits[index] for index in dict.fromkeys(indices.tolist())]
+            found = reason_of[np.unique(apart[own][classes == IDENTITY])]
+            reason = next((self.blocked[position][1] for position in found[found >= 0].tolist()), None)
             cost = max((edit.cost for edit in mine), default=Cost.NOT)
             into = tuple(dict.fromkeys(edit.into for edit in mine))
             grants[seed.name] = Grant(seed, classes, cost, into, reason)
