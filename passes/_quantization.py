@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture import LAYER
 from fxquant.ir.rewriter import Rewriter
@@ -51,8 +52,10 @@ def quantized_weight(
         return codes  # type: ignore[no-any-return]
     values = rewriter.tensor(weight).flatten(1)
     require_finite(values, f"the weight of layer {name}")
+    # Without values there is nothing to search; the shapes are those of any method.
+    search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
     quantized = quantize_weight(
-        values, bits=layer.weight_bits, group_size=layer.group_size, symmetric=symmetric, method=method.value
+        values, bits=layer.weight_bits, group_size=layer.group_size, symmetric=symmetric, method=search.value
     )
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = sqnr_db(values, quantized.dequantize(values.dtype))
