@@ -12,6 +12,9 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # passes/ and backends/ linked to where they are installed, for mypy.
 LINKS := build/links
 
+# Threads that wait for each other by spinning take many times as long on cores that something else uses too.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench clean distclean
 
@@ -62,5 +65,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
 	$(PIP) install --quiet --constraint constraints.txt setuptools
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev,torchao]'
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
 	@touch $@

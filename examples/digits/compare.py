@@ -1,0 +1,120 @@
+"""What quantizing the digits model costs: the measurements that the demo and the ablation share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from torch import Tensor, nn
+
+from fxquant.quantizer import sqnr_db
+
+from .generator import GUIDANCE, generate
+from .judge import DigitClassifier
+from .metrics import frechet_distance, psnr, read_accuracy
+
+CALIBRATION_STEPS = 25
+CALIBRATION_SAMPLES = 32
+"""PTQ4DiT's setting for ImageNet 256x256: 25 timesteps, 32 conditional and 32 unconditional samples at each."""
+
+TEST_STEPS = 20
+TEST_SAMPLES = 16
+_TEST_SEED = 1_000  # Not the seed of the calibration noise, nor that of the images.
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One quantized model beside float.
+
+    Attributes:
+        model: ``plain`` or ``planted``.
+        recipe: Name of the recipe.
+        layers: Which layers were quantized.
+        sqnr_db: Mean over test timesteps of the SQNR of the noise prediction, in dB.
+        worst_db: The worst timestep's.
+        psnr_db: PSNR of the final images against the float model's, in dB.
+        frechet: Fréchet distance to held-back real digits in the classifier's features.
+        accuracy: Share of images read as the digit asked for.
+        megabytes: The transformer's checkpoint on disk.
+    """
+
+    model: str
+    recipe: str
+    layers: str
+    sqnr_db: float
+    worst_db: float
+    psnr_db: float
+    frechet: float
+    accuracy: float
+    megabytes: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self)
+
+
+@contextmanager
+def transformer_of(pipe: DiTPipeline, transformer: nn.Module):
+    """Let a pipeline use another transformer for a while."""
+    own, pipe.transformer = pipe.transformer, transformer
+    try:
+        yield pipe
+    finally:
+        pipe.transformer = own
+
+
+def calibration(pipe: DiTPipeline, transformer: nn.Module, guidance: float = GUIDANCE):
+    """A callable that runs ``transformer`` in the pipeline as PTQ4DiT calibrates: see the constants above."""
+    labels = [number % 10 for number in range(CALIBRATION_SAMPLES)]
+
+    def calibrate() -> None:
+        with transformer_of(pipe, transformer):
+            generate(pipe, labels, seed=_TEST_SEED + 1, steps=CALIBRATION_STEPS, guidance=guidance)
+
+    return calibrate
+
+
+def test_calls(pipe: DiTPipeline, transformer: DiTTransformer2DModel, guidance: float = GUIDANCE) -> list[Call]:
+    """The calls of the transformer on a float trajectory that calibration has not seen."""
+    calls: list[Call] = []
+    hook = transformer.register_forward_pre_hook(lambda _, args, kw: calls.append((args, kw)), with_kwargs=True)
+    labels = [number % 10 for number in range(TEST_SAMPLES)]
+    try:
+        with transformer_of(pipe, transformer):
+            generate(pipe, labels, seed=_TEST_SEED, steps=TEST_STEPS, guidance=guidance)
+    finally:
+        hook.remove()
+    return calls
+
+
+@torch.no_grad()
+def noise_sqnr(quantized: nn.Module, transformer: nn.Module, calls: Sequence[Call]) -> list[float]:
+    """SQNR in dB of the predicted noise against the float model's, one a call."""
+    return [sqnr_db(transformer(*args, **kwargs).sample, quantized(*args, **kwargs).sample) for args, kwargs in calls]
+
+
+def checkpoint_megabytes(model: nn.Module) -> float:
+    """Size on disk, in units of 10**6 bytes, of a model's weights as they are saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "transformer"
+        model.save_pretrained(target)
+        return sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e6
+
+
+def judge(
+    images: Tensor, reference: Tensor, labels: Tensor, real: Tensor, classifier: DigitClassifier
+) -> dict[str, float]:
+    """The figures of :class:`Result` that come from images."""
+    return {
+        "psnr_db": psnr(images, reference),
+        "frechet": frechet_distance(real, images, classifier),
+        "accuracy": read_accuracy(images, labels, classifier),
+    }
