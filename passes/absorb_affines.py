@@ -52,7 +52,9 @@ class AbsorbAffines(Pass):
 
     def _absorb(self, graph: fx.Graph, rewriter: Rewriter) -> bool:
         affines, factors = _constant_affines(graph, rewriter)
-        seeds = [Seed(name, node.args[0], (node,)) for name, node in affines.items()]
+        seeds = [
+            Seed(name, node.args[0], (node,), alike=tuple(factors[name].tolist())) for name, node in affines.items()
+        ]
         solution, chosen = _agreed(graph, seeds, factors)
         stuck = {name for name in chosen if _stays(solution, name, factors[name])}
         for edit, a in solution.factors(chosen):

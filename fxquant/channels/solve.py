@@ -9,7 +9,7 @@ variables are equal in the end is a question of connected components, asked once
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -49,12 +49,14 @@ class Seed:
         value: The value.
         readers: The nodes that read ``a * value`` and undo it.
         axis: The channel axis of the value.
+        alike: Seeds of which this is equal, and not None, are known to have the same factors.
     """
 
     name: str
     value: fx.Node
     readers: tuple[fx.Node, ...]
     axis: int = -1
+    alike: Hashable = None
 
     @property
     def channels(self) -> int:
@@ -178,15 +180,17 @@ class _Walk:
         self.edits: list[Edit] = []
         self.base: dict[str, int] = {}
         self.undone = {reader for seed in seeds for reader in seed.readers if reader.target is _AFFINE}
+        same: dict[Hashable, int] = {}
         total = IDENTITY + 1
         for seed in seeds:
-            self.base[seed.name] = total
+            first = same.setdefault((seed.name, None) if seed.alike is None else (None, seed.alike), total)
+            self.base[seed.name] = first
             shape = [1] * len(shape_of(seed.value))
             shape[seed.axis] = seed.channels
-            ids = np.arange(total, total + seed.channels, dtype=np.int64).reshape(shape)
+            ids = np.arange(first, first + seed.channels, dtype=np.int64).reshape(shape)
             for reader in seed.readers:
                 self.wants[seed.value][reader].append(Want.of(ids))
-            total += seed.channels
+            total = max(total, first + seed.channels)
         self.total = total
 
     def run(self) -> Solution:
