@@ -121,6 +121,8 @@ def roles(graph: fx.Graph) -> dict[str, str]:
                 found[name] = "final" if node in behind else "patch"
         elif "embedding" in str(node.target):
             found[name] = "embedder"
+        elif node in in_block and _has_tokens(node):
+            found[name] = "block"
         elif _makes_modulation(node, sample, layers):
             found[name] = "adaln" if node in in_block else "final"
         else:
@@ -138,6 +140,12 @@ def _reached(start: fx.Node) -> set[fx.Node]:
                 found.add(user)
                 todo.append(user)
     return found
+
+
+def _has_tokens(node: fx.Node) -> bool:
+    """Whether a layer works on tokens, as keys and values of cross-attention do on those of the text."""
+    shape = node.meta["val"].shape
+    return len(shape) >= 3 and shape[-2] != 1
 
 
 def _makes_modulation(node: fx.Node, sample: set[fx.Node], layers: dict[fx.Node, str]) -> bool:
