@@ -23,10 +23,10 @@ from fxquant.plan import Plan
 AFFINE = torch.ops.fxquant.channel_affine.default
 
 
-def captured(model: nn.Module, *args: Any, timestep: str | None = None, **kwargs: Any) -> CapturedGraph:
+def captured(model: nn.Module, *args: Any, timestep_name: str | None = None, **kwargs: Any) -> CapturedGraph:
     """The graph of ``model`` for this call, over the model's own tensors."""
     model = model.eval()
-    architecture = Architecture.of(model, timestep)
+    architecture = Architecture.of(model, timestep_name)
     found = architecture.capture(*architecture.canonical(args, kwargs))
     bind(found.module, weights_of(model))
     return found
