@@ -71,6 +71,13 @@ def quantized_weight(
     return codes
 
 
+def is_quantized(weight: Any) -> bool:
+    """Whether a weight is dequantized from codes in the graph, as those of layers with float activations are."""
+    if weight.target is torch.ops.aten.view.default:
+        weight = weight.args[0]
+    return weight.target is torch.ops.fxquant.dequantize_weight.default
+
+
 def quantized_input(
     node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: RangeSearch
 ) -> tuple[fx.Node, fx.Node, fx.Node]:

@@ -18,7 +18,7 @@ from fxquant.capture import LAYER
 from fxquant.channels.solve import Grant, Seed, Solution, solve
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
-from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Balance, Plan
@@ -100,8 +100,13 @@ class BalanceChannels(Pass):
             if all(plan.layer(name).balance is None for names in layers for name in names):
                 self._decide(solution, grants, layers, plan, rewriter)
             for grant, names in zip(grants, layers, strict=True):
-                if names[0] in plan.vectors:
+                if names[0] in plan.vectors and not self._is_done(grant.seed):
                     _balance(grant.seed, plan.vectors[names[0]], rewriter)
+
+    def _is_done(self, seed: Seed) -> bool:
+        """Whether this pass has balanced the weights that read the value already."""
+        origins = (origin for reader in seed.readers for origin in reader.args[1].meta.get(PROVENANCE, ()))  # type: ignore[union-attr]
+        return any(origin.pass_name == self.name for origin in origins)
 
     def _decide(
         self, solution: Solution, grants: Sequence[Grant], layers: list[list[str]], plan: Plan, rewriter: Rewriter

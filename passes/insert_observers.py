@@ -45,6 +45,8 @@ class InsertObservers(Pass):
                 continue
             layer = plan.layer(node.meta[LAYER])
             value, axis = node.args[0], 1 if layer.kind == "conv" else -1
+            if value.target is torch.ops.fxquant.observe.default:
+                continue
             observer = observers.get((value, axis))
             if observer is None:
                 with rewriter.before(node):

@@ -12,7 +12,7 @@ from fxquant.capture import LAYER
 from fxquant.errors import ConfigurationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._quantization import RangeSearch, quantized_input, quantized_weight
+from fxquant.passes._quantization import RangeSearch, is_quantized, quantized_input, quantized_weight
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Plan
 
@@ -48,7 +48,7 @@ class QuantizeConvolutions(Pass):
             if LAYER not in node.meta or "conv" not in str(node.target) or "fxquant" in str(node.target):
                 continue
             layer = plan.layer(node.meta[LAYER])
-            if layer.weight_bits is None:
+            if layer.weight_bits is None or is_quantized(node.args[1]):
                 continue
             weight = node.args[1]
             kernel = [int(size) for size in weight.meta["val"].shape[1:]]

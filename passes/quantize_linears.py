@@ -11,7 +11,7 @@ from torch import fx
 from fxquant.capture import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._quantization import RangeSearch, quantized_input, quantized_weight
+from fxquant.passes._quantization import RangeSearch, is_quantized, quantized_input, quantized_weight
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Plan
 
@@ -57,7 +57,7 @@ class QuantizeLinears(Pass):
             if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:
                 continue
             layer = plan.layer(node.meta[LAYER])
-            if layer.weight_bits is None:
+            if layer.weight_bits is None or is_quantized(node.args[1]):
                 continue
             x, weight = node.args[0], node.args[1]
             bias = node.args[2] if len(node.args) > 2 else None
