@@ -1,0 +1,220 @@
+"""One proof for every registered pass, chosen by its tier. A pass without an example here fails.
+
+The pass matches; the output keeps its bits (exact), is equal in real arithmetic (algebraic) or within the stated bound
+(lossy); its text parses back to it; every new node says where it comes from; the graph verifies; a second run changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxquant.calibrate import copy_graph
+from fxquant.capture import CapturedGraph, read_tensors
+from fxquant.ir.ops import recording
+from fxquant.ir.rewriter import PROVENANCE
+from fxquant.ir.stages import SPECS, Stage, verify
+from fxquant.observers import Statistics
+from fxquant.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
+from fxquant.plan import Plan
+from fxquant.quantizer import dequantize_weight, sqnr_db
+from tests.support import captured, outputs, relative_error, text
+
+C = 16
+SQNR_AT_8_BITS = 30.0
+"""dB: a uniform grid of 255 steps over the range of a normal variable leaves about 40."""
+
+
+class Block(nn.Module):
+    """A patch convolution, a table, an adaLN, attention and a gated feed-forward: something for every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv2d(3, C, 2, stride=2)
+        self.table = nn.Embedding(10, C)
+        self.modulation = nn.Linear(C, 2 * C)
+        self.blocks = nn.ModuleList([nn.ModuleDict({n: nn.Linear(C, C) for n in ("q", "k", "v", "out", "gate", "up")})])
+        self.last = nn.Linear(C, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        x = self.patch(sample).flatten(2).transpose(1, 2)
+        condition = self.table(labels) + timestep[:, None].to(x.dtype) / 1000
+        scale, shift = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
+        (block,) = self.blocks
+        y = F.layer_norm(x, (C,)) * (1 + scale) + shift
+        q, k, v = (block[name](y).unflatten(-1, (2, -1)).transpose(1, 2) for name in ("q", "k", "v"))
+        x = x + block["out"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = F.dropout(x[:, :], 0.1, self.training).to(x.dtype)
+        return self.last(F.silu(block["gate"](x)) * block["up"](x))
+
+
+def inputs(dtype: torch.dtype, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(batch)
+    return torch.randn(batch, 3, 8, 8, dtype=dtype), torch.randint(0, 1000, (batch,)), torch.randint(0, 10, (batch,))
+
+
+@dataclass(frozen=True)
+class Example:
+    """How to try a pass.
+
+    Attributes:
+        before: Pipeline text that brings the graph to where the pass runs.
+        options: Of the pass, to print and parse.
+        prepare: Anything else that the graph or the plan needs.
+        stage: Stage of the graph there.
+    """
+
+    before: str = ""
+    options: str = ""
+    prepare: Callable[[CapturedGraph, Plan], None] = lambda found, plan: None
+    stage: Stage = Stage.CAPTURED
+
+
+def calibrated(found: CapturedGraph, plan: Plan) -> None:
+    observed = copy_graph(found.module)
+    Pipeline.parse("insert-observers").run(observed, plan)
+    plan.statistics = Statistics()
+    dtype = next(iter(read_tensors(found.module).values())).dtype
+    with recording(plan.statistics.record):
+        outputs(observed, *inputs(dtype, 2))
+        outputs(observed, *inputs(dtype, 3))
+
+
+def balanced(found: CapturedGraph, plan: Plan) -> None:
+    calibrated(found, plan)
+    Pipeline.parse("balance-channels").run(found.module, plan)
+
+
+EXAMPLES: dict[str, Example] = {
+    "absorb-affines": Example("assign-precision", prepare=balanced, stage=Stage.TRANSFORMED),
+    "assign-precision": Example(options="precision=w4a8-g8 layers=all overrides=last=w8a16;blocks.0.q=float"),
+    "balance-channels": Example("assign-precision", "exponent=0.3 salience=max dearest=free", calibrated),
+    "insert-observers": Example("assign-precision"),
+    "quantize-convolutions": Example("assign-precision{layers=all}", "weight-range=mse symmetric=True", calibrated),
+    "quantize-embeddings": Example("assign-precision"),
+    "quantize-linears": Example("assign-precision", "weight-range=percentile activation-range=mse", calibrated),
+    "remove-no-ops": Example(),
+}
+
+WEIGHT_ONLY = {
+    "quantize-convolutions": Example("assign-precision{layers=all precision=w8a16}"),
+    "quantize-linears": Example("assign-precision{precision=w8a16}"),
+}
+
+
+def run(name: str, example: Example, dtype: torch.dtype) -> tuple[CapturedGraph, Plan, list[Tensor], Pass]:
+    """The graph after the pass, the plan, the outputs of the captured graph, and the pass."""
+    found = captured(Block().to(dtype), **dict(zip(("sample", "timestep", "labels"), inputs(dtype), strict=True)))
+    plan = Plan("", "", "timestep")
+    expected = outputs(found.module, *inputs(dtype))
+    Pipeline.parse(example.before).run(found.module, plan)
+    example.prepare(found, plan)
+    names = {node.name for node in found.module.graph.nodes}
+    before = text(found.module)
+    step = parse_pass(name)
+    (record,) = Pipeline([step]).run(found.module, plan, example.stage)
+    assert name == "assign-precision" or record.edits, "the pass did not match"
+    assert (text(found.module) != before) == bool(record.edits)
+    for node in found.module.graph.nodes:
+        if node.name not in names:
+            assert node.meta[PROVENANCE][-1].pass_name == name, node
+    stage = max(example.stage, step.establishes)
+    verify(found.module, SPECS[stage])
+    return found, plan, expected, step
+
+
+def test_every_pass_has_an_example() -> None:
+    assert sorted(EXAMPLES) == list(PASSES)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_proof(name: str) -> None:
+    tier = PASSES[name].tier
+    dtype = torch.float64 if tier is Tier.ALGEBRAIC else torch.float32
+    found, plan, expected, _ = run(name, EXAMPLES[name], dtype)
+    with recording(lambda *_: None):
+        actual = outputs(found.module, *inputs(dtype))
+    if tier is Tier.EXACT:
+        assert all(map(torch.equal, actual, expected))
+    elif tier is Tier.ALGEBRAIC:
+        assert relative_error(actual, expected) < 1e-12
+    else:
+        _within_bound(found, plan, actual, expected)
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_proof_for_float_activations(name: str) -> None:
+    found, plan, expected, _ = run(name, WEIGHT_ONLY[name], torch.float32)
+    _within_bound(found, plan, outputs(found.module, *inputs(torch.float32)), expected)
+
+
+def _within_bound(found: CapturedGraph, plan: Plan, actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert sqnr_db(expected[0], actual[0]) > SQNR_AT_8_BITS
+    tensors, original = read_tensors(found.module), dict(Block().named_parameters())
+    quantized = [target.removesuffix("_packed") for target in tensors if target.endswith("_packed")]
+    assert quantized
+    for target in quantized:
+        layer = plan.layers[target.removesuffix(".weight")]
+        scale = tensors[f"{target}_scale"]
+        values = dequantize_weight(
+            tensors[f"{target}_packed"], scale, tensors[f"{target}_zero_point"],
+            layer.weight_bits, layer.group_size, layer.shape[1], torch.float64,
+        )  # fmt: skip
+        steps = scale.double().repeat_interleave(layer.shape[1] // scale.shape[1], dim=1)
+        error = (values - original[target].detach().flatten(1).double()).abs()
+        assert (error <= 0.5 * steps * (1 + 1e-6)).all(), target
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_second_run_changes_nothing(name: str) -> None:
+    example = EXAMPLES[name]
+    found, plan, _, step = run(name, example, torch.float32)
+    before, layers, vectors = text(found.module), str(plan.layers), dict(plan.vectors)
+    tensors = {target: tensor.clone() for target, tensor in read_tensors(found.module).items()}
+    (record,) = Pipeline([step]).run(found.module, plan, max(example.stage, step.establishes))
+    assert record.edits == 0
+    assert text(found.module) == before
+    assert str(plan.layers) == layers
+    assert plan.vectors.keys() == vectors.keys()
+    after = read_tensors(found.module)
+    assert all(torch.equal(after[target], tensors[target]) for target in tensors)
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_a_second_run_with_float_activations_changes_nothing(name: str) -> None:
+    found, plan, _, step = run(name, WEIGHT_ONLY[name], torch.float32)
+    before = text(found.module)
+    (record,) = Pipeline([step]).run(found.module, plan, Stage.QUANTIZED)
+    assert (record.edits, text(found.module)) == (0, before)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_text_parses_back(name: str) -> None:
+    assert str(parse_pass(name)) == name
+    options = EXAMPLES[name].options
+    if options:
+        step = parse_pass(f"{name}{{{options}}}")
+        assert step != parse_pass(name)
+        assert parse_pass(str(step)) == step
+        assert str(Pipeline.parse(str(Pipeline([step])))) == str(step)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_that_has_nothing_to_do_leaves_the_graph_alone(name: str) -> None:
+    found = captured(nn.Sequential(nn.Tanh()), torch.randn(2, 3))
+    before = text(found.module)
+    (record,) = Pipeline([parse_pass(name)]).run(found.module, Plan("", "", None))
+    assert (record.edits, text(found.module)) == (0, before)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_docstring_shows_before_and_after(name: str) -> None:
+    doc = PASSES[name].__doc__ or ""
+    assert name == "assign-precision" or ("Before" in doc and "After" in doc)
