@@ -6,7 +6,7 @@ Layers are told apart by their role in the network, which is read off the graph,
 role      what it is
 ========  ============================================================================================
 block     a linear inside a repeated block that works on tokens
-adaln     a linear inside a repeated block that makes modulation vectors from the conditioning
+adaln     a linear that makes the blocks' modulation vectors from the conditioning
 embedder  a linear or table that makes the conditioning (timestep, label, text), wherever it stands
 patch     a convolution, or a linear outside the blocks that reads the noisy input before them
 final     a linear outside the blocks behind them
@@ -111,7 +111,7 @@ def roles(graph: fx.Graph) -> dict[str, str]:
     sample = _reached(placeholders[0])
     layers = {node: str(node.meta[LAYER]) for node in graph.nodes if LAYER in node.meta}
     in_block = [node for node, name in layers.items() if _BLOCK.search(name)]
-    behind = {user for node in in_block if node in sample for user in _reached(node)}
+    behind = _reached(*(node for node in in_block if node in sample))
     found = {}
     for node, name in layers.items():
         if node in sample:
@@ -123,16 +123,22 @@ def roles(graph: fx.Graph) -> dict[str, str]:
             found[name] = "embedder"
         elif node in in_block and _has_tokens(node):
             found[name] = "block"
-        elif _makes_modulation(node, sample, layers):
-            found[name] = "adaln" if node in in_block else "final"
         else:
-            found[name] = "embedder"
+            met = _first_met(node, sample, layers)
+            if not met:
+                found[name] = "embedder"
+            elif _has_tokens(node):
+                found[name] = "embedder"
+            elif node in in_block or met - behind:
+                found[name] = "adaln"
+            else:
+                found[name] = "final"
     return found
 
 
-def _reached(start: fx.Node) -> set[fx.Node]:
+def _reached(*starts: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    todo = [start]
+    todo = [*starts]
     while todo:
         node = todo.pop()
         for user in node.users:
@@ -148,20 +154,19 @@ def _has_tokens(node: fx.Node) -> bool:
     return len(shape) >= 3 and shape[-2] != 1
 
 
-def _makes_modulation(node: fx.Node, sample: set[fx.Node], layers: dict[fx.Node, str]) -> bool:
-    """Whether a conditioning layer meets the sample's stream before any other layer reads it."""
+def _first_met(node: fx.Node, sample: set[fx.Node], layers: dict[fx.Node, str]) -> set[fx.Node]:
+    """What a conditioning layer meets first: the sample's stream or layers on tokens; nothing if a layer on vectors."""
     todo, seen = list(node.users), set()
-    met = False
+    met: set[fx.Node] = set()
     while todo:
         user = todo.pop()
         if user in seen:
             continue
         seen.add(user)
-        if user in layers:
-            if user not in sample:
-                return False
-        elif user in sample:
-            met = True
+        if user in sample or (user in layers and _has_tokens(user)):
+            met.add(user)
+        elif user in layers:
+            return set()
         else:
             todo += user.users
     return met
