@@ -126,7 +126,11 @@ class Architecture:
             CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
         """
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        return self.capture_spec(describe_call(names, leaves, structure), device)
+        call = describe_call(names, leaves, structure)
+        captured = self.capture_spec(call, device)
+        if not captured.call.fits(names, leaves):  # The batch is fixed, at another size than that of this call.
+            captured = self.capture_spec(call, device, call.batch_size(leaves))
+        return captured
 
     def capture_spec(self, call: CallSpec, device: torch.device, static_batch: int | None = None) -> CapturedGraph:
         """Trace the graph for calls of this spec, its inputs living on ``device``."""
@@ -134,12 +138,12 @@ class Architecture:
         if call.batched and static_batch is None:
             try:
                 program = self._export(call, device, _TRACED_BATCH)
-                return self._finish(program, call, None)
+                return self._finish(program, call, None, _TRACED_BATCH)
             except CaptureError as error:
                 reason = str(error)
                 log.info("the batch cannot be left open: %s", reason)
-        program = self._export(call, device, static_batch or 1, dynamic=False)
-        return self._finish(program, call, reason)
+        batch = static_batch or 1
+        return self._finish(self._export(call, device, batch, dynamic=False), call, reason, batch)
 
     def _export(
         self, call: CallSpec, device: torch.device, batch: int, dynamic: bool = True
@@ -173,7 +177,9 @@ class Architecture:
         except Exception as error:
             raise CaptureError(_explain(error, self.skeleton)) from error
 
-    def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, static_batch: str | None) -> CapturedGraph:
+    def _finish(
+        self, program: torch.export.ExportedProgram, call: CallSpec, static_batch: str | None, batch: int
+    ) -> CapturedGraph:
         exported = program.module(check_guards=False)
         assert isinstance(exported, fx.GraphModule)
         out_spec = program.call_spec.out_spec
@@ -188,11 +194,10 @@ class Architecture:
         if static_batch is None and call.batched and not open_batch:
             static_batch = "the model's own code fixes the batch size"
         if static_batch is not None:
-            size = 1 if not open_batch else _TRACED_BATCH
             call = CallSpec(
                 call.names,
                 tuple(
-                    TensorSpec(leaf.concrete(size), leaf.dtype) if isinstance(leaf, TensorSpec) else leaf
+                    TensorSpec(leaf.concrete(batch), leaf.dtype) if isinstance(leaf, TensorSpec) else leaf
                     for leaf in call.leaves
                 ),
                 call.structure,
