@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,8 @@ class GraphModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tensors live."""
-        return next(
-            (tensor.device for graph in self.graphs for tensor in read_tensors(graph).values()), torch.device("cpu")
-        )
+        held = itertools.chain(self.parameters(), self.buffers(), self.architecture.skeleton.parameters())
+        return next((tensor.device for tensor in held), torch.device("cpu"))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -117,7 +117,12 @@ class GraphModel(nn.Module):
                 f"convert the original to {probe.dtype} first and compile that"
             )
         moved = probe.device != self.device
-        super()._apply(fn, recurse)
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            changed = fn(tensor)  # A cast to the model's dtype is none: scales and factors have dtypes of their own.
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        super()._apply(keep_dtype, recurse)
         self._share()
         if moved:
             for graph in self.graphs:
@@ -136,9 +141,15 @@ def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     names, leaves, structure = self.architecture.canonical(args, kwargs)
     captured = self.find(names, leaves)
     if captured is None:
-        captured = self._make_graph(self, names, leaves, structure)
-        self.add(captured)
+        captured = _capture(self, names, leaves, structure)
     return captured.output(captured.module(*captured.inputs(leaves)))
+
+
+@torch.compiler.disable
+def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+    captured = self._make_graph(self, names, leaves, structure)
+    self.add(captured)
+    return captured
 
 
 def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) -> CapturedGraph:
