@@ -56,7 +56,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
         bind(captured.module, weights)
         return captured
 
-    return GraphModel(architecture, dtype_of(weights), None, make_graph)
+    return GraphModel(architecture, dtype_of(model), None, make_graph)
 
 
 def compile(
@@ -136,11 +136,11 @@ def compile(
     made.statistics = calibration.statistics
     made.bytes_before = tensor_bytes(weights)
     try:
-        quantized = _convert(calibration, chosen, runner, dtype_of(weights), instruments)
+        quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
     finally:
         made.statistics = None
     made.bytes_after = tensor_bytes(quantized.tensors())
-    made.output_sqnr_db = output_sqnr(quantized, calibration.samples)
+    made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples())
     _warn_if_poor(made)
     return quantized
 
@@ -172,7 +172,7 @@ def _replay(model: nn.Module, plan: Plan, backend: Backend, instruments: Sequenc
         layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
     weights = weights_of(model)
     architecture = Architecture.of(model, plan.timestep)
-    quantized = GraphModel(architecture, dtype_of(weights), plan, _further_graph(recipe, backend))
+    quantized = GraphModel(architecture, dtype_of(model), plan, _further_graph(recipe, backend))
     device = next(iter(weights.values())).device
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
@@ -273,9 +273,13 @@ def class_path(model: nn.Module) -> str:
     return f"{root if root == 'diffusers' else cls.__module__}:{cls.__qualname__}"
 
 
-def dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """Dtype of the first floating-point tensor."""
-    return next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that a model says it has, for some keep a part in float32; else that of its first tensor."""
+    said = getattr(model, "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    tensors = weights_of(model).values()
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
 
 def _check_model(model: Any) -> None:

@@ -107,6 +107,12 @@ class Calibration:
         self.calls += 1
         return captured.output(output)
 
+    def chosen_samples(self) -> list[Sample]:
+        """As many of the kept calls as were asked for, spread over the whole calibration."""
+        if len(self.samples) <= self._keep:
+            return self.samples
+        return [self.samples[number * len(self.samples) // self._keep] for number in range(self._keep)]
+
     def forget_observed(self) -> None:
         """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
         self._observed.clear()
