@@ -11,9 +11,10 @@ are replayed on models without weights. :func:`require_finite` is the one look a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ RangeMethod = Literal["minmax", "percentile", "mse"]
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 """The two-sided percentiles that PTQ4DiT (arXiv 2405.16005) tries."""
+
+T = TypeVar("T")
 
 _ACTIVATION_SHRINKS = 39
 _WEIGHT_SHRINKS = 40
@@ -117,12 +120,20 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
         raise ConfigurationError(
             f"the reference has shape {tuple(reference.shape)}, the approximation {tuple(approximation.shape)}."
         )
-    exact = reference.detach().to(torch.float64)
-    noise = (exact - approximation.detach().to(torch.float64)).square().sum().item()
+    signal = noise = 0.0
+    pairs = zip(_slices(reference.detach().flatten()), _slices(approximation.detach().flatten()), strict=True)
+    for exact, actual in _map(_energies, list(pairs)):
+        signal, noise = signal + exact, noise + actual
     if noise == 0.0:
         return math.inf
-    signal = exact.square().sum().item()
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else (math.nan if math.isnan(noise) else -math.inf)
+
+
+def _energies(reference: Tensor, approximation: Tensor) -> tuple[float, float]:
+    """Energy of a vector and of its error, in float64."""
+    exact = reference.to(torch.float64)
+    error = approximation.to(torch.float64) - exact
+    return exact.dot(exact).item(), error.dot(error).item()
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -214,15 +225,13 @@ def weight_range(rows: Tensor, bits: int, method: RangeMethod, symmetric: bool =
     rows = rows.detach()
     if method == "minmax":
         return _extremes(rows)
-    # Small enough for a processor's cache, large enough to fill a GPU.
-    elements = 1 << 18 if rows.device.type == "cpu" else 1 << 24
-    lows, highs = [], []
-    for piece in rows.split(max(1, elements // rows.shape[1])):
+
+    def search(piece: Tensor) -> tuple[Tensor, Tensor]:
         values = piece.to(compute_dtype(piece.dtype))
         candidates = _percentile_ranges(values) if method == "percentile" else _shrunk_ranges(values)
-        low, high = _lowest_error(values, candidates, bits, symmetric)
-        lows.append(low)
-        highs.append(high)
+        return _lowest_error(values, candidates, bits, symmetric)
+
+    lows, highs = zip(*_map(search, [(piece,) for piece in _slices(rows)]), strict=True)
     return torch.cat(lows), torch.cat(highs)
 
 
@@ -350,6 +359,30 @@ def group_count(in_features: int, group_size: int) -> int:
     return in_features // group_size
 
 
+def _slices(tensor: Tensor) -> Sequence[Tensor]:
+    """Slices along the first axis, small enough for a processor's cache, large enough to fill a GPU."""
+    elements = 1 << 18 if tensor.device.type == "cpu" else 1 << 24
+    return tensor.split(max(1, elements // max(1, tensor[:1].numel())))
+
+
+def _map(function: Callable[..., T], slices: Sequence[tuple[Tensor, ...]]) -> list[T]:
+    """Call a function on each slice, on the processor one slice a thread.
+
+    Left to torch, each of the many small ops would be a parallel region, at whose end all threads wait for the slowest:
+    several times slower where the cores are shared.
+    """
+    threads = torch.get_num_threads()
+    first = slices[0][0] if slices else None
+    if threads == 1 or len(slices) < 2 or first is None or first.device.type != "cpu" or is_fake(first):
+        return [function(*piece) for piece in slices]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda piece: function(*piece), slices))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _check_method(method: str) -> None:
     if method not in get_args(RangeMethod):
         raise ConfigurationError(f"unknown range method {method!r}. Known: {', '.join(get_args(RangeMethod))}.")
@@ -420,7 +453,9 @@ def _lowest_error(
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for low, high in candidates:
         scale, zero_point = affine_parameters(low, high, bits, symmetric)
-        error = (fake_quantize(values, scale[:, None], zero_point[:, None], bits) - values).square().sum(1)
+        offset, step = zero_point[:, None].to(values.dtype), scale[:, None].to(values.dtype)
+        # In place, which is twice as fast as new tensors.
+        error = quantize(values, step, offset, 0, 2**bits - 1).sub_(offset).mul_(step).sub_(values).square_().sum(1)
         if best is None:
             best = error, low, high
         else:
