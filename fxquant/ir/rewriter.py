@@ -87,7 +87,7 @@ class Rewriter:
             attribute = self._private(attribute, readers)
         old = self.tensor(attribute)
         new = function(old).to(old.dtype)
-        if not isinstance(new, FakeTensor) and not torch.isfinite(new).all():
+        if not isinstance(new, FakeTensor) and not _is_finite(new):
             raise NonFiniteError(
                 f"{attribute.target} does not fit {old.dtype} after {self.pass_name}; "
                 "convert the model to float32 first, or bound the factors of the pass"
@@ -227,6 +227,11 @@ class Rewriter:
         origin = Origin(self.pass_name, tuple(source.name for source in sources))
         node.meta[PROVENANCE] = (*(o for o in inherited if o != origin), origin)
         self.edits += 1
+
+
+def _is_finite(value: Tensor) -> bool:
+    # The extremes carry any NaN or infinity, and unlike isfinite() need no mask as large as the tensor.
+    return value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
 
 
 def _alike(recorded: Tensor, value: Tensor) -> bool:
