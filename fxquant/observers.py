@@ -12,7 +12,7 @@ smallest of n exponentials are cumulative sums of ``E_j / (n - j)`` with indepen
 "On the theory of order statistics", 1953), and which rows they belong to is a random k-permutation.
 
 Memory: ``T * (4 * C * (R + 2) + 8 * (R + 2))`` bytes a key, for T timesteps, C channels and R rows. All observed
-linears of DiT-XL/2 at 50 timesteps and the default R = 8 take 0.52 GB. It grows with the number of *different*
+linears of DiT-XL/2 at 50 timesteps and the default R take 0.67 GB. It grows with the number of *different*
 timesteps, so calibrate on the sampler's own schedule rather than on random continuous times.
 """
 
@@ -34,10 +34,16 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, NonFiniteError
 
-__all__ = ["DEFAULT_ROWS", "ChannelStatistics", "Statistics"]
+__all__ = ["ChannelStatistics", "Statistics", "rows_to_sample"]
 
-DEFAULT_ROWS = 8
-"""Rows kept for each key and timestep unless the caller says otherwise."""
+_FEWEST_ROWS, _MOST_ROWS = 8, 1024
+_SAMPLED_VALUES = 16_384  # Enough for the tails of a distribution over all timesteps, few enough to stay below 1 GB.
+
+
+def rows_to_sample(channels: int) -> int:
+    """Rows kept for each key and timestep unless the caller says otherwise: about 16,384 values, 8 to 1,024 rows."""
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, _SAMPLED_VALUES // channels))
+
 
 _FORMAT = "fxquant-statistics"
 _VERSION = 1
@@ -124,19 +130,19 @@ class _Entry:
 class ChannelStatistics:
     """Per-channel, per-timestep statistics of one observed value, kept on the CPU in float32.
 
-    All views are sorted by timestep and are fresh tensors: T timesteps, C channels, R = ``num_rows``.
+    All views are sorted by timestep and are fresh tensors: T timesteps, C channels, R = ``rows_per_timestep``.
 
     Args:
         key: name of the observed value; errors cite it, and its random stream depends on it.
-        num_rows: rows (tokens) sampled at each timestep.
+        num_rows: rows (tokens) sampled at each timestep; None for as many as :func:`rows_to_sample` says.
         seed: of the row sample. Runs that are to be merged need different seeds where they share timesteps.
 
     Raises:
         ConfigurationError: ``num_rows`` is not positive.
     """
 
-    def __init__(self, key: str, *, num_rows: int = DEFAULT_ROWS, seed: int = 0) -> None:
-        if num_rows < 1:
+    def __init__(self, key: str, *, num_rows: int | None = None, seed: int = 0) -> None:
+        if num_rows is not None and num_rows < 1:
             raise ConfigurationError(f"statistics need at least one sampled row per timestep, got num_rows={num_rows}")
         self.key = key
         self.num_rows = num_rows
@@ -207,7 +213,7 @@ class ChannelStatistics:
         for (moment, samples), (low, high) in zip(groups.items(), bounds, strict=True):
             entry = self._entries.get(moment)
             if entry is None:
-                entry = self._entries[moment] = _Entry.empty(channels, self.num_rows)
+                entry = self._entries[moment] = _Entry.empty(channels, self.rows_per_timestep)
             n = len(samples) * per_sample
             stream = self._stream(moment, entry.count)
             entry.widen(low, high, n)
@@ -296,7 +302,7 @@ class ChannelStatistics:
             for moment, theirs in other._entries.items():
                 ours = self._entries.get(moment)
                 if ours is None:
-                    ours = self._entries[moment] = _Entry.empty(self.channels, self.num_rows)
+                    ours = self._entries[moment] = _Entry.empty(self.channels, self.rows_per_timestep)
                 ours.absorb(theirs)
 
     def check_mergeable(self, other: ChannelStatistics) -> None:
@@ -374,9 +380,15 @@ class ChannelStatistics:
         return torch.cat(samples) if samples else torch.empty(0, self.channels)
 
     @property
+    def rows_per_timestep(self) -> int:
+        """The most rows that are kept at each timestep."""
+        return self.num_rows or rows_to_sample(max(self.channels, 1))
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, as given in the module's docstring."""
-        return len(self._entries) * (4 * self.channels * (self.num_rows + 2) + 8 * (self.num_rows + 2))
+        rows = self.rows_per_timestep
+        return len(self._entries) * (4 * self.channels * (rows + 2) + 8 * (rows + 2))
 
     # Storage
 
@@ -403,7 +415,9 @@ class ChannelStatistics:
         timesteps, minimum = tensors["timesteps"], tensors["minimum"]
         if timesteps.dim() != 1 or minimum.dim() != 2:
             raise ValueError("timesteps is not [T] or minimum is not [T, C]")
-        moments, channels, num_rows = len(timesteps), minimum.shape[1], self.num_rows
+        moments, channels = len(timesteps), minimum.shape[1]
+        self.channels = channels
+        num_rows = self.rows_per_timestep
         expected = {
             "timesteps": ((moments,), torch.float64),
             "count": ((moments,), torch.int64),
@@ -415,7 +429,6 @@ class ChannelStatistics:
         for name, (shape, dtype) in expected.items():
             if tensors[name].shape != shape or tensors[name].dtype != dtype:
                 raise ValueError(f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, not {shape} {dtype}")
-        self.channels = channels
         for i, moment in enumerate(timesteps.tolist()):
             self._entries[moment] = _Entry(
                 minimum=minimum[i].clone(),
@@ -430,15 +443,15 @@ class Statistics(Mapping[str, ChannelStatistics]):
     """All that one calibration run recorded: a mapping from the key of an observed value to its statistics.
 
     Args:
-        num_rows: rows (tokens) sampled for each key and timestep.
+        num_rows: rows (tokens) sampled for each key and timestep; None for as many as :func:`rows_to_sample` says.
         seed: of the row samples. The same model, data and seed give identical statistics.
 
     Raises:
         ConfigurationError: ``num_rows`` is not positive.
     """
 
-    def __init__(self, *, num_rows: int = DEFAULT_ROWS, seed: int = 0) -> None:
-        if num_rows < 1:
+    def __init__(self, *, num_rows: int | None = None, seed: int = 0) -> None:
+        if num_rows is not None and num_rows < 1:
             raise ConfigurationError(f"statistics need at least one sampled row per timestep, got num_rows={num_rows}")
         self.num_rows = num_rows
         self.seed = seed
