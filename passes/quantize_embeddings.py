@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxquant.capture import LAYER
+from fxquant.errors import ConfigurationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import RangeSearch, quantized_weight
@@ -31,7 +32,7 @@ class QuantizeEmbeddings(Pass):
 
         y = fxquant.dequantize_weight(embedding(packed, labels), embedding(scale, labels), embedding(zero_point, labels))
 
-    Arithmetic stays in float. Rounding moves each element by at most half a step of its row's grid.
+    Arithmetic stays in float. Side condition: one row a sample. Rounding moves each element by at most half a step of its row's grid.
     """
 
     name: ClassVar[str] = "quantize-embeddings"
@@ -46,6 +47,11 @@ class QuantizeEmbeddings(Pass):
             layer = plan.layer(node.meta[LAYER])
             if layer.weight_bits is None:
                 continue
+            if node.args[1].meta["val"].dim() != 1:
+                raise ConfigurationError(
+                    f"layer {node.meta[LAYER]}: a table is stored in few bits only where each sample looks up one row; "
+                    "keep it float"
+                )
             packed = quantized_weight(node, plan, rewriter, RangeSearch.MINMAX, symmetric=False, position=0)
             with rewriter.before(node):
                 rows = [rewriter.call(aten.embedding.default, (table, node.args[1]), [node]) for table in packed]

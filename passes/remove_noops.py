@@ -29,9 +29,9 @@ class RemoveNoOps(Pass):
 
         y = linear(x, w)
 
-    Removed are full slices, casts to the dtype and device that the value has, dropout in evaluation, multiplication and
-    division by 1, addition and subtraction of a 0 number where the dtype does not change. Never a copy, for a reader
-    might depend on its memory. Side condition: same shape, same dtype.
+    Removed are full slices, casts to the dtype that the value has, dropout in evaluation, multiplication and division
+    by 1. Never a copy, for a reader might depend on its memory, nor the addition of 0, which turns -0 into 0. Side
+    condition: same shape, same dtype.
     """
 
     name: ClassVar[str] = "remove-no-ops"
