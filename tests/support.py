@@ -232,3 +232,11 @@ def refused(result: Absorbed, reason: str) -> None:
         assert reason in grant.reason, grant.reason
     assert result.record.edits == 0
     assert result.left == len(result.grants)
+
+
+def rewritten(model: nn.Module, passes: str, plan: Plan | None = None, **inputs: Tensor) -> tuple[str, str]:
+    """Text of the graph before and after a pipeline."""
+    module = captured(model, **inputs).module
+    before = text(module)
+    Pipeline.parse(passes).run(module, plan or Plan("", "", "timestep"))
+    return before, text(module)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
+from fxquant.passes.balance_channels import (
+    BalanceChannels,
+    Salience,
+    balance_factor,
+    combine_timesteps,
+    spearman_weights,
+)
+from fxquant.pipeline import Pipeline
+from fxquant.plan import Balance, Plan
+from tests.passes.models import AdaLN, adaln, planned
+from tests.support import captured, rewritten
+
+Q = ("linear", [4, 4], 8, 8, 0)
+TIME = ("linear", [8, 4], None, None, 0)
+FACTORS = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+
+
+def decided(**layers: tuple[str, list[int], int | None, int | None, int]) -> Plan:
+    plan = planned(**({"q": Q, "time": TIME} | layers))
+    plan.layers["q"].balance = Balance("free")
+    plan.vectors["q"] = FACTORS
+    return plan
+
+
+def test_before_and_after() -> None:
+    before, after = rewritten(AdaLN(), "balance-channels", decided(), **adaln())
+    assert before.splitlines()[-2:] == [
+        "linear_1: float32[B, 3, 4] = linear(add_1, @q.weight, @q.bias)",
+        "return linear_1",
+    ]
+    assert after.splitlines() == [
+        *before.splitlines()[:-2],
+        "add_1_balanced: float32[B, 3, 4] = fxquant::channel_affine(add_1, @q.balance, None)",
+        "linear_1: float32[B, 3, 4] = linear(add_1_balanced, @q.weight, @q.bias)",
+        "return linear_1",
+    ]
+
+
+def test_columns_are_multiplied_by_what_the_channels_are_divided_by() -> None:
+    model = AdaLN()
+    module = captured(model, **adaln()).module
+    Pipeline([BalanceChannels()]).run(module, decided())
+    assert torch.equal(module.get_parameter("q.weight"), (model.q.weight.double() * FACTORS).float())
+    assert torch.equal(module.get_parameter("q.balance"), 1 / FACTORS)
+
+
+def test_layers_with_float_activations_or_of_other_roles_stay() -> None:
+    for plan in (decided(q=("linear", [4, 4], 8, None, 0)), decided()):
+        if plan.layers["q"].activation_bits:
+            plan.layers["q"].role = "final"
+        before, after = rewritten(AdaLN(), "balance-channels", plan, **adaln())
+        assert after == before
+
+
+def test_without_calibration_nothing_can_be_decided() -> None:
+    with pytest.raises(CalibrationError, match="no calibration statistics"):
+        rewritten(AdaLN(), "balance-channels", planned(q=Q, time=TIME), **adaln())
+
+
+def test_factors_that_do_not_fit_the_dtype_are_refused() -> None:
+    plan = decided()
+    plan.vectors["q"] = FACTORS * 1e300
+    with pytest.raises(NonFiniteError, match=r"q.weight does not fit torch.float32 after balance-channels"):
+        rewritten(AdaLN(), "balance-channels", plan, **adaln())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exponent": 1.5}, "exponent 1.5 is not between 0 and 1"),
+        ({"dearest": "gold"}, "'gold' is no cost"),
+        ({"roles": "block+attention"}, "attention is no role"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        BalanceChannels(**options)  # type: ignore[arg-type]
+
+
+class TestSalience:
+    activation = np.array([[1.0, 2.0, 9.0], [6.0, 2.0, 1.0]])
+    weight = np.array([1.0, 2.0, 3.0])
+
+    def test_timesteps_that_disagree_with_the_weight_count_more(self) -> None:
+        first, second = spearman_weights(self.activation, self.weight)  # Correlations 1 and -1.
+        assert second / first == pytest.approx(np.e**2)
+        assert first + second == pytest.approx(1)
+        combined = combine_timesteps(self.activation, self.weight, Salience.SPEARMAN)
+        np.testing.assert_allclose(combined, first * self.activation[0] + second * self.activation[1])
+
+    def test_without_an_order_all_count_the_same(self) -> None:
+        np.testing.assert_allclose(spearman_weights(self.activation, np.ones(3)), [0.5, 0.5])
+        assert np.isfinite(spearman_weights(np.ones((2, 3)), self.weight)).all()
+
+    def test_mean_and_max(self) -> None:
+        assert combine_timesteps(self.activation, self.weight, Salience.MEAN).tolist() == [3.5, 2, 5]
+        assert combine_timesteps(self.activation, self.weight, Salience.MAX).tolist() == [6, 2, 9]
+
+    def test_half_makes_both_sides_equal(self) -> None:
+        x, w = np.array([4.0, 9.0]), np.array([1.0, 4.0])
+        b = balance_factor(x, w, 0.5)
+        np.testing.assert_allclose(x / b, w * b)
+
+    def test_dead_channels_keep_factor_one(self) -> None:
+        assert balance_factor(np.array([0.0, 3.0]), np.array([2.0, 0.0]), 0.5).tolist() == [1, 1]

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
+from fxquant.pipeline import Pipeline
+from tests.passes.models import Patches, patches, planned
+from tests.support import captured, count, golden, rewritten
+
+CONV = ("conv", [4, 8], None, None, 0)
+
+
+def test_before_and_after() -> None:
+    plan = planned(conv=CONV, q=("linear", [4, 4], 4, 8, 2), k=("linear", [2, 4], 8, 8, 0))
+    before, after = rewritten(Patches(), "quantize-linears", plan, **patches())
+    assert before == golden(
+        """
+        x: float32[B, 2, 4, 4]
+        timestep: float32[B]
+        conv2d: float32[B, 4, 2, 2] = conv2d(x, @conv.weight, @conv.bias, [2, 2])
+        flatten: float32[B, 4, 4] = flatten.using_ints(conv2d, 2)
+        transpose: float32[B, 4, 4] = transpose.int(flatten, 1, 2)
+        linear: float32[B, 4, 4] = linear(transpose, @q.weight, @q.bias)
+        linear_1: float32[B, 4, 2] = linear(transpose, @k.weight)
+        return linear, linear_1
+        """
+    )
+    assert lines(after)[:5] == lines(before)[:5]
+    assert lines(after)[5:] == [
+        "transpose_codes: uint8[B, 4, 4] = fxquant::quantize("
+        "transpose, @q.input_scale, @q.input_zero_point, 0, 255, uint8)",
+        "linear_default: float32[B, 4, 4] = fxquant::linear(transpose_codes, @q.input_scale, @q.input_zero_point, "
+        "@q.weight_packed, @q.weight_scale, @q.weight_zero_point, @q.bias, 4, 2, float32)",
+        "linear_default_1: float32[B, 4, 2] = fxquant::linear(transpose_codes, @q.input_scale, @q.input_zero_point, "
+        "@k.weight_packed, @k.weight_scale, @k.weight_zero_point, None, 8, 0, float32)",
+        "return linear_default, linear_default_1",
+    ]
+
+
+def test_float_activations() -> None:
+    plan = planned(conv=CONV, q=("linear", [4, 4], 4, None, 2), k=("linear", [2, 4], None, None, 0))
+    before, after = rewritten(Patches(), "quantize-linears", plan, **patches())
+    assert lines(after) == [
+        *lines(before)[:5],
+        "dequantize_weight_default: float32[4, 4] = fxquant::dequantize_weight("
+        "@q.weight_packed, @q.weight_scale, @q.weight_zero_point, 4, 2, 4, float32)",
+        "linear: float32[B, 4, 4] = linear(transpose, dequantize_weight_default, @q.bias)",
+        *lines(before)[6:],
+    ]
+
+
+def test_float_layers_stay() -> None:
+    plan = planned(conv=CONV, q=("linear", [4, 4], None, None, 0), k=("linear", [2, 4], None, None, 0))
+    before, after = rewritten(Patches(), "quantize-linears", plan, **patches())
+    assert after == before
+
+
+class Shared(nn.Module):
+    """One weight, read by two linears and by a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(self.q(x)) + self.q.weight.sum()
+
+
+def test_layers_that_share_a_weight_share_its_codes_and_others_keep_it() -> None:
+    plan = planned(**{"q": ("linear", [4, 4], 8, 8, 0), "q@2": ("linear", [4, 4], 8, 8, 0)})
+    model = Shared()
+    module = captured(model, x=torch.randn(2, 4)).module
+    Pipeline.parse("quantize-linears").run(module, plan)
+    assert count(module, torch.ops.fxquant.linear.default) == 2
+    names = {name for name, _ in [*module.named_parameters(), *module.named_buffers()] if "weight" in name}
+    assert names == {"q.weight", "q.weight_packed", "q.weight_scale", "q.weight_zero_point"}
+    assert torch.equal(module.get_parameter("q.weight"), model.q.weight)
+    assert plan.layers["q@2"].weight_sqnr_db == plan.layers["q"].weight_sqnr_db
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = Patches()
+    model.q.weight.data[0, 0] = torch.nan
+    plan = planned(conv=CONV, q=("linear", [4, 4], 8, 8, 0), k=("linear", [2, 4], 8, 8, 0))
+    with pytest.raises(NonFiniteError, match="weight of layer q"):
+        rewritten(model, "quantize-linears", plan, **patches())
+
+
+def test_groups_have_to_divide_the_input() -> None:
+    plan = planned(conv=CONV, q=("linear", [4, 4], 8, 8, 3), k=("linear", [2, 4], 8, 8, 0))
+    with pytest.raises(ConfigurationError, match="3"):
+        rewritten(Patches(), "quantize-linears", plan, **patches())
+
+
+def test_without_statistics_there_is_no_range() -> None:
+    plan = planned(conv=CONV, q=("linear", [4, 4], 8, 8, 0), k=("linear", [2, 4], 8, 8, 0))
+    plan.layers["q"].activation = None
+    with pytest.raises(CalibrationError, match="layer 'q' needs an activation range"):
+        rewritten(Patches(), "quantize-linears", plan, **patches())
+
+
+def lines(text: str) -> list[str]:
+    return text.splitlines()
