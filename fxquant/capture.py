@@ -127,10 +127,15 @@ class Architecture:
         """
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
         call = describe_call(names, leaves, structure)
-        captured = self.capture_spec(call, device)
-        if not captured.call.fits(names, leaves):  # The batch is fixed, at another size than that of this call.
-            captured = self.capture_spec(call, device, call.batch_size(leaves))
-        return captured
+        try:
+            captured = self.capture_spec(call, device)
+            if captured.call.fits(names, leaves):
+                return captured
+        except CaptureError:
+            if call.batch_size(leaves) <= 1:
+                raise
+        # The batch is fixed, at another size than that of this call.
+        return self.capture_spec(call, device, call.batch_size(leaves))
 
     def capture_spec(self, call: CallSpec, device: torch.device, static_batch: int | None = None) -> CapturedGraph:
         """Trace the graph for calls of this spec, its inputs living on ``device``."""
@@ -180,6 +185,12 @@ class Architecture:
     def _finish(
         self, program: torch.export.ExportedProgram, call: CallSpec, static_batch: str | None, batch: int
     ) -> CapturedGraph:
+        if any(map(_writes, program.graph.nodes)):
+            program = program.run_decompositions({})  # Makes every op a function of its inputs, and nothing else.
+            if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
+                raise CaptureError(
+                    f"{type(self.skeleton).__name__} writes into its inputs or buffers in place; let it work on a copy"
+                )
         exported = program.module(check_guards=False)
         assert isinstance(exported, fx.GraphModule)
         out_spec = program.call_spec.out_spec
@@ -292,6 +303,11 @@ def _flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
     for node in list(graph.nodes):
         if node.op == "call_module" and str(node.target) == "_guards_fn":
             graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an op writes into a value in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
