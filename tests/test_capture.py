@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxquant.api import trace
+from fxquant.capture import LAYER, Architecture, bind, read_tensors, weights_of
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from tests.support import captured
+from tests.tiny import inputs as dit_inputs
+from tests.tiny import make_dit
+
+
+class Model(nn.Module):
+    """Takes what diffusion transformers take: a sample, a timestep, an option, a dict of further conditions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.extra = nn.Linear(2, 8)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, added: dict[str, Any] | None = None, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        step = torch.as_tensor(timestep).reshape(-1, 1, 1) / 1000
+        hidden = self.into(sample) + step
+        if added is not None:
+            hidden = hidden + self.extra(added["size"])[:, None] * added.get("strength", 1.0)
+        return {"sample": self.out(F.gelu(hidden)) * scale}
+
+
+def sample(batch: int, tokens: int = 3) -> Tensor:
+    return torch.randn(batch, tokens, 4)
+
+
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_dit_is_bit_exact_at_any_batch_size(first: int) -> None:
+    model = make_dit(layers=2)
+    traced = trace(model)
+    with torch.no_grad():
+        for batch in (first, 1, 2, 3, 4, 5):
+            inputs = dit_inputs(batch, timestep=None)
+            expected = model(**inputs)
+            actual = traced(**inputs)
+            assert type(actual) is type(expected)
+            assert torch.equal(actual.sample, expected.sample)
+    assert len(traced.graphs) == 1
+    assert traced.captured[0].static_batch is None
+
+
+def test_positional_and_keyword_calls_share_a_graph() -> None:
+    model = Model().eval()
+    traced = trace(model)
+    x, step = sample(2), torch.tensor([5, 6])
+    with torch.no_grad():
+        expected = model(x, step)["sample"]
+        for actual in (traced(x, step), traced(sample=x, timestep=step), traced(x, timestep=step, scale=1.0)):
+            assert torch.equal(actual["sample"], expected)
+    assert len(traced.graphs) == 1
+
+
+def test_other_shapes_and_options_get_graphs_of_their_own() -> None:
+    model = Model().eval()
+    traced = trace(model)
+    added = {"size": torch.randn(2, 2), "strength": 0.5}
+    calls: list[dict[str, Any]] = [
+        {"sample": sample(2), "timestep": torch.tensor([5, 6])},
+        {"sample": sample(2, tokens=7), "timestep": torch.tensor([5, 6])},
+        {"sample": sample(2), "timestep": torch.tensor([5, 6]), "scale": 2.0},
+        {"sample": sample(2), "timestep": torch.tensor([5, 6]), "added": added},
+        {"sample": sample(2), "timestep": torch.tensor([5, 6]), "added": added | {"strength": 2.0}},
+    ]
+    for number, call in enumerate(calls, 1):
+        for _ in range(2):
+            assert torch.equal(traced(**call)["sample"], model(**call)["sample"])
+        assert len(traced.graphs) == number
+    assert {read_tensors(graph)["into.weight"].data_ptr() for graph in traced.graphs} == {model.into.weight.data_ptr()}
+
+
+@pytest.mark.parametrize("number", [7, 0.25])
+def test_a_timestep_given_as_a_number_is_an_input(number: float) -> None:
+    model = Model().eval()
+    traced = trace(model)
+    for step in (number, number * 2, number * 3):
+        x = sample(3)
+        torch.testing.assert_close(traced(x, step)["sample"], model(x, step)["sample"])
+    assert len(traced.graphs) == 1
+
+
+def test_a_first_call_of_batch_one_leaves_the_batch_open() -> None:
+    model = Model().eval()
+    traced = trace(model)
+    for batch in (1, 5):
+        x, step = sample(batch), torch.arange(batch)
+        assert torch.equal(traced(x, step)["sample"], model(x, step)["sample"])
+    assert len(traced.graphs) == 1
+
+
+class FixedBatch(nn.Module):
+    """Its own code holds the batch size."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, self.linear = batch, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.linear(x).reshape(self.batch, 12) + timestep[:, None]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_model_that_fixes_its_batch_is_captured_for_that(batch: int) -> None:
+    model = FixedBatch(batch).eval()
+    traced = trace(model)
+    x, step = sample(batch), torch.arange(batch)
+    assert torch.equal(traced(x, step), model(x, step))
+    assert traced.captured[0].static_batch
+    assert len(traced.graphs) == 1
+    assert torch.equal(traced(x, step), model(x, step))
+    assert len(traced.graphs) == 1
+    with pytest.raises(CaptureError, match="FixedBatch cannot be traced"):
+        traced(sample(batch + 1), torch.arange(batch + 1))
+
+
+class Specializing(nn.Module):
+    """Its code asks for the batch size, and takes another way for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.linear(x) * int(x.shape[0] == 4) + int(x.shape[0])
+
+
+def test_a_model_that_depends_on_the_batch_size_gets_a_graph_for_each() -> None:
+    model = Specializing().eval()
+    traced = trace(model)
+    for batch in (4, 3, 1, 4):
+        x, step = sample(batch), torch.arange(batch)
+        assert torch.equal(traced(x, step), model(x, step))
+
+
+class Untraceable(nn.Module):
+    def __init__(self, way: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.way = nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.way(self.linear(x))
+
+
+def branch(x: Tensor) -> Tensor:
+    if x.sum() > 0:  # The line that a user has to see.
+        return x
+    return -x
+
+
+def item(x: Tensor) -> Tensor:
+    return x[: int(x.argmax().item())]  # And this one.
+
+
+@pytest.mark.parametrize(("way", "line"), [(branch, "if x.sum() > 0:"), (item, "return x[: int(x.argmax().item())]")])
+def test_an_untraceable_model_shows_its_own_line(way: Callable[[Tensor], Tensor], line: str) -> None:
+    with pytest.raises(CaptureError) as error:
+        captured(Untraceable(way), sample(2), torch.arange(2))
+    message = str(error.value)
+    assert "Untraceable cannot be traced" in message
+    assert __file__ in message
+    number = inspect.getsourcelines(way)[1] + 1
+    assert f"line {number}, in {way.__name__}" in message
+    assert line in message
+    assert "branch on shapes and options, not on tensor values" in message
+
+
+class InPlace(nn.Module):
+    """Writes into values that are read before and after, and through views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        y = self.a(x)
+        before = self.b(y)
+        y += 1
+        y[:, :2] = 0
+        y[..., 1::2] *= timestep[:, None, None]
+        return self.b(F.relu(y, inplace=True)) + before
+
+
+def test_writes_in_place_are_replaced() -> None:
+    model = InPlace().eval()
+    x, step = sample(3), torch.arange(3.0)
+    found = captured(model, x, step)
+    for node in found.module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        assert schema is None or not schema.is_mutable, node
+    for batch in (3, 5):
+        x, step = sample(batch), torch.arange(float(batch))
+        assert torch.equal(found.module(x, step)[0], model(x, step))
+
+
+def test_inputs_are_left_alone() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x += 1
+            return x * 2
+
+    with pytest.raises(CaptureError, match="Writes writes into its inputs or buffers in place"):
+        captured(Writes(), x=sample(2))
+
+
+def test_layers_have_the_names_of_their_modules() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.block["to_q"](self.block["to_q"](x)), self.block["to_q"].weight * 2)
+
+    found = captured(Twice(), x=sample(2))
+    assert [node.meta[LAYER] for node in found.module.graph.nodes if LAYER in node.meta] == [
+        "block.to_q",
+        "block.to_q@2",
+        "linear_2",
+    ]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Model().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameter = model.into.weight
+    found = captured(model, sample(2), 3)
+    assert model.into.weight is parameter
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert read_tensors(found.module)["into.weight"].data_ptr() == parameter.data_ptr()
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"training mode.*model.eval\(\)"):
+        Architecture.of(Model().train(), "timestep")
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    model = Model().eval()
+    architecture = Architecture.of(model, "timestep")
+    found = architecture.capture(*architecture.canonical((sample(2), 1), {}))
+    weights = weights_of(model)
+    with pytest.raises(CheckpointError, match=r"'out.weight' has shape \(4, 4\), the model needs \(4, 8\)"):
+        bind(found.module, weights | {"out.weight": torch.zeros(4, 4)})
+    del weights["into.bias"]
+    found = architecture.capture(*architecture.canonical((sample(2), 1), {}))
+    with pytest.raises(CheckpointError, match=r"no tensor 'into.bias'"):
+        bind(found.module, weights)
