@@ -51,9 +51,13 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     architecture = Architecture.of(model, timestep)
     weights = weights_of(model)
 
-    def make_graph(_: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+    def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         captured = architecture.capture(names, leaves, structure)
-        bind(captured.module, weights)
+        bind(captured.module, weights | owner.tensors())
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
+                captured.module.to(leaf.device)
+                break
         return captured
 
     return GraphModel(architecture, dtype_of(model), None, make_graph)

@@ -115,6 +115,21 @@ class Architecture:
             skeleton = model_class.from_config(dict(config))
         return cls(skeleton.eval().requires_grad_(False), timestep)
 
+    def on(self, device: torch.device) -> Architecture:
+        """The same architecture with its weightless parameters on another device."""
+        held = [tensor for _, tensor in weights_and_buffers(self.skeleton)]
+        if all(tensor.device == device for tensor in held):
+            return self
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            moved: dict[int, Any] = {
+                id(tensor): torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                for tensor in held
+            }
+        for tensor in held:
+            if isinstance(tensor, nn.Parameter):
+                moved[id(tensor)] = nn.Parameter(moved[id(tensor)], requires_grad=False)
+        return Architecture(copy.deepcopy(self.skeleton, moved), self.timestep)
+
     def canonical(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any], Any]:
         """Leaf names, leaves and structure of a call; see :func:`fxquant.calls.canonical_call`."""
         return canonical_call(self.signature, args, kwargs, self.timestep)
@@ -138,17 +153,18 @@ class Architecture:
         return self.capture_spec(call, device, call.batch_size(leaves))
 
     def capture_spec(self, call: CallSpec, device: torch.device, static_batch: int | None = None) -> CapturedGraph:
-        """Trace the graph for calls of this spec, its inputs living on ``device``."""
+        """Trace the graph for calls of this spec, its inputs and weights living on ``device``."""
+        here = self.on(device)
         reason = None
         if call.batched and static_batch is None:
             try:
-                program = self._export(call, device, _TRACED_BATCH)
-                return self._finish(program, call, None, _TRACED_BATCH)
+                program = here._export(call, device, _TRACED_BATCH)
+                return here._finish(program, call, None, _TRACED_BATCH)
             except CaptureError as error:
                 reason = str(error)
                 log.info("the batch cannot be left open: %s", reason)
         batch = static_batch or 1
-        return self._finish(self._export(call, device, batch, dynamic=False), call, reason, batch)
+        return here._finish(here._export(call, device, batch, dynamic=False), call, reason, batch)
 
     def _export(
         self, call: CallSpec, device: torch.device, batch: int, dynamic: bool = True
@@ -333,12 +349,12 @@ def _name_layers(module: fx.GraphModule) -> None:
 
 
 def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:
-    """Whether the graph kept every batch dimension of the call symbolic, under one symbol."""
+    """Whether the graph kept every batch dimension that it reads symbolic, under one symbol."""
     symbols = set()
     placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
     for node, (_, spec) in zip(placeholders, call.tensors, strict=True):
         for dim, size in enumerate(spec.shape):
-            if size == BATCH:
+            if size == BATCH and node.users:  # One that nothing reads has a symbol of its own.
                 symbols.add(str(node.meta["val"].shape[dim]))
     return len(symbols) == 1 and not next(iter(symbols)).isdigit()
 

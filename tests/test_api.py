@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
-from fxquant.calls import CallSpec
-from fxquant.capture import read_tensors
+from fxquant.calls import CallSpec, describe_call
+from fxquant.capture import Architecture, read_tensors
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.model import GraphModel
 from fxquant.observers import Statistics
@@ -540,3 +540,39 @@ def test_dispatch_is_quick(quantized: GraphModel) -> None:
         dispatch()
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 200e-6
+
+
+def test_capture_on_another_device() -> None:
+    """Graphs for a GPU are captured from an architecture that was built without one, and unread inputs do not matter."""
+
+    class Plain(nn.Linear):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    architecture = Architecture.of(Plain(4, 4).eval(), "timestep")
+    call = describe_call(*architecture.canonical((torch.ones(3, 4), torch.ones(3)), {}))
+    for device in (torch.device("cpu"), torch.device("cuda", 0), torch.device("cpu")):
+        captured = architecture.capture_spec(call, device)
+        assert captured.static_batch is None
+        assert {node.meta["val"].device for node in captured.module.graph.nodes if "val" in node.meta} == {device}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu(quantized: GraphModel, other_size: dict[str, Tensor], tmp_path: Path) -> None:
+    def on_gpu(call: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.cuda() for name, value in call.items()}
+
+    fxquant.save(quantized, tmp_path / "gpu")
+    moved = copy.deepcopy(quantized).cuda()
+    loaded = fxquant.load(tmp_path / "gpu", device="cuda")
+    with torch.no_grad():
+        for made in (moved, loaded):
+            assert made.device.type == "cuda"
+            for call in (inputs(), other_size):
+                expected = quantized(**call).sample
+                assert (made(**on_gpu(call)).sample.cpu() - expected).abs().max() < 0.05
+        traced = fxquant.trace(make_dit()).cuda()
+        assert torch.isfinite(traced(**on_gpu(inputs())).sample).all()
+        again = traced.cpu()(**inputs()).sample
+        assert torch.equal(again, fxquant.trace(make_dit())(**inputs()).sample)
