@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.channels.solve import Edit, Seed, Solution, solve
 from fxquant.channels.wants import Cost
-from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.rewriter import Rewriter, place_of
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Plan
@@ -127,8 +127,8 @@ def _carry_out(edit: Edit, a: Tensor, rewriter: Rewriter) -> None:
     else:
         source = edit.node
         with rewriter.after(source):
-            scale = rewriter.constant(f"{source.name}_factor", a, [source])
-            shift = rewriter.constant(f"{source.name}_shift", c, [source]) if edit.want.offset.any() else None
+            scale = rewriter.constant(f"{place_of(source)}_factor", a, [source])
+            shift = rewriter.constant(f"{place_of(source)}_shift", c, [source]) if edit.want.offset.any() else None
             scaled = rewriter.call(_AFFINE, (source, scale, shift), [source], name=f"{source.name}_scaled")
         for reader in edit.readers:
             rewriter.redirect(reader, source, scaled)
@@ -142,5 +142,5 @@ def _remove(affine: fx.Node, factor: Tensor, solution: Solution, rewriter: Rewri
         assert isinstance(source, fx.Node)
         rewriter.replace(affine, source)
     else:  # Some channels could not be absorbed and really are scaled.
-        scale = rewriter.constant(f"{affine.name}_left", left, [affine])
+        scale = rewriter.constant(f"{affine.args[1].target}_left", left, [affine])
         affine.args = (affine.args[0], scale, None)

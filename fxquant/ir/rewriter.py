@@ -119,8 +119,7 @@ class Rewriter:
 
     def give(self, node: fx.Node, position: int, name: str, value: Tensor) -> None:
         """Give ``node`` a parameter that it lacked, in the dtype of its result."""
-        owner = node.meta.get(LAYER, node.name)
-        attribute = self.constant(f"{owner}.{name}", value.to(node.meta["val"].dtype), [node])
+        attribute = self.constant(f"{place_of(node)}.{name}", value.to(node.meta["val"].dtype), [node])
         args = list(node.args)
         args += [None] * (position + 1 - len(args))
         args[position] = attribute
@@ -187,7 +186,8 @@ class Rewriter:
     # --- inside ---
 
     def _private(self, attribute: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
-        copy = self.constant(f"{attribute.target}_of_{readers[0].name}", self.tensor(attribute), [attribute])
+        reader = place_of(readers[0]).replace(".", "_")
+        copy = self.constant(f"{attribute.target}_of_{reader}", self.tensor(attribute), [attribute])
         for reader in readers:
             self.redirect(reader, attribute, copy)
         return copy
@@ -241,6 +241,19 @@ def _alike(recorded: Tensor, value: Tensor) -> bool:
         value.dtype,
         value.device,
     )
+
+
+def place_of(node: fx.Node) -> str:
+    """Where a node stands in the model: its layer, or its module and op. Unlike node names, graphs of one model agree.
+
+    The graphs of a model, one a kind of call, share their tensors by name, so a tensor's name must not depend on how
+    many nodes came before it.
+    """
+    if LAYER in node.meta:
+        return str(node.meta[LAYER])
+    modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    op = str(getattr(node.target, "_name", node.name)).partition("::")[2].partition(".")[0] or node.name
+    return f"{modules[-1]}.{op}" if modules and modules[-1] else op
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
