@@ -281,7 +281,6 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "a weight made in the graph": (lambda m, x: F.linear(x, m.a.weight * 2), "weight of linear is computed"),
     "a norm's weight made in the graph": (lambda m, x: F.layer_norm(x, (C,), m.row * 2), "layer_norm is computed"),
     "one sample of the batch": (lambda m, x: m.a(x)[0], "one sample is selected"),
-    "parts of the batch": (lambda m, x: m.a(x)[1:], "part of the batch"),
     "channels mixed with the batch": (
         lambda m, x: m.a(x).transpose(0, 2).reshape(-1, T).unflatten(0, (C, -1)).transpose(0, 2),
         "mixes the channels with the batch",

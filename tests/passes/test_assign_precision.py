@@ -26,7 +26,7 @@ def test_the_plan_afterwards() -> None:
     assert assigned("{precision=w4a8}") == {
         "patch": "patch float",
         "table": "embedder w8a16",
-        "modulation": "final float",
+        "modulation": "adaln w4a8",
         **{f"blocks.0.{name}": "block w4a8" for name in ("q", "k", "v", "out", "gate", "up")},
         "last": "final float",
     }

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxquant.capture import LAYER, Architecture, bind, read_tensors, weights_of
+from fxquant.errors import NonFiniteError, PassError
+from fxquant.ir.rewriter import PROVENANCE, Origin, Rewriter, place_of
+from fxquant.ir.stages import SPECS, Stage, verify
+from tests.support import captured, golden, layer_node, nodes_of, text
+
+aten = torch.ops.aten
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(F.relu(self.a(x)))
+
+
+@pytest.fixture
+def module() -> fx.GraphModule:
+    return captured(Model(), x=torch.randn(2, 4)).module
+
+
+@pytest.fixture
+def rewriter(module: fx.GraphModule) -> Rewriter:
+    return Rewriter(module, "test")
+
+
+def test_a_new_node_has_shape_layer_and_provenance(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    relu, last = nodes_of(module, aten.relu.default)[0], layer_node(module, "a@2")
+    with rewriter.before(last):
+        node = rewriter.call(aten.mul.Tensor, (relu, 2.0), sources=[relu, last], name="twice")
+    rewriter.redirect(last, relu, node)
+    assert (node.meta["val"].shape[1], node.meta["val"].dtype) == (4, torch.float32)
+    assert str(node.meta["val"].shape[0]) == str(relu.meta["val"].shape[0])
+    assert node.meta[LAYER] == "a@2"
+    assert node.meta[PROVENANCE] == (Origin("test", ("relu", "linear_1")),)
+    assert str(node.meta[PROVENANCE][0]) == "test(relu, linear_1)"
+    assert rewriter.edits == 2
+    module.recompile()
+    verify(module, SPECS[Stage.CAPTURED])
+
+
+def test_provenance_is_inherited(module: fx.GraphModule) -> None:
+    relu = nodes_of(module, aten.relu.default)[0]
+    with Rewriter(module, "first").after(relu):
+        one = Rewriter(module, "first").call(aten.neg.default, (relu,), [relu])
+    with Rewriter(module, "second").after(one):
+        two = Rewriter(module, "second").call(aten.neg.default, (one,), [one])
+    assert [origin.pass_name for origin in two.meta[PROVENANCE]] == ["first", "second"]
+
+
+def test_replace_erases_what_is_left_unread(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    relu = nodes_of(module, aten.relu.default)[0]
+    rewriter.replace(relu, relu.args[0])
+    module.recompile()
+    assert text(module) == golden(
+        """
+        x: float32[B, 4]
+        linear: float32[B, 4] = linear(x, @a.weight, @a.bias)
+        linear_1: float32[B, 4] = linear(linear, @a.weight, @a.bias)
+        return linear_1
+        """
+    )
+
+
+def test_a_node_that_is_read_cannot_be_erased(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    with pytest.raises(PassError, match="test: relu is still read by linear_1"):
+        rewriter.erase(nodes_of(module, aten.relu.default)[0])
+
+
+def test_folding_a_shared_weight_leaves_the_other_reader_alone(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    first, second = layer_node(module, "a"), nodes_of(module, aten.linear.default)[1]
+    old = rewriter.tensor(first.args[1]).clone()
+    rewriter.fold(second, 1, lambda w: w.double() * 2)
+    assert torch.equal(rewriter.tensor(first.args[1]), old)
+    assert torch.equal(rewriter.tensor(second.args[1]), old * 2)
+    assert rewriter.tensor(second.args[1]).dtype == torch.float32
+    rewriter.fold(second, 1, lambda w: w.double() * 2)  # It is private by now.
+    assert torch.equal(rewriter.tensor(second.args[1]), old * 4)
+    assert len({str(node.target) for node in module.graph.nodes if node.op == "get_attr"}) == 3
+
+
+def test_folding_never_writes_into_the_model(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    node = layer_node(module, "a")
+    held = rewriter.tensor(node.args[2])
+    old = held.clone()
+    rewriter.fold(node, 2, lambda b: b + 1)
+    assert torch.equal(held, old)
+
+
+def test_a_fold_that_overflows_is_refused_by_name(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    with pytest.raises(NonFiniteError, match=r"a.weight_of_a does not fit torch.float32 after test"):
+        rewriter.fold(layer_node(module, "a"), 1, lambda w: w.double() * 1e300)
+
+
+def test_names_of_constants_do_not_collide(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    nodes = [rewriter.constant("a.weight", torch.ones(1), []), rewriter.constant("new.one", torch.ones(1), [])]
+    nodes.append(rewriter.constant("new.one", torch.zeros(1).int(), []))
+    assert [str(node.target) for node in nodes] == ["a.weight_2", "new.one", "new.one_2"]
+    assert "new.one_2" in dict(module.named_buffers())
+
+
+def test_a_parameter_that_was_lacking_is_given(rewriter: Rewriter, module: fx.GraphModule) -> None:
+    class NoBias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    module = captured(NoBias(), x=torch.randn(2, 4)).module
+    Rewriter(module, "test").give(layer_node(module, "a"), 2, "bias", torch.ones(4, dtype=torch.float64))
+    module.recompile()
+    verify(module, SPECS[Stage.CAPTURED])
+    assert module.get_parameter("a.bias").dtype == torch.float32
+
+
+class Norms(nn.Module):
+    """With the option, a norm more, before the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.LayerNorm(4, elementwise_affine=False) for _ in range(2)])
+        self.extra = nn.LayerNorm(4, elementwise_affine=False)
+        self.row = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor, extra: bool = False) -> Tensor:
+        if extra:
+            x = self.extra(x) * self.row
+        for block in self.blocks:
+            x = block(x) * self.row
+        return x
+
+
+def test_what_is_given_has_one_name_in_all_graphs_of_a_model() -> None:
+    model = Norms().eval()
+    architecture = Architecture.of(model, None)
+    names = []
+    for extra in (False, True):
+        found = architecture.capture(*architecture.canonical((torch.randn(2, 4), extra), {}))
+        bind(found.module, weights_of(model))
+        rewriter = Rewriter(found.module, "test")
+        for node in nodes_of(found.module, aten.layer_norm.default):
+            rewriter.give(node, 2, "weight", torch.ones(4))
+        for node in nodes_of(found.module, aten.mul.Tensor)[-1:]:
+            rewriter.fold_attribute(node.args[1], lambda p: p * 2, [node])
+        names.append({name for name in read_tensors(found.module) if name != "row"})
+    assert names[1] == names[0] | {"extra.layer_norm.weight"}
+    assert names[0] == {"blocks.0.layer_norm.weight", "blocks.1.layer_norm.weight", "row_of_mul"}
+
+
+def test_place_of(module: fx.GraphModule) -> None:
+    assert place_of(layer_node(module, "a")) == "a"
+    assert place_of(nodes_of(module, aten.relu.default)[0]) == "relu"
