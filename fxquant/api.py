@@ -257,14 +257,14 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: If a tensor is missing, has another shape or dtype, or is read by no graph.
     """
     read = set()
-    for graph in quantized.graphs:
-        for name, held in read_tensors(graph).items():
+    for captured in quantized.captured:
+        for name, held in read_tensors(captured.module).items():
             read.add(name)
             if name not in tensors:
                 raise CheckpointError(f"no tensor {name!r}: the weights do not belong to this model or are incomplete")
             if tensors[name].dtype != held.dtype:
                 raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype}, the model needs {held.dtype}")
-        bind(graph, tensors)
+        bind(captured.module, tensors)
     extra = sorted(tensors.keys() - read)
     if extra:
         raise CheckpointError(f"the model reads no tensor {extra[0]!r}: the weights belong to another model")

@@ -86,8 +86,8 @@ class GraphModel(nn.Module):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that any graph reads, by name."""
         found: dict[str, torch.Tensor] = {}
-        for graph in self.graphs:
-            for target, tensor in read_tensors(graph).items():
+        for captured in self.captured:
+            for target, tensor in read_tensors(captured.module).items():
                 found.setdefault(target, tensor)
         return found
 
@@ -103,11 +103,11 @@ class GraphModel(nn.Module):
 
     def _share(self) -> None:
         held: dict[str, torch.Tensor] = {}
-        for graph in self.graphs:
-            for target, tensor in read_tensors(graph).items():
+        for captured in self.captured:
+            for target, tensor in read_tensors(captured.module).items():
                 first = held.setdefault(target, tensor)
                 if first is not tensor and first.shape == tensor.shape and first.dtype == tensor.dtype:
-                    set_tensor(graph, target, first)
+                    set_tensor(captured.module, target, first)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GraphModel:
         probe = fn(torch.empty(0, dtype=self._dtype, device=self.device))
@@ -125,8 +125,8 @@ class GraphModel(nn.Module):
         super()._apply(keep_dtype, recurse)
         self._share()
         if moved:
-            for graph in self.graphs:
-                retarget(graph, probe.device)
+            for captured in self.captured:
+                retarget(captured.module, probe.device)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:

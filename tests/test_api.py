@@ -543,7 +543,7 @@ def test_dispatch_is_quick(quantized: GraphModel) -> None:
 
 
 def test_capture_on_another_device() -> None:
-    """Graphs for a GPU are captured from an architecture that was built without one, and unread inputs do not matter."""
+    """Graphs for a GPU are captured from an architecture that was built without one; unread inputs do not matter."""
 
     class Plain(nn.Linear):
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
