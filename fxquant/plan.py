@@ -105,7 +105,8 @@ class Plan:
         timestep: Name of the model's timestep input.
         calls: The calls that were captured; the first is the one that calibration began with.
         layers: Decisions a layer.
-        vectors: Balance factors per input channel, float64 ``[in]``, by layer.
+        vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.importance`` the mean
+            squares of the input channels, where a search of weight ranges needed them.
         timesteps: The calibrated timesteps.
         output_sqnr_db: Output SQNR against float by timestep, in dB, as measured on calibration inputs.
         bytes_before: Size of the float model's tensors.

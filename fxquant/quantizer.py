@@ -32,7 +32,8 @@ PERCENTILES = (0.999, 0.9999, 0.99999)
 T = TypeVar("T")
 
 _ACTIVATION_SHRINKS = 39
-_WEIGHT_SHRINKS = 40
+_COARSE_SHRINKS = tuple(1.0 - 0.1 * step for step in range(9))
+_FINE_SHRINKS = (1.0, 0.925, 0.95, 0.975, 1.025, 1.05, 1.075)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,10 +121,12 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
         raise ConfigurationError(
             f"the reference has shape {tuple(reference.shape)}, the approximation {tuple(approximation.shape)}."
         )
-    signal = noise = 0.0
-    pairs = zip(_slices(reference.detach().flatten()), _slices(approximation.detach().flatten()), strict=True)
-    for exact, actual in _map(_energies, list(pairs)):
-        signal, noise = signal + exact, noise + actual
+    reference, approximation = reference.detach().flatten(), approximation.detach().flatten()
+    return _decibels(_map(_energies, list(zip(_slices(reference), _slices(approximation), strict=True))))
+
+
+def _decibels(energies: Sequence[tuple[float, float]]) -> float:
+    signal, noise = (sum(side) for side in zip(*energies, strict=True))
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else (math.nan if math.isnan(noise) else -math.inf)
@@ -201,18 +204,21 @@ def activation_range(samples: Tensor, lo: float, hi: float, bits: int, method: R
     return float(lows[best].item()), float(highs[best].item())
 
 
-def weight_range(rows: Tensor, bits: int, method: RangeMethod, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+def weight_range(
+    rows: Tensor, bits: int, method: RangeMethod, symmetric: bool = False, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the range of each row of a weight.
 
     The methods are those of :func:`activation_range`, row by row, except that `mse` shrinks both ends of a row
-    together, by 40 factors from 1 down to 0.2. Searches run in slices of rows, so their memory does not grow with the
-    weight.
+    together, first by nine factors from 1 down to 0.2, then by seven more around the best of them. Searches run in
+    slices of rows, so their memory does not grow with the weight.
 
     Args:
         rows: `[rows, n]`, any float dtype, each row (an output channel or one of its groups) on a grid of its own.
         bits: Bits a code, 2 to 8.
         method: One of `minmax`, `percentile`, `mse`.
         symmetric: The grids will be symmetric, which decides what a range costs.
+        importance: Weights of the squared errors in the searches, `[rows, n]` or `[1, n]`; all alike if None.
 
     Returns:
         The lower and the upper ends, `[rows]` each, of the dtype of `rows` for `minmax`, else float64.
@@ -226,12 +232,22 @@ def weight_range(rows: Tensor, bits: int, method: RangeMethod, symmetric: bool =
     if method == "minmax":
         return _extremes(rows)
 
-    def search(piece: Tensor) -> tuple[Tensor, Tensor]:
+    def search(piece: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         values = piece.to(compute_dtype(piece.dtype))
-        candidates = _percentile_ranges(values) if method == "percentile" else _shrunk_ranges(values)
-        return _lowest_error(values, candidates, bits, symmetric)
+        if method == "percentile":
+            return _lowest_error(values, _percentile_ranges(values), bits, symmetric, share)
+        low, high = (end.to(torch.float64) for end in _extremes(values))
+        for factors in (_COARSE_SHRINKS, _FINE_SHRINKS):
+            candidates = [(low * factor, high * factor) for factor in factors]
+            low, high = _lowest_error(values, candidates, bits, symmetric, share)
+        return low, high
 
-    lows, highs = zip(*_map(search, [(piece,) for piece in _slices(rows)]), strict=True)
+    pieces = _slices(rows)
+    if importance is None or len(importance) == 1:
+        shares = [importance] * len(pieces)
+    else:
+        shares = list(importance.split([len(piece) for piece in pieces]))
+    lows, highs = zip(*_map(search, list(zip(pieces, shares, strict=True))), strict=True)
     return torch.cat(lows), torch.cat(highs)
 
 
@@ -277,6 +293,17 @@ class QuantizedWeight:
             self.packed, self.scale, self.zero_point, self.bits, self.group_size, self.in_features, dtype
         )
 
+    def sqnr_db(self, weight: Tensor) -> float:
+        """:func:`sqnr_db` of these codes against the weight `[out, in_features]` that they stand for."""
+
+        def energies(values: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[float, float]:
+            grid = self.bits, self.group_size, self.in_features, values.dtype
+            return _energies(values.flatten(), dequantize_weight(packed, scale, zero_point, *grid).flatten())
+
+        slices = _slices(weight.detach())
+        fields = ([*field.split(len(slices[0]))] for field in (self.packed, self.scale, self.zero_point))
+        return _decibels(_map(energies, list(zip(slices, *fields, strict=True))))
+
 
 def quantize_weight(
     weight: Tensor,
@@ -285,6 +312,7 @@ def quantize_weight(
     group_size: int = 0,
     symmetric: bool = False,
     method: RangeMethod = "minmax",
+    importance: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round a weight to the nearest code, on a grid of its own for each output channel or group of input channels.
 
@@ -294,6 +322,8 @@ def quantize_weight(
         group_size: Input channels that share a grid; 0 for all of them.
         symmetric: Fix zero points at `2**(bits - 1)`.
         method: How the ranges are chosen, see :func:`weight_range`.
+        importance: `[in]`, how much an error in each column matters to the searches: the mean square of that input
+            channel, for the error of the layer's output; all columns alike if None.
 
     Returns:
         The packed codes with their scales and zero points.
@@ -308,8 +338,18 @@ def quantize_weight(
     out_features, in_features = weight.shape
     groups = group_count(in_features, group_size)
     rows = weight.detach().reshape(out_features * groups, in_features // groups)
-    scale, zero_point = affine_parameters(*weight_range(rows, bits, method, symmetric), bits, symmetric)
-    codes = quantize(rows, scale[:, None], zero_point[:, None], 0, 2**bits - 1).to(torch.uint8)
+    if importance is not None:
+        importance = importance.reshape(groups, -1)
+        importance = importance if groups == 1 else importance.repeat(out_features, 1)
+    scale, zero_point = affine_parameters(*weight_range(rows, bits, method, symmetric, importance), bits, symmetric)
+
+    def round_rows(values: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+        return quantize(values, step[:, None], offset[:, None], 0, 2**bits - 1).to(torch.uint8)
+
+    # In slices as all else that is done to weights: temporaries of the size of the weight would add to the peak.
+    slices = _slices(rows)
+    grids = (grid.split(len(slices[0])) for grid in (scale, zero_point))
+    codes = torch.cat(_map(round_rows, list(zip(slices, *grids, strict=True))))
     return QuantizedWeight.from_codes(
         codes.reshape(out_features, in_features),
         scale.reshape(out_features, groups),
@@ -361,6 +401,8 @@ def group_count(in_features: int, group_size: int) -> int:
 
 def _slices(tensor: Tensor) -> Sequence[Tensor]:
     """Slices along the first axis, small enough for a processor's cache, large enough to fill a GPU."""
+    if is_fake(tensor) or tensor.is_meta:
+        return [tensor]
     elements = 1 << 18 if tensor.device.type == "cpu" else 1 << 24
     return tensor.split(max(1, elements // max(1, tensor[:1].numel())))
 
@@ -373,7 +415,7 @@ def _map(function: Callable[..., T], slices: Sequence[tuple[Tensor, ...]]) -> li
     """
     threads = torch.get_num_threads()
     first = slices[0][0] if slices else None
-    if threads == 1 or len(slices) < 2 or first is None or first.device.type != "cpu" or is_fake(first):
+    if threads == 1 or len(slices) < 2 or first is None or first.device.type != "cpu":
         return [function(*piece) for piece in slices]
     torch.set_num_threads(1)
     try:
@@ -438,24 +480,22 @@ def _percentile_ranges(values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         )
 
 
-def _shrunk_ranges(values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The range of each row of `values` `[rows, n]`, then the same shrunk step by step, as float64 `[rows]` pairs."""
-    low, high = (end.to(torch.float64) for end in _extremes(values))
-    for step in range(_WEIGHT_SHRINKS):
-        factor = 1.0 - 0.8 * step / (_WEIGHT_SHRINKS - 1)
-        yield low * factor, high * factor
-
-
 def _lowest_error(
-    values: Tensor, candidates: Iterable[tuple[Tensor, Tensor]], bits: int, symmetric: bool
+    values: Tensor,
+    candidates: Iterable[tuple[Tensor, Tensor]],
+    bits: int,
+    symmetric: bool,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """For each row of `values` `[rows, n]` the candidate with the lowest squared error, the first of those that tie."""
+    share = None if importance is None else importance.to(values.dtype)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for low, high in candidates:
         scale, zero_point = affine_parameters(low, high, bits, symmetric)
         offset, step = zero_point[:, None].to(values.dtype), scale[:, None].to(values.dtype)
         # In place, which is twice as fast as new tensors.
-        error = quantize(values, step, offset, 0, 2**bits - 1).sub_(offset).mul_(step).sub_(values).square_().sum(1)
+        squares = quantize(values, step, offset, 0, 2**bits - 1).sub_(offset).mul_(step).sub_(values).square_()
+        error = squares.sum(1) if share is None else squares.mul_(share).sum(1)
         if best is None:
             best = error, low, high
         else:

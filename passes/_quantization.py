@@ -55,10 +55,15 @@ def quantized_weight(
     # Without values there is nothing to search; the shapes are those of any method.
     search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
     quantized = quantize_weight(
-        values, bits=layer.weight_bits, group_size=layer.group_size, symmetric=symmetric, method=search.value
+        values,
+        bits=layer.weight_bits,
+        group_size=layer.group_size,
+        symmetric=symmetric,
+        method=search.value,
+        importance=None if search is RangeSearch.MINMAX else _importance(name, plan, values.device),
     )
     if layer.weight_sqnr_db is None:
-        layer.weight_sqnr_db = sqnr_db(values, quantized.dequantize(values.dtype))
+        layer.weight_sqnr_db = quantized.sqnr_db(values)
     owner = str(weight.target)
     codes = (
         rewriter.constant(f"{owner}_packed", quantized.packed, [weight]),
@@ -69,6 +74,19 @@ def quantized_weight(
     if set(weight.users) == {node}:
         rewriter.forget(weight)
     return codes
+
+
+def _importance(name: str, plan: Plan, device: torch.device) -> Tensor | None:
+    """How much an error in each weight column matters to the layer's output: the mean square of that input channel.
+
+    Kept in the plan, so that replaying it finds the same ranges. None for layers whose input was not observed.
+    """
+    layer, key = plan.layer(name), f"{name}.importance"
+    if key not in plan.vectors and plan.statistics is not None and layer.kind == "linear" and layer.observed:
+        squares = plan.evidence(layer.observed).rows().double().square().mean(dim=0)
+        plan.vectors[key] = squares / plan.vectors[name].square() if name in plan.vectors else squares
+    importance = plan.vectors.get(key)
+    return None if importance is None else importance.to(device)
 
 
 def is_quantized(weight: Any) -> bool:

@@ -38,7 +38,8 @@ class QuantizeLinears(Pass):
     half a step of its grid.
 
     Attributes:
-        weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``.
+        weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``. The searches weigh
+            the error of a column by the mean square of that input, which makes it the error of the layer's output.
         activation_range: The same for activations, on rows sampled in calibration.
         symmetric: Whether weight grids are symmetric about 0.
     """

@@ -298,3 +298,18 @@ class TestSqnr:
     def test_shapes_must_agree(self) -> None:
         with pytest.raises(ConfigurationError, match=r"\(3,\).*\(3, 1\)"):
             sqnr_db(torch.ones(3), torch.ones(3, 1))
+
+
+def test_importance_makes_the_mse_search_serve_the_output():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(32, 64, generator=generator)
+    weight[:, :4] *= 6  # Columns that stretch every grid,
+    channels = torch.ones(64)
+    channels[:4] = 0.01  # and whose inputs hardly ever differ from zero.
+    x = torch.randn(256, 64, generator=generator) * channels
+    plain = quantize_weight(weight, bits=4, method="mse")
+    weighted = quantize_weight(weight, bits=4, method="mse", importance=x.square().mean(dim=0))
+    errors = [sqnr_db(x @ weight.T, x @ q.dequantize(torch.float32).T) for q in (plain, weighted)]
+    assert errors[1] > errors[0] + 6
+    grouped = quantize_weight(weight, bits=4, group_size=16, method="mse", importance=x.square().mean(dim=0))
+    assert sqnr_db(x @ weight.T, x @ grouped.dequantize(torch.float32).T) > errors[0]
