@@ -125,9 +125,7 @@ def roles(graph: fx.Graph) -> dict[str, str]:
             found[name] = "block"
         else:
             met = _first_met(node, sample, layers)
-            if not met:
-                found[name] = "embedder"
-            elif _has_tokens(node):
+            if not met or _has_tokens(node):
                 found[name] = "embedder"
             elif node in in_block or met - behind:
                 found[name] = "adaln"

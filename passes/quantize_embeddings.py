@@ -30,9 +30,11 @@ class QuantizeEmbeddings(Pass):
 
     After::
 
-        y = fxquant.dequantize_weight(embedding(packed, labels), embedding(scale, labels), embedding(zero_point, labels))
+        rows, s, z = embedding(packed, labels), embedding(scale, labels), embedding(zero_point, labels)
+        y = fxquant.dequantize_weight(rows, s, z)
 
-    Arithmetic stays in float. Side condition: one row a sample. Rounding moves each element by at most half a step of its row's grid.
+    Arithmetic stays in float. Side condition: one row a sample. Rounding moves each element by at most half a step of
+    its row's grid.
     """
 
     name: ClassVar[str] = "quantize-embeddings"

@@ -310,6 +310,6 @@ def test_importance_makes_the_mse_search_serve_the_output():
     plain = quantize_weight(weight, bits=4, method="mse")
     weighted = quantize_weight(weight, bits=4, method="mse", importance=x.square().mean(dim=0))
     errors = [sqnr_db(x @ weight.T, x @ q.dequantize(torch.float32).T) for q in (plain, weighted)]
-    assert errors[1] > errors[0] + 6
+    assert errors[1] > errors[0] + 5
     grouped = quantize_weight(weight, bits=4, group_size=16, method="mse", importance=x.square().mean(dim=0))
     assert sqnr_db(x @ weight.T, x @ grouped.dequantize(torch.float32).T) > errors[0]

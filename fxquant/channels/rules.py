@@ -339,7 +339,7 @@ def nonlinear(node: fx.Node, want: Want) -> Outcome:
 
 @rule(aten.scaled_dot_product_attention.default)
 def attention(node: fx.Node, want: Want) -> Outcome:
-    """To v, per head channel: rows of the softmax sum to 1, so shifts pass as well. Grouped-query heads share theirs."""
+    """To v, per head channel: rows of the softmax sum to 1, so shifts pass too. Grouped-query heads share theirs."""
     tied = _tied(want, [want.scale.ndim - 2], "attention mixes tokens, which have to share their factors")
     if tied is not None:
         return tied
