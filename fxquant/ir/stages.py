@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from fxquant.capture import LAYER, get_tensor
-from fxquant.errors import FxquantError, VerificationError
+from fxquant.errors import VerificationError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.rewriter import PROVENANCE, fake_mode_of
 
@@ -79,20 +79,26 @@ def verify(module: fx.GraphModule, spec: StageSpec) -> None:
     Raises:
         VerificationError: Names the node, its layer and the passes that made it.
     """
-    module.graph.lint()
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            _check_tensor(module, node)
+    try:
+        module.graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"the graph of stage {spec.name!r} is not well-formed: {error}") from error
     mode = fake_mode_of(module.graph)
     with mode, torch.no_grad():
         for node in module.graph.nodes:
-            if node.op == "get_attr":
-                _check_tensor(module, node)
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 if not spec.allows(node):
                     raise _broken(node, f"op {node.target} does not belong in a graph of stage {spec.name!r}")
+                if spec in SPECS.values() and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+                    raise _broken(node, f"op {node.target} writes into its input, which other nodes may read")
                 _check_value(node)
                 check = _CHECKS.get(str(node.target))
                 if check is not None:
                     check(node)
-            elif node.op not in ("placeholder", "output"):
+            elif node.op not in ("placeholder", "output", "get_attr"):
                 raise _broken(node, f"a {node.op} node does not belong in any stage")
 
 
@@ -122,8 +128,6 @@ def _check_value(node: fx.Node) -> None:
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
         actual = node.target(*args, **kwargs)  # type: ignore[operator]
-    except FxquantError:
-        raise
     except Exception as error:
         raise _broken(node, f"its arguments do not fit: {error}") from error
     if isinstance(recorded, Tensor) and _text(actual) != _text(recorded):
