@@ -118,7 +118,8 @@ def _parse_value(text: str, wanted: Any, what: str) -> Any:
         if wanted in (int, float):
             return wanted(text)
     except (ValueError, KeyError):
-        choices = f" ({', '.join(str(m.value) for m in wanted)})" if isinstance(wanted, enum.EnumMeta) else ""
+        members: list[enum.Enum] = list(wanted) if isinstance(wanted, enum.EnumMeta) else []
+        choices = f" ({', '.join(str(member.value) for member in members)})" if members else ""
         raise ConfigurationError(f"{what}={text!r} cannot be read as {wanted.__name__}{choices}") from None
     return text
 

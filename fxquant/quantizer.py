@@ -247,7 +247,7 @@ def weight_range(
         shares = [importance] * len(pieces)
     else:
         shares = list(importance.split([len(piece) for piece in pieces]))
-    lows, highs = zip(*_map(search, list(zip(pieces, shares, strict=True))), strict=True)
+    lows, highs = zip(*_map(search, [*zip(pieces, shares, strict=True)]), strict=True)
     return torch.cat(lows), torch.cat(highs)
 
 
@@ -407,7 +407,7 @@ def _slices(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.split(max(1, elements // max(1, tensor[:1].numel())))
 
 
-def _map(function: Callable[..., T], slices: Sequence[tuple[Tensor, ...]]) -> list[T]:
+def _map(function: Callable[..., T], slices: Sequence[tuple[Tensor | None, ...]]) -> list[T]:
     """Call a function on each slice, on the processor one slice a thread.
 
     Left to torch, each of the many small ops would be a parallel region, at whose end all threads wait for the slowest:

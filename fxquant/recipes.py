@@ -23,12 +23,10 @@ class Recipe:
     Attributes:
         prepare: Passes on the captured graph before calibration, which settle what is observed.
         convert: Passes after it.
-        static: Whether any activation range is static, so that calibration is needed.
     """
 
     prepare: tuple[Pass, ...]
     convert: tuple[Pass, ...]
-    static: bool = True
 
     def __post_init__(self) -> None:
         Pipeline([*self.prepare, *self.convert])  # Refuses an impossible order.
@@ -46,7 +44,8 @@ class Recipe:
         before, semicolon, after = text.partition(" ; ")
         if not semicolon:
             raise ConfigurationError(f"{text!r} is no recipe; write passes before and after calibration: a,b ; c,d")
-        return cls(*(tuple(parse_pass(part) for part in half.split(",") if part.strip()) for half in (before, after)))
+        prepare, convert = ([parse_pass(part) for part in half.split(",") if part.strip()] for half in (before, after))
+        return cls(tuple(prepare), tuple(convert))
 
 
 RecipeMaker = Callable[[Precision, str], Recipe]
@@ -92,7 +91,6 @@ def _recipe(precision: Precision, layers: str, *middle: str, ranges: str = "") -
     return Recipe(
         tuple(map(parse_pass, prepare)),
         tuple(map(parse_pass, (*middle, *quantize))),
-        static=precision.activation_bits is not None,
     )
 
 

@@ -49,7 +49,8 @@ def quantized_weight(
     key = (weight, layer.weight_bits, layer.group_size)
     if key in rewriter.memo:
         codes, layer.weight_sqnr_db = rewriter.memo[key]
-        return codes  # type: ignore[no-any-return]
+        packed, scale, zero_point = codes
+        return packed, scale, zero_point
     values = rewriter.tensor(weight).flatten(1)
     require_finite(values, f"the weight of layer {name}")
     # Without values there is nothing to search; the shapes are those of any method.
@@ -126,7 +127,8 @@ def quantized_input(
             name=f"{x.name}_codes",
         )
         rewriter.memo[key] = (codes, *grid)
-    return rewriter.memo[key]  # type: ignore[no-any-return]
+    codes, scale, zero_point = rewriter.memo[key]
+    return codes, scale, zero_point
 
 
 def _decide_range(name: str, plan: Plan, method: RangeSearch) -> None:

@@ -53,7 +53,8 @@ class AbsorbAffines(Pass):
     def _absorb(self, graph: fx.Graph, rewriter: Rewriter) -> bool:
         affines, factors = _constant_affines(graph, rewriter)
         seeds = [
-            Seed(name, node.args[0], (node,), alike=tuple(factors[name].tolist())) for name, node in affines.items()
+            Seed(name, node.all_input_nodes[0], (node,), alike=tuple(factors[name].tolist()))
+            for name, node in affines.items()
         ]
         solution, chosen = _agreed(graph, seeds, factors)
         stuck = {name for name in chosen if _stays(solution, name, factors[name])}
@@ -138,9 +139,8 @@ def _remove(affine: fx.Node, factor: Tensor, solution: Solution, rewriter: Rewri
     granted = torch.from_numpy(solution.grants[affine.name].granted)
     left = torch.where(granted, 1.0, factor)
     if (left == 1).all():
-        source = affine.args[0]
-        assert isinstance(source, fx.Node)
-        rewriter.replace(affine, source)
+        rewriter.replace(affine, affine.all_input_nodes[0])
     else:  # Some channels could not be absorbed and really are scaled.
-        scale = rewriter.constant(f"{affine.args[1].target}_left", left, [affine])
-        affine.args = (affine.args[0], scale, None)
+        source, old = affine.all_input_nodes
+        scale = rewriter.constant(f"{old.target}_left", left, [affine])
+        affine.args = (source, scale, None)

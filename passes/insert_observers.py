@@ -57,7 +57,7 @@ class InsertObservers(Pass):
                         name=f"{value.name}_observed",
                     )
                 observers[value, axis] = observer
-            layer.observed = observer.args[2]
+            layer.observed = str(observer.args[2])
             rewriter.redirect(node, value, observer)
 
 

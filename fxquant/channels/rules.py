@@ -423,16 +423,16 @@ def reshape(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int)
 def permute(node: fx.Node, want: Want) -> Outcome:
     """permute, transpose, t, movedim: the same, in the new layout."""
+    arguments: tuple[Any, ...] = node.args
     rank = want.scale.ndim
     order = list(range(rank))
     if node.target is aten.permute.default:
-        order = [axis % rank for axis in node.args[1]]  # type: ignore[union-attr, operator, misc]
+        order = [axis % rank for axis in arguments[1]]
     elif node.target is aten.movedim.int:
-        start, end = (axis % rank for axis in node.args[1:3])  # type: ignore[operator, misc]
+        start, end = (axis % rank for axis in arguments[1:3])
         order.insert(end, order.pop(start))
     else:
-        first, second = node.args[1:3] if node.target is aten.transpose.int else (0, 1)
-        first, second = first % rank, second % rank  # type: ignore[operator]
+        first, second = (axis % rank for axis in (arguments[1:3] if node.target is aten.transpose.int else (0, 1)))
         order[first], order[second] = order[second], order[first]
     inverse = np.argsort(order)
     return Push([(_source(node), want.map(lambda array: array.transpose(inverse)))])

@@ -128,7 +128,7 @@ class Solution:
 
     def groups(self) -> list[list[str]]:
         """Names of seeds that have to be decided together, because channels of theirs share a factor."""
-        graph = nx.Graph()
+        graph: nx.Graph[str] = nx.Graph()
         graph.add_nodes_from(self.grants)
         names = list(self.grants)
         owner = np.full(self.classes, -1)
@@ -208,7 +208,8 @@ class _Walk:
         by_user: dict[fx.Node, list[Want]] = defaultdict(list)
         for reader, wants in asked.items():
             by_user[_direct(node, reader)] += wants
-        shares, others = [], []
+        shares: list[Want] = []
+        others: list[fx.Node] = []
         for reader in readers_of(node):
             share = None if reader in asked else _identity_share(reader, node)
             if share is not None:

@@ -186,8 +186,8 @@ class Rewriter:
     # --- inside ---
 
     def _private(self, attribute: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
-        reader = place_of(readers[0]).replace(".", "_")
-        copy = self.constant(f"{attribute.target}_of_{reader}", self.tensor(attribute), [attribute])
+        place = place_of(readers[0]).replace(".", "_")
+        copy = self.constant(f"{attribute.target}_of_{place}", self.tensor(attribute), [attribute])
         for reader in readers:
             self.redirect(reader, attribute, copy)
         return copy
