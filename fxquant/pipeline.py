@@ -198,6 +198,9 @@ class Pipeline:
             PassError: If a pass fails in a way of its own; the message names it.
             FxquantError: Whatever typed error a pass or the verification raises, with the pass named in a note.
         """
+        for step in self.passes:
+            if stage > step.requires:
+                raise ConfigurationError(f"{step.name} works on {step.requires} graphs, this one is {stage} already")
         verify(module, SPECS[stage])
         records = []
         for number, step in enumerate(self.passes, 1):
@@ -225,7 +228,10 @@ class Pipeline:
             if isinstance(error, FxquantError):
                 error.add_note(f"in pass {step}")
                 raise
-            raise PassError(f"pass {step} failed: {type(error).__name__}: {error}") from error
+            failure = PassError(f"pass {step} failed: {type(error).__name__}: {error}")
+            for note in getattr(error, "__notes__", ()):  # Where an instrument wrote its reproducer.
+                failure.add_note(note)
+            raise failure from error
         after = count_ops(module.graph)
         change = {op: after[op] - ops[op] for op in sorted({*ops, *after}) if after[op] != ops[op]}
         record = PassRecord(str(step), time.perf_counter() - began, rewriter.edits, change)
