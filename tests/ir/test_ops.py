@@ -102,6 +102,7 @@ class TestLinear:
         assert torch.equal(y, exact if row is None else exact + row.double())
 
     def test_agrees_with_the_float_layer(self) -> None:
+        torch.manual_seed(0)
         layer, x = nn.Linear(32, 16), torch.randn(4, 3, 32)
         weight = quantize_weight(layer.weight, bits=8)
         scale, zero_point = torch.tensor(8.0 / 255), torch.tensor(128, dtype=torch.uint8)

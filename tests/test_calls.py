@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
+from fxquant.errors import CaptureError, CheckpointError
+
+
+def forward(
+    sample: Tensor, timestep: Any = None, labels: Any = None, added: Any = None, scale: float = 1.0, **more: Any
+) -> None: ...
+
+
+def canonical(*args: Any, **kwargs: Any) -> tuple[tuple[str, ...], list[Any], Any]:
+    return canonical_call(inspect.signature(forward), args, kwargs, "timestep")
+
+
+def described(*args: Any, **kwargs: Any) -> CallSpec:
+    return describe_call(*canonical(*args, **kwargs))
+
+
+def fits(call: CallSpec, *args: Any, **kwargs: Any) -> bool:
+    names, leaves, _ = canonical(*args, **kwargs)
+    return call.fits(names, leaves)
+
+
+X = torch.zeros(2, 5, 4)
+
+
+def test_one_form_however_it_was_written() -> None:
+    ways = [canonical(X, 3), canonical(sample=X, timestep=3), canonical(X, timestep=3, scale=1.0, added=None)]
+    for names, leaves, structure in ways:
+        assert names == ("sample", "timestep", "labels", "added", "scale")
+        assert leaves[0] is X
+        assert leaves[2:] == [None, None, 1.0]
+        assert structure == {"sample": 0, "timestep": 1, "labels": 2, "added": 3, "scale": 4}
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(3, torch.int64), (0.5, torch.float32)])
+def test_a_timestep_given_as_a_number_becomes_a_tensor(number: float, dtype: torch.dtype) -> None:
+    _, leaves, _ = canonical(X, number)
+    assert (leaves[1].dtype, leaves[1].shape, leaves[1].item()) == (dtype, (), number)
+    _, leaves, _ = canonical(X, True)
+    assert leaves[1] is True
+
+
+def test_nested_inputs_have_readable_names() -> None:
+    names, leaves, structure = canonical(X, 1, added={"size": (1, X), "mode": "a"}, extra=[X])
+    assert names[3:] == ("added.size.0", "added.size.1", "added.mode", "scale", "extra.0")
+    assert leaves[5] == "a"
+    assert structure["added"] == {"size": (3, 4), "mode": 5}
+    assert structure["extra"] == [7]
+
+
+def test_what_cannot_be_captured_is_named() -> None:
+    with pytest.raises(CaptureError, match=r"input 'added.pipe' is a object; only tensors, numbers"):
+        canonical(X, added={"pipe": object()})
+    with pytest.raises(CaptureError, match=r"the model takes \*rest; give these inputs by keyword"):
+        canonical_call(inspect.signature(lambda x, *rest: None), (X, X), {}, None)
+    with pytest.raises(TypeError, match="sample"):
+        canonical(timestep=1)
+
+
+def test_the_leading_size_of_the_sample_is_the_batch() -> None:
+    call = described(X, torch.zeros(2), torch.zeros(5, 3), {"size": torch.zeros(2, 2)})
+    shapes = {name: spec.shape for name, spec in call.tensors}
+    assert shapes == {"sample": (BATCH, 5, 4), "timestep": (BATCH,), "labels": (5, 3), "added.size": (BATCH, 2)}
+    assert call.batched
+    assert str(call.tensors[0][1]) == "float32[batch, 5, 4]"
+    assert str(call).startswith("(sample: float32[batch, 5, 4], timestep: float32[batch], labels: float32[5, 3]")
+
+
+def test_which_calls_a_graph_serves() -> None:
+    call = described(X, torch.zeros(2), scale=2.0)
+    assert fits(call, torch.zeros(7, 5, 4), torch.zeros(7), scale=2.0)
+    assert not fits(call, torch.zeros(7, 5, 4), torch.zeros(6), scale=2.0)  # Two batch sizes.
+    assert not fits(call, torch.zeros(7, 6, 4), torch.zeros(7), scale=2.0)
+    assert not fits(call, X.double(), torch.zeros(2), scale=2.0)
+    assert not fits(call, X, torch.zeros(2))
+    assert not fits(call, X, torch.zeros(2), scale=2)  # Another type, another graph.
+    assert not fits(call, X, torch.zeros(2), torch.zeros(2), scale=2.0)
+    assert not fits(call, X, None, scale=2.0)
+    assert not fits(call, X, torch.zeros(2), scale=2.0, more=None)
+    assert not fits(call, torch.tensor(0.0), torch.zeros(2), scale=2.0)
+
+
+def test_the_batch_size_of_a_call() -> None:
+    call = described(X, 1)
+    assert call.batch_size(canonical(torch.zeros(9, 5, 4), 1)[1]) == 9
+    assert described(torch.tensor(1.0)).batch_size(canonical(torch.tensor(1.0))[1]) == 0
+
+
+constants = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=5)
+tensors = st.lists(st.integers(1, 4), max_size=3).map(torch.zeros)
+values = st.recursive(
+    constants | tensors,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text("abc.", min_size=1, max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(values)
+def test_a_call_survives_json(value: Any) -> None:
+    call = described(X, 1, added=value)
+    read = CallSpec.from_json(json.loads(json.dumps(call.to_json())))
+    assert read == call
+    assert fits(read, X, 1, added=value)
+    made = read.arguments(lambda name, spec: torch.zeros(spec.concrete(2), dtype=spec.dtype))
+    names, leaves, structure = canonical(**made)
+    assert names == call.names
+    assert structure == call.structure
+    assert call.fits(names, leaves)
+
+
+@pytest.mark.parametrize("data", [{}, {"names": [], "leaves": [{"shape": [1]}], "structure": {}}, {"names": 1}])
+def test_what_is_no_call_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="the recorded call of the model cannot be read"):
+        CallSpec.from_json(data)
+
+
+def test_a_shape_at_a_batch_size() -> None:
+    spec = TensorSpec((BATCH, 3), torch.float32)
+    assert spec.concrete(5) == (5, 3)
+    assert spec.fits(torch.zeros(5, 3), 5)
+    assert not spec.fits(torch.zeros(5, 3), 4)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fxquant.errors import ConfigurationError
+from fxquant.precision import FLOAT, Precision, precision_of, roles
+from tests.support import captured
+from tests.tiny import inputs, make_dit
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("w4a8", Precision(4, 8)),
+        ("w8a16", Precision(8, None)),
+        ("w4a16-g64", Precision(4, None, 64)),
+        ("float", FLOAT),
+    ],
+)
+def test_text(text: str, precision: Precision) -> None:
+    assert Precision.parse(text) == precision
+    assert str(precision) == text
+
+
+@given(st.integers(2, 8), st.none() | st.integers(2, 8), st.integers(0, 512))
+def test_every_precision_prints_and_parses(weight: int, activation: int | None, group: int) -> None:
+    precision = Precision(weight, activation, group)
+    assert Precision.parse(str(precision)) == precision
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w4", "'w4' is no precision; write w4a8"),
+        ("W4A8", "is no precision"),
+        ("w1a8", "1 bits for weights: 2 to 8"),
+        ("w16a8", "16 bits for weights"),
+        ("w4a9", "9 bits for activations"),
+        ("", "is no precision"),
+    ],
+)
+def test_what_is_no_precision(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Precision.parse(text)
+
+
+def test_contradictions() -> None:
+    with pytest.raises(ConfigurationError, match="quantized activations need quantized weights"):
+        Precision(None, 8)
+    with pytest.raises(ConfigurationError, match="a group of -1 input channels"):
+        Precision(4, 8, -1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("default", {"block": "w4a8", "adaln": "w4a8", "embedder": "w8a16", "patch": "float", "final": "float"}),
+        ("blocks", {"block": "w4a8", "adaln": "w4a8", "embedder": "float", "patch": "float", "final": "float"}),
+        ("all", dict.fromkeys(("block", "adaln", "embedder", "patch", "final"), "w4a8")),
+    ],
+)
+def test_precision_by_role(layers: str, expected: dict[str, str]) -> None:
+    found = {role: str(precision_of("x", role, Precision(4, 8), layers, "")) for role in expected}
+    assert found == expected
+
+
+def test_overrides_come_first() -> None:
+    overrides = "blocks.0.*=w8a8;blocks.*.to_q=float"
+    for name, expected in (("blocks.0.to_q", "w8a8"), ("blocks.1.to_q", "float"), ("blocks.1.to_k", "w4a8")):
+        assert str(precision_of(name, "block", Precision(4, 8), "default", overrides)) == expected
+
+
+def test_roles_of_a_dit() -> None:
+    found = roles(captured(make_dit(), timestep_name="timestep", **inputs()).module.graph)
+    block = "transformer_blocks.0"
+    assert found == {
+        "pos_embed.proj": "patch",
+        f"{block}.norm1.emb.timestep_embedder.linear_1": "embedder",
+        f"{block}.norm1.emb.timestep_embedder.linear_2": "embedder",
+        f"{block}.norm1.emb.class_embedder.embedding_table": "embedder",
+        f"{block}.norm1.linear": "adaln",
+        **{f"{block}.attn1.{name}": "block" for name in ("to_q", "to_k", "to_v", "to_out.0")},
+        **{f"{block}.ff.net.{name}": "block" for name in ("0.proj", "2")},
+        **{name: found[name] for name in found if name.startswith("proj_out")},
+        **{name: found[name] for name in found if "emb" in name},
+    }
+    assert found["proj_out_2"] == "final"
+
+
+class Cross(nn.Module):
+    """Keys come from text, which an embedder prepares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.pooled = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({n: nn.Linear(4, 4) for n in ("q", "k", "shift")})])
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        (block,) = self.blocks
+        keys, pooled = block["k"](F.gelu(self.text(text))), F.silu(self.pooled(text.mean(1)))
+        return (block["q"](x) + block["shift"](pooled)[:, None]) @ keys.transpose(1, 2)
+
+
+def test_keys_of_cross_attention_are_in_the_block() -> None:
+    found = roles(captured(Cross(), x=torch.randn(2, 3, 4), text=torch.randn(2, 5, 6)).module.graph)
+    assert found == {
+        "text": "embedder",
+        "pooled": "embedder",
+        "blocks.0.q": "block",
+        "blocks.0.k": "block",
+        "blocks.0.shift": "adaln",
+    }
