@@ -105,12 +105,6 @@ def smoothquant(precision: Precision, layers: str) -> Recipe:
 
 
 def ptq4dit(precision: Precision, layers: str) -> Recipe:
-    """PTQ4DiT: Spearman-guided balancing absorbed offline, percentile activation ranges, min-max weight ranges."""
-    # The paper clips weights too, which lowers their own error and raises that of the outputs: see docs/results.md.
-    return _recipe(precision, layers, "balance-channels", "absorb-affines", ranges="activation-range=percentile")
-
-
-def ptq4dit_paper(precision: Precision, layers: str) -> Recipe:
-    """PTQ4DiT with the paper's quantizers: weight ranges too by the best of three percentiles."""
+    """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
     ranges = "weight-range=percentile activation-range=percentile"
     return _recipe(precision, layers, "balance-channels", "absorb-affines", ranges=ranges)

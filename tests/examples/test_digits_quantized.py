@@ -1,0 +1,99 @@
+"""The trained model, traced, balanced and quantized: what the README says of it."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from torch import Tensor
+
+import fxquant
+from examples.digits import compare, generate, plant_salience
+from fxquant.channels.wants import Cost
+
+BALANCED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
+AFFINE = torch.ops.fxquant.channel_affine.default
+
+
+@pytest.fixture(scope="module")
+def planted(pipe: DiTPipeline) -> DiTTransformer2DModel:
+    return plant_salience(pipe.transformer)
+
+
+def test_tracing_reproduces_images_bit_for_bit(pipe: DiTPipeline) -> None:
+    labels = [3, 1, 4, 1, 5]
+    eager = generate(pipe, labels, seed=5, steps=6)
+    with compare.transformer_of(pipe, fxquant.trace(pipe.transformer)):
+        traced = generate(pipe, labels, seed=5, steps=6)
+    assert torch.equal(traced, eager)
+
+
+def double_inputs(batch: int, timestep: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(timestep)
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8, generator=generator, dtype=torch.float64),
+        "timestep": torch.full((batch,), timestep),
+        "class_labels": torch.randint(0, 10, (batch,), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "planted"])
+@torch.no_grad()
+def test_absorption_is_free_and_exact_in_float64(pipe: DiTPipeline, kind: str) -> None:
+    model = copy.deepcopy(pipe.transformer).double()
+    model = plant_salience(model) if kind == "planted" else model
+
+    def calibrate() -> None:
+        for timestep in range(0, 1000, 100):
+            model(**double_inputs(8, timestep))
+
+    recipe = fxquant.Recipe.parse("remove-no-ops,assign-precision ; balance-channels,absorb-affines")
+    rewritten = fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=0)
+    for batch, timestep in ((3, 17), (5, 950)):
+        expected = model(**double_inputs(batch, timestep)).sample
+        actual = rewritten(**double_inputs(batch, timestep)).sample
+        assert (actual - expected).abs().max() / expected.abs().max() < 1e-12
+    layers = rewritten.plan.layers
+    for block in range(8):
+        for name in BALANCED:
+            balance = layers[f"transformer_blocks.{block}.{name}"].balance
+            assert balance is not None and balance.cost == str(Cost.FREE) and balance.reason is None
+        assert (rewritten.plan.vectors[f"transformer_blocks.{block}.attn1.to_q"] != 1).any()
+    assert not [node for node in rewritten.graphs[0].graph.nodes if node.target is AFFINE]
+
+
+@pytest.fixture(scope="module")
+def sqnr(pipe: DiTPipeline, planted: DiTTransformer2DModel) -> Callable[[str, str], float]:
+    """Mean SQNR in dB of the predicted noise, by model and recipe."""
+    models = {"plain": pipe.transformer, "planted": planted}
+    calls = {name: compare.test_calls(pipe, model) for name, model in models.items()}
+    known: dict[tuple[str, str], float] = {}
+
+    def measure(name: str, recipe: str) -> float:
+        if (name, recipe) not in known:
+            model = models[name]
+            made = recipe if " ; " not in recipe else fxquant.Recipe.parse(recipe)
+            quantized = fxquant.compile(
+                model, recipe=made, calibrate=compare.calibration(pipe, model), measure=0
+            )  # fmt: skip
+            values = compare.noise_sqnr(quantized, model, calls[name])
+            known[name, recipe] = sum(values) / len(values)
+        return known[name, recipe]
+
+    return measure
+
+
+def test_salient_channels_break_rounding_and_ptq4dit_mends_it(sqnr: Callable[[str, str], float]) -> None:
+    assert sqnr("planted", "ptq4dit-w8a8") > sqnr("planted", "rtn-w8a8") + 6
+    assert sqnr("planted", "ptq4dit-w4a8") > sqnr("planted", "rtn-w4a8") + 6
+    assert sqnr("planted", "ptq4dit-w4a8") > sqnr("planted", "smoothquant-w4a8")
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+def test_without_salient_channels_ptq4dit_costs_nothing(sqnr: Callable[[str, str], float], precision: str) -> None:
+    assert sqnr("plain", f"ptq4dit-{precision}") > sqnr("plain", f"rtn-{precision}") - 0.3
+
+
+def test_planting_is_undone(sqnr: Callable[[str, str], float]) -> None:
+    assert sqnr("planted", "ptq4dit-w8a8") == pytest.approx(sqnr("plain", "ptq4dit-w8a8"), abs=0.5)
