@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from typing import Any
 
@@ -110,7 +111,13 @@ def quantized_input(
     bits = layer.activation_bits
     assert isinstance(x, fx.Node) and bits is not None
     if layer.activation is None:
-        _decide_range(name, plan, method)
+        decided = rewriter.memo.setdefault(("range", x, bits), name)  # Layers that read one value share its range.
+        if decided == name:
+            _decide_range(name, plan, method)
+        else:
+            first = plan.layer(decided)
+            layer.activation = copy.copy(first.activation)
+            layer.spread, layer.activation_sqnr_db = copy.copy(first.spread), first.activation_sqnr_db
     assert layer.activation is not None
     key = (x, bits, layer.activation.low, layer.activation.high)
     if key not in rewriter.memo:

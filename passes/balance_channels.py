@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, fx
 
 from fxquant.capture import LAYER
-from fxquant.channels.solve import Grant, Seed, Solution, solve
+from fxquant.channels.solve import Grant, Seed, solve
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
@@ -92,13 +92,15 @@ class BalanceChannels(Pass):
         parse_cost(self.dearest)
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        seeds = _seeds(graph, plan, self.roles.split("+"))
+        roles = self.roles.split("+")
+        seeds = _seeds(graph, plan, roles)
         solution = solve(graph, seeds, parse_cost(self.dearest))
         for group in solution.groups():
             grants = [solution.grants[name] for name in group]
-            layers = [[reader.meta[LAYER] for reader in grant.seed.readers] for grant in grants]
+            targets = [[node for node in grant.seed.readers if _is_target(node, plan, roles)] for grant in grants]
+            layers = [[node.meta[LAYER] for node in nodes] for nodes in targets]
             if all(plan.layer(name).balance is None for names in layers for name in names):
-                self._decide(solution, grants, layers, plan, rewriter)
+                self._decide(grants, layers, [_weight_salience(nodes, rewriter) for nodes in targets], plan)
             for grant, names in zip(grants, layers, strict=True):
                 if names[0] in plan.vectors and not self._is_done(grant.seed):
                     _balance(grant.seed, plan.vectors[names[0]], rewriter)
@@ -109,11 +111,14 @@ class BalanceChannels(Pass):
         return any(origin.pass_name == self.name for origin in origins)
 
     def _decide(
-        self, solution: Solution, grants: Sequence[Grant], layers: list[list[str]], plan: Plan, rewriter: Rewriter
+        self,
+        grants: Sequence[Grant],
+        layers: list[list[str]],
+        weight: Sequence[npt.NDArray[np.float64]],
+        plan: Plan,
     ) -> None:
         """Write the factors of one group into the plan."""
         activation = [plan.evidence(_observed(plan, names)).absmax.double().numpy() for names in layers]
-        weight = [_weight_salience(grant.seed.readers, rewriter) for grant in grants]
         classes = np.concatenate([grant.classes for grant in grants])
         sx, sw = np.concatenate(activation, axis=1), np.concatenate(weight)
         combined = combine_timesteps(sx, sw, self.salience)
@@ -191,14 +196,27 @@ def parse_cost(text: str) -> Cost:
 
 
 def _seeds(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> list[Seed]:
-    """The values read by linears of these roles with quantized activations, each with all of these linears."""
+    """The values read by linears to balance, each with all linears that read it, those to balance first.
+
+    The others, kept in float say, undo the factor in their weights as well: they would otherwise be in the way.
+    """
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if LAYER in node.meta and node.target is torch.ops.aten.linear.default:
-            layer = plan.layer(node.meta[LAYER])
-            if layer.role in roles and layer.activation_bits is not None:
-                readers.setdefault(node.args[0], []).append(node)
-    return [Seed(nodes[0].meta[LAYER], value, tuple(nodes)) for value, nodes in readers.items()]
+            value, weight = node.all_input_nodes[:2]
+            if weight.op == "get_attr":
+                readers.setdefault(value, []).append(node)
+    seeds = []
+    for value, nodes in readers.items():
+        nodes.sort(key=lambda node: not _is_target(node, plan, roles))  # Stable: in the order of the graph.
+        if _is_target(nodes[0], plan, roles):
+            seeds.append(Seed(nodes[0].meta[LAYER], value, tuple(nodes)))
+    return seeds
+
+
+def _is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:
+    layer = plan.layer(node.meta[LAYER])
+    return layer.role in roles and layer.activation_bits is not None
 
 
 def _observed(plan: Plan, names: Sequence[str]) -> str:
@@ -217,7 +235,7 @@ def _weight_salience(readers: Sequence[fx.Node], rewriter: Rewriter) -> npt.NDAr
 
 
 def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
-    with rewriter.before(seed.readers[0]):
+    with rewriter.before(min(seed.readers)):  # Nodes are ordered as they stand in the graph.
         # Kept in float64 whatever the model's dtype: what is absorbed must undo what the weight got, to the last bit.
         scale = rewriter.constant(f"{seed.name}.balance", 1 / b, [seed.value])
         balanced = rewriter.call(

@@ -103,7 +103,7 @@ def flux() -> Example:
 
 
 def balanced(
-    example: Example, dearest: str = "vector", roles: str = "block", layers: str = "default"
+    example: Example, dearest: str = "vector", roles: str = "block", layers: str = "default", overrides: str = ""
 ) -> tuple[CapturedGraph, Plan]:
     """Calibrate on random inputs, balance and absorb; the outputs must stay what they were, for any batch."""
     model, inputs = example
@@ -113,7 +113,7 @@ def balanced(
     module, plan = found.module, Plan("", "", "timestep")
     arguments = {batch: call_inputs(found, inputs(batch)) for batch in (2, 3)}
     expected = {batch: outputs(module, *tensors) for batch, tensors in arguments.items()}
-    Pipeline.parse(f"remove-no-ops,assign-precision{{layers={layers}}}").run(module, plan)
+    Pipeline.parse(f"remove-no-ops,assign-precision{{layers={layers} overrides={overrides}}}").run(module, plan)
     observed, plan.statistics = copy_graph(module), Statistics()
     Pipeline.parse("insert-observers").run(observed, plan)
     with recording(plan.statistics.record):
@@ -211,3 +211,10 @@ def test_layers_outside_of_blocks_may_be_balanced() -> None:
     # But for the embedders: the sinusoids that these read are in float32, whatever the model's dtype.
     _, plan = balanced(pixart(), roles="block+patch+final", layers="all")
     assert plan.layers["proj_out"].balance.cost == "vector"
+
+
+def test_a_float_layer_does_not_stand_in_the_way_of_those_that_read_the_same_value() -> None:
+    _, plan = balanced(dit(), overrides="*.to_q=float")
+    for part in ("to_k", "to_v"):
+        assert set(costs(plan, part).values()) == {"free"}
+    assert not costs(plan, "to_q")  # It was not balanced itself, but its weight undoes the factor.
