@@ -172,15 +172,23 @@ class Calibration:
 def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let calls of the model run another function; whatever happens, the model is left as it was."""
     refuse_redirected(model)
-    own = model.__dict__.get("forward")
-    model.__dict__["forward"] = forward
+    with instance_attribute(model, "forward", forward):
+        yield
+
+
+@contextmanager
+def instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give a module an attribute of its own for a while, over that of its class or the one it has."""
+    missing = object()
+    own = module.__dict__.get(name, missing)
+    module.__dict__[name] = value
     try:
         yield
     finally:
-        if own is None:
-            del model.__dict__["forward"]
+        if own is missing:
+            del module.__dict__[name]
         else:
-            model.__dict__["forward"] = own
+            module.__dict__[name] = own
 
 
 def refuse_redirected(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from fxquant.api import bind_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, read_tensors, weights_and_buffers
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError, FxquantError
+from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
 
@@ -49,20 +49,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> No
         raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
     folder = Path(folder).resolve()
     _refuse_to_replace(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        written = Path(scratch) / "checkpoint"
-        written.mkdir()
+    with whole_folder(folder) as written:
         _write(model, model.plan, written)
-        old = Path(scratch) / "old"
-        if folder.exists():
-            folder.rename(old)
-        try:
-            written.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
 
 
 def _refuse_to_replace(folder: Path, overwrite: bool) -> None:

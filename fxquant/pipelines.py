@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.calibrate import instance_attribute
 from fxquant.checkpoint import load, save
 from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
 from fxquant.plan import PLAN_FILE
 
@@ -96,10 +97,7 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
         )
     folder = Path(folder).resolve()
     refuse_existing(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        written = Path(scratch) / "pipeline"
-        written.mkdir()
+    with whole_folder(folder) as written:
         for name, part in parts.items():
             if name in quantized:
                 save(part, written / name)
@@ -109,15 +107,6 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
                 raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
         _write_index(pipe, quantized, written)
         _forget_origin(written)
-        old = Path(scratch) / "old"
-        if folder.exists():
-            folder.rename(old)
-        try:
-            written.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -373,12 +362,5 @@ def _without_decoder(pipe: Any) -> Iterator[None]:
     def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         return SimpleNamespace(sample=latents) if return_dict else (latents,)
 
-    own = vae.__dict__.get("decode")
-    vae.__dict__["decode"] = decode
-    try:
+    with instance_attribute(vae, "decode", decode):
         yield
-    finally:
-        if own is None:
-            del vae.__dict__["decode"]
-        else:
-            vae.__dict__["decode"] = own

@@ -441,7 +441,7 @@ def test_a_failing_save_leaves_all_as_it_was(
         rename = Path.rename
 
         def flaky(self: Path, target: Path) -> Path:
-            if self.name == "checkpoint":
+            if self.name == "new":
                 raise OSError("no space left on device")
             return rename(self, target)
 

@@ -113,7 +113,7 @@ class TestSaveAndLoad:
         rename = Path.rename
 
         def interrupted(path, other):
-            if path.name == "pipeline":
+            if path.name == "new":
                 raise KeyboardInterrupt
             return rename(path, other)
 
