@@ -30,13 +30,14 @@ def draw_samples(shown: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         height = strips[0].shape[1]
         axis.imshow(torch.cat(strips, dim=1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(f"{model} model")
+        axis.set_anchor("N")  # Rows of one recipe side by side, also where one model has more of them.
         axis.set_yticks([height * (number + 0.5) for number in range(len(strips))], list(recipes))
         axis.set_xticks([])
         axis.tick_params(length=0)
         for number in range(1, len(strips)):
             axis.axhline(height * number - 0.5, color="white", linewidth=1.5)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
 
 
