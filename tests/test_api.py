@@ -511,7 +511,6 @@ def test_torch_compile_and_a_call_of_another_size(quantized: GraphModel, other_s
         assert torch.equal(made(**inputs()).sample, plain(**inputs()).sample)
 
 
-@pytest.mark.skipif(" " in torch.__file__, reason="inductor cannot link against a torch below a path with spaces")
 @pytest.mark.slow
 def test_inductor(quantized: GraphModel) -> None:
     made = torch.compile(copy.deepcopy(quantized), fullgraph=True)
