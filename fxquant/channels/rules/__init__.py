@@ -1,0 +1,11 @@
+"""One small rule an op: what a request on its result asks of its inputs, or how it is met right there.
+
+A rule is a function of the node and the :class:`~fxquant.channels.wants.Want` on its value; it looks at shapes and
+arguments only, never at values. ``fxquant list rules`` prints the first line of each docstring. See
+``docs/channel-rules.md`` for how to add one.
+"""
+
+from fxquant.channels.rules import arithmetic, ends, layout, matrices  # (they register)
+from fxquant.channels.rules.table import RULES, Rule, outcome, rule, shape_of
+
+__all__ = ["RULES", "Rule", "arithmetic", "ends", "layout", "matrices", "outcome", "rule", "shape_of"]

@@ -1,0 +1,92 @@
+"""Elementwise operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxquant.channels.rules.table import argument, cannot_broadcast, elementwise, op_name, rule, source_of
+from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Want
+from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+
+aten = torch.ops.aten
+
+
+@rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
+def add(node: fx.Node, want: Want) -> Outcome:
+    """(a, 0) to both sides; a constant k moves into the offset: (a, (a - 1) k + c) to the other side."""
+    sign = -1.0 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1.0
+    sign *= float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    left, right = node.args[0], node.args[1]
+    if isinstance(right, (int, float)):
+        want = Want(want.scale, want.offset + sign * right)
+        pushed = elementwise(node, left, want)
+        return Push(pushed) if pushed else cannot_broadcast(node)
+    if want.offset.any():
+        # One side takes the whole shift; without it a constant could not have been passed on the way here.
+        return _shift_to_one_side(node, want)
+    sides = [elementwise(node, side, want) for side in (left, right)]
+    if any(not side for side in sides):
+        return cannot_broadcast(node)
+    return Push([pair for side in sides if side for pair in side])
+
+
+def _shift_to_one_side(node: fx.Node, want: Want) -> Outcome:
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return Barrier(f"{op_name(node)} cannot take a constant shift")
+    plain = Want.of(want.scale)
+    ways = []
+    for taker, other in ((0, 1), (1, 0)):
+        first, second = elementwise(node, node.args[taker], want), elementwise(node, node.args[other], plain)
+        if first and second:
+            ways.append(Push([*first, *second]))
+    return Choose(ways) if ways else cannot_broadcast(node)
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(node: fx.Node, want: Want) -> Outcome:
+    """(a, 0) to ONE side, the cheaper; an offset is not pushed through."""
+    if want.offset.any():
+        return Barrier("a constant shift cannot pass a product")
+    ways = [Push(pushed) for side in node.args[:2] if (pushed := elementwise(node, side, want))]
+    if not ways:
+        return cannot_broadcast(node)
+    return Choose(ways) if len(ways) > 1 else ways[0]
+
+
+@rule(aten.div.Tensor, aten.div.Scalar)
+def div(node: fx.Node, want: Want) -> Outcome:
+    """(a, 0) to the numerator."""
+    if want.offset.any():
+        return Barrier("a constant shift cannot pass a quotient")
+    pushed = elementwise(node, node.args[0], want)
+    return Push(pushed) if pushed else cannot_broadcast(node)
+
+
+@rule(torch.ops.fxquant.channel_affine.default)
+def channel_affine(node: fx.Node, want: Want) -> Outcome:
+    """(a, 0) passes a factor per channel, and c passes one without shift."""
+    if want.offset.any() or argument(node, 2, "shift") is not None:
+        return Barrier("a constant shift cannot pass a factor")
+    return Push([(source_of(node), want)])
+
+
+@rule(aten.relu.default, aten.neg.default, aten.leaky_relu.default)
+def positively_homogeneous(node: fx.Node, want: Want) -> Outcome:
+    """relu, leaky_relu, neg, a > 0: (a, 0) passes."""
+    if want.offset.any():
+        return Barrier(f"a constant shift cannot pass {op_name(node)}")
+    return Push([(source_of(node), want)])
+
+
+@rule(
+    aten.gelu.default,
+    aten.silu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.exp.default,
+    aten.pow.Tensor_Scalar,
+)
+def nonlinear(node: fx.Node, want: Want) -> Outcome:
+    """Barrier: gelu, silu, sigmoid, tanh, exp, pow do not commute with a factor."""
+    return Barrier(f"{op_name(node)} is nonlinear")

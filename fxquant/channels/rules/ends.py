@@ -1,0 +1,135 @@
+"""Where a request ends: parameters."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.capture import LAYER
+from fxquant.channels.rules.table import argument, node_of, rule, shape_of, tied
+from fxquant.channels.wants import Barrier, End, Outcome, Want
+from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+
+if TYPE_CHECKING:
+    from fxquant.ir.rewriter import Rewriter
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear.default)
+def linear(node: fx.Node, want: Want) -> Outcome:
+    """End: W <- diag(a) W, b <- a b + c."""
+    reason = "a linear's outputs cannot be scaled differently from token to token"
+    return tied(want, range(want.scale.ndim - 1), reason) or _rows_end(node, want)
+
+
+@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(node: fx.Node, want: Want) -> Outcome:
+    """End: the same, for output channels."""
+    channels = want.scale.ndim - len(shape_of(node_of(node.args[1]))) + 1  # An unbatched input has its channels first.
+    reason = "a convolution's outputs cannot be scaled differently from place to place"
+    return tied(want, (axis for axis in range(want.scale.ndim) if axis != channels), reason) or _rows_end(node, want)
+
+
+def _rows_end(node: fx.Node, want: Want) -> Outcome:
+    if not _are_parameters(node, 1, 2):
+        return Barrier(f"the weight of {node.name} is computed in the graph")
+    return End(partial(_fold_rows, node, bool(want.offset.any())), into=_layer(node))
+
+
+def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
+    out_features = shape_of(node_of(node.args[1]))[0]
+    rows, shift = a.flatten().expand(out_features), c.flatten().expand(out_features)
+    rewriter.fold(node, 1, lambda w: w.double() * rows.reshape(-1, *[1] * (w.dim() - 1)))
+    if argument(node, 2, "bias") is not None:
+        rewriter.fold(node, 2, lambda b: b.double() * rows + shift)
+    elif shifted:
+        rewriter.give(node, 2, "bias", shift)
+
+
+def _are_parameters(node: fx.Node, *positions: int) -> bool:
+    given = (node.args[position] if len(node.args) > position else None for position in positions)
+    return all(argument is None or node_of(argument).op == "get_attr" for argument in given)
+
+
+def _layer(node: fx.Node) -> str:
+    return str(node.meta.get(LAYER, node.name))
+
+
+@rule(aten.layer_norm.default)
+def layer_norm(node: fx.Node, want: Want) -> Outcome:
+    """End: weight <- a weight, bias <- a bias + c; a norm without weights is given them."""
+    return _norm(node, want, weight=2, bias=3)
+
+
+@rule(aten.rms_norm.default)
+def rms_norm(node: fx.Node, want: Want) -> Outcome:
+    """End: weight <- a weight; a norm without a weight is given one."""
+    return _norm(node, want, weight=2, bias=None)
+
+
+def _norm(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
+    normalized = len(node.args[1])  # type: ignore[arg-type]
+    found = tied(
+        want, range(want.scale.ndim - normalized), "a norm's outputs cannot be scaled differently from token to token"
+    )
+    if found is not None:
+        return found
+    if not _are_parameters(node, weight, *([] if bias is None else [bias])):
+        return Barrier(f"the weight of {node.name} is computed in the graph")
+    if bias is None and want.offset.any():
+        return Barrier("an RMS norm cannot take a constant shift")
+    given = argument(node, weight, "weight") is not None
+    fold = partial(_fold_norm, node, weight, bias, bool(want.offset.any()))
+    return End(fold, into=node.name, operands=0 if given else 1)
+
+
+def _fold_norm(
+    node: fx.Node, weight: int, bias: int | None, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor
+) -> None:
+    shape = list(node.args[1])  # type: ignore[arg-type]
+    a, c = (t.reshape(t.shape[t.dim() - len(shape) :]).expand(shape) for t in (a, c))
+    if argument(node, weight, "weight") is None:
+        rewriter.give(node, weight, "weight", a)
+    else:
+        rewriter.fold(node, weight, lambda w: w.double() * a)
+    if bias is not None and argument(node, bias, "bias") is not None:
+        rewriter.fold(node, bias, lambda b: b.double() * a + c)
+    elif bias is not None and shifted:
+        rewriter.give(node, bias, "bias", c)
+
+
+@rule(aten.embedding.default)
+def embedding(node: fx.Node, want: Want) -> Outcome:
+    """End: fold into the columns of (a private copy of) the table."""
+    found = tied(
+        want, range(want.scale.ndim - 1), "an embedding's rows cannot be scaled differently from token to token"
+    )
+    if found is not None:
+        return found
+    if not _are_parameters(node, 0):
+        return Barrier(f"the table of {node.name} is computed in the graph")
+    return End(partial(_fold_table, node), into=_layer(node))
+
+
+def _fold_table(node: fx.Node, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
+    rewriter.fold(node, 0, lambda table: table.double() * a.flatten() + c.flatten())
+
+
+@rule("get_attr")
+def parameter(node: fx.Node, want: Want) -> Outcome:
+    """End: fold into (a private copy of) the parameter."""
+    if not node.meta["val"].is_floating_point():
+        return Barrier(f"{node.target} is not a floating-point tensor")
+    return End(
+        lambda rewriter, a, c: rewriter.fold_attribute(node, lambda p: p.double() * a + c), into=str(node.target)
+    )
+
+
+@rule("placeholder")
+def model_input(node: fx.Node, want: Want) -> Outcome:
+    """Barrier: an input of the model."""
+    return Barrier(f"it comes straight from the model's input {node.name}")

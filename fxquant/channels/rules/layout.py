@@ -1,0 +1,150 @@
+"""Operations that move elements and change none."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxquant.channels.layouts import compress, embed, reshape_back, static, stretch
+from fxquant.channels.rules.table import argument, axis_of, elementwise, op_name, rule, shape_of, source_of
+from fxquant.channels.wants import Barrier, Outcome, Push, Want
+from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.lift_fresh_copy.default,
+)
+def same(node: fx.Node, want: Want) -> Outcome:
+    """to, clone, contiguous, alias, dropout (eval): the same."""
+    if not source_of(node).meta["val"].is_floating_point():
+        return Barrier("the value is not floating-point before this cast")
+    return Push([(source_of(node), want)])
+
+
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.squeeze.dims,
+)
+def reshape(node: fx.Node, want: Want) -> Outcome:
+    """view, reshape, flatten, unflatten, unsqueeze, squeeze: the same, in the new layout."""
+    moved = reshape_back(want, shape_of(node), shape_of(source_of(node)))
+    return Barrier("a reshape mixes the channels with the batch") if moved is None else Push([(source_of(node), moved)])
+
+
+@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int)
+def permute(node: fx.Node, want: Want) -> Outcome:
+    """permute, transpose, t, movedim: the same, in the new layout."""
+    arguments: tuple[Any, ...] = node.args
+    rank = want.scale.ndim
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        order = [axis % rank for axis in arguments[1]]
+    elif node.target is aten.movedim.int:
+        start, end = (axis % rank for axis in arguments[1:3])
+        order.insert(end, order.pop(start))
+    else:
+        first, second = (axis % rank for axis in (arguments[1:3] if node.target is aten.transpose.int else (0, 1)))
+        order[first], order[second] = order[second], order[first]
+    inverse = np.argsort(order)
+    return Push([(source_of(node), want.map(lambda array: array.transpose(inverse)))])
+
+
+@rule(aten.expand.default)
+def expand(node: fx.Node, want: Want) -> Outcome:
+    """The same, where the want does not differ along what was expanded."""
+    pushed = elementwise(node, source_of(node), want)
+    return Push(pushed) if pushed else Barrier("the channels are copies of one value (expand)")
+
+
+@rule(operator.getitem)
+def getitem(node: fx.Node, want: Want) -> Outcome:
+    """The same part of what chunk, split or unbind took apart; the other parts stay."""
+    parts, number = source_of(node), node.args[1]
+    takes_apart = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
+    if parts.target not in (aten.unbind.int, *takes_apart):
+        return Barrier(f"{op_name(parts)} has no channel rule")
+    assert isinstance(number, int)
+    source = source_of(parts)
+    if parts.target is aten.unbind.int:
+        axis = axis_of(source, argument(parts, 1, "dim", 0))
+        whole = static(shape_of(source)[axis])
+        if whole is None:
+            return Barrier("the batch is taken apart")
+        return Push([(source, embed(want.map(lambda array: np.expand_dims(array, axis)), axis, number, 1, whole))])
+    axis = axis_of(source, argument(parts, 2, "dim", 0))
+    lengths = [static(part.shape[axis]) for part in parts.meta["val"]]
+    whole = static(shape_of(source)[axis])
+    if whole is None or None in lengths:
+        return Barrier("the batch is taken apart")
+    start = sum(length for length in lengths[:number] if length is not None)
+    length = lengths[number]
+    assert length is not None
+    return Push([(source, embed(stretch(want, axis, length), axis, start, 1, whole))])
+
+
+@rule(aten.slice.Tensor, aten.select.int, aten.narrow.default)
+def part(node: fx.Node, want: Want) -> Outcome:
+    """slice, select, narrow: the same part of the source; the other parts stay."""
+    source = source_of(node)
+    axis = axis_of(source, argument(node, 1, "dim", 0))
+    whole = static(shape_of(source)[axis])
+    if node.target is aten.select.int:
+        if whole is None:
+            return Barrier("one sample is selected from the batch")
+        if not isinstance(node.args[2], int):
+            return Barrier("what is selected depends on the input")
+        index = node.args[2] % whole
+        return Push([(source, embed(want.map(lambda array: np.expand_dims(array, axis)), axis, index, 1, whole))])
+    start = argument(node, 2, "start", 0) or 0
+    step = argument(node, 4, "step", 1) if node.target is aten.slice.Tensor else 1
+    length = shape_of(node)[axis]
+    if str(length) == str(shape_of(source)[axis]):
+        return Push([(source, want)])
+    if whole is None or static(length) is None or not isinstance(start, int):
+        return Barrier("part of the batch is taken")
+    start = min(start % whole if start < 0 else start, whole)
+    return Push([(source, embed(stretch(want, axis, length), axis, start, step, whole))])
+
+
+@rule(aten.cat.default)
+def cat(node: fx.Node, want: Want) -> Outcome:
+    """Along tokens to every operand, along channels to each its part."""
+    operands = node.args[0]
+    axis = axis_of(node, argument(node, 1, "dim", 0))
+    pushed = []
+    start = 0
+    for operand in operands:  # type: ignore[union-attr]
+        assert isinstance(operand, fx.Node)
+        length = static(shape_of(operand)[axis])
+        if not want.varies(axis):
+            pushed.append((operand, want))
+        elif length is None:
+            return Barrier("samples of the batch are concatenated")
+        else:
+            place = (slice(None),) * axis + (slice(start, start + length),)
+            piece = want.map(lambda array, place=place: array[place])  # type: ignore[misc]
+            pushed.append((operand, compress(piece)))
+            start += length
+    return Push(pushed)

@@ -1,0 +1,52 @@
+"""Attention and matrix products, which mix tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxquant.channels.layouts import static
+from fxquant.channels.rules.table import cannot_broadcast, elementwise, rule, shape_of, tied
+from fxquant.channels.wants import Barrier, Outcome, Push, Want
+from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+
+aten = torch.ops.aten
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(node: fx.Node, want: Want) -> Outcome:
+    """To v, per head channel: rows of the softmax sum to 1, so shifts pass too. Grouped-query heads share theirs."""
+    found = tied(want, [want.scale.ndim - 2], "attention mixes tokens, which have to share their factors")
+    if found is not None:
+        return found
+    value = node.args[2]
+    assert isinstance(value, fx.Node)
+    heads, kv_heads = (static(shape_of(n)[-3]) if len(shape_of(n)) >= 3 else 1 for n in (node, value))
+    if heads == kv_heads or not want.varies(want.scale.ndim - 3):
+        return Push([(value, want)])
+    if not heads or not kv_heads or heads % kv_heads:
+        return Barrier("the heads of query and value do not match")
+    axis = want.scale.ndim - 3
+    grouped = [*want.scale.shape[:axis], kv_heads, heads // kv_heads, *want.scale.shape[axis + 1 :]]
+    shared = want.map(lambda array: np.take(array.reshape(grouped), 0, axis=axis + 1))
+    if (np.expand_dims(shared.offset, axis + 1) != want.offset.reshape(grouped)).any():
+        return Barrier("heads that share a value ask for different constant shifts")
+    every = np.broadcast_to(np.expand_dims(shared.scale, axis + 1), grouped)
+    return Push([(value, shared)], ties=[(every, want.scale.reshape(grouped))])
+
+
+@rule(aten.matmul.default, aten.bmm.default)
+def matmul(node: fx.Node, want: Want) -> Outcome:
+    """(a, 0) to the right operand's columns."""
+    right = node.args[1]
+    assert isinstance(right, fx.Node)
+    if want.offset.any():
+        return Barrier("a constant shift cannot pass a matrix product")
+    if len(shape_of(right)) < 2 or want.scale.ndim < len(shape_of(right)):
+        return Barrier("a product with a vector has no channels to scale")
+    found = tied(want, [want.scale.ndim - 2], "a matrix product mixes tokens, which have to share their factors")
+    if found is not None:
+        return found
+    pushed = elementwise(node, right, want)
+    return Push(pushed) if pushed else cannot_broadcast(node)

@@ -1,0 +1,136 @@
+"""The table of rules, and what rules share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from fxquant.channels.layouts import broadcast_back
+from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Tie, Want
+from fxquant.errors import DuplicateNameError
+from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+
+aten = torch.ops.aten
+Rule = Callable[[fx.Node, Want], Outcome]
+
+RULES: dict[Any, Rule] = {}
+"""The rule of each op, keyed by ``node.target``; ``"get_attr"`` and ``"placeholder"`` stand for those node kinds."""
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register the rule of one or several ops.
+
+    Raises:
+        DuplicateNameError: If one of them has a rule already.
+    """
+
+    def decorate(function: Rule) -> Rule:
+        for target in targets:
+            if target in RULES:
+                raise DuplicateNameError(f"op {target} already has the channel rule {RULES[target].__name__!r}")
+            RULES[target] = function
+        return function
+
+    return decorate
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Shape of a node's value; symbolic sizes stay symbolic."""
+    return tuple(node.meta["val"].shape)
+
+
+def outcome(node: fx.Node, want: Want) -> Outcome:
+    """Apply the rule of a node's op; an op without one is a barrier."""
+    key = node.target if node.op == "call_function" else node.op
+    found = RULES.get(key)
+    if found is None:
+        return Barrier(f"{op_name(node)} has no channel rule")
+    result = found(node, want)
+    if isinstance(result, Choose):
+        ways = [way for way in result.ways if _meets_every_use(node, way)]
+        return Choose(ways) if ways else _read_twice(node)
+    if isinstance(result, Push) and not _meets_every_use(node, result):
+        return _read_twice(node)
+    return result
+
+
+def _meets_every_use(node: fx.Node, way: Push) -> bool:
+    """Whether no input that is to be scaled is read by the node a further time, as both sides of a square are."""
+    uses = Counter(_arguments(node))
+    return all(uses[source] in (0, asked) for source, asked in Counter(source for source, _ in way.inputs).items())
+
+
+def _arguments(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg((node.args, dict(node.kwargs)), found.append)
+    return found
+
+
+def _read_twice(node: fx.Node) -> Barrier:
+    names = ", ".join(source.name for source, uses in Counter(_arguments(node)).items() if uses > 1)
+    return Barrier(f"{op_name(node)} reads {names} more than once")
+
+
+def tied(want: Want, axes: Iterable[int], reason: str) -> Tie | Barrier | None:
+    """The request with one factor along these axes; None if it has that already."""
+    axes = [axis for axis in axes if want.varies(axis)]
+    if not axes:
+        return None
+    one = want
+    for axis in axes:
+        one = one.map(lambda array, axis=axis: np.take(array, [0], axis=axis))  # type: ignore[misc]
+    if (want.offset != one.offset).any():
+        return Barrier(reason)
+    return Tie(one, [(want.scale, np.broadcast_to(one.scale, want.scale.shape))], reason)
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of a node's op, for reasons."""
+    target = node.target
+    return str(getattr(target, "_name", None) or getattr(target, "__name__", target)).removeprefix("aten::")
+
+
+def elementwise(node: fx.Node, operand: Any, want: Want) -> list[tuple[fx.Node, Want]] | None:
+    """The request on one operand of an elementwise op; nothing for a number, None if it cannot be stated."""
+    if not isinstance(operand, fx.Node) or not isinstance(operand.meta.get("val"), Tensor):
+        return []
+    moved = broadcast_back(want, shape_of(operand))
+    if moved is None and operand.op == "get_attr":  # A parameter can be given the elements that it lacks.
+        extra = want.scale.ndim - len(shape_of(operand))
+        if not any(want.varies(axis) for axis in range(extra)):
+            moved = want.map(lambda array: array.reshape(array.shape[extra:]))
+    return None if moved is None else [(operand, moved)]
+
+
+def axis_of(node: fx.Node, axis: int) -> int:
+    """An axis of a node's value, not negative."""
+    return axis % len(shape_of(node))
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a node, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def node_of(argument: Any) -> fx.Node:
+    """An argument that is a node."""
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The first argument, which is a node."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def cannot_broadcast(node: fx.Node) -> Barrier:
+    """The answer where an operand has one element for all channels."""
+    return Barrier(f"an operand of {op_name(node)} is broadcast along the channels")
