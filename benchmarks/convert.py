@@ -232,7 +232,9 @@ def observe(recipe: str, layers: int, timesteps: int, threads: int, forwards: in
     model = build(layers)
     chosen = make_recipe(recipe)
     architecture = Architecture.of(model, "timestep")
-    calibration = Calibration(model, architecture, Plan(str(chosen), "", "timestep"), chosen.prepare, keep=0)
+    calibration = Calibration(
+        model, architecture, Plan(str(chosen), "", "timestep"), chosen.prepare, chosen.convert, keep=0
+    )
     call(calibration.forward, 2, 0)
     call(model, 2, 0)
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -92,7 +92,8 @@ def compile(
             (embedders wholly float) or ``"all"``.
         timestep: Name of the ``forward`` argument that holds the timestep.
         measure: Number of calibration calls on which the output error is measured afterwards; 0 for none.
-        statistics: Receives what the observers record, to look at it or to merge runs; a new one if None.
+        statistics: Receives what the observers record, to look at it or to merge runs; a new one if None. With a plan:
+            what was recorded when it was made, for weights that are rounded by more than their own values (GPTQ).
         instruments: Watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline`).
 
     Returns:
@@ -114,7 +115,7 @@ def compile(
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
-        return _replay(model, copy.deepcopy(plan), runner, instruments)
+        return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
@@ -133,7 +134,9 @@ def compile(
         made.check()
         runner.check(made.layers)
 
-    calibration = Calibration(model, architecture, made, chosen.prepare, measure, instruments, statistics, check)
+    calibration = Calibration(
+        model, architecture, made, chosen.prepare, chosen.convert, measure, instruments, statistics, check
+    )
     run_calibration(calibration, model, calibrate)
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
@@ -143,6 +146,7 @@ def compile(
         quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
     finally:
         made.statistics = None
+        made.codes.clear()
     made.bytes_after = tensor_bytes(quantized.tensors())
     made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples())
     _warn_if_poor(made)
@@ -164,7 +168,9 @@ def _convert(
     return quantized
 
 
-def _replay(model: nn.Module, plan: Plan, backend: Backend, instruments: Sequence[Instrument]) -> GraphModel:
+def _replay(
+    model: nn.Module, plan: Plan, backend: Backend, instruments: Sequence[Instrument], statistics: Statistics | None
+) -> GraphModel:
     """Carry out a recorded plan on a float model."""
     if not plan.calls:
         raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
@@ -187,7 +193,11 @@ def _replay(model: nn.Module, plan: Plan, backend: Backend, instruments: Sequenc
             raise ConfigurationError(
                 f"the plan was made for another model, {plan.model_class}, or for calls that run less of it: {error}"
             ) from error
-        records = convert_graph(captured, plan, recipe, backend, instruments)
+        plan.statistics = statistics
+        try:
+            records = convert_graph(captured, plan, recipe, backend, instruments)
+        finally:
+            plan.statistics = None
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
     plan.bytes_before = tensor_bytes(weights)

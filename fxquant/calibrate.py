@@ -18,8 +18,8 @@ from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
 from fxquant.observers import Statistics
-from fxquant.pipeline import PASSES, Instrument, Pass, Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
+from fxquant.plan import LayerPlan, Plan
 from fxquant.quantizer import sqnr_db
 
 _KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
@@ -48,6 +48,7 @@ class Calibration:
         architecture: The same without weights.
         plan: Receives what the passes decide.
         prepare: Passes on each captured graph before it is observed.
+        convert: Passes that will decide from the statistics, which say what is needed.
         keep: Number of calls to keep for measuring the output error; up to twice as many are held meanwhile.
         instruments: Watch these passes.
         statistics: Receives what the observers record.
@@ -67,6 +68,7 @@ class Calibration:
         architecture: Architecture,
         plan: Plan,
         prepare: Sequence[Pass],
+        convert: Sequence[Pass],
         keep: int,
         instruments: Sequence[Instrument] = (),
         statistics: Statistics | None = None,
@@ -75,9 +77,10 @@ class Calibration:
         self.architecture = architecture
         self.plan = plan
         self.prepare = Pipeline(prepare, instruments)
+        self.convert = convert
         self.weights = weights_of(model)
         self.prepared: list[CapturedGraph] = []
-        self.statistics = Statistics() if statistics is None else statistics
+        self.statistics = Statistics(transient=True) if statistics is None else statistics
         self.samples: list[Sample] = []
         self.calls = 0
         self.failure: FxquantError | None = None
@@ -130,10 +133,20 @@ class Calibration:
         self.prepare.run(captured.module, self.plan)
         self._check()
         observed = copy_graph(captured.module)
-        Pipeline([PASSES["insert-observers"]()]).run(observed, self.plan)
+        weight_only = any(step.wants_moments(layer) for step in self.convert for layer in self._weight_only())
+        Pipeline([parse_pass(f"insert-observers{{weight-only={weight_only}}}")]).run(observed, self.plan)
+        self.statistics.wants_moments = frozenset(
+            layer.observed
+            for layer in self.plan.layers.values()
+            if layer.observed and any(step.wants_moments(layer) for step in self.convert)
+        ).__contains__
         self.prepared.append(captured)
         self._observed.append(observed)
         return len(self.prepared) - 1
+
+    def _weight_only(self) -> list[LayerPlan]:
+        layers = self.plan.layers.values()
+        return [layer for layer in layers if layer.weight_bits is not None and layer.activation_bits is None]
 
     def _keep_sample(
         self,

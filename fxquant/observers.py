@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, NonFiniteError
+from fxquant.moments import ROWS_PER_CALL, SecondMoments
 
 __all__ = ["ChannelStatistics", "Statistics", "rows_to_sample"]
 
@@ -47,6 +48,10 @@ def rows_to_sample(channels: int) -> int:
 
 _FORMAT = "fxquant-statistics"
 _VERSION = 1
+_TENSORS = (
+    *("timesteps", "count", "minimum", "maximum", "rows", "priorities"),
+    *("moments", "moment_timesteps", "moment_sums", "moment_counts"),
+)
 _EMPTY = np.inf  # the priority of a slot that holds no row: every row beats it
 # Up to this many elements (16 MiB of float32, about a millisecond) a value on the CPU is reduced by this thread alone.
 # A parallel region waits until each of its threads was scheduled: many milliseconds where the cores are shared.
@@ -151,6 +156,8 @@ class ChannelStatistics:
         """Seeds that have picked rows, those of merged runs included."""
         self.channels = 0
         """C, or 0 as long as nothing was recorded."""
+        self.moments: SecondMoments | None = None
+        """How the channels go together, if :class:`Statistics` was told to record that."""
         self._entries: dict[float, _Entry] = {}
         digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=16).digest()
         self._philox_key = np.frombuffer(digest, dtype="<u8")
@@ -164,7 +171,7 @@ class ChannelStatistics:
 
     # Recording
 
-    def record(self, x: Tensor, timestep: Tensor, axis: int = -1) -> None:
+    def record(self, x: Tensor, timestep: Tensor, axis: int = -1, moments: bool = False) -> None:
         """Take in one value; every position but the channel is a row of its sample.
 
         Args:
@@ -172,6 +179,7 @@ class ChannelStatistics:
             timestep: number (0-d) or ``[1]`` for all samples, or ``[B]`` for one a sample, where each timestep covers k
                 consecutive entries of ``x`` (frames folded into the batch: k frames of each of B videos).
             axis: the channel axis of ``x``; not the leading one.
+            moments: whether to record :attr:`moments` too.
 
         Raises:
             CalibrationError: the shape of ``x`` or of ``timestep`` does not fit; nothing was recorded.
@@ -179,9 +187,9 @@ class ChannelStatistics:
         """
         # Buffers made under inference mode could not be updated in place outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._record(x, timestep, axis)
+            self._record(x, timestep, axis, moments)
 
-    def _record(self, x: Tensor, timestep: Tensor, axis: int) -> None:
+    def _record(self, x: Tensor, timestep: Tensor, axis: int, moments: bool) -> None:
         if not (-x.dim() <= axis < x.dim()) or x.dim() < 2 or axis % x.dim() == 0:
             raise CalibrationError(
                 f"cannot record {self.key!r}: a value of shape {list(x.shape)} has no channel axis {axis} "
@@ -216,6 +224,8 @@ class ChannelStatistics:
                 entry = self._entries[moment] = _Entry.empty(channels, self.rows_per_timestep)
             n = len(samples) * per_sample
             stream = self._stream(moment, entry.count)
+            if moments:
+                self._add_moments(x, moment, samples, per_sample, entry.count, ROWS_PER_CALL // len(groups) or 1)
             entry.widen(low, high, n)
             self._sample(entry, stream, x, samples, per_sample)
 
@@ -253,13 +263,25 @@ class ChannelStatistics:
         lows, highs = low.numpy(), high.numpy()
         return [(torch.from_numpy(lows[at].min(0)), torch.from_numpy(highs[at].max(0))) for at in groups]
 
-    def _stream(self, moment: float, count: int) -> np.random.Generator:
+    def _add_moments(
+        self, x: Tensor, moment: float, samples: npt.NDArray[np.intp], per_sample: int, seen: int, most: int
+    ) -> None:
+        """Let at most so many rows of ``samples`` in ``x`` (channels last) enter the second moments."""
+        if self.moments is None:
+            self.moments = SecondMoments(self.channels, x.device)
+        n = len(samples) * per_sample
+        rows = samples[np.arange(n) // per_sample] * per_sample + np.arange(n) % per_sample
+        if n > most:
+            rows = rows[self._stream(moment, seen, 1).choice(n, most, replace=False)]
+        self.moments.add(x.reshape(-1, self.channels)[torch.from_numpy(rows).to(x.device)], moment)
+
+    def _stream(self, moment: float, count: int, purpose: int = 0) -> np.random.Generator:
         """Random numbers that are a function of seed, key, timestep and the rows seen there so far, and nothing else.
 
         So a rerun draws the same ones, and it does not matter what came in between at other timesteps or keys.
         """
         where = int(np.float64(moment).view(np.uint64))
-        counter = np.array([0, 0, count, where], dtype=np.uint64)
+        counter = np.array([0, purpose, count, where], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=self._philox_key, counter=counter))
 
     @staticmethod
@@ -304,6 +326,9 @@ class ChannelStatistics:
                 if ours is None:
                     ours = self._entries[moment] = _Entry.empty(self.channels, self.rows_per_timestep)
                 ours.absorb(theirs)
+            if other.moments is not None:
+                self.moments = self.moments or SecondMoments(self.channels)
+                self.moments.merge(other.moments)
 
     def check_mergeable(self, other: ChannelStatistics) -> None:
         """Return if :meth:`merge` would succeed.
@@ -388,7 +413,8 @@ class ChannelStatistics:
     def nbytes(self) -> int:
         """Bytes held, as given in the module's docstring."""
         rows = self.rows_per_timestep
-        return len(self._entries) * (4 * self.channels * (rows + 2) + 8 * (rows + 2))
+        moments = self.moments.nbytes if self.moments else 0
+        return len(self._entries) * (4 * self.channels * (rows + 2) + 8 * (rows + 2)) + moments
 
     # Storage
 
@@ -404,6 +430,7 @@ class ChannelStatistics:
             "maximum": self.maximum,
             "rows": torch.stack([entry.rows[torch.from_numpy(order)] for entry, order in pairs]),
             "priorities": torch.stack([torch.from_numpy(entry.priorities[order]) for entry, order in pairs]),
+            **dict(self.moments.tensors() if self.moments else ()),
         }
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -437,6 +464,8 @@ class ChannelStatistics:
                 priorities=tensors["priorities"][i].clone().numpy(),
                 count=int(tensors["count"][i]),
             )
+        if "moments" in tensors:
+            self.moments = SecondMoments.restore(tensors)
 
 
 class Statistics(Mapping[str, ChannelStatistics]):
@@ -445,16 +474,20 @@ class Statistics(Mapping[str, ChannelStatistics]):
     Args:
         num_rows: rows (tokens) sampled for each key and timestep; None for as many as :func:`rows_to_sample` says.
         seed: of the row samples. The same model, data and seed give identical statistics.
+        transient: whether nobody wants them afterwards, so that large parts may be dropped once they are used.
 
     Raises:
         ConfigurationError: ``num_rows`` is not positive.
     """
 
-    def __init__(self, *, num_rows: int | None = None, seed: int = 0) -> None:
+    def __init__(self, *, num_rows: int | None = None, seed: int = 0, transient: bool = False) -> None:
         if num_rows is not None and num_rows < 1:
             raise ConfigurationError(f"statistics need at least one sampled row per timestep, got num_rows={num_rows}")
         self.num_rows = num_rows
         self.seed = seed
+        self.transient = transient
+        self.wants_moments: Callable[[str], bool] = lambda key: False
+        """Of which values to record second moments, ``[C, C]`` each; calibration asks for what the recipe needs."""
         self._by_key: dict[str, ChannelStatistics] = {}
 
     def __getitem__(self, key: str) -> ChannelStatistics:
@@ -495,7 +528,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             NonFiniteError: ``x`` or ``timestep`` holds NaN or infinity; nothing was recorded.
         """
         statistics = self._by_key.get(key) or self._new(key)
-        statistics.record(x, timestep, axis)
+        statistics.record(x, timestep, axis, moments=self.wants_moments(key))
         if len(statistics):  # an empty batch leaves the layer unreached
             self._by_key[key] = statistics
 
@@ -559,11 +592,11 @@ class Statistics(Mapping[str, ChannelStatistics]):
                         f"{path} has statistics of format {header['version']}; this fxquant reads up to {_VERSION}. "
                         "Upgrade fxquant, or calibrate again."
                     )
-                loaded = cls(num_rows=header["num_rows"], seed=header["seed"])
+                loaded, held = cls(num_rows=header["num_rows"], seed=header["seed"]), set(file.keys())
                 for key, seeds in header["keys"].items():
                     statistics = loaded._new(key)
                     statistics.seeds = frozenset(seeds)
-                    names = ("timesteps", "count", "minimum", "maximum", "rows", "priorities")
+                    names = [name for name in _TENSORS if f"{key}.{name}" in held]
                     statistics._restore({name: file.get_tensor(f"{key}.{name}") for name in names})
                     loaded._by_key[key] = statistics
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -24,7 +24,7 @@ from fxquant.capture import drop_unread_tensors
 from fxquant.errors import ConfigurationError, FxquantError, PassError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
-from fxquant.plan import Plan
+from fxquant.plan import LayerPlan, Plan
 from fxquant.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         """Rewrite the graph through ``rewriter``; carry out what the plan says, decide and write down what it lacks."""
+
+    def wants_moments(self, layer: LayerPlan) -> bool:
+        """Whether the pass needs second moments of the input of a layer, which calibration records on demand only."""
+        return False
 
     def __str__(self) -> str:
         shown = []

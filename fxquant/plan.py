@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
-from fxquant.observers import Statistics
+from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
+from fxquant.quantizer import QuantizedWeight
 
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
@@ -113,6 +114,8 @@ class Plan:
         bytes_after: Size of the quantized model's tensors.
         passes: What the pipeline did, one line a pass.
         statistics: What calibration recorded; only there while passes decide, never saved.
+        codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
+            saved either, for the checkpoint holds them.
     """
 
     recipe: str
@@ -128,6 +131,7 @@ class Plan:
     backend: str = "fake-quant"
     passes: list[dict[str, Any]] = field(default_factory=list)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
+    codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of one layer.
@@ -142,16 +146,20 @@ class Plan:
             )
         return self.layers[name]
 
-    def evidence(self, key: str) -> Any:
+    def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
         """Calibration statistics of one value.
+
+        Args:
+            key: Name of the value.
+            why: What they are needed for, for the message.
 
         Raises:
             CalibrationError: If there are none: no calibration ran, or it never reached the layer.
         """
         if self.statistics is None:
             raise CalibrationError(
-                f"layer {key!r} needs an activation range, and there are no calibration statistics; "
-                "pass calibrate= to fxquant.compile"
+                f"{why or f'layer {key!r} needs an activation range'}, and there are no calibration statistics; "
+                "pass calibrate= to fxquant.compile, or with plan= the statistics= that calibration recorded"
             )
         return self.statistics[key]
 
@@ -241,7 +249,7 @@ class Plan:
         return cls.from_json(data, vectors)
 
 
-_NOT_IN_JSON = ("vectors", "statistics")
+_NOT_IN_JSON = ("vectors", "statistics", "codes")
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:

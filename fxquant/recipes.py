@@ -2,6 +2,7 @@
 
 A recipe's name ends in the precision: ``ptq4dit-w4a8``. What comes before it is a function of the precision that
 returns the passes; others register theirs under the entry point ``fxquant.recipes`` or with :func:`register_recipe`.
+In between may stand how weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ in place of nearest.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ RECIPES: Registry[RecipeMaker] = Registry("recipe", "fxquant.recipes")
 register_recipe = RECIPES.register
 """Decorator: ``@register_recipe("name")`` on a function of precision and layers that returns a :class:`Recipe`."""
 
+ROUNDINGS = ("gptq",)
+"""What may stand between a recipe's name and its precision, ``ptq4dit-gptq-w4a8``: how its linears are rounded."""
+
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
 
 
@@ -78,9 +82,25 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
         if recipe in RECIPES:
             raise ConfigurationError(f"recipe {recipe!r} lacks a precision; write {recipe}-w8a8 or {recipe}-w4a8")
         raise UnknownNameError("recipe", recipe, (f"{name}-w4a8" for name in RECIPES))
-    if match["name"] not in RECIPES:
-        raise UnknownNameError("recipe", match["name"], RECIPES)
-    return RECIPES[match["name"]](Precision.parse(match["precision"]), layers)
+    name, precision = match["name"], Precision.parse(match["precision"])
+    base, _, rounding = name.rpartition("-")
+    if name not in RECIPES and rounding in ROUNDINGS and base in RECIPES:
+        return _rounded(RECIPES[base](precision, layers), rounding)
+    if name not in RECIPES:
+        raise UnknownNameError("recipe", name, RECIPES)
+    return RECIPES[name](precision, layers)
+
+
+def _rounded(recipe: Recipe, rounding: str) -> Recipe:
+    """The same recipe with another rounding of the weights of linears."""
+
+    def change(step: Pass) -> Pass:
+        if step.name != "quantize-linears":
+            return step
+        options = str(step).removeprefix(step.name).strip("{}")
+        return parse_pass(f"{step.name}{{{options} rounding={rounding}}}")
+
+    return Recipe(recipe.prepare, tuple(map(change, recipe.convert)))
 
 
 def _recipe(precision: Precision, layers: str, *middle: str, ranges: str = "") -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture import LAYER
+from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.plan import ActivationRange, Plan
 from fxquant.quantizer import (
+    QuantizedWeight,
     activation_range,
     affine_parameters,
     fake_quantize,
@@ -21,6 +24,7 @@ from fxquant.quantizer import (
     require_finite,
     sqnr_db,
 )
+from fxquant.rounding.gptq import ErrorFeedback, gptq
 
 
 class RangeSearch(enum.Enum):
@@ -31,8 +35,80 @@ class RangeSearch(enum.Enum):
     MSE = "mse"
 
 
+class Rounding(enum.Enum):
+    """Which of its two neighbours a weight becomes."""
+
+    NEAREST = "nearest"
+    GPTQ = "gptq"
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Rounds weights by the second moments of their inputs; see :mod:`fxquant.rounding.gptq`."""
+
+    damping: float
+    activation_order: bool
+
+    def quantize(
+        self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+    ) -> QuantizedWeight:
+        """The weight of a layer, rounded; from the plan if another graph of the model had it rounded before.
+
+        Raises:
+            CalibrationError: There are no second moments of its input.
+        """
+        if name not in plan.codes:
+            layer = plan.layer(name)
+            assert layer.weight_bits is not None
+            plan.codes[name] = gptq(
+                values,
+                self._feedback(name, plan, rewriter),
+                bits=layer.weight_bits,
+                group_size=layer.group_size,
+                symmetric=symmetric,
+                method=method.value,
+            )
+            self._drop_used(name, plan)
+        return plan.codes[name]
+
+    @staticmethod
+    def _drop_used(name: str, plan: Plan) -> None:
+        """Free second moments that no layer needs any more: those of a whole model are as large as its weights."""
+        key = plan.layer(name).observed
+        readers = (other for other, layer in plan.layers.items() if layer.observed == key)
+        if key and plan.statistics is not None and plan.statistics.transient and plan.codes.keys() >= set(readers):
+            plan.statistics[key].moments = None
+
+    def _feedback(self, name: str, plan: Plan, rewriter: Rewriter) -> ErrorFeedback:
+        """That of the layer's input; kept only for the layers that come next, for it is large."""
+        key = plan.layer(name).observed or name
+        seen = plan.evidence(key, f"layer {name!r} is rounded by GPTQ")
+        if seen.moments is None:
+            raise CalibrationError(
+                f"layer {name!r} is rounded by GPTQ and there are no second moments of its input; let calibration "
+                "record them, or choose rounding=nearest"
+            )
+        factor = plan.vectors.get(name)
+        kept, feedback = rewriter.memo.get("feedback", (None, None))
+        if kept != key:
+            rewriter.memo.pop("feedback", None)
+            try:
+                feedback = ErrorFeedback.of(seen.moments.of(factor), self.damping, self.activation_order)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"layer {name}: {error}") from None
+            rewriter.memo["feedback"] = key, feedback
+        assert isinstance(feedback, ErrorFeedback)
+        return feedback
+
+
 def quantized_weight(
-    node: fx.Node, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool, position: int = 1
+    node: fx.Node,
+    plan: Plan,
+    rewriter: Rewriter,
+    method: RangeSearch,
+    symmetric: bool,
+    rounder: GPTQ | None = None,
+    position: int = 1,
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Quantize the weight of a layer; returns nodes of its packed codes, scales and zero points.
 
@@ -56,14 +132,17 @@ def quantized_weight(
     require_finite(values, f"the weight of layer {name}")
     # Without values there is nothing to search; the shapes are those of any method.
     search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
-    quantized = quantize_weight(
-        values,
-        bits=layer.weight_bits,
-        group_size=layer.group_size,
-        symmetric=symmetric,
-        method=search.value,
-        importance=None if search is RangeSearch.MINMAX else _importance(name, plan, values.device),
-    )
+    if rounder is not None and not isinstance(values, FakeTensor):
+        quantized = rounder.quantize(name, values, plan, rewriter, method, symmetric)
+    else:
+        quantized = quantize_weight(
+            values,
+            bits=layer.weight_bits,
+            group_size=layer.group_size,
+            symmetric=symmetric,
+            method=search.value,
+            importance=None if search is RangeSearch.MINMAX else _importance(name, plan, values.device),
+        )
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
     owner = str(weight.target)

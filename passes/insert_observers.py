@@ -13,7 +13,7 @@ from fxquant.errors import MissingTimestepError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
+from fxquant.plan import LayerPlan, Plan
 
 
 @register_pass
@@ -31,6 +31,10 @@ class InsertObservers(Pass):
 
     Layers that read one value share an observer, keyed by the first of them. The channel axis is the last, for
     convolutions the second. Observers return their input, so the output keeps its bits.
+
+    Attributes:
+        weight_only: Whether linears with quantized weights and float activations are observed too, as rounding by their
+            inputs needs it.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -38,10 +42,12 @@ class InsertObservers(Pass):
     requires: ClassVar[Stage] = Stage.CAPTURED
     establishes: ClassVar[Stage] = Stage.OBSERVED
 
+    weight_only: bool = False
+
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         observers: dict[tuple[fx.Node, int], fx.Node] = {}
         for node in list(graph.nodes):
-            if LAYER not in node.meta or plan.layer(node.meta[LAYER]).activation_bits is None:
+            if LAYER not in node.meta or not self._observes(plan.layer(node.meta[LAYER])):
                 continue
             layer = plan.layer(node.meta[LAYER])
             value, axis = node.args[0], 1 if layer.kind == "conv" else -1
@@ -59,6 +65,10 @@ class InsertObservers(Pass):
                 observers[value, axis] = observer
             layer.observed = str(observer.args[2])
             rewriter.redirect(node, value, observer)
+
+    def _observes(self, layer: LayerPlan) -> bool:
+        by_weight = self.weight_only and layer.kind == "linear" and layer.weight_bits is not None
+        return layer.activation_bits is not None or by_weight
 
 
 def timestep_input(graph: fx.Graph, plan: Plan) -> fx.Node:

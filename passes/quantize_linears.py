@@ -11,9 +11,9 @@ from torch import fx
 from fxquant.capture import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._quantization import RangeSearch, is_quantized, quantized_input, quantized_weight
+from fxquant.passes._quantization import GPTQ, RangeSearch, Rounding, is_quantized, quantized_input, quantized_weight
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
+from fxquant.plan import LayerPlan, Plan
 
 
 @register_pass
@@ -42,6 +42,10 @@ class QuantizeLinears(Pass):
             the error of a column by the mean square of that input, which makes it the error of the layer's output.
         activation_range: The same for activations, on rows sampled in calibration.
         symmetric: Whether weight grids are symmetric about 0.
+        rounding: ``nearest``, or ``gptq``, by which later columns make up for the error of earlier ones
+            (:mod:`fxquant.rounding.gptq`). Layers of 8-bit weights and float activations are always rounded to nearest.
+        damping: Share of the mean input energy that GPTQ adds to that of each channel.
+        activation_order: Whether GPTQ rounds the columns with the largest inputs first.
     """
 
     name: ClassVar[str] = "quantize-linears"
@@ -52,6 +56,13 @@ class QuantizeLinears(Pass):
     weight_range: RangeSearch = RangeSearch.MINMAX
     activation_range: RangeSearch = RangeSearch.MINMAX
     symmetric: bool = False
+    rounding: Rounding = Rounding.NEAREST
+    damping: float = 0.01
+    activation_order: bool = True
+
+    def wants_moments(self, layer: LayerPlan) -> bool:
+        """Those of all inputs but of layers that only store their weight in 8 bits."""
+        return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and _is_rounded(layer)
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
@@ -63,7 +74,7 @@ class QuantizeLinears(Pass):
             x, weight = node.args[0], node.args[1]
             bias = node.args[2] if len(node.args) > 2 else None
             dtype = node.meta["val"].dtype
-            packed = quantized_weight(node, plan, rewriter, self.weight_range, self.symmetric)
+            packed = quantized_weight(node, plan, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
             with rewriter.before(node):
                 if layer.activation_bits is None:
                     arguments = (*packed, layer.weight_bits, layer.group_size, layer.shape[1], dtype)
@@ -77,3 +88,12 @@ class QuantizeLinears(Pass):
                     sources=[node],
                 )
             rewriter.replace(node, new)
+
+    def _rounder(self, layer: LayerPlan) -> GPTQ | None:
+        if self.rounding is Rounding.NEAREST or not _is_rounded(layer):
+            return None
+        return GPTQ(self.damping, self.activation_order)
+
+
+def _is_rounded(layer: LayerPlan) -> bool:
+    return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)

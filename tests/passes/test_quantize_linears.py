@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
+from fxquant.observers import Statistics
 from fxquant.pipeline import Pipeline
+from fxquant.recipes import Recipe
+from tests import tiny
 from tests.passes.models import Patches, patches, planned
 from tests.support import captured, count, golden, rewritten
 
@@ -103,3 +107,34 @@ def test_without_statistics_there_is_no_range() -> None:
 
 def lines(text: str) -> list[str]:
     return text.splitlines()
+
+
+def gptq_recipe(prefix: str = "w4a8") -> Recipe:
+    return Recipe.parse(f"assign-precision{{precision={prefix} layers=all}} ; quantize-linears{{rounding=gptq}}")
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "w4a16-g8"])
+def test_gptq_lowers_the_error_of_the_output_and_replays(precision: str, tmp_path) -> None:
+    model, errors = tiny.make_dit(), {}
+    calls = [tiny.inputs(8, step, seed=seed) for seed, step in enumerate(tiny.STEPS)]
+    reference = [model(**call).sample for call in calls]
+    for recipe in (gptq_recipe(precision), Recipe.parse(str(gptq_recipe(precision)).replace("{rounding=gptq}", ""))):
+        statistics = Statistics()
+        quantized = fxquant.compile(
+            model, recipe=recipe, calibrate=lambda: [model(**call) for call in calls], statistics=statistics, measure=0
+        )
+        errors[str(recipe)] = sum(
+            float((quantized(**call).sample - right).square().sum())
+            for call, right in zip(calls, reference, strict=True)
+        )
+        if "gptq" in str(recipe):
+            first, kept = quantized, statistics
+    gptq, nearest = errors.values()
+    assert gptq < 0.7 * nearest
+    # Replayed without weights, and on the float model with the statistics; without them there is nothing to round by.
+    fxquant.save(first, tmp_path / "q")
+    assert torch.equal(fxquant.load(tmp_path / "q")(**calls[0]).sample, first(**calls[0]).sample)
+    again = fxquant.compile(model, plan=first.plan, statistics=kept)
+    assert torch.equal(again(**calls[0]).sample, first(**calls[0]).sample)
+    with pytest.raises(CalibrationError, match=r"rounded by GPTQ.*statistics="):
+        fxquant.compile(model, plan=first.plan)

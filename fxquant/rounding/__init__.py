@@ -1,0 +1,1 @@
+"""Which of its two neighbours each weight is rounded to, decided from what the layer's inputs are like."""

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxquant.errors import CalibrationError
+from fxquant.moments import ROWS_PER_CALL, SecondMoments
+from fxquant.observers import ChannelStatistics, Statistics
+
+
+def rows(number: int, seed: int = 0, channels: int = 6) -> torch.Tensor:
+    return torch.randn(number, channels, generator=torch.Generator().manual_seed(seed)).add(0.5)
+
+
+def test_moments_of_shifted_and_divided_rows():
+    moments, steps = SecondMoments(6), {1.0: rows(30, 1), 2.5: rows(50, 2)}
+    for step, x in steps.items():
+        moments.add(x[:20], step)
+        moments.add(x[20:], step)
+    shifts, factor = {1.0: rows(1, 3)[0], 2.5: rows(1, 4)[0]}, torch.rand(6) + 0.5
+    y = torch.cat([(x - shifts[step]) / factor for step, x in steps.items()]).double()
+    torch.testing.assert_close(moments.of(factor, shifts), y.T @ y / 80, rtol=1e-5, atol=1e-5)
+    x = torch.cat([*steps.values()]).double()
+    torch.testing.assert_close(moments.of(), x.T @ x / 80, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CalibrationError, match=r"2\.5"):
+        moments.of(None, {1.0: shifts[1.0]})
+
+
+def test_statistics_record_them_on_demand_and_a_bounded_number_of_rows():
+    statistics = Statistics()
+    statistics.wants_moments = {"a"}.__contains__
+    x = rows(3 * ROWS_PER_CALL).reshape(3, ROWS_PER_CALL, 6)
+    for key in ("a", "b"):
+        statistics.record(key, x, torch.tensor([5, 5, 7]))
+    assert statistics["b"].moments is None
+    moments = statistics["a"].moments
+    assert moments is not None and moments.counts == {5.0: ROWS_PER_CALL // 2, 7.0: ROWS_PER_CALL // 2}
+    exact = x.reshape(-1, 6).T @ x.reshape(-1, 6) / (3 * ROWS_PER_CALL)
+    torch.testing.assert_close(moments.of().float(), exact, atol=0.2, rtol=0)
+    again = Statistics()
+    again.wants_moments = {"a"}.__contains__
+    again.record("a", x, torch.tensor([5, 5, 7]))
+    assert torch.equal(again["a"].moments.matrix, moments.matrix)
+
+
+def test_they_merge_and_are_stored(tmp_path):
+    runs, parts = [Statistics(seed=seed) for seed in (1, 2)], [rows(20, 1)[None], rows(20, 2)[None]]
+    for run, x in zip(runs, parts, strict=True):
+        run.wants_moments = {"a"}.__contains__
+        run.record("a", x, torch.tensor([3.0]))
+        run.record("b", x, torch.tensor([3.0]))
+    runs[0].merge(runs[1])
+    both = torch.cat([part[0] for part in parts])
+    torch.testing.assert_close(runs[0]["a"].moments.matrix, both.T @ both)
+    runs[0].save(tmp_path / "s")
+    loaded = Statistics.load(tmp_path / "s")
+    assert torch.equal(loaded["a"].moments.matrix, runs[0]["a"].moments.matrix)
+    assert loaded["a"].moments.counts == {3.0: 40} and loaded["b"].moments is None
+    torch.testing.assert_close(
+        loaded["a"].moments.of(None, {3.0: torch.ones(6)}), runs[0]["a"].moments.of(None, {3.0: torch.ones(6)})
+    )
+
+
+def test_statistics_of_dit_xl_fit_in_a_gigabyte():
+    total = 0
+    for channels in (1152, 1152, 1152, 4608):  # q/k/v, output projection, both feed-forward linears
+        one = ChannelStatistics("layer")
+        one.record(torch.zeros(1, 2, channels), torch.tensor(1.0))
+        total += 28 * 50 * one.nbytes
+    assert total < 1e9
