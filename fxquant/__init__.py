@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxquant.api import QualityWarning, compile, trace
+    from fxquant.api import compile, trace
     from fxquant.checkpoint import load, save
-    from fxquant.errors import FxquantError
+    from fxquant.errors import FxquantError, QualityWarning
     from fxquant.pipelines import load_pipeline, save_pipeline
     from fxquant.plan import Plan
     from fxquant.recipes import Recipe
@@ -33,7 +33,7 @@ __all__ = [
 _HOMES = {
     "FxquantError": "errors",
     "Plan": "plan",
-    "QualityWarning": "api",
+    "QualityWarning": "errors",
     "Recipe": "recipes",
     "Report": "reports",
     "compile": "api",

@@ -19,6 +19,7 @@ from fxquant.errors import (
     CheckpointError,
     ConfigurationError,
     NonFiniteError,
+    QualityWarning,
 )
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
@@ -28,10 +29,6 @@ from fxquant.quantizer import require_finite
 from fxquant.recipes import Recipe, make_recipe
 
 _POOR_DB = 10.0
-
-
-class QualityWarning(UserWarning):
-    """The quantized model's output is far from the float model's."""
 
 
 def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:

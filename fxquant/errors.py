@@ -63,3 +63,7 @@ class CheckpointError(FxquantError, RuntimeError):
 
 class AlreadyCompiledError(FxquantError, TypeError):
     """The model given to ``compile`` is already an fxquant model."""
+
+
+class QualityWarning(UserWarning):
+    """The quantized model's output is, or may be, far from the float model's."""

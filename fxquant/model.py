@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
 from fxquant.devices import retarget
-from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.plan import Plan
+
+_WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
 
 MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], CapturedGraph]
 
@@ -47,6 +51,7 @@ class GraphModel(nn.Module):
         object.__setattr__(self, "architecture", architecture)
         self._make_graph = make_graph
         self._dtype = dtype
+        self._watched = 0
         self.forward = functools.partial(_forward, self)
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
         self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
@@ -95,6 +100,28 @@ class GraphModel(nn.Module):
         """The graph that serves a call with these leaves, if one was captured."""
         return next((captured for captured in self.captured if captured.call.fits(names, leaves)), None)
 
+    def watch(self, names: tuple[str, ...], leaves: Sequence[Any]) -> None:
+        """Warn, once, of a timestep far from all that were calibrated. It is treated as the nearest that was."""
+        known = self.plan.timesteps if self.plan else []
+        if len(known) < 2 or self._watched >= _WATCHED_CALLS:
+            return
+        step = leaves[names.index(str(self.plan.timestep))]  # type: ignore[union-attr]
+        if not isinstance(step, torch.Tensor) or isinstance(step, FakeTensor) or not step.numel():
+            return
+        # Looking at a tensor on a GPU waits for it, so the first calls have to do there.
+        self._watched += step.device.type != "cpu"
+        low, high = (float(end) for end in torch.aminmax(step.detach().float()))
+        slack = max(right - left for left, right in itertools.pairwise(known))
+        outside = [end for end in (high, low) if not known[0] - slack <= end <= known[-1] + slack]
+        if outside:
+            self._watched = _WATCHED_CALLS
+            warnings.warn(
+                f"timestep {outside[0]:g} is outside of those that were calibrated, {known[0]:g} to {known[-1]:g}, and "
+                "is treated as the nearest of these; calibrate with the schedule that you use. Others are not told.",
+                QualityWarning,
+                stacklevel=4,
+            )
+
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write a checkpoint, as pipelines ask their components to; see :func:`fxquant.save`."""
         from fxquant.checkpoint import save
@@ -140,6 +167,8 @@ class GraphModel(nn.Module):
 def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     names, leaves, structure = self.architecture.canonical(args, kwargs)
     captured = self.find(names, leaves)
+    if not torch.compiler.is_compiling():
+        self.watch(names, leaves)
     if captured is None:
         captured = _capture(self, names, leaves, structure)
     return captured.output(captured.module(*captured.inputs(leaves)))

@@ -22,6 +22,7 @@ from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
 from fxquant.quantizer import QuantizedWeight
+from fxquant.timesteps import bin_of
 
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
@@ -51,11 +52,37 @@ class Balance:
 
 @dataclass
 class ActivationRange:
-    """Static range of a layer's input: real values ``low`` to ``high``, found by ``method``."""
+    """Static range of a layer's input: real values ``low`` to ``high``, found by ``method``; a list has one a bin."""
 
-    low: float
-    high: float
+    low: float | list[float]
+    high: float | list[float]
     method: str
+
+
+@dataclass
+class Shift:
+    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`."""
+
+    cost: str
+    into: list[str] = field(default_factory=list)
+    channels: int = 0
+    reason: str | None = None
+
+
+@dataclass
+class TimestepGroups:
+    """Which timesteps share what depends on time.
+
+    Attributes:
+        boundaries: Between the bins, ascending; empty for one bin.
+        dendrogram: How neighbours were merged, the closest first: the first timesteps of the two groups, and their
+            squared distance. To get other groups, edit the boundaries.
+        reason: Why there is one bin, or None.
+    """
+
+    boundaries: list[float]
+    dendrogram: list[list[float]] = field(default_factory=list)
+    reason: str | None = None
 
 
 @dataclass
@@ -71,6 +98,8 @@ class LayerPlan:
         group_size: Input channels a weight group, 0 for one group a row.
         observed: Key of the calibration statistics of its input.
         activation: Range of its input.
+        timesteps: The bins of timesteps that its shift and its range depend on; None for one.
+        shift: How its input was shifted.
         balance: How its input was balanced.
         spread: Smallest and largest maximum of |input| over the calibrated timesteps.
         weight_sqnr_db: Signal to quantization noise of the weight, in dB.
@@ -85,6 +114,8 @@ class LayerPlan:
     group_size: int = 0
     observed: str | None = None
     activation: ActivationRange | None = None
+    timesteps: TimestepGroups | None = None
+    shift: Shift | None = None
     balance: Balance | None = None
     spread: list[float] | None = None
     weight_sqnr_db: float | None = None
@@ -94,6 +125,15 @@ class LayerPlan:
     def precision(self) -> Precision:
         """Bits as one value; prints as ``w4a8``."""
         return Precision(self.weight_bits, self.activation_bits, self.group_size)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """Boundaries between bins of timesteps, ascending."""
+        return tuple(self.timesteps.boundaries) if self.timesteps else ()
+
+    def bins(self, timesteps: Tensor) -> Tensor:
+        """Bin of each of these timesteps: int64, of the same shape."""
+        return bin_of(self.boundaries, timesteps)
 
 
 @dataclass
@@ -106,7 +146,8 @@ class Plan:
         timestep: Name of the model's timestep input.
         calls: The calls that were captured; the first is the one that calibration began with.
         layers: Decisions a layer.
-        vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.importance`` the mean
+        vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is taken
+            off the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance`` the mean
             squares of the input channels, where a search of weight ranges needed them.
         timesteps: The calibrated timesteps.
         output_sqnr_db: Output SQNR against float by timestep, in dB, as measured on calibration inputs.
@@ -255,7 +296,8 @@ _NOT_IN_JSON = ("vectors", "statistics", "codes")
 def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:
     values = dict(data)
     values["activation"] = ActivationRange(**values["activation"]) if values["activation"] else None
-    values["balance"] = Balance(**values["balance"]) if values["balance"] else None
+    for name, cls in (("balance", Balance), ("shift", Shift), ("timesteps", TimestepGroups)):
+        values[name] = cls(**values[name]) if values.get(name) else None
     return LayerPlan(**values)
 
 

@@ -124,6 +124,20 @@ def smoothquant(precision: Precision, layers: str) -> Recipe:
     return _recipe(precision, layers, "balance-channels{salience=max}", "absorb-affines")
 
 
+def htg(precision: Precision, layers: str) -> Recipe:
+    """HTG: timesteps in groups, each with its shift and range; one moving-average scale, all absorbed offline."""
+    return _recipe(
+        precision,
+        layers,
+        "group-timesteps",
+        "shift-channels",
+        "absorb-shifts",
+        "balance-channels{salience=moving-average}",
+        "absorb-affines",
+        ranges="weight-range=percentile activation-range=percentile",
+    )
+
+
 def ptq4dit(precision: Precision, layers: str) -> Recipe:
     """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
     ranges = "weight-range=percentile activation-range=percentile"

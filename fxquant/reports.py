@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class LayerReport:
         absorbed_into: What absorbed the balance factors.
         balanced_channels: Number of balanced input channels.
         reason: Why some or all channels were left alone.
+        shift_cost: What shifting its input costs at run time, as ``cost``; None where no shift was asked for.
+        timestep_bins: Bins of timesteps that its shift and its range depend on.
         activation_low: Smallest input that the static range holds.
         activation_high: Largest input that the static range holds.
         spread: Smallest and largest maximum of |input| over the calibrated timesteps.
@@ -68,6 +70,8 @@ class LayerReport:
     absorbed_into: tuple[str, ...]
     balanced_channels: int
     reason: str | None
+    shift_cost: str | None
+    timestep_bins: int
     activation_low: float | None
     activation_high: float | None
     spread: tuple[float, float] | None
@@ -323,12 +327,19 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> Layer
         absorbed_into=tuple(balance.into) if balance else (),
         balanced_channels=balance.channels if balance else 0,
         reason=balance.reason if balance else None,
-        activation_low=activation.low if activation else None,
-        activation_high=activation.high if activation else None,
+        shift_cost=layer.shift.cost if layer.shift else None,
+        timestep_bins=len(layer.boundaries) + 1,
+        activation_low=_extreme(min, activation.low) if activation else None,
+        activation_high=_extreme(max, activation.high) if activation else None,
         spread=(layer.spread[0], layer.spread[1]) if layer.spread else None,
         weight_sqnr_db=layer.weight_sqnr_db,
         activation_sqnr_db=layer.activation_sqnr_db,
     )
+
+
+def _extreme(choose: Callable[[list[float]], float], bound: float | list[float]) -> float:
+    """The outermost end of a layer's ranges, of which there is one for each bin of timesteps."""
+    return choose(bound) if isinstance(bound, list) else bound
 
 
 def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:

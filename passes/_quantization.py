@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture import LAYER
 from fxquant.errors import CalibrationError, NonFiniteError
+from fxquant.evidence import evidence, moments
 from fxquant.ir.rewriter import Rewriter
 from fxquant.plan import ActivationRange, Plan
 from fxquant.quantizer import (
@@ -25,6 +26,7 @@ from fxquant.quantizer import (
     sqnr_db,
 )
 from fxquant.rounding.gptq import ErrorFeedback, gptq
+from fxquant.timesteps import TimeTable, rows_at, timestep_input
 
 
 class RangeSearch(enum.Enum):
@@ -82,18 +84,18 @@ class GPTQ:
     def _feedback(self, name: str, plan: Plan, rewriter: Rewriter) -> ErrorFeedback:
         """That of the layer's input; kept only for the layers that come next, for it is large."""
         key = plan.layer(name).observed or name
-        seen = plan.evidence(key, f"layer {name!r} is rounded by GPTQ")
-        if seen.moments is None:
+        plan.evidence(key, f"layer {name!r} is rounded by GPTQ")
+        together = moments(plan, name)
+        if together is None:
             raise CalibrationError(
                 f"layer {name!r} is rounded by GPTQ and there are no second moments of its input; let calibration "
                 "record them, or choose rounding=nearest"
             )
-        factor = plan.vectors.get(name)
         kept, feedback = rewriter.memo.get("feedback", (None, None))
         if kept != key:
             rewriter.memo.pop("feedback", None)
             try:
-                feedback = ErrorFeedback.of(seen.moments.of(factor), self.damping, self.activation_order)
+                feedback = ErrorFeedback.of(together, self.damping, self.activation_order)
             except NonFiniteError as error:
                 raise NonFiniteError(f"layer {name}: {error}") from None
             rewriter.memo["feedback"] = key, feedback
@@ -164,8 +166,7 @@ def _importance(name: str, plan: Plan, device: torch.device) -> Tensor | None:
     """
     layer, key = plan.layer(name), f"{name}.importance"
     if key not in plan.vectors and plan.statistics is not None and layer.kind == "linear" and layer.observed:
-        squares = plan.evidence(layer.observed).rows().double().square().mean(dim=0)
-        plan.vectors[key] = squares / plan.vectors[name].square() if name in plan.vectors else squares
+        plan.vectors[key] = torch.cat(evidence(plan, name).rows).double().square().mean(dim=0)
     importance = plan.vectors.get(key)
     return None if importance is None else importance.to(device)
 
@@ -198,14 +199,21 @@ def quantized_input(
             layer.activation = copy.copy(first.activation)
             layer.spread, layer.activation_sqnr_db = copy.copy(first.spread), first.activation_sqnr_db
     assert layer.activation is not None
-    key = (x, bits, layer.activation.low, layer.activation.high)
+    low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (layer.activation.low, layer.activation.high))
+    key = (x, bits, layer.boundaries, str(low.tolist()), str(high.tolist()))
     if key not in rewriter.memo:
-        scale, zero_point = affine_parameters(layer.activation.low, layer.activation.high, bits)
-        device = x.meta["val"].device
-        grid = (
-            rewriter.constant(f"{name}.input_scale", scale.to(device), [x]),
-            rewriter.constant(f"{name}.input_zero_point", zero_point.to(device), [x]),
-        )
+        scale, zero_point = (part.to(x.meta["val"].device) for part in affine_parameters(low, high, bits))
+        names = (f"{name}.input_scale", f"{name}.input_zero_point")
+        if low.dim() == 0:
+            grid = tuple(
+                rewriter.constant(target, part, [x]) for target, part in zip(names, (scale, zero_point), strict=True)
+            )
+        else:
+            timestep, rank = timestep_input(rewriter.graph, plan.timestep), x.meta["val"].dim()
+            tables = [TimeTable(timestep, layer.boundaries, part[:, None]) for part in (scale, zero_point)]
+            grid = tuple(
+                rows_at(rewriter, table, rank, target, [x]) for target, table in zip(names, tables, strict=True)
+            )
         codes = rewriter.call(
             torch.ops.fxquant.quantize.default,
             (x, *grid, 0, 2**bits - 1, torch.uint8),
@@ -221,17 +229,19 @@ def _decide_range(name: str, plan: Plan, method: RangeSearch) -> None:
     """Write the range of a layer's input into the plan, and how well it does on the sampled rows."""
     layer = plan.layer(name)
     assert layer.activation_bits is not None
-    seen = plan.evidence(layer.observed or name)
-    factor = plan.vectors.get(name)
-    divide = torch.ones(1) if factor is None else factor
-    low, high = (bound.double() / divide for bound in (seen.minimum, seen.maximum))
-    rows = (seen.rows().double() / divide).float()
-    chosen = activation_range(rows, float(low.min()), float(high.max()), layer.activation_bits, method.value)
-    layer.activation = ActivationRange(*chosen, method.value)
-    tops = torch.maximum(low.abs(), high.abs()).amax(dim=1)
+    bits, count = layer.activation_bits, len(layer.boundaries) + 1
+    ranges, exact, coded = [], [], []
+    for number in range(count):
+        seen = evidence(plan, name, number if count > 1 else None)
+        rows = torch.cat(seen.rows)
+        ranges.append(activation_range(rows, float(seen.minimum.min()), float(seen.maximum.max()), bits, method.value))
+        exact.append(rows)
+        coded.append(fake_quantize(rows, *affine_parameters(*ranges[-1], bits), bits))
+    lows, highs = ([end[side] for end in ranges] for side in (0, 1))
+    if len(ranges) == 1:
+        layer.activation = ActivationRange(lows[0], highs[0], method.value)
+    else:
+        layer.activation = ActivationRange(lows, highs, method.value)
+    tops = evidence(plan, name).absmax.amax(dim=1)
     layer.spread = [float(tops.min()), float(tops.max())]
-    layer.activation_sqnr_db = _input_sqnr(rows, layer.activation, layer.activation_bits)
-
-
-def _input_sqnr(rows: Tensor, chosen: ActivationRange, bits: int) -> float:
-    return sqnr_db(rows, fake_quantize(rows, *affine_parameters(chosen.low, chosen.high, bits), bits))
+    layer.activation_sqnr_db = sqnr_db(torch.cat(exact), torch.cat(coded))

@@ -16,13 +16,13 @@ from torch import Tensor, fx
 
 from fxquant.capture import LAYER
 from fxquant.channels.solve import Grant, Seed, solve
-from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
+from fxquant.evidence import evidence
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.passes._seeds import is_target, parse_cost, parse_roles, seeds_to_transform
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Balance, Plan
-from fxquant.precision import ROLES
 from fxquant.quantizer import require_finite
 
 
@@ -35,6 +35,8 @@ class Salience(enum.Enum):
     """The mean over timesteps."""
     MAX = "max"
     """The maximum over timesteps, as SmoothQuant takes it."""
+    MOVING_AVERAGE = "moving-average"
+    """HTG's: an exponential moving average that starts with the first denoising step, the largest timestep."""
 
 
 @register_pass
@@ -57,7 +59,7 @@ class BalanceChannels(Pass):
     which for exponent 0.5 makes both saliences sqrt(sX_j sW_j) (PTQ4DiT, CSB, arXiv 2405.16005) and in general is
     SmoothQuant. sX_j is max over tokens |X_j| at each timestep, combined over timesteps by ``salience``; with
     ``spearman`` (SSC) by weights softmax over t of -rho_t, where rho_t is the Spearman correlation over channels of
-    sX at timestep t with sW.
+    sX at timestep t with sW. Where the plan has a shift for the layer, sX is that of the shifted activation.
 
     A layer is balanced only if something upstream can absorb ``1 / b`` at an allowed cost, so that the pass
     ``absorb-affines`` removes the multiplication again. Layers that read one value, and those whose factors meet in one
@@ -66,6 +68,7 @@ class BalanceChannels(Pass):
     Attributes:
         exponent: Share of the salience that moves to the weights, 0 to 1.
         salience: How timesteps are combined.
+        momentum: Of the moving average.
         dearest: The dearest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
         roles: Roles of the layers to balance, joined by ``+``. PTQ4DiT balances those in blocks and leaves adaLN, the
             embedders and the final layer alone; see :mod:`fxquant.precision` for all roles.
@@ -78,26 +81,25 @@ class BalanceChannels(Pass):
 
     exponent: float = 0.5
     salience: Salience = Salience.SPEARMAN
+    momentum: float = 0.99
     dearest: str = "vector"
     roles: str = "block"
 
     def __post_init__(self) -> None:
-        unknown = set(self.roles.split("+")) - set(ROLES)
-        if unknown:
-            raise ConfigurationError(
-                f"balance-channels: {', '.join(sorted(unknown))} is no role; known: {', '.join(ROLES)}"
-            )
+        parse_roles(self.name, self.roles)
+        if not 0 <= self.momentum < 1:
+            raise ConfigurationError(f"balance-channels: momentum {self.momentum} is not at least 0 and below 1")
         if not 0 <= self.exponent <= 1:
             raise ConfigurationError(f"balance-channels: exponent {self.exponent} is not between 0 and 1")
         parse_cost(self.dearest)
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
-        seeds = _seeds(graph, plan, roles)
+        seeds = seeds_to_transform(graph, plan, roles)
         solution = solve(graph, seeds, parse_cost(self.dearest))
         for group in solution.groups():
             grants = [solution.grants[name] for name in group]
-            targets = [[node for node in grant.seed.readers if _is_target(node, plan, roles)] for grant in grants]
+            targets = [[node for node in grant.seed.readers if is_target(node, plan, roles)] for grant in grants]
             layers = [[node.meta[LAYER] for node in nodes] for nodes in targets]
             if all(plan.layer(name).balance is None for names in layers for name in names):
                 self._decide(grants, layers, [_weight_salience(nodes, rewriter) for nodes in targets], plan)
@@ -118,10 +120,10 @@ class BalanceChannels(Pass):
         plan: Plan,
     ) -> None:
         """Write the factors of one group into the plan."""
-        activation = [plan.evidence(_observed(plan, names)).absmax.double().numpy() for names in layers]
+        activation = [evidence(plan, names[0]).absmax.numpy() for names in layers]
         classes = np.concatenate([grant.classes for grant in grants])
         sx, sw = np.concatenate(activation, axis=1), np.concatenate(weight)
-        combined = combine_timesteps(sx, sw, self.salience)
+        combined = combine_timesteps(sx, sw, self.salience, self.momentum)
         # Channels of one class share their factor: the most salient of them decides on either side.
         numbers, inverse = np.unique(classes, return_inverse=True)
         top_x, top_w = np.zeros(len(numbers)), np.zeros(len(numbers))
@@ -147,20 +149,29 @@ class BalanceChannels(Pass):
 
 
 def combine_timesteps(
-    activation: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], salience: Salience
+    activation: npt.NDArray[np.float64],
+    weight: npt.NDArray[np.float64],
+    salience: Salience,
+    momentum: float = 0.99,
 ) -> npt.NDArray[np.float64]:
     """Combine activation salience over timesteps.
 
     Args:
-        activation: max |X_j| at each timestep, ``[timesteps, channels]``.
+        activation: max |X_j| at each timestep, ascending, ``[timesteps, channels]``.
         weight: max |W_j|, ``[channels]``.
         salience: How.
+        momentum: What remains of the moving average at each step.
 
     Returns:
         Salience a channel, ``[channels]``.
     """
     if salience is Salience.MAX:
         return np.asarray(activation.max(axis=0))
+    if salience is Salience.MOVING_AVERAGE:
+        average = activation[-1]
+        for row in activation[-2::-1]:
+            average = momentum * average + (1 - momentum) * row
+        return np.asarray(average)
     if salience is Salience.MEAN or len(activation) == 1:
         return np.asarray(activation.mean(axis=0))
     return np.asarray(spearman_weights(activation, weight) @ activation)
@@ -181,46 +192,6 @@ def balance_factor(
     alive = (activation > 0) & (weight > 0)
     x, w = np.where(alive, activation, 1.0), np.where(alive, weight, 1.0)
     return np.asarray(x**exponent / w ** (1 - exponent))
-
-
-def parse_cost(text: str) -> Cost:
-    """Read the name of a cost.
-
-    Raises:
-        ConfigurationError: If it is none.
-    """
-    try:
-        return {"free": Cost.FREE, "vector": Cost.VECTOR, "tokens": Cost.TOKENS}[text]
-    except KeyError:
-        raise ConfigurationError(f"{text!r} is no cost; choose free, vector or tokens") from None
-
-
-def _seeds(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> list[Seed]:
-    """The values read by linears to balance, each with all linears that read it, those to balance first.
-
-    The others, kept in float say, undo the factor in their weights as well: they would otherwise be in the way.
-    """
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if LAYER in node.meta and node.target is torch.ops.aten.linear.default:
-            value, weight = node.all_input_nodes[:2]
-            if weight.op == "get_attr":
-                readers.setdefault(value, []).append(node)
-    seeds = []
-    for value, nodes in readers.items():
-        nodes.sort(key=lambda node: not _is_target(node, plan, roles))  # Stable: in the order of the graph.
-        if _is_target(nodes[0], plan, roles):
-            seeds.append(Seed(nodes[0].meta[LAYER], value, tuple(nodes)))
-    return seeds
-
-
-def _is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:
-    layer = plan.layer(node.meta[LAYER])
-    return layer.role in roles and layer.activation_bits is not None
-
-
-def _observed(plan: Plan, names: Sequence[str]) -> str:
-    return plan.layer(names[0]).observed or names[0]
 
 
 def _weight_salience(readers: Sequence[fx.Node], rewriter: Rewriter) -> npt.NDArray[np.float64]:

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from fxquant.capture import LAYER
-from fxquant.errors import MissingTimestepError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import LayerPlan, Plan
+from fxquant.timesteps import timestep_input
 
 
 @register_pass
@@ -58,7 +58,7 @@ class InsertObservers(Pass):
                 with rewriter.before(node):
                     observer = rewriter.call(
                         torch.ops.fxquant.observe.default,
-                        (value, timestep_input(graph, plan), node.meta[LAYER], axis),
+                        (value, timestep_input(graph, plan.timestep), node.meta[LAYER], axis),
                         sources=[value],
                         name=f"{value.name}_observed",
                     )
@@ -69,20 +69,3 @@ class InsertObservers(Pass):
     def _observes(self, layer: LayerPlan) -> bool:
         by_weight = self.weight_only and layer.kind == "linear" and layer.weight_bits is not None
         return layer.activation_bits is not None or by_weight
-
-
-def timestep_input(graph: fx.Graph, plan: Plan) -> fx.Node:
-    """The input that holds the timestep.
-
-    Raises:
-        MissingTimestepError: If the graph has no input of that name.
-    """
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in inputs:
-        if node.target == plan.timestep:
-            return node
-    names = ", ".join(str(node.target) for node in inputs)
-    raise MissingTimestepError(
-        f"the model has no tensor input {plan.timestep!r}, which tells the denoising step. Its inputs are: {names}. "
-        'Name the right one: fxquant.compile(..., timestep="...").'
-    )

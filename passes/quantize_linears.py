@@ -14,6 +14,7 @@ from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import GPTQ, RangeSearch, Rounding, is_quantized, quantized_input, quantized_weight
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import LayerPlan, Plan
+from fxquant.timesteps import plus_rows
 
 
 @register_pass
@@ -33,9 +34,11 @@ class QuantizeLinears(Pass):
 
         y = linear(x, fxquant.dequantize_weight(W_packed, W_scale, W_zero_point), bias)
 
-    Linears that read one value share its codes. Weights have one grid an output channel, or one a group of input
-    channels; activations one a tensor, asymmetric (PTQ4DiT, arXiv 2405.16005). Rounding moves each weight by at most
-    half a step of its grid.
+    A bias that depends on the timestep, ``linear(x, W) + table[bin]``, becomes the bias of the quantized linear,
+    and where the plan has bins for a layer the scale and zero point of x are rows of tables too. Linears that read
+    one value share its codes. Weights have one grid an output channel, or one a group of input channels;
+    activations one a tensor, asymmetric (PTQ4DiT, arXiv 2405.16005). Rounding moves each weight by at most half a
+    step of its grid.
 
     Attributes:
         weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``. The searches weigh
@@ -73,21 +76,26 @@ class QuantizeLinears(Pass):
                 continue
             x, weight = node.args[0], node.args[1]
             bias = node.args[2] if len(node.args) > 2 else None
+            total = plus_rows(node) if bias is None and layer.activation_bits is not None else None
             dtype = node.meta["val"].dtype
             packed = quantized_weight(node, plan, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
-            with rewriter.before(node):
+            with rewriter.before(node if total is None else total):
                 if layer.activation_bits is None:
                     arguments = (*packed, layer.weight_bits, layer.group_size, layer.shape[1], dtype)
                     values = rewriter.call(torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node])
                     rewriter.redirect(node, weight, values)
                     continue
                 codes, scale, zero_point = quantized_input(node, x, plan, rewriter, self.activation_range)
+                if total is not None:
+                    bias = total.args[1]
                 new = rewriter.call(
                     torch.ops.fxquant.linear.default,
                     (codes, scale, zero_point, *packed, bias, layer.weight_bits, layer.group_size, dtype),
                     sources=[node],
                 )
-            rewriter.replace(node, new)
+            rewriter.replace(node if total is None else total, new)
+            if total is not None:
+                rewriter.erase(node)
 
     def _rounder(self, layer: LayerPlan) -> GPTQ | None:
         if self.rounding is Rounding.NEAREST or not _is_rounded(layer):

@@ -103,7 +103,12 @@ def flux() -> Example:
 
 
 def balanced(
-    example: Example, dearest: str = "vector", roles: str = "block", layers: str = "default", overrides: str = ""
+    example: Example,
+    dearest: str = "vector",
+    roles: str = "block",
+    layers: str = "default",
+    overrides: str = "",
+    first: str = "",
 ) -> tuple[CapturedGraph, Plan]:
     """Calibrate on random inputs, balance and absorb; the outputs must stay what they were, for any batch."""
     model, inputs = example
@@ -119,7 +124,7 @@ def balanced(
     with recording(plan.statistics.record):
         for batch in (2, 3):
             outputs(observed, *call_inputs(found, inputs(batch)))
-    Pipeline.parse(f"balance-channels{{dearest={dearest} roles={roles}}},absorb-affines").run(module, plan)
+    Pipeline.parse(f"{first}balance-channels{{dearest={dearest} roles={roles}}},absorb-affines").run(module, plan)
     for batch, tensors in arguments.items():
         assert relative_error(outputs(module, *tensors), expected[batch]) < 1e-12
     assert plan.vectors
@@ -138,6 +143,19 @@ def costs(plan: Plan, part: str) -> dict[str, str]:
 
 def reasons(plan: Plan, part: str) -> set[Any]:
     return {layer.balance.reason for name, layer in plan.layers.items() if part in name and layer.balance}
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("make", ["dit", "pixart", "sd3", "flux"])
+def test_shifts_by_timestep_are_absorbed_too(make: str, groups: int) -> None:
+    first = f"group-timesteps{{groups={groups}}},shift-channels,absorb-shifts,"
+    found, plan = balanced(globals()[make](), first=first)
+    shifts = {name: layer.shift for name, layer in plan.layers.items() if layer.shift}
+    free = {name for name, shift in shifts.items() if shift.cost in ("free", "vector")}
+    assert {name for name, layer in plan.layers.items() if layer.shift and layer.balance.cost == "free"} <= free
+    assert all(shift.reason for name, shift in shifts.items() if name not in free)
+    assert all(plan.vectors[f"{name}.shift"].shape[0] == groups for name in free)
+    assert not [node for node in found.module.graph.nodes if node.target is AFFINE and node.args[2] is not None]
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,12 @@ variables are equal in the end is a question of connected components, asked once
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -21,10 +24,11 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fxquant.channels.layouts import settle_unread
-from fxquant.channels.rules import outcome, shape_of
+from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, outcome, shape_of
 from fxquant.channels.wants import (
     IDENTITY,
     UNREAD,
+    Barrier,
     Choose,
     Cost,
     End,
@@ -33,6 +37,7 @@ from fxquant.channels.wants import (
     Tie,
     Want,
 )
+from fxquant.timesteps import TimeTable, unfit
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 _SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
@@ -40,14 +45,30 @@ _PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
 _SHAPE_READERS = ("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size")
 
 
+class Request(enum.Enum):
+    """What is asked of a value."""
+
+    FACTOR = "factor"
+    """That it yield ``a * x``, per channel."""
+    SHIFT = "shift"
+    """That it yield ``x + c`` per channel, where c depends on the timestep of each sample."""
+    STATIC_SHIFT = "static shift"
+    """That it yield ``x + c`` per channel."""
+
+    @property
+    def rules(self) -> Mapping[Any, Rule]:
+        """How the request moves through each op."""
+        return {Request.FACTOR: RULES, Request.SHIFT: SHIFTS}.get(self, {**SHIFTS, **STATIC_SHIFTS})
+
+
 @dataclass(frozen=True)
 class Seed:
-    """A value that is to be multiplied per channel, and those of its readers that undo it.
+    """A value that is to be multiplied or shifted per channel, and those of its readers that undo it.
 
     Attributes:
         name: Stable name, that of the first linear which reads the value.
         value: The value.
-        readers: The nodes that read ``a * value`` and undo it.
+        readers: The nodes that read ``a * value`` or ``value + c`` and undo it.
         axis: The channel axis of the value.
         alike: Seeds of which this is equal, and not None, are known to have the same factors.
     """
@@ -66,14 +87,15 @@ class Seed:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One thing to rewrite: a fold into parameters, or a multiplication inserted between a value and some readers.
+    """One thing to rewrite: a fold into parameters, or an op inserted between a value and some readers.
 
     Attributes:
         node: The node whose value is to be scaled.
         want: By what.
         cost: What it costs at run time.
-        end: How to fold it into parameters; None to multiply at run time.
-        readers: The users of the node that are to read the scaled value.
+        end: How to fold it into parameters; None to multiply or add at run time.
+        readers: The users of the node that are to read the changed value.
+        run_time_op: What is inserted where there is no end.
     """
 
     node: fx.Node
@@ -81,11 +103,12 @@ class Edit:
     cost: Cost
     end: End | None
     readers: tuple[fx.Node, ...] = ()
+    run_time_op: str = "multiplication"
 
     @property
     def into(self) -> str:
         """What absorbs the factor, in words."""
-        return self.end.into if self.end else f"a multiplication after {self.node.name}"
+        return self.end.into if self.end else f"a {self.run_time_op} after {self.node.name}"
 
 
 @dataclass(frozen=True)
@@ -153,23 +176,59 @@ class Solution:
         for edit in self.edits:
             yield edit, table[torch.from_numpy(self._class_of[edit.want.scale])]
 
+    def shifts(self, chosen: Mapping[str, TimeTable]) -> Iterator[tuple[Edit, TimeTable]]:
+        """Each edit with its shifts, a row ``[bins, ...]`` of the layout of its want.
 
-def solve(graph: fx.Graph, seeds: Sequence[Seed], dearest: Cost = Cost.VECTOR) -> Solution:
-    """Find out which channels of the seeds can be scaled, at what cost, and by which edits.
+        Args:
+            chosen: For each seed its shift per bin and channel, rows float64 ``[bins, channels]``; equal over a class.
+        """
+        names = list(chosen)
+        owner, place = (np.full(self.classes, -1) for _ in range(2))  # Of each class a seed, and a channel of that.
+        for position, name in reversed(list(enumerate(names))):
+            classes = self.grants[name].classes
+            owner[classes], place[classes] = position, np.arange(len(classes))
+        owner[IDENTITY] = -1
+        for edit in self.edits:
+            classes = self._class_of[edit.want.scale]
+            parts = []
+            for position in np.unique(owner[classes][owner[classes] >= 0]):
+                table = chosen[names[position]]
+                mine = torch.from_numpy(owner[classes] == position)
+                rows = table.rows[:, torch.from_numpy(np.where(mine, place[classes], 0))]
+                parts.append(table.map(lambda _, rows=rows, mine=mine: torch.where(mine, rows, 0.0)))  # type: ignore[misc]
+            if parts:
+                yield edit, functools.reduce(TimeTable.plus, parts)
+
+
+def solve(
+    graph: fx.Graph,
+    seeds: Sequence[Seed],
+    dearest: Cost = Cost.VECTOR,
+    request: Request = Request.FACTOR,
+    timestep: fx.Node | None = None,
+) -> Solution:
+    """Find out which channels of the seeds can be scaled or shifted, at what cost, and by which edits.
 
     Nothing is changed and no tensor value is read.
 
     Args:
         graph: A captured graph with shapes in ``meta["val"]``.
         seeds: The values to scale.
-        dearest: The dearest edit allowed; what would cost more is left unscaled, with the reason.
+        dearest: The dearest edit allowed; what would cost more is left as it is, with the reason.
+        request: What is asked of the seeds.
+        timestep: The input that holds the timestep; for shifts that depend on it.
     """
-    return _Walk(graph, seeds, dearest).run()
+    return _Walk(graph, seeds, dearest, request, timestep).run()
 
 
 class _Walk:
-    def __init__(self, graph: fx.Graph, seeds: Sequence[Seed], dearest: Cost) -> None:
+    def __init__(
+        self, graph: fx.Graph, seeds: Sequence[Seed], dearest: Cost, request: Request, timestep: fx.Node | None
+    ) -> None:
         self.graph = graph
+        self.request = request
+        self.rules = request.rules
+        self.timestep = timestep if request is Request.SHIFT else None
         self.seeds = seeds
         self.dearest = dearest
         self.batch = _batch_hint(graph)
@@ -211,7 +270,7 @@ class _Walk:
         shares: list[Want] = []
         others: list[fx.Node] = []
         for reader in readers_of(node):
-            share = None if reader in asked else _identity_share(reader, node)
+            share = None if reader in asked else _identity_share(reader, node, self.rules)
             if share is not None:
                 by_user.get(_direct(node, reader), shares).append(share)
             elif reader not in asked:
@@ -236,12 +295,14 @@ class _Walk:
 
     def _meet(self, node: fx.Node, want: Want, users: tuple[fx.Node, ...]) -> None:
         """Let the rule of the node's op end, push on or stop what all of these users ask."""
-        found = outcome(node, want)
+        found = outcome(node, want, self.rules)
         while isinstance(found, Tie):
             for left, right in found.ties:
                 self._tie(left, right, found.reason)
             want = found.want
-            found = outcome(node, want)
+            found = outcome(node, want, self.rules)
+        if isinstance(found, End) and (reason := self._not_by_sample(node)) is not None:
+            found = Barrier(reason)
         if isinstance(found, Choose):
             found = min(found.ways, key=lambda way: self._price(node, way))
         if isinstance(found, Push):
@@ -275,7 +336,8 @@ class _Walk:
         """Multiply here at run time if that is cheap enough, otherwise leave these channels as they are."""
         cost = self._run_time_cost(node, want)
         if cost <= self.dearest:
-            self.edits.append(Edit(node, want, cost, None, users))
+            op = "multiplication" if self.request is Request.FACTOR else "addition"
+            self.edits.append(Edit(node, want, cost, None, users, op))
         else:
             self._block(want.variables, reason)
 
@@ -323,8 +385,16 @@ class _Walk:
                 axes += 1
             else:
                 elements *= size if isinstance(size, int) else int(size.node.hint)
+        if self.request is not Request.FACTOR and (
+            node.op == "get_attr" or want.varies(0) or self._not_by_sample(node) is not None
+        ):
+            return Cost.NOT
         vector = elements <= self.batch and (axes <= 1 or node not in self.tokens)
         return Cost.VECTOR if vector else Cost.TOKENS
+
+    def _not_by_sample(self, node: fx.Node) -> str | None:
+        """Why the value of a node cannot get a shift for each sample, or None."""
+        return None if self.timestep is None else unfit(self.timestep, node.meta["val"])
 
     def _price(self, node: fx.Node, way: Push) -> tuple[int, int, int]:
         """What a way would cost: blocked or run-time multiplications, vectors, new operands. Less is better."""
@@ -335,12 +405,12 @@ class _Walk:
         if want.trivial:
             return (0, 0, 0)
         others = (other for other in readers_of(node) if other is not reader)
-        if node.op != "get_attr" and any(_identity_share(other, node) is None for other in others):
+        if node.op != "get_attr" and any(_identity_share(other, node, self.rules) is None for other in others):
             return self._price_here(node, want)
-        found = outcome(node, want)
+        found = outcome(node, want, self.rules)
         while isinstance(found, Tie):
             want = found.want
-            found = outcome(node, want)
+            found = outcome(node, want, self.rules)
         if isinstance(found, End):
             return (0, 0, found.operands)
         if isinstance(found, Choose):
@@ -405,13 +475,13 @@ def _agree(left: Want, right: Want) -> bool:
     return bool((~both | ((left.scale == right.scale) & (left.offset == right.offset))).all())
 
 
-def _identity_share(reader: fx.Node, node: fx.Node) -> Want | None:
+def _identity_share(reader: fx.Node, node: fx.Node, rules: Mapping[Any, Rule]) -> Want | None:
     """What a reader that asks nothing reads of ``node``, if that is only a part; None if it may read everything."""
     name = str(getattr(reader.target, "_name", ""))
     shared = node not in reader.all_input_nodes  # Read through a chunk.
     if not shared and not name.startswith(_PART_READERS):
         return None
-    found = outcome(reader, Want.identity(len(shape_of(reader))))
+    found = outcome(reader, Want.identity(len(shape_of(reader))), rules)
     return found.inputs[0][1] if isinstance(found, Push) else None
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, fx
+from torch import fx
 
 if TYPE_CHECKING:
-    from fxquant.ir.rewriter import Rewriter
+    pass
 
 Indices = npt.NDArray[np.int64]
 Offsets = npt.NDArray[np.float64]
@@ -125,12 +125,13 @@ class End:
     """The request is met here, offline.
 
     Attributes:
-        fold: Called with the rewriter, ``a`` and ``c`` (float64, laid out as the want), rewrites the parameters.
+        fold: Called with the rewriter, ``a`` and ``c`` (float64, laid out as the want), rewrites the parameters; for a
+            shift with the rewriter and a table of rows laid out as the want.
         into: What absorbs the factor, for the report.
         operands: How many run-time operands the fold adds, to prefer folds that add none.
     """
 
-    fold: Callable[[Rewriter, Tensor, Tensor], None] = field(repr=False)
+    fold: Callable[..., None] = field(repr=False)
     into: str
     operands: int = 0
 

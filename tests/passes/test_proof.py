@@ -28,6 +28,9 @@ from fxquant.quantizer import dequantize_weight, sqnr_db
 from tests.support import captured, outputs, relative_error, text
 
 C = 16
+PLAN_ONLY = ("assign-precision", "group-timesteps")
+"""Passes that decide and leave the graph as it is."""
+
 SQNR_AT_8_BITS = 30.0
 """dB: a uniform grid of 255 steps over the range of a normal variable leaves about 40."""
 
@@ -93,15 +96,28 @@ def balanced(found: CapturedGraph, plan: Plan) -> None:
     Pipeline.parse("balance-channels").run(found.module, plan)
 
 
+def grouped(found: CapturedGraph, plan: Plan) -> None:
+    calibrated(found, plan)
+    Pipeline.parse("group-timesteps{groups=3}").run(found.module, plan)
+
+
+def shifted(found: CapturedGraph, plan: Plan) -> None:
+    grouped(found, plan)
+    Pipeline.parse("shift-channels").run(found.module, plan)
+
+
 EXAMPLES: dict[str, Example] = {
     "absorb-affines": Example("assign-precision", prepare=balanced, stage=Stage.TRANSFORMED),
+    "absorb-shifts": Example("assign-precision", prepare=shifted, stage=Stage.TRANSFORMED),
     "assign-precision": Example(options="precision=w4a8-g8 layers=all overrides=last=w8a16;blocks.0.q=float"),
     "balance-channels": Example("assign-precision", "exponent=0.3 salience=max dearest=free", calibrated),
+    "group-timesteps": Example("assign-precision", "groups=2 method=optimal dearest=free", calibrated),
     "insert-observers": Example("assign-precision"),
     "quantize-convolutions": Example("assign-precision{layers=all}", "weight-range=mse symmetric=True", calibrated),
     "quantize-embeddings": Example("assign-precision"),
     "quantize-linears": Example("assign-precision", "weight-range=percentile activation-range=mse", calibrated),
     "remove-no-ops": Example(),
+    "shift-channels": Example("assign-precision", "dearest=free", grouped),
 }
 
 WEIGHT_ONLY = {
@@ -121,7 +137,7 @@ def run(name: str, example: Example, dtype: torch.dtype) -> tuple[CapturedGraph,
     before = text(found.module)
     step = parse_pass(name)
     (record,) = Pipeline([step]).run(found.module, plan, example.stage)
-    assert name == "assign-precision" or record.edits, "the pass did not match"
+    assert name in PLAN_ONLY or record.edits, "the pass did not match"
     assert (text(found.module) != before) == bool(record.edits)
     for node in found.module.graph.nodes:
         if node.name not in names:
@@ -226,4 +242,4 @@ def test_a_pass_that_has_nothing_to_do_leaves_the_graph_alone(name: str) -> None
 @pytest.mark.parametrize("name", PASSES)
 def test_the_docstring_shows_before_and_after(name: str) -> None:
     doc = PASSES[name].__doc__ or ""
-    assert name == "assign-precision" or ("Before" in doc and "After" in doc)
+    assert name in PLAN_ONLY or ("Before" in doc and "After" in doc)

@@ -5,7 +5,21 @@ arguments only, never at values. ``fxquant list rules`` prints the first line of
 ``docs/channel-rules.md`` for how to add one.
 """
 
-from fxquant.channels.rules import arithmetic, ends, layout, matrices  # (they register)
-from fxquant.channels.rules.table import RULES, Rule, outcome, rule, shape_of
+from fxquant.channels.rules import arithmetic, ends, layout, matrices, shifts  # (they register)
+from fxquant.channels.rules.table import RULES, SHIFTS, STATIC_SHIFTS, Rule, outcome, rule, shape_of, shift_rule
 
-__all__ = ["RULES", "Rule", "arithmetic", "ends", "layout", "matrices", "outcome", "rule", "shape_of"]
+__all__ = [
+    "RULES",
+    "SHIFTS",
+    "STATIC_SHIFTS",
+    "Rule",
+    "arithmetic",
+    "ends",
+    "layout",
+    "matrices",
+    "outcome",
+    "rule",
+    "shape_of",
+    "shift_rule",
+    "shifts",
+]

@@ -86,6 +86,7 @@ def positively_homogeneous(node: fx.Node, want: Want) -> Outcome:
     aten.tanh.default,
     aten.exp.default,
     aten.pow.Tensor_Scalar,
+    shifts=True,
 )
 def nonlinear(node: fx.Node, want: Want) -> Outcome:
     """Barrier: gelu, silu, sigmoid, tanh, exp, pow do not commute with a factor."""

@@ -35,9 +35,9 @@ def convolution(node: fx.Node, want: Want) -> Outcome:
 
 
 def _rows_end(node: fx.Node, want: Want) -> Outcome:
-    if not _are_parameters(node, 1, 2):
+    if not are_parameters(node, 1, 2):
         return Barrier(f"the weight of {node.name} is computed in the graph")
-    return End(partial(_fold_rows, node, bool(want.offset.any())), into=_layer(node))
+    return End(partial(_fold_rows, node, bool(want.offset.any())), into=layer_of(node))
 
 
 def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
@@ -50,12 +50,14 @@ def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: T
         rewriter.give(node, 2, "bias", shift)
 
 
-def _are_parameters(node: fx.Node, *positions: int) -> bool:
+def are_parameters(node: fx.Node, *positions: int) -> bool:
+    """Whether these arguments are parameters of the model, or not given."""
     given = (node.args[position] if len(node.args) > position else None for position in positions)
     return all(argument is None or node_of(argument).op == "get_attr" for argument in given)
 
 
-def _layer(node: fx.Node) -> str:
+def layer_of(node: fx.Node) -> str:
+    """Name of the layer of a node, for the report."""
     return str(node.meta.get(LAYER, node.name))
 
 
@@ -78,7 +80,7 @@ def _norm(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
     )
     if found is not None:
         return found
-    if not _are_parameters(node, weight, *([] if bias is None else [bias])):
+    if not are_parameters(node, weight, *([] if bias is None else [bias])):
         return Barrier(f"the weight of {node.name} is computed in the graph")
     if bias is None and want.offset.any():
         return Barrier("an RMS norm cannot take a constant shift")
@@ -110,9 +112,9 @@ def embedding(node: fx.Node, want: Want) -> Outcome:
     )
     if found is not None:
         return found
-    if not _are_parameters(node, 0):
+    if not are_parameters(node, 0):
         return Barrier(f"the table of {node.name} is computed in the graph")
-    return End(partial(_fold_table, node), into=_layer(node))
+    return End(partial(_fold_table, node), into=layer_of(node))
 
 
 def _fold_table(node: fx.Node, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:

@@ -28,6 +28,7 @@ aten = torch.ops.aten
     aten.detach.default,
     aten.dropout.default,
     aten.lift_fresh_copy.default,
+    shifts=True,
 )
 def same(node: fx.Node, want: Want) -> Outcome:
     """to, clone, contiguous, alias, dropout (eval): the same."""
@@ -46,6 +47,7 @@ def same(node: fx.Node, want: Want) -> Outcome:
     aten.squeeze.dim,
     aten.squeeze.default,
     aten.squeeze.dims,
+    shifts=True,
 )
 def reshape(node: fx.Node, want: Want) -> Outcome:
     """view, reshape, flatten, unflatten, unsqueeze, squeeze: the same, in the new layout."""
@@ -53,7 +55,7 @@ def reshape(node: fx.Node, want: Want) -> Outcome:
     return Barrier("a reshape mixes the channels with the batch") if moved is None else Push([(source_of(node), moved)])
 
 
-@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int)
+@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, shifts=True)
 def permute(node: fx.Node, want: Want) -> Outcome:
     """permute, transpose, t, movedim: the same, in the new layout."""
     arguments: tuple[Any, ...] = node.args
@@ -71,14 +73,14 @@ def permute(node: fx.Node, want: Want) -> Outcome:
     return Push([(source_of(node), want.map(lambda array: array.transpose(inverse)))])
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, shifts=True)
 def expand(node: fx.Node, want: Want) -> Outcome:
     """The same, where the want does not differ along what was expanded."""
     pushed = elementwise(node, source_of(node), want)
     return Push(pushed) if pushed else Barrier("the channels are copies of one value (expand)")
 
 
-@rule(operator.getitem)
+@rule(operator.getitem, shifts=True)
 def getitem(node: fx.Node, want: Want) -> Outcome:
     """The same part of what chunk, split or unbind took apart; the other parts stay."""
     parts, number = source_of(node), node.args[1]
@@ -104,7 +106,7 @@ def getitem(node: fx.Node, want: Want) -> Outcome:
     return Push([(source, embed(stretch(want, axis, length), axis, start, 1, whole))])
 
 
-@rule(aten.slice.Tensor, aten.select.int, aten.narrow.default)
+@rule(aten.slice.Tensor, aten.select.int, aten.narrow.default, shifts=True)
 def part(node: fx.Node, want: Want) -> Outcome:
     """slice, select, narrow: the same part of the source; the other parts stay."""
     source = source_of(node)
@@ -128,7 +130,21 @@ def part(node: fx.Node, want: Want) -> Outcome:
     return Push([(source, embed(stretch(want, axis, length), axis, start, step, whole))])
 
 
-@rule(aten.cat.default)
+@rule(aten.index_select.default)
+def index_select(node: fx.Node, want: Want) -> Outcome:
+    """index_select: the same for every row of the table, where rows are not told apart."""
+    axis = axis_of(node, _int(node.args[1]))
+    if want.varies(axis):
+        return Barrier("rows that are picked by an index cannot be told apart")
+    return Push([(source_of(node), want)])
+
+
+def _int(value: Any) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+@rule(aten.cat.default, shifts=True)
 def cat(node: fx.Node, want: Want) -> Outcome:
     """Along tokens to every operand, along channels to each its part."""
     operands = node.args[0]

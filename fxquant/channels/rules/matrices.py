@@ -14,7 +14,7 @@ from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules 
 aten = torch.ops.aten
 
 
-@rule(aten.scaled_dot_product_attention.default)
+@rule(aten.scaled_dot_product_attention.default, shifts=True)
 def attention(node: fx.Node, want: Want) -> Outcome:
     """To v, per head channel: rows of the softmax sum to 1, so shifts pass too. Grouped-query heads share theirs."""
     found = tied(want, [want.scale.ndim - 2], "attention mixes tokens, which have to share their factors")

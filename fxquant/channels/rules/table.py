@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,22 @@ Rule = Callable[[fx.Node, Want], Outcome]
 RULES: dict[Any, Rule] = {}
 """The rule of each op, keyed by ``node.target``; ``"get_attr"`` and ``"placeholder"`` stand for those node kinds."""
 
+SHIFTS: dict[Any, Rule] = {}
+"""Rules for the request that a value yield ``x + c`` per channel, where c depends on the timestep.
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+The variables of such a want are shifts c in place of factors, its offsets are 0.
+"""
+
+STATIC_SHIFTS: dict[Any, Rule] = {}
+"""Rules that shifts which are the same at every timestep have besides."""
+
+
+def rule(*targets: Any, shifts: bool = False) -> Callable[[Rule], Rule]:
     """Register the rule of one or several ops.
+
+    Args:
+        targets: The ops.
+        shifts: Whether a shift moves through them exactly as a factor does.
 
     Raises:
         DuplicateNameError: If one of them has a rule already.
@@ -35,6 +48,21 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
             if target in RULES:
                 raise DuplicateNameError(f"op {target} already has the channel rule {RULES[target].__name__!r}")
             RULES[target] = function
+            if shifts:
+                SHIFTS[target] = function
+        return function
+
+    return decorate
+
+
+def shift_rule(*targets: Any, table: dict[Any, Rule] = SHIFTS) -> Callable[[Rule], Rule]:
+    """Register the rule of one or several ops for shifts alone."""
+
+    def decorate(function: Rule) -> Rule:
+        for target in targets:
+            if target in table:
+                raise DuplicateNameError(f"op {target} already has the shift rule {table[target].__name__!r}")
+            table[target] = function
         return function
 
     return decorate
@@ -45,10 +73,10 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def outcome(node: fx.Node, want: Want) -> Outcome:
+def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Outcome:
     """Apply the rule of a node's op; an op without one is a barrier."""
     key = node.target if node.op == "call_function" else node.op
-    found = RULES.get(key)
+    found = rules.get(key)
     if found is None:
         return Barrier(f"{op_name(node)} has no channel rule")
     result = found(node, want)

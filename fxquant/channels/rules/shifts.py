@@ -1,0 +1,154 @@
+"""Rules for shifts, ``x + c``, where they differ from those for factors."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxquant.channels.rules.ends import are_parameters, layer_of
+from fxquant.channels.rules.table import (
+    STATIC_SHIFTS,
+    argument,
+    cannot_broadcast,
+    elementwise,
+    node_of,
+    op_name,
+    shape_of,
+    shift_rule,
+    source_of,
+    tied,
+)
+from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Want
+from fxquant.timesteps import TimeTable, add_rows, plus_rows, read_table, replace_rows
+
+if TYPE_CHECKING:
+    from fxquant.ir.rewriter import Rewriter
+
+aten = torch.ops.aten
+
+
+@shift_rule(aten.linear.default)
+def linear(node: fx.Node, want: Want) -> Outcome:
+    """End: the bias becomes a table with a row for each bin of timesteps."""
+    found = tied(
+        want, range(want.scale.ndim - 1), "a linear's outputs cannot be shifted differently from token to token"
+    )
+    if found is not None:
+        return found
+    if not are_parameters(node, 2):
+        return Barrier(f"the bias of {node.name} is computed in the graph")
+    return End(partial(_fold_bias, node), into=layer_of(node))
+
+
+def _fold_bias(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
+    shift_output(node, rewriter, table.map(lambda rows: rows.flatten(1).expand(-1, shape_of(node)[-1])))
+
+
+def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
+    """Let a linear yield ``y + row``: its bias moves into the rows ``[bins, out]``."""
+    bias = argument(node, 2, "bias")
+    total = plus_rows(node)
+    if total is not None:  # It has rows already: one table does for both.
+        held = read_table(node_of(total.args[1]), table.timestep, rewriter)
+        assert held is not None
+        replace_rows(rewriter, total, held.map(lambda rows: rows.double()).plus(table))
+    elif table.static and bias is not None:
+        rewriter.fold(node, 2, lambda b: b.double() + table.rows[0].to(b.device))
+    elif table.static:
+        rewriter.give(node, 2, "bias", table.rows[0])
+    else:
+        if bias is not None:
+            own = rewriter.tensor(bias).double()
+            table = table.map(lambda rows: rows.to(own.device) + own)
+            node.args = tuple(node.args[:2])
+            node.kwargs = {}
+        add_rows(rewriter, node, table, [node], list(node.users))
+
+
+@shift_rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+def add(node: fx.Node, want: Want) -> Outcome:
+    """To ONE side, the cheaper."""
+    sides = [node.args[0]]
+    if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
+        sides.append(node.args[1])
+    ways = [Push(pushed) for side in sides if (pushed := elementwise(node, side, want))]
+    if not ways:
+        return cannot_broadcast(node)
+    return Choose(ways) if len(ways) > 1 else ways[0]
+
+
+@shift_rule(
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.relu.default,
+    aten.leaky_relu.default,
+    aten.neg.default,
+    torch.ops.fxquant.channel_affine.default,
+)
+def product(node: fx.Node, want: Want) -> Outcome:
+    """Barrier: a shift cannot pass a product, a quotient, relu or neg."""
+    return Barrier(f"a shift cannot pass {op_name(node)}")
+
+
+@shift_rule(aten.matmul.default, aten.bmm.default)
+def matmul(node: fx.Node, want: Want) -> Outcome:
+    """To the right operand's columns, if the left one is a softmax, whose rows sum to 1."""
+    left, right = node_of(node.args[0]), node_of(node.args[1])
+    while left.target in (aten.to.dtype, aten.dropout.default, aten._to_copy.default, aten.clone.default):
+        left = source_of(left)
+    rows_sum_to_one = left.target in (aten.softmax.int, aten._softmax.default) and (
+        left.args[1] in (-1, len(shape_of(left)) - 1)
+    )
+    if not rows_sum_to_one:
+        return Barrier("a shift cannot pass a matrix product")
+    found = tied(want, [want.scale.ndim - 2], "a matrix product mixes tokens, which have to share their shifts")
+    if found is not None:
+        return found
+    pushed = elementwise(node, right, want)
+    return Push(pushed) if pushed else cannot_broadcast(node)
+
+
+@shift_rule(aten.layer_norm.default, aten.rms_norm.default, aten.embedding.default, "get_attr", "placeholder")
+def moving(node: fx.Node, want: Want) -> Outcome:
+    """Barrier: parameters that do not depend on the timestep cannot take a shift that does."""
+    return Barrier(f"{node.name} has no bias that could depend on the timestep")
+
+
+@shift_rule(aten.layer_norm.default, table=STATIC_SHIFTS)
+def layer_norm(node: fx.Node, want: Want) -> Outcome:
+    """End: bias <- bias + c; a norm without bias is given one."""
+    normalized = len(node.args[1])  # type: ignore[arg-type]
+    axes = range(want.scale.ndim - normalized)
+    found = tied(want, axes, "a norm's outputs cannot be shifted differently from token to token")
+    if found is not None:
+        return found
+    if not are_parameters(node, 2, 3):
+        return Barrier(f"the bias of {node.name} is computed in the graph")
+    given = argument(node, 3, "bias") is not None
+    return End(partial(_fold_norm, node), into=node.name, operands=0 if given else 1)
+
+
+def _fold_norm(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
+    shape: Any = list(node.args[1])  # type: ignore[arg-type]
+    c = table.rows[0].reshape(table.rows.shape[-len(shape) :]).expand(shape)
+    if argument(node, 3, "bias") is not None:
+        rewriter.fold(node, 3, lambda b: b.double() + c.to(b.device))
+    else:
+        rewriter.give(node, 3, "bias", c)
+
+
+@shift_rule("get_attr", table=STATIC_SHIFTS)
+def parameter(node: fx.Node, want: Want) -> Outcome:
+    """End: add to (a private copy of) the parameter."""
+    if not node.meta["val"].is_floating_point():
+        return Barrier(f"{node.target} is not a floating-point tensor")
+    return End(partial(_fold_parameter, node), into=str(node.target))
+
+
+def _fold_parameter(node: fx.Node, rewriter: Rewriter, table: TimeTable, readers: Any = None) -> None:
+    rewriter.fold_attribute(node, lambda p: p.double() + table.rows[0].to(p.device), readers)

@@ -1,0 +1,200 @@
+"""Time as data in the graph: what depends on the timestep is a row of a table, picked for each sample.
+
+``bin = bucketize(timestep, boundaries)`` and ``row = table[bin]`` are nodes like any others, so one graph serves every
+schedule and number of steps, a batch may mix timesteps, and nothing branches. A timestep outside of the calibrated
+range is in the first or the last bin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.capture import LAYER
+from fxquant.errors import MissingTimestepError
+
+if TYPE_CHECKING:
+    from fxquant.ir.rewriter import Rewriter
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class TimeTable:
+    """Values that depend on the timestep.
+
+    Attributes:
+        timestep: The model's timestep input: 0-d, ``[1]`` or ``[batch]``.
+        boundaries: Between bins, ascending; bin i is of timesteps above i of them.
+        rows: ``[bins, ...]``, one more than boundaries; float64 until it enters the graph.
+    """
+
+    timestep: fx.Node
+    boundaries: tuple[float, ...]
+    rows: Tensor
+
+    @property
+    def static(self) -> bool:
+        """Whether there is one row for all timesteps."""
+        return len(self.rows) == 1
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TimeTable:
+        """The same table with other rows."""
+        return replace(self, rows=function(self.rows))
+
+    def refined(self, boundaries: Sequence[float]) -> TimeTable:
+        """The same table over more boundaries, its own among them."""
+        starts = [-float("inf"), *boundaries]
+        source = torch.tensor([sum(start >= own for own in self.boundaries) for start in starts])
+        return replace(self, boundaries=tuple(boundaries), rows=self.rows[source.to(self.rows.device)])
+
+    def plus(self, other: TimeTable) -> TimeTable:
+        """The sum of two tables, over the boundaries of both."""
+        if self.boundaries == other.boundaries:
+            return replace(self, rows=self.rows + other.rows)
+        both = sorted({*self.boundaries, *other.boundaries})
+        return self.refined(both).plus(other.refined(both))
+
+
+def boundaries_between(groups: Sequence[Sequence[float]]) -> list[float]:
+    """Boundaries halfway between neighbouring groups of timesteps, all ascending."""
+    return [(left[-1] + right[0]) / 2 for left, right in pairwise(groups)]
+
+
+def bin_of(boundaries: Sequence[float], timesteps: Tensor) -> Tensor:
+    """Bins of timesteps: int64 of the same shape."""
+    return torch.bucketize(timesteps.to(torch.float32), torch.tensor(boundaries, dtype=torch.float32))
+
+
+def timestep_input(graph: fx.Graph, name: str | None) -> fx.Node:
+    """The input that holds the timestep.
+
+    Raises:
+        MissingTimestepError: If the graph has no input of that name.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        if node.target == name:
+            return node
+    names = ", ".join(str(node.target) for node in inputs)
+    raise MissingTimestepError(
+        f"the model has no tensor input {name!r}, which tells the denoising step. Its inputs are: {names}. "
+        'Name the right one: fxquant.compile(..., timestep="...").'
+    )
+
+
+def unfit(timestep: fx.Node, value: Tensor) -> str | None:
+    """Why a value cannot get one row a sample, or None if it can."""
+    shape = timestep.meta["val"].shape
+    if len(shape) > 1:
+        return f"the timestep has shape {list(shape)}, not one number a sample"
+    if len(shape) == 1 and str(shape[0]) not in ("1", str(value.shape[0])):
+        return "the leading axis is not the batch"
+    return None
+
+
+def rows_at(rewriter: Rewriter, table: TimeTable, rank: int, name: str, sources: Sequence[fx.Node]) -> fx.Node:
+    """Nodes that pick each sample's row, laid out to broadcast against a value of this rank, its batch first.
+
+    Insert where the rows are needed; samples are along the first axis of the result.
+    """
+    shape = [1] * (rank - table.rows.dim()) + list(table.rows.shape[1:])
+    if table.static:
+        return rewriter.constant(name, table.rows.reshape(1, *shape), sources)
+    held = rewriter.constant(name, table.rows, sources)
+    rows = rewriter.call(aten.index_select.default, (held, 0, _bin(rewriter, table)), sources, name="row")
+    rows.meta.pop(LAYER, None)
+    shaped = rewriter.call(aten.view.default, (rows, [-1, *shape]), sources, name="rows")
+    shaped.meta.pop(LAYER, None)
+    return shaped
+
+
+def add_rows(
+    rewriter: Rewriter, node: fx.Node, table: TimeTable, sources: Sequence[fx.Node], readers: Sequence[fx.Node]
+) -> fx.Node:
+    """Let some readers of a value read it plus its sample's row ``[bins, ...]``; returns the sum."""
+    from fxquant.ir.rewriter import place_of
+
+    value = node.meta["val"]
+    with rewriter.before(node.next):
+        rows = rows_at(rewriter, table.map(lambda r: r.to(value.dtype)), value.dim(), f"{place_of(node)}.rows", sources)
+        total = rewriter.call(aten.add.Tensor, (node, rows), sources, name=f"{node.name}_shifted")
+    total.meta.pop(LAYER, None)
+    for reader in readers:
+        rewriter.redirect(reader, node, total)
+    return total
+
+
+def reads_rows(node: object) -> bool:
+    """Whether a node is one that :func:`rows_at` made for a table of several bins."""
+    if not isinstance(node, fx.Node) or node.target is not aten.view.default:
+        return False
+    picked = node.args[0]
+    return isinstance(picked, fx.Node) and picked.target is aten.index_select.default and _is_bin(picked.args[2])
+
+
+def plus_rows(node: fx.Node) -> fx.Node | None:
+    """The sum of a linear and its sample's row, ``linear(x, W) + table[bin]``, if that is all that reads the linear."""
+    user = next(iter(node.users), None)
+    if len(node.users) != 1 or user is None or user.target is not aten.add.Tensor or user.kwargs:
+        return None
+    return user if user.args[0] is node and reads_rows(user.args[1]) else None
+
+
+def replace_rows(rewriter: Rewriter, total: fx.Node, table: TimeTable) -> None:
+    """Let a sum that :func:`add_rows` made add the rows of another table."""
+    old, value = total.args[1], total.meta["val"]
+    assert isinstance(old, fx.Node)
+    with rewriter.before(total):
+        name = str(old.args[0].args[0].target)  # type: ignore[union-attr]
+        rows = rows_at(rewriter, table.map(lambda r: r.to(value.dtype)), value.dim(), name, [total])
+    rewriter.redirect(total, old, rows)
+
+
+def read_table(node: fx.Node, timestep: fx.Node, rewriter: Rewriter) -> TimeTable | None:
+    """The table of which a node picks rows, or the constant that it is; None if it is computed otherwise."""
+    if node.op == "get_attr":
+        value = rewriter.tensor(node)
+        return TimeTable(timestep, (), value.reshape(1, *value.shape[1:])) if value.shape[:1] == (1,) else None
+    if not reads_rows(node):
+        return None
+    held, _, bins = node.args[0].args  # type: ignore[union-attr]
+    boundaries = rewriter.tensor(bins.args[0].args[1])  # type: ignore[union-attr]
+    return TimeTable(timestep, tuple(boundaries.tolist()), rewriter.tensor(held))
+
+
+def _is_bin(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.args[0], fx.Node) and node.args[0].target is _BUCKETIZE
+
+
+_BUCKETIZE = aten.bucketize.Tensor
+
+
+def _bin(rewriter: Rewriter, table: TimeTable) -> fx.Node:
+    """The bin of each sample, ``[batch]`` or ``[1]``: one node for all tables with these boundaries."""
+    for user in table.timestep.users:
+        for found in user.users if user.target is aten.to.dtype else ():
+            held = found.args[1] if found.target is _BUCKETIZE else None
+            if isinstance(held, fx.Node) and held.meta.get(_BOUNDARIES) == table.boundaries:
+                return next(iter(found.users))
+    boundaries = rewriter.constant("timestep_boundaries", torch.tensor(table.boundaries), [table.timestep])
+    boundaries.meta[_BOUNDARIES] = table.boundaries
+    with rewriter.before(table.timestep.next if table.timestep.next.op != "placeholder" else _after_inputs(rewriter)):
+        number = rewriter.call(aten.to.dtype, (table.timestep, torch.float32), [table.timestep], name="timestep_number")
+        bins = rewriter.call(_BUCKETIZE, (number, boundaries), [table.timestep], name="timestep_bins")
+        return rewriter.call(aten.view.default, (bins, [-1]), [table.timestep], name="timestep_bin")
+
+
+_BOUNDARIES = "fxquant_boundaries"  # Key of ``node.meta``: a table of boundaries is found again by its values.
+
+
+def _after_inputs(rewriter: Rewriter) -> fx.Node:
+    nodes = list(rewriter.graph.nodes)
+    last = max(position for position, node in enumerate(nodes) if node.op in ("placeholder", "get_attr"))
+    first = next(position for position, node in enumerate(nodes) if node.op not in ("placeholder", "get_attr"))
+    return nodes[first] if first < last else nodes[last + 1]

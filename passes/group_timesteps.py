@@ -1,0 +1,97 @@
+"""Part the denoising timesteps into groups that share what depends on time."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import fx
+
+from fxquant.channels.solve import Request, solve
+from fxquant.errors import ConfigurationError
+from fxquant.evidence import evidence
+from fxquant.grouping import best_segments, check_groups, cut, merge_neighbours
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.passes._seeds import parse_cost, parse_roles, seeds_to_transform, targets_of
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan, TimestepGroups
+from fxquant.timesteps import boundaries_between, timestep_input, unfit
+
+
+class Grouping(enum.Enum):
+    """How the groups are found; both keep neighbours together."""
+
+    GREEDY = "greedy"
+    """HTG's: merge the two neighbouring groups whose mean shifts are closest, until so many are left."""
+    OPTIMAL = "optimal"
+    """The exact optimum of the squared distances to the groups' means, by dynamic programming."""
+
+
+@register_pass
+@dataclass(frozen=True)
+class GroupTimesteps(Pass):
+    """Write into the plan, for every balanced linear, groups of neighbouring timesteps. The graph stays as it is.
+
+    Hierarchical timestep grouping (arXiv 2503.06930): with the middle z_t[j] = (max X_j + min X_j) / 2 of each input
+    channel at timestep t, neighbouring timesteps (then groups, by their mean middles) that are closest in squared L2
+    are merged until ``groups`` remain. Layers whose channels are shifted together are grouped together. Boundaries lie
+    halfway between the calibrated timesteps, so those of another schedule fall into the group that they are closest to.
+
+    Attributes:
+        groups: How many; 0 for a tenth of the calibrated timesteps, rounded up.
+        method: ``greedy``, as in the paper, or ``optimal``.
+        roles: Roles of the layers, joined by ``+``.
+        dearest: What :class:`~fxquant.passes.shift_channels.ShiftChannels` will be allowed, which decides what is
+            shifted together.
+    """
+
+    name: ClassVar[str] = "group-timesteps"
+    tier: ClassVar[Tier] = Tier.EXACT
+    requires: ClassVar[Stage] = Stage.TRANSFORMED
+    establishes: ClassVar[Stage] = Stage.CAPTURED
+
+    groups: int = 0
+    method: Grouping = Grouping.GREEDY
+    roles: str = "block"
+    dearest: str = "vector"
+
+    def __post_init__(self) -> None:
+        parse_roles(self.name, self.roles)
+        parse_cost(self.dearest)
+        if self.groups < 0:
+            raise ConfigurationError(f"{self.name}: {self.groups} groups of timesteps are not possible")
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        roles = self.roles.split("+")
+        seeds = seeds_to_transform(graph, plan, roles)
+        if not seeds:
+            return
+        timestep = timestep_input(graph, plan.timestep)
+        solution = solve(graph, seeds, parse_cost(self.dearest), Request.SHIFT, timestep)
+        for names in solution.groups():
+            group = [solution.grants[name].seed for name in names]
+            layers = [targets_of(seed, plan, roles) for seed in group]
+            if all(plan.layer(name).timesteps is None for targets in layers for name in targets):
+                reason = next((why for seed in group if (why := unfit(timestep, seed.value.meta["val"]))), None)
+                found = self._decide(plan, [targets[0] for targets in layers], reason)
+                for name in (name for targets in layers for name in targets):
+                    plan.layer(name).timesteps = found
+
+    def _decide(self, plan: Plan, names: Sequence[str], reason: str | None) -> TimestepGroups:
+        seen = [evidence(plan, name) for name in names]
+        steps = seen[0].timesteps
+        if reason is None and any(other.timesteps != steps for other in seen):
+            reason = "calibration saw the layers that are shifted together at different timesteps"
+        if reason is not None:
+            return TimestepGroups([], reason=reason)
+        middles = np.concatenate([((one.minimum + one.maximum) / 2).numpy() for one in seen], axis=1)
+        count = check_groups(self.groups, len(steps))
+        merges = merge_neighbours(middles)
+        starts = cut(merges, len(steps), count) if self.method is Grouping.GREEDY else best_segments(middles, count)
+        groups = [steps[start:stop] for start, stop in zip(starts, [*starts[1:], len(steps)], strict=True)]
+        tree = [[steps[merge.left], steps[merge.right], merge.distance] for merge in merges]
+        return TimestepGroups(boundaries_between(groups), tree)

@@ -1,0 +1,126 @@
+"""Shift the channels of activations to the middle of their range, group of timesteps by group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxquant.channels.rules.shifts import shift_output
+from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
+from fxquant.evidence import evidence
+from fxquant.ir.rewriter import PROVENANCE, Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.passes._seeds import parse_cost, parse_roles, seeds_to_transform, targets_of
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan, Shift
+from fxquant.timesteps import TimeTable, rows_at, timestep_input
+
+
+@register_pass
+@dataclass(frozen=True)
+class ShiftChannels(Pass):
+    """Take z off each activation channel and add ``W z`` to the bias, so that channels are symmetric about 0.
+
+    Before::
+
+        y = linear(x, W, bias)
+
+    After, with tables over the bins of timesteps that the plan has for the layer, a row of them a sample::
+
+        y = linear(channel_affine(x, 1, -z[bin]), W) + (bias + W z)[bin]
+
+    HTG (arXiv 2503.06930): z_t[j] is halfway between the smallest and the largest value of channel j at timestep t, and
+    z of a bin the mean of its timesteps. With one bin the shift is a constant and the bias stays one (RepQ-ViT, arXiv
+    2212.08254). Only channels whose shift something upstream can take at most at the cost ``dearest`` are shifted.
+
+    Attributes:
+        dearest: ``free``, ``vector`` or ``tokens``.
+        roles: Roles of the layers to shift, joined by ``+``.
+    """
+
+    name: ClassVar[str] = "shift-channels"
+    tier: ClassVar[Tier] = Tier.ALGEBRAIC
+    requires: ClassVar[Stage] = Stage.TRANSFORMED
+    establishes: ClassVar[Stage] = Stage.TRANSFORMED
+
+    dearest: str = "vector"
+    roles: str = "block"
+
+    def __post_init__(self) -> None:
+        parse_roles(self.name, self.roles)
+        parse_cost(self.dearest)
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        roles = self.roles.split("+")
+        seeds = seeds_to_transform(graph, plan, roles)
+        if not seeds:
+            return
+        timestep = timestep_input(graph, plan.timestep)
+        layers = {seed.name: targets_of(seed, plan, roles) for seed in seeds}
+        moving = any(plan.layer(name).boundaries for names in layers.values() for name in names)
+        request = Request.SHIFT if moving else Request.STATIC_SHIFT
+        solution = solve(graph, seeds, parse_cost(self.dearest), request, timestep)
+        for group in solution.groups():
+            if all(plan.layer(name).shift is None for seed in group for name in layers[seed]):
+                self._decide(solution, {seed: layers[seed] for seed in group}, plan)
+        for seed in seeds:
+            name = layers[seed.name][0]
+            if f"{name}.shift" in plan.vectors and not self._is_done(seed):
+                z = plan.vectors[f"{name}.shift"]
+                _shift(seed, TimeTable(timestep, plan.layer(name).boundaries, z), rewriter)
+
+    def _is_done(self, seed: Seed) -> bool:
+        """Whether this pass has added to the outputs of the linears that read the value already."""
+        changed = [node for reader in seed.readers for node in (*reader.users, *reader.all_input_nodes[2:])]
+        return any(origin.pass_name == self.name for node in changed for origin in node.meta.get(PROVENANCE, ()))
+
+    def _decide(self, solution: Solution, layers: Mapping[str, Sequence[str]], plan: Plan) -> None:
+        """Write the shifts of one group of seeds into the plan; channels of one class share theirs, their mean."""
+        middles = {}
+        for seed, names in layers.items():
+            seen = evidence(plan, names[0])
+            middle = (seen.minimum + seen.maximum) / 2
+            bins = range(len(plan.layer(names[0]).boundaries) + 1)
+            middles[seed] = torch.stack([middle[seen.bins == number].mean(dim=0) for number in bins]).nan_to_num()
+        classes = np.concatenate([solution.grants[seed].classes for seed in layers])
+        numbers, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+        together = torch.cat([*middles.values()], dim=1)
+        sums = torch.zeros(len(together), len(numbers), dtype=torch.float64)
+        sums.index_add_(1, torch.from_numpy(inverse), together)
+        mean = sums / torch.from_numpy(counts)
+        mean[:, torch.from_numpy(numbers == 0)] = 0.0
+        start = 0
+        for seed, names in layers.items():
+            grant = solution.grants[seed]
+            z = mean[:, torch.from_numpy(inverse[start : start + grant.seed.channels])]
+            start += grant.seed.channels
+            for name in names:
+                plan.layer(name).shift = _entry(grant)
+                if grant.granted.any():
+                    plan.vectors[f"{name}.shift"] = z.clone()
+
+
+def _entry(grant: Grant) -> Shift:
+    return Shift(str(grant.cost), list(grant.into), int(grant.granted.sum()), grant.reason)
+
+
+def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
+    with rewriter.before(min(seed.readers)):
+        # In float64 whatever the model's dtype, as the factors of balancing are.
+        rows = rows_at(rewriter, z.map(Tensor.neg), seed.value.meta["val"].dim(), f"{seed.name}.shift", [seed.value])
+        one = rewriter.constant(f"{seed.name}.one", torch.ones(1, dtype=torch.float64), [seed.value])
+        shifted = rewriter.call(
+            torch.ops.fxquant.channel_affine.default,
+            (seed.value, one, rows),
+            sources=[seed.value],
+            name=f"{seed.value.name}_shifted",
+        )
+    for reader in seed.readers:
+        rewriter.redirect(reader, seed.value, shifted)
+        weight = rewriter.tensor(reader.args[1]).double()
+        shift_output(reader, rewriter, z.map(lambda rows, weight=weight: rows.to(weight.device) @ weight.T))  # type: ignore[misc]
