@@ -73,6 +73,16 @@ class CallSpec:
                 return leaf.shape[dim] if dim < leaf.dim() else -1
         return 0
 
+    def with_lists_fixed(self, leaves: Sequence[Any], timestep: str | None) -> CallSpec:
+        """The same spec, but that an input of one axis is no batch: it may be a list that happens to be as long."""
+        fixed = tuple(
+            TensorSpec(tuple(leaf.shape), spec.dtype)
+            if isinstance(spec, TensorSpec) and len(spec.shape) == 1 and name != timestep
+            else spec
+            for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True)
+        )
+        return CallSpec(self.names, fixed, self.structure)
+
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any]) -> bool:
         """Whether a call with these leaves can run the graph that was captured for this spec."""
         if names != self.names:

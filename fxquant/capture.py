@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx.graph import CodeGen
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
@@ -144,6 +146,8 @@ class Architecture:
         call = describe_call(names, leaves, structure)
         try:
             captured = self.capture_spec(call, device)
+            if captured.static_batch is not None:
+                captured = self._capture_open(call.with_lists_fixed(leaves, self.timestep), device) or captured
             if captured.call.fits(names, leaves):
                 return captured
         except CaptureError:
@@ -151,6 +155,14 @@ class Architecture:
                 raise
         # The batch is fixed, at another size than that of this call.
         return self.capture_spec(call, device, call.batch_size(leaves))
+
+    def _capture_open(self, call: CallSpec, device: torch.device) -> CapturedGraph | None:
+        """The graph for calls of this spec if it leaves the batch open, otherwise None."""
+        try:
+            captured = self.capture_spec(call, device)
+        except CaptureError:
+            return None
+        return captured if captured.static_batch is None else None
 
     def capture_spec(self, call: CallSpec, device: torch.device, static_batch: int | None = None) -> CapturedGraph:
         """Trace the graph for calls of this spec, its inputs and weights living on ``device``."""
@@ -191,7 +203,7 @@ class Architecture:
             if extra:
                 dynamic_shapes[variadic[0]] = extra
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _TracedData():
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
@@ -211,6 +223,7 @@ class Architecture:
         assert isinstance(exported, fx.GraphModule)
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
+        _inline_regions(exported)
         _flatten_signature(exported.graph, call)
         _drop_assertions(exported.graph)
         # A module of its own, without the input checks that torch.export hangs on the one it returns.
@@ -326,6 +339,67 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+class _TracedData(TorchFunctionMode):
+    """Reads ``tensor.data`` as ``tensor.detach()``, which shares memory likewise, but which tracing sees.
+
+    What is written into ``.data`` would otherwise be lost from the graph, without a word.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Put the ops of regions under ``no_grad`` or ``autocast``, which are graphs of their own, where the regions stand.
+
+    Raises:
+        CaptureError: If the region computes in another dtype than its values have.
+    """
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "") if isinstance(node.target, HigherOrderOperator) else ""
+        if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        position = next(i for i, argument in enumerate(node.args) if _is_graph(argument))
+        body = getattr(module, str(node.args[position].target))
+        _inline_regions(body)
+        if name == "wrap_with_autocast":
+            _refuse_casts(body, node.args[1], bool(node.args[2]))
+        inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        for inner in body.graph.nodes:
+            if inner.op == "get_attr":
+                set_tensor(module, f"{node.name}.{inner.target}", get_tensor(body, str(inner.target)))
+                inner.target = f"{node.name}.{inner.target}"
+        with module.graph.inserting_before(node):
+            values: dict[fx.Node, Any] = dict(zip(inputs, node.args[position + 1 :], strict=True))
+            results: Any = module.graph.graph_copy(body.graph, values)
+        if isinstance(results, (list, tuple)):
+            for user in list(node.users):
+                user.replace_all_uses_with(results[user.args[1]])
+                module.graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(results)
+        module.graph.erase_node(node)
+
+
+def _is_graph(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr" and "val" not in argument.meta
+
+
+def _refuse_casts(body: fx.GraphModule, dtype: Any, enabled: bool) -> None:
+    for node in body.graph.nodes:
+        value = node.meta.get("val")
+        if enabled and dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
+            if value.dtype not in (dtype, torch.float64):
+                raise CaptureError(
+                    f"part of the model runs under autocast to {dtype} on values of {value.dtype}; convert the model to "
+                    f"{dtype}, or leave its autocast out"
+                )
+
+
 def _drop_assertions(graph: fx.Graph) -> None:
     """Remove checks of traced dtypes and sizes, which would break casts and other shapes, and what only they read."""
     for node in list(graph.nodes):
@@ -349,14 +423,17 @@ def _name_layers(module: fx.GraphModule) -> None:
 
 
 def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:
-    """Whether the graph kept every batch dimension that it reads symbolic, under one symbol."""
-    symbols = set()
+    """Whether the graph kept every batch dimension that it reads symbolic.
+
+    They need not be one symbol: that of a mask, say, is never compared with that of the values which it masks.
+    """
     placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
-    for node, (_, spec) in zip(placeholders, call.tensors, strict=True):
-        for dim, size in enumerate(spec.shape):
-            if size == BATCH and node.users:  # One that nothing reads has a symbol of its own.
-                symbols.add(str(node.meta["val"].shape[dim]))
-    return len(symbols) == 1 and not next(iter(symbols)).isdigit()
+    return all(
+        not str(node.meta["val"].shape[dim]).isdigit()
+        for node, (_, spec) in zip(placeholders, call.tensors, strict=True)
+        for dim, size in enumerate(spec.shape)
+        if size == BATCH and node.users
+    )
 
 
 def _explain(error: BaseException, model: nn.Module) -> str:

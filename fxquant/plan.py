@@ -98,12 +98,12 @@ class LayerPlan:
         group_size: Input channels a weight group, 0 for one group a row.
         observed: Key of the calibration statistics of its input.
         activation: Range of its input.
-        timesteps: The bins of timesteps that its shift and its range depend on; None for one.
-        shift: How its input was shifted.
         balance: How its input was balanced.
         spread: Smallest and largest maximum of |input| over the calibrated timesteps.
         weight_sqnr_db: Signal to quantization noise of the weight, in dB.
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
+        timesteps: The bins of timesteps that its shift and its range depend on; None for one.
+        shift: How its input was shifted.
     """
 
     kind: str
@@ -114,12 +114,12 @@ class LayerPlan:
     group_size: int = 0
     observed: str | None = None
     activation: ActivationRange | None = None
-    timesteps: TimestepGroups | None = None
-    shift: Shift | None = None
     balance: Balance | None = None
     spread: list[float] | None = None
     weight_sqnr_db: float | None = None
     activation_sqnr_db: float | None = None
+    timesteps: TimestepGroups | None = None
+    shift: Shift | None = None
 
     @property
     def precision(self) -> Precision:

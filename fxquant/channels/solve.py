@@ -37,12 +37,17 @@ from fxquant.channels.wants import (
     Tie,
     Want,
 )
+from fxquant.ir.rewriter import place_of
 from fxquant.timesteps import TimeTable, unfit
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 _SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
 _PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
-_SHAPE_READERS = ("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size")
+_SHAPE_READERS = (
+    *("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size"),
+    *("aten::new_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand"),
+)
+_LIKE_ANOTHER = ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as")  # Of the second, form only.
 
 
 class Request(enum.Enum):
@@ -278,8 +283,9 @@ class _Walk:
         groups = self._agreeing({user: self._merge(wants) for user, wants in by_user.items()})
         clash = len(groups) > 1 or not all(_agree(groups[0][0], share) for share in shares)
         if others or (clash and self._may_part(node, groups)):
-            names = ", ".join(reader.name for reader in others[:3])
-            reason = f"{node.name} is also read by {names}" if others else f"readers of {node.name} want other factors"
+            names = ", ".join(f"{reader.name} ({place_of(reader)})" for reader in others[:3])
+            where = f"{node.name} ({place_of(node)})"
+            reason = f"{where} is also read by {names}" if others else f"readers of {where} want other factors"
             for want, users in groups:
                 settled = settle_unread(want)
                 if settled.trivial:
@@ -297,6 +303,9 @@ class _Walk:
         """Let the rule of the node's op end, push on or stop what all of these users ask."""
         found = outcome(node, want, self.rules)
         while isinstance(found, Tie):
+            if self._run_time_cost(node, want) <= self.dearest and any(_loses(*tie) for tie in found.ties):
+                found = Barrier(found.reason)  # Rather one small multiplication than channels that stay as they are.
+                break
             for left, right in found.ties:
                 self._tie(left, right, found.reason)
             want = found.want
@@ -455,13 +464,18 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
     found = []
     for user in node.users:
         name = str(getattr(user.target, "_name", ""))
-        if name.startswith(_SHAPE_READERS):
+        if name.startswith(_SHAPE_READERS) or (name.startswith(_LIKE_ANOTHER) and user.args[0] is not node):
             continue
         if any(sharer in name for sharer in _SHARERS):
             found += list(user.users)
         else:
             found.append(user)
     return found
+
+
+def _loses(left: Indices, right: Indices) -> bool:
+    """Whether a tie lets channels stay as they are."""
+    return bool(((left == IDENTITY) ^ (right == IDENTITY)).any())
 
 
 def _direct(node: fx.Node, reader: fx.Node) -> fx.Node:

@@ -53,7 +53,17 @@ def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: T
 def are_parameters(node: fx.Node, *positions: int) -> bool:
     """Whether these arguments are parameters of the model, or not given."""
     given = (node.args[position] if len(node.args) > position else None for position in positions)
-    return all(argument is None or node_of(argument).op == "get_attr" for argument in given)
+    return all(argument is None or parameter_of(node_of(argument)).op == "get_attr" for argument in given)
+
+
+def parameter_of(node: fx.Node) -> fx.Node:
+    """What a node casts to another dtype or device, if that is all that it does."""
+    while node.target in _CASTS and len(node.users) == 1:
+        node = node_of(node.args[0])
+    return node
+
+
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 
 
 def layer_of(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxquant.channels.layouts import compress, embed, reshape_back, static, stretch
-from fxquant.channels.rules.table import argument, axis_of, elementwise, op_name, rule, shape_of, source_of
+from fxquant.channels.rules.table import argument, axis_of, cannot_broadcast, elementwise, op_name, rule, shape_of, source_of
 from fxquant.channels.wants import Barrier, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
@@ -28,6 +28,7 @@ aten = torch.ops.aten
     aten.detach.default,
     aten.dropout.default,
     aten.lift_fresh_copy.default,
+    aten.type_as.default,
     shifts=True,
 )
 def same(node: fx.Node, want: Want) -> Outcome:
@@ -130,6 +131,98 @@ def part(node: fx.Node, want: Want) -> Outcome:
     return Push([(source, embed(stretch(want, axis, length), axis, start, step, whole))])
 
 
+@rule(aten.repeat_interleave.self_int, shifts=True)
+def repeat_interleave(node: fx.Node, want: Want) -> Outcome:
+    """The same; copies of one channel, as grouped-query heads make them, share theirs."""
+    times, axis = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if axis is None:
+        return Barrier("a repetition mixes the channels with the batch")
+    axis = axis_of(source_of(node), axis)
+    if not want.varies(axis):
+        return Push([(source_of(node), want)])
+    size = static(shape_of(source_of(node))[axis])
+    if size is None or not isinstance(times, int):
+        return Barrier("how often channels are repeated depends on the input")
+    apart = [*want.scale.shape[:axis], size, times, *want.scale.shape[axis + 1 :]]
+    one = want.map(lambda array: np.take(array.reshape(apart), 0, axis=axis + 1))
+    if (np.expand_dims(one.offset, axis + 1) != want.offset.reshape(apart)).any():
+        return Barrier("copies of one channel ask for different constant shifts")
+    every = np.broadcast_to(np.expand_dims(one.scale, axis + 1), apart)
+    return Push([(source_of(node), one)], ties=[(every, want.scale.reshape(apart))])
+
+
+@rule(aten.where.self)
+def where(node: fx.Node, want: Want) -> Outcome:
+    """To both values."""
+    sides = [elementwise(node, side, want) for side in node.args[1:3]]
+    if any(not side for side in sides):
+        return cannot_broadcast(node)
+    return Push([pair for side in sides if side for pair in side])
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(node: fx.Node, want: Want) -> Outcome:
+    """The inner part of the source; what is padded with other values than 0 stays as it is."""
+    mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
+    value = argument(node, 3, "value") if node.target is aten.pad.default else argument(node, 2, "value", 0)
+    amounts = argument(node, 1, "pad")
+    if mode != "constant" or not all(isinstance(amount, int) for amount in amounts):
+        return Barrier(f"padding of mode {mode} has no channel rule")
+    if want.offset.any():
+        return Barrier("a constant shift cannot pass padding")
+    ties = []
+    for number in range(len(amounts) // 2):
+        axis, before, after = want.scale.ndim - 1 - number, amounts[2 * number], amounts[2 * number + 1]
+        size = static(shape_of(node)[axis])
+        if not want.varies(axis):
+            if value and (before or after):
+                ties.append((want.scale, np.zeros_like(want.scale)))
+            continue
+        if size is None or before < 0 or after < 0:
+            return Barrier("part of the batch is padded")
+        inner = (slice(None),) * axis + (slice(before, size - after),)
+        edges = np.concatenate([np.take(want.scale, range(before), axis), np.take(want.scale, range(size - after, size), axis)], axis)
+        if value:
+            ties.append((edges, np.zeros_like(edges)))
+        want = want.map(lambda array, inner=inner: array[inner])  # type: ignore[misc]
+    return Push([(source_of(node), compress(want))], ties=ties)
+
+
+@rule(aten.stack.default, shifts=True)
+def stack(node: fx.Node, want: Want) -> Outcome:
+    """To each operand its part."""
+    axis = axis_of(node, argument(node, 1, "dim", 0))
+    pushed = []
+    for number, operand in enumerate(node.args[0]):  # type: ignore[arg-type, union-attr]
+        position = number if want.varies(axis) else 0
+        pushed.append((operand, want.map(lambda array, position=position: np.take(array, position, axis=axis))))  # type: ignore[misc]
+    return Push(pushed)  # type: ignore[arg-type]
+
+
+@rule(aten.roll.default, aten.flip.default, aten.repeat.default, aten.tile.default, shifts=True)
+def along_tokens(node: fx.Node, want: Want) -> Outcome:
+    """roll, flip, repeat, tile: the same, where the want does not differ along what they move."""
+    if node.target in (aten.roll.default, aten.flip.default):
+        axes = argument(node, 2 if node.target is aten.roll.default else 1, "dims", ())
+        moved = {axis_of(node, axis) for axis in axes} if axes else set(range(want.scale.ndim))
+    else:
+        times = argument(node, 1, "repeats" if node.target is aten.repeat.default else "dims")
+        extra = want.scale.ndim - len(times)
+        moved = {extra + axis for axis, time in enumerate(times) if time != 1}
+    if any(want.varies(axis) for axis in moved):
+        return Barrier(f"{op_name(node)} moves the channels")
+    rank = len(shape_of(source_of(node)))
+    return Push([(source_of(node), want.map(lambda array: array.reshape(array.shape[array.ndim - rank :])))])
+
+
+@rule(aten.masked_fill.Scalar)
+def masked_fill(node: fx.Node, want: Want) -> Outcome:
+    """masked_fill with 0: (a, 0) passes."""
+    if want.offset.any() or node.args[2] != 0:
+        return Barrier("what is filled in would have to be scaled too")
+    return Push([(source_of(node), want)])
+
+
 @rule(aten.index_select.default)
 def index_select(node: fx.Node, want: Want) -> Outcome:
     """index_select: the same for every row of the table, where rows are not told apart."""
@@ -144,7 +237,7 @@ def _int(value: Any) -> int:
     return value
 
 
-@rule(aten.cat.default, shifts=True)
+@rule(aten.cat.default, aten.concat.default, shifts=True)
 def cat(node: fx.Node, want: Want) -> Outcome:
     """Along tokens to every operand, along channels to each its part."""
     operands = node.args[0]

@@ -1,0 +1,90 @@
+"""What balancing makes of a tiny model, and whether it still computes the same."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxquant.calibrate import copy_graph
+from fxquant.capture import Architecture, CapturedGraph, bind, get_tensor, weights_of
+from fxquant.ir.ops import recording
+from fxquant.ir.rewriter import Rewriter
+from fxquant.observers import Statistics
+from fxquant.pipeline import Pipeline
+from fxquant.plan import Plan
+from tests.zoo.models import Entry
+
+STEPS = (900.0, 500.0, 100.0)
+
+
+@dataclass
+class Audit:
+    """A model after balancing and absorbing, in float64.
+
+    Attributes:
+        found: The graph.
+        plan: What was balanced, at what cost, and why not.
+        error: Largest difference of the outputs from the captured graph's, over their largest element.
+    """
+
+    found: CapturedGraph
+    plan: Plan
+    error: float
+
+
+def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audit:
+    """Capture a model in float64, calibrate it, balance and absorb, and compare."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = entry.model(torch.float64)
+        architecture = Architecture.of(model, entry.timestep)
+        calls = [entry.call(3, seed=seed, step=step, dtype=torch.float64) for seed, step in enumerate(STEPS)]
+        calls.append(entry.call(3, seed=9, dtype=torch.float64))
+        found = architecture.capture(*architecture.canonical((), calls[0]))
+    bind(found.module, weights_of(model))
+    without_float32(found.module)
+    inputs = [found.inputs(architecture.canonical((), call)[1]) for call in calls]
+    expected = [outputs(found, tensors) for tensors in inputs]
+    plan = Plan("", "", entry.timestep)
+    Pipeline.parse("remove-no-ops,assign-precision").run(found.module, plan)
+    observed, plan.statistics = copy_graph(found.module), Statistics()
+    Pipeline.parse("insert-observers").run(observed, plan)
+    with recording(plan.statistics.record), torch.no_grad():
+        for tensors in inputs:
+            observed(*tensors)
+    Pipeline.parse(passes).run(found.module, plan)
+    actual = [outputs(found, tensors) for tensors in inputs]
+    error = max(
+        float((a - e).abs().max() / e.abs().max()) for left, right in zip(actual, expected, strict=True)
+        for a, e in zip(left, right, strict=True)
+    )
+    return Audit(found, plan, error)
+
+
+def without_float32(module: fx.GraphModule) -> None:
+    """Let parts that a model computes in float32 whatever its dtype compute in float64 too: the algebra is to be seen."""
+
+    def wider(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    rewriter = Rewriter(module, "test")
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and get_tensor(module, str(node.target)).dtype is torch.float32:
+            rewriter.put(node, get_tensor(module, str(node.target)).double())
+        if node.op == "call_function":
+            node.args, node.kwargs = pytree.tree_map(wider, (node.args, node.kwargs))
+            if isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+                node.meta["val"] = rewriter.infer(node)
+    module.recompile()
+
+
+def outputs(found: CapturedGraph, tensors: list[Tensor]) -> list[Tensor]:
+    """The floating-point outputs of a graph."""
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(found.module(*tensors))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
