@@ -392,12 +392,13 @@ def _is_graph(argument: Any) -> bool:
 def _refuse_casts(body: fx.GraphModule, dtype: Any, enabled: bool) -> None:
     for node in body.graph.nodes:
         value = node.meta.get("val")
-        if enabled and dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
-            if value.dtype not in (dtype, torch.float64):
-                raise CaptureError(
-                    f"part of the model runs under autocast to {dtype} on values of {value.dtype}; convert the model to "
-                    f"{dtype}, or leave its autocast out"
-                )
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()) or not enabled or dtype is None:
+            continue
+        if value.dtype not in (dtype, torch.float64):
+            raise CaptureError(
+                f"part of the model runs under autocast to {dtype} on values of {value.dtype}; convert the model to "
+                f"{dtype}, or leave its autocast out"
+            )
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

@@ -246,7 +246,7 @@ def test_options_that_there_are_not(
     [
         ("balance-chanels", UnknownNameError, ("unknown pass 'balance-chanels'", "Known:", "balance-channels")),
         ("remove-no-ops{speed=2}", ConfigurationError, ("has no option 'speed=2'", "Its options: none")),
-        ("quantize-linears{range=mse}", ConfigurationError, ("no option 'range=mse'", "activation-range, symmetric")),
+        ("quantize-linears{range=mse}", ConfigurationError, ("no option 'range=mse'", "activation-range, damping")),
         ("quantize-linears{weight-range=best}", ConfigurationError, ("best", "minmax, percentile, mse")),
         ("quantize linears", ConfigurationError, ("is no pass", "write name or name{option=value")),
     ],

@@ -368,7 +368,8 @@ class _Walk:
         shape = np.broadcast_shapes(*(want.scale.shape for want in wants))
         scale = np.full(shape, UNREAD, dtype=np.int64)
         offset = np.zeros(shape)
-        for want in wants:
+        # Those that read all of it first: then one variable stands for a channel wherever they are tied.
+        for want in sorted(wants, key=lambda want: bool((want.scale == UNREAD).any())):
             other = np.broadcast_to(want.scale, shape)
             shift = np.broadcast_to(want.offset, shape)
             both = (scale != UNREAD) & (other != UNREAD)

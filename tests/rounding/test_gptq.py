@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
@@ -62,16 +60,20 @@ def test_is_what_its_definition_says(bits, activation_order, group):
     assert activation_order == (feedback.order.tolist() != list(range(24)))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(24, 150), st.integers(8, 40), st.integers(3, 4), st.integers(0, 2**16))
-def test_costs_the_output_less_than_rounding_to_nearest(channels, outputs, bits, seed):
-    moments = moments_of(correlated(channels, seed))
-    weight = torch.randn(outputs, channels, generator=torch.Generator().manual_seed(seed))
-    rounded = gptq(weight, ErrorFeedback.of(moments, 1e-4), bits=bits)
-    nearest = quantize_weight(weight, bits=bits)
-    assert torch.equal(rounded.scale, nearest.scale) and torch.equal(rounded.zero_point, nearest.zero_point)
-    ours, theirs = (output_error(weight, q.dequantize(torch.float64), moments) for q in (rounded, nearest))
-    assert ours < theirs  # On a handful of columns or rows not always so: each step is the best, not their sum.
+@pytest.mark.parametrize("channels", [24, 64, 150])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_costs_the_output_less_than_rounding_to_nearest(channels, bits):
+    # Over many layers: each step is the best one, but not their sum, so that a single row can come out worse.
+    ours = theirs = 0.0
+    for seed in range(20):
+        moments = moments_of(correlated(channels, seed))
+        weight = torch.randn(16, channels, generator=torch.Generator().manual_seed(seed))
+        rounded = gptq(weight, ErrorFeedback.of(moments, 1e-4), bits=bits)
+        nearest = quantize_weight(weight, bits=bits)
+        assert torch.equal(rounded.scale, nearest.scale) and torch.equal(rounded.zero_point, nearest.zero_point)
+        ours += output_error(weight, rounded.dequantize(torch.float64), moments)
+        theirs += output_error(weight, nearest.dequantize(torch.float64), moments)
+    assert ours < 0.8 * theirs
 
 
 def test_uncorrelated_inputs_are_rounded_to_nearest():

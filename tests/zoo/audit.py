@@ -60,14 +60,15 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
     Pipeline.parse(passes).run(found.module, plan)
     actual = [outputs(found, tensors) for tensors in inputs]
     error = max(
-        float((a - e).abs().max() / e.abs().max()) for left, right in zip(actual, expected, strict=True)
+        float((a - e).abs().max() / e.abs().max())
+        for left, right in zip(actual, expected, strict=True)
         for a, e in zip(left, right, strict=True)
     )
     return Audit(found, plan, error)
 
 
 def without_float32(module: fx.GraphModule) -> None:
-    """Let parts that a model computes in float32 whatever its dtype compute in float64 too: the algebra is to be seen."""
+    """Let parts that a model always computes in float32 compute in float64 too: the algebra is to be seen."""
 
     def wider(value: Any) -> Any:
         return torch.float64 if value is torch.float32 else value

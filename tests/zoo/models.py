@@ -250,15 +250,15 @@ ENTRIES = [
     ),
     Entry(
         "BriaTransformer2DModel", _FLUX,
-        lambda make: _flux(make),
+        _flux,
     ),
     Entry(
         "OvisImageTransformer2DModel", _FLUX | {"out_channels": 4},
-        lambda make: _flux(make),
+        _flux,
     ),
     Entry(
         "LongCatImageTransformer2DModel", _FLUX | {"pooled_projection_dim": 12},
-        lambda make: _flux(make),
+        _flux,
     ),
     Entry(
         "AuraFlowTransformer2DModel",
@@ -287,7 +287,8 @@ ENTRIES = [
         {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
          "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": (1, 1), "text_embed_dim": 16,
          "rope_axes_dim": (4, 4)},
-        lambda make: _simple(4, 16)(make) | {"timestep": make.time().to(make.dtype), "encoder_attention_mask": make.mask()},
+        lambda make: _simple(4, 16)(make) | {"timestep": make.time().to(make.dtype),
+                                             "encoder_attention_mask": make.mask()},
     ),
     Entry(
         "SanaTransformer2DModel",
@@ -301,7 +302,8 @@ ENTRIES = [
         {"sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 2, "num_refiner_layers": 1,
          "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "axes_dim_rope": (4, 2, 2),
          "axes_lens": (64, 64, 64), "cap_feat_dim": 32},
-        lambda make: _simple(4, 32)(make) | {"timestep": make.unit_time(), "encoder_attention_mask": make.mask(torch.bool)},
+        lambda make: _simple(4, 32)(make) | {"timestep": make.unit_time(),
+                                             "encoder_attention_mask": make.mask(torch.bool)},
     ),
     Entry(
         "CogVideoXTransformer3DModel", _COGVIDEO,

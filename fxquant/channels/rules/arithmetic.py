@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxquant.channels.rules.table import argument, cannot_broadcast, elementwise, op_name, rule, source_of
+from fxquant.channels.layouts import static
+from fxquant.channels.rules.table import (
+    argument,
+    cannot_broadcast,
+    elementwise,
+    op_name,
+    rule,
+    shape_of,
+    source_of,
+    tied,
+)
 from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
@@ -27,8 +37,22 @@ def add(node: fx.Node, want: Want) -> Outcome:
         return _shift_to_one_side(node, want)
     sides = [elementwise(node, side, want) for side in (left, right)]
     if any(not side for side in sides):
-        return cannot_broadcast(node)
+        return _same_for_all_tokens(node, want) or cannot_broadcast(node)
     return Push([pair for side in sides if side for pair in side])
+
+
+def _same_for_all_tokens(node: fx.Node, want: Want) -> Outcome | None:
+    """The request with one factor along the axes that an operand is broadcast along; None if no channels are left."""
+    axes = set()
+    for operand in node.args[:2]:
+        assert isinstance(operand, fx.Node)
+        shape = shape_of(operand)
+        sizes = [1] * (want.scale.ndim - len(shape)) + [static(size) or 0 for size in shape]
+        lacking = {axis for axis, size in enumerate(sizes) if size == 1 and want.varies(axis)}
+        if lacking and not any(want.varies(axis) for axis in range(want.scale.ndim) if axis not in lacking):
+            return None
+        axes |= lacking
+    return tied(want, sorted(axes), f"{op_name(node)} adds the same to all tokens, which have to share their factors")
 
 
 def _shift_to_one_side(node: fx.Node, want: Want) -> Outcome:

@@ -10,7 +10,16 @@ import torch
 from torch import fx
 
 from fxquant.channels.layouts import compress, embed, reshape_back, static, stretch
-from fxquant.channels.rules.table import argument, axis_of, cannot_broadcast, elementwise, op_name, rule, shape_of, source_of
+from fxquant.channels.rules.table import (
+    argument,
+    axis_of,
+    cannot_broadcast,
+    elementwise,
+    op_name,
+    rule,
+    shape_of,
+    source_of,
+)
 from fxquant.channels.wants import Barrier, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
@@ -181,7 +190,8 @@ def pad(node: fx.Node, want: Want) -> Outcome:
         if size is None or before < 0 or after < 0:
             return Barrier("part of the batch is padded")
         inner = (slice(None),) * axis + (slice(before, size - after),)
-        edges = np.concatenate([np.take(want.scale, range(before), axis), np.take(want.scale, range(size - after, size), axis)], axis)
+        outer = [*range(before), *range(size - after, size)]
+        edges = np.take(want.scale, outer, axis)
         if value:
             ties.append((edges, np.zeros_like(edges)))
         want = want.map(lambda array, inner=inner: array[inner])  # type: ignore[misc]
