@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
+# Tests run in this many processes, of one thread and about 3 GiB each.
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -27,7 +29,7 @@ demo: $(STAMP) ## quantize a small diffusion transformer, pictures and report in
 	$(PY) -m examples.digits.demo --out $(OUT)
 
 test: check ## the checks, then the tests
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 
 check: $(STAMP) ## lint, format and types
 	$(PY) -m ruff check .

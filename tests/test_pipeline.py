@@ -117,7 +117,7 @@ class TestText:
             (
                 "balance",
                 UnknownNameError,
-                "unknown pass 'balance'. Known: absorb-affines, assign-precision, balance-ch",
+                "unknown pass 'balance'. Known: absorb-affines, absorb-shifts, assign-precision, balance-ch",
             ),
             (
                 "balance-channels{power=1}",
@@ -127,7 +127,7 @@ class TestText:
             ("balance-channels{exponent}", ConfigurationError, "has no option 'exponent'"),
             ("remove-no-ops{x=1}", ConfigurationError, "has no option 'x=1'. Its options: none"),
             ("balance-channels{exponent=half}", ConfigurationError, "exponent='half' cannot be read as float"),
-            ("balance-channels{salience=min}", ConfigurationError, r"Salience \(spearman, mean, max\)"),
+            ("balance-channels{salience=min}", ConfigurationError, r"Salience \(spearman, mean, max, moving-average\)"),
             ("quantize-linears{symmetric=yes}", ConfigurationError, "symmetric='yes' cannot be read as bool"),
         ],
     )

@@ -100,8 +100,8 @@ def stretch(want: Want, axis: int, size: int) -> Want:
     return want.map(lambda array: np.broadcast_to(array, shape))
 
 
-def settle_unread(want: Want) -> Want:
-    """Positions that nobody reads may yield anything: what the others along an axis want if these agree, else as is."""
+def spread_over_unread(want: Want) -> Want:
+    """Positions that nobody reads may yield anything: what the others along an axis want, where these agree."""
     for axis in range(want.scale.ndim):
         read = want.scale != UNREAD
         if want.varies(axis) and not read.all():
@@ -109,6 +109,12 @@ def settle_unread(want: Want) -> Want:
             one = want.map(lambda array, axis=axis, first=first: np.take_along_axis(array, first, axis))  # type: ignore[misc]
             if (~read | ((want.scale == one.scale) & (want.offset == one.offset))).all():
                 want = one
+    return want
+
+
+def settle_unread(want: Want) -> Want:
+    """The same, and left as they are where the others do not agree."""
+    want = spread_over_unread(want)
     return Want(np.where(want.scale == UNREAD, IDENTITY, want.scale), want.offset)
 
 

@@ -23,7 +23,7 @@ from scipy.sparse import coo_matrix, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
-from fxquant.channels.layouts import settle_unread
+from fxquant.channels.layouts import settle_unread, spread_over_unread
 from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, outcome, shape_of
 from fxquant.channels.wants import (
     IDENTITY,
@@ -41,6 +41,7 @@ from fxquant.ir.rewriter import place_of
 from fxquant.timesteps import TimeTable, unfit
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
+_MANY = 2**20  # Positions that nobody reads; above that, a variable for each would take more room than it is worth.
 _SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
 _PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
 _SHAPE_READERS = (
@@ -255,7 +256,7 @@ class _Walk:
             for reader in seed.readers:
                 self.wants[seed.value][reader].append(Want.of(ids))
             total = max(total, first + seed.channels)
-        self.total = total
+        self.total = self.seeded = total  # Variables before ``seeded`` are those of seeds.
 
     def run(self) -> Solution:
         for node in reversed(self.graph.nodes):
@@ -295,9 +296,21 @@ class _Walk:
                 else:
                     self._stop(node, settled, users, reason)
             return
-        merged = settle_unread(self._merge([*(want for want, _ in groups), *shares]))
+        merged = self._free_unread(self._merge([*(want for want, _ in groups), *shares]))
         if not merged.trivial:
             self._meet(node, merged, tuple(by_user))
+
+    def _free_unread(self, want: Want) -> Want:
+        """New variables for what nobody reads here: others may read it where it comes from, and ask what they like."""
+        want = spread_over_unread(want)
+        unread = want.scale == UNREAD
+        count = int(unread.sum())
+        if not count or count > _MANY or not (want.scale > IDENTITY).any():
+            return settle_unread(want)
+        scale = want.scale.copy()
+        scale[unread] = np.arange(self.total, self.total + count)
+        self.total += count
+        return Want(scale, want.offset)
 
     def _meet(self, node: fx.Node, want: Want, users: tuple[fx.Node, ...]) -> None:
         """Let the rule of the node's op end, push on or stop what all of these users ask."""
@@ -441,7 +454,10 @@ class _Walk:
         reason_of = np.full(self.total, -1)  # By number of the component, the position of the first reason.
         for position, (variables, _) in reversed(list(enumerate(self.blocked))):
             reason_of[apart[variables]] = position
-        edits = [edit for edit in self.edits if (class_of[edit.want.scale] != IDENTITY).any()]
+        chosen = np.zeros(self.total, dtype=bool)
+        chosen[class_of[: self.seeded]] = True
+        chosen[IDENTITY] = False
+        edits = [edit for edit in self.edits if chosen[class_of[edit.want.scale]].any()]
         touched = [np.unique(class_of[edit.want.scale]) for edit in edits]
         which = np.repeat(np.arange(len(edits)), [len(numbers) for numbers in touched])
         numbers = np.concatenate([np.empty(0, np.int64), *touched])

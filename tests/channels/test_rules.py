@@ -181,7 +181,7 @@ TIED: dict[str, tuple[Body, set[str]]] = {
         lambda m, x: F.scaled_dot_product_attention(m.a(y := square(x)), m.b(y), m.c(y)).transpose(1, 2),
         {"c"},
     ),
-    "matmul": (lambda m, x: (m.a(y := square(x)) @ m.b(y)).transpose(1, 2), {"b"}),
+    "matmul": (lambda m, x: (m.a(y := square(x)) @ m.b(y)).transpose(1, 2), {"a"}),
 }
 
 

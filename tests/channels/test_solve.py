@@ -76,7 +76,7 @@ def test_a_reader_of_the_shape_does_not_stop_a_request() -> None:
 
 def test_an_output_of_the_model_is_a_reader() -> None:
     grant = solved("residual", ("first",)).grants["first"]
-    assert (grant.cost, grant.reason) == (Cost.NOT, "linear is also read by output")
+    assert (grant.cost, grant.reason) == (Cost.NOT, "linear (into) is also read by output (output)")
 
 
 @pytest.mark.parametrize(

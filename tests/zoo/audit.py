@@ -71,6 +71,8 @@ def without_float32(module: fx.GraphModule) -> None:
     """Let parts that a model always computes in float32 compute in float64 too: the algebra is to be seen."""
 
     def wider(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype is torch.float32:
+            return value.double()
         return torch.float64 if value is torch.float32 else value
 
     rewriter = Rewriter(module, "test")
@@ -79,8 +81,11 @@ def without_float32(module: fx.GraphModule) -> None:
             rewriter.put(node, get_tensor(module, str(node.target)).double())
         if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map(wider, (node.args, node.kwargs))
-            if isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+        if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and node.op == "call_function":
+            try:
                 node.meta["val"] = rewriter.infer(node)
+            except RuntimeError:  # A size that depends on values cannot be computed anew; its dtype can.
+                node.meta["val"] = pytree.tree_map(wider, node.meta.get("val"))
     module.recompile()
 
 

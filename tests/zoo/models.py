@@ -199,6 +199,17 @@ def _wan(make: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _omnigen(make: Maker) -> dict[str, Any]:
+    tokens = make.prompt + 1 + (make.size // 2) ** 2
+    return {
+        "hidden_states": make.latents(4), "timestep": make.unit_time(),
+        "input_ids": torch.randint(1, 100, (make.batch, make.prompt), generator=make.generator),
+        "input_img_latents": [], "input_image_sizes": {},
+        "attention_mask": torch.ones(make.batch, tokens, tokens, dtype=torch.int64),
+        "position_ids": torch.arange(tokens)[None].repeat(make.batch, 1),
+    }  # fmt: skip
+
+
 def _video(make: Maker, text: int) -> dict[str, Any]:
     return {"hidden_states": make.latents(4, 2), "encoder_hidden_states": make.text(text), "timestep": make.time()}
 
@@ -339,6 +350,71 @@ ENTRIES = [
     ),
     Entry("WanTransformer3DModel", _WAN, _wan),
     Entry("SkyReelsV2Transformer3DModel", _WAN, _wan),
+    Entry("ChronoEditTransformer3DModel", _WAN, _wan),
+    Entry(
+        "AnyFlowTransformer3DModel", {key: value for key, value in _WAN.items() if key != "qk_norm"},
+        lambda make: _wan(make) | {"hidden_states": make.normal(make.batch, 2, 4, make.size, make.size),
+                                   "timestep": make.time()[:, None].expand(-1, 2),
+                                   "r_timestep": make.time()[:, None].expand(-1, 2)},
+    ),
+    Entry(
+        "OmniGenTransformer2DModel",
+        {"in_channels": 4, "patch_size": 2, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
+         "intermediate_size": 32, "num_layers": 2, "pad_token_id": 0, "vocab_size": 100, "time_step_dim": 16,
+         "pos_embed_max_size": 64,
+         "rope_scaling": {"long_factor": [1.0] * 2, "short_factor": [1.0] * 2}},
+        _omnigen,
+    ),
+    Entry(
+        "PriorTransformer",
+        {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "embedding_dim": 12, "num_embeddings": 5,
+         "additional_embeddings": 4},
+        lambda make: {"hidden_states": make.normal(make.batch, 12), "timestep": make.time(),
+                      "proj_embedding": make.normal(make.batch, 12), "encoder_hidden_states": make.text(12)},
+        other_size=None, other_prompt=None,
+    ),
+    Entry(
+        "Transformer2DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+         "sample_size": 8, "patch_size": 2, "cross_attention_dim": 16, "caption_channels": 8, "attention_bias": True,
+         "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "use_additional_conditions": False},
+        _pixart,
+    ),
+    Entry(
+        "ErnieImageTransformer2DModel",
+        {"hidden_size": 24, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32, "in_channels": 4,
+         "out_channels": 4, "text_in_dim": 8, "rope_axes_dim": (4, 4, 4)},
+        lambda make: {"hidden_states": make.latents(4), "timestep": make.time(), "text_bth": make.text(8),
+                      "text_lens": torch.full((make.batch,), make.prompt)},
+    ),
+    Entry(
+        "JoyImageEditTransformer3DModel",
+        {"in_channels": 4, "hidden_size": 24, "num_attention_heads": 2, "text_dim": 8, "num_layers": 2,
+         "rope_dim_list": [4, 4, 4]},
+        lambda make: _video(make, 8),
+    ),
+    Entry(
+        "MotifVideoTransformer3DModel",
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+         "num_single_layers": 1, "text_embed_dim": 16, "rope_axes_dim": (4, 4, 4)},
+        lambda make: _video(make, 16),
+    ),
+    Entry(
+        "BriaFiboTransformer2DModel",
+        _FLUX | {"text_encoder_dim": 6},
+        lambda make: _flux(make, text_encoder_layers=[make.text(6), make.text(6)]),
+    ),
+    Entry(
+        "Krea2Transformer2DModel",
+        {"in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 32, "timestep_embed_dim": 16, "text_hidden_dim": 16,
+         "num_text_layers": 3, "text_num_attention_heads": 4, "text_num_key_value_heads": 2,
+         "text_intermediate_size": 32, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+         "axes_dims_rope": (4, 2, 2)},
+        lambda make: {"hidden_states": make.tokens(4), "timestep": make.unit_time(),
+                      "encoder_hidden_states": make.normal(make.batch, make.prompt, 3, 16),
+                      "position_ids": torch.cat([make.no_grid(), make.grid()])},
+    ),
     Entry(
         "WanVACETransformer3DModel", _WAN | {"vace_layers": [0], "vace_in_channels": 4},
         lambda make: _wan(make) | {"control_hidden_states": make.latents(4, 2),

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxquant.capture import LAYER
 from fxquant.channels.rules.table import argument, node_of, rule, shape_of, tied
-from fxquant.channels.wants import Barrier, End, Outcome, Want
+from fxquant.channels.wants import Barrier, End, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def layer_norm(node: fx.Node, want: Want) -> Outcome:
 
 @rule(aten.rms_norm.default)
 def rms_norm(node: fx.Node, want: Want) -> Outcome:
-    """End: weight <- a weight; a norm without a weight is given one."""
+    """End: weight <- a weight; a norm without a weight is given one. (a, 0) to a weight that is computed."""
     return _norm(node, want, weight=2, bias=None)
 
 
@@ -90,13 +90,23 @@ def _norm(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
     )
     if found is not None:
         return found
-    if not are_parameters(node, weight, *([] if bias is None else [bias])):
-        return Barrier(f"the weight of {node.name} is computed in the graph")
     if bias is None and want.offset.any():
         return Barrier("an RMS norm cannot take a constant shift")
+    if not are_parameters(node, weight, *([] if bias is None else [bias])):
+        return _to_operands(node, want, weight, bias)
     given = argument(node, weight, "weight") is not None
     fold = partial(_fold_norm, node, weight, bias, bool(want.offset.any()))
     return End(fold, into=node.name, operands=0 if given else 1)
+
+
+def _to_operands(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
+    """To a weight and bias that are computed in the graph, such as ``1 + w``."""
+    given = [argument(node, position, name) for position, name in ((weight, "weight"), (bias, "bias")) if position]
+    if not all(isinstance(operand, fx.Node) for operand in given) or want.offset.any():
+        return Barrier(f"the weight of {node.name} is computed in the graph")
+    rank = len(shape_of(node_of(given[0])))
+    moved = want.map(lambda array: array.reshape(array.shape[array.ndim - rank :]))
+    return Push([(node_of(operand), moved) for operand in given])
 
 
 def _fold_norm(
