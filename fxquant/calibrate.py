@@ -59,6 +59,7 @@ class Calibration:
         statistics: What the observers recorded.
         samples: Calls kept to measure the output error on.
         calls: Number of calls of the model so far.
+        steps: The timesteps met, in order, where one of them alone is observed.
         failure: The first error of a call, which the user's code may have swallowed.
     """
 
@@ -84,6 +85,8 @@ class Calibration:
         self.samples: list[Sample] = []
         self.calls = 0
         self.failure: FxquantError | None = None
+        self.steps: list[float] = []
+        self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
         self._lock = threading.Lock()  # Neither capture nor statistics take two calls at a time.
         self._observed: list[fx.GraphModule] = []
         self._keep, self._stride = keep, 1
@@ -104,11 +107,30 @@ class Calibration:
         if number is None:
             number = self._capture(names, leaves, structure)
         captured = self.prepared[number]
+        late = 0 if self.plan.observed_step is None else self._step(names, leaves) - self.plan.observed_step
+        if late > 0 and number in self._last and self._last[number][0] == captured.call.batch_size(leaves):
+            return captured.output(self._last[number][1])  # Of no interest to anybody; it lets the sampler go on.
         with recording(self.statistics.record), torch.no_grad():
-            output = self._observed[number](*captured.inputs(leaves))
-        self._keep_sample(captured, names, leaves, structure, output)
+            output = (captured.module if late else self._observed[number])(*captured.inputs(leaves))
+        if self.plan.observed_step is not None:
+            self._last[number] = captured.call.batch_size(leaves), output
+        if late <= 0:
+            self._keep_sample(captured, names, leaves, structure, output)
         self.calls += 1
         return captured.output(output)
+
+    def _step(self, names: tuple[str, ...], leaves: Sequence[Any]) -> int:
+        """Number of the denoising step of a call: how many other timesteps came before its own."""
+        values = leaves[names.index(str(self.plan.timestep))].flatten().tolist()
+        if len(set(values)) > 1:
+            raise CalibrationError(
+                "one denoising step is to be observed, and the samples of a call are at several: "
+                f"{values[0]:g} and {max(values, key=lambda value: abs(value - values[0])):g}; calibrate with calls "
+                "that have one timestep each, as samplers make them"
+            )
+        if values[0] not in self.steps:
+            self.steps.append(values[0])
+        return self.steps.index(values[0])
 
     def chosen_samples(self) -> list[Sample]:
         """As many of the kept calls as were asked for, spread over the whole calibration."""
@@ -119,6 +141,7 @@ class Calibration:
     def forget_observed(self) -> None:
         """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
         self._observed.clear()
+        self._last.clear()
         self.weights = {}
 
     def _capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> int:
@@ -242,6 +265,12 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
         raise CalibrationError(
             f"calibrate returned without calling the model ({type(model).__name__}); it has to run this very object, "
             "for example through the pipeline that holds it"
+        )
+    step = calibration.plan.observed_step
+    if step is not None and step >= len(calibration.steps):
+        raise CalibrationError(
+            f"step {step} is to be observed, counted from 0, and calibrate made {len(calibration.steps)}; make more "
+            "steps, or observe an earlier one"
         )
 
 

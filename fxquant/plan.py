@@ -154,6 +154,7 @@ class Plan:
         bytes_before: Size of the float model's tensors.
         bytes_after: Size of the quantized model's tensors.
         passes: What the pipeline did, one line a pass.
+        observed_step: Number of the one denoising step that calibration observes, from 0; None for all.
         statistics: What calibration recorded; only there while passes decide, never saved.
         codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
             saved either, for the checkpoint holds them.
@@ -171,6 +172,7 @@ class Plan:
     bytes_after: int = 0
     backend: str = "fake-quant"
     passes: list[dict[str, Any]] = field(default_factory=list)
+    observed_step: int | None = None
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
 

@@ -8,7 +8,7 @@ In between may stand how weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fxquant.errors import ConfigurationError, UnknownNameError
@@ -103,13 +103,21 @@ def _rounded(recipe: Recipe, rounding: str) -> Recipe:
     return Recipe(recipe.prepare, tuple(map(change, recipe.convert)))
 
 
-def _recipe(precision: Precision, layers: str, *middle: str, ranges: str = "") -> Recipe:
+def _recipe(
+    precision: Precision,
+    layers: str,
+    *middle: str,
+    ranges: str = "",
+    linears: str = "",
+    before: Sequence[str] = (),
+) -> Recipe:
     # Adjacent strings, one a pass: the list that a reader of a recipe wants to see.
     prepare = ("remove-no-ops", f"assign-precision{{precision={precision} layers={layers}}}")
     options = f"{{{ranges}}}" if ranges else ""
-    quantize = (f"quantize-linears{options}", f"quantize-convolutions{options}", "quantize-embeddings")
+    linears = f"{{{linears or ranges}}}" if linears or ranges else ""
+    quantize = (f"quantize-linears{linears}", f"quantize-convolutions{options}", "quantize-embeddings")
     return Recipe(
-        tuple(map(parse_pass, prepare)),
+        tuple(map(parse_pass, (*prepare, *before))),
         tuple(map(parse_pass, (*middle, *quantize))),
     )
 
@@ -122,6 +130,35 @@ def rtn(precision: Precision, layers: str) -> Recipe:
 def smoothquant(precision: Precision, layers: str) -> Recipe:
     """SmoothQuant with alpha 0.5: factors from the largest activation over timesteps, min-max ranges."""
     return _recipe(precision, layers, "balance-channels{salience=max}", "absorb-affines")
+
+
+def smoothquant_search(precision: Precision, layers: str) -> Recipe:
+    """SmoothQuant with alpha searched for each group of layers, 0 to 1 in steps of 0.1."""
+    return _recipe(precision, layers, "balance-channels{salience=max search=11}", "absorb-affines")
+
+
+def dynamic(precision: Precision, layers: str) -> Recipe:
+    """Round to nearest; every token has a range of its own, found at run time."""
+    return _recipe(precision, layers, linears="activation-range=dynamic")
+
+
+def repq(precision: Precision, layers: str) -> Recipe:
+    """RepQ-ViT's reparameterization: a range for each channel, its middle and width absorbed, one range remains."""
+    return _recipe(
+        precision,
+        layers,
+        "group-timesteps{groups=1}",
+        "shift-channels",
+        "absorb-shifts",
+        "balance-channels{salience=max exponent=1}",
+        "absorb-affines",
+        ranges="weight-range=percentile activation-range=percentile",
+    )
+
+
+def single_step(precision: Precision, layers: str) -> Recipe:
+    """Single-step calibration: statistics of the first denoising step alone, min-max ranges, nothing optimized."""
+    return _recipe(precision, layers, before=["observe-step"])
 
 
 def htg(precision: Precision, layers: str) -> Recipe:

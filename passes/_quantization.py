@@ -37,6 +37,15 @@ class RangeSearch(enum.Enum):
     MSE = "mse"
 
 
+class InputRange(enum.Enum):
+    """The same for activations, which can also have a range for each token, found at run time."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+    DYNAMIC = "dynamic"
+
+
 class Rounding(enum.Enum):
     """Which of its two neighbours a weight becomes."""
 
@@ -179,7 +188,7 @@ def is_quantized(weight: Any) -> bool:
 
 
 def quantized_input(
-    node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: RangeSearch
+    node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: InputRange
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Quantize the input of a layer; returns nodes of its codes, its scale and its zero point.
 
@@ -199,6 +208,8 @@ def quantized_input(
             layer.activation = copy.copy(first.activation)
             layer.spread, layer.activation_sqnr_db = copy.copy(first.spread), first.activation_sqnr_db
     assert layer.activation is not None
+    if layer.activation.method == InputRange.DYNAMIC.value:
+        return _codes_by_token(x, bits, rewriter)
     low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (layer.activation.low, layer.activation.high))
     key = (x, bits, layer.boundaries, str(low.tolist()), str(high.tolist()))
     if key not in rewriter.memo:
@@ -225,10 +236,38 @@ def quantized_input(
     return codes, scale, zero_point
 
 
-def _decide_range(name: str, plan: Plan, method: RangeSearch) -> None:
+def _codes_by_token(x: fx.Node, bits: int, rewriter: Rewriter) -> tuple[fx.Node, fx.Node, fx.Node]:
+    key = (x, bits, InputRange.DYNAMIC)
+    if key not in rewriter.memo:
+
+        def call(op: Any, *arguments: Any, name: str) -> fx.Node:
+            return rewriter.call(op, arguments, sources=[x], name=f"{x.name}_{name}")
+
+        grid = call(torch.ops.fxquant.token_grid.default, x, bits, name="grid")
+        scale, zero_point = (
+            call(torch.ops.aten.select.int, grid, 0, number, name=name)
+            for number, name in enumerate(("scale", "zero_point"))
+        )
+        arguments = (x, scale, zero_point, 0, 2**bits - 1, torch.uint8)
+        codes = call(torch.ops.fxquant.quantize.default, *arguments, name="codes")
+        rewriter.memo[key] = (codes, scale, zero_point)
+    codes, scale, zero_point = rewriter.memo[key]
+    return codes, scale, zero_point
+
+
+def _decide_range(name: str, plan: Plan, method: InputRange) -> None:
     """Write the range of a layer's input into the plan, and how well it does on the sampled rows."""
     layer = plan.layer(name)
     assert layer.activation_bits is not None
+    if method is InputRange.DYNAMIC:
+        seen = evidence(plan, name)
+        rows = torch.cat(seen.rows)
+        layer.activation = ActivationRange(float(seen.minimum.min()), float(seen.maximum.max()), method.value)
+        grid = affine_parameters(*torch.aminmax(rows, dim=-1, keepdim=True), layer.activation_bits)
+        layer.activation_sqnr_db = sqnr_db(rows, fake_quantize(rows, *grid, layer.activation_bits))
+        tops = seen.absmax.amax(dim=1)
+        layer.spread = [float(tops.min()), float(tops.max())]
+        return
     bits, count = layer.activation_bits, len(layer.boundaries) + 1
     ranges, exact, coded = [], [], []
     for number in range(count):

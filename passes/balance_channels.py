@@ -23,7 +23,7 @@ from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import is_target, parse_cost, parse_roles, seeds_to_transform
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Balance, Plan
-from fxquant.quantizer import require_finite
+from fxquant.quantizer import affine_parameters, fake_quantize, quantize_weight, require_finite
 
 
 class Salience(enum.Enum):
@@ -67,6 +67,8 @@ class BalanceChannels(Pass):
 
     Attributes:
         exponent: Share of the salience that moves to the weights, 0 to 1.
+        search: If not 0, that many exponents evenly spread over 0 to 1 are tried on the sampled rows, and each group of
+            layers gets the one whose rounded products err least (SmoothQuant's alpha, searched).
         salience: How timesteps are combined.
         momentum: Of the moving average.
         dearest: The dearest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
@@ -80,6 +82,7 @@ class BalanceChannels(Pass):
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
 
     exponent: float = 0.5
+    search: int = 0
     salience: Salience = Salience.SPEARMAN
     momentum: float = 0.99
     dearest: str = "vector"
@@ -91,6 +94,8 @@ class BalanceChannels(Pass):
             raise ConfigurationError(f"balance-channels: momentum {self.momentum} is not at least 0 and below 1")
         if not 0 <= self.exponent <= 1:
             raise ConfigurationError(f"balance-channels: exponent {self.exponent} is not between 0 and 1")
+        if self.search < 0 or self.search == 1:
+            raise ConfigurationError(f"balance-channels: search {self.search} is no number of exponents, 2 or more")
         parse_cost(self.dearest)
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
@@ -102,7 +107,8 @@ class BalanceChannels(Pass):
             targets = [[node for node in grant.seed.readers if is_target(node, plan, roles)] for grant in grants]
             layers = [[node.meta[LAYER] for node in nodes] for nodes in targets]
             if all(plan.layer(name).balance is None for names in layers for name in names):
-                self._decide(grants, layers, [_weight_salience(nodes, rewriter) for nodes in targets], plan)
+                weights = [[_weight(node, rewriter) for node in nodes] for nodes in targets]
+                self._decide(grants, layers, weights, plan)
             for grant, names in zip(grants, layers, strict=True):
                 if names[0] in plan.vectors and not self._is_done(grant.seed):
                     _balance(grant.seed, plan.vectors[names[0]], rewriter)
@@ -116,22 +122,29 @@ class BalanceChannels(Pass):
         self,
         grants: Sequence[Grant],
         layers: list[list[str]],
-        weight: Sequence[npt.NDArray[np.float64]],
+        weights: Sequence[Sequence[Tensor]],
         plan: Plan,
     ) -> None:
         """Write the factors of one group into the plan."""
         activation = [evidence(plan, names[0]).absmax.numpy() for names in layers]
         classes = np.concatenate([grant.classes for grant in grants])
-        sx, sw = np.concatenate(activation, axis=1), np.concatenate(weight)
+        sx, sw = np.concatenate(activation, axis=1), np.concatenate([_weight_salience(own) for own in weights])
         combined = combine_timesteps(sx, sw, self.salience, self.momentum)
         # Channels of one class share their factor: the most salient of them decides on either side.
         numbers, inverse = np.unique(classes, return_inverse=True)
         top_x, top_w = np.zeros(len(numbers)), np.zeros(len(numbers))
         np.maximum.at(top_x, inverse, combined)
         np.maximum.at(top_w, inverse, sw)
-        b = balance_factor(top_x, top_w, self.exponent)
-        b[numbers == 0] = 1.0
-        factors = torch.from_numpy(b[inverse])
+
+        def factors_for(exponent: float) -> Tensor:
+            b = balance_factor(top_x, top_w, exponent)
+            b[numbers == 0] = 1.0
+            return torch.from_numpy(b[inverse])
+
+        factors = factors_for(self.exponent)
+        if self.search and any(grant.granted.any() for grant in grants):
+            candidates = [factors_for(exponent) for exponent in np.linspace(0, 1, self.search)]
+            factors = min(candidates, key=lambda b: _error(layers, weights, b, plan))
         start = 0
         for grant, names in zip(grants, layers, strict=True):
             channels = grant.seed.channels
@@ -194,15 +207,37 @@ def balance_factor(
     return np.asarray(x**exponent / w ** (1 - exponent))
 
 
-def _weight_salience(readers: Sequence[fx.Node], rewriter: Rewriter) -> npt.NDArray[np.float64]:
+def _weight(reader: fx.Node, rewriter: Rewriter) -> Tensor:
+    weight = rewriter.tensor(reader.args[1])
+    require_finite(weight, f"the weight of layer {reader.meta[LAYER]}")
+    return weight
+
+
+def _weight_salience(weights: Sequence[Tensor]) -> npt.NDArray[np.float64]:
     """Max over outputs |W_j| over all weights that read the value, ``[channels]``."""
-    tops = []
-    for reader in readers:
-        weight = rewriter.tensor(reader.args[1])
-        require_finite(weight, f"the weight of layer {reader.meta[LAYER]}")
-        # Two passes, yet five times faster on a processor than torch.aminmax along an axis.
-        tops.append(torch.maximum(-weight.amin(0), weight.amax(0)))
+    # Two passes, yet five times faster on a processor than torch.aminmax along an axis.
+    tops = [torch.maximum(-weight.amin(0), weight.amax(0)) for weight in weights]
     return np.asarray(torch.stack(tops).amax(dim=0).double().cpu().numpy())
+
+
+def _error(layers: list[list[str]], weights: Sequence[Sequence[Tensor]], factors: Tensor, plan: Plan) -> float:
+    """Relative error of the products of sampled rows and weights, both rounded with these factors, over all layers."""
+    total, start = 0.0, 0
+    for names, own in zip(layers, weights, strict=True):
+        rows = torch.cat(evidence(plan, names[0]).rows)
+        b = factors[start : start + rows.shape[1]].float()
+        start += rows.shape[1]
+        for name, weight in zip(names, own, strict=True):
+            layer = plan.layer(name)
+            assert layer.weight_bits is not None and layer.activation_bits is not None
+            x, w = rows.to(weight.device), weight.float()
+            scaled = x / b.to(x.device)
+            grid = affine_parameters(scaled.min().double(), scaled.max().double(), layer.activation_bits)
+            rounded = quantize_weight(w * b.to(w.device), bits=layer.weight_bits, group_size=layer.group_size)
+            actual = fake_quantize(scaled, *grid, layer.activation_bits) @ rounded.dequantize(torch.float32).T
+            expected = x @ w.T
+            total += float((actual - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
+    return total
 
 
 def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:

@@ -12,7 +12,7 @@ from fxquant.capture import LAYER
 from fxquant.errors import ConfigurationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._quantization import RangeSearch, is_quantized, quantized_input, quantized_weight
+from fxquant.passes._quantization import InputRange, RangeSearch, is_quantized, quantized_input, quantized_weight
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Plan
 
@@ -40,8 +40,12 @@ class QuantizeConvolutions(Pass):
     establishes: ClassVar[Stage] = Stage.QUANTIZED
 
     weight_range: RangeSearch = RangeSearch.MINMAX
-    activation_range: RangeSearch = RangeSearch.MINMAX
+    activation_range: InputRange = InputRange.MINMAX
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation_range is InputRange.DYNAMIC:
+            raise ConfigurationError("quantize-convolutions: a convolution mixes tokens, so its input has one range")
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):

@@ -11,7 +11,15 @@ from torch import fx
 from fxquant.capture import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._quantization import GPTQ, RangeSearch, Rounding, is_quantized, quantized_input, quantized_weight
+from fxquant.passes._quantization import (
+    GPTQ,
+    InputRange,
+    RangeSearch,
+    Rounding,
+    is_quantized,
+    quantized_input,
+    quantized_weight,
+)
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import LayerPlan, Plan
 from fxquant.timesteps import plus_rows
@@ -43,7 +51,8 @@ class QuantizeLinears(Pass):
     Attributes:
         weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``. The searches weigh
             the error of a column by the mean square of that input, which makes it the error of the layer's output.
-        activation_range: The same for activations, on rows sampled in calibration.
+        activation_range: The same for activations, on rows sampled in calibration; or ``dynamic``, by which every token
+            gets the range of its own channels at run time.
         symmetric: Whether weight grids are symmetric about 0.
         rounding: ``nearest``, or ``gptq``, by which later columns make up for the error of earlier ones
             (:mod:`fxquant.rounding.gptq`). Layers of 8-bit weights and float activations are always rounded to nearest.
@@ -57,7 +66,7 @@ class QuantizeLinears(Pass):
     establishes: ClassVar[Stage] = Stage.QUANTIZED
 
     weight_range: RangeSearch = RangeSearch.MINMAX
-    activation_range: RangeSearch = RangeSearch.MINMAX
+    activation_range: InputRange = InputRange.MINMAX
     symmetric: bool = False
     rounding: Rounding = Rounding.NEAREST
     damping: float = 0.01

@@ -114,6 +114,20 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax
     return x.new_empty(x.shape, dtype=dtype)
 
 
+def token_grid(x: Tensor, bits: int) -> Tensor:
+    """Scale and zero point of each token, `[2, ..., 1]` in float32 for `x` `[..., channels]`: its own min-max range.
+
+    Dynamic quantization: `torch.unbind` of the result are the arguments of :func:`quantize` and :func:`linear`.
+    """
+    low, high = torch.aminmax(x.to(quantizer.compute_dtype(x.dtype)), dim=-1, keepdim=True)
+    scale, zero_point = quantizer.affine_parameters(low, high, bits)
+    return torch.stack([scale, zero_point.float()])
+
+
+def _fake_token_grid(x: Tensor, bits: int) -> Tensor:
+    return x.new_empty((2, *x.shape[:-1], 1), dtype=torch.float32)
+
+
 def dequantize_weight(
     wq: Tensor,
     scale: Tensor,
@@ -325,6 +339,7 @@ _define(
     quantize,
     _fake_quantize,
 )
+_define("token_grid(Tensor x, int bits) -> Tensor", token_grid, _fake_token_grid)
 _define(
     "dequantize_weight(Tensor wq, Tensor scale, Tensor zero_point, int bits, int group_size, int in_features, "
     "ScalarType dtype) -> Tensor",

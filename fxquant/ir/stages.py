@@ -64,7 +64,7 @@ class StageSpec:
 
 
 _TRANSFORMED = frozenset({"channel_affine"})
-_QUANTIZED = _TRANSFORMED | {"quantize", "linear", "conv2d", "dequantize_weight"}
+_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "dequantize_weight"}
 
 SPECS: dict[Stage, StageSpec] = {
     Stage.CAPTURED: StageSpec("captured"),

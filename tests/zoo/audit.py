@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from fxquant.calibrate import copy_graph
@@ -82,10 +83,11 @@ def without_float32(module: fx.GraphModule) -> None:
         if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map(wider, (node.args, node.kwargs))
         if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and node.op == "call_function":
-            try:
-                node.meta["val"] = rewriter.infer(node)
-            except RuntimeError:  # A size that depends on values cannot be computed anew; its dtype can.
-                node.meta["val"] = pytree.tree_map(wider, node.meta.get("val"))
+            # Sizes that depend on values would get new symbols.
+            value = node.meta["val"]
+            node.meta["val"] = (
+                pytree.tree_map(wider, value) if free_unbacked_symbols(value) else rewriter.infer(node)
+            )
     module.recompile()
 
 

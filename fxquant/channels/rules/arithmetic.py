@@ -78,6 +78,16 @@ def mul(node: fx.Node, want: Want) -> Outcome:
     return Choose(ways) if len(ways) > 1 else ways[0]
 
 
+@rule(aten.addcmul.default)
+def addcmul(node: fx.Node, want: Want) -> Outcome:
+    """(a, 0) to the summand and to ONE factor, the cheaper."""
+    if want.offset.any():
+        return Barrier("a constant shift cannot pass addcmul")
+    summand, *factors = (elementwise(node, operand, want) for operand in node.args[:3])
+    ways = [Push([*summand, *factor]) for factor in factors if summand and factor]
+    return Choose(ways) if ways else cannot_broadcast(node)
+
+
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) to the numerator."""

@@ -65,9 +65,9 @@ def reshape(node: fx.Node, want: Want) -> Outcome:
     return Barrier("a reshape mixes the channels with the batch") if moved is None else Push([(source_of(node), moved)])
 
 
-@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, shifts=True)
+@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.movedim.int, shifts=True)
 def permute(node: fx.Node, want: Want) -> Outcome:
-    """permute, transpose, t, movedim: the same, in the new layout."""
+    """permute, transpose, t, mT, movedim: the same, in the new layout."""
     arguments: tuple[Any, ...] = node.args
     rank = want.scale.ndim
     order = list(range(rank))
@@ -77,7 +77,8 @@ def permute(node: fx.Node, want: Want) -> Outcome:
         start, end = (axis % rank for axis in arguments[1:3])
         order.insert(end, order.pop(start))
     else:
-        first, second = (axis % rank for axis in (arguments[1:3] if node.target is aten.transpose.int else (0, 1)))
+        axes = arguments[1:3] if node.target is aten.transpose.int else (-2, -1)
+        first, second = (axis % rank for axis in axes)
         order[first], order[second] = order[second], order[first]
     inverse = np.argsort(order)
     return Push([(source_of(node), want.map(lambda array: array.transpose(inverse)))])
@@ -175,7 +176,7 @@ def pad(node: fx.Node, want: Want) -> Outcome:
     mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
     value = argument(node, 3, "value") if node.target is aten.pad.default else argument(node, 2, "value", 0)
     amounts = argument(node, 1, "pad")
-    if mode != "constant" or not all(isinstance(amount, int) for amount in amounts):
+    if mode != "constant":
         return Barrier(f"padding of mode {mode} has no channel rule")
     if want.offset.any():
         return Barrier("a constant shift cannot pass padding")
@@ -184,11 +185,11 @@ def pad(node: fx.Node, want: Want) -> Outcome:
         axis, before, after = want.scale.ndim - 1 - number, amounts[2 * number], amounts[2 * number + 1]
         size = static(shape_of(node)[axis])
         if not want.varies(axis):
-            if value and (before or after):
+            if value:
                 ties.append((want.scale, np.zeros_like(want.scale)))
             continue
-        if size is None or before < 0 or after < 0:
-            return Barrier("part of the batch is padded")
+        if size is None or not all(isinstance(amount, int) and amount >= 0 for amount in (before, after)):
+            return Barrier("how many channels are padded depends on the input")
         inner = (slice(None),) * axis + (slice(before, size - after),)
         outer = [*range(before), *range(size - after, size)]
         edges = np.take(want.scale, outer, axis)

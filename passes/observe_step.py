@@ -1,0 +1,42 @@
+"""Observe one denoising step only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.errors import ConfigurationError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import Plan
+
+
+@register_pass
+@dataclass(frozen=True)
+class ObserveStep(Pass):
+    """Take the statistics from one denoising step, as 'An Analysis on Quantizing Diffusion Transformers' does.
+
+    The graph stays as it is; the plan says which step is observed (single-step sampling, arXiv 2406.11100). Calibration
+    runs earlier steps in float without observers, and does not run later ones at all: calls of the model get the last
+    output again, so that the first step costs one forward pass a sample however many the sampler makes.
+
+    Attributes:
+        step: Number of the step, counted from the first one of the sampler, which is pure noise and has number 0.
+    """
+
+    name: ClassVar[str] = "observe-step"
+    tier: ClassVar[Tier] = Tier.EXACT
+    requires: ClassVar[Stage] = Stage.OBSERVED
+    establishes: ClassVar[Stage] = Stage.CAPTURED
+
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ConfigurationError(f"observe-step: step {self.step} is no number from 0 on")
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        plan.observed_step = self.step
