@@ -407,7 +407,7 @@ class _Walk:
             if want.varies(axis):
                 axes += 1
             else:
-                elements *= size if isinstance(size, int) else int(size.node.hint)
+                elements *= _hint(size)
         if self.request is not Request.FACTOR and (
             node.op == "get_attr" or want.varies(0) or self._not_by_sample(node) is not None
         ):
@@ -544,9 +544,16 @@ def _with_tokens(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def _hint(size: Any) -> int:
+    """A size, or that of the call that was captured; many where not even that is known."""
+    if isinstance(size, int):
+        return size
+    return _MANY if size.node.hint is None else int(size.node.hint)
+
+
 def _batch_hint(graph: fx.Graph) -> int:
     for node in graph.nodes:
         if node.op == "placeholder" and len(shape_of(node)) >= 2:
             size = shape_of(node)[0]
-            return size if isinstance(size, int) else int(size.node.hint)
+            return _hint(size)
     return 1

@@ -85,9 +85,7 @@ def without_float32(module: fx.GraphModule) -> None:
         if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and node.op == "call_function":
             # Sizes that depend on values would get new symbols.
             value = node.meta["val"]
-            node.meta["val"] = (
-                pytree.tree_map(wider, value) if free_unbacked_symbols(value) else rewriter.infer(node)
-            )
+            node.meta["val"] = pytree.tree_map(wider, value) if free_unbacked_symbols(value) else rewriter.infer(node)
     module.recompile()
 
 

@@ -25,8 +25,6 @@ the rest, each with its reason below. **share** is (free + vector) / (linears - 
 
 """
 
-_PART = re.compile(r"\b\d+\b")
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -64,13 +62,13 @@ def exceptions(audit: Audit) -> list[str]:
     for name, layer in audit.plan.layers.items():
         balance = layer.balance
         if balance is not None and balance.cost in ("not", "tokens") and not str(balance.reason).endswith("nonlinear"):
-            reason = re.sub(r"\b([a-z_]+?)_\d+ \(([^)]*)\)", r"\2", str(balance.reason))
+            reason = re.sub(r"\b([a-z_]+?)(?:_\d+)? \(([^)]*)\)", r"\2", str(balance.reason))
             found[_star(reason)].append(_star(name))
     return [f"{', '.join(f'`{name}`' for name in dict.fromkeys(names))}: {reason}" for reason, names in found.items()]
 
 
 def _star(text: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "\*" if "`" in text else "*", text)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", text)
 
 
 def row(entry: Entry, audit: Audit) -> str:

@@ -19,6 +19,7 @@ from fxquant.channels.rules.table import (
     rule,
     shape_of,
     source_of,
+    tied,
 )
 from fxquant.channels.wants import Barrier, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
@@ -189,7 +190,9 @@ def pad(node: fx.Node, want: Want) -> Outcome:
                 ties.append((want.scale, np.zeros_like(want.scale)))
             continue
         if size is None or not all(isinstance(amount, int) and amount >= 0 for amount in (before, after)):
-            return Barrier("how many channels are padded depends on the input")
+            found = tied(want, [axis], "how many tokens are padded depends on the input, so they share their factors")
+            assert found is not None
+            return found
         inner = (slice(None),) * axis + (slice(before, size - after),)
         outer = [*range(before), *range(size - after, size)]
         edges = np.take(want.scale, outer, axis)
@@ -241,6 +244,31 @@ def index_select(node: fx.Node, want: Want) -> Outcome:
     if want.varies(axis):
         return Barrier("rows that are picked by an index cannot be told apart")
     return Push([(source_of(node), want)])
+
+
+@rule(aten.index.Tensor, shifts=True)
+def index(node: fx.Node, want: Want) -> Outcome:
+    """x[..., i, ...]: the same, for all that the indices may pick alike."""
+    rank = len(shape_of(source_of(node)))
+    picked = [(axis, i) for axis, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type, union-attr]
+    masks = any(i.meta["val"].dtype is torch.bool and i.meta["val"].dim() > 1 for _, i in picked)
+    axes = [axis for axis, _ in picked]
+    if masks or axes != list(range(axes[0], axes[0] + len(axes))):
+        return Barrier("indices of several axes apart, or a mask over several, have no channel rule")
+    before, after = axes[0], rank - axes[-1] - 1
+    inner = range(before, want.scale.ndim - after)
+    found = tied(want, inner, "what is picked by an index shares its factors")
+    if found is not None:
+        return found
+    shape = want.scale.shape
+    return Push(
+        [
+            (
+                source_of(node),
+                want.map(lambda array: array.reshape(*shape[:before], *[1] * len(axes), *shape[inner.stop :])),
+            )
+        ]
+    )
 
 
 def _int(value: Any) -> int:
