@@ -110,17 +110,20 @@ def _entry(grant: Grant) -> Shift:
 
 
 def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
+    # Not the seed's: where that is the output of a linear shifted before, its readers read the sum with the rows.
+    (value,) = {reader.args[0] for reader in seed.readers}
+    assert isinstance(value, fx.Node)
     with rewriter.before(min(seed.readers)):
         # In float64 whatever the model's dtype, as the factors of balancing are.
-        rows = rows_at(rewriter, z.map(Tensor.neg), seed.value.meta["val"].dim(), f"{seed.name}.shift", [seed.value])
-        one = rewriter.constant(f"{seed.name}.one", torch.ones(1, dtype=torch.float64), [seed.value])
+        rows = rows_at(rewriter, z.map(Tensor.neg), value.meta["val"].dim(), f"{seed.name}.shift", [value])
+        one = rewriter.constant(f"{seed.name}.one", torch.ones(1, dtype=torch.float64), [value])
         shifted = rewriter.call(
             torch.ops.fxquant.channel_affine.default,
-            (seed.value, one, rows),
-            sources=[seed.value],
-            name=f"{seed.value.name}_shifted",
+            (value, one, rows),
+            sources=[value],
+            name=f"{value.name}_shifted",
         )
     for reader in seed.readers:
-        rewriter.redirect(reader, seed.value, shifted)
+        rewriter.redirect(reader, value, shifted)
         weight = rewriter.tensor(reader.args[1]).double()
         shift_output(reader, rewriter, z.map(lambda rows, weight=weight: rows.to(weight.device) @ weight.T))  # type: ignore[misc]

@@ -168,7 +168,13 @@ class Rewriter:
             self._drop(node)
 
     def redirect(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        """Let one reader read ``new`` where it read ``old``."""
+        """Let one reader read ``new`` where it read ``old``.
+
+        Raises:
+            PassError: If it did not read that.
+        """
+        if old not in reader.all_input_nodes:
+            raise PassError(f"{self.pass_name}: {reader.name} does not read {old.name}, which it was to read no more")
         reader.replace_input_with(old, new)
         self.edits += 1
 
