@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fxquant.channels.layouts import settle_unread, spread_over_unread
-from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, outcome, shape_of
+from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, op_name, outcome, shape_of
 from fxquant.channels.wants import (
     IDENTITY,
     UNREAD,
@@ -328,7 +328,8 @@ class _Walk:
         if isinstance(found, Choose):
             found = min(found.ways, key=lambda way: self._price(node, way))
         if isinstance(found, Push):
-            self.ties += found.ties
+            for left, right in found.ties:
+                self._tie(left, right, f"{op_name(node)} leaves part of it as it is")
             for source, pushed in found.inputs:
                 self.wants[source][node].append(pushed)
         elif isinstance(found, End):

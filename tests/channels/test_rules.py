@@ -121,6 +121,7 @@ FREE: dict[str, tuple[Body, set[str]]] = {
     "where": (lambda m, x: torch.where(x > 0, m.a(x), m.b(x)), {"a", "b"}),
     "masked fill": (lambda m, x: m.a(x).masked_fill(x > 0, 0.0), {"a"}),
     "pad along channels": (lambda m, x: F.pad(m.a(x)[..., 2:], (1, 1)), {"a"}),
+    "pad with ones, part of what is read": (lambda m, x: F.pad(m.a(x).mT, (0, 0, 0, 1), value=1.0)[:, :C].mT, {"a"}),
     "pad along tokens": (lambda m, x: F.pad(m.a(x), (0, 0, 1, 2)), {"a"}),
     "stack": (lambda m, x: torch.stack([m.a(x)[..., ::2], m.b(x)[..., ::2]], -1).flatten(-2), {"a", "b"}),
     "roll and flip along tokens": (lambda m, x: m.a(x).roll(2, dims=1).flip(1), {"a"}),

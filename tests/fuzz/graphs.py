@@ -95,7 +95,9 @@ class Builder:
     def inputs(self, timestep: float) -> list[Tensor]:
         """Random inputs, and a timestep."""
         return [
-            torch.full(size, timestep, dtype=torch.float64) if name == "timestep" else self.random(*size, low=-2, high=3)
+            torch.full(size, timestep, dtype=torch.float64)
+            if name == "timestep"
+            else self.random(*size, low=-2, high=3)
             for name, size in self._sizes
         ]
 
@@ -160,7 +162,9 @@ def _arithmetic(b: Builder, draw: Any, x: fx.Node) -> None:
         condition = b.call(aten.gt.Scalar, _like(b, draw, x), 0.1)
         b.call(aten.where.self, condition, x, _like(b, draw, x))
     elif kind == 5:
-        b.call(aten.masked_fill.Scalar, x, b.call(aten.gt.Scalar, _like(b, draw, x), 0.1), draw(st.sampled_from([0, 1])))
+        b.call(
+            aten.masked_fill.Scalar, x, b.call(aten.gt.Scalar, _like(b, draw, x), 0.1), draw(st.sampled_from([0, 1]))
+        )
     else:
         op = draw(st.sampled_from([aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.add.Tensor]))
         y = _like(b, draw, x)
@@ -226,8 +230,8 @@ def _together(b: Builder, draw: Any, x: fx.Node) -> None:
         if len(shape(x)) < 4:
             b.call(aten.stack.default, [x, draw(st.sampled_from(alike))], draw(st.sampled_from([axis, -1])))
     else:
-        without = [y for y in b.values if len(shape(y)) == len(shape(x))]
-        fitting = [y for y in without if all(m == n or i == axis for i, (m, n) in enumerate(zip(shape(x), shape(y))))]
+        same_rank = [y for y in b.values if len(shape(y)) == len(shape(x))]
+        fitting = [y for y in same_rank if all(i == axis or shape(y)[i] == size for i, size in enumerate(shape(x)))]
         b.call(aten.cat.default, [x, draw(st.sampled_from(fitting))], axis)
 
 
@@ -298,9 +302,7 @@ def _attention(b: Builder, draw: Any, x: fx.Node) -> None:
 
 
 def _product(b: Builder, draw: Any, x: fx.Node) -> None:
-    fitting = [
-        y for y in b.values if len(shape(y)) == len(shape(x)) == 3 and shape(y)[1] == shape(x)[2]
-    ]
+    fitting = [y for y in b.values if len(shape(y)) == len(shape(x)) == 3 and shape(y)[1] == shape(x)[2]]
     if fitting:
         b.call(draw(st.sampled_from([aten.matmul.default, aten.bmm.default])), x, draw(st.sampled_from(fitting)))
 

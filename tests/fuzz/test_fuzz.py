@@ -50,7 +50,9 @@ def test_rewritten_graphs_compute_the_same(builder: Builder, passes: str) -> Non
     note(passes)
     inputs = [builder.inputs(step) for step in STEPS]
     expected = [outputs(module, *tensors) for tensors in inputs]
-    assume(all(bool(torch.isfinite(x).all()) and float(x.abs().max()) < 1e6 for xs in expected for x in xs if x.numel()))
+    assume(
+        all(bool(torch.isfinite(x).all()) and float(x.abs().max()) < 1e6 for xs in expected for x in xs if x.numel())
+    )
     rewrite(module, inputs, passes)
     actual = [outputs(module, *tensors) for tensors in inputs]
     for left, right in zip(actual, expected, strict=True):

@@ -6,7 +6,17 @@ arguments only, never at values. ``fxquant list rules`` prints the first line of
 """
 
 from fxquant.channels.rules import arithmetic, ends, layout, matrices, shifts  # (they register)
-from fxquant.channels.rules.table import RULES, SHIFTS, STATIC_SHIFTS, Rule, outcome, rule, shape_of, shift_rule
+from fxquant.channels.rules.table import (
+    RULES,
+    SHIFTS,
+    STATIC_SHIFTS,
+    Rule,
+    op_name,
+    outcome,
+    rule,
+    shape_of,
+    shift_rule,
+)
 
 __all__ = [
     "RULES",
@@ -17,6 +27,7 @@ __all__ = [
     "ends",
     "layout",
     "matrices",
+    "op_name",
     "outcome",
     "rule",
     "shape_of",

@@ -186,7 +186,7 @@ def pad(node: fx.Node, want: Want) -> Outcome:
         axis, before, after = want.scale.ndim - 1 - number, amounts[2 * number], amounts[2 * number + 1]
         size = static(shape_of(node)[axis])
         if not want.varies(axis):
-            if value:
+            if value and (before, after) != (0, 0):
                 ties.append((want.scale, np.zeros_like(want.scale)))
             continue
         if size is None or not all(isinstance(amount, int) and amount >= 0 for amount in (before, after)):
