@@ -76,7 +76,9 @@ class Rewriter:
         attribute = node.args[position]
         assert isinstance(attribute, fx.Node)
         while attribute.op != "get_attr":  # It reads the parameter through a cast.
-            (node, attribute) = (attribute, attribute.args[0])  # type: ignore[assignment]
+            node, source = attribute, attribute.args[0]
+            assert isinstance(source, fx.Node)
+            attribute = source
         if set(attribute.users) != {node}:
             attribute = self._private(attribute, [node])
         self.fold_attribute(attribute, function)

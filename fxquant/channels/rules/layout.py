@@ -207,10 +207,10 @@ def stack(node: fx.Node, want: Want) -> Outcome:
     """To each operand its part."""
     axis = axis_of(node, argument(node, 1, "dim", 0))
     pushed = []
-    for number, operand in enumerate(node.args[0]):  # type: ignore[arg-type, union-attr]
+    for number, operand in enumerate(node.args[0]):  # type: ignore[arg-type]
         position = number if want.varies(axis) else 0
         pushed.append((operand, want.map(lambda array, position=position: np.take(array, position, axis=axis))))  # type: ignore[misc]
-    return Push(pushed)  # type: ignore[arg-type]
+    return Push(pushed)
 
 
 @rule(aten.roll.default, aten.flip.default, aten.repeat.default, aten.tile.default, shifts=True)
@@ -250,7 +250,7 @@ def index_select(node: fx.Node, want: Want) -> Outcome:
 def index(node: fx.Node, want: Want) -> Outcome:
     """x[..., i, ...]: the same, for all that the indices may pick alike."""
     rank = len(shape_of(source_of(node)))
-    picked = [(axis, i) for axis, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type, union-attr]
+    picked = [(axis, i) for axis, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type]
     masks = any(i.meta["val"].dtype is torch.bool and i.meta["val"].dim() > 1 for _, i in picked)
     axes = [axis for axis, _ in picked]
     if masks or axes != list(range(axes[0], axes[0] + len(axes))):
