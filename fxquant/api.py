@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def compile(
     measure: int = 8,
     statistics: Statistics | None = None,
     instruments: Sequence[Instrument] = (),
+    resume: str | Path | None = None,
 ) -> GraphModel:
     """Quantize a diffusion transformer; shaped like ``torch.compile``: a module in, a drop-in module out.
 
@@ -92,6 +94,8 @@ def compile(
         statistics: Receives what the observers record, to look at it or to merge runs; a new one if None. With a plan:
             what was recorded when it was made, for weights that are rounded by more than their own values (GPTQ).
         instruments: Watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline`).
+        resume: Folder in which passes that take long (block reconstruction) keep what they have finished. The same call
+            with the same folder goes on from there; what was learned from other weights, inputs or options is ignored.
 
     Returns:
         The quantized model, to put in the pipeline in place of ``model``.
@@ -138,11 +142,12 @@ def compile(
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
     made.statistics = calibration.statistics
+    made.workspace = None if resume is None else Path(resume)
     made.bytes_before = tensor_bytes(weights)
     try:
         quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
     finally:
-        made.statistics = None
+        made.statistics = made.inputs = made.workspace = None
         made.codes.clear()
     made.bytes_after = tensor_bytes(quantized.tensors())
     made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples())
@@ -157,7 +162,8 @@ def _convert(
     pipeline = Pipeline(recipe.convert, instruments)
     quantized = GraphModel(calibration.architecture, dtype, plan, _further_graph(recipe, backend))
     calibration.forget_observed()
-    for captured in calibration.prepared:
+    for number, captured in enumerate(calibration.prepared):
+        plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
         backend.finish(captured.module, plan)
         plan.passes = plan.passes or [_log_entry(record) for record in records]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.calls import BATCH, TensorSpec
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
@@ -21,8 +20,10 @@ from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
 from fxquant.plan import LayerPlan, Plan
 from fxquant.quantizer import sqnr_db
+from fxquant.samples import Spread, some_samples
 
 _KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
+_ROWS = 16  # Samples of a call that are kept for passes that run the graph again.
 
 
 @dataclass
@@ -57,7 +58,6 @@ class Calibration:
     Attributes:
         prepared: The captured graphs, after the passes that come before calibration; one a kind of call.
         statistics: What the observers recorded.
-        samples: Calls kept to measure the output error on.
         calls: Number of calls of the model so far.
         steps: The timesteps met, in order, where one of them alone is observed.
         failure: The first error of a call, which the user's code may have swallowed.
@@ -82,14 +82,14 @@ class Calibration:
         self.weights = weights_of(model)
         self.prepared: list[CapturedGraph] = []
         self.statistics = Statistics(transient=True) if statistics is None else statistics
-        self.samples: list[Sample] = []
+        self._samples: Spread[Sample] = Spread(keep)
+        self._inputs: list[Spread[list[Tensor]]] = []
         self.calls = 0
         self.failure: FxquantError | None = None
         self.steps: list[float] = []
         self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
         self._lock = threading.Lock()  # Neither capture nor statistics take two calls at a time.
         self._observed: list[fx.GraphModule] = []
-        self._keep, self._stride = keep, 1
         self._check = check
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +116,8 @@ class Calibration:
             self._last[number] = captured.call.batch_size(leaves), output
         if late <= 0:
             self._keep_sample(captured, names, leaves, structure, output)
+        if not late:
+            self._keep_inputs(number, leaves)
         self.calls += 1
         return captured.output(output)
 
@@ -134,9 +136,11 @@ class Calibration:
 
     def chosen_samples(self) -> list[Sample]:
         """As many of the kept calls as were asked for, spread over the whole calibration."""
-        if len(self.samples) <= self._keep:
-            return self.samples
-        return [self.samples[number * len(self.samples) // self._keep] for number in range(self._keep)]
+        return self._samples.chosen()
+
+    def inputs_of(self, number: int) -> list[list[Tensor]]:
+        """Inputs of calls of one captured graph, for passes that run it again."""
+        return self._inputs[number].chosen()
 
     def forget_observed(self) -> None:
         """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
@@ -164,6 +168,7 @@ class Calibration:
             if layer.observed and any(step.wants_moments(layer) for step in self.convert)
         ).__contains__
         self.prepared.append(captured)
+        self._inputs.append(Spread(-(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)))
         self._observed.append(observed)
         return len(self.prepared) - 1
 
@@ -179,29 +184,21 @@ class Calibration:
         structure: Any,
         output: Sequence[Any],
     ) -> None:
-        """Keep every so many calls; when there are too many, drop every other one and keep half as often."""
-        if not self._keep or self.calls % self._stride:
+        if not self._samples.wants_next():
             return
-        if len(self.samples) >= 2 * self._keep:
-            self.samples = self.samples[::2]
-            self._stride *= 2
-            if self.calls % self._stride:
-                return
-        batch = captured.call.batch_size(leaves)
-        chosen = torch.linspace(0, batch - 1, min(batch, _KEPT_SAMPLES)).long() if batch else None
-
-        def take(leaf: Any, spec: Any) -> Any:
-            if isinstance(leaf, Tensor) and isinstance(spec, TensorSpec) and BATCH in spec.shape and chosen is not None:
-                return leaf.index_select(spec.shape.index(BATCH), chosen.to(leaf.device))
-            return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-        kept = [take(leaf, spec) for leaf, spec in zip(leaves, captured.call.leaves, strict=True)]
+        kept, chosen = some_samples(captured, leaves, _KEPT_SAMPLES)
         first = next(leaf for leaf in output if isinstance(leaf, Tensor))
-        if chosen is not None and first.dim() and first.shape[0] == batch:
+        if chosen is not None and first.dim() and first.shape[0] == captured.call.batch_size(leaves):
             first = first.index_select(0, chosen.to(first.device))
         step = kept[names.index(str(self.plan.timestep))]
         arguments = pytree.tree_map(lambda position: kept[position], structure)
-        self.samples.append(Sample(float(step.flatten()[0]), arguments, first.clone()))
+        self._samples.keep(Sample(float(step.flatten()[0]), arguments, first.clone()))
+
+    def _keep_inputs(self, number: int, leaves: Sequence[Any]) -> None:
+        kept = self._inputs[number]
+        if kept.wants_next():
+            captured = self.prepared[number]
+            kept.keep(captured.inputs(some_samples(captured, leaves, _ROWS)[0]))
 
 
 @contextmanager

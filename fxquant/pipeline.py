@@ -59,6 +59,10 @@ class Pass(ABC):
         """Whether the pass needs second moments of the input of a layer, which calibration records on demand only."""
         return False
 
+    def wants_samples(self) -> int:
+        """How many samples of calibration calls the pass needs to run again; ``plan.inputs`` has them while it runs."""
+        return 0
+
     def __str__(self) -> str:
         shown = []
         for option in fields(self):  # type: ignore[arg-type]  # (subclasses are dataclasses)

@@ -155,7 +155,10 @@ class Plan:
         bytes_after: Size of the quantized model's tensors.
         passes: What the pipeline did, one line a pass.
         observed_step: Number of the one denoising step that calibration observes, from 0; None for all.
+        reconstruction: By block, SQNR of its output in dB, rounded to nearest and as it was learned.
         statistics: What calibration recorded; only there while passes decide, never saved.
+        inputs: Tensor inputs of calibration calls, for passes that run the graph again; there as long as statistics.
+        workspace: Folder for what such passes have finished, or None; never saved.
         codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
             saved either, for the checkpoint holds them.
     """
@@ -173,6 +176,9 @@ class Plan:
     backend: str = "fake-quant"
     passes: list[dict[str, Any]] = field(default_factory=list)
     observed_step: int | None = None
+    reconstruction: dict[str, list[float]] = field(default_factory=dict)
+    inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
+    workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
 
@@ -259,7 +265,8 @@ class Plan:
                 + ("install a newer fxquant" if newer else "it is damaged or was written by something else")
             )
         try:
-            values = {f.name: data[f.name] for f in fields(cls) if f.name not in _NOT_IN_JSON}
+            held = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
+            values = {name: data[name] for name in held}
             values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
             values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
             values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
@@ -292,7 +299,9 @@ class Plan:
         return cls.from_json(data, vectors)
 
 
-_NOT_IN_JSON = ("vectors", "statistics", "codes")
+_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction"})
+"""What plans of this format did not always hold."""
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:

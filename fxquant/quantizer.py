@@ -126,7 +126,11 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 
 def _decibels(energies: Sequence[tuple[float, float]]) -> float:
-    signal, noise = (sum(side) for side in zip(*energies, strict=True))
+    return snr_db(*(sum(side) for side in zip(*energies, strict=True)))
+
+
+def snr_db(signal: float, noise: float) -> float:
+    """Decibels of one energy over another; infinite without noise, minus infinity without a signal."""
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else (math.nan if math.isnan(noise) else -math.inf)
@@ -332,6 +336,40 @@ def quantize_weight(
         ConfigurationError: `bits` is not in 2..8, `method` is unknown, `weight` is not a matrix, or `group_size` does
             not divide its columns.
     """
+    scale, zero_point = weight_grid(
+        weight, bits=bits, group_size=group_size, symmetric=symmetric, method=method, importance=importance
+    )
+    (out_features, in_features), groups = weight.shape, scale.shape[1]
+    rows = weight.detach().reshape(out_features * groups, in_features // groups)
+
+    def round_rows(values: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+        return quantize(values, step[:, None], offset[:, None], 0, 2**bits - 1).to(torch.uint8)
+
+    # In slices as all else that is done to weights: temporaries of the size of the weight would add to the peak.
+    slices = _slices(rows)
+    grids = (grid.flatten().split(len(slices[0])) for grid in (scale, zero_point))
+    codes = torch.cat(_map(round_rows, list(zip(slices, *grids, strict=True))))
+    return QuantizedWeight.from_codes(
+        codes.reshape(out_features, in_features), scale, zero_point, bits=bits, group_size=group_size
+    )
+
+
+def weight_grid(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int = 0,
+    symmetric: bool = False,
+    method: RangeMethod = "minmax",
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The grids on which a weight is rounded, however each element then is.
+
+    Arguments and errors are those of :func:`quantize_weight`.
+
+    Returns:
+        Scale, float32, and zero point, uint8, `[out, groups]`.
+    """
     check_bits(bits)
     if weight.dim() != 2:
         raise ConfigurationError(f"a weight to quantize is a matrix [out, in], not of shape {tuple(weight.shape)}.")
@@ -342,21 +380,7 @@ def quantize_weight(
         importance = importance.reshape(groups, -1)
         importance = importance if groups == 1 else importance.repeat(out_features, 1)
     scale, zero_point = affine_parameters(*weight_range(rows, bits, method, symmetric, importance), bits, symmetric)
-
-    def round_rows(values: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-        return quantize(values, step[:, None], offset[:, None], 0, 2**bits - 1).to(torch.uint8)
-
-    # In slices as all else that is done to weights: temporaries of the size of the weight would add to the peak.
-    slices = _slices(rows)
-    grids = (grid.split(len(slices[0])) for grid in (scale, zero_point))
-    codes = torch.cat(_map(round_rows, list(zip(slices, *grids, strict=True))))
-    return QuantizedWeight.from_codes(
-        codes.reshape(out_features, in_features),
-        scale.reshape(out_features, groups),
-        zero_point.reshape(out_features, groups),
-        bits=bits,
-        group_size=group_size,
-    )
+    return scale.reshape(out_features, groups), zero_point.reshape(out_features, groups)
 
 
 def dequantize_weight(

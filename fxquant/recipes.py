@@ -2,14 +2,16 @@
 
 A recipe's name ends in the precision: ``ptq4dit-w4a8``. What comes before it is a function of the precision that
 returns the passes; others register theirs under the entry point ``fxquant.recipes`` or with :func:`register_recipe`.
-In between may stand how weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ in place of nearest.
+In between may stand how weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ in place of nearest,
+``-adaround`` learns roundings layer by layer, and ``-reconstruct`` block by block.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.pipeline import Pass, Pipeline, parse_pass
@@ -35,6 +37,30 @@ class Recipe:
     def __str__(self) -> str:
         return ",".join(map(str, self.prepare)) + " ; " + ",".join(map(str, self.convert))
 
+    def with_options(self, pass_name: str, **options: Any) -> Recipe:
+        """The same recipe with other options of one of its passes.
+
+        Args:
+            pass_name: Such as ``balance-channels``.
+            options: Fields of the pass, such as ``exponent=0.4``; an enum as its text.
+
+        Raises:
+            ConfigurationError: If the recipe has no such pass, or the pass no such option.
+        """
+        names = dict.fromkeys(step.name for step in (*self.prepare, *self.convert))
+        if pass_name not in names:
+            raise ConfigurationError(f"the recipe has no pass {pass_name!r}; its passes: {', '.join(names)}")
+
+        told = " ".join(f"{name.replace('_', '-')}={getattr(value, 'value', value)}" for name, value in options.items())
+        parsed = parse_pass(f"{pass_name}{{{told}}}")
+
+        changed: dict[str, Any] = {name: getattr(parsed, name) for name in options}
+
+        def change(step: Any) -> Any:
+            return replace(step, **changed) if step.name == pass_name else step
+
+        return Recipe(tuple(map(change, self.prepare)), tuple(map(change, self.convert)))
+
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """Read what ``str(recipe)`` writes: two pipelines with a semicolon between.
@@ -58,7 +84,7 @@ RECIPES: Registry[RecipeMaker] = Registry("recipe", "fxquant.recipes")
 register_recipe = RECIPES.register
 """Decorator: ``@register_recipe("name")`` on a function of precision and layers that returns a :class:`Recipe`."""
 
-ROUNDINGS = ("gptq",)
+ROUNDINGS = ("gptq", "adaround", "reconstruct")
 """What may stand between a recipe's name and its precision, ``ptq4dit-gptq-w4a8``: how its linears are rounded."""
 
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
@@ -93,14 +119,14 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
 
 def _rounded(recipe: Recipe, rounding: str) -> Recipe:
     """The same recipe with another rounding of the weights of linears."""
-
-    def change(step: Pass) -> Pass:
-        if step.name != "quantize-linears":
-            return step
-        options = str(step).removeprefix(step.name).strip("{}")
-        return parse_pass(f"{step.name}{{{options} rounding={rounding}}}")
-
-    return Recipe(recipe.prepare, tuple(map(change, recipe.convert)))
+    if rounding != "reconstruct":
+        return recipe.with_options("quantize-linears", rounding=rounding)
+    convert = list(recipe.convert)
+    position = next(number for number, step in enumerate(convert) if step.name == "quantize-linears")
+    names = ("weight_range", "activation_range")
+    ranges = (f"{name.replace('_', '-')}={getattr(convert[position], name).value}" for name in names)
+    convert.insert(position, parse_pass(f"reconstruct-blocks{{{' '.join(ranges)}}}"))
+    return Recipe(recipe.prepare, tuple(convert))
 
 
 def _recipe(
@@ -179,3 +205,9 @@ def ptq4dit(precision: Precision, layers: str) -> Recipe:
     """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
     ranges = "weight-range=percentile activation-range=percentile"
     return _recipe(precision, layers, "balance-channels", "absorb-affines", ranges=ranges)
+
+
+def q_diffusion(precision: Precision, layers: str) -> Recipe:
+    """Q-Diffusion: block reconstruction without balancing, ranges by the lowest squared error."""
+    plain = _recipe(precision, layers, ranges="weight-range=mse activation-range=mse")
+    return _rounded(plain, "reconstruct")

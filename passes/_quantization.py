@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +15,7 @@ from fxquant.capture import LAYER
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.evidence import evidence, moments
 from fxquant.ir.rewriter import Rewriter
-from fxquant.plan import ActivationRange, Plan
+from fxquant.plan import ActivationRange, LayerPlan, Plan
 from fxquant.quantizer import (
     QuantizedWeight,
     activation_range,
@@ -25,6 +25,7 @@ from fxquant.quantizer import (
     require_finite,
     sqnr_db,
 )
+from fxquant.rounding.adaround import adaround
 from fxquant.rounding.gptq import ErrorFeedback, gptq
 from fxquant.timesteps import TimeTable, rows_at, timestep_input
 
@@ -51,6 +52,20 @@ class Rounding(enum.Enum):
 
     NEAREST = "nearest"
     GPTQ = "gptq"
+    ADAROUND = "adaround"
+
+
+class Rounder(Protocol):
+    """Rounds weights by more than their own values."""
+
+    def quantize(
+        self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+    ) -> QuantizedWeight:
+        """The weight of a layer, rounded.
+
+        Raises:
+            CalibrationError: There are no second moments of its input.
+        """
 
 
 @dataclass(frozen=True)
@@ -63,53 +78,70 @@ class GPTQ:
     def quantize(
         self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
-        """The weight of a layer, rounded; from the plan if another graph of the model had it rounded before.
-
-        Raises:
-            CalibrationError: There are no second moments of its input.
-        """
-        if name not in plan.codes:
-            layer = plan.layer(name)
-            assert layer.weight_bits is not None
-            plan.codes[name] = gptq(
-                values,
-                self._feedback(name, plan, rewriter),
-                bits=layer.weight_bits,
-                group_size=layer.group_size,
-                symmetric=symmetric,
-                method=method.value,
-            )
-            self._drop_used(name, plan)
-        return plan.codes[name]
-
-    @staticmethod
-    def _drop_used(name: str, plan: Plan) -> None:
-        """Free second moments that no layer needs any more: those of a whole model are as large as its weights."""
-        key = plan.layer(name).observed
-        readers = (other for other, layer in plan.layers.items() if layer.observed == key)
-        if key and plan.statistics is not None and plan.statistics.transient and plan.codes.keys() >= set(readers):
-            plan.statistics[key].moments = None
+        """See :class:`Rounder`."""
+        layer = plan.layer(name)
+        assert layer.weight_bits is not None
+        return gptq(
+            values,
+            self._feedback(name, plan, rewriter),
+            bits=layer.weight_bits,
+            group_size=layer.group_size,
+            symmetric=symmetric,
+            method=method.value,
+        )
 
     def _feedback(self, name: str, plan: Plan, rewriter: Rewriter) -> ErrorFeedback:
         """That of the layer's input; kept only for the layers that come next, for it is large."""
         key = plan.layer(name).observed or name
-        plan.evidence(key, f"layer {name!r} is rounded by GPTQ")
-        together = moments(plan, name)
-        if together is None:
-            raise CalibrationError(
-                f"layer {name!r} is rounded by GPTQ and there are no second moments of its input; let calibration "
-                "record them, or choose rounding=nearest"
-            )
         kept, feedback = rewriter.memo.get("feedback", (None, None))
         if kept != key:
             rewriter.memo.pop("feedback", None)
             try:
-                feedback = ErrorFeedback.of(together, self.damping, self.activation_order)
+                feedback = ErrorFeedback.of(_moments(name, plan), self.damping, self.activation_order)
             except NonFiniteError as error:
                 raise NonFiniteError(f"layer {name}: {error}") from None
             rewriter.memo["feedback"] = key, feedback
         assert isinstance(feedback, ErrorFeedback)
         return feedback
+
+
+@dataclass(frozen=True)
+class AdaRound:
+    """Learns roundings by the second moments of inputs; see :mod:`fxquant.rounding.adaround`."""
+
+    def quantize(
+        self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+    ) -> QuantizedWeight:
+        """See :class:`Rounder`."""
+        layer = plan.layer(name)
+        assert layer.weight_bits is not None
+        return adaround(
+            values,
+            _moments(name, plan),
+            bits=layer.weight_bits,
+            group_size=layer.group_size,
+            symmetric=symmetric,
+            method=method.value,
+        )
+
+
+def _moments(name: str, plan: Plan) -> Tensor:
+    plan.evidence(plan.layer(name).observed or name, f"layer {name!r} is rounded by the moments of its input")
+    together = moments(plan, name)
+    if together is None:
+        raise CalibrationError(
+            f"layer {name!r} is rounded by the second moments of its input, and there are none; let calibration "
+            "record them, or choose rounding=nearest"
+        )
+    return together
+
+
+def _drop_used_moments(name: str, plan: Plan) -> None:
+    """Free second moments that no layer needs any more: those of a whole model are as large as its weights."""
+    key = plan.layer(name).observed
+    readers = (other for other, layer in plan.layers.items() if layer.observed == key)
+    if key and plan.statistics is not None and plan.statistics.transient and plan.codes.keys() >= set(readers):
+        plan.statistics[key].moments = None
 
 
 def quantized_weight(
@@ -118,7 +150,7 @@ def quantized_weight(
     rewriter: Rewriter,
     method: RangeSearch,
     symmetric: bool,
-    rounder: GPTQ | None = None,
+    rounder: Rounder | None = None,
     position: int = 1,
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Quantize the weight of a layer; returns nodes of its packed codes, scales and zero points.
@@ -143,17 +175,21 @@ def quantized_weight(
     require_finite(values, f"the weight of layer {name}")
     # Without values there is nothing to search; the shapes are those of any method.
     search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
-    if rounder is not None and not isinstance(values, FakeTensor):
-        quantized = rounder.quantize(name, values, plan, rewriter, method, symmetric)
-    else:
+    if isinstance(values, FakeTensor) or (rounder is None and name not in plan.codes):
         quantized = quantize_weight(
             values,
             bits=layer.weight_bits,
             group_size=layer.group_size,
             symmetric=symmetric,
             method=search.value,
-            importance=None if search is RangeSearch.MINMAX else _importance(name, plan, values.device),
+            importance=None if search is RangeSearch.MINMAX else importance_of(name, plan, values.device),
         )
+    else:
+        if name not in plan.codes:  # Neither learned before, nor rounded for another graph of the model.
+            assert rounder is not None
+            plan.codes[name] = rounder.quantize(name, values, plan, rewriter, method, symmetric)
+            _drop_used_moments(name, plan)
+        quantized = plan.codes[name]
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
     owner = str(weight.target)
@@ -168,7 +204,7 @@ def quantized_weight(
     return codes
 
 
-def _importance(name: str, plan: Plan, device: torch.device) -> Tensor | None:
+def importance_of(name: str, plan: Plan, device: torch.device) -> Tensor | None:
     """How much an error in each weight column matters to the layer's output: the mean square of that input channel.
 
     Kept in the plan, so that replaying it finds the same ranges. None for layers whose input was not observed.
@@ -199,14 +235,7 @@ def quantized_input(
     layer = plan.layer(name)
     bits = layer.activation_bits
     assert isinstance(x, fx.Node) and bits is not None
-    if layer.activation is None:
-        decided = rewriter.memo.setdefault(("range", x, bits), name)  # Layers that read one value share its range.
-        if decided == name:
-            _decide_range(name, plan, method)
-        else:
-            first = plan.layer(decided)
-            layer.activation = copy.copy(first.activation)
-            layer.spread, layer.activation_sqnr_db = copy.copy(first.spread), first.activation_sqnr_db
+    decide_range(node, x, plan, rewriter, method)
     assert layer.activation is not None
     if layer.activation.method == InputRange.DYNAMIC.value:
         return _codes_by_token(x, bits, rewriter)
@@ -234,6 +263,26 @@ def quantized_input(
         rewriter.memo[key] = (codes, *grid)
     codes, scale, zero_point = rewriter.memo[key]
     return codes, scale, zero_point
+
+
+def decide_range(node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: InputRange) -> None:
+    """Write the range of a layer's input into the plan, if it has none; layers that read one value share it."""
+    name = node.meta[LAYER]
+    layer = plan.layer(name)
+    if layer.activation is not None:
+        return
+    decided = rewriter.memo.setdefault(("range", x, layer.activation_bits), name)
+    if decided == name:
+        _decide_range(name, plan, method)
+    else:
+        first = plan.layer(decided)
+        layer.activation = copy.copy(first.activation)
+        layer.spread, layer.activation_sqnr_db = copy.copy(first.spread), first.activation_sqnr_db
+
+
+def is_rounded(layer: LayerPlan) -> bool:
+    """Whether the rounding of a layer's weight is more than a matter of storage."""
+    return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
 
 
 def _codes_by_token(x: fx.Node, bits: int, rewriter: Rewriter) -> tuple[fx.Node, fx.Node, fx.Node]:

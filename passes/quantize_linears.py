@@ -13,10 +13,13 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import (
     GPTQ,
+    AdaRound,
     InputRange,
     RangeSearch,
+    Rounder,
     Rounding,
     is_quantized,
+    is_rounded,
     quantized_input,
     quantized_weight,
 )
@@ -54,8 +57,10 @@ class QuantizeLinears(Pass):
         activation_range: The same for activations, on rows sampled in calibration; or ``dynamic``, by which every token
             gets the range of its own channels at run time.
         symmetric: Whether weight grids are symmetric about 0.
-        rounding: ``nearest``, or ``gptq``, by which later columns make up for the error of earlier ones
-            (:mod:`fxquant.rounding.gptq`). Layers of 8-bit weights and float activations are always rounded to nearest.
+        rounding: ``nearest``; ``gptq``, by which later columns make up for the error of earlier ones
+            (:mod:`fxquant.rounding.gptq`); or ``adaround``, by which it is learned whether a weight goes up or down
+            (:mod:`fxquant.rounding.adaround`). Layers of 8-bit weights and float activations are always rounded to
+            nearest, and weights that a pass before this one has rounded stay so.
         damping: Share of the mean input energy that GPTQ adds to that of each channel.
         activation_order: Whether GPTQ rounds the columns with the largest inputs first.
     """
@@ -74,7 +79,7 @@ class QuantizeLinears(Pass):
 
     def wants_moments(self, layer: LayerPlan) -> bool:
         """Those of all inputs but of layers that only store their weight in 8 bits."""
-        return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and _is_rounded(layer)
+        return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and is_rounded(layer)
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
@@ -106,11 +111,7 @@ class QuantizeLinears(Pass):
             if total is not None:
                 rewriter.erase(node)
 
-    def _rounder(self, layer: LayerPlan) -> GPTQ | None:
-        if self.rounding is Rounding.NEAREST or not _is_rounded(layer):
+    def _rounder(self, layer: LayerPlan) -> Rounder | None:
+        if self.rounding is Rounding.NEAREST or not is_rounded(layer):
             return None
-        return GPTQ(self.damping, self.activation_order)
-
-
-def _is_rounded(layer: LayerPlan) -> bool:
-    return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
+        return AdaRound() if self.rounding is Rounding.ADAROUND else GPTQ(self.damping, self.activation_order)

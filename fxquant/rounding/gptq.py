@@ -17,7 +17,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
-from fxquant.quantizer import QuantizedWeight, RangeMethod, affine_parameters, group_count, weight_range
+from fxquant.quantizer import QuantizedWeight, RangeMethod, group_count, weight_grid
 
 _BLOCK = 128  # Columns whose errors are carried over to all later ones at once.
 _DAMPINGS = 6  # Each ten times the one before it.
@@ -103,18 +103,20 @@ def gptq(
     Raises:
         ConfigurationError: As :func:`fxquant.quantizer.quantize_weight`, or the inputs are not as many as the columns.
     """
-    out_features, in_features = weight.shape
+    in_features = weight.shape[1]
     if len(feedback.order) != in_features:
         raise ConfigurationError(
             f"a weight of {in_features} input channels was given the moments of {len(feedback.order)}."
         )
     groups = group_count(in_features, group_size)
-    rows = weight.detach().to(torch.float32).reshape(out_features * groups, in_features // groups)
-    importance = None if method == "minmax" else feedback.importance.to(weight.device).reshape(groups, -1)
-    if importance is not None and groups > 1:
-        importance = importance.repeat(out_features, 1)
-    scale, zero_point = affine_parameters(*weight_range(rows, bits, method, symmetric, importance), bits, symmetric)
-    scale, zero_point = scale.reshape(out_features, groups), zero_point.reshape(out_features, groups)
+    scale, zero_point = weight_grid(
+        weight.detach().to(torch.float32),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        method=method,
+        importance=None if method == "minmax" else feedback.importance.to(weight.device),
+    )
 
     order, factor = feedback.order.to(weight.device), feedback.factor.to(weight.device)
     group_of = (order // (in_features // groups)).tolist()

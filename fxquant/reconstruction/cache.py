@@ -1,0 +1,108 @@
+"""What calibration calls bring to a segment, and minibatches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+
+Values = dict[fx.Node, Any]
+"""Values of a graph by node: tensors, sizes, or tuples of tensors."""
+
+_PARTS = 4  # Calls that a minibatch is mixed from.
+
+
+def share_alike(chunks: Sequence[Values], nodes: Sequence[fx.Node]) -> None:
+    """Let calls hold one tensor for values that are the same in all of them, as position embeddings are."""
+    for node in nodes:
+        first = chunks[0][node]
+        for chunk in chunks[1:]:
+            if isinstance(first, Tensor) and first.shape == chunk[node].shape and torch.equal(first, chunk[node]):
+                chunk[node] = first
+
+
+def mixable(chunks: Sequence[Values], nodes: Sequence[fx.Node]) -> bool:
+    """Whether rows of different calls can be put in one batch.
+
+    That is so if each value has the samples along one axis, or is the same for all calls.
+    """
+    return all(_axis(node) is not None or _same(chunks, node) for node in nodes)
+
+
+def minibatch(
+    chunks: Sequence[Values],
+    nodes: Sequence[fx.Node],
+    rows: Sequence[Tensor],
+    mixed: bool,
+    generator: torch.Generator,
+    size: int,
+) -> tuple[Values, Tensor]:
+    """Values of a random minibatch.
+
+    Args:
+        chunks: Values by call.
+        nodes: Those that are wanted.
+        rows: Something of each sample by call, ``[n]`` each; that of the chosen samples is returned.
+        mixed: Whether :func:`mixable`; otherwise a minibatch is one whole call.
+        generator: Picks.
+        size: Samples wanted.
+    """
+    if not mixed:
+        number = int(torch.randint(len(chunks), (), generator=generator))
+        return {node: chunks[number][node] for node in nodes}, rows[number]
+    parts = min(_PARTS, len(chunks))
+    numbers = torch.randperm(len(chunks), generator=generator)[:parts].tolist()
+    picked = [torch.randperm(len(rows[n]), generator=generator)[: max(1, size // parts)] for n in numbers]
+    chosen = torch.cat([rows[n][index] for n, index in zip(numbers, picked, strict=True)])
+    values: Values = {}
+    for node in nodes:
+        axis = _axis(node)
+        if axis is None:
+            values[node] = _at(node, chunks[0][node], len(chosen))
+        else:
+            taken = [
+                chunks[n][node].index_select(axis, index.to(chunks[n][node].device))
+                for n, index in zip(numbers, picked, strict=True)
+            ]
+            values[node] = torch.cat(taken, dim=axis)
+    return values, chosen
+
+
+def _axis(node: fx.Node) -> int | None:
+    """The axis of a value along which its samples are; None if there is none, or if it is folded with another."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    sizes: list[Any] = [*value.shape]
+    axes = [axis for axis, size in enumerate(sizes) if isinstance(size, SymInt)]
+    return axes[0] if len(axes) == 1 and sizes[axes[0]].node.expr.is_symbol else None
+
+
+def _same(chunks: Sequence[Values], node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, SymInt):
+        return True
+    if isinstance(value, Tensor) and not all(type(size) is int for size in value.shape):
+        return False
+    return all(chunk[node] is chunks[0][node] or _equal(chunk[node], chunks[0][node]) for chunk in chunks[1:])
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return isinstance(left, (int, float)) and type(left) is type(right) and left == right
+
+
+def _at(node: fx.Node, value: Any, samples: int) -> Any:
+    """A value that does not hold samples, but a size may count them."""
+    recorded = node.meta.get("val")
+    if isinstance(recorded, SymInt):
+        expression = recorded.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, samples)))
+    return value
+
+
+def drop_unused(values: Values, needed: Mapping[fx.Node, int], number: int) -> None:
+    """Free what no segment from this number on reads; ``needed`` has the last one that reads each value."""
+    for node in [node for node in values if needed.get(node, -1) < number]:
+        del values[node]

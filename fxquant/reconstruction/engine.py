@@ -1,0 +1,172 @@
+"""Block after block: float and quantized values side by side, and what was learned of each block."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, fx
+
+from fxquant.capture import LAYER, get_tensor
+from fxquant.plan import ActivationRange, Plan
+from fxquant.quantizer import snr_db
+from fxquant.reconstruction.cache import Values, drop_unused, share_alike
+from fxquant.reconstruction.learn import Settings, Simulation, as_codes, learn
+from fxquant.reconstruction.segments import Segment, segments
+from fxquant.reconstruction.simulate import LearnedSteps, TokenSteps, as_it_is, run_segment
+from fxquant.reconstruction.store import Learned, Store, digest
+from fxquant.rounding.soft import SoftWeight
+
+log = logging.getLogger(__name__)
+
+
+def reconstruct(
+    module: fx.GraphModule,
+    plan: Plan,
+    layers: Mapping[fx.Node, Callable[[], SoftWeight]],
+    settings: Settings,
+    text: str,
+) -> None:
+    """Learn the codes and input ranges of linears, and write them into the plan.
+
+    Args:
+        module: A float graph; it stays as it is.
+        plan: Holds the calls to learn from in ``inputs``, and the ranges that learning begins with.
+        layers: Makes the soft weight of each linear to learn.
+        settings: How.
+        text: Tells settings apart, for what is kept in ``plan.workspace``.
+    """
+    engine = _Engine(module, plan, layers, settings, text)
+    parts = engine.parts
+    learned = [part for part in parts if any(node in layers for node in part.nodes)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        total = settings.hardening.iterations
+        task = progress.add_task("reconstruct", total=len(learned) * total)
+        for number, part in enumerate(parts):
+            if part in learned:
+                progress.update(task, description=f"reconstruct {part.name}")
+            engine.step(number, lambda: progress.advance(task))
+            progress.update(task, completed=total * sum(done in learned for done in parts[: number + 1]))
+
+
+class _Engine:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        plan: Plan,
+        layers: Mapping[fx.Node, Callable[[], SoftWeight]],
+        settings: Settings,
+        text: str,
+    ) -> None:
+        self.module, self.plan, self.layers, self.settings = module, plan, layers, settings
+        self.parts = segments(module.graph)
+        self.needed = {node: number for number, part in enumerate(self.parts) for node in part.inputs}
+        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+        calls = [dict(zip(inputs, tensors, strict=True)) for tensors in plan.inputs or ()]
+        time = next(node for node in inputs if node.target == plan.timestep)
+        self.timesteps = [_by_sample(call[time], call[inputs[0]]) for call in calls]
+        self.store = Store(plan.workspace)
+        self.fingerprint = digest(text, (tensor for call in calls for tensor in call.values()))
+        share_alike(calls, inputs)
+        self.exact: list[Values] = calls
+        self.coded: list[Values] = [dict(call) for call in calls]
+
+    def step(self, number: int, advance: Callable[[], None]) -> None:
+        """Learn one segment if there is anything to learn, and go on behind it."""
+        part = self.parts[number]
+        inputs = [{node: chunk[node] for node in part.inputs} for chunk in self.coded]
+        with torch.no_grad():
+            exact = [run_segment(self.module, part, _only(chunk, part.inputs), as_it_is) for chunk in self.exact]
+        share_alike(exact, part.outputs)
+        simulation = self._simulation(part)
+        if simulation.weights:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._learn(simulation, inputs, exact, advance)
+        with torch.no_grad():
+            pairs = zip(inputs, self.timesteps, strict=True)
+            coded = [simulation.run(given, rows, as_codes) for given, rows in pairs]
+        share_alike(coded, part.outputs)
+        for held, made in zip([*self.exact, *self.coded], [*exact, *coded], strict=True):
+            held.update(made)
+            drop_unused(held, self.needed, number + 1)
+
+    def _simulation(self, part: Segment) -> Simulation:
+        found = Simulation(self.module, part)
+        soft: dict[fx.Node, SoftWeight] = {}
+        grids: dict[tuple[object, ...], LearnedSteps | TokenSteps] = {}
+        for node in (node for node in part.nodes if node in self.layers):
+            name = str(node.meta[LAYER])
+            layer, (value, weight) = self.plan.layer(name), node.all_input_nodes[:2]
+            if name in self.plan.codes:  # Learned in an earlier segment, or for another graph.
+                found.weights[node] = self.plan.codes[name].dequantize(torch.float32)
+            else:
+                if weight not in soft:
+                    soft[weight] = self.layers[node]()
+                found.weights[node] = soft[weight]
+            if layer.activation_bits is None or layer.activation is None:
+                continue
+            key = (value, layer.activation_bits, layer.boundaries, str(layer.activation))
+            if key not in grids:
+                grids[key] = _grid(layer.activation, layer.activation_bits, get_tensor(self.module, str(weight.target)))
+            found.steps[node] = grids[key]
+            found.bins[node] = layer.bins if layer.boundaries else None
+        return found
+
+    def _learn(
+        self, simulation: Simulation, inputs: Sequence[Values], targets: Sequence[Values], advance: Callable[[], None]
+    ) -> None:
+        part = simulation.segment
+        named = {node: str(node.meta[LAYER]) for node in simulation.weights}
+        said = ";".join(f"{name}={self.plan.layer(name)}" for name in named.values())
+        weights = (get_tensor(self.module, str(node.all_input_nodes[1].target)) for node in named)
+        self.fingerprint = digest(f"{self.fingerprint};{part.name};{said}", weights)
+        learned = self.store.load(part.name, self.fingerprint)
+        if learned is None:
+            errors = learn(simulation, inputs, targets, self.timesteps, self.settings, advance)
+            codes, ranges = {}, {}
+            for node, name in named.items():
+                weight, grid = simulation.weights[node], simulation.steps.get(node)
+                if isinstance(weight, SoftWeight):
+                    codes[name] = weight.hard()
+                if isinstance(grid, LearnedSteps):
+                    ranges[name] = grid.range()
+            learned = Learned(codes, ranges, errors)
+            self.store.save(part.name, self.fingerprint, learned)
+        before, after = (snr_db(1.0, error) for error in learned.errors)
+        log.info("%s: %.2f dB rounded to nearest, %.2f dB learned", part.name, before, after)
+        self.plan.reconstruction[part.name] = [before, after]
+        self._adopt(simulation, named, learned)
+
+    def _adopt(self, simulation: Simulation, named: Mapping[fx.Node, str], learned: Learned) -> None:
+        self.plan.codes.update(learned.codes)
+        for node, name in named.items():
+            if name in learned.codes:
+                simulation.weights[node] = learned.codes[name].dequantize(torch.float32)
+            if name in learned.ranges:
+                layer = self.plan.layer(name)
+                assert layer.activation is not None and layer.activation_bits is not None
+                low, high = learned.ranges[name]
+                many = isinstance(layer.activation.low, list)
+                layer.activation = ActivationRange(low if many else low[0], high if many else high[0], "learned")
+                weight = get_tensor(self.module, str(node.all_input_nodes[1].target))
+                simulation.steps[node] = _grid(layer.activation, layer.activation_bits, weight)
+
+
+def _grid(found: ActivationRange, bits: int, like: Tensor) -> LearnedSteps | TokenSteps:
+    if found.method == "dynamic":
+        return TokenSteps(bits)
+    low, high = (torch.tensor(end, dtype=torch.float64, device=like.device) for end in (found.low, found.high))
+    return LearnedSteps(low.reshape(-1), high.reshape(-1), bits)
+
+
+def _by_sample(timestep: Tensor, sample: Tensor) -> Tensor:
+    """The timestep of each sample of a call, ``[n]``."""
+    return timestep.reshape(-1).expand(len(sample)) if timestep.numel() == 1 else timestep
+
+
+def _only(values: Values, nodes: Sequence[fx.Node]) -> Values:
+    return {node: values[node] for node in nodes}

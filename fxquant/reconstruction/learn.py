@@ -1,0 +1,179 @@
+"""Learning the roundings and steps of one segment, so that its output is close to the float one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxquant.reconstruction.cache import Values, minibatch, mixable
+from fxquant.reconstruction.segments import Segment
+from fxquant.reconstruction.simulate import LearnedSteps, TokenSteps, run_segment
+from fxquant.rounding.soft import Hardening, SoftWeight
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a segment is learned.
+
+    Attributes:
+        hardening: Number of steps, and how they end at codes.
+        batch: Samples a step.
+        rounding_rate: Of Adam, for roundings.
+        step_rate: The same for steps of activations, as a share of the step; it falls to 0 along a cosine.
+        seed: Of the minibatches.
+    """
+
+    hardening: Hardening
+    batch: int = 32
+    rounding_rate: float = 1e-3
+    step_rate: float = 4e-5
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class Simulation:
+    """A segment with quantized linears.
+
+    Attributes:
+        module: The float graph.
+        segment: The part of it.
+        weights: Soft weights, or tensors that stay, by the linear that reads them.
+        steps: Grids of inputs by the linear that reads them; those that read one value share one.
+        bins: Gives the bins of samples by timestep, by linear; None for one bin.
+    """
+
+    module: fx.GraphModule
+    segment: Segment
+    weights: dict[fx.Node, SoftWeight | Tensor] = field(default_factory=dict)
+    steps: dict[fx.Node, LearnedSteps | TokenSteps] = field(default_factory=dict)
+    bins: dict[fx.Node, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
+
+    def run(self, values: Mapping[fx.Node, Any], timesteps: Tensor, how: Callable[[SoftWeight], Tensor]) -> Values:
+        """Outputs of the segment.
+
+        Args:
+            values: Of its inputs.
+            timesteps: One a sample, or one for all.
+            how: What a soft weight is to be: soft, or hard one way or the other.
+        """
+        made: dict[int, Tensor] = {}  # Layers may share a weight, or codes of an input.
+
+        def replace(node: fx.Node, args: tuple[Any, ...]) -> Any:
+            weight = self.weights.get(node)
+            if weight is None:
+                return NotImplemented
+            x = args[0]
+            if (grid := self.steps.get(node)) is not None:
+                place = self.bins.get(node)
+                x = grid(x, None if place is None else place(timesteps).expand(len(x)))
+            if isinstance(weight, SoftWeight):
+                if id(weight) not in made:
+                    made[id(weight)] = how(weight)
+                weight = made[id(weight)]
+            return F.linear(x, weight.to(x.dtype), args[2] if len(args) > 2 else None)
+
+        return run_segment(self.module, self.segment, values, replace)
+
+    def soft(self) -> list[SoftWeight]:
+        """The weights that are learned."""
+        return list({id(w): w for w in self.weights.values() if isinstance(w, SoftWeight)}.values())
+
+    def learned_steps(self) -> list[LearnedSteps]:
+        """The grids that are learned."""
+        return list({id(s): s for s in self.steps.values() if isinstance(s, LearnedSteps)}.values())
+
+
+def learn(
+    simulation: Simulation,
+    inputs: Sequence[Values],
+    targets: Sequence[Values],
+    timesteps: Sequence[Tensor],
+    settings: Settings,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Learn one segment; where the start was better, go back to it.
+
+    Args:
+        simulation: Its soft weights and steps are optimized in place.
+        inputs: Values of the segment's inputs by call, as the quantized model has them.
+        targets: Values of its outputs by call, as the float model has them.
+        timesteps: Timestep of each sample by call, ``[n]``.
+        settings: How.
+        advance: Called after each step.
+
+    Returns:
+        Error of the outputs relative to their energy, before and after.
+    """
+    segment = simulation.segment
+    outputs = [node for node in segment.outputs if _is_float(targets[0][node])]
+    # What a segment reads it does not make, so one mapping holds both.
+    chunks = [
+        {**given, **{node: wanted[node] for node in outputs}} for given, wanted in zip(inputs, targets, strict=True)
+    ]
+    nodes = (*segment.inputs, *outputs)
+    energy = {node: sum(float(chunk[node].double().square().sum()) for chunk in chunks) or 1.0 for node in outputs}
+    samples, mixed = sum(len(rows) for rows in timesteps), mixable(chunks, nodes)
+
+    def loss_of(made: Values, wanted: Values) -> Tensor:
+        errors = [(made[node].float() - wanted[node].float()).square().sum() / energy[node] for node in outputs]
+        return torch.stack(errors).sum()
+
+    @torch.no_grad()
+    def error(how: Callable[[SoftWeight], Tensor]) -> float:
+        pairs = zip(chunks, timesteps, strict=True)
+        return sum(float(loss_of(simulation.run(chunk, rows, how), chunk)) for chunk, rows in pairs)
+
+    soft, steps = simulation.soft(), simulation.learned_steps()
+    before = error(SoftWeight.nearest)
+    started = [weight.v.detach().clone() for weight in soft]
+    elements = sum(weight.v.numel() for weight in soft)
+    groups = [
+        {"params": [weight.v for weight in soft], "lr": settings.rounding_rate},
+        {"params": [grid.growth for grid in steps], "lr": settings.step_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups or not before > 0:
+        return before, before
+    optimizer = torch.optim.Adam(groups)
+    generator = torch.Generator().manual_seed(settings.seed)
+    hardening = settings.hardening
+    for iteration in range(hardening.iterations):
+        values, rows = minibatch(chunks, nodes, timesteps, mixed, generator, settings.batch)
+        made = simulation.run(values, rows, SoftWeight.__call__)
+        # In units of the error of rounding to nearest, a weight one unit, as the regularizer is.
+        loss = loss_of(made, values) * (samples / len(rows)) * (elements / before)
+        exponent = hardening.exponent(iteration)
+        if exponent is not None and soft:
+            loss = loss + hardening.weight * torch.stack([weight.undecided(exponent) for weight in soft]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        if steps:
+            optimizer.param_groups[-1]["lr"] = (
+                settings.step_rate * (1 + math.cos(math.pi * iteration / hardening.iterations)) / 2
+            )
+        optimizer.step()
+        advance()
+    after = error(as_codes)
+    if not after < before:
+        with torch.no_grad():
+            for weight, first in zip(soft, started, strict=True):
+                weight.v.copy_(first)
+            for grid in steps:
+                grid.growth.zero_()
+        return before, before
+    return before, after
+
+
+def as_codes(weight: SoftWeight) -> Tensor:
+    """A soft weight as its codes will have it."""
+    return weight.hard().dequantize(torch.float32)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,114 @@
+"""Running a segment with quantized linears that have gradients: soft weights, and learned steps of activations.
+
+The graph itself stays float and as it is. What the ops of quantized graphs define no gradients for is done here with
+straight-through estimates: rounding passes gradients on as if it did nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from fxquant.capture import get_tensor
+from fxquant.quantizer import affine_parameters
+from fxquant.reconstruction.cache import Values
+from fxquant.reconstruction.segments import Segment
+
+_AFFINE = torch.ops.fxquant.channel_affine.default
+_LINEAR = torch.ops.aten.linear.default
+
+Replace = Callable[[fx.Node, tuple[Any, ...]], Any]
+"""Gets a node with the values of its arguments; returns its value, or ``NotImplemented`` to run it as it is."""
+
+
+def run_segment(module: fx.GraphModule, segment: Segment, values: Mapping[fx.Node, Any], replace: Replace) -> Values:
+    """Run the nodes of a segment; returns the values of its outputs.
+
+    Args:
+        module: Holds the parameters.
+        segment: What to run.
+        values: Of its inputs.
+        replace: Runs some nodes differently.
+    """
+    held: Values = dict(values)
+    last_use = {source: node for node in segment.nodes for source in node.all_input_nodes}
+
+    def value_of(node: fx.Node) -> Any:
+        return get_tensor(module, str(node.target)) if node.op == "get_attr" else held[node]
+
+    for node in segment.nodes:
+        args, kwargs = map_arg(node.args, value_of), map_arg(dict(node.kwargs), value_of)
+        value = replace(node, args)
+        if value is NotImplemented:
+            function: Any = _affine if node.target is _AFFINE else node.target
+            value = function(*args, **kwargs)
+        held[node] = value
+        for source in node.all_input_nodes:
+            if last_use[source] is node and source not in segment.outputs:
+                held.pop(source, None)
+    return {node: held[node] for node in segment.outputs}
+
+
+def as_it_is(node: fx.Node, args: tuple[Any, ...]) -> Any:
+    """Replace nothing."""
+    return NotImplemented
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    y = x * scale
+    return (y if shift is None else y + shift).to(x.dtype)
+
+
+class LearnedSteps(nn.Module):
+    """The grid of a layer's input, whose steps are learned and whose zero points stay.
+
+    Args:
+        low: Lowest values, ``[bins]`` float64, one a bin of timesteps.
+        high: Highest values, ``[bins]``.
+        bits: Bits a code.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.first, self.zero_point = (part.to(torch.float32) for part in affine_parameters(low, high, bits))
+        # The logarithm of how much a step has grown, so that one rate of learning serves steps of all sizes.
+        self.growth = nn.Parameter(torch.zeros_like(self.first))
+
+    def forward(self, x: Tensor, bins: Tensor | None) -> Tensor:
+        """The value as its codes say; ``bins`` has that of each sample, or is None for one bin."""
+        step, zero = self.first * self.growth.exp(), self.zero_point
+        if bins is not None:
+            step, zero = (part[bins].reshape(-1, *[1] * (x.dim() - 1)) for part in (step, zero))
+        codes = (round_through(x / step) + zero).clamp(0, 2**self.bits - 1)
+        return ((codes - zero) * step).to(x.dtype)
+
+    @torch.no_grad()
+    def range(self) -> tuple[list[float], list[float]]:
+        """Lowest and highest values of the learned grids, one a bin."""
+        step, zero = (self.first * self.growth.exp()).double(), self.zero_point.double()
+        return (-zero * step).tolist(), ((2**self.bits - 1 - zero) * step).tolist()
+
+
+class TokenSteps(nn.Module):
+    """A grid for each token, found as it comes; nothing is learned."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, x: Tensor, bins: Tensor | None) -> Tensor:
+        """The value as its codes say."""
+        low, high = torch.aminmax(x.detach().float(), dim=-1, keepdim=True)
+        step, zero = (part.to(torch.float32) for part in affine_parameters(low, high, self.bits))
+        codes = (round_through(x / step) + zero).clamp(0, 2**self.bits - 1)
+        return ((codes - zero) * step).to(x.dtype)
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Round; gradients pass as if nothing had been done."""
+    return x + (x.round() - x).detach()

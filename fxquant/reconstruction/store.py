@@ -1,0 +1,103 @@
+"""What is finished of a reconstruction, a file a segment, so that a run that was cut off goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fxquant.quantizer import QuantizedWeight
+
+log = logging.getLogger(__name__)
+
+_KEY = "fxquant-reconstruction"
+_FIELDS = ("packed", "scale", "zero_point")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned of one segment.
+
+    Attributes:
+        codes: Weights, by layer.
+        ranges: Lowest and highest values of inputs, one a bin of timesteps, by layer.
+        errors: Error of the outputs relative to their energy, before and after.
+    """
+
+    codes: Mapping[str, QuantizedWeight]
+    ranges: Mapping[str, tuple[list[float], list[float]]]
+    errors: tuple[float, float]
+
+
+def digest(text: str, tensors: Iterable[Tensor]) -> str:
+    """A fingerprint of what a segment is learned from: settings, weights, inputs."""
+    found = hashlib.blake2b(text.encode(), digest_size=16)
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Store:
+    """A folder of finished segments; without a folder nothing is kept.
+
+    Args:
+        folder: Where; made when there is something to keep.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def load(self, name: str, fingerprint: str) -> Learned | None:
+        """What was learned of a segment, if it was learned from just this; None if not, or if the file is damaged."""
+        path = self._path(name)
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})[_KEY])
+                if header["fingerprint"] != fingerprint:
+                    log.info("%s is of another run; %s is learned anew", path, name)
+                    return None
+                codes = {
+                    layer: QuantizedWeight(*(file.get_tensor(f"{layer}.{part}") for part in _FIELDS), *grid)
+                    for layer, grid in header["codes"].items()
+                }
+                ranges = {layer: (low, high) for layer, (low, high) in header["ranges"].items()}
+                before, after = header["errors"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s cannot be read (%s); %s is learned anew", path, error, name)
+            return None
+        return Learned(codes, ranges, (before, after))
+
+    def save(self, name: str, fingerprint: str, learned: Learned) -> None:
+        """Keep what was learned of a segment; the file is there whole or not at all."""
+        path = self._path(name)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {
+            "fingerprint": fingerprint,
+            "codes": {layer: [w.bits, w.group_size, w.in_features] for layer, w in learned.codes.items()},
+            "ranges": {layer: list(ends) for layer, ends in learned.ranges.items()},
+            "errors": list(learned.errors),
+        }
+        tensors = {
+            f"{layer}.{part}": getattr(weight, part).contiguous()
+            for layer, weight in learned.codes.items()
+            for part in _FIELDS
+        }
+        unfinished = path.with_suffix(".part")
+        save_file(tensors, unfinished, metadata={_KEY: json.dumps(header)})
+        os.replace(unfinished, path)
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name.replace('/', '_')}.safetensors"
