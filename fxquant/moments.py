@@ -1,12 +1,13 @@
 """Second moments of observed values: how their channels go together, for rounding that weighs errors by it.
 
 A matrix of all pairs of channels is as large as a weight and costs as much to update as a layer to run, so only what a
-recipe asks for is recorded, and of each call at most so many rows.
+recipe asks for is recorded, and of each call at most so many rows. It is symmetric: the upper triangle is kept, in bands
+of rows, which is little more than half of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,41 +17,60 @@ from fxquant.errors import CalibrationError
 ROWS_PER_CALL = 1024
 """The most rows of one call that enter; the others would cost much and tell little more."""
 
+_BAND = 256  # Rows of the matrix that are kept and updated together.
+
 
 class SecondMoments:
     """Sums of x x^T over sampled rows x ``[C]`` of one value, with the sums of x at each timestep.
 
     Attributes:
-        matrix: ``[C, C]`` float32, on the device of the values.
+        channels: C.
+        bands: Rows of the upper triangle of the sums of x x^T: band i is ``[256, C - 256 i]`` float32, the last one
+            lower, on the device of the values.
         sums: By timestep the sum of the rows, float64 ``[C]``.
         counts: By timestep the number of rows.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(channels, channels, device=device)
+        self.channels = channels
+        starts = range(0, channels, _BAND)
+        self.bands = [torch.zeros(min(_BAND, channels - i), channels - i, device=device) for i in starts]
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
 
     def add(self, rows: Tensor, timestep: float) -> None:
         """Take in rows ``[n, C]`` seen at one timestep."""
         rows = rows.to(torch.float32)
-        self.matrix.addmm_(rows.T, rows)
+        for number, band in enumerate(self.bands):
+            right = rows[:, number * _BAND :]
+            band.addmm_(right[:, : len(band)].T, right)
         total = rows.sum(dim=0, dtype=torch.float64)
         self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total
         self.counts[timestep] = self.counts.get(timestep, 0) + len(rows)
 
     def merge(self, other: SecondMoments) -> None:
         """Take in what another run saw."""
-        self.matrix += other.matrix.to(self.matrix.device)
-        for timestep, theirs in other.sums.items():
-            total = theirs.to(self.matrix.device)
+        for ours, theirs in zip(self.bands, other.bands, strict=True):
+            ours += theirs.to(ours.device)
+        for timestep, sums in other.sums.items():
+            total = sums.to(self.bands[0].device)
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
             self.counts[timestep] = self.counts.get(timestep, 0) + other.counts[timestep]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 4 * self.matrix.numel() + 8 * len(self.sums) * len(self.matrix)
+        return 4 * sum(band.numel() for band in self.bands) + 8 * len(self.sums) * self.channels
+
+    @property
+    def matrix(self) -> Tensor:
+        """The sums of x x^T, float64 ``[C, C]``, put together anew."""
+        whole = torch.empty(self.channels, self.channels, dtype=torch.float64, device=self.bands[0].device)
+        for number, band in enumerate(self.bands):
+            start = number * _BAND
+            whole[start : start + len(band), start:] = band
+            whole[start:, start : start + len(band)] = band.T
+        return whole
 
     def of(self, factor: Tensor | None = None, shifts: Mapping[float, Tensor] | None = None) -> Tensor:
         """Moments of the rows after each was shifted by its timestep and divided per channel: E[y y^T], float64.
@@ -62,7 +82,7 @@ class SecondMoments:
         Raises:
             CalibrationError: A timestep has no shift.
         """
-        matrix, count = self.matrix.double(), sum(self.counts.values())
+        matrix, count = self.matrix, sum(self.counts.values())
         if shifts is not None:
             missing = self.sums.keys() - shifts.keys()
             if missing:
@@ -72,7 +92,9 @@ class SecondMoments:
             sums = torch.stack([self.sums[step] for step in steps])
             counts = torch.tensor([self.counts[step] for step in steps], dtype=torch.float64, device=matrix.device)
             cross = sums.T @ z
-            matrix = matrix - cross - cross.T + (z * counts[:, None]).T @ z
+            matrix -= cross
+            matrix -= cross.T
+            matrix += (z * counts[:, None]).T @ z
         matrix /= count
         if factor is not None:
             b = factor.double().to(matrix.device)
@@ -84,7 +106,7 @@ class SecondMoments:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all that a file has to hold."""
-        yield "moments", self.matrix.cpu()
+        yield "moments", torch.cat([band.flatten() for band in self.bands]).cpu()
         yield "moment_timesteps", torch.tensor(list(self.sums), dtype=torch.float64)
         yield "moment_sums", torch.stack([*self.sums.values()]).cpu()
         yield "moment_counts", torch.tensor([*self.counts.values()], dtype=torch.int64)
@@ -96,12 +118,20 @@ class SecondMoments:
         Raises:
             ValueError: Shapes do not fit together.
         """
-        matrix, sums = tensors["moments"], tensors["moment_sums"]
-        steps, counts = tensors["moment_timesteps"].tolist(), tensors["moment_counts"].tolist()
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or sums.shape != (len(steps), len(matrix)):
+        sums, steps = tensors["moment_sums"], tensors["moment_timesteps"].tolist()
+        counts = tensors["moment_counts"].tolist()
+        if sums.dim() != 2 or len(sums) != len(steps) or not sums.shape[1]:
             raise ValueError("second moments and their sums do not fit together")
-        found = cls(0)
-        found.matrix = matrix.clone()
+        found = cls(sums.shape[1])
+        pieces = _pieces(tensors["moments"], [band.shape for band in found.bands])
+        found.bands = [piece.clone() for piece in pieces]
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
         return found
+
+
+def _pieces(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    sizes = [shape.numel() for shape in shapes]
+    if flat.shape != (sum(sizes),):
+        raise ValueError("second moments and their sums do not fit together")
+    return [piece.reshape(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]

@@ -51,7 +51,7 @@ def test_they_merge_and_are_stored(tmp_path):
         run.record("b", x, torch.tensor([3.0]))
     runs[0].merge(runs[1])
     both = torch.cat([part[0] for part in parts])
-    torch.testing.assert_close(runs[0]["a"].moments.matrix, both.T @ both)
+    torch.testing.assert_close(runs[0]["a"].moments.matrix, both.double().T @ both.double(), rtol=1e-5, atol=1e-5)
     runs[0].save(tmp_path / "s")
     loaded = Statistics.load(tmp_path / "s")
     assert torch.equal(loaded["a"].moments.matrix, runs[0]["a"].moments.matrix)
@@ -68,3 +68,17 @@ def test_statistics_of_dit_xl_fit_in_a_gigabyte():
         one.record(torch.zeros(1, 2, channels), torch.tensor(1.0))
         total += 28 * 50 * one.nbytes
     assert total < 1e9
+
+
+@pytest.mark.parametrize("channels", [1, 255, 256, 257, 600])
+def test_half_of_the_matrix_is_kept_whatever_its_size(channels, tmp_path):
+    statistics = Statistics()
+    statistics.wants_moments = {"a"}.__contains__
+    x = torch.randn(1, 40, channels, generator=torch.Generator().manual_seed(channels))
+    statistics.record("a", x, torch.tensor([3.0]))
+    found = statistics["a"].moments
+    torch.testing.assert_close(found.matrix, (x[0].T @ x[0]).double(), rtol=1e-5, atol=1e-4)
+    assert found.nbytes < 4 * channels**2 * (0.5 + 128 / channels) + 8 * channels + 4 * 256**2
+    statistics.save(tmp_path / "statistics.safetensors")
+    again = Statistics.load(tmp_path / "statistics.safetensors")["a"].moments
+    assert torch.equal(again.matrix, found.matrix)
