@@ -162,6 +162,10 @@ def quantize(
     dump_graphs: Annotated[
         Path | None, typer.Option(help="Folder for the graph after every pass, as readable code.")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder in which block reconstruction keeps finished blocks, to go on from after a stop."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     debug: Debug = False,
@@ -214,6 +218,7 @@ def quantize(
                     layers=layers.value,
                     measure=measure,
                     instruments=instruments,
+                    resume=resume,
                 )
             watch.done()
         with _status(f"writing {out_folder}"):
@@ -230,10 +235,11 @@ class _PassProgress:
     """Instrument that shows the passes as a progress bar."""
 
     def __init__(self, progress: Progress, recipe: Recipe) -> None:
-        self.progress = progress
+        self.progress_bar = progress
         self.prepare, self.convert = len(recipe.prepare), len(recipe.convert)
         self.first = recipe.prepare[0] if recipe.prepare else None
         self.task: Any = None
+        self.inner: Any = None
         self.seen = self.graphs = 0
 
     def before(self, step: Pass, module: fx.GraphModule) -> None:
@@ -241,23 +247,29 @@ class _PassProgress:
         self.graphs += step == self.first
         total = max(self.graphs, 1) * (self.prepare + self.convert)
         if self.task is None:
-            self.task = self.progress.add_task("", total=total)
-        self.progress.update(self.task, total=total, description=f"pass: {step.name}")
+            self.task = self.progress_bar.add_task("", total=total)
+        self.progress_bar.update(self.task, total=total, description=f"pass: {step.name}")
 
     def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
         """Advance by one; behind the last pass the output error is measured."""
         self.seen += 1
         last = self.seen >= max(self.graphs, 1) * (self.prepare + self.convert)
-        self.progress.update(self.task, advance=1, description="measure the output" if last else None)
+        self.progress_bar.update(self.task, advance=1, description="measure the output" if last else None)
+
+    def progress(self, step: Pass, what: str, done: int, total: int) -> None:
+        """Show how far a pass is that takes long."""
+        if self.inner is None:
+            self.inner = self.progress_bar.add_task("", total=total)
+        self.progress_bar.update(self.inner, description=f"{step.name}: {what}", completed=done, total=total)
 
     def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
         """Say which pass it was."""
-        self.progress.update(self.task, description=f"failed: {step.name}")
+        self.progress_bar.update(self.task, description=f"failed: {step.name}")
 
     def done(self) -> None:
         """Say that all is over."""
         if self.task is not None:
-            self.progress.update(self.task, description=f"passes: {self.seen} done")
+            self.progress_bar.update(self.task, description=f"passes: {self.seen} done")
 
 
 # --- generate -------------------------------------------------------------------------------------------------------

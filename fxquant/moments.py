@@ -1,8 +1,8 @@
 """Second moments of observed values: how their channels go together, for rounding that weighs errors by it.
 
 A matrix of all pairs of channels is as large as a weight and costs as much to update as a layer to run, so only what a
-recipe asks for is recorded, and of each call at most so many rows. It is symmetric: the upper triangle is kept, in bands
-of rows, which is little more than half of it.
+recipe asks for is recorded, and of each call at most so many rows. As it is symmetric, the upper triangle is kept, in
+bands of rows, which take little more than half of it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SecondMoments:
     def merge(self, other: SecondMoments) -> None:
         """Take in what another run saw."""
         for ours, theirs in zip(self.bands, other.bands, strict=True):
-            ours += theirs.to(ours.device)
+            ours.add_(theirs.to(ours.device))
         for timestep, sums in other.sums.items():
             total = sums.to(self.bands[0].device)
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()

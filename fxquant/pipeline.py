@@ -15,8 +15,9 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from torch import fx
 
@@ -166,6 +167,14 @@ class Instrument(Protocol):
         """Called with the graph as the failing pass left it."""
 
 
+@runtime_checkable
+class ShowsProgress(Protocol):
+    """An instrument that also shows how far a pass is that takes long; without one, such a pass draws a bar itself."""
+
+    def progress(self, step: Pass, what: str, done: int, total: int) -> None:
+        """Called now and then while the pass runs: ``done`` steps of ``total``, at present on ``what``."""
+
+
 class Pipeline:
     """A straight list of passes.
 
@@ -223,6 +232,9 @@ class Pipeline:
             instrument.before(step, module)
         began, ops = time.perf_counter(), count_ops(module.graph)
         rewriter = Rewriter(module, step.name)
+        shown = [instrument for instrument in self.instruments if isinstance(instrument, ShowsProgress)]
+        if shown:
+            rewriter.progress = partial(_show, shown, step)
         try:
             step.run(module.graph, plan, rewriter)
             if rewriter.edits:
@@ -246,6 +258,11 @@ class Pipeline:
         for instrument in self.instruments:
             instrument.after(step, module, record)
         return record
+
+
+def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, total: int) -> None:
+    for instrument in shown:
+        instrument.progress(step, what, done, total)
 
 
 def count_ops(graph: fx.Graph) -> Counter[str]:

@@ -33,8 +33,9 @@ class ReconstructBlocks(Pass):
     BRECQ (arXiv 2102.05426) with AdaRound (arXiv 2004.10568), as Q-Diffusion and PTQ4DiT use them: block after block,
     the error ``|block(x) - block_quantized(x')|^2`` is minimized over whether each weight is rounded up or down, and
     over the steps of the inputs' grids. x is what the float model brings to the block, x' what the blocks before it
-    bring, quantized as they were learned. What lies between blocks is learned likewise. Convolutions, tables and
-    attention products count as float. A block that learning does not improve keeps what rounding to nearest gives.
+    bring, quantized as they were learned. What lies between blocks is learned likewise. Convolutions, attention
+    products and what is only stored in 8 bits count as float. A block that learning does not improve keeps what
+    rounding to nearest gives.
 
     The papers' setting is 20,000 iterations of 32 samples. Memory: about three times ``samples`` outputs of a block,
     and the weights of one block four times, in float32. What is finished goes into the folder ``resume=`` of
@@ -67,7 +68,7 @@ class ReconstructBlocks(Pass):
     symmetric: bool = False
     rounding_rate: float = 1e-3
     step_rate: float = 4e-5
-    regularizer: float = 1.0
+    regularizer: float = 10.0
     warm_up: float = 0.2
     seed: int = 0
 
@@ -95,7 +96,7 @@ class ReconstructBlocks(Pass):
             if plan.layer(node.meta[LAYER]).activation_bits is not None:
                 decide_range(node, node.args[0], plan, rewriter, self.activation_range)
             soft[node] = partial(self._soft_weight, node, plan, rewriter)
-        reconstruct(rewriter.module, plan, soft, self._settings(), str(self))
+        reconstruct(rewriter.module, plan, soft, self._settings(), str(self), rewriter.progress)
 
     def _soft_weight(self, node: fx.Node, plan: Plan, rewriter: Rewriter) -> SoftWeight:
         name = node.meta[LAYER]

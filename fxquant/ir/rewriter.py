@@ -43,6 +43,7 @@ class Rewriter:
         pass_name: Recorded as provenance.
         edits: Number of changes made so far; 0 means that the pass did not match.
         memo: What the pass made already and may use again, by keys of its own.
+        progress: Called as ``progress(what, done, total)`` by passes that take long; None where nobody shows it.
     """
 
     def __init__(self, module: fx.GraphModule, pass_name: str) -> None:
@@ -50,6 +51,7 @@ class Rewriter:
         self.pass_name = pass_name
         self.edits = 0
         self.memo: dict[Any, Any] = {}
+        self.progress: Callable[[str, int, int], object] | None = None
         self._mode: FakeTensorMode | None = None
         self._taken: Counter[str] | None = None
 

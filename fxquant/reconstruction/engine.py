@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ def reconstruct(
     layers: Mapping[fx.Node, Callable[[], SoftWeight]],
     settings: Settings,
     text: str,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> None:
     """Learn the codes and input ranges of linears, and write them into the plan.
 
@@ -38,19 +40,24 @@ def reconstruct(
         layers: Makes the soft weight of each linear to learn.
         settings: How.
         text: Tells settings apart, for what is kept in ``plan.workspace``.
+        progress: Called as ``progress(block, done, total)``; a bar on the terminal if None.
     """
     engine = _Engine(module, plan, layers, settings, text)
-    parts = engine.parts
-    learned = [part for part in parts if any(node in layers for node in part.nodes)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        total = settings.hardening.iterations
-        task = progress.add_task("reconstruct", total=len(learned) * total)
-        for number, part in enumerate(parts):
-            if part in learned:
-                progress.update(task, description=f"reconstruct {part.name}")
-            engine.step(number, lambda: progress.advance(task))
-            progress.update(task, completed=total * sum(done in learned for done in parts[: number + 1]))
+    learned = [part for part in engine.parts if any(node in layers for node in part.nodes)]
+    iterations = settings.hardening.iterations
+    total = iterations * len(learned)
+    with _bar() if progress is None else nullcontext(progress) as show:
+        for number, part in enumerate(engine.parts):
+            before = iterations * sum(done in learned for done in engine.parts[:number])
+            engine.step(number, lambda iteration, part=part, before=before: show(part.name, before + iteration, total))  # type: ignore[misc]
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], object]]:
+    columns = (TextColumn("reconstruct {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 class _Engine:
@@ -75,7 +82,7 @@ class _Engine:
         self.exact: list[Values] = calls
         self.coded: list[Values] = [dict(call) for call in calls]
 
-    def step(self, number: int, advance: Callable[[], None]) -> None:
+    def step(self, number: int, advance: Callable[[int], object]) -> None:
         """Learn one segment if there is anything to learn, and go on behind it."""
         part = self.parts[number]
         inputs = [{node: chunk[node] for node in part.inputs} for chunk in self.coded]
@@ -117,7 +124,11 @@ class _Engine:
         return found
 
     def _learn(
-        self, simulation: Simulation, inputs: Sequence[Values], targets: Sequence[Values], advance: Callable[[], None]
+        self,
+        simulation: Simulation,
+        inputs: Sequence[Values],
+        targets: Sequence[Values],
+        advance: Callable[[int], object],
     ) -> None:
         part = simulation.segment
         named = {node: str(node.meta[LAYER]) for node in simulation.weights}

@@ -95,7 +95,7 @@ def learn(
     targets: Sequence[Values],
     timesteps: Sequence[Tensor],
     settings: Settings,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], object] = lambda iteration: None,
 ) -> tuple[float, float]:
     """Learn one segment; where the start was better, go back to it.
 
@@ -105,7 +105,7 @@ def learn(
         targets: Values of its outputs by call, as the float model has them.
         timesteps: Timestep of each sample by call, ``[n]``.
         settings: How.
-        advance: Called after each step.
+        advance: Called after each step with its number, from 1.
 
     Returns:
         Error of the outputs relative to their energy, before and after.
@@ -158,7 +158,7 @@ def learn(
                 settings.step_rate * (1 + math.cos(math.pi * iteration / hardening.iterations)) / 2
             )
         optimizer.step()
-        advance()
+        advance(iteration + 1)
     after = error(as_codes)
     if not after < before:
         with torch.no_grad():

@@ -46,7 +46,8 @@ def segments(graph: fx.Graph) -> list[Segment]:
             runs[-1] = (block, runs[-1][1], position)
         else:
             runs.append((block, position, position))
-    found, position, seen = [], 0, Counter[str]()
+    found: list[tuple[str, list[fx.Node]]] = []
+    position, seen = 0, Counter[str]()
     for name, first, last in runs:
         if position < first:
             found.append(("between" if found else "before", nodes[position:first]))

@@ -28,7 +28,7 @@ from fxquant.quantizer import dequantize_weight, sqnr_db
 from tests.support import captured, outputs, relative_error, text
 
 C = 16
-PLAN_ONLY = ("assign-precision", "group-timesteps")
+PLAN_ONLY = ("assign-precision", "group-timesteps", "reconstruct-blocks")
 """Passes that decide and leave the graph as it is."""
 
 SQNR_AT_8_BITS = 30.0
@@ -91,6 +91,12 @@ def calibrated(found: CapturedGraph, plan: Plan) -> None:
         outputs(observed, *inputs(dtype, 3))
 
 
+def with_calls(found: CapturedGraph, plan: Plan) -> None:
+    calibrated(found, plan)
+    dtype = next(iter(read_tensors(found.module).values())).dtype
+    plan.inputs = [list(inputs(dtype, 2)), list(inputs(dtype, 3))]
+
+
 def balanced(found: CapturedGraph, plan: Plan) -> None:
     calibrated(found, plan)
     Pipeline.parse("balance-channels").run(found.module, plan)
@@ -116,6 +122,7 @@ EXAMPLES: dict[str, Example] = {
     "quantize-convolutions": Example("assign-precision{layers=all}", "weight-range=mse symmetric=True", calibrated),
     "quantize-embeddings": Example("assign-precision"),
     "quantize-linears": Example("assign-precision", "weight-range=percentile activation-range=mse", calibrated),
+    "reconstruct-blocks": Example("assign-precision", "iterations=10 samples=8 weight-range=mse seed=3", with_calls),
     "remove-no-ops": Example(),
     "shift-channels": Example("assign-precision", "dearest=free", grouped),
 }

@@ -1,0 +1,145 @@
+"""Block reconstruction: it learns, its simulation is what the quantized graph computes, and it can be cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.model import GraphModel
+from fxquant.pipeline import parse_pass
+from fxquant.quantizer import sqnr_db
+from fxquant.recipes import Recipe, make_recipe
+from fxquant.reconstruction import engine
+from tests.tiny import STEPS, make_dit, run
+
+QUICK = {"iterations": 60, "rounding_rate": 0.03, "step_rate": 1e-3, "regularizer": 10.0}
+
+
+def recipe(name: str = "rtn-reconstruct-w4a8", layers: str = "default", **options: Any) -> Recipe:
+    return make_recipe(name, layers).with_options("reconstruct-blocks", **(QUICK | options))
+
+
+def compiled(model: nn.Module, made: Recipe | str, layers: str = "default", **options: Any) -> GraphModel:
+    if isinstance(made, str):
+        made = make_recipe(made, layers)
+
+    def calibrate() -> None:
+        for seed, step in enumerate(range(50, 1000, 100)):
+            run(model, batch=16, timestep=float(step), seed=seed)
+
+    return fxquant.compile(model, recipe=made, calibrate=calibrate, measure=0, **options)
+
+
+def error_db(quantized: nn.Module, model: nn.Module) -> float:
+    pairs = [(run(model, timestep=step, seed=40), run(quantized, timestep=step, seed=40)) for step in STEPS]
+    return sqnr_db(*(torch.cat(side) for side in zip(*pairs, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return make_dit(2)
+
+
+@pytest.mark.parametrize("name", ["rtn-reconstruct-w4a8", "ptq4dit-reconstruct-w3a8-g8", "htg-reconstruct-w4a8"])
+def test_it_comes_closer_to_the_float_model_than_rounding_to_nearest(model: nn.Module, name: str) -> None:
+    learned = compiled(model, recipe(name))
+    nearest = compiled(model, name.replace("-reconstruct", ""))
+    assert error_db(learned, model) > error_db(nearest, model) + 0.2
+    found = learned.plan.reconstruction
+    for block in ("transformer_blocks.0", "transformer_blocks.1"):
+        before, after = found[block]
+        assert after > before + 0.3
+    assert learned.plan.layers["transformer_blocks.0.attn1.to_q"].activation.method == "learned"
+
+
+@pytest.mark.parametrize("name", ["rtn-reconstruct-w4a8", "htg-reconstruct-w4a8", "dynamic-reconstruct-w4a8"])
+def test_what_it_simulates_is_what_the_quantized_graph_computes(
+    model: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Watched(engine._Engine):
+        def _learn(self, simulation: Any, inputs: Any, targets: Any, advance: Any) -> None:
+            super()._learn(simulation, inputs, targets, advance)
+            if simulation.segment.name == "transformer_blocks.1":
+                (node,) = (node for node in simulation.segment.outputs if node.name.startswith("add"))
+                made = simulation.run(inputs[0], self.timesteps[0], engine.as_codes)
+                seen.append((self.plan.inputs[0], node.name, made[node]))
+
+    monkeypatch.setattr(engine, "_Engine", Watched)
+    quantized = compiled(model, recipe(name, "blocks", iterations=5))
+    ((tensors, block, simulated),) = seen
+    values: dict[str, Any] = {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            values[n.name] = super().run_node(n)
+            return values[n.name]
+
+    with torch.no_grad():
+        Record(quantized.graphs[0]).run(*tensors)
+    # Beyond rounding, a code or two may fall to the other side of a half.
+    assert sqnr_db(values[block], simulated) > 70
+
+
+def test_it_is_kept_in_the_checkpoint(model: nn.Module, tmp_path: Path) -> None:
+    learned = compiled(model, recipe())
+    fxquant.save(learned, tmp_path / "saved")
+    loaded = fxquant.load(tmp_path / "saved")
+    assert torch.equal(run(loaded, seed=3), run(learned, seed=3))
+    assert torch.equal(run(loaded, size=4, seed=3), run(learned, size=4, seed=3))  # A further graph.
+    assert loaded.plan.reconstruction == learned.plan.reconstruction
+
+
+def test_a_plan_alone_does_not_hold_what_was_learned(model: nn.Module) -> None:
+    learned = compiled(model, recipe())
+    with pytest.raises(CalibrationError, match="load the checkpoint"):
+        fxquant.compile(model, plan=learned.plan)
+
+
+def test_it_goes_on_where_it_was_cut_off(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compiled(model, recipe())
+    names: list[str] = []
+    learn = engine.learn
+
+    def cut_off(simulation: Any, *arguments: Any) -> Any:
+        names.append(simulation.segment.name)
+        if simulation.segment.name == "transformer_blocks.1" and names.count("transformer_blocks.1") == 1:
+            raise KeyboardInterrupt
+        return learn(simulation, *arguments)
+
+    monkeypatch.setattr(engine, "learn", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(model, recipe(), resume=tmp_path)
+    resumed = compiled(model, recipe(), resume=tmp_path)
+    assert names.count("transformer_blocks.0") == 1
+    assert torch.equal(run(resumed, seed=3), run(whole, seed=3))
+    names.clear()
+    compiled(model, recipe(seed=1), resume=tmp_path)
+    assert names[0] == "transformer_blocks.0"  # Learned otherwise, so anew.
+
+
+def test_where_learning_makes_it_worse_nearest_stays(model: nn.Module) -> None:
+    wild = compiled(model, recipe(iterations=3, rounding_rate=100.0))
+    nearest = compiled(model, "rtn-w4a8")
+    assert all(after == before for before, after in wild.plan.reconstruction.values())
+    assert error_db(wild, model) == pytest.approx(error_db(nearest, model), abs=0.2)
+
+
+def test_the_model_stays_as_it_was(model: nn.Module) -> None:
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    compiled(model, recipe(iterations=3))
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", ["iterations=0", "samples=0", "batch=0", "regularizer=0", "warm-up=1.0"])
+def test_options_that_cannot_be(options: str) -> None:
+    with pytest.raises(ConfigurationError):
+        parse_pass(f"reconstruct-blocks{{{options}}}")
