@@ -2,7 +2,8 @@
 
 ``python -m examples.digits.demo --out out`` from the root of the repository writes ``samples.png``, ``salience.png``
 and ``results.json``, and prints one table. Two models are quantized: the trained one, and the same function with
-planted salient channels, which is what large diffusion transformers are like.
+planted salient channels, which is what large diffusion transformers are like. ``--methods rtn,ptq4dit-gptq`` tries
+fewer recipes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,20 +21,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tabulate import tabulate
 from torch import Tensor, nn
 
-import fxquant
 from fxquant.observers import Statistics
+from fxquant.recipes import Recipe, make_recipe
 
-from .compare import Result, calibration, checkpoint_megabytes, judge, noise_sqnr, test_calls, transformer_of
+from .compare import Result, checkpoint_megabytes, judge, noise_sqnr, quantize, test_calls, transformer_of
 from .data import digits
 from .generator import generate, load_pipeline
 from .judge import load_classifier
 from .pictures import draw_salience, draw_samples
 from .salience import plant_salience
 
-METHODS = ("rtn", "smoothquant", "ptq4dit")
+METHODS = (
+    *("rtn", "dynamic", "single-step", "smoothquant", "smoothquant-search", "repq", "q-diffusion"),
+    *("htg", "ptq4dit", "ptq4dit-gptq"),
+)
 PRECISIONS = ("w8a8", "w4a8")
-IMAGES = 200
+GROUPED = ("single-step",)
+"""Methods whose weights are quantized in groups of 64 input channels, as their paper has it."""
+
+QUICK = {"iterations": 100, "rounding_rate": 0.05, "step_rate": 1e-3, "samples": 128}
+"""Block reconstruction in seconds; the papers take 20,000 iterations."""
+
+IMAGES = 100
 SHOWN = 10
+PICTURED = ("rtn", "smoothquant-w", "htg", "ptq4dit")
 SEED = 0
 BLOCK = 4
 """The block whose activations ``salience.png`` shows."""
@@ -43,30 +55,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for pictures and figures")
     parser.add_argument("--images", type=int, default=IMAGES, help="digits to generate with each model")
+    parser.add_argument("--methods", default=",".join(METHODS), help="recipes without precision, joined by commas")
     options = parser.parse_args()
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    results = run(options.out, options.images)
+    results = run(options.out, options.images, options.methods.split(","))
     console = Console()
     console.print(table(results), highlight=False, soft_wrap=True)
     console.print(
         f"\nSQNR: of the predicted noise against float, over test timesteps. PSNR: of the final images against float. "
         f"{options.images} digits a row.\nlayers=default keeps the patch convolution and the final layer in float and "
-        f"the embedders in float arithmetic; layers=all is the papers' setting.\n"
+        f"the embedders in float arithmetic; layers=all is the papers' setting. s: seconds of conversion, calibration\n"
+        f"included. q-diffusion learns for {QUICK['iterations']} iterations a block here; the paper takes 20,000.\n"
         f"Pictures and figures in {options.out}/. {time.perf_counter() - began:.0f} s.",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def run(out: Path, count: int) -> list[Result]:
+def recipe_name(method: str, precision: str) -> str:
+    """Name of a method's recipe."""
+    return f"{method}-{precision}-g64" if method in GROUPED else f"{method}-{precision}"
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The same recipe, if need be with a block reconstruction that does not take hours."""
+    learns = any(step.name == "reconstruct-blocks" for step in recipe.convert)
+    return recipe.with_options("reconstruct-blocks", **QUICK) if learns else recipe
+
+
+def run(out: Path, count: int, methods: Sequence[str] = METHODS) -> list[Result]:
     """Quantize both models by all recipes; write pictures and figures into ``out``."""
     pipe, classifier = load_pipeline(), load_classifier()
     real, _ = digits("held_back")
     real = (real + 1) / 2
     labels = torch.arange(count) % 10
     models: dict[str, nn.Module] = {"plain": pipe.transformer, "planted": plant_salience(pipe.transformer)}
-    jobs = [(f"{method}-{precision}", "default") for precision in PRECISIONS for method in METHODS]
+    jobs = [(recipe_name(method, precision), "default") for precision in PRECISIONS for method in methods]
     papers_setting = [(f"ptq4dit-{precision}", "all") for precision in PRECISIONS]
     results: list[Result] = []
     shown: dict[str, dict[str, Tensor]] = {}
@@ -88,14 +113,8 @@ def run(out: Path, count: int) -> list[Result]:
             for recipe, layers in [*jobs, *(papers_setting if name == "plain" else [])]:
                 progress.update(task, description=f"{name}: {recipe}" + (" (all layers)" if layers == "all" else ""))
                 statistics = Statistics()
-                quantized = fxquant.compile(
-                    model,
-                    recipe=recipe,
-                    layers=layers,
-                    calibrate=calibration(pipe, model),
-                    measure=0,
-                    statistics=statistics,
-                )
+                made = quick(make_recipe(recipe, layers))
+                quantized, seconds = quantize(pipe, model, made, statistics=statistics)
                 with transformer_of(pipe, quantized):
                     images = generate(pipe, labels, seed=SEED)
                 sqnr = noise_sqnr(quantized, model, calls)
@@ -107,10 +126,12 @@ def run(out: Path, count: int) -> list[Result]:
                         sum(sqnr) / len(sqnr),
                         min(sqnr),
                         megabytes=checkpoint_megabytes(quantized),
+                        seconds=seconds,
                         **judge(images, reference, labels, real, classifier),
                     )
                 )
-                shown[name][recipe if layers == "default" else f"{recipe}, all layers"] = images[:SHOWN]
+                if recipe.startswith(PICTURED):
+                    shown[name][recipe if layers == "default" else f"{recipe}, all layers"] = images[:SHOWN]
                 if name == "planted" and recipe == "ptq4dit-w8a8" and layers == "default":
                     draw_salience(statistics, quantized.plan, BLOCK, out / "salience.png")
                 progress.advance(task)
@@ -132,13 +153,14 @@ def table(results: list[Result]) -> str:
             result.frechet,
             f"{100 * result.accuracy:.1f}%",
             result.megabytes,
+            result.seconds or None,
         ]
         for result in results
     ]
     headers = [
-        "model", "recipe", "layers", "SQNR mean dB", "worst step dB", "PSNR dB", "Fréchet", "read as asked", "MB",
+        "model", "recipe", "layers", "SQNR mean dB", "worst step dB", "PSNR dB", "Fréchet", "read as asked", "MB", "s",
     ]  # fmt: skip
-    return tabulate(rows, headers=headers, floatfmt=("", "", "", ".1f", ".1f", ".1f", ".3f", "", ".2f"))
+    return tabulate(rows, headers=headers, floatfmt=("", "", "", ".1f", ".1f", ".1f", ".3f", "", ".2f", ".0f"))
 
 
 if __name__ == "__main__":
