@@ -122,6 +122,8 @@ def _rounded(recipe: Recipe, rounding: str) -> Recipe:
     if rounding != "reconstruct":
         return recipe.with_options("quantize-linears", rounding=rounding)
     convert = list(recipe.convert)
+    if any(step.name == "reconstruct-blocks" for step in convert):
+        return recipe
     position = next(number for number, step in enumerate(convert) if step.name == "quantize-linears")
     names = ("weight_range", "activation_range")
     ranges = (f"{name.replace('_', '-')}={getattr(convert[position], name).value}" for name in names)

@@ -97,3 +97,8 @@ def test_without_salient_channels_ptq4dit_costs_nothing(sqnr: Callable[[str, str
 
 def test_planting_is_undone(sqnr: Callable[[str, str], float]) -> None:
     assert sqnr("planted", "ptq4dit-w8a8") == pytest.approx(sqnr("plain", "ptq4dit-w8a8"), abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["plain", "planted"])
+def test_gptq_takes_down_the_wall_of_four_bits(sqnr: Callable[[str, str], float], name: str) -> None:
+    assert sqnr(name, "ptq4dit-gptq-w4a8") > sqnr(name, "ptq4dit-w4a8") + 6

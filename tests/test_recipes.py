@@ -1,0 +1,74 @@
+"""Recipes: names with precisions and roundings, text that parses back, options."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxquant.errors import ConfigurationError, UnknownNameError
+from fxquant.passes._quantization import InputRange, RangeSearch, Rounding
+from fxquant.recipes import RECIPES, ROUNDINGS, Recipe, make_recipe
+
+
+def step(recipe: Recipe, name: str) -> object:
+    (found,) = (step for step in recipe.convert if step.name == name)
+    return found
+
+
+@pytest.mark.parametrize("rounding", ["", *(f"-{rounding}" for rounding in ROUNDINGS)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_name_with_every_rounding_parses_back_from_its_text(name: str, rounding: str) -> None:
+    made = make_recipe(f"{name}{rounding}-w4a8-g16")
+    assert Recipe.parse(str(made)) == made
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_rounding_is_a_choice_of_every_recipe(name: str) -> None:
+    assert step(make_recipe(f"{name}-gptq-w4a8"), "quantize-linears").rounding is Rounding.GPTQ
+    assert step(make_recipe(f"{name}-adaround-w4a8"), "quantize-linears").rounding is Rounding.ADAROUND
+    assert step(make_recipe(f"{name}-w4a8"), "quantize-linears").rounding is Rounding.NEAREST
+
+
+def test_reconstruction_begins_with_the_ranges_that_the_recipe_searches() -> None:
+    learned = make_recipe("ptq4dit-reconstruct-w4a8")
+    names = [one.name for one in learned.convert]
+    assert names.index("reconstruct-blocks") == names.index("quantize-linears") - 1
+    found = step(learned, "reconstruct-blocks")
+    assert (found.weight_range, found.activation_range) == (RangeSearch.PERCENTILE, InputRange.PERCENTILE)
+    assert found.iterations == 20_000
+
+
+def test_q_diffusion_reconstructs_without_balancing() -> None:
+    names = [one.name for one in make_recipe("q-diffusion-w4a8").convert]
+    assert "reconstruct-blocks" in names
+    assert "balance-channels" not in names
+    assert step(make_recipe("q-diffusion-reconstruct-w4a8"), "reconstruct-blocks")  # Once is enough.
+
+
+def test_options_of_one_pass_change_and_nothing_else() -> None:
+    plain = make_recipe("ptq4dit-w4a8")
+    changed = plain.with_options("balance-channels", exponent=0.4, salience="max")
+    assert "balance-channels{exponent=0.4 salience=max}" in str(changed)
+    assert str(changed).replace("balance-channels{exponent=0.4 salience=max}", "balance-channels") == str(plain)
+    assert step(plain.with_options("quantize-linears", rounding=Rounding.GPTQ), "quantize-linears") == step(
+        make_recipe("ptq4dit-gptq-w4a8"), "quantize-linears"
+    )
+    assert "layers=all" in str(plain.with_options("assign-precision", layers="all"))
+
+
+def test_options_that_there_are_not() -> None:
+    plain = make_recipe("rtn-w4a8")
+    with pytest.raises(ConfigurationError, match=r"no pass 'balance-channels'; its passes: remove-no-ops"):
+        plain.with_options("balance-channels", exponent=0.4)
+    with pytest.raises(ConfigurationError, match="has no option 'roundings=gptq'"):
+        plain.with_options("quantize-linears", roundings="gptq")
+    with pytest.raises(ConfigurationError, match="cannot be read as Rounding"):
+        plain.with_options("quantize-linears", rounding="up")
+
+
+def test_names_that_there_are_not() -> None:
+    with pytest.raises(UnknownNameError):
+        make_recipe("ptq4dit-up-w4a8")
+    with pytest.raises(UnknownNameError):
+        make_recipe("gptq-w4a8")
+    with pytest.raises(ConfigurationError, match="lacks a precision"):
+        make_recipe("ptq4dit")
