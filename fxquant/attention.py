@@ -274,6 +274,7 @@ def not_by_sample(found: Attention, timestep: fx.Node | None) -> str | None:
         return None
     for side, operand in found.operands.items():
         batch, samples = operand.value.meta["val"].shape[0], steps.shape[0]
-        if isinstance(batch, int) and (not isinstance(samples, int) or batch % samples):
+        known = samples if isinstance(samples, int) else samples.node.hint  # Of the call that was captured.
+        if isinstance(batch, int) and known and batch % known:
             return f"the leading axis of its {side} is not the batch"
     return None
