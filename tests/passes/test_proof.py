@@ -115,7 +115,9 @@ def shifted(found: CapturedGraph, plan: Plan) -> None:
 EXAMPLES: dict[str, Example] = {
     "absorb-affines": Example("assign-precision", prepare=balanced, stage=Stage.TRANSFORMED),
     "absorb-shifts": Example("assign-precision", prepare=shifted, stage=Stage.TRANSFORMED),
-    "assign-precision": Example(options="precision=w4a8-g8 layers=all overrides=last=w8a16;blocks.0.q=float attention=quantized"),
+    "assign-precision": Example(
+        options="precision=w4a8-g8 layers=all overrides=last=w8a16;blocks.0.q=float attention=quantized"
+    ),
     "balance-channels": Example("assign-precision", "exponent=0.3 salience=max dearest=free", calibrated),
     "group-timesteps": Example("assign-precision", "groups=2 method=optimal dearest=free", calibrated),
     "insert-observers": Example("assign-precision{attention=quantized}"),
