@@ -139,6 +139,14 @@ def _quantize(found: Attention, entry: AttentionPlan, rewriter: Rewriter) -> Non
     lowering.fused() if found.output.target is aten.scaled_dot_product_attention.default else lowering.explicit()
 
 
+def _memory_order(value: Tensor) -> list[int]:
+    """The axes of a value, those that are farthest apart in memory first."""
+    strides = [stride if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
+    if None in strides:
+        return list(range(value.dim()))
+    return sorted(range(value.dim()), key=lambda axis: -strides[axis])
+
+
 @dataclass(frozen=True, eq=False)
 class _Lowering:
     """Makes the nodes of one attention."""
@@ -189,6 +197,12 @@ class _Lowering:
         self.finish(result)
 
     def finish(self, result: fx.Node) -> None:
+        """Let all that read the attention read the result, in the memory layout that views behind it rely on."""
+        order = _memory_order(self.found.output.meta["val"])
+        if order != sorted(order):
+            with self.rewriter.before(self.found.output):
+                by_memory = self.call(aten.contiguous.default, self.call(aten.permute.default, result, order))
+                result = self.call(aten.permute.default, by_memory, [order.index(axis) for axis in range(len(order))])
         result.meta[ATTENTION] = self.found.name
         self.rewriter.replace(self.found.output, result)
 
