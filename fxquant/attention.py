@@ -154,7 +154,7 @@ def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, _Match]]:
 
 def _fused(node: fx.Node) -> _Match:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     shapes = [given[name].meta["val"].shape for name in names[:3]]
     scale = given.get("scale")
     reason = None

@@ -81,7 +81,7 @@ class InsertObservers(Pass):
     def _observe_operand(self, found: Attention, side: str, plan: Plan, rewriter: Rewriter) -> None:
         operand = found.operands[side]
         value, observed = operand.value, plan.attention(found.name).observed
-        source = value  # Of an observer over all heads, it is two views away.
+        source: Any = value  # Of an observer over all heads, it is two views away.
         for _ in range(2):
             source = source.args[0] if source.target in (_TRANSPOSE, _UNFLATTEN) and side == "v" else source
         if source.target is torch.ops.fxquant.observe.default:

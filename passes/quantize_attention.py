@@ -115,6 +115,7 @@ class QuantizeAttention(Pass):
                 low, high = low * factor + moved, high * factor + moved
                 rows = [row * factor + own for row, own in zip(rows, moved, strict=True)]
         samples = torch.cat(rows).float()
+        assert self.activation_range is not InputRange.DYNAMIC
         ends = activation_range(samples, float(low.min()), float(high.max()), entry.bits, self.activation_range.value)
         entry.ranges[side] = ActivationRange(*ends, self.activation_range.value)
         grid = affine_parameters(*ends, entry.bits)
@@ -220,7 +221,7 @@ class _Lowering:
         """Spell out ``scaled_dot_product_attention``, as it is defined."""
         node = self.found.output
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         dtype = node.meta["val"].dtype
         inner = torch.float64 if dtype == torch.float64 else torch.float32
         with self.rewriter.before(node):
