@@ -166,7 +166,7 @@ def smoothquant_search(precision: Precision, layers: str) -> Recipe:
 
 
 def dynamic(precision: Precision, layers: str) -> Recipe:
-    """Round to nearest; every token has a range of its own, found at run time."""
+    """Round to nearest; every token that a linear reads has a range of its own, found at run time."""
     return _recipe(precision, layers, linears="activation-range=dynamic")
 
 
