@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.attention import find_attentions
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
 from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, read_tensors, weights_of
@@ -133,7 +134,7 @@ def compile(
 
     def check() -> None:
         made.check()
-        runner.check(made.layers)
+        runner.check(made)
 
     calibration = Calibration(
         model, architecture, made, chosen.prepare, chosen.convert, measure, instruments, statistics, check
@@ -179,7 +180,7 @@ def _replay(
         raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
     recipe = Recipe.parse(plan.recipe)
     plan.check()
-    backend.check(plan.layers)
+    backend.check(plan)
     plan.backend = backend.name
     for layer in plan.layers.values():
         layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
@@ -218,14 +219,17 @@ def convert_graph(
 
 
 def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
-    """Raise if a graph runs a layer about which the plan says nothing.
+    """Raise if a graph runs a layer, or one that quantizes attentions an attention, about which the plan says nothing.
 
     Raises:
-        CalibrationError: Names the first such layer.
+        CalibrationError: Names the first such layer or attention.
     """
     for node in captured.module.graph.nodes:
         if LAYER in node.meta:
             plan.layer(node.meta[LAYER])
+    if any(attention.bits is not None for attention in plan.attentions.values()):
+        for found in find_attentions(captured.module.graph):
+            plan.attention(found.name)
 
 
 def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGraph]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import fx
 
 from fxquant.errors import BackendError
 from fxquant.ir.stages import StageSpec, verify
-from fxquant.plan import LayerPlan, Plan
+from fxquant.plan import AttentionPlan, LayerPlan, Plan
 from fxquant.registry import Registry
 
 
@@ -37,15 +36,26 @@ class Backend(ABC):
     def kernel(self, layer: LayerPlan) -> str:
         """Name of the kernel that runs a layer, for the report."""
 
-    def check(self, layers: Mapping[str, LayerPlan]) -> None:
+    def refuse_attention(self, attention: AttentionPlan) -> str | None:
+        """The same for the matrix products of an attention; unless a backend says otherwise, its spec decides."""
+        if attention.bits is None or "matmul" in self.spec.ops:
+            return None
+        return "it multiplies no two quantized activations; keep attention float (assign-precision{attention=float})"
+
+    def attention_kernel(self, attention: AttentionPlan) -> str:
+        """Name of the kernel that runs the matrix products of an attention, for the report."""
+        return "aten float" if attention.bits is None else "fxquant::matmul (reference)"
+
+    def check(self, plan: Plan) -> None:
         """Refuse a plan before anything is converted.
 
         Raises:
             BackendError: Lists the layers that it cannot run, why, and what would serve.
         """
         refused: dict[str, list[str]] = {}
-        for name, layer in layers.items():
-            reason = self.refuse(layer)
+        reasons = [(name, self.refuse(layer)) for name, layer in plan.layers.items()]
+        reasons += [(name, self.refuse_attention(attention)) for name, attention in plan.attentions.items()]
+        for name, reason in reasons:
             if reason is not None:
                 refused.setdefault(reason, []).append(name)
         if refused:
@@ -57,7 +67,7 @@ class Backend(ABC):
 
     def finish(self, module: fx.GraphModule, plan: Plan) -> None:
         """Check the plan, lower the graph, and verify the result."""
-        self.check(plan.layers)
+        self.check(plan)
         self.lower(module, plan)
         module.recompile()
         verify(module, self.spec)

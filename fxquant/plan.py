@@ -137,6 +137,27 @@ class LayerPlan:
 
 
 @dataclass
+class AttentionPlan:
+    """What was decided for the two matrix products of one attention.
+
+    Attributes:
+        bits: Of q, k and v, 2 to 8; None for float products.
+        softmax_bits: Of the softmax output; None before that is decided.
+        observed: Keys of the calibration statistics of ``q``, ``k`` and ``v``.
+        ranges: Range of each of the three; q's as it is multiplied with k.
+        sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
+        reason: Why the products stay float, or None.
+    """
+
+    bits: int | None
+    softmax_bits: int | None = None
+    observed: dict[str, str] = field(default_factory=dict)
+    ranges: dict[str, ActivationRange] = field(default_factory=dict)
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass
 class Plan:
     """Everything that was decided for one model.
 
@@ -146,6 +167,7 @@ class Plan:
         timestep: Name of the model's timestep input.
         calls: The calls that were captured; the first is the one that calibration began with.
         layers: Decisions a layer.
+        attentions: Decisions an attention, by the path of its module.
         vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is taken
             off the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance`` the mean
             squares of the input channels, where a search of weight ranges needed them.
@@ -177,6 +199,7 @@ class Plan:
     passes: list[dict[str, Any]] = field(default_factory=list)
     observed_step: int | None = None
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
+    attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
     workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
@@ -194,6 +217,19 @@ class Plan:
                 "calibrate with calls like this one"
             )
         return self.layers[name]
+
+    def attention(self, name: str) -> AttentionPlan:
+        """The plan of one attention.
+
+        Raises:
+            CalibrationError: If the attention was in no graph that this plan was made for.
+        """
+        if name not in self.attentions:
+            raise CalibrationError(
+                f"the plan knows no attention {name!r}: this call of the model runs an attention that no calibration "
+                "call ran; calibrate with calls like this one"
+            )
+        return self.attentions[name]
 
     def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
         """Calibration statistics of one value.
@@ -222,6 +258,10 @@ class Plan:
         Raises:
             ConfigurationError: Names the layers and the numbers.
         """
+        for name, attention in self.attentions.items():
+            for bits in (attention.bits, attention.softmax_bits):
+                if bits is not None and not 2 <= bits <= 8:
+                    raise ConfigurationError(f"attention {name}: {bits} bits; 2 to 8 are possible, and null for float")
         indivisible: dict[tuple[int, int], list[str]] = {}
         for name, layer in self.layers.items():
             try:
@@ -245,6 +285,7 @@ class Plan:
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_JSON}
         data["calls"] = [call.to_json() for call in self.calls]
         data["layers"] = {name: asdict(layer) for name, layer in self.layers.items()}
+        data["attentions"] = {name: asdict(attention) for name, attention in self.attentions.items()}
         data["output_sqnr_db"] = [[t, db] for t, db in self.output_sqnr_db.items()]
         return {"format": FORMAT, **data}
 
@@ -269,6 +310,8 @@ class Plan:
             values = {name: data[name] for name in held}
             values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
             values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
+            attentions = data.get("attentions", {})
+            values["attentions"] = {name: _attention_from_json(entry) for name, entry in attentions.items()}
             values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
             return cls(**values, vectors=dict(vectors))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -300,7 +343,7 @@ class Plan:
 
 
 _NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction"})
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions"})
 """What plans of this format did not always hold."""
 
 
@@ -310,6 +353,11 @@ def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:
     for name, cls in (("balance", Balance), ("shift", Shift), ("timesteps", TimestepGroups)):
         values[name] = cls(**values[name]) if values.get(name) else None
     return LayerPlan(**values)
+
+
+def _attention_from_json(data: Mapping[str, Any]) -> AttentionPlan:
+    ranges = {side: ActivationRange(**entry) for side, entry in data["ranges"].items()}
+    return AttentionPlan(**{**data, "ranges": ranges})
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:

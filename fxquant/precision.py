@@ -87,12 +87,9 @@ def precision_of(name: str, role: str, default: Precision, layers: str, override
     Raises:
         ConfigurationError: If an option cannot be read.
     """
-    for entry in filter(None, overrides.split(";")):
-        pattern, equals, text = entry.partition("=")
-        if not equals:
-            raise ConfigurationError(f"override {entry!r} has no precision; write pattern=w8a8")
-        if fnmatchcase(name, pattern):
-            return Precision.parse(text)
+    exception = overridden(name, overrides)
+    if exception is not None:
+        return exception
     if layers not in ("default", "blocks", "all"):
         raise ConfigurationError(f"layers={layers!r} is not known; choose default, blocks or all")
     if layers == "all" or role in ("block", "adaln"):
@@ -100,6 +97,21 @@ def precision_of(name: str, role: str, default: Precision, layers: str, override
     if role == "embedder" and layers == "default":
         return Precision(8, None)
     return FLOAT
+
+
+def overridden(name: str, overrides: str) -> Precision | None:
+    """The precision that overrides, as for :func:`precision_of`, give to a name; None if no pattern fits.
+
+    Raises:
+        ConfigurationError: If an entry that is read has no precision.
+    """
+    for entry in filter(None, overrides.split(";")):
+        pattern, equals, text = entry.partition("=")
+        if not equals:
+            raise ConfigurationError(f"override {entry!r} has no precision; write pattern=w8a8")
+        if fnmatchcase(name, pattern):
+            return Precision.parse(text)
+    return None
 
 
 def roles(graph: fx.Graph) -> dict[str, str]:

@@ -140,10 +140,12 @@ def _recipe(
     before: Sequence[str] = (),
 ) -> Recipe:
     # Adjacent strings, one a pass: the list that a reader of a recipe wants to see.
-    prepare = ("remove-no-ops", f"assign-precision{{precision={precision} layers={layers}}}")
+    attention = " attention=quantized" if layers == "all" else ""  # Part of the papers' setting.
+    prepare = ("remove-no-ops", f"assign-precision{{precision={precision} layers={layers}{attention}}}")
     options = f"{{{ranges}}}" if ranges else ""
+    products = f"quantize-attention{{{' '.join(re.findall('activation-range=[^ ]+', ranges))}}}"
     linears = f"{{{linears or ranges}}}" if linears or ranges else ""
-    quantize = (f"quantize-linears{linears}", f"quantize-convolutions{options}", "quantize-embeddings")
+    quantize = (f"quantize-linears{linears}", f"quantize-convolutions{options}", products, "quantize-embeddings")
     return Recipe(
         tuple(map(parse_pass, (*prepare, *before))),
         tuple(map(parse_pass, (*middle, *quantize))),
@@ -166,7 +168,7 @@ def smoothquant_search(precision: Precision, layers: str) -> Recipe:
 
 
 def dynamic(precision: Precision, layers: str) -> Recipe:
-    """Round to nearest; every token has a range of its own, found at run time."""
+    """Round to nearest; every token that a linear reads has a range of its own, found at run time."""
     return _recipe(precision, layers, linears="activation-range=dynamic")
 
 

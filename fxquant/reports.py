@@ -19,7 +19,7 @@ from torch import nn
 
 from fxquant.backend import Backend, resolve_backend
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
-from fxquant.plan import PLAN_FILE, LayerPlan, Plan
+from fxquant.plan import PLAN_FILE, AttentionPlan, LayerPlan, Plan
 
 COSTS = ("free", "vector", "tokens", "not")
 """What balancing a layer costs at run time, cheapest first; ``not`` stands for layers that were left alone."""
@@ -80,6 +80,29 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """The two matrix products of one attention.
+
+    Attributes:
+        name: Path of its module, such as ``transformer_blocks.3.attn1``.
+        kernel: What runs them on the plan's backend.
+        bits: Bits of q, k and v, None for float.
+        softmax_bits: Bits of the softmax output, None for float.
+        ranges: Smallest and largest value that the static ranges of ``q``, ``k`` and ``v`` hold.
+        sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
+        reason: Why the products stay float, or None.
+    """
+
+    name: str
+    kernel: str
+    bits: int | None
+    softmax_bits: int | None
+    ranges: Mapping[str, tuple[float, float]]
+    sqnr_db: Mapping[str, float]
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Totals:
     """The model as a whole.
 
@@ -127,6 +150,7 @@ class Report:
         output_sqnr_db: Output SQNR against float by timestep in dB, the noisiest timestep first.
         layers: One row a layer, in the order of the graph.
         passes: The pass log.
+        attentions: One row an attention, in the order of the graph.
     """
 
     model_class: str
@@ -137,6 +161,7 @@ class Report:
     output_sqnr_db: Mapping[float, float]
     layers: tuple[LayerReport, ...]
     passes: tuple[PassReport, ...]
+    attentions: tuple[AttentionReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; a number that is not finite, such as a lossless layer's SQNR, is a string."""
@@ -158,6 +183,8 @@ class Report:
         parts = [self.summary(), self._layer_table(every)]
         if reasons := self._reasons():
             parts.append(reasons)
+        if self.attentions:
+            parts.append(self._attention_table(every))
         if self.output_sqnr_db:
             parts.append(self._output_table())
         if self.passes:
@@ -224,6 +251,25 @@ class Report:
             lines += _wrapped(f"{shown}: {reason}")
         return "channels left alone, and why\n" + "\n".join(lines) if lines else ""
 
+    def _attention_table(self, every: bool) -> str:
+        groups: dict[tuple[Any, ...], list[AttentionReport]] = {}
+        for entry in self.attentions:
+            alike = (_pattern(entry.name), entry.kernel, entry.bits, entry.softmax_bits, _alike(entry.reason))
+            groups.setdefault((entry.name,) if every else alike, []).append(entry)
+        rows = []
+        for group in groups.values():
+            first = group[0]
+            name = _NUMBER.sub(_numbers(group), first.name, count=1) if len(group) > 1 else first.name
+            bits = "float" if first.bits is None else f"a{first.bits}, softmax {first.softmax_bits}"
+            row = [name, bits, first.kernel]
+            for side in ("q", "k", "v"):
+                ends = [entry.ranges[side] for entry in group if side in entry.ranges]
+                row.append(f"{min(low for low, _ in ends):.3g}..{max(high for _, high in ends):.3g}" if ends else "")
+            row += [_span(entry.sqnr_db.get(side) for entry in group) for side in ("q", "k", "v")]
+            rows.append([*row, first.reason or ""])
+        header = ["attention", "bits", "kernel", "q", "k", "v", "q dB", "k dB", "v dB", "float because"]
+        return _fitted(header, rows, {0: 40, 9: 56})
+
     def _output_table(self) -> str:
         values = list(self.output_sqnr_db.items())
         width = 12
@@ -267,6 +313,7 @@ def report(model: nn.Module | Plan | str | Path) -> Report:
         passes=tuple(
             PassReport(entry["pass"], entry["seconds"], entry["edits"], dict(entry["ops"])) for entry in plan.passes
         ),
+        attentions=tuple(_attention_report(name, entry, backend) for name, entry in plan.attentions.items()),
     )
 
 
@@ -334,6 +381,18 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> Layer
         spread=(layer.spread[0], layer.spread[1]) if layer.spread else None,
         weight_sqnr_db=layer.weight_sqnr_db,
         activation_sqnr_db=layer.activation_sqnr_db,
+    )
+
+
+def _attention_report(name: str, entry: AttentionPlan, backend: Backend | None) -> AttentionReport:
+    return AttentionReport(
+        name=name,
+        kernel="?" if backend is None else backend.attention_kernel(entry),
+        bits=entry.bits,
+        softmax_bits=entry.softmax_bits,
+        ranges={side: (_extreme(min, found.low), _extreme(max, found.high)) for side, found in entry.ranges.items()},
+        sqnr_db=dict(entry.sqnr_db),
+        reason=entry.reason,
     )
 
 
@@ -427,7 +486,7 @@ def _letter(number: int) -> str:
     return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")
 
 
-def _numbers(group: Sequence[LayerReport]) -> str:
+def _numbers(group: Sequence[LayerReport | AttentionReport]) -> str:
     """Which blocks a row stands for: ``0-7``, or ``0,2-7``."""
     found = sorted({int(match[0]) for layer in group if (match := _NUMBER.search(layer.name))})
     runs: list[list[int]] = []

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxquant.attention import ValueChange, note_change
 from fxquant.channels.solve import Edit, Seed, Solution, solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.rewriter import Rewriter, place_of
@@ -63,6 +64,8 @@ class AbsorbAffines(Pass):
                 continue
             if (a != 1).any():
                 _carry_out(edit, a, rewriter)
+        for reader, a, c in solution.mixed_factors(chosen):
+            note_change(reader, ValueChange(a, c[None]))
         for name in chosen:
             if name not in stuck:
                 _remove(affines[name], factors[name], solution, rewriter)

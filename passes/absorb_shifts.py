@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxquant.attention import ValueChange, note_change
 from fxquant.channels.solve import Edit, Request, Seed, Solution, solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.rewriter import Rewriter
@@ -59,6 +60,8 @@ class AbsorbShifts(Pass):
         for edit, table in solution.shifts(chosen):
             if (table.rows != 0).any():
                 _carry_out(edit, table, rewriter)
+        for reader, table in solution.mixed_shifts(chosen):
+            note_change(reader, ValueChange(torch.ones((), dtype=torch.float64), table.rows, table.boundaries))
         for node, table in affines.items():
             if node.name in chosen:
                 _remove(node, table, torch.from_numpy(solution.grants[node.name].granted), rewriter)

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
+from fxquant.attention import Attention, find_attentions, not_by_sample
 from fxquant.capture import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import LayerPlan, Plan
-from fxquant.precision import FLOAT, Precision, precision_of, roles
+from fxquant.plan import AttentionPlan, LayerPlan, Plan
+from fxquant.precision import FLOAT, Precision, overridden, precision_of, roles
+
+
+class Products(enum.Enum):
+    """In what the two matrix products of attention compute."""
+
+    FLOAT = "float"
+    QUANTIZED = "quantized"
+    """In the bits of the activations; see :class:`~fxquant.passes.quantize_attention.QuantizeAttention`."""
 
 
 @register_pass
 @dataclass(frozen=True)
 class AssignPrecision(Pass):
-    """Write into the plan, for every linear, convolution and table, its role and its bit widths.
+    """Write into the plan, for every linear, convolution and table, its role and its bit widths, and for attentions.
 
-    The graph stays as it is. Layers that the plan knows already keep what it says.
+    The graph stays as it is. Layers and attentions that the plan knows already keep what it says.
 
     Attributes:
         precision: Bits of the layers that are quantized, such as ``w4a8`` or ``w4a16-g64``.
         layers: Which are: ``default``, ``blocks`` or ``all``; see :func:`fxquant.precision.precision_of`.
         overrides: Exceptions by name pattern, ``transformer_blocks.0.*=w8a8;proj_out=float``.
+        attention: Whether the matrix products of attention are quantized too, at the bits of the activations. An
+            override that fits the attention's own name, the path of its module, decides for it alone.
     """
 
     name: ClassVar[str] = "assign-precision"
@@ -37,6 +49,7 @@ class AssignPrecision(Pass):
     precision: str = "w8a8"
     layers: str = "default"
     overrides: str = ""
+    attention: Products = Products.FLOAT
 
     def __post_init__(self) -> None:
         precision_of("", "block", Precision.parse(self.precision), self.layers, self.overrides)
@@ -65,6 +78,19 @@ class AssignPrecision(Pass):
                 activation_bits=chosen.activation_bits,
                 group_size=chosen.group_size if kind == "linear" else 0,  # Groups are along a linear's input channels.
             )
+        timestep = next((n for n in graph.nodes if n.op == "placeholder" and n.target == plan.timestep), None)
+        for found in find_attentions(graph):
+            if found.name not in plan.attentions:
+                plan.attentions[found.name] = self._attention(found, default, timestep)
+
+    def _attention(self, found: Attention, default: Precision, timestep: fx.Node | None) -> AttentionPlan:
+        if self.attention is Products.FLOAT:
+            return AttentionPlan(None, reason="the recipe keeps attention in float")
+        chosen = overridden(found.name, self.overrides) or default
+        if chosen.activation_bits is None:
+            return AttentionPlan(None, reason="its activations are to stay float")
+        reason = found.reason or not_by_sample(found, timestep)
+        return AttentionPlan(None if reason else chosen.activation_bits, reason=reason)
 
 
 def _kind(node: fx.Node) -> str:

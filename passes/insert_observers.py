@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from fxquant.attention import SIDES, Attention, find_attentions
 from fxquant.capture import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
@@ -15,11 +16,15 @@ from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import LayerPlan, Plan
 from fxquant.timesteps import timestep_input
 
+_OBSERVE = torch.ops.fxquant.observe.default
+_TRANSPOSE = torch.ops.aten.transpose.int
+_UNFLATTEN = torch.ops.aten.unflatten.int
+
 
 @register_pass
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """Put ``fxquant::observe`` on every value that a layer with quantized activations reads.
+    """Put ``fxquant::observe`` on every value that a layer with quantized activations reads, and on q, k and v.
 
     Before::
 
@@ -30,7 +35,9 @@ class InsertObservers(Pass):
         x_observed = observe(x, timestep, "to_q", -1); q = linear(x_observed, wq); k = linear(x_observed, wk)
 
     Layers that read one value share an observer, keyed by the first of them. The channel axis is the last, for
-    convolutions the second. Observers return their input, so the output keeps its bits.
+    convolutions the second. q, k and v of attentions that are to be quantized are observed under ``<attention>:q`` and
+    so on; the channels of v are those of all heads together, for balancing treats them differently. Observers return
+    their input, so the output keeps its bits.
 
     Attributes:
         weight_only: Whether linears with quantized weights and float activations are observed too, as rounding by their
@@ -65,6 +72,40 @@ class InsertObservers(Pass):
                 observers[value, axis] = observer
             layer.observed = str(observer.args[2])
             rewriter.redirect(node, value, observer)
+        for found in find_attentions(graph):
+            entry = plan.attentions.get(found.name)
+            if found.operands and entry is not None and entry.bits is not None:
+                for side in SIDES:
+                    self._observe_operand(found, side, plan, rewriter)
+
+    def _observe_operand(self, found: Attention, side: str, plan: Plan, rewriter: Rewriter) -> None:
+        operand = found.operands[side]
+        value, observed = operand.value, plan.attention(found.name).observed
+        source: Any = value  # Of an observer over all heads, it is two views away.
+        for _ in range(2):
+            source = source.args[0] if source.target in (_TRANSPOSE, _UNFLATTEN) and side == "v" else source
+        if source.target is torch.ops.fxquant.observe.default:
+            observed[side] = str(source.args[2])
+            return
+        timestep, shape = timestep_input(rewriter.graph, plan.timestep), value.meta["val"].shape
+        together = side == "v" and len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
+        observed[side] = f"{found.name}:{side}"
+
+        def call(op: Any, *arguments: Any, name: str) -> fx.Node:
+            node = rewriter.call(op, arguments, sources=[value], name=f"{value.name}_{name}")
+            node.meta.pop(LAYER, None)
+            return node
+
+        with rewriter.before(operand.reader):
+            if not together:
+                new = call(_OBSERVE, value, timestep, observed[side], operand.axis, name="observed")
+            else:
+                heads = call(_TRANSPOSE, value, 1, 2, name="by_token")
+                flat = call(torch.ops.aten.flatten.using_ints, heads, 2, name="together")
+                seen = call(_OBSERVE, flat, timestep, observed[side], -1, name="observed")
+                apart = call(_UNFLATTEN, seen, 2, [shape[1], shape[3]], name="apart")
+                new = call(_TRANSPOSE, apart, 1, 2, name="by_head")
+        rewriter.redirect(operand.reader, value, new)
 
     def _observes(self, layer: LayerPlan) -> bool:
         by_weight = self.weight_only and layer.kind == "linear" and layer.weight_bits is not None

@@ -44,6 +44,12 @@ _AFFINE = torch.ops.fxquant.channel_affine.default
 _MANY = 2**20  # Positions that nobody reads; above that, a variable for each would take more room than it is worth.
 _SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
 _PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
+_MIXED = {
+    torch.ops.aten.scaled_dot_product_attention.default: 2,
+    torch.ops.aten.matmul.default: 1,
+    torch.ops.aten.bmm.default: 1,
+}
+"""Ops that mix the tokens of a value, and which of their arguments that is."""
 _SHAPE_READERS = (
     *("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size"),
     *("aten::new_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand"),
@@ -143,10 +149,17 @@ class Grant:
 
 @dataclass(frozen=True)
 class Solution:
-    """Grants for all seeds, and the edits that carry them out."""
+    """Grants for all seeds, and the edits that carry them out.
+
+    Attributes:
+        grants: By name of the seed.
+        edits: What is to be rewritten.
+        mixed: What becomes of the values that attentions and matrix products mix, by reader.
+    """
 
     grants: Mapping[str, Grant]
     edits: Sequence[Edit]
+    mixed: Mapping[fx.Node, Want]
     _class_of: Indices
     _base: Mapping[str, int]
 
@@ -175,12 +188,24 @@ class Solution:
         Args:
             chosen: For each seed its factor per channel, float64 ``[channels]``; equal over each class.
         """
+        table = self._factors(chosen)
+        for edit in self.edits:
+            yield edit, table[torch.from_numpy(self._class_of[edit.want.scale])]
+
+    def mixed_factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
+        """For each reader of a mixed value a and c, laid out as its want, where the value v becomes a v + c."""
+        table = self._factors(chosen)
+        for reader, want in self.mixed.items():
+            a = table[torch.from_numpy(self._class_of[want.scale])]
+            yield reader, a, (a - 1) * torch.from_numpy(want.offset.copy())
+
+    def _factors(self, chosen: Mapping[str, Tensor]) -> Tensor:
+        """The factor of each class."""
         table = torch.ones(self.classes, dtype=torch.float64)
         for name, factor in chosen.items():
             table[torch.from_numpy(self.grants[name].classes)] = factor.to(torch.float64)
         table[IDENTITY] = 1.0
-        for edit in self.edits:
-            yield edit, table[torch.from_numpy(self._class_of[edit.want.scale])]
+        return table
 
     def shifts(self, chosen: Mapping[str, TimeTable]) -> Iterator[tuple[Edit, TimeTable]]:
         """Each edit with its shifts, a row ``[bins, ...]`` of the layout of its want.
@@ -188,22 +213,31 @@ class Solution:
         Args:
             chosen: For each seed its shift per bin and channel, rows float64 ``[bins, channels]``; equal over a class.
         """
+        tables = self._tables([edit.want for edit in self.edits], chosen)
+        yield from ((edit, table) for edit, table in zip(self.edits, tables, strict=True) if table is not None)
+
+    def mixed_shifts(self, chosen: Mapping[str, TimeTable]) -> Iterator[tuple[fx.Node, TimeTable]]:
+        """Each reader of a mixed value with the shifts that the value gets; see :meth:`shifts`."""
+        tables = self._tables(list(self.mixed.values()), chosen)
+        yield from ((node, table) for node, table in zip(self.mixed, tables, strict=True) if table is not None)
+
+    def _tables(self, wants: Sequence[Want], chosen: Mapping[str, TimeTable]) -> Iterator[TimeTable | None]:
+        """Of each want its shifts; None where it has none."""
         names = list(chosen)
         owner, place = (np.full(self.classes, -1) for _ in range(2))  # Of each class a seed, and a channel of that.
         for position, name in reversed(list(enumerate(names))):
             classes = self.grants[name].classes
             owner[classes], place[classes] = position, np.arange(len(classes))
         owner[IDENTITY] = -1
-        for edit in self.edits:
-            classes = self._class_of[edit.want.scale]
+        for want in wants:
+            classes = self._class_of[want.scale]
             parts = []
             for position in np.unique(owner[classes][owner[classes] >= 0]):
                 table = chosen[names[position]]
                 mine = torch.from_numpy(owner[classes] == position)
                 rows = table.rows[:, torch.from_numpy(np.where(mine, place[classes], 0))]
                 parts.append(table.map(lambda _, rows=rows, mine=mine: torch.where(mine, rows, 0.0)))  # type: ignore[misc]
-            if parts:
-                yield edit, functools.reduce(TimeTable.plus, parts)
+            yield functools.reduce(TimeTable.plus, parts) if parts else None
 
 
 def solve(
@@ -243,6 +277,7 @@ class _Walk:
         self.ties: list[tuple[Indices, Indices]] = []
         self.blocked: list[tuple[Indices, str]] = []
         self.edits: list[Edit] = []
+        self.mixed: dict[fx.Node, Want] = {}
         self.base: dict[str, int] = {}
         self.undone = {reader for seed in seeds for reader in seed.readers if reader.target is _AFFINE}
         same: dict[Hashable, int] = {}
@@ -332,6 +367,8 @@ class _Walk:
                 self._tie(left, right, f"{op_name(node)} leaves part of it as it is")
             for source, pushed in found.inputs:
                 self.wants[source][node].append(pushed)
+                if node.target in _MIXED and source is node.args[_MIXED[node.target]]:
+                    self.mixed[node] = settle_unread(pushed)
         elif isinstance(found, End):
             self.edits.append(Edit(node, want, Cost.FREE, found, users))
         else:
@@ -474,7 +511,7 @@ class _Walk:
             cost = max((edit.cost for edit in mine), default=Cost.NOT)
             into = tuple(dict.fromkeys(edit.into for edit in mine))
             grants[seed.name] = Grant(seed, classes, cost, into, reason)
-        return Solution(grants, edits, class_of, self.base)
+        return Solution(grants, edits, self.mixed, class_of, self.base)
 
 
 def readers_of(node: fx.Node) -> list[fx.Node]:

@@ -64,7 +64,7 @@ class StageSpec:
 
 
 _TRANSFORMED = frozenset({"channel_affine"})
-_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "dequantize_weight"}
+_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "matmul", "dequantize_weight"}
 
 SPECS: dict[Stage, StageSpec] = {
     Stage.CAPTURED: StageSpec("captured"),
@@ -232,6 +232,34 @@ def _check_linear(node: fx.Node) -> None:
         raise _broken(node, f"weights of {bits} bits are not supported")
 
 
+_LAYOUT = ("transpose", "permute", "expand", "view", "reshape", "unsqueeze", "clone", "repeat_interleave")
+"""Ops that move codes and, with them, grids of more than one number."""
+
+
+def _check_matmul(node: fx.Node) -> None:
+    for what, position in (("left", 0), ("right", 3)):
+        codes, scale, zero_point = (_value(node, position + i) for i in range(3))
+        if codes.is_floating_point():
+            raise _broken(node, f"its {what} factor is {_text(codes)}, not integer codes")
+        if not scale.is_floating_point():
+            raise _broken(node, f"the {what} scale is {_text(scale)}, not floating-point")
+        if scale.shape != zero_point.shape:
+            raise _broken(node, f"the {what} scale and zero point differ in shape")
+        source = _moved(node.args[position])
+        if source.target is torch.ops.fxquant.quantize.default:
+            grid = [_moved(node.args[position + i]) for i in (1, 2)]
+            if grid != [_moved(source.args[i]) for i in (1, 2)]:
+                raise _broken(node, f"its {what} scale and zero point are not those that {source.name} quantized with")
+
+
+def _moved(argument: Any) -> fx.Node:
+    """Where a value that was only laid out anew comes from."""
+    assert isinstance(argument, fx.Node)
+    while str(getattr(argument.target, "_name", "")).removeprefix("aten::").partition(".")[0] in _LAYOUT:
+        argument = argument.all_input_nodes[0]
+    return argument
+
+
 def _check_affine(node: fx.Node) -> None:
     x, scale = _value(node, 0), _value(node, 1)
     try:
@@ -245,6 +273,7 @@ def _check_affine(node: fx.Node) -> None:
 _CHECKS: dict[str, Callable[[fx.Node], None]] = {
     "fxquant.quantize.default": _check_quantize,
     "fxquant.linear.default": _check_linear,
+    "fxquant.matmul.default": _check_matmul,
     "fxquant.channel_affine.default": _check_affine,
 }
 

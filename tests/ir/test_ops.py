@@ -132,6 +132,45 @@ class TestLinear:
         assert torch.equal(OPS.linear(*arguments, dtype), OPS.linear(*arguments, torch.float32).to(dtype))
 
 
+def matmul_arguments(a_grid: tuple[int, ...] = (), b_grid: tuple[int, ...] = ()) -> tuple[object, ...]:
+    return codes(2, 3, 5, 8), *grid(*a_grid), codes(2, 1, 8, 7), *grid(*b_grid), torch.float32
+
+
+class TestMatmul:
+    @given(
+        a_grid=st.sampled_from([(), (2, 1, 1, 1), (2, 3, 5, 1)]),
+        b_grid=st.sampled_from([(), (2, 1, 1, 1), (2, 1, 1, 7)]),
+        signed=st.booleans(),
+        seed=st.integers(0, 1000),
+    )
+    @settings(deadline=None, max_examples=40)
+    def test_equals_integer_arithmetic(
+        self, a_grid: tuple[int, ...], b_grid: tuple[int, ...], signed: bool, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        aq, a_scale, a_zero, bq, b_scale, b_zero, _ = matmul_arguments(a_grid, b_grid)
+        if signed:
+            aq, a_zero, bq, b_zero = ((x.short() - 128).to(torch.int8) for x in (aq, a_zero, bq, b_zero))
+        y = OPS.matmul(aq, a_scale, a_zero, bq, b_scale, b_zero, torch.float64)
+        a, b = aq.long() - a_zero.long(), bq.long() - b_zero.long()
+        products = torch.einsum("bhmk,bhkn->bhmn", a, b.expand(2, 3, 8, 7))
+        assert torch.equal(y, products.double() * a_scale.double() * b_scale.double())
+
+    def test_autocast_does_not_reach_inside(self) -> None:
+        arguments = matmul_arguments()
+        expected = OPS.matmul(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(OPS.matmul(*arguments), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_rounds_once_to_the_result(self, dtype: torch.dtype) -> None:
+        *arguments, _ = matmul_arguments()
+        assert torch.equal(OPS.matmul(*arguments, dtype), OPS.matmul(*arguments, torch.float32).to(dtype))
+
+    def test_an_empty_batch(self) -> None:
+        assert OPS.matmul(codes(0, 5, 8), *grid(), codes(0, 8, 7), *grid(), torch.float32).shape == (0, 5, 7)
+
+
 class TestConv2d:
     @pytest.mark.parametrize("groups", [1, 2])
     @pytest.mark.parametrize("bias", [None, (6,), (2, 6, 1, 1)])
@@ -277,6 +316,11 @@ CALLS = {
     "linear": (OPS.linear.default, linear_arguments),
     "linear in groups": (OPS.linear.default, lambda: linear_arguments((2, 5, 1), (2, 1, 7), 3, 8)),
     "linear without bias": (OPS.linear.default, lambda: linear_arguments((2, 1, 1), None, 8)),
+    "matmul": (OPS.matmul.default, matmul_arguments),
+    "matmul by row and column": (
+        OPS.matmul.default,
+        lambda: matmul_arguments((2, 3, 5, 1), (2, 1, 1, 7)),
+    ),
     "conv2d": (OPS.conv2d.default, conv_arguments),
     "conv2d in groups": (OPS.conv2d.default, lambda: conv_arguments(2, (2, 6, 1, 1))),
 }
@@ -400,6 +444,22 @@ class TestBadInput:
         arguments = [change.get(i, value) for i, value in enumerate(linear_arguments())]
         with pytest.raises(ConfigurationError, match=message):
             self.call(OPS.linear.default, arguments, fake)
+
+    @pytest.mark.parametrize("fake", [False, True])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({0: torch.randn(2, 3, 5, 8)}, r"the left factor of a product is integer codes .* not torch.float32"),
+            ({3: codes(8)}, r"the right factor of a product is integer codes of two axes or more"),
+            ({3: codes(2, 1, 9, 7)}, r"\(2, 3, 5, 8\) and \(2, 1, 9, 7\) do not fit a matrix product"),
+            ({1: torch.ones(8)}, r"scale of shape \(8,\) does not broadcast to \(2, 3, 5, 1\)"),
+            ({5: torch.ones(2, 1, 8, 1)}, r"zero point of shape \(2, 1, 8, 1\) does not broadcast to \(2, 1, 1, 7\)"),
+        ],
+    )
+    def test_matmul(self, change: dict[int, object], message: str, fake: bool) -> None:
+        arguments = [change.get(i, value) for i, value in enumerate(matmul_arguments())]
+        with pytest.raises(ConfigurationError, match=message):
+            self.call(OPS.matmul.default, arguments, fake)
 
     @pytest.mark.parametrize("fake", [False, True])
     def test_conv2d(self, fake: bool) -> None:

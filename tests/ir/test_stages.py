@@ -108,6 +108,66 @@ def many_bits(module: fx.GraphModule) -> None:
     set_argument(first(module, OPS.linear.default), 7, 9)
 
 
+def attention() -> fx.GraphModule:
+    """Attention with the codes of transposed keys, and grids that follow them."""
+
+    class Product(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return q @ k
+
+    module = captured(Product(), q=torch.randn(2, 5, 8), k=torch.randn(2, 6, 8).transpose(1, 2)).module
+    (node,) = nodes_of(module, torch.ops.aten.matmul.default)
+    rewriter = Rewriter(module, "test")
+    factors: list[object] = []
+    with rewriter.before(node):
+        for side, value, shape in (("q", node.args[0], ()), ("k", node.args[1], (1, 1, 6))):
+            scale = rewriter.constant(f"{side}_scale", torch.ones(shape), [node])
+            zero_point = rewriter.constant(f"{side}_zero_point", torch.zeros(shape, dtype=torch.uint8), [node])
+            grid: tuple[object, ...] = (scale, zero_point)
+            if side == "k":  # Quantized as [batch, tokens, channels], a number a token.
+                grid = tuple(rewriter.call(torch.ops.aten.transpose.int, (part, 1, 2), [node]) for part in grid)
+            laid_out = rewriter.call(torch.ops.aten.transpose.int, (value, 1, 2), [node]) if side == "k" else value
+            codes = rewriter.call(OPS.quantize.default, (laid_out, *grid, 0, 255, torch.uint8), [node])
+            if side == "k":
+                codes = rewriter.call(torch.ops.aten.transpose.int, (codes, 1, 2), [node])
+            factors += [codes, scale, zero_point]
+        new = rewriter.call(OPS.matmul.default, (*factors, torch.float32), [node])
+    rewriter.replace(node, new)
+    return module
+
+
+def other_key_grid(module: fx.GraphModule) -> None:
+    node = first(module, OPS.matmul.default)
+    set_argument(node, 4, Rewriter(module, "breaks-things").constant("other", torch.ones(1, 1, 6), [node]))
+
+
+def float_factor(module: fx.GraphModule) -> None:
+    node = first(module, OPS.matmul.default)
+    set_argument(node, 0, node.args[0].args[0])
+
+
+def other_zero_points(module: fx.GraphModule) -> None:
+    node = first(module, OPS.matmul.default)
+    value = torch.zeros(1, 1, 1, dtype=torch.uint8)
+    set_argument(node, 2, Rewriter(module, "breaks-things").constant("other", value, [node]))
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (other_key_grid, r"its right scale and zero point are not those that quantize_default_1 quantized with"),
+        (float_factor, r"left factor .* integer codes"),
+        (other_zero_points, r"the left scale and zero point differ in shape"),
+    ],
+)
+def test_what_verification_finds_of_products(breaks: Callable[[fx.GraphModule], None], message: str) -> None:
+    module = attention()
+    verify(module, SPECS[Stage.QUANTIZED])
+    breaks(module)
+    with pytest.raises(VerificationError, match=message):
+        verify(module, SPECS[Stage.QUANTIZED])
+
+
 BROKEN: dict[str, tuple[Callable[[fx.GraphModule], None], str]] = {
     "an op of another stage": (other_op, r"op fxquant.observe.default does not belong in a graph of stage 'quantized'"),
     "a wrong shape": (wrong_shape, r"node transpose: it yields float32\[4, 4, s\d+\], but is recorded as"),

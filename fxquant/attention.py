@@ -1,0 +1,280 @@
+"""The attentions of a graph: where they are, what they are called, whether their matrix products can be quantized.
+
+Two forms are known: ``scaled_dot_product_attention``, and a softmax over the last axis between two matrix products,
+with whatever is done to single scores in between. Matching is pure. A product of two activations that is neither is
+found as well, with the reason why it stays as it is, so that nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.capture import LAYER
+
+aten = torch.ops.aten
+
+ATTENTION = "fxquant_attention"
+"""Key of ``node.meta`` for the name of the attention that a quantized node yields."""
+
+_CHANGES = "fxquant_value_changes"
+
+SIDES = ("q", "k", "v")
+
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    aten.matmul.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+}
+"""Matrix products, and where their factors stand among the arguments."""
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_CASTS = ("to", "_to_copy", "type_as", "clone", "contiguous", "dropout", "detach", "alias")
+_VIEWS = ("view", "_unsafe_view", "reshape", "expand", "flatten", "unflatten", "squeeze", "unsqueeze")
+_ON_SCORES = (
+    *(*_CASTS, *_VIEWS, "add", "sub", "mul", "div", "masked_fill", "where", "tanh", "clamp"),
+    *("maximum", "minimum", "softplus", "neg"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """One of the three values that an attention multiplies.
+
+    Attributes:
+        reader: The op that reads it.
+        position: Which argument of that op it is.
+        axis: Its channel axis: the last, for transposed keys the last but one.
+    """
+
+    reader: fx.Node
+    position: int
+    axis: int = -1
+
+    @property
+    def value(self) -> fx.Node:
+        """The value."""
+        found = self.reader.args[self.position]
+        assert isinstance(found, fx.Node)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention of a graph.
+
+    Attributes:
+        name: Path of its module, such as ``transformer_blocks.0.attn1``; a second one in a module ends in ``@2``.
+        output: The node of its result.
+        operands: q, k and v; nothing where the products cannot be quantized.
+        scale: What the op itself multiplies q by.
+        reason: Why the products cannot be quantized, or None if they can.
+    """
+
+    name: str
+    output: fx.Node
+    operands: Mapping[str, Operand] = field(default_factory=dict)
+    scale: float = 1.0
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ValueChange:
+    """What a pass made of the value v that an attention mixes: ``factor * v + shift[bin]``.
+
+    Attributes:
+        factor: float64, broadcasts against v.
+        shift: float64 ``[bins, ...]``, each row broadcasts against v.
+        boundaries: Between bins of timesteps, ascending; one less than bins.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    boundaries: tuple[float, ...] = ()
+
+
+def note_change(reader: fx.Node, change: ValueChange) -> None:
+    """Remember on the reader of a mixed value that it is no longer what calibration saw."""
+    if (change.factor != 1).any() or (change.shift != 0).any():
+        reader.meta[_CHANGES] = (*reader.meta.get(_CHANGES, ()), change)
+
+
+def changes_of(reader: fx.Node) -> tuple[ValueChange, ...]:
+    """What became of the value since it was captured, the earliest change first."""
+    return tuple(reader.meta.get(_CHANGES, ()))
+
+
+def find_attentions(graph: fx.Graph) -> list[Attention]:
+    """All attentions, and other products of two activations, in the order of the graph."""
+    found: list[Attention] = []
+    seen: Counter[str] = Counter()
+    for node, (operands, scale, reason) in _candidates(graph):
+        place = _module_of(node)
+        seen[place] += 1
+        if ATTENTION not in node.meta:  # Else it is quantized, and keeps its number.
+            name = place if seen[place] == 1 else f"{place}@{seen[place]}"
+            found.append(Attention(name, node, operands, scale, reason))
+    return found
+
+
+_Match = tuple[dict[str, Operand], float, str | None]
+
+
+def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, _Match]]:
+    matches: dict[fx.Node, _Match] = {}
+    scores: set[fx.Node] = set()
+    activations = _behind_layers(graph)
+    for node in graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            matches[node] = _fused(node)
+        elif node.target in _PRODUCTS:
+            softmax, why = _probabilities(_factor(node, 0))
+            if softmax is not None:
+                matches[node], used = _explicit(node, softmax, why)
+                scores |= used
+            elif all(_factor(node, side) in activations for side in (0, 1)):
+                matches[node] = {}, 1.0, "it is a product of two activations, but no softmax attention"
+        elif node.target is aten.einsum.default and sum(part in activations for part in node.all_input_nodes) > 1:
+            matches[node] = (
+                {},
+                1.0,
+                "it is written as an einsum; matmul, bmm and scaled_dot_product_attention are known",
+            )
+        elif ATTENTION in node.meta:
+            matches[node] = {}, 1.0, None
+    # Known only now: the product that makes the scores stands before the one that uses them.
+    return ((node, match) for node, match in matches.items() if node not in scores)
+
+
+def _fused(node: fx.Node) -> _Match:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    shapes = [given[name].meta["val"].shape for name in names[:3]]
+    scale = given.get("scale")
+    reason = None
+    if given.get("dropout_p", 0.0) != 0:
+        reason = f"it drops out a share of {given['dropout_p']} of its probabilities"
+    elif min(map(len, shapes)) < 3:
+        reason = "its values have fewer than three axes, so none of them is the batch"
+    elif not isinstance(shapes[0][-1], int) or not isinstance(scale, (int, float, type(None))):
+        reason = "its scale is not known before it runs"
+    elif given.get("is_causal") and not all(isinstance(shape[-2], int) for shape in shapes[:2]):
+        reason = "it is causal over a number of tokens that is not known before it runs"
+    elif given.get("enable_gqa") and not all(isinstance(shape[-3], int) for shape in shapes):
+        reason = "the number of its heads is not known before it runs"
+    if reason is not None:
+        return {}, 1.0, reason
+    operands = {side: Operand(node, position) for position, side in enumerate(SIDES)}
+    return operands, float(1 / math.sqrt(shapes[0][-1]) if scale is None else scale), None
+
+
+def _explicit(node: fx.Node, softmax: fx.Node, why: str | None) -> tuple[_Match, set[fx.Node]]:
+    """The match, and the products that make its scores."""
+    products = _scores(softmax.args[0])
+    rank = softmax.meta["val"].dim()
+    if softmax.args[1] not in (-1, rank - 1):
+        why = f"its softmax runs over axis {softmax.args[1]}, not over the keys"
+    elif why is None and len(products) != 1:
+        why = f"its scores come from {len(products)} matrix products that are known, not from one"
+    elif why is None:
+        product = products[0]
+        left, right = _PRODUCTS[product.target]
+        value = _PRODUCTS[node.target][1]
+        operands = {"q": Operand(product, left), "k": Operand(product, right, -2), "v": Operand(node, value)}
+        small = min(operand.value.meta["val"].dim() for operand in operands.values())
+        why = _other_reader(product, node)
+        if small < 3:
+            why = "its values have fewer than three axes, so none of them is the batch"
+        if why is None:
+            return (operands, 1.0, None), {product}
+    return ({}, 1.0, why), set(products)
+
+
+def _probabilities(node: fx.Node) -> tuple[fx.Node | None, str | None]:
+    """The softmax that a value comes from by casts and views, if any, and what is in the way of taking it for that."""
+    why = None
+    while node.target not in _SOFTMAX:
+        op, source = _op(node), node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or op not in (*_CASTS, *_VIEWS):
+            return None, None
+        if op == "dropout" and node.args[2] is not False:
+            why = f"it drops out a share of {node.args[1]} of its probabilities"
+        if str(source.meta["val"].shape[-1:]) != str(node.meta["val"].shape[-1:]):
+            why = "its probabilities are laid out anew between the softmax and the product"
+        node = source
+    return node, why
+
+
+def _scores(node: Any) -> list[fx.Node]:
+    """The matrix products that a value comes from by ops on single elements."""
+    found: dict[fx.Node, None] = {}
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in _PRODUCTS:
+            found[node] = None
+        elif _op(node) in _ON_SCORES:
+            todo += node.all_input_nodes
+    return list(found)
+
+
+def _other_reader(product: fx.Node, output: fx.Node) -> str | None:
+    """Why the scores or probabilities are needed as they are, or None if only the attention reads them."""
+    behind = {product}
+    todo = [product]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user is output or user in behind or _op(user).startswith("sym_"):
+                continue
+            if user.target not in _SOFTMAX and _op(user) not in _ON_SCORES:
+                return f"{node.name}, from its scores, is also read by {user.name}"
+            behind.add(user)
+            todo.append(user)
+    return None
+
+
+def _factor(node: fx.Node, side: int) -> fx.Node:
+    found = node.args[_PRODUCTS[node.target][side]]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def _behind_layers(graph: fx.Graph) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if LAYER in node.meta or (not _op(node).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _op(node: fx.Node) -> str:
+    """Name of a node's op without its overload: ``softmax``."""
+    return str(getattr(node.target, "_name", "")).rpartition("::")[2].partition(".")[0]
+
+
+def _module_of(node: fx.Node) -> str:
+    modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return modules[-1] if modules and modules[-1] else "attention"
+
+
+def not_by_sample(found: Attention, timestep: fx.Node | None) -> str | None:
+    """Why a value of an attention cannot be told apart by timestep, or None if all can."""
+    steps = None if timestep is None else timestep.meta["val"]
+    if steps is None or steps.dim() != 1 or steps.shape[0] == 1:
+        return None
+    for side, operand in found.operands.items():
+        batch, samples = operand.value.meta["val"].shape[0], steps.shape[0]
+        known = samples if isinstance(samples, int) else samples.node.hint  # Of the call that was captured.
+        if isinstance(batch, int) and known and batch % known:
+            return f"the leading axis of its {side} is not the batch"
+    return None

@@ -1,0 +1,258 @@
+"""Replace the two matrix products of attention by quantized ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.attention import ATTENTION, SIDES, Attention, changes_of, find_attentions
+from fxquant.errors import ConfigurationError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.passes._quantization import InputRange
+from fxquant.pipeline import Pass, Tier, register_pass
+from fxquant.plan import ActivationRange, AttentionPlan, Plan
+from fxquant.quantizer import activation_range, affine_parameters, fake_quantize, sqnr_db
+from fxquant.timesteps import bin_of
+
+aten = torch.ops.aten
+_MATMUL = torch.ops.fxquant.matmul.default
+_QUANTIZE = torch.ops.fxquant.quantize.default
+_Codes = tuple[fx.Node, fx.Node, fx.Node]
+"""Codes, scale and zero point."""
+
+
+@register_pass
+@dataclass(frozen=True)
+class QuantizeAttention(Pass):
+    """Quantize q, k and v per tensor and the softmax output uniformly, and multiply integers.
+
+    Before::
+
+        y = scaled_dot_product_attention(q, k, v, mask)
+
+    After, with ranges of q / sqrt(d), k and v found in calibration::
+
+        a, b = fxquant.quantize(q / sqrt(d), sq, zq), transpose(fxquant.quantize(k, sk, zk), -2, -1)
+        p = fxquant.quantize(softmax(fxquant.matmul(a, sq, zq, b, sk, zk) + mask, -1), 1 / 255, 0)
+        y = fxquant.matmul(p, 1 / 255, 0, fxquant.quantize(v, sv, zv), sv, zv)
+
+    A softmax between two matrix products is rewritten likewise, with all that stands between them as it is. Masks,
+    causality, grouped-query heads and the scale mean what they mean to ``scaled_dot_product_attention``, which computes
+    scores and softmax of half-precision values in float32. Side conditions: the softmax is over the keys, nothing else
+    reads the scores, and there is no dropout; what cannot be matched stays float, and the plan says why. Attentions are
+    quantized where ``assign-precision{attention=quantized}`` gave them bits. PTQ4DiT (arXiv 2405.16005). Rounding moves
+    q, k and v by at most half a step of their grids, each probability by at most half of ``1 / (2**softmax_bits - 1)``.
+
+    Attributes:
+        activation_range: How the ranges of q, k and v are found: ``minmax``, ``percentile`` or ``mse``.
+        softmax_bits: Bits of the softmax output, whose grid covers 0 to 1.
+    """
+
+    name: ClassVar[str] = "quantize-attention"
+    tier: ClassVar[Tier] = Tier.LOSSY
+    requires: ClassVar[Stage] = Stage.QUANTIZED
+    establishes: ClassVar[Stage] = Stage.QUANTIZED
+
+    activation_range: InputRange = InputRange.MINMAX
+    softmax_bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.activation_range is InputRange.DYNAMIC:
+            raise ConfigurationError(
+                "quantize-attention: the product with v sums over its tokens, so v cannot have a range for each; "
+                "choose minmax, percentile or mse"
+            )
+        if not 2 <= self.softmax_bits <= 8:
+            raise ConfigurationError(
+                f"quantize-attention: {self.softmax_bits} bits for the softmax; 2 to 8 are possible"
+            )
+
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        for found in find_attentions(graph):
+            entry = plan.attentions.get(found.name)
+            if entry is None or entry.bits is None:
+                continue
+            if found.reason is not None:
+                raise ConfigurationError(
+                    f"attention {found.name!r} is to be quantized, and in this call of the model it cannot be: "
+                    f"{found.reason}. Keep it float: give it float in the overrides of assign-precision"
+                )
+            for side in SIDES:
+                if side not in entry.ranges and entry.bits is not None:
+                    self._decide(found, side, entry, plan)
+            if entry.bits is not None:
+                entry.softmax_bits = entry.softmax_bits or self.softmax_bits
+                _quantize(found, entry, rewriter)
+
+    def _decide(self, found: Attention, side: str, entry: AttentionPlan, plan: Plan) -> None:
+        """Write the range of one of the three values into the plan, and how well it does on the sampled rows."""
+        assert entry.bits is not None
+        key = entry.observed.get(side, f"{found.name}:{side}")
+        seen = plan.evidence(key, f"attention {found.name!r} needs ranges of q, k and v")
+        low, high, rows = seen.minimum.double(), seen.maximum.double(), [row.double() for row in seen.rows_by_timestep]
+        if side == "q":
+            low, high, rows = low * found.scale, high * found.scale, [row * found.scale for row in rows]
+            low, high = torch.minimum(low, high), torch.maximum(low, high)
+        elif side == "v":
+            shape = tuple(found.operands[side].value.meta["val"].shape)
+            for change in changes_of(found.operands[side].reader):
+                factor = _by_channel(change.factor, shape, seen.channels)
+                shift = [_by_channel(row, shape, seen.channels) for row in change.shift]
+                if factor is None or any(row is None for row in shift):
+                    entry.bits, entry.reason = (
+                        None,
+                        "balancing treats parts of its v differently that it shares a range of",
+                    )
+                    return
+                moved = torch.stack([row for row in shift if row is not None])[
+                    bin_of(change.boundaries, seen.timesteps)
+                ]
+                low, high = low * factor + moved, high * factor + moved
+                rows = [row * factor + own for row, own in zip(rows, moved, strict=True)]
+        samples = torch.cat(rows).float()
+        assert self.activation_range is not InputRange.DYNAMIC
+        ends = activation_range(samples, float(low.min()), float(high.max()), entry.bits, self.activation_range.value)
+        entry.ranges[side] = ActivationRange(*ends, self.activation_range.value)
+        grid = affine_parameters(*ends, entry.bits)
+        entry.sqnr_db[side] = sqnr_db(samples, fake_quantize(samples, *grid, entry.bits))
+
+
+def _by_channel(value: Tensor, shape: tuple[Any, ...], channels: int) -> Tensor | None:
+    """What broadcasts against v, as one number for each of its observed channels; None if they do not tell it apart."""
+    value = value.cpu().reshape([1] * (len(shape) - value.dim()) + list(value.shape))
+    if len(shape) == 4 and channels != shape[-1]:  # Those of all heads.
+        value = value.transpose(1, 2)
+        if value.shape[:2].numel() != 1:
+            return None
+        return value.expand(1, 1, shape[1], shape[3]).reshape(channels)
+    return None if value.shape[:-1].numel() != 1 else value.reshape(-1).expand(channels)
+
+
+def _quantize(found: Attention, entry: AttentionPlan, rewriter: Rewriter) -> None:
+    """Rewrite one attention, the ranges being decided."""
+    assert entry.bits is not None and entry.softmax_bits is not None
+    lowering = _Lowering(found, entry, rewriter)
+    lowering.fused() if found.output.target is aten.scaled_dot_product_attention.default else lowering.explicit()
+
+
+def _memory_order(value: Tensor) -> list[int]:
+    """The axes of a value, those that are farthest apart in memory first."""
+    strides = [stride if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
+    if None in strides:
+        return list(range(value.dim()))
+    return sorted(range(value.dim()), key=lambda axis: -strides[axis])
+
+
+@dataclass(frozen=True, eq=False)
+class _Lowering:
+    """Makes the nodes of one attention."""
+
+    found: Attention
+    entry: AttentionPlan
+    rewriter: Rewriter
+
+    def call(self, op: Any, *arguments: Any) -> fx.Node:
+        return self.rewriter.call(op, arguments, sources=[self.found.output])
+
+    def codes(self, x: fx.Node, low: float, high: float, bits: int, name: str) -> _Codes:
+        device = x.meta["val"].device
+        scale, zero_point = (
+            self.rewriter.constant(f"{self.found.name}.{name}_{part}", value.to(device), [x])
+            for part, value in zip(("scale", "zero_point"), affine_parameters(low, high, bits), strict=True)
+        )
+        return self.call(_QUANTIZE, x, scale, zero_point, 0, 2**bits - 1, torch.uint8), scale, zero_point
+
+    def operand(self, side: str, x: fx.Node | None = None) -> _Codes:
+        """Codes of q, k or v."""
+        found, assigned = self.entry.ranges[side], self.entry.bits
+        assert assigned is not None and not isinstance(found.low, list) and not isinstance(found.high, list)
+        return self.codes(x or self.found.operands[side].value, found.low, found.high, assigned, side)
+
+    def probabilities(self, x: fx.Node) -> _Codes:
+        bits = self.entry.softmax_bits
+        assert bits is not None
+        return self.codes(x, 0.0, 1.0, bits, "softmax")
+
+    def explicit(self) -> None:
+        """Replace the two products, and nothing between them."""
+        product, output = self.found.operands["q"].reader, self.found.output
+        with self.rewriter.before(product):
+            dtype = product.meta["val"].dtype
+            scores = self.call(_MATMUL, *self.operand("q"), *self.operand("k"), dtype)
+            if product.target is aten.baddbmm.default:
+                scores = self._added(product, scores)
+        self.rewriter.replace(product, scores)
+        position = self.found.operands["v"].position
+        probabilities = output.args[position - 1]
+        assert isinstance(probabilities, fx.Node)
+        with self.rewriter.before(output):
+            coded = self.probabilities(probabilities)
+            result = self.call(_MATMUL, *coded, *self.operand("v"), output.meta["val"].dtype)
+            if output.target is aten.baddbmm.default:
+                result = self._added(output, result)
+        self.finish(result)
+
+    def finish(self, result: fx.Node) -> None:
+        """Let all that read the attention read the result, in the memory layout that views behind it rely on."""
+        order = _memory_order(self.found.output.meta["val"])
+        if order != sorted(order):
+            with self.rewriter.before(self.found.output):
+                by_memory = self.call(aten.contiguous.default, self.call(aten.permute.default, result, order))
+                result = self.call(aten.permute.default, by_memory, [order.index(axis) for axis in range(len(order))])
+        result.meta[ATTENTION] = self.found.name
+        self.rewriter.replace(self.found.output, result)
+
+    def _added(self, product: fx.Node, result: fx.Node) -> fx.Node:
+        """What ``baddbmm`` makes of a product: ``beta * input + alpha * product``."""
+        alpha, beta = product.kwargs.get("alpha", 1), product.kwargs.get("beta", 1)
+        if alpha != 1:
+            result = self.call(aten.mul.Tensor, result, alpha)
+        if beta == 0:
+            return result
+        added = product.args[0] if beta == 1 else self.call(aten.mul.Tensor, product.args[0], beta)
+        return self.call(aten.add.Tensor, result, added)
+
+    def fused(self) -> None:
+        """Spell out ``scaled_dot_product_attention``, as it is defined."""
+        node = self.found.output
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        dtype = node.meta["val"].dtype
+        inner = torch.float64 if dtype == torch.float64 else torch.float32
+        with self.rewriter.before(node):
+            q = given["query"]
+            if self.found.scale != 1:
+                q = self.call(aten.mul.Tensor, q, self.found.scale)
+            left, (keys, *key_grid), (values, *value_grid) = self.operand("q", q), self.operand("k"), self.operand("v")
+            if given.get("enable_gqa"):
+                keys, values = (self._for_all_heads(part, given["query"]) for part in (keys, values))
+            keys = self.call(aten.transpose.int, keys, -2, -1)
+            scores = self.call(_MATMUL, *left, keys, *key_grid, inner)
+            masked = self._masked(scores, given.get("attn_mask"), bool(given.get("is_causal")))
+            # A row without any key is 0, as in the op itself, and not NaN.
+            softmax = aten.softmax.int if masked is scores else aten._safe_softmax.default
+            coded = self.probabilities(self.call(softmax, masked, -1))
+            result = self.call(_MATMUL, *coded, values, *value_grid, dtype)
+        self.finish(result)
+
+    def _for_all_heads(self, codes: fx.Node, query: fx.Node) -> fx.Node:
+        heads, own = query.meta["val"].shape[-3], codes.meta["val"].shape[-3]
+        if heads == own:
+            return codes
+        return self.call(aten.repeat_interleave.self_int, codes, heads // own, -3)
+
+    def _masked(self, scores: fx.Node, mask: Any, causal: bool) -> fx.Node:
+        if causal:
+            rows, columns = scores.meta["val"].shape[-2:]
+            seen = self.call(aten.tril.default, self.call(aten.new_ones.default, scores, [rows, columns]))
+            return self.call(aten.masked_fill.Scalar, scores, self.call(aten.eq.Scalar, seen, 0), -math.inf)
+        if mask is None:
+            return scores
+        if mask.meta["val"].dtype == torch.bool:
+            return self.call(aten.masked_fill.Scalar, scores, self.call(aten.logical_not.default, mask), -math.inf)
+        return self.call(aten.add.Tensor, scores, mask)
