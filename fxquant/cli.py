@@ -126,11 +126,11 @@ def _main(
 
 _QUANTIZE_EXAMPLES = """[bold]Examples[/]
 
-  fxquant quantize facebook/DiT-XL-2-256 --recipe ptq4dit-w4a8 --out dit-w4a8
+  fxquant quantize facebook/DiT-XL-2-256 --recipe ptq4dit-gptq-w4a8 --out dit-w4a8
 
   fxquant quantize ./my-pixart --recipe rtn-w8a8 --prompts prompts.txt --out pixart-w8a8
 
-  fxquant quantize ./my-dit --recipe ptq4dit-w4a8-g64 --samples 8 --steps 10 --out quick --overwrite
+  fxquant quantize ./my-dit --recipe ptq4dit-gptq-w4a8-g64 --samples 8 --steps 10 --out quick --overwrite
 """
 
 
@@ -139,7 +139,8 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a diffusers pipeline.")],
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder that the quantized pipeline goes to.")],
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Recipe with precision; see [bold]fxquant list recipes[/].")
+        str,
+        typer.Option("--recipe", "-r", help="Recipe with precision, or its text; see [bold]fxquant list recipes[/]."),
     ] = "ptq4dit-w8a8",
     backend: Annotated[
         str, typer.Option("--backend", "-b", help="What runs it; see [bold]fxquant list backends[/].")
@@ -428,9 +429,10 @@ def list_(
 
 
 def _recipes() -> list[tuple[str, str]]:
-    from fxquant.recipes import RECIPES
+    from fxquant.recipes import RECIPES, ROUNDINGS
 
-    return [(f"{name}-w<bits>a<bits>", _summary(RECIPES[name])) for name in RECIPES]
+    plain = [(f"{name}-w<bits>a<bits>", _summary(RECIPES[name])) for name in RECIPES]
+    return [*plain, *((f"<recipe>-{name}-w<bits>a<bits>", said) for name, said in ROUNDINGS.items())]
 
 
 def _passes() -> list[tuple[str, str]]:

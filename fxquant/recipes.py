@@ -84,7 +84,11 @@ RECIPES: Registry[RecipeMaker] = Registry("recipe", "fxquant.recipes")
 register_recipe = RECIPES.register
 """Decorator: ``@register_recipe("name")`` on a function of precision and layers that returns a :class:`Recipe`."""
 
-ROUNDINGS = ("gptq", "adaround", "reconstruct")
+ROUNDINGS = {
+    "gptq": "weights rounded by second moments of their inputs, in one pass",
+    "adaround": "the same moments; whether each weight goes up or down is learned, layer by layer",
+    "reconstruct": "roundings and input steps learned block by block, on calibration calls run again",
+}
 """What may stand between a recipe's name and its precision, ``ptq4dit-gptq-w4a8``: how its linears are rounded."""
 
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
@@ -94,8 +98,8 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
     """A recipe from its name, such as ``ptq4dit-w4a8``, or the recipe itself.
 
     Args:
-        recipe: Name with precision, or a recipe.
-        layers: Which layers are quantized: ``default``, ``blocks`` or ``all``.
+        recipe: Name with precision, the text of a recipe (``passes ; passes``), or a recipe.
+        layers: Which layers are quantized: ``default``, ``blocks`` or ``all``; text and recipes say so themselves.
 
     Raises:
         UnknownNameError: If there is no recipe of that name.
@@ -103,6 +107,8 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if ";" in recipe:
+        return Recipe.parse(recipe)
     match = _NAME.fullmatch(recipe)
     if match is None:
         if recipe in RECIPES:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
+from fxquant.recipes import make_recipe
 from tests.tiny import make_pipeline
 
 FAST = ("--samples", "2", "--steps", "2")
@@ -107,6 +108,13 @@ class TestQuantize:
         assert data["totals"]["mean_sqnr_db"] is None
         assert data["totals"]["layers_by_precision"]["w8a8"] == 7
         assert any("quantize-linears" in path.name for path in (tmp_path / "graphs").iterdir())
+
+    def test_block_reconstruction_keeps_what_is_finished(self, float_folder, tmp_path):
+        recipe = make_recipe("rtn-reconstruct-w4a8").with_options("reconstruct-blocks", iterations=3)
+        options = ("-r", str(recipe), "--resume", tmp_path / "parts", "--measure", 0, *FAST)
+        result = run("quantize", float_folder, *options, "--out", tmp_path / "q")
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "parts" / "transformer_blocks.0.safetensors").exists()
 
     def test_mistakes_cost_no_time(self, float_folder, quantized, tmp_path):
         out = ("--out", tmp_path / "x")

@@ -55,6 +55,11 @@ def test_options_of_one_pass_change_and_nothing_else() -> None:
     assert "layers=all" in str(plain.with_options("assign-precision", layers="all"))
 
 
+def test_the_text_of_a_recipe_will_do_for_its_name() -> None:
+    made = make_recipe("ptq4dit-w4a8").with_options("balance-channels", exponent=0.4)
+    assert make_recipe(str(made)) == made
+
+
 def test_options_that_there_are_not() -> None:
     plain = make_recipe("rtn-w4a8")
     with pytest.raises(ConfigurationError, match=r"no pass 'balance-channels'; its passes: remove-no-ops"):

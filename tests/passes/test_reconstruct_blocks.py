@@ -127,6 +127,29 @@ def test_it_goes_on_where_it_was_cut_off(model: nn.Module, tmp_path: Path, monke
     assert names[0] == "transformer_blocks.0"  # Learned otherwise, so anew.
 
 
+class Watch:
+    """An instrument that shows progress."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, int, int]] = []
+
+    def before(self, *_: Any) -> None: ...
+    def after(self, *_: Any) -> None: ...
+    def failed(self, *_: Any) -> None: ...
+    def progress(self, step: Any, what: str, done: int, total: int) -> None:
+        self.seen.append((step.name, what, done, total))
+
+
+def test_it_tells_how_far_it_is(model: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
+    watch = Watch()
+    compiled(model, recipe(iterations=3), instruments=[watch])
+    names, parts, done, totals = zip(*watch.seen, strict=True)
+    assert set(names) == {"reconstruct-blocks"}
+    assert "transformer_blocks.1" in parts
+    assert done == tuple(range(1, totals[0] + 1))
+    assert capfd.readouterr().err == ""  # Where somebody shows it, the pass itself does not.
+
+
 def test_where_learning_makes_it_worse_nearest_stays(model: nn.Module) -> None:
     wild = compiled(model, recipe(iterations=3, rounding_rate=100.0))
     nearest = compiled(model, "rtn-w4a8")
