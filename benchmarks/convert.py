@@ -12,6 +12,7 @@ starts with the peak of its parent. What is measured, a case:
   statistics and what the forwards need. ``own`` has the resident size after the imports subtracted.
 * the checkpoint: bytes of its tensors over the float weights, and seconds of loading it in a new process, which must
   yield the same bits.
+* statistics: bytes that calibration recorded, second moments (which GPTQ asks for) apart.
 * the price of observing: an observed forward over a plain one, both by turns, medians.
 
 Growth is the exponent of layers in a fit of log seconds over log layers: 1 is linear.
@@ -136,6 +137,7 @@ def convert(recipe: str, layers: int, timesteps: int, threads: int, folder: str)
     from fxquant.backends.fake_quant import FakeQuant
     from fxquant.calibrate import Calibration
     from fxquant.capture import Architecture
+    from fxquant.observers import Statistics
     from fxquant.pipeline import PASSES, Pipeline
 
     _ = diffusers.DiTTransformer2DModel, [PASSES[name] for name in PASSES]  # Imported on first use.
@@ -156,7 +158,14 @@ def convert(recipe: str, layers: int, timesteps: int, threads: int, folder: str)
     watch.watch(Pipeline, "run", "passes", keep_records)
     watch.watch(FakeQuant, "finish", "lower")
     watch.watch(Calibration, "_capture", "first call")
-    watch.watch(api, "run_calibration", "calibration")
+    recorded = Statistics(transient=True)
+    held: dict[str, int] = {}
+
+    def weigh(_: object) -> None:
+        held["moments"] = sum(one.moments.nbytes for one in recorded.values() if one.moments)
+        held["statistics"] = recorded.nbytes - held["moments"]
+
+    watch.watch(api, "run_calibration", "calibration", weigh)
     watch.watch(api, "output_sqnr", "measurement")
 
     def calibrate() -> None:
@@ -164,7 +173,7 @@ def convert(recipe: str, layers: int, timesteps: int, threads: int, folder: str)
             call(model, 1, 999 - step * (1000 // timesteps))
 
     with watch("compile"):
-        quantized = fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=1)
+        quantized = fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=1, statistics=recorded)
     peaks["compile"] = peak()
     with watch("save"):
         fxquant.save(quantized, folder, overwrite=True)
@@ -178,6 +187,7 @@ def convert(recipe: str, layers: int, timesteps: int, threads: int, folder: str)
         "seconds": {"wall": _parts(watch.wall), "cpu": _parts(watch.cpu)},
         "passes": {**passes, "verification on entry": watch.wall["passes"] - sum(passes.values())},
         "peak_bytes": peaks,
+        "recorded_bytes": held,
         "peak": peaks["save"] / weights,
         "own": (peaks["save"] - peaks["imports"]) / weights,
         "files": sizes,
