@@ -72,6 +72,30 @@ def test_a_timestep_without_an_axis(passes: str) -> None:
     prove(b, passes)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_that_are_added_after_a_cast(groups: int) -> None:
+    # Their tensor was to be called ``to.rows``, and ``to`` is a method of every module.
+    b = started(BATCH)
+    vector = b.linear(b.call(aten.reshape.default, b.module.graph.find_nodes(op="placeholder")[1], [-1, 1]), 4)
+    cast = b.call(aten.to.dtype, b.call(aten.gelu.default, vector), torch.float64)
+    b.linear(cast, 4)
+    b.call(aten.sigmoid.default, cast)
+    b.linear(b.values[0], 4)
+    b.finish()
+    prove(b, shift(groups, EVERYTHING), before="assign-precision{layers=all}")
+
+
+def test_rows_that_are_added_to_an_input() -> None:
+    # They were picked in front of the bins by which they are picked.
+    b = started(BATCH)
+    vector = b.input("vector", BATCH, CHANNELS)
+    b.linear(vector, 4)
+    b.call(aten.sigmoid.default, vector)
+    b.linear(b.linear(b.values[0], CHANNELS), 4)
+    b.finish()
+    prove(b, shift(2, EVERYTHING), before="assign-precision{layers=all}")
+
+
 # --- a second run that does something again ---
 
 
