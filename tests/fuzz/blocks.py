@@ -185,6 +185,11 @@ def product(b: Builder, draw: Any, x: fx.Node) -> None:
         inner = b.call(aten.matmul.default, b.call(aten.transpose.int, k, 1, 2), v)
         b.linear(b.call(aten.matmul.default, b.linear(x, 4), inner), 4)
         return
+    if draw(st.integers(0, 3)) == 0 and len(shape(x)) == 3:
+        b.call(
+            aten.bmm.default, b.call(aten.softmax.int, b.call(aten.bmm.default, x, b.call(aten.mT.default, x)), -1), x
+        )
+        return
     fitting = [y for y in b.values if len(shape(y)) == len(shape(x)) == 3]
     fitting = [y for y in fitting if shape(y)[:2] == (shape(x)[0], shape(x)[2])]
     if fitting:
@@ -196,7 +201,10 @@ def product(b: Builder, draw: Any, x: fx.Node) -> None:
 
 def convolution(b: Builder, draw: Any, x: fx.Node) -> None:
     """Along one axis to three, in groups, of an input without a batch, and its output as tokens again."""
-    axes = min(len(shape(x)) - 1, 3) if draw(st.integers(0, 3)) == 0 else max(1, min(len(shape(x)) - 2, 3))
+    axes, unbatched = draw(st.integers(1, 3)), draw(st.integers(0, 3)) == 0
+    while len(shape(x)) < axes + 2 - unbatched:
+        x = b.call(aten.unsqueeze.default, x, -1)
+    axes = len(shape(x)) - 1 if unbatched and len(shape(x)) <= 4 else min(len(shape(x)) - 2, 3)
     channels = shape(x)[-axes - 1]
     op = [aten.conv1d, aten.conv2d, aten.conv3d][axes - 1].default
     groups = 2 if channels % 2 == 0 and draw(st.integers(0, 3)) == 0 else 1

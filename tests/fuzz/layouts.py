@@ -75,6 +75,8 @@ def together(b: Builder, draw: Any, x: fx.Node) -> None:
 def reshape(b: Builder, draw: Any, x: fx.Node) -> None:
     """View, reshape, flatten, unflatten, unsqueeze, squeeze, expand."""
     rank, lead, kind = len(shape(x)), shape(x)[0], draw(st.integers(0, 7))
+    if kind == 4 and rank < 5:
+        x, rank = b.call(aten.unsqueeze.default, x, draw(st.integers(1, rank))), rank + 1
     ones = [axis for axis in range(1, rank) if shape(x)[axis] == 1]
     if kind == 0 and rank > 2:
         b.call(aten.flatten.using_ints, x, draw(st.sampled_from([rank - 2, -2])), draw(st.sampled_from([rank - 1, -1])))
