@@ -84,10 +84,10 @@ class ShiftChannels(Pass):
 
     def _decide(self, solution: Solution, layers: Mapping[str, Sequence[str]], plan: Plan) -> None:
         """Write the shifts of one group of seeds into the plan; channels of one class share theirs, their mean."""
-        names = [name for targets in layers.values() for name in targets]
-        if len({plan.layer(name).boundaries for name in names}) > 1:
+        every = [name for targets in layers.values() for name in targets]
+        if len({plan.layer(name).boundaries for name in every}) > 1:
             raise ConfigurationError(
-                f"{self.name}: layers {', '.join(names)} are shifted together but have different groups of timesteps; "
+                f"{self.name}: layers {', '.join(every)} are shifted together but have different groups of timesteps; "
                 "give group-timesteps the same dearest= and roles=, or edit the plan"
             )
         middles = {}
