@@ -6,6 +6,8 @@ VENV ?= .venv
 OUT ?= out
 # Tests run in this many processes, of one thread and about 3 GiB each.
 JOBS ?= 2
+# How many graphs `make fuzz` rewrites, 500 a line of its output.
+GRAPHS ?= 20000
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -18,7 +20,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean distclean
+.PHONY: help setup demo test fuzz check format bench clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -30,6 +32,9 @@ demo: $(STAMP) ## quantize a small diffusion transformer, pictures and report in
 
 test: check ## the checks, then the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+
+fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, others each time, and compare
+	FXQUANT_FUZZ=$(GRAPHS) OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz -v -n $(JOBS) -rA
 
 check: $(STAMP) ## lint, format and types
 	$(PY) -m ruff check .

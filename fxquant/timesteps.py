@@ -121,7 +121,9 @@ def add_rows(
     from fxquant.ir.rewriter import place_of
 
     value = node.meta["val"]
-    with rewriter.before(node.next):
+    # Bins are found in front of the first op, but behind the inputs.
+    behind = _bin(rewriter, table) if node.op == "placeholder" and not table.static else node
+    with rewriter.before(behind.next):
         rows = rows_at(rewriter, table.map(lambda r: r.to(value.dtype)), value.dim(), f"{place_of(node)}.rows", sources)
         total = rewriter.call(aten.add.Tensor, (node, rows), sources, name=f"{node.name}_shifted")
     total.meta.pop(LAYER, None)

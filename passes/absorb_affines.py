@@ -78,6 +78,8 @@ def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx
     for node in graph.nodes:
         if node.target is not _AFFINE or node.args[1].op != "get_attr" or node.args[2] is not None:
             continue
+        if not node.meta["val"].dim():  # A number, which has no channels: the factor met it on its way.
+            continue
         factor, channels = rewriter.tensor(node.args[1]).double(), node.meta["val"].shape[-1]
         if (
             isinstance(channels, int)

@@ -117,7 +117,7 @@ def _remove(affine: fx.Node, table: TimeTable, granted: Tensor, rewriter: Rewrit
     left = table.map(lambda rows: torch.where(granted.to(rows.device), 0.0, rows))
     if not (left.rows != 0).any():
         rewriter.replace(affine, affine.all_input_nodes[0])
-    elif granted.any():  # Some channels could not be absorbed and really are shifted.
+    elif (left.rows != table.rows).any():  # Some channels could not be absorbed and really are shifted.
         source, one = affine.all_input_nodes[:2]
         with rewriter.before(affine):
             rows = rows_at(rewriter, left, source.meta["val"].dim(), f"{affine.name}_left", [affine])

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxquant.channels.rules.ends import parameter_of
 from fxquant.channels.rules.shifts import shift_output
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
+from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
@@ -76,11 +78,18 @@ class ShiftChannels(Pass):
 
     def _is_done(self, seed: Seed) -> bool:
         """Whether this pass has added to the outputs of the linears that read the value already."""
-        changed = [node for reader in seed.readers for node in (*reader.users, *reader.all_input_nodes[2:])]
+        changed = [user for reader in seed.readers for user in reader.users]
+        changed += [parameter_of(bias) for reader in seed.readers for bias in reader.all_input_nodes[2:]]
         return any(origin.pass_name == self.name for node in changed for origin in node.meta.get(PROVENANCE, ()))
 
     def _decide(self, solution: Solution, layers: Mapping[str, Sequence[str]], plan: Plan) -> None:
         """Write the shifts of one group of seeds into the plan; channels of one class share theirs, their mean."""
+        every = [name for targets in layers.values() for name in targets]
+        if len({plan.layer(name).boundaries for name in every}) > 1:
+            raise ConfigurationError(
+                f"{self.name}: layers {', '.join(every)} are shifted together but have different groups of timesteps; "
+                "give group-timesteps the same dearest= and roles=, or edit the plan"
+            )
         middles = {}
         for seed, names in layers.items():
             seen = evidence(plan, names[0])

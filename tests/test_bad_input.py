@@ -24,6 +24,7 @@ from fxquant.errors import (
 )
 from fxquant.model import GraphModel
 from fxquant.pipeline import parse_pass
+from fxquant.recipes import make_recipe
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 
 
@@ -260,6 +261,58 @@ def test_passes_and_options_that_there_are_not(text: str, kind: type[Exception],
 def test_a_group_that_does_not_divide(tiny_dit: DiTTransformer2DModel) -> None:
     with refused(tiny_dit, ConfigurationError, "transformer_blocks.0.", "16", "7", "divide"):
         fxquant.compile(tiny_dit, recipe="rtn-w4a8-g7", calibrate=calibrate(tiny_dit))
+
+
+def test_groups_that_do_not_divide_are_named_before_calibration_is_over(tiny_dit: DiTTransformer2DModel) -> None:
+    calls = []
+
+    def counted() -> None:
+        for step in (900.0, 100.0):
+            calls.append(step)
+            run(tiny_dit, timestep=step)
+
+    with refused(tiny_dit, ConfigurationError, "transformer_blocks.0.attn1.to_q", "48"):
+        fxquant.compile(tiny_dit, recipe="single-step-w4a8-g48", calibrate=counted)
+    assert calls == [900.0]  # The first call settles the layers.
+
+
+# --- timesteps ---
+
+
+def test_more_groups_of_timesteps_than_timesteps(tiny_dit: DiTTransformer2DModel) -> None:
+    recipe = fxquant.Recipe.parse(str(make_recipe("htg-w8a8")).replace("group-timesteps", "group-timesteps{groups=4}"))
+    with refused(tiny_dit, ConfigurationError, "4 groups of timesteps", "calibration saw 3", "at most as many"):
+        fxquant.compile(tiny_dit, recipe=recipe, calibrate=calibrate(tiny_dit))
+
+
+def test_one_timestep_for_htg(tiny_dit: DiTTransformer2DModel) -> None:
+    with refused(tiny_dit, CalibrationError, "one timestep only", "calibrate with the whole schedule"):
+        fxquant.compile(tiny_dit, recipe="htg-w8a8", calibrate=lambda: run(tiny_dit, timestep=500))
+
+
+def test_a_step_that_never_comes(tiny_dit: DiTTransformer2DModel) -> None:
+    recipe = fxquant.Recipe.parse(str(make_recipe("single-step-w8a8")).replace("observe-step", "observe-step{step=3}"))
+    with refused(tiny_dit, CalibrationError, "step 3 is to be observed", "make more steps, or observe an earlier one"):
+        fxquant.compile(tiny_dit, recipe=recipe, calibrate=calibrate(tiny_dit))
+
+
+def test_one_step_of_samples_at_several(tiny_dit: DiTTransformer2DModel) -> None:
+    with refused(tiny_dit, CalibrationError, "samples of a call are at several", "one timestep each"):
+        fxquant.compile(tiny_dit, recipe="single-step-w8a8", calibrate=lambda: run(tiny_dit, timestep=None))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [0, 4, 16])
+def test_single_step_of_all_bits_and_groups_that_divide(bits: int, group: int) -> None:
+    model = make_dit()
+    name = f"single-step-w{bits}a8" + (f"-g{group}" if group else "")
+    found = fxquant.compile(model, recipe=name, layers="blocks", calibrate=calibrate(model), measure=0)
+    layer = found.plan.layers["transformer_blocks.0.attn1.to_q"]
+    assert (layer.weight_bits, layer.activation_bits, layer.group_size) == (bits, 8, group)
+    assert found.plan.timesteps == [900.0]
+    scales = [t for name, t in found.tensors().items() if name.endswith("to_q.weight_scale")]
+    assert [list(scale.shape) for scale in scales] == [[16, 16 // group if group else 1]]
+    assert torch.isfinite(run(found)).all()
 
 
 # --- the model ---

@@ -182,6 +182,10 @@ class Solution:
         order = {name: position for position, name in enumerate(self.grants)}
         return [sorted(group, key=order.__getitem__) for group in nx.connected_components(graph)]
 
+    def _classes_of(self, want: Want) -> Indices:
+        """Class of each variable of a want, laid out as that, which for a number has no axis at all."""
+        return np.asarray(self._class_of[want.scale])
+
     def factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[Edit, Tensor]]:
         """Each edit with its factor a, float64 and laid out as its want.
 
@@ -190,13 +194,13 @@ class Solution:
         """
         table = self._factors(chosen)
         for edit in self.edits:
-            yield edit, table[torch.from_numpy(self._class_of[edit.want.scale])]
+            yield edit, table[torch.from_numpy(self._classes_of(edit.want))]
 
     def mixed_factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
         """For each reader of a mixed value a and c, laid out as its want, where the value v becomes a v + c."""
         table = self._factors(chosen)
         for reader, want in self.mixed.items():
-            a = table[torch.from_numpy(self._class_of[want.scale])]
+            a = table[torch.from_numpy(self._classes_of(want))]
             yield reader, a, (a - 1) * torch.from_numpy(want.offset.copy())
 
     def _factors(self, chosen: Mapping[str, Tensor]) -> Tensor:
@@ -230,7 +234,7 @@ class Solution:
             owner[classes], place[classes] = position, np.arange(len(classes))
         owner[IDENTITY] = -1
         for want in wants:
-            classes = self._class_of[want.scale]
+            classes = self._classes_of(want)
             parts = []
             for position in np.unique(owner[classes][owner[classes] >= 0]):
                 table = chosen[names[position]]
@@ -447,7 +451,7 @@ class _Walk:
             else:
                 elements *= _hint(size)
         if self.request is not Request.FACTOR and (
-            node.op == "get_attr" or want.varies(0) or self._not_by_sample(node) is not None
+            node.op == "get_attr" or not value.dim() or want.varies(0) or self._not_by_sample(node) is not None
         ):
             return Cost.NOT
         vector = elements <= self.batch and (axes <= 1 or node not in self.tokens)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
@@ -265,6 +265,7 @@ def place_of(node: fx.Node) -> str:
         return str(node.meta[LAYER])
     modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     op = str(getattr(node.target, "_name", node.name)).partition("::")[2].partition(".")[0] or node.name
+    op += "_" * hasattr(nn.Module, op)  # A module's own ``to``, say, cannot be the place of a tensor.
     return f"{modules[-1]}.{op}" if modules and modules[-1] else op
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.observers import Statistics
 from fxquant.plan import ActivationRange, LayerPlan, Plan
 
 
@@ -50,4 +53,53 @@ def planned(**layers: tuple[str, list[int], int | None, int | None, int]) -> Pla
     for name, (kind, shape, weight, activation, group) in layers.items():
         given = None if activation is None else ActivationRange(-1.0, 3.0, "minmax")
         plan.layers[name] = LayerPlan(kind, "block", shape, weight, activation, group, activation=given)
+    return plan
+
+
+class Timed(nn.Module):
+    """An adaptive layer norm whose result two linears read, and a linear behind one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.q, self.k = nn.Linear(4, 8), nn.Linear(4, 4), nn.Linear(4, 2, bias=False)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.time(F.silu(text + timestep[:, None] / 1000)).unsqueeze(1).chunk(2, -1)
+        y = F.layer_norm(x, (4,)) * (1 + scale) + shift
+        return self.out(self.q(y)), self.k(y)
+
+
+def timed(batch: int = 2) -> dict[str, Tensor]:
+    return {"x": torch.randn(batch, 3, 4), "timestep": torch.full((batch,), 500), "text": torch.randn(batch, 4)}
+
+
+TIMED = {
+    "time": ("linear", [8, 4], None, None, 0),
+    "q": ("linear", [4, 4], 8, 8, 0),
+    "k": ("linear", [2, 4], 8, 8, 0),
+    "out": ("linear", [3, 4], 8, 8, 0),
+}
+
+
+def seen(plan: Plan, name: str, ranges: dict[float, Sequence[tuple[float, float]]]) -> Plan:
+    """Let calibration have seen a layer's input: at each timestep the extremes of each channel."""
+    plan.statistics = plan.statistics or Statistics(num_rows=4)
+    for step, channels in ranges.items():
+        rows = torch.tensor(channels).T[None]
+        plan.statistics.record(name, rows, torch.tensor([step]), -1)
+    return plan
+
+
+MIDDLES = {900.0: 8.0, 800.0: 7.0, 500.0: 0.0, 100.0: -4.0}
+"""Timesteps, and the middle of the first channel of q's input there."""
+
+
+def moving(**layers: tuple[str, list[int], int | None, int | None, int]) -> Plan:
+    """A plan for :class:`Timed`; the input of q moves with time in two channels, that of out stands still."""
+    plan = planned(**(TIMED | layers))
+    seen(plan, "q", {t: [(m - 1, m + 1), (m / 2, m / 2 + 2), (-1, 1), (2, 4)] for t, m in MIDDLES.items()})
+    seen(plan, "out", {t: [(0, 2), (-1, 1), (-3, -1), (5, 5)] for t in MIDDLES})
+    plan.layers["q"].observed = plan.layers["k"].observed = "q"
     return plan

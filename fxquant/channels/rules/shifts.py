@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxquant.channels.rules.ends import are_parameters, layer_of
+from fxquant.channels.rules.ends import are_parameters, layer_of, parameter_of
 from fxquant.channels.rules.table import (
     STATIC_SHIFTS,
     argument,
@@ -55,13 +55,15 @@ def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
         held = read_table(node_of(total.args[1]), table.timestep, rewriter)
         assert held is not None
         replace_rows(rewriter, total, held.map(lambda rows: rows.double()).plus(table))
+    elif not are_parameters(node, 2):  # A bias that is computed in the graph stays, and the rows come on top.
+        add_rows(rewriter, node, table, [node], list(node.users))
     elif table.static and bias is not None:
         rewriter.fold(node, 2, lambda b: b.double() + table.rows[0].to(b.device))
     elif table.static:
         rewriter.give(node, 2, "bias", table.rows[0])
     else:
         if bias is not None:
-            own = rewriter.tensor(bias).double()
+            own = rewriter.tensor(parameter_of(node_of(bias))).double()
             table = table.map(lambda rows: rows.to(own.device) + own)
             node.args = tuple(node.args[:2])
             node.kwargs = {}

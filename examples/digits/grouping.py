@@ -1,0 +1,83 @@
+"""Into how many groups of timesteps, and which: ``python -m examples.digits.grouping`` from the repository's root.
+
+Everything but the groups is that of the recipe ``htg``. Prints the SQNR of the predicted noise, and how far the middles
+of the channels' ranges are from their groups' means: the squared distances added up, as a share of what they are with
+one group. The greedy merge of HTG stands beside the exact optimum.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from rich.progress import track
+from tabulate import tabulate
+from torch import nn
+
+import fxquant
+from fxquant.grouping import within
+from fxquant.model import GraphModel
+from fxquant.observers import Statistics
+from fxquant.recipes import make_recipe
+
+from .compare import CALIBRATION_STEPS, calibration, noise_sqnr, test_calls
+from .generator import load_pipeline
+from .salience import plant_salience
+
+GROUPS = (1, 2, -(-CALIBRATION_STEPS // 10), 5, 10, CALIBRATION_STEPS)
+METHODS = ("greedy", "optimal")
+PRECISIONS = ("w8a8", "w4a8")
+
+
+def recipe(precision: str, groups: int, method: str) -> fxquant.Recipe:
+    """``htg`` with these groups."""
+    text = str(make_recipe(f"htg-{precision}"))
+    return fxquant.Recipe.parse(
+        text.replace("group-timesteps", f"group-timesteps{{groups={groups} method={method}}}", 1)
+    )
+
+
+def distances(quantized: GraphModel, statistics: Statistics) -> float:
+    """Squared distances of middles to their groups' means as a share of those to one mean: the mean over inputs."""
+    assert quantized.plan is not None
+    shares = {}
+    for layer in quantized.plan.layers.values():
+        if layer.timesteps is None or layer.observed is None or layer.observed in shares:
+            continue
+        seen = statistics[layer.observed]
+        middles = ((seen.minimum + seen.maximum) / 2).double().numpy()
+        bins = layer.bins(seen.timesteps)
+        starts = [0, *(i for i in range(1, len(bins)) if bins[i] != bins[i - 1])]
+        shares[layer.observed] = within(middles, starts) / within(middles, [0])
+    return float(np.mean(list(shares.values())))
+
+
+def main() -> None:
+    """Measure all."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    pipe = load_pipeline()
+    models: dict[str, nn.Module] = {"plain": pipe.transformer, "planted": plant_salience(pipe.transformer)}
+    variants = [(groups, method) for groups in GROUPS[1:-1] for method in METHODS]
+    variants = [(GROUPS[0], METHODS[0]), *variants, (GROUPS[-1], METHODS[0])]
+    rows = []
+    for name, model in models.items():
+        calls = test_calls(pipe, model)
+        for groups, method in track(variants, name, transient=True):
+            row = [name, groups, method if 1 < groups < GROUPS[-1] else "either", 0.0]
+            for precision in PRECISIONS:
+                statistics = Statistics()
+                quantized = fxquant.compile(
+                    model, recipe=recipe(precision, groups, method), calibrate=calibration(pipe, model), measure=0,
+                    statistics=statistics,
+                )  # fmt: skip
+                sqnr = noise_sqnr(quantized, model, calls)
+                row[3] = distances(quantized, statistics)
+                row += [float(np.mean(sqnr)), min(sqnr)]
+            rows.append(row)
+    headers = ["model", "groups", "grouping", "distances"]
+    headers += [f"{precision} {what}" for precision in PRECISIONS for what in ("SQNR mean dB", "worst step dB")]
+    print(tabulate(rows, headers=headers, floatfmt=("", "", "", ".3f", ".2f", ".2f", ".2f", ".2f")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A graph that grows op by op, in the form in which capturing leaves graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxquant.capture import LAYER, set_tensor
+from fxquant.ir.stages import _PROVEN, _Proof
+
+aten = torch.ops.aten
+BATCH, TOKENS, CHANNELS = 2, 3, 8
+
+_MODE = FakeTensorMode()  # One for all graphs: shapes of ops that were run before are found in its cache.
+
+
+class Builder:
+    """A graph that grows.
+
+    Attributes:
+        module: The graph module so far; call :meth:`finish` at the end.
+        values: Floating-point values that ops may read, of two axes or more.
+        parameters: Floating-point parameters and what is computed from these alone; several ops may read one.
+        layers: The linears made so far.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.module = fx.GraphModule(nn.Module(), fx.Graph())
+        self.graph = self.module.graph
+        self.generator = torch.Generator().manual_seed(seed)
+        self.values: list[fx.Node] = []
+        self.parameters: list[fx.Node] = []
+        self.layers: list[fx.Node] = []
+        self._names = 0
+        self._inputs: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+
+    def random(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+        """Uniform float64."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
+
+    def input(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> fx.Node:
+        """An input; one called ``timestep`` gets timesteps."""
+        node = self.graph.placeholder(name)
+        with _MODE:
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
+        self._inputs.append((name, shape, dtype))
+        return node
+
+    def parameter(self, *shape: int, low: float = -1.0, high: float = 1.0) -> fx.Node:
+        """A parameter."""
+        node = self.tensor(self.random(*shape, low=low, high=high))
+        self.parameters.append(node)
+        return node
+
+    def tensor(self, value: Tensor) -> fx.Node:
+        """A tensor that the module holds."""
+        target = f"p{self._names}"
+        self._names += 1
+        set_tensor(self.module, target, value)
+        node = self.graph.get_attr(target)
+        with _MODE:
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+        return node
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """One op; a result that is one floating-point tensor becomes a value."""
+        fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        with _MODE, torch.no_grad():
+            value = target(*fakes[0], **fakes[1])
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
+        node.meta[_PROVEN] = _Proof(node)  # What verification would find out by running the op once more.
+        if isinstance(value, Tensor) and value.is_floating_point():
+            held = all(source in self.parameters for source in node.all_input_nodes)
+            if held or value.dim() >= 2:
+                (self.parameters if held else self.values).append(node)
+        return node
+
+    def linear(self, x: fx.Node, out: int, bias: bool = True) -> fx.Node:
+        """A linear layer of a block, with parameters of its own."""
+        return self.apply(x, self.parameter(out, shape(x)[-1]), self.parameter(out) if bias else None)
+
+    def apply(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, layer: str | None = None) -> fx.Node:
+        """A linear layer of a block with these parameters, or one layer called again."""
+        node = self.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
+        node.meta[LAYER] = layer or f"blocks.0.l{len(self.layers)}"
+        self.layers.append(node)
+        return node
+
+    def finish(self, *also: fx.Node) -> fx.GraphModule:
+        """Return what nobody reads, and these."""
+        loose = [node for node in self.values if not node.users and node.op == "call_function"]
+        returned = tuple(dict.fromkeys([*loose, *also]))
+        output = self.graph.output(returned)
+        output.meta["val"] = tuple(node.meta["val"] for node in returned)
+        self.graph.eliminate_dead_code()
+        self.module.recompile()
+        return self.module
+
+    def inputs(self, *timesteps: float) -> list[Tensor]:
+        """Random inputs; the timestep is one for all samples or one for each, as far as the input has room for them."""
+        found = []
+        for name, size, dtype in self._inputs:
+            if name == "timestep":
+                steps = torch.tensor(timesteps * BATCH if len(timesteps) == 1 else timesteps, dtype=torch.float64)
+                found.append((steps[: size[0]] if size else steps[0]).to(dtype))
+            else:
+                found.append(self.random(*size, low=-2, high=3))
+        return found
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a value."""
+    return tuple(node.meta["val"].shape)
