@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,23 @@ class Plan:
             )
         return self.statistics[key]
 
+    def undecided(self, recipe: str) -> Plan:
+        """A copy in which bit widths alone are decided, for another recipe to decide the rest from the same statistics.
+
+        Give it to :func:`fxquant.compile` as ``plan=``, with the ``statistics=`` that the first recipe recorded. The
+        other recipe must observe the same values, in the same steps.
+
+        Args:
+            recipe: Text of the other recipe, ``str(recipe)``.
+        """
+        fresh = Plan(recipe, self.model_class, self.timestep, calls=list(self.calls), timesteps=list(self.timesteps))
+        for name, layer in self.layers.items():
+            kept = {option: getattr(layer, option) for option in _BEFORE_CALIBRATION}
+            fresh.layers[name] = LayerPlan(**kept)
+        for name, found in self.attentions.items():
+            fresh.attentions[name] = replace(found, ranges={}, sqnr_db={}, softmax_bits=None)
+        return fresh
+
     def quantized(self) -> Iterator[tuple[str, LayerPlan]]:
         """The layers whose weights are quantized."""
         return ((name, layer) for name, layer in self.layers.items() if layer.weight_bits is not None)
@@ -345,6 +362,9 @@ class Plan:
 _NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
 _NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions"})
 """What plans of this format did not always hold."""
+
+
+_BEFORE_CALIBRATION = ("kind", "role", "shape", "weight_bits", "activation_bits", "group_size", "observed")
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from diffusers import DiTPipeline
 from rich.progress import track
 from tabulate import tabulate
 from torch import nn
@@ -31,10 +32,7 @@ PRECISIONS = ("w8a8", "w4a8")
 
 def recipe(precision: str, groups: int, method: str) -> fxquant.Recipe:
     """``htg`` with these groups."""
-    text = str(make_recipe(f"htg-{precision}"))
-    return fxquant.Recipe.parse(
-        text.replace("group-timesteps", f"group-timesteps{{groups={groups} method={method}}}", 1)
-    )
+    return make_recipe(f"htg-{precision}").with_options("group-timesteps", groups=groups, method=method)
 
 
 def distances(quantized: GraphModel, statistics: Statistics) -> float:
@@ -52,6 +50,16 @@ def distances(quantized: GraphModel, statistics: Statistics) -> float:
     return float(np.mean(list(shares.values())))
 
 
+def calibrate(pipe: DiTPipeline, model: nn.Module, precision: str) -> tuple[fxquant.Plan, Statistics]:
+    """The plan of ``htg`` and the statistics that it was decided from; other groups are decided from the same."""
+    statistics = Statistics()
+    quantized = fxquant.compile(
+        model, recipe=f"htg-{precision}", calibrate=calibration(pipe, model), measure=0, statistics=statistics
+    )
+    assert quantized.plan is not None
+    return quantized.plan, statistics
+
+
 def main() -> None:
     """Measure all."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -62,14 +70,12 @@ def main() -> None:
     rows = []
     for name, model in models.items():
         calls = test_calls(pipe, model)
+        calibrated = {precision: calibrate(pipe, model, precision) for precision in PRECISIONS}
         for groups, method in track(variants, name, transient=True):
             row = [name, groups, method if 1 < groups < GROUPS[-1] else "either", 0.0]
-            for precision in PRECISIONS:
-                statistics = Statistics()
-                quantized = fxquant.compile(
-                    model, recipe=recipe(precision, groups, method), calibrate=calibration(pipe, model), measure=0,
-                    statistics=statistics,
-                )  # fmt: skip
+            for precision, (first, statistics) in calibrated.items():
+                plan = first.undecided(str(recipe(precision, groups, method)))
+                quantized = fxquant.compile(model, plan=plan, statistics=statistics)
                 sqnr = noise_sqnr(quantized, model, calls)
                 row[3] = distances(quantized, statistics)
                 row += [float(np.mean(sqnr)), min(sqnr)]
