@@ -160,7 +160,7 @@ class GraphModel(nn.Module):
         clone = GraphModel(self.architecture, self._dtype, copy.deepcopy(self.plan, memo), self._make_graph)
         for captured in self.captured:
             module = copy.deepcopy(captured.module, memo)
-            clone.add(CapturedGraph(module, captured.call, captured.out_spec, captured.static_batch))
+            clone.add(CapturedGraph(module, captured.call, captured.out_spec))
         return clone
 
 

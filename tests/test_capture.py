@@ -176,7 +176,7 @@ def test_an_untraceable_model_shows_its_own_line(way: Callable[[Tensor], Tensor]
     number = inspect.getsourcelines(way)[1] + 1
     assert f"line {number}, in {way.__name__}" in message
     assert line in message
-    assert "branch on shapes and options, not on tensor values" in message
+    assert "branch on shapes, options, masks and positions, not on tensor values" in message
 
 
 class InPlace(nn.Module):
