@@ -8,6 +8,7 @@ other shapes can be traced long after the float model is gone. The values come f
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import io
 import logging
@@ -37,8 +38,10 @@ log = logging.getLogger(__name__)
 LAYER = "fxquant_layer"
 """Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 
+_HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
 _LAYER_OPS = {
     torch.ops.aten.linear.default: 1,
     torch.ops.aten.conv1d.default: 1,
@@ -121,6 +124,7 @@ class Architecture:
         """Build the architecture of a diffusers model from its config, without weights."""
         with FakeTensorMode(allow_non_fake_inputs=True):
             skeleton = model_class.from_config(dict(config))
+        _hollow_out(skeleton)
         return cls(skeleton.eval().requires_grad_(False), timestep)
 
     def on(self, device: torch.device) -> Architecture:
@@ -255,6 +259,7 @@ class Architecture:
         _inline_regions(exported)
         _flatten_signature(exported.graph, call)
         _drop_assertions(exported.graph)
+        _name_constants(exported, self.skeleton)
         # A module of its own, without the input checks that torch.export hangs on the one it returns.
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
         _name_layers(module)
@@ -411,7 +416,66 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and any(name in str(node.target) for name in _ASSERTIONS):
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node.target not in _RANDOM_IN_TRAINING)
+
+
+def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
+    """Give tensors that are neither parameters nor attributes of the model names that no other tensor has.
+
+    torch.export numbers them, so that two graphs of one model may hold different ones under one name. Those that a
+    module keeps in a list or dict are named by their place there, those that the code makes, such as
+    ``torch.tensor([height, width])``, by what they hold.
+    """
+    listed = _listed_tensors(model)
+    for node in module.graph.nodes:
+        target = str(node.target)
+        path, dot, last = target.rpartition(".")
+        if node.op != "get_attr" or not last.startswith("lifted_tensor"):
+            continue
+        tensor = get_tensor(module, target)
+        name = next((name for name, kept in listed if _is_same(kept, tensor)), None)
+        if name is not None and getattr(model, _HOLLOW, False):
+            tensor = FakeTensorMode().from_tensor(tensor)
+        if name is None and not isinstance(tensor, FakeTensor):
+            name = f"{path}{dot}constant_{_digest(tensor)}"
+        if name is not None:
+            set_tensor(module, name, tensor)
+            node.target = name
+
+
+def _hollow_out(model: nn.Module) -> None:
+    """Put zeros in place of fake tensors that modules keep in lists and dicts, where torch.export takes no fake ones."""
+
+    def hollow(leaf: Any) -> Any:
+        return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf
+
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, (list, tuple, dict)) and not key.startswith("_"):
+                setattr(module, key, pytree.tree_map(hollow, value))
+    setattr(model, _HOLLOW, True)
+
+
+def _listed_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that modules keep in lists and dicts, with a name for each."""
+    found = []
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, (list, tuple, dict)) and not key.startswith("_"):
+                for number, leaf in enumerate(pytree.tree_leaves(value)):
+                    if isinstance(leaf, torch.Tensor):
+                        found.append((f"{path}.{key}_{number}".removeprefix("."), leaf))
+    return found
+
+
+def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    same_memory = left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    return same_memory and (left.shape, left.stride()) == (right.shape, right.stride())
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode() + content, digest_size=6).hexdigest()
 
 
 def _name_layers(module: fx.GraphModule) -> None:
