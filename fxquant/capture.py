@@ -259,6 +259,7 @@ class Architecture:
         _inline_regions(exported)
         _flatten_signature(exported.graph, call)
         _drop_assertions(exported.graph)
+        _loosen_views(exported.graph)
         _name_constants(exported, self.skeleton)
         # A module of its own, without the input checks that torch.export hangs on the one it returns.
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
@@ -417,6 +418,23 @@ def _drop_assertions(graph: fx.Graph) -> None:
         if node.op == "call_function" and any(name in str(node.target) for name in _ASSERTIONS):
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node.target not in _RANDOM_IN_TRAINING)
+
+
+def _loosen_views(graph: fx.Graph) -> None:
+    """Let views be reshapes where a value does not lie in order, or comes from a convolution that yields such a one.
+
+    They fit the memory layout of the trace, and a convolution has another at other sizes, or when it is quantized.
+    """
+    loose: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        convolved = "conv" in str(node.target) and isinstance(value, torch.Tensor) and not value.is_contiguous()
+        if convolved or not loose.isdisjoint(node.all_input_nodes):
+            loose.add(node)
+        if node.target is torch.ops.aten.view.default:
+            source = node.args[0]
+            if source in loose or not source.meta["val"].is_contiguous():
+                node.target = torch.ops.aten.reshape.default
 
 
 def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
