@@ -462,7 +462,7 @@ def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
 
 
 def _hollow_out(model: nn.Module) -> None:
-    """Put zeros in place of fake tensors that modules keep in lists and dicts, where torch.export takes no fake ones."""
+    """Put zeros in place of fake tensors in lists and dicts of modules, where torch.export takes no fake ones."""
 
     def hollow(leaf: Any) -> Any:
         return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf

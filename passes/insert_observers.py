@@ -59,7 +59,10 @@ class InsertObservers(Pass):
                 continue
             layer = plan.layer(node.meta[LAYER])
             value, axis = node.args[0], 1 if layer.kind == "conv" else -1
-            if torch.ops.fxquant.observe.default in (value.target, *(source.target for source in value.all_input_nodes)):
+            if torch.ops.fxquant.observe.default in (
+                value.target,
+                *(source.target for source in value.all_input_nodes),
+            ):
                 continue
             observer = observers.get((value, axis))
             if observer is None:
