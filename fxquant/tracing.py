@@ -122,6 +122,7 @@ class Tracing(TorchFunctionMode):
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, written: Any) -> None:
         """Do the same with the values, where they are known."""
         inputs = self._inputs(args, kwargs)
+        values: Any = None
         if any(word in getattr(func, "__name__", "") for word in _RANDOM):
             inputs = None
         if inputs is not None:

@@ -140,5 +140,7 @@ def _batch_axis(value: fx.Node, timestep: fx.Node) -> int:
         leads = leading % size == 0
     else:
         leads = not isinstance(size, int) and not isinstance(leading, int)
-    others = [axis for axis in range(1, len(shape) - 1) if str(shape[axis]) == str(size)]
-    return others[0] if others and not leads else 0
+    inner = range(1, len(shape) - 1)
+    alike = [axis for axis in inner if str(shape[axis]) == str(size)]
+    open_axes = [axis for axis in inner if not isinstance(shape[axis], int)]  # A batch that nothing compared with time.
+    return 0 if leads else next(iter([*alike, *open_axes]), 0)

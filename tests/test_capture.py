@@ -244,6 +244,64 @@ def test_the_model_is_left_as_it_was() -> None:
     assert read_tensors(found.module)["into.weight"].data_ptr() == parameter.data_ptr()
 
 
+def test_constants_of_one_graph_are_not_those_of_another() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.tables = [torch.arange(4.0), torch.randn(4, dtype=torch.complex128)]
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            size = torch.tensor([x.shape[1], 1.0])  # torch.export numbers such tensors, in each graph from 0.
+            return self.linear(x) * size[0] + self.tables[0] + self.tables[1].real.float()
+
+    model = Sized().eval()
+    traced = trace(model)
+    for tokens in (3, 5, 3):
+        x, step = sample(2, tokens), torch.arange(2)
+        assert torch.equal(traced(x, step), model(x, step))
+    names = [{name for name in read_tensors(graph) if "constant" in name} for graph in traced.graphs]
+    assert len(names) == 2
+    assert not names[0] & names[1]
+    assert {"tables_0", "tables_1"} <= set(traced.tensors())
+
+
+def test_a_layer_behind_a_dropout_that_nobody_reads_is_not_there() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.unread = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            F.dropout(self.unread(x), 0.1, training=self.training)
+            return self.read(x)
+
+    found = captured(Unread(), x=sample(2))
+    assert [node.meta[LAYER] for node in found.module.graph.nodes if LAYER in node.meta] == ["read"]
+
+
+def test_views_behind_a_convolution_take_any_memory_layout() -> None:
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            image = self.conv(x.unflatten(1, (2, 2)).permute(0, 3, 1, 2))
+            return self.last(image.permute(0, 2, 3, 1).reshape(x.shape[0], 2, 2, 4).flatten(1, 2))
+
+    model = Convolved().eval()
+    found = captured(model, x=sample(2, 4))
+    x = sample(3, 4)
+    for node in found.module.graph.nodes:  # As a quantized convolution might: its result in another layout.
+        if node.target is torch.ops.aten.conv2d.default:
+            with found.module.graph.inserting_after(node):
+                plain = found.module.graph.call_function(torch.ops.aten.contiguous.default, (node,))
+                node.replace_all_uses_with(plain, delete_user_cb=lambda user, plain=plain: user is not plain)
+    found.module.recompile()
+    torch.testing.assert_close(found.module(x)[0], model(x))
+
+
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"training mode.*model.eval\(\)"):
         Architecture.of(Model().train(), "timestep")

@@ -38,7 +38,7 @@ def test_the_rule_of_the_page_is_a_rule() -> None:
     target = torch.ops.aten.abs.default
     assert target not in RULES
     try:
-        exec(compile(code, "channel-rules.md", "exec"), {})
+        exec(compile(code, "channel-rules.md", "exec", dont_inherit=True), {})
         proved(absorb(Behind(), torch.randn(3, 5, 8, dtype=torch.float64)), into=["first"])
     finally:
         RULES.pop(target, None)
@@ -53,7 +53,7 @@ def test_the_pass_of_the_page_is_a_pass() -> None:
     page = ModuleType("page")  # Dataclasses look up the module that they stand in.
     try:
         with mock.patch.dict(sys.modules, page=page):
-            exec(compile(blocks("passes.md")[0], "passes.md", "exec"), vars(page))
+            exec(compile(blocks("passes.md")[0], "passes.md", "exec", dont_inherit=True), vars(page))
         (record,) = Pipeline.parse("fuse-double-negation").run(module, Plan("", "", None))
         assert record.edits == 1
         assert count(module, torch.ops.aten.neg.default) == 0
