@@ -60,7 +60,7 @@ def test_a_value_with_its_tokens_first_is_observed_by_sample() -> None:
     expected = outputs(module, x, timestep)[0]
     Pipeline.parse("assign-precision{layers=all},insert-observers").run(module, plan)
     before = text(module)
-    with recording(statistics.record):
+    with recording(statistics.record), torch.no_grad():
         assert torch.equal(module(x, timestep)[0], expected)
     assert statistics.timesteps.tolist() == [1.0, 2.0]
     torch.testing.assert_close(statistics["q"].absmax, x.abs().amax(dim=1))
