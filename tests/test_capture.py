@@ -280,28 +280,6 @@ def test_a_layer_behind_a_dropout_that_nobody_reads_is_not_there() -> None:
     assert [node.meta[LAYER] for node in found.module.graph.nodes if LAYER in node.meta] == ["read"]
 
 
-def test_views_behind_a_convolution_take_any_memory_layout() -> None:
-    class Convolved(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.last = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            image = self.conv(x.unflatten(1, (2, 2)).permute(0, 3, 1, 2))
-            return self.last(image.permute(0, 2, 3, 1).reshape(x.shape[0], 4, 4))
-
-    model = Convolved().eval()
-    found = captured(model, x=sample(2, 4))
-    x = sample(3, 4)
-    for node in found.module.graph.nodes:  # As a quantized convolution might: its result in another layout.
-        if node.target is torch.ops.aten.conv2d.default:
-            with found.module.graph.inserting_after(node):
-                plain = found.module.graph.call_function(torch.ops.aten.contiguous.default, (node,))
-                node.replace_all_uses_with(plain, delete_user_cb=lambda user, plain=plain: user is not plain)
-    found.module.recompile()
-    torch.testing.assert_close(found.module(x)[0], model(x))
-
-
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"training mode.*model.eval\(\)"):
         Architecture.of(Model().train(), "timestep")
