@@ -20,7 +20,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz check format bench clean distclean
+.PHONY: help setup demo test fuzz check format coverage bench clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -47,6 +47,9 @@ check: $(STAMP) ## lint, format and types
 format: $(STAMP) ## mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+coverage: $(STAMP) ## write docs/coverage.md anew: which linears of which models are balanced
+	OMP_NUM_THREADS=1 $(PY) -m tests.zoo
 
 bench: $(STAMP) ## time the conversion of models
 	$(PY) benchmarks/convert.py

@@ -7,8 +7,8 @@ JSON, so that a checkpoint can capture its graphs anew from shapes alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,21 +24,37 @@ Constant = None | bool | int | float | str
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one tensor input; the batch dimension reads :data:`BATCH`."""
+    """Shape and dtype of one tensor input.
+
+    Attributes:
+        shape: Its sizes; the batch dimension reads :data:`BATCH`.
+        dtype: Its dtype.
+        values: Its elements, row by row, if the model's code branches on them, so that a graph is right for these
+            alone; otherwise None.
+    """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    values: tuple[int, ...] | None = None
+
+    def holding(self, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of calls in which this input holds what ``tensor`` does."""
+        values = tuple(int(value) for value in tensor.flatten().tolist())
+        return TensorSpec(tuple(tensor.shape), self.dtype, values)
 
     def concrete(self, batch: int) -> tuple[int, ...]:
         """The shape at one batch size."""
         return tuple(batch if isinstance(size, str) else size for size in self.shape)
 
     def fits(self, tensor: torch.Tensor, batch: int) -> bool:
-        """Whether ``tensor`` has this dtype, and this shape at that batch size."""
-        return tensor.dtype == self.dtype and tuple(tensor.shape) == self.concrete(batch)
+        """Whether ``tensor`` has this dtype, this shape at that batch size, and these values if any are asked for."""
+        if tensor.dtype != self.dtype or tuple(tensor.shape) != self.concrete(batch):
+            return False
+        return self.values is None or tensor.flatten().tolist() == list(self.values)
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+        held = " of these values" if self.values is not None else ""
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]{held}"
 
 
 @dataclass(frozen=True)
@@ -49,11 +65,13 @@ class CallSpec:
         names: One readable name a leaf, such as ``hidden_states`` or ``added_cond_kwargs.resolution``.
         leaves: One entry a leaf: a :class:`TensorSpec` or a Python constant.
         structure: The pytree structure that the leaves fill, as nested dicts, lists and tuples of leaf numbers.
+        fixed: Why the batch size is that of one call alone, or None where it is open.
     """
 
     names: tuple[str, ...]
     leaves: tuple[TensorSpec | Constant, ...]
     structure: Any
+    fixed: str | None = field(default=None, compare=False)
 
     @property
     def tensors(self) -> list[tuple[str, TensorSpec]]:
@@ -64,6 +82,32 @@ class CallSpec:
     def batched(self) -> bool:
         """Whether any input has an open batch dimension."""
         return any(BATCH in spec.shape for _, spec in self.tensors)
+
+    @property
+    def held(self) -> dict[str, torch.Tensor]:
+        """The inputs of which the values matter, with these, by name."""
+        return {
+            name: torch.tensor(spec.values, dtype=spec.dtype).reshape(spec.concrete(1))
+            for name, spec in self.tensors
+            if spec.values is not None
+        }
+
+    def holding(self, names: Iterable[str], leaves: Sequence[Any]) -> CallSpec:
+        """The spec of calls in which these inputs hold what they hold in the call with these leaves."""
+        chosen = set(names)
+        held = tuple(
+            spec.holding(leaf) if name in chosen and isinstance(spec, TensorSpec) else spec
+            for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True)
+        )
+        return replace(self, leaves=held)
+
+    def at_batch(self, batch: int, reason: str | None) -> CallSpec:
+        """The spec of calls of this batch size alone, for this reason."""
+        fixed = (
+            TensorSpec(leaf.concrete(batch), leaf.dtype, leaf.values) if isinstance(leaf, TensorSpec) else leaf
+            for leaf in self.leaves
+        )
+        return replace(self, leaves=tuple(fixed), fixed=reason)
 
     def batch_size(self, leaves: Sequence[Any]) -> int:
         """The batch size of a call with these leaves: the length of the first input that has a batch dimension."""
@@ -81,7 +125,7 @@ class CallSpec:
             else spec
             for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True)
         )
-        return CallSpec(self.names, fixed, self.structure)
+        return replace(self, leaves=fixed)
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any]) -> bool:
         """Whether a call with these leaves can run the graph that was captured for this spec."""
@@ -105,6 +149,16 @@ class CallSpec:
         filled: dict[str, Any] = pytree.tree_map(lambda number: values[number], self.structure)
         return filled
 
+    def tensors_in(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors among keyword arguments of this kind, by the names of their leaves."""
+        found = {}
+        for key in self.structure.keys() & arguments.keys():
+            numbers, leaves = pytree.tree_leaves(self.structure[key]), pytree.tree_leaves(arguments[key])
+            for number, leaf in zip(numbers, leaves, strict=True):
+                if isinstance(leaf, torch.Tensor):
+                    found[self.names[number]] = leaf
+        return found
+
     def __str__(self) -> str:
         shown = [f"{name}: {leaf}" for name, leaf in zip(self.names, self.leaves, strict=True)]
         return "(" + ", ".join(shown) + ")"
@@ -113,11 +167,13 @@ class CallSpec:
         """The spec as JSON values; :meth:`from_json` reads them back."""
         leaves = [
             {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+            | ({} if leaf.values is None else {"values": list(leaf.values)})
             if isinstance(leaf, TensorSpec)
             else {"constant": leaf}
             for leaf in self.leaves
         ]
-        return {"names": list(self.names), "leaves": leaves, "structure": _encode(self.structure)}
+        fixed = {} if self.fixed is None else {"fixed": self.fixed}
+        return {"names": list(self.names), "leaves": leaves, "structure": _encode(self.structure), **fixed}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CallSpec:
@@ -130,10 +186,14 @@ class CallSpec:
             leaves = tuple(
                 leaf["constant"]
                 if "constant" in leaf
-                else TensorSpec(tuple(leaf["shape"]), getattr(torch, leaf["dtype"]))
+                else TensorSpec(
+                    tuple(leaf["shape"]),
+                    getattr(torch, leaf["dtype"]),
+                    tuple(leaf["values"]) if "values" in leaf else None,
+                )
                 for leaf in data["leaves"]
             )
-            return cls(tuple(data["names"]), leaves, _decode(data["structure"]))
+            return cls(tuple(data["names"]), leaves, _decode(data["structure"]), data.get("fixed"))
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the recorded call of the model cannot be read: {error!r}") from error
 

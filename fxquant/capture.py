@@ -8,12 +8,16 @@ other shapes can be traced long after the float model is gone. The values come f
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import io
 import logging
 import operator
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +27,21 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx.graph import CodeGen
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.tracing import Tracing, is_followed
 
 log = logging.getLogger(__name__)
 
 LAYER = "fxquant_layer"
 """Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 
+_HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
 _LAYER_OPS = {
     torch.ops.aten.linear.default: 1,
     torch.ops.aten.conv1d.default: 1,
@@ -54,13 +60,16 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
-        static_batch: Why the batch size had to be fixed, or None when any batch size runs.
     """
 
     module: fx.GraphModule
     call: CallSpec
     out_spec: pytree.TreeSpec
-    static_batch: str | None = None
+
+    @property
+    def static_batch(self) -> str | None:
+        """Why the batch size had to be fixed, or None when any batch size runs."""
+        return self.call.fixed
 
     def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
         """The tensor leaves of a call, in the order of the graph's placeholders."""
@@ -115,6 +124,7 @@ class Architecture:
         """Build the architecture of a diffusers model from its config, without weights."""
         with FakeTensorMode(allow_non_fake_inputs=True):
             skeleton = model_class.from_config(dict(config))
+        _hollow_out(skeleton)
         return cls(skeleton.eval().requires_grad_(False), timestep)
 
     def on(self, device: torch.device) -> Architecture:
@@ -139,47 +149,71 @@ class Architecture:
     def capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         """Trace the graph for calls like this one, with the batch size left open wherever the model allows.
 
+        Where the model's code branches on values of integer or boolean inputs, such as the lengths of prompts in a
+        mask, the graph is made for the values of this call; other values get a graph of their own.
+
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
         """
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
         call = describe_call(names, leaves, structure)
-        try:
-            captured = self.capture_spec(call, device)
-            if captured.static_batch is not None:
-                captured = self._capture_open(call.with_lists_fixed(leaves, self.timestep), device) or captured
-            if captured.call.fits(names, leaves):
-                return captured
-        except CaptureError:
-            if call.batch_size(leaves) <= 1:
-                raise
-        # The batch is fixed, at another size than that of this call.
-        return self.capture_spec(call, device, call.batch_size(leaves))
-
-    def _capture_open(self, call: CallSpec, device: torch.device) -> CapturedGraph | None:
-        """The graph for calls of this spec if it leaves the batch open, otherwise None."""
-        try:
-            captured = self.capture_spec(call, device)
-        except CaptureError:
-            return None
-        return captured if captured.static_batch is None else None
-
-    def capture_spec(self, call: CallSpec, device: torch.device, static_batch: int | None = None) -> CapturedGraph:
-        """Trace the graph for calls of this spec, its inputs and weights living on ``device``."""
-        here = self.on(device)
-        reason = None
-        if call.batched and static_batch is None:
+        reason, closest = None, None
+        without_lists = call.with_lists_fixed(leaves, self.timestep)
+        for spec in [call] if without_lists == call else [call, without_lists]:
+            if not spec.batched:
+                continue
             try:
-                program = here._export(call, device, _TRACED_BATCH)
-                return here._finish(program, call, None, _TRACED_BATCH)
+                captured = self.capture_spec(spec, device)
             except CaptureError as error:
-                reason = str(error)
-                log.info("the batch cannot be left open: %s", reason)
-        batch = static_batch or 1
-        return here._finish(here._export(call, device, batch, dynamic=False), call, reason, batch)
+                reason = reason or error.reason
+                continue
+            if captured.static_batch is None:
+                return captured
+            if captured.call.fits(names, leaves):
+                closest = captured
+            reason = reason or captured.static_batch
+        if closest is not None:
+            return closest
+        if reason is not None:
+            log.info("the batch cannot be left open: %s", reason)
+        fixed = call.at_batch(call.batch_size(leaves), reason)
+        try:
+            return self.capture_spec(fixed, device)
+        except CaptureError as error:
+            return self._capture_holding(fixed, leaves, device, error)
+
+    def _capture_holding(
+        self, call: CallSpec, leaves: Sequence[Any], device: torch.device, first: CaptureError
+    ) -> CapturedGraph:
+        """Trace with the values of masks, lengths and positions known, and hold on to those that mattered."""
+        known = [
+            name
+            for name, leaf in zip(call.names, leaves, strict=True)
+            if isinstance(leaf, torch.Tensor) and is_followed(leaf) and name != self.timestep
+        ]
+        if not known:
+            raise first
+        tracing, here = Tracing(), self.on(device)
+        try:
+            program = here._export(call.holding(known, leaves), device, 1, dynamic=False, tracing=tracing)
+        except CaptureError as error:
+            raise error from first
+        reason = f"the model's own code branches on the values of {', '.join(sorted(tracing.read))}"
+        held = call.holding(tracing.read, leaves)
+        return here._finish(program, replace(held, fixed=reason if tracing.read else call.fixed), 1)
+
+    def capture_spec(self, call: CallSpec, device: torch.device) -> CapturedGraph:
+        """Trace the graph for calls of this spec, its inputs and weights living on ``device``.
+
+        Raises:
+            CaptureError: If ``torch.export`` cannot trace the model for them.
+        """
+        here = self.on(device)
+        batch = _TRACED_BATCH if call.batched else 1
+        return here._finish(here._export(call, device, batch, dynamic=call.batched), call, batch)
 
     def _export(
-        self, call: CallSpec, device: torch.device, batch: int, dynamic: bool = True
+        self, call: CallSpec, device: torch.device, batch: int, dynamic: bool = True, tracing: Tracing | None = None
     ) -> torch.export.ExportedProgram:
         parameter = next(self.skeleton.parameters(), None)
         mode = parameter.fake_mode if isinstance(parameter, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
@@ -202,17 +236,16 @@ class Architecture:
             dynamic_shapes = {name: shapes for name, shapes in dynamic_shapes.items() if name in own}
             if extra:
                 dynamic_shapes[variadic[0]] = extra
+        tracing = tracing or Tracing()
         try:
-            with torch.no_grad(), _TracedData():
+            with torch.no_grad(), _without_dump(), tracing.knowing(self.skeleton, call.held, call.tensors_in):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
         except Exception as error:
-            raise CaptureError(_explain(error, self.skeleton)) from error
+            raise _explained(error, self.skeleton) from error
 
-    def _finish(
-        self, program: torch.export.ExportedProgram, call: CallSpec, static_batch: str | None, batch: int
-    ) -> CapturedGraph:
+    def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, batch: int) -> CapturedGraph:
         if any(map(_writes, program.graph.nodes)):
             program = program.run_decompositions({})  # Makes every op a function of its inputs, and nothing else.
             if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
@@ -226,23 +259,15 @@ class Architecture:
         _inline_regions(exported)
         _flatten_signature(exported.graph, call)
         _drop_assertions(exported.graph)
+        _loosen_views(exported.graph)
+        _name_constants(exported, self.skeleton)
         # A module of its own, without the input checks that torch.export hangs on the one it returns.
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
         _name_layers(module)
         module.graph.lint()
-        open_batch = _open_dimensions(module, call)
-        if static_batch is None and call.batched and not open_batch:
-            static_batch = "the model's own code fixes the batch size"
-        if static_batch is not None:
-            call = CallSpec(
-                call.names,
-                tuple(
-                    TensorSpec(leaf.concrete(batch), leaf.dtype) if isinstance(leaf, TensorSpec) else leaf
-                    for leaf in call.leaves
-                ),
-                call.structure,
-            )
-        return CapturedGraph(module, call, out_spec, static_batch)
+        if not call.batched or _open_dimensions(module, call):
+            return CapturedGraph(module, call, out_spec)
+        return CapturedGraph(module, call.at_batch(batch, "the model's own code fixes the batch size"), out_spec)
 
 
 def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
@@ -339,20 +364,6 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-class _TracedData(TorchFunctionMode):
-    """Reads ``tensor.data`` as ``tensor.detach()``, which shares memory likewise, but which tracing sees.
-
-    What is written into ``.data`` would otherwise be lost from the graph, without a word.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
-
-
 def _inline_regions(module: fx.GraphModule) -> None:
     """Put the ops of regions under ``no_grad`` or ``autocast``, which are graphs of their own, where the regions stand.
 
@@ -406,7 +417,83 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and any(name in str(node.target) for name in _ASSERTIONS):
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node.target not in _RANDOM_IN_TRAINING)
+
+
+def _loosen_views(graph: fx.Graph) -> None:
+    """Let views be reshapes where a value does not lie in order, or comes from a convolution that yields such a one.
+
+    They fit the memory layout of the trace, and a convolution has another at other sizes, or when it is quantized.
+    """
+    loose: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        convolved = "conv" in str(node.target) and isinstance(value, torch.Tensor) and not value.is_contiguous()
+        if convolved or not loose.isdisjoint(node.all_input_nodes):
+            loose.add(node)
+        if node.target is torch.ops.aten.view.default:
+            source = node.args[0]
+            if source in loose or not source.meta["val"].is_contiguous():
+                node.target = torch.ops.aten.reshape.default
+
+
+def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
+    """Give tensors that are neither parameters nor attributes of the model names that no other tensor has.
+
+    torch.export numbers them, so that two graphs of one model may hold different ones under one name. Those that a
+    module keeps in a list or dict are named by their place there, those that the code makes, such as
+    ``torch.tensor([height, width])``, by what they hold.
+    """
+    listed = _listed_tensors(model)
+    for node in module.graph.nodes:
+        target = str(node.target)
+        path, dot, last = target.rpartition(".")
+        if node.op != "get_attr" or not last.startswith("lifted_tensor"):
+            continue
+        tensor = get_tensor(module, target)
+        name = next((name for name, kept in listed if _is_same(kept, tensor)), None)
+        if name is not None and getattr(model, _HOLLOW, False):
+            tensor = FakeTensorMode().from_tensor(tensor)
+        if name is None and not isinstance(tensor, FakeTensor):
+            name = f"{path}{dot}constant_{_digest(tensor)}"
+        if name is not None:
+            set_tensor(module, name, tensor)
+            node.target = name
+
+
+def _hollow_out(model: nn.Module) -> None:
+    """Put zeros in place of fake tensors in lists and dicts of modules, where torch.export takes no fake ones."""
+
+    def hollow(leaf: Any) -> Any:
+        return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf
+
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, (list, tuple, dict)) and not key.startswith("_"):
+                setattr(module, key, pytree.tree_map(hollow, value))
+    setattr(model, _HOLLOW, True)
+
+
+def _listed_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that modules keep in lists and dicts, with a name for each."""
+    found = []
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, (list, tuple, dict)) and not key.startswith("_"):
+                for number, leaf in enumerate(pytree.tree_leaves(value)):
+                    if isinstance(leaf, torch.Tensor):
+                        found.append((f"{path}.{key}_{number}".removeprefix("."), leaf))
+    return found
+
+
+def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    same_memory = left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    return same_memory and (left.shape, left.stride()) == (right.shape, right.stride())
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode() + content, digest_size=6).hexdigest()
 
 
 def _name_layers(module: fx.GraphModule) -> None:
@@ -437,18 +524,37 @@ def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:
     )
 
 
-def _explain(error: BaseException, model: nn.Module) -> str:
+@contextmanager
+def _without_dump() -> Iterator[None]:
+    """Keep the whole graph off the screen, which torch.export prints when it gives up; all else is passed on."""
+    held = io.StringIO()
+    dump = ""
+    try:
+        with redirect_stderr(held):
+            yield
+    except Exception as error:
+        dump = str(getattr(error, "partial_fx_graph", ""))
+        raise
+    finally:
+        text = held.getvalue()
+        sys.stderr.write(text.replace(f"{dump}\n", "") if dump else text)
+
+
+def _explained(error: BaseException, model: nn.Module) -> CaptureError:
     """What went wrong in the user's terms: the innermost line of the model's own code, and torch's reason."""
     frames = [frame for frame in _frames(error) if _is_user_code(frame.filename)]
-    where = ""
+    where, short = "", ""
     if frames:
         last = frames[-1]
         where = f'\n  File "{last.filename}", line {last.lineno}, in {last.name}\n    {last.line}'
-    reason = str(error).strip().splitlines()
-    return (
-        f"{type(model).__name__} cannot be traced: {reason[0] if reason else type(error).__name__}{where}\n"
-        "torch.export follows one path through the code: branch on shapes and options, not on tensor values "
-        "(no .item(), no `if tensor:`), or move that part out of the transformer's forward."
+        short = f" ({Path(last.filename).name}, line {last.lineno})"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CaptureError(
+        f"{type(model).__name__} cannot be traced: {reason}{where}\n"
+        "A graph is one path through the code: branch on shapes, options, masks and positions, not on tensor values "
+        "that the model computes (no .item(), no `if tensor:`). Compute every branch and choose with torch.where, or "
+        "move that part out of the transformer's forward.",
+        reason=f"{reason}{short}",
     )
 
 

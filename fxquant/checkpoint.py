@@ -77,7 +77,10 @@ def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
     for captured in model.captured[: len(plan.calls)]:  # Graphs of later calls are captured again when they come.
         for name, tensor in read_tensors(captured.module).items():
             tensors.setdefault(name, tensor.detach().cpu().contiguous())
-    save_file(_unshared(tensors), folder / TENSORS_FILE, metadata={"format": "pt"})
+    pairs = [name for name, tensor in tensors.items() if tensor.is_complex()]  # Safetensors knows not all of these.
+    tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
+    metadata = {"format": "pt"} | ({"complex": json.dumps(pairs)} if pairs else {})
+    save_file(_unshared(tensors), folder / TENSORS_FILE, metadata=metadata)
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     data["dtype"] = _dtype_name(model.dtype)
@@ -237,7 +240,10 @@ def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             # Cloned, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
+            for name in json.loads((file.metadata() or {}).get("complex", "[]")):
+                tensors[name] = torch.view_as_complex(tensors[name])
+            return tensors
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}; copy the checkpoint again") from error
 

@@ -30,7 +30,15 @@ class DuplicateNameError(FxquantError, ValueError):
 
 
 class CaptureError(FxquantError, RuntimeError):
-    """The model could not be traced into a graph, or a call does not fit what was traced."""
+    """The model could not be traced into a graph, or a call does not fit what was traced.
+
+    Attributes:
+        reason: The reason alone, in one line.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message.splitlines()[0] if reason is None else reason
 
 
 class MissingTimestepError(FxquantError, ValueError):

@@ -19,6 +19,7 @@ from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.plan import Plan
 
+_MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
 _WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
 
 MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], CapturedGraph]
@@ -160,7 +161,7 @@ class GraphModel(nn.Module):
         clone = GraphModel(self.architecture, self._dtype, copy.deepcopy(self.plan, memo), self._make_graph)
         for captured in self.captured:
             module = copy.deepcopy(captured.module, memo)
-            clone.add(CapturedGraph(module, captured.call, captured.out_spec, captured.static_batch))
+            clone.add(CapturedGraph(module, captured.call, captured.out_spec))
         return clone
 
 
@@ -178,6 +179,13 @@ def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
 def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
     captured = self._make_graph(self, names, leaves, structure)
     self.add(captured)
+    held = [graph for graph in self.captured if graph.call.held]
+    if captured.call.held and len(held) == _MANY_HELD:
+        warnings.warn(
+            f"{len(held)} graphs were captured, one for each new value: {captured.static_batch}. Each takes the time "
+            "of a capture; let calls share values where you can, say by padding prompts to a few lengths.",
+            stacklevel=4,
+        )
     return captured
 
 

@@ -146,6 +146,7 @@ class Report:
         recipe: The recipe as pipeline text.
         backend: Name of the backend.
         timesteps: The calibrated timesteps.
+        fixed: For each kind of call whose graph serves one batch size, or one value of a mask, why.
         totals: The model as a whole.
         output_sqnr_db: Output SQNR against float by timestep in dB, the noisiest timestep first.
         layers: One row a layer, in the order of the graph.
@@ -157,6 +158,7 @@ class Report:
     recipe: str
     backend: str
     timesteps: tuple[float, ...]
+    fixed: tuple[str, ...]
     totals: Totals
     output_sqnr_db: Mapping[float, float]
     layers: tuple[LayerReport, ...]
@@ -220,6 +222,7 @@ class Report:
         if self.timesteps:
             span = f", {min(self.timesteps):g} to {max(self.timesteps):g}" if len(self.timesteps) > 1 else ""
             lines.append(("calibrated", f"{len(self.timesteps)} timesteps{span}"))
+        lines += [("batch size", f"fixed, other calls get graphs of their own: {why}") for why in self.fixed]
         return "\n".join(f"{title:<12} {text}" for title, text in lines)
 
     def _layer_table(self, every: bool) -> str:
@@ -307,6 +310,7 @@ def report(model: nn.Module | Plan | str | Path) -> Report:
         recipe=plan.recipe,
         backend=plan.backend,
         timesteps=tuple(plan.timesteps),
+        fixed=tuple(dict.fromkeys(call.fixed for call in plan.calls if call.fixed is not None)),
         totals=_totals(plan, layers),
         output_sqnr_db=dict(plan.output_sqnr_db),
         layers=layers,

@@ -53,24 +53,25 @@ class InsertObservers(Pass):
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         observers: dict[tuple[fx.Node, int], fx.Node] = {}
+        keys: dict[fx.Node, str] = {}
         for node in list(graph.nodes):
             if LAYER not in node.meta or not self._observes(plan.layer(node.meta[LAYER])):
                 continue
             layer = plan.layer(node.meta[LAYER])
             value, axis = node.args[0], 1 if layer.kind == "conv" else -1
-            if value.target is torch.ops.fxquant.observe.default:
+            if torch.ops.fxquant.observe.default in (
+                value.target,
+                *(source.target for source in value.all_input_nodes),
+            ):
                 continue
             observer = observers.get((value, axis))
             if observer is None:
+                timestep = timestep_input(graph, plan.timestep)
                 with rewriter.before(node):
-                    observer = rewriter.call(
-                        torch.ops.fxquant.observe.default,
-                        (value, timestep_input(graph, plan.timestep), node.meta[LAYER], axis),
-                        sources=[value],
-                        name=f"{value.name}_observed",
-                    )
+                    observer = _observer(rewriter, value, timestep, node.meta[LAYER], axis)
                 observers[value, axis] = observer
-            layer.observed = str(observer.args[2])
+                keys[observer] = node.meta[LAYER]
+            layer.observed = keys[observer]
             rewriter.redirect(node, value, observer)
         for found in find_attentions(graph):
             entry = plan.attentions.get(found.name)
@@ -110,3 +111,36 @@ class InsertObservers(Pass):
     def _observes(self, layer: LayerPlan) -> bool:
         by_weight = self.weight_only and layer.kind == "linear" and layer.weight_bits is not None
         return layer.activation_bits is not None or by_weight
+
+
+def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, axis: int) -> fx.Node:
+    """The value, observed; one with its tokens first is shown to the observer with its samples first."""
+    batch = _batch_axis(value, timestep)
+
+    def swapped(of: fx.Node) -> fx.Node:
+        return rewriter.call(torch.ops.aten.transpose.int, (of, 0, batch), sources=[value], name=f"{of.name}_swapped")
+
+    seen = swapped(value) if batch else value
+    observer = rewriter.call(
+        torch.ops.fxquant.observe.default,
+        (seen, timestep, key, axis),
+        sources=[value],
+        name=f"{value.name}_observed",
+    )
+    return swapped(observer) if batch else observer
+
+
+def _batch_axis(value: fx.Node, timestep: fx.Node) -> int:
+    """The axis of a value that the samples are along: the leading one, unless that does not hold as many."""
+    steps, shape = timestep.meta["val"].shape, value.meta["val"].shape
+    if len(steps) != 1 or str(steps[0]) == "1":
+        return 0
+    size, leading = steps[0], shape[0]
+    if isinstance(size, int) and isinstance(leading, int):
+        leads = leading % size == 0
+    else:
+        leads = not isinstance(size, int) and not isinstance(leading, int)
+    inner = range(1, len(shape) - 1)
+    alike = [axis for axis in inner if str(shape[axis]) == str(size)]
+    open_axes = [axis for axis in inner if not isinstance(shape[axis], int)]  # A batch that nothing compared with time.
+    return 0 if leads else next(iter([*alike, *open_axes]), 0)

@@ -176,7 +176,7 @@ def test_an_untraceable_model_shows_its_own_line(way: Callable[[Tensor], Tensor]
     number = inspect.getsourcelines(way)[1] + 1
     assert f"line {number}, in {way.__name__}" in message
     assert line in message
-    assert "branch on shapes and options, not on tensor values" in message
+    assert "branch on shapes, options, masks and positions, not on tensor values" in message
 
 
 class InPlace(nn.Module):
@@ -242,6 +242,42 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.into.weight is parameter
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert read_tensors(found.module)["into.weight"].data_ptr() == parameter.data_ptr()
+
+
+def test_constants_of_one_graph_are_not_those_of_another() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.tables = [torch.arange(4.0), torch.randn(4, dtype=torch.complex128)]
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            size = torch.tensor([x.shape[1], 1.0])  # torch.export numbers such tensors, in each graph from 0.
+            return self.linear(x) * size[0] + self.tables[0] + self.tables[1].real.float()
+
+    model = Sized().eval()
+    traced = trace(model)
+    for tokens in (3, 5, 3):
+        x, step = sample(2, tokens), torch.arange(2)
+        assert torch.equal(traced(x, step), model(x, step))
+    names = [{name for name in read_tensors(graph) if "constant" in name} for graph in traced.graphs]
+    assert len(names) == 2
+    assert not names[0] & names[1]
+    assert {"tables_0", "tables_1"} <= set(traced.tensors())
+
+
+def test_a_layer_behind_a_dropout_that_nobody_reads_is_not_there() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.unread = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            F.dropout(self.unread(x), 0.1, training=self.training)
+            return self.read(x)
+
+    found = captured(Unread(), x=sample(2))
+    assert [node.meta[LAYER] for node in found.module.graph.nodes if LAYER in node.meta] == ["read"]
 
 
 def test_training_mode_is_refused() -> None:

@@ -125,6 +125,10 @@ FREE: dict[str, tuple[Body, set[str]]] = {
     "pad along tokens": (lambda m, x: F.pad(m.a(x), (0, 0, 1, 2)), {"a"}),
     "stack": (lambda m, x: torch.stack([m.a(x)[..., ::2], m.b(x)[..., ::2]], -1).flatten(-2), {"a", "b"}),
     "roll and flip along tokens": (lambda m, x: m.a(x).roll(2, dims=1).flip(1), {"a"}),
+    "repeat over heads": (
+        lambda m, x: tokens(heads(m.narrow(x), 2)[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1, 2)),
+        {"narrow"},
+    ),
     "repeat along tokens": (lambda m, x: m.a(x[:, :1]).repeat(1, T, 1), {"a"}),
     "repeat_interleave along tokens": (lambda m, x: m.a(x[:, :1]).repeat_interleave(T, dim=1), {"a"}),
     "index_select": (lambda m, x: m.a(x).index_select(1, torch.arange(T).flip(0)), {"a"}),

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, MissingTimestepError
+from fxquant.ir.ops import recording
+from fxquant.observers import Statistics
+from fxquant.pipeline import Pipeline
 from fxquant.plan import Plan
 from tests.passes.models import Patches, patches, planned
-from tests.support import golden, rewritten
+from tests.support import captured, golden, outputs, rewritten, text
 
 FLOAT = ("linear", [2, 4], 8, None, 0)
 
@@ -38,6 +43,29 @@ def test_before_and_after() -> None:
         return linear, linear_1
         """
     )
+
+
+def test_a_value_with_its_tokens_first_is_observed_by_sample() -> None:
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.q(x.transpose(0, 1))
+
+    model, x, timestep = TokensFirst().eval(), torch.randn(2, 5, 4), torch.tensor([1.0, 2.0])
+    plan, statistics = Plan("", "", "timestep"), Statistics()
+    module = captured(model, x=x, timestep=timestep).module
+    expected = outputs(module, x, timestep)[0]
+    Pipeline.parse("assign-precision{layers=all},insert-observers").run(module, plan)
+    before = text(module)
+    with recording(statistics.record), torch.no_grad():
+        assert torch.equal(module(x, timestep)[0], expected)
+    assert statistics.timesteps.tolist() == [1.0, 2.0]
+    torch.testing.assert_close(statistics["q"].absmax, x.abs().amax(dim=1))
+    Pipeline.parse("insert-observers").run(module, plan)
+    assert text(module) == before, "a second run changed the graph"
 
 
 def test_readers_of_one_value_share_a_key() -> None:

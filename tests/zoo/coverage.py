@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tests.zoo.audit import Audit
+from tests.zoo.kinds import KINDS, kinds
 from tests.zoo.models import CAPTURED, REFUSED, Entry
 
 HEAD = """\
@@ -18,11 +20,22 @@ not on this page. Nothing in fxquant knows any of these classes: the figures fol
 [channel rules](channel-rules.md) alone. `make coverage` writes this page, and the tests compare it.
 
 **linears** are those of the transformer blocks whose activations are quantized. Their factors vanish into weights
-(**free**), into a multiplication of one `[batch, channels]` vector (**vector**), or they would cost a multiplication
-of all tokens (**tokens**), which no recipe does unless asked. **nonlinear** counts those behind an activation function
-that no factor can pass, the second linear of a plain feed-forward network, which no algebra permits. **other** counts
-the rest, each with its reason below. **share** is (free + vector) / (linears - nonlinear).
+(**free**), or into a multiplication of one `[batch, channels]` vector (**vector**). **nonlinear** counts those behind
+an activation function that no factor can pass, the second linear of a plain feed-forward network, which no algebra
+permits. **other** counts the rest, each with its reason below; these could be multiplied at run time, on all tokens,
+which no recipe does unless it is told to (`dearest=tokens`). **share** is (free + vector) / (linears - nonlinear).
 
+"""
+
+BY_KIND = """\
+## By what the linears are for
+
+Read off the graph as well: what a linear reads and makes is followed to the next linear. A linear that makes both
+q, k, v and the first half of a feed-forward network counts as the former, one that reads attention and feed-forward
+together as an attention output.
+
+| kind | linears | free | vector | nonlinear | other | balanced |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -46,14 +59,26 @@ class Counts:
         return (self.free + self.vector) / (self.linears - self.nonlinear)
 
 
-def counts(audit: Audit) -> Counts:
-    """Count the linears of a model."""
+def counts(audit: Audit, kind: str | None = None) -> Counts:
+    """Count the linears of a model, or those of one kind."""
     costs: Counter[str] = Counter()
-    for layer in audit.plan.layers.values():
-        if layer.balance is not None:
+    kind_of = kinds(audit.found.module.graph) if kind else {}
+    for name, layer in audit.plan.layers.items():
+        if layer.balance is not None and kind_of.get(name) == kind:
             nonlinear = layer.balance.cost == "not" and (layer.balance.reason or "").endswith("is nonlinear")
             costs["nonlinear" if nonlinear else layer.balance.cost] += 1
-    return Counts(costs["free"], costs["vector"], costs["nonlinear"], costs["not"] + costs["tokens"])
+    return Counts(costs["free"], costs["vector"], costs["nonlinear"], costs["not"])
+
+
+def kind_row(audits: Iterable[Audit], kind: str) -> str:
+    """The line of a kind of linears in the second table."""
+    every = [counts(audit, kind) for audit in audits]
+    free, vector, nonlinear, other = (
+        sum(getattr(c, name) for c in every) for name in ("free", "vector", "nonlinear", "other")
+    )
+    linears = free + vector + nonlinear + other
+    share = f"{100 * (free + vector) / linears:.1f}%" if linears else ""
+    return f"| {kind} | {linears} | {free} | {vector} | {nonlinear} | {other} | {share} |"
 
 
 def exceptions(audit: Audit) -> list[str]:
@@ -61,7 +86,7 @@ def exceptions(audit: Audit) -> list[str]:
     found: dict[str, list[str]] = defaultdict(list)
     for name, layer in audit.plan.layers.items():
         balance = layer.balance
-        if balance is not None and balance.cost in ("not", "tokens") and not str(balance.reason).endswith("nonlinear"):
+        if balance is not None and balance.cost == "not" and not str(balance.reason).endswith("nonlinear"):
             reason = re.sub(r"\b([a-z_]+?)(?:_\d+)? \(([^)]*)\)", r"\2", str(balance.reason))
             found[_star(reason)].append(_star(name))
     return [f"{', '.join(f'`{name}`' for name in dict.fromkeys(names))}: {reason}" for reason, names in found.items()]
@@ -71,10 +96,22 @@ def _star(text: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "N", text)
 
 
+def title(entry: Entry) -> str:
+    """What a model is called in the table."""
+    return entry.name + entry.variant.replace("-", ", ", 1).replace("-", " ")
+
+
+def summary(models: int, balanced: int, permitted: int) -> str:
+    """The line above the table."""
+    return (
+        f"Over all {models} models, {balanced} of {permitted} linears that no activation function stands before "
+        f"are balanced, {100 * balanced / permitted:.1f}%."
+    )
+
+
 def row(entry: Entry, audit: Audit) -> str:
     """The line of a model in the table."""
-    c = counts(audit)
-    name = entry.name + entry.variant.replace("-", ", ")
+    c, name = counts(audit), title(entry)
     batch = "fixed" if audit.found.static_batch else "any"
     return (
         f"| {name} | {c.linears} | {c.free} | {c.vector} | {c.nonlinear} | {c.other} | {100 * c.share:.0f}% | {batch} |"
@@ -87,30 +124,36 @@ def page(audits: dict[Entry, Audit]) -> str:
     permitted = sum(c.linears - c.nonlinear for c in total)
     balanced = sum(c.free + c.vector for c in total)
     lines = [
-        HEAD
-        + f"Over all {len(audits)} models, {balanced} of {permitted} linears that no activation function stands before "
-        + f"are balanced, {100 * balanced / permitted:.1f}%.\n",
+        f"{HEAD}{summary(len(audits), balanced, permitted)}\n",
         "| class | linears | free | vector | nonlinear | other | share | batch size |",
         "|---|---|---|---|---|---|---|---|",
         *(row(entry, audit) for entry, audit in audits.items()),
         "",
+        BY_KIND + "\n".join(kind_row(audits.values(), kind) for kind in KINDS),
+        "",
         "## Why not the others",
         "",
         "A linear that reads the residual stream itself, or an input of the model, has nothing before it that could",
-        "take its factors without changing what others read.",
+        "take its factors without changing what others read. `N` is the number of a block, and a name that ends in an",
+        "operation, such as `transformer_blocks.N.add`, stands for that operation of the module.",
         "",
     ]
     for entry, audit in audits.items():
         lines += [f"- {entry.name}{entry.variant}: {line}" for line in exceptions(audit)]
     lines += [
         "",
-        "## Classes that cannot be captured",
+        "**batch size** is *fixed* where a graph serves one batch size and other calls get graphs of their own, which",
+        "share the weights. The report says so and why: a model branches on what a mask holds, or its code fixes it.",
         "",
-        "Their code branches on the values of tensors, and a graph has one path. fxquant says so, with the line.",
+        "## Models that cannot be captured",
+        "",
+        "Their code branches on values that they compute, and a graph has one path. fxquant says so, with the line.",
+        "HiDream's router sends each token to some experts; where each expert sees all tokens and its result is",
+        "weighted by the router, which is the same function, it is captured like any other (the row *all experts*).",
         "",
         *(f"- {name}, in `{where}`" for name, where in REFUSED.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-__all__ = ["CAPTURED", "counts", "exceptions", "page", "row"]
+__all__ = ["CAPTURED", "HEAD", "counts", "exceptions", "page", "row", "summary", "title"]

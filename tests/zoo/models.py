@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -210,7 +211,7 @@ def _omnigen(make: Maker) -> dict[str, Any]:
         "hidden_states": make.latents(4), "timestep": make.unit_time(),
         "input_ids": torch.randint(1, 100, (make.batch, make.prompt), generator=make.generator),
         "input_img_latents": [], "input_image_sizes": {},
-        "attention_mask": torch.ones(make.batch, tokens, tokens, dtype=torch.int64),
+        "attention_mask": make.ones(make.batch, tokens, tokens),  # Of integers, it overflows in float64.
         "position_ids": torch.arange(tokens)[None].repeat(make.batch, 1),
     }  # fmt: skip
 
@@ -234,6 +235,20 @@ def _own(make: Maker) -> dict[str, Any]:
 
 def _fuse(model: Any) -> None:
     model.fuse_qkv_projections()
+
+
+def _run_all_experts(model: Any) -> None:
+    """Let each expert see all tokens, weighted by the router: the same function, and no branch on what it computes."""
+
+    def all_experts(self: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        shape = len(x), self.num_activated_experts
+        shares = x.new_zeros(len(x), len(self.experts)).scatter(1, indices.view(shape), weights.view(shape))
+        outputs = [expert(x) * share for expert, share in zip(self.experts, shares.split(1, dim=1), strict=True)]
+        return sum(outputs[1:], outputs[0])
+
+    for module in model.modules():
+        if hasattr(module, "moe_infer"):
+            module.moe_infer = partial(all_experts, module)
 
 
 ENTRIES = [
@@ -858,17 +873,15 @@ ENTRIES = [
     ),
 ]
 
+_HIDREAM = next(entry for entry in ENTRIES if entry.name == "HiDreamImageTransformer2DModel")
+ENTRIES.append(replace(_HIDREAM, variant="-all-experts", after=_run_all_experts))
 _SD3 = next(entry for entry in ENTRIES if entry.name == "SD3Transformer2DModel")
 _FLUX1 = next(entry for entry in ENTRIES if entry.name == "FluxTransformer2DModel")
 _HUNYUAN = next(entry for entry in ENTRIES if entry.name == "HunyuanDiT2DModel")
 _SD3 = replace(_SD3, config=_SD3.config | {"dual_attention_layers": ()})  # diffusers cannot run these two together.
 ENTRIES += [replace(entry, variant="-fused", after=_fuse) for entry in (_SD3, _FLUX1, _HUNYUAN)]
 
-REFUSED = {
-    "Lumina2Transformer2DModel": "transformer_lumina2.py",
-    "HiDreamImageTransformer2DModel": "transformer_hidream_image.py",
-    "OmniGenTransformer2DModel": "transformer_omnigen.py",
-}
-"""Classes that branch on tensor values, which no graph can do, and the file that does."""
+REFUSED = {"HiDreamImageTransformer2DModel": "transformer_hidream_image.py"}
+"""Models that branch on values which they compute, which no graph can do, by their ids, and the file that does."""
 
-CAPTURED = [entry for entry in ENTRIES if entry.name not in REFUSED]
+CAPTURED = [entry for entry in ENTRIES if entry.name + entry.variant not in REFUSED]

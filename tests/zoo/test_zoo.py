@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 import fxquant
 from fxquant.errors import CaptureError
-from fxquant.observers import Statistics
 from tests.zoo.audit import STEPS, audit
-from tests.zoo.coverage import exceptions, row
+from tests.zoo.coverage import HEAD, exceptions, row, summary, title
+from tests.zoo.kinds import KINDS
 from tests.zoo.models import CAPTURED, ENTRIES, REFUSED, Entry
 
 COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
@@ -44,41 +44,66 @@ def test_absorption_is_exact_and_covers_what_the_page_says(entry: Entry) -> None
         assert f"- {entry.name}{entry.variant}: {line}\n" in page
 
 
+def quantize(entry: Entry, model: nn.Module, recipe: str) -> fxquant.GraphModel:
+    """The model by a recipe, calibrated at a few timesteps."""
+    return fxquant.compile(
+        model,
+        recipe=recipe,
+        calibrate=lambda: [run(model, entry.call(step=step, seed=seed)) for seed, step in enumerate(STEPS)],
+        timestep=entry.timestep,
+        measure=0,
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("entry", CAPTURED, ids=lambda entry: entry.id)
 def test_quantizes_and_runs_at_other_sizes(entry: Entry) -> None:
-    model, statistics = entry.model(), Statistics()
-    quantized = fxquant.compile(
-        model,
-        recipe="ptq4dit-w8a8",
-        calibrate=lambda: [run(model, entry.call(step=step, seed=seed)) for seed, step in enumerate(STEPS)],
-        timestep=entry.timestep,
-        statistics=statistics,
-        measure=0,
-    )
+    model = entry.model()
+    quantized = quantize(entry, model, "ptq4dit-w8a8")
+    fixed = quantized.captured[0].static_batch
+    assert (fixed is not None) == ("| fixed |" in line_of(entry))
+    assert fixed is None or fixed in fxquant.report(quantized).fixed
     floor = 20.0  # Random weights and a handful of samples; a wrong graph is below 0 dB.
-    others: list[dict[str, Any]] = [{"batch": 3}]
-    if entry.other_size is not None:
-        others.append({"size": entry.other_size})
-    if entry.other_prompt is not None:
-        others.append({"prompt": entry.other_prompt})
-    for options in others:
-        call = entry.call(seed=7, step=500.0, **options)
-        assert sqnr(run(quantized, call), run(model, call)) > floor, options
-    plan = quantized.plan
-    for layer in plan.layers.values():
-        if layer.weight_bits == 8 and layer.role == "block":
-            layer.weight_bits = 4
+    call = entry.call(3, seed=7, step=500.0)
+    assert sqnr(run(quantized, call), run(model, call)) > floor
+    assert len(quantized.graphs) == (1 if fixed is None else 2)
+    if entry.other_size is not None or entry.other_prompt is not None:
+        other = entry.call(3, seed=7, step=500.0, size=entry.other_size, prompt=entry.other_prompt)
+        assert sqnr(run(quantized, other), run(model, other)) > floor
+        assert len(quantized.graphs) == (2 if fixed is None else 3)
+    four = quantize(entry, model, "ptq4dit-w4a8")
     call = entry.call(seed=7, step=500.0)
-    four = fxquant.compile(model, plan=plan, timestep=entry.timestep)
     assert 3 < sqnr(run(four, call), run(model, call)) < sqnr(run(quantized, call), run(model, call))
+
+
+def line_of(entry: Entry) -> str:
+    """The row of a model on the page."""
+    name = title(entry)
+    return next(line for line in COVERAGE.read_text().splitlines() if line.startswith(f"| {name} |"))
+
+
+def test_the_page_is_whole() -> None:
+    """Its rows are compared one by one with what is found; here, that there are no others, and that they add up."""
+    page = COVERAGE.read_text()
+    assert page.startswith(HEAD)
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.endswith(("| any |", "| fixed |"))]
+    assert [cells[0].strip() for cells in rows] == [title(entry) for entry in CAPTURED]
+    linears, free, vector, nonlinear = (sum(int(cells[column]) for cells in rows) for column in (1, 2, 3, 4))
+    assert summary(len(rows), free + vector, linears - nonlinear) in page
+    kinds = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith(tuple(f"| {k} |" for k in KINDS))]
+    assert [cells[0].strip() for cells in kinds] == list(KINDS)
+    assert [sum(int(cells[column]) for cells in kinds) for column in (1, 2, 3, 4)] == [linears, free, vector, nonlinear]
+    for cells in kinds[:3]:  # q, k and v, attention outputs and first feed-forward linears.
+        assert (int(cells[2]) + int(cells[3])) / int(cells[1]) > 0.9, cells
+    for name, file in REFUSED.items():
+        assert f"- {name}, in `{file}`" in page
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_branches_on_values_is_refused_with_its_line(name: str) -> None:
     entry = next(entry for entry in ENTRIES if entry.name == name)
     model = entry.model()
-    with pytest.raises(CaptureError, match=r"torch\.export follows one path") as caught:
+    with pytest.raises(CaptureError, match="A graph is one path through the code") as caught:
         fxquant.compile(
             model,
             recipe="ptq4dit-w8a8",

@@ -213,20 +213,38 @@ def stack(node: fx.Node, want: Want) -> Outcome:
     return Push(pushed)
 
 
-@rule(aten.roll.default, aten.flip.default, aten.repeat.default, aten.tile.default, shifts=True)
+@rule(aten.repeat.default, aten.tile.default, shifts=True)
+def repeat(node: fx.Node, want: Want) -> Outcome:
+    """repeat, tile: the same; copies of one channel, as grouped-query heads make them, share theirs."""
+    source = source_of(node)
+    times: Any = argument(node, 1, "repeats" if node.target is aten.repeat.default else "dims")
+    rank = len(shape_of(source))
+    times = [1] * (want.scale.ndim - len(times)) + list(times)
+    sizes = [1] * (want.scale.ndim - rank) + list(shape_of(source))
+    ties = []
+    for axis, (time, size) in enumerate(zip(times, sizes, strict=True)):
+        if not want.varies(axis) or str(time) == "1":
+            continue
+        if static(size) is None or not isinstance(time, int):
+            return Barrier("how often channels are repeated depends on the input")
+        apart = [*want.scale.shape[:axis], time, size, *want.scale.shape[axis + 1 :]]
+        one = want.map(lambda array, apart=apart, axis=axis: np.take(array.reshape(apart), 0, axis=axis))  # type: ignore[misc]
+        if (np.expand_dims(one.offset, axis) != want.offset.reshape(apart)).any():
+            return Barrier("copies of one channel ask for different constant shifts")
+        ties.append((np.broadcast_to(np.expand_dims(one.scale, axis), apart), want.scale.reshape(apart)))
+        want = one
+    moved = want.map(lambda array: array.reshape(array.shape[array.ndim - rank :]))
+    return Push([(source, compress(moved))], ties=ties)
+
+
+@rule(aten.roll.default, aten.flip.default, shifts=True)
 def along_tokens(node: fx.Node, want: Want) -> Outcome:
-    """roll, flip, repeat, tile: the same, where the want does not differ along what they move."""
-    if node.target in (aten.roll.default, aten.flip.default):
-        axes = argument(node, 2 if node.target is aten.roll.default else 1, "dims", ())
-        moved = {axis_of(node, axis) for axis in axes} if axes else set(range(want.scale.ndim))
-    else:
-        times = argument(node, 1, "repeats" if node.target is aten.repeat.default else "dims")
-        extra = want.scale.ndim - len(times)
-        moved = {extra + axis for axis, time in enumerate(times) if time != 1}
+    """roll, flip: the same, where the want does not differ along what they move."""
+    axes = argument(node, 2 if node.target is aten.roll.default else 1, "dims", ())
+    moved = {axis_of(node, axis) for axis in axes} if axes else set(range(want.scale.ndim))
     if any(want.varies(axis) for axis in moved):
         return Barrier(f"{op_name(node)} moves the channels")
-    rank = len(shape_of(source_of(node)))
-    return Push([(source_of(node), want.map(lambda array: array.reshape(array.shape[array.ndim - rank :])))])
+    return Push([(source_of(node), want)])
 
 
 @rule(aten.masked_fill.Scalar)

@@ -1,0 +1,200 @@
+"""What a model's code may do while it is traced that ``torch.export`` alone would lose or refuse.
+
+Tracing runs the code on tensors without values. Code that asks for a value all the same, as
+``lengths = mask.sum(1).tolist()`` does, can be followed where the value is known: it was made from sizes and constants,
+or from an input whose value is given. The graph is then right for calls with that value of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+_KNOWN = "_fxquant_known"
+_MOST = 2**16  # Elements: lengths, masks and positions. What is larger decides nothing.
+_READS = (
+    *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose"),
+    *("__bool__", "__int__", "__float__", "__index__", "__contains__"),
+)
+_TAKES_NUMBERS = (
+    *("__getitem__", "__setitem__", "select", "narrow", "reshape", "view", "expand", "repeat", "tile", "split"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "repeat_interleave"),
+)
+_MAKES = ("zeros", "ones", "full", "arange", "linspace", "empty", "rand", "randn")
+_RANDOM = ("rand", "normal", "bernoulli", "dropout", "empty", "multinomial")
+_IN_PLACE = (
+    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
+    *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+)
+_FAILURES = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a traced tensor holds.
+
+    Attributes:
+        value: The same tensor with its values, on the CPU. Views of it are views, as they are of the traced one.
+        inputs: Names of the inputs that the values follow from.
+    """
+
+    value: Tensor
+    inputs: frozenset[str]
+
+    @property
+    def memory(self) -> int:
+        """Tells values apart that do not share memory."""
+        return self.value.untyped_storage().data_ptr()
+
+
+class Tracing(TorchFunctionMode):
+    """Lets a model's code read the values of integer and boolean tensors that are known, and notes where they are from.
+
+    It also reads ``tensor.data`` as ``tensor.detach()``, which shares memory likewise, but which tracing sees: what is
+    written into ``.data`` would otherwise be lost from the graph, without a word.
+
+    Attributes:
+        read: Names of the inputs whose values the code has read; what was traced is right for these values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[str] = set()
+        self._written: dict[int, frozenset[str]] = {}  # By memory, the inputs of what was written there.
+        self._stale: set[int] = set()  # Memory that holds what is not known.
+
+    @contextmanager
+    def knowing(
+        self,
+        model: nn.Module,
+        values: Mapping[str, Tensor],
+        inputs_of: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
+    ) -> Iterator[None]:
+        """Within it, calls of ``model`` are followed and know the values of some inputs.
+
+        Args:
+            model: The model that is traced.
+            values: The values, on the CPU, by name of the input.
+            inputs_of: From the keyword arguments of the traced call its tensors, by name of the input.
+        """
+
+        def enter(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            for name, tensor in inputs_of(kwargs).items():
+                if name in values:
+                    setattr(tensor, _KNOWN, Known(values[name], frozenset([name])))
+
+        handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            with self:
+                yield
+        finally:
+            handle.remove()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if name in _READS:
+            inputs = self._inputs(args, kwargs)
+            if inputs is not None:
+                self.read |= inputs
+                return _on_values(func, args, kwargs)
+        if name in _MAKES or name in _TAKES_NUMBERS:
+            first = 0 if name in _MAKES else 1  # A method is called on the first one.
+            args = (*args[:first], *pytree.tree_map(self._number, args[first:]))
+            kwargs = pytree.tree_map(self._number, kwargs)
+        result = func(*args, **kwargs)
+        written = kwargs.get("out", args[0] if args and _writes(name) else None)
+        if isinstance(written, Tensor) or any(map(is_followed, pytree.tree_leaves(result))):
+            self._follow(func, args, kwargs, result, written)
+        return result
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, written: Any) -> None:
+        """Do the same with the values, where they are known."""
+        inputs = self._inputs(args, kwargs)
+        values: Any = None
+        if any(word in getattr(func, "__name__", "") for word in _RANDOM):
+            inputs = None
+        if inputs is not None:
+            try:
+                values = _on_values(func, args, kwargs)
+            except _FAILURES:  # An op that takes no tensors with values: what comes of it is not known.
+                inputs = None
+        if isinstance(written, Tensor) and (target := getattr(written, _KNOWN, None)) is not None:
+            if inputs is None:
+                self._stale.add(target.memory)
+            else:
+                self._written[target.memory] = self._written.get(target.memory, frozenset()) | inputs
+        if inputs is not None:
+            for leaf, value in zip(pytree.tree_leaves(result), pytree.tree_leaves(values), strict=True):
+                if is_followed(leaf) and leaf is not written:
+                    setattr(leaf, _KNOWN, Known(value, inputs))
+
+    def _inputs(self, *arguments: Any) -> frozenset[str] | None:
+        """The inputs that the values of these arguments follow from; None if a value is not known."""
+        found: frozenset[str] = frozenset()
+        for leaf in _leaves(arguments):
+            if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                return None
+            if isinstance(leaf, Tensor):
+                known = self._known(leaf)
+                if known is None:
+                    return None
+                found |= known.inputs | self._written.get(known.memory, frozenset())
+        return found
+
+    def _known(self, tensor: Tensor) -> Known | None:
+        known: Known | None = getattr(tensor, _KNOWN, None)
+        return known if known is not None and known.memory not in self._stale else None
+
+    def _number(self, leaf: Any) -> Any:
+        """A size or bound that is a tensor of known value as the number that it is."""
+        if isinstance(leaf, slice):
+            return slice(self._number(leaf.start), self._number(leaf.stop), self._number(leaf.step))
+        if not isinstance(leaf, Tensor) or leaf.dim() or leaf.dtype is torch.bool or leaf.is_floating_point():
+            return leaf
+        inputs = self._inputs(leaf)
+        if inputs is None:
+            return leaf
+        self.read |= inputs
+        return int(_values(leaf))
+
+
+def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function on what tensors hold, outside of tracing."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        return func(*pytree.tree_map(_values, args), **pytree.tree_map(_values, kwargs))
+
+
+def _values(leaf: Any) -> Any:
+    if isinstance(leaf, slice):
+        return slice(_values(leaf.start), _values(leaf.stop), _values(leaf.step))
+    if isinstance(leaf, torch.device):
+        return torch.device("cpu")
+    return getattr(leaf, _KNOWN).value if isinstance(leaf, Tensor) else leaf
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    for leaf in pytree.tree_leaves(tree):
+        yield from (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,)
+
+
+def is_followed(leaf: Any) -> bool:
+    """Whether values of this are followed: those of integer and boolean tensors that are not large."""
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex():
+        return False
+    return all(isinstance(size, int) for size in leaf.shape) and leaf.numel() <= _MOST
+
+
+def _writes(name: str) -> bool:
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))

@@ -1,0 +1,64 @@
+"""Every registered recipe, with every rounding: compiled in one graph, exported, and independent of the batch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxquant
+from fxquant.model import GraphModel
+from fxquant.recipes import RECIPES, ROUNDINGS
+from tests.tiny import calibrate, inputs, make_dit, run
+
+PRECISIONS = ("w8a8", "w4a8-g8")
+NAMES = [f"{name}-{bits}" for name in RECIPES for bits in PRECISIONS]
+NAMES += [f"{name}-{rounding}-w4a8-g8" for name in RECIPES for rounding in ROUNDINGS]  # Other weights, no other graph.
+
+every_recipe = pytest.mark.parametrize("recipe", NAMES)
+
+
+@functools.cache
+def compiled(recipe: str) -> GraphModel:
+    model = make_dit()
+    return fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), measure=0)
+
+
+@every_recipe
+def test_it_compiles_without_a_graph_break_and_exports(recipe: str) -> None:
+    quantized = compiled(recipe)
+    call = inputs(timestep=None, seed=5)
+    with torch.no_grad():
+        expected = quantized(**call).sample
+        torch._dynamo.reset()
+        made = torch.compile(copy.deepcopy(quantized), backend="aot_eager", fullgraph=True)
+        assert torch.equal(made(**call).sample, expected)
+        (captured,) = quantized.captured
+        tensors = [call[name] for name, _ in captured.call.tensors]
+        program = torch.export.export(captured.module, tuple(tensors))
+        assert torch.equal(program.module()(*tensors)[0], expected)
+
+
+@every_recipe
+def test_a_mixed_batch_is_as_each_sample_alone(recipe: str) -> None:
+    quantized = compiled(recipe)
+    call = inputs(5, timestep=None, seed=6) | {"timestep": torch.tensor([999, 700, 500, 300, 0])}
+
+    def part(number: int) -> dict[str, Tensor]:
+        return {name: value[number : number + 1] for name, value in call.items()}
+
+    with torch.no_grad():
+        together = quantized(**call).sample
+        alone = [quantized(**part(number)).sample for number in range(5)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    assert len(quantized.graphs) == 1
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_fewer_bits_cost_quality_and_none_cost_all_of_it(name: str) -> None:
+    reference = run(make_dit(), seed=9)
+    errors = [float((run(compiled(f"{name}-{bits}"), seed=9) - reference).norm()) for bits in PRECISIONS]
+    assert 0 < errors[0] < errors[1] < float(reference.norm())

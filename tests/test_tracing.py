@@ -1,0 +1,155 @@
+"""Code that reads values while it is traced: followed where they are known, and right for these values alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.api import trace
+from fxquant.calls import CallSpec, TensorSpec
+from fxquant.capture import read_tensors
+from fxquant.errors import CaptureError
+
+Body = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Masked(nn.Module):
+    """A linear, and whatever a body makes of its result, a mask and the timestep."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])])
+        self.body = body
+
+    def forward(self, x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+        first, second = self.blocks[0]
+        return second(self.body(first(x), timestep, mask)) + timestep[:, None, None]
+
+
+def lengths(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+    """The prompts of a batch by their lengths, as Lumina 2 reads them."""
+    sizes = mask.sum(dim=1).tolist()
+    out = x.new_zeros(len(sizes), max(sizes), x.shape[-1])
+    for number, size in enumerate(sizes):
+        out[number, :size] = x[number, :size] * size
+    if len(set(sizes)) > 1:
+        out = out * 2
+    return out.repeat(1, 2, 1)[:, : x.shape[1]]
+
+
+def positions(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+    """A branch on the largest position, as OmniGen has one."""
+    return x if torch.max(mask) + 1 > 1 else -x
+
+
+def written(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+    """Values that are changed in place, through a view, before they are read."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    counts[1:] += mask.sum()
+    counts[0] = 1
+    return x * int(counts.max()) + counts.numpy().sum().item()
+
+
+def bounds(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+    """Tensors as bounds of slices and as sizes."""
+    top = mask[0].sum() + 1
+    part = x[:, : top - 1]
+    rest = x.new_zeros(x.shape[0], x.shape[1] - top + 1, 4)
+    return torch.cat([part, rest if top > 3 else rest + 1], dim=1)
+
+
+def call(batch: int = 2, size: int = 3) -> dict[str, Tensor]:
+    mask = torch.ones(batch, 5, dtype=torch.int64)
+    mask[0, size:] = 0
+    return {"x": torch.randn(batch, 5, 4), "timestep": torch.arange(float(batch)), "mask": mask}
+
+
+@pytest.mark.parametrize("body", [lengths, positions, written, bounds])
+def test_values_of_a_mask_are_followed(body: Body) -> None:
+    model = Masked(body).eval()
+    traced = trace(model)
+    first, other, larger = call(), call(size=2), call(3)
+    for made in (first, first | {"x": torch.randn(2, 5, 4)}, other, larger, first):
+        with torch.no_grad():
+            torch.testing.assert_close(traced(**made), model(**made), rtol=1e-6, atol=1e-6)
+    assert len(traced.graphs) == 3  # One for each mask, used again.
+    assert "values of mask" in traced.captured[0].static_batch
+    weights = {read_tensors(graph)["blocks.0.0.weight"].data_ptr() for graph in traced.graphs}
+    assert weights == {model.blocks[0][0].weight.data_ptr()}
+
+
+def test_a_quantized_model_says_so_and_is_saved_and_loaded(tmp_path: Any) -> None:
+    model = Masked(lengths).eval()
+    calls = [call(), call(size=2)]
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: [model(**made) for made in calls])
+    assert len(quantized.graphs) == 2
+    assert "branches on the values of mask" in str(fxquant.report(quantized))
+    fxquant.save(quantized, tmp_path / "q")
+    loaded = fxquant.load(tmp_path / "q", model=model)
+    for made in (*calls, call(3), call(size=4)):
+        assert torch.equal(loaded(**made), quantized(**made))
+    assert "branches on the values of mask" in str(fxquant.report(loaded))
+
+
+def test_values_that_are_not_read_are_not_held() -> None:
+    def shaped(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+        height, width = torch.tensor([x.shape[1], x.shape[2]]).tolist()  # Sizes are known without any input.
+        return (x * mask[:, :, None]).reshape(-1, height * width).reshape(-1, height, width)
+
+    model = Masked(shaped).eval()
+    traced = trace(model)
+    for made in (call(), call(size=2), call(4)):
+        assert torch.equal(traced(**made), model(**made))
+    assert len(traced.graphs) == 1
+    assert traced.captured[0].static_batch is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, timestep, mask: x if timestep.long().sum() > 3 else -x,
+        lambda x, timestep, mask: x[:, : int(mask.sum() * x.argmax())],
+    ],
+    ids=["the timestep", "an activation"],
+)
+def test_what_is_never_held(body: Body) -> None:
+    """A graph for each timestep would be one for each step; what the model computes is not known when it is traced."""
+    model = Masked(body).eval()
+    with pytest.raises(CaptureError, match=r"(?s)test_tracing.py.*choose with torch.where"):
+        trace(model)(**call() | {"timestep": torch.tensor([1, 2])})
+
+
+def test_many_graphs_for_values_are_told_once() -> None:
+    traced = trace(Masked(positions).eval())
+    made = call()
+
+    def capture(number: int) -> None:
+        with torch.no_grad():
+            traced(**made | {"mask": made["mask"] * number})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(7):
+            capture(number)
+    with pytest.warns(UserWarning, match=r"8 graphs.*values of mask"):
+        capture(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture(8)
+
+
+def test_a_spec_with_values_is_written_and_read() -> None:
+    spec = CallSpec(("mask",), (TensorSpec((2, 2), torch.bool, (1, 0, 1, 1)),), {"mask": 0}, "because")
+    again = CallSpec.from_json(spec.to_json())
+    assert again == spec
+    assert again.fixed == "because"
+    assert again.fits(("mask",), [torch.tensor([[True, False], [True, True]])])
+    assert not again.fits(("mask",), [torch.tensor([[True, True], [True, True]])])
+    assert torch.equal(again.held["mask"], torch.tensor([[True, False], [True, True]]))

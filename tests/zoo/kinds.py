@@ -1,0 +1,75 @@
+"""What each linear of a block is for, read off the graph: no names of modules, no table of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+from fxquant.capture import LAYER
+
+aten = torch.ops.aten
+
+QKV, OUTPUT, FIRST, SECOND, OTHER = (
+    "q, k, v",
+    "attention output",
+    "first feed-forward",
+    "second feed-forward",
+    "other",
+)
+KINDS = (QKV, OUTPUT, FIRST, SECOND, OTHER)
+
+_ATTENTION = (
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.matmul.default,
+    aten.bmm.default,
+)
+_ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
+
+
+def kinds(graph: fx.Graph) -> dict[str, str]:
+    """The kind of each linear, by layer name.
+
+    What a linear reads or makes is followed to the next linear. One that reads what attention made is its output
+    projection, even where it reads the feed-forward part too; one that reads what an activation function made is a
+    second feed-forward linear; one whose result goes into attention makes q, k or v; one whose result goes into an
+    activation function, or is multiplied by the result of one, is a first feed-forward linear.
+    """
+    found = {}
+    for node in graph.nodes:
+        if LAYER in node.meta and node.target is aten.linear.default:
+            before = set(_reach(node.args[0], lambda other: other.all_input_nodes))
+            after = [other for user in node.users for other in _reach(user, lambda other: list(other.users))]
+            found[node.meta[LAYER]] = _kind(before, after)
+    return found
+
+
+def _kind(before: Iterable[fx.Node], after: Iterable[fx.Node]) -> str:
+    sources = {node.target for node in before}
+    if not sources.isdisjoint(_ATTENTION):
+        return OUTPUT
+    if not sources.isdisjoint(_ACTIVATIONS):
+        return SECOND
+    readers = list(after)
+    if any(node.target in _ATTENTION for node in readers):
+        return QKV
+    gated = (node for reader in readers if reader.target is aten.mul.Tensor for node in reader.all_input_nodes)
+    if any(node.target in _ACTIVATIONS for node in (*readers, *gated)):
+        return FIRST
+    return OTHER
+
+
+def _reach(start: fx.Node, following: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
+    """The nodes from ``start`` on, up to linears, convolutions and norms."""
+    seen: dict[fx.Node, None] = {}
+    left = [start]
+    while left:
+        node = left.pop()
+        ends = LAYER in node.meta or node.target in (aten.layer_norm.default,) or node.op in ("placeholder", "output")
+        if node not in seen and not ends:
+            seen[node] = None
+            left += following(node)
+    return list(seen)
