@@ -97,7 +97,7 @@ class GPTQ:
         if kept != key:
             rewriter.memo.pop("feedback", None)
             try:
-                feedback = ErrorFeedback.of(_moments(name, plan), self.damping, self.activation_order)
+                feedback = ErrorFeedback.of(_moments(name, plan, "GPTQ"), self.damping, self.activation_order)
             except NonFiniteError as error:
                 raise NonFiniteError(f"layer {name}: {error}") from None
             rewriter.memo["feedback"] = key, feedback
@@ -117,7 +117,7 @@ class AdaRound:
         assert layer.weight_bits is not None
         return adaround(
             values,
-            _moments(name, plan),
+            _moments(name, plan, "AdaRound"),
             bits=layer.weight_bits,
             group_size=layer.group_size,
             symmetric=symmetric,
@@ -125,12 +125,12 @@ class AdaRound:
         )
 
 
-def _moments(name: str, plan: Plan) -> Tensor:
-    plan.evidence(plan.layer(name).observed or name, f"layer {name!r} is rounded by the moments of its input")
+def _moments(name: str, plan: Plan, method: str) -> Tensor:
+    plan.evidence(plan.layer(name).observed or name, f"layer {name!r} is rounded by {method}")
     together = moments(plan, name)
     if together is None:
         raise CalibrationError(
-            f"layer {name!r} is rounded by the second moments of its input, and there are none; let calibration "
+            f"layer {name!r} is rounded by {method} and there are no second moments of its input; let calibration "
             "record them, or choose rounding=nearest"
         )
     return together

@@ -52,30 +52,46 @@ class ErrorFeedback:
         """
         squares = moments.diagonal().to(torch.float32).clone()
         order = squares.argsort(descending=True, stable=True) if activation_order else torch.arange(len(squares))
-        dead = (squares == 0).cpu().numpy()[order.cpu().numpy()]
-        matrix = moments.detach().cpu().double().numpy()[np.ix_(order.cpu().numpy(), order.cpu().numpy())]
-        if not np.isfinite(matrix).all():
+        backwards = order.cpu().numpy()[::-1]
+        matrix = moments.detach().cpu().double().numpy()[np.ix_(backwards, backwards)]
+        del moments  # As large as everything else here together; the caller may have let go of it.
+        diagonal = matrix.diagonal().copy()
+        if not (np.isfinite(matrix.min()) and np.isfinite(matrix.max())):
             raise NonFiniteError("the second moments of a layer's input hold NaN or infinity")
-        matrix[dead, dead] = 1.0  # Nothing was seen of these: they are rounded to nearest, for themselves.
-        share = damping * float(matrix.diagonal().mean())
+        dead = diagonal == 0
+        diagonal[dead] = 1.0  # Nothing was seen of these: they are rounded to nearest, for themselves.
+        share = damping * float(diagonal.mean())
         for attempt in range(_DAMPINGS):
-            factor = _inverse_factor(matrix + np.eye(len(matrix)) * share * 10.0**attempt)
+            if attempt:
+                for row in range(len(matrix)):  # Half of it is as it was.
+                    matrix[row, row + 1 :] = matrix[row + 1 :, row]
+            np.fill_diagonal(matrix, diagonal + share * 10.0**attempt)
+            factor = _inverse_factor(matrix)
             if factor is not None:
-                return cls(order, torch.from_numpy(factor).to(torch.float32), squares)
+                return cls(order, torch.from_numpy(factor), squares)
         raise NonFiniteError(
             f"the second moments of a layer's input cannot be factorized even with {damping * 10 ** (_DAMPINGS - 1):g} "
             "of their mean on the diagonal; calibrate with more or other samples, or round this layer to nearest"
         )
 
 
-def _inverse_factor(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
-    """U, upper triangular, with ``U^T U`` the inverse of the matrix; None if that is not positive definite."""
-    # With both axes reversed a Cholesky factor is that of matrix = R R^T with R upper triangular, and U = R^-1.
-    reversed_, failed = lapack.dpotrf(np.asfortranarray(matrix[::-1, ::-1]), lower=1, overwrite_a=1)
+def _inverse_factor(backwards: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
+    """U, upper triangular, with ``U^T U`` the inverse of a matrix; None if that is not positive definite.
+
+    Args:
+        backwards: The matrix with both axes reversed. Its strict lower triangle stays as it is, what else there is, the
+            diagonal above all, is overwritten: a matrix may be too large for a copy.
+    """
+    # Reversed, a Cholesky factor L is that of matrix = R R^T with R upper triangular, and U = R^-1 is L^-1 reversed.
+    # LAPACK works in place on the transpose, which has the order of elements that it wants.
+    lower, failed = lapack.dpotrf(backwards.T, lower=1, clean=0, overwrite_a=1)
     if failed:
         return None
-    inverse, failed = lapack.dtrtri(np.asfortranarray(reversed_[::-1, ::-1]), lower=0, overwrite_c=1)
-    return None if failed or not np.isfinite(inverse).all() else np.triu(inverse)
+    lower, failed = lapack.dtrtri(lower, lower=1, overwrite_c=1)
+    if failed:
+        return None
+    factor = np.triu(lower[::-1, ::-1].astype(np.float32))
+    return factor if np.isfinite(factor).all() else None
 
 
 def gptq(

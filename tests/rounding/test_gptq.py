@@ -99,6 +99,20 @@ def test_fewer_rows_than_channels_are_enough():
     assert ours < 0.2 * theirs
 
 
+def test_damping_grows_until_the_moments_can_be_factorized():
+    # The least eigenvalue is -0.5 of the mean: 0.01 and 0.1 are too little, 1 is enough.
+    basis, _ = torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    values = torch.linspace(-0.5, 2.5, 30, dtype=torch.float64)
+    moments = basis @ torch.diag(values) @ basis.T
+    moments = (moments + moments.T) / 2
+    found = ErrorFeedback.of(moments, 0.01)
+    damped = moments + moments.diagonal().mean() * torch.eye(30, dtype=torch.float64)
+    expected = torch.linalg.inv(damped[found.order][:, found.order])
+    factor = found.factor.double()
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_moments_that_cannot_be_used():
     broken = torch.eye(4)
     broken[1, 2] = torch.nan
