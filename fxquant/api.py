@@ -143,6 +143,8 @@ def compile(
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
     made.statistics = calibration.statistics
+    if made.statistics.transient:
+        made.statistics.seal()
     made.workspace = None if resume is None else Path(resume)
     made.bytes_before = tensor_bytes(weights)
     try:

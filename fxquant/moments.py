@@ -27,6 +27,8 @@ class SecondMoments:
         channels: C.
         bands: Rows of the upper triangle of the sums of x x^T: band i is ``[256, C - 256 i]`` float32, the last one
             lower, on the device of the values.
+        scale: Once :meth:`seal` was called, the roots of the diagonal, float32 ``[C]``; the bands are float16 then, of
+            correlations.
         sums: By timestep the sum of the rows, float64 ``[C]``.
         counts: By timestep the number of rows.
     """
@@ -35,11 +37,13 @@ class SecondMoments:
         self.channels = channels
         starts = range(0, channels, _BAND)
         self.bands = [torch.zeros(min(_BAND, channels - i), channels - i, device=device) for i in starts]
+        self.scale: Tensor | None = None
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
 
     def add(self, rows: Tensor, timestep: float) -> None:
         """Take in rows ``[n, C]`` seen at one timestep."""
+        assert self.scale is None, "sealed moments take nothing in"
         rows = rows.to(torch.float32)
         for number, band in enumerate(self.bands):
             right = rows[:, number * _BAND :]
@@ -57,10 +61,26 @@ class SecondMoments:
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
             self.counts[timestep] = self.counts.get(timestep, 0) + other.counts[timestep]
 
+    def seal(self) -> None:
+        """Take half the room: from now on nothing can be added.
+
+        Correlations, -1 to 1, are rounded to float16, by at most 2^-12 of the two channels' root mean squares: far less
+        than what another sample of rows would change.
+        """
+        if self.scale is not None:
+            return
+        diagonal = torch.cat([band.diagonal() for band in self.bands])
+        self.scale = diagonal.sqrt()
+        inverse = torch.where(self.scale > 0, 1 / self.scale, 0.0)
+        for number, band in enumerate(self.bands):
+            start = number * _BAND
+            band.mul_(inverse[start : start + len(band), None]).mul_(inverse[start:])
+            self.bands[number] = band.to(torch.float16)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 4 * sum(band.numel() for band in self.bands) + 8 * len(self.sums) * self.channels
+        return sum(band.nbytes for band in self.bands) + 8 * len(self.sums) * self.channels
 
     @property
     def matrix(self) -> Tensor:
@@ -68,8 +88,14 @@ class SecondMoments:
         whole = torch.empty(self.channels, self.channels, dtype=torch.float64, device=self.bands[0].device)
         for number, band in enumerate(self.bands):
             start = number * _BAND
-            whole[start : start + len(band), start:] = band
-            whole[start:, start : start + len(band)] = band.T
+            stop = start + len(band)
+            rows = whole[start:stop, start:]
+            rows.copy_(band)
+            if self.scale is not None:
+                rows.mul_(self.scale[start:stop, None]).mul_(self.scale[start:])
+            square = whole[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            whole[stop:, start:stop] = whole[start:stop, stop:].T
         return whole
 
     def of(self, factor: Tensor | None = None, shifts: Mapping[float, Tensor] | None = None) -> Tensor:

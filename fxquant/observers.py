@@ -546,6 +546,12 @@ class Statistics(Mapping[str, ChannelStatistics]):
             ours.merge(other[key])
         self._by_key.update(merged)
 
+    def seal(self) -> None:
+        """Let second moments take half the room; nothing can be recorded, merged or saved after that."""
+        for statistics in self._by_key.values():
+            if statistics.moments is not None:
+                statistics.moments.seal()
+
     @property
     def timesteps(self) -> Tensor:
         """Timesteps that any key saw, ascending: ``[T]`` float64."""

@@ -82,3 +82,19 @@ def test_half_of_the_matrix_is_kept_whatever_its_size(channels, tmp_path):
     statistics.save(tmp_path / "statistics.safetensors")
     again = Statistics.load(tmp_path / "statistics.safetensors")["a"].moments
     assert torch.equal(again.matrix, found.matrix)
+
+
+@pytest.mark.parametrize("channels", [3, 257, 300])
+def test_sealed_they_take_half_the_room_and_stay_what_they_were(channels):
+    x = torch.randn(500, channels, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, channels)
+    x[:, 1] = 0.0
+    moments = SecondMoments(channels)
+    moments.add(x, 3.0)
+    before, size = moments.matrix, moments.nbytes
+    moments.seal()
+    moments.seal()
+    assert moments.nbytes < 0.52 * size + 8 * channels
+    root = before.diagonal().sqrt()
+    assert ((moments.matrix - before).abs() <= 2**-11 * root * root[:, None] * (1 + 1e-6)).all()
+    assert torch.equal(moments.matrix, moments.matrix.T)
+    torch.testing.assert_close(moments.matrix.diagonal(), before.diagonal(), rtol=1e-3, atol=0)
