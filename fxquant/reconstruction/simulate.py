@@ -19,7 +19,6 @@ from fxquant.reconstruction.cache import Values
 from fxquant.reconstruction.segments import Segment
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
-_LINEAR = torch.ops.aten.linear.default
 
 Replace = Callable[[fx.Node, tuple[Any, ...]], Any]
 """Gets a node with the values of its arguments; returns its value, or ``NotImplemented`` to run it as it is."""
@@ -44,7 +43,7 @@ def run_segment(module: fx.GraphModule, segment: Segment, values: Mapping[fx.Nod
         args, kwargs = map_arg(node.args, value_of), map_arg(dict(node.kwargs), value_of)
         value = replace(node, args)
         if value is NotImplemented:
-            function: Any = _affine if node.target is _AFFINE else node.target
+            function: Any = _DIFFERENTIABLE.get(node.target, node.target)
             value = function(*args, **kwargs)
         held[node] = value
         for source in node.all_input_nodes:
@@ -58,9 +57,17 @@ def as_it_is(node: fx.Node, args: tuple[Any, ...]) -> Any:
     return NotImplemented
 
 
+def _copy(old: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(old.device, old.dtype).expand(old.shape)
+
+
 def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     y = x * scale
     return (y if shift is None else y + shift).to(x.dtype)
+
+
+_DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {_AFFINE: _affine, torch.ops.aten.copy.default: _copy}
+"""Ops without a derivative, and the same in ops that have one."""
 
 
 class LearnedSteps(nn.Module):
