@@ -25,6 +25,7 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.model import GraphModel
 from fxquant.observers import Statistics
 from fxquant.plan import Plan
+from fxquant.recipes import make_recipe
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline, run
 
 IMAGES: dict[str, Any] = {"class_labels": [1, 7], "num_inference_steps": 3, "output_type": "np"}
@@ -576,3 +577,17 @@ def test_on_a_gpu(quantized: GraphModel, other_size: dict[str, Tensor], tmp_path
         assert torch.isfinite(traced(**on_gpu(inputs())).sample).all()
         again = traced.cpu()(**inputs()).sample
         assert torch.equal(again, fxquant.trace(make_dit())(**inputs()).sample)
+
+
+def test_another_recipe_decides_from_the_same_statistics() -> None:
+    model, statistics = make_dit(), Statistics()
+    first = fxquant.compile(model, recipe="rtn-w4a8", calibrate=calibrate(model), statistics=statistics, measure=0)
+    other = str(make_recipe("ptq4dit-w4a8"))
+    plan = first.plan.undecided(other)
+    assert all(layer.activation is None and layer.balance is None for layer in plan.layers.values())
+    again = fxquant.compile(model, plan=plan, statistics=statistics)
+    direct = fxquant.compile(model, recipe="ptq4dit-w4a8", calibrate=calibrate(model), measure=0)
+    assert torch.equal(run(again, seed=4), run(direct, seed=4))
+    assert again.plan.layers == direct.plan.layers
+    assert first.plan.recipe != other  # The first plan stays as it was.
+    assert all(layer.activation is not None for layer in first.plan.layers.values() if layer.activation_bits)
