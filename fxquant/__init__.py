@@ -7,9 +7,10 @@ if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.checkpoint import load, save
     from fxquant.errors import FxquantError, QualityWarning
+    from fxquant.observers import Statistics
     from fxquant.pipelines import load_pipeline, save_pipeline
     from fxquant.plan import Plan
-    from fxquant.recipes import Recipe
+    from fxquant.recipes import Recipe, make_recipe
     from fxquant.reports import Report, report
 
 __version__ = "0.1.0.dev0"
@@ -20,9 +21,11 @@ __all__ = [
     "QualityWarning",
     "Recipe",
     "Report",
+    "Statistics",
     "compile",
     "load",
     "load_pipeline",
+    "make_recipe",
     "report",
     "save",
     "save_pipeline",
@@ -36,9 +39,11 @@ _HOMES = {
     "QualityWarning": "errors",
     "Recipe": "recipes",
     "Report": "reports",
+    "Statistics": "observers",
     "compile": "api",
     "load": "checkpoint",
     "load_pipeline": "pipelines",
+    "make_recipe": "recipes",
     "report": "reports",
     "save": "checkpoint",
     "save_pipeline": "pipelines",
