@@ -25,18 +25,16 @@ class SecondMoments:
 
     Attributes:
         channels: C.
-        bands: Rows of the upper triangle of the sums of x x^T: band i is ``[256, C - 256 i]`` float32, the last one
-            lower, on the device of the values.
-        scale: Once :meth:`seal` was called, the roots of the diagonal, float32 ``[C]``; the bands are float16 then, of
-            correlations.
+        scale: Once :meth:`seal` was called, the roots of the diagonal, float32 ``[C]``; what is held are correlations in
+            float16 then, and sums of x x^T in float32 before.
         sums: By timestep the sum of the rows, float64 ``[C]``.
         counts: By timestep the number of rows.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.channels = channels
-        starts = range(0, channels, _BAND)
-        self.bands = [torch.zeros(min(_BAND, channels - i), channels - i, device=device) for i in starts]
+        # All in one piece: small pieces would leave holes in memory behind when they are let go of.
+        self._held = torch.zeros(sum(rows * columns for rows, columns in _shapes(channels)), device=device)
         self.scale: Tensor | None = None
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
@@ -57,7 +55,7 @@ class SecondMoments:
         for ours, theirs in zip(self.bands, other.bands, strict=True):
             ours.add_(theirs.to(ours.device))
         for timestep, sums in other.sums.items():
-            total = sums.to(self.bands[0].device)
+            total = sums.to(self._held.device)
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
             self.counts[timestep] = self.counts.get(timestep, 0) + other.counts[timestep]
 
@@ -69,23 +67,28 @@ class SecondMoments:
         """
         if self.scale is not None:
             return
-        diagonal = torch.cat([band.diagonal() for band in self.bands])
-        self.scale = diagonal.sqrt()
+        bands = self.bands
+        self.scale = torch.cat([band.diagonal() for band in bands]).sqrt()
         inverse = torch.where(self.scale > 0, 1 / self.scale, 0.0)
-        for number, band in enumerate(self.bands):
+        self._held = torch.empty_like(self._held, dtype=torch.float16)
+        for number, (sealed, band) in enumerate(zip(self.bands, bands, strict=True)):
             start = number * _BAND
-            band.mul_(inverse[start : start + len(band), None]).mul_(inverse[start:])
-            self.bands[number] = band.to(torch.float16)
+            sealed.copy_(band * inverse[start : start + len(band), None] * inverse[start:])
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(band.nbytes for band in self.bands) + 8 * len(self.sums) * self.channels
+        return self._held.nbytes + 8 * len(self.sums) * self.channels
+
+    @property
+    def bands(self) -> list[Tensor]:
+        """Rows of the upper triangle: band i is ``[256, C - 256 i]``, the last one lower; views."""
+        return _pieces(self._held, _shapes(self.channels))
 
     @property
     def matrix(self) -> Tensor:
         """The sums of x x^T, float64 ``[C, C]``, put together anew."""
-        whole = torch.empty(self.channels, self.channels, dtype=torch.float64, device=self.bands[0].device)
+        whole = torch.empty(self.channels, self.channels, dtype=torch.float64, device=self._held.device)
         for number, band in enumerate(self.bands):
             start = number * _BAND
             stop = start + len(band)
@@ -132,7 +135,7 @@ class SecondMoments:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all that a file has to hold."""
-        yield "moments", torch.cat([band.flatten() for band in self.bands]).cpu()
+        yield "moments", self._held.cpu()
         yield "moment_timesteps", torch.tensor(list(self.sums), dtype=torch.float64)
         yield "moment_sums", torch.stack([*self.sums.values()]).cpu()
         yield "moment_counts", torch.tensor([*self.counts.values()], dtype=torch.int64)
@@ -149,15 +152,18 @@ class SecondMoments:
         if sums.dim() != 2 or len(sums) != len(steps) or not sums.shape[1]:
             raise ValueError("second moments and their sums do not fit together")
         found = cls(sums.shape[1])
-        pieces = _pieces(tensors["moments"], [band.shape for band in found.bands])
-        found.bands = [piece.clone() for piece in pieces]
+        if tensors["moments"].shape != found._held.shape:
+            raise ValueError("second moments and their sums do not fit together")
+        found._held = tensors["moments"].clone()
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
         return found
 
 
-def _pieces(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    sizes = [shape.numel() for shape in shapes]
-    if flat.shape != (sum(sizes),):
-        raise ValueError("second moments and their sums do not fit together")
-    return [piece.reshape(shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
+def _shapes(channels: int) -> list[tuple[int, int]]:
+    return [(min(_BAND, channels - start), channels - start) for start in range(0, channels, _BAND)]
+
+
+def _pieces(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    parts = flat.split([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
