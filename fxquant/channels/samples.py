@@ -30,7 +30,7 @@ class Samples:
     def __init__(self, timestep: fx.Node | None, rules: Mapping[Any, Rule]) -> None:
         self._timestep, self._rules = timestep, rules
         self._places: dict[fx.Node, Want | None] = {}  # None where they are lost.
-        shape = () if timestep is None else timestep.meta["val"].shape
+        shape = [] if timestep is None else list(timestep.meta["val"].shape)
         size = shape[0] if len(shape) == 1 else 1
         self._open = not isinstance(size, int)
         self._count = 2 if self._open else size
