@@ -31,7 +31,10 @@ def reshape_back(want: Want, output: Sequence[Any], source: Sequence[Any]) -> Wa
     spread: list[int] = []
     target: list[int] = []
     for out_axes, src_axes in runs:
-        if any(want.varies(axis) for axis in out_axes):
+        if len(out_axes) == len(src_axes) == 1:
+            spread.append(want.scale.shape[out_axes[0]])
+            target.append(spread[-1])
+        elif any(want.varies(axis) for axis in out_axes):
             sizes = [static(output[axis]) for axis in out_axes]
             source_sizes = [static(source[axis]) for axis in src_axes]
             if None in sizes or None in source_sizes:

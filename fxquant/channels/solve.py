@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from fxquant.channels.layouts import settle_unread, spread_over_unread
 from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, op_name, outcome, shape_of
+from fxquant.channels.samples import Samples
 from fxquant.channels.wants import (
     IDENTITY,
     UNREAD,
@@ -38,7 +39,7 @@ from fxquant.channels.wants import (
     Want,
 )
 from fxquant.ir.rewriter import place_of
-from fxquant.timesteps import TimeTable, unfit
+from fxquant.timesteps import TimeTable
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 _MANY = 2**20  # Positions that nobody reads; above that, a variable for each would take more room than it is worth.
@@ -272,7 +273,7 @@ class _Walk:
         self.graph = graph
         self.request = request
         self.rules = request.rules
-        self.timestep = timestep if request is Request.SHIFT else None
+        self.samples = Samples(timestep if request is Request.SHIFT else None, self.rules)
         self.seeds = seeds
         self.dearest = dearest
         self.batch = _batch_hint(graph)
@@ -292,6 +293,7 @@ class _Walk:
             shape = [1] * len(shape_of(seed.value))
             shape[seed.axis] = seed.channels
             ids = np.arange(first, first + seed.channels, dtype=np.int64).reshape(shape)
+            self.samples.start(seed.value)
             for reader in seed.readers:
                 self.wants[seed.value][reader].append(Want.of(ids))
             total = max(total, first + seed.channels)
@@ -362,13 +364,14 @@ class _Walk:
                 self._tie(left, right, found.reason)
             want = found.want
             found = outcome(node, want, self.rules)
-        if isinstance(found, End) and (reason := self._not_by_sample(node)) is not None:
+        if isinstance(found, End) and (reason := self.samples.unfit(node)) is not None:
             found = Barrier(reason)
         if isinstance(found, Choose):
             found = min(found.ways, key=lambda way: self._price(node, way))
         if isinstance(found, Push):
             for left, right in found.ties:
                 self._tie(left, right, f"{op_name(node)} leaves part of it as it is")
+            self.samples.follow(node, [source for source, _ in found.inputs])
             for source, pushed in found.inputs:
                 self.wants[source][node].append(pushed)
                 if node.target in _MIXED and source is node.args[_MIXED[node.target]]:
@@ -451,15 +454,11 @@ class _Walk:
             else:
                 elements *= _hint(size)
         if self.request is not Request.FACTOR and (
-            node.op == "get_attr" or not value.dim() or want.varies(0) or self._not_by_sample(node) is not None
+            node.op == "get_attr" or not value.dim() or want.varies(0) or self.samples.unfit(node) is not None
         ):
             return Cost.NOT
         vector = elements <= self.batch and (axes <= 1 or node not in self.tokens)
         return Cost.VECTOR if vector else Cost.TOKENS
-
-    def _not_by_sample(self, node: fx.Node) -> str | None:
-        """Why the value of a node cannot get a shift for each sample, or None."""
-        return None if self.timestep is None else unfit(self.timestep, node.meta["val"])
 
     def _price(self, node: fx.Node, way: Push) -> tuple[int, int, int]:
         """What a way would cost: blocked or run-time multiplications, vectors, new operands. Less is better."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from random import Random
 
 import torch
-from hypothesis import strategies as st
 from torch import fx
 
 from tests.fuzz.builder import TOKENS, Builder, shape
@@ -15,16 +14,16 @@ from tests.fuzz.builder import TOKENS, Builder, shape
 aten = torch.ops.aten
 
 
-def _axis(draw: Any, x: fx.Node, first: int = 1) -> int:
+def _axis(r: Random, x: fx.Node, first: int = 1) -> int:
     """An axis, mostly not the batch, counted from either end."""
     rank = len(shape(x))
-    return draw(st.sampled_from([axis - back for axis in range(first, rank) for back in (0, rank)]))
+    return r.choice([axis - back for axis in range(first, rank) for back in (0, rank)])
 
 
-def take_apart(b: Builder, draw: Any, x: fx.Node) -> None:
+def take_apart(b: Builder, r: Random, x: fx.Node) -> None:
     """Chunk, split and unbind; some parts are dropped."""
-    axis = _axis(draw, x)
-    size, kind = shape(x)[axis], draw(st.integers(0, 4))
+    axis = _axis(r, x)
+    size, kind = shape(x)[axis], r.randint(0, 4)
     if kind == 0:
         parts = b.call(aten.chunk.default, x, 2, axis)
     elif kind == 1 and size > 1:
@@ -36,101 +35,99 @@ def take_apart(b: Builder, draw: Any, x: fx.Node) -> None:
     else:
         parts = b.call(aten.split.Tensor, x, 2, axis)
     for number in range(len(parts.meta["val"])):
-        if draw(st.integers(0, 3)):
+        if r.randint(0, 3):
             b.call(operator.getitem, parts, number)
 
 
-def take_part(b: Builder, draw: Any, x: fx.Node) -> None:
+def take_part(b: Builder, r: Random, x: fx.Node) -> None:
     """Slice, select, narrow."""
-    axis = _axis(draw, x)
-    size, kind = shape(x)[axis], draw(st.integers(0, 3))
+    axis = _axis(r, x)
+    size, kind = shape(x)[axis], r.randint(0, 3)
     if kind == 0 and size > 1:
-        b.call(aten.narrow.default, x, axis, draw(st.integers(0, 1)), size - 1)
+        b.call(aten.narrow.default, x, axis, r.randint(0, 1), size - 1)
     elif kind == 1 and len(shape(x)) > 2:
-        b.call(aten.select.int, x, axis, draw(st.integers(-1, size - 1)))
+        b.call(aten.select.int, x, axis, r.randint(-1, size - 1))
     elif kind == 2 and size > 2:
-        start, stop = draw(st.sampled_from([0, 1, -2, None])), draw(st.sampled_from([size, size - 1, -1, 2**63 - 1]))
+        start, stop = r.choice([0, 1, -2, None]), r.choice([size, size - 1, -1, 2**63 - 1])
         if len(range(size)[start:stop]):
             b.call(aten.slice.Tensor, x, axis, start, stop)
     else:
-        b.call(aten.slice.Tensor, x, axis, draw(st.integers(0, size - 1)), size, draw(st.sampled_from([1, 2, 3])))
+        b.call(aten.slice.Tensor, x, axis, r.randint(0, size - 1), size, r.choice([1, 2, 3]))
 
 
-def together(b: Builder, draw: Any, x: fx.Node) -> None:
+def together(b: Builder, r: Random, x: fx.Node) -> None:
     """Stack and cat, along tokens and channels, of one value twice among them."""
-    axis = _axis(draw, x)
-    if draw(st.booleans()):
+    axis = _axis(r, x)
+    if r.random() < 1 / 2:
         alike = [y for y in b.values if shape(y) == shape(x)]
         if len(shape(x)) < 5:
-            b.call(aten.stack.default, [x, draw(st.sampled_from(alike))], axis)
+            b.call(aten.stack.default, [x, r.choice(alike)], axis)
     else:
         same_rank = [y for y in b.values if len(shape(y)) == len(shape(x))]
         at = axis % len(shape(x))
         fitting = [y for y in same_rank if all(i == at or shape(y)[i] == size for i, size in enumerate(shape(x)))]
-        op = draw(st.sampled_from([aten.cat, aten.concat])).default
-        more = [draw(st.sampled_from(fitting)) for _ in range(draw(st.integers(1, 2)))]
+        op = r.choice([aten.cat, aten.concat]).default
+        more = [r.choice(fitting) for _ in range(r.randint(1, 2))]
         b.call(op, [x, *more], axis)
 
 
-def reshape(b: Builder, draw: Any, x: fx.Node) -> None:
+def reshape(b: Builder, r: Random, x: fx.Node) -> None:
     """View, reshape, flatten, unflatten, unsqueeze, squeeze, expand."""
-    rank, lead, kind = len(shape(x)), shape(x)[0], draw(st.integers(0, 7))
-    if kind == 4 and rank < 5:
-        x, rank = b.call(aten.unsqueeze.default, x, draw(st.integers(1, rank))), rank + 1
+    rank, lead, kind = len(shape(x)), shape(x)[0], r.randint(0, 7)
+    if kind in (4, 5) and rank < 5:
+        x, rank = b.call(aten.unsqueeze.default, x, r.randint(1, rank)), rank + 1
     ones = [axis for axis in range(1, rank) if shape(x)[axis] == 1]
     if kind == 0 and rank > 2:
-        b.call(aten.flatten.using_ints, x, draw(st.sampled_from([rank - 2, -2])), draw(st.sampled_from([rank - 1, -1])))
+        b.call(aten.flatten.using_ints, x, r.choice([rank - 2, -2]), r.choice([rank - 1, -1]))
     elif kind == 1 and rank < 5 and shape(x)[-1] % 2 == 0:
-        b.call(aten.unflatten.int, x, -1, draw(st.sampled_from([[2, -1], [-1, 2]])))
+        b.call(aten.unflatten.int, x, -1, r.choice([[2, -1], [-1, 2]]))
     elif kind <= 3:
         total = math.prod(shape(x)[1:])
-        sizes = draw(st.sampled_from([[n, total // n] for n in range(1, total + 1) if total % n == 0]))
+        sizes = r.choice([[n, total // n] for n in range(1, total + 1) if total % n == 0])
         if kind == 2:
             b.call(aten.reshape.default, x, [lead, *sizes])
         else:
             whole = b.call(aten.contiguous.default, x)
-            b.call(draw(st.sampled_from([aten.view, aten._unsafe_view])).default, whole, [lead, *sizes])
+            b.call(r.choice([aten.view, aten._unsafe_view]).default, whole, [lead, *sizes])
     elif kind == 4 and ones and rank > 2:
-        op = draw(st.sampled_from(["dim", "dims", "default"]))
-        axis = draw(st.sampled_from(ones))
+        op = r.choice(["dim", "dims", "default"])
+        axis = r.choice(ones)
         if op == "dim":
-            b.call(aten.squeeze.dim, x, axis - draw(st.sampled_from([0, rank])))
+            b.call(aten.squeeze.dim, x, axis - r.choice([0, rank]))
         elif op == "dims" and rank - len(ones) >= 2:
             b.call(aten.squeeze.dims, x, ones)
         elif op == "default" and rank - len(ones) >= 2 and lead != 1:
             b.call(aten.squeeze.default, x)
     elif kind == 5 and ones:
-        sizes = [TOKENS if axis in ones else draw(st.sampled_from([-1, size])) for axis, size in enumerate(shape(x))]
-        b.call(aten.expand.default, x, [*([2] if rank < 4 and draw(st.integers(0, 5)) == 0 else []), *sizes])
+        sizes = [TOKENS if axis in ones else r.choice([-1, size]) for axis, size in enumerate(shape(x))]
+        b.call(aten.expand.default, x, [*([2] if rank < 4 and r.random() < 1 / 6 else []), *sizes])
     elif rank < 5:
-        b.call(aten.unsqueeze.default, x, draw(st.sampled_from([*range(1, rank + 1), -1, -2])))
+        b.call(aten.unsqueeze.default, x, r.choice([*range(1, rank + 1), -1, -2]))
 
 
-def permute(b: Builder, draw: Any, x: fx.Node) -> None:
+def permute(b: Builder, r: Random, x: fx.Node) -> None:
     """Permute, transpose, movedim, mT, t: now and then the batch does not stay in front."""
     rank = len(shape(x))
-    first = 0 if draw(st.integers(0, 4)) == 0 else 1
+    first = 0 if r.random() < 1 / 5 else 1
     if rank == 2:
-        b.call(draw(st.sampled_from([aten.t, aten.mT])).default, x) if first == 0 else b.call(
-            aten.unsqueeze.default, x, 1
-        )
+        b.call(r.choice([aten.t, aten.mT]).default, x) if first == 0 else b.call(aten.unsqueeze.default, x, 1)
         return
-    kind = draw(st.integers(0, 3))
+    kind = r.randint(0, 3)
     if kind == 0:
-        b.call(aten.permute.default, x, [*range(first), *draw(st.permutations(range(first, rank)))])
+        b.call(aten.permute.default, x, [*range(first), *r.sample(range(first, rank), rank - first)])
     elif kind == 1:
-        b.call(aten.transpose.int, x, _axis(draw, x, first), _axis(draw, x, first))
+        b.call(aten.transpose.int, x, _axis(r, x, first), _axis(r, x, first))
     elif kind == 2:
-        b.call(aten.movedim.int, x, _axis(draw, x, first), _axis(draw, x, first))
+        b.call(aten.movedim.int, x, _axis(r, x, first), _axis(r, x, first))
     else:
         b.call(aten.mT.default, x)
 
 
-def moved(b: Builder, draw: Any, x: fx.Node) -> None:
+def moved(b: Builder, r: Random, x: fx.Node) -> None:
     """Roll, flip, repeat, tile, repeat_interleave, padding, picking by an index."""
     if math.prod(shape(x)) > 300:
         return
-    rank, axis, kind = len(shape(x)), _axis(draw, x), draw(st.integers(0, 7))
+    rank, axis, kind = len(shape(x)), _axis(r, x), r.randint(0, 7)
     size = shape(x)[axis]
     if kind == 0:
         b.call(aten.roll.default, x, [1], [axis])
@@ -138,26 +135,26 @@ def moved(b: Builder, draw: Any, x: fx.Node) -> None:
         b.call(aten.flip.default, x, [axis])
     elif kind == 2:
         times = [2 if i == axis % rank else 1 for i in range(rank)]
-        op = draw(st.sampled_from([aten.repeat, aten.tile])).default
-        b.call(op, x, times[1:] if op is aten.tile.default and rank > 2 and draw(st.booleans()) else times)
+        op = r.choice([aten.repeat, aten.tile]).default
+        b.call(op, x, times[1:] if op is aten.tile.default and rank > 2 and r.random() < 1 / 2 else times)
     elif kind == 3:
         b.call(aten.repeat_interleave.self_int, x, 2, axis)
     elif kind in (4, 5):
-        amounts = draw(st.sampled_from([[1, 2], [0, 1], [-1, 1], [0, 0, 1, 0], [1, 0, 0, 2], [-1, 0]]))
+        amounts = r.choice([[1, 2], [0, 1], [-1, 1], [0, 0, 1, 0], [1, 0, 0, 2], [-1, 0]])
         if (shape(x)[-1] < 2 and min(amounts) < 0) or len(amounts) > 2 * (rank - 1):
             return
-        value = draw(st.sampled_from([0.0, 0.0, 1.0]))
+        value = r.choice([0.0, 0.0, 1.0])
         if kind == 4:
-            b.call(aten.constant_pad_nd.default, x, amounts, *([value] if draw(st.booleans()) else []))
-        elif draw(st.integers(0, 4)) == 0 and rank == 3 and shape(x)[-1] > 2:
+            b.call(aten.constant_pad_nd.default, x, amounts, *([value] if r.random() < 1 / 2 else []))
+        elif r.random() < 1 / 5 and rank == 3 and shape(x)[-1] > 2:
             b.call(aten.pad.default, x, [1, 2], "reflect")
         else:
-            b.call(aten.pad.default, x, amounts, "constant", draw(st.sampled_from([None, value])))
+            b.call(aten.pad.default, x, amounts, "constant", r.choice([None, value]))
     elif kind == 6:
         b.call(aten.index_select.default, x, axis, b.tensor(torch.tensor([size - 1, 0])))
     else:
         picked = b.tensor(torch.tensor([shape(x)[1] - 1, 0, 0]))
-        more = [b.tensor(torch.tensor([0, 0, shape(x)[2] - 1]))] if rank > 3 and draw(st.booleans()) else []
+        more = [b.tensor(torch.tensor([0, 0, shape(x)[2] - 1]))] if rank > 3 and r.random() < 1 / 2 else []
         b.call(aten.index.Tensor, x, [None, picked, *more])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.fuzz.builder import BATCH, CHANNELS, TOKENS, Builder, aten
+from tests.fuzz.builder import BATCH, CHANNELS, TOKENS, Builder, aten, shape
 from tests.fuzz.proof import prove
 
 EVERYTHING = "roles=block+adaln+embedder+patch+final"
@@ -43,6 +43,23 @@ def test_a_constant_shift_of_a_linear_whose_bias_is_computed() -> None:
     b.apply(b.linear(b.values[0], CHANNELS), b.parameter(4, CHANNELS), b.call(aten.neg.default, b.parameter(4)))
     b.finish()
     prove(b, shift(1))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["expand", "roll", "permute"])
+def test_samples_that_change_places(groups: int, kind: str) -> None:
+    # An axis as long as the batch came in front, or samples in another order: each was shifted by the row of another.
+    b = started(BATCH)
+    x = b.linear(b.values[0], CHANNELS)
+    if kind == "expand":
+        x = b.call(aten.expand.default, x, [BATCH, *shape(x)])
+    elif kind == "roll":
+        x = b.call(aten.roll.default, x, [1], [0])
+    else:
+        x = b.call(aten.permute.default, b.call(aten.unflatten.int, x, -1, [BATCH, -1]), [2, 1, 0, 3])
+    b.linear(x, 4)
+    b.finish()
+    prove(b, shift(groups))
 
 
 # --- crashes ---

@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.passes.balance_channels import (
@@ -14,7 +16,7 @@ from fxquant.passes.balance_channels import (
 )
 from fxquant.pipeline import Pipeline
 from fxquant.plan import Balance, Plan
-from tests.passes.models import AdaLN, adaln, planned
+from tests.passes.models import AdaLN, adaln, planned, seen
 from tests.support import captured, rewritten
 
 Q = ("linear", [4, 4], 8, 8, 0)
@@ -57,6 +59,52 @@ def test_layers_with_float_activations_or_of_other_roles_stay() -> None:
             plan.layers["q"].role = "final"
         before, after = rewritten(AdaLN(), "balance-channels", plan, **adaln())
         assert after == before
+
+
+class Behind(nn.Module):
+    """A linear whose input nothing can scale, for each of the reasons that there are."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.a, self.q = kind, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        y = self.a(x + timestep[:, None, None])
+        z = {"shared": y, "gelu": F.gelu(y), "residual": x}[self.kind]
+        return (self.q(z), y.sigmoid()) if self.kind == "shared" else (self.q(z), y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("shared", "also read by sigmoid"), ("gelu", "gelu is nonlinear"), ("residual", "also read by add")],
+)
+def test_must_not_fire(kind: str, reason: str) -> None:
+    plan = planned(a=("linear", [4, 4], None, None, 0), q=Q)
+    seen(plan, "q", {step: [(0, 1), (0, 2), (0, 8), (-4, 4)] for step in (100.0, 900.0)})
+    before, after = rewritten(Behind(kind), "balance-channels", plan, x=torch.randn(2, 3, 4), timestep=torch.zeros(2))
+    assert after == before
+    assert not plan.vectors
+    assert plan.layers["q"].balance.cost == "not"
+    assert reason in plan.layers["q"].balance.reason
+
+
+def test_a_wrong_axis_gets_one_factor_for_all() -> None:
+    """Where tokens stand for channels, a linear before them can only scale all of them alike."""
+
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.q = nn.Linear(4, 4), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.q(self.a(x + timestep[:, None, None]).transpose(1, 2))
+
+    plan = planned(a=("linear", [4, 4], None, None, 0), q=("linear", [4, 3], 8, 8, 0))
+    seen(plan, "q", {500.0: [(0, 2), (1, 5), (4, 60)]})
+    rewritten(Transposed(), "balance-channels", plan, x=torch.randn(2, 3, 4), timestep=torch.zeros(2))
+    factors = plan.vectors["q"].tolist()
+    assert factors == [factors[0]] * 3
 
 
 def test_without_calibration_nothing_can_be_decided() -> None:

@@ -1,0 +1,96 @@
+"""Cases for the proof by fuzzing: a graph and the passes that rewrite it.
+
+Hypothesis draws the seed of a case, and a generator that is seeded with it all the rest, evenly. Hypothesis alone draws
+some choices far more often than others and makes five of six examples by repeating parts of the one before. What it
+does not know of it cannot shrink; :meth:`Case.shrunk` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from hypothesis import strategies as st
+
+from fxquant.pipeline import Tier
+from fxquant.recipes import make_recipe
+from tests.fuzz.builder import Builder
+from tests.fuzz.graphs import build
+
+PREPARE = (
+    "remove-no-ops,assign-precision",
+    "assign-precision",
+    "assign-precision{layers=all}",
+    "assign-precision{overrides=blocks.0.l3=float;blocks.0.l5=w8a16}",
+)
+"""Passes before calibration."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What makes one graph, and what is done with it.
+
+    Attributes:
+        first: Seed of the inputs and of all numbers; see :func:`tests.fuzz.graphs.build`.
+        steps: Seed of each step.
+        last: Seed of the end.
+        before: Pipeline text before calibration.
+        passes: Pipeline text after it.
+        replayed: Whether the plan is carried out on the graph anew as well.
+    """
+
+    first: int
+    steps: tuple[int, ...]
+    last: int
+    before: str
+    passes: str
+    replayed: bool
+
+    def build(self) -> Builder:
+        """The finished graph with its builder."""
+        return build(self.first, self.steps, self.last)
+
+    def shrunk(self, fails: Callable[[Case], bool]) -> Case:
+        """The case without the steps that it fails without."""
+        for position in reversed(range(len(self.steps))):
+            fewer = dataclasses.replace(self, steps=self.steps[:position] + self.steps[position + 1 :])
+            if fails(fewer):
+                return fewer.shrunk(fails)
+        return self
+
+
+def cases() -> st.SearchStrategy[Case]:
+    """Cases, all equally likely. Of ranges above 2^24 Hypothesis draws small numbers more often."""
+    return st.integers(0, 2**24 - 1).map(case)
+
+
+def case(seed: int) -> Case:
+    """The case of a seed."""
+    r = Random(seed)
+    steps = tuple(r.getrandbits(32) for _ in range(r.randint(1, 14)))
+    return Case(
+        r.getrandbits(32), steps, r.getrandbits(32), r.choice(PREPARE), pipeline(r), replayed=r.random() < 1 / 4
+    )
+
+
+def pipeline(r: Random) -> str:
+    """Passes as recipes have them, and with other options and in another order."""
+    roles = r.choice(["block", "block", "block+adaln+embedder+patch+final"])
+    shared = f"dearest={r.choice(['vector', 'vector', 'free', 'tokens'])} roles={roles}"
+    salience = f"salience={r.choice(['spearman', 'max', 'mean', 'moving-average'])}"
+    how = r.choice([salience, f"{salience} exponent=1", "search=3"])
+    balance = f"balance-channels{{{how} {shared}}},absorb-affines"
+    grouping = f"groups={r.randint(1, 4)} method={r.choice(['greedy', 'optimal'])}"
+    shift = f"group-timesteps{{{grouping} {shared}}},shift-channels{{{shared}}},absorb-shifts"
+    recipe = algebraic(r.choice(["htg-w8a8", "repq-w8a8", "ptq4dit-w8a8"]))
+    return r.choice([recipe, balance, shift, f"{shift},{balance}", f"{shift},{balance}", f"{balance},{shift}"])
+
+
+@functools.cache
+def algebraic(recipe: str) -> str:
+    """The passes of a recipe that leave the function alone."""
+    passes = make_recipe(recipe).convert
+    return ",".join(str(step) for step in passes if step.tier is not Tier.LOSSY)
