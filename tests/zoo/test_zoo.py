@@ -65,12 +65,15 @@ def test_quantizes_and_runs_at_other_sizes(entry: Entry) -> None:
     assert fixed is None or fixed in fxquant.report(quantized).fixed
     floor = 20.0  # Random weights and a handful of samples; a wrong graph is below 0 dB.
     call = entry.call(3, seed=7, step=500.0)
+    # A list with an item a sample, such as the shapes of images, is of another structure at another batch size.
+    other_list = quantized.architecture.canonical((), call)[0] != quantized.captured[0].call.names
+    graphs = 1 if fixed is None and not other_list else 2
     assert sqnr(run(quantized, call), run(model, call)) > floor
-    assert len(quantized.graphs) == (1 if fixed is None else 2)
+    assert len(quantized.graphs) == graphs
     if entry.other_size is not None or entry.other_prompt is not None:
         other = entry.call(3, seed=7, step=500.0, size=entry.other_size, prompt=entry.other_prompt)
         assert sqnr(run(quantized, other), run(model, other)) > floor
-        assert len(quantized.graphs) == (2 if fixed is None else 3)
+        assert len(quantized.graphs) == graphs + 1
     four = quantize(entry, model, "ptq4dit-w4a8")
     call = entry.call(seed=7, step=500.0)
     assert 3 < sqnr(run(four, call), run(model, call)) < sqnr(run(quantized, call), run(model, call))
