@@ -314,8 +314,8 @@ def get_tensor(module: nn.Module, target: str) -> torch.Tensor:
 def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
     """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules on the way as needed.
 
-    Floating-point tensors become parameters without gradient, all others buffers, so that ``dtype``, ``device``,
-    ``to`` and ``state_dict`` of the module mean what users expect.
+    Floating-point tensors become parameters, all others buffers, so that ``dtype``, ``device``, ``to`` and
+    ``state_dict`` of the module mean what users expect. They require gradients only if ``value`` is a parameter that does.
     """
     *path, name = target.split(".")
     holder = module
@@ -326,7 +326,8 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
     if hasattr(holder, name):
         delattr(holder, name)
     if value.is_floating_point():
-        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=False))
+        trained = isinstance(value, nn.Parameter) and value.requires_grad
+        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=trained))
     else:
         holder.register_buffer(name, value.detach())
 

@@ -91,11 +91,14 @@ def test_the_page_is_whole() -> None:
     assert page.startswith(HEAD)
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.endswith(("| any |", "| fixed |"))]
     assert [cells[0].strip() for cells in rows] == [title(entry) for entry in CAPTURED]
-    linears, free, vector, nonlinear = (sum(int(cells[column]) for cells in rows) for column in (1, 2, 3, 4))
+    columns = (1, 2, 3, 4, 5, 6)
+    linears, free, vector, nonlinear, other, tokens = (sum(int(cells[column]) for cells in rows) for column in columns)
     assert summary(len(rows), free + vector, linears - nonlinear) in page
     kinds = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith(tuple(f"| {k} |" for k in KINDS))]
     assert [cells[0].strip() for cells in kinds] == list(KINDS)
-    assert [sum(int(cells[column]) for cells in kinds) for column in (1, 2, 3, 4)] == [linears, free, vector, nonlinear]
+    totals = [sum(int(cells[column]) for cells in kinds) for column in columns]
+    assert totals == [linears, free, vector, nonlinear, other, tokens]
+    assert tokens <= nonlinear + other
     for cells in kinds[:3]:  # q, k and v, attention outputs and first feed-forward linears.
         assert (int(cells[2]) + int(cells[3])) / int(cells[1]) > 0.9, cells
     for name, file in REFUSED.items():
