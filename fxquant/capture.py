@@ -315,7 +315,8 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
     """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules on the way as needed.
 
     Floating-point tensors become parameters, all others buffers, so that ``dtype``, ``device``, ``to`` and
-    ``state_dict`` of the module mean what users expect. They require gradients only if ``value`` is a parameter that does.
+    ``state_dict`` of the module mean what users expect. They require gradients only if ``value`` is a parameter
+    that does.
     """
     *path, name = target.split(".")
     holder = module
