@@ -334,9 +334,7 @@ def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistic
     if not isinstance(measure, int) or measure < 0:
         raise ConfigurationError(f"measure={measure!r} is no number of calls; give 0 for none, or more")
     if not isinstance(statistics, (Statistics, type(None))):
-        raise ConfigurationError(
-            f"statistics is a {type(statistics).__name__}; make one with fxquant.Statistics()"
-        )
+        raise ConfigurationError(f"statistics is a {type(statistics).__name__}; make one with fxquant.Statistics()")
 
 
 def _check_weights(model: nn.Module) -> None:
