@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxquant.attention import find_attentions
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
-from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, read_tensors, weights_of
+from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, read_tensors, weights_and_buffers, weights_of
 from fxquant.errors import (
     AlreadyCompiledError,
     CalibrationError,
@@ -48,7 +48,9 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
-    weights = weights_of(model)
+    # Not detached: on inputs that do not lie in order, torch multiplies in another order by weights that require
+    # gradients, and the last bits differ.
+    weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         captured = architecture.capture(names, leaves, structure)

@@ -46,11 +46,11 @@ class TensorSpec:
         """The shape at one batch size."""
         return tuple(batch if isinstance(size, str) else size for size in self.shape)
 
-    def fits(self, tensor: torch.Tensor, batch: int) -> bool:
-        """Whether ``tensor`` has this dtype, this shape at that batch size, and these values if any are asked for."""
+    def fits(self, tensor: torch.Tensor, batch: int, values: bool = True) -> bool:
+        """Whether ``tensor`` has this dtype, this shape at that batch size, and, if asked, these values."""
         if tensor.dtype != self.dtype or tuple(tensor.shape) != self.concrete(batch):
             return False
-        return self.values is None or tensor.flatten().tolist() == list(self.values)
+        return not values or self.values is None or tensor.flatten().tolist() == list(self.values)
 
     def __str__(self) -> str:
         held = " of these values" if self.values is not None else ""
@@ -127,14 +127,31 @@ class CallSpec:
         )
         return replace(self, leaves=fixed)
 
-    def fits(self, names: tuple[str, ...], leaves: Sequence[Any]) -> bool:
-        """Whether a call with these leaves can run the graph that was captured for this spec."""
+    def assert_held(self, leaves: Sequence[Any]) -> None:
+        """Raise, also from within a compiled graph, unless the inputs have the values that this spec holds on to."""
+        for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True):
+            if isinstance(spec, TensorSpec) and spec.values is not None:
+                held = torch.tensor(list(spec.values), dtype=leaf.dtype, device=leaf.device)
+                torch._assert_async(
+                    (leaf.flatten() == held).all(),
+                    f"the compiled graph is right for one value of {name}, and this call has another; call the model "
+                    "without torch.compile, which captures a graph for each, or compile one after such a call",
+                )
+
+    def fits(self, names: tuple[str, ...], leaves: Sequence[Any], values: bool = True) -> bool:
+        """Whether a call with these leaves can run the graph that was captured for this spec.
+
+        Args:
+            names: Names of the leaves.
+            leaves: The leaves.
+            values: Whether inputs whose values the spec holds on to are to have these.
+        """
         if names != self.names:
             return False
         batch = self.batch_size(leaves)
         for spec, leaf in zip(self.leaves, leaves, strict=True):
             if isinstance(spec, TensorSpec):
-                if not (isinstance(leaf, torch.Tensor) and spec.fits(leaf, batch)):
+                if not (isinstance(leaf, torch.Tensor) and spec.fits(leaf, batch, values)):
                     return False
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(spec) or leaf != spec:
                 return False

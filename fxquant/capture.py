@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.functionalize import functionalize, writes
 from fxquant.tracing import Tracing, is_followed
 
 log = logging.getLogger(__name__)
@@ -246,14 +247,7 @@ class Architecture:
             raise _explained(error, self.skeleton) from error
 
     def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, batch: int) -> CapturedGraph:
-        if any(map(_writes, program.graph.nodes)):
-            program = program.run_decompositions({})  # Makes every op a function of its inputs, and nothing else.
-            if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
-                raise CaptureError(
-                    f"{type(self.skeleton).__name__} writes into its inputs or buffers in place; let it work on a copy"
-                )
-        exported = program.module(check_guards=False)
-        assert isinstance(exported, fx.GraphModule)
+        exported = self._without_writes(program)
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
         _inline_regions(exported)
@@ -268,6 +262,22 @@ class Architecture:
         if not call.batched or _open_dimensions(module, call):
             return CapturedGraph(module, call, out_spec)
         return CapturedGraph(module, call.at_batch(batch, "the model's own code fixes the batch size"), out_spec)
+
+    def _without_writes(self, program: torch.export.ExportedProgram) -> fx.GraphModule:
+        """The graph of a program, with every op a function of its inputs."""
+        exported = program.module(check_guards=False)
+        if any(map(writes, program.graph.nodes)):
+            assert isinstance(exported, fx.GraphModule)
+            regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
+            if regions or not functionalize(exported.graph, _fake_mode(program.graph)):
+                program = program.run_decompositions({})
+                exported = program.module(check_guards=False)
+            if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
+                raise CaptureError(
+                    f"{type(self.skeleton).__name__} writes into its inputs or buffers in place; let it work on a copy"
+                )
+        assert isinstance(exported, fx.GraphModule)
+        return exported
 
 
 def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
@@ -304,8 +314,9 @@ def get_tensor(module: nn.Module, target: str) -> torch.Tensor:
 def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
     """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules on the way as needed.
 
-    Floating-point tensors become parameters without gradient, all others buffers, so that ``dtype``, ``device``,
-    ``to`` and ``state_dict`` of the module mean what users expect.
+    Floating-point tensors become parameters, all others buffers, so that ``dtype``, ``device``, ``to`` and
+    ``state_dict`` of the module mean what users expect. They require gradients only if ``value`` is a parameter
+    that does.
     """
     *path, name = target.split(".")
     holder = module
@@ -316,7 +327,8 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
     if hasattr(holder, name):
         delattr(holder, name)
     if value.is_floating_point():
-        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=False))
+        trained = isinstance(value, nn.Parameter) and value.requires_grad
+        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=trained))
     else:
         holder.register_buffer(name, value.detach())
 
@@ -359,9 +371,10 @@ def _flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
             graph.erase_node(node)
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether an op writes into a value in place."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode of the fake values of a graph."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
 def _inline_regions(module: fx.GraphModule) -> None:

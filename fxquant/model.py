@@ -101,6 +101,14 @@ class GraphModel(nn.Module):
         """The graph that serves a call with these leaves, if one was captured."""
         return next((captured for captured in self.captured if captured.call.fits(names, leaves)), None)
 
+    def find_compiling(self, names: tuple[str, ...], leaves: Sequence[Any]) -> CapturedGraph | None:
+        """The same within ``torch.compile``, where values are not known: the compiled graph checks them as it runs."""
+        fitting = [captured for captured in self.captured if captured.call.fits(names, leaves, values=False)]
+        if len(fitting) != 1:
+            return self.find(names, leaves)
+        fitting[0].call.assert_held(leaves)
+        return fitting[0]
+
     def watch(self, names: tuple[str, ...], leaves: Sequence[Any]) -> None:
         """Warn, once, of a timestep far from all that were calibrated. It is treated as the nearest that was."""
         known = self.plan.timesteps if self.plan else []
@@ -167,8 +175,10 @@ class GraphModel(nn.Module):
 
 def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     names, leaves, structure = self.architecture.canonical(args, kwargs)
-    captured = self.find(names, leaves)
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        captured = self.find_compiling(names, leaves)
+    else:
+        captured = self.find(names, leaves)
         self.watch(names, leaves)
     if captured is None:
         captured = _capture(self, names, leaves, structure)

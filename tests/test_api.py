@@ -171,6 +171,30 @@ def test_calibrated_with_one_sample(tiny_dit: DiTTransformer2DModel) -> None:
     assert len(made.graphs) == 1
 
 
+class TokensFirst(nn.Module):
+    """A linear that reads a value which does not lie in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.proj(x.transpose(0, 1)) + timestep
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_traced_model_multiplies_in_the_same_order(trained: bool) -> None:
+    model = TokensFirst().eval().requires_grad_(trained)
+    traced = fxquant.trace(model)
+    x, timestep = torch.randn(2, 5, 64), torch.ones(1)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(traced(x, timestep), model(x, timestep))
+            x = torch.randn(2, 7, 64)  # A further graph, which shares the weights.
+    assert len(traced.graphs) == 2
+
+
 class OneByOne(nn.Module):
     """A model whose own code fixes the batch size."""
 

@@ -153,3 +153,14 @@ def test_a_spec_with_values_is_written_and_read() -> None:
     assert again.fits(("mask",), [torch.tensor([[True, False], [True, True]])])
     assert not again.fits(("mask",), [torch.tensor([[True, True], [True, True]])])
     assert torch.equal(again.held["mask"], torch.tensor([[True, False], [True, True]]))
+
+
+def test_compiled_whole_it_checks_the_values_as_it_runs() -> None:
+    traced = trace(Masked(positions).eval().requires_grad_(False))
+    x, timestep, mask = torch.randn(2, 3, 4), torch.ones(2), torch.ones(2, 3, dtype=torch.int64)
+    expected = traced(x, timestep, mask)
+    assert traced.captured[0].call.held
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, timestep, mask), expected)
+    with pytest.raises(RuntimeError, match="right for one value of mask, and this call has another"):
+        compiled(x, timestep, mask * 2)

@@ -12,10 +12,13 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from fxquant.calibrate import copy_graph
-from fxquant.capture import Architecture, CapturedGraph, bind, get_tensor, weights_of
+from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, get_tensor, weights_of
+from fxquant.channels.solve import solve
+from fxquant.channels.wants import Cost
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.observers import Statistics
+from fxquant.passes._seeds import seeds_to_transform
 from fxquant.pipeline import Pipeline
 from fxquant.plan import Plan
 from tests.zoo.models import Entry
@@ -31,11 +34,13 @@ class Audit:
         found: The graph.
         plan: What was balanced, at what cost, and why not.
         error: Largest difference of the outputs from the captured graph's, over their largest element.
+        tokens: Layers that could be balanced only by multiplying all tokens at run time.
     """
 
     found: CapturedGraph
     plan: Plan
     error: float
+    tokens: frozenset[str]
 
 
 def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audit:
@@ -58,6 +63,7 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
     with recording(plan.statistics.record), torch.no_grad():
         for tensors in inputs:
             observed(*tensors)
+    tokens = balanced_on_tokens(found.module.graph, plan)
     Pipeline.parse(passes).run(found.module, plan)
     actual = [outputs(found, tensors) for tensors in inputs]
     error = max(
@@ -65,7 +71,15 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
         for left, right in zip(actual, expected, strict=True)
         for a, e in zip(left, right, strict=True)
     )
-    return Audit(found, plan, error)
+    return Audit(found, plan, error, tokens)
+
+
+def balanced_on_tokens(graph: fx.Graph, plan: Plan) -> frozenset[str]:
+    """Layers of blocks all of whose channels can be scaled with ``dearest=tokens``, and which that makes so dear."""
+    seeds = seeds_to_transform(graph, plan, ["block"])
+    grants = solve(graph, seeds, Cost.TOKENS).grants.values()
+    dear = (grant for grant in grants if grant.cost is Cost.TOKENS and grant.granted.all())
+    return frozenset(reader.meta[LAYER] for grant in dear for reader in grant.seed.readers if LAYER in reader.meta)
 
 
 def without_float32(module: fx.GraphModule) -> None:

@@ -22,8 +22,9 @@ not on this page. Nothing in fxquant knows any of these classes: the figures fol
 **linears** are those of the transformer blocks whose activations are quantized. Their factors vanish into weights
 (**free**), or into a multiplication of one `[batch, channels]` vector (**vector**). **nonlinear** counts those behind
 an activation function that no factor can pass, the second linear of a plain feed-forward network, which no algebra
-permits. **other** counts the rest, each with its reason below; these could be multiplied at run time, on all tokens,
-which no recipe does unless it is told to (`dearest=tokens`). **share** is (free + vector) / (linears - nonlinear).
+permits. **other** counts the rest, each with its reason below. **tokens** is how many of nonlinear and other can be
+balanced all the same, in all channels, where an activation may be multiplied at run time on all of its tokens, which
+no recipe does unless it is told to (`dearest=tokens`). **share** is (free + vector) / (linears - nonlinear).
 
 """
 
@@ -34,8 +35,8 @@ Read off the graph as well: what a linear reads and makes is followed to the nex
 q, k, v and the first half of a feed-forward network counts as the former, one that reads attention and feed-forward
 together as an attention output.
 
-| kind | linears | free | vector | nonlinear | other | balanced |
-|---|---|---|---|---|---|---|
+| kind | linears | free | vector | nonlinear | other | tokens | balanced |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -47,6 +48,7 @@ class Counts:
     vector: int
     nonlinear: int
     other: int
+    tokens: int
 
     @property
     def linears(self) -> int:
@@ -67,18 +69,19 @@ def counts(audit: Audit, kind: str | None = None) -> Counts:
         if layer.balance is not None and kind_of.get(name) == kind:
             nonlinear = layer.balance.cost == "not" and (layer.balance.reason or "").endswith("is nonlinear")
             costs["nonlinear" if nonlinear else layer.balance.cost] += 1
-    return Counts(costs["free"], costs["vector"], costs["nonlinear"], costs["not"])
+            costs["tokens"] += layer.balance.cost == "not" and name in audit.tokens
+    return Counts(costs["free"], costs["vector"], costs["nonlinear"], costs["not"], costs["tokens"])
 
 
 def kind_row(audits: Iterable[Audit], kind: str) -> str:
     """The line of a kind of linears in the second table."""
     every = [counts(audit, kind) for audit in audits]
-    free, vector, nonlinear, other = (
-        sum(getattr(c, name) for c in every) for name in ("free", "vector", "nonlinear", "other")
+    free, vector, nonlinear, other, tokens = (
+        sum(getattr(c, name) for c in every) for name in ("free", "vector", "nonlinear", "other", "tokens")
     )
     linears = free + vector + nonlinear + other
     share = f"{100 * (free + vector) / linears:.1f}%" if linears else ""
-    return f"| {kind} | {linears} | {free} | {vector} | {nonlinear} | {other} | {share} |"
+    return f"| {kind} | {linears} | {free} | {vector} | {nonlinear} | {other} | {tokens} | {share} |"
 
 
 def exceptions(audit: Audit) -> list[str]:
@@ -87,13 +90,22 @@ def exceptions(audit: Audit) -> list[str]:
     for name, layer in audit.plan.layers.items():
         balance = layer.balance
         if balance is not None and balance.cost == "not" and not str(balance.reason).endswith("nonlinear"):
-            reason = re.sub(r"\b([a-z_]+?)(?:_\d+)? \(([^)]*)\)", r"\2", str(balance.reason))
-            found[_star(reason)].append(_star(name))
+            found[_star(_readable(str(balance.reason)))].append(_star(name))
     return [f"{', '.join(f'`{name}`' for name in dict.fromkeys(names))}: {reason}" for reason, names in found.items()]
 
 
+def _readable(reason: str) -> str:
+    """A reason with operations by the module that they are in, not by the names of nodes."""
+
+    def place(found: re.Match[str]) -> str:
+        module, _, op = found[1].rpartition(".")
+        return f"`{op.strip('_')}` in `{module}`" if module else f"`{op.strip('_')}`"
+
+    return re.sub(r"\b\w+ \(([^)]*)\)", place, reason)
+
+
 def _star(text: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "N", text)
+    return re.sub(r"(?<=\.)\d+(?=\.|`)", "N", text)
 
 
 def title(entry: Entry) -> str:
@@ -113,9 +125,8 @@ def row(entry: Entry, audit: Audit) -> str:
     """The line of a model in the table."""
     c, name = counts(audit), title(entry)
     batch = "fixed" if audit.found.static_batch else "any"
-    return (
-        f"| {name} | {c.linears} | {c.free} | {c.vector} | {c.nonlinear} | {c.other} | {100 * c.share:.0f}% | {batch} |"
-    )
+    cells = (name, c.linears, c.free, c.vector, c.nonlinear, c.other, c.tokens, f"{100 * c.share:.0f}%", batch)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def page(audits: dict[Entry, Audit]) -> str:
@@ -125,8 +136,8 @@ def page(audits: dict[Entry, Audit]) -> str:
     balanced = sum(c.free + c.vector for c in total)
     lines = [
         f"{HEAD}{summary(len(audits), balanced, permitted)}\n",
-        "| class | linears | free | vector | nonlinear | other | share | batch size |",
-        "|---|---|---|---|---|---|---|---|",
+        "| class | linears | free | vector | nonlinear | other | tokens | share | batch size |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(row(entry, audit) for entry, audit in audits.items()),
         "",
         BY_KIND + "\n".join(kind_row(audits.values(), kind) for kind in KINDS),
@@ -134,8 +145,7 @@ def page(audits: dict[Entry, Audit]) -> str:
         "## Why not the others",
         "",
         "A linear that reads the residual stream itself, or an input of the model, has nothing before it that could",
-        "take its factors without changing what others read. `N` is the number of a block, and a name that ends in an",
-        "operation, such as `transformer_blocks.N.add`, stands for that operation of the module.",
+        "take its factors without changing what others read. `N` is the number of a block.",
         "",
     ]
     for entry, audit in audits.items():
@@ -144,6 +154,7 @@ def page(audits: dict[Entry, Audit]) -> str:
         "",
         "**batch size** is *fixed* where a graph serves one batch size and other calls get graphs of their own, which",
         "share the weights. The report says so and why: a model branches on what a mask holds, or its code fixes it.",
+        "So do calls with a list that has an item for each sample, such as QwenImage's `img_shapes`.",
         "",
         "## Models that cannot be captured",
         "",

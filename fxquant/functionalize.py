@@ -1,0 +1,195 @@
+"""Writes in place become values: what a model's code writes into a tensor, later readers read from a new one.
+
+``ExportedProgram.run_decompositions`` does this for every op there is by tracing the graph twice more, which takes
+longer than the capture itself. The few forms that transformers write, such as ``out[..., 0::2] = x`` in rotary
+embeddings, are rewritten here by one walk over the graph; the rest is left to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+
+_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+"""Views of a part, and what puts a new part into the whole; both take the same arguments after the values."""
+_SAME = ("aten::to", "aten::detach", "aten::contiguous", "aten::alias", "aten::lift_fresh", "aten::dropout")
+"""Ops that may return the very tensor that they are given."""
+_VIEWS = (
+    "slice",
+    "select",
+    "view",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "unbind",
+    "split",
+    "chunk",
+)
+_FRESH = "aten::lift_fresh_copy"  # Its result shares memory with its input while it is traced, and only then.
+_INHERITED = ("nn_module_stack", "stack_trace")
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether an op writes into a value in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def functionalize(graph: fx.Graph, mode: FakeTensorMode) -> bool:
+    """Replace all writes of a graph by values; return False if one is of another form, with the graph half-changed.
+
+    A write into a part of a tensor, ``copy_(slice(x), y)``, becomes ``x' = slice_scatter(x, copy(slice(x), y))``;
+    whoever reads ``x`` or a view of it later reads ``x'`` or that view of ``x'``.
+
+    Args:
+        graph: A graph as ``torch.export`` traces it, whose fake values share memory where the model's do.
+        mode: The mode of the fake values.
+    """
+    return _Walk(graph, mode).run()
+
+
+class _Walk:
+    """One walk over a graph.
+
+    Attributes:
+        source: Of each view the value that it is a view of, as the model's code has it.
+        made_from: Of each view the node that it reads in place of its source.
+        now: Of each value in memory that is written into the node that holds it, and as of which write.
+        written: Number of writes so far by the value that owns the memory.
+    """
+
+    def __init__(self, graph: fx.Graph, mode: FakeTensorMode) -> None:
+        self.graph = graph
+        self.mode = mode
+        self.source: dict[fx.Node, fx.Node] = {}
+        self.made_from: dict[fx.Node, fx.Node] = {}
+        self.now: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.written: dict[fx.Node, int] = {}
+
+    def run(self) -> bool:
+        lost: list[fx.Node] = []  # Views of what their fake values do not tell.
+        for node in list(self.graph.nodes):
+            if writes(node):
+                if not node.target._schema.arguments[0].is_write:
+                    return False
+                node.replace_all_uses_with(node.args[0])  # What it returns is what it writes into.
+                if _name(node) == "aten::detach_":
+                    self.graph.erase_node(node)
+            elif node.op == "call_function" and (memory := _memory(node)) is not None and _name(node) != _FRESH:
+                source = next((other for other in node.all_input_nodes if _memory(other) == memory), None)
+                if source is not None:
+                    self.source[node] = source
+                elif _name(node).removeprefix("aten::").startswith(_VIEWS):
+                    lost += [node, *node.all_input_nodes]
+        every = [node for node in self.graph.nodes if writes(node)]
+        if not all(map(self._can_write, every)):
+            return False
+        self.written = {self._owner(node.args[0]): 0 for node in every}
+        if any(self._owner(node) in self.written for node in lost):
+            return False
+        for node in list(self.graph.nodes):
+            self._visit(node)
+        return True
+
+    def _owner(self, node: fx.Node) -> fx.Node:
+        while node in self.source:
+            node = self.source[node]
+        return node
+
+    def _can_write(self, node: fx.Node) -> bool:
+        """Whether the op has a form that does not write, and every view on the way to the owner can be put back."""
+        part = node.args[0]
+        assert isinstance(part, fx.Node)
+        while part in self.source:
+            if part.target not in _SCATTERS and not _is_same(part):
+                return False
+            part = self.source[part]
+        return part.op == "call_function" and _functional(node) is not None
+
+    def _visit(self, node: fx.Node) -> None:
+        source, target = self.source.get(node), node.args[0] if node.args else None
+        with self.graph.inserting_before(node):
+            current = {other: self._current(other) for other in node.all_input_nodes}
+        node.args = map_arg(node.args, lambda other: current[other])
+        node.kwargs = map_arg(node.kwargs, lambda other: current[other])
+        if writes(node):
+            with self.graph.inserting_before(node):
+                self._write(node, target)  # type: ignore[arg-type]
+            self.graph.erase_node(node)
+        elif (owner := self._owner(node)) in self.written:
+            self.now[node] = node, self.written[owner]
+            if source is not None:
+                self.made_from[node] = current[source]
+
+    def _write(self, node: fx.Node, target: fx.Node) -> None:
+        """Carry out a write into ``target``, as the model's code has it, and into all that it is a part of."""
+        owner, old = self._owner(target), node.args[0]
+        assert isinstance(old, fx.Node)
+        self.written[owner] += 1
+        new = self._call(_functional(node), node.args, node.kwargs, node)
+        if new.meta["val"].dtype != old.meta["val"].dtype:
+            new = self._call(aten.to.dtype, (new, old.meta["val"].dtype), {}, node)
+        self.now[target] = new, self.written[owner]
+        while target in self.source:
+            whole = self.source[target]
+            if target.target in _SCATTERS:
+                stands = self.now[whole][0]
+                new = self._call(_SCATTERS[target.target], (stands, new, *target.args[1:]), target.kwargs, node)
+            self.now[whole] = new, self.written[owner]
+            target = whole
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        """The node that holds a value by now: a view of what was written into since is made again."""
+        if node not in self.now:
+            return node
+        held, version = self.now[node]
+        latest = self.written[self._owner(node)]
+        if version != latest:
+            source = self._current(self.source[node])
+            old = self.made_from[node]
+            args, kwargs = map_arg((node.args, node.kwargs), lambda other: source if other is old else other)
+            held = self._call(node.target, args, kwargs, node)
+            self.now[node] = held, latest
+        return held
+
+    def _call(self, target: Any, args: Any, kwargs: Any, origin: fx.Node) -> fx.Node:
+        node = self.graph.call_function(target, args, dict(kwargs))
+        values, named = map_arg((node.args, dict(node.kwargs)), lambda other: other.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta["val"] = target(*values, **named)
+        node.meta |= {key: origin.meta[key] for key in _INHERITED if key in origin.meta}
+        return node
+
+
+def _functional(node: fx.Node) -> Any:
+    """The same op without the write: ``copy`` for ``copy_``; None if there is none."""
+    op = node.target
+    assert isinstance(op, torch._ops.OpOverload)
+    packet = getattr(aten, _name(node).removeprefix("aten::").removesuffix("_"), None)
+    if packet is None or op._overloadname not in packet.overloads() or torch.Tag.inplace_view in op.tags:
+        return None
+    found = getattr(packet, op._overloadname)
+    takes, took = ([a.name for a in schema.arguments] for schema in (found._schema, op._schema))
+    return found if takes == took and not found._schema.is_mutable and len(found._schema.returns) == 1 else None
+
+
+def _is_same(node: fx.Node) -> bool:
+    return _name(node).startswith(_SAME)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
+
+
+def _memory(node: fx.Node) -> int | None:
+    """Tells the memory of a value apart; that of all of its parts, where it is a tuple of them."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return first.untyped_storage()._cdata if isinstance(first, Tensor) else None

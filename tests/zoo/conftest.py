@@ -1,0 +1,34 @@
+"""Tests of one model share its graphs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fxquant.calibrate import copy_graph
+from fxquant.capture import Architecture, CapturedGraph
+from tests.zoo.models import Entry
+
+TRACED: dict[Entry, list[CapturedGraph]] = defaultdict(list)
+
+
+@pytest.fixture(autouse=True)
+def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace each model once for a kind of call; who asks again gets a copy of the graph as it was traced."""
+    entry = getattr(request.node, "callspec", None) and request.node.callspec.params.get("entry")
+    if entry is None:
+        return
+    capture = Architecture.capture
+
+    def shared(self: Architecture, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+        found = next((graph for graph in TRACED[entry] if graph.call.fits(names, leaves)), None)
+        if found is None:
+            found = capture(self, names, leaves, structure)
+            TRACED[entry].append(found)
+        return replace(found, module=copy_graph(found.module))
+
+    monkeypatch.setattr(Architecture, "capture", shared)
