@@ -25,8 +25,8 @@ class SecondMoments:
 
     Attributes:
         channels: C.
-        scale: Once :meth:`seal` was called, the roots of the diagonal, float32 ``[C]``; what is held are correlations in
-            float16 then, and sums of x x^T in float32 before.
+        scale: Once :meth:`seal` was called, the roots of the diagonal, float32 ``[C]``; what is held are correlations
+            in float16 then, and sums of x x^T in float32 before.
         sums: By timestep the sum of the rows, float64 ``[C]``.
         counts: By timestep the number of rows.
     """
