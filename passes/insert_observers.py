@@ -59,11 +59,8 @@ class InsertObservers(Pass):
                 continue
             layer = plan.layer(node.meta[LAYER])
             value, axis = node.args[0], 1 if layer.kind == "conv" else -1
-            if torch.ops.fxquant.observe.default in (
-                value.target,
-                *(source.target for source in value.all_input_nodes),
-            ):
-                continue
+            if _OBSERVE in (value.target, value.target is _TRANSPOSE and value.args[0].target):
+                continue  # Observed already, as it is or with its samples first.
             observer = observers.get((value, axis))
             if observer is None:
                 timestep = timestep_input(graph, plan.timestep)

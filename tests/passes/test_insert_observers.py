@@ -92,3 +92,11 @@ def test_an_input_of_another_name_is_no_timestep() -> None:
 def test_a_layer_that_the_plan_does_not_know() -> None:
     with pytest.raises(CalibrationError, match="the plan knows no layer 'conv'"):
         rewritten(Patches(), "insert-observers", planned(q=FLOAT), **patches())
+
+
+def test_a_linear_that_reads_an_observed_linear() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    plan = planned(**{"0": ("linear", [4, 4], 8, 8, 0), "1": ("linear", [2, 4], 8, 8, 0)})
+    plan.timestep = "input"
+    _, after = rewritten(module, "insert-observers", plan, input=torch.randn(3, 4))
+    assert after.count("fxquant::observe") == 2
