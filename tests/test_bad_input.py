@@ -232,7 +232,7 @@ def test_recipes_that_there_are_not(
         ({"backend": 8}, ConfigurationError, ("a backend is a name", "not a int")),
         ({"layers": "some"}, ConfigurationError, ("layers='some'", "default, blocks or all")),
         ({"measure": -1}, ConfigurationError, ("measure=-1", "0 for none")),
-        ({"statistics": {}}, ConfigurationError, ("statistics is a dict", "fxquant.observers.Statistics")),
+        ({"statistics": {}}, ConfigurationError, ("statistics is a dict", "fxquant.Statistics")),
     ],
 )
 def test_options_that_there_are_not(

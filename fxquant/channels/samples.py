@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from fxquant.channels.layouts import spread_over_unread
 from fxquant.channels.rules import Rule, outcome, shape_of
 from fxquant.channels.rules.layout import reshape
 from fxquant.channels.wants import IDENTITY, UNREAD, Barrier, Choose, Push, Want
@@ -45,7 +46,8 @@ class Samples:
         if node not in self._places:
             return
         places = self._places[node]
-        found = None if places is None else outcome(node, places, self._rules)
+        # Nobody cares which sample is where nothing is read, as in the text's part of a joint attention.
+        found = None if places is None else outcome(node, spread_over_unread(places), self._rules)
         if self._open and isinstance(found, Barrier) and self._rules[node.target] is reshape:
             return  # What an open batch is folded into has no axis of its size: shapes tell.
         ways = found.ways if isinstance(found, Choose) else [found] if isinstance(found, Push) else []
