@@ -165,12 +165,12 @@ def _convert(
 ) -> GraphModel:
     plan = calibration.plan
     pipeline = Pipeline(recipe.convert, instruments)
-    quantized = GraphModel(calibration.architecture, dtype, plan, _further_graph(recipe, backend))
+    quantized = GraphModel(calibration.architecture, dtype, plan, _further_graph(recipe, backend), backend)
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
-        backend.finish(captured.module, plan)
+        backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
     return quantized
@@ -190,7 +190,7 @@ def _replay(
         layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
     weights = weights_of(model)
     architecture = Architecture.of(model, plan.timestep)
-    quantized = GraphModel(architecture, dtype_of(model), plan, _further_graph(recipe, backend))
+    quantized = GraphModel(architecture, dtype_of(model), plan, _further_graph(recipe, backend), backend)
     device = next(iter(weights.values())).device
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
@@ -203,7 +203,7 @@ def _replay(
             ) from error
         plan.statistics = statistics
         try:
-            records = convert_graph(captured, plan, recipe, backend, instruments)
+            records = convert_graph(captured, plan, recipe, backend, quantized.tensors(), instruments)
         finally:
             plan.statistics = None
         plan.passes = plan.passes or [_log_entry(record) for record in records]
@@ -214,11 +214,16 @@ def _replay(
 
 
 def convert_graph(
-    captured: CapturedGraph, plan: Plan, recipe: Recipe, backend: Backend, instruments: Sequence[Instrument] = ()
+    captured: CapturedGraph,
+    plan: Plan,
+    recipe: Recipe,
+    backend: Backend,
+    held: Mapping[str, Tensor],
+    instruments: Sequence[Instrument] = (),
 ) -> list[PassRecord]:
-    """Take one captured graph all the way, as the plan says; with or without real weights."""
+    """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
-    backend.finish(captured.module, plan)
+    backend.finish(captured.module, plan, held)
     return records
 
 
@@ -244,7 +249,7 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
         captured = owner.architecture.capture(names, leaves, structure)
         refuse_unknown_layers(captured, owner.plan)
         # On a copy: what a further call decides is no part of what calibration decided.
-        convert_graph(captured, copy.deepcopy(owner.plan), recipe, backend)
+        convert_graph(captured, copy.deepcopy(owner.plan), recipe, backend, owner.tensors())
         return bound_graph(captured, owner.tensors())
 
     return make_graph
@@ -253,7 +258,9 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
 def model_from_plan(
     architecture: Architecture, plan: Plan, backend: Backend, dtype: torch.dtype, device: torch.device
 ) -> GraphModel:
-    """Build a quantized model from a plan alone, without float weights; :func:`bind_all` gives it its tensors.
+    """Build a quantized model from a plan alone, without float weights.
+
+    :func:`bind_all` gives it its tensors, and then :func:`lower_all` takes it to the backend.
 
     Raises:
         CheckpointError: If the plan records no call.
@@ -262,13 +269,23 @@ def model_from_plan(
     if not plan.calls:
         raise CheckpointError("the plan records no call of the model")
     recipe = Recipe.parse(plan.recipe)
-    quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend))
+    quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend), backend)
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
         refuse_unknown_layers(captured, plan)
-        convert_graph(captured, plan, recipe, backend)
+        Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
         quantized.add(captured)
     return quantized
+
+
+def lower_all(quantized: GraphModel) -> None:
+    """Lower the graphs of a model that has its tensors."""
+    assert quantized.plan is not None and quantized.backend is not None
+    lowered: dict[str, Tensor] = {}
+    for captured in quantized.captured:
+        quantized.backend.finish(captured.module, quantized.plan, lowered)
+        for name, tensor in read_tensors(captured.module).items():
+            lowered.setdefault(name, tensor)
 
 
 def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from fxquant.capture import read_tensors
 from fxquant.errors import BackendError
 from fxquant.ir.stages import StageSpec, verify
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
@@ -19,18 +22,34 @@ class Backend(ABC):
     Attributes:
         name: Name in the registry.
         spec: The ops that a lowered graph may hold.
+        devices: The types of devices that it runs on, such as ``cpu``; None for all.
     """
 
     name: ClassVar[str]
     spec: ClassVar[StageSpec]
+    devices: ClassVar[frozenset[str] | None] = None
 
     @abstractmethod
     def refuse(self, layer: LayerPlan) -> str | None:
         """Why this backend cannot run a layer as planned, and what would serve; None if it can."""
 
     @abstractmethod
-    def lower(self, module: fx.GraphModule, plan: Plan) -> None:
-        """Rewrite a quantized graph in place to the ops of :attr:`spec`."""
+    def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
+        """Rewrite a quantized graph in place to the ops of :attr:`spec`.
+
+        A backend may keep tensors in another form than the quantized graph has them, under other names; :meth:`stored`
+        is the way back.
+
+        Args:
+            module: A quantized graph, with its tensors; a graph that a later call asked for has fake ones.
+            plan: What was decided.
+            held: The tensors that the model's other graphs read already, by name. What is among them is shared, not
+                made again, and for a graph of fake tensors it is all there is.
+        """
+
+    def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
+        """The tensors of a lowered graph as the quantized graph named and held them, which is how a checkpoint does."""
+        return read_tensors(module)
 
     @abstractmethod
     def kernel(self, layer: LayerPlan) -> str:
@@ -45,6 +64,18 @@ class Backend(ABC):
     def attention_kernel(self, attention: AttentionPlan) -> str:
         """Name of the kernel that runs the matrix products of an attention, for the report."""
         return "aten float" if attention.bits is None else "fxquant::matmul (reference)"
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a device before a model goes there.
+
+        Raises:
+            BackendError: Says which devices would serve.
+        """
+        if self.devices is not None and device.type not in self.devices:
+            raise BackendError(
+                f"backend {self.name!r} runs on {', '.join(sorted(self.devices))}, not on {device.type}; leave the model "
+                "there, or use backend 'fake-quant', which runs on any device"
+            )
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan before anything is converted.
@@ -65,10 +96,12 @@ class Backend(ABC):
             ]
             raise BackendError(f"backend {self.name!r} cannot run this plan:\n" + "\n".join(lines))
 
-    def finish(self, module: fx.GraphModule, plan: Plan) -> None:
-        """Check the plan, lower the graph, and verify the result."""
+    def finish(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor] | None = None) -> None:
+        """Check the plan and the device, lower the graph, and verify the result; ``held`` as for :meth:`lower`."""
         self.check(plan)
-        self.lower(module, plan)
+        for tensor in read_tensors(module).values():
+            self.check_device(tensor.device)
+        self.lower(module, plan, held or {})
         module.recompile()
         verify(module, self.spec)
 

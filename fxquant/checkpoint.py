@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxquant.api import bind_all, model_from_plan
+from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, read_tensors, weights_and_buffers
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError, FxquantError
@@ -75,7 +75,8 @@ def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     tensors: dict[str, Tensor] = {}
     for captured in model.captured[: len(plan.calls)]:  # Graphs of later calls are captured again when they come.
-        for name, tensor in read_tensors(captured.module).items():
+        held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
+        for name, tensor in held.items():
             tensors.setdefault(name, tensor.detach().cpu().contiguous())
     pairs = [name for name, tensor in tensors.items() if tensor.is_complex()]  # Safetensors knows not all of these.
     tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
@@ -127,6 +128,8 @@ def load(
         dtypes = {name: _dtype(text) for name, text in data["dtypes"].items()}
         runner = resolve_backend(plan.backend) if runner is None else runner
     plan.backend = runner.name
+    runner.check(plan)
+    runner.check_device(torch.device(device))
     architecture = _architecture(plan, model, folder)
     _cast(architecture.skeleton, dtype, dtypes)
     tensors = _read_tensors(folder / TENSORS_FILE, torch.device(device))
@@ -134,6 +137,8 @@ def load(
         quantized = model_from_plan(architecture, plan, runner, dtype, torch.device(device))
     with _blaming(folder / TENSORS_FILE):
         bind_all(quantized, tensors)
+    tensors.clear()  # What the backend holds in another form is freed as it goes.
+    lower_all(quantized)
     return quantized
 
 

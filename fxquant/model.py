@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.backend import Backend
 from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
@@ -36,17 +37,24 @@ class GraphModel(nn.Module):
         graphs: The FX graph modules, one a kind of call; placeholders are the tensor inputs.
         captured: The same with the calls that they serve.
         plan: What was decided; None for a model that was only traced.
+        backend: What runs the graphs; None for a model that was only traced.
     """
 
     graphs: nn.ModuleList
     plan: Plan | None
 
     def __init__(
-        self, architecture: Architecture, dtype: torch.dtype, plan: Plan | None, make_graph: MakeGraph
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        plan: Plan | None,
+        make_graph: MakeGraph,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         self.graphs = nn.ModuleList()
         self.plan = plan
+        self.backend = backend
         self.captured: list[CapturedGraph] = []
         # Not a submodule: its fake parameters are nobody's business.
         object.__setattr__(self, "architecture", architecture)
@@ -153,6 +161,8 @@ class GraphModel(nn.Module):
                 f"convert the original to {probe.dtype} first and compile that"
             )
         moved = probe.device != self.device
+        if moved and self.backend is not None:
+            self.backend.check_device(probe.device)
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             changed = fn(tensor)  # A cast to the model's dtype is none: scales and factors have dtypes of their own.
@@ -166,7 +176,11 @@ class GraphModel(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
-        clone = GraphModel(self.architecture, self._dtype, copy.deepcopy(self.plan, memo), self._make_graph)
+        plan = copy.deepcopy(self.plan, memo)
+        clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend)
+        for tensor in self.tensors().values():
+            if tensor.layout is not torch.strided:  # Tensors of kernels' own layouts know no deepcopy.
+                memo[id(tensor)] = tensor.clone()
         for captured in self.captured:
             module = copy.deepcopy(captured.module, memo)
             clone.add(CapturedGraph(module, captured.call, captured.out_spec))

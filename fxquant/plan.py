@@ -384,6 +384,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes that tensors take, shared storage counted once."""
     seen: dict[int, int] = {}
     for tensor in tensors.values():
-        key = tensor.untyped_storage().data_ptr() if tensor.device != torch.device("meta") else id(tensor)
+        plain = tensor.layout is torch.strided and tensor.device != torch.device("meta")
+        key = tensor.untyped_storage().data_ptr() if plain else id(tensor)
         seen[key] = tensor.numel() * tensor.element_size()
     return sum(seen.values())

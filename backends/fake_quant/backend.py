@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.backend import Backend
 from fxquant.ir.stages import SPECS, Stage, StageSpec
@@ -21,7 +22,7 @@ class FakeQuant(Backend):
         """Every bit width and granularity runs."""
         return None
 
-    def lower(self, module: fx.GraphModule, plan: Plan) -> None:
+    def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
         """The quantized graph is the lowered one."""
 
     def kernel(self, layer: LayerPlan) -> str:
