@@ -75,3 +75,7 @@ class AlreadyCompiledError(FxquantError, TypeError):
 
 class QualityWarning(UserWarning):
     """The quantized model's output is, or may be, far from the float model's."""
+
+
+class SpeedWarning(UserWarning):
+    """The quantized model is slower than it could be; the message says why."""

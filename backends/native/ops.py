@@ -1,0 +1,145 @@
+"""The operators of lowered graphs, as PyTorch custom operators `torch.ops.fxquant_native.*`.
+
+Products are single ops, which call oneDNN. What stands around them is composite: eagerly it runs op by op, and under
+`torch.compile` it dissolves into ATen ops, which inductor fuses with their neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxquant import quantizer
+from fxquant.backends.native.products import Gelu, Grid, product, product_of_rows
+
+_library = torch.library.Library("fxquant_native", "DEF")
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+    """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that fuse."""
+    return quantizer.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
+
+
+def input_sums(xq: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """`scale * sum_k (xq_k - zero_point)`, float32 `[..., 1]`, of codes `[..., in]`.
+
+    The sum is exact: that of 65,793 codes fits the 24 bits of the mantissa.
+    """
+    total = xq.to(torch.float32).sum(-1, keepdim=True) - xq.shape[-1] * zero_point.to(torch.float32)
+    return total * scale.to(torch.float32)
+
+
+def add_missing(y: Tensor, sums: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y + sums * offset`, of `dtype`: float32 `[..., out]`, `[..., 1]` and `[out]`."""
+    if type(y) is Tensor:
+        return torch.addcmul(y, sums, offset).to(dtype)
+    return (y + sums * offset).to(dtype)  # While it is traced: the fake kernel of addcmul knows no open batch.
+
+
+def linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    w_sums: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`x_scale * w_scale * sum_k (xq_k - x_zero_point) weight_k + bias`, summed in 32-bit integers.
+
+    `xq` is uint8 `[..., in]`. `weight` is int8 `[in, out]` as :mod:`fxquant.backends.native.weights` holds it;
+    `w_zero_point` and `bits` tell how its codes are found again and are not computed with. Without `w_sums` scale and
+    zero point of `xq` are one number, or one a sample along the first axis; with `w_sums`, int32 `[out]`, they may be
+    one a row, `[..., 1]`. `bias` is `[out]`, or a row a sample. The result is `[..., out]` of `out_dtype`.
+    """
+    if w_sums is not None:
+        return product_of_rows(xq, x_scale, x_zero_point, weight, w_scale, w_sums, bias).to(out_dtype)
+    kernel_dtype = torch.float32 if out_dtype == torch.float64 else out_dtype
+    return product(xq, Grid(x_scale, x_zero_point), weight, w_scale, bias, kernel_dtype).to(out_dtype)
+
+
+def _fake_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    w_sums: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return xq.new_empty((*xq.shape[:-1], weight.shape[1]), dtype=out_dtype)
+
+
+def linear_gelu(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    qmax: int,
+) -> Tensor:
+    """:func:`linear`, its GELU by the tanh formula, and that quantized to codes of 0 to `qmax`, in one kernel: uint8.
+
+    Grids are one number, or one a sample.
+    """
+    gelu = Gelu(Grid(out_scale, out_zero_point), qmax)
+    return product(xq, Grid(x_scale, x_zero_point), weight, w_scale, bias, torch.float32, gelu)
+
+
+def _fake_linear_gelu(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    qmax: int,
+) -> Tensor:
+    return xq.new_empty((*xq.shape[:-1], weight.shape[1]), dtype=torch.uint8)
+
+
+def _define_kernel(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "MkldnnCPU"):  # A prepacked weight among the arguments dispatches to the second.
+        _library.impl(name, kernel, key)
+    torch.library.register_fake(f"fxquant_native::{name}", fake, lib=_library)
+
+
+def _define_composite(schema: str, kernel: Callable[..., Tensor]) -> None:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(schema.partition("(")[0], kernel, "CompositeImplicitAutograd")
+
+
+_define_composite("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmax) -> Tensor", quantize)
+_define_composite("input_sums(Tensor xq, Tensor scale, Tensor zero_point) -> Tensor", input_sums)
+_define_composite("add_missing(Tensor y, Tensor sums, Tensor offset, ScalarType dtype) -> Tensor", add_missing)
+_define_kernel(
+    "linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
+    "Tensor? w_sums, Tensor? bias, int bits, ScalarType out_dtype) -> Tensor",
+    linear,
+    _fake_linear,
+)
+_define_kernel(
+    "linear_gelu(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
+    "Tensor? bias, int bits, Tensor out_scale, Tensor out_zero_point, int qmax) -> Tensor",
+    linear_gelu,
+    _fake_linear_gelu,
+)
