@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.checkpoint import load, save
-    from fxquant.errors import FxquantError, QualityWarning
+    from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
     from fxquant.observers import Statistics
     from fxquant.pipelines import load_pipeline, save_pipeline
     from fxquant.plan import Plan
@@ -21,6 +21,7 @@ __all__ = [
     "QualityWarning",
     "Recipe",
     "Report",
+    "SpeedWarning",
     "Statistics",
     "compile",
     "load",
@@ -39,6 +40,7 @@ _HOMES = {
     "QualityWarning": "errors",
     "Recipe": "recipes",
     "Report": "reports",
+    "SpeedWarning": "errors",
     "Statistics": "observers",
     "compile": "api",
     "load": "checkpoint",

@@ -73,8 +73,8 @@ class Backend(ABC):
         """
         if self.devices is not None and device.type not in self.devices:
             raise BackendError(
-                f"backend {self.name!r} runs on {', '.join(sorted(self.devices))}, not on {device.type}; leave the model "
-                "there, or use backend 'fake-quant', which runs on any device"
+                f"backend {self.name!r} runs on {', '.join(sorted(self.devices))}, not on {device.type}; leave the "
+                "model there, or use backend 'fake-quant', which runs on any device"
             )
 
     def check(self, plan: Plan) -> None:

@@ -178,10 +178,11 @@ class GraphModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
         plan = copy.deepcopy(self.plan, memo)
         clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend)
-        for tensor in self.tensors().values():
-            if tensor.layout is not torch.strided:  # Tensors of kernels' own layouts know no deepcopy.
-                memo[id(tensor)] = tensor.clone()
+        clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
+            for name, tensor in read_tensors(captured.module).items():
+                if tensor.layout is not torch.strided:  # Tensors of kernels' own layouts know no deepcopy.
+                    clones[name] = memo[id(tensor)] = clones[name] if name in clones else tensor.clone()
             module = copy.deepcopy(captured.module, memo)
             clone.add(CapturedGraph(module, captured.call, captured.out_spec))
         return clone

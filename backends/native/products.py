@@ -62,10 +62,7 @@ def product(
     if all(_is_one(value) for value in (*shared, *([] if rows is None else [rows]))):
         return _product(codes, grid, 0, weight, w_scale, rows, dtype, gelu)
     return torch.stack(
-        [
-            _product(codes[sample], grid, sample, weight, w_scale, rows, dtype, gelu)
-            for sample in range(codes.shape[0])
-        ]
+        [_product(codes[sample], grid, sample, weight, w_scale, rows, dtype, gelu) for sample in range(codes.shape[0])]
     )
 
 

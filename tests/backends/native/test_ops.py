@@ -37,18 +37,14 @@ def run_linear(
     """What the lowering makes of one linear."""
     grid = made.packed, made.zero_point, made.bits, made.in_features
     weight, summed = prepacked(*grid), sums(*grid) if rows else None
-    y = native.linear(
-        codes, scale, zero_point, weight, made.scale, made.zero_point, summed, bias, made.bits, F32
-    )
+    y = native.linear(codes, scale, zero_point, weight, made.scale, made.zero_point, summed, bias, made.bits, F32)
     offset = missing_offset(made.scale, made.zero_point, made.bits)
     if offset is None:
         return y
     return native.add_missing(y, native.input_sums(codes, scale, zero_point), offset, F32)
 
 
-def reference(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, made: QuantizedWeight, bias: Tensor | None
-) -> Tensor:
+def reference(codes: Tensor, scale: Tensor, zero_point: Tensor, made: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The reference op in float64."""
     return torch.ops.fxquant.linear(
         codes, scale, zero_point, made.packed, made.scale, made.zero_point, bias, made.bits, 0, torch.float64
@@ -75,7 +71,8 @@ def test_sums_are_those_of_int64(
         weight[::2] = 0
     else:
         codes, weight = (
-            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in ((rows, width), (out, width))
+            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            for shape in ((rows, width), (out, width))
         )
     middle = torch.full((out, 1), 128, dtype=torch.uint8)
     y = native.linear(
