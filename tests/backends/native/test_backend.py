@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,27 @@ def test_torch_compile_serves_eight_batch_sizes_at_once(recipe: str) -> None:
         assert sqnr_db(sample(ours, call), sample(made, call)) > FLOOR
     # A batch of one has a graph of its own, because torch's convolution asks whether it is one.
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w8a8", "htg-w8a8", "ptq4dit-w4a8", "dynamic-w8a8"])
+def test_it_exports(recipe: str) -> None:
+    ours, call = shared(recipe), mixed()
+    (captured,) = ours.captured
+    tensors = tuple(call[name] for name, _ in captured.call.tensors)
+    with torch.no_grad():
+        program = torch.export.export(captured.module, tensors)
+        assert torch.equal(program.module()(*tensors)[0], sample(ours, call))
+
+
+def test_two_hundred_calls_leave_nothing_behind() -> None:
+    ours = shared("htg-w8a8")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(20):
+        sample(ours, mixed())
+    before = resident()
+    for _ in range(200):
+        sample(ours, mixed())
+    assert resident() - before < 4 << 20  # Bytes; the output of one call alone is 40 KB, its codes and products more.
