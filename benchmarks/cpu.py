@@ -91,20 +91,21 @@ def systems(layers: int, only: list[str]) -> dict[str, System]:
     compiled = torch.compile(make_model(layers))
     made: dict[str, System] = {"eager fp32": lambda: model(**call).sample}
 
-    def ours(recipe: str | Recipe) -> nn.Module:
-        quantized = fxquant.compile(
-            model, recipe=recipe, backend="native", calibrate=lambda: model(**call), measure=0, layers="blocks"
-        )
+    def ours(recipe: Recipe) -> nn.Module:
+        quantized = fxquant.compile(model, recipe=recipe, backend="native", calibrate=lambda: model(**call), measure=0)
         return quantized
 
     symmetric = make_recipe("rtn-w8a8", "blocks").with_options("quantize-linears", symmetric=True)
+    every = make_recipe("rtn-w8a8", "all").with_options("quantize-linears", symmetric=True)
+    every = every.with_options("assign-precision", attention="float")
     makers: dict[str, Callable[[], System]] = {
         "compiled fp32": lambda: lambda: compiled(**call).sample,
-        "native W8A8, eager": lambda: _call(ours("rtn-w8a8"), call),
-        "native W8A8, compiled": lambda: _call(torch.compile(ours("rtn-w8a8")), call),
+        "native W8A8, eager": lambda: _call(ours(make_recipe("rtn-w8a8", "blocks")), call),
+        "native W8A8, compiled": lambda: _call(torch.compile(ours(make_recipe("rtn-w8a8", "blocks"))), call),
         "native W8A8 symmetric, eager": lambda: _call(ours(symmetric), call),
         "native W8A8 symmetric, compiled": lambda: _call(torch.compile(ours(symmetric)), call),
-        "native W4A8, compiled": lambda: _call(torch.compile(ours("rtn-w4a8")), call),
+        "native W8A8 symmetric, all linears, compiled": lambda: _call(torch.compile(ours(every)), call),
+        "native W4A8, compiled": lambda: _call(torch.compile(ours(make_recipe("rtn-w4a8", "blocks"))), call),
         "native W8A8 HTG, compiled": lambda: _call(torch.compile(_binned(model, call)), call),
     }
     if importlib.util.find_spec("torchao"):

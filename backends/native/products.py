@@ -12,6 +12,9 @@ from fxquant.backends.native.machine import sums_exactly
 from fxquant.backends.native.weights import MIDDLE
 
 
+_NONE = torch.zeros(1, dtype=torch.int64)  # Zero points of the weight, which has none; the kernel does not read them.
+
+
 @dataclass(frozen=True, eq=False)
 class Grid:
     """Scale and zero point of activations: one number each, or one a sample along the first axis."""
@@ -21,7 +24,7 @@ class Grid:
 
     def of(self, sample: int) -> tuple[float, int]:
         """Scale and zero point of one sample."""
-        return float(_row(self.scale, sample)), int(_row(self.zero_point, sample))
+        return _row(self.scale, sample).item(), int(_row(self.zero_point, sample).item())
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,11 @@ def _kernel(
     dtype: torch.dtype,
     out: tuple[float, int] | None,
 ) -> Tensor:
-    offsets = torch.zeros(1, dtype=torch.int64)  # Of the weight, which has none; the kernel does not read them.
-    kernel = torch.ops.onednn.qlinear_pointwise
+    kernel = torch.ops.onednn.qlinear_pointwise.default
     if out is None:
-        y = kernel(codes, scale, zero_point, weight, w_scale, offsets, bias, 1.0, 0, dtype, "none", [], "")
+        y = kernel(codes, scale, zero_point, weight, w_scale, _NONE, bias, 1.0, 0, dtype, "none", [], "")
     else:
-        y = kernel(codes, scale, zero_point, weight, w_scale, offsets, bias, *out, torch.uint8, "gelu", [], "tanh")
+        y = kernel(codes, scale, zero_point, weight, w_scale, _NONE, bias, *out, torch.uint8, "gelu", [], "tanh")
     assert isinstance(y, Tensor)
     return y
 
