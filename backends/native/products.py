@@ -11,7 +11,6 @@ from torch.nn import functional
 from fxquant.backends.native.machine import sums_exactly
 from fxquant.backends.native.weights import MIDDLE
 
-
 _NONE = torch.zeros(1, dtype=torch.int64)  # Zero points of the weight, which has none; the kernel does not read them.
 
 
