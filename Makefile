@@ -20,7 +20,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz check format coverage bench clean distclean
+.PHONY: help setup demo compare test fuzz check format coverage bench clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -29,6 +29,9 @@ setup: $(STAMP) ## make the virtual environment
 
 demo: $(STAMP) ## quantize a small diffusion transformer, pictures and report into out/
 	$(PY) -m examples.digits.demo --out $(OUT)
+
+compare: $(STAMP) ## the same by every method there is, in twice the time
+	$(PY) -m examples.digits.demo --all --out $(OUT)
 
 test: check ## the checks, then the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)

@@ -2,8 +2,8 @@
 
 ``python -m examples.digits.demo --out out`` from the root of the repository writes ``samples.png``, ``salience.png``
 and ``results.json``, and prints one table. Two models are quantized: the trained one, and the same function with
-planted salient channels, which is what large diffusion transformers are like. ``--methods rtn,ptq4dit-gptq`` tries
-fewer recipes.
+planted salient channels, which is what large diffusion transformers are like. ``--all`` compares every
+method, ``--methods rtn,ptq4dit-gptq`` those that it names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,11 +31,17 @@ from .judge import load_classifier
 from .pictures import draw_salience, draw_samples
 from .salience import plant_salience
 
-METHODS = (
+PRECISIONS = ("w8a8", "w4a8")
+PLAIN = ("rtn", "smoothquant", "htg", "ptq4dit")
+METHODS = {"w8a8": PLAIN, "w4a8": (*PLAIN, "ptq4dit-gptq")}
+"""What is compared, by precision: 8 bits do not need GPTQ."""
+
+EVERY_METHOD = (
     *("rtn", "dynamic", "single-step", "smoothquant", "smoothquant-search", "repq", "q-diffusion"),
     *("htg", "ptq4dit", "ptq4dit-gptq"),
 )
-PRECISIONS = ("w8a8", "w4a8")
+"""What ``--all`` compares, in twice the time."""
+
 GROUPED = ("single-step",)
 """Methods whose weights are quantized in groups of 64 input channels, as their paper has it."""
 
@@ -55,22 +61,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for pictures and figures")
     parser.add_argument("--images", type=int, default=IMAGES, help="digits to generate with each model")
-    parser.add_argument("--methods", default=",".join(METHODS), help="recipes without precision, joined by commas")
+    parser.add_argument("--methods", help="recipes without precision, joined by commas, in place of the usual ones")
+    parser.add_argument("--all", action="store_true", help="compare every method there is")
     options = parser.parse_args()
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    results = run(options.out, options.images, options.methods.split(","))
+    methods = METHODS
+    if options.all or options.methods:
+        methods = dict.fromkeys(PRECISIONS, EVERY_METHOD if options.all else tuple(options.methods.split(",")))
+    results = run(options.out, options.images, methods)
     console = Console()
     console.print(table(results), highlight=False, soft_wrap=True)
     console.print(
         f"\nSQNR: of the predicted noise against float, over test timesteps. PSNR: of the final images against float. "
         f"{options.images} digits a row.\nlayers=default keeps the patch convolution and the final layer in float and "
         f"the embedders in float arithmetic; layers=all is the papers' setting. s: seconds of conversion, calibration\n"
-        f"included. q-diffusion learns for {QUICK['iterations']} iterations a block here; the paper takes 20,000.\n"
+        f"included.{_learned(methods)}\n"
         f"Pictures and figures in {options.out}/. {time.perf_counter() - began:.0f} s.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _learned(methods: Mapping[str, Sequence[str]]) -> str:
+    if not any("q-diffusion" in names for names in methods.values()):
+        return " make compare has more methods."
+    return f" q-diffusion learns for {QUICK['iterations']} iterations a block here; the paper takes 20,000."
 
 
 def recipe_name(method: str, precision: str) -> str:
@@ -84,14 +100,14 @@ def quick(recipe: Recipe) -> Recipe:
     return recipe.with_options("reconstruct-blocks", **QUICK) if learns else recipe
 
 
-def run(out: Path, count: int, methods: Sequence[str] = METHODS) -> list[Result]:
+def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -> list[Result]:
     """Quantize both models by all recipes; write pictures and figures into ``out``."""
     pipe, classifier = load_pipeline(), load_classifier()
     real, _ = digits("held_back")
     real = (real + 1) / 2
     labels = torch.arange(count) % 10
     models: dict[str, nn.Module] = {"plain": pipe.transformer, "planted": plant_salience(pipe.transformer)}
-    jobs = [(recipe_name(method, precision), "default") for precision in PRECISIONS for method in methods]
+    jobs = [(recipe_name(method, precision), "default") for precision, names in methods.items() for method in names]
     papers_setting = [(f"ptq4dit-{precision}", "all") for precision in PRECISIONS]
     results: list[Result] = []
     shown: dict[str, dict[str, Tensor]] = {}
