@@ -171,7 +171,10 @@ def _grid(found: ActivationRange, bits: int, like: Tensor) -> LearnedSteps | Tok
     if found.method == "dynamic":
         return TokenSteps(bits)
     low, high = (torch.tensor(end, dtype=torch.float64, device=like.device) for end in (found.low, found.high))
-    return LearnedSteps(low.reshape(-1), high.reshape(-1), bits)
+    grid = LearnedSteps(low.reshape(-1), high.reshape(-1), bits)
+    # What was learned for one graph of a model is what its other graphs have.
+    grid.growth.requires_grad_(found.method != "learned")
+    return grid
 
 
 def _by_sample(timestep: Tensor, sample: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class Simulation:
 
     def learned_steps(self) -> list[LearnedSteps]:
         """The grids that are learned."""
-        return list({id(s): s for s in self.steps.values() if isinstance(s, LearnedSteps)}.values())
+        grids = (grid for grid in self.steps.values() if isinstance(grid, LearnedSteps))
+        return list({id(grid): grid for grid in grids if grid.growth.requires_grad}.values())
 
 
 def learn(

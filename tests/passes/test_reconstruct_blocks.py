@@ -12,10 +12,13 @@ from torch import nn
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.model import GraphModel
-from fxquant.pipeline import parse_pass
+from fxquant.pipeline import Pipeline, parse_pass
+from fxquant.plan import Plan
 from fxquant.quantizer import sqnr_db
 from fxquant.recipes import Recipe, make_recipe
 from fxquant.reconstruction import engine
+from tests.passes import test_proof
+from tests.support import captured
 from tests.tiny import STEPS, make_dit, run
 
 QUICK = {"iterations": 60, "rounding_rate": 0.03, "step_rate": 1e-3, "regularizer": 10.0}
@@ -155,6 +158,22 @@ def test_where_learning_makes_it_worse_nearest_stays(model: nn.Module) -> None:
     nearest = compiled(model, "rtn-w4a8")
     assert all(after == before for before, after in wild.plan.reconstruction.values())
     assert error_db(wild, model) == pytest.approx(error_db(nearest, model), abs=0.2)
+
+
+def test_what_was_learned_for_one_graph_stays_for_the_next() -> None:
+    tensors = dict(zip(("sample", "timestep", "labels"), test_proof.inputs(torch.float32), strict=True))
+    found, plan = captured(test_proof.Block(), **tensors), Plan("", "", "timestep")
+    Pipeline.parse("assign-precision{precision=w4a8}").run(found.module, plan)
+    test_proof.with_calls(found, plan)
+    step = Pipeline.parse("reconstruct-blocks{iterations=10 step-rate=0.01}")
+    step.run(found.module, plan)
+    learned = {name: layer.activation for name, layer in plan.layers.items() if layer.activation}
+    codes = dict(plan.codes)
+    del plan.codes["blocks.0.out"]  # As if only this layer had not been in the first graph.
+    step.run(found.module, plan)
+    assert any(activation.method == "learned" for activation in learned.values())
+    assert {name: layer.activation for name, layer in plan.layers.items() if layer.activation} == learned
+    assert all(plan.codes[name] is codes[name] for name in codes if name != "blocks.0.out")
 
 
 def test_the_model_stays_as_it_was(model: nn.Module) -> None:
