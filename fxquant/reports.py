@@ -303,7 +303,7 @@ def report(model: nn.Module | Plan | str | Path) -> Report:
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
     plan = _plan_of(model)
-    backend = _backend_of(plan)
+    backend = _backend_of(model, plan)
     layers = tuple(_layer_report(name, layer, backend) for name, layer in plan.layers.items())
     return Report(
         model_class=plan.model_class,
@@ -355,7 +355,10 @@ def checkpoint_folder(folder: str | Path) -> Path:
     return found[0]
 
 
-def _backend_of(plan: Plan) -> Backend | None:
+def _backend_of(model: object, plan: Plan) -> Backend | None:
+    backend = getattr(getattr(model, "_orig_mod", model), "backend", None)
+    if isinstance(backend, Backend):  # With the options that it was made with.
+        return backend
     try:
         return resolve_backend(plan.backend)
     except UnknownNameError:  # A plan can be read where its backend is not installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import Mapping
 from typing import ClassVar
@@ -9,21 +10,37 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from fxquant.backend import Backend
-from fxquant.backends.native import lowering
-from fxquant.backends.native.machine import has_kernels, sums_exactly
-from fxquant.backends.native.weights import MAX_FEATURES
-from fxquant.errors import SpeedWarning
+from fxquant.backends.native import compiled, machine, onednn
+from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
 
 _ELSE = "use backend 'fake-quant'"
 
 
-class Native(Backend):
-    """Runs linears as integer products of oneDNN on x86 CPUs.
+class Kernels(enum.Enum):
+    """Whose products run."""
 
-    Convolutions, the products of quantized attention and weights behind float activations run as on ``fake-quant``, and
-    the report says so.
+    AUTO = "auto"
+    COMPILED = "compiled"
+    ONEDNN = "onednn"
+
+
+class Native(Backend):
+    """Runs quantized models on x86 CPUs as integer products.
+
+    Two sets of kernels do that. The *compiled* ones are ours, in C++, and want AVX-512 with VNNI and a compiler; they
+    do attention too, and take into themselves what surrounds the products. Elsewhere, and where a processor has tiles
+    (AMX), products are those of oneDNN.
+
+    Args:
+        kernels: ``auto``, ``compiled`` or ``onednn``.
+        packed: Keep weights of up to 4 bits in half a byte each, where the kernels can.
+        attention: ``bf16`` multiplies attention that the plan leaves float in bfloat16, where the kernels can;
+            ``float`` leaves it to ATen.
+
+    Raises:
+        BackendError: If compiled kernels are asked for and cannot be had; says why.
     """
 
     name: ClassVar[str] = "native"
@@ -34,46 +51,94 @@ class Native(Backend):
     )
     devices: ClassVar[frozenset[str] | None] = frozenset({"cpu"})
 
+    def __init__(self, kernels: str = "auto", packed: bool = True, attention: str = "bf16") -> None:
+        try:
+            self._asked = Kernels(kernels)
+        except ValueError:
+            raise BackendError(f"kernels={kernels!r}: there are auto, compiled and onednn") from None
+        if attention not in ("bf16", "float"):
+            raise BackendError(f"attention={attention!r}: there are bf16 and float")
+        self._packed = packed
+        self._bf16_attention = attention == "bf16"
+
+    @property
+    def kernels(self) -> Kernels:
+        """Which kernels run: never :attr:`Kernels.AUTO`."""
+        if self._asked is Kernels.ONEDNN or (self._asked is Kernels.AUTO and machine.has_tiles()):
+            return Kernels.ONEDNN
+        reason = machine.missing_kernels()
+        if reason is None:
+            return Kernels.COMPILED
+        if self._asked is Kernels.COMPILED:
+            raise BackendError(f"there are no compiled kernels: {reason}; or use kernels='onednn'")
+        return Kernels.ONEDNN
+
     def refuse(self, layer: LayerPlan) -> str | None:
         """Weight groups, sums of more than 32 bits, and a torch that lacks the kernels."""
         if layer.weight_bits is None or layer.activation_bits is None or layer.kind != "linear":
             return None
-        if not has_kernels():
+        own = self.kernels is Kernels.COMPILED
+        if not own and not machine.has_kernels():
             return f"this build of torch has no oneDNN quantized linear; install a CPU build for x86, or {_ELSE}"
         if layer.group_size:
             return (
                 f"its weight has a grid for every {layer.group_size} input channels, and integer sums run over all; "
                 f"leave out the groups (w4a8 in place of w4a8-g{layer.group_size}), or {_ELSE}"
             )
-        if layer.shape[1] > MAX_FEATURES:
+        if layer.shape[1] > (compiled.MAX_FEATURES if own else onednn.MAX_FEATURES):
             return f"sums over {layer.shape[1]} inputs do not fit 32 bits; keep the layer float, or {_ELSE}"
         return None
 
     def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
-        """Linears to integer products; quantization of what they read to ops that fuse."""
-        if has_kernels() and not sums_exactly():
-            warnings.warn(
-                "this processor has no VNNI instructions, or ONEDNN_MAX_CPU_ISA forbids them. Results are right, but "
-                "every integer product is made in two halves, at half the speed; float may be as fast",
-                SpeedWarning,
-                stacklevel=2,
-            )
-        lowering.lower(module, held)
+        """Linears and attention to the kernels, with what surrounds them."""
+        if self.kernels is Kernels.COMPILED:
+            compiled.lower(module, held, compiled.Options(self._packed, self._uses_bf16()))
+            return
+        if self._asked is Kernels.AUTO and not machine.has_tiles():
+            _tell_what_is_lost()
+        onednn.lower(module, held)
 
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
         """Packed codes in place of the kernels' weights."""
-        return lowering.stored(module)
+        return compiled.stored(module) if self.kernels is Kernels.COMPILED else onednn.stored(module)
 
     def kernel(self, layer: LayerPlan) -> str:
-        """The kernel of oneDNN, or the reference op."""
+        """The kernel that multiplies, or the reference op."""
         if layer.weight_bits is None:
             return "aten float"
+        own = self.kernels is Kernels.COMPILED
         if layer.activation_bits is None:
+            if own and layer.kind == "linear" and layer.group_size % 8 == 0:
+                return f"native weight-only {self._weight(layer)}, float32 sums"
             return "dequantize + aten float"
         if layer.kind == "conv":
             return "fxquant::conv2d (reference, float)"
-        return "onednn qlinear u8 x s8" + ("" if sums_exactly() else ", in two halves (no VNNI)")
+        if own:
+            return f"native vnni u8 x {self._weight(layer)}"
+        return "onednn qlinear u8 x s8" + ("" if machine.sums_exactly() else ", in two halves (no VNNI)")
 
     def attention_kernel(self, attention: AttentionPlan) -> str:
-        """The reference op."""
-        return "aten float" if attention.bits is None else "fxquant::matmul (reference, float)"
+        """The kernel of the products, or the reference op."""
+        if self.kernels is not Kernels.COMPILED:
+            return "aten float" if attention.bits is None else "fxquant::matmul (reference, float)"
+        if attention.bits is not None:
+            return "native vnni attention u8 x s8"
+        return "native attention, bf16 products" if self._uses_bf16() else "aten float"
+
+    def _weight(self, layer: LayerPlan) -> str:
+        assert layer.weight_bits is not None
+        return "u4" if compiled.in_halves(layer.weight_bits, self._packed) else "s8"
+
+    def _uses_bf16(self) -> bool:
+        return self._bf16_attention and machine.has_bf16_products()
+
+
+def _tell_what_is_lost() -> None:
+    reason = machine.missing_kernels()
+    lost = f"The fastest kernels are not used, as {reason}. Results are right; oneDNN and ATen run the model"
+    if machine.has_kernels() and not machine.sums_exactly():
+        lost += (
+            ", and as there are no VNNI instructions every integer product is made in two halves, at half the speed; "
+            "float may be as fast"
+        )
+    warnings.warn(lost, SpeedWarning, stacklevel=3)

@@ -1,10 +1,12 @@
-"""What this machine's integer instructions can do, found by trying them."""
+"""What this machine's instructions can do, and which kernels that leaves."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+
+from fxquant.backends.native.compiled.build import BuildError, load
 
 
 def has_kernels() -> bool:
@@ -26,3 +28,27 @@ def sums_exactly() -> bool:
         codes, 1.0, 0, weight, torch.ones(32), offsets, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return bool((product == 64 * 255 * 127).all())
+
+
+@functools.cache
+def missing_kernels() -> str | None:
+    """Why the compiled kernels cannot run here, compiling them where they can; None if they can."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "this processor has no AVX-512 instructions, or ATEN_CPU_CAPABILITY forbids them"
+    if not torch.cpu._is_vnni_supported() or (has_kernels() and not sums_exactly()):
+        return "this processor has no VNNI instructions, or ONEDNN_MAX_CPU_ISA forbids them"
+    try:
+        load()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def has_tiles() -> bool:
+    """Whether this processor multiplies matrices of integers in tiles (AMX), which oneDNN makes use of."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported()

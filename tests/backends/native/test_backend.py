@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backends.native import Native, weights
+from fxquant.backends.native import Native, machine
+from fxquant.backends.native.compiled import weights as panels
+from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError
 from fxquant.model import GraphModel
 from fxquant.quantizer import sqnr_db
@@ -25,15 +27,28 @@ from tests.zoo.audit import STEPS
 from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run as run_zoo
 
-FLOOR = 45.0  # dB against the oracle.
+FLOOR = {"float": 45.0, "onednn": 45.0, "bf16": 38.0}  # dB against the oracle.
 NAMES = [f"{name}-{bits}" for name in RECIPES for bits in ("w8a8", "w4a8")]
 NAMES += ["rtn-w6a6", "rtn-w8a16", "rtn-w4a16-g8", "ptq4dit-gptq-w4a8"]
 ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel",
        "WanTransformer3DModel", "HunyuanDiT2DModel")  # fmt: skip
 
 
-def compiled(recipe: str | Recipe, backend: str, layers: str = "default", **options: Any) -> GraphModel:
-    model = make_dit(**options)
+MISSING = machine.missing_kernels()
+OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")
+KINDS = [pytest.param("float", marks=OWN), pytest.param("bf16", marks=OWN), "onednn"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def runner(kind: str) -> str | Native:
+    """The oracle, oneDNN's kernels, or the compiled ones with attention in float or in bfloat16."""
+    if kind == "oracle":
+        return "fake-quant"
+    return Native("onednn") if kind == "onednn" else Native("compiled", attention=kind)
+
+
+def compiled(recipe: str | Recipe, kind: str, layers: str = "default", **options: Any) -> GraphModel:
+    model, backend = make_dit(**options), runner(kind)
     made = make_recipe(recipe, layers)
     if any(step.name == "reconstruct-blocks" for step in made.convert):
         made = made.with_options("reconstruct-blocks", iterations=3)
@@ -41,8 +56,8 @@ def compiled(recipe: str | Recipe, backend: str, layers: str = "default", **opti
 
 
 @functools.cache
-def shared(recipe: str, backend: str = "native") -> GraphModel:
-    return compiled(recipe, backend)
+def shared(recipe: str, kind: str) -> GraphModel:
+    return compiled(recipe, kind)
 
 
 def mixed() -> dict[str, Tensor]:
@@ -56,52 +71,60 @@ def sample(model: nn.Module, call: dict[str, Tensor]) -> Tensor:
     return found
 
 
+@each_kind
 @pytest.mark.parametrize("recipe", NAMES)
-def test_every_recipe_is_the_oracle(recipe: str) -> None:
-    ours, oracle = shared(recipe), shared(recipe, "fake-quant")
+def test_every_recipe_is_the_oracle(recipe: str, kind: str) -> None:
+    ours, oracle = shared(recipe, kind), shared(recipe, "oracle")
     for call in (mixed(), inputs(1, seed=2), inputs(4, timestep=100, seed=3)):
-        assert sqnr_db(sample(oracle, call), sample(ours, call)) > FLOOR
+        assert sqnr_db(sample(oracle, call), sample(ours, call)) > FLOOR[kind]
     assert len(ours.graphs) == 1
 
 
+@each_kind
 @pytest.mark.parametrize("recipe", ["rtn-w8a8", "htg-w8a8", "rtn-w4a8"])
-def test_symmetric_weights_run_in_the_kernels_alone(recipe: str) -> None:
+def test_symmetric_weights_run_in_the_kernels_alone(recipe: str, kind: str) -> None:
     made = make_recipe(recipe).with_options("quantize-linears", symmetric=True)
-    ours, oracle = compiled(made, "native"), compiled(made, "fake-quant")
-    assert sqnr_db(sample(oracle, mixed()), sample(ours, mixed())) > FLOOR
-    assert count(ours.graphs[0], torch.ops.fxquant_native.add_missing.default) == 0
-    assert count(ours.graphs[0], torch.ops.fxquant_native.linear_gelu.default) == 1
+    ours, oracle = compiled(made, kind), compiled(made, "oracle")
+    assert sqnr_db(sample(oracle, mixed()), sample(ours, mixed())) > FLOOR[kind]
+    if kind == "onednn":
+        assert count(ours.graphs[0], torch.ops.fxquant_native.add_missing.default) == 0
+        assert count(ours.graphs[0], torch.ops.fxquant_native.linear_gelu.default) == 1
 
 
-def test_all_layers_convolution_and_attention_too() -> None:
-    ours, oracle = (compiled("rtn-w8a8", backend, "all") for backend in ("native", "fake-quant"))
-    assert sqnr_db(sample(oracle, mixed()), sample(ours, mixed())) > FLOOR
+@each_kind
+def test_all_layers_convolution_and_attention_too(kind: str) -> None:
+    ours, oracle = (compiled("rtn-w8a8", side, "all") for side in (kind, "oracle"))
+    assert sqnr_db(sample(oracle, mixed()), sample(ours, mixed())) > FLOOR[kind]
     report = fxquant.report(ours)
-    kernels = {layer.kind: layer.kernel for layer in report.layers}
-    assert kernels["conv"] == "fxquant::conv2d (reference, float)"
-    assert kernels["linear"].startswith("onednn qlinear u8 x s8")
-    assert {row.kernel for row in report.attentions} == {"fxquant::matmul (reference, float)"}
+    names = {layer.kind: layer.kernel for layer in report.layers}
+    assert names["conv"] == "fxquant::conv2d (reference, float)"
+    own = kind != "onednn"
+    assert names["linear"].startswith("native vnni u8 x s8" if own else "onednn qlinear u8 x s8")
+    attention = "native vnni attention u8 x s8" if own else "fxquant::matmul (reference, float)"
+    assert {row.kernel for row in report.attentions} == {attention}
 
 
+@each_kind
 @pytest.mark.parametrize(("heads", "width", "size"), [(1, 4, 2), (3, 12, 6), (2, 22, 10)])
-def test_odd_shapes(heads: int, width: int, size: int) -> None:
+def test_odd_shapes(heads: int, width: int, size: int, kind: str) -> None:
     """One token; widths that are no multiple of any block."""
     options = {"num_attention_heads": heads, "attention_head_dim": width, "sample_size": size}
     models = []
-    for backend in ("native", "fake-quant"):
-        model = make_dit(**options)
+    for side in (kind, "oracle"):
+        model, backend = make_dit(**options), runner(side)
         models.append(
             fxquant.compile(model, recipe="htg-w8a8", backend=backend, calibrate=calibrate(model, size=size), measure=0)
         )
     call = inputs(3, timestep=None, size=size)
-    assert sqnr_db(sample(models[1], call), sample(models[0], call)) > FLOOR
+    assert sqnr_db(sample(models[1], call), sample(models[0], call)) > FLOOR[kind]
 
 
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes(dtype: torch.dtype, kind: str) -> None:
     found = []
-    for backend in ("native", "fake-quant"):
-        model = make_dit().to(dtype)
+    for side in (kind, "oracle"):
+        model, backend = make_dit().to(dtype), runner(side)
         call = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs().items()}
         made = fxquant.compile(
             model, recipe="rtn-w8a8", backend=backend, calibrate=lambda m=model, c=call: m(**c), measure=0
@@ -109,15 +132,16 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         found.append(sample(made, call))
     assert found[0].dtype == dtype
     # A rounding of bfloat16 that goes the other way moves a code of the next layer.
-    assert sqnr_db(found[1].double(), found[0].double()) > (38.0 if dtype == torch.bfloat16 else FLOOR)
+    assert sqnr_db(found[1].double(), found[0].double()) > (38.0 if dtype == torch.bfloat16 else FLOOR[kind])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("entry", [e for e in CAPTURED if e.name in ZOO and not e.variant], ids=lambda entry: entry.id)
-def test_models_of_the_zoo(entry: Entry) -> None:
+@each_kind
+def test_models_of_the_zoo(kind: str, entry: Entry) -> None:
     found = []
-    for backend in ("native", "fake-quant"):
-        model = entry.model()
+    for side in (kind, "oracle"):
+        model, backend = entry.model(), runner(side)
         made = fxquant.compile(
             model,
             recipe="ptq4dit-w8a8",
@@ -127,54 +151,61 @@ def test_models_of_the_zoo(entry: Entry) -> None:
             measure=0,
         )
         found.append(run_zoo(made, entry.call(step=STEPS[0], seed=7)))
-    assert sqnr_db(found[1], found[0]) > FLOOR
+    assert sqnr_db(found[1], found[0]) > FLOOR[kind]
 
 
 # --- how models live ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["rtn-w8a8", "htg-w8a8", "ptq4dit-w4a8", "dynamic-w8a8"])
-def test_a_checkpoint_is_the_oracles(recipe: str, tmp_path: Path) -> None:
-    ours = shared(recipe)
+@each_kind
+def test_a_checkpoint_is_the_oracles(kind: str, recipe: str, tmp_path: Path) -> None:
+    ours, backend = shared(recipe, kind), runner(kind)
     fxquant.save(ours, tmp_path / "ours")
-    fxquant.save(shared(recipe, "fake-quant"), tmp_path / "oracle")
+    fxquant.save(shared(recipe, "oracle"), tmp_path / "oracle")
     assert (tmp_path / "ours/model.safetensors").read_bytes() == (tmp_path / "oracle/model.safetensors").read_bytes()
-    loaded = fxquant.load(tmp_path / "ours")
-    assert isinstance(loaded.backend, Native)
+    assert isinstance(fxquant.load(tmp_path / "ours").backend, Native)
+    loaded = fxquant.load(tmp_path / "ours", backend=backend)
     assert torch.equal(sample(loaded, mixed()), sample(ours, mixed()))
     other = fxquant.load(tmp_path / "ours", backend="fake-quant")
-    assert torch.equal(sample(other, mixed()), sample(shared(recipe, "fake-quant"), mixed()))
-    switched = fxquant.load(tmp_path / "oracle", backend="native")
+    assert torch.equal(sample(other, mixed()), sample(shared(recipe, "oracle"), mixed()))
+    switched = fxquant.load(tmp_path / "oracle", backend=backend)
     assert torch.equal(sample(switched, mixed()), sample(ours, mixed()))
 
 
-def test_a_call_of_another_size_shares_the_kernels_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, oracle = compiled("rtn-w8a8", "native"), compiled("rtn-w8a8", "fake-quant")
+@each_kind
+def test_a_call_of_another_size_shares_the_kernels_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, oracle = compiled("rtn-w8a8", kind, "all"), compiled("rtn-w8a8", "oracle", "all")
     call = inputs(2, size=12)
     monkeypatch.delattr(weights, "prepacked")  # Nothing is packed anew.
-    assert sqnr_db(sample(oracle, call), sample(ours, call)) > FLOOR
-    first, second = ({name for name, _ in graph.named_buffers() if name.endswith("_int8")} for graph in ours.graphs)
+    monkeypatch.delattr(panels, "panels")
+    assert sqnr_db(sample(oracle, call), sample(ours, call)) > FLOOR[kind]
+    ends = ("_int8", "_panels", "_divided")
+    first, second = ({name for name, _ in graph.named_buffers() if name.endswith(ends)} for graph in ours.graphs)
     assert first == second
     clone = copy.deepcopy(ours)
     assert torch.equal(sample(clone, call), sample(ours, call))
 
 
-def test_no_weight_is_held_twice_or_in_float() -> None:
-    made = shared("rtn-w8a8")
+@each_kind
+def test_no_weight_is_held_twice_or_in_float(kind: str) -> None:
+    made = shared("rtn-w8a8", kind)
     assert made.plan is not None
     tensors = made.tensors()
     integer = [name for name, layer in made.plan.layers.items() if layer.activation_bits is not None]
     for layer in integer:
         held = {name for name in tensors if name.startswith(f"{layer}.weight")}
-        ends = ("packed_int8", "packed_missing_offset", "scale", "zero_point")
-        assert held == {f"{layer}.weight_{end}" for end in ends}
-    total = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith("_int8"))
-    assert total == sum(math.prod(made.plan.layers[layer].shape) for layer in integer)
+        own = {"packed_int8", "packed_missing_offset"} if kind == "onednn" else {"packed_panels", "packed_sums"}
+        assert held == {f"{layer}.weight_{end}" for end in own | {"scale", "zero_point"}}
+    if kind == "onednn":
+        total = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith("_int8"))
+        assert total == sum(math.prod(made.plan.layers[layer].shape) for layer in integer)
     assert made.plan.bytes_after == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def test_a_copy_stands_alone() -> None:
-    ours = compiled("rtn-w8a8", "native")
+@each_kind
+def test_a_copy_stands_alone(kind: str) -> None:
+    ours = compiled("rtn-w8a8", kind)
     clone = copy.deepcopy(ours)
     expected = sample(ours, mixed())
     for tensor in ours.tensors().values():
@@ -185,7 +216,7 @@ def test_a_copy_stands_alone() -> None:
 
 
 def test_another_device_is_refused(tmp_path: Path) -> None:
-    ours = shared("rtn-w8a8")
+    ours = shared("rtn-w8a8", "onednn")
     fxquant.save(ours, tmp_path / "made")
     with pytest.raises(BackendError, match=r"'native' runs on cpu, not on meta.*fake-quant"):
         ours.to("meta")
@@ -211,9 +242,10 @@ def test_groups_of_inputs_are_refused_before_anything_runs() -> None:
 
 
 @pytest.mark.slow
+@each_kind
 @pytest.mark.parametrize("recipe", ["rtn-w8a8", "htg-w8a8"])
-def test_torch_compile_serves_eight_batch_sizes_at_once(recipe: str) -> None:
-    ours = copy.deepcopy(shared(recipe))
+def test_torch_compile_serves_eight_batch_sizes_at_once(recipe: str, kind: str) -> None:
+    ours = copy.deepcopy(shared(recipe, kind))
     graphs = []
 
     def backend(module: torch.fx.GraphModule, example: list[Tensor]) -> Any:
@@ -226,14 +258,15 @@ def test_torch_compile_serves_eight_batch_sizes_at_once(recipe: str) -> None:
     made = torch.compile(ours, backend=backend, fullgraph=True, dynamic=True)
     for batch in range(1, 9):
         call = inputs(batch, timestep=None, seed=batch)
-        assert sqnr_db(sample(ours, call), sample(made, call)) > FLOOR
+        assert sqnr_db(sample(ours, call), sample(made, call)) > FLOOR[kind]
     # A batch of one has a graph of its own, because torch's convolution asks whether it is one.
     assert len(graphs) <= 2
 
 
 @pytest.mark.parametrize("recipe", ["rtn-w8a8", "htg-w8a8", "ptq4dit-w4a8", "dynamic-w8a8"])
-def test_it_exports(recipe: str) -> None:
-    ours, call = shared(recipe), mixed()
+@each_kind
+def test_it_exports(kind: str, recipe: str) -> None:
+    ours, call = shared(recipe, kind), mixed()
     (captured,) = ours.captured
     tensors = tuple(call[name] for name, _ in captured.call.tensors)
     with torch.no_grad():
@@ -241,8 +274,9 @@ def test_it_exports(recipe: str) -> None:
         assert torch.equal(program.module()(*tensors)[0], sample(ours, call))
 
 
-def test_two_hundred_calls_leave_nothing_behind() -> None:
-    ours = shared("htg-w8a8")
+@each_kind
+def test_two_hundred_calls_leave_nothing_behind(kind: str) -> None:
+    ours = shared("htg-w8a8", kind)
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxquant.backends.native import ops as _ops  # noqa: F401  (registers the ops)
-from fxquant.backends.native import products
-from fxquant.backends.native.weights import missing_offset, prepacked, sums
+from fxquant.backends.native.onednn import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.onednn import products
+from fxquant.backends.native.onednn.weights import missing_offset, prepacked, sums
 from fxquant.quantizer import QuantizedWeight, quantize_weight
 
 native = torch.ops.fxquant_native

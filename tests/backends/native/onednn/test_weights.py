@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.backends.native.weights import missing_offset, prepacked, sums, unpacked
+from fxquant.backends.native.onednn.weights import missing_offset, prepacked, sums, unpacked
 from fxquant.quantizer import quantize_weight
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.backends.native import ops as _ops  # noqa: F401  (registers the ops)
-from fxquant.backends.native import weights
+from fxquant.backends.native.onednn import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.onednn import weights
+from fxquant.backends.native.tensors import by_sample, derived, only_reader
 from fxquant.capture import drop_unread_tensors, read_tensors
 from fxquant.ir.rewriter import Rewriter
-from fxquant.timesteps import reads_rows
 
 aten, native = torch.ops.aten, torch.ops.fxquant_native
 
@@ -34,7 +33,7 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
         codes = fxquant_native.quantize(x, s, z, 255)
         y = fxquant_native.linear(codes, s, z, W_int8, W_scale, W_zero_point, None, bias, bits, dtype)
 
-    and, where the held weight lacks a part of the weight (:mod:`fxquant.backends.native.weights`)::
+    and, where the held weight lacks a part of the weight (:mod:`fxquant.backends.native.onednn.weights`)::
 
         y = fxquant_native.add_missing(y, fxquant_native.input_sums(codes, s, z), W_missing_offset, dtype)
 
@@ -82,12 +81,12 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor])
     assert isinstance(codes, fx.Node) and isinstance(packed, fx.Node) and isinstance(bits, int)
     in_features = int(codes.meta["val"].shape[-1])
     grid = rewriter.tensor(packed), rewriter.tensor(w_zero_point), bits, in_features
-    weight = _held(packed, _HELD, rewriter, held, lambda: weights.prepacked(*grid))
+    weight = derived(packed, _HELD, rewriter, held, lambda: weights.prepacked(*grid))
     assert weight is not None
     summed = None
-    if not _by_sample(x_scale):
-        summed = _held(packed, _SUMS, rewriter, held, lambda: weights.sums(*grid))
-    offset = _held(
+    if not by_sample(x_scale):
+        summed = derived(packed, _SUMS, rewriter, held, lambda: weights.sums(*grid))
+    offset = derived(
         packed, _OFFSET, rewriter, held, lambda: weights.missing_offset(rewriter.tensor(w_scale), grid[1], bits)
     )
     arguments = (codes, x_scale, x_zero_point, weight, w_scale, w_zero_point, summed, bias, bits)
@@ -106,33 +105,17 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor])
         rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
 
 
-def _held(
-    packed: fx.Node, suffix: str, rewriter: Rewriter, held: Mapping[str, Tensor], make: Callable[[], Tensor | None]
-) -> fx.Node | None:
-    """The node of a tensor that follows from a packed weight: that of another graph, or made here; None for none."""
-    name = f"{packed.target}{suffix}"
-    if name not in rewriter.memo:
-        # Without values nothing can be made; then the other graphs tell whether there is such a tensor.
-        without = isinstance(rewriter.tensor(packed), FakeTensor)
-        value = held.get(name) if without or name in held else make()
-        rewriter.memo[name] = None if value is None else rewriter.constant(name, value, [packed])
-    node: fx.Node | None = rewriter.memo[name]
-    return node
-
-
-def _by_sample(scale: object) -> bool:
-    """Whether a grid is one for all or one a sample, not one a token."""
-    assert isinstance(scale, fx.Node)
-    return scale.op == "get_attr" or reads_rows(scale)
-
-
 def _fuse_gelu(node: fx.Node, rewriter: Rewriter) -> None:
-    gelu = _only_reader(node, aten.gelu.default)
-    codes = None if gelu is None else _only_reader(gelu, native.quantize.default)
-    if gelu is None or codes is None or gelu.kwargs.get("approximate") != "tanh" or node.args[6] is not None:
+    gelu = only_reader(node)
+    codes = None if gelu is None else only_reader(gelu)
+    if gelu is None or codes is None or gelu.target is not aten.gelu.default:
+        return
+    if codes.target is not native.quantize.default or gelu.kwargs.get("approximate") != "tanh":
+        return
+    if node.args[6] is not None:
         return
     _, scale, zero_point, qmax = codes.args
-    if not _by_sample(scale):
+    if not by_sample(scale):
         return
     *grid, bias, bits, _ = node.args[:6] + node.args[7:]
     with rewriter.before(codes):
@@ -142,8 +125,3 @@ def _fuse_gelu(node: fx.Node, rewriter: Rewriter) -> None:
     rewriter.replace(codes, new)
     rewriter.erase(gelu)
     rewriter.erase(node)
-
-
-def _only_reader(node: fx.Node, target: object) -> fx.Node | None:
-    reader = next(iter(node.users), None)
-    return reader if reader is not None and len(node.users) == 1 and reader.target is target else None

@@ -52,10 +52,10 @@ def lowered(model: nn.Module, bits: int, symmetric: bool = False, activation: st
     module = quantized(model, plan, symmetric)
     x = torch.randn(2, 3, 8)
     expected, before = outputs(module, x), {name: tensor.clone() for name, tensor in read_tensors(module).items()}
-    Native().finish(module, plan)
+    Native("onednn").finish(module, plan)
     verify(module, Native.spec)
     torch.testing.assert_close(outputs(module, x), expected, rtol=1e-4, atol=1e-4)
-    back = Native().stored(module)
+    back = Native("onednn").stored(module)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in before.items())
     return module
@@ -124,6 +124,6 @@ def test_linears_of_one_input_share_its_codes_and_sums() -> None:
     plan.layers["down"].activation = plan.layers["up"].activation
     plan.layers["down"].shape = [8, 8]
     module = quantized(Projections(), plan)
-    Native().finish(module, plan)
+    Native("onednn").finish(module, plan)
     ops = (native.quantize.default, native.input_sums.default, native.linear.default)
     assert [count(module, op) for op in ops] == [1, 1, 2]

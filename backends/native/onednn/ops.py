@@ -1,25 +1,16 @@
-"""The operators of lowered graphs, as PyTorch custom operators `torch.ops.fxquant_native.*`.
+"""The operators of products by oneDNN.
 
-Products are single ops, which call oneDNN. What stands around them is composite: eagerly it runs op by op, and under
-`torch.compile` it dissolves into ATen ops, which inductor fuses with their neighbours.
+Products are single ops. What stands around them is composite: eagerly it runs op by op, and under `torch.compile` it
+dissolves into ATen ops, which inductor fuses with their neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fxquant import quantizer
-from fxquant.backends.native.products import Gelu, Grid, product, product_of_rows
-
-_library = torch.library.Library("fxquant_native", "DEF")
-
-
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
-    """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that fuse."""
-    return quantizer.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
+from fxquant.backends.native.library import define_composite, define_kernel
+from fxquant.backends.native.onednn.products import Gelu, Grid, product, product_of_rows
 
 
 def input_sums(xq: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -52,7 +43,7 @@ def linear(
 ) -> Tensor:
     """`x_scale * w_scale * sum_k (xq_k - x_zero_point) weight_k + bias`, summed in 32-bit integers.
 
-    `xq` is uint8 `[..., in]`. `weight` is int8 `[in, out]` as :mod:`fxquant.backends.native.weights` holds it;
+    `xq` is uint8 `[..., in]`. `weight` is int8 `[in, out]` as :mod:`fxquant.backends.native.onednn.weights` holds it;
     `w_zero_point` and `bits` tell how its codes are found again and are not computed with. Without `w_sums` scale and
     zero point of `xq` are one number, or one a sample along the first axis; with `w_sums`, int32 `[out]`, they may be
     one a row, `[..., 1]`. `bias` is `[out]`, or a row a sample. The result is `[..., out]` of `out_dtype`.
@@ -115,29 +106,15 @@ def _fake_linear_gelu(
     return xq.new_empty((*xq.shape[:-1], weight.shape[1]), dtype=torch.uint8)
 
 
-def _define_kernel(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "MkldnnCPU"):  # A prepacked weight among the arguments dispatches to the second.
-        _library.impl(name, kernel, key)
-    torch.library.register_fake(f"fxquant_native::{name}", fake, lib=_library)
-
-
-def _define_composite(schema: str, kernel: Callable[..., Tensor]) -> None:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(schema.partition("(")[0], kernel, "CompositeImplicitAutograd")
-
-
-_define_composite("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmax) -> Tensor", quantize)
-_define_composite("input_sums(Tensor xq, Tensor scale, Tensor zero_point) -> Tensor", input_sums)
-_define_composite("add_missing(Tensor y, Tensor sums, Tensor offset, ScalarType dtype) -> Tensor", add_missing)
-_define_kernel(
+define_composite("input_sums(Tensor xq, Tensor scale, Tensor zero_point) -> Tensor", input_sums)
+define_composite("add_missing(Tensor y, Tensor sums, Tensor offset, ScalarType dtype) -> Tensor", add_missing)
+define_kernel(
     "linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor? w_sums, Tensor? bias, int bits, ScalarType out_dtype) -> Tensor",
     linear,
     _fake_linear,
 )
-_define_kernel(
+define_kernel(
     "linear_gelu(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor? bias, int bits, Tensor out_scale, Tensor out_zero_point, int qmax) -> Tensor",
     linear_gelu,

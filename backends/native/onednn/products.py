@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxquant.backends.native.machine import sums_exactly
-from fxquant.backends.native.weights import MIDDLE
+from fxquant.backends.native.onednn.weights import MIDDLE
 
 _NONE = torch.zeros(1, dtype=torch.int64)  # Zero points of the weight, which has none; the kernel does not read them.
 

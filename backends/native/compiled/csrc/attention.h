@@ -1,0 +1,237 @@
+// Attention for a head at a time: keys and values packed once, then a few rows of queries against all keys.
+//
+// Scores of a few rows fit the first-level cache, so that the softmax is the plain one, over whole rows. Products are of
+// bfloat16 with float32 sums, or of uint8 and int8 codes with exact 32-bit sums. Head dimensions that torch's kernels
+// are slow at, such as 72, cost what their multiplications cost.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "memory.h"
+#include "simd.h"
+
+namespace fxquant {
+
+constexpr int kQueries = 6;      // Rows of queries a tile: by four vectors 24 accumulators.
+
+// acc[r][v] of R rows of factors, four bytes a step, and V vectors. `Bf16` or `Bytes` says what four bytes are.
+template <class Kind, int R, int V>
+void tile(const char* rows, int64_t row_bytes, const char* vectors, int64_t step_bytes, int64_t steps, void* out,
+          int64_t out_stride) {
+  typename Kind::Sum acc[R][V];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = Kind::zero();
+  for (int64_t step = 0; step < steps; ++step) {
+    __m512i right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = _mm512_loadu_si512(vectors + step * step_bytes + v * 64);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m512i left = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(rows + r * row_bytes + step * 4));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) Kind::add(acc[r][v], left, right[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      _mm512_storeu_si512(static_cast<int32_t*>(out) + r * out_stride + v * kLanes, Kind::bits(acc[r][v]));
+}
+
+#ifdef __AVX512BF16__
+struct Bf16 {
+  static constexpr int64_t kEach = 2;  // Values a step.
+  using Value = uint16_t;
+  using Sum = __m512;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static void add(Sum& sum, __m512i left, __m512i right) { add_products_bf16(sum, left, right); }
+  static __m512i bits(Sum sum) { return _mm512_castps_si512(sum); }
+};
+#endif
+
+struct Bytes {
+  static constexpr int64_t kEach = 4;
+  using Value = uint8_t;
+  using Sum = __m512i;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static void add(Sum& sum, __m512i left, __m512i right) { add_products_u8s8(sum, left, right); }
+  static __m512i bits(Sum sum) { return sum; }
+};
+
+template <class Kind, int R>
+void some_rows(const char* rows, int64_t row_bytes, const char* vectors, int64_t count, int64_t steps, int32_t* out,
+               int64_t out_stride) {
+  const int64_t step_bytes = count * 64;
+  int64_t v = 0;
+  const auto run = [&](auto kernel, int64_t width) {
+    kernel(rows, row_bytes, vectors + v * 64, step_bytes, steps, out + v * kLanes, out_stride);
+    v += width;
+  };
+  while (count - v >= 6 || count - v == 4) run(tile<Kind, R, 4>, 4);
+  if (count - v == 5) run(tile<Kind, R, 3>, 3);  // Halves as even as can be keep more sums in flight than 4 and 1.
+  if (count - v == 3) run(tile<Kind, R, 3>, 3);
+  if (count - v == 2) run(tile<Kind, R, 2>, 2);
+  if (count - v == 1) run(tile<Kind, R, 1>, 1);
+}
+
+// Products of up to six rows of factors with `count` vectors, which lie step by step.
+template <class Kind>
+void product(int64_t row_count, const void* rows, int64_t row_bytes, const void* vectors, int64_t count, int64_t steps,
+             void* out, int64_t out_stride) {
+  const auto* left = static_cast<const char*>(rows);
+  const auto* right = static_cast<const char*>(vectors);
+  auto* to = static_cast<int32_t*>(out);
+  switch (row_count) {
+    case 1: return some_rows<Kind, 1>(left, row_bytes, right, count, steps, to, out_stride);
+    case 2: return some_rows<Kind, 2>(left, row_bytes, right, count, steps, to, out_stride);
+    case 3: return some_rows<Kind, 3>(left, row_bytes, right, count, steps, to, out_stride);
+    case 4: return some_rows<Kind, 4>(left, row_bytes, right, count, steps, to, out_stride);
+    case 5: return some_rows<Kind, 5>(left, row_bytes, right, count, steps, to, out_stride);
+    default: return some_rows<Kind, 6>(left, row_bytes, right, count, steps, to, out_stride);
+  }
+}
+
+// A tensor [batch, heads, tokens, channels] with dense channels.
+struct Heads {
+  const at::Tensor tensor;
+  int64_t group = 1;  // Query heads that share a head of this.
+
+  Heads(const at::Tensor& values, int64_t heads, const char* what)
+      : tensor(values.dim() == 4 && values.stride(3) == 1 ? values : values.contiguous()) {
+    TORCH_CHECK(tensor.dim() == 4, what, " is [batch, heads, tokens, channels], not ", values.sizes());
+    TORCH_CHECK(tensor.size(1) && heads % tensor.size(1) == 0, heads, " heads of queries do not share ",
+                tensor.size(1), " heads of ", what);
+    group = heads / tensor.size(1);
+  }
+
+  template <class T>
+  const T* at(int64_t batch, int64_t head, int64_t token) const {
+    return tensor.const_data_ptr<T>() + batch * tensor.stride(0) + head / group * tensor.stride(1) +
+           token * tensor.stride(2);
+  }
+};
+
+// What is added to scores, in units of log2; or nothing.
+class Mask {
+ public:
+  Mask(const std::optional<at::Tensor>& mask, at::IntArrayRef sizes, bool causal) : causal_(causal) {
+    if (!mask) return;
+    TORCH_CHECK(mask->scalar_type() == at::kFloat || mask->scalar_type() == at::kBool,
+                "a mask is float32 or bool, not ", mask->scalar_type());
+    tensor_ = mask->expand(sizes);
+    boolean_ = mask->scalar_type() == at::kBool;
+  }
+
+  // Adds to one row of scores.
+  void add(float* scores, int64_t batch, int64_t head, int64_t row, int64_t keys) const {
+    if (tensor_.defined()) {
+      const int64_t start = batch * tensor_.stride(0) + head * tensor_.stride(1) + row * tensor_.stride(2);
+      const int64_t step = tensor_.stride(3);
+      if (boolean_) {
+        const bool* from = tensor_.const_data_ptr<bool>() + start;
+        for (int64_t k = 0; k < keys; ++k)
+          if (!from[k * step]) scores[k] = -std::numeric_limits<float>::infinity();
+      } else {
+        const float* from = tensor_.const_data_ptr<float>() + start;
+        for (int64_t k = 0; k < keys; ++k) scores[k] += kLog2E * from[k * step];
+      }
+    }
+    if (causal_)
+      for (int64_t k = row + 1; k < keys; ++k) scores[k] = -std::numeric_limits<float>::infinity();
+  }
+
+ private:
+  at::Tensor tensor_;
+  bool boolean_ = false, causal_ = false;
+};
+
+// Powers of 2 of scores less their largest, in place; scores beyond `keys` become 0, and so do all where each is masked.
+// Returns one over the sum of powers; 0 where there is none.
+inline float soften(float* scores, int64_t keys, int64_t width) {
+  __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int64_t k = 0; k < keys; k += kLanes) {
+    const __mmask16 lanes = first_lanes(keys - k);
+    top = _mm512_mask_max_ps(top, lanes, top, _mm512_loadu_ps(scores + k));
+  }
+  const float largest = _mm512_reduce_max_ps(top);
+  if (largest == -std::numeric_limits<float>::infinity()) {
+    std::fill(scores, scores + width, 0.0f);
+    return 0.0f;
+  }
+  const __m512 highest = _mm512_set1_ps(largest);
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t k = 0; k < width; k += kLanes) {
+    const __m512 power =
+        _mm512_maskz_mov_ps(first_lanes(keys - k), exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest)));
+    _mm512_storeu_ps(scores + k, power);
+    total = _mm512_add_ps(total, power);
+  }
+  return 1.0f / _mm512_reduce_add_ps(total);
+}
+
+// Writes rows of the result: real values of dtype T, or codes.
+struct Output {
+  at::Tensor result;  // [batch, tokens, heads, channels]
+  bool codes;
+  std::vector<float> scale, zero_point;  // One a sample.
+  float qmax;
+
+  template <class T>
+  void write(int64_t batch, int64_t head, int64_t token, int64_t channel, __mmask16 lanes, __m512 value) const {
+    const int64_t at = ((batch * result.size(1) + token) * result.size(2) + head) * result.size(3) + channel;
+    if (codes) {
+      _mm_mask_storeu_epi8(result.mutable_data_ptr<uint8_t>() + at, lanes,
+                           quantize(value, _mm512_set1_ps(scale[batch]), _mm512_set1_ps(zero_point[batch]),
+                                    _mm512_set1_ps(qmax)));
+    } else {
+      store(result.mutable_data_ptr<T>() + at, lanes, value);
+    }
+  }
+};
+
+inline Output make_output(at::IntArrayRef q, int64_t channels, const at::Tensor& like, const std::optional<at::Tensor>& scale,
+                   const std::optional<at::Tensor>& zero_point, int64_t qmax, at::ScalarType dtype) {
+  const int64_t sizes[] = {q[0], q[2], q[1], channels};
+  Output output{pooled(sizes, like.options().dtype(scale ? at::kByte : dtype)), scale.has_value(), {}, {},
+                static_cast<float>(qmax)};
+  if (scale) {
+    const at::Tensor rows = output.result.flatten(1);
+    output.scale = per_row<float>(*scale, rows, q[0], "the scale of the result");
+    output.zero_point = per_row<uint8_t, float>(*zero_point, rows, q[0], "the zero point of the result");
+  }
+  return output;
+}
+
+// For every batch and head, in parallel, `pack()` and then `rows(first, count)` for all rows in tiles.
+template <class Worker>
+void for_each_head(int64_t batch, int64_t heads, int64_t tokens, const Worker& make) {
+  const int64_t tiles = divide_up(tokens, kQueries);
+  at::parallel_for(0, batch * heads * tiles, 4, [&](int64_t begin, int64_t end) {
+    auto worker = make();
+    int64_t packed = -1;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t head = unit / tiles, tile = unit % tiles;
+      if (packed != head) worker.pack(head / heads, head % heads);
+      packed = head;
+      const int64_t top = tokens * tile / tiles, bottom = tokens * (tile + 1) / tiles;
+      worker.rows(top, bottom - top);
+    }
+  });
+}
+
+inline void check_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(0) == k.size(0) && q.size(0) == v.size(0) &&
+                  q.size(3) == k.size(3) && k.size(2) == v.size(2) && k.size(1) == v.size(1),
+              "attention of queries ", q.sizes(), ", keys ", k.sizes(), " and values ", v.sizes());
+}
+
+}  // namespace fxquant

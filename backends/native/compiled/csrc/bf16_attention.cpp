@@ -1,0 +1,127 @@
+// Attention of float values: products in bfloat16, everything else in float32.
+
+#include <torch/library.h>
+
+#include "attention.h"
+
+#ifdef __AVX512BF16__
+
+namespace fxquant {
+namespace {
+
+template <class T>
+class Bf16Worker {
+ public:
+  Bf16Worker(const Heads& q, const Heads& k, const Heads& v, const Mask& mask, float scale, const Output& output)
+      : q_(q), k_(k), v_(v), mask_(mask), scale_(scale * kLog2E), output_(output), keys_(k.tensor.size(2)),
+        depth_(q.tensor.size(3)), channels_(v.tensor.size(3)), key_vectors_(divide_up(keys_, kLanes)),
+        channel_vectors_(divide_up(channels_, kLanes)), depth_steps_(divide_up(depth_, 2)),
+        key_steps_(divide_up(keys_, 2)), width_(key_vectors_ * kLanes),
+        packed_k_(depth_steps_ * width_ * 2), packed_v_(key_steps_ * channel_vectors_ * kLanes * 2),
+        query_(kQueries * depth_steps_ * 2), scores_(kQueries * width_), powers_(kQueries * width_),
+        sums_(kQueries * channel_vectors_ * kLanes) {}
+
+  void pack(int64_t batch, int64_t head) {
+    batch_ = batch;
+    head_ = head;
+    alignas(64) uint16_t row[kLanes];
+    for (int64_t key = 0; key < keys_; ++key) {
+      const T* from = k_.at<T>(batch, head, key);
+      for (int64_t d = 0; d < depth_; d += kLanes) {
+        const int64_t count = std::min(kLanes, depth_ - d);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(row), to_bf16(load(from + d, first_lanes(count))));
+        for (int64_t i = 0; i < count; ++i) packed_k_[((d + i) / 2 * width_ + key) * 2 + (d + i) % 2] = row[i];
+      }
+    }
+    const int64_t wide = channel_vectors_ * kLanes;
+    for (int64_t key = 0; key < keys_; key += 2) {
+      const T* even = v_.at<T>(batch, head, key);
+      const T* odd = key + 1 < keys_ ? v_.at<T>(batch, head, key + 1) : nullptr;
+      for (int64_t d = 0; d < channels_; d += kLanes) {
+        const __mmask16 lanes = first_lanes(channels_ - d);
+        const __m512i low = _mm512_cvtepu16_epi32(to_bf16(load(even + d, lanes)));
+        const __m512i high = odd ? _mm512_cvtepu16_epi32(to_bf16(load(odd + d, lanes))) : _mm512_setzero_si512();
+        _mm512_storeu_si512(packed_v_.data() + (key / 2 * wide + d) * 2,
+                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+  }
+
+  void rows(int64_t first, int64_t count) {
+    const int64_t query_width = depth_steps_ * 2;
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = q_.at<T>(batch_, head_, first + r);
+      for (int64_t d = 0; d < depth_; d += kLanes) {
+        const __mmask16 lanes = first_lanes(depth_ - d);
+        _mm256_mask_storeu_epi16(query_.data() + r * query_width + d, lanes,
+                                 to_bf16(_mm512_mul_ps(load(from + d, lanes), _mm512_set1_ps(scale_))));
+      }
+    }
+    product<Bf16>(count, query_.data(), query_width * 2, packed_k_.data(), key_vectors_, depth_steps_, scores_.data(),
+                  width_);
+    float inverses[kQueries];
+    for (int64_t r = 0; r < count; ++r) {
+      float* scores = scores_.data() + r * width_;
+      mask_.add(scores, batch_, head_, first + r, keys_);
+      inverses[r] = soften(scores, keys_, width_);
+      for (int64_t k = 0; k < width_; k += kLanes)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers_.data() + r * width_ + k),
+                            to_bf16(_mm512_loadu_ps(scores + k)));
+    }
+    const int64_t wide = channel_vectors_ * kLanes;
+    product<Bf16>(count, powers_.data(), width_ * 2, packed_v_.data(), channel_vectors_, key_steps_, sums_.data(), wide);
+    for (int64_t r = 0; r < count; ++r) {
+      const __m512 inverse = _mm512_set1_ps(inverses[r]);
+      for (int64_t d = 0; d < channels_; d += kLanes)
+        output_.write<T>(batch_, head_, first + r, d, first_lanes(channels_ - d),
+                         _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * wide + d), inverse));
+    }
+  }
+
+ private:
+  const Heads &q_, &k_, &v_;
+  const Mask& mask_;
+  float scale_;
+  const Output& output_;
+  int64_t keys_, depth_, channels_, key_vectors_, channel_vectors_, depth_steps_, key_steps_, width_;
+  std::vector<uint16_t> packed_k_, packed_v_, query_;
+  std::vector<float> scores_;
+  std::vector<uint16_t> powers_;
+  std::vector<float> sums_;
+  int64_t batch_ = 0, head_ = 0;
+};
+
+at::Tensor bf16_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          const std::optional<at::Tensor>& mask, bool causal, double scale,
+                          const std::optional<at::Tensor>& out_scale, const std::optional<at::Tensor>& out_zero_point,
+                          int64_t qmax) {
+  check_shapes(q, k, v);
+  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+              "queries, keys and values are of one dtype");
+  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
+  const Heads queries(q, heads, "queries"), keys(k, heads, "keys"), values(v, heads, "values");
+  const int64_t scores[] = {batch, heads, tokens, k.size(2)};
+  const Mask added(mask, scores, causal);
+  const Output output = make_output(q.sizes(), v.size(3), q, out_scale, out_zero_point, qmax, q.scalar_type());
+  if (!output.result.numel()) return output.result;
+  TORCH_CHECK(k.size(2), "attention over no keys");
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    for_each_head(batch, heads, tokens, [&] {
+      return Bf16Worker<T>(queries, keys, values, added, static_cast<float>(scale), output);
+    });
+  };
+  if (q.scalar_type() == at::kFloat) run(0.0f);
+  else if (q.scalar_type() == at::kBFloat16) run(c10::BFloat16());
+  else if (q.scalar_type() == at::kHalf) run(c10::Half());
+  else TORCH_CHECK(false, "bf16_attention reads float32, bfloat16 and float16, not ", q.scalar_type());
+  return output.result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("bf16_attention", &bf16_attention); }
+
+}  // namespace fxquant
+
+#endif

@@ -1,0 +1,300 @@
+// Linears of uint8 codes and integer weights of up to 8 bits, summed exactly in 32 bits, and what follows them.
+//
+// The weight lies in panels of 32 output channels. A panel holds, for every four input channels, 32 groups of four
+// bytes: one operand of vpdpbusd each 16. Weights of up to 4 bits hold eight input channels in the same place, the first
+// four in the low halves of the bytes and the others in the high ones, and are taken apart in registers.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "memory.h"
+#include "simd.h"
+
+namespace fxquant {
+namespace {
+
+constexpr int64_t kPanel = 32;
+constexpr int kRows = 12;                  // Rows a tile: 24 accumulators leave 8 registers for operands.
+constexpr int64_t kBlockBytes = 384 << 10; // Codes that stay in the second-level cache while panels pass by.
+
+enum class Activation { kNone, kGeluTanh, kSilu };
+
+// Sums of products of R rows of codes and one panel, int32 [R][32].
+template <int R, bool kHalves>
+void accumulate(const uint8_t* codes, int64_t row_bytes, const int8_t* panel, int64_t quads, int32_t* sums) {
+  __m512i acc[R][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+  const auto add = [&](int64_t quad, __m512i left, __m512i right) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(codes + r * row_bytes + quad * 4));
+      add_products_u8s8(acc[r][0], x, left);
+      add_products_u8s8(acc[r][1], x, right);
+    }
+  };
+  if constexpr (kHalves) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t quad = 0; quad < quads; quad += 2, panel += 128) {
+      const __m512i left = _mm512_loadu_si512(panel), right = _mm512_loadu_si512(panel + 64);
+      add(quad, _mm512_and_si512(left, low), _mm512_and_si512(right, low));
+      add(quad + 1, _mm512_and_si512(_mm512_srli_epi16(left, 4), low),
+          _mm512_and_si512(_mm512_srli_epi16(right, 4), low));
+    }
+  } else {
+    for (int64_t quad = 0; quad < quads; ++quad, panel += 128) {
+      _mm_prefetch(reinterpret_cast<const char*>(panel + 512), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(panel + 576), _MM_HINT_T0);
+      add(quad, _mm512_loadu_si512(panel), _mm512_loadu_si512(panel + 64));
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    _mm512_storeu_si512(sums + r * kPanel, acc[r][0]);
+    _mm512_storeu_si512(sums + r * kPanel + kLanes, acc[r][1]);
+  }
+}
+
+using Accumulate = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+
+template <bool kHalves, size_t... R>
+constexpr std::array<Accumulate, kRows> make_accumulates(std::index_sequence<R...>) {
+  return {accumulate<R + 1, kHalves>...};
+}
+
+constexpr auto kWhole = make_accumulates<false>(std::make_index_sequence<kRows>());
+constexpr auto kHalf = make_accumulates<true>(std::make_index_sequence<kRows>());
+
+int32_t sum_of(const uint8_t* codes, int64_t count) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t k = 0; k < count; k += 64) {
+    const __mmask64 lanes = count - k >= 64 ? ~0ull : (1ull << (count - k)) - 1;
+    total = _mm512_dpbusd_epi32(total, _mm512_maskz_loadu_epi8(lanes, codes + k), ones);
+  }
+  return _mm512_reduce_add_epi32(total);
+}
+
+struct Linear {
+  // The codes, rows of `row_bytes`, of which `in` count.
+  const uint8_t* codes;
+  int64_t rows, in, row_bytes;
+  std::vector<float> scale;
+  std::vector<int32_t> zero_point;
+  // The weight.
+  const int8_t* weight;
+  int64_t out, quads, panel_bytes;
+  bool halves;
+  const float* w_scale;
+  const int32_t* w_zero_point;  // Null where all are 0. Both are padded to whole panels.
+  const int32_t* w_sums;
+  // What follows.
+  std::vector<const float*> bias;  // Empty without one.
+  Activation activation;
+};
+
+// Real values of one row of a tile: `scale * w_scale * sum (x - zero_point) (w - w_zero_point) + bias`, activated.
+class Epilogue {
+ public:
+  Epilogue(const Linear& linear, int64_t column) : linear_(linear), column_(column) {
+    for (int v = 0; v < 2; ++v) {
+      lanes_[v] = first_lanes(linear.out - column - v * kLanes);
+      w_scale_[v] = _mm512_loadu_ps(linear.w_scale + column + v * kLanes);
+      w_sums_[v] = _mm512_loadu_si512(linear.w_sums + column + v * kLanes);
+      if (linear.w_zero_point) w_zero_point_[v] = _mm512_loadu_si512(linear.w_zero_point + column + v * kLanes);
+    }
+  }
+
+  __mmask16 lanes(int v) const { return lanes_[v]; }
+
+  void values(const int32_t* sums, int64_t row, int32_t code_sum, __m512 (&y)[2]) {
+    const int32_t zero_point = linear_.zero_point[row];
+    if (zero_point != last_) {
+      last_ = zero_point;
+      for (int v = 0; v < 2; ++v) offset_[v] = _mm512_mullo_epi32(w_sums_[v], _mm512_set1_epi32(zero_point));
+    }
+    const __m512 scale = _mm512_set1_ps(linear_.scale[row]);
+    const int32_t real_sum = code_sum - static_cast<int32_t>(linear_.in) * zero_point;
+    for (int v = 0; v < 2; ++v) {
+      __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(sums + v * kLanes), offset_[v]);
+      if (linear_.w_zero_point)
+        total = _mm512_sub_epi32(total, _mm512_mullo_epi32(w_zero_point_[v], _mm512_set1_epi32(real_sum)));
+      y[v] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), w_scale_[v]), scale);
+      if (!linear_.bias.empty()) y[v] = _mm512_add_ps(y[v], load(linear_.bias[row] + column_ + v * kLanes, lanes_[v]));
+      if (linear_.activation == Activation::kGeluTanh) y[v] = gelu_tanh(y[v]);
+      if (linear_.activation == Activation::kSilu) y[v] = silu(y[v]);
+    }
+  }
+
+ private:
+  const Linear& linear_;
+  int64_t column_;
+  __mmask16 lanes_[2];
+  __m512 w_scale_[2];
+  __m512i w_sums_[2], w_zero_point_[2], offset_[2];
+  int32_t last_ = -1;
+};
+
+// Rows in blocks that fit the cache; within a block panel after panel; within a panel tiles of rows.
+template <class Finish>
+void multiply(const Linear& linear, const Finish& finish) {
+  const int64_t panels = divide_up(linear.out, kPanel);
+  const int64_t most = std::max<int64_t>(kRows, kBlockBytes / std::max<int64_t>(linear.row_bytes, 1));
+  const int64_t blocks = divide_up(linear.rows, most), block = divide_up(linear.rows, blocks);
+  const int64_t work = block * linear.in * kPanel;  // Multiplications a panel and block.
+  const auto& kernels = linear.halves ? kHalf : kWhole;
+  at::parallel_for(0, blocks * panels, std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(work, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> code_sums;
+    alignas(64) int32_t sums[kRows * kPanel];
+    int64_t summed = -1;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit / panels * block, count = std::min(block, linear.rows - first);
+      const int64_t panel = unit % panels;
+      if (linear.w_zero_point && summed != first) {
+        code_sums.resize(count);
+        for (int64_t r = 0; r < count; ++r)
+          code_sums[r] = sum_of(linear.codes + (first + r) * linear.row_bytes, linear.in);
+        summed = first;
+      }
+      const int64_t tiles = divide_up(count, kRows);
+      Epilogue epilogue(linear, panel * kPanel);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t top = count * tile / tiles, bottom = count * (tile + 1) / tiles;
+        kernels[bottom - top - 1](linear.codes + (first + top) * linear.row_bytes, linear.row_bytes,
+                                  linear.weight + panel * linear.panel_bytes, linear.quads, sums);
+        for (int64_t r = top; r < bottom; ++r) {
+          __m512 y[2];
+          epilogue.values(sums + (r - top) * kPanel, first + r, linear.w_zero_point ? code_sums[r] : 0, y);
+          for (int v = 0; v < 2; ++v)
+            if (epilogue.lanes(v)) finish(first + r, panel * kPanel + v * kLanes, epilogue.lanes(v), y[v]);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void write_floats(const Linear& linear, const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual,
+                  int64_t samples, at::Tensor& result) {
+  T* out = result.mutable_data_ptr<T>();
+  std::vector<const T*> gates;
+  if (gate) gates = vectors<T>(*gate, samples, linear.rows, linear.out, "the gate");
+  const T* added = residual ? residual->const_data_ptr<T>() : nullptr;
+  multiply(linear, [&](int64_t row, int64_t column, __mmask16 lanes, __m512 y) __attribute__((always_inline)) {
+    const int64_t at = row * linear.out + column;
+    if (!gates.empty()) y = _mm512_mul_ps(y, load(gates[row] + column, lanes));
+    if (added) y = _mm512_add_ps(y, load(added + at, lanes));
+    store(out + at, lanes, y);
+  });
+}
+
+void write_codes(const Linear& linear, const std::vector<float>& scale, const std::vector<float>& zero_point, int64_t qmax,
+                 at::Tensor& result) {
+  uint8_t* out = result.mutable_data_ptr<uint8_t>();
+  const __m512 highest = _mm512_set1_ps(static_cast<float>(qmax));
+  multiply(linear, [&](int64_t row, int64_t column, __mmask16 lanes, __m512 y) __attribute__((always_inline)) {
+    _mm_mask_storeu_epi8(out + row * linear.out + column, lanes,
+                         quantize(y, _mm512_set1_ps(scale[row]), _mm512_set1_ps(zero_point[row]), highest));
+  });
+}
+
+template <class T>
+std::vector<T> padded(const at::Tensor& values, int64_t size, int32_t minus = 0) {
+  std::vector<T> result(size, T(0));
+  if (values.scalar_type() == at::kByte) {
+    const uint8_t* from = values.const_data_ptr<uint8_t>();
+    for (int64_t n = 0; n < values.numel(); ++n) result[n] = static_cast<T>(static_cast<int32_t>(from[n]) - minus);
+  } else {
+    const T* from = values.const_data_ptr<T>();
+    std::copy(from, from + values.numel(), result.begin());
+  }
+  return result;
+}
+
+at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Tensor& x_zero_point,
+                  const at::Tensor& weight, const at::Tensor& w_scale, const at::Tensor& w_zero_point,
+                  const at::Tensor& w_sums, const std::optional<at::Tensor>& bias, int64_t bits, int64_t out_features,
+                  c10::string_view activation, const std::optional<at::Tensor>& gate,
+                  const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& out_scale,
+                  const std::optional<at::Tensor>& out_zero_point, int64_t qmax, at::ScalarType out_dtype) {
+  TORCH_CHECK(xq.scalar_type() == at::kByte && xq.dim() >= 1, "vnni_linear reads uint8 codes, not ", xq.scalar_type());
+  const at::Tensor codes = xq.contiguous();
+  Linear task{};
+  task.in = codes.size(-1);
+  task.rows = task.in ? codes.numel() / task.in : 0;
+  task.out = out_features;
+  task.halves = weight.scalar_type() == at::kByte;  // Two codes a byte, without sign.
+  const int64_t panels = divide_up(out_features, kPanel), each = task.halves ? 8 : 4;
+  const int64_t groups = divide_up(task.in, each);
+  TORCH_CHECK(weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == groups && weight.size(2) == 128 &&
+                  weight.is_contiguous(),
+              "a weight of ", task.in, " inputs and ", out_features, " outputs in panels is [", panels, ", ", groups,
+              ", 128], not ", weight.sizes());
+  TORCH_CHECK(w_scale.numel() == out_features && w_zero_point.numel() == out_features && w_sums.numel() == out_features,
+              "scales, zero points and sums of a weight are one for each of ", out_features, " outputs");
+  task.quads = groups * each / 4;
+  task.weight = static_cast<const int8_t*>(weight.const_data_ptr());
+  task.panel_bytes = groups * 128;
+  // Rows end where the panels do: what lies beyond the codes meets weights of 0, but has to be readable.
+  at::Tensor ends;
+  task.row_bytes = task.in;
+  task.codes = codes.const_data_ptr<uint8_t>();
+  if (task.in % each) {
+    ends = at::zeros({task.rows, task.quads * 4}, codes.options());
+    ends.narrow(1, 0, task.in).copy_(codes.reshape({task.rows, task.in}));
+    task.row_bytes = task.quads * 4;
+    task.codes = ends.const_data_ptr<uint8_t>();
+  }
+  task.scale = per_row<float>(x_scale, codes, task.rows, "the scale of the codes");
+  task.zero_point = per_row<uint8_t, int32_t>(x_zero_point, codes, task.rows, "the zero point of the codes");
+  const auto scales = padded<float>(w_scale, panels * kPanel);
+  const auto zero_points = padded<int32_t>(w_zero_point, panels * kPanel, bits == 8 ? 128 : 0);
+  const auto sums = padded<int32_t>(w_sums, panels * kPanel);
+  task.w_scale = scales.data();
+  task.w_sums = sums.data();
+  const bool symmetric = std::all_of(zero_points.begin(), zero_points.begin() + out_features, [](int32_t z) { return z == 0; });
+  task.w_zero_point = symmetric ? nullptr : zero_points.data();
+  const int64_t samples = codes.dim() > 1 ? codes.size(0) : 1;
+  at::Tensor row;
+  if (bias) {
+    row = bias->scalar_type() == at::kFloat && bias->stride(-1) == 1 ? *bias : bias->to(at::kFloat).contiguous();
+    task.bias = vectors<float>(row, samples, task.rows, out_features, "the bias");
+  }
+  TORCH_CHECK(activation == "none" || activation == "gelu_tanh" || activation == "silu", "no activation ", activation);
+  task.activation = activation == "none" ? Activation::kNone
+                    : activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+  auto sizes = codes.sizes().vec();
+  sizes.back() = out_features;
+  at::Tensor result = pooled(sizes, codes.options().dtype(out_scale ? at::kByte : out_dtype));
+  if (!task.rows || !out_features) return result;
+  if (out_scale) {
+    TORCH_CHECK(!gate && !residual && out_zero_point, "codes are written without gate and residual");
+    write_codes(task, per_row<float>(*out_scale, result, task.rows, "the scale of the result"),
+                per_row<uint8_t, float>(*out_zero_point, result, task.rows, "the zero point of the result"), qmax, result);
+    return result;
+  }
+  std::optional<at::Tensor> added;
+  if (residual) {
+    TORCH_CHECK(residual->sizes() == result.sizes() && residual->scalar_type() == out_dtype, "a residual of shape ",
+                residual->sizes(), " and dtype ", residual->scalar_type(), " is added to ", result.sizes());
+    added = residual->contiguous();
+  }
+  if (out_dtype == at::kFloat) write_floats<float>(task, gate, added, samples, result);
+  else if (out_dtype == at::kBFloat16) write_floats<c10::BFloat16>(task, gate, added, samples, result);
+  else if (out_dtype == at::kHalf) write_floats<c10::Half>(task, gate, added, samples, result);
+  else TORCH_CHECK(false, "vnni_linear writes float32, bfloat16 and float16, not ", out_dtype);
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("vnni_linear", &linear); }
+
+}  // namespace fxquant

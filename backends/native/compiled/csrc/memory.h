@@ -1,0 +1,85 @@
+// Memory of results, kept for the next call.
+//
+// The C library hands large blocks back to the system as they are freed, and the next call pays for fresh pages: writing
+// one costs as much as the product that fills it takes for a tenth of its work, or more.
+
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <new>
+
+namespace fxquant {
+
+class Pool {
+ public:
+  static Pool& instance() {
+    static Pool* pool = new Pool;  // Never destroyed: tensors may outlive whatever order of destruction there is.
+    return *pool;
+  }
+
+  // A block of at least `bytes`, and not much more.
+  std::pair<void*, size_t> take(size_t bytes) {
+    bytes = (bytes + kGrain - 1) / kGrain * kGrain;
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      const auto found = free_.lower_bound(bytes);
+      if (found != free_.end() && found->first <= bytes + bytes / 8) {
+        const std::pair<void*, size_t> block{found->second, found->first};
+        held_ -= found->first;
+        free_.erase(found);
+        return block;
+      }
+    }
+    void* block = std::aligned_alloc(kGrain, bytes);
+    if (block == nullptr) {
+      clear();
+      block = std::aligned_alloc(kGrain, bytes);
+    }
+    if (block == nullptr) throw std::bad_alloc();
+    return {block, bytes};
+  }
+
+  void give(void* block, size_t bytes) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    // A model whose calls change their shapes leaves blocks behind that fit nobody: the smallest go first.
+    while (held_ + bytes > kMost && !free_.empty()) release(free_.begin());
+    if (bytes > kMost) return std::free(block);
+    free_.emplace(bytes, block);
+    held_ += bytes;
+  }
+
+  void clear() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    while (!free_.empty()) release(free_.begin());
+  }
+
+ private:
+  static constexpr size_t kGrain = 4096;
+  static constexpr size_t kMost = size_t{256} << 20;
+
+  void release(std::multimap<size_t, void*>::iterator block) {
+    held_ -= block->first;
+    std::free(block->second);
+    free_.erase(block);
+  }
+
+  std::mutex mutex_;
+  std::multimap<size_t, void*> free_;
+  size_t held_ = 0;
+};
+
+// An uninitialized dense tensor.
+inline at::Tensor pooled(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  size_t bytes = options.dtype().itemsize();
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < (size_t{128} << 10)) return at::empty(sizes, options);  // The C library keeps blocks of this size itself.
+  const auto [block, size] = Pool::instance().take(bytes);
+  return at::from_blob(block, sizes, [size = size](void* data) { Pool::instance().give(data, size); }, options);
+}
+
+}  // namespace fxquant

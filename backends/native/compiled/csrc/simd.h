@@ -1,0 +1,159 @@
+// Sixteen lanes of AVX-512: loads and stores of every float dtype, exponentials, quantization.
+//
+// Products are written as assembler, for GCC copies the accumulators of the builtins to and from memory.
+
+#pragma once
+
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
+#error "this compiler makes no AVX-512 VNNI instructions for this processor"
+#endif
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace fxquant {
+
+constexpr int64_t kLanes = 16;
+
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Lanes below `count`, which may be negative.
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1u);
+}
+
+// acc += sum of four products of unsigned bytes and signed bytes, exactly.
+inline __attribute__((always_inline)) void add_products_u8s8(__m512i& acc, __m512i u8, __m512i s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+}
+
+// The nearest bfloat16 values, halves to even.
+inline __m256i to_bf16(__m512 value) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+#else
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000)), 16));
+#endif
+}
+
+#ifdef __AVX512BF16__
+// acc += sum of two products of bfloat16.
+inline __attribute__((always_inline)) void add_products_bf16(__m512& acc, __m512i a, __m512i b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+#endif
+
+inline __m512 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+
+inline __m512 load(const c10::BFloat16* from, __mmask16 lanes) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline __m512 load(const c10::Half* from, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from));
+}
+
+inline void store(float* to, __mmask16 lanes, __m512 value) { _mm512_mask_storeu_ps(to, lanes, value); }
+
+inline void store(c10::BFloat16* to, __mmask16 lanes, __m512 value) {
+  _mm256_mask_storeu_epi16(to, lanes, to_bf16(value));
+}
+
+inline void store(c10::Half* to, __mmask16 lanes, __m512 value) {
+  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// 2**x, to 2 units in the last place; about 0 below -127. Operands stand so that NaN stays NaN.
+inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(x, whole);
+  // Minimax polynomial of 2**rest on [-1/2, 1/2].
+  __m512 y = _mm512_set1_ps(1.5403530e-4f);
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.3398874e-3f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(9.6181291e-3f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.5503324e-2f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.4022651e-1f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9314718e-1f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, whole);
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// x / (1 + exp(-u)).
+inline __attribute__((always_inline)) __m512 gated_by_sigmoid(__m512 x, __m512 u) {
+  // The power of a large u overflows to infinity, and the quotient is 0, as it should be.
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2(_mm512_mul_ps(u, _mm512_set1_ps(-kLog2E)))));
+}
+
+inline __attribute__((always_inline)) __m512 silu(__m512 x) { return gated_by_sigmoid(x, x); }
+
+// GELU by the tanh formula: x times the logistic function of 2 sqrt(2 / pi) (x + 0.044715 x**3).
+inline __attribute__((always_inline)) __m512 gelu_tanh(__m512 x) {
+  const __m512 square = _mm512_mul_ps(x, x);
+  const __m512 inner = _mm512_fmadd_ps(square, _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+  return gated_by_sigmoid(x, _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.5957691216057308f)), inner));
+}
+
+// Codes 0..qmax of `value`, halves rounded to even, as 16 bytes. The quotient is a true one, as in the oracle.
+inline __attribute__((always_inline)) __m128i quantize(__m512 value, __m512 scale, __m512 zero_point, __m512 qmax) {
+  __m512 code = _mm512_roundscale_ps(_mm512_div_ps(value, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  code = _mm512_add_ps(code, zero_point);
+  code = _mm512_min_ps(_mm512_max_ps(code, _mm512_setzero_ps()), qmax);
+  return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code));
+}
+
+// One entry a row of `of`, from one number, or numbers along the leading axes of `of`. Looked up, for a division a row
+// would cost more than the arithmetic.
+template <class T, class Row = T>
+std::vector<Row> per_row(const at::Tensor& values, const at::Tensor& of, int64_t rows, const char* what) {
+  const int64_t count = values.numel();
+  int64_t leading = 1;
+  for (int64_t axis = 0; axis < of.dim() - 1 && leading < count; ++axis) {
+    TORCH_CHECK(axis < values.dim() && values.size(axis) == of.size(axis), what, " of shape ", values.sizes(),
+                " is neither one number nor one along the leading axes of ", of.sizes());
+    leading *= of.size(axis);
+  }
+  TORCH_CHECK(leading == count && count, what, " of shape ", values.sizes(), " does not fit ", of.sizes());
+  // Zero points are uint8, or whole float32 numbers where they are found at run time.
+  const at::Tensor dense = values.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  std::vector<Row> result(rows);
+  const T* from = dense.const_data_ptr<T>();
+  for (int64_t entry = 0; entry < count; ++entry)
+    std::fill(result.begin() + rows * entry / count, result.begin() + rows * (entry + 1) / count,
+              static_cast<Row>(from[entry]));
+  return result;
+}
+
+// One pointer a row, to the vector that the row reads: `values` is `[channels]`, or a vector a sample
+// `[batch, 1, ..., channels]`, of the dtype T.
+template <class T>
+std::vector<const T*> vectors(const at::Tensor& values, int64_t samples, int64_t rows, int64_t channels,
+                              const char* what) {
+  TORCH_CHECK(values.scalar_type() == c10::CppTypeToScalarType<T>::value && values.dim() >= 1 &&
+                  values.size(-1) == channels && (channels == 1 || values.stride(-1) == 1),
+              what, " of shape ", values.sizes(), " and dtype ", values.scalar_type(), " is no vector of ", channels);
+  const int64_t count = values.numel() / std::max<int64_t>(channels, 1);
+  TORCH_CHECK(count == 1 || (count == samples && values.size(0) == samples), what, " of shape ", values.sizes(),
+              " is neither one vector nor one for each of ", samples, " samples");
+  std::vector<const T*> result(rows);
+  const T* from = values.const_data_ptr<T>();
+  for (int64_t entry = 0; entry < count; ++entry)
+    std::fill(result.begin() + rows * entry / count, result.begin() + rows * (entry + 1) / count,
+              from + (count == 1 ? 0 : entry * values.stride(0)));
+  return result;
+}
+
+}  // namespace fxquant

@@ -1,0 +1,245 @@
+"""What stands before and behind the kernels, taken into them. Patterns of ops, not of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.tensors import by_sample, derived, only_reader
+from fxquant.ir.rewriter import Rewriter
+
+aten, native = torch.ops.aten, torch.ops.fxquant_native
+
+DIVIDED = "_divided"
+"""Ends the name of a scale that a constant factor before the quantization went into."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.contiguous.default,
+    }
+)
+# Positions of arguments.
+_L_ACTIVATION, _L_GATE, _L_RESIDUAL, _L_SCALE, _L_ZERO_POINT, _L_QMAX, _L_DTYPE = range(10, 17)
+_OUT_GRID = {
+    native.vnni_linear.default: _L_SCALE,
+    native.bf16_attention.default: 6,
+    native.int8_attention.default: 13,
+}
+
+
+def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor]) -> None:
+    """Take into kernels what stands around them.
+
+    * an activation behind a linear,
+    * the quantization of what a linear, an attention or a norm makes, through views and constant factors,
+    * a gate and a residual behind a linear,
+    * and the modulation between a norm and its quantization.
+    """
+    for node in list(graph.nodes):
+        if node.target is native.vnni_linear.default:
+            _fuse_activation(node, rewriter)
+    for node in list(graph.nodes):
+        if node.target is native.quantize.default and not _fuse_quantize(node, rewriter, held):
+            _fuse_norm(node, rewriter)
+    for node in list(graph.nodes):
+        if node.target is native.vnni_linear.default:
+            _fuse_gate_and_residual(node, rewriter)
+
+
+def _fuse_activation(node: fx.Node, rewriter: Rewriter) -> None:
+    reader = only_reader(node)
+    if reader is None:
+        return
+    if reader.target is aten.gelu.default and reader.kwargs.get("approximate") == "tanh":
+        name = "gelu_tanh"
+    elif reader.target is aten.silu.default:
+        name = "silu"
+    else:
+        return
+    _remake(node, {_L_ACTIVATION: name}, reader, rewriter)
+
+
+def _fuse_gate_and_residual(node: fx.Node, rewriter: Rewriter) -> None:
+    if node.args[_L_SCALE] is not None:
+        return
+    reader = only_reader(node)
+    if reader is not None and reader.target is aten.mul.Tensor:
+        gate = _other(reader, node)
+        if gate is None or not _is_vector(gate, node):
+            return
+        node = _remake(node, {_L_GATE: gate}, reader, rewriter)
+        reader = only_reader(node)
+    if reader is not None and reader.target is aten.add.Tensor and not reader.kwargs:
+        residual = _other(reader, node)
+        if residual is not None and _alike(residual, node):
+            _remake(node, {_L_RESIDUAL: residual}, reader, rewriter)
+
+
+def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]) -> bool:
+    x, scale, zero_point, qmax = node.args
+    assert isinstance(scale, fx.Node)
+    if not by_sample(scale):
+        return False
+    views, factor, source = _through_views(x, scale)
+    if source is None or source.target not in _OUT_GRID:
+        return False
+    position = _OUT_GRID[source.target]
+    if source.args[position] is not None:
+        return False
+    if source.target is native.vnni_linear.default and (source.args[_L_GATE] or source.args[_L_RESIDUAL]):
+        return False
+    if factor != 1.0:
+        grid = scale
+        divided = derived(grid, f"_{factor:.6g}{DIVIDED}", rewriter, held, lambda: rewriter.tensor(grid) / factor)
+        assert divided is not None
+        scale = divided
+    with rewriter.before(node):  # Where the grid is known, which may be computed from the timestep.
+        arguments = list(source.args)
+        arguments[position : position + 3] = [scale, zero_point, qmax]
+        codes = rewriter.call(source.target, tuple(arguments), [source, node])
+        for view in reversed(views):
+            if view.target is not aten.mul.Tensor:
+                codes = rewriter.call(view.target, (codes, *view.args[1:]), [view])
+    rewriter.replace(node, codes)
+    for view in views:
+        rewriter.erase(view)
+    rewriter.erase(source)
+    return True
+
+
+def _through_views(x: Any, scale: fx.Node) -> tuple[list[fx.Node], float, fx.Node | None]:
+    """Views and constant factors that a value has passed, the last first, their product, and where it comes from."""
+    views: list[fx.Node] = []
+    factor = 1.0
+    node = x
+    while isinstance(node, fx.Node) and only_reader(node) is not None and not node.kwargs:
+        if node.target in _VIEWS:
+            if scale.meta["val"].numel() != 1 and not _keeps_samples(node):
+                return [], 1.0, None
+        elif node.target is aten.mul.Tensor and isinstance(node.args[1], float) and node.args[1] > 0:
+            if scale.op != "get_attr":
+                return [], 1.0, None
+            factor *= node.args[1]
+        else:
+            return views, factor, node
+        views.append(node)
+        node = node.args[0]
+    return [], 1.0, None
+
+
+def _keeps_samples(view: fx.Node) -> bool:
+    """Whether a view leaves the first axis where it is."""
+    source = view.args[0]
+    assert isinstance(source, fx.Node)
+    if str(source.meta["val"].shape[0]) != str(view.meta["val"].shape[0]):
+        return False
+    rank = source.meta["val"].dim()
+    if view.target is aten.transpose.int:
+        return all(int(axis) % rank for axis in view.args[1:])  # type: ignore[call-overload]
+    if view.target is aten.permute.default:
+        return view.args[1][0] % rank == 0  # type: ignore[index, operator, union-attr, return-value]
+    return view.target is not aten.unsqueeze.default
+
+
+def _fuse_norm(node: fx.Node, rewriter: Rewriter) -> None:
+    x, scale, zero_point, qmax = node.args
+    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+    if not by_sample(scale):
+        return
+    passed: list[fx.Node] = []
+    shift, factor, plus = None, None, 0.0
+    if x.target is aten.add.Tensor and not x.kwargs and only_reader(x) is node:
+        for value, added in (x.args[:2], x.args[1::-1]):
+            if isinstance(value, fx.Node) and value.target in (aten.mul.Tensor, *_NORMS) and _is_vector(added, x):
+                passed, shift, x = [x], added, value
+                break
+        else:
+            return
+    if x.target is aten.mul.Tensor and only_reader(x) is not None:
+        for value, multiplied in (x.args[:2], x.args[1::-1]):
+            if isinstance(value, fx.Node) and value.target in _NORMS and _is_vector(multiplied, x):
+                passed, factor, x = [*passed, x], multiplied, value
+                break
+        else:
+            return
+    if x.target not in _NORMS or only_reader(x) is None or not _is_norm_of_channels(x):
+        return
+    if isinstance(factor, fx.Node) and factor.target is aten.add.Tensor and not factor.kwargs:
+        inner, one = factor.args
+        if isinstance(one, (int, float)) and isinstance(inner, fx.Node):
+            factor, plus = inner, float(one)
+    centered = x.target is aten.layer_norm.default
+    names = ("input", "normalized_shape", "weight", "bias", "eps") if centered else ("input", "shape", "weight", "eps")
+    given: dict[str, Any] = dict(zip(names, x.args, strict=False)) | dict(x.kwargs)
+    eps = given.get("eps", 1e-5 if centered else None)
+    if not isinstance(eps, float):
+        return
+    arguments = (given["input"], centered, eps, given.get("weight"), given.get("bias"), factor, plus, shift)
+    with rewriter.before(node):
+        new = rewriter.call(
+            native.norm_quantize.default, (*arguments, scale, zero_point, qmax), [x, *reversed(passed), node]
+        )
+    rewriter.replace(node, new)
+    for part in (*passed, x):
+        rewriter.erase(part)
+
+
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+
+def _is_norm_of_channels(norm: fx.Node) -> bool:
+    source, shape = norm.args[:2]
+    assert isinstance(source, fx.Node)
+    if source.meta["val"].dtype not in _FLOATS or len(shape) != 1:  # type: ignore[arg-type]
+        return False
+    dtypes = {part.meta["val"].dtype for part in norm.args[2:4] if isinstance(part, fx.Node)}
+    return dtypes <= {source.meta["val"].dtype}
+
+
+def _remake(node: fx.Node, changed: Mapping[int, Any], reader: fx.Node, rewriter: Rewriter) -> fx.Node:
+    """A linear that does what its reader does, in place of both."""
+    arguments = [changed.get(position, argument) for position, argument in enumerate(node.args)]
+    with rewriter.before(reader):
+        new = rewriter.call(node.target, tuple(arguments), [reader, node])
+    rewriter.replace(reader, new)
+    rewriter.erase(node)
+    return new
+
+
+def _other(reader: fx.Node, node: fx.Node) -> fx.Node | None:
+    """The other operand of an op of two; None if it is a number, or the same."""
+    left, right = reader.args[:2]
+    other = right if left is node else left
+    return other if isinstance(other, fx.Node) and other is not node else None
+
+
+def _is_vector(value: Any, like: fx.Node) -> bool:
+    """Whether a value is a vector of the channels of another, one for all or one a sample, in its dtype."""
+    if not isinstance(value, fx.Node):
+        return False
+    own, of = value.meta["val"], like.meta["val"]
+    if own.dtype != of.dtype or of.dtype not in _FLOATS or not 1 <= own.dim() <= of.dim():
+        return False
+    if str(own.shape[-1]) != str(of.shape[-1]) or any(str(size) != "1" for size in own.shape[1:-1]):
+        return False
+    if own.dim() in (1, 2) and own.dim() < of.dim():  # A leading axis would be one of tokens.
+        return own.dim() == 1 or str(own.shape[0]) == "1"
+    return str(own.shape[0]) in ("1", str(of.shape[0])) if own.dim() > 1 else True
+
+
+def _alike(value: fx.Node, like: fx.Node) -> bool:
+    own, of = value.meta["val"], like.meta["val"]
+    return own.dtype == of.dtype and [str(size) for size in own.shape] == [str(size) for size in of.shape]

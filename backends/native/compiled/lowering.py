@@ -1,0 +1,155 @@
+"""From a quantized graph to the compiled kernels, and from their tensors back to those of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.backends.native.compiled import attention, fusions, weights
+from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.tensors import derived
+from fxquant.capture import drop_unread_tensors, read_tensors
+from fxquant.ir.rewriter import Rewriter
+
+aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the kernels read and write."""
+
+_PANELS = "_panels"
+_SUMS = "_sums"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What users choose.
+
+    Attributes:
+        packed: Keep weights of up to 4 bits in half a byte each.
+        bf16_attention: Multiply float attention in bfloat16; else it stays ATen's.
+    """
+
+    packed: bool = True
+    bf16_attention: bool = True
+
+
+def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) -> None:
+    """Rewrite a quantized graph in place.
+
+    Before::
+
+        codes = fxquant.quantize(x, s, z, 0, 255, uint8)
+        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, bits, 0, dtype)
+
+    After::
+
+        codes = fxquant_native.quantize(x, s, z, 255)
+        y = fxquant_native.vnni_linear(codes, s, z, W_panels, W_scale, W_zero_point, W_sums, bias, bits, out, "none",
+                                       None, None, None, None, 255, dtype)
+
+    A linear behind a dequantized weight becomes ``weight_only_linear``. What stands before and behind these goes into
+    the kernels where it can: see :mod:`fxquant.backends.native.compiled.fusions` and
+    :mod:`fxquant.backends.native.compiled.attention`.
+    """
+    rewriter = Rewriter(module, "lower to native")
+    for node in list(module.graph.nodes):
+        if node.target is reference.quantize.default:
+            _lower_quantize(node, rewriter)
+        elif node.target is reference.linear.default:
+            _lower_linear(node, rewriter, held, options)
+        elif node.target is aten.linear.default:
+            _lower_weight_only(node, rewriter, held, options)
+    attention.lower(module.graph, rewriter, options.bf16_attention)
+    module.graph.eliminate_dead_code()
+    fusions.fuse(module.graph, rewriter, held)
+    module.graph.eliminate_dead_code()
+    drop_unread_tensors(module)
+
+
+def stored(module: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors of a lowered graph, with packed codes in place of panels and without what follows from others."""
+    found = read_tensors(module)
+    for node in module.graph.nodes:
+        if node.target is native.vnni_linear.default:
+            (x, *_), held, bits = node.args, node.args[3], node.args[8]
+        elif node.target is native.weight_only_linear.default:
+            x, held, bits = node.args[0], node.args[1], node.args[5]
+        else:
+            continue
+        name = str(held.target)
+        if name in found:
+            out, inner = node.args[9 if node.target is native.vnni_linear.default else 7], int(x.meta["val"].shape[-1])
+            packed = name.removesuffix(_PANELS)
+            found[packed] = weights.unpacked(found.pop(name), bits, out, inner)
+            found.pop(f"{packed}{_SUMS}", None)
+    return {name: tensor for name, tensor in found.items() if not name.endswith(fusions.DIVIDED)}
+
+
+def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
+    x, scale, zero_point, qmin, qmax, dtype = node.args
+    assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
+    with rewriter.before(node):
+        new = rewriter.call(native.quantize.default, (x, scale, zero_point, qmax), [node], name=node.name)
+    rewriter.replace(node, new)
+
+
+def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
+    codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, bias, bits, _, dtype = node.args
+    assert isinstance(codes, fx.Node) and isinstance(packed, fx.Node)
+    assert isinstance(bits, int) and isinstance(dtype, torch.dtype)
+    weight = _panels(packed, bits, int(codes.meta["val"].shape[-1]), rewriter, held, options)
+    sums = rewriter.memo[f"{packed.target}{_SUMS}"]
+    out = int(packed.meta["val"].shape[0])
+    kernel_dtype = dtype if dtype in FLOATS else torch.float32
+    arguments = (codes, x_scale, x_zero_point, weight, w_scale, w_zero_point, sums, bias, bits, out, "none")
+    with rewriter.before(node):
+        nothing = (None, None, None, None, 255, kernel_dtype)
+        new = rewriter.call(native.vnni_linear.default, (*arguments, *nothing), [node])
+        if kernel_dtype != dtype:
+            new = rewriter.call(aten.to.dtype, (new, dtype), [node])
+    rewriter.replace(node, new)
+    if not packed.users:
+        rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
+
+
+def _lower_weight_only(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
+    x, weight, *rest = node.args
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    if weight.target is not reference.dequantize_weight.default or len(weight.users) != 1:
+        return
+    packed, scale, zero_point, bits, group_size, in_features, dtype = weight.args
+    assert isinstance(packed, fx.Node) and isinstance(bits, int) and isinstance(in_features, int)
+    assert isinstance(group_size, int)
+    bias = rest[0] if rest else None
+    if dtype not in FLOATS or packed.op != "get_attr" or group_size % 8:
+        return
+    panels = _panels(packed, bits, in_features, rewriter, held, options, with_sums=False)
+    out = int(packed.meta["val"].shape[0])
+    with rewriter.before(node):
+        arguments = (x, panels, scale, zero_point, bias, bits, group_size, out)
+        new = rewriter.call(native.weight_only_linear.default, arguments, [weight, node])
+    rewriter.replace(node, new)
+    rewriter.erase(weight)
+    if not packed.users:
+        rewriter.forget(packed)
+
+
+def _panels(
+    packed: fx.Node,
+    bits: int,
+    in_features: int,
+    rewriter: Rewriter,
+    held: Mapping[str, Tensor],
+    options: Options,
+    with_sums: bool = True,
+) -> fx.Node:
+    codes = rewriter.tensor(packed)
+    halves = weights.in_halves(bits, options.packed)
+    node = derived(packed, _PANELS, rewriter, held, lambda: weights.panels(codes, bits, in_features, halves))
+    if with_sums:
+        derived(packed, _SUMS, rewriter, held, lambda: weights.sums(codes, bits, in_features))
+    assert node is not None
+    return node

@@ -1,0 +1,148 @@
+"""The operators of the compiled kernels. Their code is in ``csrc``; here are their schemas and what they return.
+
+Grids of activations are one number, one a sample along the first axis, or one a row. Weights are in panels
+(:mod:`fxquant.backends.native.compiled.weights`); ``bits`` tells what codes they hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.backends.native.library import define_kernel
+
+
+def _fake_vnni_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    w_sums: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    activation: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    qmax: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    dtype = out_dtype if out_scale is None else torch.uint8
+    return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
+
+
+def _fake_weight_only_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_norm_quantize(
+    x: Tensor,
+    centered: bool,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    plus: float,
+    shift: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    qmax: int,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def _attended(q: Tensor, v: Tensor, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty((batch, tokens, heads, v.shape[3]), dtype=dtype if out_scale is None else torch.uint8)
+
+
+def _fake_bf16_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    qmax: int,
+) -> Tensor:
+    return _attended(q, v, out_scale, q.dtype)
+
+
+def _fake_int8_attention(
+    q: Tensor,
+    q_scale: Tensor,
+    q_zero_point: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    v: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    mask: Tensor | None,
+    softmax_scale: Tensor,
+    softmax_zero_point: Tensor,
+    softmax_qmax: int,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    qmax: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return _attended(q, v, out_scale, out_dtype)
+
+
+# `x_scale * w_scale * sum_k (xq_k - x_zero_point) (w_k - w_zero_point) + bias`, summed exactly; then the activation
+# ("none", "gelu_tanh", "silu"); then codes of the grid out_scale, out_zero_point, or times gate, plus residual.
+# gate and bias are vectors of the output channels, one for all or one a sample.
+define_kernel(
+    "vnni_linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
+    "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
+    "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype) -> Tensor",
+    None,
+    _fake_vnni_linear,
+)
+# x times the weight `w_scale * (w - w_zero_point)`, grids `[out, groups]`, plus bias, summed in float32.
+define_kernel(
+    "weight_only_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, Tensor? bias, int bits, "
+    "int group_size, int out_features) -> Tensor",
+    None,
+    _fake_weight_only_linear,
+)
+# Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors of the channels,
+# one for all or one a sample. The norm is the layer norm if centered, else that of the root mean square.
+define_kernel(
+    "norm_quantize(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, "
+    "Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax) -> Tensor",
+    None,
+    _fake_norm_quantize,
+)
+# Attention of [batch, heads, tokens, channels]. The result is [batch, tokens, heads, channels], values or codes.
+# A bool mask is true for what is seen; a float mask is added to the scores.
+define_kernel(
+    "bf16_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, Tensor? out_scale, "
+    "Tensor? out_zero_point, int qmax) -> Tensor",
+    None,
+    _fake_bf16_attention,
+)
+# The same of codes; the probabilities are codes 0..softmax_qmax of the grid softmax_scale.
+define_kernel(
+    "int8_attention(Tensor q, Tensor q_scale, Tensor q_zero_point, Tensor k, Tensor k_scale, Tensor k_zero_point, "
+    "Tensor v, Tensor v_scale, Tensor v_zero_point, Tensor? mask, Tensor softmax_scale, Tensor softmax_zero_point, "
+    "int softmax_qmax, Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype) -> Tensor",
+    None,
+    _fake_int8_attention,
+)

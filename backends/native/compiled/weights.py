@@ -1,0 +1,62 @@
+"""Weights in panels, as the compiled kernels read them, and the way back to packed codes.
+
+A panel is 32 output channels. For each group of input channels it holds 128 bytes: four channels a group, one code a
+byte, or for codes of up to 4 bits eight channels, the first four in the low halves of the bytes. Codes of 8 bits are
+held less 128, as int8; all others as they are. Nothing is lost: :func:`unpacked` finds every code again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fxquant.packing import pack, unpack
+
+PANEL = 32
+MIDDLE = 128
+MAX_FEATURES = (2**31 - 1) // (255 * 255)
+"""Input channels whose products, and what zero points add to them, certainly fit 32-bit sums."""
+
+
+def in_halves(bits: int, packed: bool) -> bool:
+    """Whether two codes share a byte."""
+    return packed and bits <= 4
+
+
+def panels(codes: Tensor, bits: int, in_features: int, halves: bool) -> Tensor:
+    """Panels `[ceil(out / 32), ceil(in / each), 128]`, uint8 of two codes a byte (each 8) or int8 of one (each 4).
+
+    Args:
+        codes: uint8 `[out, packed_size(in_features, bits)]`, packed as by :func:`fxquant.packing.pack`.
+        bits: Bits a code, 2 to 8.
+        in_features: Codes a row.
+        halves: Whether two codes share a byte.
+    """
+    values = unpack(codes, bits, in_features)
+    if bits == 8:
+        values = values ^ MIDDLE
+    each = 8 if halves else 4
+    out = values.shape[0]
+    values = pad(values, (0, -in_features % each, 0, -out % PANEL))
+    held = values.view(-1, PANEL, values.shape[1] // each, each).transpose(1, 2)
+    if halves:
+        return (held[..., :4] | held[..., 4:] << 4).flatten(2)
+    return held.flatten(2).view(torch.int8)
+
+
+def unpacked(held: Tensor, bits: int, out_features: int, in_features: int) -> Tensor:
+    """Undo :func:`panels`."""
+    values = held.view(torch.uint8).unflatten(2, (PANEL, 4))
+    if held.dtype == torch.uint8:
+        values = torch.cat([values & 15, values >> 4], -1)
+    values = values.transpose(1, 2).reshape(held.shape[0] * PANEL, -1)[:out_features, :in_features]
+    if bits == 8:
+        values = values ^ MIDDLE
+    return pack(values.contiguous(), bits)
+
+
+def sums(codes: Tensor, bits: int, in_features: int) -> Tensor:
+    """The sum over each output channel of what is held, int32 `[out]`."""
+    values = unpack(codes, bits, in_features).to(torch.int32)
+    return values.sum(1, dtype=torch.int32) - (MIDDLE * in_features if bits == 8 else 0)

@@ -1,0 +1,42 @@
+"""The operators of lowered graphs, as PyTorch custom operators `torch.ops.fxquant_native.*`: how they are defined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxquant import quantizer
+
+library = torch.library.Library("fxquant_native", "DEF")
+
+
+def define_kernel(schema: str, kernel: Callable[..., Tensor] | None, fake: Callable[..., Tensor]) -> None:
+    """Define an op that graphs hold as it is.
+
+    Args:
+        schema: Its schema.
+        kernel: What runs it on processors; None for one that a compiled library registers.
+        fake: Shape and dtype of its result.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if kernel is not None:
+        for key in ("CPU", "MkldnnCPU"):  # A prepacked weight among the arguments dispatches to the second.
+            library.impl(name, kernel, key)
+    torch.library.register_fake(f"fxquant_native::{name}", fake, lib=library)
+
+
+def define_composite(schema: str, kernel: Callable[..., Tensor]) -> None:
+    """Define an op that dissolves into ATen ops when a graph is compiled."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(schema.partition("(")[0], kernel, "CompositeImplicitAutograd")
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+    """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that fuse."""
+    return quantizer.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
+
+
+define_composite("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmax) -> Tensor", quantize)
