@@ -1,7 +1,8 @@
 """The report: what was decided for every layer, what it costs and what it does to the output.
 
 Everything comes out of the plan, so a report needs no weights and is the same for a model, its plan and its
-checkpoint. Table and JSON are two views of one :class:`Report`.
+checkpoint; but that only a model tells which attentions its backend left as they were. Table and JSON are two views of
+one :class:`Report`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ COSTS = ("free", "vector", "tokens", "not")
 _WIDTH = 140
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NODE_NUMBER = re.compile(r"(?<![.\w])([a-z][a-z_]*?)_\d+(?![.\w])")  # Of a node of the graph, as in add_12.
+_LEFT = {
+    "fxquant.matmul.default": "fxquant::matmul (reference)",
+    "aten.scaled_dot_product_attention.default": "aten float",
+}
 _BLOCK = re.compile(r"(.*?)\.\d+\.")
 
 
@@ -303,7 +308,7 @@ def report(model: nn.Module | Plan | str | Path) -> Report:
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
     plan = _plan_of(model)
-    backend = _backend_of(model, plan)
+    backend, left = _backend_of(model, plan), _attentions_left(model)
     layers = tuple(_layer_report(name, layer, backend) for name, layer in plan.layers.items())
     return Report(
         model_class=plan.model_class,
@@ -317,7 +322,10 @@ def report(model: nn.Module | Plan | str | Path) -> Report:
         passes=tuple(
             PassReport(entry["pass"], entry["seconds"], entry["edits"], dict(entry["ops"])) for entry in plan.passes
         ),
-        attentions=tuple(_attention_report(name, entry, backend) for name, entry in plan.attentions.items()),
+        attentions=tuple(
+            _attention_report(name, entry, backend, left.get(name.partition("@")[0]))
+            for name, entry in plan.attentions.items()
+        ),
     )
 
 
@@ -391,10 +399,25 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> Layer
     )
 
 
-def _attention_report(name: str, entry: AttentionPlan, backend: Backend | None) -> AttentionReport:
+def _attentions_left(model: object) -> dict[str, str]:
+    """What runs the attentions that a backend left as they were, by the path of their module.
+
+    A plan does not tell: backends find attentions by patterns, which a mask of an unusual kind may break.
+    """
+    found: dict[str, str] = {}
+    for graph in getattr(getattr(model, "_orig_mod", model), "graphs", ()):
+        for node in graph.graph.nodes:
+            kernel = _LEFT.get(str(node.target))
+            paths = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            if kernel is not None and paths:
+                found[paths[-1]] = kernel
+    return found
+
+
+def _attention_report(name: str, entry: AttentionPlan, backend: Backend | None, left: str | None) -> AttentionReport:
     return AttentionReport(
         name=name,
-        kernel="?" if backend is None else backend.attention_kernel(entry),
+        kernel=left or ("?" if backend is None else backend.attention_kernel(entry)),
         bits=entry.bits,
         softmax_bits=entry.softmax_bits,
         ranges={side: (_extreme(min, found.low), _extreme(max, found.high)) for side, found in entry.ranges.items()},

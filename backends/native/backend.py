@@ -120,7 +120,7 @@ class Native(Backend):
     def attention_kernel(self, attention: AttentionPlan) -> str:
         """The kernel of the products, or the reference op."""
         if self.kernels is not Kernels.COMPILED:
-            return "aten float" if attention.bits is None else "fxquant::matmul (reference, float)"
+            return "aten float" if attention.bits is None else "fxquant::matmul (reference)"
         if attention.bits is not None:
             return "native vnni attention u8 x s8"
         return "native attention, bf16 products" if self._uses_bf16() else "aten float"

@@ -69,7 +69,8 @@ def _lower_codes(node: fx.Node, rewriter: Rewriter) -> None:
     if not _has_heads(q) or inner == torch.float64 or not _is_call(turned, aten.transpose.int):
         return
     assert isinstance(turned, fx.Node)
-    if {int(axis) % 4 for axis in turned.args[1:]} != {2, 3}:  # type: ignore[call-overload]
+    axes: tuple[Any, ...] = turned.args[1:]
+    if {axis % 4 for axis in axes} != {2, 3}:
         return
     with rewriter.before(node):
         if negated:

@@ -142,15 +142,15 @@ def _through_views(x: Any, scale: fx.Node) -> tuple[list[fx.Node], float, fx.Nod
 
 def _keeps_samples(view: fx.Node) -> bool:
     """Whether a view leaves the first axis where it is."""
-    source = view.args[0]
-    assert isinstance(source, fx.Node)
+    arguments: tuple[Any, ...] = view.args
+    source = arguments[0]
     if str(source.meta["val"].shape[0]) != str(view.meta["val"].shape[0]):
         return False
     rank = source.meta["val"].dim()
     if view.target is aten.transpose.int:
-        return all(int(axis) % rank for axis in view.args[1:])  # type: ignore[call-overload]
+        return all(axis % rank for axis in arguments[1:])
     if view.target is aten.permute.default:
-        return view.args[1][0] % rank == 0  # type: ignore[index, operator, union-attr, return-value]
+        return bool(arguments[1][0] % rank == 0)
     return view.target is not aten.unsqueeze.default
 
 

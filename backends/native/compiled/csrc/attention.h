@@ -100,25 +100,42 @@ void product(int64_t row_count, const void* rows, int64_t row_bytes, const void*
   }
 }
 
-// A tensor [batch, heads, tokens, channels] with dense channels.
+// A tensor [batch, heads, tokens, channels] with dense channels. Sizes and strides are read once: asking a tensor for
+// them takes longer than a row of arithmetic.
+template <class T>
 struct Heads {
-  const at::Tensor tensor;
-  int64_t group = 1;  // Query heads that share a head of this.
+  at::Tensor tensor;
+  const T* data;
+  int64_t tokens, channels, batch_stride, head_stride, token_stride;
+  int64_t group;  // Query heads that share a head of this.
 
   Heads(const at::Tensor& values, int64_t heads, const char* what)
       : tensor(values.dim() == 4 && values.stride(3) == 1 ? values : values.contiguous()) {
-    TORCH_CHECK(tensor.dim() == 4, what, " is [batch, heads, tokens, channels], not ", values.sizes());
     TORCH_CHECK(tensor.size(1) && heads % tensor.size(1) == 0, heads, " heads of queries do not share ",
                 tensor.size(1), " heads of ", what);
+    data = tensor.const_data_ptr<T>();
+    tokens = tensor.size(2);
+    channels = tensor.size(3);
+    batch_stride = tensor.stride(0);
+    head_stride = tensor.stride(1);
+    token_stride = tensor.stride(2);
     group = heads / tensor.size(1);
   }
 
-  template <class T>
-  const T* at(int64_t batch, int64_t head, int64_t token) const {
-    return tensor.const_data_ptr<T>() + batch * tensor.stride(0) + head / group * tensor.stride(1) +
-           token * tensor.stride(2);
+  const T* at(int64_t batch, int64_t head) const { return data + batch * batch_stride + head / group * head_stride; }
+
+  // Tokens of a head lie pages apart, where no prefetcher of the processor's looks.
+  void prefetch(const T* token) const {
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(token + c);
   }
 };
+
+// Dwords of 16 rows, `row_dwords` apart.
+inline __m512i gather_rows(const void* first, int64_t row_dwords) {
+  const __m512i steps = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                           _mm512_set1_epi32(static_cast<int32_t>(row_dwords)));
+  return _mm512_i32gather_epi32(steps, first, 4);
+}
 
 // What is added to scores, in units of log2; or nothing.
 class Mask {
@@ -154,17 +171,17 @@ class Mask {
   bool boolean_ = false, causal_ = false;
 };
 
-// Powers of 2 of scores less their largest, in place; scores beyond `keys` become 0, and so do all where each is masked.
-// Returns one over the sum of powers; 0 where there is none.
-inline float soften(float* scores, int64_t keys, int64_t width) {
-  __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  for (int64_t k = 0; k < keys; k += kLanes) {
-    const __mmask16 lanes = first_lanes(keys - k);
-    top = _mm512_mask_max_ps(top, lanes, top, _mm512_loadu_ps(scores + k));
-  }
+// Hands `use` powers of 2 of scores less their largest, 16 at a time; beyond `keys` they are 0, and so are all where each
+// is masked. Returns one over the sum of powers; 0 where there is none.
+template <class Use>
+inline float soften(const float* scores, int64_t keys, int64_t width, const Use& use) {
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 top = lowest;
+  for (int64_t k = 0; k < keys; k += kLanes)
+    top = _mm512_max_ps(top, _mm512_mask_loadu_ps(lowest, first_lanes(keys - k), scores + k));
   const float largest = _mm512_reduce_max_ps(top);
   if (largest == -std::numeric_limits<float>::infinity()) {
-    std::fill(scores, scores + width, 0.0f);
+    for (int64_t k = 0; k < width; k += kLanes) use(k, _mm512_setzero_ps());
     return 0.0f;
   }
   const __m512 highest = _mm512_set1_ps(largest);
@@ -172,39 +189,46 @@ inline float soften(float* scores, int64_t keys, int64_t width) {
   for (int64_t k = 0; k < width; k += kLanes) {
     const __m512 power =
         _mm512_maskz_mov_ps(first_lanes(keys - k), exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest)));
-    _mm512_storeu_ps(scores + k, power);
+    use(k, power);
     total = _mm512_add_ps(total, power);
   }
   return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-// Writes rows of the result: real values of dtype T, or codes.
+// Writes rows of the result: real values, or codes.
 struct Output {
   at::Tensor result;  // [batch, tokens, heads, channels]
+  int64_t heads, channels, tokens;
+  void* data;
   bool codes;
   std::vector<float> scale, zero_point;  // One a sample.
   float qmax;
 
+  // Where a row begins, in elements.
+  int64_t row(int64_t batch, int64_t head, int64_t token) const {
+    return ((batch * tokens + token) * heads + head) * channels;
+  }
+
   template <class T>
-  void write(int64_t batch, int64_t head, int64_t token, int64_t channel, __mmask16 lanes, __m512 value) const {
-    const int64_t at = ((batch * result.size(1) + token) * result.size(2) + head) * result.size(3) + channel;
-    if (codes) {
-      _mm_mask_storeu_epi8(result.mutable_data_ptr<uint8_t>() + at, lanes,
+  void write(int64_t batch, int64_t at, __mmask16 lanes, __m512 value) const {
+    if (codes)
+      _mm_mask_storeu_epi8(static_cast<uint8_t*>(data) + at, lanes,
                            quantize(value, _mm512_set1_ps(scale[batch]), _mm512_set1_ps(zero_point[batch]),
                                     _mm512_set1_ps(qmax)));
-    } else {
-      store(result.mutable_data_ptr<T>() + at, lanes, value);
-    }
+    else
+      store(static_cast<T*>(data) + at, lanes, value);
   }
 };
 
-inline Output make_output(at::IntArrayRef q, int64_t channels, const at::Tensor& like, const std::optional<at::Tensor>& scale,
-                   const std::optional<at::Tensor>& zero_point, int64_t qmax, at::ScalarType dtype) {
+inline Output make_output(at::IntArrayRef q, int64_t channels, const at::Tensor& like,
+                          const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& zero_point,
+                          int64_t qmax, at::ScalarType dtype) {
   const int64_t sizes[] = {q[0], q[2], q[1], channels};
-  Output output{pooled(sizes, like.options().dtype(scale ? at::kByte : dtype)), scale.has_value(), {}, {},
+  const at::Tensor result = pooled(sizes, like.options().dtype(scale ? at::kByte : dtype));
+  Output output{result, q[1], channels, q[2], result.mutable_data_ptr(), scale.has_value(), {}, {},
                 static_cast<float>(qmax)};
   if (scale) {
-    const at::Tensor rows = output.result.flatten(1);
+    const at::Tensor rows = result.flatten(1);
     output.scale = per_row<float>(*scale, rows, q[0], "the scale of the result");
     output.zero_point = per_row<uint8_t, float>(*zero_point, rows, q[0], "the zero point of the result");
   }

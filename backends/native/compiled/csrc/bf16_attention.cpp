@@ -12,79 +12,88 @@ namespace {
 template <class T>
 class Bf16Worker {
  public:
-  Bf16Worker(const Heads& q, const Heads& k, const Heads& v, const Mask& mask, float scale, const Output& output)
-      : q_(q), k_(k), v_(v), mask_(mask), scale_(scale * kLog2E), output_(output), keys_(k.tensor.size(2)),
-        depth_(q.tensor.size(3)), channels_(v.tensor.size(3)), key_vectors_(divide_up(keys_, kLanes)),
+  Bf16Worker(const Heads<T>& q, const Heads<T>& k, const Heads<T>& v, const Mask& mask, float scale,
+             const Output& output)
+      : q_(q), k_(k), v_(v), mask_(mask), scale_(_mm512_set1_ps(scale * kLog2E)), output_(output), keys_(k.tokens),
+        depth_(q.channels), channels_(v.channels), key_vectors_(divide_up(keys_, kLanes)),
         channel_vectors_(divide_up(channels_, kLanes)), depth_steps_(divide_up(depth_, 2)),
-        key_steps_(divide_up(keys_, 2)), width_(key_vectors_ * kLanes),
-        packed_k_(depth_steps_ * width_ * 2), packed_v_(key_steps_ * channel_vectors_ * kLanes * 2),
-        query_(kQueries * depth_steps_ * 2), scores_(kQueries * width_), powers_(kQueries * width_),
-        sums_(kQueries * channel_vectors_ * kLanes) {}
+        key_steps_(divide_up(keys_, 2)), width_(key_vectors_ * kLanes), wide_(channel_vectors_ * kLanes),
+        packed_k_(depth_steps_ * width_ * 2), packed_v_(key_steps_ * wide_ * 2), rows_(kLanes * depth_steps_ * 2),
+        scores_(kQueries * width_), powers_(kQueries * width_), sums_(kQueries * wide_) {}
 
   void pack(int64_t batch, int64_t head) {
     batch_ = batch;
     head_ = head;
-    alignas(64) uint16_t row[kLanes];
-    for (int64_t key = 0; key < keys_; ++key) {
-      const T* from = k_.at<T>(batch, head, key);
-      for (int64_t d = 0; d < depth_; d += kLanes) {
-        const int64_t count = std::min(kLanes, depth_ - d);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(row), to_bf16(load(from + d, first_lanes(count))));
-        for (int64_t i = 0; i < count; ++i) packed_k_[((d + i) / 2 * width_ + key) * 2 + (d + i) % 2] = row[i];
+    const T* keys = k_.at(batch, head);
+    for (int64_t key = 0; key < keys_; key += kLanes) {
+      const int64_t count = std::min(kLanes, keys_ - key);
+      for (int64_t r = 0; r < count; ++r) {
+        k_.prefetch(keys + std::min(key + r + kLanes, keys_ - 1) * k_.token_stride);
+        convert(keys + (key + r) * k_.token_stride, r, _mm512_set1_ps(1.0f));
       }
+      for (int64_t step = 0; step < depth_steps_; ++step)
+        _mm512_storeu_si512(packed_k_.data() + (step * width_ + key) * 2,
+                            gather_rows(rows_.data() + step * 2, depth_steps_));
     }
-    const int64_t wide = channel_vectors_ * kLanes;
+    const T* values = v_.at(batch, head);
     for (int64_t key = 0; key < keys_; key += 2) {
-      const T* even = v_.at<T>(batch, head, key);
-      const T* odd = key + 1 < keys_ ? v_.at<T>(batch, head, key + 1) : nullptr;
+      const T* even = values + key * v_.token_stride;
+      const T* odd = key + 1 < keys_ ? even + v_.token_stride : nullptr;
+      for (int64_t ahead = kLanes; ahead < kLanes + 2; ++ahead)
+        v_.prefetch(values + std::min(key + ahead, keys_ - 1) * v_.token_stride);
       for (int64_t d = 0; d < channels_; d += kLanes) {
         const __mmask16 lanes = first_lanes(channels_ - d);
         const __m512i low = _mm512_cvtepu16_epi32(to_bf16(load(even + d, lanes)));
         const __m512i high = odd ? _mm512_cvtepu16_epi32(to_bf16(load(odd + d, lanes))) : _mm512_setzero_si512();
-        _mm512_storeu_si512(packed_v_.data() + (key / 2 * wide + d) * 2,
+        _mm512_storeu_si512(packed_v_.data() + (key / 2 * wide_ + d) * 2,
                             _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
     }
   }
 
   void rows(int64_t first, int64_t count) {
-    const int64_t query_width = depth_steps_ * 2;
+    const T* queries = q_.at(batch_, head_) + first * q_.token_stride;
     for (int64_t r = 0; r < count; ++r) {
-      const T* from = q_.at<T>(batch_, head_, first + r);
-      for (int64_t d = 0; d < depth_; d += kLanes) {
-        const __mmask16 lanes = first_lanes(depth_ - d);
-        _mm256_mask_storeu_epi16(query_.data() + r * query_width + d, lanes,
-                                 to_bf16(_mm512_mul_ps(load(from + d, lanes), _mm512_set1_ps(scale_))));
-      }
+      convert(queries + r * q_.token_stride, r, scale_);
+      q_.prefetch(queries + std::min(r + kQueries, q_.tokens - 1 - first) * q_.token_stride);
     }
-    product<Bf16>(count, query_.data(), query_width * 2, packed_k_.data(), key_vectors_, depth_steps_, scores_.data(),
+    product<Bf16>(count, rows_.data(), depth_steps_ * 4, packed_k_.data(), key_vectors_, depth_steps_, scores_.data(),
                   width_);
     float inverses[kQueries];
     for (int64_t r = 0; r < count; ++r) {
       float* scores = scores_.data() + r * width_;
       mask_.add(scores, batch_, head_, first + r, keys_);
-      inverses[r] = soften(scores, keys_, width_);
-      for (int64_t k = 0; k < width_; k += kLanes)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers_.data() + r * width_ + k),
-                            to_bf16(_mm512_loadu_ps(scores + k)));
+      inverses[r] = soften(scores, keys_, width_, [&](int64_t k, __m512 power) __attribute__((always_inline)) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers_.data() + r * width_ + k), to_bf16(power));
+      });
     }
-    const int64_t wide = channel_vectors_ * kLanes;
-    product<Bf16>(count, powers_.data(), width_ * 2, packed_v_.data(), channel_vectors_, key_steps_, sums_.data(), wide);
+    product<Bf16>(count, powers_.data(), width_ * 2, packed_v_.data(), channel_vectors_, key_steps_, sums_.data(),
+                  wide_);
     for (int64_t r = 0; r < count; ++r) {
       const __m512 inverse = _mm512_set1_ps(inverses[r]);
+      const int64_t at = output_.row(batch_, head_, first + r);
       for (int64_t d = 0; d < channels_; d += kLanes)
-        output_.write<T>(batch_, head_, first + r, d, first_lanes(channels_ - d),
-                         _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * wide + d), inverse));
+        output_.template write<T>(batch_, at + d, first_lanes(channels_ - d),
+                                  _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * wide_ + d), inverse));
     }
   }
 
  private:
-  const Heads &q_, &k_, &v_;
+  // One row of bfloat16, `depth_steps_` dwords.
+  void convert(const T* from, int64_t row, __m512 factor) {
+    for (int64_t d = 0; d < depth_; d += kLanes) {
+      const __mmask16 lanes = first_lanes(depth_ - d);
+      _mm256_mask_storeu_epi16(rows_.data() + row * depth_steps_ * 2 + d, lanes,
+                               to_bf16(_mm512_mul_ps(load(from + d, lanes), factor)));
+    }
+  }
+
+  const Heads<T>&q_, &k_, &v_;
   const Mask& mask_;
-  float scale_;
+  __m512 scale_;
   const Output& output_;
-  int64_t keys_, depth_, channels_, key_vectors_, channel_vectors_, depth_steps_, key_steps_, width_;
-  std::vector<uint16_t> packed_k_, packed_v_, query_;
+  int64_t keys_, depth_, channels_, key_vectors_, channel_vectors_, depth_steps_, key_steps_, width_, wide_;
+  std::vector<uint16_t> packed_k_, packed_v_, rows_;
   std::vector<float> scores_;
   std::vector<uint16_t> powers_;
   std::vector<float> sums_;
@@ -99,7 +108,6 @@ at::Tensor bf16_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
               "queries, keys and values are of one dtype");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
-  const Heads queries(q, heads, "queries"), keys(k, heads, "keys"), values(v, heads, "values");
   const int64_t scores[] = {batch, heads, tokens, k.size(2)};
   const Mask added(mask, scores, causal);
   const Output output = make_output(q.sizes(), v.size(3), q, out_scale, out_zero_point, qmax, q.scalar_type());
@@ -107,6 +115,7 @@ at::Tensor bf16_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   TORCH_CHECK(k.size(2), "attention over no keys");
   const auto run = [&](auto zero) {
     using T = decltype(zero);
+    const Heads<T> queries(q, heads, "queries"), keys(k, heads, "keys"), values(v, heads, "values");
     for_each_head(batch, heads, tokens, [&] {
       return Bf16Worker<T>(queries, keys, values, added, static_cast<float>(scale), output);
     });

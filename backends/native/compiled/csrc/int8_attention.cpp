@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include <numeric>
+
 #include "attention.h"
 
 namespace fxquant {
@@ -11,18 +13,15 @@ constexpr int32_t kMiddle = 128;  // Taken off the codes of the right factor, so
 
 // Codes and their grid, one a sample.
 struct Codes {
-  Heads heads;
+  Heads<uint8_t> heads;
   std::vector<float> scale;
   std::vector<int32_t> zero_point;
 
   Codes(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& zero_points, int64_t query_heads,
         const char* what)
-      : heads(codes, query_heads, what) {
-    TORCH_CHECK(codes.scalar_type() == at::kByte, what, " are uint8 codes, not ", codes.scalar_type());
-    const int64_t samples = codes.size(0);
-    scale = per_row<float>(scales, codes, samples, what);
-    zero_point = per_row<uint8_t, int32_t>(zero_points, codes, samples, what);
-  }
+      : heads(codes, query_heads, what),
+        scale(per_row<float>(scales, codes, codes.size(0), what)),
+        zero_point(per_row<uint8_t, int32_t>(zero_points, codes, codes.size(0), what)) {}
 };
 
 template <class T>
@@ -31,64 +30,94 @@ class Int8Worker {
   Int8Worker(const Codes& q, const Codes& k, const Codes& v, const Mask& mask, float softmax_scale, float softmax_qmax,
              const Output& output)
       : q_(q), k_(k), v_(v), mask_(mask), softmax_scale_(softmax_scale), softmax_qmax_(softmax_qmax), output_(output),
-        keys_(k.heads.tensor.size(2)), depth_(q.heads.tensor.size(3)), channels_(v.heads.tensor.size(3)),
+        keys_(k.heads.tokens), depth_(q.heads.channels), channels_(v.heads.channels),
         key_vectors_(divide_up(keys_, kLanes)), channel_vectors_(divide_up(channels_, kLanes)),
         depth_steps_(divide_up(depth_, 4)), key_steps_(divide_up(keys_, 4)), width_(key_vectors_ * kLanes),
         wide_(channel_vectors_ * kLanes), packed_k_(depth_steps_ * width_ * 4), packed_v_(key_steps_ * wide_ * 4),
-        key_sums_(width_), query_(kQueries * depth_steps_ * 4), scores_(kQueries * width_),
+        key_sums_(width_), rows_(kLanes * depth_steps_ * 4), scores_(kQueries * width_),
         probabilities_(kQueries * width_), sums_(kQueries * wide_) {}
 
   void pack(int64_t batch, int64_t head) {
     batch_ = batch;
     head_ = head;
-    for (int64_t key = 0; key < keys_; ++key) {
-      const uint8_t* from = k_.heads.at<uint8_t>(batch, head, key);
-      int32_t sum = 0;
-      for (int64_t d = 0; d < depth_; ++d) {
-        const int32_t code = static_cast<int32_t>(from[d]) - kMiddle;
-        packed_k_[(d / 4 * width_ + key) * 4 + d % 4] = static_cast<int8_t>(code);
-        sum += code;
+    const uint8_t* keys = k_.heads.at(batch, head);
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(kMiddle)), ones = _mm512_set1_epi8(1);
+    // Behind the channels of a head, rows hold the middle, which is 0 once that is taken off.
+    std::fill(rows_.begin(), rows_.end(), static_cast<uint8_t>(kMiddle));
+    for (int64_t key = 0; key < keys_; key += kLanes) {
+      const int64_t count = std::min(kLanes, keys_ - key);
+      for (int64_t r = 0; r < count; ++r) {
+        k_.heads.prefetch(keys + std::min(key + r + kLanes, keys_ - 1) * k_.heads.token_stride);
+        std::copy_n(keys + (key + r) * k_.heads.token_stride, depth_, rows_.data() + r * depth_steps_ * 4);
       }
-      key_sums_[key] = sum;
+      __m512i sums = _mm512_setzero_si512();
+      for (int64_t step = 0; step < depth_steps_; ++step) {
+        const __m512i held = _mm512_xor_si512(gather_rows(rows_.data() + step * 4, depth_steps_), sign);
+        add_products_u8s8(sums, ones, held);
+        _mm512_storeu_si512(packed_k_.data() + (step * width_ + key) * 4, held);
+      }
+      _mm512_storeu_si512(key_sums_.data() + key, sums);
     }
-    for (int64_t key = 0; key < keys_; ++key) {
-      const uint8_t* from = v_.heads.at<uint8_t>(batch, head, key);
-      int8_t* to = packed_v_.data() + key / 4 * wide_ * 4 + key % 4;
-      for (int64_t d = 0; d < channels_; ++d) to[d * 4] = static_cast<int8_t>(static_cast<int32_t>(from[d]) - kMiddle);
+    const uint8_t* values = v_.heads.at(batch, head);
+    for (int64_t key = 0; key < keys_; key += 4) {
+      for (int64_t ahead = kLanes; ahead < kLanes + 4; ++ahead)
+        v_.heads.prefetch(values + std::min(key + ahead, keys_ - 1) * v_.heads.token_stride);
+      for (int64_t d = 0; d < channels_; d += kLanes) {
+        __m128i part[4];
+        for (int64_t i = 0; i < 4; ++i)
+          part[i] = key + i < keys_ ? _mm_maskz_loadu_epi8(first_lanes(channels_ - d),
+                                                           values + (key + i) * v_.heads.token_stride + d)
+                                    : _mm_setzero_si128();
+        const __m128i left[] = {_mm_unpacklo_epi8(part[0], part[1]), _mm_unpackhi_epi8(part[0], part[1])};
+        const __m128i right[] = {_mm_unpacklo_epi8(part[2], part[3]), _mm_unpackhi_epi8(part[2], part[3])};
+        int8_t* to = packed_v_.data() + (key / 4 * wide_ + d) * 4;
+        for (int64_t i = 0; i < 2; ++i) {
+          store_held(to + i * 32, _mm_unpacklo_epi16(left[i], right[i]));
+          store_held(to + i * 32 + 16, _mm_unpackhi_epi16(left[i], right[i]));
+        }
+      }
     }
   }
 
   void rows(int64_t first, int64_t count) {
-    const int64_t query_width = depth_steps_ * 4;
+    const uint8_t* queries = q_.heads.at(batch_, head_) + first * q_.heads.token_stride;
     int32_t query_sums[kQueries];
     for (int64_t r = 0; r < count; ++r) {
-      const uint8_t* from = q_.heads.at<uint8_t>(batch_, head_, first + r);
-      std::copy(from, from + depth_, query_.data() + r * query_width);
-      query_sums[r] = 0;
-      for (int64_t d = 0; d < depth_; ++d) query_sums[r] += from[d];
+      const uint8_t* from = queries + r * q_.heads.token_stride;
+      std::copy_n(from, depth_, rows_.data() + r * depth_steps_ * 4);
+      query_sums[r] = std::accumulate(from, from + depth_, 0);
+      q_.heads.prefetch(from + std::min<int64_t>(kQueries, q_.heads.tokens - 1 - first - r) * q_.heads.token_stride);
     }
-    product<Bytes>(count, query_.data(), query_width, packed_k_.data(), key_vectors_, depth_steps_, scores_.data(),
+    product<Bytes>(count, rows_.data(), depth_steps_ * 4, packed_k_.data(), key_vectors_, depth_steps_, scores_.data(),
                    width_);
     for (int64_t r = 0; r < count; ++r) {
       scale_scores(r, query_sums[r]);
       float* scores = scores_.data() + r * width_;
       mask_.add(scores, batch_, head_, first + r, keys_);
-      probability_sums_[r] = quantize_powers(r, soften(scores, keys_, width_));
+      const float inverse = soften(scores, keys_, width_, [&](int64_t k, __m512 power) __attribute__((always_inline)) {
+        _mm512_storeu_ps(scores + k, power);
+      });
+      probability_sums_[r] = quantize_powers(r, inverse);
     }
     product<Bytes>(count, probabilities_.data(), width_, packed_v_.data(), channel_vectors_, key_steps_, sums_.data(),
                    wide_);
     const __m512 scale = _mm512_set1_ps(softmax_scale_ * v_.scale[batch_]);
     for (int64_t r = 0; r < count; ++r) {
       const __m512i offset = _mm512_set1_epi32((v_.zero_point[batch_] - kMiddle) * probability_sums_[r]);
+      const int64_t at = output_.row(batch_, head_, first + r);
       for (int64_t d = 0; d < channels_; d += kLanes) {
         const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(sums_.data() + r * wide_ + d), offset);
-        output_.write<T>(batch_, head_, first + r, d, first_lanes(channels_ - d),
-                         _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
+        output_.template write<T>(batch_, at + d, first_lanes(channels_ - d),
+                                  _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
       }
     }
   }
 
  private:
+  static void store_held(int8_t* to, __m128i codes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_xor_si128(codes, _mm_set1_epi8(static_cast<char>(kMiddle))));
+  }
+
   // Sums of products of one row to real scores in units of log2, in place.
   void scale_scores(int64_t r, int32_t query_sum) {
     const int32_t q_zero = q_.zero_point[batch_], k_zero = k_.zero_point[batch_] - kMiddle;
@@ -124,7 +153,7 @@ class Int8Worker {
   int64_t keys_, depth_, channels_, key_vectors_, channel_vectors_, depth_steps_, key_steps_, width_, wide_;
   std::vector<int8_t> packed_k_, packed_v_;
   std::vector<int32_t> key_sums_;
-  std::vector<uint8_t> query_;
+  std::vector<uint8_t> rows_;
   std::vector<float> scores_;
   std::vector<uint8_t> probabilities_;
   std::vector<int32_t> sums_;
@@ -146,6 +175,8 @@ at::Tensor int8_attention(const at::Tensor& q, const at::Tensor& q_scale, const 
   TORCH_CHECK(k.size(2), "attention over no keys");
   TORCH_CHECK(softmax_scale.numel() == 1 && softmax_zero_point.numel() == 1 && softmax_zero_point.item<int64_t>() == 0,
               "the grid of probabilities is one for all and begins at 0");
+  TORCH_CHECK(q.scalar_type() == at::kByte && k.scalar_type() == at::kByte && v.scalar_type() == at::kByte,
+              "int8_attention reads uint8 codes");
   const Codes queries(q, q_scale, q_zero_point, heads, "queries"), keys(k, k_scale, k_zero_point, heads, "keys");
   const Codes values(v, v_scale, v_zero_point, heads, "values");
   const int64_t scores[] = {batch, heads, tokens, k.size(2)};

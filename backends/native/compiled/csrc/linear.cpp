@@ -142,7 +142,8 @@ class Epilogue {
   int32_t last_ = -1;
 };
 
-// Rows in blocks that fit the cache; within a block panel after panel; within a panel tiles of rows.
+// Rows in blocks that fit the cache; within a block panel after panel; within a panel tiles of rows. What a tile will
+// read and write at its end is fetched at its beginning, for its sums take as long as memory does.
 template <class Finish>
 void multiply(const Linear& linear, const Finish& finish) {
   const int64_t panels = divide_up(linear.out, kPanel);
@@ -167,13 +168,14 @@ void multiply(const Linear& linear, const Finish& finish) {
       Epilogue epilogue(linear, panel * kPanel);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t top = count * tile / tiles, bottom = count * (tile + 1) / tiles;
+        for (int64_t r = top; r < bottom; ++r) finish.prefetch(first + r, panel * kPanel);
         kernels[bottom - top - 1](linear.codes + (first + top) * linear.row_bytes, linear.row_bytes,
                                   linear.weight + panel * linear.panel_bytes, linear.quads, sums);
         for (int64_t r = top; r < bottom; ++r) {
           __m512 y[2];
           epilogue.values(sums + (r - top) * kPanel, first + r, linear.w_zero_point ? code_sums[r] : 0, y);
           for (int v = 0; v < 2; ++v)
-            if (epilogue.lanes(v)) finish(first + r, panel * kPanel + v * kLanes, epilogue.lanes(v), y[v]);
+            if (epilogue.lanes(v)) finish.write(first + r, panel * kPanel + v * kLanes, epilogue.lanes(v), y[v]);
         }
       }
     }
@@ -181,28 +183,49 @@ void multiply(const Linear& linear, const Finish& finish) {
 }
 
 template <class T>
-void write_floats(const Linear& linear, const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual,
-                  int64_t samples, at::Tensor& result) {
-  T* out = result.mutable_data_ptr<T>();
+struct Values {
+  T* out;
+  int64_t width;
   std::vector<const T*> gates;
-  if (gate) gates = vectors<T>(*gate, samples, linear.rows, linear.out, "the gate");
-  const T* added = residual ? residual->const_data_ptr<T>() : nullptr;
-  multiply(linear, [&](int64_t row, int64_t column, __mmask16 lanes, __m512 y) __attribute__((always_inline)) {
-    const int64_t at = row * linear.out + column;
+  const T* added;
+
+  void prefetch(int64_t row, int64_t column) const {
+    const int64_t at = row * width + column;
+    for (int64_t byte = 0; byte < kPanel * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(out + at) + byte, 1);
+      if (added) __builtin_prefetch(reinterpret_cast<const char*>(added + at) + byte, 0);
+    }
+  }
+
+  void write(int64_t row, int64_t column, __mmask16 lanes, __m512 y) const {
+    const int64_t at = row * width + column;
     if (!gates.empty()) y = _mm512_mul_ps(y, load(gates[row] + column, lanes));
     if (added) y = _mm512_add_ps(y, load(added + at, lanes));
     store(out + at, lanes, y);
-  });
-}
+  }
+};
 
-void write_codes(const Linear& linear, const std::vector<float>& scale, const std::vector<float>& zero_point, int64_t qmax,
-                 at::Tensor& result) {
-  uint8_t* out = result.mutable_data_ptr<uint8_t>();
-  const __m512 highest = _mm512_set1_ps(static_cast<float>(qmax));
-  multiply(linear, [&](int64_t row, int64_t column, __mmask16 lanes, __m512 y) __attribute__((always_inline)) {
-    _mm_mask_storeu_epi8(out + row * linear.out + column, lanes,
+struct Codes {
+  uint8_t* out;
+  int64_t width;
+  std::vector<float> scale, zero_point;
+  __m512 highest;
+
+  void prefetch(int64_t row, int64_t column) const { __builtin_prefetch(out + row * width + column, 1); }
+
+  void write(int64_t row, int64_t column, __mmask16 lanes, __m512 y) const {
+    _mm_mask_storeu_epi8(out + row * width + column, lanes,
                          quantize(y, _mm512_set1_ps(scale[row]), _mm512_set1_ps(zero_point[row]), highest));
-  });
+  }
+};
+
+template <class T>
+void write_floats(const Linear& linear, const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual,
+                  int64_t samples, at::Tensor& result) {
+  std::vector<const T*> gates;
+  if (gate) gates = vectors<T>(*gate, samples, linear.rows, linear.out, "the gate");
+  const T* added = residual ? residual->const_data_ptr<T>() : nullptr;
+  multiply(linear, Values<T>{result.mutable_data_ptr<T>(), linear.out, std::move(gates), added});
 }
 
 template <class T>
@@ -276,8 +299,10 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   if (!task.rows || !out_features) return result;
   if (out_scale) {
     TORCH_CHECK(!gate && !residual && out_zero_point, "codes are written without gate and residual");
-    write_codes(task, per_row<float>(*out_scale, result, task.rows, "the scale of the result"),
-                per_row<uint8_t, float>(*out_zero_point, result, task.rows, "the zero point of the result"), qmax, result);
+    multiply(task, Codes{result.mutable_data_ptr<uint8_t>(), out_features,
+                         per_row<float>(*out_scale, result, task.rows, "the scale of the result"),
+                         per_row<uint8_t, float>(*out_zero_point, result, task.rows, "the zero point of the result"),
+                         _mm512_set1_ps(static_cast<float>(qmax))});
     return result;
   }
   std::optional<at::Tensor> added;
