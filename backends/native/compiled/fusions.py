@@ -33,7 +33,7 @@ _VIEWS = frozenset(
 )
 # Positions of arguments.
 _L_ACTIVATION, _L_GATE, _L_RESIDUAL, _L_SCALE, _L_ZERO_POINT, _L_QMAX, _L_DTYPE = range(10, 17)
-_OUT_GRID = {
+_OUT_GRID: dict[Any, int] = {
     native.vnni_linear.default: _L_SCALE,
     native.bf16_attention.default: 6,
     native.int8_attention.default: 13,
@@ -47,6 +47,8 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor]) -> Non
     * the quantization of what a linear, an attention or a norm makes, through views and constant factors,
     * a gate and a residual behind a linear,
     * and the modulation between a norm and its quantization.
+
+    What only an attention in bfloat16 reads leaves its linear in bfloat16.
     """
     for node in list(graph.nodes):
         if node.target is native.vnni_linear.default:
@@ -57,6 +59,8 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor]) -> Non
     for node in list(graph.nodes):
         if node.target is native.vnni_linear.default:
             _fuse_gate_and_residual(node, rewriter)
+        elif node.target is native.bf16_attention.default:
+            _read_bf16(node, rewriter)
 
 
 def _fuse_activation(node: fx.Node, rewriter: Rewriter) -> None:
@@ -106,31 +110,66 @@ def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]
         divided = derived(grid, f"_{factor:.6g}{DIVIDED}", rewriter, held, lambda: rewriter.tensor(grid) / factor)
         assert divided is not None
         scale = divided
+    arguments = list(source.args)
+    arguments[position : position + 3] = [scale, zero_point, qmax]
     with rewriter.before(node):  # Where the grid is known, which may be computed from the timestep.
-        arguments = list(source.args)
-        arguments[position : position + 3] = [scale, zero_point, qmax]
-        codes = rewriter.call(source.target, tuple(arguments), [source, node])
-        for view in reversed(views):
-            if view.target is not aten.mul.Tensor:
-                codes = rewriter.call(view.target, (codes, *view.args[1:]), [view])
+        codes = _rebuild(source, arguments, views, rewriter)
     rewriter.replace(node, codes)
-    for view in views:
+    for view in (*views, source):
         rewriter.erase(view)
-    rewriter.erase(source)
     return True
 
 
-def _through_views(x: Any, scale: fx.Node) -> tuple[list[fx.Node], float, fx.Node | None]:
-    """Views and constant factors that a value has passed, the last first, their product, and where it comes from."""
+def _read_bf16(node: fx.Node, rewriter: Rewriter) -> None:
+    """Half the memory between linears and an attention that rounds to bfloat16 anyway."""
+    found = [_through_views(x, None) for x in node.args[:3]]
+    for _, _, source in found:
+        if source is None or source.target is not native.vnni_linear.default:
+            return
+        if source.args[_L_DTYPE] != torch.float32 or source.args[_L_SCALE] is not None:
+            return
+    if node.args[_OUT_GRID[node.target]] is None:  # Its result is of the dtype of what it reads.
+        return
+    read = []
+    with rewriter.before(node):
+        for views, _, source in found:
+            assert source is not None
+            arguments = [*source.args]
+            arguments[_L_DTYPE] = torch.bfloat16
+            read.append(_rebuild(source, arguments, views, rewriter))
+        new = rewriter.call(node.target, (*read, *node.args[3:]), [node])
+    rewriter.replace(node, new)
+    for views, _, source in found:
+        for view in (*views, source):
+            assert view is not None
+            rewriter.erase(view)
+
+
+def _rebuild(source: fx.Node, arguments: list[Any], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
+    """A node with other arguments, and the views behind it, the last of which comes first; without factors."""
+    value = rewriter.call(source.target, tuple(arguments), [source])
+    for view in reversed(views):
+        if view.target is not aten.mul.Tensor:
+            value = rewriter.call(view.target, (value, *view.args[1:]), [view])
+    return value
+
+
+def _through_views(x: Any, scale: fx.Node | None) -> tuple[list[fx.Node], float, fx.Node | None]:
+    """Views and constant factors that a value has passed, the last first, their product, and where it comes from.
+
+    Args:
+        x: The value.
+        scale: Of the grid that is to be moved through them; None where nothing but views are to be passed.
+    """
     views: list[fx.Node] = []
     factor = 1.0
     node = x
     while isinstance(node, fx.Node) and only_reader(node) is not None and not node.kwargs:
         if node.target in _VIEWS:
-            if scale.meta["val"].numel() != 1 and not _keeps_samples(node):
+            if scale is not None and scale.meta["val"].numel() != 1 and not _keeps_samples(node):
                 return [], 1.0, None
         elif node.target is aten.mul.Tensor and isinstance(node.args[1], float) and node.args[1] > 0:
-            if scale.op != "get_attr":
+            if scale is None or scale.op != "get_attr":
                 return [], 1.0, None
             factor *= node.args[1]
         else:
