@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxquant.backends.native.compiled import attention, fusions, weights
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.compiled.sharing import share
 from fxquant.backends.native.tensors import derived
 from fxquant.capture import drop_unread_tensors, read_tensors
 from fxquant.ir.rewriter import Rewriter
@@ -55,6 +56,7 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
     :mod:`fxquant.backends.native.compiled.attention`.
     """
     rewriter = Rewriter(module, "lower to native")
+    share(module.graph, rewriter)
     for node in list(module.graph.nodes):
         if node.target is reference.quantize.default:
             _lower_quantize(node, rewriter)
