@@ -148,6 +148,8 @@ class Mask {
     boolean_ = mask->scalar_type() == at::kBool;
   }
 
+  bool is_none() const { return !tensor_.defined() && !causal_; }
+
   // Adds to one row of scores.
   void add(float* scores, int64_t batch, int64_t head, int64_t row, int64_t keys) const {
     if (tensor_.defined()) {
@@ -171,24 +173,35 @@ class Mask {
   bool boolean_ = false, causal_ = false;
 };
 
+// The largest of a row of scores.
+inline float largest(const float* scores, int64_t keys) {
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 top = lowest;
+  int64_t k = 0;
+  for (; k + kLanes <= keys; k += kLanes) top = _mm512_max_ps(top, _mm512_loadu_ps(scores + k));
+  top = _mm512_max_ps(top, _mm512_mask_loadu_ps(lowest, first_lanes(keys - k), scores + k));
+  return _mm512_reduce_max_ps(top);
+}
+
 // Hands `use` powers of 2 of scores less their largest, 16 at a time; beyond `keys` they are 0, and so are all where each
 // is masked. Returns one over the sum of powers; 0 where there is none.
 template <class Use>
-inline float soften(const float* scores, int64_t keys, int64_t width, const Use& use) {
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 top = lowest;
-  for (int64_t k = 0; k < keys; k += kLanes)
-    top = _mm512_max_ps(top, _mm512_mask_loadu_ps(lowest, first_lanes(keys - k), scores + k));
-  const float largest = _mm512_reduce_max_ps(top);
+inline __attribute__((always_inline)) float soften(const float* scores, int64_t keys, float largest, const Use& use) {
   if (largest == -std::numeric_limits<float>::infinity()) {
-    for (int64_t k = 0; k < width; k += kLanes) use(k, _mm512_setzero_ps());
+    for (int64_t k = 0; k < keys; k += kLanes) use(k, _mm512_setzero_ps());
     return 0.0f;
   }
   const __m512 highest = _mm512_set1_ps(largest);
   __m512 total = _mm512_setzero_ps();
-  for (int64_t k = 0; k < width; k += kLanes) {
-    const __m512 power =
-        _mm512_maskz_mov_ps(first_lanes(keys - k), exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest)));
+  int64_t k = 0;
+  for (; k + kLanes <= keys; k += kLanes) {
+    const __m512 power = exp2<4>(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest));
+    use(k, power);
+    total = _mm512_add_ps(total, power);
+  }
+  if (k < keys) {
+    const __m512 power = _mm512_maskz_mov_ps(first_lanes(keys - k),
+                                             exp2<4>(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest)));
     use(k, power);
     total = _mm512_add_ps(total, power);
   }

@@ -63,7 +63,7 @@ class Bf16Worker {
     for (int64_t r = 0; r < count; ++r) {
       float* scores = scores_.data() + r * width_;
       mask_.add(scores, batch_, head_, first + r, keys_);
-      inverses[r] = soften(scores, keys_, width_, [&](int64_t k, __m512 power) __attribute__((always_inline)) {
+      inverses[r] = soften(scores, keys_, largest(scores, keys_), [&](int64_t k, __m512 power) __attribute__((always_inline)) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers_.data() + r * width_ + k), to_bf16(power));
       });
     }

@@ -34,7 +34,7 @@ class Int8Worker {
         key_vectors_(divide_up(keys_, kLanes)), channel_vectors_(divide_up(channels_, kLanes)),
         depth_steps_(divide_up(depth_, 4)), key_steps_(divide_up(keys_, 4)), width_(key_vectors_ * kLanes),
         wide_(channel_vectors_ * kLanes), packed_k_(depth_steps_ * width_ * 4), packed_v_(key_steps_ * wide_ * 4),
-        key_sums_(width_), rows_(kLanes * depth_steps_ * 4), scores_(kQueries * width_),
+        key_offsets_(width_), rows_(kLanes * depth_steps_ * 4), scores_(kQueries * width_),
         probabilities_(kQueries * width_), sums_(kQueries * wide_) {}
 
   void pack(int64_t batch, int64_t head) {
@@ -56,7 +56,8 @@ class Int8Worker {
         add_products_u8s8(sums, ones, held);
         _mm512_storeu_si512(packed_k_.data() + (step * width_ + key) * 4, held);
       }
-      _mm512_storeu_si512(key_sums_.data() + key, sums);
+      _mm512_storeu_si512(key_offsets_.data() + key,
+                          _mm512_mullo_epi32(sums, _mm512_set1_epi32(q_.zero_point[batch])));
     }
     const uint8_t* values = v_.heads.at(batch, head);
     for (int64_t key = 0; key < keys_; key += 4) {
@@ -91,10 +92,13 @@ class Int8Worker {
     product<Bytes>(count, rows_.data(), depth_steps_ * 4, packed_k_.data(), key_vectors_, depth_steps_, scores_.data(),
                    width_);
     for (int64_t r = 0; r < count; ++r) {
-      scale_scores(r, query_sums[r]);
+      float highest = scale_scores(r, query_sums[r]);
       float* scores = scores_.data() + r * width_;
-      mask_.add(scores, batch_, head_, first + r, keys_);
-      const float inverse = soften(scores, keys_, width_, [&](int64_t k, __m512 power) __attribute__((always_inline)) {
+      if (!mask_.is_none()) {
+        mask_.add(scores, batch_, head_, first + r, keys_);
+        highest = largest(scores, keys_);
+      }
+      const float inverse = soften(scores, keys_, highest, [&](int64_t k, __m512 power) __attribute__((always_inline)) {
         _mm512_storeu_ps(scores + k, power);
       });
       probability_sums_[r] = quantize_powers(r, inverse);
@@ -118,18 +122,24 @@ class Int8Worker {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_xor_si128(codes, _mm_set1_epi8(static_cast<char>(kMiddle))));
   }
 
-  // Sums of products of one row to real scores in units of log2, in place.
-  void scale_scores(int64_t r, int32_t query_sum) {
+  // Sums of products of one row to real scores in units of log2, in place. Returns the largest.
+  float scale_scores(int64_t r, int32_t query_sum) {
     const int32_t q_zero = q_.zero_point[batch_], k_zero = k_.zero_point[batch_] - kMiddle;
     const __m512i fixed = _mm512_set1_epi32(k_zero * (query_sum - static_cast<int32_t>(depth_) * q_zero));
-    const __m512i zero = _mm512_set1_epi32(q_zero);
     const __m512 scale = _mm512_set1_ps(q_.scale[batch_] * k_.scale[batch_] * kLog2E);
     float* scores = scores_.data() + r * width_;
-    for (int64_t k = 0; k < width_; k += kLanes) {
-      __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(scores + k), fixed);
-      total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zero, _mm512_loadu_si512(key_sums_.data() + k)));
-      _mm512_storeu_ps(scores + k, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
-    }
+    const auto real = [&](int64_t k) __attribute__((always_inline)) {
+      const __m512i offset = _mm512_add_epi32(fixed, _mm512_loadu_si512(key_offsets_.data() + k));
+      const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(scores + k), offset);
+      const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
+      _mm512_storeu_ps(scores + k, score);
+      return score;
+    };
+    __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    int64_t k = 0;
+    for (; k + kLanes <= keys_; k += kLanes) top = _mm512_max_ps(top, real(k));
+    if (k < keys_) top = _mm512_mask_max_ps(top, first_lanes(keys_ - k), top, real(k));
+    return _mm512_reduce_max_ps(top);
   }
 
   // Codes of the probabilities of one row; returns their sum.
@@ -152,7 +162,7 @@ class Int8Worker {
   const Output& output_;
   int64_t keys_, depth_, channels_, key_vectors_, channel_vectors_, depth_steps_, key_steps_, width_, wide_;
   std::vector<int8_t> packed_k_, packed_v_;
-  std::vector<int32_t> key_sums_;
+  std::vector<int32_t> key_offsets_;
   std::vector<uint8_t> rows_;
   std::vector<float> scores_;
   std::vector<uint8_t> probabilities_;
