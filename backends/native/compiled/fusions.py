@@ -40,6 +40,13 @@ _OUT_GRID: dict[Any, int] = {
 }
 
 
+_READ_DENSE: dict[Any, tuple[int, ...]] = {
+    native.vnni_linear.default: (0, _L_RESIDUAL),
+    native.norm_quantize.default: (0,),
+}
+"""Arguments that kernels read in the order of their axes, and would each copy if memory had another."""
+
+
 def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor]) -> None:
     """Take into kernels what stands around them.
 
@@ -61,6 +68,9 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor]) -> Non
             _fuse_gate_and_residual(node, rewriter)
         elif node.target is native.bf16_attention.default:
             _read_bf16(node, rewriter)
+    for node in list(graph.nodes):
+        for position in _READ_DENSE.get(node.target, ()):
+            _read_dense(node, position, rewriter)
 
 
 def _fuse_activation(node: fx.Node, rewriter: Rewriter) -> None:
@@ -143,6 +153,20 @@ def _read_bf16(node: fx.Node, rewriter: Rewriter) -> None:
         for view in (*views, source):
             assert view is not None
             rewriter.erase(view)
+
+
+def _read_dense(node: fx.Node, position: int, rewriter: Rewriter) -> None:
+    """One copy for all kernels that read a value in another order of memory than its axes, as behind a convolution."""
+    value = node.args[position]
+    if not isinstance(value, fx.Node) or value.meta["val"].is_contiguous():
+        return
+    key = "dense", value
+    if key not in rewriter.memo:
+        with rewriter.after(value):
+            rewriter.memo[key] = rewriter.call(aten.contiguous.default, (value,), [value])
+    arguments = list(node.args)
+    arguments[position] = rewriter.memo[key]
+    node.args = tuple(arguments)
 
 
 def _rebuild(source: fx.Node, arguments: list[Any], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
