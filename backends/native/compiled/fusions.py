@@ -164,9 +164,7 @@ def _read_dense(node: fx.Node, position: int, rewriter: Rewriter) -> None:
     if key not in rewriter.memo:
         with rewriter.after(value):
             rewriter.memo[key] = rewriter.call(aten.contiguous.default, (value,), [value])
-    arguments = list(node.args)
-    arguments[position] = rewriter.memo[key]
-    node.args = tuple(arguments)
+    rewriter.redirect(node, value, rewriter.memo[key])
 
 
 def _rebuild(source: fx.Node, arguments: list[Any], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
