@@ -7,7 +7,6 @@ one :class:`Report`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +20,22 @@ from torch import nn
 from fxquant.backend import Backend, resolve_backend
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
 from fxquant.plan import PLAN_FILE, AttentionPlan, LayerPlan, Plan
+from fxquant.text import (
+    block_numbers,
+    decimal,
+    fitted,
+    json_values,
+    letter,
+    name_of_all,
+    pattern_of,
+    size,
+    without_numbers,
+    wrapped,
+)
 
 COSTS = ("free", "vector", "tokens", "not")
 """What balancing a layer costs at run time, cheapest first; ``not`` stands for layers that were left alone."""
 
-_WIDTH = 140
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_NODE_NUMBER = re.compile(r"(?<![.\w])([a-z][a-z_]*?)_\d+(?![.\w])")  # Of a node of the graph, as in add_12.
 _LEFT = {
     "fxquant.matmul.default": "fxquant::matmul (reference)",
     "aten.scaled_dot_product_attention.default": "aten float",
@@ -174,7 +182,7 @@ class Report:
         """The report as JSON values; a number that is not finite, such as a lossless layer's SQNR, is a string."""
         data = asdict(self)
         data["output_sqnr_db"] = [[step, db] for step, db in self.output_sqnr_db.items()]
-        values = _json_values(data)
+        values = json_values(data)
         assert isinstance(values, dict)
         return values
 
@@ -206,7 +214,7 @@ class Report:
         totals = self.totals
         lines = [("model", f"{self.model_class.rpartition(':')[2]} on {self.backend}")]
         if totals.ratio is not None:
-            before, after = map(_size, (totals.bytes_before, totals.bytes_after))
+            before, after = map(size, (totals.bytes_before, totals.bytes_after))
             lines.append(("size", f"{before} -> {after}, {totals.ratio:.2f} times smaller"))
         if totals.mean_sqnr_db is not None and totals.worst_sqnr_db is not None:
             lines.append(
@@ -232,7 +240,7 @@ class Report:
 
     def _layer_table(self, every: bool) -> str:
         kernels = Counter(layer.kernel for layer in self.layers)
-        letters = {kernel: _letter(number) for number, kernel in enumerate(kernels)}
+        letters = {kernel: letter(number) for number, kernel in enumerate(kernels)}
         header = ["layer", "role", "bits", "kernel", "balance", "range", "max|x|", "W dB", "x dB"]
         rows = []
         for title, groups in _sections(self.layers, every):
@@ -245,29 +253,35 @@ class Report:
             return "no layers"
         legend = [[letters[kernel], kernel, f"{count} layers"] for kernel, count in kernels.items()]
         legend_text = tabulate(legend, ["kernel", "", ""], tablefmt="simple", disable_numparse=True)
-        return _fitted(header, rows, {0: 46, 4: 34}) + "\n\n" + legend_text
+        return fitted(header, rows, {0: 46, 4: 34}) + "\n\n" + legend_text
 
     def _reasons(self) -> str:
         found: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.reason is not None:
-                found.setdefault(_alike(layer.reason) or "", []).append(layer.name)
+                found.setdefault(without_numbers(layer.reason) or "", []).append(layer.name)
         lines = []
         for reason, names in found.items():
-            patterns = Counter(_pattern(name) for name in names)
+            patterns = Counter(pattern_of(name) for name in names)
             shown = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in patterns.items())
-            lines += _wrapped(f"{shown}: {reason}")
+            lines += wrapped(f"{shown}: {reason}")
         return "channels left alone, and why\n" + "\n".join(lines) if lines else ""
 
     def _attention_table(self, every: bool) -> str:
         groups: dict[tuple[Any, ...], list[AttentionReport]] = {}
         for entry in self.attentions:
-            alike = (_pattern(entry.name), entry.kernel, entry.bits, entry.softmax_bits, _alike(entry.reason))
+            alike = (
+                pattern_of(entry.name),
+                entry.kernel,
+                entry.bits,
+                entry.softmax_bits,
+                without_numbers(entry.reason),
+            )
             groups.setdefault((entry.name,) if every else alike, []).append(entry)
         rows = []
         for group in groups.values():
             first = group[0]
-            name = _NUMBER.sub(_numbers(group), first.name, count=1) if len(group) > 1 else first.name
+            name = name_of_all([entry.name for entry in group])
             bits = "float" if first.bits is None else f"a{first.bits}, softmax {first.softmax_bits}"
             row = [name, bits, first.kernel]
             for side in ("q", "k", "v"):
@@ -276,7 +290,7 @@ class Report:
             row += [_span(entry.sqnr_db.get(side) for entry in group) for side in ("q", "k", "v")]
             rows.append([*row, first.reason or ""])
         header = ["attention", "bits", "kernel", "q", "k", "v", "q dB", "k dB", "v dB", "float because"]
-        return _fitted(header, rows, {0: 40, 9: 56})
+        return fitted(header, rows, {0: 40, 9: 56})
 
     def _output_table(self) -> str:
         values = list(self.output_sqnr_db.items())
@@ -285,7 +299,7 @@ class Report:
         for start in range(0, len(values), width):
             part = values[start : start + width]
             lines.append("timestep " + "".join(f"{step:>8g}" for step, _ in part))
-            lines.append("SQNR dB  " + "".join(f"{_decimal(db):>8}" for _, db in part))
+            lines.append("SQNR dB  " + "".join(f"{decimal(db):>8}" for _, db in part))
         return "output SQNR against float\n" + "\n".join(lines)
 
     def _pass_table(self) -> str:
@@ -293,7 +307,7 @@ class Report:
             [entry.text, entry.edits, f"{entry.seconds:.2f}", " ".join(f"{op}:{n:+d}" for op, n in entry.ops.items())]
             for entry in self.passes
         ]
-        return _fitted(["pass", "edits", "seconds", "change in ops"], rows, {0: 60, 3: 58}, right=(1, 2))
+        return fitted(["pass", "edits", "seconds", "change in ops"], rows, {0: 60, 3: 58}, right=(1, 2))
 
 
 def report(model: nn.Module | Plan | str | Path) -> Report:
@@ -450,28 +464,18 @@ def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _pattern(name: str) -> str:
-    """A layer's name, or a node's, with the number of its block left out: ``blocks.*.attn1.to_q``."""
-    return _NUMBER.sub("*", name, count=1) if "." in name else _NODE_NUMBER.sub(r"\1", name)
-
-
-def _alike(reason: str | None) -> str | None:
-    """A reason without the numbers of nodes, so that it reads the same for every block."""
-    return None if reason is None else _NODE_NUMBER.sub(r"\1", reason)
-
-
 def _sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, list[list[LayerReport]]]]:
     """The rows of the table below the block, or blocks, that they stand in; no title for what is in none."""
     groups: dict[tuple[Any, ...], list[LayerReport]] = {}
     for layer in layers:
-        into = frozenset(_pattern(name) for name in layer.absorbed_into)
+        into = frozenset(pattern_of(name) for name in layer.absorbed_into)
         alike = (layer.role, layer.kernel, layer.precision, layer.shape, layer.cost, layer.balanced_channels)
-        key = (layer.name,) if every else (_pattern(layer.name), into, *alike, _alike(layer.reason))
+        key = (layer.name,) if every else (pattern_of(layer.name), into, *alike, without_numbers(layer.reason))
         groups.setdefault(key, []).append(layer)
     sections: dict[tuple[str, bool], list[list[LayerReport]]] = {}
     for group in groups.values():
         block = _BLOCK.match(group[0].name)
-        title = f"{block[1]}.{_numbers(group)}" if block else ""
+        title = f"{block[1]}.{block_numbers(layer.name for layer in group)}" if block else ""
         sections.setdefault((title, not block and group[0].role == "final"), []).append(group)
     yield from ((title, found) for (title, _), found in sections.items())
 
@@ -505,102 +509,16 @@ def _balance(layer: LayerReport, several: bool) -> str:
     # Inside its own block a short name will do, if nothing else could be meant by it.
     shorten = not any(_BLOCK.match(name) for name in elsewhere)
     names = [
-        _BLOCK.sub("", name, count=1) if own and shorten else _pattern(name) if several else name
+        _BLOCK.sub("", name, count=1) if own and shorten else pattern_of(name) if several else name
         for name, own in zip(layer.absorbed_into, within, strict=True)
     ]
     names = list(dict.fromkeys(names))
     return f"{layer.cost}{part}: {', '.join(names)}" if names else f"{layer.cost}{part}"
 
 
-def _letter(number: int) -> str:
-    return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")
-
-
-def _numbers(group: Sequence[LayerReport | AttentionReport]) -> str:
-    """Which blocks a row stands for: ``0-7``, or ``0,2-7``."""
-    found = sorted({int(match[0]) for layer in group if (match := _NUMBER.search(layer.name))})
-    runs: list[list[int]] = []
-    for number in found:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def _span(values: Iterator[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    low, high = _decimal(min(known)), _decimal(max(known))
+    low, high = decimal(min(known)), decimal(max(known))
     return low if low == high else f"{low}..{high}"
-
-
-def _decimal(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else str(value)
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "bytes"
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-
-
-def _fitted(header: Sequence[str], rows: Sequence[Sequence[Any]], widths: dict[int, int], right: Any = ()) -> str:
-    """A table without its empty columns whose wide ones are wrapped until it fits the page."""
-    kept = [i for i in range(len(header)) if any(str(row[i]) for row in rows)]
-    limits = dict(widths)
-    while True:
-        cells = [[_broken(str(row[i]), limits.get(i)) for i in kept] for row in rows]
-        align = ["right" if i in right else "left" for i in kept]
-        text = tabulate(
-            cells,
-            [header[i] for i in kept],
-            tablefmt="simple",
-            disable_numparse=True,
-            preserve_whitespace=True,
-            colalign=align if rows else None,
-        )
-        if max((len(line) for line in text.splitlines()), default=0) <= _WIDTH:
-            return text
-        widest = max((i for i in kept if i in limits), key=lambda i: limits[i], default=None)
-        if widest is None or limits[widest] <= 12:
-            return text
-        limits[widest] -= 2
-
-
-def _broken(text: str, width: int | None) -> str:
-    """Text in lines of at most ``width`` columns, broken behind spaces, dots and commas where there are any."""
-    if width is None or len(text) <= width:
-        return text
-    indent = text[: len(text) - len(text.lstrip())]
-    lines, line = [], indent
-    for piece in re.findall(r"[^ .,/]+[ .,/]*", text):
-        rest = piece
-        while len(line) + len(rest.rstrip()) > width:
-            if line.strip():
-                lines.append(line.rstrip())
-            else:
-                lines.append(line + rest[: width - len(line)])
-                rest = rest[width - len(line) :]
-            line = indent + "  "
-        line += rest
-    return "\n".join([*lines, line.rstrip()] if line.strip() else lines)
-
-
-def _wrapped(text: str) -> list[str]:
-    first, *rest = _broken(text, _WIDTH - 4).splitlines()
-    return [f"  {first}", *(f"    {line}" for line in rest)]
-
-
-def _json_values(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _json_values(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_values(item) for item in value]
-    return value

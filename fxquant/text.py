@@ -1,0 +1,122 @@
+"""Text that reports share: tables that fit a page, numbers with their units, values for strict JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+WIDTH = 140
+"""Columns of a page."""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # Of a block, in the name of a layer.
+_NODE_NUMBER = re.compile(r"(?<![.\w])([a-z][a-z_]*?)_\d+(?![.\w])")  # Of a node of the graph, as in add_12.
+
+
+def pattern_of(name: str) -> str:
+    """A layer's name, or a node's, with the number of its block left out: ``blocks.*.attn1.to_q``."""
+    return _NUMBER.sub("*", name, count=1) if "." in name else _NODE_NUMBER.sub(r"\1", name)
+
+
+def without_numbers(reason: str | None) -> str | None:
+    """A reason without the numbers of nodes, so that it reads the same for every block."""
+    return None if reason is None else _NODE_NUMBER.sub(r"\1", reason)
+
+
+def letter(number: int) -> str:
+    """A to Z, then A1 and so on."""
+    return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")
+
+
+def block_numbers(names: Iterable[str]) -> str:
+    """Which blocks a row of these names stands for: ``0-7``, or ``0,2-7``."""
+    found = sorted({int(match[0]) for name in names if (match := _NUMBER.search(name))})
+    runs: list[list[int]] = []
+    for number in found:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def name_of_all(names: Sequence[str]) -> str:
+    """One name for layers that differ in the number of their block alone: ``blocks.0-7.attn1.to_q``."""
+    return _NUMBER.sub(block_numbers(names), names[0], count=1) if len(names) > 1 else names[0]
+
+
+def decimal(value: float) -> str:
+    """One digit behind the point, or ``inf``."""
+    return f"{value:.1f}" if math.isfinite(value) else str(value)
+
+
+def size(count: float) -> str:
+    """So many bytes, in a unit that suits."""
+    value, unit = float(count), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def fitted(header: Sequence[str], rows: Sequence[Sequence[Any]], widths: dict[int, int], right: Any = ()) -> str:
+    """A table without its empty columns whose wide ones are wrapped until it fits the page."""
+    kept = [i for i in range(len(header)) if any(str(row[i]) for row in rows)]
+    limits = dict(widths)
+    while True:
+        cells = [[_broken(str(row[i]), limits.get(i)) for i in kept] for row in rows]
+        align = ["right" if i in right else "left" for i in kept]
+        text = tabulate(
+            cells,
+            [header[i] for i in kept],
+            tablefmt="simple",
+            disable_numparse=True,
+            preserve_whitespace=True,
+            colalign=align if rows else None,
+        )
+        if max((len(line) for line in text.splitlines()), default=0) <= WIDTH:
+            return text
+        widest = max((i for i in kept if i in limits), key=lambda i: limits[i], default=None)
+        if widest is None or limits[widest] <= 12:
+            return text
+        limits[widest] -= 2
+
+
+def _broken(text: str, width: int | None) -> str:
+    """Text in lines of at most ``width`` columns, broken behind spaces, dots and commas where there are any."""
+    if width is None or len(text) <= width:
+        return text
+    indent = text[: len(text) - len(text.lstrip())]
+    lines, line = [], indent
+    for piece in re.findall(r"[^ .,/]+[ .,/]*", text):
+        rest = piece
+        while len(line) + len(rest.rstrip()) > width:
+            if line.strip():
+                lines.append(line.rstrip())
+            else:
+                lines.append(line + rest[: width - len(line)])
+                rest = rest[width - len(line) :]
+            line = indent + "  "
+        line += rest
+    return "\n".join([*lines, line.rstrip()] if line.strip() else lines)
+
+
+def wrapped(text: str) -> list[str]:
+    """Text as lines that fit the page, indented, further from the second on."""
+    first, *rest = _broken(text, WIDTH - 4).splitlines()
+    return [f"  {first}", *(f"    {line}" for line in rest)]
+
+
+def json_values(value: Any) -> Any:
+    """A value as strict JSON has it: numbers that are not finite become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): json_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(item) for item in value]
+    return value
