@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fxquant.observers import Statistics
     from fxquant.pipelines import load_pipeline, save_pipeline
     from fxquant.plan import Plan
+    from fxquant.profiling import Profile, profile
     from fxquant.recipes import Recipe, make_recipe
     from fxquant.reports import Report, report
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "FxquantError",
     "Plan",
+    "Profile",
     "QualityWarning",
     "Recipe",
     "Report",
@@ -27,6 +29,7 @@ __all__ = [
     "load",
     "load_pipeline",
     "make_recipe",
+    "profile",
     "report",
     "save",
     "save_pipeline",
@@ -37,6 +40,7 @@ __all__ = [
 _HOMES = {
     "FxquantError": "errors",
     "Plan": "plan",
+    "Profile": "profiling",
     "QualityWarning": "errors",
     "Recipe": "recipes",
     "Report": "reports",
@@ -46,6 +50,7 @@ _HOMES = {
     "load": "checkpoint",
     "load_pipeline": "pipelines",
     "make_recipe": "recipes",
+    "profile": "profiling",
     "report": "reports",
     "save": "checkpoint",
     "save_pipeline": "pipelines",

@@ -15,6 +15,9 @@ from fxquant.ir.stages import StageSpec, verify
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
 from fxquant.registry import Registry
 
+REFERENCE = "(reference"
+"""Stands in the name of a kernel that is a fallback: right, but made for its meaning and not for speed."""
+
 
 class Backend(ABC):
     """Runs quantized graphs.
@@ -53,7 +56,7 @@ class Backend(ABC):
 
     @abstractmethod
     def kernel(self, layer: LayerPlan) -> str:
-        """Name of the kernel that runs a layer, for the report."""
+        """Name of the kernel that runs a layer, for the report; that of a fallback holds :data:`REFERENCE`."""
 
     def refuse_attention(self, attention: AttentionPlan) -> str | None:
         """The same for the matrix products of an attention; unless a backend says otherwise, its spec decides."""
@@ -64,6 +67,10 @@ class Backend(ABC):
     def attention_kernel(self, attention: AttentionPlan) -> str:
         """Name of the kernel that runs the matrix products of an attention, for the report."""
         return "aten float" if attention.bits is None else "fxquant::matmul (reference)"
+
+    def falls_back(self, kernel: str) -> bool:
+        """Whether a kernel that :meth:`kernel` or :meth:`attention_kernel` named is a fallback, of which to warn."""
+        return REFERENCE in kernel
 
     def check_device(self, device: torch.device) -> None:
         """Refuse a device before a model goes there.

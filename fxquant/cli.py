@@ -1,4 +1,4 @@
-"""The command line: quantize a pipeline, generate with it, report on it, list what there is.
+"""The command line: quantize a pipeline, generate with it, report on it, profile it, list what there is.
 
 Only what help needs is imported at the top; torch and diffusers wait until a command runs.
 """
@@ -387,7 +387,7 @@ def _read_prompts(path: Path) -> list[str]:
     return lines
 
 
-# --- report and list ------------------------------------------------------------------------------------------------
+# --- report, profile, list --------------------------------------------------------------------------------------------
 
 _REPORT_EXAMPLES = """[bold]Examples[/]
 
@@ -415,6 +415,60 @@ def report(
         _print_json(found.to_json())
     else:
         _print_plain(found.table(every=every))
+
+
+_PROFILE_EXAMPLES = """[bold]Examples[/]
+
+  fxquant profile dit-w8a8 --backend native
+
+  fxquant profile dit-w8a8 --batch 8 --compile --top 40
+
+  fxquant profile dit-w8a8 --json | jq '.rows[] | select(.is_slower) | .name'
+"""
+
+
+@app.command(epilog=_PROFILE_EXAMPLES, no_args_is_help=True)
+def profile(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    backend: Annotated[
+        str | None, typer.Option("--backend", "-b", help="What runs it; the one it was quantized for if not given.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a call; 2 if the model leaves it open.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each model, by turns.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; left as they are if not given.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time whole calls under torch.compile too, which takes a minute or more.")
+    ] = False,
+    against_float: Annotated[
+        bool, typer.Option("--float/--no-float", help="Run the float architecture beside it, with random weights.")
+    ] = True,
+    top: Annotated[int, typer.Option(min=1, help="Rows to show, the heaviest.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure where the time goes, layer by layer, beside float and what the machine can do.
+
+    Warns of layers that are slower than in float or run a fallback. No weights of the float model are needed.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    with _quiet(), _status("reading and measuring"):
+        import fxquant
+
+        found = fxquant.profile(
+            folder,
+            backend=backend,
+            batch=batch,
+            rounds=rounds,
+            threads=threads,
+            compiled=compiled,
+            against_float=against_float,
+        )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print_plain(found.table(top=top, every=every))
 
 
 @app.command("list", no_args_is_help=True)

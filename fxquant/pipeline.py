@@ -267,11 +267,12 @@ def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, tota
 
 def count_ops(graph: fx.Graph) -> Counter[str]:
     """Number of nodes by op name, parameters and inputs left out."""
-    return Counter(
-        str(getattr(node.target, "_name", getattr(node.target, "__name__", node.target)))
-        for node in graph.nodes
-        if node.op == "call_function"
-    )
+    return Counter(op_name(node) for node in graph.nodes if node.op == "call_function")
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the op that a node calls, such as ``aten::linear`` or ``getitem``."""
+    return str(getattr(node.target, "_name", getattr(node.target, "__name__", node.target)))
 
 
 class DumpGraphs:

@@ -54,7 +54,7 @@ class TestHelp:
     def test_version(self):
         assert run("--version").stdout == f"fxquant {fxquant.__version__}\n"
 
-    @pytest.mark.parametrize("command", [[], ["quantize"], ["generate"], ["report"], ["list"]])
+    @pytest.mark.parametrize("command", [[], ["quantize"], ["generate"], ["report"], ["profile"], ["list"]])
     def test_help(self, command):
         result = run(*command, "--help")
         assert result.exit_code == 0
@@ -206,6 +206,26 @@ class TestReport:
     def test_debug_shows_the_traceback(self, tmp_path):
         result = run("report", tmp_path, "--debug")
         assert isinstance(result.exception, fxquant.FxquantError)
+
+
+class TestProfile:
+    def test_table(self, quantized):
+        result = run("profile", quantized, "--backend", "native", "--rounds", 1, "--top", 2)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("model        DiTTransformer2DModel on native, batch 2\n")
+        assert "more rows" in result.stdout
+
+    def test_json(self, quantized):
+        result = run("profile", quantized / "transformer", "--rounds", 1, "--json", "--no-float", "--batch", 3)
+        data = json.loads(result.stdout)
+        assert (data["batch"], data["backend"], list(data["calls"])) == (3, "fake-quant", ["quantized"])
+        assert any("fallback" in warning for warning in data["warnings"])
+
+    def test_mistakes(self, float_folder, quantized, tmp_path):
+        assert "there is no folder" in refused("profile", tmp_path / "nowhere")
+        assert "holds no plan.json" in refused("profile", float_folder)
+        assert "unknown backend 'abacus'" in refused("profile", quantized, "--backend", "abacus")
+        assert "a batch of 0 is too small" in refused("profile", quantized, "--batch", 0)
 
 
 def test_the_installed_command(quantized):

@@ -1,0 +1,133 @@
+"""What the machine can do: integer and float matrix products and memory traffic, measured at the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SHAPES = ((512, 1152, 4608), (2048, 1024, 1024))
+"""Rows, inputs and outputs of products at which processors do well, the first of them DiT-XL's feed-forward."""
+
+_SECONDS = 0.25  # Of each measurement.
+_BYTES = 256 << 20  # More than caches hold.
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Peaks of one machine, with the threads that it was measured with.
+
+    Attributes:
+        int8: Billions of operations (two a multiplication and addition) a second, of uint8 by int8; None where this
+            build of torch has no such product.
+        floating: The same of the model's own dtype.
+        dtype: That dtype.
+        memory: Billions of bytes a second, read and written, of a copy.
+        threads: Threads of torch, on a CPU.
+    """
+
+    int8: float | None
+    floating: float
+    dtype: str
+    memory: float
+    threads: int
+
+    def peak(self, integer: bool) -> float:
+        """Billions of operations a second."""
+        return self.int8 if integer and self.int8 is not None else self.floating
+
+    def bound(self, operations: int, traffic: int, integer: bool) -> str:
+        """What keeps work of so many operations on so many bytes from being faster: ``compute`` or ``memory``."""
+        return "compute" if operations / self.peak(integer) >= traffic / self.memory else "memory"
+
+
+def measure_roofline(
+    dtype: torch.dtype, device: torch.device | str = "cpu", shapes: Sequence[tuple[int, int, int]] = SHAPES
+) -> Roofline:
+    """Measure the peaks, in about two seconds.
+
+    Args:
+        dtype: Of the float products.
+        device: Where to.
+        shapes: Rows, inputs and outputs of the products; the best of them is the peak.
+    """
+    device = torch.device(device)
+    return Roofline(
+        int8=_best(int8_product, shapes, device),
+        floating=_best(partial(_float_product, dtype=dtype), shapes, device) or 0.0,
+        dtype=str(dtype).removeprefix("torch."),
+        memory=_copy_rate(device),
+        threads=torch.get_num_threads(),
+    )
+
+
+Work = Callable[[], Any]
+
+
+def int8_product(rows: int, inputs: int, outputs: int, device: torch.device) -> Work | None:
+    """A product of uint8 codes ``[rows, inputs]`` and an int8 weight by the fastest kernel there is, or None."""
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
+    if device.type == "cpu":
+        if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
+            return None
+        codes = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        scale, offsets = torch.full((outputs,), 1e-3), torch.zeros(outputs, dtype=torch.int64)
+        rest: tuple[Any, ...] = (None, 1.0, 0, torch.bfloat16, "none", [], "")
+        return lambda: torch.ops.onednn.qlinear_pointwise(codes, 1e-2, 128, packed, scale, offsets, *rest)
+    if device.type != "cuda":
+        return None
+    signed = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, device=device)
+    return lambda: torch._int_mm(signed, weight.t())
+
+
+def _float_product(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> Work:
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    weight = torch.randn(outputs, inputs, device=device).to(dtype)
+    return lambda: functional.linear(x, weight)
+
+
+def _best(
+    make: Callable[..., Work | None], shapes: Sequence[tuple[int, int, int]], device: torch.device
+) -> float | None:
+    rates = []
+    for shape in shapes:
+        work = make(*shape, device=device)
+        if work is None:
+            return None
+        rows, inputs, outputs = shape
+        rates.append(2e-9 * rows * inputs * outputs / _shortest(work, device))
+    return max(rates)
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.zeros(_BYTES // 4, device=device)
+    target: Tensor = torch.empty_like(source)
+    return 2e-9 * _BYTES / _shortest(lambda: target.copy_(source), device)
+
+
+@torch.no_grad()
+def _shortest(work: Work, device: torch.device) -> float:
+    """Seconds of the fastest of many calls: a peak is what nothing disturbed."""
+    work()
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end:
+        best = min(best, timed(work, device)[1])
+    return best
+
+
+def timed(work: Work, device: torch.device) -> tuple[Any, float]:
+    """What a call returns, and its seconds; on a GPU until it is really done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - began
