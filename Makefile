@@ -8,6 +8,8 @@ OUT ?= out
 JOBS ?= 2
 # How many graphs `make fuzz` rewrites, 500 a line of its output.
 GRAPHS ?= 20000
+# What `make bench-cpu` measures: models with their number of layers; dit:28 is a whole DiT-XL/2.
+MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -20,10 +22,10 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test fuzz check format coverage bench clean distclean
+.PHONY: help setup demo compare test fuzz check format coverage bench bench-cpu clean distclean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z][a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## make the virtual environment
 
@@ -56,6 +58,10 @@ coverage: $(STAMP) ## write docs/coverage.md anew: which linears of which models
 
 bench: $(STAMP) ## time the conversion of models
 	$(PY) benchmarks/convert.py
+
+bench-cpu: $(STAMP) ## time quantized models on the processor, beside other quantizers
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench,demo]'
+	$(PY) -m benchmarks.cpu --model $(MODELS) --json $(OUT)/cpu.json --markdown $(OUT)/cpu.md
 
 clean: ## remove what was built, but not the virtual environment
 	rm -rf build dist $(OUT) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

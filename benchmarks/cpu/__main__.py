@@ -1,0 +1,85 @@
+"""The command line of the benchmark: ``python -m benchmarks.cpu`` from the root of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.cpu.models import SHAPES, task_of
+from benchmarks.cpu.rounds import Digits, Settings, measure, present
+from benchmarks.cpu.systems import REFERENCE, System, all_systems
+from benchmarks.cpu.table import machine, page, table, to_json
+
+USUAL = "dit:4"
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    systems = list(present(_chosen(options.only)))
+    with tempfile.TemporaryDirectory() as scratch:
+        run(options, systems, Path(scratch))
+
+
+def run(options: argparse.Namespace, systems: list[System], scratch: Path) -> None:
+    """Measure all models, printing and writing as it goes, so that a run that is cut off has left something."""
+    log = None if options.verbose else subprocess.DEVNULL
+    settings = Settings("", options.batch, options.rounds, options.threads, options.together, log)
+    found, digits = machine(options.threads), Digits(settings, scratch)
+    reports, tables = [], []
+    for model in options.model.split(","):
+        settings = replace(settings, model=model)
+        title = task_of(model, options.batch).name
+        measured = measure(settings, systems)
+        if options.digits:
+            digits.fill(measured.rows, systems)
+        print(f"\n{title}\n\n{table(measured)}", flush=True)
+        reports.append(to_json(title, settings, measured))
+        tables.append((title, table(measured, "github")))
+        if options.json:
+            _write(options.json, json.dumps({"machine": found, "models": reports}, indent=1, allow_nan=False) + "\n")
+        if options.markdown:
+            _write(options.markdown, page(found, settings, tables))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu", description="Time, memory and error on the processor, systems side by side."
+    )
+    names = ", ".join(SHAPES)
+    parser.add_argument(
+        "--model", default=USUAL, help=f"models joined by commas, each NAME or NAME:LAYERS, of {names}; {USUAL}"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="measured calls of each system, by turns")
+    parser.add_argument("--batch", type=int, default=2, help="samples of a call, an even number")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each system")
+    parser.add_argument(
+        "--together", type=int, default=32, help="systems in memory at a time, if there is room for as many"
+    )
+    parser.add_argument("--only", action="append", help="systems whose names hold this text alone; repeatable")
+    parser.add_argument("--no-digits", dest="digits", action="store_false", help="leave out the trained model")
+    parser.add_argument("--json", type=Path, help="where to write everything that was measured")
+    parser.add_argument("--markdown", type=Path, help="where to write machine, versions and tables as a page")
+    parser.add_argument("--verbose", action="store_true", help="show what the systems' processes print")
+    return parser
+
+
+def _chosen(only: list[str] | None) -> list[System]:
+    """The systems that are asked for, and the reference."""
+    texts = only or [""]
+    return [
+        system for name, system in all_systems().items() if name == REFERENCE or any(text in name for text in texts)
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

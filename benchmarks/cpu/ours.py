@@ -1,0 +1,64 @@
+"""Ours: recipes on each backend, stored and loaded again, eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import fxquant
+from benchmarks.cpu.models import Task, cast
+from benchmarks.cpu.systems import Run, Stored, System
+from fxquant.backend import BACKENDS
+from fxquant.recipes import Recipe, make_recipe
+
+
+def our_systems() -> Iterator[System]:
+    """What there is a backend for; backends that are not there are left out."""
+    plain = make_recipe("ptq4dit-w8a8", "blocks")
+    every = _symmetric(make_recipe("ptq4dit-w8a8", "all")).with_options("assign-precision", attention="float")
+    stored = {
+        "W8A8": _checkpoint("w8a8", plain),
+        "W8A8 symmetric": _checkpoint("w8a8-symmetric", _symmetric(plain)),
+        "W8A8 symmetric, all linears": _checkpoint("w8a8-all", every),
+        "W8A8 symmetric, bf16 rest": _checkpoint("w8a8-bf16", _symmetric(plain), torch.bfloat16),
+        "W8A8 HTG bins": _checkpoint("w8a8-htg", _symmetric(make_recipe("htg-w8a8", "blocks"))),
+        "W4A8": _checkpoint("w4a8", make_recipe("ptq4dit-w4a8", "blocks")),
+    }
+    for name in ("W8A8", "W8A8 symmetric"):
+        yield System(f"native {name}, eager", _loaded("native", compiled=False), stored[name])
+    for name, made in stored.items():
+        dtype = torch.bfloat16 if "bf16" in name else torch.float32
+        yield System(f"native {name}, compiled", _loaded("native", compiled=True, dtype=dtype), made)
+    if "torchao" in BACKENDS:
+        for name in ("W8A8", "W8A8 symmetric"):
+            start = _loaded("torchao", compiled=True, freezing=True)
+            yield System(f"backend torchao {name}, compiled", start, stored[name], ("torchao",))
+
+
+def _symmetric(recipe: Recipe) -> Recipe:
+    return recipe.with_options("quantize-linears", symmetric=True)
+
+
+def _checkpoint(name: str, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Stored:
+    def make(task: Task, folder: Path) -> None:
+        model = task.model(dtype)
+        quantized = fxquant.compile(model, recipe=recipe, calibrate=lambda: task.calibrate(model, dtype), measure=0)
+        fxquant.save(quantized, folder)
+
+    return Stored(name, make)
+
+
+def _loaded(
+    backend: str, *, compiled: bool, freezing: bool = False, dtype: torch.dtype = torch.float32
+) -> Callable[[Task, Path], Run]:
+    def start(task: Task, folder: Path) -> Run:
+        model = fxquant.load(folder, backend=backend)
+        module = torch.compile(model) if compiled else model
+        if freezing:
+            with torch._inductor.config.patch(freezing=True):
+                module(**cast(task.timed, dtype))
+        return lambda call: module(**cast(call, dtype))[0]
+
+    return start

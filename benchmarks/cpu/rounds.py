@@ -1,0 +1,361 @@
+"""Starting the processes and calling them by turns."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from benchmarks.cpu.systems import REFERENCE, System
+
+
+@dataclass
+class Settings:
+    """Of one run.
+
+    Attributes:
+        model: Such as ``dit:4``.
+        batch: Samples a call.
+        rounds: Measured calls of each system.
+        threads: Of each system.
+        together: How many systems are held in memory at a time, if there is room for as many; each such group is
+            measured beside the reference.
+        log: What the processes print.
+    """
+
+    model: str
+    batch: int
+    rounds: int
+    threads: int
+    together: int
+    log: Any = subprocess.DEVNULL
+
+
+_TO_MAKE = 4
+"""Memory that making a system may need, over that of the float model."""
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+class Failed(Exception):
+    """A system could not be made or called; the message is the reason."""
+
+
+class Process:
+    """One worker. Messages are lines of JSON."""
+
+    def __init__(self, settings: Settings, mode: str, system: str = "", folder: str = "", scratch: str = "") -> None:
+        order = {
+            "mode": mode, "system": system, "model": settings.model, "batch": settings.batch,
+            "threads": settings.threads, "folder": folder, "scratch": scratch,
+        }  # fmt: skip
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cpu.worker", json.dumps(order)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=settings.log,
+            text=True,
+        )
+
+    def read(self) -> dict[str, Any]:
+        """The next message.
+
+        Raises:
+            Failed: If the worker says so, or ends.
+        """
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            raise Failed(f"its process ended with {self.child.wait()}")
+        message: dict[str, Any] = json.loads(line)
+        if "failed" in message:
+            self.child.wait()
+            raise Failed(message["failed"])
+        return message
+
+    def turn(self) -> dict[str, Any]:
+        """One call."""
+        assert self.child.stdin is not None
+        try:
+            self.child.stdin.write("\n")
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            raise Failed(f"its process ended with {self.child.wait()}") from None
+        return self.read()
+
+    def close(self) -> None:
+        """End the worker and wait for it."""
+        assert self.child.stdin is not None and self.child.stdout is not None
+        with suppress(BrokenPipeError):  # It may have ended already.
+            self.child.stdin.close()
+        self.child.stdout.close()
+        self.child.wait()
+
+
+@dataclass
+class Row:
+    """What was measured of one system; a system that failed has a reason and nothing else.
+
+    Attributes:
+        system: Its name.
+        failed: Why there are no figures.
+        seconds: Of its calls, a round each.
+        ratios: Time of the reference over its own, a round each.
+        started: Seconds until its first output was there, without what was stored beforehand.
+        sqnr_db: Of its output against the reference's; None for the reference.
+        digits_db: The same on the trained model; None where not measured.
+        digits_failed: Why not, if it was tried.
+        resident: Bytes over those of the imports, after the calls.
+        peak: The same at the highest.
+    """
+
+    system: str
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    started: float | None = None
+    sqnr_db: float | None = None
+    digits_db: float | None = None
+    digits_failed: str | None = None
+    resident: int | None = None
+    peak: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds of the middle round."""
+        return statistics.median(self.seconds)
+
+    @property
+    def speedup(self) -> float:
+        """Over the reference, the middle of the rounds."""
+        return statistics.median(self.ratios)
+
+
+@dataclass
+class Measured:
+    """All of one model.
+
+    Attributes:
+        rows: One a system, the reference first.
+        operations: Of the linears of a call.
+        peaks: Billions of integer operations a second, a round each.
+        note: Why there are no peaks.
+    """
+
+    rows: list[Row]
+    operations: int = 0
+    peaks: list[float] = field(default_factory=list)
+    note: str | None = None
+
+    @property
+    def floor(self) -> float | None:
+        """Seconds that the linears of a call take at the rate of integer products; None where there is none."""
+        return self.operations / (1e9 * statistics.median(self.peaks)) if self.peaks else None
+
+
+def measure(settings: Settings, systems: Sequence[System]) -> Measured:
+    """Measure systems, the first of which is the reference."""
+    assert systems[0].name == REFERENCE
+    with tempfile.TemporaryDirectory() as scratch:
+        session = _Session(settings, Path(scratch))
+        reference = session.start(systems[0])
+        try:
+            if reference.row.failed is not None:
+                return Measured([reference.row])
+            measured = Measured([reference.row])
+            session.start_roofline(measured)
+            pending = list(systems[1:])
+            while pending or not reference.row.seconds:
+                session.group(measured, reference, pending)
+        finally:
+            session.close()
+    return measured
+
+
+@dataclass
+class _Seat:
+    row: Row
+    process: Process | None = None
+    output: Any = None
+
+
+class _Session:
+    """The processes of one measurement."""
+
+    def __init__(self, settings: Settings, scratch: Path) -> None:
+        self.settings, self.scratch = settings, scratch
+        self.stored: dict[str, str | None] = {}
+        self.open: list[Process] = []
+        self.roofline: Process | None = None
+
+    def start(self, system: System) -> _Seat:
+        """Make a system and have it called once; a failure is noted in its row."""
+        seat = _Seat(Row(system.name))
+        began = time.perf_counter()
+        folder = self.scratch / f"{len(list(self.scratch.iterdir()))}"
+        folder.mkdir()
+        process = None
+        try:
+            stored = self.store(system)
+            process = Process(self.settings, "serve", system.name, stored, str(folder))
+            self.open.append(process)
+            said = process.read()
+            seat.process, seat.output = process, numpy.load(said["output"])
+            seat.row.started, seat.row.resident, seat.row.peak = said["started"], said["resident"], said["peak"]
+            say(f"{system.name}: ready after {time.perf_counter() - began:.0f} s")
+        except Failed as error:
+            self.fail(seat, error)
+        return seat
+
+    def store(self, system: System) -> str:
+        """Have what a system loads made, once for all that share it."""
+        if system.stored is None:
+            return ""
+        folder = self.scratch / f"stored-{system.stored.name}"
+        if system.stored.name not in self.stored:
+            folder.mkdir()
+            process = Process(self.settings, "prepare", system.name, str(folder))
+            try:
+                process.read()
+                self.stored[system.stored.name] = None
+            except Failed as error:
+                self.stored[system.stored.name] = str(error)
+            finally:
+                process.close()
+        reason = self.stored[system.stored.name]
+        if reason is not None:
+            raise Failed(reason)
+        return str(folder)
+
+    def start_roofline(self, measured: Measured) -> None:
+        """Start the process that measures the roofline."""
+        process = Process(self.settings, "roofline")
+        try:
+            measured.operations = process.read()["operations"]
+            self.roofline = process
+            self.open.append(process)
+        except Failed as error:
+            measured.note = str(error)
+            process.close()
+            say(f"no roofline: {error}")
+
+    def group(self, measured: Measured, reference: _Seat, pending: list[System]) -> None:
+        """Start pending systems while there is room, measure them beside the reference, and end them."""
+        seats: list[_Seat] = []
+        while pending and (not seats or self.has_room(reference, len(seats) + 1)):
+            seats.append(self.start(pending.pop(0)))
+        for seat in seats:
+            measured.rows.append(seat.row)
+            if seat.output is not None:
+                seat.row.sqnr_db = sqnr_db(reference.output, seat.output)
+        for _ in range(self.settings.rounds):
+            self.round(measured, [reference, *seats])
+        for seat in seats:
+            if seat.process is not None:
+                seat.process.close()
+                self.open.remove(seat.process)
+
+    def has_room(self, reference: _Seat, held: int) -> bool:
+        """Whether one more system can be made: some need a few times the memory of the float model for a while."""
+        free = available_memory()
+        enough = free is None or free > _TO_MAKE * (reference.row.peak or 0)
+        return held < self.settings.together and enough
+
+    def round(self, measured: Measured, seats: Sequence[_Seat]) -> None:
+        """One turn of each."""
+        base = None
+        for seat in seats:
+            if seat.process is None:
+                continue
+            try:
+                seconds = seat.process.turn()["seconds"]
+            except Failed as error:
+                self.fail(seat, error)
+                continue
+            base = seconds if base is None else base
+            seat.row.seconds.append(seconds)
+            seat.row.ratios.append(base / seconds)
+        if self.roofline is not None:
+            measured.peaks.append(max(self.roofline.turn()["rates"].values()))
+
+    def fail(self, seat: _Seat, error: Failed) -> None:
+        """Note why a system has no figures."""
+        seat.row.failed = str(error)
+        seat.process = None
+        say(f"{seat.row.system}: failed: {error}")
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self.open:
+            process.close()
+
+
+@dataclass
+class Digits:
+    """SQNR of systems on the trained model, each measured when it is first asked for."""
+
+    settings: Settings
+    scratch: Path
+    known: dict[str, float | Failed] = field(default_factory=dict)
+
+    def fill(self, rows: Sequence[Row], systems: Sequence[System]) -> None:
+        """Put the SQNR, or why there is none, into rows of systems that work; the reference is what it is against."""
+        named = {system.name: system for system in systems}
+        for row in rows:
+            if row.failed is not None or row.system == REFERENCE:
+                continue
+            if row.system not in self.known:
+                self.known[row.system] = self._measure(named[row.system])
+            found = self.known[row.system]
+            row.digits_db = None if isinstance(found, Failed) else found
+            row.digits_failed = str(found) if isinstance(found, Failed) else None
+
+    def _measure(self, system: System) -> float | Failed:
+        folder = self.scratch / ("none" if system.stored is None else system.stored.name)
+        folder.mkdir(exist_ok=True)
+        process = Process(replace(self.settings, model="digits"), "digits", system.name, str(folder))
+        try:
+            found: float = process.read()["sqnr_db"]
+            say(f"{system.name}: {found:.1f} dB on digits")
+            return found
+        except Failed as error:
+            say(f"{system.name}: failed on digits: {error}")
+            return error
+        finally:
+            process.close()
+
+
+def sqnr_db(exact: Any, output: Any) -> float:
+    """Signal to quantization noise of an output, in dB."""
+    exact = exact.astype(numpy.float64)
+    noise = numpy.square(exact - output).sum()
+    return float("inf") if noise == 0 else float(10 * numpy.log10(numpy.square(exact).sum() / noise))
+
+
+def present(systems: Sequence[System]) -> Iterator[System]:
+    """Those whose packages are installed; of the others a line is printed."""
+    for system in systems:
+        if system.missing:
+            say(f"{system.name}: left out, for {' and '.join(system.missing)} is not installed; pip install '.[bench]'")
+        else:
+            yield system
+
+
+def say(text: str) -> None:
+    """A line about how far it is."""
+    print(text, file=sys.stderr, flush=True)

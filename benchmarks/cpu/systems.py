@@ -1,0 +1,77 @@
+"""What is compared: float, ours, and what others offer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.cpu.models import Call, Task, cast
+
+Run = Callable[[Call], Tensor]
+"""Runs one call; the output is the model's first, of any floating-point dtype."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Something that is made once, in a process that ends, and loaded from a folder.
+
+    Attributes:
+        name: Of the folder; systems of one name share it.
+        make: Makes it and writes it to the folder.
+    """
+
+    name: str
+    make: Callable[[Task, Path], None]
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to run a model.
+
+    Attributes:
+        name: For the table.
+        start: Makes it, or loads it from the folder that ``stored`` filled, ready to be called.
+        stored: What has to be made beforehand, if anything.
+        needs: Packages that it needs.
+    """
+
+    name: str
+    start: Callable[[Task, Path], Run]
+    stored: Stored | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+REFERENCE = "eager fp32"
+
+
+def _float(dtype: torch.dtype, compiled: bool) -> Callable[[Task, Path], Run]:
+    def start(task: Task, folder: Path) -> Run:
+        model = task.model(dtype)
+        module = torch.compile(model) if compiled else model
+        return lambda call: module(**cast(call, dtype))[0]
+
+    return start
+
+
+def all_systems() -> dict[str, System]:
+    """Every system by name, the reference first."""
+    from benchmarks.cpu.ours import our_systems
+    from benchmarks.cpu.peers import peer_systems
+
+    floats = [
+        System(REFERENCE, _float(torch.float32, compiled=False)),
+        System("compiled fp32", _float(torch.float32, compiled=True)),
+        System("eager bf16", _float(torch.bfloat16, compiled=False)),
+        System("compiled bf16", _float(torch.bfloat16, compiled=True)),
+    ]
+    return {system.name: system for system in (*floats, *peer_systems(), *our_systems())}
