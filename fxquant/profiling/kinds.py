@@ -14,7 +14,7 @@ _WORDS = {
     "convolution": r"q?conv\w*",
     "embedding": r"embedding",
     "norm": r"norm",
-    "quantize": r"(de)?quantize|codes|grid|bucketize",
+    "quantize": r"(de)?quantize|token_grid|bucketize",
     "layout": r"view|reshape|permute|transpose|t|expand|slice|select|index|chunk|split|unbind|getitem|(un)?squeeze"
     r"|(un)?flatten|cat|stack|contiguous|clone|copy|to|sym|size|alias|detach|movedim|unfold|repeat|roll|pad",
 }

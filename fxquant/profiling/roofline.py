@@ -58,9 +58,11 @@ def measure_roofline(
         shapes: Rows, inputs and outputs of the products; the best of them is the peak.
     """
     device = torch.device(device)
+    floating = _best(partial(_float_product, dtype=dtype), shapes, device)
+    assert floating is not None
     return Roofline(
         int8=_best(int8_product, shapes, device),
-        floating=_best(partial(_float_product, dtype=dtype), shapes, device) or 0.0,
+        floating=floating,
         dtype=str(dtype).removeprefix("torch."),
         memory=_copy_rate(device),
         threads=torch.get_num_threads(),
