@@ -210,6 +210,9 @@ class TestProfile:
         row = next(row for row in data["rows"] if row["name"].endswith("0.attn1.to_q"))
         assert row["share_of_peak"] == pytest.approx(row["gops"] / data["roofline"]["int8"])
         assert row["bound"] in ("compute", "memory")
+        attention = next(row for row in data["rows"] if row["kind"] == "attention")
+        assert attention["gops"] > 0
+        assert attention["share_of_peak"] is attention["bound"] is None
 
     def test_table(self, profiled):
         text = profiled.table(top=3)

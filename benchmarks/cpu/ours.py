@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ import torch
 import fxquant
 from benchmarks.cpu.models import Task, cast
 from benchmarks.cpu.systems import Run, Stored, System
-from fxquant.backend import BACKENDS
+from fxquant.backend import BACKENDS, Backend
+from fxquant.backends.native import Native
 from fxquant.recipes import Recipe, make_recipe
 
 
@@ -31,6 +33,8 @@ def our_systems() -> Iterator[System]:
     for name, made in stored.items():
         dtype = torch.bfloat16 if "bf16" in name else torch.float32
         yield System(f"native {name}, compiled", _loaded("native", compiled=True, dtype=dtype), made)
+    start = _loaded(partial(Native, kernels="onednn"), compiled=True)
+    yield System("native (oneDNN kernels) W8A8 symmetric, compiled", start, stored["W8A8 symmetric"])
     if "torchao" in BACKENDS:
         for name in ("W8A8", "W8A8 symmetric"):
             start = _loaded("torchao", compiled=True, freezing=True)
@@ -51,10 +55,10 @@ def _checkpoint(name: str, recipe: Recipe, dtype: torch.dtype = torch.float32) -
 
 
 def _loaded(
-    backend: str, *, compiled: bool, freezing: bool = False, dtype: torch.dtype = torch.float32
+    backend: str | Callable[[], Backend], *, compiled: bool, freezing: bool = False, dtype: torch.dtype = torch.float32
 ) -> Callable[[Task, Path], Run]:
     def start(task: Task, folder: Path) -> Run:
-        model = fxquant.load(folder, backend=backend)
+        model = fxquant.load(folder, backend=backend if isinstance(backend, str) else backend())
         module = torch.compile(model) if compiled else model
         if freezing:
             with torch._inductor.config.patch(freezing=True):

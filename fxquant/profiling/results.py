@@ -118,9 +118,20 @@ class Row:
         apart = self.quantized.quartiles[0] > self.floating.quartiles[1]
         return apart and self.quantized.median > SLOWER * self.floating.median
 
+    def share_of_peak(self, roofline: Roofline) -> float | None:
+        """The rate over the machine's; None for attention too, whose kernels choose the dtype of their products."""
+        if self.rate is None or self.kind == "attention":
+            return None
+        return self.rate / roofline.peak(self.is_integer)
+
+    def bound(self, roofline: Roofline) -> str | None:
+        """Whether ``compute`` or ``memory`` keeps it from being faster; None where :meth:`share_of_peak` is."""
+        if self.share_of_peak(roofline) is None:
+            return None
+        return roofline.bound(self.operations, self.traffic, self.is_integer)
+
     def to_json(self, roofline: Roofline) -> dict[str, Any]:
         """The row as JSON values."""
-        integer = self.is_integer
         return {
             "name": self.name,
             "layers": list(self.layers),
@@ -133,8 +144,8 @@ class Row:
             "quantized": None if self.quantized is None else self.quantized.to_json(),
             "speedup": self.speedup,
             "gops": self.rate,
-            "share_of_peak": None if self.rate is None else self.rate / roofline.peak(integer),
-            "bound": roofline.bound(self.operations, self.traffic, integer) if self.operations else None,
+            "share_of_peak": self.share_of_peak(roofline),
+            "bound": self.bound(roofline),
         }
 
 

@@ -92,7 +92,7 @@ def _rest(profile: Profile, rows: Sequence[Row], whole: float) -> str:
 
 def _cells(row: Row, profile: Profile, kernels: dict[str, str], whole: float) -> list[str]:
     share = _with_share(_median(row.quantized), whole)
-    peak = profile.roofline.peak(row.is_integer)
+    peak = row.share_of_peak(profile.roofline)
     rate = row.rate
     return [
         row.name,
@@ -103,6 +103,6 @@ def _cells(row: Row, profile: Profile, kernels: dict[str, str], whole: float) ->
         *share,
         "" if row.speedup is None else f"{row.speedup:.2f}",
         "" if rate is None else f"{rate:.0f}",
-        "" if rate is None else f"{100 * rate / peak:.0f}%",
-        "" if rate is None else profile.roofline.bound(row.operations, row.traffic, row.is_integer),
+        "" if peak is None else f"{100 * peak:.0f}%",
+        row.bound(profile.roofline) or "",
     ]
