@@ -18,17 +18,18 @@ from fxquant.recipes import Recipe, make_recipe
 
 def our_systems() -> Iterator[System]:
     """What there is a backend for; backends that are not there are left out."""
-    plain = make_recipe("ptq4dit-w8a8", "blocks")
-    every = _symmetric(make_recipe("ptq4dit-w8a8", "all")).with_options("assign-precision", attention="float")
+    plain = make_recipe("ptq4dit-w8a8")
+    attention = plain.with_options("assign-precision", attention="quantized")
     stored = {
         "W8A8": _checkpoint("w8a8", plain),
         "W8A8 symmetric": _checkpoint("w8a8-symmetric", _symmetric(plain)),
-        "W8A8 symmetric, all linears": _checkpoint("w8a8-all", every),
-        "W8A8 symmetric, bf16 rest": _checkpoint("w8a8-bf16", _symmetric(plain), torch.bfloat16),
-        "W8A8 HTG bins": _checkpoint("w8a8-htg", _symmetric(make_recipe("htg-w8a8", "blocks"))),
-        "W4A8": _checkpoint("w4a8", make_recipe("ptq4dit-w4a8", "blocks")),
+        "W8A8, attention too": _checkpoint("w8a8-attention", attention),
+        "W8A8, bf16 rest": _checkpoint("w8a8-bf16", plain, torch.bfloat16),
+        "W8A8 HTG bins": _checkpoint("w8a8-htg", make_recipe("htg-w8a8")),
+        "W8A8 dynamic": _checkpoint("w8a8-dynamic", make_recipe("dynamic-w8a8")),
+        "W4A8": _checkpoint("w4a8", make_recipe("ptq4dit-w4a8")),
     }
-    for name in ("W8A8", "W8A8 symmetric"):
+    for name in ("W8A8", "W8A8, attention too"):
         yield System(f"native {name}, eager", _loaded("native", compiled=False), stored[name])
     for name, made in stored.items():
         dtype = torch.bfloat16 if "bf16" in name else torch.float32
