@@ -82,7 +82,7 @@ class Backend(ABC):
         """The same for a lowered model that stands on a device and is to go to another."""
         self.check_device(goal)
 
-    def compiling(self) -> None:
+    def compiling(self) -> None:  # noqa: B027  (most have nothing to say)
         """Called while ``torch.compile`` traces a model, for what its user must be told."""
 
     def settings(self) -> contextlib.AbstractContextManager[object]:

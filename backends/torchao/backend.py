@@ -154,6 +154,5 @@ def _storage_kernel(layer: LayerPlan) -> str:
         return "dequantize + aten float"
     four = layer.weight_bits is not None and layer.weight_bits <= 4
     if four and weights.group_of_four_bits(*layer.shape, layer.group_size, "cpu") is not None:
-        rest = "dequantize + aten float" if layer.group_size else "int8 -> float32, aten float"
-        return f"aten _weight_int4pack_mm in 16-bit floats; {rest} in others"
-    return "aten float of int8 weights; compiled in bfloat16: aten _weight_int8pack_mm"
+        return "aten _weight_int4pack_mm in 16-bit floats; dequantize + aten float in others"
+    return "aten _weight_int8pack_mm in 16-bit floats; dequantize + aten float in others"

@@ -1,4 +1,4 @@
-"""From a quantized graph to what torchao's fusions and kernels take, and from its tensors back to those of checkpoints."""
+"""From a quantized graph to what torchao's fusions and kernels take, and from its tensors back to a checkpoint's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STORED = "fxquant_torchao_stored"
 """Key of ``node.meta`` for how the tensors of a checkpoint are found again that a node stands for."""
 
 _INT8, _INT4 = "_int8", "_int4"
-_SUMS, _OFFSET = "_sums", "_missing_offset"
+_SUMS, _EXCESS = "_sums", "_excess"
 _ZEROS = "zero_points_of_"
 
 
@@ -50,15 +50,15 @@ class Lowering:
             codes = quantized_decomposed.quantize_per_tensor(x, s, z, 0, 255, uint8)
             y = linear(dequantize_per_tensor(codes, s, z, ...), dequantize_per_channel(W_int8, W_scale, ...), bias)
 
-        where W_int8 is the part of the weight that is symmetric; what it lacks is added to y. Other grids, and other
-        devices::
+        where W_int8 is the part of the weight that is symmetric; what it has in excess is taken off y. Other grids,
+        and other devices::
 
-            y = fxquant_torchao.linear_rows(codes, s, z, W_int8, W_scale, W_sums, W_offset, bias, dtype)
+            y = fxquant_torchao.linear_rows(codes, s, z, W_int8, W_scale, W_sums, W_excess, bias, dtype)
 
         Float activations, ``linear(x, fxquant.dequantize_weight(...), bias)``, after::
 
             y = fxquant_torchao.linear_of_nibbles(x, W_int4, W_scale, W_zero_point, group, bias)
-            y = fxquant_torchao.linear_of_bytes(x, W_int8, W_scale, W_offset, bias)
+            y = fxquant_torchao.linear_of_bytes(x, W_int8, W_scale, W_excess, bias)
         """
         steps: dict[Any, Callable[[fx.Node], None]] = {
             torch.ops.fxquant.quantize.default: self._quantize,
@@ -79,10 +79,10 @@ class Lowering:
         assert isinstance(x, fx.Node) and isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
         assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
         with self.rewriter.before(node):
-            if not self._is_static(scale):
+            if not self._is_static(scale, x.meta["val"].dtype):
                 new = self._call(ours.quantize_rows.default, x, scale, zero_point, qmax, of=node, name=node.name)
             else:
-                if x.meta["val"].dtype not in (torch.float32, torch.bfloat16):
+                if x.meta["val"].dtype == torch.float64:
                     x = self._call(aten.to.dtype, x, torch.float32, of=node)
                 grid = self._number(scale), int(self._number(zero_point))
                 arguments = (x, *grid, 0, 255, torch.uint8)
@@ -92,9 +92,9 @@ class Lowering:
                     new = self._call(aten.clamp_max.default, new, qmax, of=node)
         self.rewriter.replace(node, new)
 
-    def _is_static(self, scale: Any) -> bool:
-        """Whether a grid is one number that is known now, and the processor is to use it."""
-        return scale.op == "get_attr" and scale.meta["val"].device.type == "cpu"
+    def _is_static(self, scale: Any, dtype: Any) -> bool:
+        """Whether a grid is one number that is known now, for fusions that know this device and dtype."""
+        return scale.op == "get_attr" and scale.meta["val"].device.type == "cpu" and dtype != torch.float16
 
     def _number(self, node: fx.Node) -> float:
         tensor = self.rewriter.tensor(node)
@@ -108,8 +108,8 @@ class Lowering:
         assert isinstance(codes, fx.Node) and isinstance(x_scale, fx.Node) and isinstance(x_zero_point, fx.Node)
         weight = _Weight(packed, w_scale, w_zero_point, bits, int(codes.meta["val"].shape[-1]))
         with self.rewriter.before(node):
-            if not self._is_static(x_scale):
-                held = self._int8(weight), weight.scale, self._sums(weight), self._offset(weight)
+            if not self._is_static(x_scale, dtype):
+                held = self._int8(weight), weight.scale, self._sums(weight), self._excess(weight)
                 arguments = (codes, x_scale, x_zero_point, *held, bias, dtype)
                 new = self._call(ours.linear_rows.default, *arguments, of=node)
             else:
@@ -126,7 +126,7 @@ class Lowering:
 
     def _conv2d(self, node: fx.Node) -> None:
         codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, _, bits, kernel, *geometry, _ = node.args
-        if not self._is_static(x_scale):
+        if not self._is_static(x_scale, node.args[-1]):
             return  # It stays the reference op.
         assert isinstance(codes, fx.Node) and isinstance(x_scale, fx.Node) and isinstance(x_zero_point, fx.Node)
         in_features = int(torch.Size(kernel).numel())  # type: ignore[arg-type]
@@ -153,25 +153,25 @@ class Lowering:
         product: Callable[[fx.Node, fx.Node, fx.Node | None], fx.Node],
         sums: Callable[[], fx.Node],
     ) -> fx.Node:
-        """A product of dequantized factors, which the fusions know, and what the weight lacks of it."""
+        """A product of dequantized factors, which the fusions know, less what the held weight has in excess."""
         bias, dtype = node.args[6], node.args[-1]
-        offset = self._offset(weight)
+        excess = self._excess(weight)
         vector = bias if isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1 else None
-        # Sums that something is added to stay in 32 bits until then.
-        inner = dtype if dtype == torch.bfloat16 and offset is None and bias is vector else torch.float32
+        # What something is added to or taken off stays in 32 bits until then.
+        inner = dtype if dtype == torch.bfloat16 and excess is None and bias is vector else torch.float32
         x = self._call(pt2e.dequantize_per_tensor.default, codes, *grid, 0, 255, torch.uint8, of=node)
         values = self._dequantized(node, weight)
         factors = (self._cast(value, inner, node) for value in (x, values))
         y = product(*factors, None if vector is None else self._cast(vector, inner, node))
-        if offset is not None:
+        if excess is not None:
             key = "sums", codes, grid, weight.kernel, node.args[9:-1]
             if key not in self.rewriter.memo:
                 self.rewriter.memo[key] = sums()
-            column = offset
             if weight.kernel:
-                column = self._call(aten.view.default, offset, [-1, 1, 1], of=node)
-            missing = self._call(aten.mul.Tensor, self.rewriter.memo[key], column, of=node)
-            y = self._call(aten.add.Tensor, y, missing, of=node)
+                excess = self._call(aten.view.default, excess, [-1, 1, 1], of=node)
+            surplus = self._call(aten.mul.Tensor, self.rewriter.memo[key], excess, of=node)
+            # Not an addition of the negative, which the fusions would make a tensor of its own for the kernel to add.
+            y = self._call(aten.sub.Tensor, y, surplus, of=node)
         if bias is not vector:
             y = self._call(aten.add.Tensor, y, bias, of=node)
         return self._cast(y, dtype, node)
@@ -210,7 +210,7 @@ class Lowering:
                     arguments = (x, held, scale, zero_point, group, bias)
                     new = self._call(ours.linear_of_nibbles.default, *arguments, of=reader)
                 elif not group_size:
-                    held = self._int8(weight), scale, self._offset(weight)
+                    held = self._int8(weight), scale, self._excess(weight)
                     new = self._call(ours.linear_of_bytes.default, x, *held, bias, of=reader)
                 else:
                     self.slow.append(reader)
@@ -242,9 +242,9 @@ class Lowering:
         assert node is not None
         return node
 
-    def _offset(self, weight: _Weight) -> fx.Node | None:
+    def _excess(self, weight: _Weight) -> fx.Node | None:
         scale, zero_point = (self.rewriter.tensor(part) for part in (weight.scale, weight.zero_point))
-        return self._held(weight, _OFFSET, lambda: weights.missing_offset(scale, zero_point, weight.bits))
+        return self._held(weight, _EXCESS, lambda: weights.excess(scale, zero_point, weight.bits))
 
     def _codes(self, weight: _Weight) -> tuple[Tensor, Tensor]:
         return self.rewriter.tensor(weight.packed), self.rewriter.tensor(weight.zero_point)
@@ -320,6 +320,6 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
             found[kept["packed"]] = weights.from_four_bits(held, *kept["shape"], kept["bits"])
         else:
             found[kept["packed"]] = weights.unsigned(held, zero_point, kept["bits"])
-        for suffix in (_SUMS, _OFFSET):
+        for suffix in (_SUMS, _EXCESS):
             found.pop(f"{kept['packed']}{suffix}", None)
     return {name: tensor for name, tensor in found.items() if not name.startswith(_ZEROS)}

@@ -58,14 +58,14 @@ def linear_rows(
     weight: Tensor,
     w_scale: Tensor,
     w_sums: Tensor,
-    w_offset: Tensor | None,
+    w_excess: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """A linear whose input has a grid for each row, or one of tensors; its integers are summed in 32 bits.
 
     `xq` is uint8 `[..., in]`, its scale and zero point broadcast to `[..., 1]`. `weight` is int8 `[out, in]` and
-    `w_offset` float32 `[out]`, as :mod:`fxquant.backends.torchao.weights` holds them; `w_sums` is int32 `[out]`, the
+    `w_excess` float32 `[out]`, as :mod:`fxquant.backends.torchao.weights` holds them; `w_sums` is int32 `[out]`, the
     sums of the rows of `weight`. `bias` is `[out]` or broadcasts to the result, `[..., out]` of `out_dtype`.
     """
     rows = xq.reshape(-1, xq.shape[-1])
@@ -78,22 +78,28 @@ def linear_rows(
     w_step = w_scale.flatten()
     y = total.to(torch.float32) * scale * w_step
     y = y - (scale * zero_point) * (w_step * w_sums)
-    if w_offset is not None:
+    if w_excess is not None:
         sums = rows.to(torch.float32).sum(-1, keepdim=True) - xq.shape[-1] * _by_row(x_zero_point, xq)
-        y = y + sums * scale * w_offset
+        y = y - sums * scale * w_excess
     y = y.reshape(*xq.shape[:-1], weight.shape[0])
     return (y if bias is None else y + bias).to(out_dtype)
 
 
-def linear_of_bytes(x: Tensor, weight: Tensor, w_scale: Tensor, w_offset: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear_of_bytes(x: Tensor, weight: Tensor, w_scale: Tensor, w_excess: Tensor | None, bias: Tensor | None) -> Tensor:
     """A linear of float `x` `[..., in]` and an int8 weight, as :func:`linear_rows` has it; in the dtype of `x`.
 
-    It is written as inductor knows it: in bfloat16 on CPUs it becomes `aten::_weight_int8pack_mm`.
+    In 16-bit floats on CPUs the kernel unpacks the weight as it goes; elsewhere it is dequantized.
     """
-    y = functional.linear(x, weight.to(x.dtype)) * w_scale.flatten().to(x.dtype)
-    if w_offset is not None:
-        dtype = quantizer.compute_dtype(x.dtype)
-        y = (y + x.to(dtype).sum(-1, keepdim=True) * w_offset.to(dtype)).to(x.dtype)
+    dtype = quantizer.compute_dtype(x.dtype)
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        values = weight.to(dtype) * w_scale.to(dtype)
+        if w_excess is not None:
+            values = values - w_excess.to(dtype).unsqueeze(1)
+        return functional.linear(x, values.to(x.dtype), bias)
+    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight, w_scale.flatten().to(x.dtype))
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    if w_excess is not None:
+        y = (y - x.to(dtype).sum(-1, keepdim=True) * w_excess).to(x.dtype)
     return y if bias is None else y + bias
 
 
@@ -143,11 +149,11 @@ _define(
 )
 _define(
     "linear_rows(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_sums, "
-    "Tensor? w_offset, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    "Tensor? w_excess, Tensor? bias, ScalarType out_dtype) -> Tensor",
     linear_rows,
 )
 _define(
-    "linear_of_bytes(Tensor x, Tensor weight, Tensor w_scale, Tensor? w_offset, Tensor? bias) -> Tensor",
+    "linear_of_bytes(Tensor x, Tensor weight, Tensor w_scale, Tensor? w_excess, Tensor? bias) -> Tensor",
     linear_of_bytes,
 )
 _define(

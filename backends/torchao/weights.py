@@ -4,8 +4,8 @@ A code q of a weight stands for `scale * (q - zero_point)`. Integer products and
 are symmetric, so a weight is held as
 
 * `q - zero_point` for codes of up to 7 bits, which always fits, or
-* `q - 128` for codes of 8 bits. What is missing, `scale * (128 - zero_point)` an output channel, times the sum of the
-  input, is added to the result. It vanishes on symmetric grids.
+* `q - 128` for codes of 8 bits. What that is in excess of the weight, `scale * (zero_point - 128)` an output channel,
+  times the sum of the input, is taken off the result. It vanishes on symmetric grids.
 
 Weights of up to 4 bits behind float activations are held in 4 bits, as `aten::_weight_int4pack_mm` reads them: there a
 group of inputs has a scale and a zero point of its own. All forms are exact, and every code is found again.
@@ -48,11 +48,11 @@ def unsigned(weight: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return pack((values + offset).to(torch.uint8).contiguous(), bits)
 
 
-def missing_offset(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor | None:
-    """What the held weight lacks of the weight, float32 `[out]`, the same for all input channels; None for nothing."""
+def excess(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor | None:
+    """What the held weight is more than the weight, float32 `[out]`, the same for all inputs; None for nothing."""
     if bits < 8 or bool((zero_point == MIDDLE).all()):
         return None
-    return ((MIDDLE - zero_point.to(torch.float32)) * scale).flatten()
+    return ((zero_point.to(torch.float32) - MIDDLE) * scale).flatten()
 
 
 def group_of_four_bits(out_features: int, in_features: int, group_size: int, device: str) -> int | None:
