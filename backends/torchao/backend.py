@@ -65,10 +65,10 @@ class TorchAO(Backend):
         lowering = Lowering(module, held)
         lowering.run()
         if lowering.slow:
+            value = lowering.slow[0].meta["val"]
             warnings.warn(
-                f"{len(lowering.slow)} layers of few-bit weights compute in {lowering.slow[0].meta['val'].dtype}, for "
-                "which there is no fast kernel: they dequantize their weights on each call. Convert the model to "
-                "bfloat16 before fxquant.compile",
+                f"{len(lowering.slow)} layers of weights in groups dequantize them on each call, because their kernel "
+                f"does not know {value.dtype} on {value.device.type}; convert the model to bfloat16 first",
                 SpeedWarning,
                 stacklevel=2,
             )
@@ -155,4 +155,6 @@ def _storage_kernel(layer: LayerPlan) -> str:
     four = layer.weight_bits is not None and layer.weight_bits <= 4
     if four and weights.group_of_four_bits(*layer.shape, layer.group_size, "cpu") is not None:
         return "aten _weight_int4pack_mm in 16-bit floats; dequantize + aten float in others"
-    return "aten _weight_int8pack_mm in 16-bit floats; dequantize + aten float in others"
+    if weights.fits_byte_kernel(layer.shape[1]):
+        return "aten _weight_int8pack_mm in 16-bit floats; dequantize + aten float in others"
+    return "dequantize + aten float"

@@ -57,7 +57,7 @@ class Lowering:
 
         Float activations, ``linear(x, fxquant.dequantize_weight(...), bias)``, after::
 
-            y = fxquant_torchao.linear_of_nibbles(x, W_int4, W_scale, W_zero_point, group, bias)
+            y = fxquant_torchao.linear_of_nibbles(x, W_int4, W_scale, W_zero_point, bits, group, bias)
             y = fxquant_torchao.linear_of_bytes(x, W_int8, W_scale, W_excess, bias)
         """
         steps: dict[Any, Callable[[fx.Node], None]] = {
@@ -207,7 +207,7 @@ class Lowering:
             with self.rewriter.before(reader):
                 if group is not None and dtype in halves:
                     held = self._int4(weight)
-                    arguments = (x, held, scale, zero_point, group, bias)
+                    arguments = (x, held, scale, zero_point, bits, group, bias)
                     new = self._call(ours.linear_of_nibbles.default, *arguments, of=reader)
                 elif not group_size:
                     held = self._int8(weight), scale, self._excess(weight)

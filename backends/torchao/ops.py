@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxquant import quantizer
-from fxquant.backends.torchao.weights import MIDDLE, four_bit_product
+from fxquant.backends.torchao.weights import MIDDLE, fits_byte_kernel, four_bit_product, grid_of_four_bits
 
 _library = torch.library.Library("fxquant_torchao", "DEF")
 _CUBLAS = 8  # Its integer products want multiples of this in every size, and more rows than twice it.
@@ -71,7 +71,10 @@ def linear_rows(
     rows = xq.reshape(-1, xq.shape[-1])
     scale, zero_point = (_by_row(value, xq) for value in (x_scale, x_zero_point))
     if xq.device.type == "cpu":
-        total = torch._int_mm(rows, weight.t())
+        factors = [rows, weight]
+        if weight.shape[1] == 1:  # Of a column, which torch reads with the wrong stride.
+            factors = [functional.pad(factor, (0, 1)) for factor in factors]
+        total = torch._int_mm(factors[0], factors[1].t())
     else:  # Products of int8 alone.
         total = _cublas(rows, weight)
         zero_point = zero_point - MIDDLE
@@ -88,10 +91,11 @@ def linear_rows(
 def linear_of_bytes(x: Tensor, weight: Tensor, w_scale: Tensor, w_excess: Tensor | None, bias: Tensor | None) -> Tensor:
     """A linear of float `x` `[..., in]` and an int8 weight, as :func:`linear_rows` has it; in the dtype of `x`.
 
-    In 16-bit floats on CPUs the kernel unpacks the weight as it goes; elsewhere it is dequantized.
+    In 16-bit floats on CPUs a kernel unpacks the weight as it goes; elsewhere it is dequantized.
     """
     dtype = quantizer.compute_dtype(x.dtype)
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+    halves = x.dtype in (torch.bfloat16, torch.float16)
+    if x.device.type != "cpu" or not halves or not fits_byte_kernel(x.shape[-1]):
         values = weight.to(dtype) * w_scale.to(dtype)
         if w_excess is not None:
             values = values - w_excess.to(dtype).unsqueeze(1)
@@ -104,16 +108,15 @@ def linear_of_bytes(x: Tensor, weight: Tensor, w_scale: Tensor, w_excess: Tensor
 
 
 def linear_of_nibbles(
-    x: Tensor, weight: Tensor, w_scale: Tensor, w_zero_point: Tensor, group: int, bias: Tensor | None
+    x: Tensor, weight: Tensor, w_scale: Tensor, w_zero_point: Tensor, bits: int, group: int, bias: Tensor | None
 ) -> Tensor:
-    """A linear of float `x` `[..., in]` and a weight of 4 bits, as :func:`weights.four_bits` holds it.
+    """A linear of float `x` `[..., in]` and a weight of up to 4 bits, as :func:`weights.four_bits` holds it.
 
     `w_scale` and `w_zero_point` are `[out, groups]` and `group` the inputs a group of the kernel. `x` is bfloat16 or
     float16, in which the grid is rounded.
     """
-    grid = torch.stack([w_scale, (8 - w_zero_point.to(torch.float32)) * w_scale], -1).transpose(0, 1)
-    grid = grid.repeat_interleave(x.shape[-1] // group // grid.shape[0], 0).to(x.dtype).contiguous()
-    y = four_bit_product(x.reshape(-1, x.shape[-1]), weight, group, grid)
+    grid = grid_of_four_bits(w_scale, w_zero_point, bits, x.shape[-1] // group // w_scale.shape[1])
+    y = four_bit_product(x.reshape(-1, x.shape[-1]), weight, group, grid.to(x.dtype).contiguous())
     y = y.reshape(*x.shape[:-1], w_scale.shape[0])
     return y if bias is None else y + bias
 
@@ -157,7 +160,7 @@ _define(
     linear_of_bytes,
 )
 _define(
-    "linear_of_nibbles(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, int group, Tensor? bias) "
-    "-> Tensor",
+    "linear_of_nibbles(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, int bits, int group, "
+    "Tensor? bias) -> Tensor",
     linear_of_nibbles,
 )

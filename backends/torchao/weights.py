@@ -8,7 +8,10 @@ are symmetric, so a weight is held as
   times the sum of the input, is taken off the result. It vanishes on symmetric grids.
 
 Weights of up to 4 bits behind float activations are held in 4 bits, as `aten::_weight_int4pack_mm` reads them: there a
-group of inputs has a scale and a zero point of its own. All forms are exact, and every code is found again.
+group of inputs has a scale and a zero point of its own. The kernel computes `(q - 8) * scale + offset` in 16-bit
+floats, so codes of 2 and 3 bits are moved to lie about 8, where the two do not cancel.
+
+All forms are exact, and every code is found again.
 """
 
 from __future__ import annotations
@@ -55,6 +58,11 @@ def excess(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor | None:
     return ((zero_point.to(torch.float32) - MIDDLE) * scale).flatten()
 
 
+def fits_byte_kernel(in_features: int) -> bool:
+    """Whether `aten::_weight_int8pack_mm` takes so many inputs: it reads 16 at a time, beyond the end of the weight."""
+    return in_features % 16 == 0
+
+
 def group_of_four_bits(out_features: int, in_features: int, group_size: int, device: str) -> int | None:
     """Inputs that share a grid in a 4-bit kernel's eyes; None if the kernels do not take such a weight.
 
@@ -68,7 +76,7 @@ def group_of_four_bits(out_features: int, in_features: int, group_size: int, dev
 
 def four_bits(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """Codes of up to 4 bits in the layout of this device's kernel, which only :func:`from_four_bits` can read."""
-    codes = unpack(packed, bits, in_features)
+    codes = unpack(packed, bits, in_features) + _moved(bits)
     if codes.device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
     pairs = codes[:, ::2] << 4 | codes[:, 1::2]
@@ -82,7 +90,20 @@ def from_four_bits(weight: Tensor, out_features: int, in_features: int, bits: in
     grid = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=device)
     grid = grid.expand(in_features // _GROUPS[-1], out_features, 2).contiguous()
     codes = four_bit_product(inputs, weight, _GROUPS[-1], grid)
-    return pack(codes.t().to(torch.uint8).contiguous(), bits)
+    return pack(codes.t().to(torch.uint8).contiguous() - _moved(bits), bits)
+
+
+def grid_of_four_bits(scale: Tensor, zero_point: Tensor, bits: int, repeats: int) -> Tensor:
+    """Scale and offset as the kernel reads them, float32 `[in / group, out, 2]`, of `[out, groups]`.
+
+    Args:
+        scale: float32.
+        zero_point: uint8.
+        bits: Bits a code.
+        repeats: Groups of the kernel in one of the weight.
+    """
+    offset = (2 ** (bits - 1) - zero_point.to(torch.float32)) * scale
+    return torch.stack([scale, offset], -1).transpose(0, 1).repeat_interleave(repeats, 0)
 
 
 def four_bit_product(x: Tensor, weight: Tensor, group: int, grid: Tensor) -> Tensor:
@@ -93,3 +114,7 @@ def four_bit_product(x: Tensor, weight: Tensor, group: int, grid: Tensor) -> Ten
     if x.device.type == "cpu":
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group, grid)
     return torch.ops.aten._weight_int4pack_mm(x, weight, group, grid)
+
+
+def _moved(bits: int) -> int:
+    return 8 - 2 ** (bits - 1)
