@@ -179,7 +179,10 @@ class Lowering:
     def _dequantized(self, node: fx.Node, weight: _Weight) -> fx.Node:
         """The held weight in float; the kernels want one scale and zero point an output, in one axis."""
         held, count = self._int8(weight), int(weight.scale.meta["val"].shape[0])
-        name = f"{_ZEROS}{count}"
+        uses = self.rewriter.memo["uses", held] = self.rewriter.memo.get(("uses", held), 0) + 1
+        # A weight that is read twice is dequantized twice, from zero points of different names, for else the compiler
+        # makes one of both, and fusions take none that two products read.
+        name = f"{_ZEROS}{count}{'' if uses == 1 else f'_for_use_{uses}'}"
         if name not in self.rewriter.memo:
             zeros = self.held.get(name)
             if zeros is None:
