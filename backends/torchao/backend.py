@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.backend import Backend
 from fxquant.backends.torchao import parts, weights
+from fxquant.backends.torchao.held import stored
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.plan import LayerPlan, Plan
@@ -75,9 +76,7 @@ class TorchAO(Backend):
 
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
         """Packed codes in place of the kernels' weights."""
-        from fxquant.backends.torchao import lowering
-
-        return lowering.stored(module)
+        return stored(module)
 
     def kernel(self, layer: LayerPlan) -> str:
         """The kernel when the model is compiled, and what runs where that is another one."""
@@ -90,8 +89,11 @@ class TorchAO(Backend):
             return "fxquant::conv2d (reference, float)"
         if dynamic or layer.boundaries:
             return "_int_mm, rows scaled behind it; compiled and frozen: onednn qlinear u8 x s8"
-        name = "qconv" if layer.kind == "conv" else "qlinear"
-        return f"onednn {name} u8 x s8 where compiled and frozen; else dequantize + aten float"
+        if layer.kind == "conv":
+            return (
+                "onednn qconv u8 x s8 where compiled and frozen, else aten float; on CUDA fxquant::conv2d (reference)"
+            )
+        return "onednn qlinear u8 x s8 where compiled and frozen, else dequantize + aten float; on CUDA _int_mm"
 
     def compiling(self) -> None:
         """Warn where weights are not frozen, for then nothing is fused."""
@@ -141,7 +143,8 @@ def _refuse_storage(layer: LayerPlan) -> str | None:
             f"its kernels for weights in groups have 4 bits, not {layer.weight_bits}; leave out the groups, use 4 bits "
             f"or fewer, or {_ELSE}"
         )
-    if all(weights.group_of_four_bits(*layer.shape, layer.group_size, device) is None for device in ("cpu", "cuda")):
+    shape = layer.shape[0], layer.shape[1]
+    if all(weights.group_of_four_bits(*shape, layer.group_size, device) is None for device in ("cpu", "cuda")):
         return (
             f"its 4-bit kernel takes groups of a multiple of 32 inputs and a multiple of 16 outputs, not groups of "
             f"{layer.group_size} and {layer.shape[0]} outputs; use such groups (-g32, -g64) or none, or {_ELSE}"
@@ -153,7 +156,7 @@ def _storage_kernel(layer: LayerPlan) -> str:
     if layer.kind != "linear":
         return "dequantize + aten float"
     four = layer.weight_bits is not None and layer.weight_bits <= 4
-    if four and weights.group_of_four_bits(*layer.shape, layer.group_size, "cpu") is not None:
+    if four and weights.group_of_four_bits(layer.shape[0], layer.shape[1], layer.group_size, "cpu") is not None:
         return "aten _weight_int4pack_mm in 16-bit floats; dequantize + aten float in others"
     if weights.fits_byte_kernel(layer.shape[1]):
         return "aten _weight_int8pack_mm in 16-bit floats; dequantize + aten float in others"

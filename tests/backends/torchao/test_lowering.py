@@ -181,8 +181,8 @@ def test_a_convolution() -> None:
         view_default: float32[6] = view(@proj.weight_scale, [-1])
         dequantize_per_channel_default: float32[6, 4, 2, 2] = quantized_decomposed::dequantize_per_channel(@proj.weight_packed_int8, view_default, @zero_points_of_6, 0, -128, 127, int8)
         conv2d_default_1: float32[B, 6, 4, 4] = conv2d(dequantize_per_tensor_default, dequantize_per_channel_default, @proj.bias, [2, 2], [1, 1], [1, 1], 1)
-        window_sums_default: float32[B, 1, 4, 4] = fxquant_torchao::window_sums(x_codes_1, 0.019607843831181526, 153, [4, 2, 2], [2, 2], [1, 1], [1, 1], 1, 6)
         view_default_1: float32[6, 1, 1] = view(@proj.weight_packed_excess, [-1, 1, 1])
+        window_sums_default: float32[B, 1, 4, 4] = fxquant_torchao::window_sums(x_codes_1, 0.019607843831181526, 153, [4, 2, 2], [2, 2], [1, 1], [1, 1], 1, 6)
         mul_tensor: float32[B, 6, 4, 4] = mul.Tensor(window_sums_default, view_default_1)
         sub_tensor: float32[B, 6, 4, 4] = sub.Tensor(conv2d_default_1, mul_tensor)
         return sub_tensor
