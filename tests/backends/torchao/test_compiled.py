@@ -195,7 +195,7 @@ def test_torch_compile_without_frozen_weights_is_told() -> None:
 
 
 def test_compile_in_place_keeps_the_models_results_for_every_backend() -> None:
-    for backend in ("torchao", "fake-quant", "native"):
+    for backend in ("torchao", "fake-quant"):
         mine = quantized("rtn-w8a8", backend)
         with torch.no_grad():
             expected = mine(**inputs(2)).sample
