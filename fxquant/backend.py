@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -83,6 +84,17 @@ class Backend(ABC):
                 f"backend {self.name!r} runs on {', '.join(sorted(self.devices))}, not on {device.type}; leave the "
                 "model there, or use backend 'fake-quant', which runs on any device"
             )
+
+    def check_move(self, start: torch.device, goal: torch.device) -> None:
+        """The same for a lowered model that stands on a device and is to go to another."""
+        self.check_device(goal)
+
+    def compiling(self) -> None:  # noqa: B027  (most have nothing to say)
+        """Called while ``torch.compile`` traces a model, for what its user must be told."""
+
+    def settings(self) -> contextlib.AbstractContextManager[object]:
+        """What a model that :meth:`torch.nn.Module.compile` compiled is called within: settings of the compiler."""
+        return contextlib.nullcontext()
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan before anything is converted.

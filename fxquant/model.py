@@ -111,6 +111,8 @@ class GraphModel(nn.Module):
 
     def find_compiling(self, names: tuple[str, ...], leaves: Sequence[Any]) -> CapturedGraph | None:
         """The same within ``torch.compile``, where values are not known: the compiled graph checks them as it runs."""
+        if self.backend is not None:
+            self.backend.compiling()
         fitting = [captured for captured in self.captured if captured.call.fits(names, leaves, values=False)]
         if len(fitting) != 1:
             return self.find(names, leaves)
@@ -139,6 +141,19 @@ class GraphModel(nn.Module):
                 stacklevel=4,
             )
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile in place, as :meth:`torch.nn.Module.compile` does, with the settings that the backend needs."""
+        super().compile(*args, **kwargs)
+        compiled, backend = self._compiled_call_impl, self.backend
+        assert compiled is not None
+        if backend is not None:
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with backend.settings():
+                    return compiled(*args, **kwargs)
+
+            self._compiled_call_impl = call
+
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write a checkpoint, as pipelines ask their components to; see :func:`fxquant.save`."""
         from fxquant.checkpoint import save
@@ -162,7 +177,7 @@ class GraphModel(nn.Module):
             )
         moved = probe.device != self.device
         if moved and self.backend is not None:
-            self.backend.check_device(probe.device)
+            self.backend.check_move(self.device, probe.device)
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             changed = fn(tensor)  # A cast to the model's dtype is none: scales and factors have dtypes of their own.

@@ -1,0 +1,163 @@
+"""The backend: what it runs, what it refuses, and what it calls what it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.backend import Backend
+from fxquant.backends.torchao import parts, weights
+from fxquant.backends.torchao.held import stored
+from fxquant.errors import BackendError, SpeedWarning
+from fxquant.ir.stages import SPECS, Stage, StageSpec
+from fxquant.plan import LayerPlan, Plan
+
+_ELSE = "use backend 'fake-quant'"
+
+
+class TorchAO(Backend):
+    """Runs layers by torchao's fusions for x86 and by the products of its tensor subclasses.
+
+    Compile the model: ``model.compile()``, which freezes weights as the fusions need it. Without, static layers
+    dequantize their weights on each call.
+    """
+
+    name: ClassVar[str] = "torchao"
+    spec: ClassVar[StageSpec] = StageSpec(
+        "lowered to torchao",
+        SPECS[Stage.QUANTIZED].ops - {"quantize", "linear", "matmul"},
+        frozenset({"aten", "quantized_decomposed", "fxquant_torchao"}),
+    )
+    devices: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
+
+    def refuse(self, layer: LayerPlan) -> str | None:
+        """What no kernel takes, and all if torchao is missing."""
+        if layer.weight_bits is None:
+            return None
+        reason = parts.missing()
+        if reason is not None:
+            return f"{reason}, or {_ELSE}"
+        if layer.activation_bits is None:
+            return _refuse_storage(layer) if layer.kind == "linear" else None
+        if layer.group_size:
+            return (
+                f"its weight has a grid for every {layer.group_size} input channels, and integer sums run over all; "
+                f"leave out the groups (w4a8 in place of w4a8-g{layer.group_size}), or {_ELSE}"
+            )
+        if layer.shape[1] > weights.MAX_FEATURES:
+            return f"sums over {layer.shape[1]} inputs do not fit 32 bits; keep the layer float, or {_ELSE}"
+        return None if torch.cuda.is_available() else parts.unfit()
+
+    def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
+        """To the ops that torchao's fusions know, and to those that its tensor subclasses run."""
+        parts.register_fusions()
+        from fxquant.backends.torchao.lowering import Lowering  # Names ops that torchao defines.
+
+        on_cpu = any(node.op == "get_attr" and node.meta["val"].device.type == "cpu" for node in module.graph.nodes)
+        integer = [name for name, layer in plan.layers.items() if layer.activation_bits is not None]
+        reason = parts.unfit()
+        if on_cpu and integer and reason is not None:
+            raise BackendError(f"backend 'torchao' cannot run {', '.join(integer[:3])} ...: {reason}")
+        lowering = Lowering(module, held)
+        lowering.run()
+        if lowering.slow:
+            value = lowering.slow[0].meta["val"]
+            warnings.warn(
+                f"{len(lowering.slow)} layers of weights in groups dequantize them on each call, because their kernel "
+                f"does not know {value.dtype} on {value.device.type}; convert the model to bfloat16 first",
+                SpeedWarning,
+                stacklevel=2,
+            )
+
+    def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
+        """Packed codes in place of the kernels' weights."""
+        return stored(module)
+
+    def kernel(self, layer: LayerPlan) -> str:
+        """The kernel when the model is compiled, and what runs where that is another one."""
+        if layer.weight_bits is None:
+            return "aten float"
+        if layer.activation_bits is None:
+            return _storage_kernel(layer)
+        dynamic = layer.activation is not None and layer.activation.method == "dynamic"
+        if layer.kind == "conv" and layer.boundaries:
+            return "fxquant::conv2d (reference, float)"
+        if dynamic or layer.boundaries:
+            return "_int_mm, rows scaled behind it; compiled and frozen: onednn qlinear u8 x s8"
+        if layer.kind == "conv":
+            return (
+                "onednn qconv u8 x s8 where compiled and frozen, else aten float; on CUDA fxquant::conv2d (reference)"
+            )
+        return "onednn qlinear u8 x s8 where compiled and frozen, else dequantize + aten float; on CUDA _int_mm"
+
+    def compiling(self) -> None:
+        """Warn where weights are not frozen, for then nothing is fused."""
+        _warn_if_not_frozen()
+
+    def settings(self) -> contextlib.AbstractContextManager[object]:
+        """Frozen weights, which the fusions need, and no gradients, which would keep inductor from it."""
+        import torch._inductor.config
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch._inductor.config.patch(freezing=True))
+        stack.enter_context(torch.no_grad())
+        return stack
+
+    def check_move(self, start: torch.device, goal: torch.device) -> None:
+        """Graphs for the processor and for GPUs differ."""
+        super().check_move(start, goal)
+        if start.type != goal.type:
+            raise BackendError(
+                f"backend 'torchao' lowered this model for {start.type}, and what {goal.type} runs is another graph; "
+                f"save it and load it there: fxquant.load(folder, device={str(goal)!r})"
+            )
+
+
+@torch.compiler.assume_constant_result
+def _warn_if_not_frozen() -> None:
+    import torch._inductor.config
+
+    if torch.compiler.is_exporting() or (torch._inductor.config.freezing and not torch.is_grad_enabled()):
+        return
+    warnings.warn(
+        "weights are not frozen while this model is compiled, and torchao's fusions need that: each call will "
+        "dequantize all weights. Call model.compile() in place of torch.compile(model), or set "
+        "torch._inductor.config.freezing = True and compile and run under torch.no_grad(); the option freezing of "
+        "torch.compile comes too late",
+        SpeedWarning,
+        stacklevel=2,
+    )
+
+
+def _refuse_storage(layer: LayerPlan) -> str | None:
+    """Weights in groups behind float activations that no kernel takes; those without groups all run."""
+    if not layer.group_size:
+        return None
+    if layer.weight_bits is not None and layer.weight_bits > 4:
+        return (
+            f"its kernels for weights in groups have 4 bits, not {layer.weight_bits}; leave out the groups, use 4 bits "
+            f"or fewer, or {_ELSE}"
+        )
+    shape = layer.shape[0], layer.shape[1]
+    if all(weights.group_of_four_bits(*shape, layer.group_size, device) is None for device in ("cpu", "cuda")):
+        return (
+            f"its 4-bit kernel takes groups of a multiple of 32 inputs and a multiple of 16 outputs, not groups of "
+            f"{layer.group_size} and {layer.shape[0]} outputs; use such groups (-g32, -g64) or none, or {_ELSE}"
+        )
+    return None
+
+
+def _storage_kernel(layer: LayerPlan) -> str:
+    if layer.kind != "linear":
+        return "dequantize + aten float"
+    four = layer.weight_bits is not None and layer.weight_bits <= 4
+    if four and weights.group_of_four_bits(layer.shape[0], layer.shape[1], layer.group_size, "cpu") is not None:
+        return "aten _weight_int4pack_mm in 16-bit floats; dequantize + aten float in others"
+    if weights.fits_byte_kernel(layer.shape[1]):
+        return "aten _weight_int8pack_mm in 16-bit floats; dequantize + aten float in others"
+    return "dequantize + aten float"

@@ -1,0 +1,214 @@
+"""From a quantized graph to what torchao's fusions and kernels take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxquant.backends.torchao import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.torchao import weights
+from fxquant.backends.torchao.held import Held, Weight
+from fxquant.capture import drop_unread_tensors
+from fxquant.ir.rewriter import Rewriter
+
+aten, ours, pt2e = torch.ops.aten, torch.ops.fxquant_torchao, torch.ops.quantized_decomposed
+
+Grid = tuple[float, int]
+
+
+class Lowering:
+    """The rewriting of one graph.
+
+    Attributes:
+        slow: Layers whose weights are dequantized on each call, because no kernel takes them in their dtype.
+    """
+
+    def __init__(self, module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
+        self.rewriter = Rewriter(module, "lower to torchao")
+        self.held = Held(self.rewriter, held)
+        self.slow: list[fx.Node] = []
+
+    def run(self) -> None:
+        """Rewrite the graph in place.
+
+        Static grids on CPUs, before::
+
+            codes = fxquant.quantize(x, s, z, 0, 255, uint8)
+            y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, bits, 0, dtype)
+
+        After, the graph of PT2E::
+
+            codes = quantized_decomposed.quantize_per_tensor(x, s, z, 0, 255, uint8)
+            y = linear(dequantize_per_tensor(codes, s, z, ...), dequantize_per_channel(W_int8, W_scale, ...), bias)
+
+        where W_int8 is the weight made symmetric; what it has in excess is taken off y. Other grids, and other
+        devices::
+
+            y = fxquant_torchao.linear_rows(codes, s, z, W_int8, W_scale, W_sums, W_excess, bias, dtype)
+
+        Float activations, ``linear(x, fxquant.dequantize_weight(...), bias)``, after::
+
+            y = fxquant_torchao.linear_of_nibbles(x, W_int4, W_scale, W_zero_point, bits, group, bias)
+            y = fxquant_torchao.linear_of_bytes(x, W_int8, W_scale, W_excess, bias)
+        """
+        steps: dict[Any, Callable[[fx.Node], None]] = {
+            torch.ops.fxquant.quantize.default: self._quantize,
+            torch.ops.fxquant.linear.default: self._linear,
+            torch.ops.fxquant.conv2d.default: self._conv2d,
+            torch.ops.fxquant.dequantize_weight.default: self._dequantize_weight,
+        }
+        for node in list(self.rewriter.graph.nodes):
+            if node.target in steps:
+                steps[node.target](node)
+        self.rewriter.graph.eliminate_dead_code()
+        drop_unread_tensors(self.rewriter.module)
+
+    # --- inputs ---
+
+    def _quantize(self, node: fx.Node) -> None:
+        x, scale, zero_point, qmin, qmax, dtype = _arguments(node)
+        assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
+        x_dtype = x.meta["val"].dtype
+        with self.rewriter.before(node):
+            if not _is_static(scale, x_dtype):
+                new = self._call(ours.quantize_rows.default, x, scale, zero_point, qmax, of=node, name=node.name)
+            else:
+                if x_dtype == torch.float64:
+                    x = self._cast(x, torch.float32, node)
+                arguments = (x, *self._grid(scale, zero_point), 0, 255, torch.uint8)
+                new = self._call(pt2e.quantize_per_tensor.default, *arguments, of=node, name=node.name)
+                self.held.keep(new, [scale, zero_point])
+                if qmax != 255:  # Fusions take the highest code of uint8 for that of the grid.
+                    new = self._call(aten.clamp_max.default, new, qmax, of=node)
+        self.rewriter.replace(node, new)
+
+    def _grid(self, scale: fx.Node, zero_point: fx.Node) -> Grid:
+        tensors = [self.rewriter.tensor(part) for part in (scale, zero_point)]
+        assert not any(isinstance(tensor, FakeTensor) for tensor in tensors), f"{scale.target} has no value"
+        return float(tensors[0].item()), int(tensors[1].item())
+
+    # --- layers of quantized inputs ---
+
+    def _linear(self, node: fx.Node) -> None:
+        codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, bias, bits, _, dtype = _arguments(node)
+        weight = Weight(packed, w_scale, w_zero_point, bits, int(codes.meta["val"].shape[-1]))
+        with self.rewriter.before(node):
+            if not _is_static(x_scale, dtype):
+                held = self.held.int8(weight), w_scale, self.held.sums(weight), self.held.excess(weight)
+                arguments = (codes, x_scale, x_zero_point, *held, bias, dtype)
+                new = self._call(ours.linear_rows.default, *arguments, of=node)
+            else:
+                grid = self._grid(x_scale, x_zero_point)
+                new = self._layer(node, aten.linear.default, (), grid, weight, (ours.input_sums.default, ()))
+        self.rewriter.replace(node, new)
+        self._forget(weight)
+
+    def _conv2d(self, node: fx.Node) -> None:
+        _, x_scale, x_zero_point, packed, w_scale, w_zero_point, _, bits, kernel, *geometry, dtype = _arguments(node)
+        if not _is_static(x_scale, dtype):
+            return  # It stays the reference op.
+        weight = Weight(packed, w_scale, w_zero_point, bits, math.prod(kernel), tuple(kernel))
+        grid = self._grid(x_scale, x_zero_point)
+        sums = ours.window_sums.default, (kernel, *geometry, weight.out_features)
+        with self.rewriter.before(node):
+            new = self._layer(node, aten.conv2d.default, tuple(geometry), grid, weight, sums)
+        self.rewriter.replace(node, new)
+        self._forget(weight)
+
+    def _layer(
+        self,
+        node: fx.Node,
+        product: Any,
+        geometry: tuple[Any, ...],
+        grid: Grid,
+        weight: Weight,
+        sums: tuple[Any, tuple[Any, ...]],
+    ) -> fx.Node:
+        """A product of dequantized factors, which the fusions know, less what the held weight has in excess."""
+        codes, bias, dtype = node.args[0], node.args[6], node.args[-1]
+        excess = self.held.excess(weight)
+        vector = bias if isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1 else None
+        # What something is added to or taken off stays in 32 bits until then.
+        inner = dtype if dtype == torch.bfloat16 and excess is None and bias is vector else torch.float32
+        x = self._call(pt2e.dequantize_per_tensor.default, codes, *grid, 0, 255, torch.uint8, of=node)
+        steps = self._call(aten.view.default, weight.scale, [-1], of=weight.scale)
+        arguments = (self.held.int8(weight), steps, self.held.zeros(weight), 0, -128, 127, torch.int8)
+        values = self._call(pt2e.dequantize_per_channel.default, *arguments, of=node)
+        factors = [self._cast(value, inner, node) for value in (x, values)]
+        vector = None if vector is None else self._cast(vector, inner, node)
+        y = self._call(product, *factors, vector, *geometry, of=node)
+        if excess is not None:
+            if weight.kernel:
+                excess = self._call(aten.view.default, excess, [-1, 1, 1], of=node)
+            surplus = self._call(aten.mul.Tensor, self._sums(codes, grid, *sums), excess, of=node)
+            # Not an addition of the negative, which the fusions would make a tensor of its own for the kernel to add.
+            y = self._call(aten.sub.Tensor, y, surplus, of=node)
+        if isinstance(bias, fx.Node) and vector is None:
+            y = self._call(aten.add.Tensor, y, bias, of=node)
+        return self._cast(y, dtype, node)
+
+    def _sums(self, codes: Any, grid: Grid, op: Any, options: tuple[Any, ...]) -> fx.Node:
+        """Sums of the inputs; layers that read one value share them."""
+        key = "sums", codes, grid, op, str(options)
+        if key not in self.rewriter.memo:
+            self.rewriter.memo[key] = self._call(op, codes, *grid, *options, of=codes)
+        node: fx.Node = self.rewriter.memo[key]
+        return node
+
+    # --- layers of float inputs ---
+
+    def _dequantize_weight(self, node: fx.Node) -> None:
+        packed, scale, zero_point, bits, group_size, in_features, dtype = _arguments(node)
+        if packed.op != "get_attr":
+            return  # Rows of a table, which are dequantized as they are looked up.
+        weight = Weight(packed, scale, zero_point, bits, in_features)
+        device = packed.meta["val"].device.type
+        halves = {torch.bfloat16, torch.float16} if device == "cpu" else {torch.bfloat16}
+        group = None
+        if bits <= 4 and dtype in halves:
+            group = weights.group_of_four_bits(weight.out_features, in_features, group_size, device)
+        for reader in list(node.users):
+            if reader.target is not aten.linear.default:
+                continue
+            x, _, bias = (*_arguments(reader), None)[:3]
+            with self.rewriter.before(reader):
+                if group is not None:
+                    grid = scale, zero_point, bits, group
+                    new = self._call(ours.linear_of_nibbles.default, x, self.held.int4(weight), *grid, bias, of=reader)
+                elif not group_size:
+                    held = self.held.int8(weight), scale, self.held.excess(weight)
+                    new = self._call(ours.linear_of_bytes.default, x, *held, bias, of=reader)
+                else:
+                    self.slow.append(reader)
+                    continue
+            self.rewriter.replace(reader, new)
+        if not node.users:
+            self.rewriter.erase(node)
+            self._forget(weight)
+
+    # --- nodes ---
+
+    def _call(self, target: Any, *args: Any, of: Any, name: str | None = None) -> fx.Node:
+        return self.rewriter.call(target, args, [of], name=name)
+
+    def _cast(self, node: fx.Node, dtype: Any, of: fx.Node) -> fx.Node:
+        return node if node.meta["val"].dtype == dtype else self._call(aten.to.dtype, node, dtype, of=of)
+
+    def _forget(self, weight: Weight) -> None:
+        """Drop packed codes that nothing reads any more, so that both forms of a model's weights never add up."""
+        if not weight.packed.users:
+            self.rewriter.forget(weight.packed)
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _is_static(scale: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a grid is one number that is known now, for fusions that know its device and dtype."""
+    return scale.op == "get_attr" and scale.meta["val"].device.type == "cpu" and dtype != torch.float16
