@@ -54,6 +54,22 @@ class Backend(ABC):
         """The tensors of a lowered graph as the quantized graph named and held them, which is how a checkpoint does."""
         return read_tensors(module)
 
+    def to_plain(self, tensor: Tensor) -> Tensor:
+        """What a tensor of a lowered graph holds, as one that can be written to a file; strided ones are that already.
+
+        A backend that holds tensors in layouts of kernels overrides this, and :meth:`from_plain`, the way back.
+
+        Raises:
+            BackendError: If it cannot be written.
+        """
+        if tensor.layout is not torch.strided:
+            raise BackendError(f"backend {self.name!r} does not say how its {tensor.layout} tensors are written")
+        return tensor
+
+    def from_plain(self, tensor: Tensor) -> Tensor:
+        """Undo :meth:`to_plain`, as is best for this machine."""
+        return tensor
+
     @abstractmethod
     def kernel(self, layer: LayerPlan) -> str:
         """Name of the kernel that runs a layer, for the report; that of a fallback holds :data:`REFERENCE`."""

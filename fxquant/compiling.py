@@ -117,13 +117,18 @@ def _opened(module: fx.GraphModule) -> Code:
     kept = module.meta.get(_KEPT)
     if kept is None or kept[0] is not module._code:
         graph = copy.deepcopy(module.graph)
-        for node in graph.nodes:
-            if node.target in _CONVOLUTIONS:
-                node.args = _normal(node.args, _CONVOLUTIONS[node.target])
-                node.target = torch.ops.fxquant.convolution.default
+        keep_layouts(graph)
         kept = module.meta[_KEPT] = module._code, type(fx.GraphModule(module, graph)).forward
     code: Code = kept[1]
     return code
+
+
+def keep_layouts(graph: fx.Graph) -> None:
+    """Put in place of convolutions, whose results lie as their kernels leave them, ones with results in order."""
+    for node in graph.nodes:
+        if node.target in _CONVOLUTIONS:
+            node.args = _normal(node.args, _CONVOLUTIONS[node.target])
+            node.target = torch.ops.fxquant.convolution.default
 
 
 def _normal(args: tuple[Any, ...], dims: int) -> tuple[Any, ...]:

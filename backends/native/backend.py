@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from fxquant.backend import Backend
 from fxquant.backends.native import compiled, machine, onednn
+from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
@@ -101,6 +103,14 @@ class Native(Backend):
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
         """Packed codes in place of the kernels' weights."""
         return compiled.stored(module) if self.kernels is Kernels.COMPILED else onednn.stored(module)
+
+    def to_plain(self, tensor: Tensor) -> Tensor:
+        """The int8 values `[in, out]` of a prepacked weight."""
+        return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+    def from_plain(self, tensor: Tensor) -> Tensor:
+        """A prepacked weight of int8 values `[in, out]`."""
+        return weights.laid_out(tensor.t())
 
     def kernel(self, layer: LayerPlan) -> str:
         """The kernel that multiplies, or the reference op."""

@@ -30,7 +30,12 @@ def prepacked(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -
         bits: Bits a code, 2 to 8.
         in_features: Codes a row.
     """
-    return torch.ops.onednn.qlinear_prepack(_signed(unpack(packed, bits, in_features), zero_point, bits), None)
+    return laid_out(_signed(unpack(packed, bits, in_features), zero_point, bits))
+
+
+def laid_out(values: Tensor) -> Tensor:
+    """Prepacked int8 `[in, out]`, in the layout that is best on this machine, from int8 values `[out, in]`."""
+    return torch.ops.onednn.qlinear_prepack(values.contiguous(), None)
 
 
 def unpacked(weight: Tensor, zero_point: Tensor, bits: int) -> Tensor:
