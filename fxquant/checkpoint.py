@@ -31,10 +31,9 @@ from fxquant.files import (
 )
 from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
+from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
 
-CONFIG_FILE = "config.json"
-TENSORS_FILE = "model.safetensors"
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 _FILES = (PLAN_FILE, *_DIGESTED)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -178,6 +177,8 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     path = folder / PLAN_FILE
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
+    if (folder / PACKAGE_FILE).is_file():
+        raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {folder} is not an fxquant checkpoint, or not all of it was copied")
     try:

@@ -136,7 +136,7 @@ def _normal(args: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
     x, weight, *rest = args
     bias, stride, padding, dilation, groups = (*rest, *(None, 1, 0, 1, 1)[len(rest) :])
     each = [list(value) if isinstance(value, (list, tuple)) else [value] for value in (stride, padding, dilation)]
-    return (x, weight, bias, *(value * (dims // len(value)) for value in each), groups)
+    return (x, weight, bias, *[value * (dims // len(value)) for value in each], groups)
 
 
 # torch's own convolution says of its result, while it is traced, that it lies as the kernel for this batch size leaves

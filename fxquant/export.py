@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
 from fxquant.capture import CapturedGraph, read_tensors
-from fxquant.errors import BackendError, CompilerError, ConfigurationError
+from fxquant.checkpoint import load
+from fxquant.errors import BackendError, CheckpointError, CompilerError, ConfigurationError
 from fxquant.files import digest, digest_of, dtype_name, refuse_to_replace, write_tensors
 from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
@@ -38,7 +40,10 @@ from fxquant.packages import (
     machine,
     signature_to_json,
 )
+from fxquant.pipelines import INDEX_FILE, refuse_existing
+from fxquant.plan import PLAN_FILE
 
+Progress = Callable[[int, int, float | None], None]
 _BATCH = 2  # Of the inputs to compile with; any from 2 on leaves the batch open.
 _OPTIONS = {"cpp.dynamic_threads": True}  # As many threads as there are when it runs, not when it was compiled.
 
@@ -48,9 +53,9 @@ class Exported:
     """What an export took.
 
     Attributes:
-        folder: The package.
+        folder: What was written.
         seconds: Seconds of compilation, one a graph.
-        bytes: Size of the package in bytes.
+        bytes: Size of what was written.
     """
 
     folder: Path
@@ -63,7 +68,7 @@ def export_aot(
     folder: str | Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int, float | None], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Exported:
     """Compile a quantized model ahead of time into a package, which :func:`fxquant.load_package` reads.
 
@@ -86,7 +91,7 @@ def export_aot(
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"export_aot takes a model that fxquant.compile made, not a {type(model).__name__}")
     folder = Path(folder).resolve()
-    refuse_to_replace(folder, overwrite, lambda name: name in _FILES or name.startswith("graph-"))
+    refuse_to_replace(folder, overwrite, _is_ours)
     if model.device.type != "cpu":
         raise BackendError(f"packages run on the CPU, and this model is on {model.device}; move it: model.to('cpu')")
     require_compiler()
@@ -106,7 +111,53 @@ def export_aot(
     return Exported(folder, tuple(seconds), size)
 
 
-_FILES = (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE)
+def export_folder(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    backend: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Exported:
+    """The same for a checkpoint, or a pipeline that holds one, which :func:`fxquant.load_pipeline` reads afterwards.
+
+    Args:
+        source: A folder that :func:`fxquant.save` or :func:`fxquant.save_pipeline` wrote.
+        folder: Where to; a package, or a copy of the pipeline with packages in place of checkpoints.
+        backend: Another backend than the one it was compiled for.
+        overwrite: Replace what is there already, if it is of the same kind.
+        progress: As for :func:`export_aot`.
+
+    Raises:
+        CheckpointError: Also if there is no quantized model in ``source``.
+    """
+    source, folder = Path(source).resolve(), Path(folder).resolve()
+    require_compiler()
+    if not (source / INDEX_FILE).is_file():
+        refuse_to_replace(folder, overwrite, _is_ours)
+        return export_aot(load(source, backend=backend), folder, overwrite=overwrite, progress=progress)
+    refuse_existing(folder, overwrite)
+    if folder == source:
+        raise ConfigurationError(f"{folder} is the pipeline itself; choose another folder")
+    parts = [path.parent.name for path in sorted(source.glob(f"*/{PLAN_FILE}"))]
+    if not parts:
+        raise CheckpointError(f"no part of the pipeline {source} is quantized; see fxquant quantize")
+    seconds: list[float] = []
+    with whole_folder(folder) as written:
+        for path in source.iterdir():
+            if path.is_file():
+                shutil.copy(path, written)
+            elif path.name not in parts:
+                shutil.copytree(path, written / path.name)
+        for part in parts:
+            model = load(source / part, backend=backend)
+            seconds += export_aot(model, written / part, progress=progress).seconds
+        size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    return Exported(folder, tuple(seconds), size)
+
+
+def _is_ours(name: str) -> bool:
+    return name in (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE) or name.startswith("graph-")
 
 
 def require_compiler() -> None:

@@ -55,8 +55,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(_unshared(plain), path, metadata=metadata)
 
 
-def load_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a file, on a device.
+def load_tensors(path: Path, device: torch.device, mapped: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a file, on a device; those named ``mapped`` stay parts of the file, to be read once.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -64,7 +64,8 @@ def load_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             # Cloned, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors |= {name: tensor.clone() for name, tensor in tensors.items() if name not in mapped}
             for name in json.loads((file.metadata() or {}).get("complex", "[]")):
                 tensors[name] = torch.view_as_complex(tensors[name])
             return tensors

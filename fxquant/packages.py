@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.backend import Backend, resolve_backend
+from fxquant import compiling as _compiling  # noqa: F401  (registers an op)
+from fxquant.backend import resolve_backend
 from fxquant.calls import CallSpec, TensorSpec, canonical_call, describe_call
 from fxquant.capture import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
@@ -101,6 +102,14 @@ class PackagedModel(nn.Module):
         """Where it was compiled for."""
         return torch.device("cpu")
 
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refuse: what a package was made from is not in it.
+
+        Raises:
+            ConfigurationError: Says what to do instead.
+        """
+        raise ConfigurationError("a packaged model is not saved but copied: copy its folder, or export a checkpoint")
+
     def skeleton(self) -> nn.Module:
         """The original model without its weights, if its class is one of diffusers.
 
@@ -163,6 +172,7 @@ def load_package(folder: str | Path) -> PackagedModel:
         CheckpointError: If a file is missing, damaged or of a newer format, or the package was compiled for another
             torch or processor.
         UnknownNameError: If the backend that it was made by is not installed.
+        BackendError: If the backend holds its tensors in another way on this machine.
     """
     folder = Path(folder)
     info = _read_info(folder)
@@ -172,17 +182,13 @@ def load_package(folder: str | Path) -> PackagedModel:
     runner = resolve_backend(info["backend"])  # Registers its ops.
     with blaming(folder / CONFIG_FILE):
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"))
+    tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), mapped=set(info["packed"]))
     with blaming(path):
-        _read_in(runner, info["packed"], tensors)
+        for name in info["packed"]:
+            tensors[name] = runner.from_plain(tensors[name])
         _import_output_class(info)
         graphs = [_read_graph(folder, number, entry, tensors) for number, entry in enumerate(info["graphs"])]
         return PackagedModel(info, config, graphs)
-
-
-def _read_in(runner: Backend, packed: Sequence[str], tensors: dict[str, Tensor]) -> None:
-    for name in packed:
-        tensors[name] = runner.from_plain(tensors[name])
 
 
 def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackagedGraph:

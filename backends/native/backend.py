@@ -105,12 +105,12 @@ class Native(Backend):
         return compiled.stored(module) if self.kernels is Kernels.COMPILED else onednn.stored(module)
 
     def to_plain(self, tensor: Tensor) -> Tensor:
-        """The int8 values `[in, out]` of a prepacked weight."""
-        return tensor if tensor.layout is torch.strided else tensor.to_dense()
+        """The bytes of a prepacked weight."""
+        return tensor if tensor.layout is torch.strided else weights.to_bytes(tensor)
 
     def from_plain(self, tensor: Tensor) -> Tensor:
-        """A prepacked weight of int8 values `[in, out]`."""
-        return weights.laid_out(tensor.t())
+        """A prepacked weight of these bytes."""
+        return weights.from_bytes(tensor)
 
     def kernel(self, layer: LayerPlan) -> str:
         """The kernel that multiplies, or the reference op."""
