@@ -14,6 +14,7 @@ import inspect
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ PACKAGE_FILE = "package.json"
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
 GRAPH_FILE = "graph-{}.pt2"
+_NEEDED = {"machine", "model_class", "backend", "dtype", "timestep", "signature", "packed", "graphs", "files"}
 
 
 class PackagedGraph:
@@ -178,14 +180,19 @@ def load_package(folder: str | Path) -> PackagedModel:
     info = _read_info(folder)
     path = folder / PACKAGE_FILE
     _check_machine(info.get("machine"), path)
-    check_digests(folder, sorted({*info["files"], CONFIG_FILE, TENSORS_FILE}), info["files"], PACKAGE_FILE)
     runner = resolve_backend(info["backend"])  # Registers its ops.
+    with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
+        names = sorted({*info["files"], CONFIG_FILE, TENSORS_FILE, *map(GRAPH_FILE.format, range(len(info["graphs"])))})
+        checked = pool.submit(check_digests, folder, names, info["files"], PACKAGE_FILE)
+        try:  # Tensors do nothing; what does something is touched only after the check.
+            tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), mapped=set(info["packed"]))
+            packed = pool.map(runner.from_plain, [tensors[name] for name in info["packed"]])
+            tensors |= dict(zip(info["packed"], packed, strict=True))
+        finally:
+            checked.result()
     with blaming(folder / CONFIG_FILE):
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), mapped=set(info["packed"]))
     with blaming(path):
-        for name in info["packed"]:
-            tensors[name] = runner.from_plain(tensors[name])
         _import_output_class(info)
         graphs = [_read_graph(folder, number, entry, tensors) for number, entry in enumerate(info["graphs"])]
         return PackagedModel(info, config, graphs)
@@ -212,6 +219,9 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} describes no fxquant package")
     if info["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {info['format']}; this fxquant reads {FORMAT}: export it again")
+    missing = _NEEDED - info.keys()
+    if missing:
+        raise CheckpointError(f"{path} says nothing of {', '.join(sorted(missing))}; export the package again")
     if info.get("digest") != digest_of(info) or text != info_text(info):
         raise CheckpointError(f"{path} does not match its digest: it is damaged or was edited; copy the package again")
     return info

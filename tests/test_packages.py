@@ -231,6 +231,26 @@ def test_a_package_for_another_machine_or_of_another_format(
         fxquant.load_package(folder)
 
 
+def test_a_description_that_is_not_whole(several: Made, tmp_path: Path) -> None:
+    folder = shutil.copytree(several[1], tmp_path / "package")
+    info = json.loads((folder / "package.json").read_text())
+    del info["packed"]
+    info["digest"] = files.digest_of(info)
+    (folder / "package.json").write_text(json.dumps(info, indent=1) + "\n")
+    with pytest.raises(CheckpointError, match="says nothing of packed"):
+        fxquant.load_package(folder)
+
+
+def test_a_graph_without_a_digest(several: Made, tmp_path: Path) -> None:
+    folder = shutil.copytree(several[1], tmp_path / "package")
+    info = json.loads((folder / "package.json").read_text())
+    del info["files"]["graph-1.pt2"]
+    info["digest"] = files.digest_of(info)
+    (folder / "package.json").write_text(json.dumps(info, indent=1) + "\n")
+    with pytest.raises(CheckpointError, match=r"graph-1\.pt2 is damaged"):
+        fxquant.load_package(folder)
+
+
 def test_folders_of_the_other_kind(several: Made, tmp_path: Path) -> None:
     quantized, folder = several
     with pytest.raises(CheckpointError, match=r"fxquant\.load_package reads it"):
