@@ -133,8 +133,8 @@ def keep_layouts(graph: fx.Graph) -> None:
 
 def _normal(args: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
     """The arguments of a convolution with all defaults filled in, and a number for each axis."""
-    x, weight, *rest = args
-    bias, stride, padding, dilation, groups = [*rest, *[None, 1, 0, 1, 1][len(rest) :]]
+    defaults: tuple[Any, ...] = (None, 1, 0, 1, 1)
+    x, weight, bias, stride, padding, dilation, groups = args + defaults[len(args) - 2 :]
     each = [list(value) if isinstance(value, (list, tuple)) else [value] for value in (stride, padding, dilation)]
     return (x, weight, bias, *[value * (dims // len(value)) for value in each], groups)
 
