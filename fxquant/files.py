@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.errors import BackendError, CheckpointError, FxquantError
+
+_PART = 64 << 20  # Bytes of a file that are in memory at a time.
 
 
 def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bool]) -> None:
@@ -55,22 +58,51 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(_unshared(plain), path, metadata=metadata)
 
 
-def load_tensors(path: Path, device: torch.device, mapped: Collection[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a file, on a device; those named ``mapped`` stay parts of the file, to be read once.
+def load_tensors(
+    path: Path, device: torch.device, take: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor.clone()
+) -> dict[str, Tensor]:
+    """The tensors of a file, on a device.
+
+    A part of the file is in memory at a time, so that the tensors and the file never add up.
+
+    Args:
+        path: What :func:`write_tensors` wrote.
+        device: Where the tensors go.
+        take: What to make of a tensor of a name, which is gone afterwards; called by several threads at once. Cloned if
+            not given, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
 
     Raises:
         CheckpointError: If it cannot be read.
     """
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            # Cloned, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            tensors |= {name: tensor.clone() for name, tensor in tensors.items() if name not in mapped}
-            for name in json.loads((file.metadata() or {}).get("complex", "[]")):
-                tensors[name] = torch.view_as_complex(tensors[name])
-            return tensors
+            names, metadata = list(file.keys()), file.metadata() or {}
+        with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
+            while len(tensors) < len(names):
+                tensors |= _load_part(path, device, names[len(tensors) :], take, pool)
+        for name in json.loads(metadata.get("complex", "[]")):
+            tensors[name] = torch.view_as_complex(tensors[name])
+    except FxquantError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}; copy the checkpoint again") from error
+    return tensors
+
+
+def _load_part(
+    path: Path, device: torch.device, names: Sequence[str], take: Callable[[str, Tensor], Tensor], pool: Executor
+) -> dict[str, Tensor]:
+    """The first few tensors; what is read of a file stays in memory until it is closed."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        read: dict[str, Tensor] = {}
+        total = 0
+        for name in names:
+            read[name] = file.get_tensor(name)
+            total += read[name].nbytes
+            if total > _PART:
+                break
+        return dict(zip(read, pool.map(take, read, read.values()), strict=True))
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

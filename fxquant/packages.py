@@ -181,13 +181,16 @@ def load_package(folder: str | Path) -> PackagedModel:
     path = folder / PACKAGE_FILE
     _check_machine(info.get("machine"), path)
     runner = resolve_backend(info["backend"])  # Registers its ops.
-    with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
-        names = sorted({*info["files"], CONFIG_FILE, TENSORS_FILE, *map(GRAPH_FILE.format, range(len(info["graphs"])))})
+    packed = set(info["packed"])
+    names = sorted({*info["files"], CONFIG_FILE, TENSORS_FILE, *map(GRAPH_FILE.format, range(len(info["graphs"])))})
+
+    def take(name: str, tensor: Tensor) -> Tensor:
+        return runner.from_plain(tensor) if name in packed else tensor.clone()
+
+    with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_digests, folder, names, info["files"], PACKAGE_FILE)
         try:  # Tensors do nothing; what does something is touched only after the check.
-            tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), mapped=set(info["packed"]))
-            packed = pool.map(runner.from_plain, [tensors[name] for name in info["packed"]])
-            tensors |= dict(zip(info["packed"], packed, strict=True))
+            tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), take)
         finally:
             checked.result()
     with blaming(folder / CONFIG_FILE):
