@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,9 @@ from fxquant.registry import Registry
 
 REFERENCE = "(reference"
 """Stands in the name of a kernel that is a fallback: right, but made for its meaning and not for speed."""
+
+
+_KERNELS = ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
 class Backend(ABC):
@@ -69,6 +72,16 @@ class Backend(ABC):
     def from_plain(self, tensor: Tensor) -> Tensor:
         """Undo :meth:`to_plain`, as is best for this machine."""
         return tensor
+
+    def make_ready(self, ops: Collection[str]) -> None:
+        """See to it that ops of compiled graphs, named ``namespace::name``, have kernels on this machine.
+
+        Raises:
+            BackendError: If one has none.
+        """
+        for op in ops:
+            if not any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for key in _KERNELS):
+                raise BackendError(f"{op} has no kernel here; the package was made by another version of fxquant")
 
     @abstractmethod
     def kernel(self, layer: LayerPlan) -> str:

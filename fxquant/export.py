@@ -247,6 +247,17 @@ def _describe(captured: CapturedGraph) -> dict[str, Any]:
     }
 
 
+def _own_ops(model: GraphModel) -> list[str]:
+    """The ops of the graphs that are not torch's own, by name."""
+    schemas = {
+        str(node.target._schema.name)
+        for captured in model.captured
+        for node in captured.module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    }
+    return sorted(name for name in schemas if name.startswith("fxquant"))
+
+
 def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]], folder: Path) -> None:
     assert model.plan is not None
     config = dict(getattr(model.architecture.skeleton, "config", {}) or {})
@@ -265,6 +276,7 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
         "signature": signature_to_json(model.architecture.signature),
         "packed": [name for name, tensor in tensors.items() if tensor.layout is not torch.strided],
         "graphs": entries,
+        "ops": _own_ops(model),
     }
     info["files"] = {path.name: digest(path) for path in sorted(folder.iterdir())}
     info["digest"] = digest_of(info)

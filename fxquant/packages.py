@@ -34,7 +34,7 @@ PACKAGE_FILE = "package.json"
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
 GRAPH_FILE = "graph-{}.pt2"
-_NEEDED = {"machine", "model_class", "backend", "dtype", "timestep", "signature", "packed", "graphs", "files"}
+_NEEDED = {"machine", "model_class", "backend", "dtype", "timestep", "signature", "packed", "graphs", "ops", "files"}
 
 
 class PackagedGraph:
@@ -181,6 +181,8 @@ def load_package(folder: str | Path) -> PackagedModel:
     path = folder / PACKAGE_FILE
     _check_machine(info.get("machine"), path)
     runner = resolve_backend(info["backend"])  # Registers its ops.
+    with blaming(path):
+        runner.make_ready(info["ops"])
     packed = set(info["packed"])
     names = sorted({*info["files"], CONFIG_FILE, TENSORS_FILE, *map(GRAPH_FILE.format, range(len(info["graphs"])))})
 
@@ -237,7 +239,7 @@ def info_text(info: Mapping[str, Any]) -> str:
 
 # --- for whom it was compiled ---------------------------------------------------------------------------------------
 
-_INSTRUCTIONS = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_tile")
+_INSTRUCTIONS = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile")
 
 
 def machine() -> dict[str, Any]:

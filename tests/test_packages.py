@@ -315,6 +315,16 @@ def test_signatures_are_written_and_read() -> None:
     assert str(again) == "(x, /, y=2.5, *, z=None, **others)"
 
 
+def test_ops_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = fxquant.backend.resolve_backend("native")
+    native.make_ready(["fxquant::quantize", "fxquant_native::linear", "fxquant_native::quantize"])
+    with pytest.raises(BackendError, match="fxquant_native::unheard_of has no kernel here"):
+        native.make_ready(["fxquant_native::unheard_of"])
+    monkeypatch.setattr("fxquant.backends.native.machine.missing_kernels", lambda: "there is no compiler")
+    with pytest.raises(BackendError, match="there are none here: there is no compiler"):
+        native.make_ready(["fxquant_native::vnni_linear"])
+
+
 def test_layouts_that_no_backend_writes() -> None:
     class Backend(fxquant.backend.Backend):
         name = "none"
