@@ -80,7 +80,9 @@ class Backend(ABC):
             BackendError: If one has none.
         """
         for op in ops:
-            if not any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for key in _KERNELS):
+            namespace, _, name = op.partition("::")
+            known = hasattr(getattr(torch.ops, namespace), name)
+            if not known or not any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for key in _KERNELS):
                 raise BackendError(f"{op} has no kernel here; the package was made by another version of fxquant")
 
     @abstractmethod

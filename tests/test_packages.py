@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant import files
+from fxquant.backends.native import Native
 from fxquant.cli import app
 from fxquant.errors import BackendError, CaptureError, CheckpointError, CompilerError, ConfigurationError
 from fxquant.export import lifted
@@ -32,7 +33,7 @@ from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 
 pytestmark = pytest.mark.slow  # Two backends, three graphs: as many runs of the C++ compiler.
 
-BACKENDS = ("fake-quant", "native")
+BACKENDS = ("fake-quant", "native", "onednn")
 Made = tuple[GraphModel, Path]
 
 
@@ -67,8 +68,19 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture(scope="module")
-def made(pipeline: Made, several: Made) -> dict[str, Made]:
-    return {"native": (pipeline[0], pipeline[1] / "transformer"), "fake-quant": several}
+def opaque(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A model whose weights lie in layouts of oneDNN's, which no file keeps."""
+    model, folder = make_dit(), tmp_path_factory.mktemp("onednn") / "package"
+    backend = Native(kernels="onednn")
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", backend=backend, calibrate=calibrate(model), measure=0)
+    assert any(tensor.layout is not torch.strided for tensor in quantized.tensors().values())
+    fxquant.export_aot(quantized, folder)
+    return quantized, folder
+
+
+@pytest.fixture(scope="module")
+def made(pipeline: Made, several: Made, opaque: Made) -> dict[str, Made]:
+    return {"native": (pipeline[0], pipeline[1] / "transformer"), "fake-quant": several, "onednn": opaque}
 
 
 # --- what it does ---------------------------------------------------------------------------------------------------
