@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.checkpoint import load, save
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
+    from fxquant.export import export_aot
     from fxquant.observers import Statistics
+    from fxquant.packages import load_package
     from fxquant.pipelines import load_pipeline, save_pipeline
     from fxquant.plan import Plan
     from fxquant.profiling import Profile, profile
@@ -26,7 +28,9 @@ __all__ = [
     "SpeedWarning",
     "Statistics",
     "compile",
+    "export_aot",
     "load",
+    "load_package",
     "load_pipeline",
     "make_recipe",
     "profile",
@@ -47,7 +51,9 @@ _HOMES = {
     "SpeedWarning": "errors",
     "Statistics": "observers",
     "compile": "api",
+    "export_aot": "export",
     "load": "checkpoint",
+    "load_package": "packages",
     "load_pipeline": "pipelines",
     "make_recipe": "recipes",
     "profile": "profiling",

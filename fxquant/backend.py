@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,9 @@ from fxquant.registry import Registry
 
 REFERENCE = "(reference"
 """Stands in the name of a kernel that is a fallback: right, but made for its meaning and not for speed."""
+
+
+_KERNELS = ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
 class Backend(ABC):
@@ -54,6 +57,34 @@ class Backend(ABC):
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
         """The tensors of a lowered graph as the quantized graph named and held them, which is how a checkpoint does."""
         return read_tensors(module)
+
+    def to_plain(self, tensor: Tensor) -> Tensor:
+        """What a tensor of a lowered graph holds, as one that can be written to a file; strided ones are that already.
+
+        A backend that holds tensors in layouts of kernels overrides this, and :meth:`from_plain`, the way back.
+
+        Raises:
+            BackendError: If it cannot be written.
+        """
+        if tensor.layout is not torch.strided:
+            raise BackendError(f"backend {self.name!r} does not say how its {tensor.layout} tensors are written")
+        return tensor
+
+    def from_plain(self, tensor: Tensor) -> Tensor:
+        """Undo :meth:`to_plain`, as is best for this machine."""
+        return tensor
+
+    def make_ready(self, ops: Collection[str]) -> None:
+        """See to it that ops of compiled graphs, named ``namespace::name``, have kernels on this machine.
+
+        Raises:
+            BackendError: If one has none.
+        """
+        for op in ops:
+            namespace, _, name = op.partition("::")
+            known = hasattr(getattr(torch.ops, namespace), name)
+            if not known or not any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for key in _KERNELS):
+                raise BackendError(f"{op} has no kernel here; the package was made by another version of fxquant")
 
     @abstractmethod
     def kernel(self, layer: LayerPlan) -> str:

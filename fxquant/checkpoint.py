@@ -5,29 +5,37 @@
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import importlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, read_tensors, weights_and_buffers
-from fxquant.errors import BackendError, CheckpointError, ConfigurationError, FxquantError
+from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.files import (
+    blaming,
+    check_digests,
+    digest,
+    digest_of,
+    dtype_name,
+    dtype_of_name,
+    load_tensors,
+    refuse_to_replace,
+    write_tensors,
+)
 from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
+from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
 
-CONFIG_FILE = "config.json"
-TENSORS_FILE = "model.safetensors"
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 _FILES = (PLAN_FILE, *_DIGESTED)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -48,25 +56,9 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> No
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
     folder = Path(folder).resolve()
-    _refuse_to_replace(folder, overwrite)
+    refuse_to_replace(folder, overwrite, _FILES.__contains__)
     with whole_folder(folder) as written:
         _write(model, model.plan, written)
-
-
-def _refuse_to_replace(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another name for the folder")
-    found = sorted(path.name for path in folder.iterdir())
-    if found and not overwrite:
-        raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
-    others = [name for name in found if name not in _FILES]
-    if others:
-        raise CheckpointError(
-            f"{folder} holds more than a checkpoint ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), "
-            "which overwriting would delete; choose another folder"
-        )
 
 
 def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
@@ -77,21 +69,18 @@ def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
     for captured in model.captured[: len(plan.calls)]:  # Graphs of later calls are captured again when they come.
         held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
         for name, tensor in held.items():
-            tensors.setdefault(name, tensor.detach().cpu().contiguous())
-    pairs = [name for name, tensor in tensors.items() if tensor.is_complex()]  # Safetensors knows not all of these.
-    tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
-    metadata = {"format": "pt"} | ({"complex": json.dumps(pairs)} if pairs else {})
-    save_file(_unshared(tensors), folder / TENSORS_FILE, metadata=metadata)
+            tensors.setdefault(name, tensor)
+    write_tensors(tensors, folder / TENSORS_FILE)
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    data["dtype"] = _dtype_name(model.dtype)
+    data["dtype"] = dtype_name(model.dtype)
     data["dtypes"] = {
-        name: _dtype_name(tensor.dtype)
+        name: dtype_name(tensor.dtype)
         for name, tensor in weights_and_buffers(model.architecture.skeleton)
         if tensor.is_floating_point() and tensor.dtype != model.dtype
     }
-    data["files"] = {name: _digest(folder / name) for name in _DIGESTED}
-    data["digest"] = _digest_of(data)
+    data["files"] = {name: digest(folder / name) for name in _DIGESTED}
+    data["digest"] = digest_of(data)
     (folder / PLAN_FILE).write_text(_plan_text(data), encoding="utf-8")
 
 
@@ -120,26 +109,34 @@ def load(
     runner = None if backend is None else resolve_backend(backend)
     data = _read_plan(folder)
     _refuse_pickles(folder)
-    _check_files(folder, data)
-    with _blaming(folder / PLAN_FILE):
-        plan = Plan.from_json(data, _read_tensors(folder / VECTORS_FILE, torch.device("cpu")))
+    check_digests(folder, _DIGESTED, data.get("files"), PLAN_FILE)
+    with blaming(folder / PLAN_FILE):
+        plan = Plan.from_json(data, load_tensors(folder / VECTORS_FILE, torch.device("cpu")))
         plan.check()
-        dtype = _dtype(data["dtype"])
-        dtypes = {name: _dtype(text) for name, text in data["dtypes"].items()}
+        dtype = dtype_of_name(data["dtype"])
+        dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
         runner = resolve_backend(plan.backend) if runner is None else runner
     plan.backend = runner.name
     runner.check(plan)
     runner.check_device(torch.device(device))
     architecture = _architecture(plan, model, folder)
     _cast(architecture.skeleton, dtype, dtypes)
-    tensors = _read_tensors(folder / TENSORS_FILE, torch.device(device))
-    with _blaming(folder / PLAN_FILE):
+    tensors = load_tensors(folder / TENSORS_FILE, torch.device(device))
+    with blaming(folder / PLAN_FILE):
         quantized = model_from_plan(architecture, plan, runner, dtype, torch.device(device))
-    with _blaming(folder / TENSORS_FILE):
+    with blaming(folder / TENSORS_FILE):
         bind_all(quantized, tensors)
     tensors.clear()  # What the backend holds in another form is freed as it goes.
     lower_all(quantized)
+    _give_back_memory()
     return quantized
+
+
+def _give_back_memory() -> None:
+    """Hand freed memory back to the system, which glibc keeps: after lowering, as much as the float weights' half."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _architecture(plan: Plan, model: Any, folder: Path) -> Architecture:
@@ -149,7 +146,7 @@ def _architecture(plan: Plan, model: Any, folder: Path) -> Architecture:
         model = _class_of(plan, folder)
     elif not hasattr(model, "from_config"):
         raise ConfigurationError(f"model={model!r} is neither a class with from_config nor a model; pass one of them")
-    with _blaming(folder / CONFIG_FILE):
+    with blaming(folder / CONFIG_FILE):
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise CheckpointError("this is no config: it is not a JSON object")
@@ -157,7 +154,7 @@ def _architecture(plan: Plan, model: Any, folder: Path) -> Architecture:
 
 
 def _class_of(plan: Plan, folder: Path) -> Any:
-    with _blaming(folder / PLAN_FILE):
+    with blaming(folder / PLAN_FILE):
         module, _, name = plan.model_class.partition(":")
         if module != "diffusers":  # Importing whatever a file names would run code that a stranger chose.
             raise CheckpointError(
@@ -186,24 +183,12 @@ def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dt
             owner._buffers[leaf] = new
 
 
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """Turn whatever the content of a file leads to into an error that names the file."""
-    try:
-        yield
-    except BackendError:
-        raise
-    except Exception as error:
-        if isinstance(error, CheckpointError) and str(path.parent) in str(error):
-            raise
-        reason = str(error) if isinstance(error, FxquantError) else repr(error)
-        raise CheckpointError(f"{path}: {reason}") from error
-
-
 def _read_plan(folder: Path) -> dict[str, Any]:
     path = folder / PLAN_FILE
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
+    if (folder / PACKAGE_FILE).is_file():
+        raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {folder} is not an fxquant checkpoint, or not all of it was copied")
     try:
@@ -214,22 +199,12 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or "format" not in data:
         raise CheckpointError(f"{path} is not an fxquant plan")
     # The text is compared as well, because not every damage changes what it means.
-    if data["format"] == FORMAT and (data.get("digest") != _digest_of(data) or text != _plan_text(data)):
+    if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or text != _plan_text(data)):
         raise CheckpointError(
             f"{path} does not match its digest: it is damaged or was edited. Copy the checkpoint again; to change a "
             "plan, load it with fxquant.Plan.load, edit it and compile the float model with plan="
         )
     return data
-
-
-def _check_files(folder: Path, data: Mapping[str, Any]) -> None:
-    digests = data.get("files")
-    for name in _DIGESTED:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
-        if not isinstance(digests, Mapping) or _digest(path) != digests.get(name):
-            raise CheckpointError(f"{path} is damaged: its bytes do not match the digest in {PLAN_FILE}; copy it again")
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -241,49 +216,5 @@ def _refuse_pickles(folder: Path) -> None:
             )
 
 
-def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            # Cloned, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
-            for name in json.loads((file.metadata() or {}).get("complex", "[]")):
-                tensors[name] = torch.view_as_complex(tensors[name])
-            return tensors
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}; copy the checkpoint again") from error
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share memory would be refused by safetensors: write each by itself."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return found
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _plan_text(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=1) + "\n"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: Any) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{name!r} is no dtype")
-    return dtype
-
-
-def _digest_of(data: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in data.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

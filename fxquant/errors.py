@@ -65,6 +65,10 @@ class BackendError(FxquantError, RuntimeError):
     """A backend cannot run what it was asked to; the message lists layers, reasons and what would serve."""
 
 
+class CompilerError(FxquantError, RuntimeError):
+    """There is no compiler, or it failed; the message says what to install or what it said."""
+
+
 class CheckpointError(FxquantError, RuntimeError):
     """A checkpoint is damaged, incomplete, unsafe or of a newer format; the message names the file."""
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant import compiling
 from fxquant.backend import Backend
 from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
 from fxquant.devices import retarget
@@ -204,15 +206,51 @@ class GraphModel(nn.Module):
 
 
 def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
-    names, leaves, structure = self.architecture.canonical(args, kwargs)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # Within something larger that is compiled.
+        names, leaves, structure = self.architecture.canonical(args, kwargs)
         captured = self.find_compiling(names, leaves)
-    else:
-        captured = self.find(names, leaves)
-        self.watch(names, leaves)
+        if captured is None:
+            captured = _capture(self, names, leaves, structure)
+        return captured.output(captured.module(*captured.inputs(leaves)))
+    if (compiler := compiling.callback()) not in (None, False):  # At the beginning of what is compiled.
+        call = _begin(self, args, kwargs)
+        try:
+            leaves = call.code(call.module, *call.inputs)
+        except TorchDynamoException as error:
+            call = _begin_again(call, error)
+            compiling.set_callback(compiler)
+            leaves = call.code(call.module, *call.inputs)
+        return _end(call, leaves)
+    captured, inputs = _choose(self, args, kwargs)
+    return captured.output(captured.module(*inputs))
+
+
+compiling.leave_alone(_forward.__code__)
+
+
+def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
+    """The graph that serves a call, captured if there is none yet, and its inputs."""
+    names, leaves, structure = self.architecture.canonical(args, kwargs)
+    captured = self.find(names, leaves)
+    self.watch(names, leaves)
     if captured is None:
         captured = _capture(self, names, leaves, structure)
-    return captured.output(captured.module(*captured.inputs(leaves)))
+    return captured, captured.inputs(leaves)
+
+
+@torch.compiler.disable
+def _begin(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> compiling.Call:
+    return compiling.begin(*_choose(self, args, kwargs))
+
+
+@torch.compiler.disable
+def _begin_again(call: compiling.Call, error: Exception) -> compiling.Call:
+    return compiling.begin_again(call, error)
+
+
+@torch.compiler.disable
+def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
+    return call.captured.output(leaves)
 
 
 @torch.compiler.disable

@@ -23,6 +23,7 @@ from fxquant.checkpoint import load, save
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
+from fxquant.packages import PACKAGE_FILE, load_package
 from fxquant.plan import PLAN_FILE
 
 INDEX_FILE = "model_index.json"
@@ -38,8 +39,9 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     """Read a diffusers pipeline, quantized or not.
 
     Args:
-        source: A folder that diffusers or :func:`save_pipeline` wrote, or a name on the Hugging Face Hub. A quantized
-            pipeline is read from a folder; its float weights are neither needed nor made.
+        source: A folder that diffusers, :func:`save_pipeline` or ``fxquant export`` wrote, or a name on the Hugging
+            Face Hub. A quantized pipeline is read from a folder; its float weights are neither needed nor made. A
+            package in it is a program, which runs: read only those of people you trust.
         options: Handed on to ``DiffusionPipeline.from_pretrained``, such as ``torch_dtype``.
 
     Returns:
@@ -66,11 +68,13 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     quantized = {path.parent.name: load(path.parent) for path in sorted(folder.glob(f"*/{PLAN_FILE}"))}
     # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
     stand_ins = {name: model.architecture.skeleton for name, model in quantized.items()}
+    packaged = {path.parent.name: load_package(path.parent) for path in sorted(folder.glob(f"*/{PACKAGE_FILE}"))}
+    stand_ins |= {name: model.skeleton() for name, model in packaged.items()}
     try:
         pipe = DiffusionPipeline.from_pretrained(source, **{**stand_ins, **options})
     except Exception as error:
         raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {_first_line(error)}") from error
-    for name, model in quantized.items():
+    for name, model in {**quantized, **packaged}.items():
         if name not in options:
             setattr(pipe, name, model)
     return pipe

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
-from fxquant import checkpoint
+from fxquant import checkpoint, files
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
 from fxquant.model import GraphModel
 from fxquant.plan import FORMAT
@@ -61,7 +61,7 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], object] = lambda data:
     data["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in data["files"]}
     change(data)
     data.pop("digest", None)
-    data["digest"] = checkpoint._digest_of(data)
+    data["digest"] = files.digest_of(data)
     (folder / "plan.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
@@ -242,7 +242,7 @@ def test_a_missing_file(folder: Path, name: str) -> None:
     if name != "plan.json":  # Nor when the plan does not speak of it.
         data = json.loads((folder / "plan.json").read_text())
         del data["files"][name], data["digest"]
-        data["digest"] = checkpoint._digest_of(data)
+        data["digest"] = files.digest_of(data)
         (folder / "plan.json").write_text(json.dumps(data, indent=1) + "\n")
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             fxquant.load(folder)
@@ -436,7 +436,7 @@ def test_a_failing_save_leaves_all_as_it_was(
         def full(*_: Any, **__: Any) -> None:
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(checkpoint, "save_file", full)
+        monkeypatch.setattr(files, "save_file", full)
     else:
         rename = Path.rename
 

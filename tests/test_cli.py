@@ -54,7 +54,7 @@ class TestHelp:
     def test_version(self):
         assert run("--version").stdout == f"fxquant {fxquant.__version__}\n"
 
-    @pytest.mark.parametrize("command", [[], ["quantize"], ["generate"], ["report"], ["profile"], ["list"]])
+    @pytest.mark.parametrize("command", [[], ["quantize"], ["generate"], ["export"], ["report"], ["profile"], ["list"]])
     def test_help(self, command):
         result = run(*command, "--help")
         assert result.exit_code == 0

@@ -155,12 +155,21 @@ def test_a_spec_with_values_is_written_and_read() -> None:
     assert torch.equal(again.held["mask"], torch.tensor([[True, False], [True, True]]))
 
 
-def test_compiled_whole_it_checks_the_values_as_it_runs() -> None:
+def test_compiled_it_has_a_graph_for_each_value() -> None:
+    traced = trace(Masked(positions).eval().requires_grad_(False))
+    x, timestep, mask = torch.randn(2, 3, 4), torch.ones(2), torch.ones(2, 3, dtype=torch.int64)
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    for held in (mask, mask * 2, mask):
+        assert torch.equal(compiled(x, timestep, held), traced(x, timestep, held))
+    assert len(traced.captured) == 2
+
+
+def test_compiled_within_something_larger_it_checks_the_values_as_it_runs() -> None:
     traced = trace(Masked(positions).eval().requires_grad_(False))
     x, timestep, mask = torch.randn(2, 3, 4), torch.ones(2), torch.ones(2, 3, dtype=torch.int64)
     expected = traced(x, timestep, mask)
     assert traced.captured[0].call.held
-    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *call: traced(*call) + 0, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, timestep, mask), expected)
     with pytest.raises(RuntimeError, match="right for one value of mask, and this call has another"):
         compiled(x, timestep, mask * 2)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from fxquant.backend import Backend
-from fxquant.backends.native import compiled, machine, onednn
+from fxquant.backends.native import compiled, library, machine, onednn
+from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
@@ -101,6 +103,22 @@ class Native(Backend):
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
         """Packed codes in place of the kernels' weights."""
         return compiled.stored(module) if self.kernels is Kernels.COMPILED else onednn.stored(module)
+
+    def to_plain(self, tensor: Tensor) -> Tensor:
+        """The bytes of a prepacked weight."""
+        return tensor if tensor.layout is torch.strided else weights.to_bytes(tensor)
+
+    def from_plain(self, tensor: Tensor) -> Tensor:
+        """A prepacked weight of these bytes."""
+        return weights.from_bytes(tensor)
+
+    def make_ready(self, ops: Collection[str]) -> None:
+        """Load the compiled kernels, building them if need be, where a graph has ops that only they run."""
+        if not library.BUILT.isdisjoint(ops):
+            reason = machine.missing_kernels()
+            if reason is not None:
+                raise BackendError(f"the package runs compiled kernels, and there are none here: {reason}")
+        super().make_ready(ops)
 
     def kernel(self, layer: LayerPlan) -> str:
         """The kernel that multiplies, or the reference op."""

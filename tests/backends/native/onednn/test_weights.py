@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fxquant.backends.native.onednn import weights
 from fxquant.backends.native.onednn.weights import missing_offset, prepacked, sums, unpacked
+from fxquant.errors import BackendError
 from fxquant.quantizer import quantize_weight
 
 
@@ -41,3 +43,29 @@ def test_extreme_codes_of_eight_bits(zero_point: int) -> None:
     weight = prepacked(packed, offset, 8, 4)
     assert weight.to_dense().flatten().tolist() == [-128, 127, 0, -1]
     assert torch.equal(unpacked(weight, offset, 8), packed)
+
+
+@pytest.mark.parametrize(("out", "inner"), [(6, 8), (32, 64), (33, 7), (128, 1152)])
+def test_prepacked_weights_are_written_and_read(out: int, inner: int) -> None:
+    values = torch.randint(-128, 128, (out, inner), dtype=torch.int8)
+    weight = torch.ops.onednn.qlinear_prepack(values, None)
+    again = weights.from_bytes(weights.to_bytes(weight))
+    assert torch.equal(again.to_dense(), values.t())
+    codes = torch.randint(0, 256, (3, inner), dtype=torch.uint8)
+    found = [
+        torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 3, w, torch.ones(out), torch.zeros(1, dtype=torch.int64), None, 1.0, 0, torch.float32, "none",
+            [], "",
+        )
+        for w in (weight, again)
+    ]  # fmt: skip
+    assert torch.equal(*found)
+
+
+def test_bytes_of_another_layout_are_refused() -> None:
+    stored = weights.to_bytes(torch.ops.onednn.qlinear_prepack(torch.zeros(32, 64, dtype=torch.int8), None))
+    other = stored.clone()
+    other[16 + 8] ^= 1
+    for damaged in (other, stored[:-1]):
+        with pytest.raises(BackendError, match="export it here"):
+            weights.from_bytes(damaged)

@@ -1,0 +1,173 @@
+"""What the folders that fxquant writes have in common: tensors in safetensors, and a digest of every file.
+
+Errors name the file that they are about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fxquant.errors import BackendError, CheckpointError, FxquantError
+
+_PART = 64 << 20  # Bytes of a file that are in memory at a time.
+
+
+def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bool]) -> None:
+    """Refuse to write where something is.
+
+    Args:
+        folder: Where to write.
+        overwrite: Whether what is there may be replaced, if it is nothing but what would be written.
+        written: Whether a file of this name is one that would be written.
+
+    Raises:
+        CheckpointError: Says what is there.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another name for the folder")
+    found = sorted(path.name for path in folder.iterdir())
+    if found and not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
+    others = [name for name in found if not written(name)]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds more than a checkpoint ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), "
+            "which overwriting would delete; choose another folder"
+        )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors, of any dtype and sharing memory or not, so that :func:`load_tensors` finds them again."""
+    pairs = [name for name, tensor in tensors.items() if tensor.is_complex()]  # Safetensors knows not all of these.
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain |= {name: torch.view_as_real(plain[name]) for name in pairs}
+    metadata = {"format": "pt"} | ({"complex": json.dumps(pairs)} if pairs else {})
+    save_file(_unshared(plain), path, metadata=metadata)
+
+
+def load_tensors(
+    path: Path, device: torch.device, take: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor.clone()
+) -> dict[str, Tensor]:
+    """The tensors of a file, on a device.
+
+    A part of the file is in memory at a time, so that the tensors and the file never add up.
+
+    Args:
+        path: What :func:`write_tensors` wrote.
+        device: Where the tensors go.
+        take: What to make of a tensor of a name, which is gone afterwards; called by several threads at once. Cloned if
+            not given, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+        with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
+            while len(tensors) < len(names):
+                tensors |= _load_part(path, device, names[len(tensors) :], take, pool)
+        for name in json.loads(metadata.get("complex", "[]")):
+            tensors[name] = torch.view_as_complex(tensors[name])
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}; copy the checkpoint again") from error
+    return tensors
+
+
+def _load_part(
+    path: Path, device: torch.device, names: Sequence[str], take: Callable[[str, Tensor], Tensor], pool: Executor
+) -> dict[str, Tensor]:
+    """The first few tensors; what is read of a file stays in memory until it is closed."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        read: dict[str, Tensor] = {}
+        total = 0
+        for name in names:
+            read[name] = file.get_tensor(name)
+            total += read[name].nbytes
+            if total > _PART:
+                break
+        return dict(zip(read, pool.map(take, read, read.values()), strict=True))
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory would be refused by safetensors: write each by itself."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return found
+
+
+def check_digests(folder: Path, names: Collection[str], digests: Any, where: str) -> None:
+    """Compare files with their digests, of which the file ``where`` holds one for each name.
+
+    Raises:
+        CheckpointError: Names the first file that is missing or has other bytes.
+    """
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+        if not isinstance(digests, Mapping) or digest(path) != digests.get(name):
+            raise CheckpointError(f"{path} is damaged: its bytes do not match the digest in {where}; copy it again")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, without the entry ``digest``."""
+    rest = {key: value for key, value in data.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of_name(name: Any) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{name!r} is no dtype")
+    return dtype
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Turn whatever the content of a file leads to into an error that names the file."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:
+        if isinstance(error, CheckpointError) and str(path.parent) in str(error):
+            raise
+        reason = str(error) if isinstance(error, FxquantError) else repr(error)
+        raise CheckpointError(f"{path}: {reason}") from error

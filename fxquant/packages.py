@@ -1,0 +1,307 @@
+"""Packages: a quantized model compiled ahead of time, to load in a second and run without tracing anything.
+
+A package is a folder: ``package.json`` says how the model is called and holds the digests of all files, ``config.json``
+is the model's config, ``model.safetensors`` the tensors, once for all graphs, and each ``graph-<n>.pt2`` is the machine
+code of one graph, to which the tensors are inputs. The code runs on loading, in this process: **a package is a program,
+and is to be had from people you trust**. Digests find damage; they are no signature.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxquant import compiling as _compiling  # noqa: F401  (registers an op)
+from fxquant.backend import resolve_backend
+from fxquant.calls import CallSpec, TensorSpec, canonical_call, describe_call
+from fxquant.capture import Architecture
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors
+
+FORMAT = 1
+PACKAGE_FILE = "package.json"
+CONFIG_FILE = "config.json"
+TENSORS_FILE = "model.safetensors"
+GRAPH_FILE = "graph-{}.pt2"
+_NEEDED = {"machine", "model_class", "backend", "dtype", "timestep", "signature", "packed", "graphs", "ops", "files"}
+
+
+class PackagedGraph:
+    """One compiled graph and its tensors.
+
+    Attributes:
+        call: The inputs that it serves.
+        out_spec: Pytree structure of the model's output.
+    """
+
+    def __init__(self, path: Path, call: CallSpec, out_spec: pytree.TreeSpec, tensors: Sequence[Tensor]) -> None:
+        self.call = call
+        self.out_spec = out_spec
+        self._tensors = tensors
+        self._loader = torch._inductor.aoti_load_package(str(path)).loader
+
+    @torch.no_grad()
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """The model's output for the leaves of a call that fits."""
+        # Compiled code reads memory as it lay when it was compiled: in order.
+        inputs = [
+            leaf.contiguous()
+            for spec, leaf in zip(self.call.leaves, leaves, strict=True)
+            if isinstance(spec, TensorSpec)
+        ]
+        return pytree.tree_unflatten(self._loader.boxed_run([*inputs, *self._tensors]), self.out_spec)
+
+
+class PackagedModel(nn.Module):
+    """A packaged model; pipelines take it in place of the original.
+
+    It has the ``config``, ``dtype``, ``device``, ``forward`` signature and output class of the original. Other
+    attributes are those of a weightless original, which is built when one is first asked for.
+
+    Attributes:
+        calls: What was packaged: the inputs of each graph.
+        info: The content of ``package.json``.
+    """
+
+    def __init__(self, info: Mapping[str, Any], config: Mapping[str, Any], graphs: Sequence[PackagedGraph]) -> None:
+        super().__init__()
+        self.info = info
+        self._config = config
+        self._graphs = list(graphs)
+        self._signature = signature_from_json(info["signature"])
+        self.forward = functools.partial(_forward, self)
+        self.forward.__signature__ = self._signature  # type: ignore[attr-defined]
+        self.eval()
+
+    @property
+    def calls(self) -> list[CallSpec]:
+        """The inputs of each graph."""
+        return [graph.call for graph in self._graphs]
+
+    @property
+    def config(self) -> Any:
+        """The original model's config."""
+        return _frozen(self._config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point dtype of the original model."""
+        return dtype_of_name(self.info["dtype"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was compiled for."""
+        return torch.device("cpu")
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refuse: what a package was made from is not in it.
+
+        Raises:
+            ConfigurationError: Says what to do instead.
+        """
+        raise ConfigurationError("a packaged model is not saved but copied: copy its folder, or export a checkpoint")
+
+    def skeleton(self) -> nn.Module:
+        """The original model without its weights, if its class is one of diffusers.
+
+        Raises:
+            AttributeError: If it is not.
+        """
+        if "_skeleton" not in self.__dict__:
+            module, _, name = str(self.info["model_class"]).partition(":")
+            cls = getattr(importlib.import_module("diffusers"), name, None) if module == "diffusers" else None
+            if cls is None:
+                raise AttributeError(f"the packaged model is a {name} from {module}, of which only calls are packaged")
+            made = Architecture.from_config(cls, self._config, self.info["timestep"]).skeleton
+            self.__dict__["_skeleton"] = made  # Not a submodule: its fake parameters are nobody's business.
+        skeleton: nn.Module = self.__dict__["_skeleton"]
+        return skeleton
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(self.skeleton(), name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.dtype != self.dtype or probe.device != self.device:
+            raise ConfigurationError(
+                f"a packaged model runs in {self.dtype} on {self.device}, for which it was compiled, not in "
+                f"{probe.dtype} on {probe.device}; load a checkpoint for that, or export another package"
+            )
+        return self
+
+
+@torch.compiler.disable
+def _forward(self: PackagedModel, *args: Any, **kwargs: Any) -> Any:
+    names, leaves, structure = canonical_call(self._signature, args, kwargs, self.info["timestep"])
+    for graph in self._graphs:
+        if graph.call.fits(names, leaves):
+            return graph(leaves)
+    packaged = "".join(f"\n  {call}" for call in self.calls)
+    here = describe_call(names, leaves, structure)
+    here = here.at_batch(here.batch_size(leaves), None)
+    raise CaptureError(
+        f"this call fits no graph of the package: {here}\nPackaged are{packaged}\n"
+        "Make a call like this one while you calibrate, or with the quantized model before you export it."
+    )
+
+
+def load_package(folder: str | Path) -> PackagedModel:
+    """Read a package. What it holds is a program, which runs: read only packages from people you trust.
+
+    Args:
+        folder: What :func:`fxquant.export_aot` wrote.
+
+    Returns:
+        The model, to put in the pipeline in place of the original.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or of a newer format, or the package was compiled for another
+            torch or processor.
+        UnknownNameError: If the backend that it was made by is not installed.
+        BackendError: If the backend holds its tensors in another way on this machine.
+    """
+    folder = Path(folder)
+    info = _read_info(folder)
+    path = folder / PACKAGE_FILE
+    _check_machine(info.get("machine"), path)
+    runner = resolve_backend(info["backend"])  # Registers its ops.
+    with blaming(path):
+        runner.make_ready(info["ops"])
+    packed = set(info["packed"])
+    names = sorted({*info["files"], CONFIG_FILE, TENSORS_FILE, *map(GRAPH_FILE.format, range(len(info["graphs"])))})
+
+    def take(name: str, tensor: Tensor) -> Tensor:
+        return runner.from_plain(tensor) if name in packed else tensor.clone()
+
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check_digests, folder, names, info["files"], PACKAGE_FILE)
+        try:  # Tensors do nothing; what does something is touched only after the check.
+            tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), take)
+        finally:
+            checked.result()
+    with blaming(folder / CONFIG_FILE):
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    with blaming(path):
+        _import_output_class(info)
+        graphs = [_read_graph(folder, number, entry, tensors) for number, entry in enumerate(info["graphs"])]
+        return PackagedModel(info, config, graphs)
+
+
+def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackagedGraph:
+    call = CallSpec.from_json(entry["call"])
+    read = [tensors[name] for name in entry["tensors"]]
+    return PackagedGraph(folder / GRAPH_FILE.format(number), call, pytree.treespec_loads(entry["output"]), read)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / PACKAGE_FILE
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {folder} is no fxquant package, or not all of it was copied")
+    try:
+        text = path.read_text(encoding="utf-8")
+        info = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy the package again") from error
+    if not isinstance(info, dict) or "format" not in info:
+        raise CheckpointError(f"{path} describes no fxquant package")
+    if info["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {info['format']}; this fxquant reads {FORMAT}: export it again")
+    missing = _NEEDED - info.keys()
+    if missing:
+        raise CheckpointError(f"{path} says nothing of {', '.join(sorted(missing))}; export the package again")
+    if info.get("digest") != digest_of(info) or text != info_text(info):
+        raise CheckpointError(f"{path} does not match its digest: it is damaged or was edited; copy the package again")
+    return info
+
+
+def info_text(info: Mapping[str, Any]) -> str:
+    """The content of a ``package.json``."""
+    return json.dumps(info, indent=1) + "\n"
+
+
+# --- for whom it was compiled ---------------------------------------------------------------------------------------
+
+_INSTRUCTIONS = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile")
+
+
+def machine() -> dict[str, Any]:
+    """What compiled code depends on: the version of torch, the architecture, and the instructions of the processor."""
+    found = [name for name in _INSTRUCTIONS if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()]
+    return {"torch": torch.__version__, "system": platform.system(), "processor": platform.machine(), "has": found}
+
+
+def _check_machine(made_for: Any, path: Path) -> None:
+    here = machine()
+    with blaming(path):
+        for key, what in (("torch", "torch"), ("system", "system"), ("processor", "processor")):
+            if made_for[key] != here[key]:
+                raise CheckpointError(
+                    f"the package was compiled for {what} {made_for[key]}, and this is {here[key]}; export it here"
+                )
+        missing = [name for name in made_for["has"] if name not in here["has"]]
+        if missing:
+            raise CheckpointError(
+                f"the package was compiled for a processor with {', '.join(missing)}, which this one lacks; export it "
+                "on this machine"
+            )
+
+
+# --- signature, config and output -----------------------------------------------------------------------------------
+
+
+def signature_to_json(signature: inspect.Signature) -> list[dict[str, Any]]:
+    """A signature as JSON values. Defaults that are no plain constants count as None."""
+    found = []
+    for parameter in signature.parameters.values():
+        entry: dict[str, Any] = {"name": parameter.name, "kind": parameter.kind.name}
+        if parameter.default is not parameter.empty:
+            plain = isinstance(parameter.default, (bool, int, float, str, type(None)))
+            entry["default"] = parameter.default if plain else None
+        found.append(entry)
+    return found
+
+
+def signature_from_json(data: Sequence[Mapping[str, Any]]) -> inspect.Signature:
+    """Undo :func:`signature_to_json`."""
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                entry["name"],
+                getattr(inspect.Parameter, entry["kind"]),
+                default=entry.get("default", inspect.Parameter.empty),
+            )
+            for entry in data
+        ]
+    )
+
+
+def _frozen(config: Mapping[str, Any]) -> Any:
+    from diffusers.configuration_utils import FrozenDict
+
+    return FrozenDict(config)
+
+
+def _import_output_class(info: Mapping[str, Any]) -> None:
+    """Import what registers the output class with pytree: a part of diffusers, and of nobody else."""
+    for entry in info["graphs"]:
+        module = str(entry.get("output_module") or "")
+        if module.partition(".")[0] == "diffusers":
+            importlib.import_module(module)
