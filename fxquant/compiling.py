@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.decorators import mark_static, mark_unbacked
 
+from fxquant.backend import Backend
 from fxquant.calls import BATCH
 from fxquant.capture import CapturedGraph
 from fxquant.errors import SpeedWarning
@@ -70,12 +72,37 @@ def leave_alone(code: types.CodeType) -> None:
     frames.set_code_exec_strategy(code, strategy)
 
 
+def watch(backend: Backend | None) -> None:
+    """Ask a backend what it has to tell whenever something is compiled, until :func:`unwatch`."""
+    if _has_to_tell(backend):
+        callback_handler.register_start_callback(_Watcher(backend))  # type: ignore[arg-type]
+
+
+def unwatch(backend: Backend | None) -> None:
+    """Undo :func:`watch`."""
+    if _has_to_tell(backend):
+        callback_handler.remove_start_callback(_Watcher(backend))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Watcher:
+    backend: Backend
+
+    def __call__(self, _: object) -> None:
+        self.backend.compiling()
+
+
+def _has_to_tell(backend: Backend | None) -> bool:
+    return backend is not None and type(backend).compiling is not Backend.compiling
+
+
 def begin(captured: CapturedGraph, inputs: Sequence[Tensor]) -> Call:
     """What to compile for a call: batch dimensions are open, unless the user compiles with ``dynamic=False``.
 
     They are also left as torch treats them while weights are trained, as the op for convolutions knows no gradients.
     """
     wanted = torch._dynamo.config.automatic_dynamic_shapes and not captured.module.meta.get(_GAVE_UP)
+    wanted = wanted and not _quantizes_convolutions(captured.module.graph)
     if not (_CAN_MARK and wanted and captured.call.batched) or _trains(captured.module, inputs):
         return Call(captured, captured.module, type(captured.module).forward, inputs)
     opened = []
@@ -106,6 +133,11 @@ def begin_again(call: Call, error: Exception) -> Call:
         stacklevel=2,
     )
     return begin(call.captured, [tensor.data for tensor in call.inputs])  # Without marks.
+
+
+def _quantizes_convolutions(graph: fx.Graph) -> bool:
+    """Whether weights of ATen's convolutions are computed, as fusions of a backend want to see them in its graph."""
+    return any(node.target in _CONVOLUTIONS and node.args[1].op != "get_attr" for node in graph.nodes)
 
 
 def _trains(module: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:

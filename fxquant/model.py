@@ -220,6 +220,8 @@ def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
             call = _begin_again(call, error)
             compiling.set_callback(compiler)
             leaves = call.code(call.module, *call.inputs)
+        finally:
+            _unwatch(self)
         return _end(call, leaves)
     captured, inputs = _choose(self, args, kwargs)
     return captured.output(captured.module(*inputs))
@@ -240,12 +242,19 @@ def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[Cap
 
 @torch.compiler.disable
 def _begin(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> compiling.Call:
-    return compiling.begin(*_choose(self, args, kwargs))
+    captured, inputs = _choose(self, args, kwargs)
+    compiling.watch(self.backend)
+    return compiling.begin(captured, inputs)
 
 
 @torch.compiler.disable
 def _begin_again(call: compiling.Call, error: Exception) -> compiling.Call:
     return compiling.begin_again(call, error)
+
+
+@torch.compiler.disable
+def _unwatch(self: GraphModel) -> None:
+    compiling.unwatch(self.backend)
 
 
 @torch.compiler.disable
