@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, read_tensors, weights_and_buffers
+from fxquant.devices import give_back_memory
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.files import (
     blaming,
@@ -128,15 +127,8 @@ def load(
         bind_all(quantized, tensors)
     tensors.clear()  # What the backend holds in another form is freed as it goes.
     lower_all(quantized)
-    _give_back_memory()
+    give_back_memory()
     return quantized
-
-
-def _give_back_memory() -> None:
-    """Hand freed memory back to the system, which glibc keeps: after lowering, as much as the float weights' half."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _architecture(plan: Plan, model: Any, folder: Path) -> Architecture:

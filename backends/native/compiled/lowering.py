@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registe
 from fxquant.backends.native.compiled.sharing import share
 from fxquant.backends.native.tensors import derived
 from fxquant.capture import drop_unread_tensors, read_tensors
+from fxquant.devices import give_back_memory
 from fxquant.ir.rewriter import Rewriter
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
@@ -20,6 +22,7 @@ aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_n
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the kernels read and write."""
 
+_KEPT = 32 << 20  # Bytes of weights whose temporaries may stay with the C library.
 _PANELS = "_panels"
 _SUMS = "_sums"
 
@@ -57,13 +60,20 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
     """
     rewriter = Rewriter(module, "lower to native")
     share(module.graph, rewriter)
+    lowered = 0
     for node in list(module.graph.nodes):
+        if lowered > _KEPT:
+            give_back_memory()
+            lowered = 0
+        lowered += _bytes_of_weight(node)
         if node.target is reference.quantize.default:
             _lower_quantize(node, rewriter)
         elif node.target is reference.linear.default:
             _lower_linear(node, rewriter, held, options)
         elif node.target is aten.linear.default:
             _lower_weight_only(node, rewriter, held, options)
+        elif node.target is reference.dequantize_weight.default:
+            _lower_rows(node, rewriter)
     attention.lower(module.graph, rewriter, options.bf16_attention)
     module.graph.eliminate_dead_code()
     fusions.fuse(module.graph, rewriter, held)
@@ -115,6 +125,31 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
     rewriter.replace(node, new)
     if not packed.users:
         rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
+
+
+def _lower_rows(node: fx.Node, rewriter: Rewriter) -> None:
+    """Looked-up rows of a table of 8-bit codes, as ops that fuse."""
+    codes, scale, zero_point, bits, group_size, _, dtype = node.args
+    assert isinstance(codes, fx.Node)
+    if codes.op == "get_attr" or bits != 8 or group_size or dtype not in FLOATS:
+        return
+
+    def call(op: torch._ops.OpOverload, *arguments: Any) -> fx.Node:
+        return rewriter.call(op, arguments, [node])
+
+    with rewriter.before(node):
+        real, zero = (call(aten.to.dtype, value, torch.float32) for value in (codes, zero_point))
+        new = call(aten.mul.Tensor, call(aten.sub.Tensor, real, zero), scale)
+        if dtype != torch.float32:
+            new = call(aten.to.dtype, new, dtype)
+    rewriter.replace(node, new)
+
+
+def _bytes_of_weight(node: fx.Node) -> int:
+    if node.target not in (reference.linear.default, reference.dequantize_weight.default):
+        return 0
+    value = node.args[3 if node.target is reference.linear.default else 0].meta["val"]  # type: ignore[union-attr]
+    return int(value.numel()) if isinstance(value.shape[0], int) else 0
 
 
 def _lower_weight_only(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:

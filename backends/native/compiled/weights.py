@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from fxquant.packing import pack, unpack
 
 PANEL = 32
+_ROWS = 256
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 255)
 """Input channels whose products, and what zero points add to them, certainly fit 32-bit sums."""
@@ -58,5 +59,6 @@ def unpacked(held: Tensor, bits: int, out_features: int, in_features: int) -> Te
 
 def sums(codes: Tensor, bits: int, in_features: int) -> Tensor:
     """The sum over each output channel of what is held, int32 `[out]`."""
-    values = unpack(codes, bits, in_features).to(torch.int32)
-    return values.sum(1, dtype=torch.int32) - (MIDDLE * in_features if bits == 8 else 0)
+    rows = codes.split(_ROWS)  # A sum of all at once would hold them all as int32.
+    values = torch.cat([unpack(part, bits, in_features).sum(1, dtype=torch.int32) for part in rows])
+    return values - (MIDDLE * in_features if bits == 8 else 0)

@@ -214,8 +214,9 @@ struct Output {
   int64_t heads, channels, tokens;
   void* data;
   bool codes;
-  std::vector<float> scale, zero_point;  // One a sample.
-  float qmax;
+  std::vector<float> inverse_scale;  // One a sample.
+  std::vector<int32_t> zero_point;
+  int32_t qmax;
 
   // Where a row begins, in elements.
   int64_t row(int64_t batch, int64_t head, int64_t token) const {
@@ -226,8 +227,8 @@ struct Output {
   void write(int64_t batch, int64_t at, __mmask16 lanes, __m512 value) const {
     if (codes)
       _mm_mask_storeu_epi8(static_cast<uint8_t*>(data) + at, lanes,
-                           quantize(value, _mm512_set1_ps(scale[batch]), _mm512_set1_ps(zero_point[batch]),
-                                    _mm512_set1_ps(qmax)));
+                           quantize(value, _mm512_set1_ps(inverse_scale[batch]),
+                                    _mm512_set1_epi32(zero_point[batch]), _mm512_set1_epi32(qmax)));
     else
       store(static_cast<T*>(data) + at, lanes, value);
   }
@@ -239,11 +240,11 @@ inline Output make_output(at::IntArrayRef q, int64_t channels, const at::Tensor&
   const int64_t sizes[] = {q[0], q[2], q[1], channels};
   const at::Tensor result = pooled(sizes, like.options().dtype(scale ? at::kByte : dtype));
   Output output{result, q[1], channels, q[2], result.mutable_data_ptr(), scale.has_value(), {}, {},
-                static_cast<float>(qmax)};
+                static_cast<int32_t>(qmax)};
   if (scale) {
     const at::Tensor rows = result.flatten(1);
-    output.scale = per_row<float>(*scale, rows, q[0], "the scale of the result");
-    output.zero_point = per_row<uint8_t, float>(*zero_point, rows, q[0], "the zero point of the result");
+    output.inverse_scale = inverses(per_row<float>(*scale, rows, q[0], "the scale of the result"));
+    output.zero_point = per_row<uint8_t, int32_t>(*zero_point, rows, q[0], "the zero point of the result");
   }
   return output;
 }

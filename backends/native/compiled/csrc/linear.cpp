@@ -208,14 +208,15 @@ struct Values {
 struct Codes {
   uint8_t* out;
   int64_t width;
-  std::vector<float> scale, zero_point;
-  __m512 highest;
+  std::vector<float> inverse_scale;
+  std::vector<int32_t> zero_point;
+  __m512i highest;
 
   void prefetch(int64_t row, int64_t column) const { __builtin_prefetch(out + row * width + column, 1); }
 
   void write(int64_t row, int64_t column, __mmask16 lanes, __m512 y) const {
     _mm_mask_storeu_epi8(out + row * width + column, lanes,
-                         quantize(y, _mm512_set1_ps(scale[row]), _mm512_set1_ps(zero_point[row]), highest));
+                         quantize(y, _mm512_set1_ps(inverse_scale[row]), _mm512_set1_epi32(zero_point[row]), highest));
   }
 };
 
@@ -300,9 +301,9 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   if (out_scale) {
     TORCH_CHECK(!gate && !residual && out_zero_point, "codes are written without gate and residual");
     multiply(task, Codes{result.mutable_data_ptr<uint8_t>(), out_features,
-                         per_row<float>(*out_scale, result, task.rows, "the scale of the result"),
-                         per_row<uint8_t, float>(*out_zero_point, result, task.rows, "the zero point of the result"),
-                         _mm512_set1_ps(static_cast<float>(qmax))});
+                         inverses(per_row<float>(*out_scale, result, task.rows, "the scale of the result")),
+                         per_row<uint8_t, int32_t>(*out_zero_point, result, task.rows, "the zero point of the result"),
+                         _mm512_set1_epi32(static_cast<int32_t>(qmax))});
     return result;
   }
   std::optional<at::Tensor> added;

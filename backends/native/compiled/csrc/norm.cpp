@@ -48,18 +48,20 @@ at::Tensor run(const at::Tensor& x, bool centered, double eps, const std::option
   };
   const auto weights = vector(weight, "the weight"), biases = vector(bias, "the bias");
   const auto factors = vector(factor, "the factor"), shifts = vector(shift, "the shift");
-  const auto scales = per_row<float>(out_scale, input, rows, "the scale of the result");
-  const auto zero_points = per_row<uint8_t, float>(out_zero_point, input, rows, "the zero point of the result");
+  const auto scales = inverses(per_row<float>(out_scale, input, rows, "the scale of the result"));
+  const auto zero_points = per_row<uint8_t, int32_t>(out_zero_point, input, rows, "the zero point of the result");
   at::Tensor result = pooled(input.sizes(), input.options().dtype(at::kByte));
   const T* from = input.const_data_ptr<T>();
   uint8_t* to = result.mutable_data_ptr<uint8_t>();
-  const __m512 more = _mm512_set1_ps(static_cast<float>(plus)), highest = _mm512_set1_ps(static_cast<float>(qmax));
+  const __m512 more = _mm512_set1_ps(static_cast<float>(plus));
+  const __m512i highest = _mm512_set1_epi32(static_cast<int32_t>(qmax));
   at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / channels), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* row = from + r * channels;
       const Statistics found = statistics(row, channels, static_cast<float>(eps), centered);
       const __m512 mean = _mm512_set1_ps(found.mean), inverse = _mm512_set1_ps(found.inverse);
-      const __m512 scale = _mm512_set1_ps(scales[r]), zero_point = _mm512_set1_ps(zero_points[r]);
+      const __m512 scale = _mm512_set1_ps(scales[r]);
+      const __m512i zero_point = _mm512_set1_epi32(zero_points[r]);
       for (int64_t c = 0; c < channels; c += kLanes) {
         const __mmask16 lanes = first_lanes(channels - c);
         __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(row + c, lanes), mean), inverse);

@@ -75,11 +75,11 @@ inline void store(c10::Half* to, __mmask16 lanes, __m512 value) {
 }
 
 // 2**x, by a minimax polynomial of 2**rest on [-1/2, 1/2]: of degree 5 to the accuracy of float32, of degree 4 to 3e-6,
-// far below what bfloat16 and codes tell apart. About 0 below -127. Operands stand so that NaN stays NaN.
+// far below what bfloat16 and codes tell apart. About 0 below -126. Operands stand so that NaN stays NaN.
 template <int kDegree = 5>
 inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
   static_assert(kDegree == 4 || kDegree == 5);
-  x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);
+  x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
   constexpr float five[] = {1.0f, 6.93146967e-1f, 2.40221197e-1f, 5.55071328e-2f, 9.67554154e-3f, 1.32764717e-3f};
@@ -93,27 +93,29 @@ inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// x / (1 + exp(-u)).
-inline __attribute__((always_inline)) __m512 gated_by_sigmoid(__m512 x, __m512 u) {
-  // The power of a large u overflows to infinity, and the quotient is 0, as it should be.
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2(_mm512_mul_ps(u, _mm512_set1_ps(-kLog2E)))));
+// x / (1 + 2**power). The power of a large number overflows to infinity, and the quotient is 0, as it should be.
+inline __attribute__((always_inline)) __m512 gated(__m512 x, __m512 power) {
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2(power)));
 }
 
-inline __attribute__((always_inline)) __m512 silu(__m512 x) { return gated_by_sigmoid(x, x); }
+inline __attribute__((always_inline)) __m512 silu(__m512 x) {
+  return gated(x, _mm512_mul_ps(x, _mm512_set1_ps(-kLog2E)));
+}
 
 // GELU by the tanh formula: x times the logistic function of 2 sqrt(2 / pi) (x + 0.044715 x**3).
 inline __attribute__((always_inline)) __m512 gelu_tanh(__m512 x) {
-  const __m512 square = _mm512_mul_ps(x, x);
-  const __m512 inner = _mm512_fmadd_ps(square, _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
-  return gated_by_sigmoid(x, _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.5957691216057308f)), inner));
+  constexpr float linear = -kLog2E * 1.5957691216057308f, cubic = linear * 0.044715f;
+  const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(cubic), _mm512_set1_ps(linear));
+  return gated(x, _mm512_mul_ps(x, inner));
 }
 
-// Codes 0..qmax of `value`, halves rounded to even, as 16 bytes. The quotient is a true one, as in the oracle.
-inline __attribute__((always_inline)) __m128i quantize(__m512 value, __m512 scale, __m512 zero_point, __m512 qmax) {
-  __m512 code = _mm512_roundscale_ps(_mm512_div_ps(value, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  code = _mm512_add_ps(code, zero_point);
-  code = _mm512_min_ps(_mm512_max_ps(code, _mm512_setzero_ps()), qmax);
-  return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code));
+// Codes 0..qmax of `value`, halves rounded to even, as 16 bytes. `inverse` is one over the scale: a product with it
+// rounds once more than the quotient, and tells a code apart only within 1e-7 of the middle between two.
+inline __attribute__((always_inline)) __m128i quantize(__m512 value, __m512 inverse, __m512i zero_point, __m512i qmax) {
+  // So that what is rounded fits an integer. Far less than 2**24 would do.
+  const __m512 steps = _mm512_min_ps(_mm512_set1_ps(16777216.0f), _mm512_mul_ps(value, inverse));
+  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(steps), zero_point);
+  return _mm512_cvtepi32_epi8(_mm512_min_epi32(_mm512_max_epi32(code, _mm512_setzero_si512()), qmax));
 }
 
 // One entry a row of `of`, from one number, or numbers along the leading axes of `of`. Looked up, for a division a row
@@ -136,6 +138,12 @@ std::vector<Row> per_row(const at::Tensor& values, const at::Tensor& of, int64_t
     std::fill(result.begin() + rows * entry / count, result.begin() + rows * (entry + 1) / count,
               static_cast<Row>(from[entry]));
   return result;
+}
+
+// One over each of the scales.
+inline std::vector<float> inverses(std::vector<float> scales) {
+  for (float& scale : scales) scale = 1.0f / scale;
+  return scales;
 }
 
 // One pointer a row, to the vector that the row reads: `values` is `[channels]`, or a vector a sample
