@@ -24,12 +24,13 @@ def our_systems() -> Iterator[System]:
         "W8A8": _checkpoint("w8a8", plain),
         "W8A8 symmetric": _checkpoint("w8a8-symmetric", _symmetric(plain)),
         "W8A8, attention too": _checkpoint("w8a8-attention", attention),
+        "W8A8, all layers": _checkpoint("w8a8-all", make_recipe("ptq4dit-w8a8", "all")),
         "W8A8, bf16 rest": _checkpoint("w8a8-bf16", plain, torch.bfloat16),
         "W8A8 HTG bins": _checkpoint("w8a8-htg", make_recipe("htg-w8a8")),
         "W8A8 dynamic": _checkpoint("w8a8-dynamic", make_recipe("dynamic-w8a8")),
         "W4A8": _checkpoint("w4a8", make_recipe("ptq4dit-w4a8")),
     }
-    for name in ("W8A8", "W8A8, attention too"):
+    for name in ("W8A8", "W8A8, all layers"):
         yield System(f"native {name}, eager", _loaded("native", compiled=False), stored[name])
     for name, made in stored.items():
         dtype = torch.bfloat16 if "bf16" in name else torch.float32

@@ -6,14 +6,13 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <vector>
 
 #include "memory.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace fxquant {
@@ -253,16 +252,17 @@ inline Output make_output(at::IntArrayRef q, int64_t channels, const at::Tensor&
 template <class Worker>
 void for_each_head(int64_t batch, int64_t heads, int64_t tokens, const Worker& make) {
   const int64_t tiles = divide_up(tokens, kQueries);
-  at::parallel_for(0, batch * heads * tiles, 4, [&](int64_t begin, int64_t end) {
+  // A head has to be packed by each thread that works on it, so threads take half a head or more at a time.
+  share_out(batch * heads * tiles, divide_up(tiles, 2), [&](const auto& take) {
     auto worker = make();
     int64_t packed = -1;
-    for (int64_t unit = begin; unit < end; ++unit) {
+    take([&](int64_t unit) {
       const int64_t head = unit / tiles, tile = unit % tiles;
       if (packed != head) worker.pack(head / heads, head % heads);
       packed = head;
       const int64_t top = tokens * tile / tiles, bottom = tokens * (tile + 1) / tiles;
       worker.rows(top, bottom - top);
-    }
+    });
   });
 }
 

@@ -4,7 +4,6 @@
 // bytes: one operand of vpdpbusd each 16. Weights of up to 4 bits hold eight input channels in the same place, the first
 // four in the low halves of the bytes and the others in the high ones, and are taken apart in registers.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace fxquant {
@@ -151,11 +151,12 @@ void multiply(const Linear& linear, const Finish& finish) {
   const int64_t blocks = divide_up(linear.rows, most), block = divide_up(linear.rows, blocks);
   const int64_t work = block * linear.in * kPanel;  // Multiplications a panel and block.
   const auto& kernels = linear.halves ? kHalf : kWhole;
-  at::parallel_for(0, blocks * panels, std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(work, 1)), [&](int64_t begin, int64_t end) {
+  const int64_t least = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(work, 1));
+  share_out(blocks * panels, least, [&](const auto& take) {
     std::vector<int32_t> code_sums;
     alignas(64) int32_t sums[kRows * kPanel];
     int64_t summed = -1;
-    for (int64_t unit = begin; unit < end; ++unit) {
+    take([&](int64_t unit) {
       const int64_t first = unit / panels * block, count = std::min(block, linear.rows - first);
       const int64_t panel = unit % panels;
       if (linear.w_zero_point && summed != first) {
@@ -178,7 +179,7 @@ void multiply(const Linear& linear, const Finish& finish) {
             if (epilogue.lanes(v)) finish.write(first + r, panel * kPanel + v * kLanes, epilogue.lanes(v), y[v]);
         }
       }
-    }
+    });
   });
 }
 
