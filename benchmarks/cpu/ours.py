@@ -35,6 +35,8 @@ def our_systems() -> Iterator[System]:
     for name, made in stored.items():
         dtype = torch.bfloat16 if "bf16" in name else torch.float32
         yield System(f"native {name}, compiled", _loaded("native", compiled=True, dtype=dtype), made)
+    for name, recipe in (("W8A8", plain), ("W8A8, all layers", make_recipe("ptq4dit-w8a8", "all"))):
+        yield System(f"native {name}, ahead of time", _packaged, _package(f"aot-{name}", recipe))
     start = _loaded(partial(Native, kernels="onednn"), compiled=True)
     yield System("native (oneDNN kernels) W8A8 symmetric, compiled", start, stored["W8A8 symmetric"])
     if "torchao" in BACKENDS:
@@ -54,6 +56,22 @@ def _checkpoint(name: str, recipe: Recipe, dtype: torch.dtype = torch.float32) -
         fxquant.save(quantized, folder)
 
     return Stored(name, make)
+
+
+def _package(name: str, recipe: Recipe) -> Stored:
+    def make(task: Task, folder: Path) -> None:
+        model = task.model(torch.float32)
+        calibrate = partial(task.calibrate, model, torch.float32)
+        fxquant.export_aot(
+            fxquant.compile(model, recipe=recipe, backend="native", calibrate=calibrate, measure=0), folder
+        )
+
+    return Stored(name, make)
+
+
+def _packaged(task: Task, folder: Path) -> Run:
+    model = fxquant.load_package(folder)
+    return lambda call: model(**call)[0]
 
 
 def _loaded(

@@ -95,7 +95,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 // x / (1 + 2**power). The power of a large number overflows to infinity, and the quotient is 0, as it should be.
 inline __attribute__((always_inline)) __m512 gated(__m512 x, __m512 power) {
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2(power)));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2<4>(power)));
 }
 
 inline __attribute__((always_inline)) __m512 silu(__m512 x) {
@@ -106,7 +106,8 @@ inline __attribute__((always_inline)) __m512 silu(__m512 x) {
 inline __attribute__((always_inline)) __m512 gelu_tanh(__m512 x) {
   constexpr float linear = -kLog2E * 1.5957691216057308f, cubic = linear * 0.044715f;
   const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(cubic), _mm512_set1_ps(linear));
-  return gated(x, _mm512_mul_ps(x, inner));
+  // The square of what is beyond 1e19 is infinite; a power that is not keeps the quotient a number.
+  return gated(x, _mm512_min_ps(_mm512_set1_ps(1e4f), _mm512_mul_ps(x, inner)));
 }
 
 // Codes 0..qmax of `value`, halves rounded to even, as 16 bytes. `inverse` is one over the scale: a product with it

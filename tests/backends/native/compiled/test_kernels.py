@@ -146,6 +146,8 @@ def test_extreme_values_pass_activations() -> None:
         grid = torch.tensor(scale), torch.tensor(128, dtype=torch.uint8)
         right = expected(codes, *grid, weight)
         torch.testing.assert_close(linear(codes, *grid, weight, activation="silu"), functional.silu(right).float())
+        found = linear(codes, *grid, weight, activation="gelu_tanh")
+        torch.testing.assert_close(found, functional.gelu(right, approximate="tanh").float(), rtol=1e-5, atol=1e-5)
     grid = torch.tensor(float("nan")), torch.tensor(128, dtype=torch.uint8)
     assert linear(codes, *grid, weight, activation="silu").isnan().all()
 
