@@ -1,0 +1,63 @@
+"""The trained pipelines on this backend: noise and images of the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxquant
+from examples.digits import compare, generate, load_classifier, load_pipeline
+from fxquant.backends.native import Native, machine
+from fxquant.model import GraphModel
+from fxquant.quantizer import sqnr_db
+
+LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
+MISSING = machine.missing_kernels()
+OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")
+RUNNERS = [
+    pytest.param(Native("compiled", attention="float"), 45.0, marks=OWN, id="float"),
+    pytest.param(Native("compiled"), 38.0, marks=OWN, id="bf16"),
+    pytest.param(Native("onednn"), 45.0, id="onednn"),
+]
+
+
+@pytest.fixture(scope="module", params=[("ptq4dit-w8a8", "default"), ("htg-w8a8", "all"), ("ptq4dit-w4a8", "default")])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe, layers = request.param
+    pipe, folder = load_pipeline(), tmp_path_factory.mktemp("digits") / "made"
+    made = fxquant.compile(
+        pipe.transformer,
+        recipe=fxquant.make_recipe(recipe, layers),
+        calibrate=lambda: generate(pipe, LABELS, seed=1, steps=5),
+        measure=0,
+    )
+    fxquant.save(made, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "floor"), RUNNERS)
+def test_noise_and_images_are_those_of_the_oracle(checkpoint: Path, backend: Native, floor: float) -> None:
+    pipe, classifier = load_pipeline(), load_classifier()
+    oracle, mine = fxquant.load(checkpoint, backend="fake-quant"), fxquant.load(checkpoint, backend=backend)
+    call = {
+        "hidden_states": torch.randn(8, *_sample_shape(oracle), generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([999, 900, 700, 500, 300, 200, 100, 0]),
+        "class_labels": torch.tensor(LABELS),
+    }
+    with torch.no_grad():
+        noise = [model(**call).sample for model in (oracle, mine)]
+    assert sqnr_db(*noise) > floor
+    images = []
+    for model in (oracle, mine):
+        with compare.transformer_of(pipe, model):
+            images.append(generate(pipe, LABELS, seed=5, steps=6))
+    read = [classifier(made * 2 - 1).argmax(1) for made in images]
+    assert torch.equal(*read)
+
+
+def _sample_shape(model: GraphModel) -> tuple[int, int, int]:
+    config = model.config
+    return config.in_channels, config.sample_size, config.sample_size
