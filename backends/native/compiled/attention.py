@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.compiled.ops import FLOATS
 from fxquant.backends.native.tensors import only_reader
 from fxquant.ir.rewriter import Rewriter
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TO_VALUES = (1, 2)  # Kernels return tokens before heads.
 
 
@@ -32,7 +31,7 @@ def _lower_floats(node: fx.Node, rewriter: Rewriter) -> None:
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
     values = [part.meta["val"] for part in (q, k, v)]
-    if any(value.dim() != 4 or value.dtype != values[0].dtype for value in values) or values[0].dtype not in _FLOATS:
+    if any(value.dim() != 4 or value.dtype != values[0].dtype for value in values) or values[0].dtype not in FLOATS:
         return
     if given.get("dropout_p", 0.0) or not _is_mask(mask, node):
         return
@@ -52,7 +51,7 @@ def _lower_floats(node: fx.Node, rewriter: Rewriter) -> None:
 def _lower_codes(node: fx.Node, rewriter: Rewriter) -> None:
     """Matched from the product with v back to that of q and k; what does not match stays as it is."""
     probabilities, p_scale, p_zero_point, v, v_scale, v_zero_point, dtype = node.args
-    if not _is_call(probabilities, native.quantize.default) or dtype not in _FLOATS or not _has_heads(v):
+    if not _is_call(probabilities, native.quantize.default) or dtype not in FLOATS or not _has_heads(v):
         return
     assert isinstance(probabilities, fx.Node)
     softmax, *_, qmax = probabilities.args

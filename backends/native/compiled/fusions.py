@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.compiled.ops import FLOATS
 from fxquant.backends.native.tensors import by_sample, derived, only_reader
 from fxquant.ir.rewriter import Rewriter
 
@@ -17,7 +17,6 @@ aten, native = torch.ops.aten, torch.ops.fxquant_native
 DIVIDED = "_divided"
 """Ends the name of a scale that a constant factor before the quantization went into."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VIEWS = frozenset(
     {
         aten.view.default,
@@ -264,7 +263,7 @@ _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 def _is_norm_of_channels(norm: fx.Node) -> bool:
     source, shape = norm.args[:2]
     assert isinstance(source, fx.Node)
-    if source.meta["val"].dtype not in _FLOATS or len(shape) != 1:  # type: ignore[arg-type]
+    if source.meta["val"].dtype not in FLOATS or len(shape) != 1:  # type: ignore[arg-type]
         return False
     dtypes = {part.meta["val"].dtype for part in norm.args[2:4] if isinstance(part, fx.Node)}
     return dtypes <= {source.meta["val"].dtype}
@@ -292,7 +291,7 @@ def _is_vector(value: Any, like: fx.Node) -> bool:
     if not isinstance(value, fx.Node):
         return False
     own, of = value.meta["val"], like.meta["val"]
-    if own.dtype != of.dtype or of.dtype not in _FLOATS or not 1 <= own.dim() <= of.dim():
+    if own.dtype != of.dtype or of.dtype not in FLOATS or not 1 <= own.dim() <= of.dim():
         return False
     if str(own.shape[-1]) != str(of.shape[-1]) or any(str(size) != "1" for size in own.shape[1:-1]):
         return False

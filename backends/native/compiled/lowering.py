@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.native.compiled import attention, fusions, weights
-from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.compiled.ops import FLOATS
 from fxquant.backends.native.compiled.sharing import share
 from fxquant.backends.native.tensors import derived
 from fxquant.capture import drop_unread_tensors, read_tensors
@@ -18,9 +18,6 @@ from fxquant.devices import give_back_memory
 from fxquant.ir.rewriter import Rewriter
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the kernels read and write."""
 
 _KEPT = 32 << 20  # Bytes of weights whose temporaries may stay with the C library.
 _PANELS = "_panels"
