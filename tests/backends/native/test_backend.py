@@ -31,7 +31,8 @@ FLOOR = {"float": 45.0, "onednn": 45.0, "bf16": 38.0}  # dB against the oracle.
 NAMES = [f"{name}-{bits}" for name in RECIPES for bits in ("w8a8", "w4a8")]
 NAMES += ["rtn-w6a6", "rtn-w8a16", "rtn-w4a16-g8", "ptq4dit-gptq-w4a8"]
 ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel",
-       "WanTransformer3DModel", "HunyuanDiT2DModel")  # fmt: skip
+       "WanTransformer3DModel", "HunyuanDiT2DModel", "Flux2Transformer2DModel", "AuraFlowTransformer2DModel",
+       "CogVideoXTransformer3DModel", "CogView4Transformer2DModel", "LTXVideoTransformer3DModel")  # fmt: skip
 
 
 MISSING = machine.missing_kernels()
