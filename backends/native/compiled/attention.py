@@ -33,7 +33,7 @@ def _lower_floats(node: fx.Node, rewriter: Rewriter) -> None:
     values = [part.meta["val"] for part in (q, k, v)]
     if any(value.dim() != 4 or value.dtype != values[0].dtype for value in values) or values[0].dtype not in FLOATS:
         return
-    if given.get("dropout_p", 0.0) or not _is_mask(mask, node):
+    if given.get("dropout_p", 0.0) or not _is_mask(mask):
         return
     scale = given.get("scale")
     scale = 1 / math.sqrt(int(values[0].shape[-1])) if scale is None else scale
@@ -61,7 +61,7 @@ def _lower_codes(node: fx.Node, rewriter: Rewriter) -> None:
     if softmax.args[1] not in (-1, 3) or not _private(softmax, probabilities):
         return
     scores, mask, negated = _unmasked(softmax.args[0])
-    if not _is_call(scores, reference.matmul.default) or not _is_mask(mask, node):
+    if not _is_call(scores, reference.matmul.default) or not _is_mask(mask):
         return
     assert isinstance(scores, fx.Node)
     q, q_scale, q_zero_point, turned, k_scale, k_zero_point, inner = scores.args
@@ -100,7 +100,7 @@ def _unmasked(node: Any) -> tuple[Any, Any, bool]:
     return node, None, False
 
 
-def _is_mask(mask: Any, node: fx.Node) -> bool:
+def _is_mask(mask: Any) -> bool:
     if mask is None:
         return True
     value = mask.meta["val"]

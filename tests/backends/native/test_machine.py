@@ -51,6 +51,8 @@ def test_right_without_vnni_and_says_what_is_lost(isa: str) -> None:
         assert "no VNNI" in told
         assert "half the speed" in told
         assert "in two halves (no VNNI)" in kernel
+    elif machine.missing_kernels() is None:
+        assert told == "[]"
     assert isa != "AVX2" or exact == "False"
     assert float(db) > 45.0
 
