@@ -15,20 +15,29 @@ BUILT: set[str] = set()
 """Full names of the ops that only a compiled library runs."""
 
 
-def define_kernel(schema: str, kernel: Callable[..., Tensor] | None, fake: Callable[..., Tensor]) -> None:
+_PROCESSORS = ("CPU", "MkldnnCPU")  # A prepacked weight among the arguments dispatches to the second.
+
+
+def define_kernel(
+    schema: str,
+    kernel: Callable[..., Tensor] | None,
+    fake: Callable[..., Tensor],
+    keys: tuple[str, ...] = _PROCESSORS,
+) -> None:
     """Define an op that graphs hold as it is.
 
     Args:
         schema: Its schema.
-        kernel: What runs it on processors; None for one that a compiled library registers.
+        kernel: What runs it; None for one that a compiled library registers.
         fake: Shape and dtype of its result.
+        keys: Where it dispatches to the kernel.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if kernel is None:
         BUILT.add(f"fxquant_native::{name}")
     else:
-        for key in ("CPU", "MkldnnCPU"):  # A prepacked weight among the arguments dispatches to the second.
+        for key in keys:
             library.impl(name, kernel, key)
     torch.library.register_fake(f"fxquant_native::{name}", fake, lib=library)
 

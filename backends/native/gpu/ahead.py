@@ -1,0 +1,183 @@
+"""Kernels compiled for a GPU that is not there: whether they compile, and what they take of it.
+
+``python -m fxquant.backends.native.gpu.ahead`` prints a row for each way that the product's kernel may be cut.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxquant.backends.native.gpu import machine
+from fxquant.backends.native.gpu.configs import Config, candidates
+from fxquant.errors import BackendError
+
+HOPPER = 90
+
+_POINTERS = {
+    "x": "*i8",
+    "w": "*i8",
+    "out": "*bf16",
+    "x_scale": "*fp32",
+    "x_zero_point": "*u8",
+    "w_scale": "*fp32",
+    "w_zero_point": "*u8",
+    "w_sums": "*i32",
+    "bias": "*bf16",
+}
+_ALIGNED = ("M", "N", "K", "gate_stride", "bias_stride")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: A thread.
+        spilled: Bytes a thread of local memory, which registers spill to.
+        shared: Bytes of shared memory a program.
+        instructions: The matrix instructions in it, by the first words of their names in PTX.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: tuple[str, ...]
+
+
+def compile_kernel(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    warps: int,
+    stages: int,
+    aligned: tuple[str, ...] = (),
+    capability: int = HOPPER,
+) -> Resources:
+    """Compile a kernel for an NVIDIA GPU, which need not be there.
+
+    Args:
+        kernel: The Triton function.
+        types: Types of its arguments as Triton writes them; pointers are taken for aligned ones.
+        constants: Values of its constants, and of arguments that are None.
+        warps: Warps a program.
+        stages: Stages of pipelines.
+        aligned: Numbers that are multiples of 16.
+        capability: Compute capability, times ten.
+
+    Raises:
+        BackendError: Without Triton, or in its interpreter.
+    """
+    reason = machine.missing_triton()
+    if reason is not None or machine.interprets():
+        raise BackendError(f"kernels cannot be compiled: {reason or 'TRITON_INTERPRET is set'}")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    divisible = [name for name in names if signature[name].startswith("*") or name in aligned]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if name not in constants},
+    )
+    made = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
+    )
+    ptx = made.asm["ptx"]
+    found = sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync)\.\S*?\.(m\d+n\d+k\d+)\S*", ptx)))
+    kinds = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*?\.(s32\.s8|f32\.e4m3|s32\.u8|f32\.bf16)", ptx)))
+    words = tuple(f"{name.split('.')[0]} {shape}" for name, shape in found) + tuple(kinds)
+    return Resources(*_usage(made.asm["cubin"]), int(made.metadata.shared), words)
+
+
+def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool = True) -> Resources:
+    """What the product's kernel takes when it is cut in one way, on Hopper GPUs.
+
+    Args:
+        kind: ``int8``, ``fp8`` or ``int4``.
+        config: How to cut it.
+        group_size: Inputs a group of the weight.
+        fused: Whether GELU and the next quantization follow it, or else a gate and a residual.
+    """
+    from fxquant.backends.native.gpu.entry import step_of
+    from fxquant.backends.native.gpu.kernels.linear import linear_kernel
+    from fxquant.backends.native.gpu.weights import half_of
+
+    held = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}[kind]
+    codes = "*fp8e4nv" if kind == "fp8" else "*i8"
+    types = _POINTERS | {"x": codes, "w": held}
+    if group_size:
+        types["w_sums"] = "*fp32"
+    constants: dict[str, Any] = {
+        "x_sums": None,
+        "ACTIVATION": "gelu_tanh" if fused else "none",
+        "HALF": half_of(group_size) if kind == "int4" else 0,
+        "GROUP": group_size,
+        "FP8": kind == "fp8",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": step_of(config, group_size),
+        "SUPER_M": config.super_m,
+    }
+    if fused:
+        types |= {"out": codes, "out_scale": "*fp32", "out_zero_point": "*u8"}
+        constants |= {"gate": None, "residual": None}
+    else:
+        types |= {"gate": "*bf16", "residual": "*bf16"}
+        constants |= {"out_scale": None, "out_zero_point": None}
+    return compile_kernel(linear_kernel, types, constants, config.warps, config.stages, _ALIGNED)
+
+
+def all_linears() -> Iterator[tuple[str, int, Config]]:
+    """Every kind of product, group size and way to cut it."""
+    for kind, group in (("int8", 0), ("fp8", 0), ("int4", 0), ("int4", 64), ("int4", 32)):
+        for rows in (16, 4096):
+            yield from ((kind, group, config) for config in candidates(kind == "int4", rows))
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if found is None:
+        raise BackendError(f"cuobjdump says nothing of registers: {text.strip()[:200]}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main() -> None:
+    """Print a table of all ways to cut the product."""
+    rows = []
+    for kind, group, config in all_linears():
+        for fused in (True, False):
+            used = linear_resources(kind, config, group, fused)
+            cut = f"{config.block_m}x{config.block_n}x{config.block_k}, {config.warps} warps, {config.stages} stages"
+            epilogue = "GELU, codes" if fused else "gate, residual"
+            name = f"{kind}-g{group}" if group else kind
+            rows.append(
+                [name, cut, epilogue, used.registers, used.spilled, used.shared >> 10, ", ".join(used.instructions)]
+            )
+    header = ["product", "cut", "epilogue", "registers", "spilled B", "shared KiB", "instructions"]
+    print(tabulate(rows, header))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""How the product's kernel is cut: tiles, warps and stages, by the shape of the product.
+
+A table that was tuned on a device, ``configs.json`` beside this file or ``gpu-configs.json`` in the cache folder of the
+user, decides where it knows the shape; elsewhere a model of how many waves of tiles a shape takes does. Nothing is ever
+timed while a model runs, so that graphs can be captured from the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+
+from fxquant.backends.native.gpu.machine import tuned_files
+
+_MULTIPROCESSORS = 132  # Of an H100 or H200; others have others, and tiles are chosen alike for them.
+_SMALL = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to cut a product.
+
+    Attributes:
+        block_m: Rows a tile.
+        block_n: Output channels a tile.
+        block_k: Input channels a step.
+        warps: Warps a tile.
+        stages: Steps whose loads are in flight.
+        super_m: Tiles along the rows that run together on one part of the weight.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = 128
+    warps: int = 8
+    stages: int = 4
+    super_m: int = 8
+
+
+# Beside each its rate while it runs, of the first one's: how often a loaded byte is used decides.
+_BYTES: dict[Config, float] = {
+    Config(128, 256, 128, 8, 3): 1.0,
+    Config(128, 128, 128, 8, 4): 0.85,
+    Config(64, 256, 128, 4, 4): 0.8,
+    Config(64, 128, 128, 4, 4): 0.65,
+    Config(64, 64, 128, 4, 5): 0.45,
+    Config(16, 128, 128, 4, 5): 0.12,
+    Config(16, 64, 128, 4, 6): 0.08,
+    Config(16, 32, 256, 4, 6): 0.05,
+}
+_HALVES: dict[Config, float] = {
+    Config(128, 128, 128, 8, 3): 1.0,
+    Config(64, 128, 128, 4, 4): 0.75,
+    Config(64, 64, 128, 4, 4): 0.5,
+    Config(16, 128, 128, 4, 5): 0.15,
+    Config(16, 64, 128, 4, 5): 0.1,
+    Config(16, 32, 128, 4, 6): 0.06,
+}
+
+
+def candidates(halves: bool, m: int) -> list[Config]:
+    """The ways to cut that are worth a try for a product of `m` rows."""
+    few = m <= _SMALL
+    return [config for config in (_HALVES if halves else _BYTES) if (config.block_m == 16) == few]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(kind: str, m: int, n: int, k: int, device: str) -> Config:
+    """How to cut a product `[m, k] x [k, n]`.
+
+    Args:
+        kind: ``int8``, ``fp8`` or ``int4``, with ``-gGROUP`` behind it where weights are in groups.
+        m: Rows.
+        n: Output channels.
+        k: Input channels.
+        device: Name of the device.
+    """
+    found = _tuned().get(key(kind, m, n, k, device))
+    if found is not None:
+        return found
+    halves = kind.startswith("int4")
+    rates = _HALVES if halves else _BYTES
+    return min(candidates(halves, m), key=lambda config: _time(config, m, n) / rates[config])
+
+
+def key(kind: str, m: int, n: int, k: int, device: str) -> str:
+    """The entry of a product in a tuned table; rows count to the next power of two."""
+    return f"{device}/{kind}/{1 << max(0, m - 1).bit_length()}x{k}x{n}"
+
+
+def _time(config: Config, m: int, n: int) -> float:
+    """Time of all tiles, were all ways equally fast while they run."""
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    return -(-tiles // _MULTIPROCESSORS) * config.block_m * config.block_n
+
+
+@functools.cache
+def _tuned() -> dict[str, Config]:
+    found: dict[str, Config] = {}
+    for file in tuned_files():
+        if file.exists():
+            found |= {name: Config(**entry) for name, entry in json.loads(file.read_text(encoding="utf-8")).items()}
+    return found

@@ -1,0 +1,192 @@
+"""The matrix product of codes, with what follows it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, activate, held_codes, step_of
+
+
+@triton.jit
+def linear_kernel(
+    x,
+    w,
+    out,
+    x_scale,
+    x_zero_point,
+    w_scale,
+    w_zero_point,
+    w_sums,
+    x_sums,
+    bias,
+    gate,
+    residual,
+    out_scale,
+    out_zero_point,
+    M,
+    N,
+    K,
+    x_scale_rows,
+    x_zero_point_rows,
+    bias_rows,
+    bias_stride,
+    gate_rows,
+    gate_stride,
+    out_scale_rows,
+    out_zero_point_rows,
+    qmax,
+    ACTIVATION: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SUPER_M: tl.constexpr,
+):
+    """One tile `[BLOCK_M, BLOCK_N]` of the result; pointers that are None are left out.
+
+    ``x`` is `[M, K]`, ``w`` `[N, K]` or, with HALF > 0, `[N, ceil(K / (2 HALF)) HALF]` of two codes a byte, the halves
+    of each 2 HALF inputs. ``*_rows`` are the rows that share an entry of a vector. With GROUP > 0 the grid of the
+    weight is `[N, ceil(K / GROUP)]`, and ``w_sums`` are float32, with the scales in them.
+    """
+    pid = tl.program_id(0)
+    # Tiles that run at one time share rows of x and of w, which stay in the second-level cache.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    width = SUPER_M * tiles_n
+    first_m = (pid // width) * SUPER_M
+    size_m = tl.minimum(tiles_m - first_m, SUPER_M)
+    tile_m = first_m + (pid % width) % size_m
+    tile_n = (pid % width) // size_m
+
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # What lies outside reads what lies inside, and is not written: loads along these axes need no mask.
+    x_rows = x + (rows % M).to(tl.int64)[:, None] * K
+    inside_n = columns % N
+    if HALF > 0:
+        total = _sum_halves(x_rows, w, w_scale, w_zero_point, inside_n, K, HALF, GROUP, BLOCK_M, BLOCK_N)
+    else:
+        total = _sum_bytes(x_rows, w, w_scale, inside_n, K, GROUP, FP8, BLOCK_M, BLOCK_N, BLOCK_K)
+
+    within_m, within_n = rows < M, columns < N
+    within = within_m[:, None] & within_n[None, :]
+    scale = tl.load(x_scale + rows // x_scale_rows, mask=within_m, other=0.0)
+    zero_point = tl.load(x_zero_point + rows // x_zero_point_rows, mask=within_m, other=0).to(tl.int32)
+    if not FP8:
+        shift = zero_point - MIDDLE
+        sums = tl.load(w_sums + columns, mask=within_n, other=0)
+        if GROUP > 0:
+            total -= shift.to(tl.float32)[:, None] * sums[None, :]
+        else:
+            total -= shift[:, None] * sums[None, :]
+            if x_sums is not None:
+                held = tl.load(w_zero_point + columns, mask=within_n, other=0).to(tl.int32) - MIDDLE
+                row_sums = tl.load(x_sums + rows, mask=within_m, other=0) - K * shift
+                total -= row_sums[:, None] * held[None, :]
+    y = total.to(tl.float32) * step_of(scale, zero_point, 255, FP8)[:, None]
+    if GROUP == 0:
+        y *= tl.load(w_scale + columns, mask=within_n, other=0.0)[None, :]
+    if bias is not None:
+        at = (rows // bias_rows).to(tl.int64)[:, None] * bias_stride + columns[None, :]
+        y += tl.load(bias + at, mask=within, other=0.0).to(tl.float32)
+    y = activate(y, ACTIVATION)
+    if gate is not None:
+        at = (rows // gate_rows).to(tl.int64)[:, None] * gate_stride + columns[None, :]
+        y *= tl.load(gate + at, mask=within, other=0.0).to(tl.float32)
+    place = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if residual is not None:
+        y += tl.load(residual + place, mask=within, other=0.0).to(tl.float32)
+    if out_scale is not None:
+        middle = tl.load(out_zero_point + rows // out_zero_point_rows, mask=within_m, other=0).to(tl.int32)
+        step = step_of(tl.load(out_scale + rows // out_scale_rows, mask=within_m, other=1.0), middle, qmax, FP8)
+        tl.store(out + place, held_codes(y, (1.0 / step)[:, None], middle[:, None], qmax, FP8), mask=within)
+    else:
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _sum_bytes(
+    x_rows,
+    w,
+    w_scale,
+    columns,
+    K,
+    GROUP: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums over one weight a byte: int32, or float32 for 8-bit floats and for groups."""
+    inner = tl.arange(0, BLOCK_K)
+    x_tile = x_rows + inner[None, :]
+    w_tile = w + columns.to(tl.int64)[None, :] * K + inner[:, None]
+    if FP8 or GROUP > 0:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(0, K, BLOCK_K):
+        left = inner < K - k
+        if FP8:
+            codes = tl.load(x_tile, mask=left[None, :], other=0.0)
+            weight = tl.load(w_tile, mask=left[:, None], other=0.0)
+            total = tl.dot(codes, weight, total)
+        else:
+            codes = tl.load(x_tile, mask=left[None, :], other=0)
+            weight = tl.load(w_tile, mask=left[:, None], other=0)
+            if GROUP > 0:
+                scale = tl.load(w_scale + columns * tl.cdiv(K, GROUP) + k // GROUP)
+                total += tl.dot(codes, weight, out_dtype=tl.int32).to(tl.float32) * scale[None, :]
+            else:
+                total = tl.dot(codes, weight, total, out_dtype=tl.int32)
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K
+    return total
+
+
+@triton.jit
+def _sum_halves(
+    x_rows,
+    w,
+    w_scale,
+    w_zero_point,
+    columns,
+    K,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The same over two weights a byte, which are unpacked in registers."""
+    inner = tl.arange(0, HALF)
+    x_tile = x_rows + inner[None, :]
+    w_tile = w + columns.to(tl.int64)[None, :] * (tl.cdiv(K, 2 * HALF) * HALF) + inner[:, None]
+    if GROUP > 0:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        grid = columns * tl.cdiv(K, GROUP)
+        last = tl.cdiv(K, GROUP) - 1
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+        zero_point = tl.load(w_zero_point + columns).to(tl.int8)
+    for k in range(0, K, 2 * HALF):
+        low = tl.load(x_tile, mask=(inner < K - k)[None, :], other=0)
+        high = tl.load(x_tile + HALF, mask=(inner < K - k - HALF)[None, :], other=0)
+        both = tl.load(w_tile)
+        first, second = (both & 15).to(tl.int8), (both >> 4).to(tl.int8)
+        if GROUP > 0:
+            # The last half may lie wholly behind the end; its inputs are zero, and its group must only exist.
+            one, two = k // GROUP, tl.minimum((k + HALF) // GROUP, last)
+            first -= tl.load(w_zero_point + grid + one).to(tl.int8)[None, :]
+            second -= tl.load(w_zero_point + grid + two).to(tl.int8)[None, :]
+            scale = tl.load(w_scale + grid + one)
+            total += tl.dot(low, first, out_dtype=tl.int32).to(tl.float32) * scale[None, :]
+            scale = tl.load(w_scale + grid + two)
+            total += tl.dot(high, second, out_dtype=tl.int32).to(tl.float32) * scale[None, :]
+        else:
+            total = tl.dot(low, first - zero_point[None, :], total, out_dtype=tl.int32)
+            total = tl.dot(high, second - zero_point[None, :], total, out_dtype=tl.int32)
+        x_tile += 2 * HALF
+        w_tile += HALF
+    return total

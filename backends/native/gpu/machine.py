@@ -1,0 +1,69 @@
+"""What a device and an installed Triton can do."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from fxquant.backends.native.compiled.build import cache_folder
+
+OLDEST_TRITON = (3, 6)
+_INTEGERS = (8, 0)  # Compute capabilities: tensor cores that Triton multiplies signed bytes on,
+_FP8 = (8, 9)  # and 8-bit floats.
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on any processor and very slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def missing(device: torch.device, fp8: bool = False) -> str | None:
+    """Why the kernels cannot run on a device, and what would serve; None if they can.
+
+    Args:
+        device: Where tensors are.
+        fp8: Whether products of 8-bit floats are meant.
+    """
+    reason = missing_triton()
+    if reason is not None:
+        return reason
+    if device.type == "cpu":
+        if interprets():
+            return None
+        return "Triton kernels run on NVIDIA GPUs; on a processor only in its interpreter (TRITON_INTERPRET=1)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"Triton kernels are written for NVIDIA GPUs, not for {device.type}"
+    needed = _FP8 if fp8 else _INTEGERS
+    found = torch.cuda.get_device_capability(device)
+    if found < needed:
+        what = "products of 8-bit floats need" if fp8 else "products of signed bytes need"
+        instead = "; use products='int8'" if fp8 and found >= _INTEGERS else "; use backend 'fake-quant'"
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and {what} "
+            f"{needed[0]}.{needed[1]}{instead}"
+        )
+    return None
+
+
+@functools.cache
+def missing_triton() -> str | None:
+    """Why there is no Triton to use; None if there is."""
+    wanted = ".".join(map(str, OLDEST_TRITON))
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return f"the package triton is not installed; pip install 'triton>={wanted}'"
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if numbers < OLDEST_TRITON:
+        return f"triton {found} is too old; pip install 'triton>={wanted}', which torch 2.11 and newer bring along"
+    return None
+
+
+def tuned_files() -> list[Path]:
+    """Tables of tuned configurations: the shipped one, and the user's, which wins."""
+    return [Path(__file__).with_name("configs.json"), cache_folder() / "gpu-configs.json"]
