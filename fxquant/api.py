@@ -115,7 +115,7 @@ def compile(
     """
     _check_model(model)
     _check_options(recipe, backend, plan, measure, statistics)
-    runner = resolve_backend(backend)
+    runner = resolve_backend(backend).on(_device_of(model))
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
@@ -160,6 +160,10 @@ def compile(
     return quantized
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in weights_of(model).values()), torch.device("cpu"))
+
+
 def _convert(
     calibration: Calibration, recipe: Recipe, backend: Backend, dtype: torch.dtype, instruments: Sequence[Instrument]
 ) -> GraphModel:
@@ -191,7 +195,7 @@ def _replay(
     weights = weights_of(model)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(model), plan, _further_graph(recipe, backend), backend)
-    device = next(iter(weights.values())).device
+    device = _device_of(model)
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
         bind(captured.module, weights)

@@ -104,6 +104,10 @@ class Backend(ABC):
         """Whether a kernel that :meth:`kernel` or :meth:`attention_kernel` named is a fallback, of which to warn."""
         return REFERENCE in kernel
 
+    def on(self, device: torch.device) -> Backend:
+        """What runs models on a device: this backend, or one like it with the kernels of that device."""
+        return self
+
     def check_device(self, device: torch.device) -> None:
         """Refuse a device before a model goes there.
 

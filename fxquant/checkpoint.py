@@ -115,6 +115,7 @@ def load(
         dtype = dtype_of_name(data["dtype"])
         dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
         runner = resolve_backend(plan.backend) if runner is None else runner
+    runner = runner.on(torch.device(device))
     plan.backend = runner.name
     runner.check(plan)
     runner.check_device(torch.device(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import warnings
 from collections.abc import Collection, Mapping
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backend import Backend
-from fxquant.backends.native import compiled, library, machine, onednn
+from fxquant.backends.native import compiled, gpu, library, machine, onednn
+from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
@@ -26,23 +28,27 @@ class Kernels(enum.Enum):
     AUTO = "auto"
     COMPILED = "compiled"
     ONEDNN = "onednn"
+    TRITON = "triton"
 
 
 class Native(Backend):
-    """Runs quantized models on x86 CPUs as integer products.
+    """Runs quantized models on x86 CPUs and NVIDIA GPUs as integer products.
 
-    Two sets of kernels do that. The *compiled* ones are ours, in C++, and want AVX-512 with VNNI and a compiler; they
-    do attention too, and take into themselves what surrounds the products. Elsewhere, and where a processor has tiles
-    (AMX), products are those of oneDNN.
+    Three sets of kernels do that. On GPUs they are ours, in *Triton*. On CPUs the *compiled* ones are ours, in C++, and
+    want AVX-512 with VNNI and a compiler; they do attention too, and take into themselves what surrounds the products.
+    On other CPUs, and where a processor has tiles (AMX), products are those of oneDNN.
 
     Args:
-        kernels: ``auto``, ``compiled`` or ``onednn``.
+        kernels: ``auto``, ``compiled``, ``onednn`` or ``triton``, which processors run in Triton's interpreter only.
         packed: Keep weights of up to 4 bits in half a byte each, where the kernels can.
-        attention: ``bf16`` multiplies attention that the plan leaves float in bfloat16, where the kernels can;
-            ``float`` leaves it to ATen.
+        attention: ``bf16`` multiplies attention that the plan leaves float in bfloat16, where the compiled kernels can;
+            ``float`` leaves it to ATen, as on GPUs.
+        products: ``int8``, or on GPUs ``fp8``: 8-bit floats (e4m3) of the ranges of the plan in place of 8-bit codes.
+        device: Where models are, for kernels that are chosen by it; :func:`fxquant.compile` and :func:`fxquant.load`
+            tell it themselves.
 
     Raises:
-        BackendError: If compiled kernels are asked for and cannot be had; says why.
+        BackendError: If kernels are asked for and cannot be had; says why.
     """
 
     name: ClassVar[str] = "native"
@@ -51,21 +57,47 @@ class Native(Backend):
         SPECS[Stage.QUANTIZED].ops - {"quantize", "linear"},
         frozenset({"aten", "fxquant_native"}),
     )
-    devices: ClassVar[frozenset[str] | None] = frozenset({"cpu"})
+    devices: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
 
-    def __init__(self, kernels: str = "auto", packed: bool = True, attention: str = "bf16") -> None:
+    def __init__(
+        self,
+        kernels: str = "auto",
+        packed: bool = True,
+        attention: str = "bf16",
+        products: str = "int8",
+        device: torch.device | str = "cpu",
+    ) -> None:
         try:
             self._asked = Kernels(kernels)
         except ValueError:
-            raise BackendError(f"kernels={kernels!r}: there are auto, compiled and onednn") from None
+            raise BackendError(f"kernels={kernels!r}: there are auto, compiled, onednn and triton") from None
+        if products not in ("int8", "fp8"):
+            raise BackendError(f"products={products!r}: there are int8 and fp8")
         if attention not in ("bf16", "float"):
             raise BackendError(f"attention={attention!r}: there are bf16 and float")
         self._packed = packed
         self._bf16_attention = attention == "bf16"
+        self._fp8 = products == "fp8"
+        self._device = torch.device(device)
+
+    def on(self, device: torch.device) -> Native:
+        """This backend with the kernels of the device."""
+        made = copy.copy(self)
+        made._device = device
+        return made
 
     @property
     def kernels(self) -> Kernels:
         """Which kernels run: never :attr:`Kernels.AUTO`."""
+        if self._asked is Kernels.TRITON or (self._asked is Kernels.AUTO and self._device.type == "cuda"):
+            reason = gpus.missing(self._device, self._fp8)
+            if reason is not None:
+                raise BackendError(f"backend 'native' cannot run: {reason}")
+            return Kernels.TRITON
+        if self._device.type == "cuda":
+            raise BackendError(f"kernels={self._asked.value!r} run on CPUs, and the model is on {self._device}")
+        if self._fp8:
+            raise BackendError("products='fp8' are made by the Triton kernels, on GPUs; use 'int8' on CPUs")
         if self._asked is Kernels.ONEDNN or (self._asked is Kernels.AUTO and machine.has_tiles()):
             return Kernels.ONEDNN
         reason = machine.missing_kernels()
@@ -79,7 +111,10 @@ class Native(Backend):
         """Weight groups, sums of more than 32 bits, and a torch that lacks the kernels."""
         if layer.weight_bits is None or layer.activation_bits is None or layer.kind != "linear":
             return None
-        own = self.kernels is Kernels.COMPILED
+        kernels = self.kernels
+        if kernels is Kernels.TRITON:
+            return gpu.refuse(layer)
+        own = kernels is Kernels.COMPILED
         if not own and not machine.has_kernels():
             return f"this build of torch has no oneDNN quantized linear; install a CPU build for x86, or {_ELSE}"
         if layer.group_size:
@@ -93,6 +128,9 @@ class Native(Backend):
 
     def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
         """Linears and attention to the kernels, with what surrounds them."""
+        if self.kernels is Kernels.TRITON:
+            gpu.lower(module, held, gpu.Options(self._packed, self._fp8))
+            return
         if self.kernels is Kernels.COMPILED:
             compiled.lower(module, held, compiled.Options(self._packed, self._uses_bf16()))
             return
@@ -102,7 +140,18 @@ class Native(Backend):
 
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
         """Packed codes in place of the kernels' weights."""
+        if self.kernels is Kernels.TRITON:
+            return gpu.stored(module)
         return compiled.stored(module) if self.kernels is Kernels.COMPILED else onednn.stored(module)
+
+    def check_move(self, start: torch.device, goal: torch.device) -> None:
+        """Graphs for processors and for GPUs differ."""
+        super().check_move(start, goal)
+        if start.type != goal.type:
+            raise BackendError(
+                f"backend 'native' lowered this model for {start.type}, and what {goal.type} runs is another graph; "
+                f"save it and load it there: fxquant.load(folder, device={str(goal)!r})"
+            )
 
     def to_plain(self, tensor: Tensor) -> Tensor:
         """The bytes of a prepacked weight."""
@@ -124,7 +173,10 @@ class Native(Backend):
         """The kernel that multiplies, or the reference op."""
         if layer.weight_bits is None:
             return "aten float"
-        own = self.kernels is Kernels.COMPILED
+        kernels = self.kernels
+        if kernels is Kernels.TRITON and layer.kind == "linear" and layer.activation_bits is not None:
+            return gpu.kernel(layer, gpu.Options(self._packed, self._fp8))
+        own = kernels is Kernels.COMPILED
         if layer.activation_bits is None:
             if own and layer.kind == "linear" and layer.group_size % 8 == 0:
                 return f"native weight-only {self._weight(layer)}, float32 sums"

@@ -11,6 +11,9 @@ from fxquant import quantizer
 
 library = torch.library.Library("fxquant_native", "DEF")
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that kernels read and write."""
+
 BUILT: set[str] = set()
 """Full names of the ops that only a compiled library runs."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.backends.native.compiled.ops import FLOATS
+from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.tensors import only_reader
 from fxquant.ir.rewriter import Rewriter
 

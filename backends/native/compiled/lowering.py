@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.backends.native.compiled import attention, fusions, weights
-from fxquant.backends.native.compiled.ops import FLOATS
-from fxquant.backends.native.compiled.sharing import share
+from fxquant.backends.native import fusions
+from fxquant.backends.native.compiled import attention, weights
+from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.library import FLOATS
+from fxquant.backends.native.sharing import share
 from fxquant.backends.native.tensors import derived
 from fxquant.capture import drop_unread_tensors, read_tensors
 from fxquant.devices import give_back_memory
@@ -20,6 +22,13 @@ from fxquant.ir.rewriter import Rewriter
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
 _KEPT = 32 << 20  # Bytes of weights whose temporaries may stay with the C library.
+_KERNELS = fusions.Kernels(
+    native.vnni_linear.default,
+    native.norm_quantize.default,
+    native.quantize.default,
+    {native.bf16_attention.default: 6, native.int8_attention.default: 13},
+    native.bf16_attention.default,
+)
 _PANELS = "_panels"
 _SUMS = "_sums"
 
@@ -52,7 +61,7 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
                                        None, None, None, None, 255, dtype)
 
     A linear behind a dequantized weight becomes ``weight_only_linear``. What stands before and behind these goes into
-    the kernels where it can: see :mod:`fxquant.backends.native.compiled.fusions` and
+    the kernels where it can: see :mod:`fxquant.backends.native.fusions` and
     :mod:`fxquant.backends.native.compiled.attention`.
     """
     rewriter = Rewriter(module, "lower to native")
@@ -73,7 +82,7 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
             _lower_rows(node, rewriter)
     attention.lower(module.graph, rewriter, options.bf16_attention)
     module.graph.eliminate_dead_code()
-    fusions.fuse(module.graph, rewriter, held)
+    fusions.fuse(module.graph, rewriter, held, _KERNELS)
     module.graph.eliminate_dead_code()
     drop_unread_tensors(module)
 

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from fxquant.backends.native.library import define_kernel
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the kernels read and write."""
-
 
 def _fake_vnni_linear(
     xq: Tensor,

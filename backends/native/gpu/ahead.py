@@ -120,6 +120,7 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
     if group_size:
         types["w_sums"] = "*fp32"
     constants: dict[str, Any] = {
+        "w_offset": None,
         "x_sums": None,
         "ACTIVATION": "gelu_tanh" if fused else "none",
         "HALF": half_of(group_size) if kind == "int4" else 0,

@@ -10,10 +10,8 @@ from torch import Tensor
 from fxquant.backends.native.gpu import machine
 from fxquant.backends.native.gpu.configs import Config, choose
 from fxquant.backends.native.gpu.weights import half_of, held_width
+from fxquant.backends.native.library import FLOATS
 from fxquant.errors import BackendError
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the kernels read and write."""
 
 FP8 = torch.float8_e4m3fn
 CODES = (torch.int8, FP8)
@@ -42,6 +40,7 @@ def linear(
     qmax: int,
     out_dtype: torch.dtype,
     group_size: int,
+    w_offset: Tensor | None,
     x_sums: Tensor | None,
     config: Config | None = None,
 ) -> Tensor:
@@ -66,14 +65,15 @@ def linear(
         qmax: The highest of those codes.
         out_dtype: Of the result where it is not codes.
         group_size: Input channels a group, 0 for one group.
-        x_sums: Sums of the rows of `xq`, int32.
+        w_offset: Zero points that the held weight lacks, int32 `[out]`; None if it lacks none.
+        x_sums: Sums of the rows of `xq`, int32, where there is such an offset.
         config: How to cut the product; that of the table by default.
 
     Raises:
         BackendError: For arguments that do not fit.
     """
     _check_device("triton_linear", xq, x_scale, x_zero_point, weight, w_scale, w_zero_point, w_sums, bias, gate,
-                  residual, out_scale, out_zero_point, x_sums)  # fmt: skip
+                  residual, out_scale, out_zero_point, w_offset, x_sums)  # fmt: skip
     from fxquant.backends.native.gpu.kernels.linear import linear_kernel
 
     codes = xq.contiguous()
@@ -83,6 +83,8 @@ def linear(
     _check_linear(xq, weight, out_features, group_size, halves, activation)
     dtype = out_dtype if out_scale is None else xq.dtype
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
+    if (w_offset is None) != (x_sums is None):
+        raise BackendError("a weight with zero points of its own takes both w_offset and x_sums")
     if residual is not None and residual.shape != out.shape:
         raise BackendError(
             f"the residual {tuple(residual.shape)} is not of the shape of the result, {tuple(out.shape)}"
@@ -99,44 +101,46 @@ def linear(
     out_zero_point, out_zero_point_rows = _per_row(out_zero_point, xq, rows, "zero point of the result")
     tiles = -(-rows // config.block_m) * -(-out_features // config.block_n)
     half = half_of(group_size) if halves else 0
-    linear_kernel[(tiles,)](
-        codes,
-        weight,
-        out,
-        x_scale,
-        x_zero_point,
-        w_scale,
-        w_zero_point,
-        w_sums,
-        x_sums,
-        bias,
-        gate,
-        None if residual is None else residual.contiguous(),
-        out_scale,
-        out_zero_point,
-        rows,
-        out_features,
-        inner,
-        x_scale_rows,
-        x_zero_point_rows,
-        bias_rows,
-        bias_stride,
-        gate_rows,
-        gate_stride,
-        out_scale_rows,
-        out_zero_point_rows,
-        qmax,
-        ACTIVATION=activation,
-        HALF=half,
-        GROUP=group_size,
-        FP8=xq.dtype == FP8,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=step_of(config, group_size),
-        SUPER_M=config.super_m,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    with torch.cuda.device_of(codes):
+        linear_kernel[(tiles,)](
+            codes,
+            weight,
+            out,
+            x_scale,
+            x_zero_point,
+            w_scale,
+            w_zero_point,
+            w_sums,
+            w_offset,
+            x_sums,
+            bias,
+            gate,
+            None if residual is None else residual.contiguous(),
+            out_scale,
+            out_zero_point,
+            rows,
+            out_features,
+            inner,
+            x_scale_rows,
+            x_zero_point_rows,
+            bias_rows,
+            bias_stride,
+            gate_rows,
+            gate_stride,
+            out_scale_rows,
+            out_zero_point_rows,
+            qmax,
+            ACTIVATION=activation,
+            HALF=half,
+            GROUP=group_size,
+            FP8=xq.dtype == FP8,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=step_of(config, group_size),
+            SUPER_M=config.super_m,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
     return out
 
 
@@ -179,30 +183,31 @@ def norm_quantize(
     scale, scale_rows = _per_row(out_scale, x, rows, "scale of the result")
     zero_point, zero_point_rows = _per_row(out_zero_point, x, rows, "zero point of the result")
     block = 1 << (channels - 1).bit_length()
-    norm_quantize_kernel[(rows,)](
-        x,
-        out,
-        whole[0][0],
-        whole[1][0],
-        factor,
-        shift,
-        scale,
-        zero_point,
-        channels,
-        factor_rows,
-        factor_stride,
-        shift_rows,
-        shift_stride,
-        scale_rows,
-        zero_point_rows,
-        qmax,
-        eps,
-        plus,
-        CENTERED=centered,
-        FP8=dtype == FP8,
-        BLOCK=block,
-        num_warps=max(1, min(16, block // 512)),
-    )
+    with torch.cuda.device_of(x):
+        norm_quantize_kernel[(rows,)](
+            x,
+            out,
+            whole[0][0],
+            whole[1][0],
+            factor,
+            shift,
+            scale,
+            zero_point,
+            channels,
+            factor_rows,
+            factor_stride,
+            shift_rows,
+            shift_stride,
+            scale_rows,
+            zero_point_rows,
+            qmax,
+            eps,
+            plus,
+            CENTERED=centered,
+            FP8=dtype == FP8,
+            BLOCK=block,
+            num_warps=max(1, min(16, block // 512)),
+        )
     return out
 
 
@@ -224,18 +229,19 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: tor
     each = x.numel() // rows
     scale, scale_rows = _per_row(scale, x, rows, "scale")
     zero_point, zero_point_rows = _per_row(zero_point, x, rows, "zero point")
-    quantize_kernel[(-(-x.numel() // _BLOCK),)](
-        x,
-        out,
-        scale,
-        zero_point,
-        x.numel(),
-        scale_rows * each,
-        zero_point_rows * each,
-        qmax,
-        FP8=dtype == FP8,
-        BLOCK=_BLOCK,
-    )
+    with torch.cuda.device_of(x):
+        quantize_kernel[(-(-x.numel() // _BLOCK),)](
+            x,
+            out,
+            scale,
+            zero_point,
+            x.numel(),
+            scale_rows * each,
+            zero_point_rows * each,
+            qmax,
+            FP8=dtype == FP8,
+            BLOCK=_BLOCK,
+        )
     return out
 
 
@@ -248,7 +254,8 @@ def row_sums(xq: Tensor) -> Tensor:
     out = xq.new_empty((*xq.shape[:-1], 1), dtype=torch.int32)
     if out.numel():
         block = min(2048, 1 << (xq.shape[-1] - 1).bit_length())
-        row_sums_kernel[(out.numel(),)](xq, out, xq.shape[-1], BLOCK=block)
+        with torch.cuda.device_of(xq):
+            row_sums_kernel[(out.numel(),)](xq, out, xq.shape[-1], BLOCK=block)
     return out
 
 
@@ -305,7 +312,8 @@ def _per_row(values: Any, x: Tensor, rows: int, what: str) -> tuple[Any, int]:
         return values, rows
     leading = tuple(values.shape[:-1])
     # One a sample, or one a row: the axes that have entries come first.
-    known = leading == tuple(x.shape[:-1]) or (leading[0] == count == x.shape[0] and values.dim() <= x.dim())
+    each_sample = leading[:1] == (count,) == tuple(x.shape[:1]) and values.dim() <= x.dim()
+    known = leading == tuple(x.shape[:-1]) or each_sample
     if values.shape[-1] != 1 or not known:
         raise BackendError(f"the {what} {tuple(values.shape)} does not fit rows of {tuple(x.shape)}")
     return values.contiguous(), rows // count

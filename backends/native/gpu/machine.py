@@ -36,6 +36,11 @@ def missing(device: torch.device, fp8: bool = False) -> str | None:
         if interprets():
             return None
         return "Triton kernels run on NVIDIA GPUs; on a processor only in its interpreter (TRITON_INTERPRET=1)"
+    return _missing_on_gpu(device, fp8)
+
+
+@functools.cache
+def _missing_on_gpu(device: torch.device, fp8: bool) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"Triton kernels are written for NVIDIA GPUs, not for {device.type}"
     needed = _FP8 if fp8 else _INTEGERS

@@ -1,8 +1,9 @@
 """The operators of the Triton kernels: schemas, what they return, and the kernels behind them.
 
-Codes of activations are int8: the code of the plan, 0 to 255, less 128, as tensor cores multiply signed bytes. Scales and
-zero points are those of the plan. A grid is one for all, one a sample along the first axis, or one a row. The arguments
-stand in the order of the compiled kernels for processors, so that the same patterns fuse into both.
+Codes of activations are int8: the code of the plan, 0 to 255, less 128, as tensor cores multiply signed bytes. Or they
+are 8-bit floats that span the same range. Scales and zero points are those of the plan. A grid is one for all, one a
+sample along the first axis, or one a row. The arguments stand in the order of the compiled kernels for processors, so
+that the same patterns fuse into both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxquant.backends.native.gpu import entry
-from fxquant.backends.native.library import define_kernel
+from fxquant.backends.native.library import define_composite, define_kernel
 
 _DEVICES = ("CUDA", "CPU")  # On processors kernels run in Triton's interpreter.
 
@@ -35,6 +36,7 @@ def _fake_linear(
     qmax: int,
     out_dtype: torch.dtype,
     group_size: int,
+    w_offset: Tensor | None,
     x_sums: Tensor | None,
 ) -> Tensor:
     # The next linear multiplies what this one does: codes of 8 bits, or values of 8-bit floats.
@@ -69,11 +71,12 @@ def _fake_row_sums(xq: Tensor) -> Tensor:
 # `x_scale * w_scale * sum_k (xq_k - x_zero_point) (w_k - w_zero_point) + bias`, summed exactly; then the activation
 # ("none", "gelu_tanh", "silu"); then codes of the grid out_scale, out_zero_point, or times gate, plus residual.
 # gate and bias are vectors of the output channels, one for all or one a sample. With groups, sums are exact in each
-# group and added up in float32. x_sums are the row_sums of xq, for weights that have a zero point of their own.
+# group and added up in float32. w_offset, zero points that the held weight lacks, goes with x_sums, the row sums of xq.
 define_kernel(
     "triton_linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
-    "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, int group_size, Tensor? x_sums) -> Tensor",
+    "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, int group_size, Tensor? w_offset, "
+    "Tensor? x_sums) -> Tensor",
     entry.linear,
     _fake_linear,
     _DEVICES,
@@ -81,8 +84,8 @@ define_kernel(
 # Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors of the channels,
 # one for all or one a sample. The norm is the layer norm if centered, else that of the root mean square.
 define_kernel(
-    "triton_norm_quantize(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, "
-    "Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax, ScalarType dtype) -> Tensor",
+    "triton_norm_quantize(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, "
+    "float plus, Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax, ScalarType dtype) -> Tensor",
     entry.norm_quantize,
     _fake_norm_quantize,
     _DEVICES,
@@ -95,3 +98,11 @@ define_kernel(
 )
 # The sum of each row of codes as they are held, int32 `[..., 1]`.
 define_kernel("triton_row_sums(Tensor xq) -> Tensor", entry.row_sums, _fake_row_sums, _DEVICES)
+
+
+def signed(xq: Tensor) -> Tensor:
+    """Codes of the reference, uint8, as the kernels read them: less 128, int8."""
+    return (xq ^ 128).view(torch.int8)
+
+
+define_composite("signed(Tensor xq) -> Tensor", signed)

@@ -6,8 +6,8 @@ A weight is held as rows of its input channels, one byte each, int8:
 * codes of 8 bits less 128; what is missing is added in the kernel by the sums of the inputs, and is nothing where all
   zero points are 128.
 
-Codes of up to 4 bits may be held two a byte, uint8: of each run of 2 HALF inputs the first half lies in the low halves of
-HALF bytes and the second in the high ones, so that a kernel unpacks both with one operation each and no shuffle. All
+Codes of up to 4 bits may be held two a byte, uint8: of each run of 2 HALF inputs the first half lies in the low halves
+of HALF bytes and the second in the high ones, so that a kernel unpacks both with one operation each and no shuffle. All
 these lead back to the codes. Weights held in 8-bit floats do not, see :func:`floats`.
 """
 
@@ -25,18 +25,20 @@ MAX_FEATURES = (2**31 - 1) // (255 * 255)
 """Input channels whose products, and what zero points add to them, certainly fit 32-bit sums."""
 
 FP8_MAX = 448.0
-_LEAST_GROUP = 32  # Inputs that tensor cores multiply at once.
+LEAST_GROUP = 32
+"""Inputs that tensor cores multiply at once."""
+
 _ROWS = 256
 
 
 def fits_groups(group_size: int, bits: int) -> bool:
     """Whether the kernel takes weights in groups of so many inputs; those of 8 bits would need sums of the inputs."""
-    return group_size % _LEAST_GROUP == 0 and bits < 8
+    return group_size % LEAST_GROUP == 0 and bits < 8
 
 
 def half_of(group_size: int) -> int:
     """HALF: a half never reaches over the end of a group."""
-    return 64 if group_size % 64 == 0 else _LEAST_GROUP
+    return 64 if group_size % 64 == 0 else LEAST_GROUP
 
 
 def held_width(in_features: int, halves: bool, group_size: int) -> int:
@@ -97,9 +99,11 @@ def sums(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, in_featur
     return torch.cat(parts)
 
 
-def is_symmetric(zero_point: Tensor, bits: int) -> bool:
-    """Whether the held weight is the weight, so that no sums of the inputs are needed."""
-    return bits < 8 or bool((zero_point == MIDDLE).all())
+def offset(zero_point: Tensor, bits: int) -> Tensor | None:
+    """What the held weight has over the weight, in codes: int32 `[out]`; None for nothing."""
+    if bits < 8 or bool((zero_point == MIDDLE).all()):
+        return None
+    return zero_point.flatten().to(torch.int32) - MIDDLE
 
 
 def floats(

@@ -18,6 +18,7 @@ def linear_kernel(
     w_scale,
     w_zero_point,
     w_sums,
+    w_offset,
     x_sums,
     bias,
     gate,
@@ -82,7 +83,7 @@ def linear_kernel(
         else:
             total -= shift[:, None] * sums[None, :]
             if x_sums is not None:
-                held = tl.load(w_zero_point + columns, mask=within_n, other=0).to(tl.int32) - MIDDLE
+                held = tl.load(w_offset + columns, mask=within_n, other=0)
                 row_sums = tl.load(x_sums + rows, mask=within_m, other=0) - K * shift
                 total -= row_sums[:, None] * held[None, :]
     y = total.to(tl.float32) * step_of(scale, zero_point, 255, FP8)[:, None]

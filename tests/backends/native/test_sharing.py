@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxquant.backends.native.compiled.sharing import share
+from fxquant.backends.native.sharing import share
 from fxquant.ir.rewriter import Rewriter
 from tests.support import captured, count, outputs
 

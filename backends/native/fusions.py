@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.backends.native.compiled.ops import FLOATS
+from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.tensors import by_sample, derived, only_reader
 from fxquant.ir.rewriter import Rewriter
 
-aten, native = torch.ops.aten, torch.ops.fxquant_native
+aten = torch.ops.aten
 
 DIVIDED = "_divided"
 """Ends the name of a scale that a constant factor before the quantization went into."""
@@ -32,21 +33,38 @@ _VIEWS = frozenset(
 )
 # Positions of arguments.
 _L_ACTIVATION, _L_GATE, _L_RESIDUAL, _L_SCALE, _L_ZERO_POINT, _L_QMAX, _L_DTYPE = range(10, 17)
-_OUT_GRID: dict[Any, int] = {
-    native.vnni_linear.default: _L_SCALE,
-    native.bf16_attention.default: 6,
-    native.int8_attention.default: 13,
-}
 
 
-_READ_DENSE: dict[Any, tuple[int, ...]] = {
-    native.vnni_linear.default: (0, _L_RESIDUAL),
-    native.norm_quantize.default: (0,),
-}
-"""Arguments that kernels read in the order of their axes, and would each copy if memory had another."""
+@dataclass(frozen=True)
+class Kernels:
+    """The ops of one set of kernels, which differ in nothing that patterns look at.
+
+    Attributes:
+        linear: The product and what follows it.
+        norm_quantize: Norm, modulation and quantization.
+        quantize: Codes of values; its arguments behind the highest code are those of ``norm_quantize`` too.
+        attentions: Those that can write codes, with the position of the scale among their arguments.
+        bf16_attention: One of them that multiplies in bfloat16 whatever it reads.
+    """
+
+    linear: Any
+    norm_quantize: Any
+    quantize: Any
+    attentions: Mapping[Any, int] = field(default_factory=dict)
+    bf16_attention: Any = None
+
+    @property
+    def out_grid(self) -> dict[Any, int]:
+        """The position of the scale of codes among the arguments of what can write them."""
+        return {self.linear: _L_SCALE, **self.attentions}
+
+    @property
+    def read_dense(self) -> dict[Any, tuple[int, ...]]:
+        """Arguments that kernels read in the order of their axes, and would each copy if memory had another."""
+        return {self.linear: (0, _L_RESIDUAL), self.norm_quantize: (0,)}
 
 
-def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor]) -> None:
+def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> None:
     """Take into kernels what stands around them.
 
     * an activation behind a linear,
@@ -57,18 +75,18 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor]) -> Non
     What only an attention in bfloat16 reads leaves its linear in bfloat16.
     """
     for node in list(graph.nodes):
-        if node.target is native.vnni_linear.default:
+        if node.target is kernels.linear:
             _fuse_activation(node, rewriter)
     for node in list(graph.nodes):
-        if node.target is native.quantize.default and not _fuse_quantize(node, rewriter, held):
-            _fuse_norm(node, rewriter)
+        if node.target is kernels.quantize and not _fuse_quantize(node, rewriter, held, kernels):
+            _fuse_norm(node, rewriter, kernels)
     for node in list(graph.nodes):
-        if node.target is native.vnni_linear.default:
+        if node.target is kernels.linear:
             _fuse_gate_and_residual(node, rewriter)
-        elif node.target is native.bf16_attention.default:
-            _read_bf16(node, rewriter)
+        elif kernels.bf16_attention is not None and node.target is kernels.bf16_attention:
+            _read_bf16(node, rewriter, kernels)
     for node in list(graph.nodes):
-        for position in _READ_DENSE.get(node.target, ()):
+        for position in kernels.read_dense.get(node.target, ()):
             _read_dense(node, position, rewriter)
 
 
@@ -101,18 +119,18 @@ def _fuse_gate_and_residual(node: fx.Node, rewriter: Rewriter) -> None:
             _remake(node, {_L_RESIDUAL: residual}, reader, rewriter)
 
 
-def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]) -> bool:
-    x, scale, zero_point, qmax = node.args
+def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> bool:
+    x, scale, zero_point, qmax = node.args[:4]
     assert isinstance(scale, fx.Node)
     if not by_sample(scale):
         return False
     views, factor, source = _through_views(x, scale)
-    if source is None or source.target not in _OUT_GRID:
+    if source is None or source.target not in kernels.out_grid or not _writes(source, node, kernels):
         return False
-    position = _OUT_GRID[source.target]
+    position = kernels.out_grid[source.target]
     if source.args[position] is not None:
         return False
-    if source.target is native.vnni_linear.default and (source.args[_L_GATE] or source.args[_L_RESIDUAL]):
+    if source.target is kernels.linear and (source.args[_L_GATE] or source.args[_L_RESIDUAL]):
         return False
     if factor != 1.0:
         grid = scale
@@ -129,15 +147,23 @@ def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]
     return True
 
 
-def _read_bf16(node: fx.Node, rewriter: Rewriter) -> None:
+def _writes(source: fx.Node, codes: fx.Node, kernels: Kernels) -> bool:
+    """Whether a kernel can write codes of this dtype: a linear writes what it multiplies."""
+    dtype = codes.meta["val"].dtype
+    if source.target is kernels.linear:
+        return bool(source.args[0].meta["val"].dtype == dtype)  # type: ignore[union-attr]
+    return not dtype.is_floating_point
+
+
+def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
     """Half the memory between linears and an attention that rounds to bfloat16 anyway."""
     found = [_through_views(x, None) for x in node.args[:3]]
     for _, _, source in found:
-        if source is None or source.target is not native.vnni_linear.default:
+        if source is None or source.target is not kernels.linear:
             return
         if source.args[_L_DTYPE] != torch.float32 or source.args[_L_SCALE] is not None:
             return
-    if node.args[_OUT_GRID[node.target]] is None:  # Its result is of the dtype of what it reads.
+    if node.args[kernels.out_grid[node.target]] is None:  # Its result is of the dtype of what it reads.
         return
     read = []
     with rewriter.before(node):
@@ -214,8 +240,8 @@ def _keeps_samples(view: fx.Node) -> bool:
     return view.target is not aten.unsqueeze.default
 
 
-def _fuse_norm(node: fx.Node, rewriter: Rewriter) -> None:
-    x, scale, zero_point, qmax = node.args
+def _fuse_norm(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
+    x, scale, zero_point, *rest = node.args
     assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
     if not by_sample(scale):
         return
@@ -249,9 +275,7 @@ def _fuse_norm(node: fx.Node, rewriter: Rewriter) -> None:
         return
     arguments = (given["input"], centered, eps, given.get("weight"), given.get("bias"), factor, plus, shift)
     with rewriter.before(node):
-        new = rewriter.call(
-            native.norm_quantize.default, (*arguments, scale, zero_point, qmax), [x, *reversed(passed), node]
-        )
+        new = rewriter.call(kernels.norm_quantize, (*arguments, scale, zero_point, *rest), [x, *reversed(passed), node])
     rewriter.replace(node, new)
     for part in (*passed, x):
         rewriter.erase(part)

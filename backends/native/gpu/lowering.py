@@ -1,0 +1,205 @@
+"""From a quantized graph to the Triton kernels, and from their tensors back to those of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.backends.native import fusions
+from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.backends.native.gpu import weights
+from fxquant.backends.native.gpu.entry import FP8
+from fxquant.backends.native.library import FLOATS
+from fxquant.backends.native.sharing import share
+from fxquant.backends.native.tensors import derived
+from fxquant.capture import drop_unread_tensors, read_tensors
+from fxquant.errors import BackendError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.plan import LayerPlan
+
+aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
+
+_KERNELS = fusions.Kernels(
+    native.triton_linear.default, native.triton_norm_quantize.default, native.triton_quantize.default
+)
+_ROWS, _SUMS, _OFFSET = "_rows", "_sums", "_offset"
+_FLOATS, _FLOAT_SCALE = "_fp8", "_fp8_scale"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What users choose.
+
+    Attributes:
+        packed: Keep weights of up to 4 bits in half a byte each.
+        fp8: Multiply 8-bit floats in place of 8-bit integers, of the same ranges.
+    """
+
+    packed: bool = True
+    fp8: bool = False
+
+
+def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) -> None:
+    """Rewrite a quantized graph in place.
+
+    Before::
+
+        codes = fxquant.quantize(x, s, z, 0, 255, uint8)
+        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, bits, group, dtype)
+
+    After::
+
+        codes = fxquant_native.triton_quantize(x, s, z, 255, int8)
+        y = fxquant_native.triton_linear(codes, s, z, W_rows, W_scale, W_zero_point, W_sums, bias, bits, out, "none",
+                                         None, None, None, None, 255, dtype, group, None, None)
+
+    What stands before and behind these goes into the kernels where it can: see
+    :mod:`fxquant.backends.native.fusions`. Codes that anything else reads stay those of the reference.
+    """
+    rewriter = Rewriter(module, "lower to native")
+    share(module.graph, rewriter)
+    for node in list(module.graph.nodes):
+        if node.target is reference.quantize.default:
+            _lower_quantize(node, rewriter, options)
+    for node in list(module.graph.nodes):
+        if node.target is reference.linear.default:
+            _lower_linear(node, rewriter, held, options)
+    module.graph.eliminate_dead_code()
+    fusions.fuse(module.graph, rewriter, held, _KERNELS)
+    module.graph.eliminate_dead_code()
+    drop_unread_tensors(module)
+
+
+def stored(module: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors of a lowered graph, with packed codes in place of rows and without what follows from others.
+
+    Raises:
+        BackendError: If weights are held in 8-bit floats, from which codes are not found again.
+    """
+    found = read_tensors(module)
+    for node in module.graph.nodes:
+        if node.target is not native.triton_linear.default:
+            continue
+        x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 3, 5, 8, 17))
+        name = str(held.target)
+        if name.endswith(_FLOATS):
+            raise BackendError(
+                f"{name.removesuffix(_FLOATS)} is held in 8-bit floats, which no longer tell its codes; save the model "
+                "as another backend or products='int8' made it, and load that with products='fp8'"
+            )
+        if name in found:
+            packed, inner = name.removesuffix(_ROWS), int(x.meta["val"].shape[-1])
+            zeros = found[str(zero_point.target)]
+            found[packed] = weights.unpacked(found.pop(name), zeros, bits, inner, group_size)
+            for suffix in (_SUMS, _OFFSET):
+                found.pop(f"{packed}{suffix}", None)
+    return {name: tensor for name, tensor in found.items() if not name.endswith(fusions.DIVIDED)}
+
+
+def refuse(layer: LayerPlan) -> str | None:
+    """Why the kernels do not run a linear of quantized activations as planned, and what would serve."""
+    assert layer.weight_bits is not None
+    if layer.group_size and not weights.fits_groups(layer.group_size, layer.weight_bits):
+        return (
+            f"its kernel takes groups of a multiple of {weights.LEAST_GROUP} inputs and weights of up to 7 bits, not "
+            f"groups of {layer.group_size} and {layer.weight_bits} bits; use such groups (w4a8-g64) or none, or "
+            "backend 'fake-quant'"
+        )
+    if layer.shape[1] > weights.MAX_FEATURES:
+        return f"sums over {layer.shape[1]} inputs do not fit 32 bits; keep the layer float, or use 'fake-quant'"
+    return None
+
+
+def kernel(layer: LayerPlan, options: Options) -> str:
+    """Name of the kernel of such a linear."""
+    assert layer.weight_bits is not None
+    if options.fp8 and layer.activation_bits == 8:
+        return "native triton e4m3 x e4m3"
+    weight = "u4" if weights.in_halves(layer.weight_bits, options.packed) else "s8"
+    groups = f" in groups of {layer.group_size}" if layer.group_size else ""
+    return f"native triton s8 x {weight}{groups}"
+
+
+def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:
+    """Signed codes for linears, and those of the reference for what else reads them."""
+    x, scale, zero_point, qmin, qmax, dtype = node.args
+    assert isinstance(x, fx.Node)
+    assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
+    linears = [reader for reader in node.users if _multiplies(reader, node)]
+    others = len(linears) < len(node.users)
+    held = FP8 if options.fp8 and qmax == 255 and not others else torch.int8
+    with rewriter.before(node):
+        if linears:
+            if x.meta["val"].dtype not in FLOATS:
+                x = rewriter.call(aten.to.dtype, (x, torch.float32), [node])
+            codes = rewriter.call(native.triton_quantize.default, (x, scale, zero_point, qmax, held), [node])
+            for reader in linears:
+                rewriter.redirect(reader, node, codes)
+        if others:
+            rewriter.replace(node, rewriter.call(native.quantize.default, (*node.args[:3], qmax), [node]))
+
+
+def _multiplies(reader: fx.Node, codes: fx.Node) -> bool:
+    return reader.target is reference.linear.default and reader.args[0] is codes
+
+
+def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
+    codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, bias, bits, group_size, dtype = node.args
+    assert isinstance(codes, fx.Node) and isinstance(packed, fx.Node)
+    assert isinstance(w_scale, fx.Node) and isinstance(w_zero_point, fx.Node)
+    assert isinstance(bits, int) and isinstance(group_size, int) and isinstance(dtype, torch.dtype)
+    out, inner = int(packed.meta["val"].shape[0]), int(codes.meta["val"].shape[-1])
+    kernel_dtype = dtype if dtype in FLOATS else torch.float32
+
+    def make(suffix: str, value: Any) -> fx.Node:
+        made = derived(packed, suffix, rewriter, held, value)
+        assert made is not None
+        return made
+
+    def grid() -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+        tensors = (rewriter.tensor(part) for part in (packed, w_scale, w_zero_point))
+        return (*tensors, bits, inner, group_size)  # type: ignore[return-value]
+
+    x_sums, offset = None, None
+    with rewriter.before(node):
+        if codes.meta["val"].dtype == FP8:
+            weight = make(_FLOATS, lambda: weights.floats(*grid())[0])
+            w_scale = make(_FLOAT_SCALE, lambda: weights.floats(*grid())[1])
+            sums, group_size = w_scale, 0  # Nothing is added to products of floats.
+        else:
+            if codes.meta["val"].dtype != torch.int8:
+                codes = rewriter.call(native.signed.default, (codes,), [node])
+            halves = weights.in_halves(bits, options.packed)
+            weight = make(
+                _ROWS,
+                lambda: weights.held(
+                    rewriter.tensor(packed), rewriter.tensor(w_zero_point), bits, inner, halves, group_size
+                ),
+            )
+            sums = make(_SUMS, lambda: weights.sums(*grid()))
+            zeros = rewriter.tensor(w_zero_point)
+            offset = derived(packed, _OFFSET, rewriter, held, lambda: weights.offset(zeros, bits))
+            if offset is not None:
+                x_sums = _row_sums(codes, rewriter)
+        arguments = (codes, x_scale, x_zero_point, weight, w_scale, w_zero_point, sums, bias, bits, out, "none")
+        nothing = (None, None, None, None, 255, kernel_dtype, group_size, offset, x_sums)
+        new = rewriter.call(native.triton_linear.default, (*arguments, *nothing), [node])
+        if kernel_dtype != dtype:
+            new = rewriter.call(aten.to.dtype, (new, dtype), [node])
+    rewriter.replace(node, new)
+    if not packed.users:
+        rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
+
+
+def _row_sums(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
+    """Sums of the inputs; layers that read one value share them."""
+    key = "row sums", codes
+    if key not in rewriter.memo:
+        with rewriter.after(codes):
+            rewriter.memo[key] = rewriter.call(native.triton_row_sums.default, (codes,), [codes])
+    node: fx.Node = rewriter.memo[key]
+    return node
