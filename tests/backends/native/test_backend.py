@@ -27,7 +27,7 @@ from tests.zoo.audit import STEPS
 from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run as run_zoo
 
-FLOOR = {"float": 45.0, "onednn": 45.0, "bf16": 38.0}  # dB against the oracle.
+FLOOR = {"float": 45.0, "onednn": 45.0, "bf16": 38.0, "triton": 45.0}  # dB against the oracle.
 NAMES = [f"{name}-{bits}" for name in RECIPES for bits in ("w8a8", "w4a8")]
 NAMES += ["rtn-w6a6", "rtn-w8a16", "rtn-w4a16-g8", "ptq4dit-gptq-w4a8"]
 ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel",
@@ -37,15 +37,15 @@ ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DMo
 
 MISSING = machine.missing_kernels()
 OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")
-KINDS = [pytest.param("float", marks=OWN), pytest.param("bf16", marks=OWN), "onednn"]
+KINDS = [pytest.param("float", marks=OWN), pytest.param("bf16", marks=OWN), "onednn", "triton"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def runner(kind: str) -> str | Native:
-    """The oracle, oneDNN's kernels, or the compiled ones with attention in float or in bfloat16."""
+    """The oracle, Triton's or oneDNN's kernels, or the compiled ones with attention in float or in bfloat16."""
     if kind == "oracle":
         return "fake-quant"
-    return Native("onednn") if kind == "onednn" else Native("compiled", attention=kind)
+    return Native(kind) if kind in ("onednn", "triton") else Native("compiled", attention=kind)
 
 
 def compiled(recipe: str | Recipe, kind: str, layers: str = "default", **options: Any) -> GraphModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxquant.backends.native.gpu.kernels.numeric import FP8_MAX, MIDDLE, held_codes, round_even, step_of
+from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, held_codes, round_even, step_of, to_fp8
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def quantize_kernel(
     step = step_of(tl.load(scale + place // scale_elements, mask=within, other=1.0), middle, qmax, FP8)
     steps = tl.math.div_rn(values, step)  # As the reference divides; a product with the inverse may round otherwise.
     if FP8:
-        codes = tl.minimum(tl.maximum(steps, -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
+        codes = to_fp8(steps)
     else:
         codes = (tl.minimum(tl.maximum(round_even(steps).to(tl.int32) + middle, 0), qmax) - MIDDLE).to(tl.int8)
     tl.store(out + place, codes, mask=within)

@@ -287,8 +287,10 @@ fp8 = pytest.mark.skipif(NO_FP8 is not None, reason=f"no products of 8-bit float
 @fp8
 def test_values_in_8_bit_floats() -> None:
     torch.manual_seed(0)
-    x, scale, zero_point = torch.randn(2, 5, 33) * 3, torch.tensor(0.05), torch.tensor(100, dtype=torch.uint8)
-    step = 0.05 * 155 / 448
+    x, scale, zero_point = torch.randn(2, 500, 33) * 3, torch.tensor(0.05), torch.tensor(100, dtype=torch.uint8)
+    x[0, 0] = 1e9
+    x[1] *= 1e-3  # Some of these are no normal numbers of 8 bits.
+    step = scale * 155 / 448
     found = native.triton_quantize(x.to(DEVICE), scale.to(DEVICE), zero_point.to(DEVICE), 255, FP8).cpu()
     assert torch.equal(found.float(), (x / step).clamp(-448, 448).to(FP8).float())
 
