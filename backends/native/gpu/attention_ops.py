@@ -1,0 +1,330 @@
+"""The operator of attention of codes: its schema, what calls its kernel, and how that is cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.backends.native.gpu import machine
+from fxquant.backends.native.library import define_kernel
+from fxquant.errors import BackendError
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_CHANNELS = 256
+_WIDE = 128  # Channels of a head beyond which its result takes most of the registers.
+_MOST_SHIFTED = 129  # Channels up to which scores fit 23 bits: 255 * 255 * 129 < 2**23.
+_SUMMED = 128  # Keys a program that sums their codes.
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How attention is cut.
+
+    Attributes:
+        block_m: Queries a program.
+        block_n: Keys a step; where these are all, scores are computed once instead of twice.
+        warps: Warps a program.
+        stages: Steps whose loads are in flight.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def choose(queries: int, keys: int, channels: int, masked: bool) -> Cut:
+    """The cut of an attention, such that all of it stays in the registers of a Hopper GPU.
+
+    Args:
+        queries: Of one head.
+        keys: Of one head.
+        channels: Of one head, of the keys or of the values.
+        masked: Whether there is a mask, whose tile takes registers too.
+    """
+    wide = channels > _WIDE
+    step, stages = 32 if wide else 64, 2 if masked else 3
+    if queries <= 16:
+        return Cut(16, min(step, _power(keys, 16)), 4, stages)
+    if keys <= (step if wide else 128 if masked else 256):
+        return Cut(64, _power(keys, 16), 4, 2)
+    if queries <= 64:
+        return Cut(64, step, 4, stages)
+    return Cut(128, step if wide or masked else 128, 8, stages)
+
+
+def parts(channels: int, least: int) -> tuple[int, int]:
+    """Widths of the one or two tiles, powers of two, that hold channels with the fewest behind their end."""
+    one = _power(channels, least)
+    first = one // 2
+    second = _power(channels - first, least)
+    return (one, 0) if first < least or second >= first else (first, second)
+
+
+def int8_attention(
+    q: Tensor,
+    q_scale: Tensor,
+    q_zero_point: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    v: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    mask: Tensor | None,
+    softmax_scale: Tensor,
+    softmax_zero_point: Tensor,
+    softmax_qmax: int,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    qmax: int,
+    out_dtype: torch.dtype,
+    cut: Cut | None = None,
+) -> Tensor:
+    """The op ``triton_attention``: ``softmax(q k + mask) v`` with the probabilities rounded to codes.
+
+    Never waits for the device.
+
+    Args:
+        q: Codes less 128, int8 `[batch, heads, queries, channels]`, of any strides but that of the last axis.
+        q_scale: float32, one for all or one a sample, `[batch, 1, 1, 1]`; that of the softmax is in it.
+        q_zero_point: The same in uint8, of codes from 0.
+        k: `[batch, k_heads, keys, channels]`; as many query heads share one as the quotient says.
+        k_scale: As of `q`.
+        k_zero_point: As of `q`.
+        v: `[batch, k_heads, keys, v_channels]`.
+        v_scale: As of `q`.
+        v_zero_point: As of `q`.
+        mask: Of axes that broadcast to `[batch, heads, queries, keys]`: bool, true for what is seen, or float, which is
+            added to the scores. Queries that see nothing give zero.
+        softmax_scale: Of the codes of probabilities, one for all.
+        softmax_zero_point: Of the same.
+        softmax_qmax: The highest of those codes, at most 255.
+        out_scale: Of the grid of codes to return, one for all or one a sample; None for values.
+        out_zero_point: Of the same.
+        qmax: The highest of those codes.
+        out_dtype: Of the result where it is not codes.
+        cut: How to cut it; that of :func:`choose` by default.
+
+    Returns:
+        `[batch, queries, heads, v_channels]` of `out_dtype`, or int8 codes less 128.
+
+    Raises:
+        BackendError: For arguments that do not fit.
+    """
+    grids = {
+        "queries": (q_scale, q_zero_point),
+        "keys": (k_scale, k_zero_point),
+        "values": (v_scale, v_zero_point),
+        "probabilities": (softmax_scale, softmax_zero_point),
+    }
+    if (out_scale is None) != (out_zero_point is None):
+        raise BackendError(
+            "triton_attention returns codes of a grid that has a scale and a zero point; only one is given"
+        )
+    if out_scale is not None and out_zero_point is not None:
+        grids["result"] = (out_scale, out_zero_point)
+    _check_device(q, k, v, mask, *(part for grid in grids.values() for part in grid))
+    _check_codes(q, k, v, softmax_qmax, out_dtype)
+    batch, heads, queries, depth = q.shape
+    shared_heads, keys, channels = k.shape[1], k.shape[2], v.shape[3]
+    steps = [step for name, grid in grids.items() for step in _check_grid(name, *grid, batch)]
+    mask_kind, mask, mask_steps = _expanded(mask, (batch, heads, queries, keys))
+    out = q.new_empty((batch, queries, heads, channels), dtype=out_dtype if out_scale is None else torch.int8)
+    if not out.numel():
+        return out
+    from fxquant.backends.native.gpu.kernels import attention as kernels
+
+    cut = choose(queries, keys, max(depth, channels), mask is not None) if cut is None else cut
+    align = math.gcd(16, *(step for x in (q, k, v) for step in x.stride()[:3]))
+    q_steps, k_steps, v_steps = ([step // align for step in x.stride()[:3]] for x in (q, k, v))
+    k_offsets = k.new_empty((batch, shared_heads, keys), dtype=torch.int32)
+    kernels.key_offsets_kernel[(batch * shared_heads * -(-keys // _SUMMED),)](
+        k,
+        k_offsets,
+        q_zero_point,
+        steps[1],
+        keys,
+        shared_heads,
+        *k_steps,
+        DEPTH=depth,
+        WIDTH=_power(depth, 16),
+        ALIGN=align,
+        BLOCK=_SUMMED,
+    )
+    kernels.attention_kernel[(batch * heads * -(-queries // cut.block_m),)](
+        q,
+        k,
+        v,
+        mask,
+        out,
+        k_offsets,
+        q_scale,
+        q_zero_point,
+        k_scale,
+        k_zero_point,
+        v_scale,
+        v_zero_point,
+        softmax_scale,
+        softmax_zero_point,
+        out_scale,
+        out_zero_point,
+        *q_steps,
+        *k_steps,
+        *v_steps,
+        *mask_steps,
+        *steps[:6],
+        *(steps[8:] or (0, 0)),
+        heads,
+        heads // shared_heads,
+        queries,
+        keys,
+        softmax_qmax,
+        qmax,
+        **constants(depth, channels, keys, mask_kind, align, cut),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    return out
+
+
+def constants(depth: int, channels: int, keys: int, mask: str, align: int, cut: Cut) -> dict[str, Any]:
+    """What the kernel is compiled for.
+
+    Args:
+        depth: Channels of queries and keys.
+        channels: Channels of values.
+        keys: Of one head.
+        mask: ``none``, ``bool`` or ``float``.
+        align: What divides the strides of queries, keys and values.
+        cut: How it is cut.
+    """
+    depths, widths = parts(depth, 32), parts(channels, 16)
+    return {
+        "DEPTH": depth,
+        "CHANNELS": channels,
+        "DEPTH_0": depths[0],
+        "DEPTH_1": depths[1],
+        "CHANNELS_0": widths[0],
+        "CHANNELS_1": widths[1],
+        "MASK": mask,
+        "SHIFTED": depth <= _MOST_SHIFTED,
+        "WHOLE": keys <= cut.block_n,
+        "EVEN": keys % cut.block_n == 0,
+        "ALIGN": align,
+        "BLOCK_M": cut.block_m,
+        "BLOCK_N": cut.block_n,
+    }
+
+
+def _power(number: int, least: int) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << max(0, number - 1).bit_length())
+
+
+def _check_device(first: Tensor, *others: Tensor | None) -> None:
+    reason = machine.missing(first.device)
+    if reason is not None:
+        raise BackendError(f"triton_attention cannot run: {reason}")
+    strange = {str(other.device) for other in others if other is not None and other.device != first.device}
+    if strange:
+        raise BackendError(
+            f"triton_attention was called with tensors on {first.device} and on {', '.join(sorted(strange))}; "
+            "move the model and its inputs to one device"
+        )
+
+
+def _check_codes(q: Tensor, k: Tensor, v: Tensor, softmax_qmax: int, out_dtype: torch.dtype) -> None:
+    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+    if any(x.dtype != torch.int8 for x in (q, k, v)):
+        raise BackendError(f"triton_attention reads int8 codes, codes less 128, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
+        raise BackendError(
+            f"queries, keys and values {shapes} are no [batch, heads, tokens, channels] of one batch, and keys and "
+            "values of one number of heads and tokens"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise BackendError(f"queries and keys {shapes} differ in their channels")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise BackendError(f"the heads of keys do not divide those of queries: {shapes}")
+    if not k.shape[2]:
+        raise BackendError("attention over no keys")
+    if not all(0 < x.shape[3] <= _MOST_CHANNELS for x in (q, v)):
+        raise BackendError(
+            f"triton_attention reads heads of 1 to {_MOST_CHANNELS} channels, not {shapes}; leave attention out of the "
+            "quantization of this model"
+        )
+    if any(x.shape[3] > 1 and x.stride(3) != 1 for x in (q, k, v)):
+        raise BackendError("triton_attention reads heads whose channels lie side by side; call contiguous() on them")
+    if not 0 <= softmax_qmax <= 255:
+        raise BackendError(f"softmax_qmax={softmax_qmax}: codes of probabilities are of 8 bits at most, 0 to 255")
+    if out_dtype not in _FLOATS:
+        raise BackendError(f"triton_attention writes float32, bfloat16 and float16, not {out_dtype}")
+
+
+def _check_grid(name: str, scale: Tensor, zero_point: Tensor, batch: int) -> list[int]:
+    """Steps from sample to sample, 1 or 0, of a scale and a zero point."""
+    for values, dtype in ((scale, torch.float32), (zero_point, torch.uint8)):
+        if values.dtype != dtype:
+            raise BackendError(f"the grid of the {name} is of float32 and uint8, not {scale.dtype}, {zero_point.dtype}")
+        one_a_sample = name != "probabilities" and values.shape[:1] == (batch,) and values.numel() == batch
+        if values.numel() != 1 and not one_a_sample:
+            fits = "one for all" if name == "probabilities" else f"one for all or one for each of {batch} samples"
+            raise BackendError(f"the grid of the {name} is {fits}, not {tuple(values.shape)}")
+        if not values.is_contiguous():
+            raise BackendError(f"the grid of the {name} is not contiguous; call contiguous() on it")
+    return [int(values.numel() > 1) for values in (scale, zero_point)]
+
+
+def _expanded(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[str, Tensor | None, tuple[int, ...]]:
+    """The kind of a mask, what the kernel reads, and its four strides, 0 along what is broadcast."""
+    if mask is None:
+        return "none", None, (0, 0, 0, 0)
+    if mask.dtype != torch.bool and mask.dtype not in _FLOATS:
+        raise BackendError(f"a mask is of bool, float32, bfloat16 or float16, not {mask.dtype}")
+    try:
+        steps = mask.expand(shape).stride()
+    except RuntimeError:
+        raise BackendError(f"the mask {tuple(mask.shape)} does not broadcast to scores of {shape}") from None
+    if (shape[2] - 1) * steps[2] + (shape[3] - 1) * steps[3] >= 2**31:
+        raise BackendError(f"the mask {tuple(mask.shape)} spans 2**31 entries a head or more; call contiguous() on it")
+    if mask.dtype == torch.bool:
+        return "bool", mask.view(torch.uint8), steps
+    return "float", mask, steps
+
+
+def _fake_attention(
+    q: Tensor,
+    q_scale: Tensor,
+    q_zero_point: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    v: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    mask: Tensor | None,
+    softmax_scale: Tensor,
+    softmax_zero_point: Tensor,
+    softmax_qmax: int,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    qmax: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty((batch, tokens, heads, v.shape[3]), dtype=out_dtype if out_scale is None else torch.int8)
+
+
+define_kernel(
+    "triton_attention(Tensor q, Tensor q_scale, Tensor q_zero_point, Tensor k, Tensor k_scale, Tensor k_zero_point, "
+    "Tensor v, Tensor v_scale, Tensor v_zero_point, Tensor? mask, Tensor softmax_scale, Tensor softmax_zero_point, "
+    "int softmax_qmax, Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype) -> Tensor",
+    int8_attention,
+    _fake_attention,
+    ("CUDA", "CPU"),
+)
