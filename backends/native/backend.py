@@ -189,7 +189,10 @@ class Native(Backend):
 
     def attention_kernel(self, attention: AttentionPlan) -> str:
         """The kernel of the products, or the reference op."""
-        if self.kernels is not Kernels.COMPILED:
+        kernels = self.kernels
+        if kernels is Kernels.TRITON and attention.bits is not None:
+            return "native triton attention s8 x s8"
+        if kernels is not Kernels.COMPILED:
             return "aten float" if attention.bits is None else "fxquant::matmul (reference)"
         if attention.bits is not None:
             return "native vnni attention u8 x s8"

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fxquant.backends.native.gpu import machine
-from fxquant.backends.native.library import define_kernel
+from fxquant.backends.native.library import FLOATS, define_kernel
 from fxquant.errors import BackendError
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_CHANNELS = 256
+MOST_CHANNELS = 256
+"""Channels of a head that the kernel takes."""
+
 _WIDE = 128  # Channels of a head beyond which its result takes most of the registers.
 _MOST_SHIFTED = 129  # Channels up to which scores fit 23 bits: 255 * 255 * 129 < 2**23.
 _SUMMED = 128  # Keys a program that sums their codes.
@@ -253,16 +254,16 @@ def _check_codes(q: Tensor, k: Tensor, v: Tensor, softmax_qmax: int, out_dtype: 
         raise BackendError(f"the heads of keys do not divide those of queries: {shapes}")
     if not k.shape[2]:
         raise BackendError("attention over no keys")
-    if not all(0 < x.shape[3] <= _MOST_CHANNELS for x in (q, v)):
+    if not all(0 < x.shape[3] <= MOST_CHANNELS for x in (q, v)):
         raise BackendError(
-            f"triton_attention reads heads of 1 to {_MOST_CHANNELS} channels, not {shapes}; leave attention out of the "
+            f"triton_attention reads heads of 1 to {MOST_CHANNELS} channels, not {shapes}; leave attention out of the "
             "quantization of this model"
         )
     if any(x.shape[3] > 1 and x.stride(3) != 1 for x in (q, k, v)):
         raise BackendError("triton_attention reads heads whose channels lie side by side; call contiguous() on them")
     if not 0 <= softmax_qmax <= 255:
         raise BackendError(f"softmax_qmax={softmax_qmax}: codes of probabilities are of 8 bits at most, 0 to 255")
-    if out_dtype not in _FLOATS:
+    if out_dtype not in FLOATS:
         raise BackendError(f"triton_attention writes float32, bfloat16 and float16, not {out_dtype}")
 
 
@@ -284,7 +285,7 @@ def _expanded(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[str, Tensor 
     """The kind of a mask, what the kernel reads, and its four strides, 0 along what is broadcast."""
     if mask is None:
         return "none", None, (0, 0, 0, 0)
-    if mask.dtype != torch.bool and mask.dtype not in _FLOATS:
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
         raise BackendError(f"a mask is of bool, float32, bfloat16 or float16, not {mask.dtype}")
     try:
         steps = mask.expand(shape).stride()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.native import fusions
+from fxquant.backends.native.attention import lower_codes
+from fxquant.backends.native.gpu import attention_ops, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
-from fxquant.backends.native.gpu import weights
 from fxquant.backends.native.gpu.entry import FP8
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
@@ -24,7 +25,10 @@ from fxquant.plan import LayerPlan
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
 _KERNELS = fusions.Kernels(
-    native.triton_linear.default, native.triton_norm_quantize.default, native.triton_quantize.default
+    native.triton_linear.default,
+    native.triton_norm_quantize.default,
+    native.triton_quantize.default,
+    {native.triton_attention.default: 13},
 )
 _ROWS, _SUMS, _OFFSET = "_rows", "_sums", "_offset"
 _FLOATS, _FLOAT_SCALE = "_fp8", "_fp8_scale"
@@ -62,6 +66,16 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
     """
     rewriter = Rewriter(module, "lower to native")
     share(module.graph, rewriter)
+    for node in list(module.graph.nodes):
+        if node.target is reference.matmul.default:
+            lower_codes(
+                node,
+                rewriter,
+                native.triton_attention.default,
+                native.signed.default,
+                attention_ops.MOST_CHANNELS,
+            )
+    module.graph.eliminate_dead_code()
     for node in list(module.graph.nodes):
         if node.target is reference.quantize.default:
             _lower_quantize(node, rewriter, options)
@@ -130,16 +144,19 @@ def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None
     assert isinstance(x, fx.Node)
     assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
     linears = [reader for reader in node.users if _multiplies(reader, node)]
+    signed = [reader for reader in node.users if reader.target is native.signed.default]
     others = len(linears) < len(node.users)
     held = FP8 if options.fp8 and qmax == 255 and not others else torch.int8
     with rewriter.before(node):
-        if linears:
+        if linears or signed:
             if x.meta["val"].dtype not in FLOATS:
                 x = rewriter.call(aten.to.dtype, (x, torch.float32), [node])
             codes = rewriter.call(native.triton_quantize.default, (x, scale, zero_point, qmax, held), [node])
             for reader in linears:
                 rewriter.redirect(reader, node, codes)
-        if others:
+            for reader in signed:
+                rewriter.replace(reader, codes)
+        if node.users:
             rewriter.replace(node, rewriter.call(native.quantize.default, (*node.args[:3], qmax), [node]))
 
 
