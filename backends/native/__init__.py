@@ -1,7 +1,7 @@
-"""Backend ``native``: kernels that make quantized models fast. On x86 CPUs integer matrix products of oneDNN.
+"""Backend ``native``: kernels that make quantized models fast, on x86 CPUs and NVIDIA GPUs.
 
-Linears of 8-bit activations and of weights of up to 8 bits run as products of uint8 and int8 with 32-bit sums. What
-surrounds them stays ordinary ATen ops, which ``torch.compile`` fuses.
+One folder for each set of kernels: ``compiled`` (C++ for AVX-512 VNNI), ``onednn`` (other x86 CPUs) and ``gpu``
+(Triton). What they share stands beside the folders: patterns of ops that fuse into kernels, and how tensors are kept.
 """
 
 from fxquant.backends.native.backend import Native

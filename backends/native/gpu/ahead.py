@@ -130,6 +130,7 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
         "BLOCK_N": config.block_n,
         "BLOCK_K": step_of(config, group_size),
         "SUPER_M": config.super_m,
+        "WARPS": config.warps,
     }
     if fused:
         types |= {"out": codes, "out_scale": "*fp32", "out_zero_point": "*u8"}
@@ -142,9 +143,10 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
 
 def all_linears() -> Iterator[tuple[str, int, Config]]:
     """Every kind of product, group size and way to cut it."""
-    for kind, group in (("int8", 0), ("fp8", 0), ("int4", 0), ("int4", 64), ("int4", 32)):
+    for kind, group in (("int8", 0), ("int8", 128), ("fp8", 0), ("int4", 0), ("int4", 64), ("int4", 32)):
         for rows in (16, 4096):
-            yield from ((kind, group, config) for config in candidates(kind == "int4", rows))
+            ways = candidates(f"{kind}-g{group}" if group else kind, rows)
+            yield from ((kind, group, config) for config in ways)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -57,12 +57,21 @@ _HALVES: dict[Config, float] = {
     Config(16, 64, 128, 4, 5): 0.1,
     Config(16, 32, 128, 4, 6): 0.06,
 }
+# With groups a second set of sums takes registers.
+_GROUPS = {config: rate for config, rate in _HALVES.items() if config.block_m * config.block_n < 128 * 128}
+_GROUPS[Config(128, 64, 128, 8, 4)] = 0.7
 
 
-def candidates(halves: bool, m: int) -> list[Config]:
-    """The ways to cut that are worth a try for a product of `m` rows."""
+def candidates(kind: str, m: int) -> list[Config]:
+    """The ways to cut that are worth a try for a product of `m` rows; the kind as for :func:`choose`."""
     few = m <= _SMALL
-    return [config for config in (_HALVES if halves else _BYTES) if (config.block_m == 16) == few]
+    return [config for config in _rates(kind) if (config.block_m == 16) == few]
+
+
+def _rates(kind: str) -> dict[Config, float]:
+    if "-g" in kind:
+        return _GROUPS
+    return _HALVES if kind == "int4" else _BYTES
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,9 +88,8 @@ def choose(kind: str, m: int, n: int, k: int, device: str) -> Config:
     found = _tuned().get(key(kind, m, n, k, device))
     if found is not None:
         return found
-    halves = kind.startswith("int4")
-    rates = _HALVES if halves else _BYTES
-    return min(candidates(halves, m), key=lambda config: _time(config, m, n) / rates[config])
+    rates = _rates(kind)
+    return min(candidates(kind, m), key=lambda config: _time(config, m, n) / rates[config])
 
 
 def key(kind: str, m: int, n: int, k: int, device: str) -> str:

@@ -138,6 +138,7 @@ def linear(
             BLOCK_N=config.block_n,
             BLOCK_K=step_of(config, group_size),
             SUPER_M=config.super_m,
+            WARPS=config.warps,
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -225,22 +226,26 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: tor
     out = x.new_empty(x.shape, dtype=dtype)
     if not x.numel():
         return out
-    rows = x.numel() // x.shape[-1] if x.dim() else 1
-    each = x.numel() // rows
+    columns = x.shape[-1] if x.dim() else 1
+    rows = x.numel() // columns
     scale, scale_rows = _per_row(scale, x, rows, "scale")
     zero_point, zero_point_rows = _per_row(zero_point, x, rows, "zero point")
+    block_n = min(_BLOCK, 1 << (columns - 1).bit_length())
+    block_m = min(_BLOCK // block_n, 1 << (rows - 1).bit_length())
     with torch.cuda.device_of(x):
-        quantize_kernel[(-(-x.numel() // _BLOCK),)](
+        quantize_kernel[(-(-rows // block_m), -(-columns // block_n))](
             x,
             out,
             scale,
             zero_point,
-            x.numel(),
-            scale_rows * each,
-            zero_point_rows * each,
+            rows,
+            columns,
+            scale_rows,
+            zero_point_rows,
             qmax,
             FP8=dtype == FP8,
-            BLOCK=_BLOCK,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
         )
     return out
 

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, activate, held_codes, step_of
 
+SPLIT_BEYOND = tl.constexpr(2048)  # Sums a warp, 64 registers a thread.
+
 
 @triton.jit
 def linear_kernel(
@@ -45,6 +47,7 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUPER_M: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """One tile `[BLOCK_M, BLOCK_N]` of the result; pointers that are None are left out.
 
@@ -71,6 +74,143 @@ def linear_kernel(
     else:
         total = _sum_bytes(x_rows, w, w_scale, inside_n, K, GROUP, FP8, BLOCK_M, BLOCK_N, BLOCK_K)
 
+    # Half the columns at a time, where registers would not hold what the epilogue of all of them reads.
+    if BLOCK_M * BLOCK_N > SPLIT_BEYOND * WARPS:
+        left, right = total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        first = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _finish(
+            left,
+            rows,
+            first,
+            out,
+            x_scale,
+            x_zero_point,
+            w_scale,
+            w_sums,
+            w_offset,
+            x_sums,
+            bias,
+            gate,
+            residual,
+            out_scale,
+            out_zero_point,
+            M,
+            N,
+            K,
+            x_scale_rows,
+            x_zero_point_rows,
+            bias_rows,
+            bias_stride,
+            gate_rows,
+            gate_stride,
+            out_scale_rows,
+            out_zero_point_rows,
+            qmax,
+            ACTIVATION,
+            GROUP,
+            FP8,
+        )
+        _finish(
+            right,
+            rows,
+            first + BLOCK_N // 2,
+            out,
+            x_scale,
+            x_zero_point,
+            w_scale,
+            w_sums,
+            w_offset,
+            x_sums,
+            bias,
+            gate,
+            residual,
+            out_scale,
+            out_zero_point,
+            M,
+            N,
+            K,
+            x_scale_rows,
+            x_zero_point_rows,
+            bias_rows,
+            bias_stride,
+            gate_rows,
+            gate_stride,
+            out_scale_rows,
+            out_zero_point_rows,
+            qmax,
+            ACTIVATION,
+            GROUP,
+            FP8,
+        )
+    else:
+        _finish(
+            total,
+            rows,
+            columns,
+            out,
+            x_scale,
+            x_zero_point,
+            w_scale,
+            w_sums,
+            w_offset,
+            x_sums,
+            bias,
+            gate,
+            residual,
+            out_scale,
+            out_zero_point,
+            M,
+            N,
+            K,
+            x_scale_rows,
+            x_zero_point_rows,
+            bias_rows,
+            bias_stride,
+            gate_rows,
+            gate_stride,
+            out_scale_rows,
+            out_zero_point_rows,
+            qmax,
+            ACTIVATION,
+            GROUP,
+            FP8,
+        )
+
+
+@triton.jit
+def _finish(
+    total,
+    rows,
+    columns,
+    out,
+    x_scale,
+    x_zero_point,
+    w_scale,
+    w_sums,
+    w_offset,
+    x_sums,
+    bias,
+    gate,
+    residual,
+    out_scale,
+    out_zero_point,
+    M,
+    N,
+    K,
+    x_scale_rows,
+    x_zero_point_rows,
+    bias_rows,
+    bias_stride,
+    gate_rows,
+    gate_stride,
+    out_scale_rows,
+    out_zero_point_rows,
+    qmax,
+    ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """From sums to what is written, for some columns of a tile."""
     within_m, within_n = rows < M, columns < N
     within = within_m[:, None] & within_n[None, :]
     scale = tl.load(x_scale + rows // x_scale_rows, mask=within_m, other=0.0)

@@ -63,24 +63,31 @@ def quantize_kernel(
     out,
     scale,
     zero_point,
-    elements,
-    scale_elements,
-    zero_point_elements,
+    M,
+    N,
+    scale_rows,
+    zero_point_rows,
     qmax,
     FP8: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Codes of a run of values; ``*_elements`` are the values that share an entry of the grid."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    within = place < elements
+    """Codes of a tile of `[M, N]` values; ``*_rows`` are the rows that share an entry of the grid."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < M
+    within = inside[:, None] & (columns < N)[None, :]
+    place = rows.to(tl.int64)[:, None] * N + columns[None, :]
     values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
-    middle = tl.load(zero_point + place // zero_point_elements, mask=within, other=0).to(tl.int32)
-    step = step_of(tl.load(scale + place // scale_elements, mask=within, other=1.0), middle, qmax, FP8)
-    steps = tl.math.div_rn(values, step)  # As the reference divides; a product with the inverse may round otherwise.
+    middle = tl.load(zero_point + rows // zero_point_rows, mask=inside, other=0).to(tl.int32)
+    step = step_of(tl.load(scale + rows // scale_rows, mask=inside, other=1.0), middle, qmax, FP8)
+    # As the reference divides; a product with the inverse may round otherwise.
+    steps = tl.math.div_rn(values, tl.broadcast_to(step[:, None], (BLOCK_M, BLOCK_N)))
     if FP8:
         codes = to_fp8(steps)
     else:
-        codes = (tl.minimum(tl.maximum(round_even(steps).to(tl.int32) + middle, 0), qmax) - MIDDLE).to(tl.int8)
+        near = round_even(steps).to(tl.int32) + middle[:, None]
+        codes = (tl.minimum(tl.maximum(near, 0), qmax) - MIDDLE).to(tl.int8)
     tl.store(out + place, codes, mask=within)
 
 

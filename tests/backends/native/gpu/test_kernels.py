@@ -12,7 +12,7 @@ from torch.nn import functional
 from fxquant import quantizer
 from fxquant.backends.native.gpu import machine, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
-from fxquant.backends.native.gpu.configs import Config, candidates
+from fxquant.backends.native.gpu.configs import candidates
 from fxquant.backends.native.gpu.entry import linear as linear_of_config
 from fxquant.backends.native.gpu.entry import quantize
 from fxquant.errors import BackendError
@@ -127,7 +127,8 @@ def test_every_way_to_cut_a_product(halves: bool) -> None:
     codes, weight = torch.randint(0, 256, (150, 300), dtype=torch.uint8), Weight(270, 300, 4)
     grid = torch.ones(()), torch.tensor(3, dtype=torch.uint8)
     right = expected(codes, *grid, weight).float()
-    ways: set[Config] = {*candidates(halves, 16), *candidates(halves, 4096)}
+    kind = "int4" if halves else "int8"
+    ways = {way for one in (kind, f"{kind}-g64") for rows in (16, 4096) for way in candidates(one, rows)}
     for config in ways:
         assert torch.equal(linear(codes, *grid, weight, halves, config=config), right), config
 

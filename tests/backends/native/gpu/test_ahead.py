@@ -1,0 +1,73 @@
+"""Every kernel compiles for Hopper GPUs, without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxquant.backends.native.gpu import machine
+from fxquant.backends.native.gpu.ahead import compile_kernel
+from fxquant.errors import BackendError
+
+pytestmark = pytest.mark.skipif(machine.missing_triton() is not None, reason="there is no Triton")
+
+LINEARS = """
+import json
+from fxquant.backends.native.gpu.ahead import all_linears, linear_resources
+for kind, group, config in all_linears():
+    for fused in (True, False):
+        used = linear_resources(kind, config, group, fused)
+        name = f"{kind}-g{group} {config} {'codes' if fused else 'values'}"
+        print(json.dumps([name, config.block_m, used.spilled, used.shared, used.instructions]))
+"""
+ROWS = """
+from fxquant.backends.native.gpu.ahead import compile_kernel
+from fxquant.backends.native.gpu.kernels import rows
+codes = {"int8": "*i8", "fp8": "*fp8e4nv"}
+grid = {"out_scale": "*fp32", "out_zero_point": "*u8", "scale": "*fp32", "zero_point": "*u8"}
+for kind, held in codes.items():
+    fp8 = {"FP8": kind == "fp8"}
+    vectors = dict.fromkeys(("x", "weight", "bias", "factor", "shift"), "*bf16")
+    numbers = {"eps": "fp32", "plus": "fp32"}
+    tile = {"BLOCK_M": 8, "BLOCK_N": 128}
+    norm = {"CENTERED": True, "BLOCK": 2048, **fp8}
+    found = [
+        compile_kernel(rows.norm_quantize_kernel, vectors | grid | numbers | {"out": held}, norm, 4, 1, ("C",)),
+        compile_kernel(rows.quantize_kernel, {"x": "*bf16", "out": held} | grid, tile | fp8, 4, 1),
+    ]
+    assert all(used.spilled == 0 for used in found), found
+assert compile_kernel(rows.row_sums_kernel, {"x": "*i8", "out": "*i32"}, {"BLOCK": 2048}, 4, 1).spilled == 0
+"""
+
+
+def compiled(script: str, folder: Path) -> str:
+    """In a process of its own: this one may have imported Triton as an interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.slow
+def test_every_way_to_cut_a_product_compiles_into_tensor_core_instructions(tmp_path: Path) -> None:
+    made = [json.loads(line) for line in compiled(LINEARS, tmp_path).splitlines()]
+    assert len(made) >= 50
+    for name, rows, spilled, shared, instructions in made:
+        assert spilled == 0, name
+        assert shared <= 227 * 1024, name
+        assert {word.split()[0] for word in instructions if " " in word} == {"mma" if rows < 64 else "wgmma"}, name
+
+
+def test_kernels_of_rows_compile(tmp_path: Path) -> None:
+    compiled(ROWS, tmp_path)
+
+
+@pytest.mark.skipif(not machine.interprets(), reason="Triton is not interpreted here")
+def test_nothing_is_compiled_in_the_interpreter() -> None:
+    with pytest.raises(BackendError, match="TRITON_INTERPRET"):
+        compile_kernel(None, {}, {}, 4, 1)

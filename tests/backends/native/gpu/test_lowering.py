@@ -1,0 +1,211 @@
+"""Graphs before and after lowering to the Triton kernels, and back to what a checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fxquant
+from fxquant.attention import find_attentions
+from fxquant.backends.native import Native
+from fxquant.backends.native.gpu import machine
+from fxquant.capture import read_tensors
+from fxquant.errors import BackendError
+from fxquant.ir.stages import verify
+from fxquant.pipeline import Pipeline
+from fxquant.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
+from fxquant.quantizer import sqnr_db
+from tests.support import captured, count, golden, outputs, text
+from tests.tiny import calibrate, inputs, make_dit
+
+CPU = torch.device("cpu")
+MISSING = machine.missing(CPU)
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no interpreter: {MISSING}")
+native, reference = torch.ops.fxquant_native, torch.ops.fxquant
+
+
+class Block(nn.Module):
+    """A modulated feed-forward with a gate, as in a diffusion transformer."""
+
+    def __init__(self, approximate: str = "tanh", shared: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(32, 96), nn.Linear(96, 32, bias=False)
+        self.approximate, self.shared = approximate, shared
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate = c.chunk(3, 1)
+        y = functional.layer_norm(x, [32], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+        y = self.up(y)
+        z = self.down(functional.gelu(y, approximate=self.approximate))
+        z = x + gate[:, None] * z
+        return z + y[..., :32] if self.shared else z
+
+
+class Attention(nn.Module):
+    def __init__(self, masked: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.masked = masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(x.shape[0], -1, 2, 8).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = (x[:, None, :1, :1] * torch.arange(5.0)).expand(-1, 1, 5, 5) > -1.0 if self.masked else None
+        return self.out(functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(x.shape))
+
+
+def plan_for(shapes: dict[str, list[int]], bits: int, method: str = "minmax", group: int = 0) -> Plan:
+    plan = Plan("", "", None)
+    for name, shape in shapes.items():
+        plan.layers[name] = LayerPlan(
+            "linear", "block", shape, bits, 8, group_size=group, activation=ActivationRange(-2.0, 2.0, method)
+        )
+    return plan
+
+
+def lowered(
+    model: nn.Module,
+    plan: Plan,
+    *inputs: Tensor,
+    passes: str = "quantize-linears",
+    floor: float = 100.0,
+    **options: str,
+) -> torch.fx.GraphModule:
+    """Checked against the quantized graph, and that the way back finds its tensors."""
+    module = captured(model, *inputs).module
+    Pipeline.parse(passes).run(module, plan)
+    expected, before = outputs(module, *inputs), {name: t.clone() for name, t in read_tensors(module).items()}
+    backend = Native("triton", **options)  # type: ignore[arg-type]
+    backend.finish(module, plan)
+    verify(module, Native.spec)
+    (found,), (right,) = outputs(module, *inputs), expected
+    assert sqnr_db(right, found) > floor
+    if options.get("products") != "fp8":
+        back = backend.stored(module)
+        assert back.keys() == before.keys()
+        assert all(torch.equal(back[name], tensor) for name, tensor in before.items())
+    return module
+
+
+def block(
+    model: nn.Module | None = None, bits: int = 8, method: str = "minmax", group: int = 0, **more: object
+) -> torch.fx.GraphModule:
+    plan = plan_for({"up": [96, 32], "down": [32, 96]}, bits, method, group)
+    return lowered(model or Block(), plan, torch.randn(2, 5, 32), torch.randn(2, 96), **more)  # type: ignore[arg-type]
+
+
+def test_a_block_is_three_kernels() -> None:
+    assert text(block(bits=4)) == golden("""
+        x: float32[B, 5, 32]
+        c: float32[B, 96]
+        chunk = chunk(c, 3, 1)
+        getitem: float32[B, 32] = getitem(chunk, 0)
+        getitem_1: float32[B, 32] = getitem(chunk, 1)
+        getitem_2: float32[B, 32] = getitem(chunk, 2)
+        slice_1: float32[B, 32] = slice.Tensor(getitem_1, 0, 0, 9223372036854775807)
+        unsqueeze: float32[B, 1, 32] = unsqueeze(slice_1, 1)
+        slice_2: float32[B, 32] = slice.Tensor(getitem, 0, 0, 9223372036854775807)
+        unsqueeze_1: float32[B, 1, 32] = unsqueeze(slice_2, 1)
+        triton_norm_quantize_default: int8[B, 5, 32] = fxquant_native::triton_norm_quantize(x, True, 1e-06, None, None, unsqueeze, 1.0, unsqueeze_1, @up.input_scale, @up.input_zero_point, 255, int8)
+        triton_linear_default_3: int8[B, 5, 96] = fxquant_native::triton_linear(triton_norm_quantize_default, @up.input_scale, @up.input_zero_point, @up.weight_packed_rows, @up.weight_scale, @up.weight_zero_point, @up.weight_packed_sums, @up.bias, 4, 96, gelu_tanh, None, None, @down.input_scale, @down.input_zero_point, 255, float32, 0, None, None)
+        slice_3: float32[B, 32] = slice.Tensor(getitem_2, 0, 0, 9223372036854775807)
+        unsqueeze_2: float32[B, 1, 32] = unsqueeze(slice_3, 1)
+        triton_linear_default_5: float32[B, 5, 32] = fxquant_native::triton_linear(triton_linear_default_3, @down.input_scale, @down.input_zero_point, @down.weight_packed_rows, @down.weight_scale, @down.weight_zero_point, @down.weight_packed_sums, None, 4, 32, none, unsqueeze_2, x, None, None, 255, float32, 0, None, None)
+        return triton_linear_default_5
+        """)  # noqa: E501
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_of_few_bits_stay_packed(bits: int, packed: bool) -> None:
+    held = read_tensors(block(bits=bits, packed=packed))["down.weight_packed_rows"]
+    halves = packed and bits <= 4
+    assert held.dtype == (torch.uint8 if halves else torch.int8)
+    assert held.shape == ((32, 64) if halves else (32, 96))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_in_groups(packed: bool) -> None:
+    module = block(bits=4, group=32, packed=packed)
+    assert count(module, native.triton_linear.default) == 2
+
+
+def test_sums_of_inputs_are_made_where_weights_need_them() -> None:
+    assert count(block(bits=8), native.triton_row_sums.default) == 2
+    assert count(block(bits=7), native.triton_row_sums.default) == 0
+    symmetric = block(bits=8, passes="quantize-linears{symmetric=True}")
+    assert count(symmetric, native.triton_row_sums.default) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        (Block(approximate="none"), "minmax"),  # The exact GELU is another function.
+        (Block(shared=True), "minmax"),  # The linear has another reader.
+        (Block(), "dynamic"),  # Grids of tokens are known after the GELU only.
+    ],
+    ids=["exact", "shared", "dynamic"],
+)
+def test_what_others_read_or_kernels_lack_stays(model: nn.Module, method: str) -> None:
+    module = block(model, method=method)
+    assert count(module, native.triton_linear.default) == 2
+    assert count(module, native.triton_quantize.default) == (2 if method == "dynamic" else 1)
+
+
+def test_8_bit_floats() -> None:
+    module = block(bits=8, products="fp8", floor=25.0)
+    tensors = read_tensors(module)
+    assert tensors["up.weight_packed_fp8"].dtype == torch.float8_e4m3fn
+    assert count(module, native.triton_quantize.default) == 0
+    assert count(module, native.triton_row_sums.default) == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_attention_of_codes_is_one_kernel(masked: bool) -> None:
+    plan = plan_for({name: [16, 16] for name in ("q", "k", "v", "out")}, 8)
+    model, x = Attention(masked), torch.randn(2, 5, 16)
+    (found,) = find_attentions(captured(model, x).module.graph)
+    plan.attentions[found.name] = AttentionPlan(
+        bits=8, ranges={side: ActivationRange(-1.5, 1.5, "minmax") for side in "qkv"}, softmax_bits=8
+    )
+    module = lowered(model, plan, x, passes="quantize-linears,quantize-attention", floor=45.0)
+    assert count(module, native.triton_attention.default) == 1
+    assert count(module, reference.matmul.default) == 0
+    # q, k, v and the result leave their kernels as codes.
+    assert count(module, native.triton_quantize.default) == 1
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def compiled(recipe: str, backend: object) -> fxquant.GraphModel:
+    model = make_dit()
+    return fxquant.compile(model, recipe=recipe, backend=backend, calibrate=calibrate(model), measure=0)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["rtn-w8a8", "htg-w8a8", "rtn-w4a8"])
+def test_a_model_of_8_bit_floats(recipe: str, tmp_path: Path) -> None:
+    """They round values to four bits, the plan's codes to eight."""
+    ours, oracle = compiled(recipe, Native("triton", products="fp8")), compiled(recipe, "fake-quant")
+    call = inputs(3, timestep=None)
+    assert sqnr_db(oracle(**call).sample, ours(**call).sample) > 30.0
+    assert "native triton e4m3 x e4m3" in {layer.kernel for layer in fxquant.report(ours).layers}
+    with pytest.raises(BackendError, match="no longer tell its codes"):
+        fxquant.save(ours, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    fxquant.save(oracle, tmp_path / "model")
+    loaded = fxquant.load(tmp_path / "model", backend=Native("triton", products="fp8"))
+    assert torch.equal(loaded(**call).sample, ours(**call).sample)
+
+
+def test_groups_that_no_kernel_takes_are_refused() -> None:
+    with pytest.raises(BackendError, match="groups of a multiple of 32 inputs"):
+        compiled("rtn-w4a8-g8", Native("triton"))
+    with pytest.raises(BackendError, match="weights of up to 7 bits"):
+        block(bits=8, group=32)
