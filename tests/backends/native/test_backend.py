@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.backends.native import Native, machine
 from fxquant.backends.native.compiled import weights as panels
+from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError
 from fxquant.model import GraphModel
@@ -37,10 +38,17 @@ ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DMo
 
 MISSING = machine.missing_kernels()
 OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")
-KINDS = [pytest.param("float", marks=OWN), pytest.param("bf16", marks=OWN), "onednn", "triton"]
+NOT_INTERPRETED = gpus.missing(torch.device("cpu"))  # On GPUs the same is tested by gpu/test_device.py.
+INTERPRETED = pytest.mark.skipif(NOT_INTERPRETED is not None, reason=f"not interpreted: {NOT_INTERPRETED}")
+KINDS = [
+    pytest.param("float", marks=OWN),
+    pytest.param("bf16", marks=OWN),
+    "onednn",
+    pytest.param("triton", marks=INTERPRETED),
+]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 # What is not about kernels of a GPU is not run in their interpreter, which takes a second for a call.
-on_processors = pytest.mark.parametrize("kind", KINDS if torch.cuda.is_available() else KINDS[:-1])
+on_processors = pytest.mark.parametrize("kind", KINDS[:-1])
 
 
 def runner(kind: str) -> str | Native:
