@@ -10,10 +10,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.cpu.models import SHAPES, task_of
 from benchmarks.cpu.rounds import Digits, Settings, measure, present
 from benchmarks.cpu.systems import REFERENCE, System, all_systems
 from benchmarks.cpu.table import machine, page, table, to_json
+from benchmarks.figures import write
+from benchmarks.models import task_of
+from benchmarks.shapes import SHAPES
 
 USUAL = "dit:4"
 
@@ -41,9 +43,9 @@ def run(options: argparse.Namespace, systems: list[System], scratch: Path) -> No
         reports.append(to_json(title, settings, measured))
         tables.append((title, table(measured, "github")))
         if options.json:
-            _write(options.json, json.dumps({"machine": found, "models": reports}, indent=1, allow_nan=False) + "\n")
+            write(options.json, json.dumps({"machine": found, "models": reports}, indent=1, allow_nan=False) + "\n")
         if options.markdown:
-            _write(options.markdown, page(found, settings, tables))
+            write(options.markdown, page(found, settings, tables))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,11 +76,6 @@ def _chosen(only: list[str] | None) -> list[System]:
     return [
         system for name, system in all_systems().items() if name == REFERENCE or any(text in name for text in texts)
     ]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import fxquant
-from benchmarks.cpu.models import Task, cast
 from benchmarks.cpu.systems import Run, Stored, System
+from benchmarks.models import Task, cast
 from fxquant.backend import BACKENDS, Backend
 from fxquant.backends.native import Native
 from fxquant.recipes import Recipe, make_recipe

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cpu.models import Call, Task, cast
 from benchmarks.cpu.systems import Run, Stored, System
+from benchmarks.models import Task, cast
+from benchmarks.shapes import Call
 
 _MODEL = "model.xml"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cpu.models import Call, Task, cast
+from benchmarks.models import Task, cast
+from benchmarks.shapes import Call
 
 Run = Callable[[Call], Tensor]
 """Runs one call; the output is the model's first, of any floating-point dtype."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import platform
 import statistics
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.cpu.rounds import Measured, Row, Settings
+from benchmarks.figures import decibel, finite, quartiles, versions
 
 _HEADER = ["system", "ms", "quartiles", "x eager fp32", "of int8", "SQNR dB", "digits dB", "resident MB", "peak MB"]
 _PACKAGES = ("torch", "diffusers", "torchao", "openvino", "nncf")
@@ -41,15 +40,15 @@ def table(measured: Measured, tablefmt: str = "simple") -> str:
 
 
 def _cells(row: Row, floor: float | None) -> list[str]:
-    low, high = _quartiles(row.seconds)
+    low, high = quartiles(row.seconds)
     return [
         row.system,
         f"{1e3 * row.median:.1f}",
         f"{1e3 * low:.1f} to {1e3 * high:.1f}",
         f"{row.speedup:.2f}",
         "" if floor is None else f"{floor / row.median:.2f}",
-        _decibel(row.sqnr_db),
-        _decibel(row.digits_db),
+        decibel(row.sqnr_db),
+        decibel(row.digits_db),
         "" if row.resident is None else f"{row.resident / 1e6:.0f}",
         "" if row.peak is None else f"{row.peak / 1e6:.0f}",
     ]
@@ -62,17 +61,6 @@ def _floor(measured: Measured) -> str:
         f"Roofline: {measured.operations / 1e9:.1f} GOP in linear layers at {statistics.median(measured.peaks):.0f} "
         f"GOP/s, the rate of the best int8 product of their shapes, are {1e3 * measured.floor:.1f} ms."
     )
-
-
-def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    if len(seconds) < 2:
-        return seconds[0], seconds[0]
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return low, high
-
-
-def _decibel(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
 
 
 def to_json(title: str, settings: Settings, measured: Measured) -> dict[str, Any]:
@@ -95,21 +83,17 @@ def _row_to_json(row: Row, floor: float | None) -> dict[str, Any]:
         return data
     return data | {
         "median_ms": 1e3 * row.median,
-        "quartiles_ms": [1e3 * end for end in _quartiles(row.seconds)],
+        "quartiles_ms": [1e3 * end for end in quartiles(row.seconds)],
         "rounds_ms": [1e3 * seconds for seconds in row.seconds],
         "speedup": row.speedup,
         "share_of_int8": None if floor is None else floor / row.median,
         "started_s": row.started,
-        "sqnr_db": _finite(row.sqnr_db),
-        "digits_db": _finite(row.digits_db),
+        "sqnr_db": finite(row.sqnr_db),
+        "digits_db": finite(row.digits_db),
         "digits_failed": row.digits_failed,
         "resident_bytes": row.resident,
         "peak_bytes": row.peak,
     }
-
-
-def _finite(value: float | None) -> float | str | None:
-    return str(value) if value is not None and not math.isfinite(value) else value
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -127,24 +111,17 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions(_PACKAGES),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def page(found: dict[str, Any], settings: Settings, tables: Sequence[tuple[str, str]]) -> str:
     """A page of markdown: machine, versions, date and settings, and a table a model."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    numbers = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     parts = [
         "# On the processor",
         f"{found['processor']}, {found['cores']} cores, {found['threads']} threads "
-        f"({', '.join(found['instructions'])}); Python {found['python']}, {versions}; {found['date']}. "
+        f"({', '.join(found['instructions'])}); Python {found['python']}, {numbers}; {found['date']}. "
         f"{settings.rounds} rounds by turns, random weights. How each number is defined stands in "
         "[`cpu/__init__.py`](../cpu/__init__.py). Only ratios carry over to other machines.",
     ]

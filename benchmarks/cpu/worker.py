@@ -22,8 +22,8 @@ from typing import Any
 import numpy
 import torch
 
-from benchmarks.cpu.models import Task, linear_shapes, task_of
 from benchmarks.cpu.systems import System, all_systems
+from benchmarks.models import Task, linear_shapes, task_of
 
 _OUTPUT = "output.npy"
 
@@ -98,7 +98,7 @@ def serve(order: dict[str, Any], tell: Tell) -> None:
 
 def digits(order: dict[str, Any], tell: Tell) -> None:
     """The mean SQNR on the trained model."""
-    from benchmarks.cpu.digits import mean_sqnr
+    from benchmarks.digits import mean_sqnr
 
     system, task, folder = _system(order), _task(order), Path(order["folder"])
     if system.stored is not None and not any(folder.iterdir()):

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from benchmarks.cpu import rounds
-from benchmarks.cpu.models import SHAPES, cast, linear_shapes, task_of
 from benchmarks.cpu.rounds import Digits, Failed, Measured, Row, Settings, measure, present, sqnr_db
 from benchmarks.cpu.systems import REFERENCE, Stored, System, all_systems
 from benchmarks.cpu.table import machine, page, table, to_json
+from benchmarks.models import cast, linear_shapes, task_of
+from benchmarks.shapes import SHAPES
 
 SETTINGS = Settings("tiny:1", batch=2, rounds=2, threads=1, together=3)
 
@@ -163,18 +164,21 @@ class TestModels:
     def test_texts(self):
         assert task_of("dit:4").name == "DiT-XL/2, 256 tokens, 4 of 28 layers, batch 2"
         assert task_of("sd3-medium").name.endswith("24 of 24 layers, batch 2")
-        with pytest.raises(ValueError, match=r"'flux' is no model; write a name and a number of layers, of dit, "):
-            task_of("flux")
+        with pytest.raises(ValueError, match=r"'wan' is no model; write a name and a number of layers, of dit, "):
+            task_of("wan")
         with pytest.raises(ValueError, match="is no model"):
             task_of("dit:x")
+        with pytest.raises(ValueError, match="is no model"):
+            task_of("flux:4")
         with pytest.raises(ValueError, match="samples come in pairs"):
             task_of("dit", batch=3)
 
     @pytest.mark.parametrize("name", SHAPES)
     def test_linear_layers_of_a_block_are_counted(self, name):
-        counts = linear_shapes(task_of(f"{name}:1"))
+        latents = SHAPES[name].latents
+        counts = linear_shapes(task_of(f"{name}:{'+'.join('1' for _ in SHAPES[name].layers)}"))
         width = SHAPES[name].config["num_attention_heads"] * SHAPES[name].config["attention_head_dim"]
-        tokens = (SHAPES[name].latents[1] // 2) ** 2
+        tokens = latents[0] if len(latents) == 2 else (latents[1] // 2) ** 2
         assert counts[2 * tokens, width, 4 * width] == 1, "the first half of the feed-forward"
         assert counts[2 * tokens, 4 * width, width] == 1
 

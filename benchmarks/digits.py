@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu.models import Call, Task
+from benchmarks.models import Task
+from benchmarks.shapes import Call
 from examples.digits.compare import CALIBRATION_STEPS, TEST_SAMPLES, TEST_STEPS
 from examples.digits.generator import GUIDANCE, generate, load_pipeline
 from fxquant.quantizer import sqnr_db
