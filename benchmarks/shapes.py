@@ -63,7 +63,7 @@ class Shape:
         generator = torch.Generator().manual_seed(step)
         return {
             "hidden_states": torch.randn(batch, *self.latents, generator=generator),
-            "timestep": torch.full((batch,), step / 1000 if self.unit_time else step),
+            "timestep": torch.full((batch,), _unit(step) if self.unit_time else step),
             **self.inputs(generator, batch),
             "return_dict": False,
         }
@@ -73,6 +73,11 @@ class Shape:
         least = 2 if self.pairs else 1
         if batch < least or batch % least:
             raise ValueError(f"a batch of {batch} is not possible: samples come in pairs, as with guidance")
+
+
+def _unit(step: int) -> float:
+    """To eighths: models multiply this by 1000 in their own dtype, and bfloat16 has the middle one exactly."""
+    return round(step / 125) / 8
 
 
 _COUNTS = ("num_layers", "num_single_layers")
@@ -110,7 +115,7 @@ def _flux(size: int, text: int, width: int, pooled: int) -> Callable[[torch.Gene
         return {
             "encoder_hidden_states": torch.randn(batch, text, width, generator=generator),
             "pooled_projections": torch.randn(batch, pooled, generator=generator),
-            "guidance": torch.full((batch,), 3.5),
+            "guidance": torch.full((batch,), 4.0),
             "img_ids": torch.stack([torch.zeros(size, size), rows, columns], -1).flatten(0, 1),
             "txt_ids": torch.zeros(text, 3),
         }

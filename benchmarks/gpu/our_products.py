@@ -1,0 +1,107 @@
+"""Our products, called as lowered graphs call them: codes in, bfloat16 out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.products import BF16_STEP, FLOAT_SUMS, FP8, FP8_SUMS, Case, Product, Shape
+from fxquant.backends.native.gpu import machine, weights
+from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.packing import pack
+from fxquant.quantizer import dequantize_weight
+
+_ZERO_POINT = 113
+"""Of the activations: one that is neither the middle nor an end."""
+
+
+def our_products() -> Iterator[Product]:
+    """Each kind of weight that the kernel takes."""
+    yield _product("native s8 x s8", _Kind(8))
+    yield _product("native s8 x s8, symmetric weights", _Kind(8, symmetric=True))
+    yield _product("native s8 x u4", _Kind(4))
+    yield _product("native s8 x u4, groups of 64", _Kind(4, group_size=64))
+    yield Product("native e4m3 x e4m3", "fp8", _floats, partial(machine.missing, fp8=True))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    bits: int
+    group_size: int = 0
+    symmetric: bool = False
+
+
+def _product(name: str, kind: _Kind) -> Product:
+    return Product(name, "int8", partial(_codes, kind), machine.missing)
+
+
+def _weight(shape: Shape, kind: _Kind, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random packed codes, scales and zero points."""
+    _, inputs, outputs = shape
+    groups = -(-inputs // kind.group_size) if kind.group_size else 1
+    middle = 2 ** (kind.bits - 1)
+    packed = pack(torch.randint(0, 2**kind.bits, (outputs, inputs), dtype=torch.uint8, device=device), kind.bits)
+    scale = torch.rand(outputs, groups, device=device) / inputs + 1e-4
+    if kind.symmetric:
+        return packed, scale, torch.full((outputs, groups), middle, dtype=torch.uint8, device=device)
+    low, high = middle - middle // 8 - 1, middle + middle // 8 + 1
+    return packed, scale, torch.randint(low, high + 1, (outputs, groups), dtype=torch.uint8, device=device)
+
+
+def _codes(kind: _Kind, shape: Shape, device: torch.device) -> Case:
+    rows, inputs, outputs = shape
+    packed, scale, zero_point = _weight(shape, kind, device)
+    halves = weights.in_halves(kind.bits, packed=True)
+    x = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8, device=device)
+    x_scale, x_zero_point = _grid(device)
+    held = weights.held(packed, zero_point, kind.bits, inputs, halves, kind.group_size)
+    sums = weights.sums(packed, scale, zero_point, kind.bits, inputs, kind.group_size)
+    offset = weights.offset(zero_point, kind.bits)
+    # In a model the layers that read one value share these.
+    x_sums = None if offset is None else torch.ops.fxquant_native.triton_row_sums(x)
+    bias = torch.randn(outputs, device=device).to(torch.bfloat16)
+    arguments = (x, x_scale, x_zero_point, held, scale, zero_point, sums, bias, kind.bits, outputs, "none")
+    nothing = (None, None, None, None, 255, torch.bfloat16, kind.group_size, offset, x_sums)
+    grid = kind.bits, kind.group_size, inputs, torch.float64
+    return Case(
+        lambda: torch.ops.fxquant_native.triton_linear(*arguments, *nothing),
+        lambda part: x_scale.double() * (x[part].double() + (weights.MIDDLE - _ZERO_POINT)),
+        lambda: dequantize_weight(packed, scale.double(), zero_point, *grid),
+        _step(),
+        FLOAT_SUMS,
+        bias=bias,
+    )
+
+
+def _floats(shape: Shape, device: torch.device) -> Case:
+    rows, inputs, outputs = shape
+    packed, scale, zero_point = _weight(shape, _Kind(8), device)
+    held, step = weights.floats(packed, scale, zero_point, 8, inputs, 0)
+    x = (torch.randn(rows, inputs, device=device) * 100).clamp(-weights.FP8_MAX, weights.FP8_MAX).to(FP8)
+    x_scale, x_zero_point = _grid(device)
+    # One unit stands for so much that the largest float reaches the farther end of the grid of codes.
+    unit = x_scale.double() * max(_ZERO_POINT, 255 - _ZERO_POINT) / weights.FP8_MAX
+    bias = torch.randn(outputs, device=device).to(torch.bfloat16)
+    arguments = (x, x_scale, x_zero_point, held, step, zero_point, step, bias, 8, outputs, "none")
+    nothing = (None, None, None, None, 255, torch.bfloat16, 0, None, None)
+    return Case(
+        lambda: torch.ops.fxquant_native.triton_linear(*arguments, *nothing),
+        lambda part: unit * x[part].double(),
+        lambda: held.double() * step.double(),
+        _step(),
+        FP8_SUMS,
+        bias=bias,
+    )
+
+
+def _step() -> float:
+    """Triton's interpreter cuts off the bits that bfloat16 lacks, where devices round to the nearest."""
+    return 2 * BF16_STEP if machine.interprets() else BF16_STEP
+
+
+def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(0.02, device=device), torch.tensor(_ZERO_POINT, dtype=torch.uint8, device=device)

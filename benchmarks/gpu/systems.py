@@ -1,0 +1,82 @@
+"""What is compared: bfloat16, ours, and what others offer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from benchmarks.gpu.job import Job
+from benchmarks.gpu.modes import Mode
+
+
+@dataclass(frozen=True)
+class Made:
+    """One way to make a module of a model, which the systems of one name share.
+
+    Attributes:
+        name: For the table.
+        make: Makes it, on the job's device.
+        least_db: SQNR below which something is wrong, and not merely inexact.
+        needs: Packages that it needs.
+        lacks: Why it cannot be made here, where that is known beforehand.
+    """
+
+    name: str
+    make: Callable[[Job], nn.Module]
+    least_db: float
+    needs: tuple[str, ...] = ()
+    lacks: Callable[[torch.device], str | None] = lambda device: None
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot be made here."""
+        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"{' and '.join(absent)} is not installed"
+        return self.lacks(device)
+
+
+@dataclass(frozen=True)
+class System:
+    """A module and how it is called."""
+
+    made: Made
+    mode: Mode
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.made.name}, {self.mode.value}"
+
+
+BF16 = Made("bf16", Job.model, least_db=25.0)
+REFERENCE = System(BF16, Mode.MAX_AUTOTUNE)
+"""What others are compared with."""
+
+
+def all_systems() -> list[System]:
+    """Every system, the reference first, those of one module next to each other."""
+    from benchmarks.gpu.ours import our_makings
+    from benchmarks.gpu.peers import peer_makings
+
+    found = [REFERENCE, System(BF16, Mode.EAGER)]
+    found += [System(made, Mode.MAX_AUTOTUNE) for made in peer_makings()]
+    for made in our_makings():
+        found += [System(made, mode) for mode in (Mode.MAX_AUTOTUNE, Mode.GRAPH, Mode.COMPILED)]
+    return found
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Undo what a library sets for everyone, such as torchao the options of inductor."""
+    config, precision = torch._inductor.config.save_config(), torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch._inductor.config.load_config(config)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
