@@ -142,7 +142,7 @@ _FLUX = {
     "in_channels": 64, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
     "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
 }  # fmt: skip
-_TINY = _DIT | {"num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8}
+_TINY = _DIT | {"num_attention_heads": 2, "attention_head_dim": 32, "sample_size": 8}
 _TINY_FLUX = _FLUX | {
     "in_channels": 16, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 64,
     "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12),

@@ -15,6 +15,8 @@ from benchmarks.gpu.modes import Run, record
 from benchmarks.gpu.products import Case, Product, Shape, all_products
 from benchmarks.gpu.timing import ColdCaches
 
+SMALL = ((33, 128, 48), (17, 64, 32), (130, 320, 80))
+"""Shapes to check where nothing is timed: none of them a multiple of a tile."""
 SQUARES = (4096, 8192, 16384)
 """Sides of the products that the peak is measured with."""
 _RUNS = 8
@@ -31,6 +33,7 @@ class Cell:
         numbers: What it multiplies.
         found: How it compares with float64.
         failed: Why there is no time, or not even a comparison.
+        wrong: Whether that is because the comparison failed.
         seconds: Of its runs; none where nothing is timed.
     """
 
@@ -39,6 +42,7 @@ class Cell:
     numbers: str
     found: Found | None = None
     failed: str | None = None
+    wrong: bool = False
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -86,7 +90,7 @@ def measure_shape(
             run = case.run if caches is None else record(case.run)
             cell.found = check_product(case, run)
         except Exception as error:  # Reported in the table, and the others go on.
-            cell.failed = reason(error)
+            cell.failed, cell.wrong = reason(error), isinstance(error, Wrong)
             still_there(error)
             continue
         ready.append((cell, case, run))

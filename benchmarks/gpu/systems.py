@@ -58,8 +58,11 @@ REFERENCE = System(BF16, Mode.MAX_AUTOTUNE)
 """What others are compared with."""
 
 
-def all_systems() -> list[System]:
-    """Every system, the reference first, those of one module next to each other."""
+def all_systems(device: torch.device) -> list[System]:
+    """Every system, the reference first, those of one module next to each other.
+
+    On processors, where they are only checked, each module once and as it is.
+    """
     from benchmarks.gpu.ours import our_makings
     from benchmarks.gpu.peers import peer_makings
 
@@ -67,7 +70,9 @@ def all_systems() -> list[System]:
     found += [System(made, Mode.MAX_AUTOTUNE) for made in peer_makings()]
     for made in our_makings():
         found += [System(made, mode) for mode in (Mode.MAX_AUTOTUNE, Mode.GRAPH, Mode.COMPILED)]
-    return found
+    if device.type == "cuda":
+        return found
+    return [System(made, Mode.EAGER) for made in dict.fromkeys(system.made for system in found)]
 
 
 @contextmanager

@@ -1,0 +1,89 @@
+"""The command line of the benchmark: ``python -m benchmarks.gpu`` from the root of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.report import Options, Report
+from benchmarks.shapes import SHAPES
+
+USUAL = "dit"
+SMALL = "tiny,tiny-flux"
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    timed = device.type == "cuda" and not options.check
+    if not options.verbose:
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+    torch.set_grad_enabled(False)
+    torch.set_float32_matmul_precision(
+        "high"
+    )  # Torchao sets it, and what is compiled under one is not valid under two.
+    report = Report(
+        Options(
+            models=_models(options.model or (USUAL if timed else SMALL), options.batch),
+            shapes=tuple(options.shape),
+            systems=tuple(options.only or [""]),
+            products=tuple(options.products or [""]),
+            parts=options.part,
+            rounds=options.rounds if timed else 0,
+            budget=options.budget,
+            json=options.json,
+            markdown=options.markdown,
+        ),
+        device,
+    )
+    return report.run()
+
+
+def _models(text: str, batches: str) -> tuple[tuple[str, int], ...]:
+    """Names and batches of ``dit,flux:4+8@1``; the batches of models that name none are those given."""
+    found = []
+    for part in text.split(","):
+        name, _, batch = part.partition("@")
+        found += [(name, int(number)) for number in ([batch] if batch else batches.split(","))]
+    return tuple(found)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    rows, inputs, outputs = map(int, text.split("x"))
+    return rows, inputs, outputs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Time, memory and error on a GPU, systems side by side."
+    )
+    names = ", ".join(SHAPES)
+    parser.add_argument(
+        "--model", help=f"models joined by commas, each NAME, NAME:LAYERS or NAME:LAYERS@BATCH, of {names}; {USUAL}"
+    )
+    parser.add_argument("--batch", default="2", help="samples of a call, joined by commas; 2")
+    parser.add_argument("--shape", type=_shape, action="append", default=[], metavar="ROWSxINPUTSxOUTPUTS",
+                        help="a product beside those of the models; repeatable")  # fmt: skip
+    parser.add_argument("--part", choices=("both", "models", "products"), default="both", help="what is measured")
+    parser.add_argument("--only", action="append", help="systems whose names hold this text alone; repeatable")
+    parser.add_argument("--products", action="append", help="products whose names hold this text alone; repeatable")
+    parser.add_argument("--rounds", type=int, default=15, help="of each system, by turns")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing new is begun")
+    parser.add_argument("--check", action="store_true", help="check only, on small models; always so without a GPU")
+    parser.add_argument("--json", type=Path, help="where to write everything that was found, as it is found")
+    parser.add_argument("--markdown", type=Path, help="where to write device, versions and tables as a page")
+    parser.add_argument("--verbose", action="store_true", help="show warnings of the libraries")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Whole models: systems are made, checked and called by turns, as many at a time as fit in memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from benchmarks.gpu.check import Wrong, check_model
+from benchmarks.gpu.job import Job, free, held
+from benchmarks.gpu.matmuls import Lost, reason, say, still_there
+from benchmarks.gpu.modes import Mode, Run, runner
+from benchmarks.gpu.systems import Made, System, settings_kept
+from benchmarks.gpu.timing import Turn, take_turns
+
+_FIRST_ROUNDS = 3
+"""That each system has beside the reference as soon as it is there: a run that is cut off has left something."""
+_TO_MAKE = 2.0
+"""Memory that making and compiling a system may need, over what the reference takes in a call."""
+
+_LATE = "the time was up"
+_NO_MEMORY = torch.OutOfMemoryError.__name__
+
+
+@dataclass
+class Row:
+    """What was found of one system; one that failed has a reason and no times.
+
+    Attributes:
+        system: Its name.
+        failed: Why there are no times.
+        wrong: Whether that is because a check failed.
+        sqnr_db: Of its output.
+        seconds: Of its calls, a round each.
+        ratios: Time of the reference over its own, a round each.
+        started: Seconds until it could be called, compilation and tuning included; making the module counts for the
+            first of those that share it.
+        weights: Bytes on the device before its first call.
+        peak: Bytes in a call at the highest.
+    """
+
+    system: str
+    failed: str | None = None
+    wrong: bool = False
+    sqnr_db: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    started: float | None = None
+    weights: int | None = None
+    peak: int | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Over the reference, the middle of the rounds."""
+        return statistics.median(self.ratios) if self.ratios else None
+
+
+@dataclass
+class _Seat:
+    row: Row
+    turn: Turn
+
+
+class Session:
+    """The systems of one job.
+
+    Args:
+        job: What is run.
+        rounds: How often each has its turn; 0 to check only.
+        ended: Whether the time is up.
+        changed: Called with all rows whenever there is something new.
+    """
+
+    def __init__(self, job: Job, rounds: int, ended: Callable[[], bool], changed: Callable[[list[Row]], None]) -> None:
+        self._job, self._rounds, self._ended, self._changed = job, rounds, ended, changed
+        self.rows: list[Row] = []
+        self._made: tuple[Made, nn.Module, int | None] | None = None
+        self._largest = 0
+
+    def measure(self, systems: Sequence[System]) -> list[Row]:
+        """Check and time systems, the first of which is the reference.
+
+        Raises:
+            Lost: If the device is gone; :attr:`rows` has what was found.
+        """
+        reference, *pending = systems
+        try:
+            self._measure(reference, pending)
+        except Lost as error:
+            self._leave_out(pending, str(error))
+            raise
+        self._close()
+        return self.rows
+
+    def _measure(self, system: System, pending: list[System]) -> None:
+        reference = Row(system.name)
+        self.rows.append(reference)
+        first = True
+        while first or pending:
+            if self._ended():
+                reference.failed = _LATE if first else None
+                self._leave_out(pending, _LATE)
+                return
+            seat = self._start(system, reference)
+            if seat is None:
+                self._leave_out(pending, "the reference failed")
+                return
+            self._group(seat, pending)
+            first = False
+
+    def _group(self, reference: _Seat, pending: list[System]) -> None:
+        """Start as many as there is memory and time for, and let all have their turns."""
+        seats = [reference]
+        while pending and (len(seats) == 1 or self._fits()):
+            system = pending.pop(0)
+            row = Row(system.name)
+            self.rows.append(row)
+            if self._ended():
+                row.failed = _LATE
+                continue
+            seat = self._start(system, row)
+            if seat is None and row.failed is not None and row.failed.startswith(_NO_MEMORY) and len(seats) > 1:
+                self.rows.remove(row)
+                pending.insert(0, system)  # In a group of its own it may fit.
+                break
+            if seat is not None:
+                seats.append(seat)
+                self._take([Turn(reference.turn.run, []), Turn(seat.turn.run, [])], [reference.row, row], _FIRST_ROUNDS)
+            self._changed(self.rows)
+        if self._rounds and (len(seats) == 1 or not self._ended()):
+            self._take([seat.turn for seat in seats], [seat.row for seat in seats], self._rounds)
+        self._changed(self.rows)
+        seats.clear()
+        self._close()
+
+    def _take(self, turns: Sequence[Turn], rows: Sequence[Row], rounds: int) -> None:
+        """What the last rounds gave takes the place of what earlier ones did, but for the reference's own."""
+        if not self._rounds:
+            return
+        take_turns(turns, rounds, self._ended)
+        first = turns[0].seconds
+        for turn, row in zip(turns, rows, strict=True):
+            row.seconds = list(turn.seconds)
+            row.ratios = [one / other for one, other in zip(first, turn.seconds, strict=True)]
+
+    def _start(self, system: System, row: Row) -> _Seat | None:
+        say(f"{self._job.task.name}: {system.name}")
+        row.failed = system.made.missing(self._job.device)
+        if row.failed is None:
+            began = time.perf_counter()
+            try:
+                with settings_kept():
+                    run = self._run(system, row)
+                row.started = time.perf_counter() - began
+                row.sqnr_db = check_model(run, self._job.exact, system.made.least_db)
+                return _Seat(row, Turn(run, []))
+            except Exception as error:  # Reported in the table, and the others go on.
+                row.failed, row.wrong = reason(error), isinstance(error, Wrong)
+                still_there(error)
+        say(f"    left out: {row.failed}")
+        return None
+
+    def _run(self, system: System, row: Row) -> Run:
+        module, row.weights = self._module(system.made)
+        mode = system.mode
+        if row.weights is None:
+            return runner(module, mode, self._job.timed)
+        before = held(self._job.device)
+        if mode is Mode.GRAPH:
+            torch.cuda.reset_peak_memory_stats(self._job.device)
+            run = runner(module, mode, self._job.timed)
+        else:
+            run = runner(module, mode, self._job.timed)
+            run()  # Compiles and tunes, which takes more.
+            torch.cuda.reset_peak_memory_stats(self._job.device)
+            run()
+        row.peak = row.weights + torch.cuda.max_memory_allocated(self._job.device) - before
+        self._largest = max(self._largest, row.peak)
+        return run
+
+    def _module(self, made: Made) -> tuple[nn.Module, int | None]:
+        """The module, shared by the systems of one making that follow each other, and its bytes."""
+        if self._made is None or self._made[0] is not made:
+            self._made = None
+            on_gpu = self._job.device.type == "cuda"
+            _ = self._job.exact, self._job.timed, self._job.calls  # What all share is not what one holds.
+            before = held(self._job.device) if on_gpu else 0
+            module = made.make(self._job)
+            self._made = made, module, held(self._job.device) - before if on_gpu else None
+        return self._made[1:]
+
+    def _fits(self) -> bool:
+        """Whether another system certainly has room."""
+        if self._job.device.type != "cuda":
+            return True
+        free()
+        return torch.cuda.mem_get_info(self._job.device)[0] > _TO_MAKE * self._largest
+
+    def _leave_out(self, systems: list[System], why: str) -> None:
+        self.rows += [Row(system.name, failed=why) for system in systems]
+        systems.clear()
+        self._changed(self.rows)
+
+    def _close(self) -> None:
+        """Give back all modules, what was compiled and the recorded graphs."""
+        self._made = None
+        torch._dynamo.reset()
+        if self._job.device.type == "cuda":
+            from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+            reset_cudagraph_trees()
+        free()
