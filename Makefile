@@ -10,6 +10,8 @@ JOBS ?= 2
 GRAPHS ?= 20000
 # What `make bench-cpu` measures: models with their number of layers; dit:28 is a whole DiT-XL/2.
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
+# What `make bench-gpu` measures, such as --model dit,flux@1 --batch 2,16 --budget 500; by default small checks without a GPU.
+GPU_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -22,7 +24,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test fuzz check format coverage bench bench-cpu clean distclean
+.PHONY: help setup demo compare test fuzz check format coverage bench bench-cpu bench-gpu clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -63,6 +65,9 @@ bench-cpu: $(STAMP) ## time quantized models on the processor, beside other quan
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench,demo]'
 	@# Threads that sleep between products take about 5 % longer; nothing else should run beside this anyway.
 	env -u OMP_WAIT_POLICY $(PY) -m benchmarks.cpu --model $(MODELS) --json $(OUT)/cpu.json --markdown $(OUT)/cpu.md
+
+bench-gpu: $(STAMP) ## check products and models on a GPU or in Triton's interpreter, and time them on a GPU
+	$(PY) -m benchmarks.gpu $(GPU_ARGS) --json $(OUT)/gpu.json --markdown $(OUT)/gpu.md
 
 clean: ## remove what was built, but not the virtual environment
 	rm -rf build dist $(OUT) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
