@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,10 @@ from benchmarks.gpu.products import Case, Product, all_products
 from benchmarks.gpu.session import Row, Session
 from benchmarks.gpu.systems import BF16, Made, System, settings_kept
 from benchmarks.gpu.table import page, products_table, systems_table
+from benchmarks.gpu.tune import tune
 from benchmarks.models import task_of
+from fxquant.backends.native.gpu import configs
+from fxquant.backends.native.gpu.configs import candidates, key
 
 CPU = torch.device("cpu")
 PLAIN = next(product for product in all_products() if product.name == "torch.mm")
@@ -155,3 +160,31 @@ class TestTables:
 
 def test_models_have_batches() -> None:
     assert _models("dit,flux:4+8@1", "2,16") == (("dit", 2), ("dit", 16), ("flux:4+8", 1))
+
+
+class TestTuning:
+    def test_the_fastest_way_that_is_right_is_in_the_table(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shape, out = (100, 64, 48), tmp_path / "table.json"
+        out.write_text('{"other/int8/1x2x3": {"block_m": 64, "block_n": 64}}')
+        times = iter(range(1000, 0, -1))  # Each way is faster than the one before.
+        found = tune([shape], CPU, "some", lambda run: 1e-6 * next(times), out)
+        assert set(found) == {key(kind, 100, 48, 64, "some") for kind in ("int8", "int4", "int4-g64", "fp8")}
+        assert found[key("int8", 100, 48, 64, "some")] == candidates("int8", 100)[-1]
+        assert set(json.loads(out.read_text())) == {"other/int8/1x2x3", *found}
+        monkeypatch.setattr(configs, "tuned_files", lambda: [tmp_path / "none.json", out])
+        configs._tuned.cache_clear()
+        configs._choose.cache_clear()
+        try:
+            assert configs.choose("int4", 100, 48, 64, "some") == candidates("int4", 100)[-1]
+        finally:
+            configs._tuned.cache_clear()
+            configs._choose.cache_clear()
+
+    def test_ways_that_are_wrong_are_left_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(case: Case, run: Any) -> None:
+            raise Wrong("it is wrong")
+
+        monkeypatch.setattr("benchmarks.gpu.tune.check_product", refuse)
+        assert tune([(20, 64, 48)], CPU, "some", lambda run: 1.0, tmp_path / "table.json") == {}

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from fxquant.backends.native.gpu.machine import tuned_files
@@ -74,7 +77,19 @@ def _rates(kind: str) -> dict[Config, float]:
     return _HALVES if kind == "int4" else _BYTES
 
 
-@functools.lru_cache(maxsize=4096)
+_tried: ContextVar[Config | None] = ContextVar("fxquant_tried_config", default=None)
+
+
+@contextmanager
+def trying(config: Config) -> Iterator[None]:
+    """Every product is cut in this way, for whoever tunes."""
+    token = _tried.set(config)
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
 def choose(kind: str, m: int, n: int, k: int, device: str) -> Config:
     """How to cut a product `[m, k] x [k, n]`.
 
@@ -85,6 +100,11 @@ def choose(kind: str, m: int, n: int, k: int, device: str) -> Config:
         k: Input channels.
         device: Name of the device.
     """
+    return _tried.get() or _choose(kind, m, n, k, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(kind: str, m: int, n: int, k: int, device: str) -> Config:
     found = _tuned().get(key(kind, m, n, k, device))
     if found is not None:
         return found

@@ -80,7 +80,7 @@ def test_a_tuned_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     tuned = Config(32, 64, 128, 4, 2)
     monkeypatch.setattr(configs, "_tuned", lambda: {key("int8", 4000, 96, 64, "one"): tuned})
-    configs.choose.cache_clear()
+    configs._choose.cache_clear()
     assert choose("int8", 3000, 96, 64, "one") == tuned
     assert choose("int8", 3000, 96, 64, "another") != tuned
-    configs.choose.cache_clear()
+    configs._choose.cache_clear()

@@ -1,0 +1,119 @@
+"""Finds the fastest way to cut each of our products, and writes the table that the native backend reads.
+
+    python -m benchmarks.gpu.tune --model dit,flux:1+1@1 --batch 2,16
+
+Every way is compared with float64 before it is timed. The table is written after each shape, to the cache folder of the
+user or where ``--out`` says, and keeps what it has of other shapes and devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.figures import write
+from benchmarks.gpu.check import Wrong, check_product
+from benchmarks.gpu.job import free
+from benchmarks.gpu.matmuls import say
+from benchmarks.gpu.modes import Run, record
+from benchmarks.gpu.our_products import our_products
+from benchmarks.gpu.products import Product, Shape
+from benchmarks.gpu.timing import ColdCaches
+from benchmarks.models import linear_shapes, task_of
+from fxquant.backends.native.gpu.configs import Config, candidates, key, trying
+from fxquant.backends.native.gpu.machine import tuned_files
+
+KINDS = {
+    "native s8 x s8, symmetric weights": "int8",
+    "native s8 x u4": "int4",
+    "native s8 x u4, groups of 64": "int4-g64",
+    "native e4m3 x e4m3": "fp8",
+}
+"""Our products, and what the table calls them. Asymmetric weights are cut as symmetric ones are."""
+_RUNS = 20
+
+Timer = Callable[[Run], float]
+"""Seconds of a run."""
+
+
+def tune(shapes: Iterable[Shape], device: torch.device, name: str, timer: Timer, out: Path) -> dict[str, Config]:
+    """Write the fastest way of each shape and kind to a table, and return what was found.
+
+    Args:
+        shapes: Rows, inputs and outputs.
+        device: Where.
+        name: Of the device, in the table.
+        timer: Times a run.
+        out: The table, JSON.
+    """
+    found: dict[str, Config] = {}
+    products = {KINDS[product.name]: product for product in our_products() if product.name in KINDS}
+    for shape in shapes:
+        rows, inputs, outputs = shape
+        for kind, product in products.items():
+            if product.lacks(device) is not None:
+                continue
+            fastest = _fastest(kind, product, shape, device, timer)
+            if fastest is not None:
+                found[key(kind, rows, outputs, inputs, name)] = fastest
+        known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+        known |= {entry: asdict(config) for entry, config in found.items()}
+        write(out, json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        free()
+    return found
+
+
+def _fastest(kind: str, product: Product, shape: Shape, device: torch.device, timer: Timer) -> Config | None:
+    case = product.make(shape, device)
+    seconds: dict[Config, float] = {}
+    for config in candidates(kind, shape[0]):
+        with trying(config):
+            try:
+                run = record(case.run) if device.type == "cuda" else case.run
+                check_product(case, run)
+                seconds[config] = timer(run)
+            except (Wrong, RuntimeError) as error:  # Too much shared memory for this device, say.
+                say(f"    {kind} {shape} {config}: left out: {error}")
+    if not seconds:
+        return None
+    best = min(seconds, key=lambda config: seconds[config])
+    say(f"{kind} {shape}: {1e6 * seconds[best]:.1f} us by {best}")
+    return best
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="dit", help="models joined by commas, as for python -m benchmarks.gpu")
+    parser.add_argument("--batch", default="2,16,64", help="samples of a call, joined by commas; 2,16,64")
+    parser.add_argument("--out", type=Path, default=tuned_files()[-1], help="the table; that of the user by default")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU to tune on")
+    device = torch.device("cuda")
+    caches = ColdCaches(device)
+    shapes: set[Shape] = set()
+    for part in options.model.split(","):
+        model, _, batch = part.partition("@")
+        for number in [batch] if batch else options.batch.split(","):
+            shapes |= set(linear_shapes(task_of(model, int(number))))
+    with torch.no_grad():
+        tune(
+            sorted(shapes),
+            device,
+            torch.cuda.get_device_name(device),
+            lambda run: statistics.median(caches.seconds(run, _RUNS)),
+            options.out,
+        )
+    print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
