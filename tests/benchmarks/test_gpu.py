@@ -155,3 +155,7 @@ class TestTables:
 
 def test_models_have_batches() -> None:
     assert _models("dit,flux:4+8@1", "2,16") == (("dit", 2), ("dit", 16), ("flux:4+8", 1))
+    with pytest.raises(ValueError, match="samples come in pairs"):
+        _models("dit@3", "2")
+    with pytest.raises(ValueError, match="is no model"):
+        _models("flux:4@1", "2")
