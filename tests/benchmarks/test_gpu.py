@@ -140,7 +140,7 @@ class TestTables:
         assert "2.000 to 2.000" in text and "2.00" in text
         assert "In fewer rounds than the 2 of the others: ours (1)." in text
         assert "- theirs: too old" in text
-        checked = systems_table([Row("bf16", sqnr_db=40.0, started=3.0)])
+        checked = systems_table([Row("bf16", sqnr_db=40.0)])
         assert checked.split() == ["system", "SQNR", "dB", "--------", "---------", "bf16", "40.0"]
 
     def test_products(self) -> None:
