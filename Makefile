@@ -10,7 +10,7 @@ JOBS ?= 2
 GRAPHS ?= 20000
 # What `make bench-cpu` measures: models with their number of layers; dit:28 is a whole DiT-XL/2.
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
-# What `make bench-gpu` measures, such as --model dit,flux@1 --batch 2,16 --budget 500; by default small checks without a GPU.
+# What `make bench-gpu` measures, such as --model dit,flux@1 --batch 2,16 --budget 500.
 GPU_ARGS ?=
 
 PY := $(VENV)/bin/python

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.shapes import SHAPES, Call
+from benchmarks.shapes import SHAPES, Call, Shape
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,25 @@ def task_of(text: str, batch: int = 2) -> Task:
         from benchmarks.digits import digits_task
 
         return digits_task()
+    shape, layers = shape_of(text)
+    shape.check(batch)
+    calls = shape.calls(batch)
+    said = f"{shape.said}, {_sum(layers)} of {_sum(shape.layers)} layers, batch {batch}"
+    return Task(said, lambda: shape.make(layers), lambda: shape.outline(layers), calls, calls[len(calls) // 2])
+
+
+def shape_of(text: str) -> tuple[Shape, tuple[int, ...]]:
+    """The kind of model of such a text, and how many layers of each kind of blocks.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
     name, _, count = text.partition(":")
     numbers = count.split("+") if count else []
     known = name in SHAPES and all(number.isdecimal() for number in numbers)
     if not known or (numbers and len(numbers) != len(SHAPES[name].layers)):
         raise ValueError(f"{text!r} is no model; write a name and a number of layers, of {', '.join(SHAPES)}")
-    shape = SHAPES[name]
-    shape.check(batch)
-    layers = tuple(map(int, numbers)) or shape.layers
-    calls = shape.calls(batch)
-    said = f"{shape.said}, {_sum(layers)} of {_sum(shape.layers)} layers, batch {batch}"
-    return Task(said, lambda: shape.make(layers), lambda: shape.outline(layers), calls, calls[len(calls) // 2])
+    return SHAPES[name], tuple(map(int, numbers)) or SHAPES[name].layers
 
 
 def _sum(layers: tuple[int, ...]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.report import Options, Report
+from benchmarks.models import shape_of
 from benchmarks.shapes import SHAPES
 
 USUAL = "dit"
@@ -19,11 +20,16 @@ SMALL = "tiny,tiny-flux"
 
 
 def main() -> int:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
     timed = device.type == "cuda" and not options.check
+    try:
+        models = _models(options.model or (USUAL if timed else SMALL), options.batch)
+    except ValueError as error:
+        parser.error(str(error))
     if not options.verbose:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
@@ -33,7 +39,7 @@ def main() -> int:
     )  # Torchao sets it, and what is compiled under one is not valid under two.
     report = Report(
         Options(
-            models=_models(options.model or (USUAL if timed else SMALL), options.batch),
+            models=models,
             shapes=tuple(options.shape),
             systems=tuple(options.only or [""]),
             products=tuple(options.products or [""]),
@@ -49,11 +55,17 @@ def main() -> int:
 
 
 def _models(text: str, batches: str) -> tuple[tuple[str, int], ...]:
-    """Names and batches of ``dit,flux:4+8@1``; the batches of models that name none are those given."""
+    """Names and batches of ``dit,flux:4+8@1``; the batches of models that name none are those given.
+
+    Raises:
+        ValueError: If there is no such model, or it takes no such batch.
+    """
     found = []
     for part in text.split(","):
         name, _, batch = part.partition("@")
-        found += [(name, int(number)) for number in ([batch] if batch else batches.split(","))]
+        for number in [batch] if batch else batches.split(","):
+            shape_of(name)[0].check(int(number))
+            found.append((name, int(number)))
     return tuple(found)
 
 

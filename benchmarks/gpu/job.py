@@ -70,8 +70,9 @@ class Job:
         try:
             return self._in_float32()
         except torch.OutOfMemoryError:
-            free()
-            return Exact(self.model()(**self.timed)[0].cpu(), "eager bf16, as float32 does not fit")
+            pass  # What the failed attempt holds is only let go behind this block.
+        free()
+        return Exact(self.model()(**self.timed)[0].cpu(), "eager bf16, as float32 does not fit")
 
     def _in_float32(self) -> Exact:
         precision = torch.get_float32_matmul_precision()

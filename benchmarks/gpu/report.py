@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,8 @@ class Report:
         options = self._options
         if options.parts != "models":
             if options.rounds:
-                squares = [cell for side in matmuls.SQUARES for cell in self._products((side, side, side))]
+                # The peak is that of all products, whichever are asked for.
+                squares = [cell for side in matmuls.SQUARES for cell in self._products((side, side, side), ("",))]
                 self._peaks = matmuls.peaks(squares)
                 self._show("Large squares", peaks_line(self._peaks) + "\n\n" + self._products_text(squares, {}))
             shapes = options.shapes or (() if options.rounds else matmuls.SMALL)
@@ -94,6 +97,9 @@ class Report:
 
     def _model(self, model: str, batch: int) -> None:
         task = task_of(model, batch)
+        if importlib.util.find_spec("diffusers") is None:
+            self._show(task.name, "Not measured: diffusers, which has the model, is not installed.")
+            return
         if self._options.parts != "models" and self._options.rounds:
             counts = {shape: count for shape, count in linear_shapes(task).items() if shape[0] > _FEW_ROWS}
             cells = [cell for shape in sorted(counts) for cell in self._products(shape)]
@@ -130,11 +136,11 @@ class Report:
         texts = self._options.systems
         return [reference, *(system for system in others if any(text in system.name for text in texts))]
 
-    def _products(self, shape: Shape) -> list[Cell]:
-        """Products of a shape, measured once; none if the time is up."""
+    def _products(self, shape: Shape, texts: Sequence[str] | None = None) -> list[Cell]:
+        """Products of a shape whose names hold one of the texts, measured once; none if the time is up."""
         if shape not in self._cells and not self._ended():
             say(f"products of {shape}")
-            products = matmuls.chosen(self._options.products)
+            products = matmuls.chosen(texts or self._options.products)
             self._cells[shape] = matmuls.measure_shape(
                 shape, products, self._device, max(1, self._options.rounds // 3), self._caches
             )

@@ -155,7 +155,7 @@ class Session:
             try:
                 with settings_kept():
                     run = self._run(system, row)
-                row.started = time.perf_counter() - began
+                row.started = time.perf_counter() - began if self._rounds else None
                 row.sqnr_db = check_model(run, self._job.exact, system.made.least_db)
                 return _Seat(row, Turn(run, []))
             except Exception as error:  # Reported in the table, and the others go on.
@@ -186,11 +186,11 @@ class Session:
         """The module, shared by the systems of one making that follow each other, and its bytes."""
         if self._made is None or self._made[0] is not made:
             self._made = None
-            on_gpu = self._job.device.type == "cuda"
+            measured = self._job.device.type == "cuda" and self._rounds > 0
             _ = self._job.exact, self._job.timed, self._job.calls  # What all share is not what one holds.
-            before = held(self._job.device) if on_gpu else 0
+            before = held(self._job.device) if measured else 0
             module = made.make(self._job)
-            self._made = made, module, held(self._job.device) - before if on_gpu else None
+            self._made = made, module, held(self._job.device) - before if measured else None
         return self._made[1:]
 
     def _fits(self) -> bool:

@@ -44,7 +44,7 @@ def _cells(row: Row) -> list[str]:
         decibel(row.sqnr_db),
         "" if row.weights is None else f"{row.weights / 1e6:.0f}",
         "" if row.peak is None else f"{row.peak / 1e6:.0f}",
-        "" if row.started is None or row.weights is None else f"{row.started:.0f}",
+        "" if row.started is None else f"{row.started:.0f}",
     ]
 
 

@@ -145,7 +145,7 @@ class TestTables:
         assert "2.000 to 2.000" in text and "2.00" in text
         assert "In fewer rounds than the 2 of the others: ours (1)." in text
         assert "- theirs: too old" in text
-        checked = systems_table([Row("bf16", sqnr_db=40.0, started=3.0)])
+        checked = systems_table([Row("bf16", sqnr_db=40.0)])
         assert checked.split() == ["system", "SQNR", "dB", "--------", "---------", "bf16", "40.0"]
 
     def test_products(self) -> None:
@@ -160,6 +160,10 @@ class TestTables:
 
 def test_models_have_batches() -> None:
     assert _models("dit,flux:4+8@1", "2,16") == (("dit", 2), ("dit", 16), ("flux:4+8", 1))
+    with pytest.raises(ValueError, match="samples come in pairs"):
+        _models("dit@3", "2")
+    with pytest.raises(ValueError, match="is no model"):
+        _models("flux:4@1", "2")
 
 
 class TestTuning:
