@@ -43,6 +43,8 @@ def missing(device: torch.device, fp8: bool = False) -> str | None:
 def _missing_on_gpu(device: torch.device, fp8: bool) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"Triton kernels are written for NVIDIA GPUs, not for {device.type}"
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU here; leave the model on the processor, or use backend 'fake-quant' there"
     needed = _FP8 if fp8 else _INTEGERS
     found = torch.cuda.get_device_capability(device)
     if found < needed:

@@ -112,7 +112,7 @@ def test_compiled_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(machine, "missing_kernels", lambda: "there is no C++ compiler")
     with pytest.raises(BackendError, match=r"no compiled kernels: there is no C\+\+ compiler.*onednn"):
         assert Native("compiled").kernels
-    with pytest.raises(BackendError, match="there are auto, compiled and onednn"):
+    with pytest.raises(BackendError, match="there are auto, compiled, onednn and triton"):
         Native("fast")
     with pytest.raises(BackendError, match="there are bf16 and float"):
         Native(attention="int4")

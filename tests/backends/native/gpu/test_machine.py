@@ -19,6 +19,7 @@ GPU = torch.device("cuda", 0)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A GPU of the first generation with tensor cores, as torch would tell of it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(machine, "missing_triton", lambda: None)
     machine._missing_on_gpu.cache_clear()
