@@ -238,7 +238,7 @@ def test_another_device_is_refused(tmp_path: Path) -> None:
         ours.to("meta")
     if torch.cuda.is_available():
         return
-    with pytest.raises(BackendError, match="torch finds no NVIDIA GPU here.*fake-quant"):
+    with pytest.raises(BackendError, match=r"torch finds no NVIDIA GPU here.*fake-quant"):
         fxquant.load(tmp_path / "made", device="cuda")
 
 
