@@ -82,6 +82,21 @@ def shape_of(text: str) -> tuple[Shape, tuple[int, ...]]:
     return SHAPES[name], tuple(map(int, numbers)) or SHAPES[name].layers
 
 
+def models_of(text: str, batches: str) -> tuple[tuple[str, int], ...]:
+    """Names and batches of ``dit,flux:4+8@1``; the batches of models that name none are those given.
+
+    Raises:
+        ValueError: If there is no such model, or it takes no such batch.
+    """
+    found = []
+    for part in text.split(","):
+        name, _, batch = part.partition("@")
+        for number in [batch] if batch else batches.split(","):
+            shape_of(name)[0].check(int(number))
+            found.append((name, int(number)))
+    return tuple(found)
+
+
 def _sum(layers: tuple[int, ...]) -> str:
     return "+".join(map(str, layers))
 

@@ -30,11 +30,13 @@ class Backend(ABC):
         name: Name in the registry.
         spec: The ops that a lowered graph may hold.
         devices: The types of devices that it runs on, such as ``cpu``; None for all.
+        moves: Whether a lowered graph runs on all of them; else one for each type.
     """
 
     name: ClassVar[str]
     spec: ClassVar[StageSpec]
     devices: ClassVar[frozenset[str] | None] = None
+    moves: ClassVar[bool] = True
 
     @abstractmethod
     def refuse(self, layer: LayerPlan) -> str | None:
@@ -123,6 +125,11 @@ class Backend(ABC):
     def check_move(self, start: torch.device, goal: torch.device) -> None:
         """The same for a lowered model that stands on a device and is to go to another."""
         self.check_device(goal)
+        if not self.moves and start.type != goal.type:
+            raise BackendError(
+                f"backend {self.name!r} lowered this model for {start.type}, and what {goal.type} runs is another "
+                f"graph; save it and load it there: fxquant.load(folder, device={str(goal)!r})"
+            )
 
     def compiling(self) -> None:  # noqa: B027  (most have nothing to say)
         """Called while ``torch.compile`` traces a model, for what its user must be told."""

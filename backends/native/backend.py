@@ -58,6 +58,7 @@ class Native(Backend):
         frozenset({"aten", "fxquant_native"}),
     )
     devices: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
+    moves: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -143,15 +144,6 @@ class Native(Backend):
         if self.kernels is Kernels.TRITON:
             return gpu.stored(module)
         return compiled.stored(module) if self.kernels is Kernels.COMPILED else onednn.stored(module)
-
-    def check_move(self, start: torch.device, goal: torch.device) -> None:
-        """Graphs for processors and for GPUs differ."""
-        super().check_move(start, goal)
-        if start.type != goal.type:
-            raise BackendError(
-                f"backend 'native' lowered this model for {start.type}, and what {goal.type} runs is another graph; "
-                f"save it and load it there: fxquant.load(folder, device={str(goal)!r})"
-            )
 
     def to_plain(self, tensor: Tensor) -> Tensor:
         """The bytes of a prepacked weight."""

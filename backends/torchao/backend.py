@@ -34,6 +34,7 @@ class TorchAO(Backend):
         frozenset({"aten", "quantized_decomposed", "fxquant_torchao"}),
     )
     devices: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
+    moves: ClassVar[bool] = False
 
     def refuse(self, layer: LayerPlan) -> str | None:
         """What no kernel takes, and all if torchao is missing."""
@@ -107,15 +108,6 @@ class TorchAO(Backend):
         stack.enter_context(torch._inductor.config.patch(freezing=True))
         stack.enter_context(torch.no_grad())
         return stack
-
-    def check_move(self, start: torch.device, goal: torch.device) -> None:
-        """Graphs for the processor and for GPUs differ."""
-        super().check_move(start, goal)
-        if start.type != goal.type:
-            raise BackendError(
-                f"backend 'torchao' lowered this model for {start.type}, and what {goal.type} runs is another graph; "
-                f"save it and load it there: fxquant.load(folder, device={str(goal)!r})"
-            )
 
 
 @torch.compiler.assume_constant_result

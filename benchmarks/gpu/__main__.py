@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.report import Options, Report
-from benchmarks.models import shape_of
+from benchmarks.models import models_of
 from benchmarks.shapes import SHAPES
 
 USUAL = "dit"
@@ -27,7 +27,7 @@ def main() -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     timed = device.type == "cuda" and not options.check
     try:
-        models = _models(options.model or (USUAL if timed else SMALL), options.batch)
+        models = models_of(options.model or (USUAL if timed else SMALL), options.batch)
     except ValueError as error:
         parser.error(str(error))
     if not options.verbose:
@@ -52,21 +52,6 @@ def main() -> int:
         device,
     )
     return report.run()
-
-
-def _models(text: str, batches: str) -> tuple[tuple[str, int], ...]:
-    """Names and batches of ``dit,flux:4+8@1``; the batches of models that name none are those given.
-
-    Raises:
-        ValueError: If there is no such model, or it takes no such batch.
-    """
-    found = []
-    for part in text.split(","):
-        name, _, batch = part.partition("@")
-        for number in [batch] if batch else batches.split(","):
-            shape_of(name)[0].check(int(number))
-            found.append((name, int(number)))
-    return tuple(found)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ from benchmarks.gpu.modes import Run, record
 from benchmarks.gpu.our_products import our_products
 from benchmarks.gpu.products import Product, Shape
 from benchmarks.gpu.timing import ColdCaches
-from benchmarks.models import linear_shapes, task_of
+from benchmarks.models import linear_shapes, models_of, task_of
 from fxquant.backends.native.gpu.configs import Config, candidates, key, trying
 from fxquant.backends.native.gpu.machine import tuned_files
 
@@ -99,10 +99,8 @@ def main() -> int:
     device = torch.device("cuda")
     caches = ColdCaches(device)
     shapes: set[Shape] = set()
-    for part in options.model.split(","):
-        model, _, batch = part.partition("@")
-        for number in [batch] if batch else options.batch.split(","):
-            shapes |= set(linear_shapes(task_of(model, int(number))))
+    for model, batch in models_of(options.model, options.batch):
+        shapes |= set(linear_shapes(task_of(model, batch)))
     with torch.no_grad():
         tune(
             sorted(shapes),

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks.gpu import session as sessions
-from benchmarks.gpu.__main__ import _models
 from benchmarks.gpu.check import Wrong, check_model, check_product
 from benchmarks.gpu.job import Exact, Job
 from benchmarks.gpu.matmuls import SMALL, Cell, Lost, measure_shape, peaks
@@ -21,7 +20,7 @@ from benchmarks.gpu.session import Row, Session
 from benchmarks.gpu.systems import BF16, Made, System, settings_kept
 from benchmarks.gpu.table import page, products_table, systems_table
 from benchmarks.gpu.tune import tune
-from benchmarks.models import task_of
+from benchmarks.models import models_of, task_of
 from fxquant.backends.native.gpu import configs
 from fxquant.backends.native.gpu.configs import candidates, key
 
@@ -159,11 +158,11 @@ class TestTables:
 
 
 def test_models_have_batches() -> None:
-    assert _models("dit,flux:4+8@1", "2,16") == (("dit", 2), ("dit", 16), ("flux:4+8", 1))
+    assert models_of("dit,flux:4+8@1", "2,16") == (("dit", 2), ("dit", 16), ("flux:4+8", 1))
     with pytest.raises(ValueError, match="samples come in pairs"):
-        _models("dit@3", "2")
+        models_of("dit@3", "2")
     with pytest.raises(ValueError, match="is no model"):
-        _models("flux:4@1", "2")
+        models_of("flux:4@1", "2")
 
 
 class TestTuning:

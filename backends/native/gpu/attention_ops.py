@@ -129,7 +129,7 @@ def int8_attention(
         )
     if out_scale is not None and out_zero_point is not None:
         grids["result"] = (out_scale, out_zero_point)
-    _check_device(q, k, v, mask, *(part for grid in grids.values() for part in grid))
+    machine.check_tensors("triton_attention", q, k, v, mask, *(part for grid in grids.values() for part in grid))
     _check_codes(q, k, v, softmax_qmax, out_dtype)
     batch, heads, queries, depth = q.shape
     shared_heads, keys, channels = k.shape[1], k.shape[2], v.shape[3]
@@ -144,52 +144,53 @@ def int8_attention(
     align = math.gcd(16, *(step for x in (q, k, v) for step in x.stride()[:3]))
     q_steps, k_steps, v_steps = ([step // align for step in x.stride()[:3]] for x in (q, k, v))
     k_offsets = k.new_empty((batch, shared_heads, keys), dtype=torch.int32)
-    kernels.key_offsets_kernel[(batch * shared_heads * -(-keys // _SUMMED),)](
-        k,
-        k_offsets,
-        q_zero_point,
-        steps[1],
-        keys,
-        shared_heads,
-        *k_steps,
-        DEPTH=depth,
-        WIDTH=_power(depth, 16),
-        ALIGN=align,
-        BLOCK=_SUMMED,
-    )
-    kernels.attention_kernel[(batch * heads * -(-queries // cut.block_m),)](
-        q,
-        k,
-        v,
-        mask,
-        out,
-        k_offsets,
-        q_scale,
-        q_zero_point,
-        k_scale,
-        k_zero_point,
-        v_scale,
-        v_zero_point,
-        softmax_scale,
-        softmax_zero_point,
-        out_scale,
-        out_zero_point,
-        *q_steps,
-        *k_steps,
-        *v_steps,
-        *mask_steps,
-        *steps[:6],
-        *(steps[8:] or (0, 0)),
-        heads,
-        heads // shared_heads,
-        queries,
-        keys,
-        softmax_qmax,
-        qmax,
-        **constants(depth, channels, keys, mask_kind, align, cut),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+    with torch.cuda.device_of(q):
+        kernels.key_offsets_kernel[(batch * shared_heads * -(-keys // _SUMMED),)](
+            k,
+            k_offsets,
+            q_zero_point,
+            steps[1],
+            keys,
+            shared_heads,
+            *k_steps,
+            DEPTH=depth,
+            WIDTH=_power(depth, 16),
+            ALIGN=align,
+            BLOCK=_SUMMED,
+        )
+        kernels.attention_kernel[(batch * heads * -(-queries // cut.block_m),)](
+            q,
+            k,
+            v,
+            mask,
+            out,
+            k_offsets,
+            q_scale,
+            q_zero_point,
+            k_scale,
+            k_zero_point,
+            v_scale,
+            v_zero_point,
+            softmax_scale,
+            softmax_zero_point,
+            out_scale,
+            out_zero_point,
+            *q_steps,
+            *k_steps,
+            *v_steps,
+            *mask_steps,
+            *steps[:6],
+            *(steps[8:] or (0, 0)),
+            heads,
+            heads // shared_heads,
+            queries,
+            keys,
+            softmax_qmax,
+            qmax,
+            **constants(depth, channels, keys, mask_kind, align, cut),
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
     return out
 
 
@@ -225,18 +226,6 @@ def constants(depth: int, channels: int, keys: int, mask: str, align: int, cut: 
 def _power(number: int, least: int) -> int:
     """The next power of two, at least `least`."""
     return max(least, 1 << max(0, number - 1).bit_length())
-
-
-def _check_device(first: Tensor, *others: Tensor | None) -> None:
-    reason = machine.missing(first.device)
-    if reason is not None:
-        raise BackendError(f"triton_attention cannot run: {reason}")
-    strange = {str(other.device) for other in others if other is not None and other.device != first.device}
-    if strange:
-        raise BackendError(
-            f"triton_attention was called with tensors on {first.device} and on {', '.join(sorted(strange))}; "
-            "move the model and its inputs to one device"
-        )
 
 
 def _check_codes(q: Tensor, k: Tensor, v: Tensor, softmax_qmax: int, out_dtype: torch.dtype) -> None:

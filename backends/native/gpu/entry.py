@@ -72,7 +72,7 @@ def linear(
     Raises:
         BackendError: For arguments that do not fit.
     """
-    _check_device("triton_linear", xq, x_scale, x_zero_point, weight, w_scale, w_zero_point, w_sums, bias, gate,
+    machine.check_tensors("triton_linear", xq, x_scale, x_zero_point, weight, w_scale, w_zero_point, w_sums, bias, gate,
                   residual, out_scale, out_zero_point, w_offset, x_sums)  # fmt: skip
     from fxquant.backends.native.gpu.kernels.linear import linear_kernel
 
@@ -164,7 +164,7 @@ def norm_quantize(
     Raises:
         BackendError: For arguments that do not fit.
     """
-    _check_device("triton_norm_quantize", x, weight, bias, factor, shift, out_scale, out_zero_point)
+    machine.check_tensors("triton_norm_quantize", x, weight, bias, factor, shift, out_scale, out_zero_point)
     from fxquant.backends.native.gpu.kernels.rows import norm_quantize_kernel
 
     _check_floats("triton_norm_quantize", x)
@@ -218,7 +218,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: tor
     Raises:
         BackendError: For arguments that do not fit.
     """
-    _check_device("triton_quantize", x, scale, zero_point)
+    machine.check_tensors("triton_quantize", x, scale, zero_point)
     from fxquant.backends.native.gpu.kernels.rows import quantize_kernel
 
     _check_floats("triton_quantize", x)
@@ -252,7 +252,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: tor
 
 def row_sums(xq: Tensor) -> Tensor:
     """The op ``triton_row_sums``: sums of int8 codes `[..., in]`, int32 `[..., 1]`."""
-    _check_device("triton_row_sums", xq)
+    machine.check_tensors("triton_row_sums", xq)
     from fxquant.backends.native.gpu.kernels.rows import row_sums_kernel
 
     xq = xq.contiguous()
@@ -274,20 +274,8 @@ def step_of(config: Config, group_size: int) -> int:
 
 def _config(codes: Tensor, rows: int, out: int, inner: int, group_size: int, halves: bool) -> Config:
     kind = "int4" if halves else "fp8" if codes.dtype == FP8 else "int8"
-    device = torch.cuda.get_device_name(codes.device) if codes.is_cuda else "cpu"
-    return choose(kind + (f"-g{group_size}" if group_size else ""), rows, out, inner, device)
-
-
-def _check_device(op: str, first: Tensor, *others: Tensor | None) -> None:
-    reason = machine.missing(first.device, fp8=first.dtype == FP8)
-    if reason is not None:
-        raise BackendError(f"{op} cannot run: {reason}")
-    strange = {str(other.device) for other in others if other is not None and other.device != first.device}
-    if strange:
-        raise BackendError(
-            f"{op} was called with tensors on {first.device} and on {', '.join(sorted(strange))}; "
-            "move the model and its inputs to one device"
-        )
+    kind += f"-g{group_size}" if group_size else ""
+    return choose(kind, rows, out, inner, machine.name(codes.device))
 
 
 def _check_floats(op: str, x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,8 +185,8 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
     x_sums, offset = None, None
     with rewriter.before(node):
         if codes.meta["val"].dtype == FP8:
-            weight = make(_FLOATS, lambda: weights.floats(*grid())[0])
-            w_scale = make(_FLOAT_SCALE, lambda: weights.floats(*grid())[1])
+            rounded = functools.cache(lambda: weights.floats(*grid()))
+            weight, w_scale = make(_FLOATS, lambda: rounded()[0]), make(_FLOAT_SCALE, lambda: rounded()[1])
             sums, group_size = w_scale, 0  # Nothing is added to products of floats.
         else:
             if codes.meta["val"].dtype != torch.int8:

@@ -9,8 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fxquant.backends.native.compiled.build import cache_folder
+from fxquant.errors import BackendError
 
 OLDEST_TRITON = (3, 6)
 _INTEGERS = (8, 0)  # Compute capabilities: tensor cores that Triton multiplies signed bytes on,
@@ -55,6 +57,29 @@ def _missing_on_gpu(device: torch.device, fp8: bool) -> str | None:
             f"{needed[0]}.{needed[1]}{instead}"
         )
     return None
+
+
+def check_tensors(op: str, first: Tensor, *others: Tensor | None) -> None:
+    """Refuse tensors that no kernel runs on, or that are not on one device.
+
+    Raises:
+        BackendError: Says why, and what to do.
+    """
+    reason = missing(first.device, fp8=first.dtype == torch.float8_e4m3fn)
+    if reason is not None:
+        raise BackendError(f"{op} cannot run: {reason}")
+    strange = {str(other.device) for other in others if other is not None and other.device != first.device}
+    if strange:
+        raise BackendError(
+            f"{op} was called with tensors on {first.device} and on {', '.join(sorted(strange))}; "
+            "move the model and its inputs to one device"
+        )
+
+
+@functools.cache
+def name(device: torch.device) -> str:
+    """What a tuned table calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache

@@ -76,77 +76,15 @@ def linear_kernel(
 
     # Half the columns at a time, where registers would not hold what the epilogue of all of them reads.
     if BLOCK_M * BLOCK_N > SPLIT_BEYOND * WARPS:
-        left, right = total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        first = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        _finish(
-            left,
-            rows,
-            first,
-            out,
-            x_scale,
-            x_zero_point,
-            w_scale,
-            w_sums,
-            w_offset,
-            x_sums,
-            bias,
-            gate,
-            residual,
-            out_scale,
-            out_zero_point,
-            M,
-            N,
-            K,
-            x_scale_rows,
-            x_zero_point_rows,
-            bias_rows,
-            bias_stride,
-            gate_rows,
-            gate_stride,
-            out_scale_rows,
-            out_zero_point_rows,
-            qmax,
-            ACTIVATION,
-            GROUP,
-            FP8,
-        )
-        _finish(
-            right,
-            rows,
-            first + BLOCK_N // 2,
-            out,
-            x_scale,
-            x_zero_point,
-            w_scale,
-            w_sums,
-            w_offset,
-            x_sums,
-            bias,
-            gate,
-            residual,
-            out_scale,
-            out_zero_point,
-            M,
-            N,
-            K,
-            x_scale_rows,
-            x_zero_point_rows,
-            bias_rows,
-            bias_stride,
-            gate_rows,
-            gate_stride,
-            out_scale_rows,
-            out_zero_point_rows,
-            qmax,
-            ACTIVATION,
-            GROUP,
-            FP8,
-        )
+        parts = total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
     else:
+        parts = (total,)
+    PART_N: tl.constexpr = BLOCK_N // len(parts)
+    for part in tl.static_range(len(parts)):
         _finish(
-            total,
+            parts[part],
             rows,
-            columns,
+            tile_n * BLOCK_N + part * PART_N + tl.arange(0, PART_N),
             out,
             x_scale,
             x_zero_point,
