@@ -170,8 +170,10 @@ class Native(Backend):
             return gpu.kernel(layer, gpu.Options(self._packed, self._fp8))
         own = kernels is Kernels.COMPILED
         if layer.activation_bits is None:
-            if own and layer.kind == "linear" and layer.group_size % 8 == 0:
+            if own and layer.kind == "linear" and compiled.fits(layer.group_size):
                 return f"native weight-only {self._weight(layer)}, float32 sums"
+            if kernels is Kernels.TRITON and layer.kind == "linear":
+                return gpu.weight_only_kernel(layer, gpu.Options(self._packed))
             return "dequantize + aten float"
         if layer.kind == "conv":
             return "fxquant::conv2d (reference, float)"

@@ -45,6 +45,8 @@ class Kernels:
         quantize: Codes of values; its arguments behind the highest code are those of ``norm_quantize`` too.
         attentions: Those that can write codes, with the position of the scale among their arguments.
         bf16_attention: One of them that multiplies in bfloat16 whatever it reads.
+        quantize_tokens: Codes of values on grids that their rows find, its arguments ``(x, qmax, ...)``.
+        norm_quantize_tokens: ``norm_quantize`` with such grids.
     """
 
     linear: Any
@@ -52,6 +54,8 @@ class Kernels:
     quantize: Any
     attentions: Mapping[Any, int] = field(default_factory=dict)
     bf16_attention: Any = None
+    quantize_tokens: Any = None
+    norm_quantize_tokens: Any = None
 
     @property
     def out_grid(self) -> dict[Any, int]:
@@ -61,7 +65,8 @@ class Kernels:
     @property
     def read_dense(self) -> dict[Any, tuple[int, ...]]:
         """Arguments that kernels read in the order of their axes, and would each copy if memory had another."""
-        return {self.linear: (0, _L_RESIDUAL), self.norm_quantize: (0,)}
+        found = {self.linear: (0, _L_RESIDUAL), self.norm_quantize: (0,)}
+        return found if self.norm_quantize_tokens is None else {**found, self.norm_quantize_tokens: (0,)}
 
 
 def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> None:
@@ -78,8 +83,11 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernel
         if node.target is kernels.linear:
             _fuse_activation(node, rewriter)
     for node in list(graph.nodes):
-        if node.target is kernels.quantize and not _fuse_quantize(node, rewriter, held, kernels):
-            _fuse_norm(node, rewriter, kernels)
+        if node.target is kernels.quantize:
+            if not _fuse_quantize(node, rewriter, held, kernels) and by_sample(node.args[1]):
+                _fuse_norm(node, rewriter, kernels.norm_quantize)
+        elif kernels.quantize_tokens is not None and node.target is kernels.quantize_tokens:
+            _fuse_norm(node, rewriter, kernels.norm_quantize_tokens)
     for node in list(graph.nodes):
         if node.target is kernels.linear:
             _fuse_gate_and_residual(node, rewriter)
@@ -240,11 +248,9 @@ def _keeps_samples(view: fx.Node) -> bool:
     return view.target is not aten.unsqueeze.default
 
 
-def _fuse_norm(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
-    x, scale, zero_point, *rest = node.args
-    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
-    if not by_sample(scale):
-        return
+def _fuse_norm(node: fx.Node, rewriter: Rewriter, op: Any) -> None:
+    x, *rest = node.args
+    assert isinstance(x, fx.Node)
     passed: list[fx.Node] = []
     shift, factor, plus = None, None, 0.0
     if x.target is aten.add.Tensor and not x.kwargs and only_reader(x) is node:
@@ -275,7 +281,7 @@ def _fuse_norm(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
         return
     arguments = (given["input"], centered, eps, given.get("weight"), given.get("bias"), factor, plus, shift)
     with rewriter.before(node):
-        new = rewriter.call(kernels.norm_quantize, (*arguments, scale, zero_point, *rest), [x, *reversed(passed), node])
+        new = rewriter.call(op, (*arguments, *rest), [x, *reversed(passed), node])
     rewriter.replace(node, new)
     for part in (*passed, x):
         rewriter.erase(part)

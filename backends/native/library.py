@@ -23,8 +23,8 @@ _PROCESSORS = ("CPU", "MkldnnCPU")  # A prepacked weight among the arguments dis
 
 def define_kernel(
     schema: str,
-    kernel: Callable[..., Tensor] | None,
-    fake: Callable[..., Tensor],
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]] | None,
+    fake: Callable[..., Tensor | tuple[Tensor, ...]],
     keys: tuple[str, ...] = _PROCESSORS,
 ) -> None:
     """Define an op that graphs hold as it is.

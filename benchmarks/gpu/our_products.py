@@ -25,6 +25,7 @@ def our_products() -> Iterator[Product]:
     yield _product("native s8 x s8, symmetric weights", _Kind(8, symmetric=True))
     yield _product("native s8 x u4", _Kind(4))
     yield _product("native s8 x u4, groups of 64", _Kind(4, group_size=64))
+    yield Product("native bf16 x u4, groups of 64", "bf16", partial(_weights_alone, _Kind(4, 64)), machine.missing)
     yield Product("native e4m3 x e4m3", "fp8", _floats, partial(machine.missing, fp8=True))
 
 
@@ -70,6 +71,25 @@ def _codes(kind: _Kind, shape: Shape, device: torch.device) -> Case:
     return Case(
         lambda: torch.ops.fxquant_native.triton_linear(*arguments, *nothing),
         lambda part: x_scale.double() * (x[part].double() + (weights.MIDDLE - _ZERO_POINT)),
+        lambda: dequantize_weight(packed, scale.double(), zero_point, *grid),
+        _step(),
+        FLOAT_SUMS,
+        bias=bias,
+    )
+
+
+def _weights_alone(kind: _Kind, shape: Shape, device: torch.device) -> Case:
+    rows, inputs, outputs = shape
+    packed, scale, zero_point = _weight(shape, kind, device)
+    halves = weights.in_halves(kind.bits, packed=True)
+    held = weights.held(packed, zero_point, kind.bits, inputs, halves, kind.group_size)
+    x = torch.randn(rows, inputs, device=device).to(torch.bfloat16)
+    bias = torch.randn(outputs, device=device).to(torch.bfloat16)
+    arguments = (x, held, scale, zero_point, bias, kind.bits, kind.group_size, outputs)
+    grid = kind.bits, kind.group_size, inputs, torch.float64
+    return Case(
+        lambda: torch.ops.fxquant_native.triton_weight_only_linear(*arguments),
+        lambda part: x[part].double(),
         lambda: dequantize_weight(packed, scale.double(), zero_point, *grid),
         _step(),
         FLOAT_SUMS,

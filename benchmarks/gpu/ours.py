@@ -15,9 +15,11 @@ from fxquant.errors import BackendError
 
 _RECIPES = (
     ("W8A8 int8", "rtn-w8a8", "int8", 15.0),
+    ("W8A8 dynamic", "dynamic-w8a8", "int8", 15.0),
     ("W8A8 fp8", "rtn-w8a8", "fp8", 15.0),
     ("W4A8", "rtn-w4a8", "int8", 5.0),
     ("W4A8-g64", "rtn-w4a8-g64", "int8", 5.0),
+    ("W4A16-g64", "rtn-w4a16-g64", "int8", 5.0),
 )
 
 

@@ -1,6 +1,6 @@
 """Kernels of our own in C++, compiled on first use: AVX-512 with VNNI."""
 
-from fxquant.backends.native.compiled.lowering import Options, lower, stored
+from fxquant.backends.native.compiled.lowering import Options, fits, lower, stored
 from fxquant.backends.native.compiled.weights import MAX_FEATURES, in_halves
 
-__all__ = ["MAX_FEATURES", "Options", "in_halves", "lower", "stored"]
+__all__ = ["MAX_FEATURES", "Options", "fits", "in_halves", "lower", "stored"]

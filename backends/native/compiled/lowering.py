@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.backends.native import fusions
+from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.compiled import attention, weights
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.library import FLOATS
@@ -77,9 +77,10 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
         elif node.target is reference.linear.default:
             _lower_linear(node, rewriter, held, options)
         elif node.target is aten.linear.default:
-            _lower_weight_only(node, rewriter, held, options)
+            hold = functools.partial(_unsummed_panels, rewriter=rewriter, held=held, options=options)
+            weight_only.lower_linear(node, rewriter, native.weight_only_linear.default, fits, hold)
         elif node.target is reference.dequantize_weight.default:
-            _lower_rows(node, rewriter)
+            weight_only.lower_lookup(node, rewriter)
     attention.lower(module.graph, rewriter, options.bf16_attention)
     module.graph.eliminate_dead_code()
     fusions.fuse(module.graph, rewriter, held, _KERNELS)
@@ -133,24 +134,6 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
         rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
 
 
-def _lower_rows(node: fx.Node, rewriter: Rewriter) -> None:
-    """Looked-up rows of a table of 8-bit codes, as ops that fuse."""
-    codes, scale, zero_point, bits, group_size, _, dtype = node.args
-    assert isinstance(codes, fx.Node)
-    if codes.op == "get_attr" or bits != 8 or group_size or dtype not in FLOATS:
-        return
-
-    def call(op: torch._ops.OpOverload, *arguments: Any) -> fx.Node:
-        return rewriter.call(op, arguments, [node])
-
-    with rewriter.before(node):
-        real, zero = (call(aten.to.dtype, value, torch.float32) for value in (codes, zero_point))
-        new = call(aten.mul.Tensor, call(aten.sub.Tensor, real, zero), scale)
-        if dtype != torch.float32:
-            new = call(aten.to.dtype, new, dtype)
-    rewriter.replace(node, new)
-
-
 def _bytes_of_weight(node: fx.Node) -> int:
     if node.target not in (reference.linear.default, reference.dequantize_weight.default):
         return 0
@@ -158,26 +141,22 @@ def _bytes_of_weight(node: fx.Node) -> int:
     return int(value.numel()) if isinstance(value.shape[0], int) else 0
 
 
-def _lower_weight_only(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
-    x, weight, *rest = node.args
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    if weight.target is not reference.dequantize_weight.default or len(weight.users) != 1:
-        return
-    packed, scale, zero_point, bits, group_size, in_features, dtype = weight.args
-    assert isinstance(packed, fx.Node) and isinstance(bits, int) and isinstance(in_features, int)
-    assert isinstance(group_size, int)
-    bias = rest[0] if rest else None
-    if dtype not in FLOATS or packed.op != "get_attr" or group_size % 8:
-        return
-    panels = _panels(packed, bits, in_features, rewriter, held, options, with_sums=False)
-    out = int(packed.meta["val"].shape[0])
-    with rewriter.before(node):
-        arguments = (x, panels, scale, zero_point, bias, bits, group_size, out)
-        new = rewriter.call(native.weight_only_linear.default, arguments, [weight, node])
-    rewriter.replace(node, new)
-    rewriter.erase(weight)
-    if not packed.users:
-        rewriter.forget(packed)
+def fits(group_size: int) -> bool:
+    """Whether the kernel of float activations takes weights in groups of so many inputs."""
+    return group_size % 8 == 0
+
+
+def _unsummed_panels(
+    packed: fx.Node,
+    _: fx.Node,
+    bits: int,
+    in_features: int,
+    group_size: int,
+    rewriter: Rewriter,
+    held: Mapping[str, Tensor],
+    options: Options,
+) -> fx.Node:
+    return _panels(packed, bits, in_features, rewriter, held, options, with_sums=False)
 
 
 def _panels(

@@ -110,7 +110,7 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
         group_size: Inputs a group of the weight.
         fused: Whether GELU and the next quantization follow it, or else a gate and a residual.
     """
-    from fxquant.backends.native.gpu.entry import step_of
+    from fxquant.backends.native.gpu.configs import step_of
     from fxquant.backends.native.gpu.kernels.linear import linear_kernel
     from fxquant.backends.native.gpu.weights import half_of
 
@@ -139,6 +139,33 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
         types |= {"gate": "*bf16", "residual": "*bf16"}
         constants |= {"out_scale": None, "out_zero_point": None}
     return compile_kernel(linear_kernel, types, constants, config.warps, config.stages, _ALIGNED)
+
+
+def weight_only_resources(dtype: str, bits: int, group_size: int, rows: int) -> Resources:
+    """What the product of float activations takes on Hopper GPUs.
+
+    Args:
+        dtype: Of the activations, as Triton writes it: ``bf16``, ``fp16`` or ``fp32``.
+        bits: Of the weight; up to 4 are held two a byte.
+        group_size: Inputs a group of the weight.
+        rows: Of the activations.
+    """
+    from fxquant.backends.native.gpu.kernels.weight_only import weight_only_kernel
+    from fxquant.backends.native.gpu.weight_only import choose
+    from fxquant.backends.native.gpu.weights import half_of, in_halves
+
+    halves, config = in_halves(bits, packed=True), choose(rows, group_size)
+    types = dict.fromkeys(("x", "out", "bias"), f"*{dtype}")
+    types |= {"w": "*u8" if halves else "*i8", "w_scale": "*fp32", "w_zero_point": "*u8"}
+    constants = {
+        "WHOLE": bits == 8,
+        "HALF": half_of(group_size) if halves else 0,
+        "GROUP": group_size,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    return compile_kernel(weight_only_kernel, types, constants, config.warps, config.stages, ("M", "N", "K"))
 
 
 def all_linears() -> Iterator[tuple[str, int, Config]]:

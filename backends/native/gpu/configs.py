@@ -117,6 +117,14 @@ def key(kind: str, m: int, n: int, k: int, device: str) -> str:
     return f"{device}/{kind}/{1 << max(0, m - 1).bit_length()}x{k}x{n}"
 
 
+def step_of(config: Config, group_size: int) -> int:
+    """Input channels a step of the product: no step reaches over the end of a group."""
+    step = config.block_k
+    while group_size and group_size % step:
+        step //= 2
+    return step
+
+
 def _time(config: Config, m: int, n: int) -> float:
     """Time of all tiles, were all ways equally fast while they run."""
     tiles = -(-m // config.block_m) * -(-n // config.block_n)

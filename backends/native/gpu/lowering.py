@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.backends.native import fusions
+from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.attention import lower_codes
 from fxquant.backends.native.gpu import attention_ops, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
-from fxquant.backends.native.gpu.entry import FP8
+from fxquant.backends.native.gpu.arguments import FP8
+from fxquant.backends.native.gpu.weight_only import fits
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
 from fxquant.backends.native.tensors import derived
+from fxquant.backends.native.tokens import lower_tokens
 from fxquant.capture import drop_unread_tensors, read_tensors
 from fxquant.errors import BackendError
 from fxquant.ir.rewriter import Rewriter
@@ -30,8 +33,15 @@ _KERNELS = fusions.Kernels(
     native.triton_norm_quantize.default,
     native.triton_quantize.default,
     {native.triton_attention.default: 13},
+    quantize_tokens=native.triton_quantize_tokens.default,
+    norm_quantize_tokens=native.triton_norm_quantize_tokens.default,
 )
+_WITH_SUMS = {
+    native.triton_quantize.default: native.triton_quantize_sums.default,
+    native.triton_norm_quantize.default: native.triton_norm_quantize_sums.default,
+}
 _ROWS, _SUMS, _OFFSET = "_rows", "_sums", "_offset"
+_TOKEN_SUMS = 3  # The sums among what kernels return that find grids of tokens.
 _FLOATS, _FLOAT_SCALE = "_fp8", "_fp8_scale"
 
 
@@ -62,8 +72,9 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
         y = fxquant_native.triton_linear(codes, s, z, W_rows, W_scale, W_zero_point, W_sums, bias, bits, out, "none",
                                          None, None, None, None, 255, dtype, group, None, None)
 
-    What stands before and behind these goes into the kernels where it can: see
-    :mod:`fxquant.backends.native.fusions`. Codes that anything else reads stay those of the reference.
+    A linear behind a dequantized weight becomes ``triton_weight_only_linear``. What stands before and behind these goes
+    into the kernels where it can: see :mod:`fxquant.backends.native.fusions`. Codes that anything else reads stay those
+    of the reference.
     """
     rewriter = Rewriter(module, "lower to native")
     share(module.graph, rewriter)
@@ -80,11 +91,20 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
     for node in list(module.graph.nodes):
         if node.target is reference.quantize.default:
             _lower_quantize(node, rewriter, options)
+    module.graph.eliminate_dead_code()
     for node in list(module.graph.nodes):
         if node.target is reference.linear.default:
             _lower_linear(node, rewriter, held, options)
+        elif node.target is aten.linear.default:
+            hold = functools.partial(_rows, rewriter=rewriter, held=held, options=options)
+            weight_only.lower_linear(node, rewriter, native.triton_weight_only_linear.default, fits, hold)
+        elif node.target is reference.dequantize_weight.default:
+            weight_only.lower_lookup(node, rewriter)
     module.graph.eliminate_dead_code()
     fusions.fuse(module.graph, rewriter, held, _KERNELS)
+    for node in list(module.graph.nodes):
+        if node.target is native.triton_row_sums.default:
+            _fuse_row_sums(node, rewriter)
     module.graph.eliminate_dead_code()
     drop_unread_tensors(module)
 
@@ -97,9 +117,12 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     """
     found = read_tensors(module)
     for node in module.graph.nodes:
-        if node.target is not native.triton_linear.default:
+        if node.target is native.triton_linear.default:
+            x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 3, 5, 8, 17))
+        elif node.target is native.triton_weight_only_linear.default:
+            x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 1, 3, 5, 6))
+        else:
             continue
-        x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 3, 5, 8, 17))
         name = str(held.target)
         if name.endswith(_FLOATS):
             raise BackendError(
@@ -139,6 +162,16 @@ def kernel(layer: LayerPlan, options: Options) -> str:
     return f"native triton s8 x {weight}{groups}"
 
 
+def weight_only_kernel(layer: LayerPlan, options: Options) -> str:
+    """Name of what runs a linear of float activations."""
+    assert layer.weight_bits is not None
+    if not fits(layer.group_size):
+        return "dequantize + aten float"
+    weight = "u4" if weights.in_halves(layer.weight_bits, options.packed) else "s8"
+    groups = f" in groups of {layer.group_size}" if layer.group_size else ""
+    return f"native triton weight-only {weight}{groups}, float32 sums"
+
+
 def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:
     """Signed codes for linears, and those of the reference for what else reads them."""
     x, scale, zero_point, qmin, qmax, dtype = node.args
@@ -148,6 +181,9 @@ def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None
     signed = [reader for reader in node.users if reader.target is native.signed.default]
     others = len(linears) < len(node.users)
     held = FP8 if options.fp8 and qmax == 255 and not others else torch.int8
+    lower_tokens(node, rewriter, _KERNELS.quantize_tokens, held)
+    if not node.users:
+        return
     with rewriter.before(node):
         if linears or signed:
             if x.meta["val"].dtype not in FLOATS:
@@ -191,18 +227,12 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
         else:
             if codes.meta["val"].dtype != torch.int8:
                 codes = rewriter.call(native.signed.default, (codes,), [node])
-            halves = weights.in_halves(bits, options.packed)
-            weight = make(
-                _ROWS,
-                lambda: weights.held(
-                    rewriter.tensor(packed), rewriter.tensor(w_zero_point), bits, inner, halves, group_size
-                ),
-            )
+            weight = _rows(packed, w_zero_point, bits, inner, group_size, rewriter, held, options)
             sums = make(_SUMS, lambda: weights.sums(*grid()))
             zeros = rewriter.tensor(w_zero_point)
             offset = derived(packed, _OFFSET, rewriter, held, lambda: weights.offset(zeros, bits))
             if offset is not None:
-                x_sums = _row_sums(codes, rewriter)
+                x_sums = _sums_of(codes, rewriter)
         arguments = (codes, x_scale, x_zero_point, weight, w_scale, w_zero_point, sums, bias, bits, out, "none")
         nothing = (None, None, None, None, 255, kernel_dtype, group_size, offset, x_sums)
         new = rewriter.call(native.triton_linear.default, (*arguments, *nothing), [node])
@@ -213,7 +243,25 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
         rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
 
 
-def _row_sums(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
+def _rows(
+    packed: fx.Node,
+    zero_point: fx.Node,
+    bits: int,
+    inner: int,
+    group_size: int,
+    rewriter: Rewriter,
+    held: Mapping[str, Tensor],
+    options: Options,
+) -> fx.Node:
+    """The weight as kernels read it."""
+    halves = weights.in_halves(bits, options.packed)
+    tensors = rewriter.tensor(packed), rewriter.tensor(zero_point)
+    node = derived(packed, _ROWS, rewriter, held, lambda: weights.held(*tensors, bits, inner, halves, group_size))
+    assert node is not None
+    return node
+
+
+def _sums_of(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
     """Sums of the inputs; layers that read one value share them."""
     key = "row sums", codes
     if key not in rewriter.memo:
@@ -221,3 +269,21 @@ def _row_sums(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
             rewriter.memo[key] = rewriter.call(native.triton_row_sums.default, (codes,), [codes])
     node: fx.Node = rewriter.memo[key]
     return node
+
+
+def _fuse_row_sums(node: fx.Node, rewriter: Rewriter) -> None:
+    """Who makes codes of whole rows sums them on the way; else they would be read once more."""
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    if codes.target is operator.getitem:
+        source = codes.args[0]
+        assert isinstance(source, fx.Node)
+        if source.target in (_KERNELS.quantize_tokens, _KERNELS.norm_quantize_tokens):
+            with rewriter.before(node):
+                rewriter.replace(node, rewriter.call(operator.getitem, (source, _TOKEN_SUMS), [node]))
+    elif codes.target in _WITH_SUMS:
+        with rewriter.before(codes):
+            both = rewriter.call(_WITH_SUMS[codes.target], codes.args, [codes])
+            made, sums = (rewriter.call(operator.getitem, (both, number), [codes]) for number in range(2))
+        rewriter.replace(node, sums)
+        rewriter.replace(codes, made)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.backends.native.gpu import entry
+from fxquant.backends.native.gpu import products, rows, weight_only
 from fxquant.backends.native.library import define_composite, define_kernel
 
 _DEVICES = ("CUDA", "CPU")  # On processors kernels run in Triton's interpreter.
@@ -43,6 +43,19 @@ def _fake_linear(
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=out_dtype if out_scale is None else xq.dtype)
 
 
+def _fake_weight_only_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 def _fake_norm_quantize(
     x: Tensor,
     centered: bool,
@@ -60,8 +73,52 @@ def _fake_norm_quantize(
     return x.new_empty(x.shape, dtype=dtype)
 
 
+def _fake_norm_quantize_sums(
+    x: Tensor,
+    centered: bool,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    plus: float,
+    shift: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    qmax: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), _fake_row_sums(x)
+
+
+def _fake_norm_quantize_tokens(
+    x: Tensor,
+    centered: bool,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    plus: float,
+    shift: Tensor | None,
+    qmax: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_quantize_tokens(x, qmax, dtype)
+
+
 def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
+
+
+def _fake_quantize_sums(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), _fake_row_sums(x)
+
+
+def _fake_quantize_tokens(x: Tensor, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    each = (*x.shape[:-1], 1)
+    scale, zero_point = (x.new_empty(each, dtype=part) for part in (torch.float32, torch.uint8))
+    return x.new_empty(x.shape, dtype=dtype), scale, zero_point, _fake_row_sums(x)
 
 
 def _fake_row_sums(xq: Tensor) -> Tensor:
@@ -77,27 +134,64 @@ define_kernel(
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
     "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, int group_size, Tensor? w_offset, "
     "Tensor? x_sums) -> Tensor",
-    entry.linear,
+    products.linear,
     _fake_linear,
     _DEVICES,
 )
+# x times the weight `w_scale * (w - w_zero_point)`, grids `[out, groups]`, plus bias, summed in float32.
+define_kernel(
+    "triton_weight_only_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, Tensor? bias, int bits, "
+    "int group_size, int out_features) -> Tensor",
+    weight_only.weight_only_linear,
+    _fake_weight_only_linear,
+    _DEVICES,
+)
 # Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors of the channels,
-# one for all or one a sample. The norm is the layer norm if centered, else that of the root mean square.
+# one for all or one a sample. The norm is the layer norm if centered, else that of the root mean square. `*_sums`
+# return the sums of the codes beside them, as linears with zero points of their weights need them; `*_tokens` find a
+# grid for each row, and return codes, scales, zero points and sums.
 define_kernel(
     "triton_norm_quantize(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, "
     "float plus, Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax, ScalarType dtype) -> Tensor",
-    entry.norm_quantize,
+    rows.norm_quantize,
     _fake_norm_quantize,
     _DEVICES,
 )
 define_kernel(
+    "triton_norm_quantize_sums(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, "
+    "float plus, Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    rows.norm_quantize_sums,
+    _fake_norm_quantize_sums,
+    _DEVICES,
+)
+define_kernel(
+    "triton_norm_quantize_tokens(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, "
+    "float plus, Tensor? shift, int qmax, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    rows.norm_quantize_tokens,
+    _fake_norm_quantize_tokens,
+    _DEVICES,
+)
+define_kernel(
     "triton_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmax, ScalarType dtype) -> Tensor",
-    entry.quantize,
+    rows.quantize,
     _fake_quantize,
     _DEVICES,
 )
+define_kernel(
+    "triton_quantize_sums(Tensor x, Tensor scale, Tensor zero_point, int qmax, ScalarType dtype) -> (Tensor, Tensor)",
+    rows.quantize_sums,
+    _fake_quantize_sums,
+    _DEVICES,
+)
+define_kernel(
+    "triton_quantize_tokens(Tensor x, int qmax, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    rows.quantize_tokens,
+    _fake_quantize_tokens,
+    _DEVICES,
+)
 # The sum of each row of codes as they are held, int32 `[..., 1]`.
-define_kernel("triton_row_sums(Tensor xq) -> Tensor", entry.row_sums, _fake_row_sums, _DEVICES)
+define_kernel("triton_row_sums(Tensor xq) -> Tensor", rows.row_sums, _fake_row_sums, _DEVICES)
 
 
 def signed(xq: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -11,6 +12,9 @@ FP8_MAX = tl.constexpr(448.0)
 MIDDLE = tl.constexpr(128)
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it keeps no bit behind the point.
 _BOUND = tl.constexpr(1048576.0)
+_ROUNDER_64 = tl.constexpr(1.5 * 2.0**52)
+_LEAST_SCALE = tl.constexpr(float(torch.finfo(torch.float32).tiny))
+_MOST_SCALE = tl.constexpr(float(torch.finfo(torch.float32).max))
 _INTERPRETED = tl.constexpr(interprets())
 
 
@@ -53,6 +57,41 @@ def held_codes(y, inverse, zero_point, qmax, FP8: tl.constexpr):
         codes = round_even(y * inverse).to(tl.int32) + zero_point
         held = (tl.minimum(tl.maximum(codes, 0), qmax) - MIDDLE).to(tl.int8)
     return held
+
+
+@triton.jit
+def exact_codes(y, step, zero_point, qmax, FP8: tl.constexpr):
+    """The same of values and their steps, of one shape, divided as the reference does: bit for bit its codes."""
+    steps = tl.math.div_rn(y, step)
+    if FP8:
+        held = to_fp8(steps)
+    else:
+        codes = round_even(steps).to(tl.int32) + zero_point
+        held = (tl.minimum(tl.maximum(codes, 0), qmax) - MIDDLE).to(tl.int8)
+    return held
+
+
+@triton.jit
+def token_grid(low, high, qmax):
+    """Scale and zero point of the range of a row, in the arithmetic of ``fxquant.quantizer.affine_parameters``."""
+    low = tl.minimum(low, 0.0).to(tl.float64)
+    high = tl.maximum(high, 0.0).to(tl.float64)
+    step = (high - low) / qmax.to(tl.float64)
+    bounded = tl.minimum(tl.maximum(step, _LEAST_SCALE), _MOST_SCALE)
+    scale = tl.where(step == 0.0, 1.0, bounded).to(tl.float32)
+    zero_point = ((-low / scale.to(tl.float64)) + _ROUNDER_64) - _ROUNDER_64
+    return scale, tl.minimum(tl.maximum(zero_point, 0.0), qmax.to(tl.float64)).to(tl.int32)
+
+
+@triton.jit
+def dot_codes(values, codes):
+    """The product of floats and whole numbers of up to 256, which all dtypes of floats hold, summed in float32.
+
+    Products of float32 are three of tf32 each, which tensor cores make and which lose next to nothing.
+    """
+    if _INTERPRETED:
+        values = values.to(tl.float32)  # The interpreter multiplies the bits of bfloat16.
+    return tl.dot(values, codes.to(tl.float32).to(values.dtype), input_precision="tf32x3")
 
 
 @triton.jit

@@ -5,43 +5,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, held_codes, round_even, step_of, to_fp8
+from fxquant.backends.native.gpu.kernels.numeric import exact_codes, held_codes, step_of, token_grid
 
 
 @triton.jit
-def norm_quantize_kernel(
+def quantize_rows_kernel(
     x,
     out,
     weight,
     bias,
     factor,
     shift,
-    out_scale,
-    out_zero_point,
+    scale,
+    zero_point,
+    sums,
     C,
     factor_rows,
     factor_stride,
     shift_rows,
     shift_stride,
-    out_scale_rows,
-    out_zero_point_rows,
+    scale_rows,
+    zero_point_rows,
     qmax,
     eps,
     plus,
-    CENTERED: tl.constexpr,
+    NORM: tl.constexpr,
+    TOKENS: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Norm, modulation and quantization of one row of C channels; pointers that are None are left out."""
+    """Codes of one row of C channels, behind a norm and its modulation; pointers that are None are left out.
+
+    NORM is ``layer``, ``rms`` or ``none``. With TOKENS the grid of a row follows from its values, and is written to
+    ``scale`` and ``zero_point``; else it is read there. ``sums`` receives the sum of the codes as they are held.
+    """
     row = tl.program_id(0)
     channels = tl.arange(0, BLOCK)
     within = channels < C
     start = row.to(tl.int64) * C
     y = tl.load(x + start + channels, mask=within, other=0.0).to(tl.float32)
-    if CENTERED:
+    if NORM == "layer":
         # Differences from the mean lose nothing where the mean is large.
         y = tl.where(within, y - tl.sum(y, 0) / C, 0.0)
-    y *= 1.0 / tl.sqrt(tl.sum(y * y, 0) / C + eps)
+    if NORM != "none":
+        y *= 1.0 / tl.sqrt(tl.sum(y * y, 0) / C + eps)
     if weight is not None:
         y *= tl.load(weight + channels, mask=within, other=0.0).to(tl.float32)
     if bias is not None:
@@ -52,9 +59,23 @@ def norm_quantize_kernel(
     if shift is not None:
         at = (row // shift_rows).to(tl.int64) * shift_stride
         y += tl.load(shift + at + channels, mask=within, other=0.0).to(tl.float32)
-    zero_point = tl.load(out_zero_point + row // out_zero_point_rows).to(tl.int32)
-    step = step_of(tl.load(out_scale + row // out_scale_rows), zero_point, qmax, FP8)
-    tl.store(out + start + channels, held_codes(y, 1.0 / step, zero_point, qmax, FP8), mask=within)
+    if TOKENS:
+        grid, middle = token_grid(tl.min(y, 0), tl.max(y, 0), qmax)
+        tl.store(scale + row, grid)
+        tl.store(zero_point + row, middle.to(tl.uint8))
+    else:
+        grid = tl.load(scale + row // scale_rows)
+        middle = tl.load(zero_point + row // zero_point_rows).to(tl.int32)
+    step = step_of(grid, middle, qmax, FP8)
+    if NORM == "none":
+        codes = exact_codes(y, step + tl.zeros((BLOCK,), dtype=tl.float32), middle, qmax, FP8)
+    else:
+        codes = held_codes(y, 1.0 / step, middle, qmax, FP8)
+    tl.store(out + start + channels, codes, mask=within)
+    if sums is not None:
+        # Products of 8-bit floats need none; something must be told, though.
+        total = 0 if FP8 else tl.sum(tl.where(within, codes.to(tl.int32), 0), 0)
+        tl.store(sums + row, total)
 
 
 @triton.jit
@@ -81,14 +102,8 @@ def quantize_kernel(
     values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
     middle = tl.load(zero_point + rows // zero_point_rows, mask=inside, other=0).to(tl.int32)
     step = step_of(tl.load(scale + rows // scale_rows, mask=inside, other=1.0), middle, qmax, FP8)
-    # As the reference divides; a product with the inverse may round otherwise.
-    steps = tl.math.div_rn(values, tl.broadcast_to(step[:, None], (BLOCK_M, BLOCK_N)))
-    if FP8:
-        codes = to_fp8(steps)
-    else:
-        near = round_even(steps).to(tl.int32) + middle[:, None]
-        codes = (tl.minimum(tl.maximum(near, 0), qmax) - MIDDLE).to(tl.int8)
-    tl.store(out + place, codes, mask=within)
+    steps = tl.broadcast_to(step[:, None], (BLOCK_M, BLOCK_N))
+    tl.store(out + place, exact_codes(values, steps, middle[:, None], qmax, FP8), mask=within)
 
 
 @triton.jit

@@ -29,19 +29,30 @@ ROWS = """
 from fxquant.backends.native.gpu.ahead import compile_kernel
 from fxquant.backends.native.gpu.kernels import rows
 codes = {"int8": "*i8", "fp8": "*fp8e4nv"}
-grid = {"out_scale": "*fp32", "out_zero_point": "*u8", "scale": "*fp32", "zero_point": "*u8"}
+grid = {"scale": "*fp32", "zero_point": "*u8"}
 for kind, held in codes.items():
     fp8 = {"FP8": kind == "fp8"}
     vectors = dict.fromkeys(("x", "weight", "bias", "factor", "shift"), "*bf16")
-    numbers = {"eps": "fp32", "plus": "fp32"}
+    numbers = {"eps": "fp32", "plus": "fp32", "sums": "*i32"}
     tile = {"BLOCK_M": 8, "BLOCK_N": 128}
-    norm = {"CENTERED": True, "BLOCK": 2048, **fp8}
-    found = [
-        compile_kernel(rows.norm_quantize_kernel, vectors | grid | numbers | {"out": held}, norm, 4, 1, ("C",)),
-        compile_kernel(rows.quantize_kernel, {"x": "*bf16", "out": held} | grid, tile | fp8, 4, 1),
-    ]
+    found = [compile_kernel(rows.quantize_kernel, {"x": "*bf16", "out": held} | grid, tile | fp8, 4, 1)]
+    for norm in ("none", "rms", "layer"):
+        for tokens in (True, False):
+            options = {"NORM": norm, "TOKENS": tokens, "BLOCK": 2048, **fp8}
+            types = vectors | grid | numbers | {"out": held}
+            found.append(compile_kernel(rows.quantize_rows_kernel, types, options, 4, 1, ("C",)))
     assert all(used.spilled == 0 for used in found), found
 assert compile_kernel(rows.row_sums_kernel, {"x": "*i8", "out": "*i32"}, {"BLOCK": 2048}, 4, 1).spilled == 0
+"""
+WEIGHTS_ALONE = """
+import json
+from fxquant.backends.native.gpu.ahead import weight_only_resources
+for dtype in ("bf16", "fp16", "fp32"):
+    for bits in (4, 8):
+        for group in (0, 32):
+            for rows in (2, 300):
+                used = weight_only_resources(dtype, bits, group, rows)
+                print(json.dumps([f"{dtype} {bits} {group} {rows}", used.spilled, used.shared, used.instructions]))
 """
 
 
@@ -65,6 +76,16 @@ def test_every_way_to_cut_a_product_compiles_into_tensor_core_instructions(tmp_p
 
 def test_kernels_of_rows_compile(tmp_path: Path) -> None:
     compiled(ROWS, tmp_path)
+
+
+def test_products_of_float_activations_compile(tmp_path: Path) -> None:
+    made = [json.loads(line) for line in compiled(WEIGHTS_ALONE, tmp_path).splitlines()]
+    assert len(made) == 24
+    for name, spilled, shared, instructions in made:
+        assert spilled == 0, name
+        assert shared <= 227 * 1024, name
+        found = {word.split()[0] for word in instructions if " " in word}
+        assert found == {"mma" if name.endswith(" 2") else "wgmma"}, name
 
 
 @pytest.mark.skipif(not machine.interprets(), reason="Triton is not interpreted here")

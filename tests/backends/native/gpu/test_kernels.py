@@ -13,8 +13,8 @@ from fxquant import quantizer
 from fxquant.backends.native.gpu import machine, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.gpu.configs import candidates
-from fxquant.backends.native.gpu.entry import linear as linear_of_config
-from fxquant.backends.native.gpu.entry import quantize
+from fxquant.backends.native.gpu.products import linear as linear_of_config
+from fxquant.backends.native.gpu.rows import quantize
 from fxquant.errors import BackendError
 from fxquant.packing import pack
 from fxquant.quantizer import sqnr_db
@@ -234,6 +234,49 @@ def test_rows_lead_back(out: int, inner: int, group: int, halves: bool) -> None:
         assert torch.equal(weights.unpacked(rows, weight.zero_point, bits, inner, group), pack(weight.codes, bits))
 
 
+# --- float activations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [0, 32, 96, 128])
+@pytest.mark.parametrize(("bits", "halves"), [(8, False), (6, False), (4, False), (4, True), (2, True)])
+@pytest.mark.parametrize(("rows", "inner", "out"), [(1, 64, 40), (70, 301, 65)])
+def test_products_of_float_activations(
+    rows: int, inner: int, out: int, bits: int, halves: bool, group: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight = Weight(out, inner, bits, group)
+    x, bias = torch.randn(rows, inner).to(dtype), torch.randn(out).to(dtype)
+    for added in (None, bias):
+        arguments = (x, weight.held(halves), weight.scale, weight.zero_point, added, bits, group, out)
+        moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]
+        found = native.triton_weight_only_linear(*moved).cpu()
+        right = x.double() @ weight.real().t() + (0.0 if added is None else added.double())
+        assert found.dtype == dtype
+        # The interpreter cuts what bfloat16 has no bits for off, which doubles the error of rounding.
+        assert sqnr_db(right, found) > {torch.float32: 110.0, torch.bfloat16: 46.0, torch.float16: 66.0}[dtype]
+
+
+def test_float_activations_that_do_not_fit_are_refused() -> None:
+    weight = Weight(40, 64, 8)
+    x, held, grid = torch.zeros(2, 64), weight.held(False), (weight.scale, weight.zero_point)
+
+    def call(*arguments: Any) -> Tensor:
+        moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]
+        result: Tensor = native.triton_weight_only_linear(*moved)
+        return result
+
+    assert call(torch.zeros(0, 64), held, *grid, None, 8, 0, 40).shape == (0, 40)
+    with pytest.raises(BackendError, match="is held as contiguous"):
+        call(torch.zeros(2, 32), held, *grid, None, 8, 0, 40)
+    with pytest.raises(BackendError, match="groups of 24"):
+        call(x, held, *grid, None, 8, 24, 40)
+    with pytest.raises(BackendError, match="the bias"):
+        call(x, held, *grid, torch.zeros(39), 8, 0, 40)
+    with pytest.raises(BackendError, match="reads float32"):
+        call(x.double(), held, *grid, None, 8, 0, 40)
+
+
 # --- rows of activations --------------------------------------------------------------------------------------------
 
 
@@ -271,6 +314,59 @@ def test_codes_are_the_references_bit_for_bit(dtype: torch.dtype, qmax: int) -> 
         found = native.triton_quantize(x.to(DEVICE), scale.to(DEVICE), zero_point.to(DEVICE), qmax, torch.int8).cpu()
         right = quantizer.quantize(x, scale, zero_point, 0, qmax)
         assert torch.equal(found.to(torch.int16) + 128, right.to(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("channels", [1, 41, 1152])
+def test_grids_of_tokens_are_the_references_bit_for_bit(dtype: torch.dtype, bits: int, channels: int) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(3, 7, channels) * torch.logspace(-6, 4, 7).reshape(7, 1)).to(dtype)
+    x[0, 0], x[0, 1], x[0, 2] = 0.0, x[0, 1].abs(), -x[0, 2].abs()
+    x[0, 3], x[0, 4] = torch.finfo(dtype).tiny, -torch.finfo(dtype).max
+    x[0, 4, : channels // 2] *= -1
+    codes, scale, zero_point, sums = native.triton_quantize_tokens(x.to(DEVICE), 2**bits - 1, torch.int8)
+    right = torch.ops.fxquant.token_grid(x, bits)
+    assert (scale.dtype, zero_point.dtype, scale.shape) == (torch.float32, torch.uint8, (3, 7, 1))
+    assert torch.equal(scale.cpu(), right[0])
+    assert torch.equal(zero_point.cpu().float(), right[1])
+    expected_codes = quantizer.quantize(x, right[0], right[1], 0, 2**bits - 1)
+    assert torch.equal(codes.cpu().float() + 128, expected_codes)
+    assert torch.equal(sums, codes.sum(-1, keepdim=True, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_grids_of_tokens_behind_norms(centered: bool) -> None:
+    torch.manual_seed(0)
+    x, factor, shift = torch.randn(2, 5, 75), torch.randn(2, 1, 75), torch.randn(2, 1, 75)
+    norm = functional.layer_norm(x.double(), [75]) if centered else functional.rms_norm(x.double(), [75], eps=1e-5)
+    y = norm * (factor.double() + 1) + shift.double()
+    moved = [value.to(DEVICE) for value in (x, factor, shift)]
+    arguments = (moved[0], centered, 1e-5, None, None, moved[1], 1.0, moved[2])
+    codes, scale, zero_point, sums = (
+        value.cpu() for value in native.triton_norm_quantize_tokens(*arguments, 255, torch.int8)
+    )
+    grid = torch.ops.fxquant.token_grid(y.float(), 8)
+    torch.testing.assert_close(scale, grid[0], rtol=1e-5, atol=0)
+    assert (zero_point.int() - grid[1]).abs().max() <= 1
+    real = (codes.double() + 128 - zero_point) * scale.double()
+    assert ((real - y).abs() <= scale * (0.5 + 1e-3) + 1e-6).all()
+    assert torch.equal(sums, codes.sum(-1, keepdim=True, dtype=torch.int32))
+
+
+def test_codes_with_their_sums() -> None:
+    torch.manual_seed(0)
+    x, norm = torch.randn(2, 5, 75, device=DEVICE), (True, 1e-5, None, None, None, 0.0, None)
+    grid = torch.rand(2, 1, 1, device=DEVICE) * 0.02, torch.full((2, 1, 1), 99, dtype=torch.uint8, device=DEVICE)
+    for codes, (same, sums) in (
+        (native.triton_quantize(x, *grid, 255, torch.int8), native.triton_quantize_sums(x, *grid, 255, torch.int8)),
+        (
+            native.triton_norm_quantize(x, *norm, *grid, 255, torch.int8),
+            native.triton_norm_quantize_sums(x, *norm, *grid, 255, torch.int8),
+        ),
+    ):
+        assert torch.equal(codes, same)
+        assert torch.equal(sums, codes.sum(-1, keepdim=True, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("inner", [1, 75, 5000])

@@ -136,25 +136,108 @@ def test_weights_in_groups(packed: bool) -> None:
 
 
 def test_sums_of_inputs_are_made_where_weights_need_them() -> None:
-    assert count(block(bits=8), native.triton_row_sums.default) == 2
-    assert count(block(bits=7), native.triton_row_sums.default) == 0
-    symmetric = block(bits=8, passes="quantize-linears{symmetric=True}")
-    assert count(symmetric, native.triton_row_sums.default) == 0
+    module = block(bits=8)
+    assert count(module, native.triton_norm_quantize_sums.default) == 1  # On the way, by who sees whole rows;
+    assert count(module, native.triton_row_sums.default) == 1  # the first linear's kernel sees tiles.
+    for module in (block(bits=7), block(bits=8, passes="quantize-linears{symmetric=True}")):
+        assert count(module, native.triton_row_sums.default) == 0
+        assert count(module, native.triton_norm_quantize_sums.default) == 0
 
 
 @pytest.mark.parametrize(
-    ("model", "method"),
+    "model",
     [
-        (Block(approximate="none"), "minmax"),  # The exact GELU is another function.
-        (Block(shared=True), "minmax"),  # The linear has another reader.
-        (Block(), "dynamic"),  # Grids of tokens are known after the GELU only.
+        Block(approximate="none"),  # The exact GELU is another function.
+        Block(shared=True),  # The linear has another reader.
     ],
-    ids=["exact", "shared", "dynamic"],
+    ids=["exact", "shared"],
 )
-def test_what_others_read_or_kernels_lack_stays(model: nn.Module, method: str) -> None:
-    module = block(model, method=method)
+def test_what_others_read_or_kernels_lack_stays(model: nn.Module) -> None:
+    module = block(model)
     assert count(module, native.triton_linear.default) == 2
-    assert count(module, native.triton_quantize.default) == (2 if method == "dynamic" else 1)
+    assert count(module, native.triton_quantize_sums.default) == 1
+
+
+def test_grids_of_tokens_are_found_by_who_makes_their_codes() -> None:
+    assert text(block(method="dynamic")) == golden("""
+        x: float32[B, 5, 32]
+        c: float32[B, 96]
+        chunk = chunk(c, 3, 1)
+        getitem: float32[B, 32] = getitem(chunk, 0)
+        getitem_1: float32[B, 32] = getitem(chunk, 1)
+        getitem_2: float32[B, 32] = getitem(chunk, 2)
+        slice_1: float32[B, 32] = slice.Tensor(getitem_1, 0, 0, 9223372036854775807)
+        unsqueeze: float32[B, 1, 32] = unsqueeze(slice_1, 1)
+        slice_2: float32[B, 32] = slice.Tensor(getitem, 0, 0, 9223372036854775807)
+        unsqueeze_1: float32[B, 1, 32] = unsqueeze(slice_2, 1)
+        triton_norm_quantize_tokens_default = fxquant_native::triton_norm_quantize_tokens(x, True, 1e-06, None, None, unsqueeze, 1.0, unsqueeze_1, 255, int8)
+        getitem_3: int8[B, 5, 32] = getitem(triton_norm_quantize_tokens_default, 0)
+        getitem_9: int32[B, 5, 1] = getitem(triton_norm_quantize_tokens_default, 3)
+        getitem_4: float32[B, 5, 1] = getitem(triton_norm_quantize_tokens_default, 1)
+        getitem_5: uint8[B, 5, 1] = getitem(triton_norm_quantize_tokens_default, 2)
+        triton_linear_default_2: float32[B, 5, 96] = fxquant_native::triton_linear(getitem_3, getitem_4, getitem_5, @up.weight_packed_rows, @up.weight_scale, @up.weight_zero_point, @up.weight_packed_sums, @up.bias, 8, 96, gelu_tanh, None, None, None, None, 255, float32, 0, @up.weight_packed_offset, getitem_9)
+        triton_quantize_tokens_default_1 = fxquant_native::triton_quantize_tokens(triton_linear_default_2, 255, int8)
+        getitem_6: int8[B, 5, 96] = getitem(triton_quantize_tokens_default_1, 0)
+        getitem_10: int32[B, 5, 1] = getitem(triton_quantize_tokens_default_1, 3)
+        getitem_7: float32[B, 5, 1] = getitem(triton_quantize_tokens_default_1, 1)
+        getitem_8: uint8[B, 5, 1] = getitem(triton_quantize_tokens_default_1, 2)
+        slice_3: float32[B, 32] = slice.Tensor(getitem_2, 0, 0, 9223372036854775807)
+        unsqueeze_2: float32[B, 1, 32] = unsqueeze(slice_3, 1)
+        triton_linear_default_4: float32[B, 5, 32] = fxquant_native::triton_linear(getitem_6, getitem_7, getitem_8, @down.weight_packed_rows, @down.weight_scale, @down.weight_zero_point, @down.weight_packed_sums, None, 8, 32, none, unsqueeze_2, x, None, None, 255, float32, 0, @down.weight_packed_offset, getitem_10)
+        return triton_linear_default_4
+        """)  # noqa: E501
+
+
+class Told(nn.Module):
+    """A linear of token grids that hands back what else it is told to."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.told = told
+        self.register_buffer("packed", torch.randint(0, 256, (24, 32), dtype=torch.uint8))
+        self.register_buffer("step", torch.full((24, 1), 0.01))
+        self.register_buffer("zero", torch.full((24, 1), 128, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = reference.token_grid(x, 8)
+        scale, zero_point = both[0], both[1]
+        codes = reference.quantize(x, scale, zero_point, 0, 255, torch.uint8)
+        grid = (self.packed, self.step, self.zero)
+        y = reference.linear(codes, scale, zero_point, *grid, None, 8, 0, torch.float32)
+        return y, {"nothing": y, "codes": codes, "scale": scale, "zero point": zero_point}[self.told]
+
+
+@pytest.mark.parametrize("told", ["nothing", "codes", "scale", "zero point"])
+def test_grids_of_tokens_that_others_read_stay(told: str) -> None:
+    x = torch.randn(2, 5, 32)
+    module = captured(Told(told), x).module
+    expected = outputs(module, x)
+    Native("triton").finish(module, Plan("", "", None))
+    assert count(module, native.triton_quantize_tokens.default) == (told == "nothing")
+    assert count(module, reference.token_grid.default) == (told != "nothing")
+    for right, found in zip(expected, outputs(module, x), strict=True):
+        assert sqnr_db(right.double(), found.double()) > 100.0
+
+
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_alone(bits: int, group: int) -> None:
+    plan = plan_for({"up": [96, 32], "down": [32, 96]}, bits, group=group)
+    for layer in plan.layers.values():
+        layer.activation_bits, layer.activation = None, None
+    module = lowered(Block(), plan, torch.randn(2, 5, 32), torch.randn(2, 96))
+    assert count(module, native.triton_weight_only_linear.default) == 2
+    assert count(module, reference.dequantize_weight.default) == 0
+
+
+def test_groups_that_the_kernel_of_weights_alone_lacks_are_dequantized() -> None:
+    plan = plan_for({"up": [96, 32], "down": [32, 96]}, 4, group=16)
+    for layer in plan.layers.values():
+        layer.activation_bits, layer.activation = None, None
+    module = lowered(Block(), plan, torch.randn(2, 5, 32), torch.randn(2, 96))
+    assert count(module, reference.dequantize_weight.default) == 2
+    assert Native("triton").kernel(plan.layers["up"]) == "dequantize + aten float"
 
 
 def test_8_bit_floats() -> None:
@@ -177,7 +260,7 @@ def test_an_attention_of_codes_is_one_kernel(masked: bool) -> None:
     assert count(module, native.triton_attention.default) == 1
     assert count(module, reference.matmul.default) == 0
     # q, k, v and the result leave their kernels as codes.
-    assert count(module, native.triton_quantize.default) == 1
+    assert count(module, native.triton_quantize_sums.default) == 1
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""Layers of float activations whose weights are codes: linears, and looked-up rows of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.backends.native.library import FLOATS
+from fxquant.ir.rewriter import Rewriter
+
+aten, reference = torch.ops.aten, torch.ops.fxquant
+
+
+def lower_linear(
+    node: fx.Node,
+    rewriter: Rewriter,
+    op: Any,
+    fits: Callable[[int], bool],
+    hold: Callable[[fx.Node, fx.Node, int, int, int], fx.Node],
+) -> None:
+    """A float linear behind a dequantized weight becomes one kernel, where it takes the weight.
+
+    Args:
+        node: An ``aten.linear``.
+        rewriter: Of the graph.
+        op: The kernel: ``op(x, held, scale, zero_point, bias, bits, group_size, out_features)``.
+        fits: Whether it takes weights in groups of so many inputs, 0 for one group.
+        hold: The weight as the kernel reads it, from packed codes, zero points, bits, inputs and inputs a group.
+    """
+    x, weight, *rest = node.args
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    if weight.target is not reference.dequantize_weight.default or len(weight.users) != 1:
+        return
+    packed, scale, zero_point, bits, group_size, in_features, dtype = weight.args
+    assert isinstance(packed, fx.Node) and isinstance(zero_point, fx.Node)
+    assert isinstance(bits, int) and isinstance(in_features, int) and isinstance(group_size, int)
+    bias = rest[0] if rest else None
+    if dtype not in FLOATS or packed.op != "get_attr" or not fits(group_size):
+        return
+    out = int(packed.meta["val"].shape[0])
+    with rewriter.before(node):
+        held = hold(packed, zero_point, bits, in_features, group_size)
+        arguments = (x, held, scale, zero_point, bias, bits, group_size, out)
+        new = rewriter.call(op, arguments, [weight, node])
+    rewriter.replace(node, new)
+    rewriter.erase(weight)
+    if not packed.users:
+        rewriter.forget(packed)
+
+
+def lower_lookup(node: fx.Node, rewriter: Rewriter) -> None:
+    """Looked-up rows of a table of 8-bit codes, as ops that fuse."""
+    codes, scale, zero_point, bits, group_size, _, dtype = node.args
+    assert isinstance(codes, fx.Node)
+    if codes.op == "get_attr" or bits != 8 or group_size or dtype not in FLOATS:
+        return
+
+    def call(op: torch._ops.OpOverload, *arguments: Any) -> fx.Node:
+        return rewriter.call(op, arguments, [node])
+
+    with rewriter.before(node):
+        real, zero = (call(aten.to.dtype, value, torch.float32) for value in (codes, zero_point))
+        new = call(aten.mul.Tensor, call(aten.sub.Tensor, real, zero), scale)
+        if dtype != torch.float32:
+            new = call(aten.to.dtype, new, dtype)
+    rewriter.replace(node, new)
