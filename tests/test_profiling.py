@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -319,6 +322,19 @@ class TestRoofline:
         assert found.floating > 0 < found.memory
         assert (found.int8 is None) == (not hasattr(torch.ops.onednn, "qlinear_pointwise"))
         assert (found.dtype, found.threads) == ("float32", torch.get_num_threads())
+
+    @pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="no oneDNN quantized linear")
+    def test_without_avx512_the_integer_product_is_no_loop(self):
+        script = """
+import torch
+from fxquant.profiling.roofline import int8_product
+print(int8_product(4, 1024, 1024, torch.device("cpu"))().dtype)
+"""
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == ["torch.float32"]  # That of bfloat16 takes minutes at the size of a model.
 
     def test_what_bounds(self):
         peaks = Roofline(int8=1000.0, floating=100.0, dtype="float32", memory=10.0, threads=2)
