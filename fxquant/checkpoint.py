@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, read_tensors, weights_and_buffers
-from fxquant.devices import give_back_memory
+from fxquant.devices import give_back_memory, usable_device
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.files import (
     blaming,
@@ -102,9 +102,10 @@ def load(
         CheckpointError: If a file is missing, damaged, unsafe, of a newer format or of another model.
         UnknownNameError: If there is no such backend.
         BackendError: If the backend cannot run the model.
-        ConfigurationError: If ``model`` is neither a class with ``from_config`` nor a model in evaluation mode.
+        ConfigurationError: If ``model`` is neither a class with ``from_config`` nor a model in evaluation mode, or
+            there is no such device here.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), usable_device(device)
     runner = None if backend is None else resolve_backend(backend)
     data = _read_plan(folder)
     _refuse_pickles(folder)
@@ -115,15 +116,15 @@ def load(
         dtype = dtype_of_name(data["dtype"])
         dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
         runner = resolve_backend(plan.backend) if runner is None else runner
-    runner = runner.on(torch.device(device))
+    runner = runner.on(device)
     plan.backend = runner.name
     runner.check(plan)
-    runner.check_device(torch.device(device))
+    runner.check_device(device)
     architecture = _architecture(plan, model, folder)
     _cast(architecture.skeleton, dtype, dtypes)
-    tensors = load_tensors(folder / TENSORS_FILE, torch.device(device))
+    tensors = load_tensors(folder / TENSORS_FILE, device)
     with blaming(folder / PLAN_FILE):
-        quantized = model_from_plan(architecture, plan, runner, dtype, torch.device(device))
+        quantized = model_from_plan(architecture, plan, runner, dtype, device)
     with blaming(folder / TENSORS_FILE):
         bind_all(quantized, tensors)
     tensors.clear()  # What the backend holds in another form is freed as it goes.

@@ -80,6 +80,14 @@ class Layers(StrEnum):
     all = "all"
 
 
+class Dtype(StrEnum):
+    """What a pipeline computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Kind(StrEnum):
     """What can be listed."""
 
@@ -110,6 +118,9 @@ Guidance = Annotated[
     float | None,
     typer.Option(help="Guidance scale; the pipeline's own if not given.", rich_help_panel="Sampling"),
 ]
+
+
+Device = Annotated[str, typer.Option("--device", "-d", help="Where it runs, such as cpu, cuda or cuda:1.")]
 
 
 @app.callback()
@@ -149,6 +160,8 @@ def quantize(
         Layers,
         typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: only they; all: every layer."),
     ] = Layers.default,
+    device: Device = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="What is not quantized computes in it.")] = Dtype.float32,
     samples: Annotated[int, typer.Option(min=1, help="Samples to calibrate with.", rich_help_panel="Sampling")] = 32,
     steps: Steps = 25,
     seed: Seed = 0,
@@ -179,6 +192,8 @@ def quantize(
     with _quiet(), _status("importing torch and diffusers"):
         import fxquant
         from fxquant.backend import resolve_backend
+        from fxquant.devices import usable_device
+        from fxquant.files import dtype_of_name
         from fxquant.pipeline import DumpGraphs, Instrument
         from fxquant.pipelines import (
             calibration_call,
@@ -195,11 +210,13 @@ def quantize(
         if Path(model).exists() and Path(model).resolve() == out_folder.resolve():
             raise ConfigurationError(f"--out {out_folder} is the float pipeline itself; choose another folder")
         chosen = make_recipe(recipe, layers.value)
-        runner = resolve_backend(backend)
+        place = usable_device(device)
+        runner = resolve_backend(backend).on(place)
+        runner.check_device(place)
     with _quiet():
         with _status(f"reading {model}"):
             _no_bars()
-            pipe = load_pipeline(model)
+            pipe = load_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value))
             if not hasattr(pipe, "transformer"):
                 raise ConfigurationError(f"{type(pipe).__name__} has no transformer; fxquant quantizes transformers")
             pipe.set_progress_bar_config(disable=True)
@@ -297,6 +314,7 @@ def generate(
     seed: Seed = 0,
     guidance: Guidance = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Images a row of the grid.")] = None,
+    device: Device = "cpu",
     debug: Debug = False,
 ) -> None:
     """Generate images with a pipeline: one grid, or a folder of files."""
@@ -310,7 +328,7 @@ def generate(
             from fxquant import pipelines
         with _status(f"reading {folder}"):
             _no_bars()
-            pipe = pipelines.load_pipeline(folder)
+            pipe = pipelines.load_pipeline(folder, device=device)
             pipe.set_progress_bar_config(disable=True)
         with _progress() as progress:
             count = len(wanted or lines or ())
@@ -440,6 +458,7 @@ _REPORT_EXAMPLES = """[bold]Examples[/]
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
     every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
+    device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -449,7 +468,7 @@ def report(
     with _quiet(), _status("reading"):
         import fxquant
 
-        found = fxquant.report(folder)
+        found = fxquant.report(folder, device=device)
     if as_json:
         _print_json(found.to_json())
     else:
@@ -472,6 +491,7 @@ def profile(
     backend: Annotated[
         str | None, typer.Option("--backend", "-b", help="What runs it; the one it was quantized for if not given.")
     ] = None,
+    device: Device = "cpu",
     batch: Annotated[int | None, typer.Option(help="Samples of a call; 2 if the model leaves it open.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each model, by turns.")] = 10,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; left as they are if not given.")] = None,
@@ -498,6 +518,7 @@ def profile(
         found = fxquant.profile(
             folder,
             backend=backend,
+            device=device,
             batch=batch,
             rounds=rounds,
             threads=threads,

@@ -1,4 +1,4 @@
-"""Devices that traced graphs name, and memory of the processor."""
+"""Devices that can be used here, those that traced graphs name, and memory of the processor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ import sys
 
 import torch
 from torch import fx
+
+from fxquant.errors import ConfigurationError
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name, such as ``cpu``, ``cuda`` or ``cuda:1``, on which tensors can be made.
+
+    Raises:
+        ConfigurationError: If there is no such device here.
+    """
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # By kind of device and build of torch.
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigurationError(
+            f"device {str(device)!r} cannot be used here: {first}. "
+            "On NVIDIA GPUs it is 'cuda', with a build of torch for CUDA; everywhere 'cpu'"
+        ) from error
+    return found
 
 
 def retarget(module: fx.GraphModule, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxquant.calibrate import instance_attribute
 from fxquant.checkpoint import load, save
+from fxquant.devices import usable_device
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
@@ -35,24 +36,28 @@ BATCH = 8
 """Samples that go through the pipeline at once."""
 
 
-def load_pipeline(source: str | Path, **options: Any) -> Any:
+def load_pipeline(source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> Any:
     """Read a diffusers pipeline, quantized or not.
 
     Args:
         source: A folder that diffusers, :func:`save_pipeline` or ``fxquant export`` wrote, or a name on the Hugging
             Face Hub. A quantized pipeline is read from a folder; its float weights are neither needed nor made. A
             package in it is a program, which runs: read only those of people you trust.
-        options: Handed on to ``DiffusionPipeline.from_pretrained``, such as ``torch_dtype``.
+        device: Where it is to run; quantized parts are read to there, for kernels differ between devices.
+        options: Handed on to ``DiffusionPipeline.from_pretrained``, such as ``torch_dtype``, which is that of the
+            quantized part by default.
 
     Returns:
         The ``DiffusionPipeline``, in evaluation mode.
 
     Raises:
         CheckpointError: If there is no such pipeline, or a part of it is damaged.
+        ConfigurationError: If there is no such device here, or a package runs on another.
+        BackendError: If the backend of a quantized part does not run there.
     """
     from diffusers import DiffusionPipeline
 
-    folder = Path(source)
+    folder, device = Path(source), usable_device(device)
     if not folder.is_dir():
         if folder.exists() or not _like_hub_name(str(source)):
             raise CheckpointError(
@@ -65,11 +70,15 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
             else "it is not what DiffusionPipeline.save_pretrained or fxquant.save_pipeline wrote"
         )
         raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {hint}")
-    quantized = {path.parent.name: load(path.parent) for path in sorted(folder.glob(f"*/{PLAN_FILE}"))}
+    quantized = {path.parent.name: load(path.parent, device=device) for path in sorted(folder.glob(f"*/{PLAN_FILE}"))}
     # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
     stand_ins = {name: model.architecture.skeleton for name, model in quantized.items()}
     packaged = {path.parent.name: load_package(path.parent) for path in sorted(folder.glob(f"*/{PACKAGE_FILE}"))}
     stand_ins |= {name: model.skeleton() for name, model in packaged.items()}
+    if packaged and device.type != "cpu":
+        raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")
+    for part in quantized.values():
+        options.setdefault("torch_dtype", part.dtype)
     try:
         pipe = DiffusionPipeline.from_pretrained(source, **{**stand_ins, **options})
     except Exception as error:
@@ -77,7 +86,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     for name, model in {**quantized, **packaged}.items():
         if name not in options:
             setattr(pipe, name, model)
-    return pipe
+    return pipe if device.type == "cpu" else pipe.to(device)
 
 
 def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import nn
 
 from fxquant.backend import Backend, resolve_backend
+from fxquant.devices import usable_device
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
 from fxquant.plan import PLAN_FILE, AttentionPlan, LayerPlan, Plan
 from fxquant.text import (
@@ -310,19 +312,21 @@ class Report:
         return fitted(["pass", "edits", "seconds", "change in ops"], rows, {0: 60, 3: 58}, right=(1, 2))
 
 
-def report(model: nn.Module | Plan | str | Path) -> Report:
+def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device | None = None) -> Report:
     """What fxquant did to a model, layer by layer.
 
     Args:
         model: What ``fxquant.compile`` or ``fxquant.load`` returned, a plan, or the folder of a checkpoint or of a
             pipeline with one. No weights are read.
+        device: For a plan or a folder: where it is to run, which decides what kernels do; the CPU by default.
 
     Raises:
-        ConfigurationError: If the model is not quantized.
+        ConfigurationError: If the model is not quantized, or a device is given for one that has its own.
+        BackendError: If the backend does not run on that device.
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
     plan = _plan_of(model)
-    backend, left = _backend_of(model, plan), _attentions_left(model)
+    backend, left = _backend_of(model, plan, device), _attentions_left(model)
     layers = tuple(_layer_report(name, layer, backend) for name, layer in plan.layers.items())
     return Report(
         model_class=plan.model_class,
@@ -377,14 +381,21 @@ def checkpoint_folder(folder: str | Path) -> Path:
     return found[0]
 
 
-def _backend_of(model: object, plan: Plan) -> Backend | None:
+def _backend_of(model: object, plan: Plan, device: str | torch.device | None) -> Backend | None:
     backend = getattr(getattr(model, "_orig_mod", model), "backend", None)
     if isinstance(backend, Backend):  # With the options that it was made with.
+        if device is not None:
+            raise ConfigurationError("a model has its device already; a device is for plans and folders")
         return backend
     try:
-        return resolve_backend(plan.backend)
+        found = resolve_backend(plan.backend)
     except UnknownNameError:  # A plan can be read where its backend is not installed.
         return None
+    if device is None:
+        return found
+    place = usable_device(device)
+    found.check_device(place)
+    return found.on(place)
 
 
 def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> LayerReport:

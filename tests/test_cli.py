@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -125,7 +126,30 @@ class TestQuantize:
         assert "unknown backend 'abacus'" in refused("quantize", float_folder, "--backend", "abacus", *out)
         assert "cannot be read" in refused("quantize", float_folder, "--prompts", tmp_path / "no.txt", *out)
         assert "is no pipeline" in refused("quantize", quantized / "transformer", *out)
+        assert "device 'abacus' cannot be used" in refused("quantize", float_folder, "--device", "abacus", *out)
         assert list(tmp_path.iterdir()) == []
+
+    def test_in_16_bits_and_back(self, float_folder, tmp_path):
+        options = ("-r", "rtn-w8a8", "--dtype", "bfloat16", "--device", "cpu", *FAST)
+        result = run("quantize", float_folder, "--out", tmp_path / "q", *options)
+        assert result.exit_code == 0, result.output
+        pipe = fxquant.load_pipeline(tmp_path / "q")
+        assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.bfloat16)
+        drawn = run("generate", tmp_path / "q", "-l", "1", "--steps", 2, "--out", tmp_path / "x.png")
+        assert drawn.exit_code == 0, drawn.output
+        assert fxquant.load_pipeline(tmp_path / "q", torch_dtype=torch.float32).vae.dtype == torch.float32
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+    def test_on_a_gpu(self, float_folder, tmp_path):
+        options = ("-r", "rtn-w8a8", "-b", "native", "--dtype", "bfloat16", "--device", "cuda", *FAST)
+        result = run("quantize", float_folder, "--out", tmp_path / "q", *options)
+        assert result.exit_code == 0, result.output
+        on_gpu = ("--device", "cuda")
+        drawn = run("generate", tmp_path / "q", "-l", "1", "--steps", 2, "--out", tmp_path / "x.png", *on_gpu)
+        assert drawn.exit_code == 0, drawn.output
+        assert "native triton" in run("report", tmp_path / "q", *on_gpu).stdout
+        assert run("profile", tmp_path / "q", "--rounds", 1, *on_gpu).exit_code == 0
 
     def test_a_quantized_pipeline_is_refused(self, quantized, tmp_path):
         assert "made by fxquant" in refused("quantize", quantized, "--out", tmp_path / "x", *FAST)
@@ -199,6 +223,13 @@ class TestReport:
 
     def test_json(self, quantized):
         assert json.loads(run("report", quantized, "--json").stdout) == fxquant.report(quantized).to_json()
+
+    def test_another_device(self, quantized, tmp_path):
+        assert run("report", quantized, "--device", "cpu").stdout == run("report", quantized).stdout
+        assert "device 'abacus' cannot be used" in refused("report", quantized, "--device", "abacus")
+        assert "device 'abacus' cannot be used" in refused("profile", quantized, "--device", "abacus")
+        out = ("--out", tmp_path / "x.png", "--device", "abacus")
+        assert "device 'abacus' cannot be used" in refused("generate", quantized, "-l", 1, *out)
 
     def test_a_float_pipeline(self, float_folder):
         assert "holds no plan.json" in refused("report", float_folder)

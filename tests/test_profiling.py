@@ -272,7 +272,7 @@ class TestBadInput:
         for option in ("rounds", "threads", "batch"):
             with pytest.raises(ConfigurationError, match=r"at least one"):
                 fxquant.profile(native, **{option: 0})
-        with pytest.raises(ConfigurationError, match="has its backend already"):
+        with pytest.raises(ConfigurationError, match="has its backend and device already"):
             fxquant.profile(native, backend="fake-quant")
 
     def test_a_float_model(self):

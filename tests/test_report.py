@@ -169,6 +169,17 @@ class TestTable:
             assert expected in str(found)
 
 
+class TestDevices:
+    def test_plans_and_folders_are_for_any(self, quantized, tmp_path):
+        fxquant.save(quantized, tmp_path / "model")
+        for source in (quantized.plan, tmp_path / "model"):
+            assert str(report(source, device="cpu")) == str(report(source))
+
+    def test_a_model_has_its_own(self, quantized):
+        with pytest.raises(ConfigurationError, match="has its device already"):
+            report(quantized, device="cpu")
+
+
 class TestRefusals:
     def test_float_model(self):
         with pytest.raises(ConfigurationError, match="takes a quantized model"):

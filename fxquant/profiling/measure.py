@@ -26,6 +26,7 @@ def profile(
     model: nn.Module | str | Path,
     *,
     backend: str | Backend | None = None,
+    device: str | torch.device | None = None,
     batch: int | None = None,
     rounds: int = 10,
     threads: int | None = None,
@@ -42,6 +43,7 @@ def profile(
         model: What :func:`fxquant.compile` or :func:`fxquant.load` returned, or the folder of a checkpoint or of a
             pipeline with one.
         backend: For a folder: another backend than the one it was compiled for.
+        device: For a folder: where to run it; the CPU by default.
         batch: Samples of the call; 2 if None, and what the graph serves if that is one number alone.
         rounds: Measured runs, after two that are not.
         threads: For the time of the profile; None, the default, leaves torch's as they are.
@@ -58,30 +60,30 @@ def profile(
         raise ConfigurationError(f"{rounds} rounds are too few; at least one is needed")
     if threads is not None and threads < 1:
         raise ConfigurationError(f"{threads} threads are too few; at least one is needed")
-    quantized = _quantized(model, backend)
+    quantized = _quantized(model, backend, device)
     assert quantized.plan is not None and quantized.backend is not None
-    plan, device = quantized.plan, quantized.device
+    plan, place = quantized.plan, quantized.device
     call = quantized.captured[0].call
     size = batch_of(call, batch)
-    inputs = make_inputs(call, plan, size, device)
-    original = quantized.architecture.capture_spec(call, device).module
+    inputs = make_inputs(call, plan, size, place)
+    original = quantized.architecture.capture_spec(call, place).module
     lowered = quantized.captured[0].module
     graphs = {QUANTIZED: lowered}
     if against_float:
-        fill(original, device)
+        fill(original, place)
         graphs[FLOAT] = original
     with _threads(threads), torch.no_grad():
-        roofline = measure_roofline(quantized.dtype, device)
-        watches = {name: Watch(module, plan, device) for name, module in graphs.items()}
+        roofline = measure_roofline(quantized.dtype, place)
+        watches = {name: Watch(module, plan, place) for name, module in graphs.items()}
         nodes, calls = _rounds(watches, inputs, rounds)
         if compiled:
-            calls |= _compiled(graphs, inputs, rounds, device)
+            calls |= _compiled(graphs, inputs, rounds, place)
     found = attribute(lowered.graph, original.graph)
     timings = {name: _node_times(name, watch, nodes[name], found) for name, watch in watches.items()}
     return Profile(
         model_class=plan.model_class,
         backend=plan.backend,
-        device=str(device),
+        device=str(place),
         batch=size,
         roofline=roofline,
         calls=calls,
@@ -90,15 +92,17 @@ def profile(
     )
 
 
-def _quantized(model: nn.Module | str | Path, backend: str | Backend | None) -> GraphModel:
+def _quantized(
+    model: nn.Module | str | Path, backend: str | Backend | None, device: str | torch.device | None
+) -> GraphModel:
     if isinstance(model, (str, Path)):
         from fxquant.checkpoint import load
         from fxquant.reports import checkpoint_folder
 
         runner = None if backend is None else resolve_backend(backend)
-        return load(checkpoint_folder(model), backend=runner)
-    if backend is not None:
-        raise ConfigurationError("a model has its backend already; give the folder that fxquant.save wrote")
+        return load(checkpoint_folder(model), backend=runner, device="cpu" if device is None else device)
+    if backend is not None or device is not None:
+        raise ConfigurationError("a model has its backend and device already; give the folder that fxquant.save wrote")
     inner = getattr(model, "_orig_mod", model)  # From torch.compile.
     if not isinstance(inner, GraphModel) or inner.plan is None:
         raise ConfigurationError(

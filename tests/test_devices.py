@@ -1,0 +1,20 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxquant.devices import usable_device
+from fxquant.errors import ConfigurationError
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_where_tensors_can_be_made(device: str | torch.device) -> None:
+    assert usable_device(device) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "xla", "meta", "cpu:x"])
+def test_others_are_refused(device: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^device '{device}' cannot be used here: .*'cpu'"):
+        usable_device(device)
