@@ -145,18 +145,18 @@ def _rows(
     rows = x.numel() // channels
     out, each = x.new_empty(x.shape, dtype=dtype), (*x.shape[:-1], 1)
     sums = x.new_empty(each if with_sums else 0, dtype=torch.int32)
-    if grid is None:
+    scale_rows, zero_point_rows = 1, 1
+    if grid is None or not rows:
         scale, zero_point = x.new_empty(each, dtype=torch.float32), x.new_empty(each, dtype=torch.uint8)
-        scale_rows, zero_point_rows = 1, 1
     else:
         scale, scale_rows = per_row(grid[0], x, rows, "scale of the result")
         zero_point, zero_point_rows = per_row(grid[1], x, rows, "zero point of the result")
+    if not rows:
+        return out, scale, zero_point, sums
     weight, bias = (_whole_vector(part, channels) for part in parts[:2])
     factor, factor_rows, factor_stride = vectors(parts[2], x, rows, channels, "factor")
     shift, shift_rows, shift_stride = vectors(parts[3], x, rows, channels, "shift")
     block = 1 << (channels - 1).bit_length()
-    if not rows:
-        return out, scale, zero_point, sums
     with torch.cuda.device_of(x):
         quantize_rows_kernel[(rows,)](
             x,

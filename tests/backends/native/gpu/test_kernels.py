@@ -195,6 +195,12 @@ def test_extreme_values_pass_activations() -> None:
 def test_no_tokens() -> None:
     codes = torch.zeros(2, 0, 64, dtype=torch.uint8)
     assert linear(codes, torch.ones(()), torch.zeros((), dtype=torch.uint8), Weight(40, 64, 8)).shape == (2, 0, 40)
+    none, shift = torch.zeros(0, 5, 64, device=DEVICE), torch.zeros(0, 1, 64, device=DEVICE)
+    norm = (True, 1e-5, None, None, shift, 1.0, shift)
+    grid = torch.ones((), device=DEVICE), torch.zeros((), dtype=torch.uint8, device=DEVICE)
+    assert native.triton_norm_quantize(none, *norm, *grid, 255, torch.int8).shape == (0, 5, 64)
+    shapes = [part.shape for part in native.triton_norm_quantize_tokens(none, *norm, 255, torch.int8)]
+    assert shapes == [(0, 5, 64), *[(0, 5, 1)] * 3]
 
 
 def test_codes_that_do_not_lie_in_order() -> None:
