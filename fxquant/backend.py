@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from fxquant.capture import read_tensors
 from fxquant.errors import BackendError
 from fxquant.ir.stages import StageSpec, verify
+from fxquant.options import read_named
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
 from fxquant.registry import Registry
 
@@ -172,9 +174,25 @@ BACKENDS: Registry[type[Backend]] = Registry("backend", "fxquant.backends")
 
 
 def resolve_backend(backend: str | Backend) -> Backend:
-    """A backend from its name, or the backend itself.
+    """A backend from its name, with options behind it as in ``native{products=fp8}``, or the backend itself.
 
     Raises:
         UnknownNameError: If there is none of that name.
+        ConfigurationError: If the text or an option cannot be read.
+        BackendError: If an option has a value that it does not take.
     """
-    return BACKENDS[backend]() if isinstance(backend, str) else backend
+    if not isinstance(backend, str):
+        return backend
+    name, options = read_named(backend, "backend", options_of)
+    return BACKENDS[name](**options)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """What the text of a backend may set, with its type; the device is that of the model.
+
+    Raises:
+        UnknownNameError: If there is no such backend.
+    """
+    cls = BACKENDS[name]
+    types = get_type_hints(cls.__init__)
+    return {option: types.get(option, str) for option in inspect.signature(cls).parameters if option != "device"}

@@ -154,7 +154,10 @@ def quantize(
         typer.Option("--recipe", "-r", help="Recipe with precision, or its text; see [bold]fxquant list recipes[/]."),
     ] = "ptq4dit-w8a8",
     backend: Annotated[
-        str, typer.Option("--backend", "-b", help="What runs it; see [bold]fxquant list backends[/].")
+        str,
+        typer.Option(
+            "--backend", "-b", help="What runs it, such as native{products=fp8}; see [bold]fxquant list backends[/]."
+        ),
     ] = "fake-quant",
     layers: Annotated[
         Layers,
@@ -556,12 +559,13 @@ def _passes() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[tuple[str, str]]:
-    from fxquant.backend import BACKENDS
+    from fxquant.backend import BACKENDS, options_of
 
     rows = []
     for name in BACKENDS:
         try:
-            rows.append((name, _summary(BACKENDS[name])))
+            options = ", ".join(sorted(options_of(name)))
+            rows.append((name, _summary(BACKENDS[name]) + (f" Options: {options}." if options else "")))
         except ImportError as error:
             rows.append((name, f"not available: {error}"))
     return rows

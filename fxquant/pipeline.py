@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import re
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -25,6 +24,7 @@ from fxquant.capture import drop_unread_tensors
 from fxquant.errors import ConfigurationError, FxquantError, PassError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
+from fxquant.options import read_named
 from fxquant.plan import LayerPlan, Plan
 from fxquant.registry import Registry
 
@@ -86,9 +86,6 @@ def register_pass(cls: P) -> P:
     return cls
 
 
-_PASS_TEXT = re.compile(r"([a-z0-9-]+)(?:\{([^}]*)\})?")
-
-
 def parse_pass(text: str) -> Pass:
     """Make a pass from its text, such as ``balance-channels{exponent=0.5 salience=max}``.
 
@@ -96,41 +93,18 @@ def parse_pass(text: str) -> Pass:
         UnknownNameError: If there is no such pass.
         ConfigurationError: If the text or an option cannot be read.
     """
-    match = _PASS_TEXT.fullmatch(text.strip())
-    if match is None:
-        raise ConfigurationError(f"{text!r} is no pass; write name or name{{option=value option=value}}")
-    name, options = match.groups()
+    name, options = read_named(text, "pass", _options_of)
+    return PASSES[name](**options)
+
+
+def _options_of(name: str) -> dict[str, Any]:
     cls = PASSES[name]
     types = get_type_hints(cls)
-    known = {option.name for option in fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for entry in (options or "").split():
-        key, equals, value = entry.partition("=")
-        key = key.replace("-", "_")
-        if key not in known or not equals:
-            shown = ", ".join(sorted(k.replace("_", "-") for k in known)) or "none"
-            raise ConfigurationError(f"pass {name!r} has no option {entry!r}. Its options: {shown}.")
-        values[key] = _parse_value(value, types[key], f"{name}: {key}")
-    return cls(**values)
+    return {option.name: types[option.name] for option in fields(cls)}  # type: ignore[arg-type]
 
 
 def _print_value(value: Any) -> str:
     return value.value if isinstance(value, enum.Enum) else str(value)
-
-
-def _parse_value(text: str, wanted: Any, what: str) -> Any:
-    try:
-        if wanted is bool:
-            return {"True": True, "False": False}[text]
-        if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
-            return wanted(text)
-        if wanted in (int, float):
-            return wanted(text)
-    except (ValueError, KeyError):
-        members: list[enum.Enum] = list(wanted) if isinstance(wanted, enum.EnumMeta) else []
-        choices = f" ({', '.join(str(member.value) for member in members)})" if members else ""
-        raise ConfigurationError(f"{what}={text!r} cannot be read as {wanted.__name__}{choices}") from None
-    return text
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.tiny import calibrate, inputs, make_dit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-RECIPES = ["rtn-w8a8", "htg-w8a8", "ptq4dit-w4a8"]
+RECIPES = ["rtn-w8a8", "htg-w8a8", "ptq4dit-w4a8", "dynamic-w8a8", "rtn-w4a16"]
 
 
 def on_gpu(call: dict[str, Any]) -> dict[str, Any]:
