@@ -133,11 +133,11 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
         "WARPS": config.warps,
     }
     if fused:
-        types |= {"out": codes, "out_scale": "*fp32", "out_zero_point": "*u8"}
-        constants |= {"gate": None, "residual": None}
+        types |= {"out": codes, "out_scale": "*fp32", "out_zero_point": "*u8", "out_sums": "*i32"}
+        constants |= {"gate": None, "residual": None} | ({"out_sums": None} if kind == "fp8" else {})
     else:
         types |= {"gate": "*bf16", "residual": "*bf16"}
-        constants |= {"out_scale": None, "out_zero_point": None}
+        constants |= {"out_scale": None, "out_zero_point": None, "out_sums": None}
     return compile_kernel(linear_kernel, types, constants, config.warps, config.stages, _ALIGNED)
 
 

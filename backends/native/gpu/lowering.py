@@ -37,6 +37,7 @@ _KERNELS = fusions.Kernels(
     norm_quantize_tokens=native.triton_norm_quantize_tokens.default,
 )
 _WITH_SUMS = {
+    native.triton_linear.default: native.triton_linear_sums.default,
     native.triton_quantize.default: native.triton_quantize_sums.default,
     native.triton_norm_quantize.default: native.triton_norm_quantize_sums.default,
 }
@@ -117,7 +118,7 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     """
     found = read_tensors(module)
     for node in module.graph.nodes:
-        if node.target is native.triton_linear.default:
+        if node.target in (native.triton_linear.default, native.triton_linear_sums.default):
             x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 3, 5, 8, 17))
         elif node.target is native.triton_weight_only_linear.default:
             x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 1, 3, 5, 6))
@@ -272,7 +273,7 @@ def _sums_of(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
 
 
 def _fuse_row_sums(node: fx.Node, rewriter: Rewriter) -> None:
-    """Who makes codes of whole rows sums them on the way; else they would be read once more."""
+    """Who makes codes sums them on the way; else they would be read once more."""
     codes = node.args[0]
     assert isinstance(codes, fx.Node)
     if codes.target is operator.getitem:

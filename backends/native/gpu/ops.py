@@ -8,6 +8,8 @@ that the same patterns fuse into both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,30 +19,14 @@ from fxquant.backends.native.library import define_composite, define_kernel
 _DEVICES = ("CUDA", "CPU")  # On processors kernels run in Triton's interpreter.
 
 
-def _fake_linear(
-    xq: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor,
-    w_sums: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    out_features: int,
-    activation: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    qmax: int,
-    out_dtype: torch.dtype,
-    group_size: int,
-    w_offset: Tensor | None,
-    x_sums: Tensor | None,
-) -> Tensor:
+def _fake_linear(xq: Tensor, *arguments: Any) -> Tensor:
+    out_features, out_scale, out_dtype = (arguments[position] for position in (8, 12, 15))
     # The next linear multiplies what this one does: codes of 8 bits, or values of 8-bit floats.
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=out_dtype if out_scale is None else xq.dtype)
+
+
+def _fake_linear_sums(xq: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake_linear(xq, *arguments), _fake_row_sums(xq)
 
 
 def _fake_weight_only_linear(
@@ -56,53 +42,16 @@ def _fake_weight_only_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _fake_norm_quantize(
-    x: Tensor,
-    centered: bool,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    plus: float,
-    shift: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    qmax: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+def _fake_norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=arguments[-1])
 
 
-def _fake_norm_quantize_sums(
-    x: Tensor,
-    centered: bool,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    plus: float,
-    shift: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    qmax: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), _fake_row_sums(x)
+def _fake_norm_quantize_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake_norm_quantize(x, *arguments), _fake_row_sums(x)
 
 
-def _fake_norm_quantize_tokens(
-    x: Tensor,
-    centered: bool,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    plus: float,
-    shift: Tensor | None,
-    qmax: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_quantize_tokens(x, qmax, dtype)
+def _fake_norm_quantize_tokens(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_quantize_tokens(x, *arguments[-2:])
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype) -> Tensor:
@@ -129,15 +78,15 @@ def _fake_row_sums(xq: Tensor) -> Tensor:
 # ("none", "gelu_tanh", "silu"); then codes of the grid out_scale, out_zero_point, or times gate, plus residual.
 # gate and bias are vectors of the output channels, one for all or one a sample. With groups, sums are exact in each
 # group and added up in float32. w_offset, zero points that the held weight lacks, goes with x_sums, the row sums of xq.
-define_kernel(
-    "triton_linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
+_LINEAR = (
+    "Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
     "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, int group_size, Tensor? w_offset, "
-    "Tensor? x_sums) -> Tensor",
-    products.linear,
-    _fake_linear,
-    _DEVICES,
+    "Tensor? x_sums"
 )
+define_kernel(f"triton_linear({_LINEAR}) -> Tensor", products.linear, _fake_linear, _DEVICES)
+# The same, and the sums of the codes.
+define_kernel(f"triton_linear_sums({_LINEAR}) -> (Tensor, Tensor)", products.linear_sums, _fake_linear_sums, _DEVICES)
 # x times the weight `w_scale * (w - w_zero_point)`, grids `[out, groups]`, plus bias, summed in float32.
 define_kernel(
     "triton_weight_only_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, Tensor? bias, int bits, "
@@ -150,36 +99,34 @@ define_kernel(
 # one for all or one a sample. The norm is the layer norm if centered, else that of the root mean square. `*_sums`
 # return the sums of the codes beside them, as linears with zero points of their weights need them; `*_tokens` find a
 # grid for each row, and return codes, scales, zero points and sums.
+_NORM = "bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, Tensor? shift"
+_CODES = "Tensor scale, Tensor zero_point, int qmax, ScalarType dtype"
 define_kernel(
-    "triton_norm_quantize(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, "
-    "float plus, Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax, ScalarType dtype) -> Tensor",
+    f"triton_norm_quantize(Tensor x, {_NORM}, {_CODES}) -> Tensor",
     rows.norm_quantize,
     _fake_norm_quantize,
     _DEVICES,
 )
 define_kernel(
-    "triton_norm_quantize_sums(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, "
-    "float plus, Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax, ScalarType dtype) "
-    "-> (Tensor, Tensor)",
+    f"triton_norm_quantize_sums(Tensor x, {_NORM}, {_CODES}) -> (Tensor, Tensor)",
     rows.norm_quantize_sums,
     _fake_norm_quantize_sums,
     _DEVICES,
 )
 define_kernel(
-    "triton_norm_quantize_tokens(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, "
-    "float plus, Tensor? shift, int qmax, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"triton_norm_quantize_tokens(Tensor x, {_NORM}, int qmax, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     rows.norm_quantize_tokens,
     _fake_norm_quantize_tokens,
     _DEVICES,
 )
 define_kernel(
-    "triton_quantize(Tensor x, Tensor scale, Tensor zero_point, int qmax, ScalarType dtype) -> Tensor",
+    f"triton_quantize(Tensor x, {_CODES}) -> Tensor",
     rows.quantize,
     _fake_quantize,
     _DEVICES,
 )
 define_kernel(
-    "triton_quantize_sums(Tensor x, Tensor scale, Tensor zero_point, int qmax, ScalarType dtype) -> (Tensor, Tensor)",
+    f"triton_quantize_sums(Tensor x, {_CODES}) -> (Tensor, Tensor)",
     rows.quantize_sums,
     _fake_quantize_sums,
     _DEVICES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def linear(
     w_offset: Tensor | None,
     x_sums: Tensor | None,
     config: Config | None = None,
+    out_sums: Tensor | None = None,
 ) -> Tensor:
     """The op ``triton_linear``.
 
@@ -59,6 +62,7 @@ def linear(
         w_offset: Zero points that the held weight lacks, int32 `[out]`; None if it lacks none.
         x_sums: Sums of the rows of `xq`, int32, where there is such an offset.
         config: How to cut the product; that of the table by default.
+        out_sums: The sums of the rows of the codes to return are added to it, int32, one a row.
 
     Raises:
         BackendError: For arguments that do not fit.
@@ -109,6 +113,7 @@ def linear(
             None if residual is None else residual.contiguous(),
             out_scale,
             out_zero_point,
+            out_sums,
             rows,
             out_features,
             inner,
@@ -134,6 +139,13 @@ def linear(
             num_stages=config.stages,
         )
     return out
+
+
+def linear_sums(xq: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The op ``triton_linear_sums``: int8 codes as :func:`linear` returns them, and their sums, int32 `[..., 1]`."""
+    sums = xq.new_zeros((*xq.shape[:-1], 1), dtype=torch.int32)
+    everything: tuple[Any, ...] = (xq, *arguments, None, sums)
+    return linear(*everything), sums
 
 
 def _config(codes: Tensor, rows: int, out: int, inner: int, group_size: int, halves: bool) -> Config:

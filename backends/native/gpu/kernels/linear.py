@@ -27,6 +27,7 @@ def linear_kernel(
     residual,
     out_scale,
     out_zero_point,
+    out_sums,
     M,
     N,
     K,
@@ -53,7 +54,8 @@ def linear_kernel(
 
     ``x`` is `[M, K]`, ``w`` `[N, K]` or, with HALF > 0, `[N, ceil(K / (2 HALF)) HALF]` of two codes a byte, the halves
     of each 2 HALF inputs. ``*_rows`` are the rows that share an entry of a vector. With GROUP > 0 the grid of the
-    weight is `[N, ceil(K / GROUP)]`, and ``w_sums`` are float32, with the scales in them.
+    weight is `[N, ceil(K / GROUP)]`, and ``w_sums`` are float32, with the scales in them. To ``out_sums``, zeros at
+    first, the sums of the rows of codes are added.
     """
     pid = tl.program_id(0)
     # Tiles that run at one time share rows of x and of w, which stay in the second-level cache.
@@ -97,6 +99,7 @@ def linear_kernel(
             residual,
             out_scale,
             out_zero_point,
+            out_sums,
             M,
             N,
             K,
@@ -132,6 +135,7 @@ def _finish(
     residual,
     out_scale,
     out_zero_point,
+    out_sums,
     M,
     N,
     K,
@@ -180,7 +184,12 @@ def _finish(
     if out_scale is not None:
         middle = tl.load(out_zero_point + rows // out_zero_point_rows, mask=within_m, other=0).to(tl.int32)
         step = step_of(tl.load(out_scale + rows // out_scale_rows, mask=within_m, other=1.0), middle, qmax, FP8)
-        tl.store(out + place, held_codes(y, (1.0 / step)[:, None], middle[:, None], qmax, FP8), mask=within)
+        codes = held_codes(y, (1.0 / step)[:, None], middle[:, None], qmax, FP8)
+        tl.store(out + place, codes, mask=within)
+        if out_sums is not None:
+            # Of integers, so that the order in which tiles add to a row changes nothing.
+            part = tl.sum(tl.where(within_n[None, :], codes, 0).to(tl.int32), 1)
+            tl.atomic_add(out_sums + rows, part, mask=within_m, sem="relaxed")
     else:
         tl.store(out + place, y.to(out.dtype.element_ty), mask=within)
 

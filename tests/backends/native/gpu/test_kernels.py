@@ -12,7 +12,7 @@ from torch.nn import functional
 from fxquant import quantizer
 from fxquant.backends.native.gpu import machine, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
-from fxquant.backends.native.gpu.configs import candidates
+from fxquant.backends.native.gpu.configs import candidates, trying
 from fxquant.backends.native.gpu.products import linear as linear_of_config
 from fxquant.backends.native.gpu.rows import quantize
 from fxquant.errors import BackendError
@@ -48,9 +48,7 @@ class Weight:
         return scale * (self.codes.double() - zero_point)
 
 
-def linear(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Weight, halves: bool = False, **more: Any
-) -> Tensor:
+def linear(codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Weight, halves: bool = False, **more: Any) -> Any:
     """The op on the device, from codes of 0 to 255."""
     rest: dict[str, Any] = {
         "bias": None,
@@ -65,7 +63,7 @@ def linear(
         "dtype": torch.float32,
         "group": weight.group,
     }
-    config = more.pop("config", None)
+    config, op = more.pop("config", None), more.pop("op", native.triton_linear)
     packed = pack(weight.codes, weight.bits)
     sums = weights.sums(packed, weight.scale, weight.zero_point, weight.bits, weight.inner, weight.group)
     xq = native.signed(codes).to(DEVICE)
@@ -74,8 +72,8 @@ def linear(
     grid = (xq, scale, zero_point, weight.held(halves), weight.scale, weight.zero_point, sums)
     arguments = [*grid, *(rest | more).values(), offset, row_sums]
     moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]
-    out: Tensor = native.triton_linear(*moved) if config is None else linear_of_config(*moved, config=config)
-    return out.cpu()
+    out = op(*moved) if config is None else linear_of_config(*moved, config=config)
+    return out.cpu() if isinstance(out, Tensor) else tuple(part.cpu() for part in out)
 
 
 def expected(codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Weight) -> Tensor:
@@ -358,6 +356,21 @@ def test_grids_of_tokens_behind_norms(centered: bool) -> None:
     real = (codes.double() + 128 - zero_point) * scale.double()
     assert ((real - y).abs() <= scale * (0.5 + 1e-3) + 1e-6).all()
     assert torch.equal(sums, codes.sum(-1, keepdim=True, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_products_with_the_sums_of_their_codes(halves: bool) -> None:
+    torch.manual_seed(0)
+    codes, weight = torch.randint(0, 256, (2, 70, 75), dtype=torch.uint8), Weight(301, 75, 4)
+    grid = torch.tensor(2e-3), torch.tensor(120, dtype=torch.uint8)
+    out_scale, out_zero_point = torch.rand(2, 1, 1) + 0.5, torch.tensor([7, 200], dtype=torch.uint8).reshape(2, 1, 1)
+    more = {"activation": "gelu_tanh", "out_scale": out_scale, "out_zero_point": out_zero_point}
+    right = linear(codes, *grid, weight, halves, **more)
+    for config in candidates("int4" if halves else "int8", 4096):
+        with trying(config):
+            found, sums = linear(codes, *grid, weight, halves, op=native.triton_linear_sums, **more)
+        assert torch.equal(found, right)
+        assert torch.equal(sums, right.sum(-1, keepdim=True, dtype=torch.int32))
 
 
 def test_codes_with_their_sums() -> None:

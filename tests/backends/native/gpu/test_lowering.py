@@ -137,11 +137,11 @@ def test_weights_in_groups(packed: bool) -> None:
 
 def test_sums_of_inputs_are_made_where_weights_need_them() -> None:
     module = block(bits=8)
-    assert count(module, native.triton_norm_quantize_sums.default) == 1  # On the way, by who sees whole rows;
-    assert count(module, native.triton_row_sums.default) == 1  # the first linear's kernel sees tiles.
+    assert count(module, native.triton_norm_quantize_sums.default) == 1
+    assert count(module, native.triton_linear_sums.default) == 1
     for module in (block(bits=7), block(bits=8, passes="quantize-linears{symmetric=True}")):
-        assert count(module, native.triton_row_sums.default) == 0
-        assert count(module, native.triton_norm_quantize_sums.default) == 0
+        assert count(module, native.triton_norm_quantize.default) == 1
+        assert count(module, native.triton_linear.default) == 2
 
 
 @pytest.mark.parametrize(
