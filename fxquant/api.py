@@ -116,6 +116,7 @@ def compile(
     _check_model(model)
     _check_options(recipe, backend, plan, measure, statistics)
     runner = resolve_backend(backend).on(_device_of(model))
+    runner.check_device(_device_of(model))
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")

@@ -162,8 +162,8 @@ class Backend(ABC):
     def finish(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor] | None = None) -> None:
         """Check the plan and the device, lower the graph, and verify the result; ``held`` as for :meth:`lower`."""
         self.check(plan)
-        for tensor in read_tensors(module).values():
-            self.check_device(tensor.device)
+        for device in {tensor.device for tensor in read_tensors(module).values()}:
+            self.check_device(device)
         self.lower(module, plan, held or {})
         module.recompile()
         verify(module, self.spec)

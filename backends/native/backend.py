@@ -87,6 +87,11 @@ class Native(Backend):
         made._device = device
         return made
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse devices that have no kernels, too."""
+        super().check_device(device)
+        _ = self.on(device).kernels
+
     @property
     def kernels(self) -> Kernels:
         """Which kernels run: never :attr:`Kernels.AUTO`."""

@@ -37,6 +37,17 @@ def test_a_gpu_that_is_too_old(gpu: pytest.MonkeyPatch) -> None:
     machine._missing_on_gpu.cache_clear()
 
 
+def test_a_model_stays_on_the_device_of_its_kernels(gpu: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="Tesla V100"):
+        Native().check_device(GPU)
+    machine._missing_on_gpu.cache_clear()
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    Native().check_device(GPU)
+    with pytest.raises(BackendError, match=r"fxquant\.load\(folder, device='cuda:0'\)"):
+        Native().check_move(torch.device("cpu"), GPU)
+    machine._missing_on_gpu.cache_clear()
+
+
 def test_a_triton_that_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(name: str) -> str:
         raise PackageNotFoundError(name)
@@ -65,8 +76,6 @@ def test_what_does_not_go_together() -> None:
         _ = Native(products="fp8").kernels
     with pytest.raises(BackendError, match="'onednn' run on CPUs, and the model is on cuda:0"):
         _ = Native("onednn").on(GPU).kernels
-    with pytest.raises(BackendError, match=r"fxquant\.load\(folder, device='cuda:0'\)"):
-        Native().check_move(torch.device("cpu"), GPU)
 
 
 def test_products_of_few_rows_are_cut_otherwise() -> None:
