@@ -461,7 +461,9 @@ _REPORT_EXAMPLES = """[bold]Examples[/]
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
     every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
-    device: Device = "cpu",
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="Name the kernels of this device, such as cuda.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
