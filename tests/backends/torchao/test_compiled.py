@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import fxquant
-from fxquant.backends.torchao import TorchAO
+from fxquant.backends.torchao import TorchAO, parts
 from fxquant.errors import SpeedWarning
 from fxquant.model import GraphModel
 from fxquant.pipeline import Pipeline
@@ -24,6 +24,8 @@ from tests.backends.torchao.test_lowering import FeedForward, Patches, plan_for
 from tests.support import captured
 from tests.tiny import calibrate, inputs, make_dit
 
+UNFIT = parts.unfit()
+pytestmark = pytest.mark.skipif(UNFIT is not None, reason=f"no integer products: {UNFIT}")
 FLOOR = 45.0  # dB against the oracle.
 
 
