@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,60 +39,28 @@ class Norm:
     shift: Tensor | None
 
 
-def norm_quantize(
-    x: Tensor,
-    centered: bool,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    plus: float,
-    shift: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    qmax: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The op ``triton_norm_quantize``: codes of `dtype` of float `x` `[..., channels]`."""
-    norm = Norm(centered, eps, weight, bias, factor, plus, shift)
-    return _rows("triton_norm_quantize", x, norm, (out_scale, out_zero_point), qmax, dtype, with_sums=False)[0]
+def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
+    """The op ``triton_norm_quantize``: codes of float `x` `[..., channels]` behind a norm.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        arguments: Those of :class:`Norm`, then scale and zero point, the highest code, and the dtype of the codes.
+    """
+    *norm, scale, zero_point, qmax, dtype = arguments
+    return _rows("triton_norm_quantize", x, Norm(*norm), (scale, zero_point), qmax, dtype, with_sums=False)[0]
 
 
-def norm_quantize_sums(
-    x: Tensor,
-    centered: bool,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    plus: float,
-    shift: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    qmax: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def norm_quantize_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The op ``triton_norm_quantize_sums``: the same, and the sums of the codes, int32 `[..., 1]`."""
-    norm = Norm(centered, eps, weight, bias, factor, plus, shift)
-    codes, *_, sums = _rows("triton_norm_quantize_sums", x, norm, (out_scale, out_zero_point), qmax, dtype)
+    *norm, scale, zero_point, qmax, dtype = arguments
+    codes, *_, sums = _rows("triton_norm_quantize_sums", x, Norm(*norm), (scale, zero_point), qmax, dtype)
     return codes, sums
 
 
-def norm_quantize_tokens(
-    x: Tensor,
-    centered: bool,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    plus: float,
-    shift: Tensor | None,
-    qmax: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op ``triton_norm_quantize_tokens``: codes, scales, zero points and sums, as :func:`quantize_tokens`."""
-    norm = Norm(centered, eps, weight, bias, factor, plus, shift)
-    return _rows("triton_norm_quantize_tokens", x, norm, None, qmax, dtype)
+def norm_quantize_tokens(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op ``triton_norm_quantize_tokens``: the same on grids that rows find, as :func:`quantize_tokens`."""
+    *norm, qmax, dtype = arguments
+    return _rows("triton_norm_quantize_tokens", x, Norm(*norm), None, qmax, dtype)
 
 
 def quantize_tokens(x: Tensor, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
