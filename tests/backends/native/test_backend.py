@@ -18,7 +18,7 @@ from fxquant.backends.native import Native, machine
 from fxquant.backends.native.compiled import weights as panels
 from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
-from fxquant.errors import BackendError
+from fxquant.errors import BackendError, ConfigurationError
 from fxquant.model import GraphModel
 from fxquant.quantizer import sqnr_db
 from fxquant.recipes import RECIPES, Recipe, make_recipe
@@ -241,6 +241,8 @@ def test_another_device_is_refused() -> None:
 def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
     fxquant.save(shared("rtn-w8a8", "onednn"), tmp_path / "made")
     with pytest.raises(BackendError, match=r"torch finds no NVIDIA GPU here.*fake-quant"):
+        Native().check_device(torch.device("cuda"))
+    with pytest.raises(ConfigurationError, match=r"device 'cuda' cannot be used here: .*'cpu'"):
         fxquant.load(tmp_path / "made", device="cuda")
 
 
