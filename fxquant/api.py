@@ -115,8 +115,9 @@ def compile(
     """
     _check_model(model)
     _check_options(recipe, backend, plan, measure, statistics)
-    runner = resolve_backend(backend).on(_device_of(model))
-    runner.check_device(_device_of(model))
+    device = _device_of(model)
+    runner = resolve_backend(backend).on(device)
+    runner.check_device(device)
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")

@@ -20,7 +20,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # By kind of device and build of torch.
+    except (RuntimeError, AssertionError) as error:  # By kind of device and build of torch.
         first = str(error).strip().partition("\n")[0]
         raise ConfigurationError(
             f"device {str(device)!r} cannot be used here: {first}. "

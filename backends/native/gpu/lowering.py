@@ -158,9 +158,7 @@ def kernel(layer: LayerPlan, options: Options) -> str:
     assert layer.weight_bits is not None
     if options.fp8 and layer.activation_bits == 8:
         return "native triton e4m3 x e4m3"
-    weight = "u4" if weights.in_halves(layer.weight_bits, options.packed) else "s8"
-    groups = f" in groups of {layer.group_size}" if layer.group_size else ""
-    return f"native triton s8 x {weight}{groups}"
+    return f"native triton s8 x {_weight_name(layer.weight_bits, layer.group_size, options)}"
 
 
 def weight_only_kernel(layer: LayerPlan, options: Options) -> str:
@@ -168,9 +166,12 @@ def weight_only_kernel(layer: LayerPlan, options: Options) -> str:
     assert layer.weight_bits is not None
     if not fits(layer.group_size):
         return "dequantize + aten float"
-    weight = "u4" if weights.in_halves(layer.weight_bits, options.packed) else "s8"
-    groups = f" in groups of {layer.group_size}" if layer.group_size else ""
-    return f"native triton weight-only {weight}{groups}, float32 sums"
+    return f"native triton weight-only {_weight_name(layer.weight_bits, layer.group_size, options)}, float32 sums"
+
+
+def _weight_name(bits: int, group_size: int, options: Options) -> str:
+    held = "u4" if weights.in_halves(bits, options.packed) else "s8"
+    return f"{held} in groups of {group_size}" if group_size else held
 
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:

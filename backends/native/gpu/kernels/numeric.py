@@ -51,18 +51,17 @@ def to_fp8(y):
 @triton.jit
 def held_codes(y, inverse, zero_point, qmax, FP8: tl.constexpr):
     """Values times the inverse of their step as they are held: codes less 128 as int8, or 8-bit floats."""
-    if FP8:
-        held = to_fp8(y * inverse)
-    else:
-        codes = round_even(y * inverse).to(tl.int32) + zero_point
-        held = (tl.minimum(tl.maximum(codes, 0), qmax) - MIDDLE).to(tl.int8)
-    return held
+    return _held(y * inverse, zero_point, qmax, FP8)
 
 
 @triton.jit
 def exact_codes(y, step, zero_point, qmax, FP8: tl.constexpr):
     """The same of values and their steps, of one shape, divided as the reference does: bit for bit its codes."""
-    steps = tl.math.div_rn(y, step)
+    return _held(tl.math.div_rn(y, step), zero_point, qmax, FP8)
+
+
+@triton.jit
+def _held(steps, zero_point, qmax, FP8: tl.constexpr):
     if FP8:
         held = to_fp8(steps)
     else:
