@@ -74,7 +74,10 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 
 def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Outcome:
-    """Apply the rule of a node's op; an op without one is a barrier."""
+    """Apply the rule of a node's op; an op without one is a barrier, and so is a value of integers."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return Barrier(f"{node.name} is not a floating-point tensor")
     key = node.target if node.op == "call_function" else node.op
     found = rules.get(key)
     if found is None:
@@ -138,7 +141,7 @@ def elementwise(node: fx.Node, operand: Any, want: Want) -> list[tuple[fx.Node, 
 
 def axis_of(node: fx.Node, axis: int) -> int:
     """An axis of a node's value, not negative."""
-    return axis % len(shape_of(node))
+    return axis % max(len(shape_of(node)), 1)  # A number has axis 0 for most ops.
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
