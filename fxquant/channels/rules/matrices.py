@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fxquant.channels.layouts import static
-from fxquant.channels.rules.row_sums import attention_drops
+from fxquant.channels.rules.row_sums import attention_drops, product_drops
 from fxquant.channels.rules.table import cannot_broadcast, elementwise, node_of, rule, shape_of, tied
 from fxquant.channels.wants import Barrier, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
@@ -42,12 +42,14 @@ def attention(node: fx.Node, want: Want) -> Outcome:
 
 @rule(aten.matmul.default, aten.bmm.default)
 def matmul(node: fx.Node, want: Want) -> Outcome:
-    """(a, 0) to the right operand's columns, or to the left one's rows."""
+    """(a, 0) to the right operand's columns, with c behind a softmax, or to the left one's rows."""
     left, right = node_of(node.args[0]), node_of(node.args[1])
-    if want.offset.any():
-        return Barrier("a constant shift cannot pass a matrix product")
+    if want.offset.any() and (reason := product_drops(left)) is not None:
+        return Barrier(reason)
     rows = min(len(shape_of(left)), len(shape_of(right))) >= 2 and want.varies(want.scale.ndim - 2)
-    if rows and not want.varies(want.scale.ndim - 1):  # Channels first, as linear attention has them.
+    if (
+        rows and not want.varies(want.scale.ndim - 1) and not want.offset.any()
+    ):  # Channels first, as linear attention has them.
         pushed = elementwise(node, left, want)
         return Push(pushed) if pushed else cannot_broadcast(node)
     if len(shape_of(right)) < 2 or want.scale.ndim < len(shape_of(right)):

@@ -1,8 +1,8 @@
 """Whether the probabilities of an attention sum to 1 over its keys, which is what lets a shift of v pass.
 
-They do not where all keys of a row are masked: ``scaled_dot_product_attention`` yields 0 there, not a mean of v. They do
-not while probabilities are dropped out. A mask is judged by how the graph computes it, never by its values, because a
-checkpoint is loaded without any.
+They do not where all keys of a row are masked: ``scaled_dot_product_attention`` yields 0 there, not a mean of v. They
+do not while probabilities are dropped out. A mask is judged by how the graph computes it, never by its values, because
+a checkpoint is loaded without any.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _bounds_by_op(node: fx.Node) -> Interval | None:
         return (min(products), max(products)) if products else None
     if target is aten.masked_fill.Scalar:
         return _hull([_operand(node.args[0]), _operand(node.args[2])])
-    if target is aten.where.self:
+    if name == "where":
         return _hull([_operand(node.args[1]), _operand(node.args[2])])
     return None
 

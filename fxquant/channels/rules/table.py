@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxquant.channels.layouts import broadcast_back
-from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Tie, Want
+from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.errors import DuplicateNameError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
@@ -88,6 +88,8 @@ def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Out
         return Choose(ways) if ways else _read_twice(node)
     if isinstance(result, Push) and not _meets_every_use(node, result):
         return _read_twice(node)
+    if isinstance(result, End) and max(Counter(_arguments(node)).values(), default=1) > 1:
+        return _read_twice(node)  # One parameter as weight and bias: folds would change both at once.
     return result
 
 
