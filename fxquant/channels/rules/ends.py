@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
 from fxquant.channels.rules.table import argument, node_of, rule, shape_of, tied
 from fxquant.channels.wants import Barrier, End, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
-
-if TYPE_CHECKING:
-    from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.rewriter import Rewriter, place_of
 
 aten = torch.ops.aten
 
@@ -28,7 +24,10 @@ def linear(node: fx.Node, want: Want) -> Outcome:
     return tied(want, range(want.scale.ndim - 1), reason) or _rows_end(node, want)
 
 
-@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@rule(
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+)
 def convolution(node: fx.Node, want: Want) -> Outcome:
     """End: the same, for output channels."""
     channels = want.scale.ndim - len(shape_of(node_of(node.args[1]))) + 1  # An unbatched input has its channels first.
@@ -77,7 +76,7 @@ _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.def
 
 def layer_of(node: fx.Node) -> str:
     """Name of the layer of a node, for the report."""
-    return str(node.meta.get(LAYER, node.name))
+    return place_of(node)
 
 
 @rule(aten.layer_norm.default)
