@@ -53,7 +53,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        captured = architecture.capture(names, leaves, structure)
+        captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         bind(captured.module, weights | owner.tensors())
         for leaf in leaves:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
@@ -252,7 +252,7 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
-        captured = owner.architecture.capture(names, leaves, structure)
+        captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         refuse_unknown_layers(captured, owner.plan)
         # On a copy: what a further call decides is no part of what calibration decided.
         convert_graph(captured, copy.deepcopy(owner.plan), recipe, backend, owner.tensors())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
@@ -155,7 +156,7 @@ class Calibration:
                 f"the model has no tensor input {self.plan.timestep!r}, which tells the denoising step. Its inputs "
                 f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
             )
-        captured = self.architecture.capture(names, leaves, structure)
+        captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
         self.prepare.run(captured.module, self.plan)
         self._check()
@@ -170,6 +171,7 @@ class Calibration:
         self.prepared.append(captured)
         self._inputs.append(Spread(-(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)))
         self._observed.append(observed)
+        warn_of_many(names, leaves, [graph.call for graph in self.prepared])
         return len(self.prepared) - 1
 
     def _weight_only(self) -> list[LayerPlan]:
