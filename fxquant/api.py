@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.attention import find_attentions
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
-from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, read_tensors, weights_and_buffers, weights_of
+from fxquant.capture import (
+    LAYER,
+    Architecture,
+    CapturedGraph,
+    bind,
+    is_constant_name,
+    read_tensors,
+    weights_and_buffers,
+    weights_of,
+)
 from fxquant.errors import (
     AlreadyCompiledError,
     CalibrationError,
@@ -312,12 +322,14 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
     for captured in quantized.captured:
         for name, held in read_tensors(captured.module).items():
             read.add(name)
+            if name not in tensors and is_constant_name(name) and not isinstance(held, FakeTensor):
+                continue  # In a cache of the model that was given; where the file was written, it was computed.
             if name not in tensors:
                 raise CheckpointError(f"no tensor {name!r}: the weights do not belong to this model or are incomplete")
             if tensors[name].dtype != held.dtype:
                 raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype}, the model needs {held.dtype}")
         bind(captured.module, tensors)
-    extra = sorted(tensors.keys() - read)
+    extra = sorted(name for name in tensors.keys() - read if not is_constant_name(name))
     if extra:
         raise CheckpointError(f"the model reads no tensor {extra[0]!r}: the weights belong to another model")
 
