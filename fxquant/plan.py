@@ -61,12 +61,17 @@ class ActivationRange:
 
 @dataclass
 class Shift:
-    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`."""
+    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`.
+
+    Attributes:
+        balanced: Whether the input had been balanced before: the shift is one of what balancing made of it.
+    """
 
     cost: str
     into: list[str] = field(default_factory=list)
     channels: int = 0
     reason: str | None = None
+    balanced: bool = False
 
 
 @dataclass
