@@ -140,7 +140,7 @@ def test_inputs_may_lie_in_memory_as_they_like(made: dict[str, Made], backend: s
 
 def test_a_pipeline_takes_it(pipeline: Made) -> None:
     quantized, folder = pipeline
-    expected, actual = make_pipeline(quantized), load_pipeline(folder)
+    expected, actual = make_pipeline(quantized), load_pipeline(folder, trust_packages=True)
     assert isinstance(actual.transformer, PackagedModel)
     actual.set_progress_bar_config(disable=True)
     images = [generate(pipe, labels=[1, 2], steps=2) for pipe in (expected, actual)]
