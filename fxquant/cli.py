@@ -443,7 +443,7 @@ def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> Non
     if not path.suffix:
         path.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
-            image.save(path / f"{number:03d}.png")
+            _write_image(image, path / f"{number:03d}.png")
         return
     across = min(columns or max(1, round(len(images) ** 0.5 + 0.49)), len(images))
     width, height = images[0].size
@@ -451,9 +451,17 @@ def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> Non
     for number, image in enumerate(images):
         grid.paste(image, (number % across * width, number // across * height))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write_image(grid, path)
+
+
+def _write_image(image: Any, path: Path) -> None:
+    """Write an image whole or not at all."""
     scratch = path.with_name(f".{path.stem}-partial{path.suffix}")
-    grid.save(scratch)
-    scratch.replace(path)
+    try:
+        image.save(scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _read_labels(text: str) -> list[int]:

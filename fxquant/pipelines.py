@@ -82,7 +82,7 @@ def load_pipeline(
     if packages and not trust_packages:
         raise CheckpointError(
             f"{folder / packages[0]} is a package, a program that would run here as soon as it is loaded. If you trust "
-            "whoever made it, say so: trust_packages=True, on the command line --allow-packages"
+            "whoever made it, say so: trust_packages=True, or --allow-packages of fxquant generate"
         )
     if packages and device.type != "cpu":
         raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")

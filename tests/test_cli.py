@@ -174,7 +174,8 @@ class TestQuantize:
         (target / "notes.txt").unlink()
         result = run("quantize", float_folder, *options)
         assert result.exit_code == 0, result.output
-        assert fxquant.load_pipeline(target).transformer.plan.recipe.startswith("rtn")
+        before, after = (json.loads((folder / "transformer/plan.json").read_text()) for folder in (quantized, target))
+        assert before["recipe"] != after["recipe"]
         assert "is what is read" in refused("quantize", float_folder, "--out", float_folder.parent, "--overwrite")
 
     def test_a_model_linked_from_elsewhere_is_not_replaced(self, float_folder, tmp_path):
@@ -295,14 +296,19 @@ class TestGenerate:
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
     def test_images_that_cannot_be_written_are_kept(self, float_folder, tmp_path, monkeypatch):
-        def full(*_):
-            raise OSError(28, "No space left on device")
+        replace = Path.replace
+
+        def full(path, target):
+            if target.name == "x.png":
+                raise OSError(28, "No space left on device")
+            return replace(path, target)
 
         monkeypatch.setattr(Path, "replace", full)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         options = ("-l", "1,2", "--steps", 1, "--out", tmp_path / "out" / "x.png")
         message = refused("generate", float_folder, *options)
         assert "x.png cannot be written: No space left on device" in message
+        assert list((tmp_path / "out").iterdir()) == []
         kept = Path(re.search(r"The images are in (.*)", message)[1])
         assert sorted(path.name for path in kept.iterdir()) == ["000.png", "001.png"]
 
