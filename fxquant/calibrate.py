@@ -174,7 +174,7 @@ class Calibration:
         self.prepare.run(captured.module, self.plan)
         self._check()
         observed = copy_graph(captured.module)
-        weight_only = any(step.wants_moments(layer) for step in self.convert for layer in self._weight_only())
+        weight_only = ";".join(name for name, layer in self.plan.quantized() if self._wants_float_input(layer))
         Pipeline([parse_pass(f"insert-observers{{weight-only={weight_only}}}")]).run(observed, self.plan)
         for name, key in keys_in(self.plan, captured.module.graph):
             self._keys.setdefault(name, {})[key] = None
@@ -190,9 +190,9 @@ class Calibration:
         warn_of_many(names, leaves, [graph.call for graph in self.prepared])
         return len(self.prepared) - 1
 
-    def _weight_only(self) -> list[LayerPlan]:
-        layers = self.plan.layers.values()
-        return [layer for layer in layers if layer.weight_bits is not None and layer.activation_bits is None]
+    def _wants_float_input(self, layer: LayerPlan) -> bool:
+        wanted = any(step.wants_statistics(layer) or step.wants_moments(layer) for step in self.convert)
+        return wanted and layer.kind == "linear" and layer.activation_bits is None
 
     def _keep_sample(
         self,
