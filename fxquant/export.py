@@ -40,9 +40,9 @@ from fxquant.packages import (
     machine,
     signature_to_json,
 )
-from fxquant.threads import tracing_alone, without_autocast
 from fxquant.pipelines import INDEX_FILE, parts_of, refuse_input
 from fxquant.plan import PLAN_FILE
+from fxquant.threads import tracing_alone, without_autocast
 
 Progress = Callable[[int, int, float | None], None]
 _BATCH = 2  # Of the inputs to compile with; any from 2 on leaves the batch open.
