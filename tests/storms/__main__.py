@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -73,9 +73,10 @@ class Storm:
         def save() -> None:
             if not exchange:
                 folders.exchange = lambda *_: False  # type: ignore[assignment]
-            if late:
-                swap = folders._Scratch.place
-                folders._Scratch.place = lambda *args: (os.write(writer, b"."), swap(*args))[1]  # type: ignore[method-assign, assignment]
+            if late and overwrite and not exchange:  # Between the two renames, where it stays for a while.
+                _wrap("_set_aside", after=lambda: (os.write(writer, b"."), time.sleep(0.002)))
+            elif late:
+                _wrap("place", before=lambda: os.write(writer, b"."))
             else:
                 os.write(writer, b".")
             fxquant.save(self.models[1], place, overwrite=overwrite)
@@ -138,6 +139,18 @@ class Storm:
         for kept in beside:
             assert held(kept) == self.contents[1 - won]
         return "second kept beside" if beside else "second refused at once"
+
+
+def _wrap(method: str, before: Callable[[], object] = bool, after: Callable[[], object] = bool) -> None:
+    """Do something before and after a method of the folder that is being written."""
+    inner = getattr(folders._Scratch, method)
+
+    def wrapped(*args: Any) -> None:
+        before()
+        inner(*args)
+        after()
+
+    setattr(folders._Scratch, method, wrapped)
 
 
 def held(folder: Path) -> Content:
