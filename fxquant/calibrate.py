@@ -145,7 +145,13 @@ class Calibration:
         return self._inputs[number].chosen()
 
     def finish(self) -> None:
-        """Let what the graphs of the model see of one layer belong together; called when there are no further calls."""
+        """Let what the graphs of the model see of one layer belong together; called when there are no further calls.
+
+        Raises:
+            ConfigurationError: If an option of a pass fits nothing in any of the graphs.
+        """
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_plan(self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
 
     def forget_observed(self) -> None:
@@ -164,6 +170,8 @@ class Calibration:
         captured = self.architecture.capture(names, leaves, structure)
         bind(captured.module, self.weights)
         self.prepare.run(captured.module, self.plan)
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_graph(captured.module.graph, self.plan)
         self._check()
         observed = copy_graph(captured.module)
         weight_only = any(step.wants_moments(layer) for step in self.convert for layer in self._weight_only())
