@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxquant.attention import find_attentions
 from fxquant.backend import Backend, resolve_backend
@@ -23,12 +25,14 @@ from fxquant.errors import (
     NonFiniteError,
     QualityWarning,
 )
+from fxquant.hooks import refuse_hooks
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
 from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.threads import without_autocast
 from fxquant.uses import settle
 
 _POOR_DB = 10.0
@@ -45,7 +49,8 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If the model is in training mode, or no model.
+        ConfigurationError: If it is no model, or a module in it is in training mode, went through ``torch.compile``, or
+            has hooks that a graph cannot have (offloading, casting, caches of steps).
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
@@ -54,7 +59,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        captured = architecture.capture(names, leaves, structure)
+        captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         bind(captured.module, weights | owner.tensors())
         for leaf in leaves:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
@@ -106,7 +111,8 @@ def compile(
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If options contradict each other or are out of range.
+        ConfigurationError: If options contradict each other or are out of range, a module is in training mode, went
+            through ``torch.compile``, or has hooks that a graph cannot have (offloading, casting, caches of steps).
         UnknownNameError: If there is no such recipe or backend.
         CalibrationError: If calibration is missing, fails, or reaches no layer.
         MissingTimestepError: If the model has no input of the name ``timestep``.
@@ -116,13 +122,15 @@ def compile(
     """
     _check_model(model)
     _check_options(recipe, backend, plan, measure, statistics)
+    _check_storage(model)
     device = _device_of(model)
     runner = resolve_backend(backend).on(device)
     runner.check_device(device)
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
-        return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
+        with without_autocast(device.type):
+            return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
@@ -153,7 +161,8 @@ def compile(
     made.workspace = None if resume is None else Path(resume)
     made.bytes_before = tensor_bytes(weights)
     try:
-        quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
+        with without_autocast(device.type):
+            quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
     finally:
         made.statistics = made.inputs = made.workspace = None
         made.codes.clear()
@@ -253,7 +262,7 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
-        captured = owner.architecture.capture(names, leaves, structure)
+        captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
         settle(captured.module.graph, plan)
         refuse_unknown_layers(captured, plan)
@@ -335,15 +344,17 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def _check_model(model: Any) -> None:
     if isinstance(model, GraphModel):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
-    if "_orig_mod" in getattr(model, "_modules", ()):  # Its class is costly to import.
-        raise ConfigurationError(
-            "this model went through torch.compile; give fxquant the original, and what it returns to torch.compile: "
-            "the other way round fxquant would see no graph"
-        )
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"a {type(model).__name__} is no model; give the transformer itself, such as pipe.transformer"
         )
+    compiled = next((path for path, part in model.named_modules() if "_orig_mod" in part._modules), None)
+    if compiled is not None:  # The class that tells is costly to import.
+        raise ConfigurationError(
+            f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give fxquant the "
+            "original, and what it returns to torch.compile: the other way round fxquant would see no graph"
+        )
+    refuse_hooks(model)
     refuse_redirected(model)
 
 
@@ -360,6 +371,30 @@ def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistic
         raise ConfigurationError(f"measure={measure!r} is no number of calls; give 0 for none, or more")
     if not isinstance(statistics, (Statistics, type(None))):
         raise ConfigurationError(f"statistics is a {type(statistics).__name__}; make one with fxquant.Statistics()")
+
+
+def _check_storage(model: nn.Module) -> None:
+    """Refuse weights that are no plain floats: those without values, and those that were quantized before."""
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        kind, dtype = type(weight), weight.dtype
+        # Wrappers hold other tensors; bitsandbytes and GGUF hold packed bytes in parameters of their own classes.
+        packed = kind not in (nn.Parameter, nn.Buffer, Tensor) and not dtype.is_floating_point
+        if is_lazy(weight) or weight.is_meta:
+            found = "without values" + (", on the meta device" if weight.is_meta else "")
+            advice = "load the weights first; if accelerate offloads them, load the model again without that"
+        elif packed or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            held = type(weight.data) if kind is nn.Parameter else kind
+            found = f"a {held.__qualname__} of {held.__module__}"
+            advice = "load the float model, neither quantized nor distributed by another library"
+        elif weight.is_quantized or (dtype.is_floating_point and dtype.itemsize < 2):
+            found = f"stored as {dtype}"
+            advice = "load the float model, in bfloat16 or float32, without enable_layerwise_casting"
+        else:
+            continue
+        raise ConfigurationError(
+            f"{name!r} of the model is {found}; fxquant starts from floating-point weights of 16, 32 or 64 bits: "
+            f"{advice}"
+        )
 
 
 def _check_weights(model: nn.Module) -> None:

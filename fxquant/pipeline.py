@@ -56,6 +56,10 @@ class Pass(ABC):
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         """Rewrite the graph through ``rewriter``; carry out what the plan says, decide and write down what it lacks."""
 
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Whether the pass needs statistics of the input of a linear whose activations stay float; others have them."""
+        return False
+
     def wants_moments(self, layer: LayerPlan) -> bool:
         """Whether the pass needs second moments of the input of a layer, which calibration records on demand only."""
         return False
