@@ -25,6 +25,7 @@ from fxquant.errors import (
     NonFiniteError,
     QualityWarning,
 )
+from fxquant.fidelity import Original
 from fxquant.hooks import refuse_hooks
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
@@ -41,7 +42,9 @@ _POOR_DB = 10.0
 def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     """Wrap a diffusion transformer as FX graphs, without changing its function.
 
-    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit.
+    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit. Each is
+    compared with the model on other inputs, which costs a call of either. What is decorated with ``torch.compile``
+    counts as it runs without.
 
     Args:
         model: A diffusion transformer in evaluation mode. Its weights are shared, not copied.
@@ -54,6 +57,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
+    original = Original(model, timestep)
     # Not detached: on inputs that do not lie in order, torch multiplies in another order by weights that require
     # gradients, and the last bits differ.
     weights = dict(weights_and_buffers(model))
@@ -65,6 +69,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
                 captured.module.to(leaf.device)
                 break
+        original.compare(captured, leaves, structure)
         return captured
 
     return GraphModel(architecture, dtype_of(model), None, make_graph)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
+from fxquant.fidelity import Original
 from fxquant.ir.ops import recording
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
@@ -83,6 +84,7 @@ class Calibration:
         self.prepare = Pipeline(prepare, instruments)
         self.convert = convert
         self.weights = weights_of(model)
+        self.original: Original | None = Original(model, plan.timestep)
         self.prepared: list[CapturedGraph] = []
         self.statistics = Statistics(transient=True) if statistics is None else statistics
         self._samples: Spread[Sample] = Spread(keep)
@@ -162,6 +164,7 @@ class Calibration:
         self._observed.clear()
         self._last.clear()
         self.weights = {}
+        self.original = None
 
     def _capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> int:
         tensors = [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
@@ -172,6 +175,8 @@ class Calibration:
             )
         captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
+        if self.original is not None:
+            self.original.compare(captured, leaves, structure)
         self.prepare.run(captured.module, self.plan)
         for step in (*self.prepare.passes, *self.convert):
             step.check_graph(captured.module.graph, self.plan)
