@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, writes
 from fxquant.tracing import Tracing, is_followed
 
@@ -61,11 +62,13 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
+        code: The graph as it was traced, whatever passes make of it; see :func:`fxquant.fingerprint.fingerprint`.
     """
 
     module: fx.GraphModule
     call: CallSpec
     out_spec: pytree.TreeSpec
+    code: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def static_batch(self) -> str | None:
@@ -259,9 +262,9 @@ class Architecture:
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
         _name_layers(module)
         module.graph.lint()
-        if not call.batched or _open_dimensions(module, call):
-            return CapturedGraph(module, call, out_spec)
-        return CapturedGraph(module, call.at_batch(batch, "the model's own code fixes the batch size"), out_spec)
+        if call.batched and not _open_dimensions(module, call):
+            call = call.at_batch(batch, "the model's own code fixes the batch size")
+        return CapturedGraph(module, call, out_spec, fingerprint(module.graph))
 
     def _without_writes(self, program: torch.export.ExportedProgram) -> fx.GraphModule:
         """The graph of a program, with every op a function of its inputs."""

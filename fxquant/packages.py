@@ -28,6 +28,7 @@ from fxquant.calls import CallSpec, TensorSpec, canonical_call, describe_call
 from fxquant.capture import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors
+from fxquant.original import hand_on
 
 FORMAT = 1
 PACKAGE_FILE = "package.json"
@@ -134,7 +135,7 @@ class PackagedModel(nn.Module):
         except AttributeError:
             if name.startswith("_"):
                 raise
-            return getattr(self.skeleton(), name)
+            return hand_on(self.skeleton(), name, self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
         probe = fn(torch.empty(0, dtype=self.dtype))
