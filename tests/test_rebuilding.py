@@ -125,7 +125,7 @@ def test_whatever_the_config_of_a_model_of_ones_own(tmp_path: Path, config: Any)
 
 
 def scaled(model: nn.Module) -> None:
-    model.transformer_blocks[0].attn1.scale = 0.5
+    model.transformer_blocks[0].attn1.rescale_output_factor = 2.0
 
 
 def replaced(model: nn.Module) -> None:
@@ -141,8 +141,11 @@ def processed(model: nn.Module) -> None:
 
 
 def patched(model: nn.Module) -> None:
-    inner = model.transformer_blocks[0].ff.forward
-    model.transformer_blocks[0].ff.forward = lambda *args, **kwargs: 2 * inner(*args, **kwargs)
+    def twice(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * type(self).forward(self, *args, **kwargs)
+
+    network = model.transformer_blocks[0].ff
+    network.forward = types.MethodType(twice, network)
 
 
 @pytest.mark.parametrize(
