@@ -31,6 +31,7 @@ from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.rebuilding import is_rebuilt, obstacle
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.uses import settle
 
 _POOR_DB = 10.0
 
@@ -258,15 +259,16 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
         captured = owner.architecture.capture(names, leaves, structure)
+        plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
+        settle(captured.module.graph, plan)
         try:
-            refuse_unknown_layers(captured, owner.plan)
+            refuse_unknown_layers(captured, plan)
         except CalibrationError as error:
             raise CalibrationError(
                 f"{error}: this call of the model runs more than any calibration call did. Calibrate with calls like "
                 f"it: {captured.call}"
             ) from error
-        # On a copy: what a further call decides is no part of what calibration decided.
-        convert_graph(captured, copy.deepcopy(owner.plan), recipe, backend, owner.tensors())
+        convert_graph(captured, plan, recipe, backend, owner.tensors())
         return bound_graph(captured, owner.tensors())
 
     return make_graph
