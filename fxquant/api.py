@@ -24,6 +24,7 @@ from fxquant.errors import (
     PortabilityWarning,
     QualityWarning,
 )
+from fxquant.hooks import refuse_hooks
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
@@ -31,6 +32,7 @@ from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.rebuilding import is_rebuilt, obstacle
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.threads import without_autocast
 from fxquant.uses import settle
 
 _POOR_DB = 10.0
@@ -47,7 +49,8 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If the model is in training mode, or no model.
+        ConfigurationError: If it is no model, or a module in it is in training mode, went through ``torch.compile``, or
+            has hooks that a graph cannot have (offloading, casting, caches of steps).
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
@@ -56,7 +59,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        captured = architecture.capture(names, leaves, structure)
+        captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         bind(captured.module, weights | owner.tensors())
         for leaf in leaves:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
@@ -108,7 +111,8 @@ def compile(
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If options contradict each other or are out of range.
+        ConfigurationError: If options contradict each other or are out of range, a module is in training mode, went
+            through ``torch.compile``, or has hooks that a graph cannot have (offloading, casting, caches of steps).
         UnknownNameError: If there is no such recipe or backend.
         CalibrationError: If calibration is missing, fails, or reaches no layer.
         MissingTimestepError: If the model has no input of the name ``timestep``.
@@ -125,7 +129,8 @@ def compile(
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
-        return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
+        with without_autocast(device.type):
+            return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
@@ -157,7 +162,8 @@ def compile(
     made.workspace = None if resume is None else Path(resume)
     made.bytes_before = tensor_bytes(weights)
     try:
-        quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
+        with without_autocast(device.type):
+            quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
     finally:
         made.statistics = made.inputs = made.workspace = None
         made.codes.clear()
@@ -258,7 +264,7 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
-        captured = owner.architecture.capture(names, leaves, structure)
+        captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
         settle(captured.module.graph, plan)
         try:
@@ -351,15 +357,17 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def _check_model(model: Any) -> None:
     if isinstance(model, GraphModel):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
-    if "_orig_mod" in getattr(model, "_modules", ()):  # Its class is costly to import.
-        raise ConfigurationError(
-            "this model went through torch.compile; give fxquant the original, and what it returns to torch.compile: "
-            "the other way round fxquant would see no graph"
-        )
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"a {type(model).__name__} is no model; give the transformer itself, such as pipe.transformer"
         )
+    compiled = next((path for path, part in model.named_modules() if "_orig_mod" in part._modules), None)
+    if compiled is not None:  # The class that tells is costly to import.
+        raise ConfigurationError(
+            f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give fxquant the "
+            "original, and what it returns to torch.compile: the other way round fxquant would see no graph"
+        )
+    refuse_hooks(model)
     refuse_redirected(model)
 
 

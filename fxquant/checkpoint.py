@@ -224,11 +224,10 @@ def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dt
             continue
         path, _, leaf = name.rpartition(".")
         owner = skeleton.get_submodule(path)
-        new = cast.setdefault(id(tensor), tensor.detach().to(wanted))
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
-        else:
-            owner._buffers[leaf] = new
+        if id(tensor) not in cast:  # One that has several names stays one tensor.
+            new = tensor.detach().to(wanted)
+            cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = cast[id(tensor)]  # type: ignore[assignment]
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

@@ -18,11 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant import compiling
 from fxquant.backend import Backend
+<<<<<<< HEAD
 from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor, weights_and_buffers
+=======
+from fxquant.calls import warn_of_many
+from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
+>>>>>>> main
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.original import changes, hand_on, refusal
 from fxquant.plan import Plan
+from fxquant.threads import is_traced_elsewhere, tracing_alone, without_autocast
 
 _MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
 _WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
@@ -110,9 +116,9 @@ class GraphModel(nn.Module):
 
     def add(self, captured: CapturedGraph) -> None:
         """Add a graph; tensors that a graph here holds under the same name are shared."""
-        self.captured.append(captured)
+        self._share([*self.captured, captured])  # First, for another thread may call it once it is listed.
         self.graphs.append(captured.module)
-        self._share()
+        self.captured.append(captured)
 
     @property
     def lasting(self) -> list[CapturedGraph]:
@@ -182,6 +188,7 @@ class GraphModel(nn.Module):
 
         save(self, save_directory, overwrite=True)
 
+<<<<<<< HEAD
     def train(self, mode: bool = True) -> GraphModel:
         """Refuse the training mode: what was captured is the model in evaluation mode.
 
@@ -268,8 +275,11 @@ class GraphModel(nn.Module):
         return clone
 
     def _share(self) -> None:
+=======
+    def _share(self, graphs: Sequence[CapturedGraph]) -> None:
+>>>>>>> main
         held: dict[str, torch.Tensor] = {}
-        for captured in self.captured:
+        for captured in graphs:
             for target, tensor in read_tensors(captured.module).items():
                 first = held.setdefault(target, tensor)
                 if first is not tensor and first.shape == tensor.shape and first.dtype == tensor.dtype:
@@ -295,7 +305,7 @@ class GraphModel(nn.Module):
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         super()._apply(keep_dtype, recurse)
-        self._share()
+        self._share(self.captured)
         if moved:
             for captured in self.captured:
                 retarget(captured.module, probe.device)
@@ -344,7 +354,8 @@ def _refuse_streaming(name: str, value: Any) -> None:
 
 
 def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():  # Within something larger that is compiled.
+    if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
+        # Within something larger that is compiled.
         names, leaves, structure = self.architecture.canonical(args, kwargs)
         captured = self.find_compiling(names, leaves)
         if captured is None:
@@ -402,8 +413,12 @@ def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
 
 @torch.compiler.disable
 def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-    captured = self._make_graph(self, names, leaves, structure)
-    self.add(captured)
+    with tracing_alone(), without_autocast(self.device.type):
+        if (made := self.find(names, leaves)) is not None:  # By another thread, meanwhile.
+            return made
+        captured = self._make_graph(self, names, leaves, structure)
+        self.add(captured)
+    warn_of_many(names, leaves, [graph.call for graph in self.captured])
     held = [graph for graph in self.captured if graph.call.held]
     if captured.call.held and len(held) == _MANY_HELD:
         warnings.warn(

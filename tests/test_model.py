@@ -79,7 +79,7 @@ def test_a_state_dict_that_does_not_fit(quantized: GraphModel) -> None:
         change(given)
         with pytest.raises(RuntimeError, match=f"(?s){said}"):
             model.load_state_dict(given)
-    assert model.load_state_dict({}, strict=False).missing_keys == []
+    assert sorted(model.load_state_dict({}, strict=False).missing_keys) == sorted(state)
     assert torch.equal(run(model), run(quantized))
 
 

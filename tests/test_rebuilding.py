@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 import types
 import warnings
@@ -253,13 +255,10 @@ def test_a_checkpoint_of_another_version_of_the_class(tmp_path: Path, monkeypatc
     fxquant.save(quantized, tmp_path / "model")
     init = diffusers.DiTTransformer2DModel.__init__
 
+    @functools.wraps(init)
     def newer(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self.transformer_blocks.append(
-            type(self.transformer_blocks[0])(
-                16, 2, 8, norm_type="ada_norm_zero", num_embeds_ada_norm=1000, attention_bias=True
-            )
-        )
+        self.transformer_blocks.append(copy.deepcopy(self.transformer_blocks[0]))
 
     monkeypatch.setattr(diffusers.DiTTransformer2DModel, "__init__", newer)
     with pytest.raises(CheckpointError) as caught:
