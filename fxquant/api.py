@@ -60,7 +60,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
-        bind(captured.module, weights | owner.tensors())
+        bind(captured.module, {**owner.weights, **owner.tensors()})
         for leaf in leaves:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
                 captured.module.to(leaf.device)

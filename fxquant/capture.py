@@ -17,13 +17,8 @@ import threading
 import traceback
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-<<<<<<< HEAD
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, replace
-=======
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
->>>>>>> main
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 

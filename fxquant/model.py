@@ -18,12 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant import compiling
 from fxquant.backend import Backend
-<<<<<<< HEAD
-from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor, weights_and_buffers
-=======
 from fxquant.calls import warn_of_many
-from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
->>>>>>> main
+from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor, weights_and_buffers
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.original import changes, hand_on, refusal
@@ -51,6 +47,7 @@ class GraphModel(nn.Module):
         captured: The same with the calls that they serve.
         plan: What was decided; None for a model that was only traced.
         backend: What runs the graphs; None for a model that was only traced.
+        weights: For a model that was only traced the original's, which graphs of later calls read; otherwise empty.
     """
 
     graphs: nn.ModuleList
@@ -73,7 +70,7 @@ class GraphModel(nn.Module):
         # Not a submodule: its fake parameters are nobody's business.
         object.__setattr__(self, "architecture", architecture)
         self._make_graph = make_graph
-        self._weights = weights or {}  # Of a traced model: graphs that come later read others of them.
+        self.weights = {} if weights is None else weights
         self._dtype = dtype
         self._watched = 0
         self.forward = functools.partial(_forward, self)
@@ -188,7 +185,6 @@ class GraphModel(nn.Module):
 
         save(self, save_directory, overwrite=True)
 
-<<<<<<< HEAD
     def train(self, mode: bool = True) -> GraphModel:
         """Refuse the training mode: what was captured is the model in evaluation mode.
 
@@ -217,7 +213,7 @@ class GraphModel(nn.Module):
         for captured in self.lasting:
             for target, tensor in read_tensors(captured.module).items():
                 found.setdefault(target, tensor)
-        return {name: found.get(name, weight) for name, weight in self._weights.items()} if self._weights else found
+        return {name: found.get(name, weight) for name, weight in self.weights.items()} if self.weights else found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self._held().items():
@@ -250,8 +246,8 @@ class GraphModel(nn.Module):
                 state_dict[f"{prefix}graphs.{number}.{name}"] = given.get(name, tensor)
         read = self.tensors()
         with torch.no_grad():
-            for name in self._weights.keys() & given.keys() - read.keys():
-                self._weights[name].copy_(given[name])
+            for name in self.weights.keys() & given.keys() - read.keys():
+                self.weights[name].copy_(given[name])
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -267,17 +263,12 @@ class GraphModel(nn.Module):
         )
 
     def __copy__(self) -> GraphModel:
-        clone = GraphModel(
-            self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self._weights or None
-        )
+        clone = GraphModel(self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights)
         for captured in self.captured:
             clone.add(captured)
         return clone
 
-    def _share(self) -> None:
-=======
     def _share(self, graphs: Sequence[CapturedGraph]) -> None:
->>>>>>> main
         held: dict[str, torch.Tensor] = {}
         for captured in graphs:
             for target, tensor in read_tensors(captured.module).items():
@@ -312,8 +303,8 @@ class GraphModel(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
-        plan = copy.deepcopy(self.plan, memo)
-        clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, self._weights or None)
+        plan, weights = copy.deepcopy(self.plan, memo), copy.deepcopy(self.weights, memo)
+        clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, weights)
         clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
             for name, tensor in read_tensors(captured.module).items():
