@@ -30,14 +30,15 @@ from fxquant.files import (
     refuse_to_replace,
     write_tensors,
 )
-from fxquant.folders import whole_folder
+from fxquant.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.rebuilding import class_of, config_text, is_rebuilt, rebuilt
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
-_FILES = (PLAN_FILE, *_DIGESTED)
+FILES = (PLAN_FILE, *_DIGESTED)
+"""What a checkpoint consists of."""
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -59,20 +60,30 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs
         ConfigurationError: If the model is not quantized.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files; or if loading would
             build another model, with what differs.
+        WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
+            there stays.
     """
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
-    folder = Path(folder).resolve()
-    refuse_to_replace(folder, overwrite, _FILES.__contains__)
-    difference = why_not_rebuilt(model)
-    if difference is not None and not needs_model:
-        raise CheckpointError(
-            f"loading would not build this {type(model.architecture.skeleton).__name__} again from its class and "
-            f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
-            "needs_model=True) and read it with fxquant.load(folder, model=...), given the float model"
-        )
-    with whole_folder(folder) as written:
+    with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
+        difference = why_not_rebuilt(model)
+        if difference is not None and not needs_model:
+            raise CheckpointError(
+                f"loading would not build this {type(model.architecture.skeleton).__name__} again from its class and "
+                f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
+                "needs_model=True) and read it with fxquant.load(folder, model=...), given the float model"
+            )
         _write(model, model.plan, written, difference)
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse to write a checkpoint where something is that must stay.
+
+    Raises:
+        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
+            holds anything but a checkpoint.
+    """
+    refuse_to_replace(folder, overwrite, FILES.__contains__, PLAN_FILE)
 
 
 def why_not_rebuilt(model: GraphModel) -> str | None:
@@ -233,7 +244,8 @@ def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dt
 def _read_plan(folder: Path) -> dict[str, Any]:
     path = folder / PLAN_FILE
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+        raise no_folder(folder)
+    mention_leftovers(folder)
     if (folder / PACKAGE_FILE).is_file():
         raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
     if not path.is_file():

@@ -29,7 +29,8 @@ MIXINS = (
     UNet2DConditionLoadersMixin,
 )
 WORKS = {
-    "cache_context", "config", "config_name", "device", "dtype", "extract_init_dict", "from_config", "get_config_dict",
+    "cache_context", "config", "config_name", "device", "dtype", "extract_init_dict", "from_config",
+    "from_pretrained", "get_config_dict",
     "has_compatibles", "ignore_for_config", "is_cache_enabled", "is_gradient_checkpointing", "load_config",
     "num_parameters", "save_config", "save_pretrained", "text_encoder_name", "to_json_file", "to_json_string",
     "unet_name",
@@ -56,7 +57,6 @@ REFUSED = {
     "compile_repeated_blocks": r"model\.compile\(\)",
     "enable_gradient_checkpointing": "for training",
     "get_memory_footprint": r"fxquant\.report",
-    "from_pretrained": "Call it on the class",
     "from_single_file": "Call it on the class",
     "push_to_hub": r"fxquant\.save",
     "register_to_config": "Change the float model",
