@@ -40,7 +40,7 @@ from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_l
 from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.fingerprint import fingerprint
-from fxquant.functionalize import functionalize, writes
+from fxquant.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -392,6 +392,7 @@ class Architecture:
         exported = program.module(check_guards=False)
         if any(map(writes, program.graph.nodes)):
             assert isinstance(exported, fx.GraphModule)
+            refuse_shared_lists(exported.graph)
             regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
             if regions or not functionalize(exported.graph, _fake_mode(program.graph)):
                 program = program.run_decompositions({})

@@ -20,7 +20,7 @@ from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import parse_cost, parse_roles, seeds_to_transform, targets_of
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan, Shift
+from fxquant.plan import LayerPlan, Plan, Shift
 from fxquant.timesteps import TimeTable, rows_at, timestep_input
 
 
@@ -57,6 +57,10 @@ class ShiftChannels(Pass):
     def __post_init__(self) -> None:
         parse_roles(self.name, self.roles)
         parse_cost(self.dearest)
+
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Those of all linears that it transforms: rounding weights alone needs it as much."""
+        return layer.kind == "linear" and layer.role in self.roles.split("+")
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
@@ -110,13 +114,13 @@ class ShiftChannels(Pass):
             z = mean[:, torch.from_numpy(inverse[start : start + grant.seed.channels])]
             start += grant.seed.channels
             for name in names:
-                plan.layer(name).shift = _entry(grant)
+                plan.layer(name).shift = _entry(grant, balanced=name in plan.vectors)
                 if grant.granted.any():
                     plan.vectors[f"{name}.shift"] = z.clone()
 
 
-def _entry(grant: Grant) -> Shift:
-    return Shift(str(grant.cost), list(grant.into), int(grant.granted.sum()), grant.reason)
+def _entry(grant: Grant, balanced: bool) -> Shift:
+    return Shift(str(grant.cost), list(grant.into), int(grant.granted.sum()), grant.reason, balanced)
 
 
 def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
