@@ -23,6 +23,7 @@ from fxquant.errors import (
     NonFiniteError,
     QualityWarning,
 )
+from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
@@ -176,6 +177,7 @@ def _convert(
     for number, captured in enumerate(calibration.prepared):
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
+        plan.shared.settle(captured.module)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
@@ -194,6 +196,7 @@ def _replay(
     plan.backend = backend.name
     for layer in plan.layers.values():
         layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
+    plan.shared = SharedTensors()
     weights = weights_of(model)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(model), plan, _further_graph(recipe, backend), backend)
@@ -229,6 +232,7 @@ def convert_graph(
 ) -> list[PassRecord]:
     """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
+    plan.shared.settle(captured.module)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -255,7 +259,9 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
         captured = owner.architecture.capture(names, leaves, structure)
         refuse_unknown_layers(captured, owner.plan)
         # On a copy: what a further call decides is no part of what calibration decided.
-        convert_graph(captured, copy.deepcopy(owner.plan), recipe, backend, owner.tensors())
+        plan = copy.deepcopy(owner.plan)
+        plan.shared = owner.plan.shared.without_weights()
+        convert_graph(captured, plan, recipe, backend, owner.tensors())
         return bound_graph(captured, owner.tensors())
 
     return make_graph
@@ -275,11 +281,13 @@ def model_from_plan(
     if not plan.calls:
         raise CheckpointError("the plan records no call of the model")
     recipe = Recipe.parse(plan.recipe)
+    plan.shared = SharedTensors()
     quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend), backend)
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
         refuse_unknown_layers(captured, plan)
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
+        plan.shared.settle(captured.module)
         quantized.add(captured)
     return quantized
 
