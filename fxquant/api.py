@@ -23,6 +23,7 @@ from fxquant.errors import (
     NonFiniteError,
     QualityWarning,
 )
+from fxquant.hooks import refuse_hooks
 from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
@@ -30,6 +31,8 @@ from fxquant.pipeline import Instrument, PassRecord, Pipeline
 from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.threads import without_autocast
+from fxquant.uses import settle
 
 _POOR_DB = 10.0
 
@@ -45,7 +48,8 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If the model is in training mode, or no model.
+        ConfigurationError: If it is no model, or a module in it is in training mode, went through ``torch.compile``, or
+            has hooks that a graph cannot have (offloading, casting, caches of steps).
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
@@ -54,7 +58,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        captured = architecture.capture(names, leaves, structure)
+        captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         bind(captured.module, weights | owner.tensors())
         for leaf in leaves:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
@@ -106,7 +110,8 @@ def compile(
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If options contradict each other or are out of range.
+        ConfigurationError: If options contradict each other or are out of range, a module is in training mode, went
+            through ``torch.compile``, or has hooks that a graph cannot have (offloading, casting, caches of steps).
         UnknownNameError: If there is no such recipe or backend.
         CalibrationError: If calibration is missing, fails, or reaches no layer.
         MissingTimestepError: If the model has no input of the name ``timestep``.
@@ -122,7 +127,8 @@ def compile(
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
-        return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
+        with without_autocast(device.type):
+            return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
@@ -153,7 +159,8 @@ def compile(
     made.workspace = None if resume is None else Path(resume)
     made.bytes_before = tensor_bytes(weights)
     try:
-        quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
+        with without_autocast(device.type):
+            quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
     finally:
         made.statistics = made.inputs = made.workspace = None
         made.codes.clear()
@@ -177,7 +184,7 @@ def _convert(
     for number, captured in enumerate(calibration.prepared):
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
-        plan.shared.settle(captured.module)
+        plan.shared.settle_names(captured.module)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
@@ -232,7 +239,7 @@ def convert_graph(
 ) -> list[PassRecord]:
     """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
-    plan.shared.settle(captured.module)
+    plan.shared.settle_names(captured.module)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -256,11 +263,11 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
-        captured = owner.architecture.capture(names, leaves, structure)
-        refuse_unknown_layers(captured, owner.plan)
-        # On a copy: what a further call decides is no part of what calibration decided.
-        plan = copy.deepcopy(owner.plan)
+        captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
+        plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
         plan.shared = owner.plan.shared.without_weights()
+        settle(captured.module.graph, plan)
+        refuse_unknown_layers(captured, plan)
         convert_graph(captured, plan, recipe, backend, owner.tensors())
         return bound_graph(captured, owner.tensors())
 
@@ -287,7 +294,7 @@ def model_from_plan(
         captured = architecture.capture_spec(call, device)
         refuse_unknown_layers(captured, plan)
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
-        plan.shared.settle(captured.module)
+        plan.shared.settle_names(captured.module)
         quantized.add(captured)
     return quantized
 
@@ -341,15 +348,17 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def _check_model(model: Any) -> None:
     if isinstance(model, GraphModel):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
-    if "_orig_mod" in getattr(model, "_modules", ()):  # Its class is costly to import.
-        raise ConfigurationError(
-            "this model went through torch.compile; give fxquant the original, and what it returns to torch.compile: "
-            "the other way round fxquant would see no graph"
-        )
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"a {type(model).__name__} is no model; give the transformer itself, such as pipe.transformer"
         )
+    compiled = next((path for path, part in model.named_modules() if "_orig_mod" in part._modules), None)
+    if compiled is not None:  # The class that tells is costly to import.
+        raise ConfigurationError(
+            f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give fxquant the "
+            "original, and what it returns to torch.compile: the other way round fxquant would see no graph"
+        )
+    refuse_hooks(model)
     refuse_redirected(model)
 
 

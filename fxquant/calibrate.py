@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
@@ -21,6 +22,8 @@ from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
 from fxquant.plan import LayerPlan, Plan
 from fxquant.quantizer import sqnr_db
 from fxquant.samples import Spread, some_samples
+from fxquant.threads import autocast_dtype
+from fxquant.uses import combine, keys_in
 
 _KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
 _ROWS = 16  # Samples of a call that are kept for passes that run the graph again.
@@ -31,7 +34,7 @@ class Sample:
     """Part of one calibration call, with the float model's output.
 
     Attributes:
-        timestep: The denoising step; that of the first sample kept.
+        timestep: The denoising step; that of the first sample kept, of its noisiest token where each has one.
         arguments: Keyword arguments of the call, with a few samples of the batch.
         output: The first tensor of the float output.
     """
@@ -90,6 +93,7 @@ class Calibration:
         self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
         self._lock = threading.Lock()  # Neither capture nor statistics take two calls at a time.
         self._observed: list[fx.GraphModule] = []
+        self._keys: dict[str, dict[str, None]] = {}  # See fxquant.uses.
         self._check = check
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +107,7 @@ class Calibration:
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         names, leaves, structure = self.architecture.canonical(args, kwargs)
+        _refuse_autocast(leaves)
         number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves)), None)
         if number is None:
             number = self._capture(names, leaves, structure)
@@ -142,6 +147,10 @@ class Calibration:
         """Inputs of calls of one captured graph, for passes that run it again."""
         return self._inputs[number].chosen()
 
+    def finish(self) -> None:
+        """Let what the graphs of the model see of one layer belong together; called when there are no further calls."""
+        combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
+
     def forget_observed(self) -> None:
         """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
         self._observed.clear()
@@ -155,21 +164,25 @@ class Calibration:
                 f"the model has no tensor input {self.plan.timestep!r}, which tells the denoising step. Its inputs "
                 f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
             )
-        captured = self.architecture.capture(names, leaves, structure)
+        captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
         self.prepare.run(captured.module, self.plan)
         self._check()
         observed = copy_graph(captured.module)
         weight_only = any(step.wants_moments(layer) for step in self.convert for layer in self._weight_only())
         Pipeline([parse_pass(f"insert-observers{{weight-only={weight_only}}}")]).run(observed, self.plan)
+        for name, key in keys_in(self.plan, captured.module.graph):
+            self._keys.setdefault(name, {})[key] = None
         self.statistics.wants_moments = frozenset(
-            layer.observed
-            for layer in self.plan.layers.values()
-            if layer.observed and any(step.wants_moments(layer) for step in self.convert)
+            key
+            for name, layer in self.plan.layers.items()
+            if any(step.wants_moments(layer) for step in self.convert)
+            for key in self._keys.get(name, ())
         ).__contains__
         self.prepared.append(captured)
         self._inputs.append(Spread(-(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)))
         self._observed.append(observed)
+        warn_of_many(names, leaves, [graph.call for graph in self.prepared])
         return len(self.prepared) - 1
 
     def _weight_only(self) -> list[LayerPlan]:
@@ -192,7 +205,8 @@ class Calibration:
             first = first.index_select(0, chosen.to(first.device))
         step = kept[names.index(str(self.plan.timestep))]
         arguments = pytree.tree_map(lambda position: kept[position], structure)
-        self._samples.keep(Sample(float(step.flatten()[0]), arguments, first.clone()))
+        number = float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
+        self._samples.keep(Sample(number, arguments, first.clone()))
 
     def _keep_inputs(self, number: int, leaves: Sequence[Any]) -> None:
         kept = self._inputs[number]
@@ -205,7 +219,8 @@ class Calibration:
 def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let calls of the model run another function; whatever happens, the model is left as it was."""
     refuse_redirected(model)
-    with instance_attribute(model, "forward", forward):
+    # Of a model that was compiled in place, calls would go past its forward.
+    with instance_attribute(model, "_compiled_call_impl", None), instance_attribute(model, "forward", forward):
         yield
 
 
@@ -222,6 +237,16 @@ def instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[Non
             del module.__dict__[name]
         else:
             module.__dict__[name] = own
+
+
+def _refuse_autocast(leaves: Sequence[Any]) -> None:
+    devices = {"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))}
+    dtype = next(filter(None, map(autocast_dtype, sorted(devices))), None)
+    if dtype is not None:
+        raise CalibrationError(
+            f"calibrate calls the model under torch.autocast, which computes in {dtype} whatever the model is in; "
+            f"convert the model, model.to({dtype}), and call it outside of torch.autocast"
+        )
 
 
 def refuse_redirected(model: nn.Module) -> None:
@@ -269,6 +294,7 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
             f"step {step} is to be observed, counted from 0, and calibrate made {len(calibration.steps)}; make more "
             "steps, or observe an earlier one"
         )
+    calibration.finish()
 
 
 def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, float]:

@@ -7,16 +7,17 @@ other shapes can be traced long after the float model is gone. The values come f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
-import io
 import logging
 import operator
-import sys
+import threading
 import traceback
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
+from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_leaves, describe_call
+from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.functionalize import functionalize, writes
+from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
 log = logging.getLogger(__name__)
@@ -39,17 +48,42 @@ log = logging.getLogger(__name__)
 LAYER = "fxquant_layer"
 """Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 
+NAMES = "fxquant_names"
+"""Key of a graph module's ``meta`` for the names that the model itself uses, of tensors (true) and modules (false)."""
+
 _HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
+_MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 _RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
-_LAYER_OPS = {
+_ABOUT_VALUES = ("data-dependent", "is not supported for tensor subclasses", "aten._local_scalar_dense")
+_ON_VALUES = (
+    "A graph is one path through the code: branch on shapes, options, masks and positions, not on tensor values "
+    "that the model computes (no .item(), no `if tensor:`). Compute every branch and choose with torch.where, or "
+    "move that part out of the transformer's forward."
+)
+_ON_OTHERS = (
+    "The code raised this on tensors without values, for the call {call}. Call the model itself like this: if it fails "
+    "too, the call does not fit it; if not, that line does what torch.export cannot follow, and has to be written "
+    "otherwise."
+)
+_TALKATIVE = (
+    *("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export._trace"),
+    *("torch.export.dynamic_shapes", "torch._export.non_strict_utils"),
+)
+LAYER_OPS = {
     torch.ops.aten.linear.default: 1,
     torch.ops.aten.conv1d.default: 1,
     torch.ops.aten.conv2d.default: 1,
     torch.ops.aten.conv3d.default: 1,
+    torch.ops.aten.conv1d.padding: 1,
+    torch.ops.aten.conv2d.padding: 1,
+    torch.ops.aten.conv3d.padding: 1,
     torch.ops.aten.embedding.default: 0,
 }
+"""The ops that are layers if their weight is stored, and the position of that weight among their arguments."""
+
+_CASTS = ("to", "_to_copy", "type_as", "detach", "alias", "contiguous", "clone")
 
 
 @dataclass
@@ -74,7 +108,7 @@ class CapturedGraph:
 
     def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
         """The tensor leaves of a call, in the order of the graph's placeholders."""
-        return [leaf for spec, leaf in zip(self.call.leaves, leaves, strict=True) if isinstance(spec, TensorSpec)]
+        return self.call.inputs(leaves)
 
     def output(self, leaves: Sequence[Any]) -> Any:
         """The model's own output, from the leaves that the graph returned."""
@@ -88,11 +122,15 @@ class Architecture:
         skeleton: The model with fake parameters. Never run on real data.
         signature: Signature of the model's ``forward``.
         timestep: Name of the ``forward`` argument that holds the timestep.
+        originals: Name and parameter of the model that was copied, by address, for as long as it is there.
     """
+
+    originals: Mapping[int, tuple[str, weakref.ref[nn.Parameter]]]
 
     def __init__(self, skeleton: nn.Module, timestep: str | None) -> None:
         self.skeleton = skeleton
         self.timestep = timestep
+        self.originals = {}
         self.signature = inspect.signature(skeleton.forward)
 
     @classmethod
@@ -100,12 +138,14 @@ class Architecture:
         """The architecture of ``model``, which is left untouched and whose weights are not copied.
 
         Raises:
-            ConfigurationError: If the model is in training mode.
+            ConfigurationError: If the model, or a module in it, is in training mode.
             CaptureError: If the module cannot be copied.
         """
-        if model.training:
+        training = next((name for name, module in model.named_modules() if module.training), None)
+        if training is not None:
             raise ConfigurationError(
-                "the model is in training mode, in which dropout is random; call model.eval() before fxquant.compile"
+                f"{f'module {training!r}' if training else 'the model'} is in training mode, in which dropout is "
+                "random; call model.eval() before fxquant.compile"
             )
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         weightless: dict[int, Any] = {
@@ -118,12 +158,16 @@ class Architecture:
                 f"{type(model).__name__} cannot be copied without its weights ({error}); "
                 "remove hooks and open handles from the module first"
             ) from error
-        return cls(skeleton, timestep)
+        architecture = cls(skeleton, timestep)
+        architecture.originals = {
+            p.untyped_storage().data_ptr(): (n, weakref.ref(p)) for n, p in model.named_parameters()
+        }
+        return architecture
 
     @classmethod
     def from_config(cls, model_class: Any, config: Mapping[str, Any], timestep: str | None) -> Architecture:
         """Build the architecture of a diffusers model from its config, without weights."""
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with tracing_alone(), FakeTensorMode(allow_non_fake_inputs=True):
             skeleton = model_class.from_config(dict(config))
         _hollow_out(skeleton)
         return cls(skeleton.eval().requires_grad_(False), timestep)
@@ -141,30 +185,68 @@ class Architecture:
         for tensor in held:
             if isinstance(tensor, nn.Parameter):
                 moved[id(tensor)] = nn.Parameter(moved[id(tensor)], requires_grad=False)
-        return Architecture(copy.deepcopy(self.skeleton, moved), self.timestep)
+        there = Architecture(copy.deepcopy(self.skeleton, moved), self.timestep)
+        there.originals = self.originals
+        return there
 
     def canonical(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any], Any]:
         """Leaf names, leaves and structure of a call; see :func:`fxquant.calls.canonical_call`."""
         return canonical_call(self.signature, args, kwargs, self.timestep)
 
-    def capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+    def capture(
+        self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, others: Sequence[CallSpec] = ()
+    ) -> CapturedGraph:
         """Trace the graph for calls like this one, with the batch size left open wherever the model allows.
 
         Where the model's code branches on values of integer or boolean inputs, such as the lengths of prompts in a
-        mask, the graph is made for the values of this call; other values get a graph of their own.
+        mask, the graph is made for the values of this call; other values get a graph of their own. Python floats are
+        inputs of the graph, and so are integers that were others in another kind of call; those by which the code
+        decides are held as well.
+
+        Args:
+            names: Names of the leaves.
+            leaves: The leaves.
+            structure: What holds their numbers.
+            others: Kinds of calls that have a graph already.
 
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
         """
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        call = describe_call(names, leaves, structure)
+        with tracing_alone(), without_autocast(device.type):
+            return self._capture(names, leaves, structure, device, others)
+
+    def _capture(
+        self,
+        names: tuple[str, ...],
+        leaves: Sequence[Any],
+        structure: Any,
+        device: torch.device,
+        others: Sequence[CallSpec],
+    ) -> CapturedGraph:
+        changing = {name for other in others for name in changed_leaves(names, leaves, other) or ()}
+        call = describe_call(names, leaves, structure, changing)
+        try:
+            return self._capture_call(call, leaves, device)
+        except CaptureError:
+            if not call.numbers:
+                raise
+        # Something takes no number but Python's own. Numbers of other inputs may still be left open.
+        closed = self._capture_call(call.with_constants(call.numbers, leaves), leaves, device)
+        for name in call.numbers if 1 < len(call.numbers) <= _MOST_TRIED else ():
+            with suppress(CaptureError):
+                return self._capture_call(call.with_constants([name], leaves), leaves, device)
+        return closed
+
+    def _capture_call(self, call: CallSpec, leaves: Sequence[Any], device: torch.device) -> CapturedGraph:
+        names, numbers = call.names, {n: leaf for n, leaf in zip(call.names, leaves, strict=True) if n in call.numbers}
         reason, closest = None, None
         without_lists = call.with_lists_fixed(leaves, self.timestep)
         for spec in [call] if without_lists == call else [call, without_lists]:
             if not spec.batched:
                 continue
             try:
-                captured = self.capture_spec(spec, device)
+                captured = self.capture_spec(spec, device, numbers)
             except CaptureError as error:
                 reason = reason or error.reason
                 continue
@@ -179,7 +261,7 @@ class Architecture:
             log.info("the batch cannot be left open: %s", reason)
         fixed = call.at_batch(call.batch_size(leaves), reason)
         try:
-            return self.capture_spec(fixed, device)
+            return self.capture_spec(fixed, device, numbers)
         except CaptureError as error:
             return self._capture_holding(fixed, leaves, device, error)
 
@@ -195,35 +277,59 @@ class Architecture:
         if not known:
             raise first
         tracing, here = Tracing(), self.on(device)
+        known += call.numbers
         try:
-            program = here._export(call.holding(known, leaves), device, 1, dynamic=False, tracing=tracing)
+            program = here._export(call.holding(known, leaves), device, 1, False, tracing)
         except CaptureError as error:
             raise error from first
-        reason = f"the model's own code branches on the values of {', '.join(sorted(tracing.read))}"
+        read = tracing.read.difference(call.numbers)
+        reason = f"the model's own code branches on the values of {', '.join(sorted(read))}"
         held = call.holding(tracing.read, leaves)
-        return here._finish(program, replace(held, fixed=reason if tracing.read else call.fixed), 1)
+        return here._finish(program, replace(held, fixed=reason if read else call.fixed), 1)
 
-    def capture_spec(self, call: CallSpec, device: torch.device) -> CapturedGraph:
+    def capture_spec(
+        self, call: CallSpec, device: torch.device, numbers: Mapping[str, float] | None = None
+    ) -> CapturedGraph:
         """Trace the graph for calls of this spec, its inputs and weights living on ``device``.
+
+        Args:
+            call: The spec.
+            device: Where inputs and weights live.
+            numbers: What Python numbers among the inputs are in a call, by name; the graph is made for those of them
+                by which the model's code decides. None if it is to serve all numbers that the spec leaves open.
 
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model for them.
         """
-        here = self.on(device)
-        batch = _TRACED_BATCH if call.batched else 1
-        return here._finish(here._export(call, device, batch, dynamic=call.batched), call, batch)
+        with tracing_alone(), without_autocast(device.type):
+            here = self.on(device)
+            batch = _TRACED_BATCH if call.batched else 1
+            tracing = Tracing()
+            program = here._export(call, device, batch, call.batched, tracing, numbers)
+            read = {name: number for name, number in (numbers or {}).items() if name in tracing.read}
+            return here._finish(program, call.holding_numbers(read), batch)
 
     def _export(
-        self, call: CallSpec, device: torch.device, batch: int, dynamic: bool = True, tracing: Tracing | None = None
+        self,
+        call: CallSpec,
+        device: torch.device,
+        batch: int,
+        dynamic: bool,
+        tracing: Tracing,
+        numbers: Mapping[str, float] | None = None,
     ) -> torch.export.ExportedProgram:
         parameter = next(self.skeleton.parameters(), None)
         mode = parameter.fake_mode if isinstance(parameter, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
 
         def fake(name: str, spec: TensorSpec) -> torch.Tensor:
             with mode:
-                return torch.empty(spec.concrete(batch), dtype=spec.dtype, device=device)
+                where = torch.device("cpu") if spec.number else device
+                return torch.empty(spec.concrete(batch), dtype=spec.dtype, device=where)
 
-        arguments = call.arguments(fake)
+        # What torch.export does not take, the model gets from ``tracing``.
+        arguments = pytree.tree_map(
+            lambda leaf: leaf if isinstance(leaf, torch.Tensor) or is_plain(leaf) else None, call.arguments(fake)
+        )
         dynamic_shapes = call.arguments(
             lambda name, spec: {dim: Dim.AUTO for dim, size in enumerate(spec.shape) if size == BATCH} or None
         )
@@ -237,14 +343,13 @@ class Architecture:
             dynamic_shapes = {name: shapes for name, shapes in dynamic_shapes.items() if name in own}
             if extra:
                 dynamic_shapes[variadic[0]] = extra
-        tracing = tracing or Tracing()
         try:
-            with torch.no_grad(), _without_dump(), tracing.knowing(self.skeleton, call.held, call.tensors_in):
+            with torch.no_grad(), _quietly(), tracing.knowing(self.skeleton, call, numbers or {}):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
         except Exception as error:
-            raise _explained(error, self.skeleton) from error
+            raise _explained(error, self.skeleton, call) from error
 
     def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, batch: int) -> CapturedGraph:
         exported = self._without_writes(program)
@@ -254,14 +359,30 @@ class Architecture:
         _flatten_signature(exported.graph, call)
         _drop_assertions(exported.graph)
         _loosen_views(exported.graph)
+        self._refuse_originals(exported)
         _name_constants(exported, self.skeleton)
         # A module of its own, without the input checks that torch.export hangs on the one it returns.
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
-        _name_layers(module)
+        module.meta[NAMES] = names_of(self.skeleton)
+        _name_layers(module, self.skeleton)
         module.graph.lint()
         if not call.batched or _open_dimensions(module, call):
             return CapturedGraph(module, call, out_spec)
         return CapturedGraph(module, call.at_batch(batch, "the model's own code fixes the batch size"), out_spec)
+
+    def _refuse_originals(self, module: fx.GraphModule) -> None:
+        """Raise if the code ran weights of the model itself, which a function holds that was put around a forward."""
+        for target, tensor in read_tensors(module).items():
+            if isinstance(tensor, FakeTensor) or not target.rpartition(".")[2].startswith("lifted_tensor"):
+                continue
+            name, original = self.originals.get(tensor.untyped_storage().data_ptr(), (None, None))
+            if original is not None and original() is not None:
+                raise CaptureError(
+                    f"{type(self.skeleton).__name__} cannot be traced: a function that was put in place of a forward, "
+                    f"or hung on a module, holds on to the module itself, so that {name!r} is read past the copy that "
+                    "is traced. Bind the function with types.MethodType(function, module), and let it run what its "
+                    "own self has, such as type(self).forward(self, ...)"
+                )
 
     def _without_writes(self, program: torch.export.ExportedProgram) -> fx.GraphModule:
         """The graph of a program, with every op a function of its inputs."""
@@ -509,18 +630,58 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode() + content, digest_size=6).hexdigest()
 
 
-def _name_layers(module: fx.GraphModule) -> None:
-    """Give each linear, convolution and embedding a stable name: that of the module that owns its weight."""
+def stored_weight(node: fx.Node) -> fx.Node | None:
+    """The parameter that is the weight of a layer, or that its weight is cast from; None if the weight is computed."""
+    weight = node.args[LAYER_OPS[node.target]]
+    while isinstance(weight, fx.Node) and weight.op == "call_function":
+        if str(getattr(weight.target, "_name", "")).removeprefix("aten::").partition(".")[0] not in _CASTS:
+            return None
+        weight = weight.args[0]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def names_of(model: nn.Module) -> dict[str, bool]:
+    """The names that a model uses: those of its tensors with True, those of its modules with False."""
+    names = {name: False for name, _ in model.named_modules(remove_duplicate=False) if name}
+    return names | {name: True for name, _ in [*weights_and_buffers(model), *_listed_tensors(model)]}
+
+
+def layer_name(target: str) -> str:
+    """The name of the layer whose weight is found under this name."""
+    return target.removesuffix(".weight")
+
+
+def _name_layers(module: fx.GraphModule, model: nn.Module) -> None:
+    """Give each linear, convolution and embedding with a stored weight a stable name: that of the weight's owner.
+
+    Modules that share a weight have a name each: that of the module that calls the op. Where none of them does, the
+    name is the one under which ``torch.export`` reads the weight, the same in all graphs. Further uses of a weight
+    under one name are numbered, ``name@2``.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, tensor in weights_and_buffers(model):
+        owners.setdefault(id(tensor), []).append(name)
+    shared = {name: names for names in owners.values() if len(names) > 1 for name in names}
     seen: dict[str, int] = {}
     for node in module.graph.nodes:
-        position = _LAYER_OPS.get(node.target)
-        if position is None:
+        weight = stored_weight(node) if node.target in LAYER_OPS else None
+        if weight is None:
             continue
-        weight = node.args[position]
-        target = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
-        name = target.removesuffix(".weight")
+        target = str(weight.target)
+        name = layer_name(_owned_by_caller(node, shared[target], target) if target in shared else target)
         seen[name] = seen.get(name, 0) + 1
         node.meta[LAYER] = name if seen[name] == 1 else f"{name}@{seen[name]}"
+
+
+def _owned_by_caller(node: fx.Node, names: Sequence[str], default: str) -> str:
+    """Which of the names of a shared weight belongs to the module that calls an op, or to the nearest one around it."""
+    modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    for path in reversed(modules):
+        inside = [name for name in names if path and name.startswith(f"{path}.")]
+        if inside:
+            direct = [name for name in inside if "." not in name.removeprefix(f"{path}.")]
+            return next(iter(direct), default if default in inside else inside[0])
+    return default
 
 
 def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:
@@ -538,22 +699,31 @@ def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:
 
 
 @contextmanager
-def _without_dump() -> Iterator[None]:
-    """Keep the whole graph off the screen, which torch.export prints when it gives up; all else is passed on."""
-    held = io.StringIO()
-    dump = ""
+def _quietly() -> Iterator[None]:
+    """Keep off the screen what torch says of attempts: graphs, tracebacks, hints. What fails is raised all the same."""
+    from torch.export import _trace  # Costly to import before something is traced.
+
+    ours = threading.get_ident()
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return record.thread != ours or record.levelno < logging.WARNING
+
+    def show(*values: Any, **options: Any) -> None:
+        if threading.get_ident() != ours:
+            print(*values, **options)
+
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    for logger in loggers:
+        logger.addFilter(is_wanted)
     try:
-        with redirect_stderr(held):
+        with replaced(_trace, "print", show):
             yield
-    except Exception as error:
-        dump = str(getattr(error, "partial_fx_graph", ""))
-        raise
     finally:
-        text = held.getvalue()
-        sys.stderr.write(text.replace(f"{dump}\n", "") if dump else text)
+        for logger in loggers:
+            logger.removeFilter(is_wanted)
 
 
-def _explained(error: BaseException, model: nn.Module) -> CaptureError:
+def _explained(error: BaseException, model: nn.Module, call: CallSpec) -> CaptureError:
     """What went wrong in the user's terms: the innermost line of the model's own code, and torch's reason."""
     frames = [frame for frame in _frames(error) if _is_user_code(frame.filename)]
     where, short = "", ""
@@ -562,26 +732,34 @@ def _explained(error: BaseException, model: nn.Module) -> CaptureError:
         where = f'\n  File "{last.filename}", line {last.lineno}, in {last.name}\n    {last.line}'
         short = f" ({Path(last.filename).name}, line {last.lineno})"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    advice = _ON_VALUES if any(map(_is_about_values, _chain(error))) else _ON_OTHERS.format(call=call)
     return CaptureError(
-        f"{type(model).__name__} cannot be traced: {reason}{where}\n"
-        "A graph is one path through the code: branch on shapes, options, masks and positions, not on tensor values "
-        "that the model computes (no .item(), no `if tensor:`). Compute every branch and choose with torch.where, or "
-        "move that part out of the transformer's forward.",
-        reason=f"{reason}{short}",
+        f"{type(model).__name__} cannot be traced: {reason}{where}\n{advice}", reason=f"{reason}{short}"
     )
 
 
-def _frames(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
-    seen: set[int] = set()
-    chain = []
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        chain.append(error)
+def _is_about_values(error: BaseException) -> bool:
+    """Whether an error says that code asks for the value of a tensor that has none."""
+    unknown = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+    return isinstance(error, unknown) or any(words in str(error) for words in _ABOUT_VALUES)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and its causes, the innermost last."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
         error = error.__cause__ or error.__context__
-    for link in chain:  # The innermost cause last: its frames are the ones closest to the user's line.
+    return found
+
+
+def _frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
+    for link in _chain(error):  # The frames of the innermost cause are the ones closest to the user's line.
         yield from traceback.extract_tb(link.__traceback__)
 
 
 def _is_user_code(filename: str) -> bool:
     libraries = {Path(torch.__file__).parent, Path(__file__).parent}
+    if Path(filename).parent == Path(contextlib.__file__).parent:  # Python's own.
+        return False
     return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in libraries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant import compiling
 from fxquant.backend import Backend
+from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.plan import Plan
+from fxquant.threads import is_traced_elsewhere, tracing_alone, without_autocast
 
 _MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
 _WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
@@ -67,6 +70,7 @@ class GraphModel(nn.Module):
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
         self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
         self.eval()
+        let_pipelines_save(type(self))
 
     @property
     def config(self) -> Any:
@@ -95,9 +99,9 @@ class GraphModel(nn.Module):
 
     def add(self, captured: CapturedGraph) -> None:
         """Add a graph; tensors that a graph here holds under the same name are shared."""
-        self.captured.append(captured)
+        self._share([*self.captured, captured])  # First, for another thread may call it once it is listed.
         self.graphs.append(captured.module)
-        self._share()
+        self.captured.append(captured)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that any graph reads, by name."""
@@ -162,9 +166,27 @@ class GraphModel(nn.Module):
 
         save(self, save_directory, overwrite=True)
 
-    def _share(self) -> None:
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, **options: Any
+    ) -> GraphModel:
+        """Read a checkpoint, as pipelines ask their components to; see :func:`fxquant.load`.
+
+        Raises:
+            ConfigurationError: If another dtype is asked for than the model was quantized in.
+        """
+        from fxquant.checkpoint import load
+
+        model = load(folder, **options)
+        if torch_dtype not in (None, model.dtype):
+            raise ConfigurationError(
+                f"{folder} was quantized in {model.dtype} and keeps it; read it without torch_dtype={torch_dtype}"
+            )
+        return model
+
+    def _share(self, graphs: Sequence[CapturedGraph]) -> None:
         held: dict[str, torch.Tensor] = {}
-        for captured in self.captured:
+        for captured in graphs:
             for target, tensor in read_tensors(captured.module).items():
                 first = held.setdefault(target, tensor)
                 if first is not tensor and first.shape == tensor.shape and first.dtype == tensor.dtype:
@@ -186,7 +208,7 @@ class GraphModel(nn.Module):
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         super()._apply(keep_dtype, recurse)
-        self._share()
+        self._share(self.captured)
         if moved:
             for captured in self.captured:
                 retarget(captured.module, probe.device)
@@ -205,8 +227,23 @@ class GraphModel(nn.Module):
         return clone
 
 
+def let_pipelines_save(kind: type[nn.Module]) -> None:
+    """Enter a class in the table by which diffusers finds how the components of a pipeline are saved and loaded.
+
+    ``DiffusionPipeline.save_pretrained`` leaves out, with a line in the log, what the table does not have.
+    """
+    if "diffusers" not in sys.modules:  # Nor is there a pipeline; importing diffusers takes seconds.
+        return
+    from diffusers.pipelines import pipeline_loading_utils as tables
+
+    methods = ["save_pretrained", "from_pretrained"]
+    tables.LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
+    tables.ALL_IMPORTABLE_CLASSES[kind.__name__] = methods
+
+
 def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():  # Within something larger that is compiled.
+    if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
+        # Within something larger that is compiled.
         names, leaves, structure = self.architecture.canonical(args, kwargs)
         captured = self.find_compiling(names, leaves)
         if captured is None:
@@ -264,8 +301,12 @@ def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
 
 @torch.compiler.disable
 def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-    captured = self._make_graph(self, names, leaves, structure)
-    self.add(captured)
+    with tracing_alone(), without_autocast(self.device.type):
+        if (made := self.find(names, leaves)) is not None:  # By another thread, meanwhile.
+            return made
+        captured = self._make_graph(self, names, leaves, structure)
+        self.add(captured)
+    warn_of_many(names, leaves, [graph.call for graph in self.captured])
     held = [graph for graph in self.captured if graph.call.held]
     if captured.call.held and len(held) == _MANY_HELD:
         warnings.warn(

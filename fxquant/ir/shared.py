@@ -112,7 +112,7 @@ class SharedTensors:
         """Whether the codes of a layer's weight are those of the weight with this history, or there are none yet."""
         return self.rounded.setdefault(layer, history.digest) == history.digest
 
-    def settle(self, module: fx.GraphModule) -> None:
+    def settle_names(self, module: fx.GraphModule) -> None:
         """Let each tensor of a finished graph have a name under which no other graph holds another tensor.
 
         Raises:
