@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxquant.attention import find_attentions
 from fxquant.backend import Backend, resolve_backend
@@ -23,6 +25,7 @@ from fxquant.errors import (
     NonFiniteError,
     QualityWarning,
 )
+from fxquant.fidelity import Original
 from fxquant.hooks import refuse_hooks
 from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
@@ -40,7 +43,9 @@ _POOR_DB = 10.0
 def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     """Wrap a diffusion transformer as FX graphs, without changing its function.
 
-    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit.
+    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit. Each is
+    compared with the model on other inputs, which costs a call of either. What is decorated with ``torch.compile``
+    counts as it runs without.
 
     Args:
         model: A diffusion transformer in evaluation mode. Its weights are shared, not copied.
@@ -53,6 +58,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
+    original = Original(model, timestep)
     # Not detached: on inputs that do not lie in order, torch multiplies in another order by weights that require
     # gradients, and the last bits differ.
     weights = dict(weights_and_buffers(model))
@@ -64,6 +70,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
                 captured.module.to(leaf.device)
                 break
+        original.compare(captured, leaves, structure)
         return captured
 
     return GraphModel(architecture, dtype_of(model), None, make_graph)
@@ -121,6 +128,7 @@ def compile(
     """
     _check_model(model)
     _check_options(recipe, backend, plan, measure, statistics)
+    _check_storage(model)
     device = _device_of(model)
     runner = resolve_backend(backend).on(device)
     runner.check_device(device)
@@ -375,6 +383,30 @@ def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistic
         raise ConfigurationError(f"measure={measure!r} is no number of calls; give 0 for none, or more")
     if not isinstance(statistics, (Statistics, type(None))):
         raise ConfigurationError(f"statistics is a {type(statistics).__name__}; make one with fxquant.Statistics()")
+
+
+def _check_storage(model: nn.Module) -> None:
+    """Refuse weights that are no plain floats: those without values, and those that were quantized before."""
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        kind, dtype = type(weight), weight.dtype
+        # Wrappers hold other tensors; bitsandbytes and GGUF hold packed bytes in parameters of their own classes.
+        packed = kind not in (nn.Parameter, nn.Buffer, Tensor) and not dtype.is_floating_point
+        if is_lazy(weight) or weight.is_meta:
+            found = "without values" + (", on the meta device" if weight.is_meta else "")
+            advice = "load the weights first; if accelerate offloads them, load the model again without that"
+        elif packed or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            held = type(weight.data) if kind is nn.Parameter else kind
+            found = f"a {held.__qualname__} of {held.__module__}"
+            advice = "load the float model, neither quantized nor distributed by another library"
+        elif weight.is_quantized or (dtype.is_floating_point and dtype.itemsize < 2):
+            found = f"stored as {dtype}"
+            advice = "load the float model, in bfloat16 or float32, without enable_layerwise_casting"
+        else:
+            continue
+        raise ConfigurationError(
+            f"{name!r} of the model is {found}; fxquant starts from floating-point weights of 16, 32 or 64 bits: "
+            f"{advice}"
+        )
 
 
 def _check_weights(model: nn.Module) -> None:

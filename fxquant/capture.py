@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_leaves, describe_call
 from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
-from fxquant.functionalize import functionalize, writes
+from fxquant.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -389,6 +389,7 @@ class Architecture:
         exported = program.module(check_guards=False)
         if any(map(writes, program.graph.nodes)):
             assert isinstance(exported, fx.GraphModule)
+            refuse_shared_lists(exported.graph)
             regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
             if regions or not functionalize(exported.graph, _fake_mode(program.graph)):
                 program = program.run_decompositions({})

@@ -63,12 +63,17 @@ class ActivationRange:
 
 @dataclass
 class Shift:
-    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`."""
+    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`.
+
+    Attributes:
+        balanced: Whether the input had been balanced before: the shift is one of what balancing made of it.
+    """
 
     cost: str
     into: list[str] = field(default_factory=list)
     channels: int = 0
     reason: str | None = None
+    balanced: bool = False
 
 
 @dataclass
@@ -296,6 +301,11 @@ class Plan:
                 _ = layer.precision
             except ConfigurationError as error:
                 raise ConfigurationError(f"layer {name}: {error}") from None
+            if layer.group_size and layer.kind != "linear":
+                raise ConfigurationError(
+                    f"layer {name}: weights in groups of {layer.group_size} are possible for linears alone, and this "
+                    f"is {'an embedding' if layer.kind == 'embedding' else 'a convolution'}; set its group_size to 0"
+                )
             if layer.group_size and layer.shape[1] % layer.group_size:
                 indivisible.setdefault((layer.group_size, layer.shape[1]), []).append(name)
         if indivisible:

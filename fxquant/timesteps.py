@@ -208,7 +208,9 @@ def _bin(rewriter: Rewriter, table: TimeTable) -> fx.Node:
             held = found.args[1] if found.target is _BUCKETIZE else None
             if isinstance(held, fx.Node) and held.meta.get(_BOUNDARIES) == table.boundaries:
                 return next(iter(found.users))
-    boundaries = rewriter.constant("timestep_boundaries", torch.tensor(table.boundaries), [table.timestep])
+    boundaries = rewriter.constant(
+        "timestep_boundaries", torch.tensor(table.boundaries, dtype=torch.float32), [table.timestep]
+    )
     boundaries.meta[_BOUNDARIES] = table.boundaries
     with rewriter.before(table.timestep.next if table.timestep.next.op != "placeholder" else _after_inputs(rewriter)):
         number = rewriter.call(aten.to.dtype, (table.timestep, torch.float32), [table.timestep], name="timestep_number")

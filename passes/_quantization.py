@@ -116,14 +116,17 @@ class AdaRound:
         """See :class:`Rounder`."""
         layer = plan.layer(name)
         assert layer.weight_bits is not None
-        return adaround(
-            values,
-            _moments(name, plan, "AdaRound"),
-            bits=layer.weight_bits,
-            group_size=layer.group_size,
-            symmetric=symmetric,
-            method=method.value,
-        )
+        try:
+            return adaround(
+                values,
+                _moments(name, plan, "AdaRound"),
+                bits=layer.weight_bits,
+                group_size=layer.group_size,
+                symmetric=symmetric,
+                method=method.value,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {name}: {error}") from None
 
 
 def _moments(name: str, plan: Plan, method: str) -> Tensor:

@@ -122,8 +122,13 @@ def _decided(node: fx.Node, plan: Plan, suffix: str) -> tuple[Tensor, tuple[floa
 
 
 def is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:
+    """Whether a linear is one to transform: it has one of these roles, and its weight is quantized."""
     layer = plan.layer(node.meta[LAYER])
-    return layer.role in roles and layer.activation_bits is not None
+    if layer.role not in roles or layer.weight_bits is None:
+        return False
+    # A plan may be older than the balancing of linears of float activations: where it says nothing, they stay.
+    decided = (layer.balance, layer.shift, layer.timesteps) != (None, None, None)
+    return layer.activation_bits is not None or decided or plan.statistics is not None
 
 
 def targets_of(seed: Seed, plan: Plan, roles: Sequence[str]) -> list[str]:

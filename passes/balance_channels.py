@@ -32,7 +32,7 @@ from fxquant.passes._seeds import (
     seeds_undone_before,
 )
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Balance, Plan
+from fxquant.plan import Balance, LayerPlan, Plan
 from fxquant.quantizer import affine_parameters, fake_quantize, quantize_weight, require_finite
 
 
@@ -71,6 +71,9 @@ class BalanceChannels(Pass):
     ``spearman`` (SSC) by weights softmax over t of -rho_t, where rho_t is the Spearman correlation over channels of
     sX at timestep t with sW. Where the plan has a shift for the layer, sX is that of the shifted activation.
 
+    Linears of float activations are balanced too: rounding their weights errs least where no channel of the input is
+    salient (AWQ, arXiv 2306.00978).
+
     A layer is balanced only if something upstream can absorb ``1 / b`` at an allowed cost, so that the pass
     ``absorb-affines`` removes the multiplication again. Layers that read one value, and those whose factors meet in one
     producer, are decided together. Equal in real arithmetic.
@@ -107,6 +110,10 @@ class BalanceChannels(Pass):
         if self.search < 0 or self.search == 1:
             raise ConfigurationError(f"balance-channels: search {self.search} is no number of exponents, 2 or more")
         parse_cost(self.dearest)
+
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Those of all linears that it transforms: rounding weights alone needs it as much."""
+        return layer.kind == "linear" and layer.role in self.roles.split("+")
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
@@ -260,12 +267,15 @@ def _error(layers: list[list[str]], weights: Sequence[Sequence[Tensor]], factors
         start += rows.shape[1]
         for name, weight in zip(names, own, strict=True):
             layer = plan.layer(name)
-            assert layer.weight_bits is not None and layer.activation_bits is not None
+            assert layer.weight_bits is not None
             x, w = rows.to(weight.device), weight.float()
             scaled = x / b.to(x.device)
-            grid = affine_parameters(scaled.min().double(), scaled.max().double(), layer.activation_bits)
             rounded = quantize_weight(w * b.to(w.device), bits=layer.weight_bits, group_size=layer.group_size)
-            actual = fake_quantize(scaled, *grid, layer.activation_bits) @ rounded.dequantize(torch.float32).T
+            coded = scaled
+            if layer.activation_bits is not None:
+                grid = affine_parameters(scaled.min().double(), scaled.max().double(), layer.activation_bits)
+                coded = fake_quantize(scaled, *grid, layer.activation_bits)
+            actual = coded @ rounded.dequantize(torch.float32).T
             expected = x @ w.T
             total += float((actual - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
     return total

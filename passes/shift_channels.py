@@ -29,7 +29,7 @@ from fxquant.passes._seeds import (
     targets_of,
 )
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan, Shift
+from fxquant.plan import LayerPlan, Plan, Shift
 from fxquant.timesteps import TimeTable, rows_at, timestep_input
 
 
@@ -67,10 +67,15 @@ class ShiftChannels(Pass):
         parse_roles(self.name, self.roles)
         parse_cost(self.dearest)
 
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Those of all linears that it transforms: rounding weights alone needs it as much."""
+        return layer.kind == "linear" and layer.role in self.roles.split("+")
+
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
         seeds = seeds_to_transform(graph, plan, roles)
-        if not seeds:
+        others = seeds_undone_before(graph, plan, seeds, ".shift")
+        if not seeds and not others:
             return
         timestep = timestep_input(graph, plan.timestep)
         layers = {seed.name: targets_of(seed, plan, roles) for seed in seeds}
@@ -82,7 +87,7 @@ class ShiftChannels(Pass):
                 self._decide(solution, {seed: layers[seed] for seed in group}, plan)
             else:
                 _follow([layers[seed] for seed in group], plan)
-        for seed in [*seeds, *seeds_undone_before(graph, plan, seeds, ".shift")]:
+        for seed in [*seeds, *others]:
             for part in parts_of(seed, plan, roles, ".shift"):
                 if not self._is_done(part.readers):
                     _shift(part.seed(seed), TimeTable(timestep, part.boundaries, part.vector), rewriter)
@@ -120,7 +125,7 @@ class ShiftChannels(Pass):
             z = mean[:, torch.from_numpy(inverse[start : start + grant.seed.channels])]
             start += grant.seed.channels
             for name in names:
-                plan.layer(name).shift = _entry(grant)
+                plan.layer(name).shift = _entry(grant, balanced=name in plan.vectors)
                 if grant.granted.any():
                     plan.vectors[f"{name}.shift"] = z.clone()
 
@@ -142,8 +147,8 @@ def _follow(layers: Sequence[Sequence[str]], plan: Plan) -> None:
                 plan.vectors[f"{name}.shift"] = plan.vectors[f"{settled}.shift"].clone()
 
 
-def _entry(grant: Grant) -> Shift:
-    return Shift(str(grant.cost), list(grant.into), int(grant.granted.sum()), grant.reason)
+def _entry(grant: Grant, balanced: bool) -> Shift:
+    return Shift(str(grant.cost), list(grant.into), int(grant.granted.sum()), grant.reason, balanced)
 
 
 def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
