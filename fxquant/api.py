@@ -28,6 +28,7 @@ from fxquant.errors import (
 )
 from fxquant.fidelity import Original
 from fxquant.hooks import refuse_hooks
+from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
@@ -195,6 +196,7 @@ def _convert(
     for number, captured in enumerate(calibration.prepared):
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
+        plan.shared.settle_names(captured.module)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
@@ -213,6 +215,7 @@ def _replay(
     plan.backend = backend.name
     for layer in plan.layers.values():
         layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
+    plan.shared = SharedTensors()
     weights = weights_of(model)
     _warn_if_not_rebuilt(model, plan.timestep)
     architecture = Architecture.of(model, plan.timestep)
@@ -249,6 +252,7 @@ def convert_graph(
 ) -> list[PassRecord]:
     """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
+    plan.shared.settle_names(captured.module)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -274,6 +278,7 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
         assert owner.plan is not None
         captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
+        plan.shared = owner.plan.shared.without_weights()
         settle(captured.module.graph, plan)
         try:
             refuse_unknown_layers(captured, plan)
@@ -301,6 +306,7 @@ def model_from_plan(
     if not plan.calls:
         raise CheckpointError("the plan records no call of the model")
     recipe = Recipe.parse(plan.recipe)
+    plan.shared = SharedTensors()
     quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend), backend)
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
@@ -312,6 +318,7 @@ def model_from_plan(
                 "or to another version of its class"
             ) from error
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
+        plan.shared.settle_names(captured.module)
         quantized.add(captured)
     return quantized
 
