@@ -150,7 +150,13 @@ class Calibration:
         return self._inputs[number].chosen()
 
     def finish(self) -> None:
-        """Let what the graphs of the model see of one layer belong together; called when there are no further calls."""
+        """Let what the graphs of the model see of one layer belong together; called when there are no further calls.
+
+        Raises:
+            ConfigurationError: If an option of a pass fits nothing in any of the graphs.
+        """
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_plan(self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
 
     def forget_observed(self) -> None:
@@ -172,6 +178,8 @@ class Calibration:
         if self.original is not None:
             self.original.compare(captured, leaves, structure)
         self.prepare.run(captured.module, self.plan)
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_graph(captured.module.graph, self.plan)
         self._check()
         observed = copy_graph(captured.module)
         weight_only = ";".join(name for name, layer in self.plan.quantized() if self._wants_float_input(layer))
