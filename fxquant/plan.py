@@ -227,10 +227,7 @@ class Plan:
             CalibrationError: If the layer was in no graph that this plan was made for.
         """
         if name not in self.layers:
-            raise CalibrationError(
-                f"the plan knows no layer {name!r}: this call of the model runs a layer that no calibration call ran; "
-                "calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no layer {name!r}")
         return self.layers[name]
 
     def attention(self, name: str) -> AttentionPlan:
@@ -240,10 +237,7 @@ class Plan:
             CalibrationError: If the attention was in no graph that this plan was made for.
         """
         if name not in self.attentions:
-            raise CalibrationError(
-                f"the plan knows no attention {name!r}: this call of the model runs an attention that no calibration "
-                "call ran; calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no attention {name!r}")
         return self.attentions[name]
 
     def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
