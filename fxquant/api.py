@@ -23,6 +23,7 @@ from fxquant.errors import (
     NonFiniteError,
     QualityWarning,
 )
+from fxquant.ir.digest import graph_digest
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
@@ -176,6 +177,7 @@ def _convert(
     for number, captured in enumerate(calibration.prepared):
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
+        captured.digest = graph_digest(captured.module.graph)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
@@ -229,6 +231,7 @@ def convert_graph(
 ) -> list[PassRecord]:
     """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
+    captured.digest = graph_digest(captured.module.graph)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -280,6 +283,7 @@ def model_from_plan(
         captured = architecture.capture_spec(call, device)
         refuse_unknown_layers(captured, plan)
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
+        captured.digest = graph_digest(captured.module.graph)
         quantized.add(captured)
     return quantized
 

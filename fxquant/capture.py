@@ -61,11 +61,13 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
+        digest: Of the graph as it was quantized, before a backend lowered it (:mod:`fxquant.ir.digest`).
     """
 
     module: fx.GraphModule
     call: CallSpec
     out_spec: pytree.TreeSpec
+    digest: str | None = None
 
     @property
     def static_batch(self) -> str | None:

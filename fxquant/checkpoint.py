@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxquant.agreement import (
+    Header,
+    bounded,
+    check_config,
+    check_finite,
+    check_grids,
+    check_headers,
+    check_skeleton,
+    read_headers,
+)
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, read_tensors, weights_and_buffers
 from fxquant.devices import give_back_memory, usable_device
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.files import (
     blaming,
     check_digests,
@@ -33,7 +45,10 @@ from fxquant.files import (
 from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
-from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
+from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
+from fxquant.schemas.common import check, read_json
+from fxquant.schemas.config import Config
+from fxquant.schemas.plan import CheckpointFile
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 _FILES = (PLAN_FILE, *_DIGESTED)
@@ -78,6 +93,10 @@ def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
         for name, tensor in weights_and_buffers(model.architecture.skeleton)
         if tensor.is_floating_point() and tensor.dtype != model.dtype
     }
+    data["tied"] = _tied(model.architecture.skeleton)
+    data["infinite"] = sorted(name for name, tensor in tensors.items() if _holds_infinity(tensor))
+    data["graphs"] = [captured.digest for captured in model.captured[: len(plan.calls)]]
+    data["made_with"] = _versions()
     data["files"] = {name: digest(folder / name) for name in _DIGESTED}
     data["digest"] = digest_of(data)
     (folder / PLAN_FILE).write_text(_plan_text(data), encoding="utf-8")
@@ -111,21 +130,32 @@ def load(
     _refuse_pickles(folder)
     check_digests(folder, _DIGESTED, data.get("files"), PLAN_FILE)
     with blaming(folder / PLAN_FILE):
-        plan = Plan.from_json(data, load_tensors(folder / VECTORS_FILE, torch.device("cpu")))
+        check(CheckpointFile, data, "the plan")
+        plan = Plan.from_json(data, read_vectors(folder / VECTORS_FILE))
         plan.check()
         dtype = dtype_of_name(data["dtype"])
         dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
         runner = resolve_backend(plan.backend) if runner is None else runner
+        headers = read_headers(folder / TENSORS_FILE)
+        check_headers(plan, headers)
     runner = runner.on(device)
     plan.backend = runner.name
     runner.check(plan)
     runner.check_device(device)
-    architecture = _architecture(plan, model, folder)
+    architecture = _architecture(plan, model, folder, headers)
+    _tie(architecture.skeleton, data.get("tied", {}))
     _cast(architecture.skeleton, dtype, dtypes)
-    tensors = load_tensors(folder / TENSORS_FILE, device)
     with blaming(folder / PLAN_FILE):
-        quantized = model_from_plan(architecture, plan, runner, dtype, device)
+        try:
+            quantized = model_from_plan(architecture, plan, runner, dtype, device)
+        except CalibrationError as error:
+            raise CheckpointError(f"{error.reason}. {_other_model(plan, model)}") from error
+        _compare_graphs(quantized, data, model)
+    tensors = load_tensors(folder / TENSORS_FILE, device)
     with blaming(folder / TENSORS_FILE):
+        check_finite(tensors, data.get("infinite"))
+        for captured in quantized.captured:
+            check_grids(captured.module, tensors)
         bind_all(quantized, tensors)
     tensors.clear()  # What the backend holds in another form is freed as it goes.
     lower_all(quantized)
@@ -133,18 +163,60 @@ def load(
     return quantized
 
 
-def _architecture(plan: Plan, model: Any, folder: Path) -> Architecture:
+def _versions() -> dict[str, str]:
+    """The packages on which the graph of a model depends."""
+    return {name: version(name) for name in ("torch", "diffusers")}
+
+
+def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) -> None:
+    """Compare the graphs with those that were quantized: the code of a model may have changed, or its config.
+
+    Raises:
+        CheckpointError: If they differ, and the versions of what traced them do not.
+    """
+    recorded, made_with = data.get("graphs"), data.get("made_with")
+    if not recorded or [captured.digest for captured in quantized.captured] == recorded:
+        return
+    if model is None and made_with == _versions():
+        raise CheckpointError(
+            f"the model that {CONFIG_FILE} and the plan describe computes something else than the one that was "
+            "quantized: one of them was edited. Copy the checkpoint again"
+        )
+    told = ", ".join(f"{name} {number}" for name, number in (made_with or {}).items())
+    warnings.warn(
+        f"the model's code computes something else than when it was quantized (with {told}), or the same in another "
+        "way; compare some images, and quantize it again if they differ",
+        QualityWarning,
+        stacklevel=3,
+    )
+
+
+def _other_model(plan: Plan, model: Any) -> str:
+    """Why a checkpoint and the model that it is loaded into may differ, and what to do."""
+    if model is not None:
+        return "model= is another model than the one that was quantized; pass that one"
+    return (
+        "Either the checkpoint was edited, or modules of the model were replaced or shared after it was built, or "
+        f"the installed diffusers builds a {plan.model_class.partition(':')[2]} otherwise than the one that it was "
+        "quantized with. Pass a model that is built as that one was: fxquant.load(folder, model=...)"
+    )
+
+
+def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
     if isinstance(model, nn.Module):
         return Architecture.of(model, plan.timestep)
     if model is None:
         model = _class_of(plan, folder)
     elif not hasattr(model, "from_config"):
         raise ConfigurationError(f"model={model!r} is neither a class with from_config nor a model; pass one of them")
+    _, config = read_json(folder / CONFIG_FILE, "checkpoint")
     with blaming(folder / CONFIG_FILE):
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise CheckpointError("this is no config: it is not a JSON object")
-        return Architecture.from_config(model, config, plan.timestep)
+        check(Config, config, "the config")
+        check_config(config, headers)
+        with bounded(headers, plan.layers.values()):
+            architecture = Architecture.from_config(model, config, plan.timestep)
+        check_skeleton(architecture.skeleton, plan)
+        return architecture
 
 
 def _class_of(plan: Plan, folder: Path) -> Any:
@@ -168,13 +240,41 @@ def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dt
         wanted = others.get(name, dtype)
         if not tensor.is_floating_point() or tensor.dtype == wanted:
             continue
-        path, _, leaf = name.rpartition(".")
-        owner = skeleton.get_submodule(path)
-        new = cast.setdefault(id(tensor), tensor.detach().to(wanted))
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
-        else:
-            owner._buffers[leaf] = new
+        parameter = isinstance(tensor, nn.Parameter)
+        if id(tensor) not in cast:
+            new = tensor.detach().to(wanted)
+            cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if parameter else new
+        _put(skeleton, name, cast[id(tensor)])
+
+
+def _tied(skeleton: nn.Module) -> dict[str, str]:
+    """Parameters and buffers that are the same tensor as one of another name, with that name."""
+    first: dict[int, str] = {}
+    pairs = ((name, first.setdefault(id(tensor), name)) for name, tensor in weights_and_buffers(skeleton))
+    return {name: other for name, other in pairs if name != other}
+
+
+def _tie(skeleton: nn.Module, tied: Mapping[str, str]) -> None:
+    """Let a skeleton share the tensors that the model shared which was compiled, whoever tied them."""
+    own = dict(weights_and_buffers(skeleton))
+    for name, other in tied.items():
+        if name in own and other in own and own[name] is not own[other] and own[name].shape == own[other].shape:
+            _put(skeleton, name, own[other])
+
+
+def _put(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = skeleton.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = (
+            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        )
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _holds_infinity(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isinf().any())
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
@@ -185,11 +285,7 @@ def _read_plan(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {folder} is not an fxquant checkpoint, or not all of it was copied")
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
+    text, data = read_json(path, "checkpoint")
     if not isinstance(data, dict) or "format" not in data:
         raise CheckpointError(f"{path} is not an fxquant plan")
     # The text is compared as well, because not every damage changes what it means.

@@ -153,7 +153,7 @@ def dtype_of_name(name: Any) -> torch.dtype:
     Raises:
         CheckpointError: If there is none.
     """
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{name!r} is no dtype")
     return dtype
@@ -167,7 +167,7 @@ def blaming(path: Path) -> Iterator[None]:
     except BackendError:
         raise
     except Exception as error:
-        if isinstance(error, CheckpointError) and str(path.parent) in str(error):
+        if isinstance(error, CheckpointError) and str(path.parent if path.parent.name else path) in str(error):
             raise
-        reason = str(error) if isinstance(error, FxquantError) else repr(error)
+        reason = getattr(error, "reason", str(error)) if isinstance(error, FxquantError) else repr(error)
         raise CheckpointError(f"{path}: {reason}") from error

@@ -7,6 +7,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ class GraphModel(nn.Module):
                 if tensor.layout is not torch.strided:  # Tensors of kernels' own layouts know no deepcopy.
                     clones[name] = memo[id(tensor)] = clones[name] if name in clones else tensor.clone()
             module = copy.deepcopy(captured.module, memo)
-            clone.add(CapturedGraph(module, captured.call, captured.out_spec))
+            clone.add(replace(captured, module=module))
         return clone
 
 

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.files import blaming, load_tensors
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
 from fxquant.quantizer import QuantizedWeight
+from fxquant.schemas.common import check, read_json
+from fxquant.schemas.plan import PlanFile
 from fxquant.timesteps import bin_of
 
 FORMAT = 1
@@ -214,7 +217,8 @@ class Plan:
         if name not in self.layers:
             raise CalibrationError(
                 f"the plan knows no layer {name!r}: this call of the model runs a layer that no calibration call ran; "
-                "calibrate with calls like this one"
+                "calibrate with calls like this one",
+                reason=f"the plan knows no layer {name!r}, which the model runs",
             )
         return self.layers[name]
 
@@ -227,7 +231,8 @@ class Plan:
         if name not in self.attentions:
             raise CalibrationError(
                 f"the plan knows no attention {name!r}: this call of the model runs an attention that no calibration "
-                "call ran; calibrate with calls like this one"
+                "call ran; calibrate with calls like this one",
+                reason=f"the plan knows no attention {name!r}, which the model runs",
             )
         return self.attentions[name]
 
@@ -244,7 +249,8 @@ class Plan:
         if self.statistics is None:
             raise CalibrationError(
                 f"{why or f'layer {key!r} needs an activation range'}, and there are no calibration statistics; "
-                "pass calibrate= to fxquant.compile, or with plan= the statistics= that calibration recorded"
+                "pass calibrate= to fxquant.compile, or with plan= the statistics= that calibration recorded",
+                reason=f"the plan does not hold what was decided: {why or f'layer {key!r} needs an activation range'}",
             )
         return self.statistics[key]
 
@@ -311,7 +317,7 @@ class Plan:
         """Read a plan back.
 
         Raises:
-            CheckpointError: If it is of a newer format, or not a plan.
+            CheckpointError: If it is of a newer format, or not a plan, or holds what no plan can.
         """
         if not isinstance(data, Mapping) or "format" not in data:
             raise CheckpointError("this is not a plan: it has no format number")
@@ -322,6 +328,7 @@ class Plan:
                 f"the plan has format {number!r}, this fxquant reads format {FORMAT}; "
                 + ("install a newer fxquant" if newer else "it is damaged or was written by something else")
             )
+        check(PlanFile, data, "the plan")
         try:
             held = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
             values = {name: data[name] for name in held}
@@ -349,14 +356,12 @@ class Plan:
             CheckpointError: If a file is missing or unreadable.
         """
         folder = Path(folder)
-        try:
-            data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-            vectors = load_file(folder / VECTORS_FILE)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename} is missing; a plan is {PLAN_FILE} and {VECTORS_FILE}") from error
-        except Exception as error:
-            raise CheckpointError(f"the plan in {folder} cannot be read: {error}") from error
-        return cls.from_json(data, vectors)
+        for name in (PLAN_FILE, VECTORS_FILE):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing; a plan is {PLAN_FILE} and {VECTORS_FILE}")
+        _, data = read_json(folder / PLAN_FILE, "plan")
+        with blaming(folder / PLAN_FILE):
+            return cls.from_json(data, read_vectors(folder / VECTORS_FILE))
 
 
 _NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
@@ -378,6 +383,19 @@ def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:
 def _attention_from_json(data: Mapping[str, Any]) -> AttentionPlan:
     ranges = {side: ActivationRange(**entry) for side, entry in data["ranges"].items()}
     return AttentionPlan(**{**data, "ranges": ranges})
+
+
+def read_vectors(path: Path) -> dict[str, Tensor]:
+    """The vectors of a plan.
+
+    Raises:
+        CheckpointError: If they cannot be read, or one holds NaN or infinity.
+    """
+    vectors = load_tensors(path, torch.device("cpu"))
+    for name, vector in vectors.items():
+        if not vector.is_floating_point() or not vector.isfinite().all():
+            raise CheckpointError(f"{path}: vector {name!r} should hold finite numbers; copy the checkpoint again")
+    return vectors
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
