@@ -126,7 +126,19 @@ def find_attentions(graph: fx.Graph) -> list[Attention]:
 _Match = tuple[dict[str, Operand], float, str | None]
 
 
+def attention_products(graph: fx.Graph) -> set[fx.Node]:
+    """The matrix products that :func:`find_attentions` speaks for: of outputs, and of the scores behind them."""
+    matches, scores = _matches(graph)
+    return {*matches, *scores}
+
+
 def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, _Match]]:
+    matches, scores = _matches(graph)
+    # Known only now: the product that makes the scores stands before the one that uses them.
+    return ((node, match) for node, match in matches.items() if node not in scores)
+
+
+def _matches(graph: fx.Graph) -> tuple[dict[fx.Node, _Match], set[fx.Node]]:
     matches: dict[fx.Node, _Match] = {}
     scores: set[fx.Node] = set()
     activations = _behind_layers(graph)
@@ -148,8 +160,7 @@ def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, _Match]]:
             )
         elif ATTENTION in node.meta:
             matches[node] = {}, 1.0, None
-    # Known only now: the product that makes the scores stands before the one that uses them.
-    return ((node, match) for node, match in matches.items() if node not in scores)
+    return matches, scores
 
 
 def _fused(node: fx.Node) -> _Match:

@@ -31,7 +31,7 @@ class Sample:
     """Part of one calibration call, with the float model's output.
 
     Attributes:
-        timestep: The denoising step; that of the first sample kept.
+        timestep: The denoising step; that of the first sample kept, of its noisiest token where each has one.
         arguments: Keyword arguments of the call, with a few samples of the batch.
         output: The first tensor of the float output.
     """
@@ -192,7 +192,8 @@ class Calibration:
             first = first.index_select(0, chosen.to(first.device))
         step = kept[names.index(str(self.plan.timestep))]
         arguments = pytree.tree_map(lambda position: kept[position], structure)
-        self._samples.keep(Sample(float(step.flatten()[0]), arguments, first.clone()))
+        number = float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
+        self._samples.keep(Sample(number, arguments, first.clone()))
 
     def _keep_inputs(self, number: int, leaves: Sequence[Any]) -> None:
         kept = self._inputs[number]

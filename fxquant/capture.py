@@ -39,17 +39,26 @@ log = logging.getLogger(__name__)
 LAYER = "fxquant_layer"
 """Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 
+NAMES = "fxquant_names"
+"""Key of a graph module's ``meta`` for the names that the model itself uses, of tensors (true) and modules (false)."""
+
 _HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 _RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
-_LAYER_OPS = {
+LAYER_OPS = {
     torch.ops.aten.linear.default: 1,
     torch.ops.aten.conv1d.default: 1,
     torch.ops.aten.conv2d.default: 1,
     torch.ops.aten.conv3d.default: 1,
+    torch.ops.aten.conv1d.padding: 1,
+    torch.ops.aten.conv2d.padding: 1,
+    torch.ops.aten.conv3d.padding: 1,
     torch.ops.aten.embedding.default: 0,
 }
+"""The ops that are layers if their weight is stored, and the position of that weight among their arguments."""
+
+_CASTS = ("to", "_to_copy", "type_as", "detach", "alias", "contiguous", "clone")
 
 
 @dataclass
@@ -259,7 +268,8 @@ class Architecture:
         _name_constants(exported, self.skeleton)
         # A module of its own, without the input checks that torch.export hangs on the one it returns.
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
-        _name_layers(module)
+        module.meta[NAMES] = names_of(self.skeleton)
+        _name_layers(module, self.skeleton)
         module.graph.lint()
         if not call.batched or _open_dimensions(module, call):
             return CapturedGraph(module, call, out_spec)
@@ -511,18 +521,58 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode() + content, digest_size=6).hexdigest()
 
 
-def _name_layers(module: fx.GraphModule) -> None:
-    """Give each linear, convolution and embedding a stable name: that of the module that owns its weight."""
+def stored_weight(node: fx.Node) -> fx.Node | None:
+    """The parameter that is the weight of a layer, or that its weight is cast from; None if the weight is computed."""
+    weight = node.args[LAYER_OPS[node.target]]
+    while isinstance(weight, fx.Node) and weight.op == "call_function":
+        if str(getattr(weight.target, "_name", "")).removeprefix("aten::").partition(".")[0] not in _CASTS:
+            return None
+        weight = weight.args[0]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def names_of(model: nn.Module) -> dict[str, bool]:
+    """The names that a model uses: those of its tensors with True, those of its modules with False."""
+    names = {name: False for name, _ in model.named_modules(remove_duplicate=False) if name}
+    return names | {name: True for name, _ in [*weights_and_buffers(model), *_listed_tensors(model)]}
+
+
+def layer_name(target: str) -> str:
+    """The name of the layer whose weight is found under this name."""
+    return target.removesuffix(".weight")
+
+
+def _name_layers(module: fx.GraphModule, model: nn.Module) -> None:
+    """Give each linear, convolution and embedding with a stored weight a stable name: that of the weight's owner.
+
+    Modules that share a weight have a name each: that of the module that calls the op. Where none of them does, the
+    name is the one under which ``torch.export`` reads the weight, the same in all graphs. Further uses of a weight
+    under one name are numbered, ``name@2``.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, tensor in weights_and_buffers(model):
+        owners.setdefault(id(tensor), []).append(name)
+    shared = {name: names for names in owners.values() if len(names) > 1 for name in names}
     seen: dict[str, int] = {}
     for node in module.graph.nodes:
-        position = _LAYER_OPS.get(node.target)
-        if position is None:
+        weight = stored_weight(node) if node.target in LAYER_OPS else None
+        if weight is None:
             continue
-        weight = node.args[position]
-        target = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
-        name = target.removesuffix(".weight")
+        target = str(weight.target)
+        name = layer_name(_owned_by_caller(node, shared[target], target) if target in shared else target)
         seen[name] = seen.get(name, 0) + 1
         node.meta[LAYER] = name if seen[name] == 1 else f"{name}@{seen[name]}"
+
+
+def _owned_by_caller(node: fx.Node, names: Sequence[str], default: str) -> str:
+    """Which of the names of a shared weight belongs to the module that calls an op, or to the nearest one around it."""
+    modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    for path in reversed(modules):
+        inside = [name for name in names if path and name.startswith(f"{path}.")]
+        if inside:
+            direct = [name for name in inside if "." not in name.removeprefix(f"{path}.")]
+            return next(iter(direct), default if default in inside else inside[0])
+    return default
 
 
 def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:

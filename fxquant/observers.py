@@ -176,13 +176,16 @@ class ChannelStatistics:
 
         Args:
             x: ``[k * B, ...]`` of any real dtype on any device, with C channels along ``axis``.
-            timestep: number (0-d) or ``[1]`` for all samples, or ``[B]`` for one a sample, where each timestep covers k
-                consecutive entries of ``x`` (frames folded into the batch: k frames of each of B videos).
+            timestep: number (0-d) or ``[1]`` for all samples; ``[B]`` for one a sample, where each timestep covers k
+                consecutive entries of ``x`` (frames folded into the batch: k frames of each of B videos); or ``[B, N]``
+                for one a token of a value ``[B, N, ...]``. Rows that belong to several timesteps, such as those of
+                prompts of several samples in one row, count at each of these: extremes are never too narrow.
             axis: the channel axis of ``x``; not the leading one.
             moments: whether to record :attr:`moments` too.
 
         Raises:
-            CalibrationError: the shape of ``x`` or of ``timestep`` does not fit; nothing was recorded.
+            CalibrationError: ``x`` has no such axis or other channels than before, or there is no timestep; nothing was
+                recorded.
             NonFiniteError: ``x`` or ``timestep`` holds NaN or infinity; nothing was recorded.
         """
         # Buffers made under inference mode could not be updated in place outside of it.
@@ -203,6 +206,8 @@ class ChannelStatistics:
                 f"cannot record {self.key!r}: it had {self.channels} channels before and now {channels}. "
                 "One key is one layer input; give different values different keys."
             )
+        if timestep.dim() > 1 and x.shape[: timestep.dim()] == timestep.shape and x.dim() > timestep.dim():
+            x, timestep = x.flatten(0, timestep.dim() - 1), timestep.flatten()  # Each token is a sample of its own.
         groups = self._samples_by_timestep(timestep, x.shape)
         if x.numel() == 0:
             return
@@ -230,20 +235,26 @@ class ChannelStatistics:
             self._sample(entry, stream, x, samples, per_sample)
 
     def _samples_by_timestep(self, timestep: Tensor, shape: torch.Size) -> dict[float, npt.NDArray[np.intp]]:
-        """The positions along the leading axis of a value of ``shape`` that belong to each timestep."""
-        moments = timestep.detach().to("cpu", torch.float64).reshape(-1).numpy() + 0.0  # -0.0 becomes 0.0
-        if timestep.dim() > 1 or len(moments) == 0 or shape[0] % len(moments):
+        """The positions along the leading axis of a value of ``shape`` that belong to each timestep.
+
+        A position of which that cannot be told, or that several tokens with timesteps of their own went into, belongs
+        to all timesteps that it may have.
+        """
+        moments = timestep.detach().to("cpu", torch.float64).numpy() + 0.0  # -0.0 becomes 0.0
+        if not moments.size:
             raise CalibrationError(
-                f"cannot record {self.key!r}: a timestep of shape {list(timestep.shape)} does not fit a value of shape "
-                f"{list(shape)} (channels last). It must be a number, [1], or [B] where B divides {shape[0]}; "
-                "pass the model one timestep per sample."
+                f"cannot record {self.key!r}: the timestep has shape {list(timestep.shape)} and holds no number; pass "
+                "the model one timestep a sample, or one for all"
             )
         if not np.isfinite(moments).all():
-            raise NonFiniteError(f"cannot record {self.key!r}: its timestep {moments.tolist()} is not finite")
-        if (moments == moments[0]).all():
-            return {float(moments[0]): np.arange(shape[0])}
-        each = np.repeat(moments, shape[0] // len(moments))
-        return {float(moment): np.flatnonzero(each == moment) for moment in np.unique(moments)}
+            raise NonFiniteError(f"cannot record {self.key!r}: its timestep {moments.flatten().tolist()} is not finite")
+        distinct = np.unique(moments)
+        samples = moments.shape[0] if moments.ndim else 1
+        if len(distinct) == 1 or shape[0] % samples:
+            return {float(moment): np.arange(shape[0]) for moment in distinct}
+        by_sample = moments.reshape(samples, -1)
+        each = np.repeat(np.arange(samples), shape[0] // samples)
+        return {float(moment): np.flatnonzero((by_sample == moment).any(axis=1)[each]) for moment in distinct}
 
     @staticmethod
     def _bounds(x: Tensor, groups: list[npt.NDArray[np.intp]]) -> list[tuple[Tensor, Tensor]]:

@@ -107,6 +107,7 @@ class LayerPlan:
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
         timesteps: The bins of timesteps that its shift and its range depend on; None for one.
         shift: How its input was shifted.
+        reason: Why its weight stays float, or None.
     """
 
     kind: str
@@ -123,6 +124,7 @@ class LayerPlan:
     activation_sqnr_db: float | None = None
     timesteps: TimestepGroups | None = None
     shift: Shift | None = None
+    reason: str | None = None
 
     @property
     def precision(self) -> Precision:
@@ -171,6 +173,8 @@ class Plan:
         calls: The calls that were captured; the first is the one that calibration began with.
         layers: Decisions a layer.
         attentions: Decisions an attention, by the path of its module.
+        products: Why each matrix product or convolution that is neither a layer nor part of an attention stays float,
+            by the path of its module, its op and its line, ``blocks.0.mixer.matmul:53``.
         vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is taken
             off the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance`` the mean
             squares of the input channels, where a search of weight ranges needed them.
@@ -203,6 +207,7 @@ class Plan:
     observed_step: int | None = None
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
+    products: dict[str, str] = field(default_factory=dict)
     inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
     workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
@@ -269,6 +274,7 @@ class Plan:
             fresh.layers[name] = LayerPlan(**kept)
         for name, found in self.attentions.items():
             fresh.attentions[name] = replace(found, ranges={}, sqnr_db={}, softmax_bits=None)
+        fresh.products = dict(self.products)
         return fresh
 
     def quantized(self) -> Iterator[tuple[str, LayerPlan]]:
@@ -365,11 +371,11 @@ class Plan:
 
 
 _NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions"})
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products"})
 """What plans of this format did not always hold."""
 
 
-_BEFORE_CALIBRATION = ("kind", "role", "shape", "weight_bits", "activation_bits", "group_size", "observed")
+_BEFORE_CALIBRATION = ("kind", "role", "shape", "weight_bits", "activation_bits", "group_size", "observed", "reason")
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class LayerReport:
         spread: Smallest and largest maximum of |input| over the calibrated timesteps.
         weight_sqnr_db: Signal to quantization noise of the weight, in dB.
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
+        float_because: Why its weight stays float, or None.
     """
 
     name: str
@@ -92,6 +93,7 @@ class LayerReport:
     spread: tuple[float, float] | None
     weight_sqnr_db: float | None
     activation_sqnr_db: float | None
+    float_because: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class Report:
         layers: One row a layer, in the order of the graph.
         passes: The pass log.
         attentions: One row an attention, in the order of the graph.
+        products: Why each matrix product or convolution that is neither a layer nor part of an attention stays float,
+            by the path of its module, its op and its line.
     """
 
     model_class: str
@@ -179,6 +183,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     passes: tuple[PassReport, ...]
     attentions: tuple[AttentionReport, ...] = ()
+    products: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; a number that is not finite, such as a lossless layer's SQNR, is a string."""
@@ -198,7 +203,11 @@ class Report:
             every: One row a layer instead.
         """
         parts = [self.summary(), self._layer_table(every)]
-        if reasons := self._reasons():
+        balanced = [(layer.name, layer.reason) for layer in self.layers]
+        if reasons := _reasons("channels left alone, and why", balanced):
+            parts.append(reasons)
+        kept = [(layer.name, layer.float_because) for layer in self.layers]
+        if reasons := _reasons("layers and matrix products in float, and why", [*kept, *self.products.items()]):
             parts.append(reasons)
         if self.attentions:
             parts.append(self._attention_table(every))
@@ -256,18 +265,6 @@ class Report:
         legend = [[letters[kernel], kernel, f"{count} layers"] for kernel, count in kernels.items()]
         legend_text = tabulate(legend, ["kernel", "", ""], tablefmt="simple", disable_numparse=True)
         return fitted(header, rows, {0: 46, 4: 34}) + "\n\n" + legend_text
-
-    def _reasons(self) -> str:
-        found: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.reason is not None:
-                found.setdefault(without_numbers(layer.reason) or "", []).append(layer.name)
-        lines = []
-        for reason, names in found.items():
-            patterns = Counter(pattern_of(name) for name in names)
-            shown = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in patterns.items())
-            lines += wrapped(f"{shown}: {reason}")
-        return "channels left alone, and why\n" + "\n".join(lines) if lines else ""
 
     def _attention_table(self, every: bool) -> str:
         groups: dict[tuple[Any, ...], list[AttentionReport]] = {}
@@ -344,6 +341,7 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
             _attention_report(name, entry, backend, left.get(name.partition("@")[0]))
             for name, entry in plan.attentions.items()
         ),
+        products=dict(plan.products),
     )
 
 
@@ -421,6 +419,7 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> Layer
         spread=(layer.spread[0], layer.spread[1]) if layer.spread else None,
         weight_sqnr_db=layer.weight_sqnr_db,
         activation_sqnr_db=layer.activation_sqnr_db,
+        float_because=layer.reason if layer.weight_bits is None else None,
     )
 
 
@@ -489,6 +488,20 @@ def _sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str,
         title = f"{block[1]}.{block_numbers(layer.name for layer in group)}" if block else ""
         sections.setdefault((title, not block and group[0].role == "final"), []).append(group)
     yield from ((title, found) for (title, _), found in sections.items())
+
+
+def _reasons(title: str, given: Iterable[tuple[str, str | None]]) -> str:
+    """Which layers have which reason, those of all blocks together; no text where none has one."""
+    found: dict[str, list[str]] = {}
+    for name, reason in given:
+        if reason is not None:
+            found.setdefault(without_numbers(reason) or "", []).append(name)
+    lines = []
+    for reason, names in found.items():
+        patterns = Counter(pattern_of(name) for name in names)
+        shown = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in patterns.items())
+        lines += wrapped(f"{shown}: {reason}")
+    return f"{title}\n" + "\n".join(lines) if lines else ""
 
 
 def _row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture import LAYER
+from fxquant.capture import LAYER, stored_weight
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.evidence import evidence, moments
 from fxquant.ir.rewriter import Rewriter
@@ -151,7 +151,6 @@ def quantized_weight(
     method: RangeSearch,
     symmetric: bool,
     rounder: Rounder | None = None,
-    position: int = 1,
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Quantize the weight of a layer; returns nodes of its packed codes, scales and zero points.
 
@@ -164,8 +163,8 @@ def quantized_weight(
     """
     name = node.meta[LAYER]
     layer = plan.layer(name)
-    weight = node.args[position]
-    assert isinstance(weight, fx.Node) and layer.weight_bits is not None
+    weight = stored_weight(node)
+    assert weight is not None and layer.weight_bits is not None
     key = (weight, layer.weight_bits, layer.group_size)
     if key in rewriter.memo:
         codes, layer.weight_sqnr_db = rewriter.memo[key]
@@ -199,9 +198,18 @@ def quantized_weight(
         rewriter.constant(f"{owner}_zero_point", quantized.zero_point, [weight]),
     )
     rewriter.memo[key] = codes, layer.weight_sqnr_db
-    if set(weight.users) == {node}:
+    if _reads_alone(node, weight):
         rewriter.forget(weight)
     return codes
+
+
+def _reads_alone(layer: fx.Node, weight: fx.Node) -> bool:
+    """Whether nothing but a layer reads its weight, which it may read through casts."""
+    while set(weight.users) != {layer}:
+        if len(weight.users) != 1:
+            return False
+        weight = next(iter(weight.users))
+    return True
 
 
 def importance_of(name: str, plan: Plan, device: torch.device) -> Tensor | None:

@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from fxquant.capture import LAYER
+from fxquant.channels.rules.ends import parameter_of
+from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Seed
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
@@ -48,8 +50,8 @@ def seeds_to_transform(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> lis
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if LAYER in node.meta and node.target is torch.ops.aten.linear.default:
-            value, weight = node.all_input_nodes[:2]
-            if weight.op == "get_attr":
+            value, weight = node_of(node.args[0]), node_of(node.args[1])
+            if parameter_of(weight).op == "get_attr":  # Else others read what it is cast to.
                 readers.setdefault(value, []).append(node)
     seeds = []
     for value, nodes in readers.items():

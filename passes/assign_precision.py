@@ -10,12 +10,13 @@ from typing import ClassVar
 from torch import fx
 
 from fxquant.attention import Attention, find_attentions, not_by_sample
-from fxquant.capture import LAYER
+from fxquant.capture import LAYER, stored_weight
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
 from fxquant.precision import FLOAT, Precision, overridden, precision_of, roles
+from fxquant.products import find_products
 
 
 class Products(enum.Enum):
@@ -57,15 +58,16 @@ class AssignPrecision(Pass):
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         default = Precision.parse(self.precision)
         role_of = roles(graph)
+        for product in find_products(graph):
+            plan.products.setdefault(product.name, product.reason)
         for node in graph.nodes:
             if LAYER not in node.meta or node.meta[LAYER] in plan.layers:
                 continue
             name = node.meta[LAYER]
             kind = _kind(node)
-            weight = node.args[0 if kind == "embedding" else 1]
+            weight = stored_weight(node)
+            assert weight is not None
             chosen = precision_of(name, role_of[name], default, self.layers, self.overrides)
-            if weight.op != "get_attr":
-                chosen = FLOAT  # Its weight is computed in the graph: there is nothing to store in few bits.
             if kind == "embedding":  # The papers keep tables in float; 8 bits a row are a matter of size alone.
                 one_row_a_sample = node.args[1].meta["val"].dim() == 1
                 chosen = Precision(8, None) if self.layers == "default" and one_row_a_sample else FLOAT
@@ -77,11 +79,24 @@ class AssignPrecision(Pass):
                 weight_bits=chosen.weight_bits,
                 activation_bits=chosen.activation_bits,
                 group_size=chosen.group_size if kind == "linear" else 0,  # Groups are along a linear's input channels.
+                reason=self._reason(name, kind, role_of[name]) if chosen.weight_bits is None else None,
             )
         timestep = next((n for n in graph.nodes if n.op == "placeholder" and n.target == plan.timestep), None)
         for found in find_attentions(graph):
             if found.name not in plan.attentions:
                 plan.attentions[found.name] = self._attention(found, default, timestep)
+
+    def _reason(self, name: str, kind: str, role: str) -> str:
+        """Why a layer is kept in float."""
+        if kind == "embedding":
+            if self.layers == "default":
+                return "its table is looked up several times a sample"
+            return f"layers={self.layers} keeps tables in float"
+        if overridden(name, self.overrides) is not None:
+            return "an override keeps it in float"
+        if self.layers == "all" or role in ("block", "adaln"):
+            return "the recipe keeps layers in float"
+        return f"layers={self.layers} keeps layers of role {role} in float; layers=all quantizes them"
 
     def _attention(self, found: Attention, default: Precision, timestep: fx.Node | None) -> AttentionPlan:
         if self.attention is Products.FLOAT:

@@ -15,6 +15,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, fx
 
 from fxquant.capture import LAYER
+from fxquant.channels.rules.ends import parameter_of
+from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Seed, solve
 from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
@@ -115,7 +117,8 @@ class BalanceChannels(Pass):
 
     def _is_done(self, seed: Seed) -> bool:
         """Whether this pass has balanced the weights that read the value already."""
-        origins = (origin for reader in seed.readers for origin in reader.args[1].meta.get(PROVENANCE, ()))  # type: ignore[union-attr]
+        weights = [parameter_of(node_of(reader.args[1])) for reader in seed.readers]
+        origins = (origin for weight in weights for origin in weight.meta.get(PROVENANCE, ()))
         return any(origin.pass_name == self.name for origin in origins)
 
     def _decide(
@@ -208,7 +211,7 @@ def balance_factor(
 
 
 def _weight(reader: fx.Node, rewriter: Rewriter) -> Tensor:
-    weight = rewriter.tensor(reader.args[1])
+    weight = rewriter.tensor(parameter_of(node_of(reader.args[1])))
     require_finite(weight, f"the weight of layer {reader.meta[LAYER]}")
     return weight
 

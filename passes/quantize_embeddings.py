@@ -54,7 +54,7 @@ class QuantizeEmbeddings(Pass):
                     f"layer {node.meta[LAYER]}: a table is stored in few bits only where each sample looks up one row; "
                     "keep it float"
                 )
-            packed = quantized_weight(node, plan, rewriter, RangeSearch.MINMAX, symmetric=False, position=0)
+            packed = quantized_weight(node, plan, rewriter, RangeSearch.MINMAX, symmetric=False)
             with rewriter.before(node):
                 rows = [rewriter.call(aten.embedding.default, (table, node.args[1]), [node]) for table in packed]
                 for row in rows:

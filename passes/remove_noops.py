@@ -15,6 +15,8 @@ from fxquant.plan import Plan
 
 aten = torch.ops.aten
 
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default)
+
 
 @register_pass
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class RemoveNoOps(Pass):
 
         y = linear(x, w)
 
-    Removed are full slices, casts to the dtype that the value has, dropout in evaluation, multiplication and division
-    by 1. Never a copy, for a reader might depend on its memory, nor the addition of 0, which turns -0 into 0. Side
-    condition: same shape, same dtype.
+    Removed are full slices, casts to the dtype and device that the value has, dropout in evaluation, multiplication
+    and division by 1, ``detach`` of a parameter, and ``contiguous`` of one that is contiguous. Never a copy, for a
+    reader might depend on its memory, nor the addition of 0, which turns -0 into 0. Side condition: same shape, same
+    dtype.
     """
 
     name: ClassVar[str] = "remove-no-ops"
@@ -56,8 +59,15 @@ def _returns_input(node: fx.Node) -> bool:
         return False
     if node.target is aten.slice.Tensor:
         return True  # The caller compares the shapes.
-    if node.target is aten.to.dtype:
-        return before.dtype == args[1] and not any(args[3:]) and not node.kwargs
+    if node.target in _CASTS:  # They return their input where dtype and device are the same, unless asked for more.
+        names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(node.kwargs)
+        more = (given.get(name) for name in ("copy", "memory_format", "pin_memory"))
+        return (before.device, before.layout) == (node.meta["val"].device, node.meta["val"].layout) and not any(more)
+    if node.target in (aten.detach.default, aten.alias.default):
+        return args[0].op == "get_attr"
+    if node.target is aten.contiguous.default:
+        return args[0].op == "get_attr" and before.is_contiguous() and not args[1:] and not node.kwargs
     if node.target is aten.dropout.default:
         return args[2] is False
     if node.target in (aten.mul.Tensor, aten.div.Tensor):

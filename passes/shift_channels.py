@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.channels.rules.ends import parameter_of
 from fxquant.channels.rules.shifts import shift_output
+from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
@@ -134,5 +135,5 @@ def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, value, shifted)
-        weight = rewriter.tensor(reader.args[1]).double()
+        weight = rewriter.tensor(parameter_of(node_of(reader.args[1]))).double()
         shift_output(reader, rewriter, z.map(lambda rows, weight=weight: rows.to(weight.device) @ weight.T))  # type: ignore[misc]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, weights_of
-from fxquant.channels.solve import Grant, Seed, Solution, solve
+from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.passes.absorb_affines import AbsorbAffines
+from fxquant.passes.absorb_shifts import AbsorbShifts
 from fxquant.pipeline import PassRecord, Pipeline
 from fxquant.plan import Plan
 
@@ -154,6 +155,7 @@ def absorb(
     found = captured(model.double(), *args, **kwargs)
     module = found.module
     inputs = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+    torch.manual_seed(0)  # Of dropout.
     expected = outputs(module, *inputs)
     seeds = seeds_at(module, at)
     solution = solve(module.graph, seeds)
@@ -162,11 +164,45 @@ def absorb(
     verify(module, SPECS[Stage.TRANSFORMED])
     step = Pipeline([AbsorbAffines()])
     (record,) = step.run(module, Plan("", "", None), Stage.TRANSFORMED)
+    torch.manual_seed(0)
     error = relative_error(outputs(module, *inputs), expected)
     before = text(module)
     (again,) = step.run(module, Plan("", "", None), Stage.TRANSFORMED)
     assert (again.edits, text(module)) == (0, before), "a second run changed the graph"
     return Absorbed(module, solution.grants, solution.groups(), count(module, AFFINE), error, record, factors)
+
+
+def absorb_shift(model: nn.Module, *args: Any, at: str = "last", **kwargs: Any) -> Absorbed:
+    """Ask for a constant shift of all channels at the input of a linear, have it absorbed, and compare in float64.
+
+    Args:
+        model: With an input called ``timestep``; converted to float64 in place.
+        args: Inputs of one call, float64.
+        at: Stable name of the linear.
+        kwargs: Inputs by keyword.
+    """
+    found = captured(model.double(), *args, **kwargs)
+    module, inputs = found.module, [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+    torch.manual_seed(0)  # Of dropout.
+    expected = outputs(module, *inputs)
+    (seed,) = seeds_at(module, [at])
+    solution = solve(module.graph, [seed], request=Request.STATIC_SHIFT)
+    classes = torch.from_numpy(solution.grants[at].classes)
+    table = 1 + torch.rand(int(classes.max()) + 1, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    shift = table[classes]  # On channels that are not granted as well.
+    rewriter, (reader,) = Rewriter(module, "request"), seed.readers
+    with rewriter.before(reader):
+        one = rewriter.constant("one", torch.ones(1, dtype=torch.float64), [seed.value])
+        rows = rewriter.constant("shift", shift.reshape([1] * (seed.value.meta["val"].dim() - 1) + [-1]), [seed.value])
+        shifted = rewriter.call(AFFINE, (seed.value, one, rows), [seed.value], name="shifted")
+    rewriter.redirect(reader, seed.value, shifted)
+    weight = rewriter.tensor(reader.args[1])
+    rewriter.fold(reader, 2, lambda bias: bias - weight @ shift)
+    module.recompile()
+    (record,) = Pipeline([AbsorbShifts()]).run(module, Plan("", "", "timestep"), Stage.TRANSFORMED)
+    torch.manual_seed(0)
+    error = relative_error(outputs(module, *inputs), expected)
+    return Absorbed(module, solution.grants, solution.groups(), count(module, AFFINE), error, record)
 
 
 def seeds_at(module: fx.GraphModule, names: Sequence[str]) -> list[Seed]:

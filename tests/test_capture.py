@@ -230,8 +230,72 @@ def test_layers_have_the_names_of_their_modules() -> None:
     assert [node.meta[LAYER] for node in found.module.graph.nodes if LAYER in node.meta] == [
         "block.to_q",
         "block.to_q@2",
-        "linear_2",
     ]
+
+
+class Tied(nn.Module):
+    """Two pairs of linears that share a weight: by the parameter, and as one module of two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.one = nn.Linear(4, 4)
+        self.other = self.one
+
+    def forward(self, x: Tensor, only: bool = False) -> Tensor:
+        if only:
+            return self.first(x) + self.one(x)
+        y = self.second(x) + self.first(x) + self.other(x) + self.one(x)
+        return F.linear(y, self.first.weight)
+
+
+def names(model: nn.Module, **call: Any) -> list[str]:
+    return [node.meta[LAYER] for node in captured(model, **call).module.graph.nodes if LAYER in node.meta]
+
+
+def test_tied_weights_keep_the_names_of_their_modules_in_every_graph() -> None:
+    found = names(Tied(), x=sample(2))
+    assert found[:4] == ["second", "first", "other", "one"]
+    assert found[4] in ("first@2", "second@2")  # No module of the two calls it.
+    assert names(Tied(), x=sample(2), only=True) == ["first", "one"]
+
+
+CASTS = {
+    "to(x.dtype)": lambda w, x: w.to(x.dtype),
+    "to(x)": lambda w, x: w.to(x),
+    "to(device, dtype)": lambda w, x: w.to(x.device, x.dtype),
+    "to(dtype=)": lambda w, x: w.to(dtype=x.dtype, device=x.device),
+    "type_as": lambda w, x: w.type_as(x),
+    "float": lambda w, x: w.float(),
+    "data": lambda w, x: w.data,
+    "detach": lambda w, x: w.detach(),
+    "contiguous": lambda w, x: w.contiguous(),
+    "twice": lambda w, x: w.half().to(x.dtype),
+}
+
+
+class CastAsItRuns(nn.Module):
+    def __init__(self, cast: Any, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.cast = cast
+        self.block = nn.ModuleDict({"to_q": nn.Linear(4, 4, dtype=dtype), "to_k": nn.Linear(4, 4, dtype=dtype)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.block.values():
+            x = F.linear(x, self.cast(layer.weight, x), self.cast(layer.bias, x))
+        return x
+
+
+CHANGES_DTYPE = CASTS.keys() - {"data", "detach", "contiguous"}
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [*((cast, torch.float32) for cast in CASTS), *((cast, torch.bfloat16) for cast in sorted(CHANGES_DTYPE))],
+)
+def test_weights_cast_as_they_are_read_keep_their_names(cast: str, dtype: torch.dtype) -> None:
+    assert names(CastAsItRuns(CASTS[cast], dtype), x=sample(2)) == ["block.to_q", "block.to_k"]
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -121,6 +121,34 @@ def test_frames_folded_into_the_batch_belong_to_their_video():
     assert_same_exact_part(got, recorded([(x[:3], 10), (x[3:], 20)]))
 
 
+def test_tokens_with_timesteps_of_their_own():
+    x, steps = values(2, 3, 4), torch.tensor([[0, 9, 9], [0, 7, 9]])
+    got = recorded([(x, steps)])
+    assert got.timesteps.tolist() == [0, 7, 9]
+    assert got.count.tolist() == [2, 1, 3]
+    for number, step in enumerate((0, 7, 9)):
+        assert torch.equal(got.maximum[number], x[steps == step].amax(0))
+    assert_rows_come_from(got.rows_by_timestep[1], x[1, 1:2])
+
+
+@pytest.mark.parametrize("steps", [[[0, 9], [0, 7]], [[9, 0], [7, 0]]])
+def test_what_several_tokens_went_into_counts_at_each_of_their_timesteps(steps):
+    x = values(2, 5, 3)  # Prompts: five tokens a sample, which the two tokens of the image know nothing of.
+    got = recorded([(x, torch.tensor(steps))])
+    assert got.timesteps.tolist() == [0, 7, 9]
+    assert got.count.tolist() == [10, 5, 5]
+    assert torch.equal(got.minimum, torch.stack([x.flatten(0, 1).amin(0), x[1].amin(0), x[0].amin(0)]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_samples_in_one_row_count_at_all_timesteps_of_the_call(rows):
+    x = values(rows, 7, 3)  # The prompts of two samples, one behind the other.
+    assert_same(recorded([(x, [5, 5])]), recorded([(x, 5)]))
+    got = recorded([(x, [5, 8])])
+    assert got.timesteps.tolist() == [5, 8]
+    assert torch.equal(got.maximum, x.flatten(0, 1).amax(0).expand(2, 3))
+
+
 @pytest.mark.parametrize("moments", [7, [7, 8]])
 def test_channel_axis_of_a_convolution(moments):
     x = values(2, 3, 4, 5)
@@ -212,10 +240,9 @@ def test_empty_batch_records_nothing():
 # What cannot be recorded
 
 
-@pytest.mark.parametrize("shape", [(3,), (4,), (0,), (2, 1), (2, 6)])
-def test_timestep_of_a_wrong_shape(shape):
-    with pytest.raises(CalibrationError, match=r"'layer'.*timestep of shape"):
-        recorded([(values(2, 6, 5), torch.zeros(shape))])
+def test_no_timestep():
+    with pytest.raises(CalibrationError, match=r"'layer'.*the timestep has shape \[0\] and holds no number"):
+        recorded([(values(2, 6, 5), torch.zeros(0))])
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((5,), -1), ((2, 5), 0), ((2, 5), -2), ((2, 5), 2), ((2, 5), -3), ((), 0)])

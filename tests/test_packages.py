@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,26 +149,24 @@ def test_a_pipeline_takes_it(pipeline: Made) -> None:
 def test_it_loads_in_a_new_process_without_tracing(pipeline: Made, tmp_path: Path) -> None:
     quantized, folder = pipeline
     code = f"""
-import sys, time, torch, fxquant
+import torch, fxquant
 torch.export.export = None
-began = time.perf_counter()
 model = fxquant.load_package({str(folder / "transformer")!r})
-seconds = time.perf_counter() - began
-torch.save((seconds, model(**torch.load({str(tmp_path / "call.pt")!r})).sample), {str(tmp_path / "out.pt")!r})
+torch.save(model(**torch.load({str(tmp_path / "call.pt")!r})).sample, {str(tmp_path / "out.pt")!r})
 """
     torch.save(inputs(), tmp_path / "call.pt")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    seconds, sample = torch.load(tmp_path / "out.pt")
-    assert seconds < 2.0 + 5.0  # Importing diffusers is in it.
-    assert sqnr_db(run(quantized), sample) > 100.0
+    assert sqnr_db(run(quantized), torch.load(tmp_path / "out.pt")) > 100.0
 
 
-def test_loading_is_quick(several: Made) -> None:
-    fxquant.load_package(several[1])
-    began = time.perf_counter()
-    fxquant.load_package(several[1])
-    assert time.perf_counter() - began < 2.0
+def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise AssertionError("traced or compiled while a package was loaded")
+
+    for owner, name in ((torch.export, "export"), (torch, "compile"), (torch._inductor, "aoti_compile_and_package")):
+        monkeypatch.setattr(owner, name, refused)
+    assert len(fxquant.load_package(several[1]).calls) == len(several[0].graphs)
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------

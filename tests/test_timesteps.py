@@ -151,3 +151,47 @@ def run_call(model: torch.nn.Module, call: dict[str, Tensor]) -> Tensor:
 def run_loud(model: torch.nn.Module, step: float) -> None:
     with torch.no_grad():
         model(**inputs(timestep=step))
+
+
+class ByToken(torch.nn.Module):
+    """A block whose tokens have a timestep each, and prompts, which have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = {"time": (1, 8), "norm": (8, 8), "text": (6, 8), "fc1": (8, 16), "fc2": (16, 8)}
+        block = torch.nn.ModuleDict({name: torch.nn.Linear(*sizes) for name, sizes in layers.items()})
+        self.blocks = torch.nn.ModuleList([block])
+
+    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        block = self.blocks[0]
+        x = block["norm"](sample) * (1 + block["time"](timestep[..., None] / 1000))
+        x = x + block["text"](text).mean(dim=1, keepdim=True)
+        return block["fc2"](torch.nn.functional.gelu(block["fc1"](x)))
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w8a8", "dynamic-w8a8", "ptq4dit-gptq-w4a8", "htg-w8a8"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_timestep_for_each_token(recipe: str, batch: int):
+    model = ByToken().eval()
+    calls = []
+    for number, step in enumerate(CALIBRATED):
+        steps = torch.full((batch, 5), step)
+        steps[:, :2] = 0.0  # What is given is without noise.
+        generator = torch.Generator().manual_seed(number)
+        calls.append(
+            (torch.randn(batch, 5, 8, generator=generator), steps, torch.randn(batch, 3, 6, generator=generator))
+        )
+    statistics = fxquant.Statistics()
+    found = fxquant.compile(
+        model, recipe=recipe, calibrate=lambda: [model(*call) for call in calls], statistics=statistics
+    )
+    assert statistics["blocks.0.norm"].timesteps.tolist() == [0.0, *reversed(CALIBRATED)]
+    assert statistics["blocks.0.norm"].count.tolist() == [10 * batch, *[3 * batch] * 5]  # Each row at its own.
+    assert statistics["blocks.0.text"].count.tolist() == [15 * batch, *[3 * batch] * 5]  # At those of their sample.
+    assert min(found.plan.output_sqnr_db.values()) > (15 if "w4" in recipe else 30)
+    assert max(found.plan.output_sqnr_db) == 900.0  # The step is that of the noise.
+    if recipe.startswith("htg"):
+        groups = found.plan.layers["blocks.0.fc1"].timesteps
+        assert not groups.boundaries
+        assert "not one number a sample" in groups.reason

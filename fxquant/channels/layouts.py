@@ -141,7 +141,9 @@ def _runs(output: list[Any], source: list[Any]) -> list[tuple[list[int], list[in
             else:
                 return None
         runs.append((out_axes, src_axes))
-    if o < len(output) or s < len(source):  # Only axes of size 1 can be left over.
+    if not all(_equal(size, 1) for size in (*output[o:], *source[s:])):  # Of a value without any element.
+        return None
+    if o < len(output) or s < len(source):
         runs.append((list(range(o, len(output))), list(range(s, len(source)))))
     return runs
 

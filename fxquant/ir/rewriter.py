@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
-from fxquant.capture import LAYER, get_tensor, set_tensor
+from fxquant.capture import LAYER, NAMES, get_tensor, set_tensor
 from fxquant.errors import NonFiniteError, PassError
 
 PROVENANCE = "fxquant_provenance"
@@ -221,8 +221,14 @@ class Rewriter:
     def _free_target(self, name: str) -> str:
         if self._taken is None:
             self._taken = Counter(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
+        # What the model itself calls so is taken too, whether this graph reads it or not: graphs share names.
+        model = self.module.meta.get(NAMES, {})
+        path = name.split(".")
+        for end in range(len(path) - 1, 0, -1):
+            if model.get(".".join(path[:end])):  # A parameter, which cannot hold a further one.
+                name = ".".join(path[:end]) + "_" + "_".join(path[end:])
         target, number = name, 2
-        while self._taken[target]:
+        while self._taken[target] or target in model:
             target, number = f"{name}_{number}", number + 1
         self._taken[target] += 1
         return target

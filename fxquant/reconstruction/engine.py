@@ -178,7 +178,9 @@ def _grid(found: ActivationRange, bits: int, like: Tensor) -> LearnedSteps | Tok
 
 
 def _by_sample(timestep: Tensor, sample: Tensor) -> Tensor:
-    """The timestep of each sample of a call, ``[n]``."""
+    """The timestep of each sample of a call, ``[n]``; where each token has one, the noisiest."""
+    if timestep.dim() > 1:
+        timestep = timestep.flatten(1).amax(1)
     return timestep.reshape(-1).expand(len(sample)) if timestep.numel() == 1 else timestep
 
 

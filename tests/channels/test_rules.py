@@ -12,8 +12,25 @@ from torch import Tensor, nn
 from fxquant.channels.rules import RULES, rule
 from fxquant.channels.wants import Cost
 from fxquant.errors import DuplicateNameError
-from tests.support import absorb, layer_node, proved, refused
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.passes.absorb_affines import AbsorbAffines
+from fxquant.pipeline import Pipeline
+from fxquant.plan import Plan
+from tests.support import (
+    AFFINE,
+    absorb,
+    absorb_shift,
+    captured,
+    layer_node,
+    outputs,
+    proved,
+    refused,
+    relative_error,
+    seeds_at,
+)
 
+aten = torch.ops.aten
 B, T, C = 3, 5, 8
 
 Body = Callable[..., Tensor]
@@ -48,6 +65,13 @@ class Behind(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.body(self, x))
+
+
+class Timed(Behind):
+    """With a timestep, as shifts need one."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        return self.last(self.body(self, x, timestep))
 
 
 def heads(value: Tensor, size: int = 4) -> Tensor:
@@ -187,6 +211,25 @@ FREE: dict[str, tuple[Body, set[str]]] = {
     "SwiGLU": (lambda m, x: F.silu(m.a(x)) * m.b(x), {"b"}),
     "adaLN": (ada_ln, {"a", "b"}),
     "scale_shift_table": (scale_shift_table, {"a", "b", "rows"}),
+    "attention, one value for the batch": (
+        lambda m, x: tokens(F.scaled_dot_product_attention(heads(m.a(x)), heads(m.b(x)), heads(m.c(x.mean(0, True))))),
+        {"c"},
+    ),
+    "attention, values without a batch": (
+        lambda m, x: tokens(
+            F.scaled_dot_product_attention(heads(m.a(x)), heads(m.b(x)), heads(m.c(x.mean(0, True)))[0])
+        ),
+        {"c"},
+    ),
+    "add of a number with alpha, by position": (lambda m, x: aten.add.Scalar(m.a(x), 2.5, 3), {"a"}),
+    "a slice from before the first channel": (
+        lambda m, x: torch.cat([aten.slice.Tensor(y := m.a(x), 2, -12, 3), aten.slice.Tensor(y, 2, 3, 12)], -1),
+        {"a"},
+    ),
+    "masked fill by a mask of more axes": (lambda m, x: m.a(x[0, :1]).masked_fill(x > 0, 0.0), {"a"}),
+    "cat with a vector of no elements": (lambda m, x: torch.cat([m.a(x), x.new_zeros(0)], 1), {"a"}),
+    "dropout in training": (lambda m, x: F.dropout(m.a(x), 0.5, True), {"a"}),
+    "a weight that is cast": (lambda m, x: F.linear(x, m.a.weight.to(torch.float64, copy=True)), {"linear"}),
     "scaled before": (lambda m, x: torch.ops.fxquant.channel_affine(m.a(x), m.row, None), {"a"}),
 }
 
@@ -312,6 +355,22 @@ REFUSED: dict[str, tuple[Body, str]] = {
         lambda m, x: m.a(x).transpose(0, 2).reshape(-1, T).unflatten(0, (C, -1)).transpose(0, 2),
         "mixes the channels with the batch",
     ),
+    "the size of the batch is added": (lambda m, x: m.a(x) + x.shape[0], "adds a number that the graph computes"),
+    "a weight that is rounded to integers": (
+        lambda m, x: F.linear(x, (m.a.weight).to(torch.int64).to(torch.float64)),
+        "weight of linear is computed",
+    ),
+    "a weight that is rounded to 8 bits": (
+        lambda m, x: F.linear(x, m.a.weight.to(torch.float8_e4m3fn).to(torch.float64)),
+        "weight of linear is computed",
+    ),
+    "one parameter as weight and bias of a norm": (lambda m, x: F.layer_norm(x, (C,), m.row, m.row), "more than once"),
+    "one parameter as input and weight": (
+        lambda m, x: F.linear(m.a.weight, m.a.weight) + 0 * x[:, :1],
+        "more than once",
+    ),
+    "a shift of a dropout in training": (lambda m, x: F.dropout(m.a(x), 0.5, True) + 1, "dropout in training mode"),
+    "rounded to integers": (lambda m, x: m.a(x).to(torch.int64).to(torch.float64), "not floating-point"),
     "the largest channels": (lambda m, x: m.a(x).topk(C)[0], "topk has no channel rule"),
     "a grid": (lambda m, x: torch.meshgrid(m.row, m.rows[0], indexing="ij")[1], "meshgrid"),
 }
@@ -321,6 +380,43 @@ REFUSED: dict[str, tuple[Body, str]] = {
 def test_what_stops_a_request(name: str) -> None:
     body, reason = REFUSED[name]
     refused(absorb(Behind(body), x(), force=True), reason)
+
+
+def test_a_shift_does_not_pass_a_product_with_a_vector() -> None:
+    # Its channels are rows of the softmax, and the elements of the vector are what is summed over.
+    result = absorb_shift(Timed(lambda m, x, timestep: F.softmax(square(x), -1) @ m.row), x(), torch.arange(B).double())
+    assert result.error < 1e-12
+    assert result.left == 0
+
+
+def test_a_weight_that_is_a_vector_has_no_rows() -> None:
+    # Its outputs are the tokens, here as many as channels.
+    result = absorb(Behind(lambda m, x: F.linear(square(x), m.row)), x())
+    assert result.error < 1e-12
+    assert result.grant.cost is Cost.VECTOR
+    result = absorb_shift(Timed(lambda m, x, timestep: F.linear(square(x), m.row)), x(), torch.arange(B).double())
+    assert result.error < 1e-12
+    assert result.left == 0
+
+
+@pytest.mark.parametrize("factor", [-1.5, 0.0])
+def test_only_positive_factors_pass(factor: float) -> None:
+    module = captured(Behind(lambda m, x: F.relu(m.a(x))).double(), value := x()).module
+    expected = outputs(module, value)
+    (seed,) = seeds_at(module, ["last"])
+    rewriter, (reader,) = Rewriter(module, "request"), seed.readers
+    factors = torch.linspace(0.5, 2, C, dtype=torch.float64)
+    factors[3] = factor
+    with rewriter.before(reader):
+        held = rewriter.constant("factor", factors, [seed.value])
+        scaled = rewriter.call(AFFINE, (seed.value, held, None), [seed.value])
+    rewriter.redirect(reader, seed.value, scaled)
+    rewriter.fold(reader, 1, lambda w: torch.where(factors != 0, w / factors, w))
+    module.recompile()
+    expected = outputs(module, value) if factor == 0 else expected
+    (record,) = Pipeline([AbsorbAffines()]).run(module, Plan("", "", None), Stage.TRANSFORMED)
+    assert record.edits == 0
+    assert relative_error(outputs(module, value), expected) < 1e-12
 
 
 # --- vectors, ties and parts ----------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.channels.layouts import static
 from fxquant.channels.rules.table import (
@@ -26,12 +28,16 @@ aten = torch.ops.aten
 def add(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) to both sides; a constant k moves into the offset: (a, (a - 1) k + c) to the other side."""
     sign = -1.0 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1.0
-    sign *= float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    sign *= float(argument(node, 2, "alpha", 1))
     left, right = node.args[0], node.args[1]
     if isinstance(right, (int, float)):
+        if not math.isfinite(right) or not math.isfinite(sign):
+            return Barrier(f"{op_name(node)} adds a number that is not finite")
         want = Want(want.scale, want.offset + sign * right)
         pushed = elementwise(node, left, want)
         return Push(pushed) if pushed else cannot_broadcast(node)
+    if not _is_tensor(left) or not _is_tensor(right):
+        return Barrier(f"{op_name(node)} adds a number that the graph computes")
     if want.offset.any():
         # One side takes the whole shift; without it a constant could not have been passed on the way here.
         return _shift_to_one_side(node, want)
@@ -39,6 +45,10 @@ def add(node: fx.Node, want: Want) -> Outcome:
     if any(not side for side in sides):
         return _same_for_all_tokens(node, want) or cannot_broadcast(node)
     return Push([pair for side in sides if side for pair in side])
+
+
+def _is_tensor(operand: object) -> bool:
+    return isinstance(operand, fx.Node) and isinstance(operand.meta.get("val"), Tensor)
 
 
 def _same_for_all_tokens(node: fx.Node, want: Want) -> Outcome | None:

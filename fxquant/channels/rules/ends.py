@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
 from fxquant.channels.rules.table import argument, node_of, rule, shape_of, tied
 from fxquant.channels.wants import Barrier, End, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
-
-if TYPE_CHECKING:
-    from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.rewriter import Rewriter, place_of
 
 aten = torch.ops.aten
 
@@ -22,11 +18,16 @@ aten = torch.ops.aten
 @rule(aten.linear.default)
 def linear(node: fx.Node, want: Want) -> Outcome:
     """End: W <- diag(a) W, b <- a b + c."""
+    if len(shape_of(node_of(node.args[1]))) < 2:
+        return Barrier(f"the weight of {node.name} is a vector, so its outputs are not channels")
     reason = "a linear's outputs cannot be scaled differently from token to token"
     return tied(want, range(want.scale.ndim - 1), reason) or _rows_end(node, want)
 
 
-@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@rule(
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+)
 def convolution(node: fx.Node, want: Want) -> Outcome:
     """End: the same, for output channels."""
     channels = want.scale.ndim - len(shape_of(node_of(node.args[1]))) + 1  # An unbatched input has its channels first.
@@ -52,15 +53,22 @@ def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: T
 
 def are_parameters(node: fx.Node, *positions: int) -> bool:
     """Whether these arguments are parameters of the model, or not given."""
+    if {"weight", "bias"} & node.kwargs.keys():  # Folds go by position, as capturing writes these.
+        return False
     given = (node.args[position] if len(node.args) > position else None for position in positions)
     return all(argument is None or parameter_of(node_of(argument)).op == "get_attr" for argument in given)
 
 
 def parameter_of(node: fx.Node) -> fx.Node:
-    """What a node casts to another dtype or device, if that is all that it does."""
-    while node.target in _CASTS and len(node.users) == 1:
+    """What a node casts to another dtype or device, if that is all that it does: no rounding to integers or 8 bits."""
+    while node.target in _CASTS and len(node.users) == 1 and _is_real(node) and _is_real(node_of(node.args[0])):
         node = node_of(node.args[0])
     return node
+
+
+def _is_real(node: fx.Node) -> bool:
+    dtype = node.meta["val"].dtype
+    return bool(dtype.is_floating_point and dtype.itemsize > 1)
 
 
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
@@ -68,7 +76,7 @@ _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.def
 
 def layer_of(node: fx.Node) -> str:
     """Name of the layer of a node, for the report."""
-    return str(node.meta.get(LAYER, node.name))
+    return place_of(node)
 
 
 @rule(aten.layer_norm.default)
@@ -85,6 +93,8 @@ def rms_norm(node: fx.Node, want: Want) -> Outcome:
 
 def _norm(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
     normalized = len(node.args[1])  # type: ignore[arg-type]
+    if not all(isinstance(size, int) for size in node.args[1]):  # type: ignore[union-attr]
+        return Barrier(f"{node.name} normalizes over the batch")
     found = tied(
         want, range(want.scale.ndim - normalized), "a norm's outputs cannot be scaled differently from token to token"
     )

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxquant.channels.layouts import compress, embed, reshape_back, static, stretch
+from fxquant.channels.rules.row_sums import drops_out
 from fxquant.channels.rules.table import (
     argument,
     axis_of,
@@ -36,16 +37,23 @@ aten = torch.ops.aten
     aten.contiguous.default,
     aten.alias.default,
     aten.detach.default,
-    aten.dropout.default,
     aten.lift_fresh_copy.default,
     aten.type_as.default,
     shifts=True,
 )
 def same(node: fx.Node, want: Want) -> Outcome:
-    """to, clone, contiguous, alias, dropout (eval): the same."""
+    """to, clone, contiguous, alias: the same."""
     if not source_of(node).meta["val"].is_floating_point():
         return Barrier("the value is not floating-point before this cast")
     return Push([(source_of(node), want)])
+
+
+@rule(aten.dropout.default)
+def dropout(node: fx.Node, want: Want) -> Outcome:
+    """dropout: (a, 0) passes, and c in evaluation."""
+    if want.offset.any() and drops_out(node):
+        return Barrier("a constant shift cannot pass dropout in training mode")
+    return same(node, want)
 
 
 @rule(
@@ -71,6 +79,8 @@ def permute(node: fx.Node, want: Want) -> Outcome:
     """permute, transpose, t, mT, movedim: the same, in the new layout."""
     arguments: tuple[Any, ...] = node.args
     rank = want.scale.ndim
+    if rank < 2:
+        return Push([(source_of(node), want)])
     order = list(range(rank))
     if node.target is aten.permute.default:
         order = [axis % rank for axis in arguments[1]]
@@ -100,6 +110,7 @@ def getitem(node: fx.Node, want: Want) -> Outcome:
     if parts.target not in (aten.unbind.int, *takes_apart):
         return Barrier(f"{op_name(parts)} has no channel rule")
     assert isinstance(number, int)
+    number %= len(parts.meta["val"])
     source = source_of(parts)
     if parts.target is aten.unbind.int:
         axis = axis_of(source, argument(parts, 1, "dim", 0))
@@ -138,7 +149,7 @@ def part(node: fx.Node, want: Want) -> Outcome:
         return Push([(source, want)])
     if whole is None or static(length) is None or not isinstance(start, int):
         return Barrier("part of the batch is taken")
-    start = min(start % whole if start < 0 else start, whole)
+    start = min(max(start + whole if start < 0 else start, 0), whole)
     return Push([(source, embed(stretch(want, axis, length), axis, start, step, whole))])
 
 
@@ -252,7 +263,8 @@ def masked_fill(node: fx.Node, want: Want) -> Outcome:
     """masked_fill with 0: (a, 0) passes."""
     if want.offset.any() or node.args[2] != 0:
         return Barrier("what is filled in would have to be scaled too")
-    return Push([(source_of(node), want)])
+    pushed = elementwise(node, source_of(node), want)  # The mask may have more axes.
+    return Push(pushed) if pushed else cannot_broadcast(node)
 
 
 @rule(aten.index_select.default)
@@ -269,7 +281,7 @@ def index(node: fx.Node, want: Want) -> Outcome:
     """x[..., i, ...]: the same, for all that the indices may pick alike."""
     rank = len(shape_of(source_of(node)))
     picked = [(axis, i) for axis, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type]
-    masks = any(i.meta["val"].dtype is torch.bool and i.meta["val"].dim() > 1 for _, i in picked)
+    masks = any(i.meta["val"].dtype in (torch.bool, torch.uint8) and i.meta["val"].dim() > 1 for _, i in picked)
     axes = [axis for axis, _ in picked]
     if masks or axes != list(range(axes[0], axes[0] + len(axes))):
         return Barrier("indices of several axes apart, or a mask over several, have no channel rule")
@@ -303,6 +315,8 @@ def cat(node: fx.Node, want: Want) -> Outcome:
     start = 0
     for operand in operands:  # type: ignore[union-attr]
         assert isinstance(operand, fx.Node)
+        if shape_of(operand) == (0,) and want.scale.ndim > 1:  # cat leaves it out, whatever the others' rank.
+            continue
         length = static(shape_of(operand)[axis])
         if not want.varies(axis):
             pushed.append((operand, want))

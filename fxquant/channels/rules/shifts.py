@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from fxquant.channels.rules import matrices
 from fxquant.channels.rules.ends import are_parameters, layer_of, parameter_of
+from fxquant.channels.rules.layout import same
+from fxquant.channels.rules.row_sums import attention_drops, drops_out, product_drops
 from fxquant.channels.rules.table import (
     STATIC_SHIFTS,
     argument,
@@ -18,7 +21,6 @@ from fxquant.channels.rules.table import (
     op_name,
     shape_of,
     shift_rule,
-    source_of,
     tied,
 )
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Want
@@ -33,6 +35,8 @@ aten = torch.ops.aten
 @shift_rule(aten.linear.default)
 def linear(node: fx.Node, want: Want) -> Outcome:
     """End: the bias becomes a table with a row for each bin of timesteps."""
+    if len(shape_of(node_of(node.args[1]))) < 2:
+        return Barrier(f"the weight of {node.name} is a vector, so its outputs are not channels")
     found = tied(
         want, range(want.scale.ndim - 1), "a linear's outputs cannot be shifted differently from token to token"
     )
@@ -97,17 +101,27 @@ def product(node: fx.Node, want: Want) -> Outcome:
     return Barrier(f"a shift cannot pass {op_name(node)}")
 
 
+@shift_rule(aten.dropout.default)
+def dropout(node: fx.Node, want: Want) -> Outcome:
+    """In evaluation the same."""
+    return Barrier("a constant shift cannot pass dropout in training mode") if drops_out(node) else same(node, want)
+
+
+@shift_rule(aten.scaled_dot_product_attention.default)
+def attention(node: fx.Node, want: Want) -> Outcome:
+    """To v, where rows of the softmax sum to 1: no row may be masked as a whole, and nothing dropped out."""
+    reason = attention_drops(node)
+    return matrices.attention(node, want) if reason is None else Barrier(reason)
+
+
 @shift_rule(aten.matmul.default, aten.bmm.default)
 def matmul(node: fx.Node, want: Want) -> Outcome:
     """To the right operand's columns, if the left one is a softmax, whose rows sum to 1."""
     left, right = node_of(node.args[0]), node_of(node.args[1])
-    while left.target in (aten.to.dtype, aten.dropout.default, aten._to_copy.default, aten.clone.default):
-        left = source_of(left)
-    rows_sum_to_one = left.target in (aten.softmax.int, aten._softmax.default) and (
-        left.args[1] in (-1, len(shape_of(left)) - 1)
-    )
-    if not rows_sum_to_one:
-        return Barrier("a shift cannot pass a matrix product")
+    if (reason := product_drops(left)) is not None:
+        return Barrier(reason)
+    if len(shape_of(left)) < 2 or len(shape_of(right)) < 2:
+        return Barrier("a product with a vector has no channels to shift")
     found = tied(want, [want.scale.ndim - 2], "a matrix product mixes tokens, which have to share their shifts")
     if found is not None:
         return found
@@ -125,6 +139,8 @@ def moving(node: fx.Node, want: Want) -> Outcome:
 def layer_norm(node: fx.Node, want: Want) -> Outcome:
     """End: bias <- bias + c; a norm without bias is given one."""
     normalized = len(node.args[1])  # type: ignore[arg-type]
+    if not all(isinstance(size, int) for size in node.args[1]):  # type: ignore[union-attr]
+        return Barrier(f"{node.name} normalizes over the batch")
     axes = range(want.scale.ndim - normalized)
     found = tied(want, axes, "a norm's outputs cannot be shifted differently from token to token")
     if found is not None:

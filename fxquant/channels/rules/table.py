@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fxquant.channels.layouts import broadcast_back
-from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Tie, Want
+from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.errors import DuplicateNameError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
@@ -74,7 +74,10 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 
 def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Outcome:
-    """Apply the rule of a node's op; an op without one is a barrier."""
+    """Apply the rule of a node's op; an op without one is a barrier, and so is a value of integers."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return Barrier(f"{node.name} is not a floating-point tensor")
     key = node.target if node.op == "call_function" else node.op
     found = rules.get(key)
     if found is None:
@@ -85,6 +88,8 @@ def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Out
         return Choose(ways) if ways else _read_twice(node)
     if isinstance(result, Push) and not _meets_every_use(node, result):
         return _read_twice(node)
+    if isinstance(result, End) and max(Counter(_arguments(node)).values(), default=1) > 1:
+        return _read_twice(node)  # One parameter as weight and bias: folds would change both at once.
     return result
 
 
@@ -138,7 +143,7 @@ def elementwise(node: fx.Node, operand: Any, want: Want) -> list[tuple[fx.Node, 
 
 def axis_of(node: fx.Node, axis: int) -> int:
     """An axis of a node's value, not negative."""
-    return axis % len(shape_of(node))
+    return axis % max(len(shape_of(node)), 1)  # A number has axis 0 for most ops.
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -1,0 +1,167 @@
+"""Whether the probabilities of an attention sum to 1 over its keys, which is what lets a shift of v pass.
+
+They do not where all keys of a row are masked: ``scaled_dot_product_attention`` yields 0 there, not a mean of v. They
+do not while probabilities are dropped out. A mask is judged by how the graph computes it, never by its values, because
+a checkpoint is loaded without any.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.channels.rules.table import argument, axis_of, node_of, op_name, shape_of
+
+aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_CASTS = (
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default),
+    *(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default),
+)
+_MOVES = (
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
+    *(aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.unsqueeze.default),
+    *(aten.expand.default, aten.permute.default, aten.transpose.int, aten.repeat.default, aten.slice.Tensor),
+    *(aten.select.int, aten.repeat_interleave.self_int, aten.cat.default, aten.stack.default, aten.index.Tensor),
+)
+_SUMS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar)
+
+Interval = tuple[float, float]
+
+
+def attention_drops(node: fx.Node) -> str | None:
+    """Why the rows of a ``scaled_dot_product_attention`` may not sum to 1, or None if they do."""
+    if argument(node, 4, "dropout_p", 0.0) != 0.0:
+        return "attention drops out some of its probabilities, so a constant shift cannot pass it"
+    if shape_of(node_of(node.args[1]))[-2] == 0:
+        return "attention to no key at all yields 0, so a constant shift cannot pass it"
+    mask = argument(node, 3, "attn_mask")  # Causal attention sees the first key in every row.
+    if mask is None or _sees(node_of(mask), len(shape_of(node_of(mask))) - 1):
+        return None
+    return f"a row whose keys are all masked yields 0, which the mask {mask.name} allows: a constant shift cannot pass"
+
+
+def product_drops(left: fx.Node) -> str | None:
+    """Why the rows of the left factor of a matrix product may not sum to 1, or None if they do.
+
+    Rows of a plain softmax are NaN where all keys are masked, and stay NaN.
+    """
+    while left.target in (*_CASTS, aten.dropout.default):
+        if drops_out(left):
+            return "attention drops out some of its probabilities, so a constant shift cannot pass it"
+        if not left.meta["val"].is_floating_point():
+            break
+        left = node_of(left.args[0])
+    over = argument(left, 1, "dim") if left.target in _SOFTMAX else None
+    if over is None or axis_of(left, over) != len(shape_of(left)) - 1 or shape_of(left)[-1] == 0:
+        return "a constant shift cannot pass a matrix product"
+    return None
+
+
+def drops_out(node: fx.Node) -> bool:
+    """Whether a node is a dropout that is at work."""
+    return node.target is aten.dropout.default and node.args[2] is not False and node.args[1] != 0
+
+
+def _sees(mask: fx.Node, axis: int) -> bool:
+    """Whether there is a key along an axis, wherever one looks, that the mask surely lets through."""
+    bounds = _bounds(mask)
+    if bounds is not None and _lets_through(bounds, mask.meta["val"].dtype):
+        return True
+    if mask.target in _CASTS or mask.target is aten.slice.Tensor:
+        source = node_of(mask.args[0])
+        same = str(shape_of(source)) == str(shape_of(mask)) and source.meta["val"].dtype == mask.meta["val"].dtype
+        return same and _sees(source, axis)
+    if mask.target is aten.cat.default:
+        found = [_sees(part, axis) for part in mask.args[0]]  # type: ignore[union-attr, arg-type]
+        return any(found) if axis_of(mask, argument(mask, 1, "dim", 0)) == axis else all(found)
+    if mask.target is aten.unsqueeze.default:
+        new = axis_of(mask, mask.args[1])  # type: ignore[arg-type]
+        return new != axis and _sees(node_of(mask.args[0]), axis - (new < axis))
+    if mask.target is aten.expand.default:
+        source = node_of(mask.args[0])
+        own = axis - (len(shape_of(mask)) - len(shape_of(source)))
+        return own >= 0 and _sees(source, own)
+    if mask.target in (aten.logical_or.default, aten.bitwise_or.Tensor):
+        return any(
+            str(shape_of(side)[-1:]) == str(shape_of(mask)[-1:]) and axis == len(shape_of(mask)) - 1
+            and _sees(side, len(shape_of(side)) - 1)
+            for side in mask.all_input_nodes
+        )  # fmt: skip
+    return False
+
+
+def _lets_through(bounds: Interval, dtype: torch.dtype) -> bool:
+    if not dtype.is_floating_point:
+        return bounds[0] >= 1
+    # Scores are added to it, and in float16 the sum of the least number and a score may be -inf.
+    return bounds[0] >= torch.finfo(dtype).min / (2 if dtype == torch.float16 else 1)
+
+
+def _bounds(node: fx.Node) -> Interval | None:
+    """The least and the largest value that all elements can have; None if they may be infinite or nothing is known."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.is_complex():
+        return None
+    found = _bounds_by_op(node)
+    if found is None and value.dtype == torch.bool:
+        return 0.0, 1.0
+    if value.dtype == torch.bool:
+        return found
+    limits: Any = torch.finfo(value.dtype) if value.is_floating_point() else torch.iinfo(value.dtype)
+    if found is not None and limits.min <= found[0] and found[1] <= limits.max:
+        return found
+    return None if value.is_floating_point() else (float(limits.min), float(limits.max))  # Integers wrap around.
+
+
+def _bounds_by_op(node: fx.Node) -> Interval | None:
+    target: Any = node.target
+    name = op_name(node).partition(".")[0]
+    if name in ("ones", "ones_like", "new_ones"):
+        return 1.0, 1.0
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return 0.0, 0.0
+    if name in ("full", "full_like", "new_full", "scalar_tensor"):
+        return _number(node.args[0 if name == "scalar_tensor" else 2 if name == "new_full" else 1])
+    if target in _CASTS or target in _MOVES:
+        sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+        found = _hull([_bounds(node_of(source)) for source in sources])
+        if node.meta["val"].dtype == torch.bool:  # True is whatever is not 0.
+            return (1.0, 1.0) if found is not None and (found[0] > 0 or found[1] < 0) else (0.0, 1.0)
+        return found
+    if target in _SUMS:
+        left, right = _operand(node.args[0]), _operand(node.args[1])
+        if left is None or right is None or node.kwargs or len(node.args) > 2:
+            return None
+        if name == "add":
+            return left[0] + right[0], left[1] + right[1]
+        left, right = (right, left) if name == "rsub" else (left, right)
+        return left[0] - right[1], left[1] - right[0]
+    if target in (aten.mul.Tensor, aten.mul.Scalar):
+        left, right = _operand(node.args[0]), _operand(node.args[1])
+        products = [] if left is None or right is None else [one * other for one in left for other in right]
+        return (min(products), max(products)) if products else None
+    if target is aten.masked_fill.Scalar:
+        return _hull([_operand(node.args[0]), _operand(node.args[2])])
+    if name == "where":
+        return _hull([_operand(node.args[1]), _operand(node.args[2])])
+    return None
+
+
+def _operand(argument: Any) -> Interval | None:
+    return _bounds(argument) if isinstance(argument, fx.Node) else _number(argument)
+
+
+def _number(value: Any) -> Interval | None:
+    return (float(value), float(value)) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _hull(parts: list[Interval | None]) -> Interval | None:
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
+        return None
+    return min(low for low, _ in known), max(high for _, high in known)
