@@ -29,6 +29,7 @@ from fxquant.calls import CallSpec, TensorSpec, canonical_call, describe_call
 from fxquant.capture import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors
+from fxquant.nans import with_nans
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.package import PackageFile
@@ -63,7 +64,8 @@ class PackagedGraph:
             for spec, leaf in zip(self.call.leaves, leaves, strict=True)
             if isinstance(spec, TensorSpec)
         ]
-        return pytree.tree_unflatten(self._loader.boxed_run([*inputs, *self._tensors]), self.out_spec)
+        found = self._loader.boxed_run([*inputs, *self._tensors])
+        return pytree.tree_unflatten(with_nans(self.call, inputs, found), self.out_spec)
 
 
 class PackagedModel(nn.Module):

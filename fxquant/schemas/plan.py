@@ -82,6 +82,7 @@ class Layer(Schema):
     weight_sqnr_db: float | None = None
     activation_sqnr_db: float | None = None
     timesteps: Groups | None = None
+    reason: Text | None = None
 
     @model_validator(mode="after")
     def _a_range_a_bin(self) -> Layer:
@@ -133,6 +134,7 @@ class PlanFile(Schema):
     observed_step: Count | None = None
     reconstruction: Annotated[dict[Name, list[float]], Field(max_length=20_000)] = Field(default_factory=dict)
     attentions: Annotated[dict[Name, Attention], Field(max_length=20_000)] = Field(default_factory=dict)
+    products: Annotated[dict[Name, Text], Field(max_length=20_000)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agrees(self) -> PlanFile:
