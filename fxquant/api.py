@@ -30,6 +30,7 @@ from fxquant.pipeline import Instrument, PassRecord, Pipeline
 from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.uses import settle
 
 _POOR_DB = 10.0
 
@@ -54,7 +55,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        captured = architecture.capture(names, leaves, structure)
+        captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         bind(captured.module, weights | owner.tensors())
         for leaf in leaves:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
@@ -255,10 +256,11 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
-        captured = owner.architecture.capture(names, leaves, structure)
-        refuse_unknown_layers(captured, owner.plan)
-        # On a copy: what a further call decides is no part of what calibration decided.
-        convert_graph(captured, copy.deepcopy(owner.plan), recipe, backend, owner.tensors())
+        captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
+        plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
+        settle(captured.module.graph, plan)
+        refuse_unknown_layers(captured, plan)
+        convert_graph(captured, plan, recipe, backend, owner.tensors())
         return bound_graph(captured, owner.tensors())
 
     return make_graph

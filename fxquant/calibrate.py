@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
@@ -21,6 +22,7 @@ from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
 from fxquant.plan import LayerPlan, Plan
 from fxquant.quantizer import sqnr_db
 from fxquant.samples import Spread, some_samples
+from fxquant.uses import combine, keys_in
 
 _KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
 _ROWS = 16  # Samples of a call that are kept for passes that run the graph again.
@@ -90,6 +92,7 @@ class Calibration:
         self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
         self._lock = threading.Lock()  # Neither capture nor statistics take two calls at a time.
         self._observed: list[fx.GraphModule] = []
+        self._keys: dict[str, dict[str, None]] = {}  # See fxquant.uses.
         self._check = check
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +145,10 @@ class Calibration:
         """Inputs of calls of one captured graph, for passes that run it again."""
         return self._inputs[number].chosen()
 
+    def finish(self) -> None:
+        """Let what the graphs of the model see of one layer belong together; called when there are no further calls."""
+        combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
+
     def forget_observed(self) -> None:
         """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
         self._observed.clear()
@@ -155,21 +162,25 @@ class Calibration:
                 f"the model has no tensor input {self.plan.timestep!r}, which tells the denoising step. Its inputs "
                 f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
             )
-        captured = self.architecture.capture(names, leaves, structure)
+        captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
         self.prepare.run(captured.module, self.plan)
         self._check()
         observed = copy_graph(captured.module)
         weight_only = any(step.wants_moments(layer) for step in self.convert for layer in self._weight_only())
         Pipeline([parse_pass(f"insert-observers{{weight-only={weight_only}}}")]).run(observed, self.plan)
+        for name, key in keys_in(self.plan, captured.module.graph):
+            self._keys.setdefault(name, {})[key] = None
         self.statistics.wants_moments = frozenset(
-            layer.observed
-            for layer in self.plan.layers.values()
-            if layer.observed and any(step.wants_moments(layer) for step in self.convert)
+            key
+            for name, layer in self.plan.layers.items()
+            if any(step.wants_moments(layer) for step in self.convert)
+            for key in self._keys.get(name, ())
         ).__contains__
         self.prepared.append(captured)
         self._inputs.append(Spread(-(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)))
         self._observed.append(observed)
+        warn_of_many(names, leaves, [graph.call for graph in self.prepared])
         return len(self.prepared) - 1
 
     def _weight_only(self) -> list[LayerPlan]:
@@ -270,6 +281,7 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
             f"step {step} is to be observed, counted from 0, and calibrate made {len(calibration.steps)}; make more "
             "steps, or observe an earlier one"
         )
+    calibration.finish()
 
 
 def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, float]:

@@ -7,19 +7,22 @@ JSON, so that a checkpoint can capture its graphs anew from shapes alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import CaptureError, CheckpointError
+from fxquant import constants
+from fxquant.errors import CaptureError, CheckpointError, SpeedWarning
 
 BATCH = "batch"
 """Stands in a shape for the batch dimension of a call."""
 
-Constant = None | bool | int | float | str
+Constant = Any
+"""What a graph is captured for as it is: one of the kinds that :mod:`fxquant.constants` writes to a file."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +34,45 @@ class TensorSpec:
         dtype: Its dtype.
         values: Its elements, row by row, if the model's code branches on them, so that a graph is right for these
             alone; otherwise None.
+        number: Whether calls give a Python number, a float64 or int64 one, which the graph reads as a 0-d tensor.
     """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
-    values: tuple[int, ...] | None = None
+    values: tuple[float, ...] | None = None
+    number: bool = False
 
-    def holding(self, tensor: torch.Tensor) -> TensorSpec:
+    @classmethod
+    def of_number(cls, number: float) -> TensorSpec:
+        """The spec of inputs that are numbers like this one."""
+        return cls((), torch.float64 if isinstance(number, float) else torch.int64, number=True)
+
+    def holding(self, tensor: torch.Tensor | float) -> TensorSpec:
         """The spec of calls in which this input holds what ``tensor`` does."""
+        if not isinstance(tensor, torch.Tensor):
+            return replace(self, values=(tensor,))
         values = tuple(int(value) for value in tensor.flatten().tolist())
-        return TensorSpec(tuple(tensor.shape), self.dtype, values)
+        return replace(self, shape=tuple(tensor.shape), values=values)
 
     def concrete(self, batch: int) -> tuple[int, ...]:
         """The shape at one batch size."""
         return tuple(batch if isinstance(size, str) else size for size in self.shape)
 
-    def fits(self, tensor: torch.Tensor, batch: int, values: bool = True) -> bool:
+    def fits(self, tensor: Any, batch: int, values: bool = True) -> bool:
         """Whether ``tensor`` has this dtype, this shape at that batch size, and, if asked, these values."""
+        if self.number:  # What a number is, is known at once, also within torch.compile.
+            if type(tensor) is not (float if self.dtype.is_floating_point else int):
+                return False
+            return self.values is None or is_same(tensor, self.values[0])
+        if not isinstance(tensor, torch.Tensor):
+            return False
         if tensor.dtype != self.dtype or tuple(tensor.shape) != self.concrete(batch):
             return False
         return not values or self.values is None or tensor.flatten().tolist() == list(self.values)
 
     def __str__(self) -> str:
+        if self.number:
+            return "any number" if self.values is None else f"{self.values[0]}"
         held = " of these values" if self.values is not None else ""
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]{held}"
 
@@ -79,17 +99,35 @@ class CallSpec:
         return [(n, leaf) for n, leaf in zip(self.names, self.leaves, strict=True) if isinstance(leaf, TensorSpec)]
 
     @property
+    def numbers(self) -> list[str]:
+        """Names of the inputs that are Python numbers to calls, and tensors to the graph."""
+        return [name for name, spec in self.tensors if spec.number]
+
+    @property
+    def held_numbers(self) -> dict[str, float]:
+        """Those of these numbers by which the model's code decides, and what they are."""
+        return {name: spec.values[0] for name, spec in self.tensors if spec.number and spec.values is not None}
+
+    def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
+        """The tensors that a graph for such calls reads, from the leaves of one of them."""
+        return [
+            torch.tensor(leaf, dtype=spec.dtype) if spec.number else leaf
+            for spec, leaf in zip(self.leaves, leaves, strict=True)
+            if isinstance(spec, TensorSpec)
+        ]
+
+    @property
     def batched(self) -> bool:
         """Whether any input has an open batch dimension."""
         return any(BATCH in spec.shape for _, spec in self.tensors)
 
     @property
     def held(self) -> dict[str, torch.Tensor]:
-        """The inputs of which the values matter, with these, by name."""
+        """The tensor inputs of which the values matter, with these, by name."""
         return {
             name: torch.tensor(spec.values, dtype=spec.dtype).reshape(spec.concrete(1))
             for name, spec in self.tensors
-            if spec.values is not None
+            if spec.values is not None and not spec.number
         }
 
     def holding(self, names: Iterable[str], leaves: Sequence[Any]) -> CallSpec:
@@ -104,10 +142,23 @@ class CallSpec:
     def at_batch(self, batch: int, reason: str | None) -> CallSpec:
         """The spec of calls of this batch size alone, for this reason."""
         fixed = (
-            TensorSpec(leaf.concrete(batch), leaf.dtype, leaf.values) if isinstance(leaf, TensorSpec) else leaf
-            for leaf in self.leaves
+            replace(leaf, shape=leaf.concrete(batch)) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves
         )
         return replace(self, leaves=tuple(fixed), fixed=reason)
+
+    def with_constants(self, names: Iterable[str], leaves: Sequence[Any]) -> CallSpec:
+        """The spec of calls in which these inputs are what they are in the call with these leaves, and no tensors."""
+        chosen = set(names)
+        given = zip(self.names, self.leaves, leaves, strict=True)
+        return replace(self, leaves=tuple(leaf if name in chosen else spec for name, spec, leaf in given))
+
+    def holding_numbers(self, numbers: Mapping[str, float]) -> CallSpec:
+        """The spec of calls in which these inputs are these numbers."""
+        held = tuple(
+            leaf.holding(numbers[name]) if name in numbers and isinstance(leaf, TensorSpec) else leaf
+            for name, leaf in zip(self.names, self.leaves, strict=True)
+        )
+        return replace(self, leaves=held)
 
     def batch_size(self, leaves: Sequence[Any]) -> int:
         """The batch size of a call with these leaves: the length of the first input that has a batch dimension."""
@@ -130,7 +181,7 @@ class CallSpec:
     def assert_held(self, leaves: Sequence[Any]) -> None:
         """Raise, also from within a compiled graph, unless the inputs have the values that this spec holds on to."""
         for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True):
-            if isinstance(spec, TensorSpec) and spec.values is not None:
+            if isinstance(spec, TensorSpec) and spec.values is not None and not spec.number:
                 held = torch.tensor(list(spec.values), dtype=leaf.dtype, device=leaf.device)
                 torch._assert_async(
                     (leaf.flatten() == held).all(),
@@ -150,10 +201,7 @@ class CallSpec:
             return False
         batch = self.batch_size(leaves)
         for spec, leaf in zip(self.leaves, leaves, strict=True):
-            if isinstance(spec, TensorSpec):
-                if not (isinstance(leaf, torch.Tensor) and spec.fits(leaf, batch, values)):
-                    return False
-            elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(spec) or leaf != spec:
+            if not (spec.fits(leaf, batch, values) if isinstance(spec, TensorSpec) else is_same(leaf, spec)):
                 return False
         return True
 
@@ -166,15 +214,17 @@ class CallSpec:
         filled: dict[str, Any] = pytree.tree_map(lambda number: values[number], self.structure)
         return filled
 
-    def tensors_in(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors among keyword arguments of this kind, by the names of their leaves."""
-        found = {}
+    def mapped(
+        self, arguments: Mapping[str, Any], change: Callable[[str, TensorSpec | Constant, Any], Any]
+    ) -> dict[str, Any]:
+        """Keyword arguments of this kind, each leaf replaced by ``change(name, spec, leaf)``."""
+        changed = dict(arguments)
         for key in self.structure.keys() & arguments.keys():
-            numbers, leaves = pytree.tree_leaves(self.structure[key]), pytree.tree_leaves(arguments[key])
-            for number, leaf in zip(numbers, leaves, strict=True):
-                if isinstance(leaf, torch.Tensor):
-                    found[self.names[number]] = leaf
-        return found
+            numbers, tree = pytree.tree_flatten(self.structure[key])
+            leaves = zip(numbers, pytree.tree_leaves(arguments[key]), strict=True)
+            new = [change(self.names[number], self.leaves[number], leaf) for number, leaf in leaves]
+            changed[key] = pytree.tree_unflatten(new, tree)
+        return changed
 
     def __str__(self) -> str:
         shown = [f"{name}: {leaf}" for name, leaf in zip(self.names, self.leaves, strict=True)]
@@ -185,8 +235,9 @@ class CallSpec:
         leaves = [
             {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
             | ({} if leaf.values is None else {"values": list(leaf.values)})
+            | ({"number": True} if leaf.number else {})
             if isinstance(leaf, TensorSpec)
-            else {"constant": leaf}
+            else {"constant": constants.to_json(leaf)}
             for leaf in self.leaves
         ]
         fixed = {} if self.fixed is None else {"fixed": self.fixed}
@@ -201,17 +252,18 @@ class CallSpec:
         """
         try:
             leaves = tuple(
-                leaf["constant"]
+                constants.from_json(leaf["constant"])
                 if "constant" in leaf
                 else TensorSpec(
                     tuple(leaf["shape"]),
                     getattr(torch, leaf["dtype"]),
                     tuple(leaf["values"]) if "values" in leaf else None,
+                    bool(leaf.get("number", False)),
                 )
                 for leaf in data["leaves"]
             )
             return cls(tuple(data["names"]), leaves, _decode(data["structure"]), data.get("fixed"))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the recorded call of the model cannot be read: {error!r}") from error
 
 
@@ -244,29 +296,87 @@ def canonical_call(
             arguments.update(value)
         else:
             arguments[name] = value
-    number = arguments.get(timestep) if timestep is not None else None
+    number = constants.plain(arguments.get(timestep)) if timestep is not None else None
     if timestep is not None and isinstance(number, (int, float)) and not isinstance(number, bool):
         arguments[timestep] = torch.tensor(number)
     flat, spec = pytree.tree_flatten_with_path(arguments)
     names = tuple(_readable(path) for path, _ in flat)
-    leaves = [leaf for _, leaf in flat]
+    leaves = [leaf if isinstance(leaf, torch.Tensor) else constants.plain(leaf) for _, leaf in flat]
     for name, leaf in zip(names, leaves, strict=True):
-        if not isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str)):
+        if not isinstance(leaf, torch.Tensor) and not constants.is_constant(leaf):
             raise CaptureError(
-                f"input {name!r} is a {type(leaf).__name__}; only tensors, numbers, strings, booleans and None, "
-                f"in dicts, lists and tuples, can be captured. Pass it in one of these forms."
+                f"input {name!r} is a {type(leaf).__name__}; only tensors, numbers, strings, booleans, None, dtypes, "
+                "devices, sizes and UUIDs, in dicts, lists and tuples, can be captured, for a file can tell what these "
+                f"are. {constants.advice(leaf)}"
             )
     return names, leaves, pytree.tree_unflatten(list(range(len(leaves))), spec)
 
 
-def describe_call(names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CallSpec:
-    """The spec of a call: a leading dimension equal to that of the first tensor of rank 2 or more is the batch."""
+def describe_call(
+    names: tuple[str, ...], leaves: Sequence[Any], structure: Any, changing: Collection[str] = ()
+) -> CallSpec:
+    """The spec of a call: a leading dimension equal to that of the first tensor of rank 2 or more is the batch.
+
+    Python floats are left open, and so are the integers of these names; others count or name things as a rule.
+    """
     batch = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2), None)
     specs = tuple(
-        TensorSpec(_open_batch(tuple(leaf.shape), batch), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
-        for leaf in leaves
+        TensorSpec(_open_batch(tuple(leaf.shape), batch), leaf.dtype)
+        if isinstance(leaf, torch.Tensor)
+        else TensorSpec.of_number(leaf)
+        if type(leaf) is float or (type(leaf) is int and name in changing)
+        else leaf
+        for name, leaf in zip(names, leaves, strict=True)
     )
     return CallSpec(names, specs, structure)
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two constants are of one type and equal; NaN equals itself."""
+    if isinstance(left, torch.Tensor) or type(left) is not type(right):
+        return False
+    return bool(left == right or (left != left and right != right))
+
+
+def changed_leaves(names: tuple[str, ...], leaves: Sequence[Any], call: CallSpec) -> list[str] | None:
+    """Which constants and numbers of a call are others than those of a kind of call; None if more than that differs."""
+    if names != call.names:
+        return None
+    batch, found = call.batch_size(leaves), []
+    for name, spec, leaf in zip(names, call.leaves, leaves, strict=True):
+        if isinstance(spec, TensorSpec) and not spec.number:
+            if not spec.fits(leaf, batch, values=False):
+                return None
+        elif not (spec.fits(leaf, batch) if isinstance(spec, TensorSpec) else is_same(leaf, spec)):
+            if isinstance(leaf, torch.Tensor):
+                return None
+            found.append(name)
+    return found
+
+
+_MANY = 8  # Graphs for calls that differ in constants and numbers alone, at which somebody should be told.
+
+
+def warn_of_many(names: tuple[str, ...], leaves: Sequence[Any], calls: Sequence[CallSpec]) -> None:
+    """Warn, once, if a call's graph is one of many that differ in constants and numbers alone.
+
+    Args:
+        names: Names of the leaves of the call.
+        leaves: The leaves.
+        calls: What the graphs serve, that of this call among them.
+    """
+    differences = [changed for call in calls if (changed := changed_leaves(names, leaves, call)) is not None]
+    changing = {name for changed in differences for name in changed}
+    if sum(map(bool, differences)) != _MANY - 1:
+        return
+    shown = ", ".join(f"{name}={leaf!r}" for name, leaf in zip(names, leaves, strict=True) if name in changing)
+    warnings.warn(
+        f"{_MANY} graphs were captured for calls that differ in constants alone, the last for {shown}. Each takes the "
+        "time of a capture. Give what changes as a tensor, if the model computes with it; leave it out, if the model "
+        "ignores it; or let calls share values.",
+        SpeedWarning,
+        stacklevel=5,
+    )
 
 
 def _open_batch(shape: tuple[int, ...], batch: int | None) -> tuple[int | str, ...]:

@@ -16,7 +16,7 @@ import operator
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from torch.export import Dim
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
+from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_leaves, describe_call
+from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.functionalize import functionalize, writes
 from fxquant.tracing import Tracing, is_followed
@@ -43,6 +44,7 @@ NAMES = "fxquant_names"
 """Key of a graph module's ``meta`` for the names that the model itself uses, of tensors (true) and modules (false)."""
 
 _HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
+_MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 _RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
@@ -85,7 +87,7 @@ class CapturedGraph:
 
     def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
         """The tensor leaves of a call, in the order of the graph's placeholders."""
-        return [leaf for spec, leaf in zip(self.call.leaves, leaves, strict=True) if isinstance(spec, TensorSpec)]
+        return self.call.inputs(leaves)
 
     def output(self, leaves: Sequence[Any]) -> Any:
         """The model's own output, from the leaves that the graph returned."""
@@ -158,24 +160,49 @@ class Architecture:
         """Leaf names, leaves and structure of a call; see :func:`fxquant.calls.canonical_call`."""
         return canonical_call(self.signature, args, kwargs, self.timestep)
 
-    def capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+    def capture(
+        self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, others: Sequence[CallSpec] = ()
+    ) -> CapturedGraph:
         """Trace the graph for calls like this one, with the batch size left open wherever the model allows.
 
         Where the model's code branches on values of integer or boolean inputs, such as the lengths of prompts in a
-        mask, the graph is made for the values of this call; other values get a graph of their own.
+        mask, the graph is made for the values of this call; other values get a graph of their own. Python floats are
+        inputs of the graph, and so are integers that were others in another kind of call; those by which the code
+        decides are held as well.
+
+        Args:
+            names: Names of the leaves.
+            leaves: The leaves.
+            structure: What holds their numbers.
+            others: Kinds of calls that have a graph already.
 
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
         """
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        call = describe_call(names, leaves, structure)
+        changing = {name for other in others for name in changed_leaves(names, leaves, other) or ()}
+        call = describe_call(names, leaves, structure, changing)
+        try:
+            return self._capture_call(call, leaves, device)
+        except CaptureError:
+            if not call.numbers:
+                raise
+        # Something takes no number but Python's own. Numbers of other inputs may still be left open.
+        closed = self._capture_call(call.with_constants(call.numbers, leaves), leaves, device)
+        for name in call.numbers if 1 < len(call.numbers) <= _MOST_TRIED else ():
+            with suppress(CaptureError):
+                return self._capture_call(call.with_constants([name], leaves), leaves, device)
+        return closed
+
+    def _capture_call(self, call: CallSpec, leaves: Sequence[Any], device: torch.device) -> CapturedGraph:
+        names, numbers = call.names, {n: leaf for n, leaf in zip(call.names, leaves, strict=True) if n in call.numbers}
         reason, closest = None, None
         without_lists = call.with_lists_fixed(leaves, self.timestep)
         for spec in [call] if without_lists == call else [call, without_lists]:
             if not spec.batched:
                 continue
             try:
-                captured = self.capture_spec(spec, device)
+                captured = self.capture_spec(spec, device, numbers)
             except CaptureError as error:
                 reason = reason or error.reason
                 continue
@@ -190,7 +217,7 @@ class Architecture:
             log.info("the batch cannot be left open: %s", reason)
         fixed = call.at_batch(call.batch_size(leaves), reason)
         try:
-            return self.capture_spec(fixed, device)
+            return self.capture_spec(fixed, device, numbers)
         except CaptureError as error:
             return self._capture_holding(fixed, leaves, device, error)
 
@@ -206,35 +233,58 @@ class Architecture:
         if not known:
             raise first
         tracing, here = Tracing(), self.on(device)
+        known += call.numbers
         try:
-            program = here._export(call.holding(known, leaves), device, 1, dynamic=False, tracing=tracing)
+            program = here._export(call.holding(known, leaves), device, 1, False, tracing)
         except CaptureError as error:
             raise error from first
-        reason = f"the model's own code branches on the values of {', '.join(sorted(tracing.read))}"
+        read = tracing.read.difference(call.numbers)
+        reason = f"the model's own code branches on the values of {', '.join(sorted(read))}"
         held = call.holding(tracing.read, leaves)
-        return here._finish(program, replace(held, fixed=reason if tracing.read else call.fixed), 1)
+        return here._finish(program, replace(held, fixed=reason if read else call.fixed), 1)
 
-    def capture_spec(self, call: CallSpec, device: torch.device) -> CapturedGraph:
+    def capture_spec(
+        self, call: CallSpec, device: torch.device, numbers: Mapping[str, float] | None = None
+    ) -> CapturedGraph:
         """Trace the graph for calls of this spec, its inputs and weights living on ``device``.
+
+        Args:
+            call: The spec.
+            device: Where inputs and weights live.
+            numbers: What Python numbers among the inputs are in a call, by name; the graph is made for those of them
+                by which the model's code decides. None if it is to serve all numbers that the spec leaves open.
 
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model for them.
         """
         here = self.on(device)
         batch = _TRACED_BATCH if call.batched else 1
-        return here._finish(here._export(call, device, batch, dynamic=call.batched), call, batch)
+        tracing = Tracing()
+        program = here._export(call, device, batch, call.batched, tracing, numbers)
+        read = {name: number for name, number in (numbers or {}).items() if name in tracing.read}
+        return here._finish(program, call.holding_numbers(read), batch)
 
     def _export(
-        self, call: CallSpec, device: torch.device, batch: int, dynamic: bool = True, tracing: Tracing | None = None
+        self,
+        call: CallSpec,
+        device: torch.device,
+        batch: int,
+        dynamic: bool,
+        tracing: Tracing,
+        numbers: Mapping[str, float] | None = None,
     ) -> torch.export.ExportedProgram:
         parameter = next(self.skeleton.parameters(), None)
         mode = parameter.fake_mode if isinstance(parameter, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
 
         def fake(name: str, spec: TensorSpec) -> torch.Tensor:
             with mode:
-                return torch.empty(spec.concrete(batch), dtype=spec.dtype, device=device)
+                where = torch.device("cpu") if spec.number else device
+                return torch.empty(spec.concrete(batch), dtype=spec.dtype, device=where)
 
-        arguments = call.arguments(fake)
+        # What torch.export does not take, the model gets from ``tracing``.
+        arguments = pytree.tree_map(
+            lambda leaf: leaf if isinstance(leaf, torch.Tensor) or is_plain(leaf) else None, call.arguments(fake)
+        )
         dynamic_shapes = call.arguments(
             lambda name, spec: {dim: Dim.AUTO for dim, size in enumerate(spec.shape) if size == BATCH} or None
         )
@@ -248,9 +298,8 @@ class Architecture:
             dynamic_shapes = {name: shapes for name, shapes in dynamic_shapes.items() if name in own}
             if extra:
                 dynamic_shapes[variadic[0]] = extra
-        tracing = tracing or Tracing()
         try:
-            with torch.no_grad(), _without_dump(), tracing.knowing(self.skeleton, call.held, call.tensors_in):
+            with torch.no_grad(), _without_dump(), tracing.knowing(self.skeleton, call, numbers or {}):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant import compiling
 from fxquant.backend import Backend
+from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
@@ -269,6 +270,7 @@ def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
 def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
     captured = self._make_graph(self, names, leaves, structure)
     self.add(captured)
+    warn_of_many(names, leaves, [graph.call for graph in self.captured])
     held = [graph for graph in self.captured if graph.call.held]
     if captured.call.held and len(held) == _MANY_HELD:
         warnings.warn(

@@ -329,6 +329,9 @@ class ChannelStatistics:
             CalibrationError: see :meth:`check_mergeable`.
         """
         self.check_mergeable(other)
+        self._take(other)
+
+    def _take(self, other: ChannelStatistics) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self.channels = self.channels or other.channels
             self.seeds |= other.seeds
@@ -556,6 +559,21 @@ class Statistics(Mapping[str, ChannelStatistics]):
         for key, ours in merged.items():
             ours.merge(other[key])
         self._by_key.update(merged)
+
+    def combine(self, keys: Iterable[str], name: str) -> None:
+        """Let several values that were recorded have statistics together, under a name of their own.
+
+        Args:
+            keys: of the values, which have the same channels; their own statistics stay.
+            name: key of what they have together; what was there before is replaced.
+
+        Raises:
+            CalibrationError: nothing was recorded under a key.
+        """
+        together = self._new(name)
+        for key in keys:  # Each drew its rows with random numbers of its own, so the samples compete fairly.
+            together._take(self[key])
+        self._by_key[name] = together
 
     def seal(self) -> None:
         """Let second moments take half the room; nothing can be recorded, merged or saved after that."""

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from fxquant import compiling as _compiling  # noqa: F401  (registers an op)
 from fxquant.agreement import Header, bounded, check_config, check_finite, read_headers
 from fxquant.backend import resolve_backend
-from fxquant.calls import CallSpec, TensorSpec, canonical_call, describe_call
+from fxquant.calls import CallSpec, canonical_call, describe_call
 from fxquant.capture import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors
@@ -59,11 +59,7 @@ class PackagedGraph:
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """The model's output for the leaves of a call that fits."""
         # Compiled code reads memory as it lay when it was compiled: in order.
-        inputs = [
-            leaf.contiguous()
-            for spec, leaf in zip(self.call.leaves, leaves, strict=True)
-            if isinstance(spec, TensorSpec)
-        ]
+        inputs = [tensor.contiguous() for tensor in self.call.inputs(leaves)]
         found = self._loader.boxed_run([*inputs, *self._tensors])
         return pytree.tree_unflatten(with_nans(self.call, inputs, found), self.out_spec)
 

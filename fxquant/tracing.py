@@ -7,7 +7,8 @@ or from an input whose value is given. The graph is then right for calls with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+
+from fxquant import open_numbers
+from fxquant.calls import CallSpec, TensorSpec
+from fxquant.open_numbers import OpenNumber
 
 _KNOWN = "_fxquant_known"
 _MOST = 2**16  # Elements: lengths, masks and positions. What is larger decides nothing.
@@ -72,26 +77,27 @@ class Tracing(TorchFunctionMode):
         self._stale: set[int] = set()  # Memory that holds what is not known.
 
     @contextmanager
-    def knowing(
-        self,
-        model: nn.Module,
-        values: Mapping[str, Tensor],
-        inputs_of: Callable[[Mapping[str, Any]], Mapping[str, Tensor]],
-    ) -> Iterator[None]:
+    def knowing(self, model: nn.Module, call: CallSpec, numbers: Mapping[str, float]) -> Iterator[None]:
         """Within it, calls of ``model`` are followed and know the values of some inputs.
 
         Args:
             model: The model that is traced.
-            values: The values, on the CPU, by name of the input.
-            inputs_of: From the keyword arguments of the traced call its tensors, by name of the input.
+            call: The inputs of the traced call; the values that it holds on to are known.
+            numbers: Values of Python numbers among the inputs, by name; the code meets those as numbers.
         """
+        values, numbers = call.held, {**numbers, **call.held_numbers}
 
-        def enter(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            for name, tensor in inputs_of(kwargs).items():
-                if name in values:
-                    setattr(tensor, _KNOWN, Known(values[name], frozenset([name])))
+        def enter(name: str, spec: Any, leaf: Any) -> Any:
+            if not isinstance(spec, TensorSpec):
+                return spec
+            if name in values:
+                setattr(leaf, _KNOWN, Known(values[name], frozenset([name])))
+            return OpenNumber(leaf, numbers.get(name), lambda: self.read.add(name)) if spec.number else leaf
 
-        handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+        def enter_all(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, call.mapped(kwargs, enter)
+
+        handle = model.register_forward_pre_hook(enter_all, with_kwargs=True)
         try:
             with self:
                 yield
@@ -104,6 +110,10 @@ class Tracing(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
+        if open_numbers.are_among(pytree.tree_leaves((args, kwargs))):
+            func, args, kwargs = open_numbers.call(func, args, kwargs)
+            if isinstance(func, functools.partial):  # Made of several ops.
+                return func(*args, **kwargs)
         if name in _READS:
             inputs = self._inputs(args, kwargs)
             if inputs is not None:

@@ -279,7 +279,7 @@ def decide_range(node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: 
     layer = plan.layer(name)
     if layer.activation is not None:
         return
-    decided = rewriter.memo.setdefault(("range", x, layer.activation_bits), name)
+    decided = rewriter.memo.setdefault(("range", x, layer.activation_bits, layer.observed), name)
     if decided == name:
         _decide_range(name, plan, method)
     else:

@@ -61,7 +61,9 @@ def test_nested_inputs_have_readable_names() -> None:
 
 
 def test_what_cannot_be_captured_is_named() -> None:
-    with pytest.raises(CaptureError, match=r"input 'added.pipe' is a object; only tensors, numbers"):
+    with pytest.raises(
+        CaptureError, match=r"input 'added.pipe' is a object; only tensors, numbers.*Give what the model"
+    ):
         canonical(X, added={"pipe": object()})
     with pytest.raises(CaptureError, match=r"the model takes \*rest; give these inputs by keyword"):
         canonical_call(inspect.signature(lambda x, *rest: None), (X, X), {}, None)
@@ -72,7 +74,8 @@ def test_what_cannot_be_captured_is_named() -> None:
 def test_the_leading_size_of_the_sample_is_the_batch() -> None:
     call = described(X, torch.zeros(2), torch.zeros(5, 3), {"size": torch.zeros(2, 2)})
     shapes = {name: spec.shape for name, spec in call.tensors}
-    assert shapes == {"sample": (BATCH, 5, 4), "timestep": (BATCH,), "labels": (5, 3), "added.size": (BATCH, 2)}
+    expected = {"sample": (BATCH, 5, 4), "timestep": (BATCH,), "labels": (5, 3), "added.size": (BATCH, 2)}
+    assert shapes == expected | {"scale": ()}  # A number is a tensor to the graph.
     assert call.batched
     assert str(call.tensors[0][1]) == "float32[batch, 5, 4]"
     assert str(call).startswith("(sample: float32[batch, 5, 4], timestep: float32[batch], labels: float32[5, 3]")
@@ -84,7 +87,8 @@ def test_which_calls_a_graph_serves() -> None:
     assert not fits(call, torch.zeros(7, 5, 4), torch.zeros(6), scale=2.0)  # Two batch sizes.
     assert not fits(call, torch.zeros(7, 6, 4), torch.zeros(7), scale=2.0)
     assert not fits(call, X.double(), torch.zeros(2), scale=2.0)
-    assert not fits(call, X, torch.zeros(2))
+    assert fits(call, X, torch.zeros(2))
+    assert fits(call, X, torch.zeros(2), scale=3.0)  # The graph reads it.
     assert not fits(call, X, torch.zeros(2), scale=2)  # Another type, another graph.
     assert not fits(call, X, torch.zeros(2), torch.zeros(2), scale=2.0)
     assert not fits(call, X, None, scale=2.0)
@@ -98,7 +102,11 @@ def test_the_batch_size_of_a_call() -> None:
     assert described(torch.tensor(1.0)).batch_size(canonical(torch.tensor(1.0))[1]) == 0
 
 
-constants = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=5)
+plain = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5)
+others = st.sampled_from(
+    [torch.float16, torch.device("cpu", 1), torch.strided, torch.channels_last, torch.Size([2, 3])]
+)
+constants = plain | others | st.complex_numbers() | st.binary(max_size=3) | st.uuids() | st.builds(range, st.integers())
 tensors = st.lists(st.integers(1, 4), max_size=3).map(torch.zeros)
 values = st.recursive(
     constants | tensors,
@@ -115,9 +123,9 @@ values = st.recursive(
 def test_a_call_survives_json(value: Any) -> None:
     call = described(X, 1, added=value)
     read = CallSpec.from_json(json.loads(json.dumps(call.to_json())))
-    assert read == call
+    assert str(read) == str(call)
     assert fits(read, X, 1, added=value)
-    made = read.arguments(lambda name, spec: torch.zeros(spec.concrete(2), dtype=spec.dtype))
+    made = read.arguments(lambda name, spec: 0.5 if spec.number else torch.zeros(spec.concrete(2), dtype=spec.dtype))
     names, leaves, structure = canonical(**made)
     assert names == call.names
     assert structure == call.structure

@@ -51,13 +51,15 @@ def make_inputs(call: CallSpec, plan: Plan, batch: int, device: torch.device) ->
         shape = spec.concrete(batch)
         if spec.values is not None:
             return torch.tensor(spec.values, dtype=spec.dtype).reshape(shape)
+        if spec.number:
+            return torch.ones((), dtype=spec.dtype)
         if name == plan.timestep:
             return torch.full(shape, steps[len(steps) // 2] if steps else 500.0).to(spec.dtype)
         if spec.dtype.is_floating_point or spec.dtype.is_complex:
             return torch.randn(shape, generator=generator).to(spec.dtype)
         return torch.full(shape, int("mask" in name or spec.dtype == torch.bool)).to(spec.dtype)
 
-    return [make(name, spec).to(device) for name, spec in call.tensors]
+    return [make(name, spec).to("cpu" if spec.number else device) for name, spec in call.tensors]
 
 
 def fill(module: fx.GraphModule, device: torch.device) -> None:

@@ -17,7 +17,8 @@ class Leaf(Schema):
 
     shape: Annotated[list[Size | Literal["batch"]], Field(max_length=16)] | None = None
     dtype: DtypeName | None = None
-    values: Annotated[list[int], Field(fail_fast=True)] | None = None
+    values: Annotated[list[int | float], Field(fail_fast=True)] | None = None
+    number: bool = False
 
     @model_validator(mode="after")
     def _whole(self) -> Leaf:

@@ -140,7 +140,7 @@ class PlanFile(Schema):
     def _agrees(self) -> PlanFile:
         if self.recipe.count(",") + 1 > _MOST_PASSES:
             raise ValueError(f"the recipe has more than {_MOST_PASSES} passes")
-        if self.timesteps and any(self.timestep not in call.names for call in self.calls):
+        if len(self.timesteps) > 1 and any(self.timestep not in call.names for call in self.calls):
             raise ValueError(f"the timestep {self.timestep!r} is no input of the recorded calls")
         for number, call in enumerate(self.calls):
             if any(call == other for other in self.calls[:number]):
