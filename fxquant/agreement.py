@@ -8,9 +8,9 @@ positive and codes in range, and those that follow from the plan have to be what
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,36 +137,58 @@ def check_skeleton(skeleton: nn.Module, plan: Plan) -> None:
             )
 
 
+@dataclass
+class _Budget:
+    """How many modules may be built, and how many numbers their parameters may hold."""
+
+    modules: int
+    elements: int
+    built_modules: int = 0
+    built_elements: int = 0
+
+    def count(self, module: nn.Module) -> None:
+        self.built_modules += 1
+        self.built_elements += sum(tensor.numel() for tensor in module._parameters.values() if tensor is not None)
+        for built, limit, what in (
+            (self.built_modules, self.modules, "modules"),
+            (self.built_elements, self.elements, "numbers in its parameters"),
+        ):
+            if built > limit:
+                raise CheckpointError(
+                    f"it makes a model far larger than the tensors of the checkpoint: more than {limit} {what}"
+                )
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("fxquant_budget", default=None)
+
+
 @contextmanager
 def bounded(headers: Mapping[str, Header], layers: Iterable[LayerPlan] = ()) -> Iterator[None]:
-    """Stop whoever builds a model in this context, in this thread, from building far more than a file holds.
+    """Stop whoever builds a model in this context (thread or task) from building far more than a file holds.
+
+    Args:
+        headers: The tensors of the file.
+        layers: The layers that it has in codes.
 
     Raises:
         CheckpointError: As soon as there are more modules, or more numbers in parameters, than the tensors account for.
     """
-    modules = _SPARE_MODULES + _MODULES_A_TENSOR * len(headers)
-    planned = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    elements = _SPARE_ELEMENTS + 8 * (planned + sum(header.elements for header in headers.values()))
-    counted = {"modules": 0, "elements": 0}
-    thread = threading.get_ident()
-
-    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        if threading.get_ident() != thread or module is None:
-            return
-        counted["modules"] += 1
-        counted["elements"] += sum(tensor.numel() for tensor in module._parameters.values() if tensor is not None)
-        for what, limit in (("modules", modules), ("elements", elements)):
-            if counted[what] > limit:
-                raise CheckpointError(
-                    f"it makes a model far larger than the tensors of the checkpoint: more than {limit} "
-                    f"{'modules' if what == 'modules' else 'numbers in its parameters'}"
-                )
-
-    hook = register_module_module_registration_hook(count)
+    numbers = sum(layer.shape[0] * layer.shape[1] for layer in layers) + sum(h.elements for h in headers.values())
+    token = _budget.set(_Budget(_SPARE_MODULES + _MODULES_A_TENSOR * len(headers), _SPARE_ELEMENTS + 8 * numbers))
     try:
         yield
     finally:
-        hook.remove()
+        _budget.reset(token)
+
+
+def _count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    budget = _budget.get()
+    if budget is not None and module is not None:
+        budget.count(module)
+
+
+# For good: torch may be walking over its hooks in another thread whenever one is added or removed.
+register_module_module_registration_hook(_count)
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -205,7 +227,9 @@ def check_grids(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
                 raise CheckpointError(f"tensor {name!r} holds scales that are not finite and positive")
             if what == "zero point" and found.numel() and not 0 <= int(found.min()) <= int(found.max()) <= top:
                 raise CheckpointError(f"tensor {name!r} holds zero points outside of the codes 0 to {top}")
-            if is_fake(expected) or torch.allclose(found.cpu().double(), expected.cpu().double(), rtol=_TOLERANCE):
+            if is_fake(expected) or torch.allclose(
+                found.cpu().double(), expected.cpu().double(), rtol=_TOLERANCE, atol=0.0
+            ):
                 continue
             raise CheckpointError(f"tensor {name!r} is not what follows from the plan; the two belong to other models")
 

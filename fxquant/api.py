@@ -30,6 +30,8 @@ from fxquant.pipeline import Instrument, PassRecord, Pipeline
 from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.schemas.common import check
+from fxquant.schemas.plan import PlanFile
 from fxquant.uses import settle
 
 _POOR_DB = 10.0
@@ -193,6 +195,10 @@ def _replay(
         raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
     recipe = Recipe.parse(plan.recipe)
     plan.check()
+    try:
+        check(PlanFile, plan.to_json(), "the plan")
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from None
     backend.check(plan)
     plan.backend = backend.name
     for layer in plan.layers.values():

@@ -30,7 +30,7 @@ from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, read_tensors, weights_and_buffers
 from fxquant.devices import give_back_memory, usable_device
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, QualityWarning
+from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.files import (
     blaming,
     check_digests,
@@ -38,6 +38,7 @@ from fxquant.files import (
     digest_of,
     dtype_name,
     dtype_of_name,
+    is_text_of,
     load_tensors,
     refuse_to_replace,
     write_tensors,
@@ -150,6 +151,10 @@ def load(
             quantized = model_from_plan(architecture, plan, runner, dtype, device)
         except CalibrationError as error:
             raise CheckpointError(f"{error.reason}. {_other_model(plan, model)}") from error
+        except CaptureError as error:
+            raise CheckpointError(
+                f"a recorded call cannot be traced: {error.reason}. {_other_model(plan, model)}"
+            ) from error
         _compare_graphs(quantized, data, model)
     tensors = load_tensors(folder / TENSORS_FILE, device)
     with blaming(folder / TENSORS_FILE):
@@ -289,7 +294,7 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or "format" not in data:
         raise CheckpointError(f"{path} is not an fxquant plan")
     # The text is compared as well, because not every damage changes what it means.
-    if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or text != _plan_text(data)):
+    if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or not is_text_of(text, data)):
         raise CheckpointError(
             f"{path} does not match its digest: it is damaged or was edited. Copy the checkpoint again; to change a "
             "plan, load it with fxquant.Plan.load, edit it and compile the float model with plan="

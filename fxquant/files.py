@@ -142,6 +142,16 @@ def digest_of(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def is_text_of(text: str, data: Any) -> bool:
+    """Whether a text is ``json.dumps(data, indent=1)`` and a line's end, without making that text as a whole."""
+    position = 0
+    for piece in json.JSONEncoder(indent=1).iterencode(data):
+        if not text.startswith(piece, position):
+            return False
+        position += len(piece)
+    return text[position:] == "\n"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a dtype, without ``torch.``."""
     return str(dtype).removeprefix("torch.")

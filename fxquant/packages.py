@@ -28,7 +28,7 @@ from fxquant.backend import resolve_backend
 from fxquant.calls import CallSpec, canonical_call, describe_call
 from fxquant.capture import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
-from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors
+from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, is_text_of, load_tensors
 from fxquant.nans import with_nans
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.config import Config
@@ -237,7 +237,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} describes no fxquant package")
     if info["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {info['format']}; this fxquant reads {FORMAT}: export it again")
-    if info.get("digest") != digest_of(info) or text != info_text(info):
+    if info.get("digest") != digest_of(info) or not is_text_of(text, info):
         raise CheckpointError(f"{path} does not match its digest: it is damaged or was edited; copy the package again")
     with blaming(path):
         check(PackageFile, info, "the description of the package")

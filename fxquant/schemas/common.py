@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fxquant.errors import CheckpointError
 
-LARGEST_FILE = 16 << 20
-"""Bytes of JSON that are read at all. The plan of a model of 10,000 layers takes about half of it."""
+LARGEST_FILE = 12 << 20
+"""Bytes of JSON that are read at all, in some seconds and 150 MB of memory. A plan has about a thousand a layer."""
 
 _SHOWN = 60  # Characters of a value that an error shows.
 
