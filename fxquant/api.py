@@ -23,6 +23,7 @@ from fxquant.errors import (
     NonFiniteError,
     QualityWarning,
 )
+from fxquant.hooks import refuse_hooks
 from fxquant.ir.digest import graph_digest
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
@@ -32,6 +33,7 @@ from fxquant.quantizer import require_finite
 from fxquant.recipes import Recipe, make_recipe
 from fxquant.schemas.common import check
 from fxquant.schemas.plan import PlanFile
+from fxquant.threads import without_autocast
 from fxquant.uses import settle
 
 _POOR_DB = 10.0
@@ -48,7 +50,8 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If the model is in training mode, or no model.
+        ConfigurationError: If it is no model, or a module in it is in training mode, went through ``torch.compile``, or
+            has hooks that a graph cannot have (offloading, casting, caches of steps).
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
@@ -109,7 +112,8 @@ def compile(
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If options contradict each other or are out of range.
+        ConfigurationError: If options contradict each other or are out of range, a module is in training mode, went
+            through ``torch.compile``, or has hooks that a graph cannot have (offloading, casting, caches of steps).
         UnknownNameError: If there is no such recipe or backend.
         CalibrationError: If calibration is missing, fails, or reaches no layer.
         MissingTimestepError: If the model has no input of the name ``timestep``.
@@ -125,7 +129,8 @@ def compile(
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
-        return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
+        with without_autocast(device.type):
+            return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
@@ -156,7 +161,8 @@ def compile(
     made.workspace = None if resume is None else Path(resume)
     made.bytes_before = tensor_bytes(weights)
     try:
-        quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
+        with without_autocast(device.type):
+            quantized = _convert(calibration, chosen, runner, dtype_of(model), instruments)
     finally:
         made.statistics = made.inputs = made.workspace = None
         made.codes.clear()
@@ -345,15 +351,17 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def _check_model(model: Any) -> None:
     if isinstance(model, GraphModel):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
-    if "_orig_mod" in getattr(model, "_modules", ()):  # Its class is costly to import.
-        raise ConfigurationError(
-            "this model went through torch.compile; give fxquant the original, and what it returns to torch.compile: "
-            "the other way round fxquant would see no graph"
-        )
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"a {type(model).__name__} is no model; give the transformer itself, such as pipe.transformer"
         )
+    compiled = next((path for path, part in model.named_modules() if "_orig_mod" in part._modules), None)
+    if compiled is not None:  # The class that tells is costly to import.
+        raise ConfigurationError(
+            f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give fxquant the "
+            "original, and what it returns to torch.compile: the other way round fxquant would see no graph"
+        )
+    refuse_hooks(model)
     refuse_redirected(model)
 
 

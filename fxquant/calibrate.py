@@ -22,6 +22,7 @@ from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
 from fxquant.plan import LayerPlan, Plan
 from fxquant.quantizer import sqnr_db
 from fxquant.samples import Spread, some_samples
+from fxquant.threads import autocast_dtype
 from fxquant.uses import combine, keys_in
 
 _KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
@@ -106,6 +107,7 @@ class Calibration:
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         names, leaves, structure = self.architecture.canonical(args, kwargs)
+        _refuse_autocast(leaves)
         number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves)), None)
         if number is None:
             number = self._capture(names, leaves, structure)
@@ -217,7 +219,8 @@ class Calibration:
 def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let calls of the model run another function; whatever happens, the model is left as it was."""
     refuse_redirected(model)
-    with instance_attribute(model, "forward", forward):
+    # Of a model that was compiled in place, calls would go past its forward.
+    with instance_attribute(model, "_compiled_call_impl", None), instance_attribute(model, "forward", forward):
         yield
 
 
@@ -234,6 +237,16 @@ def instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[Non
             del module.__dict__[name]
         else:
             module.__dict__[name] = own
+
+
+def _refuse_autocast(leaves: Sequence[Any]) -> None:
+    devices = {"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))}
+    dtype = next(filter(None, map(autocast_dtype, sorted(devices))), None)
+    if dtype is not None:
+        raise CalibrationError(
+            f"calibrate calls the model under torch.autocast, which computes in {dtype} whatever the model is in; "
+            f"convert the model, model.to({dtype}), and call it outside of torch.autocast"
+        )
 
 
 def refuse_redirected(model: nn.Module) -> None:

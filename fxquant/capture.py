@@ -7,16 +7,17 @@ other shapes can be traced long after the float model is gone. The values come f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
-import io
 import logging
 import operator
-import sys
+import threading
 import traceback
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -33,6 +40,7 @@ from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_l
 from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.functionalize import functionalize, writes
+from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
 log = logging.getLogger(__name__)
@@ -48,6 +56,21 @@ _MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be input
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 _RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
+_ABOUT_VALUES = ("data-dependent", "is not supported for tensor subclasses", "aten._local_scalar_dense")
+_ON_VALUES = (
+    "A graph is one path through the code: branch on shapes, options, masks and positions, not on tensor values "
+    "that the model computes (no .item(), no `if tensor:`). Compute every branch and choose with torch.where, or "
+    "move that part out of the transformer's forward."
+)
+_ON_OTHERS = (
+    "The code raised this on tensors without values, for the call {call}. Call the model itself like this: if it fails "
+    "too, the call does not fit it; if not, that line does what torch.export cannot follow, and has to be written "
+    "otherwise."
+)
+_TALKATIVE = (
+    *("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export._trace"),
+    *("torch.export.dynamic_shapes", "torch._export.non_strict_utils"),
+)
 LAYER_OPS = {
     torch.ops.aten.linear.default: 1,
     torch.ops.aten.conv1d.default: 1,
@@ -101,11 +124,15 @@ class Architecture:
         skeleton: The model with fake parameters. Never run on real data.
         signature: Signature of the model's ``forward``.
         timestep: Name of the ``forward`` argument that holds the timestep.
+        originals: Name and parameter of the model that was copied, by address, for as long as it is there.
     """
+
+    originals: Mapping[int, tuple[str, weakref.ref[nn.Parameter]]]
 
     def __init__(self, skeleton: nn.Module, timestep: str | None) -> None:
         self.skeleton = skeleton
         self.timestep = timestep
+        self.originals = {}
         self.signature = inspect.signature(skeleton.forward)
 
     @classmethod
@@ -113,12 +140,14 @@ class Architecture:
         """The architecture of ``model``, which is left untouched and whose weights are not copied.
 
         Raises:
-            ConfigurationError: If the model is in training mode.
+            ConfigurationError: If the model, or a module in it, is in training mode.
             CaptureError: If the module cannot be copied.
         """
-        if model.training:
+        training = next((name for name, module in model.named_modules() if module.training), None)
+        if training is not None:
             raise ConfigurationError(
-                "the model is in training mode, in which dropout is random; call model.eval() before fxquant.compile"
+                f"{f'module {training!r}' if training else 'the model'} is in training mode, in which dropout is "
+                "random; call model.eval() before fxquant.compile"
             )
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         weightless: dict[int, Any] = {
@@ -131,12 +160,16 @@ class Architecture:
                 f"{type(model).__name__} cannot be copied without its weights ({error}); "
                 "remove hooks and open handles from the module first"
             ) from error
-        return cls(skeleton, timestep)
+        architecture = cls(skeleton, timestep)
+        architecture.originals = {
+            p.untyped_storage().data_ptr(): (n, weakref.ref(p)) for n, p in model.named_parameters()
+        }
+        return architecture
 
     @classmethod
     def from_config(cls, model_class: Any, config: Mapping[str, Any], timestep: str | None) -> Architecture:
         """Build the architecture of a diffusers model from its config, without weights."""
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with tracing_alone(), FakeTensorMode(allow_non_fake_inputs=True):
             skeleton = model_class.from_config(dict(config))
         _hollow_out(skeleton)
         return cls(skeleton.eval().requires_grad_(False), timestep)
@@ -154,7 +187,9 @@ class Architecture:
         for tensor in held:
             if isinstance(tensor, nn.Parameter):
                 moved[id(tensor)] = nn.Parameter(moved[id(tensor)], requires_grad=False)
-        return Architecture(copy.deepcopy(self.skeleton, moved), self.timestep)
+        there = Architecture(copy.deepcopy(self.skeleton, moved), self.timestep)
+        there.originals = self.originals
+        return there
 
     def canonical(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any], Any]:
         """Leaf names, leaves and structure of a call; see :func:`fxquant.calls.canonical_call`."""
@@ -180,6 +215,17 @@ class Architecture:
             CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
         """
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        with tracing_alone(), without_autocast(device.type):
+            return self._capture(names, leaves, structure, device, others)
+
+    def _capture(
+        self,
+        names: tuple[str, ...],
+        leaves: Sequence[Any],
+        structure: Any,
+        device: torch.device,
+        others: Sequence[CallSpec],
+    ) -> CapturedGraph:
         changing = {name for other in others for name in changed_leaves(names, leaves, other) or ()}
         call = describe_call(names, leaves, structure, changing)
         try:
@@ -257,12 +303,13 @@ class Architecture:
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model for them.
         """
-        here = self.on(device)
-        batch = _TRACED_BATCH if call.batched else 1
-        tracing = Tracing()
-        program = here._export(call, device, batch, call.batched, tracing, numbers)
-        read = {name: number for name, number in (numbers or {}).items() if name in tracing.read}
-        return here._finish(program, call.holding_numbers(read), batch)
+        with tracing_alone(), without_autocast(device.type):
+            here = self.on(device)
+            batch = _TRACED_BATCH if call.batched else 1
+            tracing = Tracing()
+            program = here._export(call, device, batch, call.batched, tracing, numbers)
+            read = {name: number for name, number in (numbers or {}).items() if name in tracing.read}
+            return here._finish(program, call.holding_numbers(read), batch)
 
     def _export(
         self,
@@ -299,12 +346,12 @@ class Architecture:
             if extra:
                 dynamic_shapes[variadic[0]] = extra
         try:
-            with torch.no_grad(), _without_dump(), tracing.knowing(self.skeleton, call, numbers or {}):
+            with torch.no_grad(), _quietly(), tracing.knowing(self.skeleton, call, numbers or {}):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
         except Exception as error:
-            raise _explained(error, self.skeleton) from error
+            raise _explained(error, self.skeleton, call) from error
 
     def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, batch: int) -> CapturedGraph:
         exported = self._without_writes(program)
@@ -314,6 +361,7 @@ class Architecture:
         _flatten_signature(exported.graph, call)
         _drop_assertions(exported.graph)
         _loosen_views(exported.graph)
+        self._refuse_originals(exported)
         _name_constants(exported, self.skeleton)
         # A module of its own, without the input checks that torch.export hangs on the one it returns.
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
@@ -323,6 +371,20 @@ class Architecture:
         if not call.batched or _open_dimensions(module, call):
             return CapturedGraph(module, call, out_spec)
         return CapturedGraph(module, call.at_batch(batch, "the model's own code fixes the batch size"), out_spec)
+
+    def _refuse_originals(self, module: fx.GraphModule) -> None:
+        """Raise if the code ran weights of the model itself, which a function holds that was put around a forward."""
+        for target, tensor in read_tensors(module).items():
+            if isinstance(tensor, FakeTensor) or not target.rpartition(".")[2].startswith("lifted_tensor"):
+                continue
+            name, original = self.originals.get(tensor.untyped_storage().data_ptr(), (None, None))
+            if original is not None and original() is not None:
+                raise CaptureError(
+                    f"{type(self.skeleton).__name__} cannot be traced: a function that was put in place of a forward, "
+                    f"or hung on a module, holds on to the module itself, so that {name!r} is read past the copy that "
+                    "is traced. Bind the function with types.MethodType(function, module), and let it run what its "
+                    "own self has, such as type(self).forward(self, ...)"
+                )
 
     def _without_writes(self, program: torch.export.ExportedProgram) -> fx.GraphModule:
         """The graph of a program, with every op a function of its inputs."""
@@ -639,22 +701,31 @@ def _open_dimensions(module: fx.GraphModule, call: CallSpec) -> bool:
 
 
 @contextmanager
-def _without_dump() -> Iterator[None]:
-    """Keep the whole graph off the screen, which torch.export prints when it gives up; all else is passed on."""
-    held = io.StringIO()
-    dump = ""
+def _quietly() -> Iterator[None]:
+    """Keep off the screen what torch says of attempts: graphs, tracebacks, hints. What fails is raised all the same."""
+    from torch.export import _trace  # Costly to import before something is traced.
+
+    ours = threading.get_ident()
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return record.thread != ours or record.levelno < logging.WARNING
+
+    def show(*values: Any, **options: Any) -> None:
+        if threading.get_ident() != ours:
+            print(*values, **options)
+
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    for logger in loggers:
+        logger.addFilter(is_wanted)
     try:
-        with redirect_stderr(held):
+        with replaced(_trace, "print", show):
             yield
-    except Exception as error:
-        dump = str(getattr(error, "partial_fx_graph", ""))
-        raise
     finally:
-        text = held.getvalue()
-        sys.stderr.write(text.replace(f"{dump}\n", "") if dump else text)
+        for logger in loggers:
+            logger.removeFilter(is_wanted)
 
 
-def _explained(error: BaseException, model: nn.Module) -> CaptureError:
+def _explained(error: BaseException, model: nn.Module, call: CallSpec) -> CaptureError:
     """What went wrong in the user's terms: the innermost line of the model's own code, and torch's reason."""
     frames = [frame for frame in _frames(error) if _is_user_code(frame.filename)]
     where, short = "", ""
@@ -663,26 +734,34 @@ def _explained(error: BaseException, model: nn.Module) -> CaptureError:
         where = f'\n  File "{last.filename}", line {last.lineno}, in {last.name}\n    {last.line}'
         short = f" ({Path(last.filename).name}, line {last.lineno})"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    advice = _ON_VALUES if any(map(_is_about_values, _chain(error))) else _ON_OTHERS.format(call=call)
     return CaptureError(
-        f"{type(model).__name__} cannot be traced: {reason}{where}\n"
-        "A graph is one path through the code: branch on shapes, options, masks and positions, not on tensor values "
-        "that the model computes (no .item(), no `if tensor:`). Compute every branch and choose with torch.where, or "
-        "move that part out of the transformer's forward.",
-        reason=f"{reason}{short}",
+        f"{type(model).__name__} cannot be traced: {reason}{where}\n{advice}", reason=f"{reason}{short}"
     )
 
 
-def _frames(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
-    seen: set[int] = set()
-    chain = []
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        chain.append(error)
+def _is_about_values(error: BaseException) -> bool:
+    """Whether an error says that code asks for the value of a tensor that has none."""
+    unknown = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+    return isinstance(error, unknown) or any(words in str(error) for words in _ABOUT_VALUES)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and its causes, the innermost last."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
         error = error.__cause__ or error.__context__
-    for link in chain:  # The innermost cause last: its frames are the ones closest to the user's line.
+    return found
+
+
+def _frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
+    for link in _chain(error):  # The frames of the innermost cause are the ones closest to the user's line.
         yield from traceback.extract_tb(link.__traceback__)
 
 
 def _is_user_code(filename: str) -> bool:
     libraries = {Path(torch.__file__).parent, Path(__file__).parent}
+    if Path(filename).parent == Path(contextlib.__file__).parent:  # Python's own.
+        return False
     return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in libraries)

@@ -24,6 +24,7 @@ from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.nans import showing_nans
 from fxquant.plan import Plan
+from fxquant.threads import is_traced_elsewhere, tracing_alone, without_autocast
 
 _MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
 _WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
@@ -98,9 +99,9 @@ class GraphModel(nn.Module):
 
     def add(self, captured: CapturedGraph) -> None:
         """Add a graph; tensors that a graph here holds under the same name are shared."""
-        self.captured.append(captured)
+        self._share([*self.captured, captured])  # First, for another thread may call it once it is listed.
         self.graphs.append(captured.module)
-        self._share()
+        self.captured.append(captured)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that any graph reads, by name."""
@@ -165,9 +166,9 @@ class GraphModel(nn.Module):
 
         save(self, save_directory, overwrite=True)
 
-    def _share(self) -> None:
+    def _share(self, graphs: Sequence[CapturedGraph]) -> None:
         held: dict[str, torch.Tensor] = {}
-        for captured in self.captured:
+        for captured in graphs:
             for target, tensor in read_tensors(captured.module).items():
                 first = held.setdefault(target, tensor)
                 if first is not tensor and first.shape == tensor.shape and first.dtype == tensor.dtype:
@@ -189,7 +190,7 @@ class GraphModel(nn.Module):
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         super()._apply(keep_dtype, recurse)
-        self._share()
+        self._share(self.captured)
         if moved:
             for captured in self.captured:
                 retarget(captured.module, probe.device)
@@ -209,7 +210,8 @@ class GraphModel(nn.Module):
 
 
 def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():  # Within something larger that is compiled.
+    if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
+        # Within something larger that is compiled.
         names, leaves, structure = self.architecture.canonical(args, kwargs)
         captured = self.find_compiling(names, leaves)
         if captured is None:
@@ -268,8 +270,11 @@ def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
 
 @torch.compiler.disable
 def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-    captured = self._make_graph(self, names, leaves, structure)
-    self.add(captured)
+    with tracing_alone(), without_autocast(self.device.type):
+        if (made := self.find(names, leaves)) is not None:  # By another thread, meanwhile.
+            return made
+        captured = self._make_graph(self, names, leaves, structure)
+        self.add(captured)
     warn_of_many(names, leaves, [graph.call for graph in self.captured])
     held = [graph for graph in self.captured if graph.call.held]
     if captured.call.held and len(held) == _MANY_HELD:

@@ -490,6 +490,30 @@ def test_an_accelerate_hook(tiny_dit: DiTTransformer2DModel) -> None:
     assert (run(made) - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("path", ["", "transformer_blocks.0"])
+def test_a_model_compiled_in_place(tiny_dit: DiTTransformer2DModel, path: str) -> None:
+    plain = fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), measure=0)
+    expected = run(tiny_dit)
+    module = tiny_dit.get_submodule(path)
+    module.compile(backend="eager")
+    implementation = module._compiled_call_impl
+    made = fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), measure=0)
+    assert module._compiled_call_impl is implementation
+    assert torch.equal(run(made), run(plain))
+    assert torch.equal(run(fxquant.trace(tiny_dit)), expected)
+
+
+def test_a_new_shape_under_autocast_is_captured_without(tiny_dit: DiTTransformer2DModel) -> None:
+    made = fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), measure=0)
+    other = copy.deepcopy(made)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(made, size=12).isfinite().all()
+        again = fxquant.compile(tiny_dit, plan=made.plan)
+    assert len(made.graphs) == 2
+    assert torch.equal(run(made, size=12), run(other, size=12))
+    assert torch.equal(run(again), run(made))
+
+
 # --- torch's own tools ---
 
 

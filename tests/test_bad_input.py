@@ -326,6 +326,30 @@ def test_a_model_in_train_mode(tiny_dit: DiTTransformer2DModel) -> None:
         fxquant.trace(tiny_dit)
 
 
+def test_a_block_in_train_mode(tiny_dit: DiTTransformer2DModel) -> None:
+    tiny_dit.transformer_blocks[0].norm1.emb.class_embedder.train()  # Which drops labels at random.
+    said = ("module 'transformer_blocks.0.norm1.emb.class_embedder' is in training mode", "call model.eval()")
+    with refused(tiny_dit, ConfigurationError, *said):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit))
+    with refused(tiny_dit, ConfigurationError, *said):
+        fxquant.trace(tiny_dit)
+
+
+def test_a_block_that_went_through_torch_compile(tiny_dit: DiTTransformer2DModel) -> None:
+    tiny_dit.transformer_blocks[0] = torch.compile(tiny_dit.transformer_blocks[0], backend="eager")
+    with refused(tiny_dit, ConfigurationError, "module 'transformer_blocks.0' went through torch.compile"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit))
+
+
+def test_calibration_under_autocast(tiny_dit: DiTTransformer2DModel) -> None:
+    def cast() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            run(tiny_dit)
+
+    with refused(tiny_dit, CalibrationError, "under torch.autocast", "model.to(torch.bfloat16)"):
+        fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=cast)
+
+
 def test_compiling_twice(quantized: GraphModel) -> None:
     for function in (
         lambda: fxquant.compile(quantized, recipe="rtn-w8a8", calibrate=lambda: run(quantized)),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +182,93 @@ def test_an_untraceable_model_shows_its_own_line(way: Callable[[Tensor], Tensor]
     assert "branch on shapes, options, masks and positions, not on tensor values" in message
 
 
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        (lambda x: x.reshape(5, 7), "shape '[5, 7]' is invalid"),
+        (lambda x: {}["size"], "'size'"),
+        (lambda x: x + torch.ones(9), "must match"),
+    ],
+)
+def test_an_error_of_the_models_own_code_is_not_blamed_on_branches(way: Callable[[Tensor], Tensor], said: str) -> None:
+    with pytest.raises(CaptureError) as error:
+        captured(Untraceable(way), sample(2), torch.arange(2))
+    assert said in str(error.value)
+    assert "A graph is one path" not in str(error.value)
+    assert "for the call (x: float32[2, 3, 4]" in str(error.value)
+
+
+class FailsFirst(nn.Module):
+    """Its capture succeeds for the batch of its call alone, after an attempt at all of them."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.way = nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.linear(x) + self.way(x, timestep)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda x, timestep: x + torch.ones(3, 3, 4),
+        lambda x, timestep: x.reshape(3, 12).unflatten(1, (3, 4)),
+        lambda x, timestep: x if x.shape[0] == 3 and x.shape[0] % 2 else x[:5] / 0 + torch.ones(4, 3, 4),
+    ],
+)
+def test_attempts_say_nothing_on_the_screen(
+    way: Callable[[Tensor, Tensor], Tensor], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FailsFirst(way).eval()
+    x, step = sample(3), torch.arange(3)
+    found = captured(model, x, step, timestep_name="timestep")
+    assert torch.equal(found.module(x, step)[0], model(x, step))
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_failing_capture_prints_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError):
+        captured(Untraceable(branch), sample(2), torch.arange(2))
+    assert capfd.readouterr() == ("", "")
+
+
+@torch.compile(backend="eager")
+def decorated(x: Tensor) -> Tensor:
+    return F.gelu(x) * x.sigmoid()
+
+
+def test_functions_decorated_with_compile_are_traced_as_they_run_without() -> None:
+    class Decorated(Model):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.twice(decorated(self.into(x)))
+
+        @torch.compile(fullgraph=True, dynamic=True)
+        def twice(self, hidden: Tensor) -> Tensor:
+            return F.silu(self.out(F.layer_norm(hidden, (8,))))
+
+    class Plain(Decorated):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            hidden = self.into(x)
+            return F.silu(self.out(F.layer_norm(F.gelu(hidden) * hidden.sigmoid(), (8,))))
+
+    x, step = sample(2), torch.arange(2)
+    with torch.no_grad():
+        assert torch.equal(captured(Decorated(), x, step).module(x, step)[0], Plain().eval()(x, step))
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_a_capture_under_autocast_is_one_without(around: Callable[[], Any]) -> None:
+    model = FailsFirst(lambda x, timestep: x).eval()
+    x, step = sample(2), torch.arange(2)
+    with around(), torch.autocast("cpu", torch.bfloat16):
+        found = captured(model, x, step)
+    dtypes = {node.meta["val"].dtype for node in found.module.graph.nodes if node.op == "call_function"}
+    assert torch.bfloat16 not in dtypes
+    assert torch.equal(found.module(x, step)[0], model(x, step))
+
+
 class InPlace(nn.Module):
     """Writes into values that are read before and after, and through views."""
 
@@ -346,8 +435,15 @@ def test_a_layer_behind_a_dropout_that_nobody_reads_is_not_there() -> None:
 
 
 def test_training_mode_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"training mode.*model.eval\(\)"):
+    with pytest.raises(ConfigurationError, match=r"the model is in training mode.*model.eval\(\)"):
         Architecture.of(Model().train(), "timestep")
+
+
+def test_training_mode_of_one_module_is_refused() -> None:
+    model = Model().eval()
+    model.extra.train()
+    with pytest.raises(ConfigurationError, match=r"module 'extra' is in training mode.*model.eval\(\)"):
+        Architecture.of(model, "timestep")
 
 
 def test_weights_of_another_model_are_refused() -> None:

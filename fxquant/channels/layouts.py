@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ def reshape_back(want: Want, output: Sequence[Any], source: Sequence[Any]) -> Wa
 
     Both shapes are cut into the smallest runs of axes of equal product, as ``[B*T, H*D]`` against ``[B, T, H, D]``
     into ``B*T | B, T`` and ``H*D | H, D``. A run that the want does not vary along stays of size 1; another one is
-    spread out to its full size, which must be static, and laid out anew.
+    spread out to its full size, and laid out anew. Where the size is open, as that of ``[B*H]`` against ``[B, H]``, it
+    is spread out to a period after which the want repeats.
     """
     runs = _runs(list(output), list(source))
     if runs is None:
@@ -35,20 +37,68 @@ def reshape_back(want: Want, output: Sequence[Any], source: Sequence[Any]) -> Wa
             spread.append(want.scale.shape[out_axes[0]])
             target.append(spread[-1])
         elif any(want.varies(axis) for axis in out_axes):
-            sizes = [static(output[axis]) for axis in out_axes]
-            source_sizes = [static(source[axis]) for axis in src_axes]
-            if None in sizes or None in source_sizes:
+            asked = [want.scale.shape[axis] for axis in out_axes]
+            found = _spread(asked, [output[axis] for axis in out_axes], [source[axis] for axis in src_axes])
+            if found is None:
                 return None
-            spread += [size for size in sizes if size is not None]
-            target += [size for size in source_sizes if size is not None]
+            spread += found[0]
+            target += found[1]
         else:
             spread += [1] * len(out_axes)
             target += [1] * len(src_axes)
 
     def move(array: Array) -> Array:
-        return np.broadcast_to(array, spread).reshape(target)
+        return repeated(array, spread).reshape(target)
 
     return compress(want.map(move))
+
+
+def _spread(asked: Sequence[int], output: Sequence[Any], source: Sequence[Any]) -> tuple[list[int], list[int]] | None:
+    """To what shape a run of a want is to be repeated, and what shape it has at the source then; None if it has none.
+
+    Args:
+        asked: Sizes of the want.
+        output: Sizes of the value, of which all but the last open one and those behind it must be 1 or not asked.
+        source: Sizes of the source.
+    """
+    sizes, source_sizes = [static(size) for size in output], [static(size) for size in source]
+    if None not in sizes and None not in source_sizes:
+        return [size for size in sizes if size is not None], [size for size in source_sizes if size is not None]
+    if None not in sizes or None not in source_sizes:
+        return None
+    if 0 in (*sizes, *source_sizes):
+        return None
+    front, inner = _around_the_open(sizes)
+    source_front, source_inner = _around_the_open(source_sizes)
+    if any(size > 1 for size in asked[:front]) or (asked[front] > 1 and not _ones(sizes[:front])):
+        return None
+    period = math.lcm(asked[front] * math.prod(inner), math.prod(source_inner))
+    repeats = period // math.prod(source_inner)
+    if repeats > 1 and not _ones(source_sizes[:source_front]):
+        return None
+    spread = [*[1] * front, period // math.prod(inner), *inner]
+    return spread, [*[1] * source_front, repeats, *source_inner]
+
+
+def _around_the_open(sizes: Sequence[int | None]) -> tuple[int, list[int]]:
+    """Where the last open size stands, and the sizes behind it."""
+    last = max(axis for axis, size in enumerate(sizes) if size is None)
+    return last, [size for size in sizes[last + 1 :] if size is not None]
+
+
+def _ones(sizes: Sequence[int | None]) -> bool:
+    return all(size == 1 for size in sizes)
+
+
+def repeated(array: Array, shape: Sequence[int]) -> Array:
+    """The same, repeated along each axis to this size: from 1, or from a period of an open axis."""
+    times = [size // own if own > 1 else 1 for own, size in zip(array.shape, shape, strict=True)]
+    return np.broadcast_to(np.tile(array, times) if max(times, default=1) > 1 else array, shape)
+
+
+def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape to which requests on one value are repeated to be compared; periods of an open axis may differ."""
+    return tuple(math.lcm(*sizes) for sizes in zip(*shapes, strict=True))
 
 
 def compress(want: Want) -> Want:

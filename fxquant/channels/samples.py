@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from fxquant.channels.layouts import spread_over_unread
+from fxquant.channels.layouts import common_shape, repeated, spread_over_unread
 from fxquant.channels.rules import Rule, outcome, shape_of
 from fxquant.channels.rules.layout import reshape
 from fxquant.channels.wants import IDENTITY, UNREAD, Barrier, Choose, Push, Want
@@ -81,8 +81,8 @@ class Samples:
 
 def _agreed(left: Want, right: Want) -> Want | None:
     """Both, if they say the same of what both read."""
-    shape = np.broadcast_shapes(left.scale.shape, right.scale.shape)
-    one, two = (np.broadcast_to(want.scale, shape) for want in (left, right))
+    shape = common_shape(left.scale.shape, right.scale.shape)
+    one, two = (repeated(want.scale, shape) for want in (left, right))
     if ((one != two) & (one != UNREAD) & (two != UNREAD)).any():
         return None
     return Want.of(np.where(one == UNREAD, two, one))

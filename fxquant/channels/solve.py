@@ -23,7 +23,7 @@ from scipy.sparse import coo_matrix, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
-from fxquant.channels.layouts import settle_unread, spread_over_unread
+from fxquant.channels.layouts import common_shape, repeated, settle_unread, spread_over_unread
 from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, op_name, outcome, shape_of
 from fxquant.channels.samples import Samples
 from fxquant.channels.wants import (
@@ -423,13 +423,12 @@ class _Walk:
 
     def _merge(self, wants: Sequence[Want]) -> Want:
         """One want that satisfies all: where two ask for different variables, these are tied. Unread stays unread."""
-        shape = np.broadcast_shapes(*(want.scale.shape for want in wants))
+        shape = common_shape(*(want.scale.shape for want in wants))
         scale = np.full(shape, UNREAD, dtype=np.int64)
         offset = np.zeros(shape)
         # Those that read all of it first: then one variable stands for a channel wherever they are tied.
         for want in sorted(wants, key=lambda want: bool((want.scale == UNREAD).any())):
-            other = np.broadcast_to(want.scale, shape)
-            shift = np.broadcast_to(want.offset, shape)
+            other, shift = repeated(want.scale, shape), repeated(want.offset, shape)
             both = (scale != UNREAD) & (other != UNREAD)
             self._tie(scale[both], other[both], "part of it is read unscaled")
             apart = both & (offset != shift) & (scale > IDENTITY)
@@ -450,6 +449,8 @@ class _Walk:
         elements, axes = 1, 0
         for axis, size in enumerate(value.shape):
             if want.varies(axis):
+                if not isinstance(size, int):  # No tensor of one size fits every batch.
+                    return Cost.NOT
                 axes += 1
             else:
                 elements *= _hint(size)
@@ -543,6 +544,8 @@ def _direct(node: fx.Node, reader: fx.Node) -> fx.Node:
 
 def _agree(left: Want, right: Want) -> bool:
     """Whether two wants on one value ask for the same wherever both ask."""
+    shape = common_shape(left.scale.shape, right.scale.shape)
+    left, right = (want.map(lambda array: repeated(array, shape)) for want in (left, right))
     both = (left.scale != UNREAD) & (right.scale != UNREAD)
     return bool((~both | ((left.scale == right.scale) & (left.offset == right.offset))).all())
 

@@ -45,7 +45,9 @@ class Want:
     """The request that a value v yield ``a * v + (a - 1) * offset``.
 
     ``a`` is known only later; here it is a variable a channel. Both arrays have one axis for each axis of the value,
-    of its size where the request differs along the axis and of size 1 elsewhere, so they broadcast against it.
+    of its size where the request differs along the axis and of size 1 elsewhere, so they broadcast against it. Along an
+    axis of open size, as that of a batch with heads folded into it, the request repeats after as many positions as
+    the arrays have.
 
     Attributes:
         scale: Variable of each channel; :data:`IDENTITY` or :data:`UNREAD` where nothing is asked.

@@ -18,20 +18,19 @@ from fxquant.channels.wants import IDENTITY, UNREAD, Want
 class Symbol:
     """An open size, as ``s77``: it has a hint and a name, and products of it with numbers."""
 
-    def __init__(self, text: str = "s77", hint: int = 3) -> None:
-        self.text, self.node = text, type("Node", (), {"hint": hint})
+    def __init__(self, text: str = "s77", hint: int = 3, factor: int = 1) -> None:
+        self.text, self.factor, self.node = text, factor, type("Node", (), {"hint": hint})
 
     def __mul__(self, other: Any) -> Symbol:
-        if isinstance(other, int) and other == 1:
-            return self
-        factor = other if isinstance(other, int) else other.node.hint
-        return Symbol(f"{self.text}*{other}", self.node.hint * factor)
+        if isinstance(other, int):
+            return Symbol(self.text, self.node.hint * other, self.factor * other)
+        return Symbol(f"{self}*{other}", self.node.hint * other.node.hint)
 
     def __rmul__(self, other: int) -> Symbol:
         return self * other
 
     def __str__(self) -> str:
-        return self.text
+        return self.text if self.factor == 1 else f"{self.factor}*{self.text}"
 
 
 def want(*shape: int) -> Want:
@@ -73,7 +72,7 @@ def test_an_open_batch_stays_apart_from_the_channels() -> None:
     assert moved is not None
     assert moved.scale.shape == (1, 1, 2, 4)
     assert reshape_back(want(1, 8), [5, 8], [batch, 40]) is None
-    assert reshape_back(want(5, 1), [batch * 5, 8], [batch, 5, 8]) is None
+    assert reshape_back(want(1, 8), [batch, 8], [8, batch]) is None
 
 
 @given(st.permutations([2, 3, 4]), st.integers(0, 2))

@@ -94,17 +94,21 @@ def _split(b: Builder, r: Random, x: fx.Node, parts: int) -> list[fx.Node]:
 
 
 def modulate(b: Builder, r: Random, x: fx.Node) -> None:
-    """AdaLN: parts of a vector that depends on the time; one vector may serve several blocks."""
+    """AdaLN: parts of a vector that depends on the time, or on each token; one vector may serve several blocks."""
     vectors = [y for y in b.values if len(shape(y)) == 2 and shape(y)[0] in (1, shape(x)[0])]
     size = shape(x)[-1]
     if not vectors or len(shape(x)) != 3:
         return
     vector = r.choice(vectors)
+    if r.random() < 1 / 4:
+        vector = r.choice([y for y in b.values if len(shape(y)) == 3 and shape(y)[:2] == shape(x)[:2]])
     if shape(vector)[-1] != 2 * size or r.random() < 1 / 2:
         vector = b.linear(b.call(aten.silu.default, vector), 2 * size, r.random() < 1 / 2)
     if r.random() < 1 / 4:  # As PixArt has it: the vector is shared, a parameter is the block's own.
         vector = b.call(aten.add.Tensor, vector, b.parameter(2 * size))
-    scale, shift = _split(b, r, b.call(aten.unsqueeze.default, vector, 1), 2)
+    if len(shape(vector)) == 2:
+        vector = b.call(aten.unsqueeze.default, vector, 1)
+    scale, shift = _split(b, r, vector, 2)
     y = b.call(aten.layer_norm.default, x, [size], None, None, 0.1)
     one = b.call(aten.add.Tensor, scale, 1) if r.random() < 1 / 2 else b.call(aten.add.Scalar, scale, 1.0)
     y = b.call(aten.add.Tensor, b.call(aten.mul.Tensor, y, one), shift)
@@ -123,7 +127,7 @@ def gated(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def attention(b: Builder, r: Random, x: fx.Node) -> None:
-    """Self and cross, by heads and without, grouped-query, fused projections, joint streams, masks, by hand."""
+    """Self and cross, grouped-query, fused projections, joint streams, masks, dropout, by hand, heads in the batch."""
     if len(shape(x)) != 3:
         return
     others = [y for y in b.values if len(shape(y)) == 3 and shape(y)[0] == shape(x)[0]]
@@ -140,16 +144,19 @@ def attention(b: Builder, r: Random, x: fx.Node) -> None:
         k, v = (b.call(aten.cat.default, [y, b.linear(other, kv_heads * size, bias)], 1) for y in (k, v))
     q = _heads(b, r, q, heads)
     k, v = (_heads(b, r, y, kv_heads) for y in (k, v))
-    by_hand = r.randint(0, 2)
-    if by_hand == 0:
-        if kv_heads != heads:
-            k, v = (b.call(aten.repeat_interleave.self_int, y, heads // kv_heads, 1) for y in (k, v))
+    kind = r.randint(0, 5)
+    if kind in (0, 1, 5) and kv_heads != heads:
+        k, v = (b.call(aten.repeat_interleave.self_int, y, heads // kv_heads, 1) for y in (k, v))
+    if kind == 5:
+        y = _in_the_batch(b, r, q, k, v)
+    elif kind <= 1:
         y = _by_hand(b, r, q, k, v)
     else:
-        mask = b.parameter(1, shape(k)[-2]) if r.random() < 1 / 4 else None
+        mask = _mask(b, r, shape(k)[-2])
+        dropout = 0.3 if r.random() < 1 / 8 else 0.0
         grouped = {"enable_gqa": True} if heads != kv_heads else {}
         causal = {"is_causal": True} if mask is None and r.random() < 1 / 6 else {}
-        y = b.call(aten.scaled_dot_product_attention.default, q, k, v, mask, **causal, **grouped)
+        y = b.call(aten.scaled_dot_product_attention.default, q, k, v, mask, dropout, **causal, **grouped)
     y = b.call(aten.flatten.using_ints, b.call(aten.transpose.int, y, 1, 2), 2)
     if shape(y)[1] > 1 and r.random() < 1 / 3:  # Each stream has an output projection.
         for part in (b.call(aten.slice.Tensor, y, 1, 0, 1), b.call(aten.slice.Tensor, y, 1, 1, 2**63 - 1)):
@@ -166,19 +173,53 @@ def _heads(b: Builder, r: Random, y: fx.Node, heads: int) -> fx.Node:
     return b.call(aten.transpose.int, y, 1, 2) if r.random() < 1 / 2 else b.call(aten.permute.default, y, [0, 2, 1, 3])
 
 
+def _mask(b: Builder, r: Random, keys: int) -> fx.Node | None:
+    """None, a parameter, or one of the forms that models make of the call's mask."""
+    kind = r.randint(0, 9)
+    if kind == 0:
+        return b.parameter(1, keys)
+    if b.mask is None or kind > 6 or keys > shape(b.mask)[1]:
+        return None
+    seen = b.call(aten.slice.Tensor, b.mask, 1, 0, keys)
+    if kind == 1:
+        every = b.call(aten.ones.default, [shape(seen)[0], 1], dtype=torch.bool, device=torch.device("cpu"))
+        seen = b.call(aten.cat.default, [b.call(aten.slice.Tensor, b.mask, 1, 1, keys), every], 1)
+    seen = b.call(aten.unsqueeze.default, b.call(aten.unsqueeze.default, seen, 1), 2)
+    if kind <= 3:
+        return seen
+    if kind == 4:
+        hidden = b.call(aten.rsub.Scalar, b.call(aten.to.dtype, seen, torch.float64), 1.0)
+        return b.call(aten.mul.Tensor, hidden, -10000.0)
+    zeros = b.call(aten.zeros.default, list(shape(seen)), dtype=torch.float64, device=torch.device("cpu"))
+    lowest = r.choice([float("-inf"), float("-inf"), -1e9, torch.finfo(torch.float64).min])
+    return b.call(aten.masked_fill.Scalar, zeros, b.call(aten.logical_not.default, seen), lowest)
+
+
+def _in_the_batch(b: Builder, r: Random, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """Heads as further samples, as older code has them."""
+    batch, heads = shape(q)[:2]
+    q, k, v = (b.call(aten.reshape.default, y, [batch * heads, *shape(y)[2:]]) for y in (q, k, v))
+    if r.random() < 1 / 2:
+        scores = b.call(aten.einsum.default, "b i d, b j d -> b i j", [q, k])
+        y = b.call(aten.einsum.default, "b i j, b j d -> b i d", [b.call(aten.softmax.int, scores, -1), v])
+    else:
+        y = _by_hand(b, r, q, k, v)
+    return b.call(aten.unflatten.int, y, 0, [batch, heads])
+
+
 def _by_hand(b: Builder, r: Random, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     scores = b.call(aten.matmul.default, q, b.call(aten.mT.default, k))
-    axis = r.choice([-1, -1, 3, 2])  # The last of these makes columns sum to 1 in place of rows.
+    axis = r.choice([-1, -1, len(shape(scores)) - 1, -2])  # The last of these makes columns sum to 1 in place of rows.
     weights = b.call(aten.softmax.int, scores, axis) if r.random() < 1 / 2 else b.call(
         aten._softmax.default, scores, axis, False
     )  # fmt: skip
     if r.random() < 1 / 3:
-        weights = b.call(aten.dropout.default, weights, 0.1, False)
+        weights = b.call(aten.dropout.default, weights, 0.1, r.random() < 1 / 3)
     return b.call(aten.matmul.default, weights, v)
 
 
 def product(b: Builder, r: Random, x: fx.Node) -> None:
-    """Matrix products of any two values that fit, linear attention among them."""
+    """Matrix products of any two values that fit, linear attention and einsums among them."""
     if r.random() < 1 / 4 and len(shape(x)) == 3:
         k, v = b.call(aten.relu.default, b.linear(x, 4)), b.linear(x, 4)
         inner = b.call(aten.matmul.default, b.call(aten.transpose.int, k, 1, 2), v)
@@ -193,6 +234,11 @@ def product(b: Builder, r: Random, x: fx.Node) -> None:
     fitting = [y for y in fitting if shape(y)[:2] == (shape(x)[0], shape(x)[2])]
     if fitting:
         b.call(r.choice([aten.matmul.default, aten.bmm.default]), x, r.choice(fitting))
+        b.call(aten.einsum.default, r.choice(["bij,bjk->bik", "bij,bjk->bki", "bij,bjk->bk"]), [x, r.choice(fitting)])
+    alike = [y for y in b.values if shape(y) == shape(x)]
+    if len(shape(x)) == 3 and r.random() < 1 / 2:
+        letters = r.choice(["bij,bik->bjk", "bij,bij->bij", "bij,bij->bj", "bij,bik->bijk"])
+        b.call(aten.einsum.default, letters, [x, r.choice(alike)])
     vectors = [p for p in b.parameters if len(shape(p)) == 2 and shape(p)[0] == shape(x)[-1]]
     if vectors and r.random() < 1 / 2:
         b.call(aten.matmul.default, x, r.choice(vectors))

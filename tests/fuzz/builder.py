@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxquant.capture import LAYER, set_tensor
+from fxquant.capture import LAYER, set_tensor, stored_weight
 from fxquant.ir.stages import _PROVEN, _Proof
 
 aten = torch.ops.aten
@@ -25,6 +25,7 @@ class Builder:
         values: Floating-point values that ops may read, of two axes or more.
         parameters: Floating-point parameters and what is computed from these alone; several ops may read one.
         layers: The linears made so far.
+        mask: An input of booleans ``[2, 24]`` that says which keys each sample sees; now and then a sample sees none.
     """
 
     def __init__(self, seed: int) -> None:
@@ -34,6 +35,7 @@ class Builder:
         self.values: list[fx.Node] = []
         self.parameters: list[fx.Node] = []
         self.layers: list[fx.Node] = []
+        self.mask: fx.Node | None = None
         self._names = 0
         self._inputs: list[tuple[str, tuple[int, ...], torch.dtype]] = []
 
@@ -86,8 +88,9 @@ class Builder:
     def apply(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, layer: str | None = None) -> fx.Node:
         """A linear layer of a block with these parameters, or one layer called again."""
         node = self.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
-        node.meta[LAYER] = layer or f"blocks.0.l{len(self.layers)}"
-        self.layers.append(node)
+        if stored_weight(node) is not None:  # As capturing names layers.
+            node.meta[LAYER] = layer or f"blocks.0.l{len(self.layers)}"
+            self.layers.append(node)
         return node
 
     def finish(self, *also: fx.Node) -> fx.GraphModule:
@@ -101,12 +104,19 @@ class Builder:
         return self.module
 
     def inputs(self, *timesteps: float) -> list[Tensor]:
-        """Random inputs; the timestep is one for all samples or one for each, as far as the input has room for them."""
+        """Random inputs; the timestep is one for all samples or one for each, as far as the input has room for them.
+
+        Of booleans the first are drawn for each sample, and one sample has none or few.
+        """
         found = []
         for name, size, dtype in self._inputs:
             if name == "timestep":
                 steps = torch.tensor(timesteps * BATCH if len(timesteps) == 1 else timesteps, dtype=torch.float64)
                 found.append((steps[: size[0]] if size else steps[0]).to(dtype))
+            elif dtype is torch.bool:
+                seen = self.random(*size) > 0
+                seen[int(self.random(1, low=0, high=2))] = self.random(1) > 0
+                found.append(seen)
             else:
                 found.append(self.random(*size, low=-2, high=3))
         return found

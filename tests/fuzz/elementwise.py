@@ -79,7 +79,7 @@ def cast(b: Builder, r: Random, x: fx.Node) -> None:
     elif kind == 3:
         b.call(aten._to_copy.default, x, **CAST)
     elif kind == 4:
-        b.call(aten.dropout.default, x, 0.1, False)
+        b.call(aten.dropout.default, x, r.choice([0.0, 0.1]), r.random() < 1 / 3)
     else:
         b.call(aten.type_as.default, x, r.choice(b.values))
 

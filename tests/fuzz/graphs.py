@@ -25,7 +25,10 @@ LARGEST = 600
 
 
 def build(first: int, steps: Sequence[int], last: int) -> Builder:
-    """A finished graph with its builder: inputs ``sample`` [2, 3, 8], ``timestep`` and maybe ``text`` [2, 4, 6].
+    """A finished graph with its builder.
+
+    Inputs are ``sample`` [2, 3, 8] and ``timestep``, and maybe ``text`` [2, 4, 6], ``mask`` [2, 24] and ``strength``,
+    a number.
 
     Args:
         first: Seed of the inputs and of the numbers in parameters.
@@ -39,10 +42,15 @@ def build(first: int, steps: Sequence[int], last: int) -> Builder:
     b.values.append(sample)
     if r.random() < 1 / 4:
         b.values.append(b.input("text", BATCH, 4, 6))
+    if r.random() < 1 / 3:
+        b.mask = b.input("mask", BATCH, 24, dtype=torch.bool)
+    strength = b.input("strength", *r.choice([(), (BATCH,)])) if r.random() < 1 / 4 else None
     seconds = b.call(aten.mul.Tensor, b.call(aten.to.dtype, time, torch.float64), 0.01)
     column = b.call(aten.reshape.default, seconds, [-1, 1])
     b.linear(b.linear(sample, CHANNELS), CHANNELS)
     b.linear(column, 4)
+    if strength is not None:
+        b.call(aten.mul.Tensor, b.call(aten.reshape.default, strength, [-1, 1]), column)
     for seed in steps:
         r = Random(seed)
         x = r.choice(b.values)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
 from fxquant.channels.layouts import static
 from fxquant.channels.rules.row_sums import attention_drops, product_drops
 from fxquant.channels.rules.table import cannot_broadcast, elementwise, node_of, rule, shape_of, tied
-from fxquant.channels.wants import Barrier, Outcome, Push, Want
+from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 
 aten = torch.ops.aten
@@ -59,3 +62,65 @@ def matmul(node: fx.Node, want: Want) -> Outcome:
         return found
     pushed = elementwise(node, right, want)
     return Push(pushed) if pushed else cannot_broadcast(node)
+
+
+@rule(aten.einsum.default)
+def einsum(node: fx.Node, want: Want) -> Outcome:
+    """(a, 0) to ONE factor, as for a matrix product, with c behind a softmax."""
+    if (letters := letters_of(node)) is None:
+        return Barrier("an einsum with dots, repeated letters or no result has no channel rule")
+    *names, result = letters
+    operands: list[fx.Node] = list(node.args[1])  # type: ignore[arg-type]
+    varied = {letter for axis, letter in enumerate(result) if want.varies(axis)}
+    if want.offset.any():
+        if (reason := einsum_drops(operands, letters)) is not None:
+            return Barrier(reason)
+        takers = [1]
+    else:
+        takers = [number for number, own in enumerate(names) if varied <= set(own)]
+    if not takers or not varied <= set(names[takers[-1]]):
+        axes = [axis for axis, letter in enumerate(result) if letter not in names[-1]]
+        found = tied(want, axes, "a matrix product mixes tokens, which have to share their factors")
+        return Barrier("an einsum of these letters has no channels to scale") if found is None else found
+    ways = []
+    for number in takers:
+        moved = _moved(want, result, names[number], shape_of(operands[number]))
+        if moved is not None:
+            ways.append(Push([(operands[number], moved)]))
+    return Choose(ways) if len(ways) > 1 else ways[0] if ways else cannot_broadcast(node)
+
+
+def letters_of(node: fx.Node) -> list[str] | None:
+    """The letters of each factor of an einsum, and those of its result; None for forms that rules do not know."""
+    equation = str(node.args[0]).replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    names = [*left.split(","), result]
+    if not arrow or "." in equation or any(len(set(own)) < len(own) for own in names):
+        return None
+    return names
+
+
+def einsum_drops(operands: list[fx.Node], letters: list[str]) -> str | None:
+    """Why a shift of the second factor of an einsum does not come out as it is, or None if it does."""
+    if len(operands) != 2:
+        return "a constant shift cannot pass a matrix product"
+    left, right, result = letters
+    summed = {*left, *right} - set(result)
+    if summed != {left[-1:]} or left[-1:] not in right or not set(result) <= {*left, *right}:
+        return "a constant shift cannot pass a matrix product"
+    return product_drops(operands[0])
+
+
+def _moved(want: Want, result: str, own: str, shape: tuple[Any, ...]) -> Want | None:
+    """A want on the result of an einsum as one on the factor of these letters, which has all along which it differs."""
+    if any(static(size) == 1 and letter in result and want.varies(result.index(letter))
+           for letter, size in zip(own, shape, strict=True)):  # fmt: skip
+        return None
+    kept = [letter for letter in result if letter in own]
+    order = [kept.index(letter) for letter in own if letter in kept]
+
+    def move(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        array = array[tuple(slice(None) if letter in own else 0 for letter in result)].transpose(order)
+        return np.expand_dims(array, [axis for axis, letter in enumerate(own) if letter not in result])
+
+    return want.map(move)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -23,7 +24,7 @@ from fxquant.channels.rules.table import (
     shift_rule,
     tied,
 )
-from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Want
+from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.timesteps import TimeTable, add_rows, plus_rows, read_table, replace_rows
 
 if TYPE_CHECKING:
@@ -127,6 +128,23 @@ def matmul(node: fx.Node, want: Want) -> Outcome:
         return found
     pushed = elementwise(node, right, want)
     return Push(pushed) if pushed else cannot_broadcast(node)
+
+
+@shift_rule(aten.einsum.default)
+def einsum(node: fx.Node, want: Want) -> Outcome:
+    """To the second factor, if the first is a softmax over what is summed."""
+    letters = matrices.letters_of(node)
+    operands = list(node.args[1])  # type: ignore[arg-type]
+    reason = "a shift cannot pass an einsum" if letters is None else matrices.einsum_drops(operands, letters)
+    if reason is not None:
+        return Barrier(reason)
+    shifted = Want.of(want.scale, np.ones(want.scale.shape))  # As an offset goes, to the second factor alone.
+    found = matrices.einsum(node, shifted)
+    if isinstance(found, Tie):
+        return Tie(Want.of(found.want.scale), found.ties, found.reason)
+    if isinstance(found, Push):
+        return Push([(source, Want.of(moved.scale)) for source, moved in found.inputs])
+    return found
 
 
 @shift_rule(aten.layer_norm.default, aten.rms_norm.default, aten.embedding.default, "get_attr", "placeholder")

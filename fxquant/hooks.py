@@ -1,0 +1,73 @@
+"""What diffusers and accelerate hang on modules, and why a graph cannot have it.
+
+Their hooks stand around the code of a module. Those that move weights, cast them or reuse what earlier calls computed
+are no part of the model, and a graph that recorded them would be right for one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fxquant.errors import ConfigurationError
+
+_DIFFUSERS = (
+    (
+        ("layerwise_casting", "peft_autocast"),
+        "keeps the weights in a smaller dtype than that in which they are used",
+        "load the model again, in the dtype that it computes in, without enable_layerwise_casting()",
+    ),
+    (
+        ("group_offloading", "layer_execution_tracker"),
+        "keeps the weights elsewhere between calls",
+        "load the model again, without group offloading",
+    ),
+    (("cp_", "tensor_parallel"), "splits the model between devices", "load the model again, on one device"),
+    (
+        ("cache", "fbc_", "pyramid_attention"),
+        "reuses what earlier steps computed, so that no two calls are alike",
+        "call disable_cache() on the model, or load it again without this cache",
+    ),
+)
+_OTHER = ("changes what the module computes", "load the model again without it")
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise if a hook of diffusers or accelerate moves or casts the weights of a model, or keeps state for it.
+
+    Raises:
+        ConfigurationError: Names the module and the hook, and says how to be rid of it.
+    """
+    for path, module in model.named_modules():
+        where = f"module {path!r}" if path else f"this {type(model).__name__}"
+        for name, hook in getattr(vars(module).get("_diffusers_hook"), "hooks", {}).items():
+            does, remedy = next(
+                ((does, remedy) for words, does, remedy in _DIFFUSERS if any(word in name for word in words)), _OTHER
+            )
+            raise ConfigurationError(
+                f"{where} has the hook {name!r} of diffusers ({type(hook).__name__}), which {does}; {remedy}, then "
+                "give it to fxquant"
+            )
+        for hook in _parts(vars(module).get("_hf_hook")):
+            if getattr(hook, "offload", False):
+                raise ConfigurationError(
+                    f"{where} is offloaded by accelerate ({type(hook).__name__}): its weights are elsewhere between "
+                    "calls, as after pipe.enable_sequential_cpu_offload() or with a device_map that does not fit. Call "
+                    "pipe.remove_all_hooks(), or load the model without offloading, then give it to fxquant"
+                )
+            if type(hook).__name__ == "CpuOffload":
+                raise ConfigurationError(
+                    f"{where} is moved between devices by accelerate (CpuOffload), as after "
+                    "pipe.enable_model_cpu_offload(). Call pipe.remove_all_hooks() and move the pipeline to its "
+                    "device, then give the model to fxquant; offloading can be enabled again afterwards"
+                )
+
+
+def _parts(hook: Any) -> Iterator[Any]:
+    if hook is None:
+        return
+    for part in getattr(hook, "hooks", ()):  # Of a SequentialHook.
+        yield from _parts(part)
+    yield hook
