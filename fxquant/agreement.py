@@ -262,6 +262,12 @@ def _looked_up(argument: Any) -> str | None:
     return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
 
 
+def infinite_in(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that hold infinity, as masks do."""
+    floats = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return sorted(name for name, tensor in floats if bool(tensor.isinf().any()))
+
+
 def check_finite(tensors: Mapping[str, Tensor], infinite: Iterable[str] | None) -> None:
     """Refuse NaN in tensors, and infinity in those that are not known to hold some, as masks do.
 

@@ -24,6 +24,7 @@ from fxquant.agreement import (
     check_grids,
     check_headers,
     check_skeleton,
+    infinite_in,
     read_headers,
 )
 from fxquant.api import bind_all, lower_all, model_from_plan
@@ -47,7 +48,7 @@ from fxquant.folders import whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
-from fxquant.schemas.common import check, read_json
+from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
 
@@ -95,12 +96,17 @@ def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
         if tensor.is_floating_point() and tensor.dtype != model.dtype
     }
     data["tied"] = _tied(model.architecture.skeleton)
-    data["infinite"] = sorted(name for name, tensor in tensors.items() if _holds_infinity(tensor))
+    data["infinite"] = infinite_in(tensors)
     data["graphs"] = [captured.digest for captured in model.captured[: len(plan.calls)]]
     data["made_with"] = _versions()
     data["files"] = {name: digest(folder / name) for name in _DIGESTED}
     data["digest"] = digest_of(data)
-    (folder / PLAN_FILE).write_text(_plan_text(data), encoding="utf-8")
+    text = _plan_text(data)
+    check(CheckpointFile, data, "what would be saved")  # Whatever is written is read again.
+    check(Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), "the model's config")
+    if len(text.encode()) > LARGEST_FILE:
+        raise CheckpointError(f"the plan takes more than {LARGEST_FILE} bytes, which fxquant.load would not read")
+    (folder / PLAN_FILE).write_text(text, encoding="utf-8")
 
 
 def load(
@@ -276,10 +282,6 @@ def _put(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
         )
     else:
         owner._buffers[leaf] = tensor
-
-
-def _holds_infinity(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.isinf().any())
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

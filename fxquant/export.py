@@ -21,6 +21,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxquant import compiling
+from fxquant.agreement import infinite_in
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
@@ -264,7 +265,8 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
     config.pop("_name_or_path", None)  # Where it was read from: a path on this machine.
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     tensors = model.tensors()
-    write_tensors({name: runner.to_plain(tensor) for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    plain = {name: runner.to_plain(tensor) for name, tensor in tensors.items()}
+    write_tensors(plain, folder / TENSORS_FILE)
     info: dict[str, Any] = {
         "format": FORMAT,
         "machine": machine(),
@@ -275,6 +277,7 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
         "timestep": model.architecture.timestep,
         "signature": signature_to_json(model.architecture.signature),
         "packed": [name for name, tensor in tensors.items() if tensor.layout is not torch.strided],
+        "infinite": infinite_in(plain),
         "graphs": entries,
         "ops": _own_ops(model),
     }

@@ -54,6 +54,11 @@ class PackagedGraph:
         self.out_spec = out_spec
         self._tensors = tensors
         self._loader = torch._inductor.aoti_load_package(str(path)).loader
+        wanted = pytree.treespec_loads(self._loader.get_call_spec()[0]).num_leaves
+        if wanted != len(call.tensors) + len(tensors):
+            raise CheckpointError(
+                f"{path.name} has {wanted} inputs, and by {PACKAGE_FILE} {len(call.tensors)} and {len(tensors)} tensors"
+            )
 
     @torch.no_grad()
     def __call__(self, leaves: Sequence[Any]) -> Any:
@@ -205,7 +210,7 @@ def load_package(folder: str | Path) -> PackagedModel:
         finally:
             checked.result()
     with blaming(folder / TENSORS_FILE):
-        check_finite(tensors, None)
+        check_finite(tensors, info.get("infinite"))
     _, config = read_json(folder / CONFIG_FILE, "package")
     headers = read_headers(folder / TENSORS_FILE)
     with blaming(folder / CONFIG_FILE):

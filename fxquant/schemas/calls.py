@@ -43,6 +43,8 @@ class Call(Schema):
     def _fits(self) -> Call:
         if len(self.names) != len(self.leaves):
             raise ValueError(f"there are {len(self.names)} names for {len(self.leaves)} inputs")
+        if not isinstance(self.structure, dict) or not isinstance(self.structure.get("dict"), dict):
+            raise ValueError("the structure of a call should be a dict of its inputs")
         numbers: list[int] = []
         _collect(self.structure, numbers, 0)
         if sorted(numbers) != list(range(len(self.leaves))):

@@ -46,6 +46,7 @@ class PackageFile(Schema):
     dtype: FloatDtypeName
     timestep: Name | None
     signature: Annotated[list[Parameter], Field(max_length=2000)]
+    infinite: list[Name] | None = None
     packed: Annotated[list[Name], Field(max_length=1_000_000)]
     graphs: Annotated[list[Graph], Field(max_length=1000)]
     ops: Annotated[list[Annotated[str, Field(pattern=r"^\w+::\w+$")]], Field(max_length=1000)]
@@ -53,6 +54,10 @@ class PackageFile(Schema):
 
     @model_validator(mode="after")
     def _callable(self) -> PackageFile:
-        if self.timestep is not None and any(self.timestep not in graph.call.names for graph in self.graphs):
-            raise ValueError(f"the timestep {self.timestep!r} is no input of the packaged calls")
+        own = {parameter.name for parameter in self.signature if not parameter.kind.startswith("VAR_")}
+        if not any(parameter.kind == "VAR_KEYWORD" for parameter in self.signature):
+            for graph in self.graphs:
+                unknown = graph.call.structure.get("dict", {}).keys() - own
+                if unknown:
+                    raise ValueError(f"a packaged call has the input {min(unknown)!r}, which the signature lacks")
         return self
