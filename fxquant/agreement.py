@@ -38,13 +38,18 @@ _TOLERANCE = 1e-6  # Of scales, which another processor may round otherwise.
 
 @dataclass(frozen=True)
 class Header:
-    """Shape of a tensor in a file.
+    """What a file says of one of its tensors.
 
     Attributes:
+        dtype: Its dtype, as safetensors names it.
         shape: Its sizes.
     """
 
+    dtype: str
     shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
     @property
     def elements(self) -> int:
@@ -69,7 +74,8 @@ def read_headers(path: Path) -> dict[str, Header]:
                 f"{path} cannot be read as safetensors: its header would have {length} bytes; copy the checkpoint again"
             )
         with safe_open(path, framework="pt") as file:
-            return {name: Header(tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Header(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except CheckpointError:
         raise
     except Exception as error:

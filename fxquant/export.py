@@ -21,7 +21,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxquant import compiling
-from fxquant.agreement import infinite_in
+from fxquant.agreement import infinite_in, read_headers
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
@@ -278,6 +278,7 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
         "signature": signature_to_json(model.architecture.signature),
         "packed": [name for name, tensor in tensors.items() if tensor.layout is not torch.strided],
         "infinite": infinite_in(plain),
+        "tensors": {name: str(header) for name, header in read_headers(folder / TENSORS_FILE).items()},
         "graphs": entries,
         "ops": _own_ops(model),
     }

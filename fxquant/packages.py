@@ -209,10 +209,11 @@ def load_package(folder: str | Path) -> PackagedModel:
             tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), take)
         finally:
             checked.result()
+    headers = read_headers(folder / TENSORS_FILE)
     with blaming(folder / TENSORS_FILE):
+        _check_tensors(headers, info.get("tensors"))
         check_finite(tensors, info.get("infinite"))
     _, config = read_json(folder / CONFIG_FILE, "package")
-    headers = read_headers(folder / TENSORS_FILE)
     with blaming(folder / CONFIG_FILE):
         check(Config, config, "the config")
         check_config(config, headers)
@@ -220,6 +221,15 @@ def load_package(folder: str | Path) -> PackagedModel:
         _import_output_class(info)
         graphs = [_read_graph(folder, number, entry, tensors) for number, entry in enumerate(info["graphs"])]
         return PackagedModel(info, config, graphs, headers)
+
+
+def _check_tensors(headers: Mapping[str, Header], described: Mapping[str, str] | None) -> None:
+    """Refuse tensors that are not as compiled code, which looks at neither shapes nor dtypes, takes them to be."""
+    found = {name: str(header) for name, header in headers.items()}
+    for name in sorted(found.keys() | (described or {}).keys()):
+        if described is not None and found.get(name) != described.get(name):
+            there, wanted = found.get(name, "missing"), described.get(name, "none")
+            raise CheckpointError(f"tensor {name!r} is {there}, and by {PACKAGE_FILE} it is {wanted}")
 
 
 def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackagedGraph:

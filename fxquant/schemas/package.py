@@ -47,6 +47,7 @@ class PackageFile(Schema):
     timestep: Name | None
     signature: Annotated[list[Parameter], Field(max_length=2000)]
     infinite: list[Name] | None = None
+    tensors: dict[Name, Text] | None = None
     packed: Annotated[list[Name], Field(max_length=1_000_000)]
     graphs: Annotated[list[Graph], Field(max_length=1000)]
     ops: Annotated[list[Annotated[str, Field(pattern=r"^\w+::\w+$")]], Field(max_length=1000)]

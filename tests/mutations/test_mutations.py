@@ -50,6 +50,24 @@ def test_damaged_checkpoints(checkpoints: dict[Path, Tensor], tmp_path: Path, sh
     print(f"seed {seed}: {outcomes.count('refused')} refused, {outcomes.count('equal')} equal of {cases}")
 
 
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
+    """A package, with what its model puts out."""
+    folder, model = tmp_path_factory.mktemp("packages") / "package", make_dit()
+    made = fxquant.compile(model, recipe="dynamic-w8a8", calibrate=calibrate(model), measure=0)
+    fxquant.export_aot(made, folder)
+    return {folder: run(fxquant.load_package(folder))}
+
+
+@pytest.mark.slow  # One run of the C++ compiler.
+@pytest.mark.parametrize("shard", range(max(1, -(-ASKED // (10 * SHARD)))))
+def test_damaged_packages(packages: dict[Path, Tensor], tmp_path: Path, shard: int) -> None:
+    seed = random.SystemRandom().randrange(2**32) if ASKED else 0
+    cases = min(-(-ASKED // 10) or 20, SHARD)
+    outcomes = [one_case(packages, tmp_path, f"{seed}-{number}", fxquant.load_package) for number in range(cases)]
+    print(f"packages, seed {seed}: {outcomes.count('refused')} refused, {outcomes.count('equal')} equal of {cases}")
+
+
 def one_case(wholes: dict[Path, Tensor], scratch: Path, seed: str, load: Callable[[Path], torch.nn.Module]) -> str:
     """Damage a copy, load it and call what comes of it; ``refused`` or ``equal``."""
     rng = random.Random(seed)
