@@ -10,6 +10,8 @@ JOBS ?= 2
 GRAPHS ?= 20000
 # How many damaged checkpoints `make fuzz-load` loads, 50 a line of its output.
 CASES ?= 5000
+# How many saves `make storm` kills, and how many it races.
+STORMS ?= 200
 # What `make bench-cpu` measures: models with their number of layers; dit:28 is a whole DiT-XL/2.
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
 # What `make bench-gpu` measures, such as --model dit,flux@1 --batch 2,16 --budget 500.
@@ -26,7 +28,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test fuzz fuzz-load check format coverage bench bench-cpu bench-gpu clean distclean
+.PHONY: help setup demo compare test fuzz fuzz-load storm check format coverage bench bench-cpu bench-gpu clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -47,6 +49,9 @@ fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, others each time, and compare
 
 fuzz-load: $(STAMP) ## load $(CASES) checkpoints that were damaged, others each time
 	FXQUANT_FUZZ_LOAD=$(CASES) OMP_NUM_THREADS=1 $(PY) -m pytest tests/mutations -v -n $(JOBS) -rA
+
+storm: $(STAMP) ## kill and race saves at random instants: $(STORMS) of each
+	OMP_NUM_THREADS=1 $(PY) -m tests.storms --kills $(STORMS) --races $(STORMS)
 
 check: $(STAMP) ## lint, format and types
 	$(PY) -m ruff check .

@@ -44,7 +44,7 @@ from fxquant.files import (
     refuse_to_replace,
     write_tensors,
 )
-from fxquant.folders import whole_folder
+from fxquant.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
@@ -53,7 +53,8 @@ from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
-_FILES = (PLAN_FILE, *_DIGESTED)
+FILES = (PLAN_FILE, *_DIGESTED)
+"""What a checkpoint consists of."""
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -68,13 +69,23 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> No
     Raises:
         ConfigurationError: If the model is not quantized.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files.
+        WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
+            there stays.
     """
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
-    folder = Path(folder).resolve()
-    refuse_to_replace(folder, overwrite, _FILES.__contains__)
-    with whole_folder(folder) as written:
+    with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
         _write(model, model.plan, written)
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse to write a checkpoint where something is that must stay.
+
+    Raises:
+        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
+            holds anything but a checkpoint.
+    """
+    refuse_to_replace(folder, overwrite, FILES.__contains__, PLAN_FILE)
 
 
 def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
@@ -287,7 +298,8 @@ def _put(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
 def _read_plan(folder: Path) -> dict[str, Any]:
     path = folder / PLAN_FILE
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+        raise no_folder(folder)
+    mention_leftovers(folder)
     if (folder / PACKAGE_FILE).is_file():
         raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
     if not path.is_file():

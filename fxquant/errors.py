@@ -7,6 +7,7 @@ kind of mistake (``ValueError``, ``KeyError``-like lookups as ``LookupError``, `
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FxquantError(Exception):
@@ -79,6 +80,19 @@ class CompilerError(FxquantError, RuntimeError):
 
 class CheckpointError(FxquantError, RuntimeError):
     """A checkpoint is damaged, incomplete, unsafe or of a newer format; the message names the file."""
+
+
+class WriteError(CheckpointError, OSError):
+    """A file or folder cannot be written: no space, no permission, a read-only disk; the message names it.
+
+    Attributes:
+        kept: Where the result was kept, if it was.
+    """
+
+    def __init__(self, message: str, *, kept: Path | None = None, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.kept = kept
+        self.errno = errno
 
 
 class AlreadyCompiledError(FxquantError, TypeError):

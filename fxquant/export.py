@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant import compiling
+from fxquant import compiling, packages, pipelines
 from fxquant.agreement import infinite_in, read_headers
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
@@ -28,8 +28,8 @@ from fxquant.calls import BATCH
 from fxquant.capture import CapturedGraph, read_tensors
 from fxquant.checkpoint import load
 from fxquant.errors import BackendError, CheckpointError, CompilerError, ConfigurationError
-from fxquant.files import digest, digest_of, dtype_name, refuse_to_replace, write_tensors
-from fxquant.folders import whole_folder
+from fxquant.files import digest, digest_of, dtype_name, write_tensors
+from fxquant.folders import prepare, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import (
     CONFIG_FILE,
@@ -41,7 +41,7 @@ from fxquant.packages import (
     machine,
     signature_to_json,
 )
-from fxquant.pipelines import INDEX_FILE, refuse_existing
+from fxquant.pipelines import INDEX_FILE, parts_of, refuse_input
 from fxquant.plan import PLAN_FILE
 
 Progress = Callable[[int, int, float | None], None]
@@ -92,13 +92,12 @@ def export_aot(
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"export_aot takes a model that fxquant.compile made, not a {type(model).__name__}")
     folder = Path(folder).resolve()
-    refuse_to_replace(folder, overwrite, _is_ours)
     if model.device.type != "cpu":
         raise BackendError(f"packages run on the CPU, and this model is on {model.device}; move it: model.to('cpu')")
     require_compiler()
     runner = model.backend or resolve_backend(model.plan.backend)
     seconds = []
-    with whole_folder(folder) as written:
+    with whole_folder(folder, lambda path: packages.refuse_existing(path, overwrite)) as written:
         entries = []
         for number, captured in enumerate(model.captured):
             entries.append(_describe(captured))
@@ -133,18 +132,18 @@ def export_folder(
         CheckpointError: Also if there is no quantized model in ``source``.
     """
     source, folder = Path(source).resolve(), Path(folder).resolve()
+    refuse_input(folder, source)
+    if folder.is_relative_to(source):
+        raise ConfigurationError(f"{folder} lies in {source}, which is read; choose a folder outside of it")
     require_compiler()
     if not (source / INDEX_FILE).is_file():
-        refuse_to_replace(folder, overwrite, _is_ours)
+        prepare(folder, lambda path: packages.refuse_existing(path, overwrite))
         return export_aot(load(source, backend=backend), folder, overwrite=overwrite, progress=progress)
-    refuse_existing(folder, overwrite)
-    if folder == source:
-        raise ConfigurationError(f"{folder} is the pipeline itself; choose another folder")
-    parts = [path.parent.name for path in sorted(source.glob(f"*/{PLAN_FILE}"))]
+    parts = [name for name in parts_of(source) if (source / name / PLAN_FILE).is_file()]
     if not parts:
         raise CheckpointError(f"no part of the pipeline {source} is quantized; see fxquant quantize")
     seconds: list[float] = []
-    with whole_folder(folder) as written:
+    with whole_folder(folder, lambda path: pipelines.refuse_existing(path, overwrite)) as written:
         for path in source.iterdir():
             if path.is_file():
                 shutil.copy(path, written)
@@ -155,10 +154,6 @@ def export_folder(
             seconds += export_aot(model, written / part, progress=progress).seconds
         size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     return Exported(folder, tuple(seconds), size)
-
-
-def _is_ours(name: str) -> bool:
-    return name in (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE) or name.startswith("graph-")
 
 
 def require_compiler() -> None:

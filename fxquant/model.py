@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -71,6 +72,7 @@ class GraphModel(nn.Module):
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
         self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
         self.eval()
+        let_pipelines_save(type(self))
 
     @property
     def config(self) -> Any:
@@ -166,6 +168,24 @@ class GraphModel(nn.Module):
 
         save(self, save_directory, overwrite=True)
 
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, **options: Any
+    ) -> GraphModel:
+        """Read a checkpoint, as pipelines ask their components to; see :func:`fxquant.load`.
+
+        Raises:
+            ConfigurationError: If another dtype is asked for than the model was quantized in.
+        """
+        from fxquant.checkpoint import load
+
+        model = load(folder, **options)
+        if torch_dtype not in (None, model.dtype):
+            raise ConfigurationError(
+                f"{folder} was quantized in {model.dtype} and keeps it; read it without torch_dtype={torch_dtype}"
+            )
+        return model
+
     def _share(self, graphs: Sequence[CapturedGraph]) -> None:
         held: dict[str, torch.Tensor] = {}
         for captured in graphs:
@@ -207,6 +227,20 @@ class GraphModel(nn.Module):
             module = copy.deepcopy(captured.module, memo)
             clone.add(replace(captured, module=module))
         return clone
+
+
+def let_pipelines_save(kind: type[nn.Module]) -> None:
+    """Enter a class in the table by which diffusers finds how the components of a pipeline are saved and loaded.
+
+    ``DiffusionPipeline.save_pretrained`` leaves out, with a line in the log, what the table does not have.
+    """
+    if "diffusers" not in sys.modules:  # Nor is there a pipeline; importing diffusers takes seconds.
+        return
+    from diffusers.pipelines import pipeline_loading_utils as tables
+
+    methods = ["save_pretrained", "from_pretrained"]
+    tables.LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
+    tables.ALL_IMPORTABLE_CLASSES[kind.__name__] = methods
 
 
 def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:

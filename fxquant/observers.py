@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, NonFiniteError
+from fxquant.files import share
 from fxquant.moments import ROWS_PER_CALL, SecondMoments
 
 __all__ = ["ChannelStatistics", "Statistics", "rows_to_sample"]
@@ -608,6 +609,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "keys": {key: sorted(statistics.seeds) for key, statistics in self._by_key.items()},
         }
         save_file(tensors, path, metadata={_FORMAT: json.dumps(header)})
+        share(Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

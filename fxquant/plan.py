@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
-from fxquant.files import blaming, load_tensors
+from fxquant.files import blaming, load_tensors, share
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
 from fxquant.quantizer import QuantizedWeight
@@ -353,6 +353,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
         save_file({name: vector.contiguous() for name, vector in self.vectors.items()}, folder / VECTORS_FILE)
+        share(folder / VECTORS_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:

@@ -105,7 +105,9 @@ def read_json(path: Path, what: str) -> tuple[str, Any]:
             raise CheckpointError(f"{path} has {size} bytes; at most {LARGEST_FILE} are read. Copy the {what} again")
         text = path.read_text(encoding="utf-8")
         return text, json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy the {what} again") from error
 
 
