@@ -386,7 +386,7 @@ def test_ranges_that_are_not_those_of_the_tensors(folder: Path) -> None:
         (lambda d: d.update(timestep=None), "None is no input of the recorded calls"),
         (lambda d: d.update(backend="tensorrt"), "unknown backend 'tensorrt'"),
         (lambda d: d.update(dtype="int8"), "'dtype': this is no floating-point dtype"),
-        (lambda d: d.update(dtype="float64"), "torch.float32, the model needs torch.float64"),
+        (lambda d: d.update(dtype="float64"), "cannot be traced|the model needs torch.float64"),
         (lambda d: d["calls"][0]["leaves"][0].update(dtype="float"), "another"),
         (lambda d: d["calls"][0]["leaves"][0].update(dtype="load"), "'dtype': torch has no dtype of this name"),
         (lambda d: d["calls"][0]["leaves"][0].update(shape=[-1]), "'shape' > 0"),
@@ -394,7 +394,7 @@ def test_ranges_that_are_not_those_of_the_tensors(folder: Path) -> None:
         (lambda d: d["calls"].extend(20 * [d["calls"][0]]), "two of the recorded calls are the same"),
         (lambda d: d["layers"][TO_Q].update(timesteps={"boundaries": [0.5] * 200_000}), "at most 10000 items"),
         (lambda d: d.update(recipe=d["recipe"] + ",remove-no-ops" * 50_000), "at most 20000 characters"),
-        (lambda d: d.update(passes=d["passes"] * 50_000), "at most 200 items"),
+        (lambda d: d.update(passes=d["passes"] * 500), "at most 200 items"),
         (lambda d: d["layers"].update({"x" * 100_000: d["layers"][TO_Q]}), "at most 500 characters"),
         (lambda d: d["layers"].update({"\x1b[2J": d["layers"][TO_Q]}), "characters that cannot be printed"),
         (lambda d: d["layers"][TO_Q].update(activation_bits=7), "is not what follows from the plan|something else"),
@@ -423,7 +423,7 @@ def test_values_that_no_plan_has(folder: Path, change: Callable[[Any], object], 
         ({"attention_head_dim": 16}, "is 96 x 16|is .* x .*, and in the plan"),
         ({"norm_eps": float("nan")}, "all should be finite"),
         ({"norm_eps": 0.5}, "computes something else"),
-        ({"activation_fn": "silu"}, "computes something else|knows no layer"),
+        ({"activation_fn": "gelu"}, "computes something else"),
         ({"nested": 100 * [None]}, ""),
     ],
     ids=str,
@@ -443,7 +443,7 @@ def test_configs_that_are_not_the_models(folder: Path, change: dict[str, Any], s
 
 
 def test_a_config_that_is_nested_too_deeply(folder: Path) -> None:
-    (folder / "config.json").write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    (folder / "config.json").write_text('{"a": ' + "[" * 100 + "]" * 100 + "}")
     sign(folder)
     with pytest.raises(CheckpointError, match=r"config\.json.*levels deep"):
         fxquant.load(folder)
