@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from fxquant.agreement import (
 )
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
-from fxquant.capture import Architecture, read_tensors, weights_and_buffers
+from fxquant.capture import Architecture, CapturedGraph, read_tensors, weights_and_buffers
 from fxquant.devices import give_back_memory, usable_device
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.files import (
@@ -48,6 +48,7 @@ from fxquant.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
+from fxquant.rebuilding import class_of, config_text, is_rebuilt, rebuilt
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
@@ -58,24 +59,38 @@ FILES = (PLAN_FILE, *_DIGESTED)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
-def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs_model: bool = False) -> None:
     """Write a quantized model to a folder, all of it or nothing.
+
+    A checkpoint holds no code: :func:`load` builds the model from its class and its config. Whether that gives the same
+    graphs is tried before anything is written. Models of one's own whose class has no ``from_config`` are always loaded
+    with ``model=``.
 
     Args:
         model: What :func:`fxquant.compile` returned.
         folder: Where to; made, with its parents.
         overwrite: Replace a checkpoint that is there already. Folders with anything else in them are never replaced.
+        needs_model: Write it although its class and config do not give the model that was compiled. Reading it then
+            takes the float model, made as it was for compilation: ``load(folder, model=...)``.
 
     Raises:
         ConfigurationError: If the model is not quantized.
-        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files.
+        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files; or if loading would
+            build another model, with what differs.
         WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
             there stays.
     """
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
-        _write(model, model.plan, written)
+        difference = why_not_rebuilt(model)
+        if difference is not None and not needs_model:
+            raise CheckpointError(
+                f"loading would not build this {type(model.architecture.skeleton).__name__} again from its class and "
+                f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
+                "needs_model=True) and read it with fxquant.load(folder, model=...), given the float model"
+            )
+        _write(model, model.plan, written, difference)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -88,12 +103,51 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     refuse_to_replace(folder, overwrite, FILES.__contains__, PLAN_FILE)
 
 
-def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
-    config = dict(getattr(model.architecture.skeleton, "config", {}) or {})
-    config.pop("_name_or_path", None)  # Where it was read from: a path on this machine.
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+def why_not_rebuilt(model: GraphModel) -> str | None:
+    """What differs between a model and the one that loading builds from its class and config, or None.
+
+    None also for models whose class makes none from a config: they are loaded with an instance.
+    """
+    skeleton = model.architecture.skeleton
+    if not is_rebuilt(skeleton):
+        return None
+    try:
+        architecture = rebuilt(skeleton, model.architecture.timestep)
+        _cast(architecture.skeleton, model.dtype, _other_dtypes(model))
+        for captured in model.lasting:
+            again = architecture.capture_spec(captured.call, model.device)
+            if again.code != captured.code:
+                return _first_difference(captured, again)
+    except CaptureError as error:
+        return f"what they give cannot be traced: {error.reason}"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _first_difference(captured: CapturedGraph, again: CapturedGraph) -> str:
+    """Where the graph of a rebuilt model is another one, by the module that it is in."""
+    pairs = zip_longest(captured.code, again.code)
+    number = next(number for number, (left, right) in enumerate(pairs) if left != right)
+    nodes = list(again.module.graph.nodes)
+    stack = list(nodes[min(number, len(nodes) - 1)].meta.get("nn_module_stack", {}).values())
+    where = stack[-1][0] if stack and stack[-1][0] else "the model"
+    return f"{where} was changed after it was constructed, in its code or its options"
+
+
+def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:
+    """Dtypes of the original's floating-point tensors where they are not that of the model."""
+    return {
+        name: tensor.dtype
+        for name, tensor in weights_and_buffers(model.architecture.skeleton)
+        if tensor.is_floating_point() and tensor.dtype != model.dtype
+    }
+
+
+def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None = None) -> None:
+    (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors: dict[str, Tensor] = {}
-    for captured in model.captured[: len(plan.calls)]:  # Graphs of later calls are captured again when they come.
+    for captured in model.lasting:
         held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
         for name, tensor in held.items():
             tensors.setdefault(name, tensor)
@@ -101,20 +155,18 @@ def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     data["dtype"] = dtype_name(model.dtype)
-    data["dtypes"] = {
-        name: dtype_name(tensor.dtype)
-        for name, tensor in weights_and_buffers(model.architecture.skeleton)
-        if tensor.is_floating_point() and tensor.dtype != model.dtype
-    }
-    data["tied"] = _tied(model.architecture.skeleton)
+    data["dtypes"] = {name: dtype_name(dtype) for name, dtype in _other_dtypes(model).items()}
     data["infinite"] = infinite_in(tensors)
-    data["graphs"] = [captured.digest for captured in model.captured[: len(plan.calls)]]
+    data["graphs"] = [captured.digest for captured in model.lasting]
     data["made_with"] = _versions()
+    if difference is not None:
+        data["needs_model"] = difference
     data["files"] = {name: digest(folder / name) for name in _DIGESTED}
     data["digest"] = digest_of(data)
     text = _plan_text(data)
     check(CheckpointFile, data, "what would be saved")  # Whatever is written is read again.
-    check(Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), "the model's config")
+    if difference is None:
+        check(Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), "the model's config")
     if len(text.encode()) > LARGEST_FILE:
         raise CheckpointError(f"the plan takes more than {LARGEST_FILE} bytes, which fxquant.load would not read")
     (folder / PLAN_FILE).write_text(text, encoding="utf-8")
@@ -160,8 +212,12 @@ def load(
     plan.backend = runner.name
     runner.check(plan)
     runner.check_device(device)
+    if not isinstance(model, nn.Module) and data.get("needs_model") is not None:
+        raise CheckpointError(
+            f"{folder} is read with the float model, made as it was for fxquant.compile: fxquant.load(folder, "
+            f"model=...). Its class and config alone do not give it: {data['needs_model']}"
+        )
     architecture = _architecture(plan, model, folder, headers)
-    _tie(architecture.skeleton, data.get("tied", {}))
     _cast(architecture.skeleton, dtype, dtypes)
     with blaming(folder / PLAN_FILE):
         try:
@@ -249,10 +305,7 @@ def _class_of(plan: Plan, folder: Path) -> Any:
                 f"{folder} holds a {name} from {module}, which is not a diffusers model; "
                 "pass its class or an instance: fxquant.load(folder, model=...)"
             )
-        found = getattr(importlib.import_module("diffusers"), name, None)
-        if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_config")):
-            raise CheckpointError(f"the installed diffusers has no model {name}; install a version that does")
-        return found
+        return class_of(plan.model_class)
 
 
 def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
@@ -262,37 +315,12 @@ def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dt
         wanted = others.get(name, dtype)
         if not tensor.is_floating_point() or tensor.dtype == wanted:
             continue
-        parameter = isinstance(tensor, nn.Parameter)
-        if id(tensor) not in cast:
+        path, _, leaf = name.rpartition(".")
+        owner = skeleton.get_submodule(path)
+        if id(tensor) not in cast:  # One that has several names stays one tensor.
             new = tensor.detach().to(wanted)
-            cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if parameter else new
-        _put(skeleton, name, cast[id(tensor)])
-
-
-def _tied(skeleton: nn.Module) -> dict[str, str]:
-    """Parameters and buffers that are the same tensor as one of another name, with that name."""
-    first: dict[int, str] = {}
-    pairs = ((name, first.setdefault(id(tensor), name)) for name, tensor in weights_and_buffers(skeleton))
-    return {name: other for name, other in pairs if name != other}
-
-
-def _tie(skeleton: nn.Module, tied: Mapping[str, str]) -> None:
-    """Let a skeleton share the tensors that the model shared which was compiled, whoever tied them."""
-    own = dict(weights_and_buffers(skeleton))
-    for name, other in tied.items():
-        if name in own and other in own and own[name] is not own[other] and own[name].shape == own[other].shape:
-            _put(skeleton, name, own[other])
-
-
-def _put(skeleton: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = skeleton.get_submodule(path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = (
-            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-        )
-    else:
-        owner._buffers[leaf] = tensor
+            cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = cast[id(tensor)]  # type: ignore[assignment]
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

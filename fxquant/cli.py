@@ -647,10 +647,11 @@ def list_(
 
 
 def _recipes() -> list[tuple[str, str]]:
-    from fxquant.recipes import RECIPES, ROUNDINGS
+    from fxquant.recipes import DYNAMIC, RECIPES, ROUNDINGS
 
     plain = [(f"{name}-w<bits>a<bits>", _summary(RECIPES[name])) for name in RECIPES]
-    return [*plain, *((f"<recipe>-{name}-w<bits>a<bits>", said) for name, said in ROUNDINGS.items())]
+    by_token = f"<recipe>-{DYNAMIC}-w<bits>a<bits>", "every token that a linear reads gets its range at run time"
+    return [*plain, by_token, *((f"<recipe>-{name}-w<bits>a<bits>", said) for name, said in ROUNDINGS.items())]
 
 
 def _passes() -> list[tuple[str, str]]:

@@ -41,6 +41,7 @@ from fxquant.files import (
 from fxquant.folders import mention_leftovers, no_folder
 from fxquant.model import let_pipelines_save
 from fxquant.nans import with_nans
+from fxquant.original import hand_on
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.package import PackageFile
@@ -161,7 +162,7 @@ class PackagedModel(nn.Module):
         except AttributeError:
             if name.startswith("_"):
                 raise
-            return getattr(self.skeleton(), name)
+            return hand_on(self.skeleton(), name, self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
         probe = fn(torch.empty(0, dtype=self.dtype))

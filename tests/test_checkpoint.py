@@ -430,7 +430,7 @@ def test_values_that_no_plan_has(folder: Path, change: Callable[[Any], object], 
         ({"num_layers": 10_000_000}, "far larger than the tensors"),
         ({"attention_head_dim": 10_000_000}, "far larger than the tensors"),
         ({"attention_head_dim": 16}, "is 96 x 16|is .* x .*, and in the plan"),
-        ({"norm_eps": float("nan")}, "all should be finite"),
+        ({"norm_eps": float("nan")}, "computes something else"),
         ({"norm_eps": 0.5}, "computes something else"),
         ({"activation_fn": "gelu"}, "computes something else"),
         ({"nested": 100 * [None]}, ""),
@@ -461,10 +461,12 @@ def test_a_config_that_is_nested_too_deeply(folder: Path) -> None:
 
 def test_a_layer_that_the_plan_does_not_know(folder: Path) -> None:
     sign(folder, lambda data: data["layers"].pop(TO_Q))
-    with pytest.raises(CheckpointError, match=rf"plan\.json: the plan knows no layer '{TO_Q}'.*model=") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"plan\.json: .*the plan knows no layer '{TO_Q}'.*another model"
+    ) as caught:
         fxquant.load(folder)
     assert "calibrate" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="model= is another model") as caught:
+    with pytest.raises(CheckpointError, match="another model") as caught:
         fxquant.load(folder, model=make_dit())
     assert "calibrate" not in str(caught.value)
 
@@ -484,7 +486,7 @@ def test_a_model_whose_code_has_changed(folder: Path) -> None:
     sign(folder, older)
     with pytest.warns(QualityWarning, match=r"computes something else.*diffusers 0\.1"):
         fxquant.load(folder)
-    for key in ("made_with", "graphs", "infinite", "tied"):  # As checkpoints were before.
+    for key in ("made_with", "graphs", "infinite"):  # As checkpoints were before.
         sign(folder, lambda data, key=key: data.pop(key))
     fxquant.load(folder)
 
@@ -556,31 +558,6 @@ def test_a_class_of_ones_own(tmp_path: Path) -> None:
         fxquant.load(tmp_path / "custom", model=Custom(16).eval())
     with pytest.raises(ConfigurationError, match="class with from_config"):
         fxquant.load(tmp_path / "custom", model=nn.Linear)
-
-
-class Two(Custom):
-    """Two layers of one weight: by its class they are two."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__(width)
-        self.second = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.proj(x))) + timestep[:, None]
-
-
-@pytest.mark.parametrize("what", ["modules", "weights"])
-def test_what_was_tied_after_it_was_built_is_tied_again(tmp_path: Path, what: str) -> None:
-    model = Two().eval()
-    if what == "modules":
-        model.second = model.proj
-    else:
-        model.second.weight = model.proj.weight
-    x, timestep = torch.randn(2, 8), torch.tensor([1.0, 9.0])
-    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(x, timestep))
-    fxquant.save(quantized, tmp_path / "tied")
-    for given in (Two, model):
-        assert torch.equal(fxquant.load(tmp_path / "tied", model=given)(x, timestep), quantized(x, timestep))
 
 
 class Masked(Custom):

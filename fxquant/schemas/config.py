@@ -12,15 +12,13 @@ _LARGEST = 1 << 40
 
 
 class Config(RootModel[dict[str, Any]]):
-    """A JSON object of finite numbers, texts and booleans, in lists and objects."""
+    """A JSON object of numbers, texts and booleans, in lists and objects."""
 
     model_config = ConfigDict(strict=True)
 
     @model_validator(mode="after")
     def _plain(self) -> Config:
         for value in _leaves(self.root, 0):
-            if isinstance(value, float) and not abs(value) < float("inf"):
-                raise ValueError(f"a number of it is {value}, where all should be finite")
             if isinstance(value, int) and abs(value) > _LARGEST:
                 raise ValueError("a number of it is larger than any size could be")
         return self

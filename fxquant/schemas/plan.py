@@ -51,6 +51,7 @@ class Change(Schema):
     cost: Name
     into: list[Text] = Field(default_factory=list)
     channels: Size = 0
+    balanced: bool = False
     group: Name | None = None
     reason: Text | None = None
 
@@ -153,7 +154,7 @@ class CheckpointFile(PlanFile):
 
     dtype: FloatDtypeName
     dtypes: Annotated[dict[Name, FloatDtypeName], Field(max_length=100_000)]
-    tied: Annotated[dict[Name, Name], Field(max_length=100_000)] = Field(default_factory=dict)
+    needs_model: Text | None = None
     infinite: list[Name] | None = None
     graphs: list[Name | None] | None = None
     made_with: dict[Name, Name] | None = None
