@@ -138,7 +138,7 @@ def check_skeleton(skeleton: nn.Module, plan: Plan) -> None:
         shape = [weight.shape[0], weight.numel() // max(1, weight.shape[0])]
         if shape != layer.shape:
             raise CheckpointError(
-                f"it makes a model whose layer {name!r} is {shape[0]} x {shape[1]}, and in the plan it is "
+                f"layer {name!r} of the model is {shape[0]} x {shape[1]}, and in the plan it is "
                 f"{layer.shape[0]} x {layer.shape[1]}"
             )
 

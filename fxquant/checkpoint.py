@@ -282,7 +282,12 @@ def _other_model(plan: Plan, model: Any) -> str:
 
 def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
     if isinstance(model, nn.Module):
-        return Architecture.of(model, plan.timestep)
+        architecture = Architecture.of(model, plan.timestep)
+        try:
+            check_skeleton(architecture.skeleton, plan)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} belongs to another model than model=: {error}") from None
+        return architecture
     if model is None:
         model = _class_of(plan, folder)
     elif not hasattr(model, "from_config"):
