@@ -34,7 +34,7 @@ from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.recipes import Recipe, make_recipe
 from fxquant.threads import without_autocast
-from fxquant.uses import settle
+from fxquant.uses import adopt_names, settle
 
 _POOR_DB = 10.0
 
@@ -254,6 +254,7 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
     Raises:
         CalibrationError: Names the first such layer or attention.
     """
+    adopt_names(captured.module.graph, plan)
     for node in captured.module.graph.nodes:
         if LAYER in node.meta:
             plan.layer(node.meta[LAYER])
