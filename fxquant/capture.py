@@ -18,7 +18,7 @@ import traceback
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from torch.utils import _pytree as pytree
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_leaves, describe_call
 from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
@@ -95,11 +96,13 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
+        code: The graph as it was traced, whatever passes make of it; see :func:`fxquant.fingerprint.fingerprint`.
     """
 
     module: fx.GraphModule
     call: CallSpec
     out_spec: pytree.TreeSpec
+    code: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def static_batch(self) -> str | None:
@@ -366,9 +369,9 @@ class Architecture:
         module.meta[NAMES] = names_of(self.skeleton)
         _name_layers(module, self.skeleton)
         module.graph.lint()
-        if not call.batched or _open_dimensions(module, call):
-            return CapturedGraph(module, call, out_spec)
-        return CapturedGraph(module, call.at_batch(batch, "the model's own code fixes the batch size"), out_spec)
+        if call.batched and not _open_dimensions(module, call):
+            call = call.at_batch(batch, "the model's own code fixes the batch size")
+        return CapturedGraph(module, call, out_spec, fingerprint(module.graph))
 
     def _refuse_originals(self, module: fx.GraphModule) -> None:
         """Raise if the code ran weights of the model itself, which a function holds that was put around a forward."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.files import share
+from fxquant.ir.shared import SharedTensors
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
 from fxquant.quantizer import QuantizedWeight
@@ -198,6 +199,8 @@ class Plan:
         workspace: Folder for what such passes have finished, or None; never saved.
         codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
             saved either, for the checkpoint holds them.
+        shared: What the graphs of the model that carries the plan out settled about the tensors that they share; never
+            saved, for replaying the plan finds it again.
     """
 
     recipe: str
@@ -221,6 +224,7 @@ class Plan:
     workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
+    shared: SharedTensors = field(default_factory=SharedTensors, repr=False, compare=False)
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of one layer.
@@ -229,10 +233,7 @@ class Plan:
             CalibrationError: If the layer was in no graph that this plan was made for.
         """
         if name not in self.layers:
-            raise CalibrationError(
-                f"the plan knows no layer {name!r}: this call of the model runs a layer that no calibration call ran; "
-                "calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no layer {name!r}")
         return self.layers[name]
 
     def attention(self, name: str) -> AttentionPlan:
@@ -242,10 +243,7 @@ class Plan:
             CalibrationError: If the attention was in no graph that this plan was made for.
         """
         if name not in self.attentions:
-            raise CalibrationError(
-                f"the plan knows no attention {name!r}: this call of the model runs an attention that no calibration "
-                "call ran; calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no attention {name!r}")
         return self.attentions[name]
 
     def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
@@ -385,7 +383,7 @@ class Plan:
         return cls.from_json(data, vectors)
 
 
-_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
+_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
 _NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming"})
 """What plans of this format did not always hold."""
 
