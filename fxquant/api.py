@@ -40,7 +40,7 @@ from fxquant.recipes import Recipe, make_recipe
 from fxquant.schemas.common import check
 from fxquant.schemas.plan import PlanFile
 from fxquant.threads import without_autocast
-from fxquant.uses import settle
+from fxquant.uses import adopt_names, settle
 
 _POOR_DB = 10.0
 
@@ -272,6 +272,7 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
     Raises:
         CalibrationError: Names the first such layer or attention.
     """
+    adopt_names(captured.module.graph, plan)
     for node in captured.module.graph.nodes:
         if LAYER in node.meta:
             plan.layer(node.meta[LAYER])

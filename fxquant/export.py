@@ -43,6 +43,7 @@ from fxquant.packages import (
 from fxquant.pipelines import INDEX_FILE, parts_of, refuse_input
 from fxquant.plan import PLAN_FILE
 from fxquant.rebuilding import config_text
+from fxquant.threads import tracing_alone, without_autocast
 
 Progress = Callable[[int, int, float | None], None]
 _BATCH = 2  # Of the inputs to compile with; any from 2 on leaves the batch open.
@@ -183,7 +184,7 @@ def compile_graph(captured: CapturedGraph, path: Path) -> None:
     module = lifted(captured.module)
     arguments, shapes = _arguments(captured)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tracing_alone(), without_autocast():
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
     except Exception as error:

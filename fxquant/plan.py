@@ -31,6 +31,9 @@ from fxquant.timesteps import bin_of
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
 
+NAMING = 2
+"""Version of the rules by which layers are named; plans made by earlier ones keep their names."""
+
 PLAN_FILE = "plan.json"
 VECTORS_FILE = "plan.safetensors"
 
@@ -192,6 +195,8 @@ class Plan:
         observed_step: Number of the one denoising step that calibration observes, from 0; None for all.
         reconstruction: By block, SQNR of its output in dB, rounded to nearest and as it was learned.
         statistics: What calibration recorded; only there while passes decide, never saved.
+        naming: Version of the rules by which layers are named. Those of 1 gave layers with a shared weight the name of
+            one of its owners, and layers whose weight is cast the name of their node.
         inputs: Tensor inputs of calibration calls, for passes that run the graph again; there as long as statistics.
         workspace: Folder for what such passes have finished, or None; never saved.
         codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
@@ -216,6 +221,7 @@ class Plan:
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
+    naming: int = NAMING
     inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
     workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
@@ -270,6 +276,7 @@ class Plan:
             recipe: Text of the other recipe, ``str(recipe)``.
         """
         fresh = Plan(recipe, self.model_class, self.timestep, calls=list(self.calls), timesteps=list(self.timesteps))
+        fresh.naming = self.naming
         for name, layer in self.layers.items():
             kept = {option: getattr(layer, option) for option in _BEFORE_CALIBRATION}
             fresh.layers[name] = LayerPlan(**kept)
@@ -344,6 +351,7 @@ class Plan:
         try:
             held = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
             values = {name: data[name] for name in held}
+            values.setdefault("naming", 1)
             values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
             values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
             attentions = data.get("attentions", {})
@@ -378,7 +386,7 @@ class Plan:
 
 
 _NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products"})
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming"})
 """What plans of this format did not always hold."""
 
 
