@@ -101,12 +101,14 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
+        digest: Of the graph as it was quantized, before a backend lowered it (:mod:`fxquant.ir.digest`).
         code: The graph as it was traced, whatever passes make of it; see :func:`fxquant.fingerprint.fingerprint`.
     """
 
     module: fx.GraphModule
     call: CallSpec
     out_spec: pytree.TreeSpec
+    digest: str | None = None
     code: tuple[str, ...] = field(default=(), repr=False)
 
     @property
