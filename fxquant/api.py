@@ -28,6 +28,7 @@ from fxquant.errors import (
 )
 from fxquant.fidelity import Original
 from fxquant.hooks import refuse_hooks
+from fxquant.ir.digest import graph_digest
 from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
@@ -36,8 +37,10 @@ from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.rebuilding import is_rebuilt, obstacle
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.schemas.common import check
+from fxquant.schemas.plan import PlanFile
 from fxquant.threads import without_autocast
-from fxquant.uses import settle
+from fxquant.uses import adopt_names, settle
 
 _POOR_DB = 10.0
 
@@ -197,6 +200,7 @@ def _convert(
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
         plan.shared.settle_names(captured.module)
+        captured.digest = graph_digest(captured.module.graph)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
@@ -211,6 +215,10 @@ def _replay(
         raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
     recipe = Recipe.parse(plan.recipe)
     plan.check()
+    try:
+        check(PlanFile, plan.to_json(), "the plan")
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from None
     backend.check(plan)
     plan.backend = backend.name
     for layer in plan.layers.values():
@@ -253,6 +261,7 @@ def convert_graph(
     """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
     plan.shared.settle_names(captured.module)
+    captured.digest = graph_digest(captured.module.graph)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -263,6 +272,7 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
     Raises:
         CalibrationError: Names the first such layer or attention.
     """
+    adopt_names(captured.module.graph, plan)
     for node in captured.module.graph.nodes:
         if LAYER in node.meta:
             plan.layer(node.meta[LAYER])
@@ -319,6 +329,7 @@ def model_from_plan(
             ) from error
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
         plan.shared.settle_names(captured.module)
+        captured.digest = graph_digest(captured.module.graph)
         quantized.add(captured)
     return quantized
 

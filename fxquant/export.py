@@ -20,6 +20,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxquant import compiling, packages, pipelines
+from fxquant.agreement import infinite_in, read_headers
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
@@ -42,6 +43,7 @@ from fxquant.packages import (
 from fxquant.pipelines import INDEX_FILE, parts_of, refuse_input
 from fxquant.plan import PLAN_FILE
 from fxquant.rebuilding import config_text
+from fxquant.threads import tracing_alone, without_autocast
 
 Progress = Callable[[int, int, float | None], None]
 _BATCH = 2  # Of the inputs to compile with; any from 2 on leaves the batch open.
@@ -182,7 +184,7 @@ def compile_graph(captured: CapturedGraph, path: Path) -> None:
     module = lifted(captured.module)
     arguments, shapes = _arguments(captured)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tracing_alone(), without_autocast():
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
     except Exception as error:
@@ -257,7 +259,8 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
     assert model.plan is not None
     (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors = model.tensors()
-    write_tensors({name: runner.to_plain(tensor) for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    plain = {name: runner.to_plain(tensor) for name, tensor in tensors.items()}
+    write_tensors(plain, folder / TENSORS_FILE)
     info: dict[str, Any] = {
         "format": FORMAT,
         "machine": machine(),
@@ -268,6 +271,8 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
         "timestep": model.architecture.timestep,
         "signature": signature_to_json(model.architecture.signature),
         "packed": [name for name, tensor in tensors.items() if tensor.layout is not torch.strided],
+        "infinite": infinite_in(plain),
+        "tensors": {name: str(header) for name, header in read_headers(folder / TENSORS_FILE).items()},
         "graphs": entries,
         "ops": _own_ops(model),
     }

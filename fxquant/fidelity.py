@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -222,6 +223,8 @@ def _frozen(value: Any, depth: int = 0) -> Any:
     """A value that later changes of an attribute do not reach, to compare with."""
     if isinstance(value, Tensor):
         return value if isinstance(value, nn.Parameter) else value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else _Same(value)
     if isinstance(value, nn.Module) or depth > _DEEP:
         return _Same(value)
     if isinstance(value, Mapping):
@@ -236,13 +239,15 @@ def _frozen(value: Any, depth: int = 0) -> Any:
 
 
 class _Same:
-    """Equal to what holds the very same object."""
+    """Equal to what holds the very same object, or an equal one that cannot change, such as a device."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
+        if not isinstance(other, _Same) or type(other.value) is not type(self.value):
+            return False
+        return other.value is self.value or (type(self.value).__hash__ is not None and other.value == self.value)
 
     __hash__ = None  # type: ignore[assignment]
 

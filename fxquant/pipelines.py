@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.calibrate import instance_attribute
 from fxquant.checkpoint import FILES as CHECKPOINT_FILES
@@ -81,7 +81,7 @@ def load_pipeline(
         )
     if packages and device.type != "cpu":
         raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")
-    read: dict[str, nn.Module] = {
+    read: dict[str, GraphModel | PackagedModel] = {
         name: load(folder / name, device=device) for name in names if (folder / name / PLAN_FILE).is_file()
     }
     for model in read.values():
@@ -119,7 +119,7 @@ def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:
     return {name: None for name, entry in index.items() if entry == [None, None] and name in known}
 
 
-def _stand_in(model: nn.Module, entry: Any) -> Any:
+def _stand_in(model: GraphModel | PackagedModel, entry: Any) -> Any:
     if entry == [GraphModel.__module__, GraphModel.__name__]:  # Written by the pipeline's own save_pretrained.
         return model
     return model.skeleton() if isinstance(model, PackagedModel) else model.architecture.skeleton

@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import fx
 
 from fxquant.attention import find_attentions
-from fxquant.capture import LAYER, LAYER_OPS
+from fxquant.capture import LAYER, LAYER_OPS, layer_name
 from fxquant.errors import CalibrationError
 from fxquant.observers import Statistics
 from fxquant.plan import ActivationRange, LayerPlan, Plan
@@ -43,6 +43,23 @@ def names_in(graph: fx.Graph) -> list[str]:
 
 def _layers(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if LAYER in node.meta and node.target in LAYER_OPS)
+
+
+def adopt_names(graph: fx.Graph, plan: Plan) -> None:
+    """Let layers that a plan does not know have the names by which plans of earlier versions know them.
+
+    These named every layer with a shared weight after one of the owners, and one whose weight is cast after its node.
+    """
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        if plan.naming > 1 or node.target not in LAYER_OPS:
+            continue
+        weight = node.args[LAYER_OPS[node.target]]
+        name = layer_name(str(weight.target)) if weight.op == "get_attr" else node.name
+        seen[name] += 1
+        earlier = name if seen[name] == 1 else f"{name}@{seen[name]}"
+        if node.meta.get(LAYER, earlier) not in plan.layers and earlier in plan.layers:
+            node.meta[LAYER] = earlier
 
 
 def keys_in(plan: Plan, graph: fx.Graph) -> Iterator[tuple[str, str]]:
@@ -100,6 +117,7 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
     Raises:
         CalibrationError: If there are uses that the plan does not know, or decisions that differ from use to use.
     """
+    adopt_names(graph, plan)
     attentions, layers = _by_base(plan.attentions), _by_base(plan.layers)
     for base, number in Counter(unnumbered(found.name) for found in find_attentions(graph)).items():
         entries = [*attentions.get(base, {}).values()]

@@ -81,6 +81,7 @@ class SharedTensors:
             shifted, of which the plan says nothing: by layer and suffix of the plan's vectors the vector, and the
             boundaries between its bins of timesteps.
         rounded: By layer the history, as a digest, of the weight that its codes in the plan were rounded from.
+        values: By quantized attention a digest of what became of its v, which its range was found for.
         layers: The layers of the graphs so far.
         complete: Whether the float weights are gone, so that nothing further can be stored.
     """
@@ -89,6 +90,7 @@ class SharedTensors:
     forms: dict[Histories, list[Stored]] = field(default_factory=dict)
     columns: dict[tuple[str, str], tuple[Tensor, tuple[float, ...]]] = field(default_factory=dict)
     rounded: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
     layers: set[str] = field(default_factory=set)
     complete: bool = False
 
@@ -104,6 +106,7 @@ class SharedTensors:
             {key: list(forms) for key, forms in self.forms.items()},
             dict(self.columns),
             dict(self.rounded),
+            dict(self.values),
             set(self.layers),
             self.complete,
         )
