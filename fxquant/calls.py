@@ -298,7 +298,7 @@ def canonical_call(
             arguments[name] = value
     number = constants.plain(arguments.get(timestep)) if timestep is not None else None
     if timestep is not None and isinstance(number, (int, float)) and not isinstance(number, bool):
-        arguments[timestep] = torch.tensor(number)
+        arguments[timestep] = torch.tensor(number, dtype=torch.float32 if isinstance(number, float) else torch.int64)
     flat, spec = pytree.tree_flatten_with_path(arguments)
     names = tuple(_readable(path) for path, _ in flat)
     leaves = [leaf if isinstance(leaf, torch.Tensor) else constants.plain(leaf) for _, leaf in flat]

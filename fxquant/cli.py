@@ -6,15 +6,17 @@ Only what help needs is imported at the top; torch and diffusers wait until a co
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,7 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fxquant import __version__
-from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
+from fxquant.errors import CheckpointError, ConfigurationError, FxquantError, WriteError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _ERROR = 2
 _INTERRUPTED = 130  # What shells report after Ctrl-C.
+_LINE = 4000  # Characters of a line that reach the terminal.
+_IMAGES = 10_000  # At most, of one command.
 
 out = Console()
 err = Console(stderr=True)
@@ -48,10 +52,17 @@ class _Group(TyperGroup):
             if _debugging(ctx):
                 raise
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-            err.print(Text.assemble(("error: ", "bold red"), (f"{error}{notes}", "red")), soft_wrap=True)
+            _print_error(f"{error}{notes}")
+            raise typer.Exit(_ERROR) from None
+        except BrokenPipeError:  # Of `fxquant report | head`; click deals with it.
+            raise
+        except OSError as error:
+            if _debugging(ctx) or error.filename is None:
+                raise
+            _print_error(f"{error.filename} cannot be read or written: {error.strerror}")
             raise typer.Exit(_ERROR) from None
         except KeyboardInterrupt:
-            err.print("interrupted; nothing was written", style="red")
+            err.print("interrupted; no folder and no file is half written", style="red")
             raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -112,7 +123,7 @@ def _show_version(value: bool) -> None:
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.", rich_help_panel="Sampling")]
+Steps = Annotated[int, typer.Option(min=1, max=100_000, help="Denoising steps.", rich_help_panel="Sampling")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise.", rich_help_panel="Sampling")]
 Guidance = Annotated[
     float | None,
@@ -165,7 +176,9 @@ def quantize(
     ] = Layers.default,
     device: Device = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="What is not quantized computes in it.")] = Dtype.float32,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to calibrate with.", rich_help_panel="Sampling")] = 32,
+    samples: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Samples to calibrate with.", rich_help_panel="Sampling")
+    ] = 32,
     steps: Steps = 25,
     seed: Seed = 0,
     guidance: Guidance = None,
@@ -197,21 +210,23 @@ def quantize(
         from fxquant.backend import resolve_backend
         from fxquant.devices import usable_device
         from fxquant.files import dtype_of_name
+        from fxquant.folders import prepare
         from fxquant.pipeline import DumpGraphs, Instrument
         from fxquant.pipelines import (
             calibration_call,
             load_pipeline,
             num_batches,
             refuse_existing,
-            save_pipeline,
+            refuse_input,
             steps_watched,
         )
         from fxquant.recipes import make_recipe
 
         # What can be refused is refused before anything takes time.
-        refuse_existing(out_folder, overwrite)
-        if Path(model).exists() and Path(model).resolve() == out_folder.resolve():
-            raise ConfigurationError(f"--out {out_folder} is the float pipeline itself; choose another folder")
+        refuse_input(out_folder, Path(model))
+        prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
+        for option, folder in (("--dump-graphs", dump_graphs), ("--resume", resume)):
+            _check_folder(option, folder, out_folder)
         chosen = make_recipe(recipe, layers.value)
         place = usable_device(device)
         runner = resolve_backend(backend).on(place)
@@ -243,13 +258,52 @@ def quantize(
                 )
             watch.done()
         with _status(f"writing {out_folder}"):
-            save_pipeline(pipe, out_folder, overwrite=overwrite)
+            _save(pipe, out_folder, overwrite)
+        _mention_float_transformers(pipe)
     found = fxquant.report(pipe.transformer)
     if as_json:
         _print_json(found.to_json())
     else:
         _print_plain(found.summary())
-        err.print(f"written to {out_folder}; see [bold]fxquant report {out_folder}[/]", highlight=False)
+        err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
+
+
+def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
+    """Refuse a folder for other files that cannot be written, or that lies in what is replaced as a whole."""
+    from fxquant.folders import check_writable
+
+    if folder is None:
+        return
+    if folder.resolve().is_relative_to(out_folder.resolve()):
+        raise ConfigurationError(
+            f"{option} {folder} lies in --out {out_folder}, which holds nothing but the pipeline; choose another folder"
+        )
+    check_writable(folder)
+
+
+def _save(pipe: Any, folder: Path, overwrite: bool) -> None:
+    """Write the pipeline; if that fails after all the work, write it to a temporary folder and say where."""
+    from fxquant.pipelines import save_pipeline
+
+    try:
+        save_pipeline(pipe, folder, overwrite=overwrite)
+    except CheckpointError as error:
+        if getattr(error, "kept", None) is not None:
+            raise
+        try:
+            rescued = Path(tempfile.mkdtemp(prefix="fxquant-")) / folder.name
+            save_pipeline(pipe, rescued)
+        except (CheckpointError, OSError):
+            raise error from None
+        raise WriteError(
+            f"{error}\nThe quantized pipeline is in {rescued}; move it where you want it", kept=rescued
+        ) from error
+
+
+def _mention_float_transformers(pipe: Any) -> None:
+    others = [name for name, part in pipe.components.items() if name.startswith("transformer_") and part is not None]
+    for name in others:
+        _show_warning(f"{name} stays float: the command quantizes one transformer; for both see fxquant.compile")
 
 
 class _PassProgress:
@@ -318,6 +372,10 @@ def generate(
     guidance: Guidance = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Images a row of the grid.")] = None,
     device: Device = "cpu",
+    allow_packages: Annotated[
+        bool,
+        typer.Option("--allow-packages", help="Load what was compiled ahead of time: a program, which runs here."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Generate images with a pipeline: one grid, or a folder of files."""
@@ -331,7 +389,7 @@ def generate(
             from fxquant import pipelines
         with _status(f"reading {folder}"):
             _no_bars()
-            pipe = pipelines.load_pipeline(folder, device=device)
+            pipe = pipelines.load_pipeline(folder, device=device, trust_packages=allow_packages)
             pipe.set_progress_bar_config(disable=True)
         with _progress() as progress:
             count = len(wanted or lines or ())
@@ -340,15 +398,39 @@ def generate(
                 images = pipelines.generate(
                     pipe, steps=steps, seed=seed, guidance=guidance, prompts=lines, labels=wanted
                 )
-    _write_images(images, out_path, columns)
-    err.print(f"{len(images)} images in {out_path}", highlight=False)
+    try:
+        _write_images(images, out_path, columns)
+    except (OSError, ValueError) as error:
+        _rescue_images(images, out_path, error)
+    err.print(Text(f"{len(images)} images in {out_path}"))
+
+
+def _rescue_images(images: Sequence[Any], path: Path, error: Exception) -> NoReturn:
+    """Write images that were made, and cannot go where they should, to a temporary folder."""
+    reason = getattr(error, "strerror", None) or error
+    message = f"{path} cannot be written: {reason}"
+    try:
+        rescued = Path(tempfile.mkdtemp(prefix="fxquant-images-"))
+        _write_images(images, rescued, None)
+    except OSError:
+        raise WriteError(message) from error
+    raise WriteError(f"{message}\nThe images are in {rescued}", kept=rescued) from error
 
 
 def _check_image_path(path: Path) -> None:
     from PIL import Image
 
-    if path.suffix and path.suffix.lower() not in Image.registered_extensions():
+    from fxquant.folders import check_writable
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if path.suffix and kind is None:
         raise ConfigurationError(f"{path.suffix} is no image format; write --out grid.png, or a folder")
+    if kind is not None:
+        try:
+            Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+        except (KeyError, OSError, ValueError) as error:
+            raise ConfigurationError(f"{path.suffix} holds no such images ({error}); write --out grid.png") from None
+    check_writable(path.parent if path.suffix else path)
     if path.suffix and path.is_dir():
         raise ConfigurationError(f"{path} is a folder; give another name")
     if not path.suffix and path.is_file():
@@ -361,7 +443,7 @@ def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> Non
     if not path.suffix:
         path.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
-            image.save(path / f"{number:03d}.png")
+            _write_image(image, path / f"{number:03d}.png")
         return
     across = min(columns or max(1, round(len(images) ** 0.5 + 0.49)), len(images))
     width, height = images[0].size
@@ -369,9 +451,17 @@ def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> Non
     for number, image in enumerate(images):
         grid.paste(image, (number % across * width, number // across * height))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write_image(grid, path)
+
+
+def _write_image(image: Any, path: Path) -> None:
+    """Write an image whole or not at all."""
     scratch = path.with_name(f".{path.stem}-partial{path.suffix}")
-    grid.save(scratch)
-    scratch.replace(path)
+    try:
+        image.save(scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _read_labels(text: str) -> list[int]:
@@ -379,9 +469,13 @@ def _read_labels(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            labels += range(int(first), int(last) + 1) if dash else [int(first)]
+            named = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             raise ConfigurationError(f"--labels {text}: {part!r} is no class number; write 1,2,3 or 0-9") from None
+        count = len(labels) + max(0, named.stop - named.start)
+        if count > _IMAGES:
+            raise ConfigurationError(f"--labels {text} asks for {count} images; at most {_IMAGES} are made at once")
+        labels += named
     if not labels:
         raise ConfigurationError(f"--labels {text} names no class; write 1,2,3 or 0-9")
     return labels
@@ -414,7 +508,7 @@ _EXPORT_EXAMPLES = """[bold]Examples[/]
 
   fxquant export dit-w8a8 dit-w8a8-compiled --aot --backend native
 
-  fxquant generate dit-w8a8-compiled --labels 207,360,387 --out grid.png
+  fxquant generate dit-w8a8-compiled --labels 207,360,387 --allow-packages --out grid.png
 """
 
 
@@ -468,9 +562,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show what was done to every layer, what it costs and how far the output moved."""
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
     with _quiet(), _status("reading"):
+        _check_is_folder(folder)
         import fxquant
 
         found = fxquant.report(folder, device=device)
@@ -515,9 +608,8 @@ def profile(
 
     Warns of layers that are slower than in float or run a fallback. No weights of the float model are needed.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
     with _quiet(), _status("reading and measuring"):
+        _check_is_folder(folder)
         import fxquant
 
         found = fxquant.profile(
@@ -536,6 +628,13 @@ def profile(
         _print_plain(found.table(top=top, every=every))
 
 
+def _check_is_folder(folder: Path) -> None:
+    from fxquant.folders import no_folder
+
+    if not folder.is_dir():
+        raise no_folder(folder)
+
+
 @app.command("list", no_args_is_help=True)
 def list_(
     kind: Annotated[Kind, typer.Argument(metavar="KIND", help="recipes, passes, backends or rules.")],
@@ -548,10 +647,11 @@ def list_(
 
 
 def _recipes() -> list[tuple[str, str]]:
-    from fxquant.recipes import RECIPES, ROUNDINGS
+    from fxquant.recipes import DYNAMIC, RECIPES, ROUNDINGS
 
     plain = [(f"{name}-w<bits>a<bits>", _summary(RECIPES[name])) for name in RECIPES]
-    return [*plain, *((f"<recipe>-{name}-w<bits>a<bits>", said) for name, said in ROUNDINGS.items())]
+    by_token = f"<recipe>-{DYNAMIC}-w<bits>a<bits>", "every token that a linear reads gets its range at run time"
+    return [*plain, by_token, *((f"<recipe>-{name}-w<bits>a<bits>", said) for name, said in ROUNDINGS.items())]
 
 
 def _passes() -> list[tuple[str, str]]:
@@ -615,13 +715,21 @@ def _print_json(data: Any) -> None:
 
 def _print_plain(text: str) -> None:
     """As it is: a table that a narrow terminal would fold is easier to read scrolled or piped."""
-    sys.stdout.write(text + "\n")
+    from fxquant.text import printable
+
+    sys.stdout.write(printable(text, _LINE) + "\n")
+
+
+def _print_error(message: str) -> None:
+    from fxquant.text import printable
+
+    err.print(Text.assemble(("error: ", "bold red"), (printable(message, _LINE), "red")), soft_wrap=True)
 
 
 @contextmanager
 def _status(text: str) -> Iterator[None]:
     if err.is_terminal:
-        with err.status(text):
+        with err.status(Text(text)):
             yield
     else:
         yield
@@ -639,7 +747,7 @@ def _progress() -> Iterator[Progress]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -674,7 +782,9 @@ def _no_bars() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+    from fxquant.text import printable
+
+    err.print(Text.assemble(("warning: ", "bold yellow"), printable(str(message), _LINE)), soft_wrap=True)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ class Evidence:
 
 
 def evidence(plan: Plan, name: str, bin_: int | None = None) -> Evidence:
-    """What calibration saw of the input of a layer, shifted and balanced as the plan says so far.
+    """What calibration saw of the input of a layer, shifted and balanced as the plan says so far, in that order or not.
 
     Args:
         plan: The plan.
@@ -55,7 +55,8 @@ def evidence(plan: Plan, name: str, bin_: int | None = None) -> Evidence:
         part = slice(max(inside[0] - 1, 0), inside[-1] + 2)
         steps, samples, low, high = steps[part], samples[part], low[part], high[part]
         bins = torch.full_like(bins[part], bin_)
-    shift, factor = _shift(plan, name, bins), plan.vectors.get(name)
+    table, factor = _shift(plan, name), plan.vectors.get(name)
+    shift = torch.zeros(1, 1, dtype=torch.float64) if table is None else table[bins]
     divisor = torch.ones(1, dtype=torch.float64) if factor is None else factor.double()
     low, high = ((bound.double() - shift) / divisor for bound in (low, high))
     moved = zip(samples, shift.expand(len(steps), -1), strict=True)
@@ -68,7 +69,7 @@ def moments(plan: Plan, name: str) -> Tensor | None:
     seen = plan.evidence(plan.layer(name).observed or name)
     if seen.moments is None:
         return None
-    shift = plan.vectors.get(f"{name}.shift")
+    shift = _shift(plan, name)
     shifts = None
     if shift is not None:
         steps = torch.tensor(list(seen.moments.sums), dtype=torch.float64)
@@ -76,6 +77,13 @@ def moments(plan: Plan, name: str) -> Tensor | None:
     return seen.moments.of(plan.vectors.get(name), shifts)
 
 
-def _shift(plan: Plan, name: str, bins: Tensor) -> Tensor:
-    shift = plan.vectors.get(f"{name}.shift")
-    return torch.zeros(1, 1, dtype=torch.float64) if shift is None else shift.double()[bins]
+def _shift(plan: Plan, name: str) -> Tensor | None:
+    """What is taken off the input before it is divided by the factors, by bin: float64 ``[bins, C]``.
+
+    A shift after balancing, x / b - z, is (x - b z) / b.
+    """
+    table, decided = plan.vectors.get(f"{name}.shift"), plan.layer(name).shift
+    if table is None:
+        return None
+    factor = plan.vectors.get(name) if decided is not None and decided.balanced else None
+    return table.double() if factor is None else table.double() * factor.double()

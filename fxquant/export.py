@@ -7,7 +7,6 @@ is no program, and a backend may hold them in layouts of kernels, which no file 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -20,15 +19,15 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant import compiling
+from fxquant import compiling, packages, pipelines
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
 from fxquant.capture import CapturedGraph, read_tensors
 from fxquant.checkpoint import load
 from fxquant.errors import BackendError, CheckpointError, CompilerError, ConfigurationError
-from fxquant.files import digest, digest_of, dtype_name, refuse_to_replace, write_tensors
-from fxquant.folders import whole_folder
+from fxquant.files import digest, digest_of, dtype_name, write_tensors
+from fxquant.folders import prepare, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import (
     CONFIG_FILE,
@@ -40,8 +39,10 @@ from fxquant.packages import (
     machine,
     signature_to_json,
 )
-from fxquant.pipelines import INDEX_FILE, refuse_existing
+from fxquant.pipelines import INDEX_FILE, parts_of, refuse_input
 from fxquant.plan import PLAN_FILE
+from fxquant.rebuilding import config_text
+from fxquant.threads import tracing_alone, without_autocast
 
 Progress = Callable[[int, int, float | None], None]
 _BATCH = 2  # Of the inputs to compile with; any from 2 on leaves the batch open.
@@ -91,13 +92,12 @@ def export_aot(
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"export_aot takes a model that fxquant.compile made, not a {type(model).__name__}")
     folder = Path(folder).resolve()
-    refuse_to_replace(folder, overwrite, _is_ours)
     if model.device.type != "cpu":
         raise BackendError(f"packages run on the CPU, and this model is on {model.device}; move it: model.to('cpu')")
     require_compiler()
     runner = model.backend or resolve_backend(model.plan.backend)
     seconds = []
-    with whole_folder(folder) as written:
+    with whole_folder(folder, lambda path: packages.refuse_existing(path, overwrite)) as written:
         entries = []
         for number, captured in enumerate(model.captured):
             entries.append(_describe(captured))
@@ -132,18 +132,18 @@ def export_folder(
         CheckpointError: Also if there is no quantized model in ``source``.
     """
     source, folder = Path(source).resolve(), Path(folder).resolve()
+    refuse_input(folder, source)
+    if folder.is_relative_to(source):
+        raise ConfigurationError(f"{folder} lies in {source}, which is read; choose a folder outside of it")
     require_compiler()
     if not (source / INDEX_FILE).is_file():
-        refuse_to_replace(folder, overwrite, _is_ours)
+        prepare(folder, lambda path: packages.refuse_existing(path, overwrite))
         return export_aot(load(source, backend=backend), folder, overwrite=overwrite, progress=progress)
-    refuse_existing(folder, overwrite)
-    if folder == source:
-        raise ConfigurationError(f"{folder} is the pipeline itself; choose another folder")
-    parts = [path.parent.name for path in sorted(source.glob(f"*/{PLAN_FILE}"))]
+    parts = [name for name in parts_of(source) if (source / name / PLAN_FILE).is_file()]
     if not parts:
         raise CheckpointError(f"no part of the pipeline {source} is quantized; see fxquant quantize")
     seconds: list[float] = []
-    with whole_folder(folder) as written:
+    with whole_folder(folder, lambda path: pipelines.refuse_existing(path, overwrite)) as written:
         for path in source.iterdir():
             if path.is_file():
                 shutil.copy(path, written)
@@ -154,10 +154,6 @@ def export_folder(
             seconds += export_aot(model, written / part, progress=progress).seconds
         size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     return Exported(folder, tuple(seconds), size)
-
-
-def _is_ours(name: str) -> bool:
-    return name in (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE) or name.startswith("graph-")
 
 
 def require_compiler() -> None:
@@ -187,7 +183,7 @@ def compile_graph(captured: CapturedGraph, path: Path) -> None:
     module = lifted(captured.module)
     arguments, shapes = _arguments(captured)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tracing_alone(), without_autocast():
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
     except Exception as error:
@@ -260,9 +256,7 @@ def _own_ops(model: GraphModel) -> list[str]:
 
 def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]], folder: Path) -> None:
     assert model.plan is not None
-    config = dict(getattr(model.architecture.skeleton, "config", {}) or {})
-    config.pop("_name_or_path", None)  # Where it was read from: a path on this machine.
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors = model.tensors()
     write_tensors({name: runner.to_plain(tensor) for name, tensor in tensors.items()}, folder / TENSORS_FILE)
     info: dict[str, Any] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,17 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.errors import BackendError, CheckpointError, FxquantError
+from fxquant.text import printable
 
+_REASON = 2000  # Characters of a line of what a file leads to.
 _PART = 64 << 20  # Bytes of a file that are in memory at a time.
 
 
-def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bool]) -> None:
+def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bool], mark: str) -> None:
     """Refuse to write where something is.
 
     Args:
         folder: Where to write.
         overwrite: Whether what is there may be replaced, if it is nothing but what would be written.
         written: Whether a file of this name is one that would be written.
+        mark: The file by which a folder is known as one of fxquant's. Others have a ``config.json`` and a
+            ``model.safetensors`` too.
 
     Raises:
         CheckpointError: Says what is there.
@@ -39,14 +44,31 @@ def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bo
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; choose another name for the folder")
     found = sorted(path.name for path in folder.iterdir())
-    if found and not overwrite:
+    if not found:
+        return
+    if not overwrite:
         raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
-    others = [name for name in found if not written(name)]
+    others = [name for name in found if not (written(name) and is_plain_file(folder / name))]
     if others:
         raise CheckpointError(
-            f"{folder} holds more than a checkpoint ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), "
-            "which overwriting would delete; choose another folder"
+            f"{folder} holds more than a checkpoint ({few(others)}), which overwriting would delete; choose another "
+            "folder"
         )
+    if mark not in found:
+        raise CheckpointError(
+            f"{folder} holds {few(found)} and no {mark}, so fxquant did not write it and does not replace it; choose "
+            "another folder, or remove it yourself"
+        )
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether it is a file and no link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names of a list."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -56,6 +78,17 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     plain |= {name: torch.view_as_real(plain[name]) for name in pairs}
     metadata = {"format": "pt"} | ({"complex": json.dumps(pairs)} if pairs else {})
     save_file(_unshared(plain), path, metadata=metadata)
+    share(path)
+
+
+def share(*paths: Path) -> None:
+    """Give files the permissions that new files have here. Safetensors lets nobody but their owner read them."""
+    for path in paths:
+        probe = path.with_name(f".{path.name}.mode")  # Asking for the umask means to change it, in all threads.
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        path.chmod(stat.S_IMODE(mode))
 
 
 def load_tensors(
@@ -169,5 +202,5 @@ def blaming(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, CheckpointError) and str(path.parent) in str(error):
             raise
-        reason = str(error) if isinstance(error, FxquantError) else repr(error)
+        reason = printable(str(error) if isinstance(error, FxquantError) else repr(error), _REASON)
         raise CheckpointError(f"{path}: {reason}") from error

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
+from fxquant.errors import CaptureError
+
 aten = torch.ops.aten
 
 _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
@@ -55,6 +57,29 @@ def functionalize(graph: fx.Graph, mode: FakeTensorMode) -> bool:
     return _Walk(graph, mode).run()
 
 
+def refuse_shared_lists(graph: fx.Graph) -> None:
+    """Refuse ops that write into a list of tensors of which two are parts of one (``torch._foreach_mul_([y, y], 2)``).
+
+    PyTorch makes values of such a write as if each tensor of the list stood alone, and so loses all but one of them.
+
+    Raises:
+        CaptureError: Names the op and the module that calls it.
+    """
+    for node in filter(writes, graph.nodes):
+        written = [
+            value
+            for value, argument in zip(node.args, node.target._schema.arguments, strict=False)
+            if argument.is_write and isinstance(value, (list, tuple))
+        ]
+        memories = [_memory(part) for parts in written for part in parts]
+        if len(set(memories)) < len(memories):
+            path = next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()) if path), "")
+            raise CaptureError(
+                f"{_name(node)} in {path or 'the model'} writes into a list of tensors of which two share memory, "
+                "which tracing would get wrong; write into them one after the other, in a loop"
+            )
+
+
 class _Walk:
     """One walk over a graph.
 
@@ -77,8 +102,8 @@ class _Walk:
         lost: list[fx.Node] = []  # Views of what their fake values do not tell.
         for node in list(self.graph.nodes):
             if writes(node):
-                if not node.target._schema.arguments[0].is_write:
-                    return False
+                if not node.target._schema.arguments[0].is_write or not isinstance(node.args[0], fx.Node):
+                    return False  # It writes into an out= argument, or into each of a list (torch._foreach_add_).
                 node.replace_all_uses_with(node.args[0])  # What it returns is what it writes into.
                 if _name(node) == "aten::detach_":
                     self.graph.erase_node(node)

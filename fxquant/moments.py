@@ -7,6 +7,7 @@ bands of rows, which take little more than half of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -18,6 +19,7 @@ ROWS_PER_CALL = 1024
 """The most rows of one call that enter; the others would cost much and tell little more."""
 
 _BAND = 256  # Rows of the matrix that are kept and updated together.
+_MOST = 2.0**40  # Of what float32 sums are made of: the squares of 2^46 such values still add up to a number.
 
 
 class SecondMoments:
@@ -29,12 +31,15 @@ class SecondMoments:
             in float16 then, and sums of x x^T in float32 before.
         sums: By timestep the sum of the rows, float64 ``[C]``.
         counts: By timestep the number of rows.
+        unit: What is held are the moments of x / unit, a power of two: 1, unless squares of x could overflow.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.channels = channels
         # All in one piece: small pieces would leave holes in memory behind when they are let go of.
-        self._held = torch.zeros(sum(rows * columns for rows, columns in _shapes(channels)), device=device)
+        size = sum(rows * columns for rows, columns in _shapes(channels))
+        self._held = torch.zeros(size, dtype=torch.float32, device=device)
+        self.unit = 1.0
         self.scale: Tensor | None = None
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
@@ -43,17 +48,28 @@ class SecondMoments:
         """Take in rows ``[n, C]`` seen at one timestep."""
         assert self.scale is None, "sealed moments take nothing in"
         rows = rows.to(torch.float32)
+        total = rows.sum(dim=0, dtype=torch.float64)
+        largest = float(rows.abs().max())
+        if largest > _MOST * self.unit:
+            self._raise_unit(2.0 ** math.ceil(math.log2(largest / _MOST)))
+        if self.unit != 1:
+            rows = rows / self.unit
         for number, band in enumerate(self.bands):
             right = rows[:, number * _BAND :]
             band.addmm_(right[:, : len(band)].T, right)
-        total = rows.sum(dim=0, dtype=torch.float64)
         self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total
         self.counts[timestep] = self.counts.get(timestep, 0) + len(rows)
 
+    def _raise_unit(self, unit: float) -> None:
+        self._held *= (self.unit / unit) ** 2
+        self.unit = unit
+
     def merge(self, other: SecondMoments) -> None:
         """Take in what another run saw."""
+        if other.unit > self.unit:
+            self._raise_unit(other.unit)
         for ours, theirs in zip(self.bands, other.bands, strict=True):
-            ours.add_(theirs.to(ours.device))
+            ours.add_(theirs.to(ours.device), alpha=(other.unit / self.unit) ** 2)
         for timestep, sums in other.sums.items():
             total = sums.to(self._held.device)
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
@@ -99,7 +115,7 @@ class SecondMoments:
             square = whole[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)
             whole[stop:, start:stop] = whole[start:stop, stop:].T
-        return whole
+        return whole if self.unit == 1 else whole.mul_(self.unit**2)
 
     def of(self, factor: Tensor | None = None, shifts: Mapping[float, Tensor] | None = None) -> Tensor:
         """Moments of the rows after each was shifted by its timestep and divided per channel: E[y y^T], float64.
@@ -139,6 +155,8 @@ class SecondMoments:
         yield "moment_timesteps", torch.tensor(list(self.sums), dtype=torch.float64)
         yield "moment_sums", torch.stack([*self.sums.values()]).cpu()
         yield "moment_counts", torch.tensor([*self.counts.values()], dtype=torch.int64)
+        if self.unit != 1:
+            yield "moment_unit", torch.tensor([self.unit], dtype=torch.float64)
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor]) -> SecondMoments:
@@ -157,7 +175,19 @@ class SecondMoments:
         found._held = tensors["moments"].clone()
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
+        if "moment_unit" in tensors:
+            (found.unit,) = tensors["moment_unit"].tolist()
         return found
+
+
+def within_float32(moments: Tensor) -> Tensor:
+    """Second moments with the same ratios, and small enough for arithmetic in float32.
+
+    Only ratios matter to rounding. They are divided by a power of two where the largest is above 2^60: the model's
+    activations may be finite where their squares, as float32, are not.
+    """
+    largest = float(moments.diagonal().max())
+    return moments / 2.0 ** math.ceil(math.log2(largest)) if 2.0**60 < largest < math.inf else moments
 
 
 def _shapes(channels: int) -> list[tuple[int, int]]:

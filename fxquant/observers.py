@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, NonFiniteError
+from fxquant.files import share
 from fxquant.moments import ROWS_PER_CALL, SecondMoments
 
 __all__ = ["ChannelStatistics", "Statistics", "rows_to_sample"]
@@ -50,7 +51,7 @@ _FORMAT = "fxquant-statistics"
 _VERSION = 1
 _TENSORS = (
     *("timesteps", "count", "minimum", "maximum", "rows", "priorities"),
-    *("moments", "moment_timesteps", "moment_sums", "moment_counts"),
+    *("moments", "moment_timesteps", "moment_sums", "moment_counts", "moment_unit"),
 )
 _EMPTY = np.inf  # the priority of a slot that holds no row: every row beats it
 # Up to this many elements (16 MiB of float32, about a millisecond) a value on the CPU is reduced by this thread alone.
@@ -85,8 +86,8 @@ class _Entry:
     @classmethod
     def empty(cls, channels: int, num_rows: int) -> _Entry:
         return cls(
-            minimum=torch.full((channels,), torch.inf),
-            maximum=torch.full((channels,), -torch.inf),
+            minimum=torch.full((channels,), torch.inf, dtype=torch.float32),
+            maximum=torch.full((channels,), -torch.inf, dtype=torch.float32),
             # Made by numpy, which asks for zeroed pages, where torch would fill them in a parallel region.
             rows=torch.from_numpy(np.zeros((num_rows, channels), dtype=np.float32)),
             priorities=np.full(num_rows, _EMPTY),
@@ -378,7 +379,7 @@ class ChannelStatistics:
 
     def _stacked(self, tensors: Iterable[Tensor]) -> Tensor:
         stack = list(tensors)
-        return torch.stack(stack) if stack else torch.empty(0, self.channels)
+        return torch.stack(stack) if stack else torch.empty(0, self.channels, dtype=torch.float32)
 
     @property
     def timesteps(self) -> Tensor:
@@ -416,7 +417,7 @@ class ChannelStatistics:
         Every timestep weighs the same once it saw R rows, however often calibration visited it.
         """
         samples = self.rows_by_timestep
-        return torch.cat(samples) if samples else torch.empty(0, self.channels)
+        return torch.cat(samples) if samples else torch.empty(0, self.channels, dtype=torch.float32)
 
     @property
     def rows_per_timestep(self) -> int:
@@ -608,6 +609,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "keys": {key: sorted(statistics.seeds) for key, statistics in self._by_key.items()},
         }
         save_file(tensors, path, metadata={_FORMAT: json.dumps(header)})
+        share(Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,10 @@ from fxquant.backend import resolve_backend
 from fxquant.calls import CallSpec, canonical_call, describe_call
 from fxquant.capture import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
-from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors
+from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors, refuse_to_replace
+from fxquant.folders import mention_leftovers, no_folder
+from fxquant.model import let_pipelines_save
+from fxquant.original import hand_on
 
 FORMAT = 1
 PACKAGE_FILE = "package.json"
@@ -79,6 +83,7 @@ class PackagedModel(nn.Module):
         self.forward = functools.partial(_forward, self)
         self.forward.__signature__ = self._signature  # type: ignore[attr-defined]
         self.eval()
+        let_pipelines_save(type(self))
 
     @property
     def calls(self) -> list[CallSpec]:
@@ -130,7 +135,7 @@ class PackagedModel(nn.Module):
         except AttributeError:
             if name.startswith("_"):
                 raise
-            return getattr(self.skeleton(), name)
+            return hand_on(self.skeleton(), name, self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
         probe = fn(torch.empty(0, dtype=self.dtype))
@@ -205,10 +210,26 @@ def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Ma
     return PackagedGraph(folder / GRAPH_FILE.format(number), call, pytree.treespec_loads(entry["output"]), read)
 
 
+def is_package_file(name: str) -> bool:
+    """Whether a file of this name may be a part of a package."""
+    return name in (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE) or re.fullmatch(r"graph-\d+\.pt2", name) is not None
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse to write a package where something is that must stay.
+
+    Raises:
+        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
+            holds anything but a package.
+    """
+    refuse_to_replace(folder, overwrite, is_package_file, PACKAGE_FILE)
+
+
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / PACKAGE_FILE
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+        raise no_folder(folder)
+    mention_leftovers(folder)
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {folder} is no fxquant package, or not all of it was copied")
     try:

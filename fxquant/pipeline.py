@@ -56,6 +56,10 @@ class Pass(ABC):
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         """Rewrite the graph through ``rewriter``; carry out what the plan says, decide and write down what it lacks."""
 
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Whether the pass needs statistics of the input of a linear whose activations stay float; others have them."""
+        return False
+
     def wants_moments(self, layer: LayerPlan) -> bool:
         """Whether the pass needs second moments of the input of a layer, which calibration records on demand only."""
         return False
@@ -63,6 +67,20 @@ class Pass(ABC):
     def wants_samples(self) -> int:
         """How many samples of calibration calls the pass needs to run again; ``plan.inputs`` has them while it runs."""
         return 0
+
+    def check_graph(self, graph: fx.Graph, plan: Plan) -> None:  # noqa: B027  (most can do whatever they are asked)
+        """Refuse, before anything is observed, what the pass could not carry out; called with each calibrated graph.
+
+        Raises:
+            ConfigurationError: Names the layer and says what to change.
+        """
+
+    def check_plan(self, plan: Plan) -> None:  # noqa: B027
+        """Refuse options that fit nothing in the plan; called when calibration has met all graphs.
+
+        Raises:
+            ConfigurationError: Names the option.
+        """
 
     def __str__(self) -> str:
         shown = []

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +21,14 @@ import torch
 from torch import Tensor
 
 from fxquant.calibrate import instance_attribute
+from fxquant.checkpoint import FILES as CHECKPOINT_FILES
 from fxquant.checkpoint import load, save
 from fxquant.devices import usable_device
 from fxquant.errors import CheckpointError, ConfigurationError
-from fxquant.folders import whole_folder
+from fxquant.files import few, is_plain_file, share
+from fxquant.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.model import GraphModel
-from fxquant.packages import PACKAGE_FILE, load_package
+from fxquant.packages import PACKAGE_FILE, PackagedModel, is_package_file, load_package
 from fxquant.plan import PLAN_FILE
 
 INDEX_FILE = "model_index.json"
@@ -36,57 +40,111 @@ BATCH = 8
 """Samples that go through the pipeline at once."""
 
 
-def load_pipeline(source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> Any:
+def load_pipeline(
+    source: str | Path, *, device: str | torch.device = "cpu", trust_packages: bool = False, **options: Any
+) -> Any:
     """Read a diffusers pipeline, quantized or not.
+
+    Only the parts that ``model_index.json`` names are read.
 
     Args:
         source: A folder that diffusers, :func:`save_pipeline` or ``fxquant export`` wrote, or a name on the Hugging
-            Face Hub. A quantized pipeline is read from a folder; its float weights are neither needed nor made. A
-            package in it is a program, which runs: read only those of people you trust.
+            Face Hub. A quantized pipeline is read from a folder; its float weights are neither needed nor made.
         device: Where it is to run; quantized parts are read to there, for kernels differ between devices.
-        options: Handed on to ``DiffusionPipeline.from_pretrained``, such as ``torch_dtype``, which is that of the
-            quantized part by default.
+        trust_packages: Load packages, which are programs and run as soon as they are loaded. Checkpoints hold no code.
+        options: Handed on to ``from_pretrained`` of the pipeline, such as ``torch_dtype``, which is that of the
+            quantized part by default, or a part by its name, which then is not read.
 
     Returns:
         The ``DiffusionPipeline``, in evaluation mode.
 
     Raises:
-        CheckpointError: If there is no such pipeline, or a part of it is damaged.
+        CheckpointError: If there is no such pipeline, a part of it is damaged, or one is a package and
+            ``trust_packages`` is not given.
         ConfigurationError: If there is no such device here, or a package runs on another.
         BackendError: If the backend of a quantized part does not run there.
     """
-    from diffusers import DiffusionPipeline
-
     folder, device = Path(source), usable_device(device)
     if not folder.is_dir():
         if folder.exists() or not _like_hub_name(str(source)):
-            raise CheckpointError(
-                f"there is no folder {source}; give that of a diffusers pipeline, or a name on the hub, owner/name"
-            )
+            missing = no_folder(folder)
+            raise CheckpointError(f"{missing}; give that of a diffusers pipeline, or a name on the hub, owner/name")
     elif not (folder / INDEX_FILE).is_file():
-        hint = (
-            "it holds one model; fxquant.load reads it, and a pipeline is the folder around it"
-            if (folder / PLAN_FILE).is_file() or (folder / "config.json").is_file()
-            else "it is not what DiffusionPipeline.save_pretrained or fxquant.save_pipeline wrote"
+        raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {_what_it_is(folder)}")
+    mention_leftovers(folder)
+    names = [name for name in parts_of(folder) if name not in options] if folder.is_dir() else []
+    packages = [name for name in names if (folder / name / PACKAGE_FILE).is_file()]
+    if packages and not trust_packages:
+        raise CheckpointError(
+            f"{folder / packages[0]} is a package, a program that would run here as soon as it is loaded. If you trust "
+            "whoever made it, say so: trust_packages=True, or --allow-packages of fxquant generate"
         )
-        raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {hint}")
-    quantized = {path.parent.name: load(path.parent, device=device) for path in sorted(folder.glob(f"*/{PLAN_FILE}"))}
-    # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
-    stand_ins = {name: model.architecture.skeleton for name, model in quantized.items()}
-    packaged = {path.parent.name: load_package(path.parent) for path in sorted(folder.glob(f"*/{PACKAGE_FILE}"))}
-    stand_ins |= {name: model.skeleton() for name, model in packaged.items()}
-    if packaged and device.type != "cpu":
+    if packages and device.type != "cpu":
         raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")
-    for part in quantized.values():
-        options.setdefault("torch_dtype", part.dtype)
+    read: dict[str, GraphModel | PackagedModel] = {
+        name: load(folder / name, device=device) for name in names if (folder / name / PLAN_FILE).is_file()
+    }
+    for model in read.values():
+        options.setdefault("torch_dtype", model.dtype)
+    read |= {name: load_package(folder / name) for name in packages}
+    # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
+    stand_ins = {name: _stand_in(model, _read_index(folder)[name]) for name, model in read.items()}
+    kind = _pipeline_class(folder)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **{**stand_ins, **options})
+        pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **options})
     except Exception as error:
         raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {_first_line(error)}") from error
-    for name, model in {**quantized, **packaged}.items():
-        if name not in options:
-            setattr(pipe, name, model)
+    for name, model in read.items():
+        setattr(pipe, name, model)
     return pipe if device.type == "cpu" else pipe.to(device)
+
+
+def _pipeline_class(folder: Path) -> Any:
+    """The class of a pipeline.
+
+    ``DiffusionPipeline`` finds it too, but reads parts that are given to it anew if they are optional in that class.
+    """
+    import diffusers
+
+    name = _read_index(folder).get("_class_name") if folder.is_dir() else None
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    return found if is_pipeline else diffusers.DiffusionPipeline
+
+
+def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:
+    """The parts that a pipeline was saved without, which diffusers wants to hear again."""
+    known = inspect.signature(kind.__init__).parameters
+    index = _read_index(folder) if folder.is_dir() else {}
+    return {name: None for name, entry in index.items() if entry == [None, None] and name in known}
+
+
+def _stand_in(model: GraphModel | PackagedModel, entry: Any) -> Any:
+    if entry == [GraphModel.__module__, GraphModel.__name__]:  # Written by the pipeline's own save_pretrained.
+        return model
+    return model.skeleton() if isinstance(model, PackagedModel) else model.architecture.skeleton
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The names of the parts that the index of a pipeline has.
+
+    Raises:
+        CheckpointError: If there is no index, or it cannot be read.
+    """
+    index = _read_index(folder)
+    named = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[0]]
+    return [name for name in named if name not in (".", "..") and Path(name).name == name]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; copy the pipeline again") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{path} is no index of a pipeline: it is not a JSON object")
+    return index
 
 
 def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -95,11 +153,14 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
     Args:
         pipe: A ``DiffusionPipeline``, at least one part of which :func:`fxquant.compile` made.
         folder: Where to; made, with its parents.
-        overwrite: Replace a pipeline that is there already. Folders that hold no pipeline are never replaced.
+        overwrite: Replace a quantized pipeline that is there already. Nothing else is ever replaced: neither float
+            pipelines nor folders with other files in them.
 
     Raises:
-        ConfigurationError: If no part is quantized, or one cannot be saved.
+        ConfigurationError: If no part is quantized, or one cannot be saved so that :func:`load_pipeline` reads it.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds something else.
+        WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
+            there stays.
     """
     parts = _parts(pipe)
     quantized = {name for name, part in parts.items() if isinstance(part, GraphModel)}
@@ -108,26 +169,61 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
             f"no part of this {type(pipe).__name__} is quantized; set pipe.transformer = fxquant.compile(...) first, "
             "or use its own save_pretrained"
         )
-    folder = Path(folder).resolve()
-    refuse_existing(folder, overwrite)
-    with whole_folder(folder) as written:
+    for name, part in parts.items():
+        _refuse_unreadable(pipe, name, part)
+    with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
         for name, part in parts.items():
             if name in quantized:
                 save(part, written / name)
             elif callable(getattr(part, "save_pretrained", None)):
                 part.save_pretrained(written / name)
+                share(*(written / name).rglob("*.safetensors"))
             else:
                 raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
-        _write_index(pipe, quantized, written)
+        _write_index(pipe, parts, quantized, written)
         _forget_origin(written)
 
 
+def _what_it_is(folder: Path) -> str:
+    """What a folder without an index of a pipeline holds, and what reads it."""
+    if (folder / PLAN_FILE).is_file():
+        return "it holds one quantized model, which fxquant.load reads; a pipeline is the folder around it"
+    if (folder / PACKAGE_FILE).is_file():
+        return "it holds one packaged model, which fxquant.load_package reads; a pipeline is the folder around it"
+    if (folder / "config.json").is_file():
+        return (
+            "it holds one float model, which its class reads with from_pretrained; a pipeline is the folder around it"
+        )
+    return "it is not what DiffusionPipeline.save_pretrained or fxquant.save_pipeline wrote"
+
+
+def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
+    """Refuse to write a part that would not be read back.
+
+    Raises:
+        ConfigurationError: If its class is neither one of diffusers nor one of transformers.
+    """
+    from diffusers import pipelines
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    quantized = isinstance(part, GraphModel)
+    kind = type(part.architecture.skeleton if quantized else part)
+    library = kind.__module__.partition(".")[0] if quantized else str(pipe.config[name][0])
+    readable = library == "diffusers" if quantized else library in LOADABLE_CLASSES or hasattr(pipelines, library)
+    if not readable:
+        raise ConfigurationError(
+            f"part {name!r} of the pipeline is a {kind.__name__} from {kind.__module__}, and reading the folder would "
+            "not find that class: it is of neither diffusers nor transformers. Write the quantized model by itself, "
+            "fxquant.save(pipe.transformer, folder), and make the pipeline around it in your own code"
+        )
+
+
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuse to write where something is.
+    """Refuse to write a pipeline where something is that must stay.
 
     Raises:
         CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
-            holds no pipeline.
+            holds anything but a quantized pipeline.
     """
     if not folder.exists():
         return
@@ -139,25 +235,79 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)")
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(f"{folder} holds no pipeline but other files, which would be lost; choose another folder")
+    names = parts_of(folder)
+    others = sorted(_others(folder, names))
+    if others:
+        raise CheckpointError(
+            f"{folder} holds more than a pipeline ({few(others)}), which overwriting would delete; choose another "
+            "folder, or move them away"
+        )
+    if not any((folder / name / mark).is_file() for name in names for mark in (PLAN_FILE, PACKAGE_FILE)):
+        raise CheckpointError(
+            f"{folder} holds a pipeline of which no part is quantized: fxquant did not write it and does not replace "
+            "it; choose another folder, or remove it yourself"
+        )
+
+
+def refuse_input(folder: Path, source: Path) -> None:
+    """Refuse to replace a folder that is read, or that holds what is read.
+
+    Raises:
+        ConfigurationError: If ``source``, or what one of its entries links to, is ``folder`` or lies in it.
+    """
+    if not source.exists():
+        return
+    folder = folder.resolve()
+    for read in (source, *(source.iterdir() if source.is_dir() else ())):
+        if read.resolve().is_relative_to(folder):
+            raise ConfigurationError(
+                f"{folder} is what is read, or holds it ({read}), and would be replaced; choose another folder"
+            )
+
+
+_PARTS_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+
+
+def _others(folder: Path, parts: Sequence[str]) -> Iterator[str]:
+    """What a folder holds besides a pipeline of these parts, by names within it."""
+    for path in folder.iterdir():
+        if path.name not in parts or path.is_symlink() or not path.is_dir():
+            if path.name != INDEX_FILE or not is_plain_file(path):
+                yield path.name
+            continue
+        held = [*path.iterdir()]
+        for entry in held:
+            if not (_is_of_part(entry.name, {other.name for other in held}) and is_plain_file(entry)):
+                yield f"{path.name}/{entry.name}"
+
+
+def _is_of_part(name: str, beside: Collection[str]) -> bool:
+    """Whether a file of this name belongs to a part that has these files."""
+    if PLAN_FILE in beside:
+        return name in CHECKPOINT_FILES
+    if PACKAGE_FILE in beside:
+        return is_package_file(name)
+    return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in _PARTS_FILES)
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
-    """The parts of a pipeline that it has."""
-    return {name: part for name, part in pipe.components.items() if part is not None and _is_part(pipe, name)}
+    """The parts of a pipeline that it has, as they are without ``torch.compile``."""
+    parts = {name: part for name, part in pipe.components.items() if part is not None and _is_part(pipe, name)}
+    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
 
 
 def _is_part(pipe: Any, name: str) -> bool:
     return isinstance(pipe.config.get(name), (list, tuple))
 
 
-def _write_index(pipe: Any, quantized: set[str], folder: Path) -> None:
+def _write_index(pipe: Any, parts: Mapping[str, Any], quantized: set[str], folder: Path) -> None:
     pipe.save_config(folder)
     path = folder / INDEX_FILE
     index = json.loads(path.read_text(encoding="utf-8"))
     for name in quantized:
-        original = type(getattr(pipe, name).architecture.skeleton)
+        original = type(parts[name].architecture.skeleton)
         root = original.__module__.partition(".")[0]
-        index[name] = [root if root == "diffusers" else original.__module__, original.__name__]
+        index[name] = [root if root in ("diffusers", "transformers") else original.__module__, original.__name__]
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -206,6 +356,7 @@ def calibration_call(
     Raises:
         ConfigurationError: If the pipeline needs prompts and there are none, or needs what this function cannot give.
     """
+    _check_seed(seed)
     conditions = _conditions(pipe, samples, prompts, labels)
     call = _bound_call(pipe, conditions, steps, guidance)
 
@@ -237,6 +388,7 @@ def generate(
     given = prompts if prompts is not None else labels
     if not given:
         raise ConfigurationError("nothing to generate: give labels or prompts")
+    _check_seed(seed)
     call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance)
     images: list[Any] = []
     for output in call(seed, "pil"):
@@ -244,6 +396,11 @@ def generate(
             raise ConfigurationError(f"{type(pipe).__name__} makes no images; call the pipeline itself")
         images += output.images
     return images
+
+
+def _check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigurationError(f"seed {seed} does not fit 64 bits; give a smaller one")
 
 
 def num_batches(samples: int) -> int:
@@ -328,6 +485,8 @@ def _bound_call(
     if guidance is not None:
         if "guidance_scale" not in names:
             raise ConfigurationError(f"{type(pipe).__name__} has no guidance scale")
+        if not math.isfinite(guidance):
+            raise ConfigurationError(f"guidance {guidance} is not a finite number; give one such as 4")
         arguments["guidance_scale"] = guidance
     given = {"self", condition, "generator", "output_type", *arguments}
     missing = [

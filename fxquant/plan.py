@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.files import share
+from fxquant.ir.shared import SharedTensors
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
 from fxquant.quantizer import QuantizedWeight
@@ -61,12 +63,17 @@ class ActivationRange:
 
 @dataclass
 class Shift:
-    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`."""
+    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`.
+
+    Attributes:
+        balanced: Whether the input had been balanced before: the shift is one of what balancing made of it.
+    """
 
     cost: str
     into: list[str] = field(default_factory=list)
     channels: int = 0
     reason: str | None = None
+    balanced: bool = False
 
 
 @dataclass
@@ -187,6 +194,8 @@ class Plan:
         workspace: Folder for what such passes have finished, or None; never saved.
         codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
             saved either, for the checkpoint holds them.
+        shared: What the graphs of the model that carries the plan out settled about the tensors that they share; never
+            saved, for replaying the plan finds it again.
     """
 
     recipe: str
@@ -209,6 +218,7 @@ class Plan:
     workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
+    shared: SharedTensors = field(default_factory=SharedTensors, repr=False, compare=False)
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of one layer.
@@ -217,10 +227,7 @@ class Plan:
             CalibrationError: If the layer was in no graph that this plan was made for.
         """
         if name not in self.layers:
-            raise CalibrationError(
-                f"the plan knows no layer {name!r}: this call of the model runs a layer that no calibration call ran; "
-                "calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no layer {name!r}")
         return self.layers[name]
 
     def attention(self, name: str) -> AttentionPlan:
@@ -230,10 +237,7 @@ class Plan:
             CalibrationError: If the attention was in no graph that this plan was made for.
         """
         if name not in self.attentions:
-            raise CalibrationError(
-                f"the plan knows no attention {name!r}: this call of the model runs an attention that no calibration "
-                "call ran; calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no attention {name!r}")
         return self.attentions[name]
 
     def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
@@ -291,6 +295,11 @@ class Plan:
                 _ = layer.precision
             except ConfigurationError as error:
                 raise ConfigurationError(f"layer {name}: {error}") from None
+            if layer.group_size and layer.kind != "linear":
+                raise ConfigurationError(
+                    f"layer {name}: weights in groups of {layer.group_size} are possible for linears alone, and this "
+                    f"is {'an embedding' if layer.kind == 'embedding' else 'a convolution'}; set its group_size to 0"
+                )
             if layer.group_size and layer.shape[1] % layer.group_size:
                 indivisible.setdefault((layer.group_size, layer.shape[1]), []).append(name)
         if indivisible:
@@ -346,6 +355,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
         save_file({name: vector.contiguous() for name, vector in self.vectors.items()}, folder / VECTORS_FILE)
+        share(folder / VECTORS_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
@@ -365,7 +375,7 @@ class Plan:
         return cls.from_json(data, vectors)
 
 
-_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
+_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
 _NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products"})
 """What plans of this format did not always hold."""
 

@@ -2,8 +2,9 @@
 
 A recipe's name ends in the precision: ``ptq4dit-w4a8``. What comes before it is a function of the precision that
 returns the passes; others register theirs under the entry point ``fxquant.recipes`` or with :func:`register_recipe`.
-In between may stand how weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ in place of nearest,
-``-adaround`` learns roundings layer by layer, and ``-reconstruct`` block by block.
+In between may stand ``-dynamic``, by which every token that a linear reads gets a range of its own at run time, and how
+weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ in place of nearest, ``-adaround`` learns
+roundings layer by layer, and ``-reconstruct`` block by block; ``ptq4dit-dynamic-gptq-w4a8`` has both.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ ROUNDINGS = {
 }
 """What may stand between a recipe's name and its precision, ``ptq4dit-gptq-w4a8``: how its linears are rounded."""
 
+DYNAMIC = "dynamic"
+"""What may stand behind a recipe's name, before the rounding: each token that a linear reads has a range of its own."""
+
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
 
 
@@ -115,12 +119,27 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
             raise ConfigurationError(f"recipe {recipe!r} lacks a precision; write {recipe}-w8a8 or {recipe}-w4a8")
         raise UnknownNameError("recipe", recipe, (f"{name}-w4a8" for name in RECIPES))
     name, precision = match["name"], Precision.parse(match["precision"])
-    base, _, rounding = name.rpartition("-")
-    if name not in RECIPES and rounding in ROUNDINGS and base in RECIPES:
-        return _rounded(RECIPES[base](precision, layers), rounding)
-    if name not in RECIPES:
+    if name in RECIPES:
+        return RECIPES[name](precision, layers)
+    method, _, last = name.rpartition("-")
+    method, rounding = (method, last) if last in ROUNDINGS else (name, None)
+    base, _, last = method.rpartition("-")
+    by_token = method not in RECIPES and last == DYNAMIC and base != DYNAMIC
+    base = base if by_token else method
+    if base not in RECIPES:
         raise UnknownNameError("recipe", name, RECIPES)
-    return RECIPES[name](precision, layers)
+    recipe = RECIPES[base](precision, layers)
+    if by_token:
+        recipe = _by_token(recipe)
+    return recipe if rounding is None else _rounded(recipe, rounding)
+
+
+def _by_token(recipe: Recipe) -> Recipe:
+    """The same recipe with a range for each token that a linear reads, found at run time."""
+    changed = ("quantize-linears", "reconstruct-blocks")
+    for name in dict.fromkeys(step.name for step in recipe.convert if step.name in changed):
+        recipe = recipe.with_options(name, activation_range=DYNAMIC)
+    return recipe
 
 
 def _rounded(recipe: Recipe, rounding: str) -> Recipe:

@@ -21,6 +21,7 @@ from torch import nn
 from fxquant.backend import Backend, resolve_backend
 from fxquant.devices import usable_device
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.folders import no_folder
 from fxquant.plan import PLAN_FILE, AttentionPlan, LayerPlan, Plan
 from fxquant.text import (
     block_numbers,
@@ -366,12 +367,15 @@ def checkpoint_folder(folder: str | Path) -> Path:
     Raises:
         CheckpointError: If there is no checkpoint, or more than one.
     """
+    from fxquant.pipelines import INDEX_FILE, parts_of
+
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
+        raise no_folder(folder)
     if (folder / PLAN_FILE).is_file():
         return folder
-    found = sorted(path.parent for path in folder.glob(f"*/{PLAN_FILE}"))
+    named = parts_of(folder) if (folder / INDEX_FILE).is_file() else [path.name for path in folder.glob("[!.]*")]
+    found = [folder / name for name in sorted(named) if (folder / name / PLAN_FILE).is_file()]
     if not found:
         raise CheckpointError(f"{folder} holds no {PLAN_FILE}: it is not what fxquant wrote, or not all of it")
     if len(found) > 1:

@@ -56,7 +56,7 @@ class Spread(Generic[T]):
 def some_samples(captured: CapturedGraph, leaves: Sequence[Any], most: int) -> tuple[list[Any], Tensor | None]:
     """The leaves of a call with at most so many of its samples, copied, and which these are; None without a batch."""
     batch = captured.call.batch_size(leaves)
-    chosen = torch.linspace(0, batch - 1, min(batch, most)).long() if batch > 0 else None
+    chosen = torch.linspace(0, batch - 1, min(batch, most), dtype=torch.float32).long() if batch > 0 else None
 
     def take(leaf: Any, spec: Any) -> Any:
         if isinstance(leaf, Tensor) and isinstance(spec, TensorSpec) and BATCH in spec.shape and chosen is not None:

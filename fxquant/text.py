@@ -12,8 +12,28 @@ from tabulate import tabulate
 WIDTH = 140
 """Columns of a page."""
 
+_CELL = 2000  # Characters of a cell of a table.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # Of a block, in the name of a layer.
 _NODE_NUMBER = re.compile(r"(?<![.\w])([a-z][a-z_]*?)_\d+(?![.\w])")  # Of a node of the graph, as in add_12.
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """Text without what a terminal would obey, such as escapes, and cut where a line of it is too long.
+
+    Names of layers and parts come from files, and files from strangers.
+
+    Args:
+        text: May have several lines.
+        longest: Characters of a line that are kept.
+    """
+    if longest is not None:
+        text = "\n".join(
+            line if len(line) <= longest else f"{line[:longest]}... ({len(line) - longest} more characters)"
+            for line in text.split("\n")
+        )
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def pattern_of(name: str) -> str:
@@ -68,7 +88,7 @@ def fitted(header: Sequence[str], rows: Sequence[Sequence[Any]], widths: dict[in
     kept = [i for i in range(len(header)) if any(str(row[i]) for row in rows)]
     limits = dict(widths)
     while True:
-        cells = [[_broken(str(row[i]), limits.get(i)) for i in kept] for row in rows]
+        cells = [[_broken(printable(str(row[i]), _CELL), limits.get(i)) for i in kept] for row in rows]
         align = ["right" if i in right else "left" for i in kept]
         text = tabulate(
             cells,
@@ -107,7 +127,7 @@ def _broken(text: str, width: int | None) -> str:
 
 def wrapped(text: str) -> list[str]:
     """Text as lines that fit the page, indented, further from the second on."""
-    first, *rest = _broken(text, WIDTH - 4).splitlines()
+    first, *rest = _broken(printable(text, _CELL), WIDTH - 4).splitlines()
     return [f"  {first}", *(f"    {line}" for line in rest)]
 
 

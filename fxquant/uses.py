@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import fx
 
 from fxquant.attention import find_attentions
-from fxquant.capture import LAYER
+from fxquant.capture import LAYER, LAYER_OPS
 from fxquant.errors import CalibrationError
 from fxquant.observers import Statistics
 from fxquant.plan import ActivationRange, LayerPlan, Plan
@@ -37,8 +37,12 @@ def unnumbered(name: str) -> str:
 
 def names_in(graph: fx.Graph) -> list[str]:
     """The names of the layers and attentions of a graph, one for each use."""
-    layers = [str(node.meta[LAYER]) for node in graph.nodes if LAYER in node.meta]
+    layers = [str(node.meta[LAYER]) for node in _layers(graph)]
     return [*layers, *(found.name for found in find_attentions(graph))]
+
+
+def _layers(graph: fx.Graph) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if LAYER in node.meta and node.target in LAYER_OPS)
 
 
 def keys_in(plan: Plan, graph: fx.Graph) -> Iterator[tuple[str, str]]:
@@ -104,9 +108,8 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
         if number > len(entries) or any(entry.ranges != entries[0].ranges for entry in entries):
             raise _refusal(base, number, len(entries), "and each use has ranges of its own")
     nodes: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if LAYER in node.meta:
-            nodes.setdefault(unnumbered(node.meta[LAYER]), []).append(node)
+    for node in _layers(graph):
+        nodes.setdefault(unnumbered(node.meta[LAYER]), []).append(node)
     for base, found in nodes.items():
         uses = layers.get(base, {})
         if len(uses) in (0, len(found)):

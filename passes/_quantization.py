@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant.capture import LAYER, stored_weight
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.evidence import evidence, moments
+from fxquant.ir.histories import made_from
 from fxquant.ir.rewriter import Rewriter
 from fxquant.plan import ActivationRange, LayerPlan, Plan
 from fxquant.quantizer import (
@@ -115,14 +116,17 @@ class AdaRound:
         """See :class:`Rounder`."""
         layer = plan.layer(name)
         assert layer.weight_bits is not None
-        return adaround(
-            values,
-            _moments(name, plan, "AdaRound"),
-            bits=layer.weight_bits,
-            group_size=layer.group_size,
-            symmetric=symmetric,
-            method=method.value,
-        )
+        try:
+            return adaround(
+                values,
+                _moments(name, plan, "AdaRound"),
+                bits=layer.weight_bits,
+                group_size=layer.group_size,
+                symmetric=symmetric,
+                method=method.value,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"layer {name}: {error}") from None
 
 
 def _moments(name: str, plan: Plan, method: str) -> Tensor:
@@ -138,6 +142,8 @@ def _moments(name: str, plan: Plan, method: str) -> Tensor:
 
 def _drop_used_moments(name: str, plan: Plan) -> None:
     """Free second moments that no layer needs any more: those of a whole model are as large as its weights."""
+    if len(plan.calls) > 1:  # A further graph may fold other factors into the weight, which is rounded anew then.
+        return
     key = plan.layer(name).observed
     readers = (other for other, layer in plan.layers.items() if layer.observed == key)
     if key and plan.statistics is not None and plan.statistics.transient and plan.codes.keys() >= set(readers):
@@ -174,7 +180,10 @@ def quantized_weight(
     require_finite(values, f"the weight of layer {name}")
     # Without values there is nothing to search; the shapes are those of any method.
     search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
-    if isinstance(values, FakeTensor) or (rounder is None and name not in plan.codes):
+    history = rewriter.history(weight)
+    # Codes of another graph are those of another fold of the weight, where the graphs do not share it.
+    own = plan.shared.is_rounded_here(name, history)
+    if isinstance(values, FakeTensor) or (rounder is None and not (own and name in plan.codes)):
         quantized = quantize_weight(
             values,
             bits=layer.weight_bits,
@@ -183,6 +192,9 @@ def quantized_weight(
             method=search.value,
             importance=None if search is RangeSearch.MINMAX else importance_of(name, plan, values.device),
         )
+    elif not own:
+        assert rounder is not None
+        quantized = rounder.quantize(name, values, plan, rewriter, method, symmetric)
     else:
         if name not in plan.codes:  # Neither learned before, nor rounded for another graph of the model.
             assert rounder is not None
@@ -192,10 +204,11 @@ def quantized_weight(
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
     owner = str(weight.target)
+    made = made_from("codes", history, str(layer.weight_bits), str(layer.group_size))
     codes = (
-        rewriter.constant(f"{owner}_packed", quantized.packed, [weight]),
-        rewriter.constant(f"{owner}_scale", quantized.scale, [weight]),
-        rewriter.constant(f"{owner}_zero_point", quantized.zero_point, [weight]),
+        rewriter.constant(f"{owner}_packed", quantized.packed, [weight], made),
+        rewriter.constant(f"{owner}_scale", quantized.scale, [weight], made),
+        rewriter.constant(f"{owner}_zero_point", quantized.zero_point, [weight], made),
     )
     rewriter.memo[key] = codes, layer.weight_sqnr_db
     if _reads_alone(node, weight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +23,16 @@ from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._seeds import is_target, parse_cost, parse_roles, seeds_to_transform
+from fxquant.passes._seeds import (
+    is_target,
+    parse_cost,
+    parse_roles,
+    parts_of,
+    seeds_to_transform,
+    seeds_undone_before,
+)
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Balance, Plan
+from fxquant.plan import Balance, LayerPlan, Plan
 from fxquant.quantizer import affine_parameters, fake_quantize, quantize_weight, require_finite
 
 
@@ -63,6 +71,9 @@ class BalanceChannels(Pass):
     ``spearman`` (SSC) by weights softmax over t of -rho_t, where rho_t is the Spearman correlation over channels of
     sX at timestep t with sW. Where the plan has a shift for the layer, sX is that of the shifted activation.
 
+    Linears of float activations are balanced too: rounding their weights errs least where no channel of the input is
+    salient (AWQ, arXiv 2306.00978).
+
     A layer is balanced only if something upstream can absorb ``1 / b`` at an allowed cost, so that the pass
     ``absorb-affines`` removes the multiplication again. Layers that read one value, and those whose factors meet in one
     producer, are decided together. Equal in real arithmetic.
@@ -100,6 +111,10 @@ class BalanceChannels(Pass):
             raise ConfigurationError(f"balance-channels: search {self.search} is no number of exponents, 2 or more")
         parse_cost(self.dearest)
 
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Those of all linears that it transforms: rounding weights alone needs it as much."""
+        return layer.kind == "linear" and layer.role in self.roles.split("+")
+
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
         seeds = seeds_to_transform(graph, plan, roles)
@@ -111,13 +126,16 @@ class BalanceChannels(Pass):
             if all(plan.layer(name).balance is None for names in layers for name in names):
                 weights = [[_weight(node, rewriter) for node in nodes] for nodes in targets]
                 self._decide(grants, layers, weights, plan)
-            for grant, names in zip(grants, layers, strict=True):
-                if names[0] in plan.vectors and not self._is_done(grant.seed):
-                    _balance(grant.seed, plan.vectors[names[0]], rewriter)
+            else:
+                _follow(layers, plan)
+        for seed in [*seeds, *seeds_undone_before(graph, plan, seeds)]:
+            for part in parts_of(seed, plan, roles):
+                if not self._is_done(part.readers):
+                    _balance(part.seed(seed), part.vector, rewriter)
 
-    def _is_done(self, seed: Seed) -> bool:
-        """Whether this pass has balanced the weights that read the value already."""
-        weights = [parameter_of(node_of(reader.args[1])) for reader in seed.readers]
+    def _is_done(self, readers: Sequence[fx.Node]) -> bool:
+        """Whether this pass has balanced the weights of these linears already."""
+        weights = [parameter_of(node_of(reader.args[1])) for reader in readers]
         origins = (origin for weight in weights for origin in weight.meta.get(PROVENANCE, ()))
         return any(origin.pass_name == self.name for origin in origins)
 
@@ -162,6 +180,23 @@ class BalanceChannels(Pass):
                 if grant.granted.any():
                     plan.vectors[name] = factors[start : start + channels].clone()
             start += channels
+
+
+def _follow(layers: Sequence[Sequence[str]], plan: Plan) -> None:
+    """Decide on layers that are in no earlier graph, but share factors with some that are: these are settled."""
+    for names in layers:
+        settled = next((name for name in names if plan.layer(name).balance is not None), None)
+        for name in names:
+            layer = plan.layer(name)
+            if layer.balance is not None:
+                continue
+            if settled is None:
+                reason = "channels that share its factors were settled for other calls of the model"
+                layer.balance = Balance(cost="not", group=name, reason=reason)
+                continue
+            layer.balance = copy.copy(plan.layer(settled).balance)
+            if settled in plan.vectors:
+                plan.vectors[name] = plan.vectors[settled].clone()
 
 
 def combine_timesteps(
@@ -232,12 +267,15 @@ def _error(layers: list[list[str]], weights: Sequence[Sequence[Tensor]], factors
         start += rows.shape[1]
         for name, weight in zip(names, own, strict=True):
             layer = plan.layer(name)
-            assert layer.weight_bits is not None and layer.activation_bits is not None
+            assert layer.weight_bits is not None
             x, w = rows.to(weight.device), weight.float()
             scaled = x / b.to(x.device)
-            grid = affine_parameters(scaled.min().double(), scaled.max().double(), layer.activation_bits)
             rounded = quantize_weight(w * b.to(w.device), bits=layer.weight_bits, group_size=layer.group_size)
-            actual = fake_quantize(scaled, *grid, layer.activation_bits) @ rounded.dequantize(torch.float32).T
+            coded = scaled
+            if layer.activation_bits is not None:
+                grid = affine_parameters(scaled.min().double(), scaled.max().double(), layer.activation_bits)
+                coded = fake_quantize(scaled, *grid, layer.activation_bits)
+            actual = coded @ rounded.dequantize(torch.float32).T
             expected = x @ w.T
             total += float((actual - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
     return total
@@ -255,4 +293,4 @@ def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, seed.value, balanced)
-        rewriter.fold(reader, 1, lambda w: w * b.to(w.device))  # In float64, as b is.
+        rewriter.fold(reader, 1, lambda w: w * b.to(w.device), by=("columns", b))  # In float64, as b is.

@@ -18,7 +18,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import parse_cost, parse_roles, seeds_to_transform, targets_of
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan, TimestepGroups
+from fxquant.plan import LayerPlan, Plan, TimestepGroups
 from fxquant.timesteps import boundaries_between, timestep_input, unfit
 
 
@@ -64,6 +64,10 @@ class GroupTimesteps(Pass):
         parse_cost(self.dearest)
         if self.groups < 0:
             raise ConfigurationError(f"{self.name}: {self.groups} groups of timesteps are not possible")
+
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Those of all linears that it transforms: rounding weights alone needs it as much."""
+        return layer.kind == "linear" and layer.role in self.roles.split("+")
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")

@@ -13,7 +13,7 @@ from fxquant.capture import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import LayerPlan, Plan
+from fxquant.plan import Plan
 from fxquant.timesteps import timestep_input
 
 _OBSERVE = torch.ops.fxquant.observe.default
@@ -40,8 +40,8 @@ class InsertObservers(Pass):
     their input, so the output keeps its bits.
 
     Attributes:
-        weight_only: Whether linears with quantized weights and float activations are observed too, as rounding by their
-            inputs needs it.
+        weight_only: Names of linears of float activations that are observed too, joined by ``;``: balancing and
+            rounding weights by their inputs needs it.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -49,15 +49,18 @@ class InsertObservers(Pass):
     requires: ClassVar[Stage] = Stage.CAPTURED
     establishes: ClassVar[Stage] = Stage.OBSERVED
 
-    weight_only: bool = False
+    weight_only: str = ""
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        weight_only = set(self.weight_only.split(";"))
         observers: dict[tuple[fx.Node, int], fx.Node] = {}
         keys: dict[fx.Node, str] = {}
         for node in list(graph.nodes):
-            if LAYER not in node.meta or not self._observes(plan.layer(node.meta[LAYER])):
+            if LAYER not in node.meta:
                 continue
             layer = plan.layer(node.meta[LAYER])
+            if layer.activation_bits is None and node.meta[LAYER] not in weight_only:
+                continue
             value, axis = node.args[0], 1 if layer.kind == "conv" else -1
             if _OBSERVE in (value.target, value.target is _TRANSPOSE and value.args[0].target):
                 continue  # Observed already, as it is or with its samples first.
@@ -104,10 +107,6 @@ class InsertObservers(Pass):
                 apart = call(_UNFLATTEN, seen, 2, [shape[1], shape[3]], name="apart")
                 new = call(_TRANSPOSE, apart, 1, 2, name="by_head")
         rewriter.redirect(operand.reader, value, new)
-
-    def _observes(self, layer: LayerPlan) -> bool:
-        by_weight = self.weight_only and layer.kind == "linear" and layer.weight_bits is not None
-        return layer.activation_bits is not None or by_weight
 
 
 def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, axis: int) -> fx.Node:

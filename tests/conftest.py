@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ from tests.tiny import make_dit, make_pipeline
 def tiny_dit() -> DiTTransformer2DModel:
     """A fresh DiT, small enough to compile in a second."""
     return make_dit()
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    """Sets the default dtype of torch until the test ends."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture

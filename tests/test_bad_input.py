@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -160,6 +161,81 @@ def test_calibration_of_one_model_in_two_threads(tiny_dit: DiTTransformer2DModel
 # --- values that are not finite ---
 
 
+class Packed(nn.Parameter):
+    """Bytes of a quantized weight, as bitsandbytes and GGUF keep them."""
+
+
+def packed() -> nn.Module:
+    model = make_dit()
+    weight = Packed(torch.zeros(16, 8, dtype=torch.uint8), requires_grad=False)
+    model.transformer_blocks[0].attn1.to_q.weight = weight
+    return model
+
+
+def wrapped() -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_dit()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def cast_by_layer() -> nn.Module:
+    model = make_dit().bfloat16()
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e5m2, compute_dtype=torch.bfloat16)
+    return model
+
+
+def partly_loaded() -> nn.Module:
+    model = make_dit()
+    model.transformer_blocks.to("meta")
+    return model
+
+
+def with_empty_buffer() -> nn.Module:
+    model = make_dit()
+    model.pos_embed.pos_embed = model.pos_embed.pos_embed.to("meta")
+    return model
+
+
+def lazy() -> nn.Module:
+    model = make_dit()
+    model.proj_out_2 = nn.LazyLinear(32)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            cast_by_layer,
+            ("'transformer_blocks.0.attn1.to_q.weight'", "stored as torch.float8_e5m2", "layerwise_casting"),
+        ),
+        (lambda: make_dit().to(torch.float8_e4m3fn), ("stored as torch.float8_e4m3fn", "load the float model")),
+        (wrapped, ("a Int8Tensor of torchao.quantization", "neither quantized nor distributed")),
+        (packed, ("'transformer_blocks.0.attn1.to_q.weight'", "a Packed of", "neither quantized")),
+        (lambda: make_dit().to("meta"), ("'pos_embed.proj.weight'", "on the meta device", "load the weights")),
+        (partly_loaded, ("'transformer_blocks.0.", "on the meta device")),
+        (with_empty_buffer, ("'pos_embed.pos_embed'", "on the meta device")),
+        (lazy, ("'proj_out_2.weight'", "without values", "load the weights")),
+    ],
+)
+def test_weights_that_are_no_plain_floats(make: Callable[[], nn.Module], said: tuple[str, ...]) -> None:
+    model, called = make(), []
+    with pytest.raises(ConfigurationError) as caught:
+        fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: called.append(1))
+    assert all(words in str(caught.value) for words in said), str(caught.value)
+    assert not called
+
+
+def test_parameters_of_integers_and_of_a_class_of_their_own_are_no_mistake(tiny_dit: DiTTransformer2DModel) -> None:
+    class Own(nn.Parameter):
+        pass
+
+    tiny_dit.positions = nn.Parameter(torch.arange(3), requires_grad=False)
+    tiny_dit.proj_out_1.bias = Own(tiny_dit.proj_out_1.bias.detach())
+    fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), measure=0)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_weight_that_is_not_finite(tiny_dit: DiTTransformer2DModel, value: float) -> None:
     with torch.no_grad():
@@ -274,6 +350,15 @@ def test_groups_that_do_not_divide_are_named_before_calibration_is_over(tiny_dit
     with refused(tiny_dit, ConfigurationError, "transformer_blocks.0.attn1.to_q", "48"):
         fxquant.compile(tiny_dit, recipe="single-step-w4a8-g48", calibrate=counted)
     assert calls == [900.0]  # The first call settles the layers.
+
+
+@pytest.mark.parametrize("layer", ["pos_embed.proj", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table"])
+def test_groups_where_there_are_none(quantized: GraphModel, tiny_dit: DiTTransformer2DModel, layer: str) -> None:
+    plan = copy.deepcopy(quantized.plan)
+    assert plan is not None
+    plan.layers[layer].weight_bits, plan.layers[layer].group_size = 4, 4
+    with refused(tiny_dit, ConfigurationError, layer, "groups of 4", "for linears alone", "group_size to 0"):
+        fxquant.compile(tiny_dit, plan=plan)
 
 
 # --- timesteps ---

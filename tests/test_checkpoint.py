@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -23,8 +24,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
-from fxquant import checkpoint, files
-from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant import files
+from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError, WriteError
 from fxquant.model import GraphModel
 from fxquant.plan import FORMAT
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -426,35 +427,58 @@ def test_overwrite_spares_what_is_no_checkpoint(quantized: GraphModel, tmp_path:
         fxquant.save(quantized, tmp_path / "work" / "thesis.tex", overwrite=True)
 
 
-@pytest.mark.parametrize("moment", ["writing", "replacing"])
+FULL = [OSError("no space left on device"), SafetensorError("IoError: no space left on device")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["system", "safetensors"])
 def test_a_failing_save_leaves_all_as_it_was(
-    quantized: GraphModel, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    quantized: GraphModel, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
     before = contents(folder)
-    if moment == "writing":
-
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError("no space left on device")
-
-        monkeypatch.setattr(files, "save_file", full)
-    else:
-        rename = Path.rename
-
-        def flaky(self: Path, target: Path) -> Path:
-            if self.name == "new":
-                raise OSError("no space left on device")
-            return rename(self, target)
-
-        monkeypatch.setattr(Path, "rename", flaky)
-    with pytest.raises(OSError, match="no space left"):
-        fxquant.save(quantized, folder, overwrite=True)
-    monkeypatch.undo()
+    monkeypatch.setattr(files, "save_file", full)
+    for target in (folder, folder.parent / "new"):
+        with pytest.raises(WriteError, match=f"{target} cannot be written: .*no space left on device"):
+            fxquant.save(quantized, target, overwrite=True)
     assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    with pytest.raises(OSError, match="no space left"):
-        monkeypatch.setattr(checkpoint, "_write", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-        fxquant.save(quantized, folder.parent / "new")
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_everybody_may_read_what_new_files_let_them_read(quantized: GraphModel, tmp_path: Path) -> None:
+    fxquant.save(quantized, tmp_path / "q")
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (*(tmp_path / "q").iterdir(), tmp_path / "plain")}
+    assert len(modes) == 1
+    quantized.plan.save(tmp_path / "plan")
+    assert {path.stat().st_mode for path in (tmp_path / "plan").iterdir()} == modes
+
+
+def test_a_float_model_of_others_is_not_replaced(quantized: GraphModel, saved: Path, tmp_path: Path) -> None:
+    """Transformers name their files as checkpoints do."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(CheckpointError, match=r"no plan\.json, so fxquant did not write it"):
+        fxquant.save(quantized, tmp_path, overwrite=True)
+    assert contents(tmp_path) == {"config.json": b"precious", "model.safetensors": b"precious"}
+
+
+def test_folders_and_links_of_our_names_are_not_replaced(quantized: GraphModel, folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"more than a checkpoint \(config\.json\)"):
+        fxquant.save(quantized, folder, overwrite=True)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"more than a checkpoint \(config\.json\)"):
+        fxquant.save(quantized, folder, overwrite=True)
+
+
+def test_what_an_interrupted_save_left_is_named(folder: Path) -> None:
+    aside = folder.rename(folder.parent / f".{folder.name}.replaced-0123abcd")
+    with pytest.raises(CheckpointError, match=f"a save was interrupted.* is in {aside}"):
+        fxquant.load(folder)
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:

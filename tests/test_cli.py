@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fxquant
+from fxquant import cli
 from fxquant.cli import app
+from fxquant.files import digest_of
 from fxquant.recipes import make_recipe
 from tests.tiny import make_pipeline
 
@@ -121,7 +127,8 @@ class TestQuantize:
         out = ("--out", tmp_path / "x")
         assert "there is no folder" in refused("quantize", tmp_path / "nowhere", *out)
         assert "exists" in refused("quantize", float_folder, "--out", quantized)
-        assert "is the float pipeline itself" in refused("quantize", float_folder, "--out", float_folder, "--overwrite")
+        assert "is what is read, or holds it" in refused("quantize", float_folder, "--out", float_folder, "--overwrite")
+        assert "is what is read, or holds it" in refused("quantize", float_folder, "--out", float_folder.parent)
         assert "unknown recipe 'magic'" in refused("quantize", float_folder, "--recipe", "magic-w4a8", *out)
         assert "unknown backend 'abacus'" in refused("quantize", float_folder, "--backend", "abacus", *out)
         assert "cannot be read" in refused("quantize", float_folder, "--prompts", tmp_path / "no.txt", *out)
@@ -159,13 +166,68 @@ class TestQuantize:
         message = refused("quantize", float_folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "x")
         assert "takes class labels, not prompts" in message
 
-    def test_overwrite(self, float_folder, tmp_path):
-        (tmp_path / "q").mkdir()
-        (tmp_path / "q" / "old").write_text("")
-        (tmp_path / "q" / "model_index.json").write_text("{}")
-        result = run("quantize", float_folder, "-r", "rtn-w8a8", "--out", tmp_path / "q", "--overwrite", *FAST)
+    def test_overwrite(self, float_folder, quantized, tmp_path):
+        target = shutil.copytree(quantized, tmp_path / "q")
+        (target / "notes.txt").write_text("")
+        options = ("--out", target, "--overwrite", "-r", "rtn-w8a8", *FAST)
+        assert "holds more than a pipeline (notes.txt)" in refused("quantize", float_folder, *options)
+        (target / "notes.txt").unlink()
+        result = run("quantize", float_folder, *options)
         assert result.exit_code == 0, result.output
-        assert not (tmp_path / "q" / "old").exists()
+        before, after = (json.loads((folder / "transformer/plan.json").read_text()) for folder in (quantized, target))
+        assert before["recipe"] != after["recipe"]
+        assert "is what is read" in refused("quantize", float_folder, "--out", float_folder.parent, "--overwrite")
+
+    def test_a_model_linked_from_elsewhere_is_not_replaced(self, float_folder, tmp_path):
+        shutil.copytree(float_folder, tmp_path / "real")
+        (tmp_path / "linked").mkdir()
+        for path in (tmp_path / "real").iterdir():
+            (tmp_path / "linked" / path.name).symlink_to(path)
+        message = refused("quantize", tmp_path / "linked", "--out", tmp_path / "real" / "transformer", "--overwrite")
+        assert "is what is read, or holds it" in message
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--out", "file"), "is a file"),
+            (("--out", "file/q"), "cannot be written: "),
+            (("--out", "x" * 300), "cannot be written: "),
+            (("--out", "q", "--dump-graphs", "file"), "cannot be written: "),
+            (("--out", "q", "--dump-graphs", "q/graphs"), "lies in --out"),
+            (("--out", "q", "--resume", "file/parts"), "cannot be written: "),
+            (("--out", "q", "--resume", "q"), "lies in --out"),
+            (("--out", "q", "--guidance", "nan"), "guidance nan is not a finite number"),
+            (("--out", "q", "--guidance", "inf"), "guidance inf is not a finite number"),
+            (("--out", "q", "--seed", 2**64), "does not fit 64 bits"),
+        ],
+    )
+    def test_places_and_numbers_are_looked_at_first(self, float_folder, tmp_path, monkeypatch, options, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("precious")
+        monkeypatch.setattr(fxquant, "compile", None)
+        assert message in refused("quantize", float_folder, *options)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_what_cannot_be_written_after_all_is_kept(self, float_folder, tmp_path, monkeypatch):
+        out, compiled = tmp_path / "out", fxquant.compile
+
+        def compile_meanwhile(*args, **options):
+            (out / "q").mkdir(parents=True)
+            (out / "q" / "theirs").write_text("precious")
+            return compiled(*args, **options)
+
+        monkeypatch.setattr(fxquant, "compile", compile_meanwhile)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        message = refused("quantize", float_folder, "-r", "rtn-w8a8", "--measure", 0, "--out", out / "q", *FAST)
+        assert f"{out / 'q'} exists" in message
+        kept = Path(re.search(r"The quantized pipeline is in (.*/q);", message)[1])
+        assert isinstance(fxquant.load_pipeline(kept).transformer, fxquant.model.GraphModel)
+        assert [path.name for path in (out / "q").iterdir()] == ["theirs"]
+
+    def test_names_that_look_like_markup(self, float_folder, tmp_path):
+        result = run("quantize", float_folder, "-r", "rtn-w8a8", "--measure", 0, "--out", tmp_path / "q[bold]", *FAST)
+        assert result.exit_code == 0, result.output
+        assert "q[bold]" in result.stderr.replace("\n", "")
 
     def test_ctrl_c_leaves_nothing(self, float_folder, tmp_path, monkeypatch):
         from diffusers import DDIMScheduler
@@ -204,14 +266,56 @@ class TestGenerate:
             (("--labels", "one"), "'one' is no class number"),
             (("--labels", "5-2"), "names no class"),
             (("--labels", "1000"), "label 1000 is out of range"),
+            (("--labels", "0-999999999"), "asks for 1000000000 images; at most 10000"),
+            (("--labels", "0-9999,0-9999"), "asks for 20000 images"),
+            (("--labels", "1", "--guidance", "nan"), "guidance nan is not a finite number"),
+            (("--labels", "1", "--seed", 2**64), "does not fit 64 bits"),
             (("--prompts", "a fox"), "takes class labels, not prompts"),
         ],
     )
     def test_mistakes(self, float_folder, tmp_path, arguments, message):
         assert message in refused("generate", float_folder, *arguments, "--out", tmp_path / "x.png")
 
-    def test_no_image_format(self, float_folder, tmp_path):
-        assert ".docx is no image format" in refused("generate", float_folder, "-l", 1, "--out", tmp_path / "x.docx")
+    @pytest.mark.parametrize(
+        ("out", "message"),
+        [
+            ("x.docx", ".docx is no image format"),
+            ("x.psd", ".psd holds no such images"),
+            ("x.xbm", ".xbm holds no such images"),
+            ("file/x.png", "cannot be written: "),
+            ("file/images", "cannot be written: "),
+            ("x" * 300 + "/x.png", "cannot be written: "),
+        ],
+    )
+    def test_no_image_can_be_there(self, tmp_path, out, message):
+        """Before anything is read."""
+        (tmp_path / "file").write_text("")
+        assert message in refused("generate", tmp_path / "nowhere", "-l", 1, "--out", tmp_path / out)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_images_that_cannot_be_written_are_kept(self, float_folder, tmp_path, monkeypatch):
+        replace = Path.replace
+
+        def full(path, target):
+            if target.name == "x.png":
+                raise OSError(28, "No space left on device")
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", full)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        options = ("-l", "1,2", "--steps", 1, "--out", tmp_path / "out" / "x.png")
+        message = refused("generate", float_folder, *options)
+        assert "x.png cannot be written: No space left on device" in message
+        assert list((tmp_path / "out").iterdir()) == []
+        kept = Path(re.search(r"The images are in (.*)", message)[1])
+        assert sorted(path.name for path in kept.iterdir()) == ["000.png", "001.png"]
+
+    def test_packages_must_be_allowed(self, quantized, tmp_path):
+        target = shutil.copytree(quantized, tmp_path / "q")
+        (target / "transformer" / "plan.json").rename(target / "transformer" / "package.json")
+        options = ("-l", "1", "--steps", 1, "--out", tmp_path / "x.png")
+        assert "--allow-packages" in refused("generate", target, *options)
+        assert "package.json" in refused("generate", target, *options, "--allow-packages")  # It is read, and is none.
 
 
 class TestReport:
@@ -237,6 +341,35 @@ class TestReport:
     def test_debug_shows_the_traceback(self, tmp_path):
         result = run("report", tmp_path, "--debug")
         assert isinstance(result.exception, fxquant.FxquantError)
+
+
+class TestNamesFromFiles:
+    """What a stranger wrote into a plan reaches no terminal as it is."""
+
+    @staticmethod
+    def renamed(folder, name):
+        path = folder / "transformer" / "plan.json"
+        data = json.loads(path.read_text())
+        data["layers"][name] = data["layers"].pop("transformer_blocks.0.attn1.to_q")
+        data.pop("digest")
+        path.write_text(json.dumps(data | {"digest": digest_of(data)}, indent=1) + "\n")
+
+    @pytest.mark.parametrize("name", ["a\x1b[2J\x9b1mb", "x" * 10**7, "a\u202eb"], ids=["escapes", "long", "backwards"])
+    def test_of_layers(self, quantized, tmp_path, name):
+        target = shutil.copytree(quantized, tmp_path / "q")
+        self.renamed(target, name)
+        for command in (("report", target), ("report", target, "--all"), ("generate", target, "-l", 1, "-o", "x.png")):
+            result = run(*command)
+            printed = result.stdout + result.stderr
+            assert len(printed) < 100_000
+            assert printed.replace("\n", "").isprintable()
+
+    def test_of_warnings_and_tables(self, capsys):
+        cli._show_warning(UserWarning("a\x1b[2Jb"))
+        cli._print_plain("a\x1b]0;title\x07b" + "y" * 10_000)
+        printed = "".join(capsys.readouterr())
+        assert printed.replace("\n", "").isprintable()
+        assert "more characters" in printed
 
 
 class TestProfile:

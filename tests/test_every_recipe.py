@@ -17,6 +17,7 @@ from tests.tiny import calibrate, inputs, make_dit, run
 PRECISIONS = ("w8a8", "w4a8-g8")
 NAMES = [f"{name}-{bits}" for name in RECIPES for bits in PRECISIONS]
 NAMES += [f"ptq4dit-{rounding}-w4a8-g8" for rounding in ROUNDINGS]  # Other weights, no other graph.
+NAMES += ["ptq4dit-dynamic-gptq-w4a8-g8", "htg-w4a16-g8"]
 
 every_recipe = pytest.mark.parametrize("recipe", NAMES)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxquant import capture
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
+from fxquant.errors import CaptureError
 from fxquant.functionalize import functionalize, writes
 from tests.support import golden, text
 
@@ -120,7 +121,25 @@ def transposed_in_place(x: Tensor, timestep: Tensor) -> Tensor:
     return y @ y.transpose(1, 2)
 
 
-@pytest.mark.parametrize("body", [reshaped, transposed_in_place], ids=lambda body: body.__name__)
+def each_of_a_list(x: Tensor, timestep: Tensor) -> Tensor:
+    """One op writes into several tensors, through a view of one."""
+    y, z = x * 2, torch.zeros_like(x)
+    torch._foreach_add_([y[:, :2], z], 1.0)
+    torch._foreach_copy_([z], [y])
+    torch._foreach_mul_([y, z], [z, x])
+    return y - z
+
+
+def into_a_given_result(x: Tensor, timestep: Tensor) -> Tensor:
+    """The tensor that is written into is no first argument."""
+    y = torch.empty_like(x)
+    torch.add(x, 1, out=y)
+    return y
+
+
+@pytest.mark.parametrize(
+    "body", [reshaped, transposed_in_place, each_of_a_list, into_a_given_result], ids=lambda body: body.__name__
+)
 def test_what_it_cannot_do_is_left_to_torch(body: Body, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[bool] = []
     monkeypatch.setattr(capture, "functionalize", lambda *a: done.append(functionalize(*a)) or done[-1])
@@ -129,6 +148,21 @@ def test_what_it_cannot_do_is_left_to_torch(body: Body, monkeypatch: pytest.Monk
     assert done == [False]
     x, timestep = torch.randn(5, 3, 4), torch.arange(5.0)
     assert torch.equal(found.module(x, timestep)[0], model(x, timestep))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, timestep: torch._foreach_mul_([x, x], 2.0) or x,
+        lambda x, timestep: torch._foreach_mul_([x[:, :2], x[..., 1:]], 2.0) or x,
+        lambda x, timestep: torch._foreach_copy_([x, x[0]], [x * 2, x[1] + 1]) or x,
+    ],
+)
+def test_a_list_of_parts_of_one_tensor_is_refused(body: Body) -> None:
+    """PyTorch itself would lose all writes but one."""
+    model = Writes(body).eval().requires_grad_(False)
+    with pytest.raises(CaptureError, match=r"aten::_foreach_\w+_ in .*two share memory.*in a loop"):
+        captured(model)
 
 
 def test_before_and_after() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from fxquant.errors import CalibrationError
-from fxquant.moments import ROWS_PER_CALL, SecondMoments
+from fxquant.moments import ROWS_PER_CALL, SecondMoments, within_float32
 from fxquant.observers import ChannelStatistics, Statistics
 
 
@@ -98,3 +100,53 @@ def test_sealed_they_take_half_the_room_and_stay_what_they_were(channels):
     assert ((moments.matrix - before).abs() <= 2**-11 * root * root[:, None] * (1 + 1e-6)).all()
     assert torch.equal(moments.matrix, moments.matrix.T)
     torch.testing.assert_close(moments.matrix.diagonal(), before.diagonal(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("largest", [1e18, 1e30, 3e38])
+def test_squares_that_float32_does_not_hold(largest, tmp_path):
+    """One row of a finite model is huge: moments stay finite and right, merged, sealed and stored as well."""
+    ordinary, huge = rows(64, 1), torch.full((4, 6), largest)
+    huge[:, 3:] = 1.0
+    first, second = Statistics(seed=1), Statistics(seed=2)
+    for statistics, parts in ((first, [ordinary[:32], huge]), (second, [ordinary[32:]])):
+        statistics.wants_moments = {"a"}.__contains__
+        for part in parts:
+            statistics.record("a", part[None], torch.tensor([3.0]))
+    x = torch.cat([ordinary, huge]).double()
+    exact = x.T @ x / len(x)
+
+    def right(moments):
+        return torch.allclose(moments, exact, rtol=1e-3, atol=0.0)
+
+    both, turned = (copy.deepcopy(one) for one in (first, second))
+    both.merge(second)
+    turned.merge(first)
+    assert right(both["a"].moments.of())
+    assert right(turned["a"].moments.of())
+    both.save(tmp_path / "s")
+    assert torch.equal(Statistics.load(tmp_path / "s")["a"].moments.of(), both["a"].moments.of())
+    both.seal()
+    torch.testing.assert_close(both["a"].moments.of().diagonal(), exact.diagonal(), rtol=1e-3, atol=0.0)
+
+
+def test_ordinary_moments_are_summed_as_they_are():
+    moments = SecondMoments(6)
+    moments.add(rows(20) * 1e9, 1.0)
+    assert moments.unit == 1
+    assert "moment_unit" not in dict(moments.tensors())
+    matrix = moments.of()
+    assert within_float32(matrix) is matrix or float(within_float32(matrix).max()) <= 1
+
+
+def test_the_default_dtype_does_not_matter(default_dtype):
+    def made():
+        moments = SecondMoments(6)
+        moments.add(rows(20), 1.0)
+        return moments.matrix
+
+    expected = made()
+    x = rows(20)
+    default_dtype(torch.bfloat16)
+    moments = SecondMoments(6)
+    moments.add(x, 1.0)
+    assert torch.equal(moments.matrix, expected)

@@ -172,6 +172,21 @@ def test_any_real_dtype_is_kept_as_float32(dtype):
     assert_rows_come_from(got.rows(), x.reshape(-1, 5))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_does_not_matter(default, default_dtype, tmp_path):
+    x = values(2, 6, 5) * 20 + 91555.015625  # No number of float16, and not this one of bfloat16.
+    expected, statistics = recorded([(x, 1)]), Statistics()
+    default_dtype(default)
+    got = recorded([(x, 1)])
+    assert_same(got, expected)
+    assert got.minimum.dtype == got.maximum.dtype == got.rows().dtype == torch.float32
+    assert ChannelStatistics("key").minimum.dtype == torch.float32
+    statistics.wants_moments = {"key"}.__contains__
+    statistics.record("key", x, torch.tensor(1))
+    statistics.save(tmp_path / "s")
+    assert torch.equal(Statistics.load(tmp_path / "s")["key"].maximum, expected.maximum)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("moments", [[3, 3], [3, 4]])
 def test_values_on_a_gpu(moments):

@@ -22,7 +22,7 @@ from fxquant import files
 from fxquant.backends.native import Native
 from fxquant.cli import app
 from fxquant.errors import BackendError, CaptureError, CheckpointError, CompilerError, ConfigurationError
-from fxquant.export import lifted
+from fxquant.export import export_folder, lifted
 from fxquant.model import GraphModel
 from fxquant.packages import PackagedModel, signature_from_json, signature_to_json
 from fxquant.pipelines import generate, load_pipeline, save_pipeline
@@ -139,7 +139,7 @@ def test_inputs_may_lie_in_memory_as_they_like(made: dict[str, Made], backend: s
 
 def test_a_pipeline_takes_it(pipeline: Made) -> None:
     quantized, folder = pipeline
-    expected, actual = make_pipeline(quantized), load_pipeline(folder)
+    expected, actual = make_pipeline(quantized), load_pipeline(folder, trust_packages=True)
     assert isinstance(actual.transformer, PackagedModel)
     actual.set_progress_bar_config(disable=True)
     images = [generate(pipe, labels=[1, 2], steps=2) for pipe in (expected, actual)]
@@ -199,6 +199,19 @@ def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError):
             save()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_does_not_leave_it_out(several: Made, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not saved but copied"):
+        make_pipeline(fxquant.load_package(several[1])).save_pretrained(tmp_path)
+
+
+def test_what_is_read_is_not_replaced(several: Made, tmp_path: Path) -> None:
+    quantized, _ = several
+    save_pipeline(make_pipeline(quantized), tmp_path / "a" / "q")
+    for target, said in (("a/q", "is what is read"), ("a", "or holds it"), ("a/q/compiled", "outside of it")):
+        with pytest.raises(ConfigurationError, match=said):
+            export_folder(tmp_path / "a" / "q", tmp_path / target, overwrite=True)
 
 
 def damage(path: Path) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    DiTPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import nn
 
 import fxquant
@@ -91,14 +98,35 @@ class TestSaveAndLoad:
             save_pipeline(pipe, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
-    def test_overwrite_replaces_it(self, pipe, tmp_path):
-        target = tmp_path / "target"
-        target.mkdir()
-        (target / "old").write_text("")
-        (target / "model_index.json").write_text("{}")
+    def test_overwrite_replaces_it(self, pipe, folder, tmp_path):
+        target = shutil.copytree(folder, tmp_path / "target")
+        (target / "vae" / "config.json").write_text("{}")
         save_pipeline(pipe, target, overwrite=True)
-        assert not (target / "old").exists()
+        assert (target / "vae" / "config.json").read_bytes() == (folder / "vae" / "config.json").read_bytes()
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+    @pytest.mark.parametrize(
+        "name",
+        ["README.md", ".git/HEAD", "float/model_index.json", "vae/notes.md", "transformer/thesis.json", "vae/x/y"],
+    )
+    def test_what_else_lies_in_it_is_never_deleted(self, pipe, folder, tmp_path, name):
+        target = shutil.copytree(folder, tmp_path / "target")
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("precious")
+        with pytest.raises(CheckpointError, match=r"holds more than a pipeline \((README|\.git|float|vae/|tran)"):
+            save_pipeline(pipe, target, overwrite=True)
+        assert (target / name).read_text() == "precious"
+
+    def test_a_float_pipeline_is_never_replaced(self, pipe, tiny_pipeline, tmp_path):
+        tiny_pipeline.save_pretrained(tmp_path / "float")
+        with pytest.raises(CheckpointError, match="of which no part is quantized"):
+            save_pipeline(pipe, tmp_path / "float", overwrite=True)
+        assert (tmp_path / "float" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+    def test_everybody_may_read_it(self, folder, tmp_path):
+        (tmp_path / "plain").touch()
+        modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+        assert modes == {(tmp_path / "plain").stat().st_mode}
 
     def test_what_is_no_pipeline_is_never_replaced(self, pipe, tmp_path):
         (tmp_path / "mine").write_text("precious")
@@ -106,27 +134,9 @@ class TestSaveAndLoad:
             save_pipeline(pipe, tmp_path, overwrite=True)
         assert (tmp_path / "mine").read_text() == "precious"
 
-    def test_a_failed_rename_puts_the_old_one_back(self, pipe, tmp_path, monkeypatch):
-        target = tmp_path / "target"
-        target.mkdir()
-        (target / "model_index.json").write_text("{}")
-        rename = Path.rename
-
-        def interrupted(path, other):
-            if path.name == "new":
-                raise KeyboardInterrupt
-            return rename(path, other)
-
-        monkeypatch.setattr(Path, "rename", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            save_pipeline(pipe, target, overwrite=True)
-        assert (target / "model_index.json").read_text() == "{}"
-
-    def test_a_failure_leaves_the_old_folder(self, pipe, tmp_path, monkeypatch):
-        target = tmp_path / "target"
-        target.mkdir()
-        (target / "old").write_text("")
-        (target / "model_index.json").write_text("{}")
+    def test_a_failure_leaves_the_old_folder(self, pipe, folder, tmp_path, monkeypatch):
+        target = shutil.copytree(folder, tmp_path / "target")
+        (target / "vae" / "config.json").write_text("old")
 
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
@@ -135,7 +145,24 @@ class TestSaveAndLoad:
         with pytest.raises(KeyboardInterrupt):
             save_pipeline(pipe, target, overwrite=True)
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
-        assert (target / "old").exists()
+        assert (target / "vae" / "config.json").read_text() == "old"
+
+    def test_a_part_that_could_not_be_read_back_is_refused(self, pipe, tmp_path, monkeypatch):
+        class Own(nn.Module):
+            def save_pretrained(self, folder):
+                raise AssertionError("too late")
+
+        vae, skeleton = pipe.vae, pipe.transformer.architecture.skeleton
+        pipe.register_modules(vae=Own())
+        try:
+            with pytest.raises(ConfigurationError, match=r"part 'vae' of the pipeline is a Own.*fxquant\.save"):
+                save_pipeline(pipe, tmp_path / "own")
+        finally:
+            pipe.register_modules(vae=vae)
+        monkeypatch.setattr(skeleton, "__class__", type("Own", (type(skeleton),), {"__module__": "own"}))
+        with pytest.raises(ConfigurationError, match="part 'transformer' of the pipeline is a Own from own"):
+            save_pipeline(pipe, tmp_path / "own")
+        assert not list(tmp_path.iterdir())
 
     def test_a_float_pipeline_is_refused(self, tiny_pipeline, tmp_path):
         with pytest.raises(ConfigurationError, match="no part of this DiTPipeline is quantized"):
@@ -146,8 +173,9 @@ class TestSaveAndLoad:
         [
             (None, "there is no folder"),
             ("empty", r"no pipeline, for it has no model_index\.json"),
-            ("transformer", r"one model; fxquant\.load reads it"),
-            ("broken", "diffusers cannot read"),
+            ("transformer", r"one quantized model, which fxquant\.load reads"),
+            ("vae", r"one float model, which its class reads with from_pretrained"),
+            ("broken", r"model_index\.json cannot be read"),
         ],
     )
     def test_what_is_no_pipeline(self, folder, tmp_path, made, message):
@@ -161,6 +189,104 @@ class TestSaveAndLoad:
                 (source / "model_index.json").write_text("{")
         with pytest.raises(CheckpointError, match=message):
             load_pipeline(source)
+
+
+class TestParts:
+    def test_parts_that_the_index_does_not_name_are_ignored(self, folder, tmp_path):
+        target = shutil.copytree(folder, tmp_path / "target")
+        for name in ("evil", "evil_too"):
+            (target / name).mkdir()
+        (target / "evil" / "package.json").write_text("{}")
+        (target / "evil_too" / "plan.json").write_text("{}")
+        assert isinstance(load_pipeline(target).transformer, GraphModel)
+
+    @pytest.mark.parametrize("name", ["../evil", "..", "a/b", "/evil"])
+    def test_parts_outside_of_the_folder_are_none(self, tmp_path, name):
+        (tmp_path / "model_index.json").write_text(json.dumps({name: ["diffusers", "X"], "vae": ["diffusers", "X"]}))
+        assert pipelines.parts_of(tmp_path) == ["vae"]
+
+    def test_packages_load_only_when_trusted(self, folder, tmp_path, monkeypatch):
+        target = shutil.copytree(folder, tmp_path / "target")
+        (target / "transformer" / "plan.json").rename(target / "transformer" / "package.json")
+        loaded = []
+        monkeypatch.setattr(pipelines, "load_package", loaded.append)
+        with pytest.raises(CheckpointError, match=r"transformer is a package, a program.*trust_packages=True"):
+            load_pipeline(target)
+        assert not loaded
+        with pytest.raises(AttributeError):  # What the stand-in above returns is no model.
+            load_pipeline(target, trust_packages=True)
+        assert loaded == [target / "transformer"]
+
+    def test_a_part_that_is_given_is_not_read(self, pipe, folder, tmp_path):
+        target = shutil.copytree(folder, tmp_path / "target")
+        (target / "transformer" / "plan.json").write_text("damaged")
+        given = make_dit()
+        assert load_pipeline(target, transformer=given).transformer is given
+
+    def test_a_compiled_part_is_saved_as_it_is_without(self, pipe, folder, tmp_path):
+        wrapped = make_pipeline(pipe.transformer)
+        wrapped.transformer = torch.compile(pipe.transformer)
+        save_pipeline(wrapped, tmp_path / "q")
+        for name in ("model_index.json", "transformer/plan.json", "transformer/model.safetensors"):
+            assert (tmp_path / "q" / name).read_bytes() == (folder / name).read_bytes()
+
+    @pytest.mark.parametrize("second", [None, "float", "quantized"])
+    def test_optional_parts_and_a_second_transformer(self, tmp_path, second):
+        """The transformers of ``WanPipeline`` are optional parts, which diffusers may read although they are given."""
+        first, other = quantized_wan(), None if second is None else make_wan() if second == "float" else quantized_wan()
+        vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        save_pipeline(WanPipeline(None, None, vae, UniPCMultistepScheduler(), first, other), tmp_path / "q")
+        loaded = load_pipeline(tmp_path / "q")
+        assert isinstance(loaded, WanPipeline)
+        assert loaded.text_encoder is None
+        assert torch.equal(run_wan(loaded.transformer), run_wan(first))
+        assert type(loaded.transformer_2) is type(other)
+        assert other is None or torch.equal(run_wan(loaded.transformer_2), run_wan(other))
+
+
+def make_wan():
+    """A Wan transformer for clips of 2 x 4 x 4 latents."""
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=1,
+        rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+def quantized_wan():
+    model = make_wan()
+    return fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: run_wan(model), measure=0)
+
+
+@torch.no_grad()
+def run_wan(model):
+    generator = torch.Generator().manual_seed(0)
+    clip, text = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.randn(1, 8, 32, generator=generator)
+    return model(hidden_states=clip, timestep=torch.tensor([500]), encoder_hidden_states=text).sample
+
+
+class TestSavePretrained:
+    """What pipelines do themselves, for which diffusers knows our class."""
+
+    def test_the_transformer_is_in_it(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["transformer"] == ["fxquant.model", "GraphModel"]
+        for loaded in (load_pipeline(tmp_path), DiTPipeline.from_pretrained(tmp_path)):
+            loaded.set_progress_bar_config(disable=True)
+            assert np.array_equal(*(pixels(generate(p, labels=[5], steps=2)) for p in (pipe, loaded)))
+        save_pipeline(load_pipeline(tmp_path), tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "model_index.json").read_text())["transformer"][0] == "diffusers"
+
+    def test_another_dtype_is_refused(self, folder):
+        assert GraphModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).dtype == torch.float32
+        with pytest.raises(ConfigurationError, match=r"was quantized in torch\.float32"):
+            GraphModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+
+    def test_a_float_transformer_is_not_replaced(self, pipe, tiny_pipeline, tmp_path):
+        tiny_pipeline.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="more than a checkpoint"):
+            pipe.save_pretrained(tmp_path)
 
 
 class TestCalibrationCall:

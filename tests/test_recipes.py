@@ -6,7 +6,7 @@ import pytest
 
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.passes._quantization import InputRange, RangeSearch, Rounding
-from fxquant.recipes import RECIPES, ROUNDINGS, Recipe, make_recipe
+from fxquant.recipes import DYNAMIC, RECIPES, ROUNDINGS, Recipe, make_recipe
 
 
 def step(recipe: Recipe, name: str) -> object:
@@ -19,6 +19,27 @@ def step(recipe: Recipe, name: str) -> object:
 def test_every_name_with_every_rounding_parses_back_from_its_text(name: str, rounding: str) -> None:
     made = make_recipe(f"{name}{rounding}-w4a8-g16")
     assert Recipe.parse(str(made)) == made
+
+
+@pytest.mark.parametrize("rounding", ["", *(f"-{rounding}" for rounding in ROUNDINGS)])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != DYNAMIC])
+def test_ranges_of_tokens_are_a_choice_of_every_recipe(name: str, rounding: str) -> None:
+    made, plain = make_recipe(f"{name}-dynamic{rounding}-w4a8"), make_recipe(f"{name}{rounding}-w4a8")
+    assert Recipe.parse(str(made)) == made
+    assert step(made, "quantize-linears").activation_range is InputRange.DYNAMIC
+    learned = [one for one in made.convert if one.name == "reconstruct-blocks"]
+    assert all(one.activation_range is InputRange.DYNAMIC for one in learned)
+    changed = plain.with_options("quantize-linears", activation_range="dynamic")
+    if learned:
+        changed = changed.with_options("reconstruct-blocks", activation_range="dynamic")
+    assert made == changed
+    assert step(made, "quantize-convolutions") == step(plain, "quantize-convolutions")
+
+
+@pytest.mark.parametrize("name", ["ptq4dit-gptq-dynamic", "dynamic-dynamic", "ptq4dit-dynamic-dynamic", "-dynamic"])
+def test_names_in_another_order(name: str) -> None:
+    with pytest.raises(UnknownNameError):
+        make_recipe(f"{name}-w4a8")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -87,8 +87,15 @@ def test_a_call_that_uses_it_less_often_takes_a_range_that_covers_all(recipe: st
     assert error(quantized, model, **SMALL) < bound
 
 
-@pytest.mark.parametrize("kinds", [(SMALL, {}), ({}, SMALL), (BOTH, SMALL, {})])
-@pytest.mark.parametrize("recipe", ["rtn-w8a8", "ptq4dit-gptq-w8a8", "htg-w8a8"])
+@pytest.mark.parametrize(
+    ("recipe", "kinds"),
+    [
+        ("rtn-w8a8", ({}, SMALL)),
+        ("rtn-w8a8", (BOTH, SMALL, {})),
+        ("ptq4dit-gptq-w8a8", (SMALL, {})),
+        ("htg-w8a8", (SMALL, {})),
+    ],
+)
 def test_calls_of_several_numbers_share_one_range(
     kinds: tuple[dict[str, float], ...], recipe: str, tmp_path: Path
 ) -> None:

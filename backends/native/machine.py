@@ -25,7 +25,7 @@ def sums_exactly() -> bool:
     weight = torch.ops.onednn.qlinear_prepack(torch.full((32, 64), 127, dtype=torch.int8), None)
     offsets = torch.zeros(32, dtype=torch.int64)
     product = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, weight, torch.ones(32), offsets, None, 1.0, 0, torch.float32, "none", [], ""
+        codes, 1.0, 0, weight, torch.ones(32, dtype=torch.float32), offsets, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return bool((product == 64 * 255 * 127).all())
 

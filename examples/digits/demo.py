@@ -38,7 +38,7 @@ METHODS = {"w8a8": PLAIN, "w4a8": (*PLAIN, "ptq4dit-gptq")}
 
 EVERY_METHOD = (
     *("rtn", "dynamic", "single-step", "smoothquant", "smoothquant-search", "repq", "q-diffusion"),
-    *("htg", "ptq4dit", "ptq4dit-gptq"),
+    *("htg", "ptq4dit", "ptq4dit-dynamic", "ptq4dit-gptq", "ptq4dit-dynamic-gptq"),
 )
 """What ``--all`` compares, in twice the time."""
 

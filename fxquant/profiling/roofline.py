@@ -81,7 +81,7 @@ def int8_product(rows: int, inputs: int, outputs: int, device: torch.device) -> 
             return None
         codes = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        scale, offsets = torch.full((outputs,), 1e-3), torch.zeros(outputs, dtype=torch.int64)
+        scale, offsets = torch.full((outputs,), 1e-3, dtype=torch.float32), torch.zeros(outputs, dtype=torch.int64)
         # Results in bfloat16 write half as much; without AVX-512 oneDNN makes them in a loop hundreds of times slower.
         wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "ONEDNN_MAX_CPU_ISA" not in os.environ
         rest: tuple[Any, ...] = (None, 1.0, 0, torch.bfloat16 if wide else torch.float32, "none", [], "")
@@ -112,7 +112,7 @@ def _best(
 
 
 def _copy_rate(device: torch.device) -> float:
-    source = torch.zeros(_BYTES // 4, device=device)
+    source = torch.zeros(_BYTES // 4, dtype=torch.float32, device=device)
     target: Tensor = torch.empty_like(source)
     return 2e-9 * _BYTES / _shortest(lambda: target.copy_(source), device)
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fxquant.files import share
 from fxquant.quantizer import QuantizedWeight
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Store:
         }
         unfinished = path.with_suffix(".part")
         save_file(tensors, unfinished, metadata={_KEY: json.dumps(header)})
+        share(unfinished)
         os.replace(unfinished, path)
 
     def _path(self, name: str) -> Path | None:

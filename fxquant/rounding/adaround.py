@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.moments import within_float32
 from fxquant.quantizer import QuantizedWeight, RangeMethod, weight_grid
 from fxquant.rounding.soft import Hardening, SoftWeight
 
@@ -54,7 +55,7 @@ def adaround(
         )
     if not torch.isfinite(moments).all():
         raise NonFiniteError("the second moments of a layer's input hold NaN or infinity")
-    exact, together = weight.detach().to(torch.float32), moments.to(weight.device, torch.float32)
+    exact, together = weight.detach().to(torch.float32), within_float32(moments).to(weight.device, torch.float32)
     scale, zero_point = weight_grid(
         exact,
         bits=bits,

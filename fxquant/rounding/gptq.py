@@ -17,6 +17,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.moments import within_float32
 from fxquant.quantizer import QuantizedWeight, RangeMethod, group_count, weight_grid
 
 _BLOCK = 128  # Columns whose errors are carried over to all later ones at once.
@@ -50,6 +51,7 @@ class ErrorFeedback:
         Raises:
             NonFiniteError: The moments hold NaN or infinity, or no damping makes them positive definite.
         """
+        moments = within_float32(moments)
         squares = moments.diagonal().to(torch.float32).clone()
         order = squares.argsort(descending=True, stable=True) if activation_order else torch.arange(len(squares))
         backwards = order.cpu().numpy()[::-1]

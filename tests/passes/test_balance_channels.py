@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.passes.balance_channels import (
     BalanceChannels,
@@ -16,6 +19,7 @@ from fxquant.passes.balance_channels import (
 )
 from fxquant.pipeline import Pipeline
 from fxquant.plan import Balance, Plan
+from tests import tiny
 from tests.passes.models import AdaLN, adaln, planned, seen
 from tests.support import captured, rewritten
 
@@ -53,12 +57,62 @@ def test_columns_are_multiplied_by_what_the_channels_are_divided_by() -> None:
     assert torch.equal(module.get_parameter("q.balance"), 1 / FACTORS)
 
 
-def test_layers_with_float_activations_or_of_other_roles_stay() -> None:
-    for plan in (decided(q=("linear", [4, 4], 8, None, 0)), decided()):
-        if plan.layers["q"].activation_bits:
+def test_layers_with_float_weights_or_of_other_roles_stay() -> None:
+    for plan in (decided(q=("linear", [4, 4], None, None, 0)), decided()):
+        if plan.layers["q"].weight_bits:
             plan.layers["q"].role = "final"
         before, after = rewritten(AdaLN(), "balance-channels", plan, **adaln())
         assert after == before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_with_float_activations_are_balanced_as_others(bits: int) -> None:
+    _, expected = rewritten(AdaLN(), "balance-channels", decided(), **adaln())
+    _, after = rewritten(AdaLN(), "balance-channels", decided(q=("linear", [4, 4], bits, None, 0)), **adaln())
+    assert after == expected
+
+
+def test_a_plan_that_says_nothing_of_layers_with_float_activations_leaves_them() -> None:
+    plan = planned(q=("linear", [4, 4], 4, None, 0), time=TIME)  # One that is older than their balancing.
+    text = "group-timesteps,shift-channels,balance-channels"
+    before, after = rewritten(AdaLN(), text, plan, **adaln())
+    assert after == before
+
+
+def salient() -> nn.Module:
+    """A DiT with salient channels before its feed-forward layers."""
+    model = tiny.make_dit().double()
+    with torch.no_grad():
+        model.transformer_blocks[0].norm1.linear.bias.view(6, -1)[4, :2] = 40  # The factor behind the second norm.
+        model.transformer_blocks[0].ff.net[0].proj.weight[:, :2] /= 40
+    return model
+
+
+def double(**call: Tensor) -> dict[str, Tensor]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in call.items()}
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_weights_alone_are_balanced_exactly_and_rounded_better(rounding: str, tmp_path: Path) -> None:
+    model, steps = salient(), enumerate(tiny.STEPS)
+    calls = [double(**tiny.inputs(2, step, seed=seed)) for seed, step in steps]
+    balance, end = "balance-channels,absorb-affines", f"quantize-linears{{rounding={rounding}}}"
+    errors = {}
+    for middle in (balance, f"{balance},{end}", end):
+        recipe = fxquant.Recipe.parse(f"remove-no-ops,assign-precision{{precision=w4a16}} ; {middle}")
+        made = fxquant.compile(model, recipe=recipe, calibrate=lambda: [model(**call) for call in calls], measure=0)
+        pairs = [(made(**call).sample, model(**call).sample.detach()) for call in calls]
+        errors[middle] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        if middle == balance:
+            balances = [layer.balance for layer in made.plan.layers.values() if layer.role == "block"]
+            assert all(found is not None for found in balances)
+            assert sum(found.cost == "free" for found in balances) == 5
+        elif balance in middle:
+            fxquant.save(made, tmp_path / "q")
+            assert torch.equal(fxquant.load(tmp_path / "q")(**calls[0]).sample, pairs[0][0])
+    exact, balanced, plain = errors.values()
+    assert exact < 1e-12
+    assert balanced < plain / 2
 
 
 class Behind(nn.Module):

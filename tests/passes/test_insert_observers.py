@@ -82,6 +82,15 @@ def test_layers_with_float_activations_are_not_observed() -> None:
     assert after == before
 
 
+def test_linears_with_float_activations_are_observed_by_name() -> None:
+    plan = planned(conv=("conv", [4, 8], 8, None, 0), q=FLOAT, k=FLOAT)
+    before, after = rewritten(Patches(), "insert-observers{weight-only=k;conv1}", plan, **patches())
+    observer = "transpose_observed: float32[B, 4, 4] = fxquant::observe(transpose, timestep, k, -1)"
+    assert after.splitlines()[-3:-1] == [observer, before.splitlines()[-2].replace("transpose", "transpose_observed")]
+    assert after.count("fxquant::observe") == 1
+    assert [plan.layers[name].observed for name in ("conv", "q", "k")] == [None, None, "k"]
+
+
 def test_an_input_of_another_name_is_no_timestep() -> None:
     plan = Plan("", "", "step")
     with pytest.raises(MissingTimestepError, match=r"no tensor input 'step'.* inputs are: x, timestep") as error:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
+from fxquant.moments import SecondMoments
 from fxquant.observers import Statistics
 from fxquant.pipeline import Pipeline
 from fxquant.recipes import Recipe
@@ -111,6 +112,42 @@ def lines(text: str) -> list[str]:
 
 def gptq_recipe(prefix: str = "w4a8") -> Recipe:
     return Recipe.parse(f"assign-precision{{precision={prefix} layers=all}} ; quantize-linears{{rounding=gptq}}")
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_moments_that_are_not_finite_name_their_layer(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Reads().eval()
+    monkeypatch.setattr(SecondMoments, "of", lambda self, *_: torch.full((self.channels, self.channels), torch.nan))
+    recipe = str(gptq_recipe()).replace("gptq", rounding)
+    with pytest.raises(NonFiniteError, match=r"layer linear: .*hold NaN or infinity"):
+        fxquant.compile(
+            model,
+            recipe=Recipe.parse(recipe),
+            calibrate=lambda: model(torch.randn(2, 5, 8), torch.tensor([1.0, 2.0])),
+            measure=0,
+        )
+
+
+class Reads(nn.Module):
+    """A linear that reads the input as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.linear(x) + timestep[:, None, None]
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_one_huge_row_of_a_finite_model_is_no_reason_to_refuse(rounding: str) -> None:
+    model = Reads().eval()
+    call = torch.randn(2, 5, 8), torch.tensor([500.0, 500.0])
+    call[0][0, 3] *= 1e30  # Its square is no number of float32.
+    quantized = fxquant.compile(
+        model, recipe=f"rtn-{rounding}-w4a8", calibrate=lambda: model(*call), measure=0, layers="all"
+    )
+    assert torch.isfinite(quantized(*call)).all()
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w4a16-g8"])

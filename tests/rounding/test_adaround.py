@@ -11,6 +11,7 @@ from torch import Tensor
 from fxquant.errors import ConfigurationError, NonFiniteError
 from fxquant.quantizer import quantize_weight, weight_grid
 from fxquant.rounding.adaround import adaround
+from fxquant.rounding.soft import Hardening
 
 
 def moments_of(channels: int, seed: int = 0) -> Tensor:
@@ -69,3 +70,11 @@ def test_what_does_not_fit_is_refused() -> None:
         adaround(weight_of(8, 16), torch.eye(8), bits=4)
     with pytest.raises(NonFiniteError):
         adaround(weight_of(8, 16), torch.full((16, 16), torch.nan), bits=4)
+
+
+def test_moments_that_float32_does_not_hold() -> None:
+    moments, weight = moments_of(8), weight_of(4, 8)
+    few = Hardening(iterations=20, weight=10.0)
+    expected = adaround(weight, moments, bits=3, hardening=few)
+    large = adaround(weight, moments * 2.0**200, bits=3, hardening=few)
+    assert torch.equal(large.codes(), expected.codes())

@@ -124,3 +124,15 @@ def test_moments_that_cannot_be_used():
         gptq(torch.ones(2, 5), ErrorFeedback.of(torch.eye(4)), bits=4)
     with pytest.raises(ConfigurationError, match="divide"):
         gptq(torch.ones(2, 4), ErrorFeedback.of(torch.eye(4)), bits=4, group_size=3)
+
+
+@pytest.mark.parametrize("largest", [1e18, 1e30])
+def test_moments_that_float32_does_not_hold(largest):
+    """Their ratios decide: as with the same moments divided by a number."""
+    x = correlated(24)
+    x[0] *= largest
+    moments, weight = moments_of(x), torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+    feedback = ErrorFeedback.of(moments)
+    assert torch.isfinite(feedback.importance).all()
+    expected = gptq(weight, ErrorFeedback.of(moments / largest**2), bits=4, method="mse")
+    assert torch.equal(gptq(weight, feedback, bits=4, method="mse").codes(), expected.codes())

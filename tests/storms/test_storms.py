@@ -1,0 +1,16 @@
+"""A few saves killed, interrupted and raced; ``make storm`` does many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.storms.__main__ import storm
+
+
+@pytest.mark.filterwarnings("ignore")  # Of forks beside threads; nothing of torch runs in the processes but copies.
+def test_nothing_is_lost(tmp_path: Path) -> None:
+    lines = storm(kills=16, races=8, folder=tmp_path)
+    assert len(lines) == 12
+    assert all(line.endswith("; 0 lost") for line in lines), lines
