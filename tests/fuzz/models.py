@@ -193,7 +193,7 @@ def run(seed: int) -> None:
     r = Random(seed)
     choices, calls = Choices(r), kinds(r)
     before, passes = "remove-no-ops,assign-precision", pipeline(r)
-    seen = r.randint(1, len(calls))  # The other kinds come as a surprise.
+    seen = r.randint(1, len(calls))  # The other kinds come later, and are refused where they run more layers.
     weights = r.getrandbits(32)
     for order in (calls, calls[::-1]):
         model, calibrated = Drawn(choices, weights), order[:seen]
@@ -212,7 +212,11 @@ def run(seed: int) -> None:
         for number, kind in enumerate([*order, *order]):
             call = filled(kind, 700.0 * (number % 2), 10 + number)
             right, most = expected(model, call)
-            actual = computed(compiled, call)
+            try:
+                actual = computed(compiled, call)
+            except fxquant.errors.CalibrationError:
+                assert kind not in calibrated  # It runs layers that no calibration call ran.
+                continue
             found = error([actual], [right])
             assert found <= most, (
                 f"{sorted(kind)} among {[sorted(k) for k in order]}, {seen} calibrated: off by {found:.1e}"
