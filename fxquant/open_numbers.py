@@ -56,7 +56,10 @@ class OpenNumber:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return float if self.tensor.is_floating_point() else int
+        return float if self._is_float() else int
+
+    def _is_float(self) -> bool:
+        return self.tensor.is_floating_point()
 
     def read(self) -> Any:
         """The value of this call; the graph is right for it alone from now on.
@@ -80,9 +83,9 @@ class OpenNumber:
         if type(other) is not OpenNumber and not isinstance(other, (int, float, torch.SymInt, torch.SymFloat)):
             return NotImplemented
         theirs = other.value if type(other) is OpenNumber else other
-        if op is operator.pow and not (isinstance(other, float) or isinstance(self, float)):
+        if op is operator.pow and not (isinstance(other, float) or self._is_float()):
             return self._compared(lambda mine, power: op(power, mine) if swapped else op(mine, power), other)
-        real = op is operator.truediv or isinstance(other, (float, torch.SymFloat)) or isinstance(self, float)
+        real = op is operator.truediv or isinstance(other, (float, torch.SymFloat)) or self._is_float()
         pair = [_operand(number, real) for number in (self, other)]
         values = [self.value, theirs]
         if swapped:
@@ -156,7 +159,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(OpenNumber, f"__r{_name}__", _arithmetic(getattr(operator, f"__{_name}__"), True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(OpenNumber, f"__{_name}__", _comparison(getattr(operator, _name)))
-for _name, _function in {
+_READINGS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "int": int,
     "bool": bool,
@@ -164,7 +167,8 @@ for _name, _function in {
     "trunc": math.trunc,
     "floor": math.floor,
     "ceil": math.ceil,
-}.items():
+}
+for _name, _function in _READINGS.items():
     setattr(OpenNumber, f"__{_name}__", _reading(_function))
 
 
@@ -208,7 +212,7 @@ def _beside(tensors: list[Tensor], leaf: Any) -> Any:
         return leaf
     if any(tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()) for tensor in tensors):
         return leaf.tensor
-    one = 1.0 if isinstance(leaf, float) else 1
+    one = 1.0 if leaf._is_float() else 1
     dtypes = [torch.result_type(tensor, one) for tensor in tensors]
     return leaf.tensor.to(functools.reduce(torch.promote_types, dtypes)) if dtypes else leaf.tensor
 
@@ -222,7 +226,7 @@ def _only_at(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) ->
 
 def _filled(func: Any, position: int, *args: Any, **kwargs: Any) -> Tensor:
     value = args[position] if len(args) > position else kwargs["fill_value"]
-    zero = 0.0 if isinstance(value, float) else 0
+    zero = 0.0 if value._is_float() else 0
     if len(args) > position:
         made = func(*args[:position], zero, *args[position + 1 :], **kwargs)
     else:
@@ -237,9 +241,7 @@ def _is_scalar(leaf: Any) -> bool:
 
 def _made(func: Any, data: Any, **kwargs: Any) -> Tensor:
     """A tensor of numbers, some of which are open."""
-    plain = pytree.tree_map(
-        lambda leaf: (0.0 if isinstance(leaf, float) else 0) if type(leaf) is OpenNumber else leaf, data
-    )
+    plain = pytree.tree_map(lambda leaf: (0.0 if leaf._is_float() else 0) if type(leaf) is OpenNumber else leaf, data)
     made = func(plain, **kwargs)
     parts = [
         leaf.tensor.to(made.device, made.dtype) if type(leaf) is OpenNumber else made.reshape(-1)[number]
