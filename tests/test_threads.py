@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_threads_call_capture_load_and_compile_at_once(tmp_path: Path) -> None:
             for tokens in sizes:
                 torch.testing.assert_close(found(*call(tokens)), reference(tokens))
 
-    jobs = [
+    jobs: list[Any] = [
         *[(lambda: shared, expected.__getitem__, 3, 5, 7)] * 4,
         *[(lambda: compiled(Small().eval()), expected.__getitem__, 3)] * 2,
         *[(lambda: fxquant.load(tmp_path / "small", model=Small().eval()), expected.__getitem__, 3)] * 2,
