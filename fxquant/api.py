@@ -23,17 +23,21 @@ from fxquant.errors import (
     CheckpointError,
     ConfigurationError,
     NonFiniteError,
+    PortabilityWarning,
     QualityWarning,
 )
+from fxquant.fidelity import Original
 from fxquant.hooks import refuse_hooks
+from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
 from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
+from fxquant.rebuilding import is_rebuilt, obstacle
 from fxquant.recipes import Recipe, make_recipe
 from fxquant.threads import without_autocast
-from fxquant.uses import settle
+from fxquant.uses import adopt_names, settle
 
 _POOR_DB = 10.0
 
@@ -41,7 +45,9 @@ _POOR_DB = 10.0
 def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     """Wrap a diffusion transformer as FX graphs, without changing its function.
 
-    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit.
+    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit. Each is
+    compared with the model on other inputs, which costs a call of either. What is decorated with ``torch.compile``
+    counts as it runs without.
 
     Args:
         model: A diffusion transformer in evaluation mode. Its weights are shared, not copied.
@@ -54,20 +60,22 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     """
     _check_model(model)
     architecture = Architecture.of(model, timestep)
+    original = Original(model, timestep)
     # Not detached: on inputs that do not lie in order, torch multiplies in another order by weights that require
     # gradients, and the last bits differ.
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
-        bind(captured.module, weights | owner.tensors())
+        bind(captured.module, {**owner.weights, **owner.tensors()})
         for leaf in leaves:
             if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
                 captured.module.to(leaf.device)
                 break
+        original.compare(captured, leaves, structure)
         return captured
 
-    return GraphModel(architecture, dtype_of(model), None, make_graph)
+    return GraphModel(architecture, dtype_of(model), None, make_graph, weights=weights)
 
 
 def compile(
@@ -121,6 +129,7 @@ def compile(
         BackendError: If the backend cannot run what the recipe asks for.
     """
     _check_model(model)
+    _refuse_adapters(model)
     _check_options(recipe, backend, plan, measure, statistics)
     _check_storage(model)
     device = _device_of(model)
@@ -141,6 +150,7 @@ def compile(
         )
     weights = weights_of(model)
     _check_weights(model)
+    _warn_if_not_rebuilt(model, timestep)
     architecture = Architecture.of(model, timestep)
     made = Plan(str(chosen), class_path(model), timestep)
     made.backend = runner.name
@@ -186,6 +196,7 @@ def _convert(
     for number, captured in enumerate(calibration.prepared):
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
+        plan.shared.settle_names(captured.module)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
@@ -204,7 +215,9 @@ def _replay(
     plan.backend = backend.name
     for layer in plan.layers.values():
         layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
+    plan.shared = SharedTensors()
     weights = weights_of(model)
+    _warn_if_not_rebuilt(model, plan.timestep)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(model), plan, _further_graph(recipe, backend), backend)
     device = _device_of(model)
@@ -239,6 +252,7 @@ def convert_graph(
 ) -> list[PassRecord]:
     """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
+    plan.shared.settle_names(captured.module)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -249,6 +263,7 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
     Raises:
         CalibrationError: Names the first such layer or attention.
     """
+    adopt_names(captured.module.graph, plan)
     for node in captured.module.graph.nodes:
         if LAYER in node.meta:
             plan.layer(node.meta[LAYER])
@@ -264,8 +279,15 @@ def _further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGr
         assert owner.plan is not None
         captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
+        plan.shared = owner.plan.shared.without_weights()
         settle(captured.module.graph, plan)
-        refuse_unknown_layers(captured, plan)
+        try:
+            refuse_unknown_layers(captured, plan)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{error}: this call of the model runs more than any calibration call did. Calibrate with calls like "
+                f"it: {captured.call}"
+            ) from error
         convert_graph(captured, plan, recipe, backend, owner.tensors())
         return bound_graph(captured, owner.tensors())
 
@@ -280,17 +302,24 @@ def model_from_plan(
     :func:`bind_all` gives it its tensors, and then :func:`lower_all` takes it to the backend.
 
     Raises:
-        CheckpointError: If the plan records no call.
-        CalibrationError: If the architecture has layers of which the plan says nothing.
+        CheckpointError: If the plan records no call, or the architecture has layers of which the plan says nothing.
     """
     if not plan.calls:
         raise CheckpointError("the plan records no call of the model")
     recipe = Recipe.parse(plan.recipe)
+    plan.shared = SharedTensors()
     quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend), backend)
     for call in plan.calls:
         captured = architecture.capture_spec(call, device)
-        refuse_unknown_layers(captured, plan)
+        try:
+            refuse_unknown_layers(captured, plan)
+        except CalibrationError as error:
+            raise CheckpointError(
+                f"the model that is built for it runs more than was quantized: {error}. It belongs to another model, "
+                "or to another version of its class"
+            ) from error
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
+        plan.shared.settle_names(captured.module)
         quantized.add(captured)
     return quantized
 
@@ -356,6 +385,30 @@ def _check_model(model: Any) -> None:
         )
     refuse_hooks(model)
     refuse_redirected(model)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(
+            base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(module).__mro__
+        ):
+            raise ConfigurationError(
+                f"layer {name!r} of the model holds an adapter, such as a LoRA. Captured, it could neither be scaled "
+                "nor switched off nor loaded again; make it part of the weights first: pipe.fuse_lora(), then "
+                "pipe.unload_lora_weights()"
+            )
+
+
+def _warn_if_not_rebuilt(model: nn.Module, timestep: str | None) -> None:
+    """Say before the work that saving will refuse its result, as far as can be told without tracing."""
+    reason = obstacle(model, timestep) if is_rebuilt(model) else None
+    if reason is not None:
+        warnings.warn(
+            f"loading would not build this {type(model).__name__} again from its class and config: {reason}. "
+            "fxquant.save will refuse the quantized model unless needs_model=True is given",
+            PortabilityWarning,
+            stacklevel=3,
+        )
 
 
 def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistics: Any) -> None:

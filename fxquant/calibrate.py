@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
+from fxquant.fidelity import Original
 from fxquant.ir.ops import recording
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
@@ -83,6 +84,7 @@ class Calibration:
         self.prepare = Pipeline(prepare, instruments)
         self.convert = convert
         self.weights = weights_of(model)
+        self.original: Original | None = Original(model, plan.timestep)
         self.prepared: list[CapturedGraph] = []
         self.statistics = Statistics(transient=True) if statistics is None else statistics
         self._samples: Spread[Sample] = Spread(keep)
@@ -148,7 +150,13 @@ class Calibration:
         return self._inputs[number].chosen()
 
     def finish(self) -> None:
-        """Let what the graphs of the model see of one layer belong together; called when there are no further calls."""
+        """Let what the graphs of the model see of one layer belong together; called when there are no further calls.
+
+        Raises:
+            ConfigurationError: If an option of a pass fits nothing in any of the graphs.
+        """
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_plan(self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
 
     def forget_observed(self) -> None:
@@ -156,6 +164,7 @@ class Calibration:
         self._observed.clear()
         self._last.clear()
         self.weights = {}
+        self.original = None
 
     def _capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> int:
         tensors = [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
@@ -166,7 +175,11 @@ class Calibration:
             )
         captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
+        if self.original is not None:
+            self.original.compare(captured, leaves, structure)
         self.prepare.run(captured.module, self.plan)
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_graph(captured.module.graph, self.plan)
         self._check()
         observed = copy_graph(captured.module)
         weight_only = ";".join(name for name, layer in self.plan.quantized() if self._wants_float_input(layer))

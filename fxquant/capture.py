@@ -16,9 +16,9 @@ import operator
 import threading
 import traceback
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from torch.utils import _pytree as pytree
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_leaves, describe_call
 from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
@@ -95,11 +96,13 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
+        code: The graph as it was traced, whatever passes make of it; see :func:`fxquant.fingerprint.fingerprint`.
     """
 
     module: fx.GraphModule
     call: CallSpec
     out_spec: pytree.TreeSpec
+    code: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def static_batch(self) -> str | None:
@@ -122,15 +125,13 @@ class Architecture:
         skeleton: The model with fake parameters. Never run on real data.
         signature: Signature of the model's ``forward``.
         timestep: Name of the ``forward`` argument that holds the timestep.
-        originals: Name and parameter of the model that was copied, by address, for as long as it is there.
+        original: The model that was copied, for as long as it is there.
     """
-
-    originals: Mapping[int, tuple[str, weakref.ref[nn.Parameter]]]
 
     def __init__(self, skeleton: nn.Module, timestep: str | None) -> None:
         self.skeleton = skeleton
         self.timestep = timestep
-        self.originals = {}
+        self.original: Callable[[], nn.Module | None] = lambda: None
         self.signature = inspect.signature(skeleton.forward)
 
     @classmethod
@@ -159,9 +160,7 @@ class Architecture:
                 "remove hooks and open handles from the module first"
             ) from error
         architecture = cls(skeleton, timestep)
-        architecture.originals = {
-            p.untyped_storage().data_ptr(): (n, weakref.ref(p)) for n, p in model.named_parameters()
-        }
+        architecture.original = weakref.ref(model)  # Not of its parameters: what has weak references cannot be swapped.
         return architecture
 
     @classmethod
@@ -186,7 +185,7 @@ class Architecture:
             if isinstance(tensor, nn.Parameter):
                 moved[id(tensor)] = nn.Parameter(moved[id(tensor)], requires_grad=False)
         there = Architecture(copy.deepcopy(self.skeleton, moved), self.timestep)
-        there.originals = self.originals
+        there.original = self.original
         return there
 
     def canonical(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any], Any]:
@@ -366,17 +365,21 @@ class Architecture:
         module.meta[NAMES] = names_of(self.skeleton)
         _name_layers(module, self.skeleton)
         module.graph.lint()
-        if not call.batched or _open_dimensions(module, call):
-            return CapturedGraph(module, call, out_spec)
-        return CapturedGraph(module, call.at_batch(batch, "the model's own code fixes the batch size"), out_spec)
+        if call.batched and not _open_dimensions(module, call):
+            call = call.at_batch(batch, "the model's own code fixes the batch size")
+        return CapturedGraph(module, call, out_spec, fingerprint(module.graph))
 
     def _refuse_originals(self, module: fx.GraphModule) -> None:
         """Raise if the code ran weights of the model itself, which a function holds that was put around a forward."""
+        original = self.original()
+        if original is None:
+            return
+        names = {w.untyped_storage().data_ptr(): name for name, w in original.named_parameters() if not w.is_meta}
         for target, tensor in read_tensors(module).items():
             if isinstance(tensor, FakeTensor) or not target.rpartition(".")[2].startswith("lifted_tensor"):
                 continue
-            name, original = self.originals.get(tensor.untyped_storage().data_ptr(), (None, None))
-            if original is not None and original() is not None:
+            name = names.get(tensor.untyped_storage().data_ptr())
+            if name is not None:
                 raise CaptureError(
                     f"{type(self.skeleton).__name__} cannot be traced: a function that was put in place of a forward, "
                     f"or hung on a module, holds on to the module itself, so that {name!r} is read past the copy that "

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
-from fxquant.capture import Architecture, read_tensors, weights_and_buffers
+from fxquant.capture import Architecture, CapturedGraph, read_tensors, weights_and_buffers
 from fxquant.devices import give_back_memory, usable_device
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.files import (
     blaming,
     check_digests,
@@ -34,6 +34,7 @@ from fxquant.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
+from fxquant.rebuilding import class_of, config_text, is_rebuilt, rebuilt
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 FILES = (PLAN_FILE, *_DIGESTED)
@@ -41,24 +42,38 @@ FILES = (PLAN_FILE, *_DIGESTED)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
-def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs_model: bool = False) -> None:
     """Write a quantized model to a folder, all of it or nothing.
+
+    A checkpoint holds no code: :func:`load` builds the model from its class and its config. Whether that gives the same
+    graphs is tried before anything is written. Models of one's own whose class has no ``from_config`` are always loaded
+    with ``model=``.
 
     Args:
         model: What :func:`fxquant.compile` returned.
         folder: Where to; made, with its parents.
         overwrite: Replace a checkpoint that is there already. Folders with anything else in them are never replaced.
+        needs_model: Write it although its class and config do not give the model that was compiled. Reading it then
+            takes the float model, made as it was for compilation: ``load(folder, model=...)``.
 
     Raises:
         ConfigurationError: If the model is not quantized.
-        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files.
+        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files; or if loading would
+            build another model, with what differs.
         WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
             there stays.
     """
     if not isinstance(model, GraphModel) or model.plan is None:
         raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
-        _write(model, model.plan, written)
+        difference = why_not_rebuilt(model)
+        if difference is not None and not needs_model:
+            raise CheckpointError(
+                f"loading would not build this {type(model.architecture.skeleton).__name__} again from its class and "
+                f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
+                "needs_model=True) and read it with fxquant.load(folder, model=...), given the float model"
+            )
+        _write(model, model.plan, written, difference)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -71,12 +86,51 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     refuse_to_replace(folder, overwrite, FILES.__contains__, PLAN_FILE)
 
 
-def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
-    config = dict(getattr(model.architecture.skeleton, "config", {}) or {})
-    config.pop("_name_or_path", None)  # Where it was read from: a path on this machine.
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+def why_not_rebuilt(model: GraphModel) -> str | None:
+    """What differs between a model and the one that loading builds from its class and config, or None.
+
+    None also for models whose class makes none from a config: they are loaded with an instance.
+    """
+    skeleton = model.architecture.skeleton
+    if not is_rebuilt(skeleton):
+        return None
+    try:
+        architecture = rebuilt(skeleton, model.architecture.timestep)
+        _cast(architecture.skeleton, model.dtype, _other_dtypes(model))
+        for captured in model.lasting:
+            again = architecture.capture_spec(captured.call, model.device)
+            if again.code != captured.code:
+                return _first_difference(captured, again)
+    except CaptureError as error:
+        return f"what they give cannot be traced: {error.reason}"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _first_difference(captured: CapturedGraph, again: CapturedGraph) -> str:
+    """Where the graph of a rebuilt model is another one, by the module that it is in."""
+    pairs = zip_longest(captured.code, again.code)
+    number = next(number for number, (left, right) in enumerate(pairs) if left != right)
+    nodes = list(again.module.graph.nodes)
+    stack = list(nodes[min(number, len(nodes) - 1)].meta.get("nn_module_stack", {}).values())
+    where = stack[-1][0] if stack and stack[-1][0] else "the model"
+    return f"{where} was changed after it was constructed, in its code or its options"
+
+
+def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:
+    """Dtypes of the original's floating-point tensors where they are not that of the model."""
+    return {
+        name: tensor.dtype
+        for name, tensor in weights_and_buffers(model.architecture.skeleton)
+        if tensor.is_floating_point() and tensor.dtype != model.dtype
+    }
+
+
+def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None = None) -> None:
+    (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors: dict[str, Tensor] = {}
-    for captured in model.captured[: len(plan.calls)]:  # Graphs of later calls are captured again when they come.
+    for captured in model.lasting:
         held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
         for name, tensor in held.items():
             tensors.setdefault(name, tensor)
@@ -84,11 +138,9 @@ def _write(model: GraphModel, plan: Plan, folder: Path) -> None:
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     data["dtype"] = dtype_name(model.dtype)
-    data["dtypes"] = {
-        name: dtype_name(tensor.dtype)
-        for name, tensor in weights_and_buffers(model.architecture.skeleton)
-        if tensor.is_floating_point() and tensor.dtype != model.dtype
-    }
+    data["dtypes"] = {name: dtype_name(dtype) for name, dtype in _other_dtypes(model).items()}
+    if difference is not None:
+        data["needs_model"] = difference
     data["files"] = {name: digest(folder / name) for name in _DIGESTED}
     data["digest"] = digest_of(data)
     (folder / PLAN_FILE).write_text(_plan_text(data), encoding="utf-8")
@@ -131,6 +183,11 @@ def load(
     plan.backend = runner.name
     runner.check(plan)
     runner.check_device(device)
+    if not isinstance(model, nn.Module) and data.get("needs_model") is not None:
+        raise CheckpointError(
+            f"{folder} is read with the float model, made as it was for fxquant.compile: fxquant.load(folder, "
+            f"model=...). Its class and config alone do not give it: {data['needs_model']}"
+        )
     architecture = _architecture(plan, model, folder)
     _cast(architecture.skeleton, dtype, dtypes)
     tensors = load_tensors(folder / TENSORS_FILE, device)
@@ -166,10 +223,7 @@ def _class_of(plan: Plan, folder: Path) -> Any:
                 f"{folder} holds a {name} from {module}, which is not a diffusers model; "
                 "pass its class or an instance: fxquant.load(folder, model=...)"
             )
-        found = getattr(importlib.import_module("diffusers"), name, None)
-        if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_config")):
-            raise CheckpointError(f"the installed diffusers has no model {name}; install a version that does")
-        return found
+        return class_of(plan.model_class)
 
 
 def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
@@ -181,11 +235,10 @@ def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dt
             continue
         path, _, leaf = name.rpartition(".")
         owner = skeleton.get_submodule(path)
-        new = cast.setdefault(id(tensor), tensor.detach().to(wanted))
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(new, requires_grad=False)
-        else:
-            owner._buffers[leaf] = new
+        if id(tensor) not in cast:  # One that has several names stays one tensor.
+            new = tensor.detach().to(wanted)
+            cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = cast[id(tensor)]  # type: ignore[assignment]
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

@@ -74,6 +74,20 @@ class CheckpointError(FxquantError, RuntimeError):
     """A checkpoint is damaged, incomplete, unsafe or of a newer format; the message names the file."""
 
 
+class DropInError(FxquantError, AttributeError):
+    """Something was asked of a captured model that only the float model can do; the message says what to do instead.
+
+    An ``AttributeError`` as well, so that ``hasattr`` and ``getattr`` with a default work as for any attribute.
+
+    Attributes:
+        within: The method of the model's own class that was refused while it ran, or None.
+    """
+
+    def __init__(self, message: str, within: str | None = None) -> None:
+        super().__init__(message)
+        self.within = within
+
+
 class WriteError(CheckpointError, OSError):
     """A file or folder cannot be written: no space, no permission, a read-only disk; the message names it.
 
@@ -93,6 +107,10 @@ class AlreadyCompiledError(FxquantError, TypeError):
 
 class QualityWarning(UserWarning):
     """The quantized model's output is, or may be, far from the float model's."""
+
+
+class PortabilityWarning(UserWarning):
+    """The quantized model cannot be saved so that it loads by itself; the message says why and what to do."""
 
 
 class SpeedWarning(UserWarning):

@@ -7,7 +7,6 @@ is no program, and a backend may hold them in layouts of kernels, which no file 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -42,6 +41,8 @@ from fxquant.packages import (
 )
 from fxquant.pipelines import INDEX_FILE, parts_of, refuse_input
 from fxquant.plan import PLAN_FILE
+from fxquant.rebuilding import config_text
+from fxquant.threads import tracing_alone, without_autocast
 
 Progress = Callable[[int, int, float | None], None]
 _BATCH = 2  # Of the inputs to compile with; any from 2 on leaves the batch open.
@@ -182,7 +183,7 @@ def compile_graph(captured: CapturedGraph, path: Path) -> None:
     module = lifted(captured.module)
     arguments, shapes = _arguments(captured)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tracing_alone(), without_autocast():
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
     except Exception as error:
@@ -255,9 +256,7 @@ def _own_ops(model: GraphModel) -> list[str]:
 
 def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]], folder: Path) -> None:
     assert model.plan is not None
-    config = dict(getattr(model.architecture.skeleton, "config", {}) or {})
-    config.pop("_name_or_path", None)  # Where it was read from: a path on this machine.
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors = model.tensors()
     write_tensors({name: runner.to_plain(tensor) for name, tensor in tensors.items()}, folder / TENSORS_FILE)
     info: dict[str, Any] = {

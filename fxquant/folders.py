@@ -27,10 +27,8 @@ from safetensors import SafetensorError
 
 from fxquant.errors import CheckpointError, WriteError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows.
-    fcntl = None  # type: ignore[assignment]
 
 _TRIES = 100  # Of a step that another process can come in between.
 _LONGEST = 200  # Bytes of a name, most file systems allow 255, to which the endings below are added.
@@ -56,7 +54,7 @@ def whole_folder(folder: Path, check: Check) -> Iterator[Path]:
         CheckpointError: What ``check`` raises before writing.
         WriteError: If the folder cannot be written, or something that must stay has appeared in its place.
     """
-    prepare(folder, check)
+    _ready(folder, check)
     with writing(folder), _parents(folder):
         scratch = _Scratch(folder)
         try:
@@ -76,13 +74,24 @@ def prepare(folder: Path, check: Check) -> None:
         CheckpointError: What ``check`` raises.
         WriteError: If the folder cannot be made.
     """
+    _ready(folder, check)
+    with writing(folder):
+        if not folder.parent.exists():
+            _try_to_make(folder)
+            return
+        scratch = _Scratch(folder)
+        try:
+            _try_to_write(scratch.path)
+        finally:
+            scratch.clear(check)
+
+
+def _ready(folder: Path, check: Check) -> None:
     with writing(folder):
         _tidy(folder)
         check(folder)
     if os.path.ismount(folder):
         raise WriteError(f"{folder} is where a disk is mounted, so it cannot be exchanged; choose a folder in it")
-    with writing(folder):
-        _try_to_make(folder.parent / _beside(folder, _SAVING))
 
 
 def check_writable(path: Path) -> None:
@@ -102,7 +111,11 @@ def _try_to_make(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=there, prefix=".fxquant-") as trial:
         made = Path(trial, *path.relative_to(there).parts)
         made.mkdir(parents=True, exist_ok=True)
-        (made / "trial").write_bytes(b"x" * 4096)
+        _try_to_write(made)
+
+
+def _try_to_write(folder: Path) -> None:
+    (folder / "trial").write_bytes(b"x" * 4096)
 
 
 @contextmanager
@@ -314,7 +327,7 @@ class _Lock:
         Returns:
             None if somebody else has locked it, or if it is gone.
         """
-        if fcntl is None:
+        if sys.platform == "win32":
             return None if certain else cls(None)
         try:
             lock = cls(os.open(path, os.O_RDONLY))

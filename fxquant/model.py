@@ -8,6 +8,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant import compiling
 from fxquant.backend import Backend
 from fxquant.calls import warn_of_many
-from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor
+from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor, weights_and_buffers
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
+from fxquant.original import changes, hand_on, refusal
 from fxquant.plan import Plan
 from fxquant.threads import is_traced_elsewhere, tracing_alone, without_autocast
 
@@ -35,14 +37,18 @@ class GraphModel(nn.Module):
     """A diffusion transformer as one FX graph for each kind of call.
 
     Pipelines take it in place of the original: it has its ``config``, ``dtype``, ``device``, ``forward`` signature and
-    output class, and hands on its other attributes. A call whose shapes or optional inputs fit none of the graphs
-    captures a further one; the graphs share their tensors.
+    output class, and hands on other attributes that tell something and change nothing (:mod:`fxquant.original`). A call
+    whose shapes or optional inputs fit none of the graphs captures a further one; the graphs share their tensors.
+
+    ``state_dict`` has the tensors by their names in the model, whatever graphs were captured. For files there is
+    :func:`fxquant.save`: the model itself cannot be pickled.
 
     Attributes:
         graphs: The FX graph modules, one a kind of call; placeholders are the tensor inputs.
         captured: The same with the calls that they serve.
         plan: What was decided; None for a model that was only traced.
         backend: What runs the graphs; None for a model that was only traced.
+        weights: For a model that was only traced the original's, which graphs of later calls read; otherwise empty.
     """
 
     graphs: nn.ModuleList
@@ -55,15 +61,17 @@ class GraphModel(nn.Module):
         plan: Plan | None,
         make_graph: MakeGraph,
         backend: Backend | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.graphs = nn.ModuleList()
+        self.graphs = _Graphs()
         self.plan = plan
         self.backend = backend
         self.captured: list[CapturedGraph] = []
         # Not a submodule: its fake parameters are nobody's business.
         object.__setattr__(self, "architecture", architecture)
         self._make_graph = make_graph
+        self.weights = {} if weights is None else weights
         self._dtype = dtype
         self._watched = 0
         self.forward = functools.partial(_forward, self)
@@ -95,13 +103,26 @@ class GraphModel(nn.Module):
             architecture = self.__dict__.get("architecture")
             if architecture is None or name.startswith("__"):
                 raise
-            return getattr(architecture.skeleton, name)
+            return hand_on(architecture.skeleton, name, self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self.__dict__ or name in ("graphs", "training") or hasattr(GraphModel, name)
+        if not own and "architecture" in self.__dict__:
+            _refuse_streaming(name, value)
+            if changes(self.architecture.skeleton, name):
+                raise refusal(name, "it would not change what was captured. Set it in the float model and compile that")
+        super().__setattr__(name, value)
 
     def add(self, captured: CapturedGraph) -> None:
         """Add a graph; tensors that a graph here holds under the same name are shared."""
         self._share([*self.captured, captured])  # First, for another thread may call it once it is listed.
         self.graphs.append(captured.module)
         self.captured.append(captured)
+
+    @property
+    def lasting(self) -> list[CapturedGraph]:
+        """The graphs of calibration. Those of later calls are captured again wherever they are needed."""
+        return self.captured if self.plan is None else self.captured[: len(self.plan.calls)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that any graph reads, by name."""
@@ -166,6 +187,89 @@ class GraphModel(nn.Module):
 
         save(self, save_directory, overwrite=True)
 
+    def train(self, mode: bool = True) -> GraphModel:
+        """Refuse the training mode: what was captured is the model in evaluation mode.
+
+        Raises:
+            ConfigurationError: If ``mode`` is true.
+        """
+        if mode:
+            raise ConfigurationError(
+                "a captured model has no training mode: its graphs are those of evaluation, without dropout. Train the "
+                "float model and compile that"
+            )
+        super().train(False)
+        return self
+
+    def to_empty(self, **_: Any) -> GraphModel:
+        """Refuse to lose the tensors.
+
+        Raises:
+            ConfigurationError: Says how to move them.
+        """
+        raise ConfigurationError("to_empty would lose the model's tensors; move them with to(device)")
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        """What a state dict holds."""
+        found: dict[str, torch.Tensor] = {}
+        for captured in self.lasting:
+            for target, tensor in read_tensors(captured.module).items():
+                found.setdefault(target, tensor)
+        return {name: found.get(name, weight) for name, weight in self.weights.items()} if self.weights else found
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, tensor in self._held().items():
+            destination[f"{prefix}{name}"] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given: dict[str, Any] = {}
+        for name, tensor in self._held().items():
+            value = state_dict.pop(f"{prefix}{name}", None)
+            if value is None and strict:
+                missing_keys.append(f"{prefix}{name}")
+            elif value is not None and value.shape != tensor.shape:
+                error_msgs.append(f"{prefix}{name} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
+            elif value is not None:
+                given[name] = value
+        if self.plan is not None:  # Later graphs may hold what was made of the tensors that are replaced.
+            self.captured = self.lasting
+            self.graphs = _Graphs(captured.module for captured in self.captured)
+        for number, captured in enumerate(self.captured):
+            for name, tensor in weights_and_buffers(captured.module):
+                state_dict[f"{prefix}graphs.{number}.{name}"] = given.get(name, tensor)
+        read = self.tensors()
+        with torch.no_grad():
+            for name in self.weights.keys() & given.keys() - read.keys():
+                self.weights[name].copy_(given[name])
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        how = (
+            "write it with fxquant.save(model, folder) and read it with fxquant.load(folder)"
+            if self.plan is not None
+            else "it is made again by fxquant.trace"
+        )
+        raise ConfigurationError(
+            f"a captured model cannot be pickled, by torch.save neither: {how}. Its tensors alone are in state_dict()"
+        )
+
+    def __copy__(self) -> GraphModel:
+        clone = GraphModel(self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights)
+        for captured in self.captured:
+            clone.add(captured)
+        return clone
+
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, **options: Any
@@ -199,6 +303,10 @@ class GraphModel(nn.Module):
                 f"a captured model keeps the dtype it was captured with ({self._dtype}); "
                 f"convert the original to {probe.dtype} first and compile that"
             )
+        if probe.device.type == "meta":
+            raise ConfigurationError(
+                "on the device meta a model loses its tensors; delete it, and fxquant.load it again when it is needed"
+            )
         moved = probe.device != self.device
         if moved and self.backend is not None:
             self.backend.check_move(self.device, probe.device)
@@ -215,16 +323,45 @@ class GraphModel(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
-        plan = copy.deepcopy(self.plan, memo)
-        clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend)
+        plan, weights = copy.deepcopy(self.plan, memo), copy.deepcopy(self.weights, memo)
+        clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, weights)
         clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
             for name, tensor in read_tensors(captured.module).items():
                 if tensor.layout is not torch.strided:  # Tensors of kernels' own layouts know no deepcopy.
                     clones[name] = memo[id(tensor)] = clones[name] if name in clones else tensor.clone()
             module = copy.deepcopy(captured.module, memo)
-            clone.add(CapturedGraph(module, captured.call, captured.out_spec))
+            clone.add(replace(captured, module=module))
         return clone
+
+
+class _Graphs(nn.ModuleList):
+    """The graphs, whose tensors a state dict names by the model, not by graph."""
+
+    def state_dict(self, *args: Any, destination: Any = None, **_: Any) -> Any:
+        """Nothing: the model itself writes the tensors."""
+        return args[0] if args else destination
+
+
+def _refuse_streaming(name: str, value: Any) -> None:
+    """Refuse hooks of accelerate that bring weights to a module when it is called.
+
+    A graph calls no modules, so their weights would never come. accelerate puts such a hook on the model itself before
+    any weight moves, so nothing has happened yet.
+
+    Raises:
+        ConfigurationError: Says how to offload instead.
+    """
+    if name == "_diffusers_hook":
+        raise refusal(name)
+    hooks = getattr(value, "hooks", (value,)) if name == "_hf_hook" else ()
+    for hook in hooks:
+        if getattr(hook, "io_same_device", False) and getattr(hook, "execution_device", None) is None:
+            raise ConfigurationError(
+                "the weights of a captured model are read by a graph and cannot be brought to the device module by "
+                "module, as sequential offload and device maps do. Use pipe.enable_model_cpu_offload(), which moves "
+                "the model as a whole, or .to(device)"
+            )
 
 
 def let_pipelines_save(kind: type[nn.Module]) -> None:

@@ -31,6 +31,7 @@ from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors, refuse_to_replace
 from fxquant.folders import mention_leftovers, no_folder
 from fxquant.model import let_pipelines_save
+from fxquant.original import hand_on
 
 FORMAT = 1
 PACKAGE_FILE = "package.json"
@@ -134,7 +135,7 @@ class PackagedModel(nn.Module):
         except AttributeError:
             if name.startswith("_"):
                 raise
-            return getattr(self.skeleton(), name)
+            return hand_on(self.skeleton(), name, self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
         probe = fn(torch.empty(0, dtype=self.dtype))

@@ -68,6 +68,20 @@ class Pass(ABC):
         """How many samples of calibration calls the pass needs to run again; ``plan.inputs`` has them while it runs."""
         return 0
 
+    def check_graph(self, graph: fx.Graph, plan: Plan) -> None:  # noqa: B027  (most can do whatever they are asked)
+        """Refuse, before anything is observed, what the pass could not carry out; called with each calibrated graph.
+
+        Raises:
+            ConfigurationError: Names the layer and says what to change.
+        """
+
+    def check_plan(self, plan: Plan) -> None:  # noqa: B027
+        """Refuse options that fit nothing in the plan; called when calibration has met all graphs.
+
+        Raises:
+            ConfigurationError: Names the option.
+        """
+
     def __str__(self) -> str:
         shown = []
         for option in fields(self):  # type: ignore[arg-type]  # (subclasses are dataclasses)

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.calibrate import instance_attribute
 from fxquant.checkpoint import FILES as CHECKPOINT_FILES
@@ -70,12 +70,7 @@ def load_pipeline(
             missing = no_folder(folder)
             raise CheckpointError(f"{missing}; give that of a diffusers pipeline, or a name on the hub, owner/name")
     elif not (folder / INDEX_FILE).is_file():
-        hint = (
-            "it holds one model; fxquant.load reads it, and a pipeline is the folder around it"
-            if (folder / PLAN_FILE).is_file() or (folder / "config.json").is_file()
-            else "it is not what DiffusionPipeline.save_pretrained or fxquant.save_pipeline wrote"
-        )
-        raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {hint}")
+        raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {_what_it_is(folder)}")
     mention_leftovers(folder)
     names = [name for name in parts_of(folder) if name not in options] if folder.is_dir() else []
     packages = [name for name in names if (folder / name / PACKAGE_FILE).is_file()]
@@ -86,7 +81,7 @@ def load_pipeline(
         )
     if packages and device.type != "cpu":
         raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")
-    read: dict[str, nn.Module] = {
+    read: dict[str, GraphModel | PackagedModel] = {
         name: load(folder / name, device=device) for name in names if (folder / name / PLAN_FILE).is_file()
     }
     for model in read.values():
@@ -124,7 +119,7 @@ def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:
     return {name: None for name, entry in index.items() if entry == [None, None] and name in known}
 
 
-def _stand_in(model: nn.Module, entry: Any) -> Any:
+def _stand_in(model: GraphModel | PackagedModel, entry: Any) -> Any:
     if entry == [GraphModel.__module__, GraphModel.__name__]:  # Written by the pipeline's own save_pretrained.
         return model
     return model.skeleton() if isinstance(model, PackagedModel) else model.architecture.skeleton
@@ -162,7 +157,7 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
             pipelines nor folders with other files in them.
 
     Raises:
-        ConfigurationError: If no part is quantized, or one cannot be saved.
+        ConfigurationError: If no part is quantized, or one cannot be saved so that :func:`load_pipeline` reads it.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds something else.
         WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
             there stays.
@@ -174,6 +169,8 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
             f"no part of this {type(pipe).__name__} is quantized; set pipe.transformer = fxquant.compile(...) first, "
             "or use its own save_pretrained"
         )
+    for name, part in parts.items():
+        _refuse_unreadable(pipe, name, part)
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
         for name, part in parts.items():
             if name in quantized:
@@ -185,6 +182,40 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
                 raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
         _write_index(pipe, parts, quantized, written)
         _forget_origin(written)
+
+
+def _what_it_is(folder: Path) -> str:
+    """What a folder without an index of a pipeline holds, and what reads it."""
+    if (folder / PLAN_FILE).is_file():
+        return "it holds one quantized model, which fxquant.load reads; a pipeline is the folder around it"
+    if (folder / PACKAGE_FILE).is_file():
+        return "it holds one packaged model, which fxquant.load_package reads; a pipeline is the folder around it"
+    if (folder / "config.json").is_file():
+        return (
+            "it holds one float model, which its class reads with from_pretrained; a pipeline is the folder around it"
+        )
+    return "it is not what DiffusionPipeline.save_pretrained or fxquant.save_pipeline wrote"
+
+
+def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
+    """Refuse to write a part that would not be read back.
+
+    Raises:
+        ConfigurationError: If its class is neither one of diffusers nor one of transformers.
+    """
+    from diffusers import pipelines
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    quantized = isinstance(part, GraphModel)
+    kind = type(part.architecture.skeleton if quantized else part)
+    library = kind.__module__.partition(".")[0] if quantized else str(pipe.config[name][0])
+    readable = library == "diffusers" if quantized else library in LOADABLE_CLASSES or hasattr(pipelines, library)
+    if not readable:
+        raise ConfigurationError(
+            f"part {name!r} of the pipeline is a {kind.__name__} from {kind.__module__}, and reading the folder would "
+            "not find that class: it is of neither diffusers nor transformers. Write the quantized model by itself, "
+            "fxquant.save(pipe.transformer, folder), and make the pipeline around it in your own code"
+        )
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

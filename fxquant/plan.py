@@ -20,6 +20,7 @@ from torch import Tensor
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.files import share
+from fxquant.ir.shared import SharedTensors
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
 from fxquant.quantizer import QuantizedWeight
@@ -27,6 +28,9 @@ from fxquant.timesteps import bin_of
 
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
+
+NAMING = 2
+"""Version of the rules by which layers are named; plans made by earlier ones keep their names."""
 
 PLAN_FILE = "plan.json"
 VECTORS_FILE = "plan.safetensors"
@@ -189,10 +193,14 @@ class Plan:
         observed_step: Number of the one denoising step that calibration observes, from 0; None for all.
         reconstruction: By block, SQNR of its output in dB, rounded to nearest and as it was learned.
         statistics: What calibration recorded; only there while passes decide, never saved.
+        naming: Version of the rules by which layers are named. Those of 1 gave layers with a shared weight the name of
+            one of its owners, and layers whose weight is cast the name of their node.
         inputs: Tensor inputs of calibration calls, for passes that run the graph again; there as long as statistics.
         workspace: Folder for what such passes have finished, or None; never saved.
         codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
             saved either, for the checkpoint holds them.
+        shared: What the graphs of the model that carries the plan out settled about the tensors that they share; never
+            saved, for replaying the plan finds it again.
     """
 
     recipe: str
@@ -211,10 +219,12 @@ class Plan:
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
+    naming: int = NAMING
     inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
     workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
+    shared: SharedTensors = field(default_factory=SharedTensors, repr=False, compare=False)
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of one layer.
@@ -223,10 +233,7 @@ class Plan:
             CalibrationError: If the layer was in no graph that this plan was made for.
         """
         if name not in self.layers:
-            raise CalibrationError(
-                f"the plan knows no layer {name!r}: this call of the model runs a layer that no calibration call ran; "
-                "calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no layer {name!r}")
         return self.layers[name]
 
     def attention(self, name: str) -> AttentionPlan:
@@ -236,10 +243,7 @@ class Plan:
             CalibrationError: If the attention was in no graph that this plan was made for.
         """
         if name not in self.attentions:
-            raise CalibrationError(
-                f"the plan knows no attention {name!r}: this call of the model runs an attention that no calibration "
-                "call ran; calibrate with calls like this one"
-            )
+            raise CalibrationError(f"the plan knows no attention {name!r}")
         return self.attentions[name]
 
     def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
@@ -269,6 +273,7 @@ class Plan:
             recipe: Text of the other recipe, ``str(recipe)``.
         """
         fresh = Plan(recipe, self.model_class, self.timestep, calls=list(self.calls), timesteps=list(self.timesteps))
+        fresh.naming = self.naming
         for name, layer in self.layers.items():
             kept = {option: getattr(layer, option) for option in _BEFORE_CALIBRATION}
             fresh.layers[name] = LayerPlan(**kept)
@@ -342,6 +347,7 @@ class Plan:
         try:
             held = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
             values = {name: data[name] for name in held}
+            values.setdefault("naming", 1)
             values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
             values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
             attentions = data.get("attentions", {})
@@ -377,8 +383,8 @@ class Plan:
         return cls.from_json(data, vectors)
 
 
-_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace")
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products"})
+_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming"})
 """What plans of this format did not always hold."""
 
 

@@ -5,7 +5,7 @@ Layers are told apart by their role in the network, which is read off the graph,
 ========  ============================================================================================
 role      what it is
 ========  ============================================================================================
-block     a linear inside a repeated block that works on tokens
+block     a linear that works on tokens, inside a block: a module in a list, or one with attention or a residual
 adaln     a linear that makes the blocks' modulation vectors from the conditioning
 embedder  a linear or table that makes the conditioning (timestep, label, text), wherever it stands
 patch     a convolution, or a linear outside the blocks that reads the noisy input before them
@@ -16,9 +16,11 @@ final     a linear outside the blocks behind them
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import fx
 
 from fxquant.capture import LAYER
@@ -27,6 +29,10 @@ from fxquant.errors import ConfigurationError
 ROLES = ("block", "adaln", "embedder", "patch", "final")
 _FORM = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
 _BLOCK = re.compile(r"\.\d+\.")
+_ATTENTION = (
+    *(torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int),
+    *(torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default),
+)
 
 
 @dataclass(frozen=True)
@@ -103,15 +109,24 @@ def overridden(name: str, overrides: str) -> Precision | None:
     """The precision that overrides, as for :func:`precision_of`, give to a name; None if no pattern fits.
 
     Raises:
-        ConfigurationError: If an entry that is read has no precision.
+        ConfigurationError: If an entry has no precision.
     """
-    for entry in filter(None, overrides.split(";")):
+    return next((precision for pattern, precision in entries_of(overrides) if fnmatchcase(name, pattern)), None)
+
+
+def entries_of(overrides: str) -> list[tuple[str, Precision]]:
+    """The patterns and precisions of overrides, in order.
+
+    Raises:
+        ConfigurationError: If an entry has no precision.
+    """
+    found = []
+    for entry in filter(None, (part.strip() for part in overrides.split(";"))):
         pattern, equals, text = entry.partition("=")
         if not equals:
             raise ConfigurationError(f"override {entry!r} has no precision; write pattern=w8a8")
-        if fnmatchcase(name, pattern):
-            return Precision.parse(text)
-    return None
+        found.append((pattern, Precision.parse(text)))
+    return found
 
 
 def roles(graph: fx.Graph) -> dict[str, str]:
@@ -122,7 +137,8 @@ def roles(graph: fx.Graph) -> dict[str, str]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     sample = _reached(placeholders[0])
     layers = {node: str(node.meta[LAYER]) for node in graph.nodes if LAYER in node.meta}
-    in_block = [node for node, name in layers.items() if _BLOCK.search(name)]
+    blocks = _block_modules(graph, sample, layers)
+    in_block = [node for node, name in layers.items() if _BLOCK.search(name) or _inside(name, blocks)]
     behind = _reached(*(node for node in in_block if node in sample))
     found = {}
     for node, name in layers.items():
@@ -144,6 +160,58 @@ def roles(graph: fx.Graph) -> dict[str, str]:
             else:
                 found[name] = "final"
     return found
+
+
+def _block_modules(graph: fx.Graph, sample: set[fx.Node], layers: Mapping[fx.Node, str]) -> set[str]:
+    """Paths of modules that work as blocks whatever they are called, such as ``mid_block``.
+
+    These are the modules in whose own code the sample's stream goes through an attention, or past a layer by a residual
+    connection. A module around other blocks and all layers of the stream is the network itself.
+    """
+    found: set[str] = set()
+    for node in graph.nodes:
+        path = _module_of(node)
+        if not path or path in found or node not in sample or _BLOCK.search(f"{path}."):
+            continue
+        if node.target in _ATTENTION or (
+            node.target is torch.ops.aten.add.Tensor and _is_residual(node, sample, layers)
+        ):
+            found.add(path)
+    stream = [name for node, name in layers.items() if node in sample]
+    listed = {name for name in stream if _BLOCK.search(name)}
+    return {
+        path
+        for path in found
+        if not (stream and _inside(stream[0], {path}) and _inside(stream[-1], {path}))
+        or not any(_inside(name, {path}) for name in listed | (found - {path}))
+    }
+
+
+def _is_residual(node: fx.Node, sample: set[fx.Node], layers: Mapping[fx.Node, str]) -> bool:
+    """Whether an addition adds to a value what layers made of it."""
+    left, right = node.args[:2]
+    if not (left in sample and right in sample):
+        return False
+    for start, end in ((left, right), (right, left)):
+        between = _reached(start)  # type: ignore[arg-type]
+        todo, seen = [end], set()
+        while todo:
+            part = todo.pop()
+            if part in between and part not in seen:
+                if part in layers:
+                    return True
+                seen.add(part)
+                todo += part.all_input_nodes  # type: ignore[union-attr]
+    return False
+
+
+def _module_of(node: fx.Node) -> str:
+    modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return modules[-1] if modules else ""
+
+
+def _inside(name: str, paths: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def _reached(*starts: fx.Node) -> set[fx.Node]:

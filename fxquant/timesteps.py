@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxquant.capture import LAYER
 from fxquant.errors import MissingTimestepError
+from fxquant.ir.histories import History, digest, has_content, made_from
 
 if TYPE_CHECKING:
     from fxquant.ir.rewriter import Rewriter
@@ -32,11 +33,24 @@ class TimeTable:
         timestep: The model's timestep input: 0-d, ``[1]`` or ``[batch]``.
         boundaries: Between bins, ascending; bin i is of timesteps above i of them.
         rows: ``[bins, ...]``, one more than boundaries; float64 until it enters the graph.
+        follows: Where the rows follow from weights, a digest of these and of the rest; see
+            :mod:`fxquant.ir.histories`.
     """
 
     timestep: fx.Node
     boundaries: tuple[float, ...]
     rows: Tensor
+    follows: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """What tells the table from others: what it follows from, or its values."""
+        return digest("table", self.rows, str(self.boundaries)) if self.follows is None else self.follows
+
+    @property
+    def history(self) -> History | None:
+        """The history of a constant that holds the rows."""
+        return None if self.follows is None else made_from("rows", self.follows)
 
     @property
     def static(self) -> bool:
@@ -51,12 +65,16 @@ class TimeTable:
         """The same table over more boundaries, its own among them."""
         starts = [-float("inf"), *boundaries]
         source = torch.tensor([sum(start >= own for own in self.boundaries) for start in starts])
-        return replace(self, boundaries=tuple(boundaries), rows=self.rows[source.to(self.rows.device)])
+        follows = None if self.follows is None else digest(self.follows, str(tuple(boundaries)))
+        rows = self.rows[source.to(self.rows.device)]
+        return replace(self, boundaries=tuple(boundaries), rows=rows, follows=follows)
 
     def plus(self, other: TimeTable) -> TimeTable:
         """The sum of two tables, over the boundaries of both."""
         if self.boundaries == other.boundaries:
-            return replace(self, rows=self.rows + other.rows)
+            from_weights = self.follows is not None or other.follows is not None
+            follows = digest("sum", self.origin, other.origin) if from_weights else None
+            return replace(self, rows=self.rows + other.rows, follows=follows)
         both = sorted({*self.boundaries, *other.boundaries})
         return self.refined(both).plus(other.refined(both))
 
@@ -105,8 +123,8 @@ def rows_at(rewriter: Rewriter, table: TimeTable, rank: int, name: str, sources:
     """
     shape = [1] * (rank - table.rows.dim()) + list(table.rows.shape[1:])
     if table.static:
-        return rewriter.constant(name, table.rows.reshape(1, *shape), sources)
-    held = rewriter.constant(name, table.rows, sources)
+        return rewriter.constant(name, table.rows.reshape(1, *shape), sources, table.history)
+    held = rewriter.constant(name, table.rows, sources, table.history)
     rows = rewriter.call(aten.index_select.default, (held, 0, _bin(rewriter, table)), sources, name="row")
     rows.meta.pop(LAYER, None)
     shaped = rewriter.call(aten.view.default, (rows, [-1, *shape]), sources, name="rows")
@@ -162,12 +180,18 @@ def read_table(node: fx.Node, timestep: fx.Node, rewriter: Rewriter) -> TimeTabl
     """The table of which a node picks rows, or the constant that it is; None if it is computed otherwise."""
     if node.op == "get_attr":
         value = rewriter.tensor(node)
-        return TimeTable(timestep, (), value.reshape(1, *value.shape[1:])) if value.shape[:1] == (1,) else None
+        if value.shape[:1] != (1,):
+            return None
+        return TimeTable(timestep, (), value.reshape(1, *value.shape[1:]), _followed(node, rewriter))
     if not reads_rows(node):
         return None
     held, _, bins = node.args[0].args  # type: ignore[union-attr]
     boundaries = rewriter.tensor(bins.args[0].args[1])  # type: ignore[union-attr]
-    return TimeTable(timestep, tuple(boundaries.tolist()), rewriter.tensor(held))
+    return TimeTable(timestep, tuple(boundaries.tolist()), rewriter.tensor(held), _followed(held, rewriter))
+
+
+def _followed(held: fx.Node, rewriter: Rewriter) -> str | None:
+    return None if has_content(held) else rewriter.history(held).digest
 
 
 def _is_bin(node: object) -> bool:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import fx
 
 from fxquant.attention import find_attentions
-from fxquant.capture import LAYER
+from fxquant.capture import LAYER, LAYER_OPS, layer_name
 from fxquant.errors import CalibrationError
 from fxquant.observers import Statistics
 from fxquant.plan import ActivationRange, LayerPlan, Plan
@@ -37,8 +37,29 @@ def unnumbered(name: str) -> str:
 
 def names_in(graph: fx.Graph) -> list[str]:
     """The names of the layers and attentions of a graph, one for each use."""
-    layers = [str(node.meta[LAYER]) for node in graph.nodes if LAYER in node.meta]
+    layers = [str(node.meta[LAYER]) for node in _layers(graph)]
     return [*layers, *(found.name for found in find_attentions(graph))]
+
+
+def _layers(graph: fx.Graph) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if LAYER in node.meta and node.target in LAYER_OPS)
+
+
+def adopt_names(graph: fx.Graph, plan: Plan) -> None:
+    """Let layers that a plan does not know have the names by which plans of earlier versions know them.
+
+    These named every layer with a shared weight after one of the owners, and one whose weight is cast after its node.
+    """
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        if plan.naming > 1 or node.target not in LAYER_OPS:
+            continue
+        weight = node.args[LAYER_OPS[node.target]]
+        name = layer_name(str(weight.target)) if weight.op == "get_attr" else node.name
+        seen[name] += 1
+        earlier = name if seen[name] == 1 else f"{name}@{seen[name]}"
+        if node.meta.get(LAYER, earlier) not in plan.layers and earlier in plan.layers:
+            node.meta[LAYER] = earlier
 
 
 def keys_in(plan: Plan, graph: fx.Graph) -> Iterator[tuple[str, str]]:
@@ -96,6 +117,7 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
     Raises:
         CalibrationError: If there are uses that the plan does not know, or decisions that differ from use to use.
     """
+    adopt_names(graph, plan)
     attentions, layers = _by_base(plan.attentions), _by_base(plan.layers)
     for base, number in Counter(unnumbered(found.name) for found in find_attentions(graph)).items():
         entries = [*attentions.get(base, {}).values()]
@@ -104,9 +126,8 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
         if number > len(entries) or any(entry.ranges != entries[0].ranges for entry in entries):
             raise _refusal(base, number, len(entries), "and each use has ranges of its own")
     nodes: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if LAYER in node.meta:
-            nodes.setdefault(unnumbered(node.meta[LAYER]), []).append(node)
+    for node in _layers(graph):
+        nodes.setdefault(unnumbered(node.meta[LAYER]), []).append(node)
     for base, found in nodes.items():
         uses = layers.get(base, {})
         if len(uses) in (0, len(found)):

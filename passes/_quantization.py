@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture import LAYER, stored_weight
+from fxquant.capture import LAYER, layer_name, stored_weight
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.evidence import evidence, moments
+from fxquant.ir.histories import made_from
 from fxquant.ir.rewriter import Rewriter
 from fxquant.plan import ActivationRange, LayerPlan, Plan
 from fxquant.quantizer import (
@@ -28,6 +29,7 @@ from fxquant.quantizer import (
 from fxquant.rounding.adaround import adaround
 from fxquant.rounding.gptq import ErrorFeedback, gptq
 from fxquant.timesteps import TimeTable, rows_at, timestep_input
+from fxquant.uses import unnumbered
 
 
 class RangeSearch(enum.Enum):
@@ -141,6 +143,8 @@ def _moments(name: str, plan: Plan, method: str) -> Tensor:
 
 def _drop_used_moments(name: str, plan: Plan) -> None:
     """Free second moments that no layer needs any more: those of a whole model are as large as its weights."""
+    if len(plan.calls) > 1:  # A further graph may fold other factors into the weight, which is rounded anew then.
+        return
     key = plan.layer(name).observed
     readers = (other for other, layer in plan.layers.items() if layer.observed == key)
     if key and plan.statistics is not None and plan.statistics.transient and plan.codes.keys() >= set(readers):
@@ -177,7 +181,10 @@ def quantized_weight(
     require_finite(values, f"the weight of layer {name}")
     # Without values there is nothing to search; the shapes are those of any method.
     search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
-    if isinstance(values, FakeTensor) or (rounder is None and name not in plan.codes):
+    history = rewriter.history(weight)
+    # Codes of another graph are those of another fold of the weight, where the graphs do not share it.
+    own = plan.shared.is_rounded_here(name, history)
+    if isinstance(values, FakeTensor) or (rounder is None and not (own and name in plan.codes)):
         quantized = quantize_weight(
             values,
             bits=layer.weight_bits,
@@ -186,6 +193,9 @@ def quantized_weight(
             method=search.value,
             importance=None if search is RangeSearch.MINMAX else importance_of(name, plan, values.device),
         )
+    elif not own:
+        assert rounder is not None
+        quantized = rounder.quantize(name, values, plan, rewriter, method, symmetric)
     else:
         if name not in plan.codes:  # Neither learned before, nor rounded for another graph of the model.
             assert rounder is not None
@@ -194,16 +204,30 @@ def quantized_weight(
         quantized = plan.codes[name]
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
-    owner = str(weight.target)
+    owner = _owner_of_codes(name, str(weight.target), plan)
+    made = made_from("codes", history, str(layer.weight_bits), str(layer.group_size))
     codes = (
-        rewriter.constant(f"{owner}_packed", quantized.packed, [weight]),
-        rewriter.constant(f"{owner}_scale", quantized.scale, [weight]),
-        rewriter.constant(f"{owner}_zero_point", quantized.zero_point, [weight]),
+        rewriter.constant(f"{owner}_packed", quantized.packed, [weight], made),
+        rewriter.constant(f"{owner}_scale", quantized.scale, [weight], made),
+        rewriter.constant(f"{owner}_zero_point", quantized.zero_point, [weight], made),
     )
     rewriter.memo[key] = codes, layer.weight_sqnr_db
     if _reads_alone(node, weight):
         rewriter.forget(weight)
     return codes
+
+
+def _owner_of_codes(name: str, target: str, plan: Plan) -> str:
+    """What the codes of a weight are named after: graphs that agree on the name hold the same codes under it.
+
+    That is the weight, for the layer of its name; layers that share it at other bits have codes of their own.
+    """
+    layer, named = plan.layer(name), plan.layers.get(layer_name(target))
+    if named is not None and (named.weight_bits, named.group_size) == (layer.weight_bits, layer.group_size):
+        return target
+    if named is None and unnumbered(name) == layer_name(target):
+        return target
+    return f"{target}_w{layer.weight_bits}" + (f"_g{layer.group_size}" if layer.group_size else "")
 
 
 def _reads_alone(layer: fx.Node, weight: fx.Node) -> bool:

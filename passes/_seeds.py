@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.capture import LAYER
 from fxquant.channels.rules.ends import parameter_of
@@ -59,6 +60,65 @@ def seeds_to_transform(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> lis
         if is_target(nodes[0], plan, roles):
             seeds.append(Seed(nodes[0].meta[LAYER], value, tuple(nodes)))
     return seeds
+
+
+@dataclass(frozen=True)
+class Part:
+    """Readers of one value that undo the same factors or shifts.
+
+    Attributes:
+        readers: The linears.
+        vector: Factors float64 ``[in]``, or shifts float64 ``[bins, in]``.
+        boundaries: Between the bins.
+    """
+
+    readers: tuple[fx.Node, ...]
+    vector: Tensor
+    boundaries: tuple[float, ...]
+
+    def seed(self, of: Seed) -> Seed:
+        """The part of a seed."""
+        return Seed(self.readers[0].meta[LAYER], of.value, self.readers)
+
+
+def parts_of(seed: Seed, plan: Plan, roles: Sequence[str], suffix: str = "") -> list[Part]:
+    """The readers of a value by what they undo.
+
+    A linear undoes the same in every graph of a model, so that these share its weight, whoever else reads its input in
+    one of them. Linears that the plan says nothing of, as those kept in float, undo what the first graph had them undo.
+    """
+    shared = plan.shared
+    own = {node: _decided(node, plan, suffix) for node in seed.readers if is_target(node, plan, roles)}
+    default = next((found for found in own.values() if found is not None), None)
+    parts: dict[tuple[bytes, tuple[float, ...]], tuple[Tensor, tuple[float, ...], list[fx.Node]]] = {}
+    for node in seed.readers:
+        name = node.meta[LAYER]
+        found = own[node] if node in own else shared.columns.get((name, suffix))
+        if found is None and default is not None and node not in own and name not in shared.layers:
+            found = shared.columns[name, suffix] = default
+        if found is not None:
+            vector, boundaries = found
+            parts.setdefault((vector.numpy().tobytes(), boundaries), (vector, boundaries, []))[2].append(node)
+    return [Part(tuple(nodes), vector, boundaries) for vector, boundaries, nodes in parts.values()]
+
+
+def seeds_undone_before(graph: fx.Graph, plan: Plan, seeds: Sequence[Seed], suffix: str = "") -> list[Seed]:
+    """Values that no linear to transform reads, but one whose weight undoes something because of another graph."""
+    known = {reader for seed in seeds for reader in seed.readers}
+    found = []
+    for node in graph.nodes:
+        if node.target is not torch.ops.aten.linear.default or node in known:
+            continue
+        value, weight = node_of(node.args[0]), parameter_of(node_of(node.args[1]))
+        if (node.meta.get(LAYER), suffix) in plan.shared.columns and weight.op == "get_attr":
+            found.append(Seed(node.meta[LAYER], value, (node,)))
+    return found
+
+
+def _decided(node: fx.Node, plan: Plan, suffix: str) -> tuple[Tensor, tuple[float, ...]] | None:
+    name = node.meta[LAYER]
+    vector = plan.vectors.get(f"{name}{suffix}")
+    return None if vector is None else (vector, plan.layer(name).boundaries if suffix else ())
 
 
 def is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.attention import ValueChange, note_change
+from fxquant.capture import LAYER
 from fxquant.channels.solve import Edit, Seed, Solution, solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.rewriter import Rewriter, place_of
+from fxquant.ir.shared import Fold, parameters_of, read_stored
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Plan
@@ -40,6 +42,9 @@ class AbsorbAffines(Pass):
     reads what is scaled on the way, or it asks for the same. Where a path cannot be followed to parameters, the factor
     is multiplied onto a modulation vector instead, and where that is not possible either it stays where it is.
     Equal in real arithmetic; parameters are computed in float64 and cast once.
+
+    In a graph for a call that comes when the float weights are gone, an op whose parameters are stored with another
+    factor than this graph needs keeps that, and a ``channel_affine`` behind it makes up for it at run time.
     """
 
     name: ClassVar[str] = "absorb-affines"
@@ -48,10 +53,14 @@ class AbsorbAffines(Pass):
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        while self._absorb(graph, rewriter):  # Of affines on one path, the first one goes first.
+        before, folds = parameters_of(rewriter.module), _Folds()
+        while self._absorb(graph, rewriter, folds):  # Of affines on one path, the first one goes first.
             pass
+        before |= {copy: before[source] for copy, source in folds.copies.items()}
+        for node, stored, fold in plan.shared.unstored(rewriter.module, before, folds.made):
+            _correct(read_stored(node, stored, rewriter), fold, rewriter)
 
-    def _absorb(self, graph: fx.Graph, rewriter: Rewriter) -> bool:
+    def _absorb(self, graph: fx.Graph, rewriter: Rewriter, folds: _Folds) -> bool:
         affines, factors = _constant_affines(graph, rewriter)
         seeds = [
             Seed(name, node.all_input_nodes[0], (node,), alike=tuple(factors[name].tolist()))
@@ -63,7 +72,7 @@ class AbsorbAffines(Pass):
             if edit.end is None and edit.readers == tuple(n for n in edit.readers if n.name in stuck):
                 continue
             if (a != 1).any():
-                _carry_out(edit, a, rewriter)
+                _carry_out(edit, a, rewriter, folds)
         for reader, a, c in solution.mixed_factors(chosen):
             note_change(reader, ValueChange(a, c[None]))
         for name in chosen:
@@ -124,12 +133,31 @@ def _stays(solution: Solution, name: str, factor: Tensor) -> bool:
     )
 
 
-def _carry_out(edit: Edit, a: Tensor, rewriter: Rewriter) -> None:
+@dataclass
+class _Folds:
+    """What was folded into the parameters of ops, and copies of parameters for some of their readers."""
+
+    made: dict[fx.Node, Fold] = field(default_factory=dict)
+    copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def add(self, node: fx.Node, a: Tensor, c: Tensor, source: fx.Node | None = None) -> None:
+        self.made[node] = self.made.get(source or node, Fold.none()).then(a, c)
+        if source is not None and source is not node:
+            self.copies[node] = self.copies.get(source, source)
+
+
+def _carry_out(edit: Edit, a: Tensor, rewriter: Rewriter, folds: _Folds) -> None:
     c = (a - 1) * torch.from_numpy(edit.want.offset.copy())
     if edit.end is not None and edit.node.op == "get_attr":
-        rewriter.fold_attribute(edit.node, lambda p: p.double() * a.to(p.device) + c.to(p.device), edit.readers)
+
+        def folded(p: Tensor) -> Tensor:
+            return p.double() * a.to(p.device) + c.to(p.device)
+
+        own = rewriter.fold_attribute(edit.node, folded, edit.readers, by=("affine", a, c))
+        folds.add(own, a, c, edit.node)
     elif edit.end is not None:
         edit.end.fold(rewriter, a, c)
+        folds.add(edit.node, a, c)
     else:
         source = edit.node
         with rewriter.after(source):
@@ -149,3 +177,17 @@ def _remove(affine: fx.Node, factor: Tensor, solution: Solution, rewriter: Rewri
         source, old = affine.all_input_nodes
         scale = rewriter.constant(f"{old.target}_left", left, [affine])
         affine.args = (source, scale, None)
+
+
+def _correct(node: fx.Node, fold: Fold, rewriter: Rewriter) -> None:
+    """Let everything that reads a value read ``scale * value + shift``."""
+    users = list(node.users)
+    if (fold.scale == 1).all() and (fold.shift == 0).all():
+        return
+    with rewriter.after(node):
+        scale = rewriter.constant(f"{place_of(node)}_correction", fold.scale, [node])
+        shift = rewriter.constant(f"{place_of(node)}_correction_shift", fold.shift, [node])
+        corrected = rewriter.call(_AFFINE, (node, scale, shift), [node], name=f"{node.name}_corrected")
+    corrected.meta.pop(LAYER, None)
+    for user in users:
+        rewriter.redirect(user, node, corrected)

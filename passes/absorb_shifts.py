@@ -108,7 +108,8 @@ def _carry_out(edit: Edit, table: TimeTable, rewriter: Rewriter) -> None:
     if edit.end is None:
         add_rows(rewriter, edit.node, table.map(lambda rows: rows.squeeze(1)), [edit.node], edit.readers)
     elif edit.node.op == "get_attr":
-        rewriter.fold_attribute(edit.node, lambda p: p.double() + table.rows[0].to(p.device), edit.readers)
+        shift = table.rows[0]
+        rewriter.fold_attribute(edit.node, lambda p: p.double() + shift.to(p.device), edit.readers, ("shift", shift))
     else:
         edit.end.fold(rewriter, table)
 

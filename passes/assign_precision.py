@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from torch import fx
 
 from fxquant.attention import Attention, find_attentions, not_by_sample
-from fxquant.capture import LAYER, stored_weight
+from fxquant.capture import LAYER, NAMES, layer_name, stored_weight
+from fxquant.errors import ConfigurationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
-from fxquant.precision import FLOAT, Precision, overridden, precision_of, roles
+from fxquant.precision import FLOAT, Precision, entries_of, overridden, precision_of, roles
 from fxquant.products import find_products
+from fxquant.text import pattern_of
+from fxquant.uses import unnumbered
 
 
 class Products(enum.Enum):
@@ -33,6 +39,9 @@ class AssignPrecision(Pass):
     """Write into the plan, for every linear, convolution and table, its role and its bit widths, and for attentions.
 
     The graph stays as it is. Layers and attentions that the plan knows already keep what it says.
+
+    An override that fits no layer and no attention is an error: at the first call of calibration, or at its end if the
+    model has modules of that name which no call ran.
 
     Attributes:
         precision: Bits of the layers that are quantized, such as ``w4a8`` or ``w4a16-g64``.
@@ -70,7 +79,8 @@ class AssignPrecision(Pass):
             chosen = precision_of(name, role_of[name], default, self.layers, self.overrides)
             if kind == "embedding":  # The papers keep tables in float; 8 bits a row are a matter of size alone.
                 one_row_a_sample = node.args[1].meta["val"].dim() == 1
-                chosen = Precision(8, None) if self.layers == "default" and one_row_a_sample else FLOAT
+                asked = overridden(name, self.overrides) or (Precision(8, None) if self.layers == "default" else FLOAT)
+                chosen = Precision(asked.weight_bits, None) if one_row_a_sample else FLOAT
             shape = weight.meta["val"].shape
             plan.layers[name] = LayerPlan(
                 kind=kind,
@@ -86,14 +96,51 @@ class AssignPrecision(Pass):
             if found.name not in plan.attentions:
                 plan.attentions[found.name] = self._attention(found, default, timestep)
 
+    def check_graph(self, graph: fx.Graph, plan: Plan) -> None:
+        module = graph.owning_module
+        self._check_overrides(plan, {} if module is None else module.meta.get(NAMES, {}))
+
+    def check_plan(self, plan: Plan) -> None:
+        self._check_overrides(plan, {})
+
+    def _check_overrides(self, plan: Plan, names: Mapping[str, bool]) -> None:
+        """Refuse overrides that decide nothing.
+
+        Args:
+            plan: With the layers of all graphs so far.
+            names: Tensors (true) and modules (false) of the model, which may run in a further graph.
+        """
+        for pattern, precision in entries_of(self.overrides):
+            attentions = [name for name in plan.attentions if fnmatchcase(name, pattern)]
+            products = [name for name in plan.products if fnmatchcase(name, pattern)]
+            if any(fnmatchcase(name, pattern) for name in plan.layers):
+                continue
+            if attentions and (self.attention is Products.QUANTIZED or precision == FLOAT):
+                continue
+            if attentions:
+                raise ConfigurationError(
+                    f"override {pattern!r} fits the attention {attentions[0]!r} and no layer, and the recipe keeps "
+                    f"attention in float; write {attentions[0]}.* for its layers, or quantize attention "
+                    "(assign-precision{attention=quantized})"
+                )
+            if products and precision != FLOAT:
+                raise ConfigurationError(
+                    f"override {pattern!r} fits {products[0]!r}, and that cannot be quantized: "
+                    f"{plan.products[products[0]]}"
+                )
+            if not products and not any(_runs_elsewhere(name, pattern, names, plan) for name in names):
+                raise ConfigurationError(
+                    f"override {pattern!r} fits no layer and no attention of the model; {nearest(pattern, plan)}"
+                )
+
     def _reason(self, name: str, kind: str, role: str) -> str:
         """Why a layer is kept in float."""
-        if kind == "embedding":
-            if self.layers == "default":
-                return "its table is looked up several times a sample"
-            return f"layers={self.layers} keeps tables in float"
-        if overridden(name, self.overrides) is not None:
+        if overridden(name, self.overrides) == FLOAT:
             return "an override keeps it in float"
+        if kind == "embedding":
+            if self.layers == "default" or overridden(name, self.overrides) is not None:
+                return "a table in few bits needs one row a sample, and each sample looks up several"
+            return f"layers={self.layers} keeps tables in float"
         if self.layers == "all" or role in ("block", "adaln"):
             return "the recipe keeps layers in float"
         return f"layers={self.layers} keeps layers of role {role} in float; layers=all quantizes them"
@@ -106,6 +153,30 @@ class AssignPrecision(Pass):
             return AttentionPlan(None, reason="its activations are to stay float")
         reason = found.reason or not_by_sample(found, timestep)
         return AttentionPlan(None if reason else chosen.activation_bits, reason=reason)
+
+
+def _runs_elsewhere(name: str, pattern: str, names: Mapping[str, bool], plan: Plan) -> bool:
+    """Whether a pattern may be meant for a part of the model that the graphs so far did not run."""
+    place = layer_name(name) if names[name] else name
+    if not fnmatchcase(place, unnumbered(pattern)):
+        return False
+    owner = place.rpartition(".")[0] if names[name] else place  # Else a parameter of a layer, such as its bias.
+    return not any(layer in (place, owner) or layer.startswith(f"{place}.") for layer in plan.layers)
+
+
+def nearest(pattern: str, plan: Plan) -> str:
+    """Which names of layers and attentions a pattern that fits none was probably meant for."""
+    names = [*plan.layers, *plan.attentions]
+    forms = dict.fromkeys(names)
+    if "*" in pattern or "?" in pattern:
+        for name in names:
+            parts = name.split(".")
+            forms.update(dict.fromkeys([pattern_of(name), *(".".join(parts[:n]) + ".*" for n in range(1, len(parts)))]))
+    close = get_close_matches(pattern, forms, n=3)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    known = [*dict.fromkeys(map(pattern_of, names))]
+    return f"its layers are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}"
 
 
 def _kind(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._seeds import is_target, parse_cost, parse_roles, seeds_to_transform
+from fxquant.passes._seeds import (
+    is_target,
+    parse_cost,
+    parse_roles,
+    parts_of,
+    seeds_to_transform,
+    seeds_undone_before,
+)
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Balance, LayerPlan, Plan
 from fxquant.quantizer import affine_parameters, fake_quantize, quantize_weight, require_finite
@@ -118,13 +126,16 @@ class BalanceChannels(Pass):
             if all(plan.layer(name).balance is None for names in layers for name in names):
                 weights = [[_weight(node, rewriter) for node in nodes] for nodes in targets]
                 self._decide(grants, layers, weights, plan)
-            for grant, names in zip(grants, layers, strict=True):
-                if names[0] in plan.vectors and not self._is_done(grant.seed):
-                    _balance(grant.seed, plan.vectors[names[0]], rewriter)
+            else:
+                _follow(layers, plan)
+        for seed in [*seeds, *seeds_undone_before(graph, plan, seeds)]:
+            for part in parts_of(seed, plan, roles):
+                if not self._is_done(part.readers):
+                    _balance(part.seed(seed), part.vector, rewriter)
 
-    def _is_done(self, seed: Seed) -> bool:
-        """Whether this pass has balanced the weights that read the value already."""
-        weights = [parameter_of(node_of(reader.args[1])) for reader in seed.readers]
+    def _is_done(self, readers: Sequence[fx.Node]) -> bool:
+        """Whether this pass has balanced the weights of these linears already."""
+        weights = [parameter_of(node_of(reader.args[1])) for reader in readers]
         origins = (origin for weight in weights for origin in weight.meta.get(PROVENANCE, ()))
         return any(origin.pass_name == self.name for origin in origins)
 
@@ -169,6 +180,23 @@ class BalanceChannels(Pass):
                 if grant.granted.any():
                     plan.vectors[name] = factors[start : start + channels].clone()
             start += channels
+
+
+def _follow(layers: Sequence[Sequence[str]], plan: Plan) -> None:
+    """Decide on layers that are in no earlier graph, but share factors with some that are: these are settled."""
+    for names in layers:
+        settled = next((name for name in names if plan.layer(name).balance is not None), None)
+        for name in names:
+            layer = plan.layer(name)
+            if layer.balance is not None:
+                continue
+            if settled is None:
+                reason = "channels that share its factors were settled for other calls of the model"
+                layer.balance = Balance(cost="not", group=name, reason=reason)
+                continue
+            layer.balance = copy.copy(plan.layer(settled).balance)
+            if settled in plan.vectors:
+                plan.vectors[name] = plan.vectors[settled].clone()
 
 
 def combine_timesteps(
@@ -265,4 +293,4 @@ def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, seed.value, balanced)
-        rewriter.fold(reader, 1, lambda w: w * b.to(w.device))  # In float64, as b is.
+        rewriter.fold(reader, 1, lambda w: w * b.to(w.device), by=("columns", b))  # In float64, as b is.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.attention import ATTENTION, SIDES, Attention, changes_of, find_attentions
-from fxquant.errors import ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import InputRange
@@ -86,6 +87,7 @@ class QuantizeAttention(Pass):
                 if side not in entry.ranges and entry.bits is not None:
                     self._decide(found, side, entry, plan)
             if entry.bits is not None:
+                _refuse_other_values(found, plan)
                 entry.softmax_bits = entry.softmax_bits or self.softmax_bits
                 _quantize(found, entry, rewriter)
 
@@ -120,6 +122,23 @@ class QuantizeAttention(Pass):
         entry.ranges[side] = ActivationRange(*ends, self.activation_range.value)
         grid = affine_parameters(*ends, entry.bits)
         entry.sqnr_db[side] = sqnr_db(samples, fake_quantize(samples, *grid, entry.bits))
+
+
+def _refuse_other_values(found: Attention, plan: Plan) -> None:
+    """Refuse a graph whose v was balanced or shifted otherwise than in the graph that its range was found for.
+
+    Raises:
+        CalibrationError: Names the attention.
+    """
+    changes = changes_of(found.operands["v"].reader)
+    parts = [part for each in changes for part in (each.factor, each.shift, str(each.boundaries))]
+    now = digest(*parts)
+    if plan.shared.values.setdefault(found.name, now) != now:
+        raise CalibrationError(
+            f"the v of attention {found.name!r} takes other factors in this kind of call than in the one that its "
+            "range was found for, because other parts of the model read it here; keep this attention float: give it "
+            "float in the overrides of assign-precision"
+        )
 
 
 def _by_channel(value: Tensor, shape: tuple[Any, ...], channels: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +17,15 @@ from fxquant.passes._quantization import InputRange, RangeSearch, is_quantized, 
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import Plan
 
+aten = torch.ops.aten
+
+_ONE_DIMENSION = (aten.conv1d.default, aten.conv1d.padding)
+
 
 @register_pass
 @dataclass(frozen=True)
 class QuantizeConvolutions(Pass):
-    """Quantize two-dimensional convolutions such as the patch embedding.
+    """Quantize convolutions of one and two dimensions, such as the patch embedding.
 
     Before::
 
@@ -30,8 +35,9 @@ class QuantizeConvolutions(Pass):
 
         y = fxquant.conv2d(fxquant.quantize(x, s, z), s, z, W_packed, W_scale, W_zero_point, bias, ...)
 
-    The weight is taken as a matrix ``[out, in * kh * kw]`` with one grid an output channel. For float activations the
-    weight alone is stored in few bits. Attributes as in :class:`~fxquant.passes.quantize_linears.QuantizeLinears`.
+    The weight is taken as a matrix ``[out, in * kh * kw]`` with one grid an output channel. A conv1d becomes a conv2d
+    over an image of one row; ``padding="same"`` is spelled out. For float activations the weight alone is stored in few
+    bits, also that of a conv3d. Attributes as in :class:`~fxquant.passes.quantize_linears.QuantizeLinears`.
     """
 
     name: ClassVar[str] = "quantize-convolutions"
@@ -47,6 +53,11 @@ class QuantizeConvolutions(Pass):
         if self.activation_range is InputRange.DYNAMIC:
             raise ConfigurationError("quantize-convolutions: a convolution mixes tokens, so its input has one range")
 
+    def check_graph(self, graph: fx.Graph, plan: Plan) -> None:
+        for node in graph.nodes:
+            if LAYER in node.meta and plan.layer(node.meta[LAYER]).activation_bits is not None:
+                _refuse(node, plan)
+
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
             if LAYER not in node.meta or "conv" not in str(node.target) or "fxquant" in str(node.target):
@@ -57,37 +68,75 @@ class QuantizeConvolutions(Pass):
             weight = node.args[1]
             kernel = [int(size) for size in weight.meta["val"].shape[1:]]
             dtype = node.meta["val"].dtype
+            if layer.activation_bits is not None:
+                _refuse(node, plan)
             with rewriter.before(node):
                 packed = quantized_weight(node, plan, rewriter, self.weight_range, self.symmetric)
-                if layer.activation_bits is None or node.target is not torch.ops.aten.conv2d.default:
-                    if layer.activation_bits is not None:
-                        raise ConfigurationError(
-                            f"layer {node.meta[LAYER]}: quantized activations are only there for conv2d, not "
-                            f"{node.target}; keep it float or give it w{layer.weight_bits}a16 in the overrides"
-                        )
+                if layer.activation_bits is None:
                     arguments = (*packed, layer.weight_bits, 0, layer.shape[1], dtype)
                     values = rewriter.call(torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node])
-                    shaped = rewriter.call(torch.ops.aten.view.default, (values, [layer.shape[0], *kernel]), [weight])
+                    shaped = rewriter.call(aten.view.default, (values, [layer.shape[0], *kernel]), [weight])
                     rewriter.redirect(node, weight, shaped)
                     continue
                 options = _options(node)
-                codes, scale, zero_point = quantized_input(node, node.args[0], plan, rewriter, self.activation_range)
+                x = _padded(node, options["pad"], rewriter)
+                if node.target in _ONE_DIMENSION:  # Of one dimension: an image of one row.
+                    x = rewriter.call(aten.unsqueeze.default, (x, -2), [node])
+                    kernel.insert(1, 1)
+                codes, scale, zero_point = quantized_input(node, x, plan, rewriter, self.activation_range)
                 new = rewriter.call(
                     torch.ops.fxquant.conv2d.default,
-                    (codes, scale, zero_point, *packed, options.pop("bias"), layer.weight_bits, kernel,
+                    (codes, scale, zero_point, *packed, options["bias"], layer.weight_bits, kernel,
                      options["stride"], options["padding"], options["dilation"], options["groups"], dtype),
                     sources=[node],
                 )  # fmt: skip
+                if node.target in _ONE_DIMENSION:
+                    new = rewriter.call(aten.squeeze.dim, (new, -2), [node])
             rewriter.replace(node, new)
 
 
+def _refuse(node: fx.Node, plan: Plan) -> None:
+    """Raise if the input of a layer is that of a convolution for which there is no quantized op."""
+    name = node.meta[LAYER]
+    if node.target in (aten.conv3d.default, aten.conv3d.padding):
+        raise ConfigurationError(
+            f"layer {name}: quantized activations are only there for conv1d and conv2d, not for conv3d; keep it float "
+            f"or quantize its weight alone: assign-precision{{overrides={name}=w{plan.layer(name).weight_bits}a16}}"
+        )
+
+
+def _padded(node: fx.Node, pad: list[int], rewriter: Rewriter) -> fx.Node:
+    """The input of a convolution with the zeros that it needs on one side only; zero has an exact code."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return rewriter.call(aten.constant_pad_nd.default, (x, pad), [node]) if any(pad) else x
+
+
 def _options(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a conv2d by name, pairs spelled out."""
+    """Arguments of a convolution as those of a conv2d, by name; ``pad`` is for the input, as ``constant_pad_nd`` is."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    found = {"bias": None, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1} | given
-    for name in ("stride", "padding", "dilation"):
-        value = found[name]
-        found[name] = [value, value] if isinstance(value, int) else list(value)
-        found[name] *= 2 // len(found[name])
-    return found
+    found = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | given
+    sizes = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+    rank = len(sizes)
+    for name in ("stride", "dilation"):
+        found[name] = _each(found[name], rank)
+    pad = [0] * 2 * rank
+    if isinstance(found["padding"], str):
+        same = found["padding"] == "same"
+        total = [step * (int(size) - 1) * same for size, step in zip(sizes, found["dilation"], strict=True)]
+        found["padding"] = [both // 2 for both in total]
+        # An odd number has its last zero at the end; constant_pad_nd takes the last axis first.
+        pad = [end for both in reversed(total) for end in (0, both % 2)]
+    else:
+        found["padding"] = _each(found["padding"], rank)
+    if rank == 1:
+        for name, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            found[name] = [neutral, *found[name]]
+    return {**found, "pad": pad}
+
+
+def _each(value: int | Sequence[int], rank: int) -> list[int]:
+    """One number for each dimension, of which a single one may stand for all."""
+    given = [value] if isinstance(value, int) else list(value)
+    return given * (rank // len(given))

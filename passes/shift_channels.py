@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,9 +17,17 @@ from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
+from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._seeds import parse_cost, parse_roles, seeds_to_transform, targets_of
+from fxquant.passes._seeds import (
+    parse_cost,
+    parse_roles,
+    parts_of,
+    seeds_to_transform,
+    seeds_undone_before,
+    targets_of,
+)
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import LayerPlan, Plan, Shift
 from fxquant.timesteps import TimeTable, rows_at, timestep_input
@@ -65,7 +74,8 @@ class ShiftChannels(Pass):
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
         seeds = seeds_to_transform(graph, plan, roles)
-        if not seeds:
+        others = seeds_undone_before(graph, plan, seeds, ".shift")
+        if not seeds and not others:
             return
         timestep = timestep_input(graph, plan.timestep)
         layers = {seed.name: targets_of(seed, plan, roles) for seed in seeds}
@@ -75,16 +85,17 @@ class ShiftChannels(Pass):
         for group in solution.groups():
             if all(plan.layer(name).shift is None for seed in group for name in layers[seed]):
                 self._decide(solution, {seed: layers[seed] for seed in group}, plan)
-        for seed in seeds:
-            name = layers[seed.name][0]
-            if f"{name}.shift" in plan.vectors and not self._is_done(seed):
-                z = plan.vectors[f"{name}.shift"]
-                _shift(seed, TimeTable(timestep, plan.layer(name).boundaries, z), rewriter)
+            else:
+                _follow([layers[seed] for seed in group], plan)
+        for seed in [*seeds, *others]:
+            for part in parts_of(seed, plan, roles, ".shift"):
+                if not self._is_done(part.readers):
+                    _shift(part.seed(seed), TimeTable(timestep, part.boundaries, part.vector), rewriter)
 
-    def _is_done(self, seed: Seed) -> bool:
-        """Whether this pass has added to the outputs of the linears that read the value already."""
-        changed = [user for reader in seed.readers for user in reader.users]
-        changed += [parameter_of(bias) for reader in seed.readers for bias in reader.all_input_nodes[2:]]
+    def _is_done(self, readers: Sequence[fx.Node]) -> bool:
+        """Whether this pass has added to the outputs of these linears already."""
+        changed = [user for reader in readers for user in reader.users]
+        changed += [parameter_of(bias) for reader in readers for bias in reader.all_input_nodes[2:]]
         return any(origin.pass_name == self.name for node in changed for origin in node.meta.get(PROVENANCE, ()))
 
     def _decide(self, solution: Solution, layers: Mapping[str, Sequence[str]], plan: Plan) -> None:
@@ -119,6 +130,23 @@ class ShiftChannels(Pass):
                     plan.vectors[f"{name}.shift"] = z.clone()
 
 
+def _follow(layers: Sequence[Sequence[str]], plan: Plan) -> None:
+    """Decide on layers that are in no earlier graph, but share shifts with some that are: these are settled."""
+    for names in layers:
+        settled = next((name for name in names if plan.layer(name).shift is not None), None)
+        for name in names:
+            layer = plan.layer(name)
+            if layer.shift is not None:
+                continue
+            together = settled is not None and plan.layer(settled).boundaries == layer.boundaries
+            if settled is None or not together:
+                layer.shift = Shift("not", reason="channels that share its shifts were settled for other calls")
+                continue
+            layer.shift = copy.copy(plan.layer(settled).shift)
+            if f"{settled}.shift" in plan.vectors:
+                plan.vectors[f"{name}.shift"] = plan.vectors[f"{settled}.shift"].clone()
+
+
 def _entry(grant: Grant, balanced: bool) -> Shift:
     return Shift(str(grant.cost), list(grant.into), int(grant.granted.sum()), grant.reason, balanced)
 
@@ -139,5 +167,8 @@ def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, value, shifted)
-        weight = rewriter.tensor(parameter_of(node_of(reader.args[1]))).double()
-        shift_output(reader, rewriter, z.map(lambda rows, weight=weight: rows.to(weight.device) @ weight.T))  # type: ignore[misc]
+        parameter = parameter_of(node_of(reader.args[1]))
+        weight = rewriter.tensor(parameter).double()
+        table = z.map(lambda rows, weight=weight: rows.to(weight.device) @ weight.T)  # type: ignore[misc]
+        follows = digest("product", z.origin, rewriter.history(parameter).digest)
+        shift_output(reader, rewriter, replace(table, follows=follows))

@@ -262,7 +262,7 @@ def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatc
     put(tmp_path / ".q.saving-0123abcd", OLD)
     save(tmp_path / "q")
     assert (held(tmp_path / "q"), held(tmp_path / ".q.saving-0123abcd")) == (NEW, OLD)
-    monkeypatch.setattr(folders, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
     save(tmp_path / "q", OLD)
     assert (held(tmp_path / "q"), names(tmp_path)) == (OLD, [".q.saving-0123abcd", "q"])
 
@@ -295,9 +295,10 @@ def test_a_disk_that_fails_is_told_by_name(
             save(folder)
     assert (held(folder), names(folder.parent)) == (OLD, ["q"])
     with monkeypatch.context() as patched:
-        patched.setattr(folders.tempfile, "TemporaryDirectory", failing(number))
-        with pytest.raises(WriteError, match=f"q cannot be written: {os.strerror(number)}"):
-            prepare(folder, check(True))
+        patched.setattr(Path, "mkdir", failing(number))
+        for place in (folder, tmp_path / "other" / "q"):
+            with pytest.raises(WriteError, match=f"q cannot be written: {os.strerror(number)}"):
+                prepare(place, check(True))
 
 
 def test_an_exchange_that_fails(tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,23 @@ class TestSaveAndLoad:
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
         assert (target / "vae" / "config.json").read_text() == "old"
 
+    def test_a_part_that_could_not_be_read_back_is_refused(self, pipe, tmp_path, monkeypatch):
+        class Own(nn.Module):
+            def save_pretrained(self, folder):
+                raise AssertionError("too late")
+
+        vae, skeleton = pipe.vae, pipe.transformer.architecture.skeleton
+        pipe.register_modules(vae=Own())
+        try:
+            with pytest.raises(ConfigurationError, match=r"part 'vae' of the pipeline is a Own.*fxquant\.save"):
+                save_pipeline(pipe, tmp_path / "own")
+        finally:
+            pipe.register_modules(vae=vae)
+        monkeypatch.setattr(skeleton, "__class__", type("Own", (type(skeleton),), {"__module__": "own"}))
+        with pytest.raises(ConfigurationError, match="part 'transformer' of the pipeline is a Own from own"):
+            save_pipeline(pipe, tmp_path / "own")
+        assert not list(tmp_path.iterdir())
+
     def test_a_float_pipeline_is_refused(self, tiny_pipeline, tmp_path):
         with pytest.raises(ConfigurationError, match="no part of this DiTPipeline is quantized"):
             save_pipeline(tiny_pipeline, tmp_path / "x")
@@ -156,7 +173,8 @@ class TestSaveAndLoad:
         [
             (None, "there is no folder"),
             ("empty", r"no pipeline, for it has no model_index\.json"),
-            ("transformer", r"one model; fxquant\.load reads it"),
+            ("transformer", r"one quantized model, which fxquant\.load reads"),
+            ("vae", r"one float model, which its class reads with from_pretrained"),
             ("broken", r"model_index\.json cannot be read"),
         ],
     )

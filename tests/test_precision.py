@@ -115,3 +115,77 @@ def test_keys_of_cross_attention_are_in_the_block() -> None:
         "blocks.0.k": "block",
         "blocks.0.shift": "adaln",
     }
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.ada = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return h + F.gelu(self.fc1(h) + self.ada(c)[:, None])
+
+
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, h: Tensor, context: Tensor) -> Tensor:
+        q, k = self.q(h)[:, None], self.k(context)[:, None]
+        return self.out[0](F.scaled_dot_product_attention(q, k, k)[:, 0])
+
+
+class ByName(nn.Module):
+    """Blocks that are attributes, with modules before and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.time = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 4)), nn.Linear(1, 4)
+        self.tokens = nn.Parameter(torch.randn(1, 2, 4))
+        self.block_0, self.mid_block = Residual(), nn.ModuleDict({"attn": Attend(), "cross": Attend()})
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        c = F.silu(self.time(timestep[:, None].float()))
+        h = self.block_0(self.patch(sample) + torch.linspace(0, 1, 4), c)
+        h = h + self.mid_block["attn"](h, h)
+        h = h + self.mid_block["cross"](h, self.tokens.expand(h.shape[0], -1, -1))
+        return self.head(h)
+
+
+class LongSkip(ByName):
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample + super().forward(sample, timestep)
+
+
+class Wrapped(nn.Module):
+    """The same within a module that adds a long connection of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = LongSkip()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.net(sample, timestep)
+
+
+@pytest.mark.parametrize(("model", "prefix"), [(ByName, ""), (Wrapped, "net.")])
+def test_blocks_are_known_by_what_they_do(model: type[nn.Module], prefix: str) -> None:
+    found = roles(captured(model(), sample=torch.randn(2, 5, 3), timestep=torch.tensor([1, 2])).module.graph)
+    attention = {"q": "block", "k": "block", "out.0": "block"}
+    assert found == {
+        f"{prefix}{name}": role
+        for name, role in {
+            "time": "embedder",
+            "patch.0": "patch",
+            "patch.2": "patch",
+            "block_0.fc1": "block",
+            "block_0.ada": "adaln",
+            **{f"mid_block.attn.{name}": role for name, role in attention.items()},
+            **{f"mid_block.cross.{name}": role for name, role in attention.items()},
+            "head.0": "final",
+            "head.2": "final",
+        }.items()
+    }

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from fxquant.capture import LAYER, NAMES, get_tensor, set_tensor
 from fxquant.errors import NonFiniteError, PassError
+from fxquant.ir.histories import History, has_content, history_of, record
 
 PROVENANCE = "fxquant_provenance"
 """Key of ``node.meta`` for a tuple of :class:`Origin`, the oldest first."""
@@ -67,10 +68,24 @@ class Rewriter:
         assert isinstance(node, fx.Node) and node.op == "get_attr", f"{node} is not a parameter"
         return get_tensor(self.module, str(node.target))
 
-    def fold(self, node: fx.Node, position: int, function: Callable[[Tensor], Tensor]) -> None:
+    def history(self, attribute: fx.Node) -> History:
+        """What was done to the tensor that a ``get_attr`` node reads; see :mod:`fxquant.ir.histories`."""
+        return history_of(self.module, attribute)
+
+    def fold(
+        self, node: fx.Node, position: int, function: Callable[[Tensor], Tensor], by: Sequence[Tensor | str] = ()
+    ) -> None:
         """Replace the parameter in one argument of ``node`` by ``function`` of it; other readers keep the old one.
 
         The function gets the parameter as it is and may return another dtype (float64): it is cast once, here.
+
+        Args:
+            node: The reader.
+            position: Which of its arguments.
+            function: What becomes of the parameter.
+            by: All that the function depends on besides the parameter: factors, and a text that tells functions apart.
+                The graphs of a model share a parameter only where what was folded into it is equal. Without it, the
+                pass is taken to do the same to the parameter in every graph.
 
         Raises:
             NonFiniteError: If the result does not fit the parameter's dtype.
@@ -83,12 +98,16 @@ class Rewriter:
             attribute = source
         if set(attribute.users) != {node}:
             attribute = self._private(attribute, [node])
-        self.fold_attribute(attribute, function)
+        self.fold_attribute(attribute, function, by=by)
 
     def fold_attribute(
-        self, attribute: fx.Node, function: Callable[[Tensor], Tensor], readers: Sequence[fx.Node] | None = None
-    ) -> None:
-        """Replace a parameter by ``function`` of it, for all of its readers or for some."""
+        self,
+        attribute: fx.Node,
+        function: Callable[[Tensor], Tensor],
+        readers: Sequence[fx.Node] | None = None,
+        by: Sequence[Tensor | str] = (),
+    ) -> fx.Node:
+        """Replace a parameter by ``function`` of it, for all of its readers or for some; returns what these read."""
         if readers is not None and set(readers) != set(attribute.users):
             attribute = self._private(attribute, readers)
         old = self.tensor(attribute)
@@ -98,10 +117,13 @@ class Rewriter:
                 f"{attribute.target} does not fit {old.dtype} after {self.pass_name}; "
                 "convert the model to float32 first, or bound the factors of the pass"
             )
-        self.put(attribute, new)
+        self.put(attribute, new, by)
+        return attribute
 
-    def put(self, attribute: fx.Node, value: Tensor) -> None:
-        """Make ``value`` the tensor of a ``get_attr`` node."""
+    def put(self, attribute: fx.Node, value: Tensor, by: Sequence[Tensor | str] = ()) -> None:
+        """Make ``value`` the tensor of a ``get_attr`` node; ``by`` as in :meth:`fold`."""
+        if not has_content(attribute):
+            record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
         set_tensor(self.module, str(attribute.target), value)
         if not _alike(attribute.meta["val"], value):  # What was proved of those who read it stays proved.
             attribute.meta["val"] = self._fake(value)
@@ -113,24 +135,58 @@ class Rewriter:
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         self._note(attribute, [attribute])
 
-    def constant(self, name: str, value: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
-        """Add a tensor to the module under ``name`` (or a free name like it) and a node that reads it."""
+    def constant(self, name: str, value: Tensor, sources: Sequence[fx.Node], history: History | None = None) -> fx.Node:
+        """Add a tensor to the module under ``name`` (or a free name like it) and a node that reads it.
+
+        Args:
+            name: Its name.
+            value: The tensor.
+            sources: The nodes that it stands for.
+            history: What it follows from, if that is weights; see :func:`fxquant.ir.histories.made_from`.
+        """
         target = self._free_target(name)
         set_tensor(self.module, target, value)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(target)
         node.meta["val"] = self._fake(value)
+        record(node, history)
         self._note(node, sources)
         return node
 
-    def give(self, node: fx.Node, position: int, name: str, value: Tensor) -> None:
-        """Give ``node`` a parameter that it lacked, in the dtype of its result."""
-        attribute = self.constant(f"{place_of(node)}.{name}", value.to(node.meta["val"].dtype), [node])
+    def give(self, node: fx.Node, position: int, name: str, value: Tensor, history: History | None = None) -> None:
+        """Give ``node`` a parameter that it lacked, in the dtype of its result; ``history`` as in :meth:`constant`."""
+        attribute = self.constant(f"{place_of(node)}.{name}", value.to(node.meta["val"].dtype), [node], history)
+        self.set_argument(node, position, attribute)
+
+    def set_argument(self, node: fx.Node, position: int, value: fx.Node | None) -> None:
+        """Let an argument of ``node`` that is not given, or is another node, be ``value``."""
         args = list(node.args)
         args += [None] * (position + 1 - len(args))
-        args[position] = attribute
+        args[position] = value
         node.args = tuple(args)
         self._note(node, [node])
+
+    def read(self, name: str, history: History, like: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
+        """Add a node that reads a tensor which another graph of the model stored, of this history, under ``name``.
+
+        Args:
+            name: Its name.
+            history: Its history.
+            like: Has its shape and dtype; its values come when the graph gets its tensors.
+            sources: The nodes that it stands for.
+        """
+        try:
+            get_tensor(self.module, name)
+        except AttributeError:
+            set_tensor(self.module, name, self._fake(like))
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(name)
+        if self._taken is not None:
+            self._taken[name] += 1
+        node.meta["val"] = self._fake(like)
+        record(node, history)
+        self._note(node, sources)
+        return node
 
     # --- nodes ---
 
@@ -199,7 +255,8 @@ class Rewriter:
 
     def _private(self, attribute: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
         place = place_of(readers[0]).replace(".", "_")
-        copy = self.constant(f"{attribute.target}_of_{place}", self.tensor(attribute), [attribute])
+        history = None if has_content(attribute) else self.history(attribute)
+        copy = self.constant(f"{attribute.target}_of_{place}", self.tensor(attribute), [attribute], history)
         for reader in readers:
             self.redirect(reader, attribute, copy)
         return copy

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.errors import ConfigurationError
 from fxquant.passes.assign_precision import AssignPrecision
 from fxquant.plan import LayerPlan, Plan
@@ -83,3 +84,86 @@ def test_a_weight_made_in_the_graph_stays_float() -> None:
 def test_bad_options_are_refused_at_once(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         AssignPrecision(**options)
+
+
+class Optional(nn.Module):
+    """A block with attention, and a branch of an optional input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(4, 4) for name in ("to_q", "to_k", "fc")})])
+        self.extra = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+
+    def forward(self, sample: Tensor, timestep: Tensor, more: Tensor | None = None) -> Tensor:
+        if more is not None:
+            sample = sample + self.extra["proj"](more)
+        for block in self.blocks:
+            q, k = (block[name](sample)[:, None] for name in ("to_q", "to_k"))
+            sample = sample + block["fc"](F.scaled_dot_product_attention(q, k, k)[:, 0] @ torch.eye(4))
+        return sample * timestep[:, None, None]
+
+
+def compiled(overrides: str, *more: bool, attention: str = "float") -> fxquant.GraphModel:
+    model = Optional().eval()
+    calls: list[bool] = []
+
+    def calibrate() -> None:
+        for given in more or (False,):
+            x = torch.randn(2, 3, 4)
+            model(x, torch.tensor([1, 2]), more=x if given else None)
+            calls.append(given)
+
+    recipe = fxquant.make_recipe("rtn-w8a8").with_options("assign-precision", overrides=overrides, attention=attention)
+    try:
+        return fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=0)
+    except ConfigurationError as error:
+        error.add_note(f"after {len(calls)} calls")
+        raise
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "calls"),
+    [
+        ("blocks.0.toq=float", r"fits no layer and no attention of the model; did you mean 'blocks.0.to_q'", 0),
+        ("block.*.to_k=w4a8", r"did you mean 'blocks.\*.to_k'", 0),
+        ("blocks.0=float", r"fits no layer and no attention of the model; did you mean 'blocks.0", 0),
+        ("blocks.0.to_q=float;zzz=float", r"'zzz' fits no layer .* its layers are blocks.\*.to_q, ", 0),
+        ("blocks.0.to_q.bias=float", "fits no layer", 0),
+        ("extra.proj=float", "override 'extra.proj' fits no layer", 1),  # Runs in no call of this calibration.
+        ("extra.prj=float", "override 'extra.prj' fits no layer", 0),
+        ("*matmul*=w8a8", "and that cannot be quantized: it multiplies", 0),
+        ("attention=w8a8", "fits the attention 'attention' and no layer, and the recipe keeps attention in float", 0),
+    ],
+)
+def test_an_override_that_decides_nothing_is_an_error(overrides: str, message: str, calls: int) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        compiled(overrides)
+    assert f"after {calls} calls" in caught.value.__notes__
+
+
+def test_overrides_for_what_runs_later_or_is_float_are_taken() -> None:
+    plan = compiled("extra.proj=w8a8;*matmul*=float;attention=float", False, True).plan
+    assert str(plan.layers["extra.proj"].precision) == "w8a8"
+    assert compiled("attention=float", attention="quantized").plan.attentions["attention"].bits is None
+
+
+def test_overrides_decide_for_tables_too() -> None:
+    found = assigned("{overrides=table=float}")
+    assert found["table"] == "embedder float"
+    assert assigned("{overrides=table=w4a8}")["table"] == "embedder w4a16"
+    assert assigned("{layers=all overrides=table=w6a16}")["table"] == "embedder w6a16"
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ("default", "layers=default keeps layers of role patch in float; layers=all quantizes them"),
+        ("blocks", "layers=blocks keeps layers of role patch in float; layers=all quantizes them"),
+    ],
+)
+def test_float_layers_have_a_reason(layers: str, reason: str) -> None:
+    plan = Plan("", "", "timestep")
+    assigned(f"{{layers={layers} overrides=blocks.0.q=float}}", plan)
+    assert plan.layers["patch"].reason == reason
+    assert plan.layers["blocks.0.q"].reason == "an override keeps it in float"
+    assert plan.layers["blocks.0.k"].reason is None

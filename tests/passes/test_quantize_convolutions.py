@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import fxquant
 from fxquant.errors import ConfigurationError
+from fxquant.ir.stages import Stage
+from fxquant.pipeline import Pipeline
 from fxquant.plan import Plan
 from tests.passes.models import planned
-from tests.support import golden, rewritten
+from tests.support import captured, count, golden, outputs, relative_error, rewritten, text
 
 X = torch.randn(2, 2, 4, 4)
 
@@ -55,7 +60,63 @@ def test_a_float_convolution_stays() -> None:
     assert after == before
 
 
-def test_only_two_dimensional_ones_have_quantized_activations() -> None:
-    layer = planned(**{"0": ("conv", [4, 4], 8, 8, 0)})
-    with pytest.raises(ConfigurationError, match="layer 0: quantized activations are only there for conv2d"):
-        rewritten(nn.Sequential(nn.Conv1d(2, 4, 2)), "quantize-convolutions", layer, input=torch.randn(2, 2, 4))
+SPATIAL = {1: (9,), 2: (9, 7)}
+
+OPTIONS: list[tuple[int, dict[str, Any]]] = [
+    (1, {"kernel_size": 3}),
+    (1, {"kernel_size": 3, "stride": 2, "padding": 2}),
+    (1, {"kernel_size": 3, "padding": "same"}),
+    (1, {"kernel_size": 4, "padding": "same", "dilation": 3}),
+    (1, {"kernel_size": 2, "padding": "valid", "bias": False}),
+    (1, {"kernel_size": 3, "padding": 1, "padding_mode": "circular", "groups": 2}),
+    (2, {"kernel_size": (3, 2), "padding": "same"}),
+    (2, {"kernel_size": (2, 4), "padding": "same", "dilation": (1, 3)}),
+    (2, {"kernel_size": 3, "padding": "valid", "stride": (2, 1)}),
+]
+
+
+@pytest.mark.parametrize("activation", [8, None])
+@pytest.mark.parametrize(("rank", "options"), OPTIONS)
+def test_convolutions_of_any_padding(rank: int, options: dict[str, Any], activation: int | None) -> None:
+    torch.manual_seed(0)
+    convolution = (nn.Conv1d if rank == 1 else nn.Conv2d)(2, 4, **options)
+    x = torch.randn(2, 2, *SPATIAL[rank]) / 4
+    found = captured(nn.Sequential(convolution), input=x).module
+    (expected,) = outputs(found, x)
+    shape = [4, convolution.weight[0].numel()]
+    Pipeline.parse("quantize-convolutions").run(found, planned(**{"0": ("conv", shape, 8, activation, 0)}))
+    assert count(found, torch.ops.fxquant.conv2d.default) == (activation is not None)
+    (actual,) = outputs(found, x)
+    assert actual.shape == expected.shape
+    assert relative_error([actual], [expected]) < 0.03
+    again, plan = text(found), planned(**{"0": ("conv", shape, 8, activation, 0)})
+    Pipeline.parse("quantize-convolutions").run(found, plan, Stage.QUANTIZED)
+    assert text(found) == again
+
+
+def test_those_of_three_dimensions_have_float_activations() -> None:
+    layer = planned(**{"0": ("conv", [4, 16], 8, 8, 0)})
+    with pytest.raises(ConfigurationError, match="layer 0: quantized activations are only there for conv1d and conv2d"):
+        rewritten(nn.Sequential(nn.Conv3d(2, 4, 2)), "quantize-convolutions", layer, input=torch.randn(2, 2, 4, 4, 4))
+
+
+def test_a_conv3d_is_refused_before_calibration() -> None:
+    class Video(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv3d(2, 4, 2)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.patch(sample) * timestep.reshape(-1, 1, 1, 1, 1)
+
+    model, calls = Video().eval(), []
+
+    def calibrate() -> None:
+        model(torch.randn(2, 2, 4, 4, 4), torch.tensor([1, 2]))
+        calls.append(1)
+
+    with pytest.raises(ConfigurationError, match="overrides=patch=w8a16"):
+        fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=calibrate)
+    assert not calls
+    recipe = fxquant.make_recipe("rtn-w8a8", "all").with_options("assign-precision", overrides="patch=w8a16")
+    assert fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=0).plan.layers["patch"].weight_bits == 8

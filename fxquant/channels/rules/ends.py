@@ -44,9 +44,9 @@ def _rows_end(node: fx.Node, want: Want) -> Outcome:
 def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
     out_features = shape_of(node_of(node.args[1]))[0]
     rows, shift = a.flatten().expand(out_features), c.flatten().expand(out_features)
-    rewriter.fold(node, 1, lambda w: w.double() * rows.reshape(-1, *[1] * (w.dim() - 1)))
+    rewriter.fold(node, 1, lambda w: w.double() * rows.reshape(-1, *[1] * (w.dim() - 1)), by=("rows", rows))
     if argument(node, 2, "bias") is not None:
-        rewriter.fold(node, 2, lambda b: b.double() * rows + shift)
+        rewriter.fold(node, 2, lambda b: b.double() * rows + shift, by=("affine", rows, shift))
     elif shifted:
         rewriter.give(node, 2, "bias", shift)
 
@@ -127,9 +127,9 @@ def _fold_norm(
     if argument(node, weight, "weight") is None:
         rewriter.give(node, weight, "weight", a)
     else:
-        rewriter.fold(node, weight, lambda w: w.double() * a)
+        rewriter.fold(node, weight, lambda w: w.double() * a, by=("affine", a))
     if bias is not None and argument(node, bias, "bias") is not None:
-        rewriter.fold(node, bias, lambda b: b.double() * a + c)
+        rewriter.fold(node, bias, lambda b: b.double() * a + c, by=("affine", a, c))
     elif bias is not None and shifted:
         rewriter.give(node, bias, "bias", c)
 
@@ -148,7 +148,7 @@ def embedding(node: fx.Node, want: Want) -> Outcome:
 
 
 def _fold_table(node: fx.Node, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
-    rewriter.fold(node, 0, lambda table: table.double() * a.flatten() + c.flatten())
+    rewriter.fold(node, 0, lambda table: table.double() * a.flatten() + c.flatten(), by=("columns", a, c))
 
 
 @rule("get_attr")
@@ -157,7 +157,8 @@ def parameter(node: fx.Node, want: Want) -> Outcome:
     if not node.meta["val"].is_floating_point():
         return Barrier(f"{node.target} is not a floating-point tensor")
     return End(
-        lambda rewriter, a, c: rewriter.fold_attribute(node, lambda p: p.double() * a + c), into=str(node.target)
+        lambda rewriter, a, c: rewriter.fold_attribute(node, lambda p: p.double() * a + c, by=("affine", a, c)),
+        into=str(node.target),
     )
 
 

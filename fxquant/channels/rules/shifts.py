@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from fxquant.channels.rules.table import (
     tied,
 )
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
+from fxquant.ir.histories import digest, made_from
 from fxquant.timesteps import TimeTable, add_rows, plus_rows, read_table, replace_rows
 
 if TYPE_CHECKING:
@@ -63,13 +65,16 @@ def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
     elif not are_parameters(node, 2):  # A bias that is computed in the graph stays, and the rows come on top.
         add_rows(rewriter, node, table, [node], list(node.users))
     elif table.static and bias is not None:
-        rewriter.fold(node, 2, lambda b: b.double() + table.rows[0].to(b.device))
+        rewriter.fold(node, 2, lambda b: b.double() + table.rows[0].to(b.device), by=("shift", table.origin))
     elif table.static:
-        rewriter.give(node, 2, "bias", table.rows[0])
+        given = None if table.follows is None else made_from("bias", table.origin)
+        rewriter.give(node, 2, "bias", table.rows[0], given)
     else:
         if bias is not None:
-            own = rewriter.tensor(parameter_of(node_of(bias))).double()
-            table = table.map(lambda rows: rows.to(own.device) + own)
+            parameter = parameter_of(node_of(bias))
+            own = rewriter.tensor(parameter).double()
+            follows = digest(table.origin, rewriter.history(parameter).digest)
+            table = replace(table.map(lambda rows: rows.to(own.device) + own), follows=follows)
             node.args = tuple(node.args[:2])
             node.kwargs = {}
         add_rows(rewriter, node, table, [node], list(node.users))
@@ -173,7 +178,7 @@ def _fold_norm(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
     shape: Any = list(node.args[1])  # type: ignore[arg-type]
     c = table.rows[0].reshape(table.rows.shape[-len(shape) :]).expand(shape)
     if argument(node, 3, "bias") is not None:
-        rewriter.fold(node, 3, lambda b: b.double() + c.to(b.device))
+        rewriter.fold(node, 3, lambda b: b.double() + c.to(b.device), by=("shift", c))
     else:
         rewriter.give(node, 3, "bias", c)
 
@@ -187,4 +192,5 @@ def parameter(node: fx.Node, want: Want) -> Outcome:
 
 
 def _fold_parameter(node: fx.Node, rewriter: Rewriter, table: TimeTable, readers: Any = None) -> None:
-    rewriter.fold_attribute(node, lambda p: p.double() + table.rows[0].to(p.device), readers)
+    shift = table.rows[0]
+    rewriter.fold_attribute(node, lambda p: p.double() + shift.to(p.device), readers, by=("shift", shift))

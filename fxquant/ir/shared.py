@@ -1,0 +1,263 @@
+"""The tensors that the graphs of one model share by name, and what each graph needs them to be.
+
+What passes fold into a weight depends on who else reads the value that it makes, so on the kind of call. The first
+graph that reads a tensor settles what is stored under its name. A later graph that needs another fold of it gets a
+tensor of its own as long as the float weights are there. Once they are gone, it reads what is stored and corrects the
+value at run time, and where that cannot be done the call is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxquant.capture import LAYER, drop_unread_tensors, get_tensor, set_tensor
+from fxquant.errors import CaptureError
+from fxquant.ir.histories import History, history_of
+
+if TYPE_CHECKING:
+    from fxquant.ir.rewriter import Rewriter
+
+aten = torch.ops.aten
+
+_PARAMETERS: dict[Any, tuple[int, ...]] = {
+    aten.linear.default: (1, 2),
+    aten.conv1d.default: (1, 2),
+    aten.conv2d.default: (1, 2),
+    aten.conv3d.default: (1, 2),
+    aten.layer_norm.default: (2, 3),
+    aten.rms_norm.default: (2,),
+    aten.embedding.default: (0,),
+}
+"""Ops whose result scales and shifts with their parameters, and where these stand among the arguments."""
+
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
+
+
+Histories = tuple[History | None, ...]
+"""Histories of the parameters of one op, None for one that is not given or is computed."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a pass made of the result of an op by folding into its parameters: ``scale * y + shift``, float64."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def then(self, scale: Tensor, shift: Tensor) -> Fold:
+        """This fold and another one after it."""
+        return Fold(self.scale * scale, self.shift * scale + shift)
+
+    @classmethod
+    def none(cls) -> Fold:
+        """Nothing folded."""
+        return cls(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One form in which the parameters of an op are stored: their names and histories, and what was folded in."""
+
+    names: tuple[str | None, ...]
+    histories: Histories
+    fold: Fold
+
+
+@dataclass
+class SharedTensors:
+    """What the graphs of a model settled so far.
+
+    Attributes:
+        names: By name of a tensor the digest of its history.
+        forms: The stored forms of an op's parameters, by their histories before anything was folded in.
+        columns: What was folded into the columns of linears that only share an input with one that is balanced or
+            shifted, of which the plan says nothing: by layer and suffix of the plan's vectors the vector, and the
+            boundaries between its bins of timesteps.
+        rounded: By layer the history, as a digest, of the weight that its codes in the plan were rounded from.
+        values: By quantized attention a digest of what became of its v, which its range was found for.
+        layers: The layers of the graphs so far.
+        complete: Whether the float weights are gone, so that nothing further can be stored.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    forms: dict[Histories, list[Stored]] = field(default_factory=dict)
+    columns: dict[tuple[str, str], tuple[Tensor, tuple[float, ...]]] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    layers: set[str] = field(default_factory=set)
+    complete: bool = False
+
+    def without_weights(self) -> SharedTensors:
+        """The same, for graphs that are made when the float weights are gone."""
+        closed = copy.copy(self)  # The dicts are shared: what one such graph adds, the next one knows.
+        closed.complete = True
+        return closed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensors:
+        return SharedTensors(
+            dict(self.names),
+            {key: list(forms) for key, forms in self.forms.items()},
+            dict(self.columns),
+            dict(self.rounded),
+            dict(self.values),
+            set(self.layers),
+            self.complete,
+        )
+
+    def is_rounded_here(self, layer: str, history: History) -> bool:
+        """Whether the codes of a layer's weight are those of the weight with this history, or there are none yet."""
+        return self.rounded.setdefault(layer, history.digest) == history.digest
+
+    def settle_names(self, module: fx.GraphModule) -> None:
+        """Let each tensor of a finished graph have a name under which no other graph holds another tensor.
+
+        Raises:
+            CaptureError: If the graph needs a tensor that is not stored, and the float weights are gone.
+        """
+        renamed = False
+        for node in module.graph.nodes:
+            if LAYER in node.meta:
+                self.layers.add(node.meta[LAYER])
+            if node.op != "get_attr":
+                continue
+            name, tensor = str(node.target), get_tensor(module, str(node.target))
+            found = history_of(module, node).digest
+            if self.names.get(name, found) != found:
+                name = f"{name}_{found[:8]}"
+                if self.complete and isinstance(tensor, FakeTensor) and name not in self.names:
+                    raise CaptureError(
+                        f"tensor {node.target!r} is stored as the calibration calls need it, and this call of the "
+                        "model needs another form of it, because other parts of the model read the value that it "
+                        "makes; calibrate with a call like this one as well"
+                    )
+                set_tensor(module, name, tensor)
+                node.target = name
+                renamed = True
+            self.names[name] = found
+        if renamed:
+            drop_unread_tensors(module)
+            module.recompile()
+
+    def unstored(
+        self, module: fx.GraphModule, before: dict[fx.Node, Histories], folds: dict[fx.Node, Fold]
+    ) -> list[tuple[fx.Node, Stored, Fold]]:
+        """Settle in which form the parameters of a graph's ops are stored.
+
+        While the float weights are there, the form that this graph needs is added.
+
+        Args:
+            module: The graph.
+            before: Histories of each op's parameters before a pass folded anything in; see :func:`parameters_of`.
+            folds: What the pass folded in.
+
+        Returns:
+            Afterwards: the ops whose form is not stored, one that is, and what makes of that what the graph needs.
+        """
+        found = []
+        for node, histories in before.items():
+            attributes = attributes_of(node)
+            if not any(attributes):  # Nothing reads it any more.
+                continue
+            needed, now = folds.get(node, Fold.none()), _form(module, attributes)
+            forms = self.forms.get(histories, [])
+            if any((form.names, form.histories) == now for form in forms):
+                continue
+            if not self.complete:
+                self.forms.setdefault(histories, []).append(Stored(*now, needed))
+            elif forms:
+                scale = needed.scale / forms[0].fold.scale
+                found.append((node, forms[0], Fold(scale, needed.shift - forms[0].fold.shift * scale)))
+        return found
+
+
+def parameters_of(module: fx.GraphModule) -> dict[fx.Node, Histories]:
+    """The ops of a graph into whose parameters factors can be folded, with the histories of these parameters.
+
+    Ops without parameters are left out: what they are given follows from the plan, so that any graph can have its own.
+    """
+    found: dict[fx.Node, Histories] = {}
+    for node in module.graph.nodes:
+        attributes = attributes_of(node)
+        if any(attributes):
+            found[node] = tuple(None if one is None else history_of(module, one) for one in attributes)
+    return found
+
+
+def attributes_of(node: fx.Node) -> tuple[fx.Node | None, ...]:
+    """The ``get_attr`` nodes of an op's parameters, None for one that is not given or is computed.
+
+    A parameter that is read as a value, and not as the weight of an op, is its own.
+    """
+    if node.op == "get_attr":
+        value = node.meta.get("val")
+        bare = isinstance(value, Tensor) and value.is_floating_point()
+        bare = bare and any(_is_read_as_value(node, user) for user in node.users)
+        return (node,) if bare else ()
+    return tuple(_attribute(parameter_at(node, position)) for position in positions_of(node))
+
+
+def positions_of(node: fx.Node) -> tuple[int, ...]:
+    """Where the parameters of an op stand among its arguments."""
+    return _PARAMETERS.get(node.target, ())
+
+
+def parameter_at(node: fx.Node, position: int) -> Any:
+    """A parameter of an op, given by position or by name."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get("weight" if position == positions_of(node)[0] else "bias")
+
+
+def read_stored(node: fx.Node, stored: Stored, rewriter: Rewriter) -> fx.Node:
+    """Let an op read another stored form of its parameters; returns the node whose value that changes."""
+    own = attributes_of(node)
+    weight = next(one for one in own if one is not None)
+    read = []
+    for attribute, name, history in zip(own, stored.names, stored.histories, strict=True):
+        if name is None or history is None:
+            read.append(None)
+            continue
+        like = rewriter.tensor(attribute or weight)
+        if attribute is None and like.dim() > 1 and node.target not in _NORMS:  # A bias has one number for each row.
+            like = like.flatten(1)[:, 0]
+        read.append(rewriter.read(name, history, like, [node]))
+    if node.op == "get_attr":
+        (found,) = read
+        assert found is not None
+        for user in [user for user in node.users if _is_read_as_value(node, user)]:
+            rewriter.redirect(user, node, found)
+        return found
+    for position, old, new in zip(positions_of(node), own, read, strict=True):
+        reader, argument = node, parameter_at(node, position)
+        while old is not None and argument is not old:
+            reader, argument = argument, argument.args[0]
+        if old is not None and new is not None:
+            rewriter.redirect(reader, old, new)
+        elif old is not new:
+            rewriter.set_argument(node, position, new)
+    return node
+
+
+def _attribute(argument: Any) -> fx.Node | None:
+    while isinstance(argument, fx.Node) and argument.target in _CASTS and len(argument.users) == 1:
+        argument = argument.args[0]
+    return argument if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def _is_read_as_value(attribute: fx.Node, user: fx.Node) -> bool:
+    """Whether an op reads a parameter, through a cast or not, other than as its weight or bias."""
+    if user.target in _CASTS and len(user.users) == 1:
+        return _is_read_as_value(attribute, next(iter(user.users)))
+    return all(_attribute(parameter_at(user, position)) is not attribute for position in positions_of(user))
+
+
+def _form(module: fx.GraphModule, attributes: tuple[fx.Node | None, ...]) -> tuple[tuple[str | None, ...], Histories]:
+    names = tuple(None if one is None else str(one.target) for one in attributes)
+    return names, tuple(None if one is None else history_of(module, one) for one in attributes)

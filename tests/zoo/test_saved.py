@@ -1,0 +1,103 @@
+"""What is saved of every model of the zoo is read in a new process and gives the same bits, or is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxquant
+from fxquant.errors import CalibrationError, CheckpointError, PortabilityWarning
+from tests.zoo.models import CAPTURED, Entry
+
+ROOT = Path(__file__).resolve().parents[2]
+REFUSED = {
+    entry: "to_qkv|to_kv|to_added_qkv" if "fused" in entry.variant else "cannot be traced|was changed"
+    for entry in CAPTURED
+    if entry.variant.endswith(("-fused", "-all-experts"))
+}
+"""Models that were changed after they were constructed, and what is said of them."""
+
+LOADED = [entry for entry in CAPTURED if entry not in REFUSED]
+QUICK = {"DiT2D", "Flux2D", "OwnDiT"}
+_BATCH = 8  # Models in one process: starting it takes longer than loading a few.
+
+_OTHER_PROCESS = """
+import json, sys, torch
+from pathlib import Path
+from tests.zoo.test_saved import load_and_run
+folder = Path(sys.argv[1])
+for name in json.loads(sys.argv[2]):
+    torch.save(load_and_run(folder, name), folder / f"{name}.pt")
+"""
+
+
+def run(model: nn.Module, entry: Entry) -> Tensor:
+    """First output of a call that was not calibrated."""
+    with torch.no_grad():
+        found = model(**entry.call(seed=7, step=500.0))
+    return next(leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor))
+
+
+def compiled(entry: Entry) -> fxquant.GraphModel:
+    model = entry.model()
+    return fxquant.compile(
+        model, recipe="rtn-w8a8", calibrate=lambda: run(model, entry), timestep=entry.timestep, measure=0
+    )
+
+
+def load_and_run(folder: Path, name: str) -> Tensor:
+    """What another process does with a checkpoint. Models of one's own are loaded with an instance."""
+    entry = next(entry for entry in CAPTURED if entry.id == name)
+    return run(fxquant.load(folder / name, model=None if entry.make is None else entry.model()), entry)
+
+
+def batches() -> list[object]:
+    quick = [entry for entry in LOADED if entry.id in QUICK]
+    rest = [entry for entry in LOADED if entry.id not in QUICK]
+    slow = [rest[start : start + _BATCH] for start in range(0, len(rest), _BATCH)]
+    return [
+        pytest.param(quick, id="a few"),
+        *(pytest.param(entries, id=f"{entries[0].id} and on", marks=pytest.mark.slow) for entries in slow),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore", "error::fxquant.errors.PortabilityWarning")
+@pytest.mark.parametrize("entries", batches())
+def test_a_new_process_gives_the_same_bits(entries: list[Entry], tmp_path: Path) -> None:
+    expected = {}
+    for entry in entries:
+        quantized = compiled(entry)
+        expected[entry.id] = run(quantized, entry)
+        fxquant.save(quantized, tmp_path / entry.id)
+    command = [sys.executable, "-c", _OTHER_PROCESS, str(tmp_path), json.dumps(list(expected))]
+    subprocess.run(command, check=True, cwd=ROOT)
+    for name, output in expected.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), output), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.id)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_refused_is_loaded_with_the_model(entry: Entry, tmp_path: Path) -> None:
+    quantized = compiled(entry)
+    with pytest.raises(CheckpointError, match=REFUSED[entry]):
+        fxquant.save(quantized, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    fxquant.save(quantized, tmp_path / "model", needs_model=True)
+    with pytest.raises(CheckpointError, match="is read with the float model"):
+        fxquant.load(tmp_path / "model")
+    loaded = fxquant.load(tmp_path / "model", model=entry.model())
+    assert torch.equal(run(loaded, entry), run(quantized, entry))
+
+
+def test_fused_projections_are_told_before_calibration() -> None:
+    entry = next(entry for entry in REFUSED if "fused" in entry.variant)
+    with pytest.warns(PortabilityWarning, match="unfuse_qkv_projections"), pytest.raises(CalibrationError):
+        fxquant.compile(entry.model(), recipe="rtn-w8a8", calibrate=[].pop, timestep=entry.timestep)
