@@ -8,6 +8,8 @@ OUT ?= out
 JOBS ?= 2
 # How many graphs `make fuzz` rewrites, 500 a line of its output.
 GRAPHS ?= 20000
+# How many damaged checkpoints `make fuzz-load` loads, 50 a line of its output.
+CASES ?= 5000
 # How many saves `make storm` kills, and how many it races.
 STORMS ?= 200
 # What `make bench-cpu` measures: models with their number of layers; dit:28 is a whole DiT-XL/2.
@@ -26,7 +28,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test fuzz storm check format coverage bench bench-cpu bench-gpu clean distclean
+.PHONY: help setup demo compare test fuzz fuzz-load storm check format coverage bench bench-cpu bench-gpu clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -44,6 +46,9 @@ test: check ## the checks, then the tests
 
 fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, others each time, and compare
 	FXQUANT_FUZZ=$(GRAPHS) OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz -v -n $(JOBS) -rA
+
+fuzz-load: $(STAMP) ## load $(CASES) checkpoints that were damaged, others each time
+	FXQUANT_FUZZ_LOAD=$(CASES) OMP_NUM_THREADS=1 $(PY) -m pytest tests/mutations -v -n $(JOBS) -rA
 
 storm: $(STAMP) ## kill and race saves at random instants: $(STORMS) of each
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms --kills $(STORMS) --races $(STORMS)

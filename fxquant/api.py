@@ -11,12 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from fxquant.attention import find_attentions
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
-from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, read_tensors, weights_and_buffers, weights_of
+from fxquant.capture import (
+    LAYER,
+    Architecture,
+    CapturedGraph,
+    bind,
+    is_constant_name,
+    read_tensors,
+    weights_and_buffers,
+    weights_of,
+)
 from fxquant.errors import (
     AlreadyCompiledError,
     CalibrationError,
@@ -28,6 +38,7 @@ from fxquant.errors import (
 )
 from fxquant.fidelity import Original
 from fxquant.hooks import refuse_hooks
+from fxquant.ir.digest import graph_digest
 from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
@@ -36,8 +47,10 @@ from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
 from fxquant.rebuilding import is_rebuilt, obstacle
 from fxquant.recipes import Recipe, make_recipe
+from fxquant.schemas.common import check
+from fxquant.schemas.plan import PlanFile
 from fxquant.threads import without_autocast
-from fxquant.uses import settle
+from fxquant.uses import adopt_names, settle
 
 _POOR_DB = 10.0
 
@@ -197,6 +210,7 @@ def _convert(
         plan.inputs = calibration.inputs_of(number)
         records = pipeline.run(captured.module, plan)
         plan.shared.settle_names(captured.module)
+        captured.digest = graph_digest(captured.module.graph)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [_log_entry(record) for record in records]
         quantized.add(captured)
@@ -211,6 +225,10 @@ def _replay(
         raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
     recipe = Recipe.parse(plan.recipe)
     plan.check()
+    try:
+        check(PlanFile, plan.to_json(), "the plan")
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from None
     backend.check(plan)
     plan.backend = backend.name
     for layer in plan.layers.values():
@@ -253,6 +271,7 @@ def convert_graph(
     """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
     plan.shared.settle_names(captured.module)
+    captured.digest = graph_digest(captured.module.graph)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -263,6 +282,7 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
     Raises:
         CalibrationError: Names the first such layer or attention.
     """
+    adopt_names(captured.module.graph, plan)
     for node in captured.module.graph.nodes:
         if LAYER in node.meta:
             plan.layer(node.meta[LAYER])
@@ -319,6 +339,7 @@ def model_from_plan(
             ) from error
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
         plan.shared.settle_names(captured.module)
+        captured.digest = graph_digest(captured.module.graph)
         quantized.add(captured)
     return quantized
 
@@ -343,12 +364,14 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
     for captured in quantized.captured:
         for name, held in read_tensors(captured.module).items():
             read.add(name)
+            if name not in tensors and is_constant_name(name) and not isinstance(held, FakeTensor):
+                continue  # In a cache of the model that was given; where the file was written, it was computed.
             if name not in tensors:
                 raise CheckpointError(f"no tensor {name!r}: the weights do not belong to this model or are incomplete")
             if tensors[name].dtype != held.dtype:
                 raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype}, the model needs {held.dtype}")
         bind(captured.module, tensors)
-    extra = sorted(tensors.keys() - read)
+    extra = sorted(name for name in tensors.keys() - read if not is_constant_name(name))
     if extra:
         raise CheckpointError(f"the model reads no tensor {extra[0]!r}: the weights belong to another model")
 

@@ -99,6 +99,12 @@ class CallSpec:
         return [(n, leaf) for n, leaf in zip(self.names, self.leaves, strict=True) if isinstance(leaf, TensorSpec)]
 
     @property
+    def items(self) -> dict[str, str]:
+        """The inputs that are items of a list or tuple, with the name of that."""
+        names = [self.names[number] for numbers in _lists(self.structure) for number in numbers]
+        return {name: name.rpartition(".")[0] for name in names}
+
+    @property
     def numbers(self) -> list[str]:
         """Names of the inputs that are Python numbers to calls, and tensors to the graph."""
         return [name for name, spec in self.tensors if spec.number]
@@ -313,13 +319,24 @@ def canonical_call(
 
 
 def describe_call(
-    names: tuple[str, ...], leaves: Sequence[Any], structure: Any, changing: Collection[str] = ()
+    names: tuple[str, ...],
+    leaves: Sequence[Any],
+    structure: Any,
+    timestep: str | None = None,
+    changing: Collection[str] = (),
 ) -> CallSpec:
     """The spec of a call: a leading dimension equal to that of the first tensor of rank 2 or more is the batch.
 
-    Python floats are left open, and so are the integers of these names; others count or name things as a rule.
+    There is none if that tensor is one of a list with as many items as there are timesteps: a sample without an axis
+    for the batch, such as Wan's and Z-Image's own code take. Python floats are left open, and so are the integers of
+    the names in ``changing``; others count or name things as a rule.
     """
-    batch = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2), None)
+    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2), None)
+    batch = None if first is None else leaves[first].shape[0]
+    step = leaves[names.index(timestep)] if timestep in names else None
+    samples = len(step) if isinstance(step, torch.Tensor) and step.dim() == 1 else batch
+    if samples != batch and any(first in numbers and len(numbers) == samples for numbers in _lists(structure)):
+        batch = None
     specs = tuple(
         TensorSpec(_open_batch(tuple(leaf.shape), batch), leaf.dtype)
         if isinstance(leaf, torch.Tensor)
@@ -377,6 +394,17 @@ def warn_of_many(names: tuple[str, ...], leaves: Sequence[Any], calls: Sequence[
         SpeedWarning,
         stacklevel=5,
     )
+
+
+def _lists(structure: Any) -> list[Sequence[int]]:
+    """The lists and tuples of leaves in a structure."""
+    if not isinstance(structure, (dict, list, tuple)):
+        return []
+    inner = structure.values() if isinstance(structure, dict) else structure
+    found = [numbers for part in inner for numbers in _lists(part)]
+    if not isinstance(structure, dict) and structure and all(isinstance(part, int) for part in structure):
+        found.append(structure)
+    return found
 
 
 def _open_batch(shape: tuple[int, ...], batch: int | None) -> tuple[int | str, ...]:

@@ -41,6 +41,7 @@ from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
+from fxquant.state import kept, plain_objects
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -52,6 +53,10 @@ LAYER = "fxquant_layer"
 NAMES = "fxquant_names"
 """Key of a graph module's ``meta`` for the names that the model itself uses, of tensors (true) and modules (false)."""
 
+ITEM = "fxquant_item"
+"""Key of the ``meta`` of a placeholder that is an item of a list, for the name of the list."""
+
+_CONSTANT = "constant_"
 _HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
 _MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
@@ -96,12 +101,14 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
+        digest: Of the graph as it was quantized, before a backend lowered it (:mod:`fxquant.ir.digest`).
         code: The graph as it was traced, whatever passes make of it; see :func:`fxquant.fingerprint.fingerprint`.
     """
 
     module: fx.GraphModule
     call: CallSpec
     out_spec: pytree.TreeSpec
+    digest: str | None = None
     code: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -224,7 +231,7 @@ class Architecture:
         others: Sequence[CallSpec],
     ) -> CapturedGraph:
         changing = {name for other in others for name in changed_leaves(names, leaves, other) or ()}
-        call = describe_call(names, leaves, structure, changing)
+        call = describe_call(names, leaves, structure, self.timestep, changing)
         try:
             return self._capture_call(call, leaves, device)
         except CaptureError:
@@ -343,7 +350,7 @@ class Architecture:
             if extra:
                 dynamic_shapes[variadic[0]] = extra
         try:
-            with torch.no_grad(), _quietly(), tracing.knowing(self.skeleton, call, numbers or {}):
+            with torch.no_grad(), _quietly(), kept(self.skeleton), tracing.knowing(self.skeleton, call, numbers or {}):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
@@ -491,6 +498,10 @@ def _flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
             if node.users:
                 raise CaptureError(f"the graph reads the constant input {node.name!r} as a value; give it as a tensor")
             graph.erase_node(node)
+    remaining = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, (name, _) in zip(remaining, call.tensors, strict=True):
+        if name in call.items:
+            node.meta[ITEM] = call.items[name]
     for node in list(graph.nodes):
         if node.op == "call_module" and str(node.target) == "_guards_fn":
             graph.erase_node(node)
@@ -593,7 +604,7 @@ def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
         if name is not None and getattr(model, _HOLLOW, False):
             tensor = FakeTensorMode().from_tensor(tensor)
         if name is None and not isinstance(tensor, FakeTensor):
-            name = f"{path}{dot}constant_{_digest(tensor)}"
+            name = f"{path}{dot}{_CONSTANT}{_digest(tensor)}"
         if name is not None:
             set_tensor(module, name, tensor)
             node.target = name
@@ -609,6 +620,10 @@ def _hollow_out(model: nn.Module) -> None:
         for key, value in list(vars(module).items()):
             if isinstance(value, (list, tuple, dict)) and not key.startswith("_"):
                 setattr(module, key, pytree.tree_map(hollow, value))
+    for _, kept_object in plain_objects(model):
+        for key, value in list(vars(kept_object).items()):
+            if isinstance(value, (list, tuple, dict, torch.Tensor)):
+                setattr(kept_object, key, pytree.tree_map(hollow, value))
     setattr(model, _HOLLOW, True)
 
 
@@ -621,7 +636,20 @@ def _listed_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
                 for number, leaf in enumerate(pytree.tree_leaves(value)):
                     if isinstance(leaf, torch.Tensor):
                         found.append((f"{path}.{key}_{number}".removeprefix("."), leaf))
+    for path, kept_object in plain_objects(model):
+        for key, value in vars(kept_object).items():
+            for number, leaf in enumerate(pytree.tree_leaves(value)):
+                if isinstance(leaf, torch.Tensor):
+                    found.append((f"{path}.{_CONSTANT}{key}_{number}", leaf))
     return found
+
+
+def is_constant_name(target: str) -> bool:
+    """Whether a tensor of this name came from the model's code or a plain object in it, and not from its weights.
+
+    Code that fills a cache at its first call yields such a tensor where the cache is full, and computes it where not.
+    """
+    return target.rpartition(".")[2].startswith(_CONSTANT)
 
 
 def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.agreement import (
+    Header,
+    bounded,
+    check_config,
+    check_finite,
+    check_grids,
+    check_headers,
+    check_skeleton,
+    infinite_in,
+    read_headers,
+)
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import Architecture, CapturedGraph, read_tensors, weights_and_buffers
 from fxquant.devices import give_back_memory, usable_device
-from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.files import (
     blaming,
     check_digests,
@@ -26,6 +39,7 @@ from fxquant.files import (
     digest_of,
     dtype_name,
     dtype_of_name,
+    is_text_of,
     load_tensors,
     refuse_to_replace,
     write_tensors,
@@ -33,8 +47,11 @@ from fxquant.files import (
 from fxquant.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
-from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan
+from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
 from fxquant.rebuilding import class_of, config_text, is_rebuilt, rebuilt
+from fxquant.schemas.common import LARGEST_FILE, check, read_json
+from fxquant.schemas.config import Config
+from fxquant.schemas.plan import CheckpointFile
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 FILES = (PLAN_FILE, *_DIGESTED)
@@ -99,8 +116,12 @@ def why_not_rebuilt(model: GraphModel) -> str | None:
         _cast(architecture.skeleton, model.dtype, _other_dtypes(model))
         for captured in model.lasting:
             again = architecture.capture_spec(captured.call, model.device)
-            if again.code != captured.code:
-                return _first_difference(captured, again)
+            if again.code == captured.code:
+                continue
+            # It may have been captured with an open batch that turned out to be fixed: then other ops that do nothing.
+            anew = model.architecture.capture_spec(captured.call, model.device)
+            if again.code != anew.code:
+                return _first_difference(anew, again)
     except CaptureError as error:
         return f"what they give cannot be traced: {error.reason}"
     except CheckpointError as error:
@@ -139,11 +160,20 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     data["dtype"] = dtype_name(model.dtype)
     data["dtypes"] = {name: dtype_name(dtype) for name, dtype in _other_dtypes(model).items()}
+    data["infinite"] = infinite_in(tensors)
+    data["graphs"] = [captured.digest for captured in model.lasting]
+    data["made_with"] = _versions()
     if difference is not None:
         data["needs_model"] = difference
     data["files"] = {name: digest(folder / name) for name in _DIGESTED}
     data["digest"] = digest_of(data)
-    (folder / PLAN_FILE).write_text(_plan_text(data), encoding="utf-8")
+    text = _plan_text(data)
+    check(CheckpointFile, data, "what would be saved")  # Whatever is written is read again.
+    if difference is None:
+        check(Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), "the model's config")
+    if len(text.encode()) > LARGEST_FILE:
+        raise CheckpointError(f"the plan takes more than {LARGEST_FILE} bytes, which fxquant.load would not read")
+    (folder / PLAN_FILE).write_text(text, encoding="utf-8")
 
 
 def load(
@@ -174,11 +204,14 @@ def load(
     _refuse_pickles(folder)
     check_digests(folder, _DIGESTED, data.get("files"), PLAN_FILE)
     with blaming(folder / PLAN_FILE):
-        plan = Plan.from_json(data, load_tensors(folder / VECTORS_FILE, torch.device("cpu")))
+        check(CheckpointFile, data, "the plan")
+        plan = Plan.from_json(data, read_vectors(folder / VECTORS_FILE))
         plan.check()
         dtype = dtype_of_name(data["dtype"])
         dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
         runner = resolve_backend(plan.backend) if runner is None else runner
+        headers = read_headers(folder / TENSORS_FILE)
+        check_headers(plan, headers)
     runner = runner.on(device)
     plan.backend = runner.name
     runner.check(plan)
@@ -188,12 +221,23 @@ def load(
             f"{folder} is read with the float model, made as it was for fxquant.compile: fxquant.load(folder, "
             f"model=...). Its class and config alone do not give it: {data['needs_model']}"
         )
-    architecture = _architecture(plan, model, folder)
+    architecture = _architecture(plan, model, folder, headers)
     _cast(architecture.skeleton, dtype, dtypes)
-    tensors = load_tensors(folder / TENSORS_FILE, device)
     with blaming(folder / PLAN_FILE):
-        quantized = model_from_plan(architecture, plan, runner, dtype, device)
+        try:
+            quantized = model_from_plan(architecture, plan, runner, dtype, device)
+        except CalibrationError as error:
+            raise CheckpointError(f"{error.reason}. {_other_model(plan, model)}") from error
+        except CaptureError as error:
+            raise CheckpointError(
+                f"a recorded call cannot be traced: {error.reason}. {_other_model(plan, model)}"
+            ) from error
+        _compare_graphs(quantized, data, model)
+    tensors = load_tensors(folder / TENSORS_FILE, device)
     with blaming(folder / TENSORS_FILE):
+        check_finite(tensors, data.get("infinite"))
+        for captured in quantized.captured:
+            check_grids(captured.module, tensors)
         bind_all(quantized, tensors)
     tensors.clear()  # What the backend holds in another form is freed as it goes.
     lower_all(quantized)
@@ -201,18 +245,65 @@ def load(
     return quantized
 
 
-def _architecture(plan: Plan, model: Any, folder: Path) -> Architecture:
+def _versions() -> dict[str, str]:
+    """The packages on which the graph of a model depends."""
+    return {name: version(name) for name in ("torch", "diffusers")}
+
+
+def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) -> None:
+    """Compare the graphs with those that were quantized: the code of a model may have changed, or its config.
+
+    Raises:
+        CheckpointError: If they differ, and the versions of what traced them do not.
+    """
+    recorded, made_with = data.get("graphs"), data.get("made_with")
+    if not recorded or [captured.digest for captured in quantized.captured] == recorded:
+        return
+    if model is None and made_with == _versions():
+        raise CheckpointError(
+            f"the model that {CONFIG_FILE} and the plan describe computes something else than the one that was "
+            "quantized: one of them was edited. Copy the checkpoint again"
+        )
+    told = ", ".join(f"{name} {number}" for name, number in (made_with or {}).items())
+    warnings.warn(
+        f"the model's code computes something else than when it was quantized (with {told}), or the same in another "
+        "way; compare some images, and quantize it again if they differ",
+        QualityWarning,
+        stacklevel=3,
+    )
+
+
+def _other_model(plan: Plan, model: Any) -> str:
+    """Why a checkpoint and the model that it is loaded into may differ, and what to do."""
+    if model is not None:
+        return "model= is another model than the one that was quantized; pass that one"
+    return (
+        "Either the checkpoint was edited, or modules of the model were replaced or shared after it was built, or "
+        f"the installed diffusers builds a {plan.model_class.partition(':')[2]} otherwise than the one that it was "
+        "quantized with. Pass a model that is built as that one was: fxquant.load(folder, model=...)"
+    )
+
+
+def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
     if isinstance(model, nn.Module):
-        return Architecture.of(model, plan.timestep)
+        architecture = Architecture.of(model, plan.timestep)
+        try:
+            check_skeleton(architecture.skeleton, plan)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} belongs to another model than model=: {error}") from None
+        return architecture
     if model is None:
         model = _class_of(plan, folder)
     elif not hasattr(model, "from_config"):
         raise ConfigurationError(f"model={model!r} is neither a class with from_config nor a model; pass one of them")
+    _, config = read_json(folder / CONFIG_FILE, "checkpoint")
     with blaming(folder / CONFIG_FILE):
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise CheckpointError("this is no config: it is not a JSON object")
-        return Architecture.from_config(model, config, plan.timestep)
+        check(Config, config, "the config")
+        check_config(config, headers)
+        with bounded(headers, plan.layers.values()):
+            architecture = Architecture.from_config(model, config, plan.timestep)
+        check_skeleton(architecture.skeleton, plan)
+        return architecture
 
 
 def _class_of(plan: Plan, folder: Path) -> Any:
@@ -250,15 +341,11 @@ def _read_plan(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {folder} is not an fxquant checkpoint, or not all of it was copied")
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
+    text, data = read_json(path, "checkpoint")
     if not isinstance(data, dict) or "format" not in data:
         raise CheckpointError(f"{path} is not an fxquant plan")
     # The text is compared as well, because not every damage changes what it means.
-    if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or text != _plan_text(data)):
+    if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or not is_text_of(text, data)):
         raise CheckpointError(
             f"{path} does not match its digest: it is damaged or was edited. Copy the checkpoint again; to change a "
             "plan, load it with fxquant.Plan.load, edit it and compile the float model with plan="

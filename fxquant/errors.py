@@ -47,7 +47,15 @@ class MissingTimestepError(FxquantError, ValueError):
 
 
 class CalibrationError(FxquantError, RuntimeError):
-    """Calibration is missing, never called the model, or did not reach a layer."""
+    """Calibration is missing, never called the model, or did not reach a layer.
+
+    Attributes:
+        reason: What is wrong without what to do about it while calibrating, where the same can have other causes.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class NonFiniteError(FxquantError, ValueError):

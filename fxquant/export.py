@@ -20,6 +20,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxquant import compiling, packages, pipelines
+from fxquant.agreement import infinite_in, read_headers
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
@@ -258,7 +259,8 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
     assert model.plan is not None
     (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors = model.tensors()
-    write_tensors({name: runner.to_plain(tensor) for name, tensor in tensors.items()}, folder / TENSORS_FILE)
+    plain = {name: runner.to_plain(tensor) for name, tensor in tensors.items()}
+    write_tensors(plain, folder / TENSORS_FILE)
     info: dict[str, Any] = {
         "format": FORMAT,
         "machine": machine(),
@@ -269,6 +271,8 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
         "timestep": model.architecture.timestep,
         "signature": signature_to_json(model.architecture.signature),
         "packed": [name for name, tensor in tensors.items() if tensor.layout is not torch.strided],
+        "infinite": infinite_in(plain),
+        "tensors": {name: str(header) for name, header in read_headers(folder / TENSORS_FILE).items()},
         "graphs": entries,
         "ops": _own_ops(model),
     }

@@ -175,6 +175,16 @@ def digest_of(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def is_text_of(text: str, data: Any) -> bool:
+    """Whether a text is ``json.dumps(data, indent=1)`` and a line's end, without making that text as a whole."""
+    position = 0
+    for piece in json.JSONEncoder(indent=1).iterencode(data):
+        if not text.startswith(piece, position):
+            return False
+        position += len(piece)
+    return text[position:] == "\n"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a dtype, without ``torch.``."""
     return str(dtype).removeprefix("torch.")
@@ -186,7 +196,7 @@ def dtype_of_name(name: Any) -> torch.dtype:
     Raises:
         CheckpointError: If there is none.
     """
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{name!r} is no dtype")
     return dtype
@@ -200,7 +210,8 @@ def blaming(path: Path) -> Iterator[None]:
     except BackendError:
         raise
     except Exception as error:
-        if isinstance(error, CheckpointError) and str(path.parent) in str(error):
+        if isinstance(error, CheckpointError) and str(path.parent if path.parent.name else path) in str(error):
             raise
-        reason = printable(str(error) if isinstance(error, FxquantError) else repr(error), _REASON)
+        reason = getattr(error, "reason", str(error)) if isinstance(error, FxquantError) else repr(error)
+        reason = printable(reason, _REASON)
         raise CheckpointError(f"{path}: {reason}") from error

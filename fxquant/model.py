@@ -23,6 +23,7 @@ from fxquant.calls import warn_of_many
 from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor, weights_and_buffers
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
+from fxquant.nans import showing_nans
 from fxquant.original import changes, hand_on, refusal
 from fxquant.plan import Plan
 from fxquant.threads import is_traced_elsewhere, tracing_alone, without_autocast
@@ -385,7 +386,8 @@ def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         captured = self.find_compiling(names, leaves)
         if captured is None:
             captured = _capture(self, names, leaves, structure)
-        return captured.output(captured.module(*captured.inputs(leaves)))
+        inputs = captured.inputs(leaves)
+        return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
     if (compiler := compiling.callback()) not in (None, False):  # At the beginning of what is compiled.
         call = _begin(self, args, kwargs)
         try:
@@ -398,7 +400,7 @@ def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
             _unwatch(self)
         return _end(call, leaves)
     captured, inputs = _choose(self, args, kwargs)
-    return captured.output(captured.module(*inputs))
+    return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
 
 
 compiling.leave_alone(_forward.__code__)
@@ -433,7 +435,7 @@ def _unwatch(self: GraphModel) -> None:
 
 @torch.compiler.disable
 def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
-    return call.captured.output(leaves)
+    return call.captured.output(showing_nans(call.captured, call.inputs, leaves))
 
 
 @torch.compiler.disable

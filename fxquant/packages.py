@@ -24,21 +24,33 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxquant import compiling as _compiling  # noqa: F401  (registers an op)
+from fxquant.agreement import Header, bounded, check_config, check_finite, read_headers
 from fxquant.backend import resolve_backend
 from fxquant.calls import CallSpec, canonical_call, describe_call
 from fxquant.capture import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
-from fxquant.files import blaming, check_digests, digest_of, dtype_of_name, load_tensors, refuse_to_replace
+from fxquant.files import (
+    blaming,
+    check_digests,
+    digest_of,
+    dtype_of_name,
+    is_text_of,
+    load_tensors,
+    refuse_to_replace,
+)
 from fxquant.folders import mention_leftovers, no_folder
 from fxquant.model import let_pipelines_save
+from fxquant.nans import with_nans
 from fxquant.original import hand_on
+from fxquant.schemas.common import check, read_json
+from fxquant.schemas.config import Config
+from fxquant.schemas.package import PackageFile
 
 FORMAT = 1
 PACKAGE_FILE = "package.json"
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
 GRAPH_FILE = "graph-{}.pt2"
-_NEEDED = {"machine", "model_class", "backend", "dtype", "timestep", "signature", "packed", "graphs", "ops", "files"}
 
 
 class PackagedGraph:
@@ -54,13 +66,19 @@ class PackagedGraph:
         self.out_spec = out_spec
         self._tensors = tensors
         self._loader = torch._inductor.aoti_load_package(str(path)).loader
+        wanted = pytree.treespec_loads(self._loader.get_call_spec()[0]).num_leaves
+        if wanted != len(call.tensors) + len(tensors):
+            raise CheckpointError(
+                f"{path.name} has {wanted} inputs, and by {PACKAGE_FILE} {len(call.tensors)} and {len(tensors)} tensors"
+            )
 
     @torch.no_grad()
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """The model's output for the leaves of a call that fits."""
         # Compiled code reads memory as it lay when it was compiled: in order.
         inputs = [tensor.contiguous() for tensor in self.call.inputs(leaves)]
-        return pytree.tree_unflatten(self._loader.boxed_run([*inputs, *self._tensors]), self.out_spec)
+        found = self._loader.boxed_run([*inputs, *self._tensors])
+        return pytree.tree_unflatten(with_nans(self.call, inputs, found), self.out_spec)
 
 
 class PackagedModel(nn.Module):
@@ -74,10 +92,17 @@ class PackagedModel(nn.Module):
         info: The content of ``package.json``.
     """
 
-    def __init__(self, info: Mapping[str, Any], config: Mapping[str, Any], graphs: Sequence[PackagedGraph]) -> None:
+    def __init__(
+        self,
+        info: Mapping[str, Any],
+        config: Mapping[str, Any],
+        graphs: Sequence[PackagedGraph],
+        headers: Mapping[str, Header],
+    ) -> None:
         super().__init__()
         self.info = info
         self._config = config
+        self._headers = headers
         self._graphs = list(graphs)
         self._signature = signature_from_json(info["signature"])
         self.forward = functools.partial(_forward, self)
@@ -118,13 +143,15 @@ class PackagedModel(nn.Module):
 
         Raises:
             AttributeError: If it is not.
+            CheckpointError: If its class cannot be built with the config.
         """
         if "_skeleton" not in self.__dict__:
             module, _, name = str(self.info["model_class"]).partition(":")
             cls = getattr(importlib.import_module("diffusers"), name, None) if module == "diffusers" else None
             if cls is None:
                 raise AttributeError(f"the packaged model is a {name} from {module}, of which only calls are packaged")
-            made = Architecture.from_config(cls, self._config, self.info["timestep"]).skeleton
+            with blaming(Path(CONFIG_FILE)), bounded(self._headers):
+                made = Architecture.from_config(cls, self._config, self.info["timestep"]).skeleton
             self.__dict__["_skeleton"] = made  # Not a submodule: its fake parameters are nobody's business.
         skeleton: nn.Module = self.__dict__["_skeleton"]
         return skeleton
@@ -172,17 +199,16 @@ def load_package(folder: str | Path) -> PackagedModel:
         The model, to put in the pipeline in place of the original.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of a newer format, or the package was compiled for another
-            torch or processor.
-        UnknownNameError: If the backend that it was made by is not installed.
+        CheckpointError: If a file is missing, damaged or of a newer format, the package was compiled for another torch
+            or processor, or the backend that it was made by is not installed.
         BackendError: If the backend holds its tensors in another way on this machine.
     """
     folder = Path(folder)
     info = _read_info(folder)
     path = folder / PACKAGE_FILE
-    _check_machine(info.get("machine"), path)
-    runner = resolve_backend(info["backend"])  # Registers its ops.
+    _check_machine(info["machine"], path)
     with blaming(path):
+        runner = resolve_backend(info["backend"])  # Registers its ops.
         runner.make_ready(info["ops"])
     packed = set(info["packed"])
     names = sorted({*info["files"], CONFIG_FILE, TENSORS_FILE, *map(GRAPH_FILE.format, range(len(info["graphs"])))})
@@ -196,16 +222,34 @@ def load_package(folder: str | Path) -> PackagedModel:
             tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), take)
         finally:
             checked.result()
+    headers = read_headers(folder / TENSORS_FILE)
+    with blaming(folder / TENSORS_FILE):
+        _check_tensors(headers, info.get("tensors"))
+        check_finite(tensors, info.get("infinite"))
+    _, config = read_json(folder / CONFIG_FILE, "package")
     with blaming(folder / CONFIG_FILE):
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        check(Config, config, "the config")
+        check_config(config, headers)
     with blaming(path):
         _import_output_class(info)
         graphs = [_read_graph(folder, number, entry, tensors) for number, entry in enumerate(info["graphs"])]
-        return PackagedModel(info, config, graphs)
+        return PackagedModel(info, config, graphs, headers)
+
+
+def _check_tensors(headers: Mapping[str, Header], described: Mapping[str, str] | None) -> None:
+    """Refuse tensors that are not as compiled code, which looks at neither shapes nor dtypes, takes them to be."""
+    found = {name: str(header) for name, header in headers.items()}
+    for name in sorted(found.keys() | (described or {}).keys()):
+        if described is not None and found.get(name) != described.get(name):
+            there, wanted = found.get(name, "missing"), described.get(name, "none")
+            raise CheckpointError(f"tensor {name!r} is {there}, and by {PACKAGE_FILE} it is {wanted}")
 
 
 def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackagedGraph:
     call = CallSpec.from_json(entry["call"])
+    missing = [name for name in entry["tensors"] if name not in tensors]
+    if missing:
+        raise CheckpointError(f"graph {number} reads tensor {missing[0]!r}, which {TENSORS_FILE} does not hold")
     read = [tensors[name] for name in entry["tensors"]]
     return PackagedGraph(folder / GRAPH_FILE.format(number), call, pytree.treespec_loads(entry["output"]), read)
 
@@ -232,20 +276,15 @@ def _read_info(folder: Path) -> dict[str, Any]:
     mention_leftovers(folder)
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {folder} is no fxquant package, or not all of it was copied")
-    try:
-        text = path.read_text(encoding="utf-8")
-        info = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy the package again") from error
+    text, info = read_json(path, "package")
     if not isinstance(info, dict) or "format" not in info:
         raise CheckpointError(f"{path} describes no fxquant package")
     if info["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {info['format']}; this fxquant reads {FORMAT}: export it again")
-    missing = _NEEDED - info.keys()
-    if missing:
-        raise CheckpointError(f"{path} says nothing of {', '.join(sorted(missing))}; export the package again")
-    if info.get("digest") != digest_of(info) or text != info_text(info):
+    if info.get("digest") != digest_of(info) or not is_text_of(text, info):
         raise CheckpointError(f"{path} does not match its digest: it is damaged or was edited; copy the package again")
+    with blaming(path):
+        check(PackageFile, info, "the description of the package")
     return info
 
 

@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
-from fxquant.files import share
+from fxquant.files import blaming, load_tensors, share
 from fxquant.ir.shared import SharedTensors
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
 from fxquant.quantizer import QuantizedWeight
+from fxquant.schemas.common import check, read_json
+from fxquant.schemas.plan import PlanFile
 from fxquant.timesteps import bin_of
 
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
+
+NAMING = 2
+"""Version of the rules by which layers are named; plans made by earlier ones keep their names."""
 
 PLAN_FILE = "plan.json"
 VECTORS_FILE = "plan.safetensors"
@@ -190,6 +195,8 @@ class Plan:
         observed_step: Number of the one denoising step that calibration observes, from 0; None for all.
         reconstruction: By block, SQNR of its output in dB, rounded to nearest and as it was learned.
         statistics: What calibration recorded; only there while passes decide, never saved.
+        naming: Version of the rules by which layers are named. Those of 1 gave layers with a shared weight the name of
+            one of its owners, and layers whose weight is cast the name of their node.
         inputs: Tensor inputs of calibration calls, for passes that run the graph again; there as long as statistics.
         workspace: Folder for what such passes have finished, or None; never saved.
         codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
@@ -214,6 +221,7 @@ class Plan:
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
+    naming: int = NAMING
     inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
     workspace: Path | None = field(default=None, repr=False, compare=False)
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
@@ -253,7 +261,8 @@ class Plan:
         if self.statistics is None:
             raise CalibrationError(
                 f"{why or f'layer {key!r} needs an activation range'}, and there are no calibration statistics; "
-                "pass calibrate= to fxquant.compile, or with plan= the statistics= that calibration recorded"
+                "pass calibrate= to fxquant.compile, or with plan= the statistics= that calibration recorded",
+                reason=f"the plan does not hold what was decided: {why or f'layer {key!r} needs an activation range'}",
             )
         return self.statistics[key]
 
@@ -267,6 +276,7 @@ class Plan:
             recipe: Text of the other recipe, ``str(recipe)``.
         """
         fresh = Plan(recipe, self.model_class, self.timestep, calls=list(self.calls), timesteps=list(self.timesteps))
+        fresh.naming = self.naming
         for name, layer in self.layers.items():
             kept = {option: getattr(layer, option) for option in _BEFORE_CALIBRATION}
             fresh.layers[name] = LayerPlan(**kept)
@@ -326,7 +336,7 @@ class Plan:
         """Read a plan back.
 
         Raises:
-            CheckpointError: If it is of a newer format, or not a plan.
+            CheckpointError: If it is of a newer format, or not a plan, or holds what no plan can.
         """
         if not isinstance(data, Mapping) or "format" not in data:
             raise CheckpointError("this is not a plan: it has no format number")
@@ -337,9 +347,11 @@ class Plan:
                 f"the plan has format {number!r}, this fxquant reads format {FORMAT}; "
                 + ("install a newer fxquant" if newer else "it is damaged or was written by something else")
             )
+        check(PlanFile, data, "the plan")
         try:
             held = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
             values = {name: data[name] for name in held}
+            values.setdefault("naming", 1)
             values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
             values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
             attentions = data.get("attentions", {})
@@ -365,18 +377,16 @@ class Plan:
             CheckpointError: If a file is missing or unreadable.
         """
         folder = Path(folder)
-        try:
-            data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-            vectors = load_file(folder / VECTORS_FILE)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename} is missing; a plan is {PLAN_FILE} and {VECTORS_FILE}") from error
-        except Exception as error:
-            raise CheckpointError(f"the plan in {folder} cannot be read: {error}") from error
-        return cls.from_json(data, vectors)
+        for name in (PLAN_FILE, VECTORS_FILE):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing; a plan is {PLAN_FILE} and {VECTORS_FILE}")
+        _, data = read_json(folder / PLAN_FILE, "plan")
+        with blaming(folder / PLAN_FILE):
+            return cls.from_json(data, read_vectors(folder / VECTORS_FILE))
 
 
 _NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products"})
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming"})
 """What plans of this format did not always hold."""
 
 
@@ -394,6 +404,19 @@ def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:
 def _attention_from_json(data: Mapping[str, Any]) -> AttentionPlan:
     ranges = {side: ActivationRange(**entry) for side, entry in data["ranges"].items()}
     return AttentionPlan(**{**data, "ranges": ranges})
+
+
+def read_vectors(path: Path) -> dict[str, Tensor]:
+    """The vectors of a plan.
+
+    Raises:
+        CheckpointError: If they cannot be read, or one holds NaN or infinity.
+    """
+    vectors = load_tensors(path, torch.device("cpu"))
+    for name, vector in vectors.items():
+        if not vector.is_floating_point() or not vector.isfinite().all():
+            raise CheckpointError(f"{path}: vector {name!r} should hold finite numbers; copy the checkpoint again")
+    return vectors
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:

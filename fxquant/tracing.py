@@ -33,6 +33,7 @@ _TAKES_NUMBERS = (
     *("__getitem__", "__setitem__", "select", "narrow", "reshape", "view", "expand", "repeat", "tile", "split"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "repeat_interleave"),
 )
+_SELECTS = ("masked_select", "__getitem__")
 _MAKES = ("zeros", "ones", "full", "arange", "linspace", "empty", "rand", "randn")
 _RANDOM = ("rand", "normal", "bernoulli", "dropout", "empty", "multinomial")
 _IN_PLACE = (
@@ -119,6 +120,8 @@ class Tracing(TorchFunctionMode):
             if inputs is not None:
                 self.read |= inputs
                 return _on_values(func, args, kwargs)
+        if name in _SELECTS and (selected := self._selected(name, func, args, kwargs)) is not None:
+            return selected
         if name in _MAKES or name in _TAKES_NUMBERS:
             first = 0 if name in _MAKES else 1  # A method is called on the first one.
             args = (*args[:first], *pytree.tree_map(self._number, args[first:]))
@@ -128,6 +131,29 @@ class Tracing(TorchFunctionMode):
         if isinstance(written, Tensor) or any(map(is_followed, pytree.tree_leaves(result))):
             self._follow(func, args, kwargs, result, written)
         return result
+
+    def _selected(self, name: str, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What a mask of known value selects, picked by positions: how much it is would be open otherwise."""
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if not any(_is_mask(part) and self._inputs(part) is not None for part in index):
+                return None
+            return func(args[0], tuple(place for part in index for place in self._places(part, args[0].device)))
+        source, mask = (*args, *kwargs.values())[:2] if len(args) + len(kwargs) == 2 else (None, None)
+        if name != "masked_select" or not _is_mask(mask) or self._inputs(mask) is None:
+            return None
+        shape = torch.broadcast_shapes(source.shape, mask.shape)
+        return source.expand(shape)[tuple(self._places(mask, source.device, shape))]
+
+    def _places(self, part: Any, device: torch.device, shape: Any = None) -> list[Any]:
+        """Positions that a mask of known value selects, one tensor an axis; anything else as it is."""
+        if not _is_mask(part) or self._inputs(part) is None:
+            return [part]
+        self.read |= self._inputs(part) or frozenset()
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            value = _values(part) if shape is None else _values(part).expand(shape)
+            places = [place.tolist() for place in value.nonzero(as_tuple=True)]
+        return [torch.tensor(place, dtype=torch.int64, device=device) for place in places]
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, written: Any) -> None:
         """Do the same with the values, where they are known."""
@@ -204,6 +230,10 @@ def is_followed(leaf: Any) -> bool:
     if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex():
         return False
     return all(isinstance(size, int) for size in leaf.shape) and leaf.numel() <= _MOST
+
+
+def _is_mask(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype is torch.bool and leaf.dim() > 0
 
 
 def _writes(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import fx
 
 from fxquant.attention import find_attentions
-from fxquant.capture import LAYER, LAYER_OPS
+from fxquant.capture import ITEM, LAYER, LAYER_OPS, layer_name
 from fxquant.errors import CalibrationError
 from fxquant.observers import Statistics
 from fxquant.plan import ActivationRange, LayerPlan, Plan
@@ -43,6 +43,23 @@ def names_in(graph: fx.Graph) -> list[str]:
 
 def _layers(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if LAYER in node.meta and node.target in LAYER_OPS)
+
+
+def adopt_names(graph: fx.Graph, plan: Plan) -> None:
+    """Let layers that a plan does not know have the names by which plans of earlier versions know them.
+
+    These named every layer with a shared weight after one of the owners, and one whose weight is cast after its node.
+    """
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        if plan.naming > 1 or node.target not in LAYER_OPS:
+            continue
+        weight = node.args[LAYER_OPS[node.target]]
+        name = layer_name(str(weight.target)) if weight.op == "get_attr" else node.name
+        seen[name] += 1
+        earlier = name if seen[name] == 1 else f"{name}@{seen[name]}"
+        if node.meta.get(LAYER, earlier) not in plan.layers and earlier in plan.layers:
+            node.meta[LAYER] = earlier
 
 
 def keys_in(plan: Plan, graph: fx.Graph) -> Iterator[tuple[str, str]]:
@@ -100,6 +117,7 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
     Raises:
         CalibrationError: If there are uses that the plan does not know, or decisions that differ from use to use.
     """
+    adopt_names(graph, plan)
     attentions, layers = _by_base(plan.attentions), _by_base(plan.layers)
     for base, number in Counter(unnumbered(found.name) for found in find_attentions(graph)).items():
         entries = [*attentions.get(base, {}).values()]
@@ -117,7 +135,7 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
         combined = len(uses) > 1 and len({use.observed for use in uses.values()}) == 1
         if combined and len(found) < len(uses):
             continue  # What holds for one of them holds for each.
-        plan.layers[f"{base}{_ANY}"] = _covering(base, uses, len(found), plan)
+        plan.layers[f"{base}{_ANY}"] = _covering(base, uses, len(found), plan, _are_of_items(found))
         for node in found:
             node.meta[LAYER] = f"{base}{_ANY}"
 
@@ -129,8 +147,39 @@ def _by_base(entries: Mapping[str, T]) -> dict[str, dict[str, T]]:
     return found
 
 
-def _covering(base: str, uses: Mapping[str, LayerPlan], number: int, plan: Plan) -> LayerPlan:
+def _are_of_items(nodes: Sequence[fx.Node]) -> bool:
+    """Whether uses of a layer read an item each of one list: of a longer one there are more, and they are alike."""
+    read = [_items_behind(node.args[0]) for node in nodes]
+    lists = {of.meta[ITEM] for items in read for of in items}
+    for name in lists:
+        own = [[item for item in items if item.meta[ITEM] == name] for items in read]
+        if all(len(items) == 1 for items in own) and len({items[0] for items in own}) == len(nodes):
+            return True
+    return False
+
+
+def _items_behind(value: object) -> set[fx.Node]:
+    """The inputs that are items of lists and that a value is made from."""
+    found, seen, items = [value], set(), set()
+    while found:
+        node = found.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            seen.add(node)
+            found += node.all_input_nodes
+            if ITEM in node.meta:
+                items.add(node)
+    return items
+
+
+def _covering(base: str, uses: Mapping[str, LayerPlan], number: int, plan: Plan, alike: bool) -> LayerPlan:
     """What is right for any use of a layer, of which the plan knows some and a graph has another number.
+
+    Args:
+        base: The layer.
+        uses: Those that the plan knows, by name.
+        number: How many the graph has.
+        plan: The plan.
+        alike: Whether further uses are known to be as those that the plan knows.
 
     Raises:
         CalibrationError: If there is nothing that is.
@@ -143,7 +192,7 @@ def _covering(base: str, uses: Mapping[str, LayerPlan], number: int, plan: Plan)
     ranges = [use.activation for use in uses.values() if use.activation is not None]
     if not ranges or ranges[0].method == "dynamic":
         return replace(first)
-    if number > len(uses):
+    if number > len(uses) and not alike:
         raise _refusal(base, number, len(uses), "so it is not known what range the further uses need")
     method = ranges[0].method
     lows, highs = ([_bounds(getattr(found, end)) for found in ranges] for end in ("low", "high"))

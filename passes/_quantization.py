@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture import LAYER, stored_weight
+from fxquant.capture import LAYER, layer_name, stored_weight
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.evidence import evidence, moments
 from fxquant.ir.histories import made_from
@@ -29,6 +29,7 @@ from fxquant.quantizer import (
 from fxquant.rounding.adaround import adaround
 from fxquant.rounding.gptq import ErrorFeedback, gptq
 from fxquant.timesteps import TimeTable, rows_at, timestep_input
+from fxquant.uses import unnumbered
 
 
 class RangeSearch(enum.Enum):
@@ -203,7 +204,7 @@ def quantized_weight(
         quantized = plan.codes[name]
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
-    owner = str(weight.target)
+    owner = _owner_of_codes(name, str(weight.target), plan)
     made = made_from("codes", history, str(layer.weight_bits), str(layer.group_size))
     codes = (
         rewriter.constant(f"{owner}_packed", quantized.packed, [weight], made),
@@ -214,6 +215,19 @@ def quantized_weight(
     if _reads_alone(node, weight):
         rewriter.forget(weight)
     return codes
+
+
+def _owner_of_codes(name: str, target: str, plan: Plan) -> str:
+    """What the codes of a weight are named after: graphs that agree on the name hold the same codes under it.
+
+    That is the weight, for the layer of its name; layers that share it at other bits have codes of their own.
+    """
+    layer, named = plan.layer(name), plan.layers.get(layer_name(target))
+    if named is not None and (named.weight_bits, named.group_size) == (layer.weight_bits, layer.group_size):
+        return target
+    if named is None and unnumbered(name) == layer_name(target):
+        return target
+    return f"{target}_w{layer.weight_bits}" + (f"_g{layer.group_size}" if layer.group_size else "")
 
 
 def _reads_alone(layer: fx.Node, weight: fx.Node) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxquant.attention import SIDES, Attention, find_attentions
-from fxquant.capture import LAYER
+from fxquant.capture import ITEM, LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass
@@ -112,6 +112,7 @@ class InsertObservers(Pass):
 def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, axis: int) -> fx.Node:
     """The value, observed; one with its tokens first is shown to the observer with its samples first."""
     batch = _batch_axis(value, timestep)
+    timestep = _time_of(rewriter, value, timestep)
 
     def swapped(of: fx.Node) -> fx.Node:
         return rewriter.call(torch.ops.aten.transpose.int, (of, 0, batch), sources=[value], name=f"{of.name}_swapped")
@@ -124,6 +125,17 @@ def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, a
         name=f"{value.name}_observed",
     )
     return swapped(observer) if batch else observer
+
+
+def _time_of(rewriter: Rewriter, value: fx.Node, timestep: fx.Node) -> fx.Node:
+    """The timesteps, as those of one sample where tokens of samples of several lengths may stand in a row."""
+    steps, leading = timestep.meta["val"].shape, value.meta["val"].shape[0]
+    lists = any(ITEM in node.meta for node in rewriter.graph.nodes if node.op == "placeholder")
+    if not lists or len(steps) != 1 or not isinstance(steps[0], int) or leading in (1, steps[0]):
+        return timestep
+    together = rewriter.call(torch.ops.aten.unsqueeze.default, (timestep, 0), sources=[timestep], name="timesteps")
+    together.meta.pop(LAYER, None)
+    return together
 
 
 def _batch_axis(value: fx.Node, timestep: fx.Node) -> int:

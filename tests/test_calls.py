@@ -81,6 +81,23 @@ def test_the_leading_size_of_the_sample_is_the_batch() -> None:
     assert str(call).startswith("(sample: float32[batch, 5, 4], timestep: float32[batch], labels: float32[5, 3]")
 
 
+@pytest.mark.parametrize(
+    ("sample", "steps", "batched"),
+    [
+        ([torch.zeros(4, 1, 8), torch.zeros(4, 1, 8)], 2, False),  # A sample each, as Wan and Z-Image take them.
+        ([torch.zeros(4, 1, 8)], 1, False),
+        ([torch.zeros(2, 1, 8), torch.zeros(2, 1, 8)], 2, True),  # One list of batches, or two channels.
+        ([torch.zeros(3, 5, 8)] * 2, 3, True),
+        (torch.zeros(3, 5, 8), 3, True),
+        (torch.zeros(3, 5, 8), 1, True),
+    ],
+)
+def test_a_list_of_samples_has_no_batch_axis(sample: Any, steps: int, batched: bool) -> None:
+    call = describe_call(*canonical(sample, torch.zeros(steps)), "timestep")
+    assert call.batched == (batched or steps > 4)
+    assert call.items == ({f"sample.{i}": "sample" for i in range(len(sample))} if isinstance(sample, list) else {})
+
+
 def test_which_calls_a_graph_serves() -> None:
     call = described(X, torch.zeros(2), scale=2.0)
     assert fits(call, torch.zeros(7, 5, 4), torch.zeros(7), scale=2.0)

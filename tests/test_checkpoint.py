@@ -6,9 +6,11 @@ import hashlib
 import json
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
 from fxquant import files
-from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError, WriteError
+from fxquant.errors import CheckpointError, ConfigurationError, QualityWarning, UnknownNameError, WriteError
 from fxquant.model import GraphModel
 from fxquant.plan import FORMAT
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -327,6 +329,168 @@ def test_another_format(folder: Path, number: Any) -> None:
         assert "install a newer fxquant" in str(caught.value)
 
 
+# --- files that contradict each other, or hold what compiling never makes ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("name", [f"{TO_Q}.weight_scale", f"{TO_Q}.input_scale"])
+def test_scales_that_are_none(folder: Path, name: str, value: float) -> None:
+    forge(folder, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{re.escape(name)}' holds"):
+        fxquant.load(folder)
+
+
+@pytest.mark.parametrize("name", [f"{TO_Q}.bias", "pos_embed.pos_embed"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite(folder: Path, name: str, value: float) -> None:
+    forge(folder, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"tensor '{re.escape(name)}' holds (NaN|infinity)"):
+        fxquant.load(folder)
+
+
+def test_zero_points_that_are_no_codes(folder: Path) -> None:
+    forge(folder, lambda tensors: tensors[f"{TO_Q}.weight_zero_point"].view(-1)[:1].fill_(16))
+    with pytest.raises(CheckpointError, match=r"weight_zero_point' holds zero points outside of the codes 0 to 15"):
+        fxquant.load(folder)
+
+
+def test_vectors_that_are_not_finite(folder: Path) -> None:
+    vectors = load_file(folder / "plan.safetensors")
+    next(iter(vectors.values())).view(-1)[:1].fill_(float("nan"))
+    save_file(vectors, folder / "plan.safetensors")
+    sign(folder)
+    with pytest.raises(CheckpointError, match=r"plan\.safetensors: vector .* finite"):
+        fxquant.load(folder)
+
+
+def test_ranges_that_are_not_those_of_the_tensors(folder: Path) -> None:
+    def widen(data: dict[str, Any]) -> None:
+        data["layers"][TO_Q]["activation"]["high"] += 1.0
+
+    sign(folder, widen)
+    with pytest.raises(CheckpointError, match=r"plan\.json: the model .* computes something else"):
+        fxquant.load(folder)  # Layers that read one value share a range, and now they do not.
+
+    def widen_all(data: dict[str, Any]) -> None:
+        for layer in data["layers"].values():
+            if layer["activation"]:
+                layer["activation"]["high"] = 9.0
+
+    sign(folder, widen_all)
+    with pytest.raises(CheckpointError, match=r"'.*input_(scale|zero_point)' is not what follows from the plan"):
+        fxquant.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d["layers"][TO_Q].update(weight_bits=True), "'weight_bits': input should be a valid integer"),
+        (lambda d: d["layers"][TO_Q]["activation"].update(low=float("nan")), "'low': input should be a finite number"),
+        (lambda d: d["layers"][TO_Q]["activation"].update(low=9e9), "low should not be above high"),
+        (lambda d: d["layers"][TO_Q]["activation"].update(low=[0.0], high=[1.0, 2.0]), "as many numbers"),
+        (lambda d: d["layers"][TO_Q].update(timesteps={"boundaries": [2.0, 1.0]}), "ascending order"),
+        (lambda d: d.update(timesteps=[float("nan")]), "'timesteps' > 0: input should be a finite number"),
+        (lambda d: d.update(timesteps=[3.0, 1.0]), "ascending order"),
+        (lambda d: d.update(timestep="time"), "'time' is no input of the recorded calls"),
+        (lambda d: d.update(timestep=None), "None is no input of the recorded calls"),
+        (lambda d: d.update(backend="tensorrt"), "unknown backend 'tensorrt'"),
+        (lambda d: d.update(dtype="int8"), "'dtype': this is no floating-point dtype"),
+        (lambda d: d.update(dtype="float64"), "cannot be traced|the model needs torch.float64"),
+        (lambda d: d["calls"][0]["leaves"][0].update(dtype="float"), "another"),
+        (lambda d: d["calls"][0]["leaves"][0].update(dtype="load"), "'dtype': torch has no dtype of this name"),
+        (lambda d: d["calls"][0]["leaves"][0].update(shape=[-1]), "'shape' > 0"),
+        (lambda d: d["calls"].append(d["calls"][0]), "two of the recorded calls are the same"),
+        (lambda d: d["calls"].extend(20 * [d["calls"][0]]), "two of the recorded calls are the same"),
+        (lambda d: d["layers"][TO_Q].update(timesteps={"boundaries": [0.5] * 200_000}), "at most 10000 items"),
+        (lambda d: d.update(recipe=d["recipe"] + ",remove-no-ops" * 50_000), "at most 20000 characters"),
+        (lambda d: d.update(passes=d["passes"] * 500), "at most 200 items"),
+        (lambda d: d["layers"].update({"x" * 100_000: d["layers"][TO_Q]}), "at most 500 characters"),
+        (lambda d: d["layers"].update({"\x1b[2J": d["layers"][TO_Q]}), "characters that cannot be printed"),
+        (lambda d: d["layers"][TO_Q].update(activation_bits=7), "is not what follows from the plan|something else"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_that_no_plan_has(folder: Path, change: Callable[[Any], object], said: str) -> None:
+    sign(folder, change)
+    if said == "another":  # torch.float is float32.
+        fxquant.load(folder)
+        return
+    with pytest.raises(CheckpointError, match=said) as caught:
+        fxquant.load(folder)
+    assert "plan.json" in str(caught.value) or "model.safetensors" in str(caught.value)
+    assert "calibrate" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attention_head_dim": 40_000_000, "num_layers": 10**9}, "holds the number"),
+        ({"num_layers": 10_000_000}, "far larger than the tensors"),
+        ({"attention_head_dim": 10_000_000}, "far larger than the tensors"),
+        ({"attention_head_dim": 16}, "is 96 x 16|is .* x .*, and in the plan"),
+        ({"norm_eps": float("nan")}, "computes something else"),
+        ({"norm_eps": 0.5}, "computes something else"),
+        ({"activation_fn": "gelu"}, "computes something else"),
+        ({"nested": 100 * [None]}, ""),
+    ],
+    ids=str,
+)
+def test_configs_that_are_not_the_models(folder: Path, change: dict[str, Any], said: str) -> None:
+    config = json.loads((folder / "config.json").read_text()) | change
+    del config["_use_default_values"]  # In place of which from_config takes defaults.
+    (folder / "config.json").write_text(json.dumps(config))
+    sign(folder)
+    began = time.process_time()
+    if not said:
+        fxquant.load(folder)
+        return
+    with pytest.raises(CheckpointError, match=said) as caught:
+        fxquant.load(folder)
+    assert "config.json" in str(caught.value) or "plan.json" in str(caught.value)
+    assert time.process_time() - began < 5.0
+
+
+def test_a_config_that_is_nested_too_deeply(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a": ' + "[" * 100 + "]" * 100 + "}")
+    sign(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json.*levels deep"):
+        fxquant.load(folder)
+
+
+def test_a_layer_that_the_plan_does_not_know(folder: Path) -> None:
+    sign(folder, lambda data: data["layers"].pop(TO_Q))
+    with pytest.raises(
+        CheckpointError, match=rf"plan\.json: .*the plan knows no layer '{TO_Q}'.*another model"
+    ) as caught:
+        fxquant.load(folder)
+    assert "calibrate" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="another model") as caught:
+        fxquant.load(folder, model=make_dit())
+    assert "calibrate" not in str(caught.value)
+
+
+def test_a_range_that_the_plan_does_not_hold(folder: Path) -> None:
+    sign(folder, lambda data: data["layers"][TO_Q].update(activation=None))
+    with pytest.raises(CheckpointError, match=r"plan\.json: the plan does not hold what was decided") as caught:
+        fxquant.load(folder)
+    assert "calibrate" not in str(caught.value)
+
+
+def test_a_model_whose_code_has_changed(folder: Path) -> None:
+    def older(data: dict[str, Any]) -> None:
+        data["made_with"] = {"torch": "2.0", "diffusers": "0.1"}
+        data["graphs"] = ["0"]
+
+    sign(folder, older)
+    with pytest.warns(QualityWarning, match=r"computes something else.*diffusers 0\.1"):
+        fxquant.load(folder)
+    for key in ("made_with", "graphs", "infinite"):  # As checkpoints were before.
+        sign(folder, lambda data, key=key: data.pop(key))
+    fxquant.load(folder)
+
+
 class Bomb:
     exploded = False
 
@@ -394,6 +558,25 @@ def test_a_class_of_ones_own(tmp_path: Path) -> None:
         fxquant.load(tmp_path / "custom", model=Custom(16).eval())
     with pytest.raises(ConfigurationError, match="class with from_config"):
         fxquant.load(tmp_path / "custom", model=nn.Linear)
+
+
+class Masked(Custom):
+    """A mask of minus infinity is meant."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        self.register_buffer("mask", torch.where(torch.arange(width) < 2, 0.0, -torch.inf))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.softmax(self.proj(x) + self.mask, dim=-1) + timestep[:, None]
+
+
+def test_infinity_that_is_meant(tmp_path: Path) -> None:
+    model = Masked().eval()
+    x, timestep = torch.randn(2, 8), torch.tensor([1.0, 9.0])
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(x, timestep))
+    fxquant.save(quantized, tmp_path / "masked")
+    assert torch.equal(fxquant.load(tmp_path / "masked", model=Masked)(x, timestep), quantized(x, timestep))
 
 
 # --- where it is written ---

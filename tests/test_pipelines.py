@@ -181,8 +181,8 @@ class TestSaveAndLoad:
     def test_what_is_no_pipeline(self, folder, tmp_path, made, message):
         if made is None:
             source = tmp_path / "nowhere"
-        elif made == "transformer":
-            source = folder / "transformer"
+        elif made in ("transformer", "vae"):
+            source = folder / made
         else:
             source = tmp_path
             if made == "broken":

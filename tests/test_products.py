@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,35 @@ def compiled(model: nn.Module, recipe: str, **options: Any) -> fxquant.GraphMode
     return fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=0, **options)
 
 
+class Registers(nn.Module):
+    """Linears on learned tokens, which are the same for all samples and have a batch of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, 3, 8))
+        self.to_k, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.to_k(self.tokens).expand(x.shape[0], -1, -1)
+        v = self.to_v(F.gelu(self.tokens)).expand(x.shape[0], -1, -1)
+        return F.scaled_dot_product_attention(x, k, v)
+
+
 LAYERS = {
     Named: ["kernel"],
     Listed: ["kernels.0", "table.0"],
     SelfAttention: ["mha.in_proj_weight", "mha.out_proj"],
     Clashes: ["", ".balance", ".input_scale"],
     Cast: [""],
+    Registers: ["to_k", "to_v"],
 }
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w8a8", "ptq4dit-w8a8"])
-@pytest.mark.parametrize("block", LAYERS)
-def test_layers_of_any_name_are_quantized(block: Any, recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "block"),
+    [*itertools.product(["rtn-w8a8", "ptq4dit-w8a8"], LAYERS), ("htg-w8a8", Registers), ("htg-w8a8", SelfAttention)],
+)
+def test_layers_of_any_name_are_quantized(recipe: str, block: Any, tmp_path: Path) -> None:
     model = of(block)
     quantized = compiled(model, recipe)
     expected = {f"blocks.{i}.0.{name}".removesuffix(".").replace("..", ".") for i in (0, 1) for name in LAYERS[block]}

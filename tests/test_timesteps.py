@@ -195,3 +195,52 @@ def test_a_timestep_for_each_token(recipe: str, batch: int):
         groups = found.plan.layers["blocks.0.fc1"].timesteps
         assert not groups.boundaries
         assert "not one number a sample" in groups.reason
+
+
+class Listed(torch.nn.Module):
+    """Samples without a batch axis, embedded one by one, and prompts of several lengths in one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_embedding, self.text = torch.nn.Linear(4, 8), torch.nn.Linear(6, 8)
+        layers = {"time": (1, 8), "fc1": (8, 16), "fc2": (16, 8)}
+        block = torch.nn.ModuleDict({name: torch.nn.Linear(*sizes) for name, sizes in layers.items()})
+        self.blocks = torch.nn.ModuleList([block])
+
+    def forward(self, x: list[Tensor], timestep: Tensor, context: list[Tensor]) -> list[Tensor]:
+        block = self.blocks[0]
+        tokens = torch.cat([self.patch_embedding(one.T[None]) for one in x])
+        text = self.text(torch.cat(context)).mean(0)
+        tokens = tokens + text + block["time"](timestep[:, None, None] / 1000)
+        return list(block["fc2"](torch.nn.functional.gelu(block["fc1"](tokens))))
+
+
+def listed(steps: list[float], seed: int = 0) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = [torch.randn(4, 6, generator=generator) for _ in steps]
+    return x, torch.tensor(steps), [torch.randn(3 + 2 * i, 6, generator=generator) for i, _ in enumerate(steps)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_list_of_samples_takes_more_of_them_than_were_calibrated(batch: int):
+    model = Listed().eval()
+    found = fxquant.compile(
+        model,
+        recipe="rtn-w8a8",
+        layers="all",
+        calibrate=lambda: [model(*listed([step] * batch, int(step))) for step in CALIBRATED],
+    )
+    assert min(found.plan.output_sqnr_db.values()) > 25
+    for steps in ([500.0], [900.0, 100.0], [700.0, 300.0, 100.0]):
+        with torch.no_grad():
+            expected = torch.stack(model(*listed(steps)))
+        torch.testing.assert_close(torch.stack(found(*listed(steps))), expected, rtol=0.1, atol=0.1)
+
+
+def test_rows_of_prompts_of_several_lengths_count_at_all_timesteps_of_the_call():
+    model, statistics = Listed().eval(), fxquant.Statistics()
+    calibrate = lambda: model(*listed([900.0, 100.0]))  # noqa: E731  (Eight rows: three of one, five of the other.)
+    fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=calibrate, statistics=statistics)
+    assert statistics["text"].count.tolist() == [8, 8]
+    assert statistics["blocks.0.fc1"].count.tolist() == [6, 6]

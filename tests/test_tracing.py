@@ -65,13 +65,20 @@ def bounds(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([part, rest if top > 3 else rest + 1], dim=1)
 
 
+def selected(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+    """Tokens that a mask selects, the prompts of a batch in one row, as PixArt's own code has them."""
+    row = x.masked_select(mask.unsqueeze(-1) != 0).view(1, -1, x.shape[-1])
+    assert row.shape[1] == sum(mask.sum(dim=1).tolist())
+    return x + row.mean(dim=1, keepdim=True) + x[mask > 0].amax(0) + x[:, mask[0] == 1].mean(1, keepdim=True)
+
+
 def call(batch: int = 2, size: int = 3) -> dict[str, Tensor]:
     mask = torch.ones(batch, 5, dtype=torch.int64)
     mask[0, size:] = 0
     return {"x": torch.randn(batch, 5, 4), "timestep": torch.arange(float(batch)), "mask": mask}
 
 
-@pytest.mark.parametrize("body", [lengths, positions, written, bounds])
+@pytest.mark.parametrize("body", [lengths, positions, written, bounds, selected])
 def test_values_of_a_mask_are_followed(body: Body) -> None:
     model = Masked(body).eval()
     traced = trace(model)

@@ -122,3 +122,75 @@ def test_float_activations_need_no_range_for_further_uses() -> None:
     model = Model().eval()
     quantized = compiled(model, SMALL, recipe="rtn-w8a16")
     assert error(quantized, model, **BOTH) < 0.05
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, of which some calls run one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a", "b")})])
+        self.blocks[0]["b"].weight = self.blocks[0]["a"].weight
+
+    def forward(self, sample: Tensor, timestep: Tensor, only: bool = False) -> Tensor:
+        (block,) = self.blocks
+        h = sample if only else sample + block["b"](sample * 0.02)
+        return h + F.gelu(block["a"](h)) * torch.sin(timestep.float())[:, None, None]
+
+
+def tied(overrides: str = "") -> tuple[nn.Module, fxquant.GraphModel]:
+    model = Tied().eval()
+    recipe = fxquant.make_recipe("rtn-w8a8").with_options("assign-precision", overrides=overrides)
+
+    def calibrate() -> None:
+        for only in (False, True):
+            for seed in range(3):
+                model(**call(seed), only=only)
+
+    return model, fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=0)
+
+
+@pytest.mark.parametrize("overrides", ["", "blocks.0.a=w4a8", "blocks.0.b=w4a8", "blocks.0.b=float"])
+def test_tied_layers_are_told_apart(overrides: str, tmp_path: Path) -> None:
+    model, quantized = tied(overrides)
+    layers = quantized.plan.layers
+    assert {*layers} == {"blocks.0.a", "blocks.0.b"}
+    for entry in filter(None, overrides.split(";")):
+        name, _, precision = entry.partition("=")
+        assert str(layers[name].precision) == precision
+    assert layers["blocks.0.a"].activation.high > 1
+    assert "blocks.0.b=float" in overrides or layers["blocks.0.b"].activation.high < 0.2
+    fxquant.save(quantized, tmp_path / "q")
+    loaded = fxquant.load(tmp_path / "q", model=Tied().eval())
+    for only in (False, True):
+        with torch.no_grad():
+            actual = quantized(**call(7), only=only)
+            assert relative_error([actual], [model(**call(7), only=only)]) < (0.15 if "w4" in overrides else 0.03)
+            assert torch.equal(loaded(**call(7), only=only), actual)
+
+
+def test_a_layer_that_no_call_ran_does_not_pass_for_the_one_it_shares_its_weight_with() -> None:
+    class Either(Tied):
+        def forward(self, sample: Tensor, timestep: Tensor, first: bool = False) -> Tensor:
+            return sample + self.blocks[0]["a" if first else "b"](sample) * timestep[:, None, None]
+
+    for first in (False, True):
+        model = Either().eval()
+        calibrate = lambda model=model, first=first: model(**call(), first=first)  # noqa: E731
+        quantized = fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate, measure=0)
+        with pytest.raises(CalibrationError, match=f"the plan knows no layer 'blocks.0.{'b' if first else 'a'}'"):
+            quantized(**call(), first=not first)
+
+
+def test_plans_of_earlier_names_are_carried_out() -> None:
+    model, quantized = tied()
+    plan = quantized.plan
+    nodes = [node for node in quantized.captured[0].module.graph.nodes if "weight_packed" in str(node.target)]
+    owner = str(nodes[0].target).removesuffix(".weight_packed")  # The name that torch.export gives the weight.
+    renamed = {"blocks.0.b": owner, "blocks.0.a": f"{owner}@2"}  # In the order of the graph.
+    plan.layers = {renamed[name]: layer for name, layer in plan.layers.items()}
+    plan.calls, plan.naming = plan.calls[:1], 1
+    again = fxquant.compile(model, plan=plan)
+    with torch.no_grad():
+        assert torch.equal(again(**call(7)), quantized(**call(7)))

@@ -1,17 +1,21 @@
 """Compiles the kernels on first use, keeps the library for the next, and loads it.
 
 The compiler is the one that ``torch.compile`` uses on processors (``CXX``, or the first of those that inductor knows),
-the sources are those in ``csrc``. What it makes lies in ``$FXQUANT_CACHE``, or ``fxquant`` in the user's cache folder,
-under a name that changes with sources, flags, compiler, processor and the version of torch.
+the sources are those in ``csrc``. What it makes lies in a folder that only the user can open, in ``$FXQUANT_CACHE`` or
+``fxquant`` in the user's cache folder. The library's name changes with sources, flags, compiler, processor and the
+version of torch, and ends in the digest of its content: one that is damaged is compiled again, and none that somebody
+else could have written is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import platform
+import stat
 import subprocess
 import tempfile
 import time
@@ -23,6 +27,8 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from fxquant.files import digest
 
 logger = logging.getLogger(__name__)
 
@@ -64,22 +70,62 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxquant"
 
 
+def kernel_folder() -> Path:
+    """The folder of compiled libraries, made if need be: the user's own, closed to everybody else.
+
+    Raises:
+        BuildError: If it cannot be made, or belongs to somebody else or is open to others.
+    """
+    owner = os.getuid() if hasattr(os, "getuid") else None
+    path = cache_folder() / ("native" if owner is None else f"native-{owner}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    except OSError as error:
+        raise BuildError(f"the kernels cannot be kept in {path.parent} ({error}); set FXQUANT_CACHE") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise BuildError(f"{path} is no folder; remove it, or set FXQUANT_CACHE to a folder of your own")
+    if owner is not None and (found.st_uid != owner or found.st_mode & 0o022):
+        whose = "belongs to another user" if found.st_uid != owner else "can be written to by others"
+        raise BuildError(
+            f"{path} {whose}, who could have put any program into it; remove it, or set FXQUANT_CACHE to a folder of "
+            "your own"
+        )
+    return path
+
+
 def _library() -> Path:
     compiler = _compiler()
-    path = cache_folder() / f"native-{_digest(compiler)}.so"
-    if path.exists():
-        return path
+    folder, name = kernel_folder(), f"native-{_digest(compiler)}"
+    kept = _kept(folder, name)
+    if kept is not None:
+        return kept
     began = time.perf_counter()
     logger.warning("fxquant compiles its kernels with %s, once", compiler)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = _compile(compiler, Path(folder))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = _compile(compiler, Path(scratch))
+            path = folder / f"{name}-{digest(made)}.so"
             made.replace(path)  # At once, as other processes may be at the same.
     except OSError as error:
-        raise BuildError(f"the kernels cannot be kept in {path.parent} ({error}); set FXQUANT_CACHE") from error
+        raise BuildError(f"the kernels cannot be kept in {folder} ({error}); set FXQUANT_CACHE") from error
     logger.warning("compiled in %.0f s, kept in %s", time.perf_counter() - began, path)
     return path
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    """The library of this name that was compiled before; damaged ones are removed."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        try:
+            if path.is_file() and not path.is_symlink() and path.stem == f"{name}-{digest(path)}":
+                return path
+            logger.warning("%s is damaged and will be compiled again", path)
+            path.unlink()
+        except OSError as error:
+            raise BuildError(f"{path} cannot be read ({error}); remove it, or set FXQUANT_CACHE") from error
+    return None
 
 
 def _compiler() -> str:

@@ -1,0 +1,162 @@
+"""Schema of ``plan.json`` (:class:`fxquant.plan.Plan`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fxquant.schemas.calls import Call
+from fxquant.schemas.common import (
+    Ascending,
+    Bits,
+    Count,
+    Digest,
+    Finite,
+    FloatDtypeName,
+    Name,
+    Schema,
+    Size,
+    Text,
+)
+
+_MOST_PASSES = 200
+_MOST_CALLS = 256
+Side = Literal["q", "k", "v"]
+Bound = Finite | Annotated[list[Finite], Field(fail_fast=True, min_length=1, max_length=10_001)]
+
+
+class Range(Schema):
+    """An :class:`fxquant.plan.ActivationRange`."""
+
+    low: Bound
+    high: Bound
+    method: Name
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if isinstance(self.low, list) != isinstance(self.high, list):
+            raise ValueError("low and high should both be numbers, or both lists")
+        lows, highs = (end if isinstance(end, list) else [end] for end in (self.low, self.high))
+        if len(lows) != len(highs):
+            raise ValueError("low and high should have as many numbers")
+        if any(low > high for low, high in zip(lows, highs, strict=True)):
+            raise ValueError("low should not be above high")
+        return self
+
+
+class Change(Schema):
+    """An :class:`fxquant.plan.Balance` or an :class:`fxquant.plan.Shift`."""
+
+    cost: Name
+    into: list[Text] = Field(default_factory=list)
+    channels: Size = 0
+    balanced: bool = False
+    group: Name | None = None
+    reason: Text | None = None
+
+
+class Groups(Schema):
+    """An :class:`fxquant.plan.TimestepGroups`."""
+
+    boundaries: Ascending
+    dendrogram: Annotated[
+        list[Annotated[list[float], Field(max_length=8)]], Field(fail_fast=True, max_length=10_000)
+    ] = Field(default_factory=list)
+    reason: Text | None = None
+
+
+class Layer(Schema):
+    """An :class:`fxquant.plan.LayerPlan`."""
+
+    kind: Name
+    role: Name
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    weight_bits: Bits | None
+    activation_bits: Bits | None
+    group_size: Size = 0
+    observed: Name | None = None
+    activation: Range | None = None
+    balance: Change | None = None
+    shift: Change | None = None
+    spread: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    weight_sqnr_db: float | None = None
+    activation_sqnr_db: float | None = None
+    timesteps: Groups | None = None
+    reason: Text | None = None
+
+    @model_validator(mode="after")
+    def _a_range_a_bin(self) -> Layer:
+        bins = len(self.timesteps.boundaries) + 1 if self.timesteps else 1
+        if self.activation is not None and isinstance(self.activation.low, list) and len(self.activation.low) != bins:
+            raise ValueError(f"there are {len(self.activation.low)} ranges for {bins} bins of timesteps")
+        return self
+
+
+class Attention(Schema):
+    """An :class:`fxquant.plan.AttentionPlan`."""
+
+    bits: Bits | None
+    softmax_bits: Bits | None = None
+    observed: dict[Side, Name] = Field(default_factory=dict)
+    ranges: dict[Side, Range] = Field(default_factory=dict)
+    sqnr_db: dict[Side, float] = Field(default_factory=dict)
+    reason: Text | None = None
+
+    @model_validator(mode="after")
+    def _static(self) -> Attention:
+        if any(isinstance(found.low, list) for found in self.ranges.values()):
+            raise ValueError("the ranges of an attention are one each, for all timesteps")
+        return self
+
+
+class LogEntry(Schema):
+    """What one pass did."""
+
+    seconds: float
+    edits: Count
+    ops: dict[Name, int]
+
+
+class PlanFile(Schema):
+    """The file: an :class:`fxquant.plan.Plan` without its vectors."""
+
+    recipe: Text
+    model_class: Annotated[Name, Field(pattern=r"^[^:]*:[^:]+$")] | Literal[""]
+    timestep: Name | None
+    calls: Annotated[list[Call], Field(fail_fast=True, max_length=_MOST_CALLS)]
+    layers: Annotated[dict[Name, Layer], Field(max_length=20_000)]
+    timesteps: Ascending
+    output_sqnr_db: Annotated[list[Annotated[list[float], Field(min_length=2, max_length=2)]], Field(fail_fast=True)]
+    bytes_before: Count
+    bytes_after: Count
+    backend: Name
+    passes: Annotated[list[LogEntry], Field(fail_fast=True, max_length=_MOST_PASSES)]
+    naming: Count = 1
+    observed_step: Count | None = None
+    reconstruction: Annotated[dict[Name, list[float]], Field(max_length=20_000)] = Field(default_factory=dict)
+    attentions: Annotated[dict[Name, Attention], Field(max_length=20_000)] = Field(default_factory=dict)
+    products: Annotated[dict[Name, Text], Field(max_length=20_000)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> PlanFile:
+        if self.recipe.count(",") + 1 > _MOST_PASSES:
+            raise ValueError(f"the recipe has more than {_MOST_PASSES} passes")
+        if len(self.timesteps) > 1 and any(self.timestep not in call.names for call in self.calls):
+            raise ValueError(f"the timestep {self.timestep!r} is no input of the recorded calls")
+        for number, call in enumerate(self.calls):
+            if any(call == other for other in self.calls[:number]):
+                raise ValueError("two of the recorded calls are the same")
+        return self
+
+
+class CheckpointFile(PlanFile):
+    """The same in a checkpoint, which also says what the other files are."""
+
+    dtype: FloatDtypeName
+    dtypes: Annotated[dict[Name, FloatDtypeName], Field(max_length=100_000)]
+    needs_model: Text | None = None
+    infinite: list[Name] | None = None
+    graphs: list[Name | None] | None = None
+    made_with: dict[Name, Name] | None = None
+    files: dict[Name, Digest]

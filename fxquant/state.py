@@ -1,0 +1,73 @@
+"""What a model keeps besides its parameters and buffers: attributes, and plain objects with attributes of their own."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+_NO_STATE = (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether a value is an object with attributes, and neither a module nor a tensor, a container, a class or code."""
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, list, tuple, dict, set, *_NO_STATE))
+
+
+def plain_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The plain objects that modules keep as attributes, such as one that makes rotary tables, and their names."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        found = [(f"{path}.{key}", value) for key, value in vars(module).items() if not key.startswith("_")]
+        while found:
+            name, value = found.pop()
+            if is_plain_object(value) and id(value) not in seen:
+                seen.add(id(value))
+                yield name.removeprefix("."), value
+                found += [(f"{name}.{key}", inner) for key, inner in vars(value).items() if not key.startswith("_")]
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Undo, at the end, what happens to attributes, lists and dicts of a model and of plain objects in it.
+
+    A model that fills a cache at its first call would fill it with the tensors of a trace, and the next one read them.
+    """
+    containers = list(_containers(model))
+    before = [list(held.items()) if isinstance(held, dict) else list(held) for held in containers]
+    try:
+        yield
+    finally:
+        for held, was in zip(containers, before, strict=True):
+            now = list(held.items()) if isinstance(held, dict) else list(held)
+            if not _is_same(now, was):
+                held.clear()
+                held.update(was) if isinstance(held, dict) else held.extend(was)
+
+
+def _containers(model: nn.Module) -> Iterator[Any]:
+    """Every dict and list that a model holds, those of attributes among them."""
+    found: list[Any] = [model]
+    seen: set[int] = set()
+    while found:
+        value = found.pop()
+        if id(value) in seen or isinstance(value, (str, bytes, int, float, *_NO_STATE)) or value is None:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, list)):
+            yield value
+            found += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, (tuple, set, frozenset)):
+            found += value
+        elif hasattr(value, "__dict__"):
+            found.append(vars(value))
+
+
+def _is_same(now: list[Any], was: list[Any]) -> bool:
+    def parts(items: list[Any]) -> list[int]:
+        return [id(part) for item in items for part in (item if isinstance(item, tuple) else (item,))]
+
+    return parts(now) == parts(was)

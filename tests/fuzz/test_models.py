@@ -1,0 +1,45 @@
+"""Models whose calls differ, from one plan, in both orders, against the model itself in float64.
+
+``FXQUANT_FUZZ=20000`` asks for a model for each 100 graphs; ``make fuzz`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+
+from tests.fuzz.models import run
+from tests.fuzz.proof import SenselessError
+
+ASKED = int(os.environ.get("FXQUANT_FUZZ", "0"))
+SHARD = 25
+"""Models a test; each is captured and compiled twice, which takes ten times as long as a graph."""
+
+ALWAYS = (0, 4)
+"""Seeds of the models that ``make test`` tries."""
+
+
+@pytest.mark.parametrize("seed", ALWAYS)
+def test_every_kind_of_call_computes_what_the_model_computes(seed: int) -> None:
+    try:
+        run(seed)
+    except SenselessError as reason:
+        pytest.fail(f"choose another seed: {reason}")
+
+
+@pytest.mark.parametrize("shard", range(ASKED // 100 // SHARD))
+def test_many_models(shard: int) -> None:
+    compared = 0
+    for _ in range(SHARD):
+        seed = secrets.randbits(32)
+        try:
+            run(seed)
+            compared += 1
+        except SenselessError:
+            continue
+        except Exception as error:
+            error.add_note(f"python -c 'from tests.fuzz.models import run; run({seed})'")
+            raise
+    assert compared > SHARD / 2

@@ -1,0 +1,113 @@
+"""Damaged checkpoints and packages load as they were, or a typed error says what is wrong, within bounds.
+
+``FXQUANT_FUZZ_LOAD=5000`` in the environment asks for that many cases, other ones each time; ``make fuzz-load`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxquant
+from fxquant.errors import FxquantError
+from tests.mutations.damage import damage
+from tests.tiny import calibrate, make_dit, run
+
+ASKED = int(os.environ.get("FXQUANT_FUZZ_LOAD", "0"))
+SHARD = 50
+SECONDS, MEGABYTES = 5.0, 200
+"""What a refusal may take. Seconds are of the processor, so that others at work on the machine do not count."""
+
+RECIPES = ("ptq4dit-w4a8", "htg-w4a8", "dynamic-w8a8", "smoothquant-w4a16-g4")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
+    """Checkpoints of several recipes, each with what its model puts out."""
+    found, root, model = {}, tmp_path_factory.mktemp("checkpoints"), make_dit()
+    for recipe in RECIPES:
+        layers = "all" if recipe.startswith("htg") else "default"
+        made = fxquant.compile(model, recipe=recipe, layers=layers, calibrate=calibrate(model), measure=0)
+        fxquant.save(made, root / recipe)
+        found[root / recipe] = run(fxquant.load(root / recipe))
+    return found
+
+
+@pytest.mark.parametrize("shard", range(max(1, -(-ASKED // SHARD))))
+def test_damaged_checkpoints(checkpoints: dict[Path, Tensor], tmp_path: Path, shard: int) -> None:
+    seed = random.SystemRandom().randrange(2**32) if ASKED else 0
+    cases = min(ASKED or 12, SHARD)
+    outcomes = [one_case(checkpoints, tmp_path, f"{seed}-{number}", fxquant.load) for number in range(cases)]
+    print(f"seed {seed}: {outcomes.count('refused')} refused, {outcomes.count('equal')} equal of {cases}")
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
+    """A package, with what its model puts out."""
+    folder, model = tmp_path_factory.mktemp("packages") / "package", make_dit()
+    made = fxquant.compile(model, recipe="dynamic-w8a8", calibrate=calibrate(model), measure=0)
+    fxquant.export_aot(made, folder)
+    return {folder: run(fxquant.load_package(folder))}
+
+
+@pytest.mark.slow  # One run of the C++ compiler.
+@pytest.mark.parametrize("shard", range(max(1, -(-ASKED // (10 * SHARD)))))
+def test_damaged_packages(packages: dict[Path, Tensor], tmp_path: Path, shard: int) -> None:
+    seed = random.SystemRandom().randrange(2**32) if ASKED else 0
+    cases = min(-(-ASKED // 10) or 20, SHARD)
+    outcomes = [one_case(packages, tmp_path, f"{seed}-{number}", fxquant.load_package) for number in range(cases)]
+    print(f"packages, seed {seed}: {outcomes.count('refused')} refused, {outcomes.count('equal')} equal of {cases}")
+
+
+def one_case(wholes: dict[Path, Tensor], scratch: Path, seed: str, load: Callable[[Path], torch.nn.Module]) -> str:
+    """Damage a copy, load it and call what comes of it; ``refused`` or ``equal``."""
+    rng = random.Random(seed)
+    whole = rng.choice(sorted(wholes))
+    folder = scratch / seed
+    shutil.copytree(whole, folder)
+    told = f"{seed} {whole.name} {damage(folder, rng)}"
+    began, before = time.process_time(), _start_watching()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outcome = "equal" if _same(run(load(folder)), wholes[whole]) else "other"
+    except FxquantError as error:
+        outcome = "refused"
+        assert len(str(error)) < 4000, f"{told}: a message of {len(str(error))} characters"
+    except Exception as error:
+        raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
+    finally:
+        shutil.rmtree(folder)
+    seconds, megabytes = time.process_time() - began, _highest() - before
+    assert outcome != "other", f"{told}: loaded, and computes something else"
+    if outcome == "refused":
+        assert seconds < SECONDS, f"{told}: {seconds:.1f} s"
+        assert megabytes < MEGABYTES, f"{told}: {megabytes} MB"
+    return outcome
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and bool(torch.equal(left, right))
+
+
+def _start_watching() -> int:
+    """Forget the highest memory that this process had so far; returns what it has, in MB."""
+    if os.path.exists("/proc/self/clear_refs"):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _highest()
+
+
+def _highest() -> int:
+    """Megabytes of memory that this process had at most; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), 0)
