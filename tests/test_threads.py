@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.capture import Architecture
+from fxquant.model import GraphModel
 from fxquant.threads import is_traced_elsewhere, tracing_alone
 
 
@@ -33,7 +34,7 @@ def call(tokens: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(2, tokens, 8, generator=generator), torch.tensor([0.25, 0.5])
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module) -> GraphModel:
     return fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(*call()), measure=0)
 
 
