@@ -284,7 +284,7 @@ def _watching(model: nn.Module, keys: Sequence[tuple[str, str]]) -> Iterator[set
     yield carried
 
 
-def _watched(cls: type, path: str, names: set[str], carried: set[tuple[str, str]]) -> type:
+def _watched(cls: Any, path: str, names: set[str], carried: set[tuple[str, str]]) -> type:
     written: set[str] = set()
 
     def read(self: nn.Module, name: str) -> Any:

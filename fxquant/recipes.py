@@ -233,7 +233,9 @@ def htg(precision: Precision, layers: str) -> Recipe:
 def ptq4dit(precision: Precision, layers: str) -> Recipe:
     """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
     ranges = "weight-range=percentile activation-range=percentile"
-    return _recipe(precision, layers, "balance-channels", "absorb-affines", ranges=ranges)
+    # Float activations need no relief, so that less of their salience has to move to the weights.
+    balance = "balance-channels" if precision.activation_bits is not None else "balance-channels{exponent=0.25}"
+    return _recipe(precision, layers, balance, "absorb-affines", ranges=ranges)
 
 
 def q_diffusion(precision: Precision, layers: str) -> Recipe:

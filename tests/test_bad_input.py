@@ -208,7 +208,7 @@ def lazy() -> nn.Module:
     [
         (
             cast_by_layer,
-            ("'transformer_blocks.0.attn1.to_q.weight'", "stored as torch.float8_e5m2", "layerwise_casting"),
+            ("'transformer_blocks.0.attn1.to_q", "load the model again", "enable_layerwise_casting"),
         ),
         (lambda: make_dit().to(torch.float8_e4m3fn), ("stored as torch.float8_e4m3fn", "load the float model")),
         (wrapped, ("a Int8Tensor of torchao.quantization", "neither quantized nor distributed")),

@@ -27,7 +27,7 @@ class Processor:
 class Model(nn.Module):
     """Its code is given as a function; notes the calls that it gets with values."""
 
-    limit = None
+    limit: Any = None
 
     def __init__(self, way: Forward) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Model(nn.Module):
         self.processor = Processor()
         self.last = torch.zeros(3, 4)
         self.tables: dict[int, Tensor | None] = {}
-        self.counts = np.zeros(2)
+        self.counts: Any = np.zeros(2)
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         if not isinstance(x, FakeTensor):
@@ -73,8 +73,8 @@ def residual(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
 
 
 def in_numpy(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
-    model.counts[0] += 1  # type: ignore[operator]
-    return model.run(x, timestep) * float(model.counts[0])  # type: ignore[index]
+    model.counts[0] += 1
+    return model.run(x, timestep) * float(model.counts[0])
 
 
 def history(model: Model, x: Tensor, timestep: Tensor) -> Tensor:

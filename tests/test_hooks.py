@@ -39,7 +39,7 @@ def offload_groups(model: nn.Module) -> None:
     apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
 
 
-def any_hook(model: nn.Module) -> None:
+def any_hook(model: Any) -> None:
     HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[0]).register_hook(ModelHook(), "of_my_own")
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.capture import Architecture
+from fxquant.model import GraphModel
 from fxquant.threads import is_traced_elsewhere, tracing_alone
 
 
@@ -32,7 +34,7 @@ def call(tokens: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(2, tokens, 8, generator=generator), torch.tensor([0.25, 0.5])
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module) -> GraphModel:
     return fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(*call()), measure=0)
 
 
@@ -50,7 +52,7 @@ def test_threads_call_capture_load_and_compile_at_once(tmp_path: Path) -> None:
             for tokens in sizes:
                 torch.testing.assert_close(found(*call(tokens)), reference(tokens))
 
-    jobs = [
+    jobs: list[Any] = [
         *[(lambda: shared, expected.__getitem__, 3, 5, 7)] * 4,
         *[(lambda: compiled(Small().eval()), expected.__getitem__, 3)] * 2,
         *[(lambda: fxquant.load(tmp_path / "small", model=Small().eval()), expected.__getitem__, 3)] * 2,

@@ -68,8 +68,8 @@ def test_what_the_plan_says_already_stays() -> None:
     assert str(plan.layers) == before
 
 
-def test_layers_with_float_activations_or_of_other_roles_have_none() -> None:
-    plan = moving(out=("linear", [3, 4], 8, None, 0))
+def test_layers_with_float_weights_or_of_other_roles_have_none() -> None:
+    plan = moving(out=("linear", [3, 4], None, None, 0))
     plan.layers["q"].role = plan.layers["k"].role = "final"
     grouped("groups=2", plan)
     assert all(layer.timesteps is None for layer in plan.layers.values())

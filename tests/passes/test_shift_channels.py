@@ -143,8 +143,8 @@ def test_a_wrong_axis_gets_one_shift_for_all() -> None:
     assert plan.vectors["q.shift"].tolist() == [[2.0, 2.0, 2.0]]  # Means of 1 and 1, 3 and 1, 5 and 1, and of these.
 
 
-def test_layers_with_float_activations_or_of_other_roles_stay() -> None:
-    for change in ("role", "activation_bits"):
+def test_layers_with_float_weights_or_of_other_roles_stay() -> None:
+    for change in ("role", "weight_bits"):
         plan = moving()
         for name in ("q", "k", "out"):
             setattr(plan.layers[name], change, "final" if change == "role" else None)
