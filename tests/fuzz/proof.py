@@ -128,7 +128,9 @@ def calibrated(b: Builder, before: str) -> Plan:
     plan = Plan("", "", "timestep")
     parsed(before).run(b.module, plan)
     observed, plan.statistics = copy_graph(b.module), Statistics(num_rows=8)
-    parsed("insert-observers").run(observed, plan)
+    layers = plan.layers.items()
+    weight_only = ";".join(name for name, layer in layers if layer.weight_bits and layer.activation_bits is None)
+    parsed(f"insert-observers{{weight_only={weight_only}}}" if weight_only else "insert-observers").run(observed, plan)
     try:
         with recording(plan.statistics.record), torch.no_grad():
             for step in CALIBRATED:
