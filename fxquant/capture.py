@@ -77,7 +77,7 @@ _TALKATIVE = (
     *("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export._trace"),
     *("torch.export.dynamic_shapes", "torch._export.non_strict_utils"),
 )
-LAYER_OPS = {
+LAYER_OPS: dict[Any, int] = {
     torch.ops.aten.linear.default: 1,
     torch.ops.aten.conv1d.default: 1,
     torch.ops.aten.conv2d.default: 1,
@@ -374,7 +374,7 @@ class Architecture:
         module.graph.lint()
         if call.batched and not _open_dimensions(module, call):
             call = call.at_batch(batch, "the model's own code fixes the batch size")
-        return CapturedGraph(module, call, out_spec, fingerprint(module.graph))
+        return CapturedGraph(module, call, out_spec, code=fingerprint(module.graph))
 
     def _refuse_originals(self, module: fx.GraphModule) -> None:
         """Raise if the code ran weights of the model itself, which a function holds that was put around a forward."""

@@ -174,7 +174,7 @@ class Part:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run its ``forward``, which is refused where it reads a weight."""
-        return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        return type(self._module).forward(self, *args, **kwargs)
 
     def __len__(self) -> int:
         return len(self._module._modules)
@@ -192,7 +192,7 @@ class Part:
         if isinstance(key, slice):
             return [self[number] for number in range(len(names))[key]]
         name = names[key] if isinstance(key, int) else key
-        return Part(self._module._modules[name], self._owner, f"{self._path}.{name}")  # type: ignore[arg-type]
+        return Part(self._module._modules[name], self._owner, f"{self._path}.{name}")
 
     def __repr__(self) -> str:
         return f"{type(self._module).__name__} without weights, {self._path or 'the original model'}"

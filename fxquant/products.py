@@ -54,7 +54,7 @@ def find_products(graph: fx.Graph) -> list[Product]:
     return [
         Product(_name(node), _op(node), _reason(node, inputs))
         for node in products
-        if node not in attention and not (_op(node) == "einsum" and len(node.args[1]) < 2)  # type: ignore[arg-type]
+        if node not in attention and not (_op(node) == "einsum" and len(node.args[1]) < 2)
     ]
 
 

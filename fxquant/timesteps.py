@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -190,7 +190,7 @@ def read_table(node: fx.Node, timestep: fx.Node, rewriter: Rewriter) -> TimeTabl
     return TimeTable(timestep, tuple(boundaries.tolist()), rewriter.tensor(held), _followed(held, rewriter))
 
 
-def _followed(held: fx.Node, rewriter: Rewriter) -> str | None:
+def _followed(held: Any, rewriter: Rewriter) -> str | None:
     return None if has_content(held) else rewriter.history(held).digest
 
 

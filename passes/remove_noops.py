@@ -60,7 +60,7 @@ def _returns_input(node: fx.Node) -> bool:
     if node.target is aten.slice.Tensor:
         return True  # The caller compares the shapes.
     if node.target in _CASTS:  # They return their input where dtype and device are the same, unless asked for more.
-        names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+        names = (argument.name for argument in node.target._schema.arguments)
         given: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(node.kwargs)
         more = (given.get(name) for name in ("copy", "memory_format", "pin_memory"))
         return (before.device, before.layout) == (node.meta["val"].device, node.meta["val"].layout) and not any(more)

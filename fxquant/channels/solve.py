@@ -447,7 +447,7 @@ class _Walk:
         if not isinstance(value := node.meta["val"], Tensor) or not value.is_floating_point():
             return Cost.NOT
         elements, axes = 1, 0
-        for axis, size in enumerate(value.shape):
+        for axis, size in enumerate(shape_of(node)):
             if want.varies(axis):
                 if not isinstance(size, int):  # No tensor of one size fits every batch.
                     return Cost.NOT

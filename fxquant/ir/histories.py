@@ -52,7 +52,7 @@ def digest(*parts: Tensor | str) -> str:
             found.update(f"text {len(part)} {part}".encode())
         else:
             found.update(f"tensor {part.dtype} {list(part.shape)} ".encode())
-            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -219,7 +219,7 @@ def read_stored(node: fx.Node, stored: Stored, rewriter: Rewriter) -> fx.Node:
     """Let an op read another stored form of its parameters; returns the node whose value that changes."""
     own = attributes_of(node)
     weight = next(one for one in own if one is not None)
-    read = []
+    read: list[fx.Node | None] = []
     for attribute, name, history in zip(own, stored.names, stored.histories, strict=True):
         if name is None or history is None:
             read.append(None)

@@ -64,7 +64,7 @@ def product_drops(left: fx.Node) -> str | None:
 
 def drops_out(node: fx.Node) -> bool:
     """Whether a node is a dropout that is at work."""
-    return node.target is aten.dropout.default and node.args[2] is not False and node.args[1] != 0
+    return node.target is aten.dropout.default and node.args[2] is not False and bool(node.args[1] != 0)
 
 
 def _sees(mask: fx.Node, axis: int) -> bool:
