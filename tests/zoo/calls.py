@@ -117,7 +117,7 @@ def errors(entry: Entry, kind: Kind) -> dict[str, float | str]:
     capture = Architecture.capture
 
     def once(self: Architecture, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        found = next((graph for graph in traced if graph.call.fits(names, leaves)), None)
+        found = next((graph for graph in traced if graph.call.fits(names, leaves, structure)), None)
         if found is None:
             found = capture(self, names, leaves, structure)
             without_float32(found.module)

@@ -25,7 +25,7 @@ def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     capture = Architecture.capture
 
     def shared(self: Architecture, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        found = next((graph for graph in TRACED[entry] if graph.call.fits(names, leaves)), None)
+        found = next((graph for graph in TRACED[entry] if graph.call.fits(names, leaves, structure)), None)
         if found is None:
             found = capture(self, names, leaves, structure)
             TRACED[entry].append(found)
