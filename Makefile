@@ -28,7 +28,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test fuzz fuzz-load storm check format coverage bench bench-cpu bench-gpu clean distclean
+.PHONY: help setup demo compare test fuzz fuzz-load storm zoo-calls check format coverage bench bench-cpu bench-gpu clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -52,6 +52,9 @@ fuzz-load: $(STAMP) ## load $(CASES) checkpoints that were damaged, others each 
 
 storm: $(STAMP) ## kill and race saves at random instants: $(STORMS) of each
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms --kills $(STORMS) --races $(STORMS)
+
+zoo-calls: $(STAMP) ## each optional input of each model of the zoo on and off, in every order, in float64
+	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.calls
 
 check: $(STAMP) ## lint, format and types
 	$(PY) -m ruff check .

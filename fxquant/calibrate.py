@@ -110,7 +110,7 @@ class Calibration:
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         names, leaves, structure = self.architecture.canonical(args, kwargs)
         _refuse_autocast(leaves)
-        number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves)), None)
+        number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves, structure)), None)
         if number is None:
             number = self._capture(names, leaves, structure)
         captured = self.prepared[number]

@@ -195,15 +195,16 @@ class CallSpec:
                     "without torch.compile, which captures a graph for each, or compile one after such a call",
                 )
 
-    def fits(self, names: tuple[str, ...], leaves: Sequence[Any], values: bool = True) -> bool:
+    def fits(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, values: bool = True) -> bool:
         """Whether a call with these leaves can run the graph that was captured for this spec.
 
         Args:
             names: Names of the leaves.
             leaves: The leaves.
+            structure: What holds their numbers. A list, a tuple and a dict can hold leaves of the same names, or none.
             values: Whether inputs whose values the spec holds on to are to have these.
         """
-        if names != self.names:
+        if names != self.names or structure != self.structure:
             return False
         batch = self.batch_size(leaves)
         for spec, leaf in zip(self.leaves, leaves, strict=True):

@@ -258,7 +258,7 @@ class Architecture:
                 continue
             if captured.static_batch is None:
                 return captured
-            if captured.call.fits(names, leaves):
+            if captured.call.fits(names, leaves, call.structure):
                 closest = captured
             reason = reason or captured.static_batch
         if closest is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.calls import CallSpec, TensorSpec
@@ -201,9 +201,16 @@ def _relative_error(found: Tensor, right: Tensor) -> float:
 def _draws(captured: CapturedGraph) -> str | None:
     """An op of the graph that draws random numbers, if there is one."""
     for node in captured.module.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _draws_nothing(node):
             return str(node.target)
     return None
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether an op that can drop out elements drops out none."""
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) == 0
+    return node.target is torch.ops.aten.dropout.default and (node.args[2] is False or node.args[1] == 0)
 
 
 # --- attributes -----------------------------------------------------------------------------------------------------

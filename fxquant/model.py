@@ -133,17 +133,17 @@ class GraphModel(nn.Module):
                 found.setdefault(target, tensor)
         return found
 
-    def find(self, names: tuple[str, ...], leaves: Sequence[Any]) -> CapturedGraph | None:
+    def find(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph | None:
         """The graph that serves a call with these leaves, if one was captured."""
-        return next((captured for captured in self.captured if captured.call.fits(names, leaves)), None)
+        return next((captured for captured in self.captured if captured.call.fits(names, leaves, structure)), None)
 
-    def find_compiling(self, names: tuple[str, ...], leaves: Sequence[Any]) -> CapturedGraph | None:
+    def find_compiling(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph | None:
         """The same within ``torch.compile``, where values are not known: the compiled graph checks them as it runs."""
         if self.backend is not None:
             self.backend.compiling()
-        fitting = [captured for captured in self.captured if captured.call.fits(names, leaves, values=False)]
+        fitting = [captured for captured in self.captured if captured.call.fits(names, leaves, structure, values=False)]
         if len(fitting) != 1:
-            return self.find(names, leaves)
+            return self.find(names, leaves, structure)
         fitting[0].call.assert_held(leaves)
         return fitting[0]
 
@@ -383,7 +383,7 @@ def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
         # Within something larger that is compiled.
         names, leaves, structure = self.architecture.canonical(args, kwargs)
-        captured = self.find_compiling(names, leaves)
+        captured = self.find_compiling(names, leaves, structure)
         if captured is None:
             captured = _capture(self, names, leaves, structure)
         inputs = captured.inputs(leaves)
@@ -409,7 +409,7 @@ compiling.leave_alone(_forward.__code__)
 def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
     """The graph that serves a call, captured if there is none yet, and its inputs."""
     names, leaves, structure = self.architecture.canonical(args, kwargs)
-    captured = self.find(names, leaves)
+    captured = self.find(names, leaves, structure)
     self.watch(names, leaves)
     if captured is None:
         captured = _capture(self, names, leaves, structure)
@@ -441,7 +441,7 @@ def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
 @torch.compiler.disable
 def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
     with tracing_alone(), without_autocast(self.device.type):
-        if (made := self.find(names, leaves)) is not None:  # By another thread, meanwhile.
+        if (made := self.find(names, leaves, structure)) is not None:  # By another thread, meanwhile.
             return made
         captured = self._make_graph(self, names, leaves, structure)
         self.add(captured)

@@ -178,7 +178,7 @@ class PackagedModel(nn.Module):
 def _forward(self: PackagedModel, *args: Any, **kwargs: Any) -> Any:
     names, leaves, structure = canonical_call(self._signature, args, kwargs, self.info["timestep"])
     for graph in self._graphs:
-        if graph.call.fits(names, leaves):
+        if graph.call.fits(names, leaves, structure):
             return graph(leaves)
     packaged = "".join(f"\n  {call}" for call in self.calls)
     here = describe_call(names, leaves, structure)

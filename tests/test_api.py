@@ -586,8 +586,8 @@ def test_dispatch_is_short(quantized: GraphModel) -> None:
 
     sys.setprofile(counted)
     try:
-        names, leaves, _ = quantized.architecture.canonical((), call)
-        quantized.find(names, leaves).inputs(leaves)
+        names, leaves, structure = quantized.architecture.canonical((), call)
+        quantized.find(names, leaves, structure).inputs(leaves)
     finally:
         sys.setprofile(None)
     assert 0 < count < 600

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
 from fxquant.errors import CaptureError, CheckpointError
@@ -28,8 +29,7 @@ def described(*args: Any, **kwargs: Any) -> CallSpec:
 
 
 def fits(call: CallSpec, *args: Any, **kwargs: Any) -> bool:
-    names, leaves, _ = canonical(*args, **kwargs)
-    return call.fits(names, leaves)
+    return call.fits(*canonical(*args, **kwargs))
 
 
 X = torch.zeros(2, 5, 4)
@@ -136,6 +136,15 @@ values = st.recursive(
 )
 
 
+@pytest.mark.parametrize(
+    "one", [[X], (X,), {0: X}, {"0": X}, [], (), {}, [[], []]], ids=lambda one: str(pytree.tree_structure(one))
+)
+def test_leaves_of_the_same_names_fit_in_the_same_containers_only(one: Any) -> None:
+    for other in ([X], (X,), {0: X}, {"0": X}, [], (), {}, [[], []], None):
+        alike = type(one) is type(other) and pytree.tree_structure(one) == pytree.tree_structure(other)
+        assert fits(described(X, 1, added=one), X, 1, added=other) == alike
+
+
 @given(values)
 def test_a_call_survives_json(value: Any) -> None:
     call = described(X, 1, added=value)
@@ -146,7 +155,7 @@ def test_a_call_survives_json(value: Any) -> None:
     names, leaves, structure = canonical(**made)
     assert names == call.names
     assert structure == call.structure
-    assert call.fits(names, leaves)
+    assert call.fits(names, leaves, structure)
 
 
 @pytest.mark.parametrize("data", [{}, {"names": [], "leaves": [{"shape": [1]}], "structure": {}}, {"names": 1}])

@@ -189,6 +189,17 @@ def test_noise_that_a_graph_draws_otherwise_is_named() -> None:
         fxquant.trace(Model(drawn).eval())(*call())
 
 
+def test_an_attention_that_drops_out_nothing_draws_nothing() -> None:
+    """Its op is one that may draw; a graph with it that is untrue for another reason is not said to draw."""
+
+    def other(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
+        y = model.run(F.scaled_dot_product_attention(x, x, x), timestep)
+        return y if torch.compiler.is_exporting() else 2 * y
+
+    with pytest.raises(CaptureError, match="is not true to it"):
+        fxquant.trace(Model(other).eval())(*call())
+
+
 def test_inputs_that_the_model_refuses_are_not_tried() -> None:
     """It takes one timestep alone; the graph is compared on the inputs of the call."""
 

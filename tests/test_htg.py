@@ -125,7 +125,7 @@ def test_what_weights_and_biases_become(made: tuple[Block, CapturedGraph, Plan])
     # 1 + gamma becomes (1 + gamma) / s, beta (beta - z_g) / s.
     gamma, beta = model.adaln.bias.chunk(2)
     right = torch.cat([((1 + gamma) / s - 1).expand_as(z), (beta - z) / s], dim=1)
-    bias = dict(found.module.named_parameters()).get("adaln.bias", torch.zeros(2 * C))  # A constant may stand apart.
+    bias = dict(found.module.named_parameters()).get("adaln.bias_2", torch.zeros(2 * C))  # A constant may stand apart.
     torch.testing.assert_close(get("adaln.rows") + bias, right, **close)
     torch.testing.assert_close(get("adaln.weight"), model.adaln.weight / s.repeat(2)[:, None], **close)
 

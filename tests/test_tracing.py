@@ -157,8 +157,8 @@ def test_a_spec_with_values_is_written_and_read() -> None:
     again = CallSpec.from_json(spec.to_json())
     assert again == spec
     assert again.fixed == "because"
-    assert again.fits(("mask",), [torch.tensor([[True, False], [True, True]])])
-    assert not again.fits(("mask",), [torch.tensor([[True, True], [True, True]])])
+    assert again.fits(("mask",), [torch.tensor([[True, False], [True, True]])], {"mask": 0})
+    assert not again.fits(("mask",), [torch.tensor([[True, True], [True, True]])], {"mask": 0})
     assert torch.equal(again.held["mask"], torch.tensor([[True, False], [True, True]]))
 
 

@@ -24,10 +24,12 @@ def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return
     capture = Architecture.capture
 
-    def shared(self: Architecture, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        found = next((graph for graph in TRACED[entry] if graph.call.fits(names, leaves)), None)
+    def shared(
+        self: Architecture, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, *others: Any
+    ) -> CapturedGraph:
+        found = next((graph for graph in TRACED[entry] if graph.call.fits(names, leaves, structure)), None)
         if found is None:
-            found = capture(self, names, leaves, structure)
+            found = capture(self, names, leaves, structure, *others)
             TRACED[entry].append(found)
         return replace(found, module=copy_graph(found.module))
 
