@@ -52,6 +52,7 @@ from fxquant.rebuilding import class_of, config_text, is_rebuilt, rebuilt
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
+from fxquant.text import printable
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 FILES = (PLAN_FILE, *_DIGESTED)
@@ -219,7 +220,7 @@ def load(
     if not isinstance(model, nn.Module) and data.get("needs_model") is not None:
         raise CheckpointError(
             f"{folder} is read with the float model, made as it was for fxquant.compile: fxquant.load(folder, "
-            f"model=...). Its class and config alone do not give it: {data['needs_model']}"
+            f"model=...). Its class and config alone do not give it: {printable(data['needs_model'], 2000)}"
         )
     architecture = _architecture(plan, model, folder, headers)
     _cast(architecture.skeleton, dtype, dtypes)

@@ -684,3 +684,10 @@ def test_another_backend_and_device(quantized: GraphModel, saved: Path) -> None:
     loaded = fxquant.load(saved, backend="fake-quant", device=torch.device("cpu"))
     assert loaded.plan.backend == "fake-quant"
     assert torch.equal(run(loaded), run(quantized))
+
+
+def test_no_escape_of_a_plan_reaches_the_terminal(folder: Path) -> None:
+    sign(folder, lambda data: data.update(needs_model="\x1b[31mred"))
+    with pytest.raises(CheckpointError, match="do not give it: ") as caught:
+        fxquant.load(folder)
+    assert str(caught.value).isprintable()
