@@ -20,8 +20,9 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:  # By kind of device and build of torch.
-        first = str(error).strip().partition("\n")[0]
+    except (RuntimeError, AssertionError, ImportError) as error:  # By kind of device and build of torch.
+        # Of devices that torch was built without, it lists on one line all that it was built with.
+        first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
         raise ConfigurationError(
             f"device {str(device)!r} cannot be used here: {first}. "
             "On NVIDIA GPUs it is 'cuda', with a build of torch for CUDA; everywhere 'cpu'"

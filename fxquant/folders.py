@@ -143,7 +143,9 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def no_folder(folder: Path) -> CheckpointError:
-    """The error for a folder that is not there; it names what an interrupted save left in place of it."""
+    """The error for a folder that is not there, or is a file; it names what an interrupted save left in place of it."""
+    if folder.exists():
+        return CheckpointError(f"{folder} is a file, not a folder")
     kept = [path for path in leftovers(folder) if f".{_REPLACED}-" in path.name]
     if not kept:
         return CheckpointError(f"there is no folder {folder}")

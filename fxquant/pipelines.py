@@ -30,6 +30,7 @@ from fxquant.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.model import GraphModel
 from fxquant.packages import PACKAGE_FILE, PackagedModel, is_package_file, load_package
 from fxquant.plan import PLAN_FILE
+from fxquant.text import printable
 
 INDEX_FILE = "model_index.json"
 STEPS = 25
@@ -53,7 +54,7 @@ def load_pipeline(
         device: Where it is to run; quantized parts are read to there, for kernels differ between devices.
         trust_packages: Load packages, which are programs and run as soon as they are loaded. Checkpoints hold no code.
         options: Handed on to ``from_pretrained`` of the pipeline, such as ``torch_dtype``, which is that of the
-            quantized part by default, or a part by its name, which then is not read.
+            quantized part by default, or a part by its name, which then is not read; it may be a quantized one.
 
     Returns:
         The ``DiffusionPipeline``, in evaluation mode.
@@ -74,6 +75,10 @@ def load_pipeline(
     mention_leftovers(folder)
     names = [name for name in parts_of(folder) if name not in options] if folder.is_dir() else []
     packages = [name for name in names if (folder / name / PACKAGE_FILE).is_file()]
+    checkpoints = [name for name in names if (folder / name / PLAN_FILE).is_file()]
+    kind = _pipeline_class(folder)
+    if not options.get("trust_remote_code"):  # Code of others may take parts that are not known here.
+        _refuse_no_parts(folder, {*packages, *checkpoints}, kind)
     if packages and not trust_packages:
         raise CheckpointError(
             f"{folder / packages[0]} is a package, a program that would run here as soon as it is loaded. If you trust "
@@ -82,14 +87,15 @@ def load_pipeline(
     if packages and device.type != "cpu":
         raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")
     read: dict[str, GraphModel | PackagedModel] = {
-        name: load(folder / name, device=device) for name in names if (folder / name / PLAN_FILE).is_file()
+        name: options.pop(name) for name, part in [*options.items()] if isinstance(part, (GraphModel, PackagedModel))
     }
+    read |= {name: load(folder / name, device=device) for name in checkpoints}
     for model in read.values():
         options.setdefault("torch_dtype", model.dtype)
     read |= {name: load_package(folder / name) for name in packages}
     # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
-    stand_ins = {name: _stand_in(model, _read_index(folder)[name]) for name, model in read.items()}
-    kind = _pipeline_class(folder)
+    index = _read_index(folder) if folder.is_dir() else {}
+    stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}
     try:
         pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **options})
     except Exception as error:
@@ -110,6 +116,22 @@ def _pipeline_class(folder: Path) -> Any:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
     return found if is_pipeline else diffusers.DiffusionPipeline
+
+
+def _refuse_no_parts(folder: Path, names: Collection[str], kind: Any) -> None:
+    """Refuse quantized parts that a pipeline of this class does not take.
+
+    They are given to ``from_pretrained`` by their names: one named ``trust_remote_code`` would let code run.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    for name in sorted(names):
+        if name == "self" or name not in known:
+            wanted = _read_index(folder).get("_class_name")
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} says that a {printable(str(wanted), 100)} has a part {printable(name, 100)!r}, "
+                "and the installed diffusers has no such pipeline; install the diffusers that it was written with, or "
+                "copy the pipeline again"
+            )
 
 
 def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:

@@ -176,6 +176,7 @@ class TestSaveAndLoad:
             ("transformer", r"one quantized model, which fxquant\.load reads"),
             ("vae", r"one float model, which its class reads with from_pretrained"),
             ("broken", r"model_index\.json cannot be read"),
+            ("file", r"file is a file, not a folder"),
         ],
     )
     def test_what_is_no_pipeline(self, folder, tmp_path, made, message):
@@ -185,6 +186,9 @@ class TestSaveAndLoad:
             source = folder / made
         else:
             source = tmp_path
+            if made == "file":
+                source = tmp_path / "file"
+                source.touch()
             if made == "broken":
                 (source / "model_index.json").write_text("{")
         with pytest.raises(CheckpointError, match=message):
@@ -222,6 +226,26 @@ class TestParts:
         (target / "transformer" / "plan.json").write_text("damaged")
         given = make_dit()
         assert load_pipeline(target, transformer=given).transformer is given
+
+    def test_a_quantized_part_that_is_given(self, pipe, tiny_pipeline, tmp_path):
+        tiny_pipeline.save_pretrained(tmp_path / "float")
+        assert load_pipeline(tmp_path / "float", transformer=pipe.transformer).transformer is pipe.transformer
+
+    @pytest.mark.parametrize("name", ["trust_remote_code", "custom_pipeline", "torch_dtype", "self"])
+    def test_a_part_is_no_option_of_diffusers(self, folder, tmp_path, name):
+        target = shutil.copytree(folder, tmp_path / "target")
+        shutil.copytree(target / "transformer", target / name)
+        (target / "planted.py").write_text(
+            f"import pathlib, diffusers\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+            "class Planted(diffusers.DiTPipeline):\n    pass\n"
+        )
+        index = json.loads((target / "model_index.json").read_text())
+        index[name] = index["transformer"]
+        for wanted in (["planted", "Planted"], "DiTPipeline"):
+            (target / "model_index.json").write_text(json.dumps(index | {"_class_name": wanted}))
+            with pytest.raises(CheckpointError, match=r"model_index\.json says that a .* has a part '"):
+                load_pipeline(target)
+        assert not (tmp_path / "ran").exists()
 
     def test_a_compiled_part_is_saved_as_it_is_without(self, pipe, folder, tmp_path):
         wrapped = make_pipeline(pipe.transformer)
