@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -287,7 +288,8 @@ def canonical_call(
 
     Raises:
         TypeError: As Python's own, if the arguments do not fit the signature.
-        CaptureError: If an input is neither a tensor nor a plain constant.
+        CaptureError: If an input is neither a tensor nor a plain constant, or stands in containers that are neither
+            dicts, lists nor tuples.
     """
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -316,7 +318,28 @@ def canonical_call(
                 "devices, sizes and UUIDs, in dicts, lists and tuples, can be captured, for a file can tell what these "
                 f"are. {constants.advice(leaf)}"
             )
-    return names, leaves, pytree.tree_unflatten(list(range(len(leaves))), spec)
+    structure = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    for name, part in structure.items():
+        _check_containers(name, part)
+    return names, leaves, structure
+
+
+def _check_containers(name: str, structure: Any) -> None:
+    """Refuse containers that a file could not tell from plain ones, and that the model may treat in another way.
+
+    Raises:
+        CaptureError: Says which input it is.
+    """
+    if isinstance(structure, int):
+        return
+    if type(structure) not in (dict, OrderedDict, list, tuple):
+        plain = "tuple" if isinstance(structure, tuple) else "list" if isinstance(structure, Sequence) else "dict"
+        raise CaptureError(
+            f"input {name!r} is a {type(structure).__name__}; only plain dicts, lists and tuples can be captured, for "
+            f"a file cannot tell others from them. Give a plain {plain}"
+        )
+    for key, part in structure.items() if isinstance(structure, dict) else enumerate(structure):
+        _check_containers(f"{name}.{key}", part)
 
 
 def describe_call(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
+from collections import OrderedDict, defaultdict, deque
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -143,6 +144,22 @@ def test_leaves_of_the_same_names_fit_in_the_same_containers_only(one: Any) -> N
     for other in ([X], (X,), {0: X}, {"0": X}, [], (), {}, [[], []], None):
         alike = type(one) is type(other) and pytree.tree_structure(one) == pytree.tree_structure(other)
         assert fits(described(X, 1, added=one), X, 1, added=other) == alike
+
+
+class Size(NamedTuple):
+    height: Any
+    width: Any
+
+
+@pytest.mark.parametrize(
+    ("one", "plain"),
+    [(Size(X, 1), "tuple"), (defaultdict(list, a=X), "dict"), (deque([X]), "list")],
+    ids=["tuple", "dict", "list"],
+)
+def test_containers_that_a_file_cannot_tell_are_refused(one: Any, plain: str) -> None:
+    with pytest.raises(CaptureError, match=rf"input 'added.size' is a {type(one).__name__}; .* Give a plain {plain}"):
+        canonical(X, 1, added={"size": one})
+    canonical(X, 1, added=OrderedDict(size=[X]))
 
 
 @given(values)
