@@ -79,6 +79,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+        original.warm(leaves, structure)
         captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         bind(captured.module, {**owner.weights, **owner.tensors()})
         for leaf in leaves:

@@ -173,6 +173,8 @@ class Calibration:
                 f"the model has no tensor input {self.plan.timestep!r}, which tells the denoising step. Its inputs "
                 f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
             )
+        if self.original is not None:
+            self.original.warm(leaves, structure)
         captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
         if self.original is not None:

@@ -338,6 +338,12 @@ def _check_containers(name: str, structure: Any) -> None:
             f"input {name!r} is a {type(structure).__name__}; only plain dicts, lists and tuples can be captured, for "
             f"a file cannot tell others from them. Give a plain {plain}"
         )
+    if isinstance(structure, dict) and not all(isinstance(key, str) for key in structure):
+        key = next(key for key in structure if not isinstance(key, str))
+        raise CaptureError(
+            f"input {name!r} has the key {key!r} ({type(key).__name__}), of which a file makes a string; give it keys "
+            "that are strings, or a list"
+        )
     for key, part in structure.items() if isinstance(structure, dict) else enumerate(structure):
         _check_containers(f"{name}.{key}", part)
 

@@ -603,11 +603,16 @@ def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
         name = next((name for name, kept in listed if _is_same(kept, tensor)), None)
         if name is not None and getattr(model, _HOLLOW, False):
             tensor = FakeTensorMode().from_tensor(tensor)
-        if name is None and not isinstance(tensor, FakeTensor):
+        if name is None and isinstance(tensor, FakeTensor):
+            raise CaptureError(
+                f"{type(model).__name__} reads a table that its code keeps outside of the model, in a cache of a "
+                "function or a global variable, and that was filled while the model was traced. Empty that cache (such "
+                "as with cache_clear()), then call the float model once with inputs like these before fxquant does"
+            )
+        if name is None:
             name = f"{path}{dot}{_CONSTANT}{_digest(tensor)}"
-        if name is not None:
-            set_tensor(module, name, tensor)
-            node.target = name
+        set_tensor(module, name, tensor)
+        node.target = name
 
 
 def _hollow_out(model: nn.Module) -> None:

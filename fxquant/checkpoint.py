@@ -137,7 +137,10 @@ def _first_difference(captured: CapturedGraph, again: CapturedGraph) -> str:
     nodes = list(again.module.graph.nodes)
     stack = list(nodes[min(number, len(nodes) - 1)].meta.get("nn_module_stack", {}).values())
     where = stack[-1][0] if stack and stack[-1][0] else "the model"
-    return f"{where} was changed after it was constructed, in its code or its options"
+    return (
+        f"{where} was changed after it was constructed: its code, its options, or a cache that a call has filled (then "
+        "compile a model that was not called before)"
+    )
 
 
 def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:

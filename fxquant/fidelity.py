@@ -44,7 +44,27 @@ class Original:
 
     def __init__(self, model: nn.Module, timestep: str | None) -> None:
         self._model = _twin(model)
+        self._weights = _places(model)
         self._timestep = timestep
+
+    def warm(self, leaves: Sequence[Any], structure: Any) -> None:
+        """Run a call once before it is traced.
+
+        Tables that the code keeps outside of the model, in ``functools.lru_cache`` or a global, are then filled with
+        tensors. A trace would fill them with fake ones, which the model would get from there ever after.
+
+        Args:
+            leaves: The leaves of the call.
+            structure: What holds their numbers.
+        """
+        if _places(self._model) != self._weights:  # Moved or converted since; such a call is none of the model's.
+            return
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+        with _alike(device):
+            try:
+                _call(_twin(self._model), leaves, structure)
+            except Exception as error:  # The capture fails over it too, and says where.
+                log.info("the model does not take the call: %s", error)
 
     def compare(self, captured: CapturedGraph, leaves: Sequence[Any], structure: Any) -> None:
         """Compare a graph that has its weights with the model.
@@ -101,6 +121,10 @@ class Original:
 
 def _twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for _, tensor in weights_and_buffers(model)})
+
+
+def _places(model: nn.Module) -> list[tuple[int, torch.dtype]]:
+    return [(tensor.data_ptr(), tensor.dtype) for _, tensor in weights_and_buffers(model)]
 
 
 def _shares_weights(captured: CapturedGraph, model: nn.Module) -> bool:

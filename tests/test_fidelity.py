@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
+from fxquant.capture import Architecture
 from fxquant.errors import CaptureError
 
 Forward = Callable[["Model", Tensor, Tensor], Tensor]
@@ -129,7 +131,7 @@ def handed_on(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("way", "calls"), [(Model.run, 1), (filled_once, 2), (by_size, 2), (device_of, 2), (handed_on, 2)]
+    ("way", "calls"), [(Model.run, 2), (filled_once, 3), (by_size, 3), (device_of, 3), (handed_on, 3)]
 )
 def test_attributes_that_no_call_inherits_are_no_state(way: Forward, calls: int) -> None:
     model = Model(way).eval()
@@ -229,3 +231,34 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     x, timestep = call()
     with torch.no_grad():
         assert torch.equal(fxquant.trace(model)(x.to(dtype), timestep), model(x.to(dtype), timestep))
+
+
+@functools.lru_cache
+def table(length: int) -> Tensor:
+    return torch.linspace(-1, 1, length * 4).reshape(length, 4).sin()
+
+
+def test_a_table_in_a_cache_of_a_function_is_filled_with_tensors() -> None:
+    """Tracing would leave a fake tensor in it, which the float model would get for good."""
+
+    def cached(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
+        return model.run(x + table(x.shape[1]), timestep)
+
+    table.cache_clear()
+    model = Model(cached).eval()
+    traced = fxquant.trace(model)
+    with torch.no_grad():
+        assert torch.equal(traced(*call()), model(*call()))
+    assert type(table(call()[0].shape[1])) is Tensor
+
+
+def test_a_table_that_only_a_trace_filled_is_named() -> None:
+    def cached(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
+        return model.run(x + table(x.shape[1]), timestep)
+
+    table.cache_clear()
+    architecture = Architecture.of(Model(cached).eval(), "timestep")
+    architecture.capture(*architecture.canonical(call(), {}))
+    with pytest.raises(CaptureError, match=r"reads a table that its code keeps outside of the model.*cache_clear"):
+        architecture.capture(*architecture.canonical(call(), {}))
+    table.cache_clear()
