@@ -233,8 +233,8 @@ def _draws(captured: CapturedGraph) -> str | None:
 def _draws_nothing(node: fx.Node) -> bool:
     """Whether an op that can drop out elements drops out none."""
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) == 0
-    return node.target is torch.ops.aten.dropout.default and (node.args[2] is False or node.args[1] == 0)
+        return bool((node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) == 0)
+    return node.target is torch.ops.aten.dropout.default and (node.args[2] is False or bool(node.args[1] == 0))
 
 
 # --- attributes -----------------------------------------------------------------------------------------------------
