@@ -57,6 +57,9 @@ ITEM = "fxquant_item"
 """Key of the ``meta`` of a placeholder that is an item of a list, for the name of the list."""
 
 _CONSTANT = "constant_"
+_SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+"""Modules that compute the same in training mode, in which diffusers leaves the linears that it fuses."""
+
 _HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
 _MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
@@ -149,7 +152,14 @@ class Architecture:
             ConfigurationError: If the model, or a module in it, is in training mode.
             CaptureError: If the module cannot be copied.
         """
-        training = next((name for name, module in model.named_modules() if module.training), None)
+        training = next(
+            (
+                name
+                for name, module in model.named_modules()
+                if module.training and type(module) not in _SAME_IN_TRAINING
+            ),
+            "" if model.training else None,
+        )
         if training is not None:
             raise ConfigurationError(
                 f"{f'module {training!r}' if training else 'the model'} is in training mode, in which dropout is "

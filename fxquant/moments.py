@@ -31,7 +31,8 @@ class SecondMoments:
             in float16 then, and sums of x x^T in float32 before.
         sums: By timestep the sum of the rows, float64 ``[C]``.
         counts: By timestep the number of rows.
-        unit: What is held are the moments of x / unit, a power of two: 1, unless squares of x could overflow.
+        unit: What is held are the moments of x / unit, a power of two: 1, unless squares of x could overflow. Moments
+            below 1e-75 of the largest may be lost.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:

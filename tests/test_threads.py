@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def compiled(model: nn.Module) -> GraphModel:
 
 
 def test_threads_call_capture_load_and_compile_at_once(tmp_path: Path) -> None:
-    model = Small().eval()
+    model = Small().eval()  # Copied by the threads: making one draws from the random numbers that all threads share.
     shared = compiled(model)
     fxquant.save(shared, tmp_path / "small")
     expected = {tokens: compiled(model)(*call(tokens)) for tokens in (3, 5, 7)}
@@ -54,9 +55,9 @@ def test_threads_call_capture_load_and_compile_at_once(tmp_path: Path) -> None:
 
     jobs: list[Any] = [
         *[(lambda: shared, expected.__getitem__, 3, 5, 7)] * 4,
-        *[(lambda: compiled(Small().eval()), expected.__getitem__, 3)] * 2,
-        *[(lambda: fxquant.load(tmp_path / "small", model=Small().eval()), expected.__getitem__, 3)] * 2,
-        (lambda: fxquant.trace(Small().eval()), lambda tokens: model(*call(tokens)), 3, 5),
+        *[(lambda: compiled(copy.deepcopy(model)), expected.__getitem__, 3)] * 2,
+        *[(lambda: fxquant.load(tmp_path / "small", model=copy.deepcopy(model)), expected.__getitem__, 3)] * 2,
+        (lambda: fxquant.trace(copy.deepcopy(model)), lambda tokens: model(*call(tokens)), 3, 5),
         (lambda: model, lambda tokens: model(*call(tokens)), 3, 5),
     ]
     screen, graphs = sys.stderr, len(shared.graphs)

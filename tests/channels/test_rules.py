@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -229,7 +230,7 @@ FREE: dict[str, tuple[Body, set[str]]] = {
     "masked fill by a mask of more axes": (lambda m, x: m.a(x[0, :1]).masked_fill(x > 0, 0.0), {"a"}),
     "cat with a vector of no elements": (lambda m, x: torch.cat([m.a(x), x.new_zeros(0)], 1), {"a"}),
     "dropout in training": (lambda m, x: F.dropout(m.a(x), 0.5, True), {"a"}),
-    "a weight that is cast": (lambda m, x: F.linear(x, m.a.weight.to(torch.float64, copy=True)), {"linear"}),
+    "a weight that is cast": (lambda m, x: F.linear(x, m.a.weight.to(torch.float64, copy=True)), {"a"}),
     "scaled before": (lambda m, x: torch.ops.fxquant.channel_affine(m.a(x), m.row, None), {"a"}),
 }
 
@@ -292,6 +293,20 @@ def test_a_table_takes_the_factors_of_its_columns() -> None:
 def test_a_convolution_takes_the_factors_of_its_output_channels(layer: str, shape: tuple[int, ...]) -> None:
     result = absorb(Behind(lambda m, x: getattr(m, layer)(x).flatten(2).transpose(1, 2) + 1), x(*shape))
     proved(result, into=[layer])
+
+
+@pytest.mark.parametrize(
+    ("layer", "convolve", "shape"),
+    [("conv", F.conv2d, (B, 2, 4, 6)), ("conv1", F.conv1d, (B, 2, 7)), ("conv3", F.conv3d, (B, 1, 2, 3, 4))],
+)
+def test_a_convolution_padded_by_name_takes_them_as_well(
+    layer: str, convolve: Callable[..., Tensor], shape: tuple[int, ...]
+) -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        own = getattr(m, layer)
+        return convolve(x, own.weight, own.bias, padding="same").flatten(2).transpose(1, 2) + 1
+
+    proved(absorb(Behind(body), x(*shape)), into=[layer])
 
 
 def test_a_weight_with_another_reader_is_copied_for_those_who_ask() -> None:
