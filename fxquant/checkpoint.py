@@ -261,9 +261,12 @@ def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) 
         CheckpointError: If they differ, and the versions of what traced them do not.
     """
     recorded, made_with = data.get("graphs"), data.get("made_with")
+    if not recorded:
+        return
     # A graph of one batch size may have been traced with an open one at first: then it has other ops that do nothing.
-    pairs = zip(quantized.captured, recorded or (), strict=False)
-    if all(captured.digest == digest for captured, digest in pairs if captured.static_batch is None):
+    pairs = zip(quantized.captured, recorded, strict=False)
+    alike = all(captured.digest == digest for captured, digest in pairs if captured.static_batch is None)
+    if alike and len(recorded) == len(quantized.captured):
         return
     if model is None and made_with == _versions():
         raise CheckpointError(
