@@ -439,11 +439,24 @@ def test_training_mode_is_refused() -> None:
         Architecture.of(Model().train(), "timestep")
 
 
-def test_training_mode_of_one_module_is_refused() -> None:
+class OwnLinear(nn.Linear):
+    """May do something else in training mode, as any class of somebody's own."""
+
+
+@pytest.mark.parametrize("extra", [nn.Dropout(), OwnLinear(2, 8), nn.Sequential(nn.Linear(2, 8)), nn.BatchNorm1d(8)])
+def test_training_mode_of_one_module_is_refused(extra: nn.Module) -> None:
     model = Model().eval()
-    model.extra.train()
+    model.extra = extra.train()
     with pytest.raises(ConfigurationError, match=r"module 'extra' is in training mode.*model.eval\(\)"):
         Architecture.of(model, "timestep")
+
+
+def test_a_linear_does_the_same_in_training_mode() -> None:
+    model = Model().eval()
+    model.extra.train()  # As diffusers' fused projections are made.
+    x, added = sample(2), {"size": torch.ones(2, 2)}
+    expected = model(x, 1, added)["sample"]
+    assert torch.equal(trace(model)(x, 1, added)["sample"], expected)
 
 
 def test_weights_of_another_model_are_refused() -> None:

@@ -233,8 +233,12 @@ def test_a_copy_stands_alone(kind: str) -> None:
 
 def test_another_device_is_refused() -> None:
     ours = shared("rtn-w8a8", "onednn")
-    with pytest.raises(BackendError, match=r"'native' runs on cpu, cuda, not on meta.*fake-quant"):
+    assert ours.backend is not None
+    with pytest.raises(BackendError, match=r"'native' runs on cpu, cuda, not on xpu.*fake-quant"):
+        ours.backend.check_move(torch.device("cpu"), torch.device("xpu"))
+    with pytest.raises(ConfigurationError, match=r"on the device meta a model loses its tensors.*fxquant\.load"):
         ours.to("meta")
+    assert ours.device == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would do")
