@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,10 +45,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
 
 @pytest.mark.parametrize("shard", range(max(1, -(-ASKED // SHARD))))
 def test_damaged_checkpoints(checkpoints: dict[Path, Tensor], tmp_path: Path, shard: int) -> None:
-    seed = random.SystemRandom().randrange(2**32) if ASKED else 0
-    cases = min(ASKED or 12, SHARD)
-    outcomes = [one_case(checkpoints, tmp_path, f"{seed}-{number}", fxquant.load) for number in range(cases)]
-    print(f"seed {seed}: {outcomes.count('refused')} refused, {outcomes.count('equal')} equal of {cases}")
+    all_of(checkpoints, tmp_path, min(ASKED or 12, SHARD), fxquant.load)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +60,20 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
 @pytest.mark.slow  # One run of the C++ compiler.
 @pytest.mark.parametrize("shard", range(max(1, -(-ASKED // (10 * SHARD)))))
 def test_damaged_packages(packages: dict[Path, Tensor], tmp_path: Path, shard: int) -> None:
+    all_of(packages, tmp_path, min(-(-ASKED // 10) or 20, SHARD), fxquant.load_package)
+
+
+def all_of(wholes: dict[Path, Tensor], scratch: Path, cases: int, load: Callable[[Path], torch.nn.Module]) -> None:
+    """So many cases, each as it should be; those that are not are told together."""
     seed = random.SystemRandom().randrange(2**32) if ASKED else 0
-    cases = min(-(-ASKED // 10) or 20, SHARD)
-    outcomes = [one_case(packages, tmp_path, f"{seed}-{number}", fxquant.load_package) for number in range(cases)]
-    print(f"packages, seed {seed}: {outcomes.count('refused')} refused, {outcomes.count('equal')} equal of {cases}")
+    outcomes, failures = Counter[str](), []
+    for number in range(cases):
+        try:
+            outcomes[one_case(wholes, scratch, f"{seed}-{number}", load)] += 1
+        except AssertionError as failure:
+            failures.append(str(failure))
+    print(f"{load.__name__}, seed {seed}: {outcomes['refused']} refused, {outcomes['equal']} equal of {cases}")
+    assert not failures, "\n".join(failures)
 
 
 def one_case(wholes: dict[Path, Tensor], scratch: Path, seed: str, load: Callable[[Path], torch.nn.Module]) -> str:
