@@ -364,6 +364,8 @@ class Architecture:
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
+        except CheckpointError:
+            raise
         except Exception as error:
             raise _explained(error, self.skeleton, call) from error
 
