@@ -152,7 +152,7 @@ def attention(b: Builder, r: Random, x: fx.Node) -> None:
     elif kind <= 1:
         y = _by_hand(b, r, q, k, v)
     else:
-        mask = _mask(b, r, shape(k)[-2])
+        mask = _mask(b, r, q, shape(k)[-2])
         dropout = 0.3 if r.random() < 1 / 8 else 0.0
         grouped = {"enable_gqa": True} if heads != kv_heads else {}
         causal = {"is_causal": True} if mask is None and r.random() < 1 / 6 else {}
@@ -173,12 +173,12 @@ def _heads(b: Builder, r: Random, y: fx.Node, heads: int) -> fx.Node:
     return b.call(aten.transpose.int, y, 1, 2) if r.random() < 1 / 2 else b.call(aten.permute.default, y, [0, 2, 1, 3])
 
 
-def _mask(b: Builder, r: Random, keys: int) -> fx.Node | None:
+def _mask(b: Builder, r: Random, q: fx.Node, keys: int) -> fx.Node | None:
     """None, a parameter, or one of the forms that models make of the call's mask."""
     kind = r.randint(0, 9)
     if kind == 0:
         return b.parameter(1, keys)
-    if b.mask is None or kind > 6 or keys > shape(b.mask)[1]:
+    if b.mask is None or kind > 6 or shape(q)[0] != shape(b.mask)[0] or keys > shape(b.mask)[1]:
         return None
     seen = b.call(aten.slice.Tensor, b.mask, 1, 0, keys)
     if kind == 1:
@@ -245,18 +245,27 @@ def product(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def convolution(b: Builder, r: Random, x: fx.Node) -> None:
-    """Along one axis to three, in groups, of an input without a batch, and its output as tokens again."""
+    """Along one axis to three, in groups, of an input without a batch, padded by numbers or by a word, with steps."""
     axes, unbatched = r.randint(1, 3), r.random() < 1 / 4
     while len(shape(x)) < axes + 2 - unbatched:
         x = b.call(aten.unsqueeze.default, x, -1)
     axes = len(shape(x)) - 1 if unbatched and len(shape(x)) <= 4 else min(len(shape(x)) - 2, 3)
-    channels = shape(x)[-axes - 1]
-    op = [aten.conv1d, aten.conv2d, aten.conv3d][axes - 1].default
+    channels, sizes = shape(x)[-axes - 1], shape(x)[-axes:]
     groups = 2 if channels % 2 == 0 and r.random() < 1 / 4 else 1
-    weight = b.parameter(4, channels // groups, *[1] * (axes - 1), min(2, shape(x)[-1]))
+    op = [aten.conv1d, aten.conv2d, aten.conv3d][axes - 1]
+    word = r.choice(["same", "valid", None, None])
+    padding = [r.randint(0, 1) if word is None else 0 for _ in sizes]
+    dilation = [r.randint(1, 3) for _ in sizes]
+    stride = [1 if word == "same" else r.randint(1, 3) for _ in sizes]
+    most = [3 if word == "same" else 1 + (size + 2 * own - 1) // step
+            for size, own, step in zip(sizes, padding, dilation, strict=True)]  # fmt: skip
+    weight = b.parameter(4, channels // groups, *(r.randint(1, min(3, largest)) for largest in most))
     bias = b.parameter(4) if r.random() < 1 / 2 else None
-    y = b.call(op, x, weight, bias, [1] * axes, [0] * axes, [1] * axes, groups)
-    if len(shape(x)) == axes + 2 and r.random() < 1 / 2:
+    if word is None:
+        y = b.call(op.default, x, weight, bias, stride, padding, dilation, groups)
+    else:
+        y = b.call(op.padding, x, weight, bias, stride, word, dilation, groups)
+    if len(shape(x)) == axes + 2 and r.random() < 1 / 2:  # As tokens again.
         b.linear(b.call(aten.transpose.int, b.call(aten.flatten.using_ints, y, 2, -1), 1, 2), 4)
 
 
