@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
-from fxquant.channels.rules.ends import parameter_of
+from fxquant.capture import LAYER, parameter_of
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Seed
 from fxquant.channels.wants import Cost

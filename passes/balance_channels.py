@@ -14,8 +14,7 @@ from scipy.special import softmax
 from scipy.stats import spearmanr
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
-from fxquant.channels.rules.ends import parameter_of
+from fxquant.capture import LAYER, parameter_of
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Seed, solve
 from fxquant.errors import ConfigurationError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.channels.rules.ends import parameter_of
+from fxquant.capture import parameter_of
 from fxquant.channels.rules.shifts import shift_output
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
