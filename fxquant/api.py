@@ -50,6 +50,7 @@ from fxquant.recipes import Recipe, make_recipe
 from fxquant.schemas.common import check
 from fxquant.schemas.plan import PlanFile
 from fxquant.threads import without_autocast
+from fxquant.tracing import at_most
 from fxquant.uses import adopt_names, settle
 
 _POOR_DB = 10.0
@@ -330,7 +331,8 @@ def model_from_plan(
     plan.shared = SharedTensors()
     quantized = GraphModel(architecture, dtype, plan, _further_graph(recipe, backend), backend)
     for call in plan.calls:
-        captured = architecture.capture_spec(call, device)
+        with at_most(len(plan.layers)):
+            captured = architecture.capture_spec(call, device)
         try:
             refuse_unknown_layers(captured, plan)
         except CalibrationError as error:

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    is_fake,
 )
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -41,7 +42,7 @@ from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
-from fxquant.state import kept, plain_objects
+from fxquant.state import kept, plain_objects, replace_tensors, tensors_kept
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -60,7 +61,7 @@ _CONSTANT = "constant_"
 _SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """Modules that compute the same in training mode, in which diffusers leaves the linears that it fuses."""
 
-_HOLLOW = "_fxquant_hollow"  # Marks a model whose lists hold tensors without values.
+_HOLLOW = "_fxquant_hollow"  # Marks a model whose attributes hold tensors without values.
 _MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
@@ -338,8 +339,7 @@ class Architecture:
         tracing: Tracing,
         numbers: Mapping[str, float] | None = None,
     ) -> torch.export.ExportedProgram:
-        parameter = next(self.skeleton.parameters(), None)
-        mode = parameter.fake_mode if isinstance(parameter, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+        mode = _fake_mode_of(self.skeleton)
 
         def fake(name: str, spec: TensorSpec) -> torch.Tensor:
             with mode:
@@ -368,6 +368,8 @@ class Architecture:
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
+        except CheckpointError:
+            raise
         except Exception as error:
             raise _explained(error, self.skeleton, call) from error
 
@@ -527,6 +529,12 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
+def _fake_mode_of(model: nn.Module) -> FakeTensorMode:
+    """The mode of the parameters of a model without weights."""
+    parameter = next(model.parameters(), None)
+    return parameter.fake_mode if isinstance(parameter, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def _inline_regions(module: fx.GraphModule) -> None:
     """Put the ops of regions under ``no_grad`` or ``autocast``, which are graphs of their own, where the regions stand.
 
@@ -607,60 +615,79 @@ def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
     module keeps in a list or dict are named by their place there, those that the code makes, such as
     ``torch.tensor([height, width])``, by what they hold.
     """
-    listed = _listed_tensors(model)
-    for node in module.graph.nodes:
-        target = str(node.target)
-        path, dot, last = target.rpartition(".")
-        if node.op != "get_attr" or not last.startswith("lifted_tensor"):
-            continue
-        tensor = get_tensor(module, target)
-        name = next((name for name, kept in listed if _is_same(kept, tensor)), None)
-        if name is not None and getattr(model, _HOLLOW, False):
-            tensor = FakeTensorMode().from_tensor(tensor)
-        if name is None and isinstance(tensor, FakeTensor):
-            raise CaptureError(
-                f"{type(model).__name__} reads a table that its code keeps outside of the model, in a cache of a "
-                "function or a global variable, and that was filled while the model was traced. Empty that cache (such "
-                "as with cache_clear()), then call the float model once with inputs like these before fxquant does"
-            )
-        if name is None:
-            name = f"{path}{dot}{_CONSTANT}{_digest(tensor)}"
-        set_tensor(module, name, tensor)
-        node.target = name
+    kept = kept_tensors(model)
+    weights = weights_and_buffers(model)  # torch.export does not know them where the code reads them from a list.
+    is_hollow = getattr(model, _HOLLOW, False)
+    first: dict[str, fx.Node] = {}
+    of_weights = {name for name, _ in weights}
+    for node in [node for node in module.graph.nodes if node.op == "get_attr"]:
+        tensor = get_tensor(module, str(node.target))
+        is_lifted = str(node.target).rpartition(".")[2].startswith("lifted_tensor")
+        name = _name_in(kept, tensor)
+        if name is not None and is_hollow:  # What belongs there is in the checkpoint.
+            tensor = _fake_mode_of(model).from_tensor(tensor)
+        elif not is_lifted:
+            name = None
+        elif name is None and isinstance(tensor, FakeTensor):
+            name = _name_in(weights, tensor)
+            node.meta["val"].constant = None  # torch would compute with values that it has not.
+        if is_lifted:
+            node.target = name or _name_by_value(str(node.target), tensor, model)
+        if is_lifted or name is not None:
+            set_tensor(module, str(node.target), tensor)
+        if first.setdefault(str(node.target), node) is not node and node.target in of_weights:
+            node.replace_all_uses_with(first[str(node.target)])
+            module.graph.erase_node(node)
+
+
+def _name_in(named: Sequence[tuple[str, torch.Tensor]], tensor: torch.Tensor) -> str | None:
+    return next((name for name, other in named if _is_same(other, tensor)), None)
+
+
+def _name_by_value(target: str, tensor: torch.Tensor, model: nn.Module) -> str:
+    if isinstance(tensor, FakeTensor):
+        raise CaptureError(
+            f"{type(model).__name__} reads a table that its code keeps outside of the model, in a cache of a "
+            "function or a global variable, and that was filled while the model was traced. Empty that cache (such "
+            "as with cache_clear()), then call the float model once with inputs like these before fxquant does"
+        )
+    path, dot, _ = target.rpartition(".")
+    return f"{path}{dot}{_CONSTANT}{_digest(tensor)}"
 
 
 def _hollow_out(model: nn.Module) -> None:
-    """Put zeros in place of fake tensors in lists and dicts of modules, where torch.export takes no fake ones."""
-
-    def hollow(leaf: Any) -> Any:
-        return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf
-
-    for module in model.modules():
-        for key, value in list(vars(module).items()):
-            if isinstance(value, (list, tuple, dict)) and not key.startswith("_"):
-                setattr(module, key, pytree.tree_map(hollow, value))
-    for _, kept_object in plain_objects(model):
-        for key, value in list(vars(kept_object).items()):
-            if isinstance(value, (list, tuple, dict, torch.Tensor)):
-                setattr(kept_object, key, pytree.tree_map(hollow, value))
+    """Put zeros in place of fake tensors in attributes of modules and plain objects, where torch.export takes none."""
+    replace_kept_tensors(
+        model, lambda _, tensor: torch.zeros(tensor.shape, dtype=tensor.dtype) if is_fake(tensor) else tensor
+    )
     setattr(model, _HOLLOW, True)
 
 
-def _listed_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that modules keep in lists and dicts, with a name for each."""
+def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Put ``change(name, tensor)`` in place of each tensor that :func:`kept_tensors` finds."""
+    made: dict[int, torch.Tensor] = {}
+    for name, tensor in kept_tensors(model):
+        if id(tensor) not in made:  # One that several attributes hold stays one tensor.
+            made[id(tensor)] = change(name, tensor)
+    for holder in (*model.modules(), *(kept_object for _, kept_object in plain_objects(model))):
+        replace_tensors(holder, lambda tensor: made.get(id(tensor), tensor))
+
+
+def kept_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that modules and plain objects keep in attributes, lists and dicts, with a name for each.
+
+    Those that are parameters or buffers as well are left out. Where an attribute of a module is a tensor, its name is
+    the one under which ``torch.export`` reads it.
+    """
+    owned = {id(tensor) for _, tensor in weights_and_buffers(model)}
     found = []
     for path, module in model.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, (list, tuple, dict)) and not key.startswith("_"):
-                for number, leaf in enumerate(pytree.tree_leaves(value)):
-                    if isinstance(leaf, torch.Tensor):
-                        found.append((f"{path}.{key}_{number}".removeprefix("."), leaf))
+        for key, number, tensor in tensors_kept(module):
+            found.append((f"{path}.{key}" if number is None else f"{path}.{key}_{number}", tensor))
     for path, kept_object in plain_objects(model):
-        for key, value in vars(kept_object).items():
-            for number, leaf in enumerate(pytree.tree_leaves(value)):
-                if isinstance(leaf, torch.Tensor):
-                    found.append((f"{path}.{_CONSTANT}{key}_{number}", leaf))
-    return found
+        for key, number, tensor in tensors_kept(kept_object):
+            found.append((f"{path}.{_CONSTANT}{key}_{number or 0}", tensor))
+    return [(name.removeprefix("."), tensor) for name, tensor in found if id(tensor) not in owned]
 
 
 def is_constant_name(target: str) -> bool:
@@ -673,7 +700,11 @@ def is_constant_name(target: str) -> bool:
 
 def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
     same_memory = left.untyped_storage()._cdata == right.untyped_storage()._cdata
-    return same_memory and (left.shape, left.stride()) == (right.shape, right.stride())
+    return same_memory and (left.shape, left.stride(), left.storage_offset()) == (
+        right.shape,
+        right.stride(),
+        right.storage_offset(),
+    )
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -720,7 +751,7 @@ def is_wide_float(node: fx.Node) -> bool:
 def names_of(model: nn.Module) -> dict[str, bool]:
     """The names that a model uses: those of its tensors with True, those of its modules with False."""
     names = {name: False for name, _ in model.named_modules(remove_duplicate=False) if name}
-    return names | {name: True for name, _ in [*weights_and_buffers(model), *_listed_tensors(model)]}
+    return names | {name: True for name, _ in [*weights_and_buffers(model), *kept_tensors(model)]}
 
 
 def layer_name(target: str) -> str:

@@ -29,7 +29,14 @@ from fxquant.agreement import (
 )
 from fxquant.api import bind_all, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
-from fxquant.capture import Architecture, CapturedGraph, read_tensors, weights_and_buffers
+from fxquant.capture import (
+    Architecture,
+    CapturedGraph,
+    kept_tensors,
+    read_tensors,
+    replace_kept_tensors,
+    weights_and_buffers,
+)
 from fxquant.devices import give_back_memory, usable_device
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.files import (
@@ -117,6 +124,9 @@ def why_not_rebuilt(model: GraphModel) -> str | None:
         _cast(architecture.skeleton, model.dtype, _other_dtypes(model))
         for captured in model.lasting:
             again = architecture.capture_spec(captured.call, model.device)
+            difference = _other_kept(read_tensors(again.module), dict(kept_tensors(skeleton)))
+            if difference is not None:
+                return difference
             if again.code == captured.code:
                 continue
             # It may have been captured with an open batch that turned out to be fixed: then other ops that do nothing.
@@ -143,13 +153,27 @@ def _first_difference(captured: CapturedGraph, again: CapturedGraph) -> str:
     )
 
 
+def _other_kept(made: Mapping[str, Tensor], had: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of an attribute that a graph of a rebuilt model reads and the model has otherwise."""
+    for name in made.keys() & had.keys():
+        left, right = had[name], made[name]
+        if (left.shape, left.dtype) != (right.shape, right.dtype):
+            return (
+                f"tensor {name!r} is {dtype_name(left.dtype)}{list(left.shape)}, and its class makes "
+                f"{dtype_name(right.dtype)}{list(right.shape)}"
+            )
+    return None
+
+
 def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:
-    """Dtypes of the original's floating-point tensors where they are not that of the model."""
-    return {
-        name: tensor.dtype
-        for name, tensor in weights_and_buffers(model.architecture.skeleton)
-        if tensor.is_floating_point() and tensor.dtype != model.dtype
-    }
+    """Dtypes of the original's floating-point tensors where they are not that of the model.
+
+    Of those that it keeps in attributes, which conversions of a model leave alone, where they are not float32.
+    """
+    skeleton = model.architecture.skeleton
+    found = {name: tensor.dtype for name, tensor in weights_and_buffers(skeleton) if tensor.dtype != model.dtype}
+    found |= {name: tensor.dtype for name, tensor in kept_tensors(skeleton) if tensor.dtype != torch.float32}
+    return {name: dtype for name, dtype in found.items() if dtype.is_floating_point}
 
 
 def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None = None) -> None:
@@ -328,6 +352,9 @@ def _class_of(plan: Plan, folder: Path) -> Any:
 
 def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
     """Give a skeleton the dtypes of the model that was compiled, whatever its class makes."""
+    replace_kept_tensors(
+        skeleton, lambda name, kept: kept.to(others.get(name, kept.dtype)) if kept.is_floating_point() else kept
+    )
     cast: dict[int, Tensor] = {}
     for name, tensor in weights_and_buffers(skeleton):
         wanted = others.get(name, dtype)

@@ -22,11 +22,12 @@ from torch.utils import _pytree as pytree
 from fxquant.calls import CallSpec, TensorSpec
 from fxquant.capture import CapturedGraph, read_tensors, weights_and_buffers
 from fxquant.errors import CaptureError
+from fxquant.state import OWN
 from fxquant.threads import without_autocast
 
 log = logging.getLogger(__name__)
 
-_OWN = frozenset(vars(nn.Module())) - {"_buffers"}  # What torch keeps in a module.
+_OWN = OWN - {"_buffers"}
 _DEEP = 4  # Objects within objects whose attributes are looked at.
 _MISSING = object()
 

@@ -69,12 +69,12 @@ class GraphModel(nn.Module):
         self.plan = plan
         self.backend = backend
         self.captured: list[CapturedGraph] = []
-        # Not a submodule: its fake parameters are nobody's business.
-        object.__setattr__(self, "architecture", architecture)
         self._make_graph = make_graph
         self.weights = {} if weights is None else weights
         self._dtype = dtype
         self._watched = 0
+        # Not a submodule: its fake parameters are nobody's business. From here on, its attributes cannot be set.
+        object.__setattr__(self, "architecture", architecture)
         self.forward = functools.partial(_forward, self)
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
         self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]

@@ -233,8 +233,9 @@ def htg(precision: Precision, layers: str) -> Recipe:
 def ptq4dit(precision: Precision, layers: str) -> Recipe:
     """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
     ranges = "weight-range=percentile activation-range=percentile"
-    # Float activations need no relief, so that less of their salience has to move to the weights.
-    balance = "balance-channels" if precision.activation_bits is not None else "balance-channels{exponent=0.25}"
+    # Float activations need no relief: of salient channels alone, and less of their salience moves to the weights.
+    for_weights = "balance-channels{exponent=0.25 salient=2}"
+    balance = "balance-channels" if precision.activation_bits is not None else for_weights
     return _recipe(precision, layers, balance, "absorb-affines", ranges=ranges)
 
 

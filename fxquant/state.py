@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+OWN = frozenset(vars(nn.Module()))
+"""The attributes that torch keeps in every module."""
+
+_DEEP = 4  # Objects within objects that are looked at.
 _NO_STATE = (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
@@ -17,17 +22,46 @@ def is_plain_object(value: Any) -> bool:
     return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, list, tuple, dict, set, *_NO_STATE))
 
 
+def attributes(holder: Any) -> dict[str, Any]:
+    """The attributes of a module or a plain object, without what torch keeps in every module."""
+    return {key: value for key, value in vars(holder).items() if not (isinstance(holder, nn.Module) and key in OWN)}
+
+
 def plain_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The plain objects that modules keep as attributes, such as one that makes rotary tables, and their names."""
+    """The plain objects that modules keep, such as one that makes rotary tables, and their names.
+
+    They are attributes, or in lists, tuples and dicts that are, or in attributes of other such objects.
+    """
     seen: set[int] = set()
     for path, module in model.named_modules():
-        found = [(f"{path}.{key}", value) for key, value in vars(module).items() if not key.startswith("_")]
+        found = [(f"{path}.{key}", value, 0) for key, value in attributes(module).items()]
         while found:
-            name, value = found.pop()
-            if is_plain_object(value) and id(value) not in seen:
-                seen.add(id(value))
-                yield name.removeprefix("."), value
-                found += [(f"{name}.{key}", inner) for key, inner in vars(value).items() if not key.startswith("_")]
+            name, value, depth = found.pop()
+            for number, leaf in enumerate(pytree.tree_leaves(value)):
+                if not is_plain_object(leaf) or id(leaf) in seen or depth > _DEEP:
+                    continue
+                seen.add(id(leaf))
+                here = name if leaf is value else f"{name}_{number}"
+                yield here.removeprefix("."), leaf
+                found += [(f"{here}.{key}", inner, depth + 1) for key, inner in attributes(leaf).items()]
+
+
+def tensors_kept(holder: Any) -> Iterator[tuple[str, int | None, Tensor]]:
+    """The tensors in attributes of a module or a plain object: name of the attribute, place in it, and tensor.
+
+    The place is a number where the attribute is a list, tuple or dict, and None where it is the tensor.
+    """
+    for key, value in attributes(holder).items():
+        for number, leaf in enumerate(pytree.tree_leaves(value)):
+            if isinstance(leaf, Tensor):
+                yield key, None if leaf is value else number, leaf
+
+
+def replace_tensors(holder: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Put ``change(tensor)`` in place of each tensor that :func:`tensors_kept` finds."""
+    for key, value in attributes(holder).items():
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            vars(holder)[key] = pytree.tree_map_only(Tensor, change, value)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxquant import open_numbers
 from fxquant.calls import CallSpec, TensorSpec
+from fxquant.errors import CheckpointError
 from fxquant.open_numbers import OpenNumber
 
 _KNOWN = "_fxquant_known"
@@ -40,7 +42,27 @@ _IN_PLACE = (
     *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"),
     *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
 )
+_PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")
 _FAILURES = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError)
+
+
+_most_products: ContextVar[int | None] = ContextVar("fxquant_most_products", default=None)
+
+
+@contextmanager
+def at_most(layers: int) -> Iterator[None]:
+    """Within it, the tracing of a model that runs far more than so many layers is stopped: it would take minutes.
+
+    A model may run some parts that no output depends on, and of which a plan says nothing.
+
+    Raises:
+        CheckpointError: As soon as a model has run a quarter more, and some.
+    """
+    token = _most_products.set(layers + layers // 4 + 16)
+    try:
+        yield
+    finally:
+        _most_products.reset(token)
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,7 @@ class Tracing(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.read: set[str] = set()
+        self._products = 0
         self._written: dict[int, frozenset[str]] = {}  # By memory, the inputs of what was written there.
         self._stale: set[int] = set()  # Memory that holds what is not known.
 
@@ -115,6 +138,8 @@ class Tracing(TorchFunctionMode):
             func, args, kwargs = open_numbers.call(func, args, kwargs)
             if isinstance(func, functools.partial):  # Made of several ops.
                 return func(*args, **kwargs)
+        if name in _PRODUCTS:
+            self._count()
         if name in _READS:
             inputs = self._inputs(args, kwargs)
             if inputs is not None:
@@ -131,6 +156,15 @@ class Tracing(TorchFunctionMode):
         if isinstance(written, Tensor) or any(map(is_followed, pytree.tree_leaves(result))):
             self._follow(func, args, kwargs, result, written)
         return result
+
+    def _count(self) -> None:
+        most = _most_products.get()
+        self._products += 1
+        if most is not None and self._products > most:
+            raise CheckpointError(
+                f"the model that is built for it runs more than {most} layers, far more than were quantized. It "
+                "belongs to another model, or to another version of its class"
+            )
 
     def _selected(self, name: str, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """What a mask of known value selects, picked by positions: how much it is would be open otherwise."""

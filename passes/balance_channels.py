@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -71,7 +72,7 @@ class BalanceChannels(Pass):
     sX at timestep t with sW. Where the plan has a shift for the layer, sX is that of the shifted activation.
 
     Linears of float activations are balanced too: rounding their weights errs least where no channel of the input is
-    salient (AWQ, arXiv 2306.00978).
+    salient (AWQ, arXiv 2306.00978). As their other channels gain nothing, recipes for them set ``salient``.
 
     A layer is balanced only if something upstream can absorb ``1 / b`` at an allowed cost, so that the pass
     ``absorb-affines`` removes the multiplication again. Layers that read one value, and those whose factors meet in one
@@ -83,6 +84,8 @@ class BalanceChannels(Pass):
             layers gets the one whose rounded products err least (SmoothQuant's alpha, searched).
         salience: How timesteps are combined.
         momentum: Of the moving average.
+        salient: If above 1, factors count relative to their median over the channels that are decided together, and
+            those that are not above this ratio, nor below one over it, become 1.
         dearest: The dearest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
         roles: Roles of the layers to balance, joined by ``+``. PTQ4DiT balances those in blocks and leaves adaLN, the
             embedders and the final layer alone; see :mod:`fxquant.precision` for all roles.
@@ -97,6 +100,7 @@ class BalanceChannels(Pass):
     search: int = 0
     salience: Salience = Salience.SPEARMAN
     momentum: float = 0.99
+    salient: float = 1.0
     dearest: str = "vector"
     roles: str = "block"
 
@@ -106,6 +110,8 @@ class BalanceChannels(Pass):
             raise ConfigurationError(f"balance-channels: momentum {self.momentum} is not at least 0 and below 1")
         if not 0 <= self.exponent <= 1:
             raise ConfigurationError(f"balance-channels: exponent {self.exponent} is not between 0 and 1")
+        if not 1 <= self.salient < math.inf:
+            raise ConfigurationError(f"balance-channels: salient {self.salient} is not a ratio of 1 or more")
         if self.search < 0 or self.search == 1:
             raise ConfigurationError(f"balance-channels: search {self.search} is no number of exponents, 2 or more")
         parse_cost(self.dearest)
@@ -158,6 +164,8 @@ class BalanceChannels(Pass):
 
         def factors_for(exponent: float) -> Tensor:
             b = balance_factor(top_x, top_w, exponent)
+            if self.salient > 1:
+                b = of_salient_channels(b, (top_x > 0) & (top_w > 0) & (numbers > 0), self.salient)
             b[numbers == 0] = 1.0
             return torch.from_numpy(b[inverse])
 
@@ -225,6 +233,16 @@ def balance_factor(
     alive = (activation > 0) & (weight > 0)
     x, w = np.where(alive, activation, 1.0), np.where(alive, weight, 1.0)
     return np.asarray(x**exponent / w ** (1 - exponent))
+
+
+def of_salient_channels(
+    factors: npt.NDArray[np.float64], alive: npt.NDArray[np.bool_], ratio: float
+) -> npt.NDArray[np.float64]:
+    """Factors over their median; 1 where that is within ``ratio``, or the channel is dead."""
+    relative = np.ones_like(factors)
+    if alive.any():
+        relative[alive] = factors[alive] / np.median(factors[alive])
+    return np.where(np.maximum(relative, 1 / relative) > ratio, relative, 1.0)
 
 
 def _weight(reader: fx.Node, rewriter: Rewriter) -> Tensor:

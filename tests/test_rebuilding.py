@@ -274,3 +274,72 @@ def test_saving_needs_no_weights_and_changes_nothing(tmp_path: Path) -> None:
     fxquant.save(quantized, tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(quantized(**inputs()).sample, expected)
+
+
+# --- tensors in attributes ---
+
+
+class Maker:
+    """A plain object that holds tables, and another one that does."""
+
+    def __init__(self, inner: Maker | None = None) -> None:
+        self.rows = torch.arange(8.0).cos()
+        self.more = {"sin": (torch.arange(8.0).sin(), [torch.arange(8.0).sqrt()])}
+        self.inner = inner
+
+    def __call__(self) -> Tensor:
+        sin, (root,) = self.more["sin"]
+        return self.rows + sin + root + (0 if self.inner is None else self.inner())
+
+
+class Tables(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A model that keeps tensors in attributes of many kinds, and no buffer."""
+
+    @register_to_config
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Linear(width, width)
+        self.plain = torch.linspace(0, 1, width)
+        self._hidden = torch.linspace(1, 2, width)
+        self._hidden_list = [torch.linspace(2, 3, width)]
+        self.pair = torch.linspace(3, 4, 2 * width).chunk(2)
+        self.turns = torch.polar(torch.ones(4), torch.arange(4.0))
+        self.again = {"first": self.plain}
+        self.maker = Maker(Maker())
+        self.makers = [Maker(), (Maker(Maker()),)]
+        self.weights = [self.proj.weight]
+        self.positions = torch.arange(width)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = self.proj(x) + self.plain * self.again["first"] + self._hidden.pow(2) + self._hidden_list[0].exp()
+        x = x * self.pair[0] - self.pair[1] + self.maker() - 2 * self.makers[0]() * self.makers[1][0]()
+        turned = torch.view_as_real(torch.view_as_complex(x.float().reshape(-1, 4, 2)) * self.turns).flatten(1)
+        return turned.to(x.dtype) + self.weights[0].sum() + timestep[:, None] + self.positions
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_tensors_in_attributes(tmp_path: Path, default: torch.dtype) -> None:
+    """A class makes them in the default dtype, which was another one where the model was made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        model = Tables().eval()
+    finally:
+        torch.set_default_dtype(before)
+    model.turns = model.turns.to(torch.complex64)
+    model.float()
+    quantized = compiled(model)
+    fxquant.save(quantized, tmp_path / "model")
+    loaded = fxquant.load(tmp_path / "model", model=Tables)
+    for x, timestep in ((X, T), (torch.cat([X, 2 * X]), torch.arange(4.0)), (X[:, None].repeat(1, 3, 1)[:, 0], T)):
+        found = loaded(x, timestep)
+        assert torch.equal(found, quantized(x, timestep))
+    torch.testing.assert_close(quantized(X, T), model(X, T), rtol=0.05, atol=0.5)
+
+
+def test_a_table_of_another_dtype_than_the_class_makes(tmp_path: Path) -> None:
+    model = Tables().eval()
+    model.turns = model.turns.to(torch.complex128)
+    with pytest.raises(CheckpointError, match=r"tensor 'turns' is complex128\[4\], and its class makes complex64\[4\]"):
+        fxquant.save(compiled(model), tmp_path / "model")

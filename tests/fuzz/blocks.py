@@ -152,7 +152,7 @@ def attention(b: Builder, r: Random, x: fx.Node) -> None:
     elif kind <= 1:
         y = _by_hand(b, r, q, k, v)
     else:
-        mask = _mask(b, r, q, shape(k)[-2])
+        mask = _mask(b, r, shape(q)[0], shape(k)[-2])
         dropout = 0.3 if r.random() < 1 / 8 else 0.0
         grouped = {"enable_gqa": True} if heads != kv_heads else {}
         causal = {"is_causal": True} if mask is None and r.random() < 1 / 6 else {}
@@ -173,17 +173,20 @@ def _heads(b: Builder, r: Random, y: fx.Node, heads: int) -> fx.Node:
     return b.call(aten.transpose.int, y, 1, 2) if r.random() < 1 / 2 else b.call(aten.permute.default, y, [0, 2, 1, 3])
 
 
-def _mask(b: Builder, r: Random, q: fx.Node, keys: int) -> fx.Node | None:
-    """None, a parameter, or one of the forms that models make of the call's mask."""
+def _mask(b: Builder, r: Random, samples: int, keys: int) -> fx.Node | None:
+    """None, a parameter, or one of the forms that models make of the call's mask, for as many samples."""
     kind = r.randint(0, 9)
     if kind == 0:
         return b.parameter(1, keys)
-    if b.mask is None or kind > 6 or shape(q)[0] != shape(b.mask)[0] or keys > shape(b.mask)[1]:
+    if b.mask is None or kind > 6 or samples > shape(b.mask)[0] or keys > shape(b.mask)[1]:
         return None
-    seen = b.call(aten.slice.Tensor, b.mask, 1, 0, keys)
+    given = b.mask
+    if samples < shape(given)[0]:  # What is the same for all samples has a batch of 1.
+        given = b.call(aten.slice.Tensor, given, 0, 0, samples)
+    seen = b.call(aten.slice.Tensor, given, 1, 0, keys)
     if kind == 1:
         every = b.call(aten.ones.default, [shape(seen)[0], 1], dtype=torch.bool, device=torch.device("cpu"))
-        seen = b.call(aten.cat.default, [b.call(aten.slice.Tensor, b.mask, 1, 1, keys), every], 1)
+        seen = b.call(aten.cat.default, [b.call(aten.slice.Tensor, given, 1, 1, keys), every], 1)
     seen = b.call(aten.unsqueeze.default, b.call(aten.unsqueeze.default, seen, 1), 2)
     if kind <= 3:
         return seen

@@ -15,6 +15,7 @@ from fxquant.passes.balance_channels import (
     Salience,
     balance_factor,
     combine_timesteps,
+    of_salient_channels,
     spearman_weights,
 )
 from fxquant.pipeline import Pipeline
@@ -161,6 +162,30 @@ def test_a_wrong_axis_gets_one_factor_for_all() -> None:
     assert factors == [factors[0]] * 3
 
 
+def test_channels_that_are_not_salient_keep_their_weights() -> None:
+    factors, alive = np.array([3.0, 2.0, 1.0, 9.0, 0.5, 1.0]), np.array([True, True, True, True, True, False])
+    expected = [1.0, 1.0, 1.0, 4.5, 0.25, 1.0]  # Over the median of those alive, 2; half of it is within the ratio.
+    assert of_salient_channels(factors, alive, 2.0).tolist() == expected
+    dead = np.zeros(6, dtype=bool)
+    assert of_salient_channels(factors, dead, 2.0).tolist() == [1.0] * 6
+
+
+def test_recipes_for_weights_alone_balance_salient_channels_alone() -> None:
+    model, steps = salient(), enumerate(tiny.STEPS)
+    calls = [double(**tiny.inputs(2, step, seed=seed)) for seed, step in steps]
+    changed = {}
+    for salience in (1, 2):
+        balance = f"balance-channels{{exponent=0.25 salient={salience}}},absorb-affines"
+        recipe = fxquant.Recipe.parse(f"remove-no-ops,assign-precision{{precision=w4a16}} ; {balance}")
+        made = fxquant.compile(model, recipe=recipe, calibrate=lambda: [model(**call) for call in calls], measure=0)
+        factors = made.plan.vectors["transformer_blocks.0.ff.net.0.proj"]
+        changed[salience] = int((factors != 1).sum())
+        assert (factors[:2] / factors[2:].median()).min() > 4  # The two that are salient.
+        pairs = [(made(**call).sample, model(**call).sample.detach()) for call in calls]
+        assert max(float((a - b).norm() / b.norm()) for a, b in pairs) < 1e-12
+    assert 2 <= changed[2] < changed[1]
+
+
 def test_without_calibration_nothing_can_be_decided() -> None:
     with pytest.raises(CalibrationError, match="no calibration statistics"):
         rewritten(AdaLN(), "balance-channels", planned(q=Q, time=TIME), **adaln())
@@ -177,6 +202,7 @@ def test_factors_that_do_not_fit_the_dtype_are_refused() -> None:
     ("options", "message"),
     [
         ({"exponent": 1.5}, "exponent 1.5 is not between 0 and 1"),
+        ({"salient": 0.5}, "salient 0.5 is not a ratio of 1 or more"),
         ({"dearest": "gold"}, "'gold' is no cost"),
         ({"roles": "block+attention"}, "attention is no role"),
     ],

@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 _REASONS = {
     "-fused": "to_qkv",
     "-all-experts": "cannot be traced|was changed",
-    "QwenImageTransformer2DModel": "cannot be traced",  # It keeps tensors that are neither parameters nor buffers.
-    "Kandinsky5Transformer3DModel": "cannot be traced",
     "Transformer2DModel": "has shape",  # Its from_config makes a model of another class, with other layers.
 }
 REFUSED = {
