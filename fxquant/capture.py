@@ -42,7 +42,7 @@ from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
-from fxquant.state import kept, plain_objects, replace_tensors, tensors_kept
+from fxquant.state import detached, kept, plain_objects, replace_tensors, tensors_kept
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -171,7 +171,7 @@ class Architecture:
                 "random; call model.eval() before fxquant.compile"
             )
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weightless: dict[int, Any] = {
+        weightless: dict[int, Any] = detached(model) | {
             id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=False) for p in model.parameters()
         }
         try:

@@ -12,8 +12,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -24,7 +24,16 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fxquant import __version__
-from fxquant.errors import CheckpointError, ConfigurationError, FxquantError, WriteError
+from fxquant.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigurationError,
+    FxquantError,
+    PortabilityWarning,
+    QualityWarning,
+    SpeedWarning,
+    WriteError,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -245,7 +254,7 @@ def quantize(
             if dump_graphs is not None:
                 instruments.append(DumpGraphs(dump_graphs))
             task = progress.add_task(f"calibrate: {samples} samples, {steps} steps", total=num_batches(samples) * steps)
-            with steps_watched(pipe, lambda: progress.advance(task)):
+            with steps_watched(pipe, lambda: progress.advance(task)), _blaming_the_pipeline(pipe):
                 pipe.transformer = fxquant.compile(
                     pipe.transformer,
                     recipe=chosen,
@@ -266,6 +275,21 @@ def quantize(
     else:
         _print_plain(found.summary())
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
+
+
+@contextmanager
+def _blaming_the_pipeline(pipe: Any) -> Iterator[None]:
+    """Where calibration fails over an error of the pipeline, say so: on the command line nobody wrote a callable."""
+    try:
+        yield
+    except CalibrationError as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FxquantError):
+            raise
+        raise CalibrationError(
+            f"{type(pipe).__name__} failed while it ran to calibrate: {type(cause).__name__}: {cause}. The option "
+            "--debug shows where"
+        ) from error
 
 
 def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
@@ -290,14 +314,28 @@ def _save(pipe: Any, folder: Path, overwrite: bool) -> None:
     except CheckpointError as error:
         if getattr(error, "kept", None) is not None:
             raise
-        try:
-            rescued = Path(tempfile.mkdtemp(prefix="fxquant-")) / folder.name
-            save_pipeline(pipe, rescued)
-        except (CheckpointError, OSError):
-            raise error from None
+        rescued = _kept_aside(lambda place: save_pipeline(pipe, place / folder.resolve().name))
+        if rescued is None:
+            raise
+        rescued /= folder.resolve().name
         raise WriteError(
             f"{error}\nThe quantized pipeline is in {rescued}; move it where you want it", kept=rescued
         ) from error
+
+
+def _kept_aside(write: Callable[[Path], None]) -> Path | None:
+    """Write a result to a temporary folder, and return that; None if this fails too."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="fxquant-"))
+    except OSError:
+        return None
+    try:
+        write(place)
+    except (CheckpointError, OSError):
+        with suppress(OSError):  # A part of it was written.
+            place.rmdir()
+        return None
+    return place
 
 
 def _mention_float_transformers(pipe: Any) -> None:
@@ -409,10 +447,8 @@ def _rescue_images(images: Sequence[Any], path: Path, error: Exception) -> NoRet
     """Write images that were made, and cannot go where they should, to a temporary folder."""
     reason = getattr(error, "strerror", None) or error
     message = f"{path} cannot be written: {reason}"
-    try:
-        rescued = Path(tempfile.mkdtemp(prefix="fxquant-images-"))
-        _write_images(images, rescued, None)
-    except OSError:
+    rescued = _kept_aside(lambda place: _write_images(images, place, None))
+    if rescued is None:
         raise WriteError(message) from error
     raise WriteError(f"{message}\nThe images are in {rescued}", kept=rescued) from error
 
@@ -424,7 +460,9 @@ def _check_image_path(path: Path) -> None:
 
     kind = Image.registered_extensions().get(path.suffix.lower())
     if path.suffix and kind is None:
-        raise ConfigurationError(f"{path.suffix} is no image format; write --out grid.png, or a folder")
+        raise ConfigurationError(
+            f"{path.suffix} is no image format; write --out grid.png, or a folder without a dot in its name"
+        )
     if kind is not None:
         try:
             Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
@@ -770,6 +808,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"fxquant(\.|$)")
+        for category in (PortabilityWarning, QualityWarning, SpeedWarning):  # They name whoever called the model.
+            warnings.filterwarnings("default", category=category)
         warnings.showwarning = _show_warning
         yield
 

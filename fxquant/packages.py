@@ -152,7 +152,7 @@ class PackagedModel(nn.Module):
                 raise AttributeError(f"the packaged model is a {name} from {module}, of which only calls are packaged")
             with blaming(Path(CONFIG_FILE)), bounded(self._headers):
                 made = Architecture.from_config(cls, self._config, self.info["timestep"]).skeleton
-            self.__dict__["_skeleton"] = made  # Not a submodule: its fake parameters are nobody's business.
+            self.__dict__["_skeleton"] = made  # Not a submodule: its parameters are fake.
         skeleton: nn.Module = self.__dict__["_skeleton"]
         return skeleton
 
@@ -163,6 +163,18 @@ class PackagedModel(nn.Module):
             if name.startswith("_"):
                 raise
             return hand_on(self.skeleton(), name, self)
+
+    def __copy__(self) -> PackagedModel:
+        return PackagedModel(self.info, self._config, self._graphs, self._headers)
+
+    def __deepcopy__(self, memo: Any) -> PackagedModel:
+        return self.__copy__()  # Nothing of it ever changes, so the copy runs the same machine code.
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigurationError(
+            "a packaged model cannot be pickled, nor written by torch.save, for it is machine code. Copy its folder "
+            "and read the copy with fxquant.load_package(folder)"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
         probe = fn(torch.empty(0, dtype=self.dtype))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -199,6 +202,22 @@ def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError):
             save()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
+def test_it_is_not_pickled(several: Made, write: Callable[[Any], Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot be pickled.*fxquant\.load_package\(folder\)"):
+        write(fxquant.load_package(several[1]))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_copies_run_the_same_code(several: Made, duplicate: Callable[[Any], Any]) -> None:
+    packaged = fxquant.load_package(several[1])
+    twin = duplicate(packaged)
+    expected = run(packaged)
+    del packaged
+    assert twin.config.num_layers == 1
+    assert torch.equal(run(twin), expected)
 
 
 def test_a_pipeline_does_not_leave_it_out(several: Made, tmp_path: Path) -> None:
