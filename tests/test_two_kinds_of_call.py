@@ -39,6 +39,8 @@ class Block(nn.Module):
         self.to_q, self.to_k, self.to_v, self.to_out, self.late = (nn.Linear(C, C) for _ in range(5))
         self.fc1, self.fc2 = nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
         self.table = nn.Parameter(torch.randn(4, C))
+        if kind == "convolved":
+            self.mix = nn.Conv1d(C, C, 3, padding="same")
         self.places = nn.Parameter(torch.randn(1, 6, C) + torch.linspace(-3, 3, C))
 
     def forward(self, h: Tensor, c: Tensor, extra: Tensor | None) -> Tensor:
@@ -50,10 +52,12 @@ class Block(nn.Module):
         n = self.n1(h) + (places if self.kind == "parameter" else 0)
         if self.kind in ("modulated", "table"):
             n = n * (1 + scale) + shift
+        if self.kind == "convolved":
+            n = self.mix(n.mT).mT
         q, k, v = (layer(n).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
         h = h + gate * self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         m = self.n2(h)
-        if given and self.kind in ("norm", "weightless", "modulated"):
+        if given and self.kind in ("norm", "weightless", "modulated", "convolved"):
             h = h + torch.tanh(n) * more
         if given and self.kind == "value":
             h = h + torch.tanh(v.transpose(1, 2).flatten(2)) * more
@@ -119,7 +123,7 @@ def error(made: nn.Module, model: nn.Module, kind: str) -> float:
         return float((made(**inputs) - expected).abs().max() / expected.abs().max())
 
 
-KINDS = ["norm", "weightless", "modulated", "value", "parameter", "table", "layer", "elsewhere"]
+KINDS = ["norm", "weightless", "modulated", "value", "parameter", "table", "layer", "elsewhere", "convolved"]
 RECIPES = {"balanced": BALANCE, "shifted": SHIFT % 1, "shifted by timestep": SHIFT % 2}
 CASES = [(kind, order, "balanced") for kind in KINDS for order in ("pe", "p")]
 CASES += [("norm", "ep", "balanced"), ("value", "ep", "balanced")]
