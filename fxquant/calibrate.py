@@ -116,7 +116,7 @@ class Calibration:
         captured = self.prepared[number]
         late = 0 if self.plan.observed_step is None else self._step(names, leaves) - self.plan.observed_step
         if late > 0 and number in self._last and self._last[number][0] == captured.call.batch_size(leaves):
-            return captured.output(self._last[number][1])  # Of no interest to anybody; it lets the sampler go on.
+            return captured.output(self._last[number][1])  # Past the observed step; the sampler goes on with it.
         with recording(self.statistics.record), torch.no_grad():
             output = (captured.module if late else self._observed[number])(*captured.inputs(leaves))
         if self.plan.observed_step is not None:

@@ -42,7 +42,7 @@ from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
-from fxquant.state import kept, plain_objects, replace_tensors, tensors_kept
+from fxquant.state import detached, kept, plain_objects, replace_tensors, tensors_kept
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -94,6 +94,10 @@ LAYER_OPS: dict[Any, int] = {
 """The ops that are layers if their weight is stored, and the position of that weight among their arguments."""
 
 _CASTS = ("to", "_to_copy", "type_as", "detach", "alias", "contiguous", "clone")
+_CAST_OPS = (
+    *(torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout),
+    *(torch.ops.aten._to_copy.default, torch.ops.aten.type_as.default),
+)
 
 
 @dataclass
@@ -167,7 +171,7 @@ class Architecture:
                 "random; call model.eval() before fxquant.compile"
             )
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        weightless: dict[int, Any] = {
+        weightless: dict[int, Any] = detached(model) | {
             id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=False) for p in model.parameters()
         }
         try:
@@ -707,13 +711,39 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def stored_weight(node: fx.Node) -> fx.Node | None:
-    """The parameter that is the weight of a layer, or that its weight is cast from; None if the weight is computed."""
+    """The parameter that is the weight of a layer, or that its weight is cast from; None if the weight is computed.
+
+    A cast to integers or to 8 bits computes another weight, whatever the result is cast to.
+    """
     weight = node.args[LAYER_OPS[node.target]]
     while isinstance(weight, fx.Node) and weight.op == "call_function":
         if str(getattr(weight.target, "_name", "")).removeprefix("aten::").partition(".")[0] not in _CASTS:
             return None
+        if not is_wide_float(weight):
+            return None
         weight = weight.args[0]
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node casts to another dtype or device and does nothing else: no rounding to integers or to 8 bits."""
+    source = node.args[0] if node.target in _CAST_OPS else None
+    return isinstance(source, fx.Node) and is_wide_float(node) and is_wide_float(source)
+
+
+def parameter_of(node: fx.Node) -> fx.Node:
+    """What a node casts for one reader, if that is all that it does; else the node itself."""
+    while is_cast(node) and len(node.users) == 1:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def is_wide_float(node: fx.Node) -> bool:
+    """Whether a value is of floats of 16 bits or more."""
+    dtype = node.meta["val"].dtype
+    return bool(dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def names_of(model: nn.Module) -> dict[str, bool]:

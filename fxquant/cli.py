@@ -12,8 +12,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -24,7 +24,16 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fxquant import __version__
-from fxquant.errors import CheckpointError, ConfigurationError, FxquantError, WriteError
+from fxquant.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigurationError,
+    FxquantError,
+    PortabilityWarning,
+    QualityWarning,
+    SpeedWarning,
+    WriteError,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -172,10 +181,12 @@ def quantize(
     ] = "fake-quant",
     layers: Annotated[
         Layers,
-        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: only they; all: every layer."),
+        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: blocks alone; all: every layer."),
     ] = Layers.default,
     device: Device = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="What is not quantized computes in it.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype in which everything computes that is not quantized.")
+    ] = Dtype.float32,
     samples: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Samples to calibrate with.", rich_help_panel="Sampling")
     ] = 32,
@@ -184,7 +195,7 @@ def quantize(
     guidance: Guidance = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file with a prompt a line, for text pipelines.", rich_help_panel="Sampling"),
+        typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
     ] = None,
     measure: Annotated[
         int, typer.Option(min=0, help="Calibration calls on which the output error is measured; 0 for none.")
@@ -245,7 +256,7 @@ def quantize(
             if dump_graphs is not None:
                 instruments.append(DumpGraphs(dump_graphs))
             task = progress.add_task(f"calibrate: {samples} samples, {steps} steps", total=num_batches(samples) * steps)
-            with steps_watched(pipe, lambda: progress.advance(task)):
+            with steps_watched(pipe, lambda: progress.advance(task)), _blaming_the_pipeline(pipe):
                 pipe.transformer = fxquant.compile(
                     pipe.transformer,
                     recipe=chosen,
@@ -266,6 +277,32 @@ def quantize(
     else:
         _print_plain(found.summary())
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
+
+
+@contextmanager
+def _blaming_the_pipeline(pipe: Any) -> Iterator[None]:
+    """Say that the pipeline failed where it did; on the command line nobody wrote a callable that could be mended.
+
+    Raises:
+        CalibrationError: If it failed while it ran to calibrate.
+        FxquantError: If it failed otherwise.
+    """
+    try:
+        yield
+    except CalibrationError as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FxquantError):
+            raise
+        raise CalibrationError(_failure(pipe, "ran to calibrate", cause)) from error
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise FxquantError(_failure(pipe, "ran", error)) from error
+
+
+def _failure(pipe: Any, doing: str, error: BaseException) -> str:
+    reason = f"{type(error).__name__}: {error}".rstrip(".")
+    return f"{type(pipe).__name__} failed while it {doing}: {reason}. The option --debug shows where"
 
 
 def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
@@ -290,14 +327,28 @@ def _save(pipe: Any, folder: Path, overwrite: bool) -> None:
     except CheckpointError as error:
         if getattr(error, "kept", None) is not None:
             raise
-        try:
-            rescued = Path(tempfile.mkdtemp(prefix="fxquant-")) / folder.name
-            save_pipeline(pipe, rescued)
-        except (CheckpointError, OSError):
-            raise error from None
+        rescued = _kept_aside(lambda place: save_pipeline(pipe, place / folder.resolve().name))
+        if rescued is None:
+            raise
+        rescued /= folder.resolve().name
         raise WriteError(
             f"{error}\nThe quantized pipeline is in {rescued}; move it where you want it", kept=rescued
         ) from error
+
+
+def _kept_aside(write: Callable[[Path], None]) -> Path | None:
+    """Write a result to a temporary folder, and return that; None if this fails too."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="fxquant-"))
+    except OSError:
+        return None
+    try:
+        write(place)
+    except (CheckpointError, OSError):
+        with suppress(OSError):  # A part of it was written.
+            place.rmdir()
+        return None
+    return place
 
 
 def _mention_float_transformers(pipe: Any) -> None:
@@ -370,7 +421,7 @@ def generate(
     steps: Steps = 25,
     seed: Seed = 0,
     guidance: Guidance = None,
-    columns: Annotated[int | None, typer.Option(min=1, help="Images a row of the grid.")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Images per row of the grid.")] = None,
     device: Device = "cpu",
     allow_packages: Annotated[
         bool,
@@ -394,7 +445,7 @@ def generate(
         with _progress() as progress:
             count = len(wanted or lines or ())
             task = progress.add_task(f"generate: {count} images", total=pipelines.num_batches(count) * steps)
-            with pipelines.steps_watched(pipe, lambda: progress.advance(task)):
+            with pipelines.steps_watched(pipe, lambda: progress.advance(task)), _blaming_the_pipeline(pipe):
                 images = pipelines.generate(
                     pipe, steps=steps, seed=seed, guidance=guidance, prompts=lines, labels=wanted
                 )
@@ -409,10 +460,8 @@ def _rescue_images(images: Sequence[Any], path: Path, error: Exception) -> NoRet
     """Write images that were made, and cannot go where they should, to a temporary folder."""
     reason = getattr(error, "strerror", None) or error
     message = f"{path} cannot be written: {reason}"
-    try:
-        rescued = Path(tempfile.mkdtemp(prefix="fxquant-images-"))
-        _write_images(images, rescued, None)
-    except OSError:
+    rescued = _kept_aside(lambda place: _write_images(images, place, None))
+    if rescued is None:
         raise WriteError(message) from error
     raise WriteError(f"{message}\nThe images are in {rescued}", kept=rescued) from error
 
@@ -424,7 +473,9 @@ def _check_image_path(path: Path) -> None:
 
     kind = Image.registered_extensions().get(path.suffix.lower())
     if path.suffix and kind is None:
-        raise ConfigurationError(f"{path.suffix} is no image format; write --out grid.png, or a folder")
+        raise ConfigurationError(
+            f"{path.suffix} is no image format; write --out grid.png, or a folder without a dot in its name"
+        )
     if kind is not None:
         try:
             Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
@@ -498,7 +549,7 @@ def _read_prompts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from None
     if not lines:
-        raise ConfigurationError(f"--prompts {path} is empty; write a prompt a line")
+        raise ConfigurationError(f"--prompts {path} is empty; write one prompt per line")
     return lines
 
 
@@ -516,7 +567,10 @@ _EXPORT_EXAMPLES = """[bold]Examples[/]
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that what is compiled goes to.")],
-    aot: Annotated[bool, typer.Option("--aot", help="Compile ahead of time, with AOTInductor; the only form.")] = False,
+    aot: Annotated[
+        bool,
+        typer.Option("--aot", help="Compile ahead of time, with AOTInductor. Required, for there is no other form."),
+    ] = False,
     backend: Annotated[
         str | None, typer.Option("--backend", "-b", help="What runs it, if not what it was quantized for.")
     ] = None,
@@ -525,7 +579,7 @@ def export(
 ) -> None:
     """Compile a quantized model for this machine, to load in a second and run without tracing anything.
 
-    The result is a program: give it to nobody, and take it from nobody, without trust. Needs a C++ compiler.
+    The result is a program, which runs when it is loaded: load only those from people you trust. Needs a C++ compiler.
     """
     if not aot:
         raise ConfigurationError("what export writes is compiled ahead of time; say so with --aot")
@@ -554,7 +608,7 @@ _REPORT_EXAMPLES = """[bold]Examples[/]
 @app.command(epilog=_REPORT_EXAMPLES, no_args_is_help=True)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
-    every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Name the kernels of this device, such as cuda.")
     ] = None,
@@ -600,7 +654,7 @@ def profile(
         bool, typer.Option("--float/--no-float", help="Run the float architecture beside it, with random weights.")
     ] = True,
     top: Annotated[int, typer.Option(min=1, help="Rows to show, the heaviest.")] = 20,
-    every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -770,6 +824,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"fxquant(\.|$)")
+        for category in (PortabilityWarning, QualityWarning, SpeedWarning):  # They name whoever called the model.
+            warnings.filterwarnings("default", category=category)
         warnings.showwarning = _show_warning
         yield
 

@@ -141,6 +141,8 @@ def export_folder(
         prepare(folder, lambda path: packages.refuse_existing(path, overwrite))
         return export_aot(load(source, backend=backend), folder, overwrite=overwrite, progress=progress)
     parts = [name for name in parts_of(source) if (source / name / PLAN_FILE).is_file()]
+    if not parts and any((source / name / PACKAGE_FILE).is_file() for name in parts_of(source)):
+        raise CheckpointError(f"{source} holds a package, which is compiled already; give what it was exported from")
     if not parts:
         raise CheckpointError(f"no part of the pipeline {source} is quantized; see fxquant quantize")
     seconds: list[float] = []

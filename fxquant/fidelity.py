@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxquant.calls import CallSpec, TensorSpec
 from fxquant.capture import CapturedGraph, read_tensors, weights_and_buffers
 from fxquant.errors import CaptureError
-from fxquant.state import OWN
+from fxquant.state import OWN, detached
 from fxquant.threads import without_autocast
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Original:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, {id(tensor): tensor for _, tensor in weights_and_buffers(model)})
+    return copy.deepcopy(model, detached(model) | {id(tensor): tensor for _, tensor in weights_and_buffers(model)})
 
 
 def _places(model: nn.Module) -> list[tuple[int, torch.dtype]]:

@@ -51,14 +51,15 @@ def whole_folder(folder: Path, check: Check) -> Iterator[Path]:
             again before anything is moved or removed.
 
     Raises:
-        CheckpointError: What ``check`` raises before writing.
+        CheckpointError: What ``check`` raises before writing. Also if a file elsewhere cannot be read, by its name.
         WriteError: If the folder cannot be written, or something that must stay has appeared in its place.
     """
     _ready(folder, check)
     with writing(folder), _parents(folder):
         scratch = _Scratch(folder)
         try:
-            yield scratch.path
+            with _blaming_sources(scratch.path):
+                yield scratch.path
             _force_to_disk(scratch.path)
             scratch.place(check)
         finally:
@@ -101,7 +102,7 @@ def check_writable(path: Path) -> None:
         WriteError: If that fails: a folder that is read-only, a full disk, a name too long, a parent that is a file.
     """
     with writing(path):
-        _try_to_make(path)
+        _try_to_make(path.resolve())  # A ".." in it would lead out of the folder in which it is tried.
 
 
 def _try_to_make(path: Path) -> None:
@@ -131,6 +132,23 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {reason}; see to the disk and its permissions, or choose another place",
             errno=getattr(error, "errno", None),
         ) from error
+
+
+@contextmanager
+def _blaming_sources(scratch: Path) -> Iterator[None]:
+    """Turn errors of files that are read while a folder is written into ones that name them, not the folder."""
+    try:
+        yield
+    except shutil.Error as error:  # Of copytree, which lists what it could not copy.
+        listed = error.args[0] if isinstance(error.args[0], list) else None
+        if not listed:
+            raise
+        raise CheckpointError(f"{listed[0][0]} cannot be copied: {listed[0][2]}") from error
+    except OSError as error:
+        name = error.filename
+        if not isinstance(name, str) or error.filename2 is not None or Path(name).is_relative_to(scratch):
+            raise
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -199,7 +217,8 @@ class _Scratch:
             raise WriteError(
                 f"what was written cannot take its place, and is in {kept} instead: {error}", kept=kept
             ) from error
-        _force(self.folder.parent)
+        with suppress(PermissionError):  # Of a parent that may be written and not read.
+            _force(self.folder.parent)
 
     def _place(self, check: Check) -> None:
         for _ in range(_TRIES):
@@ -324,7 +343,8 @@ class _Lock:
 
         Args:
             path: The folder.
-            certain: Whether a lock will not do that holds nobody off, as where the file system has none.
+            certain: Return None also where the system or the file system has no locks. Otherwise the lock that is
+                returned there keeps no other process away.
 
         Returns:
             None if somebody else has locked it, or if it is gone.

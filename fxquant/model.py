@@ -164,7 +164,8 @@ class GraphModel(nn.Module):
             self._watched = _WATCHED_CALLS
             warnings.warn(
                 f"timestep {outside[0]:g} is outside of those that were calibrated, {known[0]:g} to {known[-1]:g}, and "
-                "is treated as the nearest of these; calibrate with the schedule that you use. Others are not told.",
+                "is treated as the nearest of these; calibrate with the schedule that you use. "
+                "Further timesteps are not reported.",
                 QualityWarning,
                 stacklevel=4,
             )
@@ -182,9 +183,16 @@ class GraphModel(nn.Module):
 
             self._compiled_call_impl = call
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write a checkpoint, as pipelines ask their components to; see :func:`fxquant.save`."""
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
+        """Write a checkpoint, as pipelines ask their components to; see :func:`fxquant.save`.
+
+        Raises:
+            DropInError: If it is to be pushed to the hub.
+        """
         from fxquant.checkpoint import save
+
+        if push_to_hub:
+            raise refusal("push_to_hub")
 
         save(self, save_directory, overwrite=True)
 
@@ -465,8 +473,11 @@ def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) ->
     try:
         bind(captured.module, tensors)
     except CheckpointError as error:
+        read = read_tensors(captured.module)
+        unread = (name for name in sorted(read.keys() - tensors.keys()) if isinstance(read[name], FakeTensor))
+        what = next((f"it reads {name!r}, which none of those did" for name in unread), str(error))
         raise CaptureError(
-            f"a call {captured.call} runs a part of the model that no calibration call ran ({error}); "
-            "calibrate with a call like this one"
+            f"a call {captured.call} runs a part of the model that no calibration call ran: {what}; calibrate with a "
+            "call like this one as well"
         ) from error
     return captured

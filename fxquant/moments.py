@@ -27,12 +27,10 @@ class SecondMoments:
 
     Attributes:
         channels: C.
-        scale: Once :meth:`seal` was called, the roots of the diagonal, float32 ``[C]``; what is held are correlations
-            in float16 then, and sums of x x^T in float32 before.
+        scale: Once :meth:`seal` was called, the roots of the diagonal, ``[C]``; what is held are correlations in
+            float16 then, and sums of x x^T before: in float32, and in float64 as soon as a square could overflow.
         sums: By timestep the sum of the rows, float64 ``[C]``.
         counts: By timestep the number of rows.
-        unit: What is held are the moments of x / unit, a power of two: 1, unless squares of x could overflow. Moments
-            below 1e-75 of the largest may be lost.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
@@ -40,7 +38,6 @@ class SecondMoments:
         # All in one piece: small pieces would leave holes in memory behind when they are let go of.
         size = sum(rows * columns for rows, columns in _shapes(channels))
         self._held = torch.zeros(size, dtype=torch.float32, device=device)
-        self.unit = 1.0
         self.scale: Tensor | None = None
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
@@ -50,27 +47,24 @@ class SecondMoments:
         assert self.scale is None, "sealed moments take nothing in"
         rows = rows.to(torch.float32)
         total = rows.sum(dim=0, dtype=torch.float64)
-        largest = float(rows.abs().max())
-        if largest > _MOST * self.unit:
-            self._raise_unit(2.0 ** math.ceil(math.log2(largest / _MOST)))
-        if self.unit != 1:
-            rows = rows / self.unit
+        if float(rows.abs().max()) > _MOST:
+            self._widen()
+        rows = rows.to(self._held.dtype)
         for number, band in enumerate(self.bands):
             right = rows[:, number * _BAND :]
             band.addmm_(right[:, : len(band)].T, right)
         self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total
         self.counts[timestep] = self.counts.get(timestep, 0) + len(rows)
 
-    def _raise_unit(self, unit: float) -> None:
-        self._held *= (self.unit / unit) ** 2
-        self.unit = unit
+    def _widen(self) -> None:
+        self._held = self._held.double()
 
     def merge(self, other: SecondMoments) -> None:
         """Take in what another run saw."""
-        if other.unit > self.unit:
-            self._raise_unit(other.unit)
+        if other._held.dtype == torch.float64:
+            self._widen()
         for ours, theirs in zip(self.bands, other.bands, strict=True):
-            ours.add_(theirs.to(ours.device), alpha=(other.unit / self.unit) ** 2)
+            ours.add_(theirs.to(ours.device))
         for timestep, sums in other.sums.items():
             total = sums.to(self._held.device)
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
@@ -116,7 +110,7 @@ class SecondMoments:
             square = whole[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)
             whole[stop:, start:stop] = whole[start:stop, stop:].T
-        return whole if self.unit == 1 else whole.mul_(self.unit**2)
+        return whole
 
     def of(self, factor: Tensor | None = None, shifts: Mapping[float, Tensor] | None = None) -> Tensor:
         """Moments of the rows after each was shifted by its timestep and divided per channel: E[y y^T], float64.
@@ -156,8 +150,6 @@ class SecondMoments:
         yield "moment_timesteps", torch.tensor(list(self.sums), dtype=torch.float64)
         yield "moment_sums", torch.stack([*self.sums.values()]).cpu()
         yield "moment_counts", torch.tensor([*self.counts.values()], dtype=torch.int64)
-        if self.unit != 1:
-            yield "moment_unit", torch.tensor([self.unit], dtype=torch.float64)
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor]) -> SecondMoments:
@@ -176,8 +168,6 @@ class SecondMoments:
         found._held = tensors["moments"].clone()
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
-        if "moment_unit" in tensors:
-            (found.unit,) = tensors["moment_unit"].tolist()
         return found
 
 

@@ -51,7 +51,7 @@ _FORMAT = "fxquant-statistics"
 _VERSION = 1
 _TENSORS = (
     *("timesteps", "count", "minimum", "maximum", "rows", "priorities"),
-    *("moments", "moment_timesteps", "moment_sums", "moment_counts", "moment_unit"),
+    *("moments", "moment_timesteps", "moment_sums", "moment_counts"),
 )
 _EMPTY = np.inf  # the priority of a slot that holds no row: every row beats it
 # Up to this many elements (16 MiB of float32, about a millisecond) a value on the CPU is reduced by this thread alone.

@@ -90,9 +90,9 @@ def load_pipeline(
         name: options.pop(name) for name, part in [*options.items()] if isinstance(part, (GraphModel, PackagedModel))
     }
     read |= {name: load(folder / name, device=device) for name in checkpoints}
+    read |= {name: load_package(folder / name) for name in packages}
     for model in read.values():
         options.setdefault("torch_dtype", model.dtype)
-    read |= {name: load_package(folder / name) for name in packages}
     # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
     index = _read_index(folder) if folder.is_dir() else {}
     stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}

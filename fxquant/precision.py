@@ -66,8 +66,11 @@ class Precision:
             raise ConfigurationError(
                 f"{text!r} is no precision; write w4a8, w8a16 (float activations), w4a8-g64 or float"
             )
-        weights, activations, group = match.groups()
-        return cls(int(weights), None if activations == "16" else int(activations), int(group or 0))
+        weights, activations, group = (int(number or 0) for number in match.groups())
+        found = cls(weights, None if activations == 16 else activations, group)
+        if str(found) != text:  # One precision has one name, by which results are compared.
+            raise ConfigurationError(f"{text!r} is no precision; write {found}")
+        return found
 
     def __str__(self) -> str:
         if self.weight_bits is None:

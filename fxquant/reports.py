@@ -367,6 +367,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
     Raises:
         CheckpointError: If there is no checkpoint, or more than one.
     """
+    from fxquant.packages import PACKAGE_FILE
     from fxquant.pipelines import INDEX_FILE, parts_of
 
     folder = Path(folder)
@@ -377,6 +378,15 @@ def checkpoint_folder(folder: str | Path) -> Path:
     named = parts_of(folder) if (folder / INDEX_FILE).is_file() else [path.name for path in folder.glob("[!.]*")]
     found = [folder / name for name in sorted(named) if (folder / name / PLAN_FILE).is_file()]
     if not found:
+        if any((place / PACKAGE_FILE).is_file() for place in (folder, *(folder / name for name in named))):
+            raise CheckpointError(
+                f"{folder} holds a package, compiled ahead of time, which has no plan; give the folder that it was "
+                "exported from"
+            )
+        if (folder / INDEX_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} holds no {PLAN_FILE}: no part of this pipeline is quantized; see fxquant quantize"
+            )
         raise CheckpointError(f"{folder} holds no {PLAN_FILE}: it is not what fxquant wrote, or not all of it")
     if len(found) > 1:
         raise CheckpointError(f"{folder} holds several quantized models; name one: {', '.join(map(str, found))}")

@@ -64,6 +64,16 @@ def replace_tensors(holder: Any, change: Callable[[Tensor], Tensor]) -> None:
             vars(holder)[key] = pytree.tree_map_only(Tensor, change, value)
 
 
+def detached(model: nn.Module) -> dict[int, Tensor]:
+    """Values for tensors that a model keeps and that gradients flow through, by their ids: the memo of a deepcopy.
+
+    ``deepcopy`` refuses such tensors. ``torch.nn.utils.weight_norm`` keeps the weight of its last call so, and a table
+    in a cache may be one.
+    """
+    held = (value for part in _containers(model) for value in (part.values() if isinstance(part, dict) else part))
+    return {id(value): value.detach() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+
+
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
     """Undo, at the end, what happens to attributes, lists and dicts of a model and of plain objects in it.

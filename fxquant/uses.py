@@ -123,8 +123,13 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
         entries = [*attentions.get(base, {}).values()]
         if len(entries) in (0, number) or all(entry.bits is None for entry in entries):
             continue
-        if number > len(entries) or any(entry.ranges != entries[0].ranges for entry in entries):
-            raise _refusal(base, number, len(entries), "and each use has ranges of its own")
+        what = f"the attention {base!r}"
+        if number > len(entries):
+            raise _refusal(what, number, len(entries), "so it is not known what ranges the further uses need")
+        if any(entry.ranges != entries[0].ranges for entry in entries):
+            names = ";".join(f"{name}=float" for name in attentions[base])
+            keep = f", or keep it float: assign-precision{{overrides={names}}}"
+            raise _refusal(what, number, len(entries), "and each use has ranges of its own", keep)
     nodes: dict[str, list[fx.Node]] = {}
     for node in _layers(graph):
         nodes.setdefault(unnumbered(node.meta[LAYER]), []).append(node)
@@ -185,15 +190,15 @@ def _covering(base: str, uses: Mapping[str, LayerPlan], number: int, plan: Plan,
         CalibrationError: If there is nothing that is.
     """
     if len({use.precision for use in uses.values()}) > 1:
-        raise _refusal(base, number, len(uses), "and each use has bits of its own")
+        raise _refusal(repr(base), number, len(uses), "and each use has bits of its own")
     if any(name in plan.vectors or f"{name}.shift" in plan.vectors for name in uses):
-        raise _refusal(base, number, len(uses), "and each use is balanced in its own way")
+        raise _refusal(repr(base), number, len(uses), "and each use is balanced in its own way")
     first = next(iter(uses.values()))
     ranges = [use.activation for use in uses.values() if use.activation is not None]
     if not ranges or ranges[0].method == "dynamic":
         return replace(first)
     if number > len(uses) and not alike:
-        raise _refusal(base, number, len(uses), "so it is not known what range the further uses need")
+        raise _refusal(repr(base), number, len(uses), "so it is not known what range the further uses need")
     method = ranges[0].method
     lows, highs = ([_bounds(getattr(found, end)) for found in ranges] for end in ("low", "high"))
     if len({use.boundaries for use in uses.values()}) > 1 or len({*map(len, lows)}) > 1:
@@ -209,10 +214,10 @@ def _bounds(ends: float | list[float]) -> list[float]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def _refusal(base: str, number: int, known: int, why: str) -> CalibrationError:
+def _refusal(what: str, number: int, known: int, why: str, otherwise: str = "") -> CalibrationError:
     return CalibrationError(
-        f"this call of the model uses {base!r} {_times(number)}, the calls of the calibration {_times(known)}, {why}; "
-        "calibrate with calls of both kinds"
+        f"this call of the model uses {what} {_times(number)}, the calls of the calibration {_times(known)}, {why}; "
+        f"calibrate with calls of both kinds{otherwise}"
     )
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
-from fxquant.channels.rules.ends import parameter_of
+from fxquant.capture import LAYER, parameter_of
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Seed
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
-from fxquant.plan import Plan
+from fxquant.plan import Balance, Plan, Shift
 from fxquant.precision import ROLES
 
 
@@ -119,6 +120,36 @@ def _decided(node: fx.Node, plan: Plan, suffix: str) -> tuple[Tensor, tuple[floa
     name = node.meta[LAYER]
     vector = plan.vectors.get(f"{name}{suffix}")
     return None if vector is None else (vector, plan.layer(name).boundaries if suffix else ())
+
+
+def follow(decision: Literal["balance", "shift"], layers: Sequence[Sequence[str]], plan: Plan) -> None:
+    """Decide on layers that no earlier graph has, where layers that share factors or shifts with them are settled.
+
+    Args:
+        decision: What to decide.
+        layers: The layers of one group, those that read one value together.
+        plan: The plan, which receives the decisions.
+    """
+    suffix = "" if decision == "balance" else ".shift"
+    for names in layers:
+        settled = next((name for name in names if getattr(plan.layer(name), decision) is not None), None)
+        for name in names:
+            layer = plan.layer(name)
+            if getattr(layer, decision) is not None:
+                continue
+            if settled is None:
+                reason = "channels that it would share them with were settled by calls of another kind"
+            elif suffix and plan.layer(settled).boundaries != layer.boundaries:
+                reason = f"{settled} reads the same value and was settled with other groups of timesteps"
+            else:
+                setattr(layer, decision, copy.deepcopy(getattr(plan.layer(settled), decision)))
+                if f"{settled}{suffix}" in plan.vectors:
+                    plan.vectors[f"{name}{suffix}"] = plan.vectors[f"{settled}{suffix}"].clone()
+                continue
+            if decision == "balance":
+                layer.balance = Balance(cost="not", group=name, reason=reason)
+            else:
+                layer.shift = Shift(cost="not", reason=reason)
 
 
 def is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:

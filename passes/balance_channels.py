@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 import math
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from scipy.special import softmax
 from scipy.stats import spearmanr
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
-from fxquant.channels.rules.ends import parameter_of
+from fxquant.capture import LAYER, parameter_of
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Seed, solve
 from fxquant.errors import ConfigurationError
@@ -25,6 +23,7 @@ from fxquant.evidence import evidence
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import (
+    follow,
     is_target,
     parse_cost,
     parse_roles,
@@ -133,7 +132,7 @@ class BalanceChannels(Pass):
                 weights = [[_weight(node, rewriter) for node in nodes] for nodes in targets]
                 self._decide(grants, layers, weights, plan)
             else:
-                _follow(layers, plan)
+                follow("balance", layers, plan)
         for seed in [*seeds, *seeds_undone_before(graph, plan, seeds)]:
             for part in parts_of(seed, plan, roles):
                 if not self._is_done(part.readers):
@@ -188,23 +187,6 @@ class BalanceChannels(Pass):
                 if grant.granted.any():
                     plan.vectors[name] = factors[start : start + channels].clone()
             start += channels
-
-
-def _follow(layers: Sequence[Sequence[str]], plan: Plan) -> None:
-    """Decide on layers that are in no earlier graph, but share factors with some that are: these are settled."""
-    for names in layers:
-        settled = next((name for name in names if plan.layer(name).balance is not None), None)
-        for name in names:
-            layer = plan.layer(name)
-            if layer.balance is not None:
-                continue
-            if settled is None:
-                reason = "channels that share its factors were settled for other calls of the model"
-                layer.balance = Balance(cost="not", group=name, reason=reason)
-                continue
-            layer.balance = copy.copy(plan.layer(settled).balance)
-            if settled in plan.vectors:
-                plan.vectors[name] = plan.vectors[settled].clone()
 
 
 def combine_timesteps(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.channels.rules.ends import parameter_of
+from fxquant.capture import parameter_of
 from fxquant.channels.rules.shifts import shift_output
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
@@ -21,6 +20,7 @@ from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import PROVENANCE, Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import (
+    follow,
     parse_cost,
     parse_roles,
     parts_of,
@@ -86,7 +86,7 @@ class ShiftChannels(Pass):
             if all(plan.layer(name).shift is None for seed in group for name in layers[seed]):
                 self._decide(solution, {seed: layers[seed] for seed in group}, plan)
             else:
-                _follow([layers[seed] for seed in group], plan)
+                follow("shift", [layers[seed] for seed in group], plan)
         for seed in [*seeds, *others]:
             for part in parts_of(seed, plan, roles, ".shift"):
                 if not self._is_done(part.readers):
@@ -128,23 +128,6 @@ class ShiftChannels(Pass):
                 plan.layer(name).shift = _entry(grant, balanced=name in plan.vectors)
                 if grant.granted.any():
                     plan.vectors[f"{name}.shift"] = z.clone()
-
-
-def _follow(layers: Sequence[Sequence[str]], plan: Plan) -> None:
-    """Decide on layers that are in no earlier graph, but share shifts with some that are: these are settled."""
-    for names in layers:
-        settled = next((name for name in names if plan.layer(name).shift is not None), None)
-        for name in names:
-            layer = plan.layer(name)
-            if layer.shift is not None:
-                continue
-            together = settled is not None and plan.layer(settled).boundaries == layer.boundaries
-            if settled is None or not together:
-                layer.shift = Shift("not", reason="channels that share its shifts were settled for other calls")
-                continue
-            layer.shift = copy.copy(plan.layer(settled).shift)
-            if f"{settled}.shift" in plan.vectors:
-                plan.vectors[f"{name}.shift"] = plan.vectors[f"{settled}.shift"].clone()
 
 
 def _entry(grant: Grant, balanced: bool) -> Shift:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxquant.api import trace
 from fxquant.capture import LAYER, Architecture, bind, read_tensors, weights_of
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.products import find_products
 from tests.support import captured
 from tests.tiny import inputs as dit_inputs
 from tests.tiny import make_dit
@@ -386,6 +387,18 @@ CHANGES_DTYPE = CASTS.keys() - {"data", "detach", "contiguous"}
 )
 def test_weights_cast_as_they_are_read_keep_their_names(cast: str, dtype: torch.dtype) -> None:
     assert names(CastAsItRuns(CASTS[cast], dtype), x=sample(2)) == ["block.to_q", "block.to_k"]
+
+
+ROUNDED = {"integers": torch.int8, "8 bits": torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_weights_that_are_rounded_as_they_are_read_are_computed(name: str) -> None:
+    """Codes of the parameter would be those of another weight."""
+    model = CastAsItRuns(lambda w, x: w.to(ROUNDED[name]).to(x.dtype))
+    assert names(model, x=sample(2)) == []
+    products = find_products(captured(model, x=sample(2)).module.graph)
+    assert [product.reason.partition(",")[0] for product in products] == ["its weight is computed in the graph"] * 2
 
 
 def test_the_model_is_left_as_it_was() -> None:

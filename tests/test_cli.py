@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant import cli
+from fxquant import cli, pipelines
 from fxquant.cli import app
+from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
 from fxquant.files import digest_of
 from fxquant.recipes import make_recipe
 from tests.tiny import make_pipeline
@@ -224,6 +226,30 @@ class TestQuantize:
         assert isinstance(fxquant.load_pipeline(kept).transformer, fxquant.model.GraphModel)
         assert [path.name for path in (out / "q").iterdir()] == ["theirs"]
 
+    def test_what_can_be_written_nowhere_leaves_no_folder(self, tmp_path, monkeypatch):
+        def refused(*_, **__):
+            raise CheckpointError("q cannot be saved")
+
+        monkeypatch.setattr(pipelines, "save_pipeline", refused)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with pytest.raises(CheckpointError, match="q cannot be saved"):
+            cli._save(None, tmp_path / "q", overwrite=False)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_pipeline_that_fails_is_no_callable_of_the_users(self, float_folder, tmp_path, monkeypatch):
+        from diffusers import DDIMScheduler
+
+        def fails(*_, **__):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(DDIMScheduler, "step", fails)
+        message = refused("quantize", float_folder, "-r", "rtn-w8a8", "--out", tmp_path / "q", *FAST)
+        said = (
+            "DiTPipeline failed while it ran to calibrate: RuntimeError: out of memory. The option --debug shows where"
+        )
+        assert message == f"error: {said}\n"
+        assert list(tmp_path.iterdir()) == []
+
     def test_names_that_look_like_markup(self, float_folder, tmp_path):
         result = run("quantize", float_folder, "-r", "rtn-w8a8", "--measure", 0, "--out", tmp_path / "q[bold]", *FAST)
         assert result.exit_code == 0, result.output
@@ -310,6 +336,13 @@ class TestGenerate:
         kept = Path(re.search(r"The images are in (.*)", message)[1])
         assert sorted(path.name for path in kept.iterdir()) == ["000.png", "001.png"]
 
+    def test_a_pipeline_that_fails(self, float_folder, tmp_path):
+        message = refused("generate", float_folder, "-l", 1, "--steps", 1001, "--out", tmp_path / "x.png")
+        assert message.startswith("error: DiTPipeline failed while it ran: ValueError: `num_inference_steps`: 1001")
+        assert message.endswith("The option --debug shows where\n")
+        debugged = run("generate", float_folder, "-l", 1, "--steps", 1001, "--out", tmp_path / "x.png", "--debug")
+        assert isinstance(debugged.exception.__cause__, ValueError)
+
     def test_packages_must_be_allowed(self, quantized, tmp_path):
         target = shutil.copytree(quantized, tmp_path / "q")
         (target / "transformer" / "plan.json").rename(target / "transformer" / "package.json")
@@ -336,7 +369,16 @@ class TestReport:
         assert "device 'abacus' cannot be used" in refused("generate", quantized, "-l", 1, *out)
 
     def test_a_float_pipeline(self, float_folder):
-        assert "holds no plan.json" in refused("report", float_folder)
+        assert "holds no plan.json: no part of this pipeline is quantized" in refused("report", float_folder)
+
+    def test_a_package_is_named(self, quantized, tmp_path):
+        target = shutil.copytree(quantized, tmp_path / "q")
+        (target / "transformer" / "plan.json").rename(target / "transformer" / "package.json")
+        for folder in (target, target / "transformer"):
+            assert "holds a package, compiled ahead of time, which has no plan" in refused("report", folder)
+            assert "holds a package, compiled ahead of time, which has no plan" in refused("profile", folder)
+        message = refused("export", target, tmp_path / "again", "--aot")
+        assert "holds a package, which is compiled already; give what it was exported from" in message
 
     def test_debug_shows_the_traceback(self, tmp_path):
         result = run("report", tmp_path, "--debug")
@@ -370,6 +412,15 @@ class TestNamesFromFiles:
         printed = "".join(capsys.readouterr())
         assert printed.replace("\n", "").isprintable()
         assert "more characters" in printed
+
+
+@pytest.mark.parametrize("category", [PortabilityWarning, QualityWarning, SpeedWarning])
+def test_warnings_of_calls_are_shown_whoever_made_them(capsys, category):
+    """They name the line that called the model, which is one of torch or diffusers."""
+    with cli._quiet():
+        warnings.warn_explicit("far from float", category, "module.py", 1, module="torch.nn.modules.module")
+        warnings.warn_explicit("of no use to users", UserWarning, "module.py", 2, module="torch.nn.modules.module")
+    assert capsys.readouterr().err == "warning: far from float\n"
 
 
 class TestProfile:

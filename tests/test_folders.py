@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 from fxquant import folders
 from fxquant.errors import CheckpointError, WriteError
 from fxquant.files import refuse_to_replace
-from fxquant.folders import no_folder, prepare, whole_folder
+from fxquant.folders import check_writable, no_folder, prepare, whole_folder
 
 OLD, NEW = {"mark": "old", "tensors": "old"}, {"mark": "new", "tensors": "new"}
 
@@ -327,12 +328,49 @@ def test_places_where_no_folder_can_be(tmp_path: Path, place: str) -> None:
     assert names(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("place", ["a/../../q/x", "../a/../q", "q"])
+def test_trying_a_place_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    check_writable(Path(place))
+    assert (names(tmp_path), names(tmp_path / "here")) == (["here"], [])
+
+
+def test_files_that_cannot_be_read_are_not_blamed_on_the_folder(tmp_path: Path) -> None:
+    put(tmp_path / "source", OLD)
+    (tmp_path / "source" / "gone").symlink_to(tmp_path / "nowhere")
+    for read, said in (
+        (lambda _: (tmp_path / "nowhere").read_bytes(), r"/nowhere cannot be read: No such file"),
+        (lambda to: shutil.copytree(tmp_path / "source", to / "copy"), r"source/gone cannot be copied: .*No such file"),
+    ):
+        with pytest.raises(CheckpointError, match=said) as caught, whole_folder(tmp_path / "q", check(True)) as written:
+            read(written)
+        assert not isinstance(caught.value, WriteError)
+    with pytest.raises(WriteError, match="q cannot be written"), whole_folder(tmp_path / "q", check(True)) as written:
+        (written / "no" / "such" / "folder").touch()
+    assert names(tmp_path) == ["source"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(WriteError, match="q cannot be written: Permission denied"):
         prepare(tmp_path / "q", check(True))
     tmp_path.chmod(0o700)
+
+
+def test_a_parent_that_may_be_written_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def closed(path: Any, *rest: Any, **options: Any) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", closed)
+    put(tmp_path / "q", OLD)
+    save(tmp_path / "q")
+    assert (held(tmp_path / "q"), names(tmp_path)) == (NEW, ["q"])
 
 
 def test_the_longest_names(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, DropInError
 from fxquant.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 
@@ -135,6 +136,13 @@ def test_pickling_points_to_save(quantized: GraphModel, write: Any) -> None:
         write(quantized)
     with pytest.raises(ConfigurationError, match=r"cannot be pickled.*fxquant\.trace"):
         write(fxquant.trace(make_dit()))
+
+
+def test_it_is_not_pushed_to_the_hub(quantized: GraphModel, tmp_path: Path) -> None:
+    with pytest.raises(DropInError, match=r"no push_to_hub: write a checkpoint with fxquant\.save"):
+        quantized.save_pretrained(tmp_path / "q", push_to_hub=True)
+    assert not (tmp_path / "q").exists()
+    quantized.save_pretrained(tmp_path / "q", safe_serialization=True)  # As pipelines call it.
 
 
 def test_its_tensors_can_be_pickled(quantized: GraphModel) -> None:

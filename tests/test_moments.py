@@ -116,8 +116,7 @@ def test_squares_that_float32_does_not_hold(largest, tmp_path):
     exact = x.T @ x / len(x)
 
     def right(moments):
-        # Of what float32 sums, less than 1e-75 of the largest may be lost.
-        return torch.allclose(moments, exact, rtol=1e-3, atol=1e-75 * float(exact.max()))
+        return torch.allclose(moments, exact, rtol=1e-5, atol=0)
 
     both, turned = (copy.deepcopy(one) for one in (first, second))
     both.merge(second)
@@ -127,16 +126,13 @@ def test_squares_that_float32_does_not_hold(largest, tmp_path):
     both.save(tmp_path / "s")
     assert torch.equal(Statistics.load(tmp_path / "s")["a"].moments.of(), both["a"].moments.of())
     both.seal()
-    assert torch.allclose(
-        both["a"].moments.of().diagonal(), exact.diagonal(), rtol=1e-3, atol=1e-75 * float(exact.max())
-    )
+    assert torch.allclose(both["a"].moments.of().diagonal(), exact.diagonal(), rtol=1e-3, atol=0)
 
 
 def test_ordinary_moments_are_summed_as_they_are():
     moments = SecondMoments(6)
     moments.add(rows(20) * 1e9, 1.0)
-    assert moments.unit == 1
-    assert "moment_unit" not in dict(moments.tensors())
+    assert dict(moments.tensors())["moments"].dtype == torch.float32
     matrix = moments.of()
     assert within_float32(matrix) is matrix or float(within_float32(matrix).max()) <= 1
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import fxquant
@@ -137,6 +141,13 @@ def test_inputs_may_lie_in_memory_as_they_like(made: dict[str, Made], backend: s
         assert torch.equal(packaged(**odd).sample, packaged(**call).sample)
 
 
+def test_signs_that_are_not_in_memory(several: Made) -> None:
+    packaged, call = fxquant.load_package(several[1]), inputs()
+    lazy = {**call, "hidden_states": torch._neg_view(-call["hidden_states"])}
+    assert lazy["hidden_states"].is_neg()
+    assert torch.equal(packaged(**lazy).sample, packaged(**call).sample)
+
+
 def test_a_pipeline_takes_it(pipeline: Made) -> None:
     quantized, folder = pipeline
     expected, actual = make_pipeline(quantized), load_pipeline(folder, trust_packages=True)
@@ -172,6 +183,13 @@ def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 
+def test_it_has_no_training_mode(several: Made) -> None:
+    packaged = fxquant.load_package(several[1])
+    with pytest.raises(ConfigurationError, match="no training mode"):
+        packaged.train()
+    assert packaged.eval() is packaged
+
+
 def test_a_call_that_was_not_packaged(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(CaptureError) as caught:
@@ -193,12 +211,48 @@ def test_other_dtypes_and_devices(several: Made) -> None:
             move()
 
 
+@pytest.mark.parametrize(
+    ("move", "found"),
+    [
+        (lambda tensor: tensor.to("meta"), "on meta"),
+        (lambda tensor: tensor.to_sparse(), r"torch\.sparse_coo"),
+        (lambda tensor: FakeTensorMode().from_tensor(tensor), "fake"),
+    ],
+    ids=["meta", "sparse", "fake"],
+)
+def test_memory_that_compiled_code_cannot_read(several: Made, move: Callable[[Tensor], Tensor], found: str) -> None:
+    """It would read it all the same, and end the process."""
+    packaged, call = fxquant.load_package(several[1]), inputs()
+    with pytest.raises(ConfigurationError, match=f"input 'hidden_states' is {found}; .* dense tensors on the CPU"):
+        packaged(**{**call, "hidden_states": move(call["hidden_states"])})
+
+
 def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
     packaged = fxquant.load_package(several[1])
-    for save in (lambda: fxquant.save(packaged, tmp_path / "a"), lambda: packaged.save_pretrained(tmp_path / "a")):
+    for save in (
+        lambda: fxquant.save(packaged, tmp_path / "a"),
+        lambda: packaged.save_pretrained(tmp_path / "a"),
+        lambda: torch.save(packaged.state_dict(), tmp_path / "a"),
+    ):
         with pytest.raises(ConfigurationError):
             save()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
+def test_it_is_not_pickled(several: Made, write: Callable[[Any], Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot be pickled.*fxquant\.load_package\(folder\)"):
+        write(fxquant.load_package(several[1]))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_copies_run_the_same_code(several: Made, duplicate: Callable[[Any], Any]) -> None:
+    packaged = fxquant.load_package(several[1])
+    twin = duplicate(packaged)
+    expected = run(packaged)
+    del packaged
+    assert twin.config.num_layers == 1
+    assert torch.equal(run(twin), expected)
 
 
 def test_a_pipeline_does_not_leave_it_out(several: Made, tmp_path: Path) -> None:

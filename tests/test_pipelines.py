@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
     DiTPipeline,
+    ModelMixin,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -23,6 +24,7 @@ import fxquant
 from fxquant import pipelines
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.model import GraphModel
+from fxquant.packages import PackagedModel
 from fxquant.pipelines import calibration_call, generate, load_pipeline, save_pipeline, steps_watched
 from tests.tiny import make_dit, make_pipeline
 
@@ -52,6 +54,11 @@ class TestDropIn:
         assert isinstance(pipe.components["transformer"], GraphModel)
         assert pipe.dtype == torch.float32
         assert pipe.device == torch.device("cpu")
+
+    def test_other_pipelines_take_it_over(self, pipe):
+        """They drop what says that it is a ModelMixin and is of another class than they name."""
+        assert not isinstance(pipe.transformer, ModelMixin)
+        assert DiTPipeline.from_pipe(pipe).transformer is pipe.transformer
 
     def test_images_stay_close(self, pipe):
         # Untrained weights: what is compared is the whole pipeline's arithmetic, not the pictures.
@@ -127,6 +134,23 @@ class TestSaveAndLoad:
         (tmp_path / "plain").touch()
         modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
         assert modes == {(tmp_path / "plain").stat().st_mode}
+
+    def test_a_package_says_what_the_other_parts_compute_in(self, folder, tmp_path, monkeypatch):
+        target = shutil.copytree(folder, tmp_path / "target")
+        (target / "transformer" / "plan.json").rename(target / "transformer" / "package.json")
+        config = json.loads((target / "transformer" / "config.json").read_text())
+        info = {
+            "signature": [],
+            "dtype": "bfloat16",
+            "model_class": "diffusers:DiTTransformer2DModel",
+            "timestep": None,
+        }
+        package = PackagedModel(info, config, [], {})
+        monkeypatch.setattr(pipelines, "load_package", lambda _: package)
+        loaded = load_pipeline(target, trust_packages=True)
+        assert loaded.transformer is package
+        assert loaded.vae.dtype == torch.bfloat16
+        assert load_pipeline(target, trust_packages=True, torch_dtype=torch.float32).vae.dtype == torch.float32
 
     def test_what_is_no_pipeline_is_never_replaced(self, pipe, tmp_path):
         (tmp_path / "mine").write_text("precious")

@@ -42,6 +42,12 @@ def test_every_precision_prints_and_parses(weight: int, activation: int | None, 
         ("w16a8", "16 bits for weights"),
         ("w4a9", "9 bits for activations"),
         ("", "is no precision"),
+        ("w04a8", "'w04a8' is no precision; write w4a8$"),
+        ("w4a08", "write w4a8$"),
+        ("w4a016", "write w4a16$"),
+        ("w4a8-g064", "write w4a8-g64$"),
+        ("w4a8-g0", "write w4a8$"),
+        ("w\u0664a8", "write w4a8$"),
     ],
 )
 def test_what_is_no_precision(text: str, message: str) -> None:

@@ -42,6 +42,12 @@ def test_names_in_another_order(name: str) -> None:
         make_recipe(f"{name}-w4a8")
 
 
+@pytest.mark.parametrize(("name", "right"), [("rtn-w04a8", "w4a8"), ("ptq4dit-gptq-w4a16-g064", "w4a16-g64")])
+def test_another_spelling_of_a_precision(name: str, right: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"is no precision; write {right}$"):
+        make_recipe(name)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_rounding_is_a_choice_of_every_recipe(name: str) -> None:
     assert step(make_recipe(f"{name}-gptq-w4a8"), "quantize-linears").rounding is Rounding.GPTQ

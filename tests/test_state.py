@@ -137,3 +137,19 @@ def test_z_image_is_saved_and_loaded_and_takes_more_samples(full: bool, tmp_path
         found = z_image(quantized, **options)
         assert torch.equal(z_image(loaded, **options), found)
         torch.testing.assert_close(found, z_image(model, **options), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Both are deprecated, and still in use.
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_hooks_compute(norm: Any) -> None:
+    """Its last value stays in an attribute, with the gradient's way to what it was computed from."""
+    model = Rotary()
+    norm(model.blocks[0][0]).requires_grad_(True)
+    expected = model(*call())
+    assert not model.blocks[0][0].weight.is_leaf
+    traced = trace(model)
+    assert torch.equal(traced(*call()), expected)
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(*call()), measure=0)
+    assert list(quantized.plan.layers) == ["blocks.0.1"]
+    assert torch.allclose(quantized(*call()), expected, atol=0.05)
+    assert torch.equal(model(*call()), expected)

@@ -49,7 +49,7 @@ def call(seed: int = 0, **references: float) -> dict[str, Tensor]:
 
 
 def compiled(
-    model: nn.Module, *kinds: dict[str, float], recipe: str = "rtn-w8a8", **options: Any
+    model: nn.Module, *kinds: dict[str, float], recipe: str | fxquant.Recipe = "rtn-w8a8", **options: Any
 ) -> fxquant.GraphModel:
     def calibrate() -> None:
         for kind in kinds:
@@ -122,6 +122,55 @@ def test_float_activations_need_no_range_for_further_uses() -> None:
     model = Model().eval()
     quantized = compiled(model, SMALL, recipe="rtn-w8a16")
     assert error(quantized, model, **BOTH) < 0.05
+
+
+class Attentive(nn.Module):
+    """An attention that a reference makes run once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([SelfAttention()])
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, sample: Tensor, timestep: Tensor, before: Tensor | None = None) -> Tensor:
+        h = sample + torch.sin(timestep.float())[:, None, None]
+        for more in (0.0, *([] if before is None else [before])):
+            h = h + self.blocks[0](h + more)
+        return self.out(h)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 8) for _ in range(3))
+        self.o = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_an_attention_that_a_call_uses_less_often_is_refused_with_what_to_do() -> None:
+    model = Attentive().eval()
+    with pytest.raises(CalibrationError) as refused:
+        compiled(model, SMALL, layers="all")(**call())
+    told = str(refused.value)
+    assert "uses the attention 'blocks.0' once, the calls of the calibration twice, and each use has ranges" in told
+    assert "calibrate with calls of both kinds, or keep it float: assign-precision{overrides=" in told
+    overrides = told.partition("overrides=")[2].rstrip("}")
+    advised = fxquant.make_recipe("rtn-w8a8", "all").with_options("assign-precision", overrides=overrides)
+    for quantized in (compiled(model, SMALL, {}, layers="all"), compiled(model, SMALL, recipe=advised)):
+        assert max(error(quantized, model), error(quantized, model, **SMALL)) < 0.05
+
+
+def test_an_attention_that_a_call_uses_more_often_is_refused_with_what_to_do() -> None:
+    model = Attentive().eval()
+    expected = "'blocks.0' twice, the calls of the calibration once, so it is not known what ranges the further uses"
+    with pytest.raises(CalibrationError, match=expected):
+        compiled(model, {}, layers="all")(**call(**SMALL))
+    quantized = compiled(model, {}, SMALL, layers="all")
+    assert max(error(quantized, model), error(quantized, model, **SMALL)) < 0.05
 
 
 class Tied(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture import LAYER, drop_unread_tensors, get_tensor, set_tensor
+from fxquant.capture import LAYER, drop_unread_tensors, get_tensor, is_cast, parameter_of, set_tensor
 from fxquant.errors import CaptureError
 from fxquant.ir.histories import History, history_of
 
@@ -30,6 +30,9 @@ _PARAMETERS: dict[Any, tuple[int, ...]] = {
     aten.conv1d.default: (1, 2),
     aten.conv2d.default: (1, 2),
     aten.conv3d.default: (1, 2),
+    aten.conv1d.padding: (1, 2),
+    aten.conv2d.padding: (1, 2),
+    aten.conv3d.padding: (1, 2),
     aten.layer_norm.default: (2, 3),
     aten.rms_norm.default: (2,),
     aten.embedding.default: (0,),
@@ -37,7 +40,6 @@ _PARAMETERS: dict[Any, tuple[int, ...]] = {
 """Ops whose result scales and shifts with their parameters, and where these stand among the arguments."""
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
-_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 
 
 Histories = tuple[History | None, ...]
@@ -166,6 +168,8 @@ class SharedTensors:
             if not any(attributes):  # Nothing reads it any more.
                 continue
             needed, now = folds.get(node, Fold.none()), _form(module, attributes)
+            if now[1] != histories and node not in folds:  # Folded in by an op that is not known here.
+                continue
             forms = self.forms.get(histories, [])
             if any((form.names, form.histories) == now for form in forms):
                 continue
@@ -246,14 +250,13 @@ def read_stored(node: fx.Node, stored: Stored, rewriter: Rewriter) -> fx.Node:
 
 
 def _attribute(argument: Any) -> fx.Node | None:
-    while isinstance(argument, fx.Node) and argument.target in _CASTS and len(argument.users) == 1:
-        argument = argument.args[0]
-    return argument if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+    found = parameter_of(argument) if isinstance(argument, fx.Node) else None
+    return found if found is not None and found.op == "get_attr" else None
 
 
 def _is_read_as_value(attribute: fx.Node, user: fx.Node) -> bool:
     """Whether an op reads a parameter, through a cast or not, other than as its weight or bias."""
-    if user.target in _CASTS and len(user.users) == 1:
+    if is_cast(user) and len(user.users) == 1:
         return _is_read_as_value(attribute, next(iter(user.users)))
     return all(_attribute(parameter_at(user, position)) is not attribute for position in positions_of(user))
 

@@ -67,6 +67,12 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
+class Entry(Schema):
+    """Base of schemas of what becomes one object: entries that it does not have are refused by name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 def check(schema: type[S], data: Any, what: str) -> S:
     """Compare JSON values with a schema.
 
@@ -84,6 +90,8 @@ def check(schema: type[S], data: Any, what: str) -> S:
         first = error.errors(include_url=False, include_context=False)[0]
         place = _place(first["loc"], data)
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            raise CheckpointError(f"{what} makes no sense{place}: there is no such entry; check its spelling") from None
         missing = first["type"] == "missing"
         found = "" if missing or place == "" else f", not {_shown(first['input'])}"
         raise CheckpointError(f"{what} makes no sense{place}: {reason[:1].lower()}{reason[1:]}{found}") from None

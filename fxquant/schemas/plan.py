@@ -12,6 +12,7 @@ from fxquant.schemas.common import (
     Bits,
     Count,
     Digest,
+    Entry,
     Finite,
     FloatDtypeName,
     Name,
@@ -26,7 +27,7 @@ Side = Literal["q", "k", "v"]
 Bound = Finite | Annotated[list[Finite], Field(fail_fast=True, min_length=1, max_length=10_001)]
 
 
-class Range(Schema):
+class Range(Entry):
     """An :class:`fxquant.plan.ActivationRange`."""
 
     low: Bound
@@ -45,18 +46,27 @@ class Range(Schema):
         return self
 
 
-class Change(Schema):
-    """An :class:`fxquant.plan.Balance` or an :class:`fxquant.plan.Shift`."""
+class Balance(Entry):
+    """A :class:`fxquant.plan.Balance`."""
 
     cost: Name
     into: list[Text] = Field(default_factory=list)
     channels: Size = 0
-    balanced: bool = False
     group: Name | None = None
     reason: Text | None = None
 
 
-class Groups(Schema):
+class Shift(Entry):
+    """A :class:`fxquant.plan.Shift`."""
+
+    cost: Name
+    into: list[Text] = Field(default_factory=list)
+    channels: Size = 0
+    reason: Text | None = None
+    balanced: bool = False
+
+
+class Groups(Entry):
     """An :class:`fxquant.plan.TimestepGroups`."""
 
     boundaries: Ascending
@@ -66,7 +76,7 @@ class Groups(Schema):
     reason: Text | None = None
 
 
-class Layer(Schema):
+class Layer(Entry):
     """An :class:`fxquant.plan.LayerPlan`."""
 
     kind: Name
@@ -77,8 +87,8 @@ class Layer(Schema):
     group_size: Size = 0
     observed: Name | None = None
     activation: Range | None = None
-    balance: Change | None = None
-    shift: Change | None = None
+    balance: Balance | None = None
+    shift: Shift | None = None
     spread: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     weight_sqnr_db: float | None = None
     activation_sqnr_db: float | None = None
@@ -93,7 +103,7 @@ class Layer(Schema):
         return self
 
 
-class Attention(Schema):
+class Attention(Entry):
     """An :class:`fxquant.plan.AttentionPlan`."""
 
     bits: Bits | None

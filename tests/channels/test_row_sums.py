@@ -132,6 +132,22 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Tensor | None, str]] = {
     "by hand, dropout": (by_hand(lambda p: F.dropout(p, 0.3, True)), None, "drops out some of its probabilities"),
     "by hand, over the queries": (by_hand(axis=-2), None, "matrix product"),
     "by hand, rounded": (by_hand(lambda p: (p * 4).to(torch.int64).to(torch.float64)), None, "matrix product"),
+    "by hand, rounded to 8 bits": (by_hand(lambda p: p.to(torch.float8_e4m3fn).to(p.dtype)), None, "matrix product"),
+    "one probability for several keys": (
+        lambda m, q, k, v, mask: torch.einsum("bhij,bhjd->bhid", (q @ k[:, :, :1].mT).softmax(-1), v),
+        None,
+        "matrix product",
+    ),
+    "no key that all see": (
+        attention(lambda m, mask: torch.cat([mask, torch.ones(mask.shape[0], 0, dtype=torch.bool)], 1)[:, None, None]),
+        BOOL,
+        "a row whose keys are all masked",
+    ),
+    "numbers that integers round to 0": (
+        attention(lambda m, mask: torch.full((T, S), 0.5).to(torch.int64).to(torch.bool)),
+        None,
+        "a row whose keys are all masked",
+    ),
     "by hand, masked afterwards": (by_hand(lambda p: p.masked_fill(p < 0.2, 0.0)), None, "matrix product"),
     "by hand, not divided by the sum": (by_hand(lambda p: p.exp()), None, "matrix product"),
     "dropout behind": (

@@ -386,6 +386,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
     ),
     "a shift of a dropout in training": (lambda m, x: F.dropout(m.a(x), 0.5, True) + 1, "dropout in training mode"),
     "rounded to integers": (lambda m, x: m.a(x).to(torch.int64).to(torch.float64), "not floating-point"),
+    "rounded to 8 bits": (lambda m, x: m.a(x).to(torch.float8_e4m3fn).to(torch.float64), "rounds to 8 bits"),
     "the largest channels": (lambda m, x: m.a(x).topk(C)[0], "topk has no channel rule"),
     "a grid": (lambda m, x: torch.meshgrid(m.row, m.rows[0], indexing="ij")[1], "meshgrid"),
 }

@@ -178,7 +178,7 @@ def _mask(b: Builder, r: Random, samples: int, keys: int) -> fx.Node | None:
     kind = r.randint(0, 9)
     if kind == 0:
         return b.parameter(1, keys)
-    if b.mask is None or kind > 6 or keys > shape(b.mask)[1]:
+    if b.mask is None or kind > 6 or samples > shape(b.mask)[0] or keys > shape(b.mask)[1]:
         return None
     given = b.mask
     if samples < shape(given)[0]:  # What is the same for all samples has a batch of 1.
@@ -248,18 +248,27 @@ def product(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def convolution(b: Builder, r: Random, x: fx.Node) -> None:
-    """Along one axis to three, in groups, of an input without a batch, and its output as tokens again."""
+    """Along one axis to three, in groups, of an input without a batch, padded by numbers or by a word, with steps."""
     axes, unbatched = r.randint(1, 3), r.random() < 1 / 4
     while len(shape(x)) < axes + 2 - unbatched:
         x = b.call(aten.unsqueeze.default, x, -1)
     axes = len(shape(x)) - 1 if unbatched and len(shape(x)) <= 4 else min(len(shape(x)) - 2, 3)
-    channels = shape(x)[-axes - 1]
-    op = [aten.conv1d, aten.conv2d, aten.conv3d][axes - 1].default
+    channels, sizes = shape(x)[-axes - 1], shape(x)[-axes:]
     groups = 2 if channels % 2 == 0 and r.random() < 1 / 4 else 1
-    weight = b.parameter(4, channels // groups, *[1] * (axes - 1), min(2, shape(x)[-1]))
+    op = [aten.conv1d, aten.conv2d, aten.conv3d][axes - 1]
+    word = r.choice(["same", "valid", None, None])
+    padding = [r.randint(0, 1) if word is None else 0 for _ in sizes]
+    dilation = [r.randint(1, 3) for _ in sizes]
+    stride = [1 if word == "same" else r.randint(1, 3) for _ in sizes]
+    most = [3 if word == "same" else 1 + (size + 2 * own - 1) // step
+            for size, own, step in zip(sizes, padding, dilation, strict=True)]  # fmt: skip
+    weight = b.parameter(4, channels // groups, *(r.randint(1, min(3, largest)) for largest in most))
     bias = b.parameter(4) if r.random() < 1 / 2 else None
-    y = b.call(op, x, weight, bias, [1] * axes, [0] * axes, [1] * axes, groups)
-    if len(shape(x)) == axes + 2 and r.random() < 1 / 2:
+    if word is None:
+        y = b.call(op.default, x, weight, bias, stride, padding, dilation, groups)
+    else:
+        y = b.call(op.padding, x, weight, bias, stride, word, dilation, groups)
+    if len(shape(x)) == axes + 2 and r.random() < 1 / 2:  # As tokens again.
         b.linear(b.call(aten.transpose.int, b.call(aten.flatten.using_ints, y, 2, -1), 1, 2), 4)
 
 

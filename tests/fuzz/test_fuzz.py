@@ -22,9 +22,6 @@ SHARD = 500
 
 NOT_GENERATED: dict[Any, str] = {
     torch.ops.fxquant.channel_affine.default: "only passes make it, and others then meet it",
-    torch.ops.aten.conv1d.padding: "the rule of conv1d.default; proved in tests/channels/test_rules.py",
-    torch.ops.aten.conv2d.padding: "the rule of conv2d.default; proved in tests/channels/test_rules.py",
-    torch.ops.aten.conv3d.padding: "the rule of conv3d.default; proved in tests/channels/test_rules.py",
 }
 """Keys of the rule tables that no graph has, and why."""
 

@@ -122,7 +122,9 @@ def _kept(folder: Path, name: str) -> Path | None:
             if path.is_file() and not path.is_symlink() and path.stem == f"{name}-{digest(path)}":
                 return path
             logger.warning("%s is damaged and will be compiled again", path)
-            path.unlink()
+            path.unlink(missing_ok=True)
+        except FileNotFoundError:  # Another process has removed it.
+            continue
         except OSError as error:
             raise BuildError(f"{path} cannot be read ({error}); remove it, or set FXQUANT_CACHE") from error
     return None
@@ -162,10 +164,10 @@ def _run(*command: str | Path) -> None:
 
 
 def _digest(compiler: str) -> str:
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for part in _identity(compiler):
-        digest.update(part.encode())
-    return digest.hexdigest()[:16]
+        found.update(part.encode())
+    return found.hexdigest()[:16]
 
 
 def _identity(compiler: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from fxquant.capture import parameter_of
 from fxquant.channels.rules.table import argument, node_of, rule, shape_of, tied
 from fxquant.channels.wants import Barrier, End, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
@@ -57,21 +58,6 @@ def are_parameters(node: fx.Node, *positions: int) -> bool:
         return False
     given = (node.args[position] if len(node.args) > position else None for position in positions)
     return all(argument is None or parameter_of(node_of(argument)).op == "get_attr" for argument in given)
-
-
-def parameter_of(node: fx.Node) -> fx.Node:
-    """What a node casts to another dtype or device, if that is all that it does: no rounding to integers or 8 bits."""
-    while node.target in _CASTS and len(node.users) == 1 and _is_real(node) and _is_real(node_of(node.args[0])):
-        node = node_of(node.args[0])
-    return node
-
-
-def _is_real(node: fx.Node) -> bool:
-    dtype = node.meta["val"].dtype
-    return bool(dtype.is_floating_point and dtype.itemsize > 1)
-
-
-_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 
 
 def layer_of(node: fx.Node) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxquant.capture import is_wide_float
 from fxquant.channels.layouts import compress, embed, reshape_back, static, stretch
 from fxquant.channels.rules.row_sums import drops_out
 from fxquant.channels.rules.table import (
@@ -45,6 +46,8 @@ def same(node: fx.Node, want: Want) -> Outcome:
     """to, clone, contiguous, alias: the same."""
     if not source_of(node).meta["val"].is_floating_point():
         return Barrier("the value is not floating-point before this cast")
+    if not is_wide_float(node) or not is_wide_float(source_of(node)):
+        return Barrier(f"{op_name(node)} rounds to 8 bits")
     return Push([(source_of(node), want)])
 
 

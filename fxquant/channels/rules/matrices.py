@@ -108,6 +108,9 @@ def einsum_drops(operands: list[fx.Node], letters: list[str]) -> str | None:
     summed = {*left, *right} - set(result)
     if summed != {left[-1:]} or left[-1:] not in right or not set(result) <= {*left, *right}:
         return "a constant shift cannot pass a matrix product"
+    keys = shape_of(operands[1])[right.index(left[-1])]
+    if str(shape_of(operands[0])[-1]) != str(keys):  # One probability stands for all keys.
+        return "a constant shift cannot pass a matrix product"
     return product_drops(operands[0])
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.capture import is_wide_float
+from fxquant.channels.layouts import static
 from fxquant.channels.rules.table import argument, axis_of, node_of, op_name, shape_of
 
 aten = torch.ops.aten
@@ -53,7 +55,7 @@ def product_drops(left: fx.Node) -> str | None:
     while left.target in (*_CASTS, aten.dropout.default):
         if drops_out(left):
             return "attention drops out some of its probabilities, so a constant shift cannot pass it"
-        if not left.meta["val"].is_floating_point():
+        if not is_wide_float(left):
             break
         left = node_of(left.args[0])
     over = argument(left, 1, "dim") if left.target in _SOFTMAX else None
@@ -69,6 +71,8 @@ def drops_out(node: fx.Node) -> bool:
 
 def _sees(mask: fx.Node, axis: int) -> bool:
     """Whether there is a key along an axis, wherever one looks, that the mask surely lets through."""
+    if static(shape_of(mask)[axis]) == 0:
+        return False
     bounds = _bounds(mask)
     if bounds is not None and _lets_through(bounds, mask.meta["val"].dtype):
         return True
@@ -113,6 +117,8 @@ def _bounds(node: fx.Node) -> Interval | None:
     if value.dtype == torch.bool:
         return found
     limits: Any = torch.finfo(value.dtype) if value.is_floating_point() else torch.iinfo(value.dtype)
+    if found is not None and not value.is_floating_point():
+        found = math.trunc(found[0]), math.trunc(found[1])  # As casts to integers round.
     if found is not None and limits.min <= found[0] and found[1] <= limits.max:
         return found
     return None if value.is_floating_point() else (float(limits.min), float(limits.max))  # Integers wrap around.

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxquant.capture import parameter_of
 from fxquant.channels.rules import matrices
-from fxquant.channels.rules.ends import are_parameters, layer_of, parameter_of
+from fxquant.channels.rules.ends import are_parameters, layer_of
 from fxquant.channels.rules.layout import same
 from fxquant.channels.rules.row_sums import attention_drops, drops_out, product_drops
 from fxquant.channels.rules.table import (

@@ -64,6 +64,22 @@ def test_a_damaged_library_is_compiled_again(
     assert "is damaged and will be compiled again" in caplog.text
 
 
+def test_a_damaged_library_that_another_process_removes_first(
+    compiled: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build._library()
+    path.write_bytes(b"damaged")
+    digest = build.digest
+
+    def late(of: Path) -> str:
+        path.unlink(missing_ok=True)
+        return digest(of)
+
+    monkeypatch.setattr(build, "digest", late)
+    assert build._library().read_bytes() == b"library"
+    assert len(compiled) == 2
+
+
 def test_a_library_without_a_digest_is_not_loaded(compiled: list[Path]) -> None:
     folder = build.kernel_folder()
     for name in ("native-0123.so", "native-0123-planted.so"):
