@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,12 @@ def check_headers(plan: Plan, headers: Mapping[str, Header]) -> None:
             # A layer that runs several times may have its weight in several precisions.
             fitting.setdefault(f"{name.partition('@')[0]}.weight_{part}", set()).add(shape)
     for name, shapes in fitting.items():
-        if f"{name}_2" in headers:  # The name was the model's own, and the stored weight has a number.
-            continue
-        if name in headers and headers[name].shape not in shapes:
+        # Where the model has a tensor of that name, or a layer runs in two precisions, further ones are numbered.
+        numbered = takewhile(headers.__contains__, (f"{name}_{number}" for number in count(2)))
+        found = [other for other in (name, *numbered) if other in headers]
+        if found and not any(headers[other].shape in shapes for other in found):
             raise CheckpointError(
-                f"tensor {name!r} has shape {headers[name].shape}, and by the plan it has {min(shapes)}; "
+                f"tensor {found[-1]!r} has shape {headers[found[-1]].shape}, and by the plan it has {min(shapes)}; "
                 "the two belong to different models"
             )
 

@@ -260,8 +260,8 @@ class Architecture:
         return closed
 
     def _capture_call(self, call: CallSpec, leaves: Sequence[Any], device: torch.device) -> CapturedGraph:
-        names, numbers = call.names, {n: leaf for n, leaf in zip(call.names, leaves, strict=True) if n in call.numbers}
-        reason, closest = None, None
+        numbers = {n: leaf for n, leaf in zip(call.names, leaves, strict=True) if n in call.numbers}
+        reason = None
         without_lists = call.with_lists_fixed(leaves, self.timestep)
         for spec in [call] if without_lists == call else [call, without_lists]:
             if not spec.batched:
@@ -273,13 +273,11 @@ class Architecture:
                 continue
             if captured.static_batch is None:
                 return captured
-            if captured.call.fits(names, leaves, call.structure):
-                closest = captured
             reason = reason or captured.static_batch
-        if closest is not None:
-            return closest
         if reason is not None:
             log.info("the batch cannot be left open: %s", reason)
+        # Traced anew even if the batch was fixed at the right size: loading knows that from the start, and sizes that
+        # are open at first leave other ops in the graph.
         fixed = call.at_batch(call.batch_size(leaves), reason)
         try:
             return self.capture_spec(fixed, device, numbers)

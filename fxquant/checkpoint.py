@@ -127,12 +127,8 @@ def why_not_rebuilt(model: GraphModel) -> str | None:
             difference = _other_kept(read_tensors(again.module), dict(kept_tensors(skeleton)))
             if difference is not None:
                 return difference
-            if again.code == captured.code:
-                continue
-            # It may have been captured with an open batch that turned out to be fixed: then other ops that do nothing.
-            anew = model.architecture.capture_spec(captured.call, model.device)
-            if again.code != anew.code:
-                return _first_difference(anew, again)
+            if again.code != captured.code:
+                return _first_difference(captured, again)
     except CaptureError as error:
         return f"what they give cannot be traced: {error.reason}"
     except CheckpointError as error:
@@ -189,7 +185,7 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
     data["dtype"] = dtype_name(model.dtype)
     data["dtypes"] = {name: dtype_name(dtype) for name, dtype in _other_dtypes(model).items()}
     data["infinite"] = infinite_in(tensors)
-    data["graphs"] = [captured.digest for captured in model.lasting]
+    data["digests"] = [captured.digest for captured in model.lasting]
     data["made_with"] = _versions()
     if difference is not None:
         data["needs_model"] = difference
@@ -284,12 +280,13 @@ def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) 
     Raises:
         CheckpointError: If they differ, and the versions of what traced them do not.
     """
-    recorded, made_with = data.get("graphs"), data.get("made_with")
+    # Earlier files have graphs of one batch size as they were traced with an open one, with ops that do nothing.
+    before = data.get("digests") is None
+    recorded, made_with = data.get("graphs" if before else "digests"), data.get("made_with")
     if not recorded:
         return
-    # A graph of one batch size may have been traced with an open one at first: then it has other ops that do nothing.
     pairs = zip(quantized.captured, recorded, strict=False)
-    alike = all(captured.digest == digest for captured, digest in pairs if captured.static_batch is None)
+    alike = all(captured.digest == digest or (before and captured.static_batch) for captured, digest in pairs)
     if alike and len(recorded) == len(quantized.captured):
         return
     if model is None and made_with == _versions():

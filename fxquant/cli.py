@@ -181,10 +181,12 @@ def quantize(
     ] = "fake-quant",
     layers: Annotated[
         Layers,
-        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: only they; all: every layer."),
+        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: blocks alone; all: every layer."),
     ] = Layers.default,
     device: Device = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="What is not quantized computes in it.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype in which everything computes that is not quantized.")
+    ] = Dtype.float32,
     samples: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Samples to calibrate with.", rich_help_panel="Sampling")
     ] = 32,
@@ -193,7 +195,7 @@ def quantize(
     guidance: Guidance = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file with a prompt a line, for text pipelines.", rich_help_panel="Sampling"),
+        typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
     ] = None,
     measure: Annotated[
         int, typer.Option(min=0, help="Calibration calls on which the output error is measured; 0 for none.")
@@ -279,17 +281,28 @@ def quantize(
 
 @contextmanager
 def _blaming_the_pipeline(pipe: Any) -> Iterator[None]:
-    """Where calibration fails over an error of the pipeline, say so: on the command line nobody wrote a callable."""
+    """Say that the pipeline failed where it did; on the command line nobody wrote a callable that could be mended.
+
+    Raises:
+        CalibrationError: If it failed while it ran to calibrate.
+        FxquantError: If it failed otherwise.
+    """
     try:
         yield
     except CalibrationError as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, FxquantError):
             raise
-        raise CalibrationError(
-            f"{type(pipe).__name__} failed while it ran to calibrate: {type(cause).__name__}: {cause}. The option "
-            "--debug shows where"
-        ) from error
+        raise CalibrationError(_failure(pipe, "ran to calibrate", cause)) from error
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise FxquantError(_failure(pipe, "ran", error)) from error
+
+
+def _failure(pipe: Any, doing: str, error: BaseException) -> str:
+    reason = f"{type(error).__name__}: {error}".rstrip(".")
+    return f"{type(pipe).__name__} failed while it {doing}: {reason}. The option --debug shows where"
 
 
 def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
@@ -408,7 +421,7 @@ def generate(
     steps: Steps = 25,
     seed: Seed = 0,
     guidance: Guidance = None,
-    columns: Annotated[int | None, typer.Option(min=1, help="Images a row of the grid.")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Images per row of the grid.")] = None,
     device: Device = "cpu",
     allow_packages: Annotated[
         bool,
@@ -432,7 +445,7 @@ def generate(
         with _progress() as progress:
             count = len(wanted or lines or ())
             task = progress.add_task(f"generate: {count} images", total=pipelines.num_batches(count) * steps)
-            with pipelines.steps_watched(pipe, lambda: progress.advance(task)):
+            with pipelines.steps_watched(pipe, lambda: progress.advance(task)), _blaming_the_pipeline(pipe):
                 images = pipelines.generate(
                     pipe, steps=steps, seed=seed, guidance=guidance, prompts=lines, labels=wanted
                 )
@@ -536,7 +549,7 @@ def _read_prompts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from None
     if not lines:
-        raise ConfigurationError(f"--prompts {path} is empty; write a prompt a line")
+        raise ConfigurationError(f"--prompts {path} is empty; write one prompt per line")
     return lines
 
 
@@ -554,7 +567,10 @@ _EXPORT_EXAMPLES = """[bold]Examples[/]
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that what is compiled goes to.")],
-    aot: Annotated[bool, typer.Option("--aot", help="Compile ahead of time, with AOTInductor; the only form.")] = False,
+    aot: Annotated[
+        bool,
+        typer.Option("--aot", help="Compile ahead of time, with AOTInductor. Required, for there is no other form."),
+    ] = False,
     backend: Annotated[
         str | None, typer.Option("--backend", "-b", help="What runs it, if not what it was quantized for.")
     ] = None,
@@ -563,7 +579,7 @@ def export(
 ) -> None:
     """Compile a quantized model for this machine, to load in a second and run without tracing anything.
 
-    The result is a program: give it to nobody, and take it from nobody, without trust. Needs a C++ compiler.
+    The result is a program, which runs when it is loaded: load only those from people you trust. Needs a C++ compiler.
     """
     if not aot:
         raise ConfigurationError("what export writes is compiled ahead of time; say so with --aot")
@@ -592,7 +608,7 @@ _REPORT_EXAMPLES = """[bold]Examples[/]
 @app.command(epilog=_REPORT_EXAMPLES, no_args_is_help=True)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
-    every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Name the kernels of this device, such as cuda.")
     ] = None,
@@ -638,7 +654,7 @@ def profile(
         bool, typer.Option("--float/--no-float", help="Run the float architecture beside it, with random weights.")
     ] = True,
     top: Annotated[int, typer.Option(min=1, help="Rows to show, the heaviest.")] = 20,
-    every: Annotated[bool, typer.Option("--all", help="One row a layer, repeated blocks too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
     debug: Debug = False,
 ) -> None:

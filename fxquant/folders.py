@@ -217,7 +217,8 @@ class _Scratch:
             raise WriteError(
                 f"what was written cannot take its place, and is in {kept} instead: {error}", kept=kept
             ) from error
-        _force(self.folder.parent)
+        with suppress(PermissionError):  # Of a parent that may be written and not read.
+            _force(self.folder.parent)
 
     def _place(self, check: Check) -> None:
         for _ in range(_TRIES):
@@ -342,7 +343,8 @@ class _Lock:
 
         Args:
             path: The folder.
-            certain: Whether a lock will not do that holds nobody off, as where the file system has none.
+            certain: Return None also where the system or the file system has no locks. Otherwise the lock that is
+                returned there keeps no other process away.
 
         Returns:
             None if somebody else has locked it, or if it is gone.

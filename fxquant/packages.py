@@ -2,8 +2,8 @@
 
 A package is a folder: ``package.json`` says how the model is called and holds the digests of all files, ``config.json``
 is the model's config, ``model.safetensors`` the tensors, once for all graphs, and each ``graph-<n>.pt2`` is the machine
-code of one graph, to which the tensors are inputs. The code runs on loading, in this process: **a package is a program,
-and is to be had from people you trust**. Digests find damage; they are no signature.
+code of one graph, to which the tensors are inputs. The code runs on loading, in this process: **a package is a program:
+load only those from people you trust**. Digests find damage; they are no signature.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fxquant import compiling as _compiling  # noqa: F401  (registers an op)
@@ -75,8 +76,8 @@ class PackagedGraph:
     @torch.no_grad()
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """The model's output for the leaves of a call that fits."""
-        # Compiled code reads memory as it lay when it was compiled: in order.
-        inputs = [tensor.contiguous() for tensor in self.call.inputs(leaves)]
+        # Compiled code reads memory as it lay when it was compiled: in order, with its signs.
+        inputs = [tensor.resolve_conj().resolve_neg().contiguous() for tensor in self.call.inputs(leaves)]
         found = self._loader.boxed_run([*inputs, *self._tensors])
         return pytree.tree_unflatten(with_nans(self.call, inputs, found), self.out_spec)
 
@@ -164,6 +165,23 @@ class PackagedModel(nn.Module):
                 raise
             return hand_on(self.skeleton(), name, self)
 
+    def train(self, mode: bool = True) -> PackagedModel:
+        """Refuse the training mode, as what was packaged does.
+
+        Raises:
+            ConfigurationError: If ``mode`` is true.
+        """
+        if mode:
+            raise ConfigurationError("a packaged model has no training mode. Train the float model and compile that")
+        super().train(False)
+        return self
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        raise ConfigurationError(
+            "a packaged model has no state dict: its tensors are inputs of machine code. Copy its folder, or take the "
+            "state dict of the checkpoint that it was exported from"
+        )
+
     def __copy__(self) -> PackagedModel:
         return PackagedModel(self.info, self._config, self._graphs, self._headers)
 
@@ -191,6 +209,7 @@ def _forward(self: PackagedModel, *args: Any, **kwargs: Any) -> Any:
     names, leaves, structure = canonical_call(self._signature, args, kwargs, self.info["timestep"])
     for graph in self._graphs:
         if graph.call.fits(names, leaves, structure):
+            _refuse_unreadable(names, leaves)
             return graph(leaves)
     packaged = "".join(f"\n  {call}" for call in self.calls)
     here = describe_call(names, leaves, structure)
@@ -199,6 +218,24 @@ def _forward(self: PackagedModel, *args: Any, **kwargs: Any) -> Any:
         f"this call fits no graph of the package: {here}\nPackaged are{packaged}\n"
         "Make a call like this one while you calibrate, or with the quantized model before you export it."
     )
+
+
+def _refuse_unreadable(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Refuse tensors whose memory compiled code cannot read, and that it would read all the same.
+
+    Raises:
+        ConfigurationError: Names the input.
+    """
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            continue
+        fake, plain = isinstance(leaf, FakeTensor), leaf.layout is torch.strided
+        if leaf.device.type != "cpu" or fake or not plain:
+            found = f"on {leaf.device}" if leaf.device.type != "cpu" else "fake" if fake else str(leaf.layout)
+            raise ConfigurationError(
+                f"input {name!r} is {found}; a packaged model reads dense tensors on the CPU. Move it there, or "
+                "use the checkpoint that it was exported from"
+            )
 
 
 def load_package(folder: str | Path) -> PackagedModel:

@@ -383,6 +383,10 @@ def checkpoint_folder(folder: str | Path) -> Path:
                 f"{folder} holds a package, compiled ahead of time, which has no plan; give the folder that it was "
                 "exported from"
             )
+        if (folder / INDEX_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} holds no {PLAN_FILE}: no part of this pipeline is quantized; see fxquant quantize"
+            )
         raise CheckpointError(f"{folder} holds no {PLAN_FILE}: it is not what fxquant wrote, or not all of it")
     if len(found) > 1:
         raise CheckpointError(f"{folder} holds several quantized models; name one: {', '.join(map(str, found))}")

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
-from fxquant import files
+from fxquant import checkpoint, files
 from fxquant.errors import CheckpointError, ConfigurationError, QualityWarning, UnknownNameError, WriteError
 from fxquant.model import GraphModel
 from fxquant.plan import FORMAT
@@ -472,6 +472,19 @@ def test_a_layer_that_the_plan_does_not_know(folder: Path) -> None:
     assert "calibrate" not in str(caught.value)
 
 
+@pytest.mark.parametrize("further", [0, 1, 2])
+def test_codes_of_another_size_than_the_plan_says_are_found_before_the_model_is_built(
+    folder: Path, further: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where tensors are numbered, as they are where a model has one of that name itself."""
+    name = f"{TO_Q}.weight_packed"
+    names = [name, *(f"{name}_{number + 2}" for number in range(further))]
+    forge(folder, lambda tensors: tensors.update({name: torch.zeros(3, 5, dtype=torch.uint8) for name in names}))
+    monkeypatch.setattr(checkpoint, "_architecture", None)
+    with pytest.raises(CheckpointError, match=rf"tensor '{names[-1]}' has shape \(3, 5\), and by the plan it has"):
+        fxquant.load(folder)
+
+
 def test_a_range_that_the_plan_does_not_hold(folder: Path) -> None:
     sign(folder, lambda data: data["layers"][TO_Q].update(activation=None))
     with pytest.raises(CheckpointError, match=r"plan\.json: the plan does not hold what was decided") as caught:
@@ -482,12 +495,12 @@ def test_a_range_that_the_plan_does_not_hold(folder: Path) -> None:
 def test_a_model_whose_code_has_changed(folder: Path) -> None:
     def older(data: dict[str, Any]) -> None:
         data["made_with"] = {"torch": "2.0", "diffusers": "0.1"}
-        data["graphs"] = ["0"]
+        data["digests"] = ["0"]
 
     sign(folder, older)
     with pytest.warns(QualityWarning, match=r"computes something else.*diffusers 0\.1"):
         fxquant.load(folder)
-    for key in ("made_with", "graphs", "infinite"):  # As checkpoints were before.
+    for key in ("made_with", "digests", "infinite"):  # As checkpoints were before.
         sign(folder, lambda data, key=key: data.pop(key))
     fxquant.load(folder)
 

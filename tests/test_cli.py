@@ -336,6 +336,13 @@ class TestGenerate:
         kept = Path(re.search(r"The images are in (.*)", message)[1])
         assert sorted(path.name for path in kept.iterdir()) == ["000.png", "001.png"]
 
+    def test_a_pipeline_that_fails(self, float_folder, tmp_path):
+        message = refused("generate", float_folder, "-l", 1, "--steps", 1001, "--out", tmp_path / "x.png")
+        assert message.startswith("error: DiTPipeline failed while it ran: ValueError: `num_inference_steps`: 1001")
+        assert message.endswith("The option --debug shows where\n")
+        debugged = run("generate", float_folder, "-l", 1, "--steps", 1001, "--out", tmp_path / "x.png", "--debug")
+        assert isinstance(debugged.exception.__cause__, ValueError)
+
     def test_packages_must_be_allowed(self, quantized, tmp_path):
         target = shutil.copytree(quantized, tmp_path / "q")
         (target / "transformer" / "plan.json").rename(target / "transformer" / "package.json")
@@ -362,7 +369,7 @@ class TestReport:
         assert "device 'abacus' cannot be used" in refused("generate", quantized, "-l", 1, *out)
 
     def test_a_float_pipeline(self, float_folder):
-        assert "holds no plan.json" in refused("report", float_folder)
+        assert "holds no plan.json: no part of this pipeline is quantized" in refused("report", float_folder)
 
     def test_a_package_is_named(self, quantized, tmp_path):
         target = shutil.copytree(quantized, tmp_path / "q")

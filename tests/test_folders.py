@@ -359,6 +359,20 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
 
 
+def test_a_parent_that_may_be_written_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def closed(path: Any, *rest: Any, **options: Any) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", closed)
+    put(tmp_path / "q", OLD)
+    save(tmp_path / "q")
+    assert (held(tmp_path / "q"), names(tmp_path)) == (NEW, ["q"])
+
+
 def test_the_longest_names(tmp_path: Path) -> None:
     for name in ("é" * 127, "x" * 255, "x" * 254 + "y"):
         save(tmp_path / name, OLD)

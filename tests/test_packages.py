@@ -18,6 +18,7 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import fxquant
@@ -140,6 +141,13 @@ def test_inputs_may_lie_in_memory_as_they_like(made: dict[str, Made], backend: s
         assert torch.equal(packaged(**odd).sample, packaged(**call).sample)
 
 
+def test_signs_that_are_not_in_memory(several: Made) -> None:
+    packaged, call = fxquant.load_package(several[1]), inputs()
+    lazy = {**call, "hidden_states": torch._neg_view(-call["hidden_states"])}
+    assert lazy["hidden_states"].is_neg()
+    assert torch.equal(packaged(**lazy).sample, packaged(**call).sample)
+
+
 def test_a_pipeline_takes_it(pipeline: Made) -> None:
     quantized, folder = pipeline
     expected, actual = make_pipeline(quantized), load_pipeline(folder, trust_packages=True)
@@ -175,6 +183,13 @@ def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 
+def test_it_has_no_training_mode(several: Made) -> None:
+    packaged = fxquant.load_package(several[1])
+    with pytest.raises(ConfigurationError, match="no training mode"):
+        packaged.train()
+    assert packaged.eval() is packaged
+
+
 def test_a_call_that_was_not_packaged(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(CaptureError) as caught:
@@ -196,9 +211,29 @@ def test_other_dtypes_and_devices(several: Made) -> None:
             move()
 
 
+@pytest.mark.parametrize(
+    ("move", "found"),
+    [
+        (lambda tensor: tensor.to("meta"), "on meta"),
+        (lambda tensor: tensor.to_sparse(), r"torch\.sparse_coo"),
+        (lambda tensor: FakeTensorMode().from_tensor(tensor), "fake"),
+    ],
+    ids=["meta", "sparse", "fake"],
+)
+def test_memory_that_compiled_code_cannot_read(several: Made, move: Callable[[Tensor], Tensor], found: str) -> None:
+    """It would read it all the same, and end the process."""
+    packaged, call = fxquant.load_package(several[1]), inputs()
+    with pytest.raises(ConfigurationError, match=f"input 'hidden_states' is {found}; .* dense tensors on the CPU"):
+        packaged(**{**call, "hidden_states": move(call["hidden_states"])})
+
+
 def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
     packaged = fxquant.load_package(several[1])
-    for save in (lambda: fxquant.save(packaged, tmp_path / "a"), lambda: packaged.save_pretrained(tmp_path / "a")):
+    for save in (
+        lambda: fxquant.save(packaged, tmp_path / "a"),
+        lambda: packaged.save_pretrained(tmp_path / "a"),
+        lambda: torch.save(packaged.state_dict(), tmp_path / "a"),
+    ):
         with pytest.raises(ConfigurationError):
             save()
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
     DiTPipeline,
+    ModelMixin,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -53,6 +54,11 @@ class TestDropIn:
         assert isinstance(pipe.components["transformer"], GraphModel)
         assert pipe.dtype == torch.float32
         assert pipe.device == torch.device("cpu")
+
+    def test_other_pipelines_take_it_over(self, pipe):
+        """They drop what says that it is a ModelMixin and is of another class than they name."""
+        assert not isinstance(pipe.transformer, ModelMixin)
+        assert DiTPipeline.from_pipe(pipe).transformer is pipe.transformer
 
     def test_images_stay_close(self, pipe):
         # Untrained weights: what is compared is the whole pipeline's arithmetic, not the pictures.

@@ -19,7 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.errors import CheckpointError, ConfigurationError, PortabilityWarning
+from fxquant.errors import CheckpointError, ConfigurationError, PortabilityWarning, QualityWarning
 from fxquant.model import GraphModel
 from fxquant.rebuilding import obstacle
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -343,3 +343,31 @@ def test_a_table_of_another_dtype_than_the_class_makes(tmp_path: Path) -> None:
     model.turns = model.turns.to(torch.complex128)
     with pytest.raises(CheckpointError, match=r"tensor 'turns' is complex128\[4\], and its class makes complex64\[4\]"):
         fxquant.save(compiled(model), tmp_path / "model")
+
+
+# --- graphs of one batch size ---
+
+
+class Fixed(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A model whose graph serves one batch size, and whose function depends on its config."""
+
+    @register_to_config
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.factor = nn.Linear(8, 8), factor
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.proj(x).reshape(2, 8) * self.factor + timestep[:, None]
+
+
+def test_a_graph_of_one_batch_size_is_compared_on_loading(tmp_path: Path) -> None:
+    quantized = compiled(Fixed().eval())
+    assert quantized.captured[0].static_batch
+    fxquant.save(quantized, tmp_path / "model")
+    loaded = fxquant.load(tmp_path / "model", model=Fixed)
+    assert loaded.captured[0].digest == quantized.captured[0].digest
+    assert torch.equal(loaded(X, T), quantized(X, T))
+    other = Fixed(2.0).eval()
+    with pytest.warns(QualityWarning, match="computes something else than when it was quantized"):
+        fxquant.load(tmp_path / "model", model=other)

@@ -167,6 +167,7 @@ class CheckpointFile(PlanFile):
     dtypes: Annotated[dict[Name, FloatDtypeName], Field(max_length=100_000)]
     needs_model: Text | None = None
     infinite: list[Name] | None = None
-    graphs: list[Name | None] | None = None
+    digests: list[Name | None] | None = None
+    graphs: list[Name | None] | None = None  # The same in files of before; see fxquant.checkpoint.
     made_with: dict[Name, Name] | None = None
     files: dict[Name, Digest]
