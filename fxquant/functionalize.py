@@ -58,26 +58,33 @@ def functionalize(graph: fx.Graph, mode: FakeTensorMode) -> bool:
 
 
 def refuse_shared_lists(graph: fx.Graph) -> None:
-    """Refuse ops that write into a list of tensors of which two are parts of one (``torch._foreach_mul_([y, y], 2)``).
+    """Refuse ops that write into a list of tensors, one after the other, where an earlier write matters to a later one.
 
-    PyTorch makes values of such a write as if each tensor of the list stood alone, and so loses all but one of them.
+    Two of the tensors may be parts of one (``torch._foreach_mul_([y, y], 2)``), or a tensor is read after it was
+    written (``torch._foreach_copy_([x, y], [y, x])``). PyTorch makes values of such writes as if all happened at once.
 
     Raises:
         CaptureError: Names the op and the module that calls it.
     """
     for node in filter(writes, graph.nodes):
-        written = [
-            value
+        lists = [
+            ([_memory(part) if isinstance(part, fx.Node) else None for part in value], argument.is_write)
             for value, argument in zip(node.args, node.target._schema.arguments, strict=False)
-            if argument.is_write and isinstance(value, (list, tuple))
+            if isinstance(value, (list, tuple))
         ]
-        memories = [_memory(part) for parts in written for part in parts]
-        if len(set(memories)) < len(memories):
-            path = next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()) if path), "")
-            raise CaptureError(
-                f"{_name(node)} in {path or 'the model'} writes into a list of tensors of which two share memory, "
-                "which tracing would get wrong; write into them one after the other, in a loop"
-            )
+        written = [memory for memories, is_write in lists if is_write for memory in memories]
+        read = [pair for memories, is_write in lists if not is_write for pair in enumerate(memories)]
+        if len(set(written)) < len(written):
+            what = "writes into a list of tensors of which two share memory"
+        elif any(memory in written[:number] for number, memory in read if memory is not None):
+            what = "reads a tensor of a list after it has written into it"
+        else:
+            continue
+        path = next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values()) if path), "")
+        raise CaptureError(
+            f"{_name(node)} in {path or 'the model'} {what}, which tracing would get wrong; write into the tensors one "
+            "after the other, in a loop"
+        )
 
 
 class _Walk:

@@ -15,7 +15,7 @@ from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Seed
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
-from fxquant.plan import Balance, Plan, Shift
+from fxquant.plan import Balance, LayerPlan, Plan, Shift
 from fxquant.precision import ROLES
 
 
@@ -152,10 +152,15 @@ def follow(decision: Literal["balance", "shift"], layers: Sequence[Sequence[str]
                 layer.shift = Shift(cost="not", reason=reason)
 
 
+def is_transformed(layer: LayerPlan, roles: Sequence[str]) -> bool:
+    """Whether a layer is a linear of one of these roles, whatever it is rounded to."""
+    return layer.kind == "linear" and layer.role in roles
+
+
 def is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:
     """Whether a linear is one to transform: it has one of these roles, and its weight is quantized."""
     layer = plan.layer(node.meta[LAYER])
-    if layer.role not in roles or layer.weight_bits is None:
+    if not is_transformed(layer, roles) or layer.weight_bits is None:
         return False
     # A plan may be older than the balancing of linears of float activations: where it says nothing, they stay.
     decided = (layer.balance, layer.shift, layer.timesteps) != (None, None, None)

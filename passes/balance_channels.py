@@ -25,6 +25,7 @@ from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import (
     follow,
     is_target,
+    is_transformed,
     parse_cost,
     parse_roles,
     parts_of,
@@ -117,8 +118,7 @@ class BalanceChannels(Pass):
         parse_cost(self.dearest)
 
     def wants_statistics(self, layer: LayerPlan) -> bool:
-        """Those of all linears that it transforms: rounding weights alone needs it as much."""
-        return layer.kind == "linear" and layer.role in self.roles.split("+")
+        return is_transformed(layer, self.roles.split("+"))
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")

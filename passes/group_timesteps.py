@@ -16,7 +16,7 @@ from fxquant.evidence import evidence
 from fxquant.grouping import best_segments, check_groups, cut, merge_neighbours
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._seeds import parse_cost, parse_roles, seeds_to_transform, targets_of
+from fxquant.passes._seeds import is_transformed, parse_cost, parse_roles, seeds_to_transform, targets_of
 from fxquant.pipeline import Pass, Tier, register_pass
 from fxquant.plan import LayerPlan, Plan, TimestepGroups
 from fxquant.timesteps import boundaries_between, timestep_input, unfit
@@ -66,8 +66,7 @@ class GroupTimesteps(Pass):
             raise ConfigurationError(f"{self.name}: {self.groups} groups of timesteps are not possible")
 
     def wants_statistics(self, layer: LayerPlan) -> bool:
-        """Those of all linears that it transforms: rounding weights alone needs it as much."""
-        return layer.kind == "linear" and layer.role in self.roles.split("+")
+        return is_transformed(layer, self.roles.split("+"))
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")

@@ -165,6 +165,19 @@ def test_a_list_of_parts_of_one_tensor_is_refused(body: Body) -> None:
         captured(model)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, timestep: torch._foreach_add_([y := x + 1, z := x * 2], [x, y]) or z,
+        lambda x, timestep: torch._foreach_mul_([y := x + 1, z := x * 2], [z, y[:, :]]) or z,
+    ],
+)
+def test_a_list_that_reads_what_it_has_written_is_refused(body: Body) -> None:
+    model = Writes(body).eval().requires_grad_(False)
+    with pytest.raises(CaptureError, match=r"aten::_foreach_\w+_ in .*after it has written into it.*in a loop"):
+        captured(model)
+
+
 def test_before_and_after() -> None:
     def body(x: Tensor, timestep: Tensor) -> Tensor:
         y = torch.zeros_like(x)

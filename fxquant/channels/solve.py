@@ -581,8 +581,11 @@ def _with_tokens(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "placeholder":
             has_tokens = len(shape_of(node)) >= 3
         else:
-            reads_shape = str(getattr(node.target, "_name", "")).startswith(_SHAPE_READERS)
-            has_tokens = not reads_shape and any(source in found for source in node.all_input_nodes)
+            name = str(getattr(node.target, "_name", ""))
+            read = [] if name.startswith(_SHAPE_READERS) else node.all_input_nodes
+            if name == "aten::type_as":  # Of the second, the dtype.
+                read = read[:1]
+            has_tokens = any(source in found for source in read)
         if has_tokens:
             found.add(node)
     return found

@@ -5,14 +5,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from torch import fx
-
-if TYPE_CHECKING:
-    pass
 
 Indices = npt.NDArray[np.int64]
 Offsets = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.channels.solve import Seed, Solution, readers_of, solve
 from fxquant.channels.wants import Cost, Want
-from tests.support import captured, layer_node, nodes_of, seeds_at
+from tests.support import absorb, captured, layer_node, nodes_of, seeds_at
 
 C = 4
 
@@ -148,3 +148,28 @@ def test_a_seed_on_another_axis() -> None:
 def test_costs_read_as_words() -> None:
     assert [str(cost) for cost in Cost] == ["free", "vector", "tokens", "not"]
     assert Want.identity(3).trivial
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_is_cast_to_the_dtype_of_tokens_has_no_tokens(cast: bool) -> None:
+    """As Wan has it: one vector for all blocks, cast as the text is. Each block has factors of its own."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.vector, self.first, self.second = nn.Linear(C, 2 * C), nn.Linear(C, C), nn.Linear(C, C)
+            self.tables = nn.ParameterList([nn.Parameter(torch.randn(1, 2, C)) for _ in range(2)])
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            vector = self.vector(t)
+            vector = (vector.type_as(x) if cast else vector).unflatten(1, (2, C))
+            for table, last in zip(self.tables, (self.first, self.second), strict=True):
+                scale, shift = (table + vector).chunk(2, dim=1)
+                x = x + last(F.layer_norm(x, (C,)) * (1 + scale) + shift)
+            return x
+
+    result = absorb(Blocks(), x=torch.randn(2, 3, C).double(), t=torch.randn(2, C).double(), at=("first", "second"))
+    assert result.error < 1e-12
+    assert [grant.cost for grant in result.grants.values()] == [Cost.VECTOR, Cost.VECTOR]
+    assert result.groups == [["first"], ["second"]]
