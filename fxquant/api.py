@@ -36,7 +36,7 @@ from fxquant.errors import (
     PortabilityWarning,
     QualityWarning,
 )
-from fxquant.fidelity import Original
+from fxquant.fidelity import Original, example
 from fxquant.hooks import refuse_hooks
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.shared import SharedTensors
@@ -240,8 +240,9 @@ def _replay(
     _warn_if_not_rebuilt(model, plan.timestep)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(model), plan, _further_graph(recipe, backend), backend)
-    device = _device_of(model)
+    device, original = _device_of(model), Original(model, plan.timestep)
     for call in plan.calls:
+        original.warm(example(call, device), call.structure, architecture)
         captured = architecture.capture_spec(call, device)
         bind(captured.module, weights)
         try:

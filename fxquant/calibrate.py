@@ -174,7 +174,7 @@ class Calibration:
                 f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
             )
         if self.original is not None:
-            self.original.warm(leaves, structure)
+            self.original.warm(leaves, structure, self.architecture)
         captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
         if self.original is not None:

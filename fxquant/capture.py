@@ -42,7 +42,7 @@ from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
-from fxquant.state import detached, kept, plain_objects, replace_tensors, tensors_kept
+from fxquant.state import detached, holders, kept, plain_objects, replace_tensors, tensors_kept
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -667,7 +667,7 @@ def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor],
     for name, tensor in kept_tensors(model):
         if id(tensor) not in made:  # One that several attributes hold stays one tensor.
             made[id(tensor)] = change(name, tensor)
-    for holder in (*model.modules(), *(kept_object for _, kept_object in plain_objects(model))):
+    for _, holder in holders(model):
         replace_tensors(holder, lambda tensor: made.get(id(tensor), tensor))
 
 

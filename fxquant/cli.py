@@ -46,6 +46,7 @@ _ERROR = 2
 _INTERRUPTED = 130  # What shells report after Ctrl-C.
 _LINE = 4000  # Characters of a line that reach the terminal.
 _IMAGES = 10_000  # At most, of one command.
+_OURS = ("model_index.json", "plan.json", "package.json")  # Folders of pipelines, checkpoints and packages have these.
 
 out = Console()
 err = Console(stderr=True)
@@ -453,7 +454,7 @@ def generate(
         _write_images(images, out_path, columns)
     except (OSError, ValueError) as error:
         _rescue_images(images, out_path, error)
-    err.print(Text(f"{len(images)} images in {out_path}"))
+    err.print(Text(f"{len(images)} image{'s' if len(images) > 1 else ''} in {out_path}"))
 
 
 def _rescue_images(images: Sequence[Any], path: Path, error: Exception) -> NoReturn:
@@ -481,11 +482,15 @@ def _check_image_path(path: Path) -> None:
             Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
         except (KeyError, OSError, ValueError) as error:
             raise ConfigurationError(f"{path.suffix} holds no such images ({error}); write --out grid.png") from None
-    check_writable(path.parent if path.suffix else path)
+    place = path.parent if path.suffix else path
+    check_writable(place)
     if path.suffix and path.is_dir():
         raise ConfigurationError(f"{path} is a folder; give another name")
     if not path.suffix and path.is_file():
         raise ConfigurationError(f"{path} is a file; give a folder, or a name such as grid.png")
+    held = next((name for name in _OURS if (place / name).exists()), None)
+    if held is not None:
+        raise ConfigurationError(f"{place} holds a model ({held}); give another folder for the images")
 
 
 def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> None:

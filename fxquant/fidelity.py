@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.caches import Caches, Places, put
 from fxquant.calls import CallSpec, TensorSpec
-from fxquant.capture import CapturedGraph, read_tensors, weights_and_buffers
+from fxquant.capture import Architecture, CapturedGraph, read_tensors, weights_and_buffers
 from fxquant.errors import CaptureError
-from fxquant.state import OWN, detached
+from fxquant.state import OWN, detached, frozen, is_equal
 from fxquant.threads import without_autocast
 
 log = logging.getLogger(__name__)
 
 _OWN = OWN - {"_buffers"}
-_DEEP = 4  # Objects within objects whose attributes are looked at.
+_EXAMPLE_BATCH = 2
 _MISSING = object()
 
 State = dict[tuple[str, str], Any]
@@ -46,9 +46,10 @@ class Original:
     def __init__(self, model: nn.Module, timestep: str | None) -> None:
         self._model = _twin(model)
         self._weights = _places(model)
+        self._caches: Caches | None = None
         self._timestep = timestep
 
-    def warm(self, leaves: Sequence[Any], structure: Any) -> None:
+    def warm(self, leaves: Sequence[Any], structure: Any, architecture: Architecture | None = None) -> None:
         """Run a call once before it is traced.
 
         Tables that the code keeps outside of the model, in ``functools.lru_cache`` or a global, are then filled with
@@ -57,15 +58,26 @@ class Original:
         Args:
             leaves: The leaves of the call.
             structure: What holds their numbers.
+            architecture: Has its caches emptied that the call fills again; see :mod:`fxquant.caches`.
         """
         if _places(self._model) != self._weights:  # Moved or converted since; such a call is none of the model's.
             return
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
-        with _alike(device):
-            try:
-                _call(_twin(self._model), leaves, structure)
-            except Exception as error:  # The capture fails over it too, and says where.
-                log.info("the model does not take the call: %s", error)
+
+        def run(change: Places) -> tuple[nn.Module, list[Any]]:
+            model = _twin(self._model)
+            put(model, change)
+            with _alike(device):
+                return model, pytree.tree_leaves(_call(model, leaves, structure))
+
+        try:
+            called, output = run({})
+            if architecture is not None:
+                if self._caches is None:
+                    self._caches = Caches(self._model, architecture.skeleton, self._timestep)
+                self._caches.empty(called, output, run)
+        except Exception as error:  # The capture fails over it too, and says where.
+            log.info("the model does not take the call: %s", error)
 
     def compare(self, captured: CapturedGraph, leaves: Sequence[Any], structure: Any) -> None:
         """Compare a graph that has its weights with the model.
@@ -118,6 +130,24 @@ class Original:
         with _alike(device):
             actual = captured.module(*captured.inputs(tried))
         return _difference(type(self._model).__name__, captured, model, pytree.tree_leaves(expected), actual)
+
+
+def example(call: CallSpec, device: torch.device) -> list[Any]:
+    """The leaves of a call that a spec describes; what it leaves open is drawn, or 0 for numbers and integers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def value(name: str, spec: TensorSpec) -> Any:
+        if name in call.held:
+            return call.held[name].to(device)
+        if spec.number:
+            zero = 0.0 if spec.dtype.is_floating_point else 0
+            return zero if spec.values is None else spec.values[0]
+        shape = spec.concrete(_EXAMPLE_BATCH)
+        drawn = torch.rand(shape, generator=generator) if spec.dtype.is_floating_point else torch.zeros(shape)
+        return drawn.to(device, spec.dtype)
+
+    given = zip(call.names, call.leaves, strict=True)
+    return [value(name, leaf) if isinstance(leaf, TensorSpec) else leaf for name, leaf in given]
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -247,61 +277,13 @@ def _state(model: nn.Module) -> State:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _OWN:
-                found[path, name] = _frozen(value)
+                found[path, name] = frozen(value)
     return found
-
-
-def _frozen(value: Any, depth: int = 0) -> Any:
-    """A value that later changes of an attribute do not reach, to compare with."""
-    if isinstance(value, Tensor):
-        return value if isinstance(value, nn.Parameter) else value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else _Same(value)
-    if isinstance(value, nn.Module) or depth > _DEEP:
-        return _Same(value)
-    if isinstance(value, Mapping):
-        return {key: _frozen(leaf, depth + 1) for key, leaf in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [type(value).__name__, *(_frozen(leaf, depth + 1) for leaf in value)]
-    if isinstance(value, (int, float, complex, str, bytes, type(None))):
-        return value
-    if type(value).__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict):
-        return [_Same(type(value)), _frozen(vars(value), depth + 1)]  # An attention processor, say.
-    return _Same(value)
-
-
-class _Same:
-    """Equal to what holds the very same object, or an equal one that cannot change, such as a device."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same) or type(other.value) is not type(self.value):
-            return False
-        return other.value is self.value or (type(self.value).__hash__ is not None and other.value == self.value)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _changed(before: State, after: State) -> list[tuple[str, str]]:
     keys = [*before, *(key for key in after if key not in before)]
-    return [key for key in keys if not _is_equal(before.get(key, _MISSING), after.get(key, _MISSING))]
-
-
-def _is_equal(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        alike = (left.shape, left.dtype, left.device) == (right.shape, right.dtype, right.device)
-        return left is right or (
-            alike and bool(torch.eq(left, right).logical_or(left.ne(left) & right.ne(right)).all())
-        )
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_is_equal(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(_is_equal, left, right))
-    return bool(left == right)
+    return [key for key in keys if not is_equal(before.get(key, _MISSING), after.get(key, _MISSING))]
 
 
 @contextmanager

@@ -18,12 +18,17 @@ from fxquant.errors import CheckpointError
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """A model's config as plain dicts and lists, without where it was read from; empty if it is not a mapping."""
+    """A model's config as plain dicts and lists, without where it was read from; empty if it is not a mapping.
+
+    Nor with diffusers' list of values for which ``from_config`` takes the defaults of the class, whatever they are by
+    then: it names what was given to the constructor without a keyword as well.
+    """
     config = getattr(model, "config", None)
     if not isinstance(config, Mapping):
         return {}
     found: dict[str, Any] = _plain(config)
-    found.pop("_name_or_path", None)  # A path on this machine.
+    for key in ("_name_or_path", "_use_default_values"):  # The first is a path on this machine.
+        found.pop(key, None)
     return found
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -44,6 +46,12 @@ def plain_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 here = name if leaf is value else f"{name}_{number}"
                 yield here.removeprefix("."), leaf
                 found += [(f"{here}.{key}", inner, depth + 1) for key, inner in attributes(leaf).items()]
+
+
+def holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What has attributes: the modules of a model and the plain objects that they keep, by name."""
+    yield from model.named_modules()
+    yield from plain_objects(model)
 
 
 def tensors_kept(holder: Any) -> Iterator[tuple[str, int | None, Tensor]]:
@@ -115,3 +123,52 @@ def _is_same(now: list[Any], was: list[Any]) -> bool:
         return [id(part) for item in items for part in (item if isinstance(item, tuple) else (item,))]
 
     return parts(now) == parts(was)
+
+
+def frozen(value: Any, depth: int = 0) -> Any:
+    """A value that later changes of an attribute do not reach, to compare with."""
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else _Same(value)
+    if isinstance(value, nn.Module) or depth > _DEEP:
+        return _Same(value)
+    if isinstance(value, Mapping):
+        return {key: frozen(leaf, depth + 1) for key, leaf in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [type(value).__name__, *(frozen(leaf, depth + 1) for leaf in value)]
+    if isinstance(value, (int, float, complex, str, bytes, type(None))):
+        return value
+    if type(value).__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict):
+        return [_Same(type(value)), frozen(vars(value), depth + 1)]  # An attention processor, say.
+    return _Same(value)
+
+
+class _Same:
+    """Equal to what holds the very same object, or an equal one that cannot change, such as a device."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or type(other.value) is not type(self.value):
+            return False
+        return other.value is self.value or (type(self.value).__hash__ is not None and other.value == self.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def is_equal(left: Any, right: Any) -> bool:
+    """Whether what :func:`frozen` made of two values is the same, tensors to the bit and NaN equal to NaN."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        alike = (left.shape, left.dtype, left.device) == (right.shape, right.dtype, right.device)
+        return left is right or (
+            alike and bool(torch.eq(left, right).logical_or(left.ne(left) & right.ne(right)).all())
+        )
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(is_equal(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(is_equal, left, right))
+    return bool(left == right)

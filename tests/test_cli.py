@@ -319,6 +319,14 @@ class TestGenerate:
         assert message in refused("generate", tmp_path / "nowhere", "-l", 1, "--out", tmp_path / out)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
+    def test_no_images_among_the_files_of_a_model(self, quantized):
+        before = sorted(quantized.rglob("*"))
+        for folder, held in ((quantized, "model_index.json"), (quantized / "transformer", "plan.json")):
+            for out in (folder, folder / "grid.png"):
+                message = refused("generate", quantized, "-l", 1, "--steps", 1, "--out", out)
+                assert f"{folder} holds a model ({held}); give another folder for the images" in message
+        assert sorted(quantized.rglob("*")) == before
+
     def test_images_that_cannot_be_written_are_kept(self, float_folder, tmp_path, monkeypatch):
         replace = Path.replace
 

@@ -371,3 +371,9 @@ def test_a_graph_of_one_batch_size_is_compared_on_loading(tmp_path: Path) -> Non
     other = Fixed(2.0).eval()
     with pytest.warns(QualityWarning, match="computes something else than when it was quantized"):
         fxquant.load(tmp_path / "model", model=other)
+
+
+def test_arguments_without_keywords(tmp_path: Path) -> None:
+    quantized = compiled(Fixed(2.0).eval())
+    fxquant.save(quantized, tmp_path / "model")
+    assert torch.equal(fxquant.load(tmp_path / "model", model=Fixed)(X, T), quantized(X, T))

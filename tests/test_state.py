@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.api import trace
-from fxquant.errors import CheckpointError
 from fxquant.state import kept, plain_objects
 
 
@@ -121,35 +120,16 @@ def z_image(model: nn.Module, batch: int = 1, prompt: int = 6, step: float = 0.5
 
 @pytest.mark.parametrize("full", [False, True])
 def test_z_image_is_saved_and_loaded_and_takes_more_samples(full: bool, tmp_path: Path) -> None:
-    """One whose cache a call has filled is another model than its class makes, and takes the model to be loaded."""
+    """Also one whose cache a call has filled, which its class makes empty."""
     model = make_z_image()
     if full:
         z_image(model)
     quantized = fxquant.compile(
         model, recipe="rtn-w8a8", timestep="t", calibrate=lambda: [z_image(model, step=step) for step in (0.9, 0.1)]
     )
-    if full:
-        with pytest.raises(CheckpointError, match="a cache that a call has filled"):
-            fxquant.save(quantized, tmp_path / "q")
-    fxquant.save(quantized, tmp_path / "q", needs_model=full)
-    loaded = fxquant.load(tmp_path / "q", model=model if full else None)
+    fxquant.save(quantized, tmp_path / "q")
+    loaded = fxquant.load(tmp_path / "q")
     for options in ({"prompt": 6}, {"batch": 2, "prompt": 40}):
         found = z_image(quantized, **options)
         assert torch.equal(z_image(loaded, **options), found)
         torch.testing.assert_close(found, z_image(model, **options), rtol=0.1, atol=0.1)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # Both are deprecated, and still in use.
-@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_a_weight_that_hooks_compute(norm: Any) -> None:
-    """Its last value stays in an attribute, with the gradient's way to what it was computed from."""
-    model = Rotary()
-    norm(model.blocks[0][0]).requires_grad_(True)
-    expected = model(*call())
-    assert not model.blocks[0][0].weight.is_leaf
-    traced = trace(model)
-    assert torch.equal(traced(*call()), expected)
-    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(*call()), measure=0)
-    assert list(quantized.plan.layers) == ["blocks.0.1"]
-    assert torch.allclose(quantized(*call()), expected, atol=0.05)
-    assert torch.equal(model(*call()), expected)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.calibrate import copy_graph
 from fxquant.capture import read_tensors, set_tensor
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.ir.ops import recording
 from fxquant.ir.stages import Stage
 from fxquant.observers import Statistics
@@ -137,6 +137,8 @@ def calibrated(b: Builder, before: str) -> Plan:
                 observed(*b.inputs(step))
     except CalibrationError as refusal:
         raise SenselessError("not all that is observed has the batch in front") from refusal
+    except NonFiniteError as refusal:
+        raise SenselessError("a linear reads what float32 cannot hold") from refusal
     return plan
 
 

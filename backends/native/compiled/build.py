@@ -63,11 +63,18 @@ def _loaded() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    named = os.environ.get("FXQUANT_CACHE")
+    """Where compiled kernels are kept.
+
+    Raises:
+        BuildError: If the user has no home, as in some containers, and nothing else is named.
+    """
+    named, cache = os.environ.get("FXQUANT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxquant"
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "fxquant"
+    except RuntimeError as error:
+        raise BuildError("there is no home folder to keep the kernels in; set FXQUANT_CACHE to a folder") from error
 
 
 def kernel_folder() -> Path:

@@ -120,3 +120,15 @@ def test_a_folder_that_cannot_be_made(compiled: list[Path], tmp_path: Path) -> N
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(build.BuildError, match=r"cannot be kept in .*FXQUANT_CACHE"):
         build._library()
+
+
+def test_a_user_without_a_home(compiled: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert build._library().exists()  # FXQUANT_CACHE is named.
+    for name in ("FXQUANT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(build.BuildError, match=r"no home folder.*FXQUANT_CACHE"):
+        build._library()
