@@ -433,7 +433,13 @@ class Architecture:
             refuse_shared_lists(exported.graph)
             regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
             if regions or not functionalize(exported.graph, _fake_mode(program.graph)):
-                program = program.run_decompositions({})
+                try:
+                    program = program.run_decompositions({})
+                except RuntimeError as error:  # It writes into a tensor that the model keeps as an attribute.
+                    raise CaptureError(
+                        f"{type(self.skeleton).__name__} writes into a tensor in a way that cannot be traced "
+                        f"({str(error).splitlines()[0]}); let it work on a copy, and keep no state between calls"
+                    ) from error
                 exported = program.module(check_guards=False)
             if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
                 raise CaptureError(

@@ -52,7 +52,7 @@ from fxquant.files import (
     write_tensors,
 )
 from fxquant.folders import mention_leftovers, no_folder, whole_folder
-from fxquant.model import GraphModel
+from fxquant.model import GraphModel, quantized_model
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
 from fxquant.rebuilding import class_of, config_text, is_rebuilt, rebuilt
@@ -88,8 +88,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs
         WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
             there stays.
     """
-    if not isinstance(model, GraphModel) or model.plan is None:
-        raise ConfigurationError(f"save takes a model that fxquant.compile made, not a {type(model).__name__}")
+    model, plan = quantized_model(model, "save")
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
         difference = why_not_rebuilt(model)
         if difference is not None and not needs_model:
@@ -98,7 +97,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs
                 f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
                 "needs_model=True) and read it with fxquant.load(folder, model=...), given the float model"
             )
-        _write(model, model.plan, written, difference)
+        _write(model, plan, written, difference)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

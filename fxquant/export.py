@@ -29,7 +29,7 @@ from fxquant.checkpoint import load
 from fxquant.errors import BackendError, CheckpointError, CompilerError, ConfigurationError
 from fxquant.files import digest, digest_of, dtype_name, write_tensors
 from fxquant.folders import prepare, whole_folder
-from fxquant.model import GraphModel
+from fxquant.model import GraphModel, quantized_model
 from fxquant.packages import (
     CONFIG_FILE,
     FORMAT,
@@ -90,13 +90,12 @@ def export_aot(
         CompilerError: If there is no C++ compiler, or it fails.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files.
     """
-    if not isinstance(model, GraphModel) or model.plan is None:
-        raise ConfigurationError(f"export_aot takes a model that fxquant.compile made, not a {type(model).__name__}")
+    model, plan = quantized_model(model, "export_aot")
     folder = Path(folder).resolve()
     if model.device.type != "cpu":
         raise BackendError(f"packages run on the CPU, and this model is on {model.device}; move it: model.to('cpu')")
     require_compiler()
-    runner = model.backend or resolve_backend(model.plan.backend)
+    runner = model.backend or resolve_backend(plan.backend)
     seconds = []
     with whole_folder(folder, lambda path: packages.refuse_existing(path, overwrite)) as written:
         entries = []

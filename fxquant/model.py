@@ -373,6 +373,27 @@ def _refuse_streaming(name: str, value: Any) -> None:
             )
 
 
+def quantized_model(model: Any, taker: str) -> tuple[GraphModel, Plan]:
+    """A quantized model that was given to a function, without ``torch.compile`` around it, and its plan.
+
+    Args:
+        model: What was given.
+        taker: The function, for the message.
+
+    Raises:
+        ConfigurationError: If it is none.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, GraphModel):
+        raise ConfigurationError(f"{taker} takes a model that fxquant.compile made, not a {type(model).__name__}")
+    if model.plan is None:
+        raise ConfigurationError(
+            f"{taker} takes a model that fxquant.compile made; this one was traced by fxquant.trace, and is not "
+            "quantized"
+        )
+    return model, model.plan
+
+
 def let_pipelines_save(kind: type[nn.Module]) -> None:
     """Enter a class in the table by which diffusers finds how the components of a pipeline are saved and loaded.
 

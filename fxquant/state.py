@@ -79,7 +79,7 @@ def detached(model: nn.Module) -> dict[int, Tensor]:
     in a cache may be one.
     """
     held = (value for part in _containers(model) for value in (part.values() if isinstance(part, dict) else part))
-    return {id(value): value.detach() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
 
 
 @contextmanager

@@ -138,6 +138,18 @@ def test_pickling_points_to_save(quantized: GraphModel, write: Any) -> None:
         write(fxquant.trace(make_dit()))
 
 
+def test_a_compiled_one_is_saved_as_it_is(quantized: GraphModel, tmp_path: Path) -> None:
+    fxquant.save(torch.compile(quantized), tmp_path / "compiled")
+    fxquant.save(quantized, tmp_path / "plain")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("compiled", "plain")]
+    assert files[0] == files[1]
+    for write in (fxquant.save, fxquant.export_aot):
+        with pytest.raises(ConfigurationError, match=r"traced by fxquant\.trace, and is not quantized"):
+            write(fxquant.trace(make_dit()), tmp_path / "traced")
+        with pytest.raises(ConfigurationError, match="not a DiTTransformer2DModel"):
+            write(make_dit(), tmp_path / "float")
+
+
 def test_it_is_not_pushed_to_the_hub(quantized: GraphModel, tmp_path: Path) -> None:
     with pytest.raises(DropInError, match=r"no push_to_hub: write a checkpoint with fxquant\.save"):
         quantized.save_pretrained(tmp_path / "q", push_to_hub=True)

@@ -38,6 +38,8 @@ class Choices:
         self.text_reads = r.choice(["own norm", "first norm", "first norm"])
         self.side = r.choice([None, "linear", "residual", "gelu"])  # What else reads the first norm, if it is asked to.
         self.bias = r.random() < 1 / 2
+        self.mix = r.choice([None, None, "same", 1])  # Padding of a convolution before q, k and v.
+        self.places = r.random() < 1 / 3  # A parameter for each token, added there.
 
 
 class Block(nn.Module):
@@ -56,10 +58,10 @@ class Block(nn.Module):
         self.tq, self.tk, self.tv, self.tout = (nn.Linear(C, C, bias) for _ in range(4))
         self.up, self.down = nn.Linear(C, 16 * (1 + (choices.unit == "gated")), bias), nn.Linear(16, C, bias)
         self.ada, self.table = nn.Linear(C, 2 * C), nn.Parameter(torch.empty(2, C))
-        self.also = nn.Linear(C, C)
+        self.also, self.places = nn.Linear(C, C), nn.Parameter(torch.empty(1, TOKENS, C))
+        self.mix = None if choices.mix is None else nn.Conv1d(C, C, 3, padding=choices.mix, bias=bias)
         if choices.tied == "weights":
-            self.tv.weight, self.up.weight = self.v.weight, self.up.weight
-            self.tout.weight = self.out.weight
+            self.tv.weight, self.tout.weight = self.v.weight, self.out.weight
         if choices.tied == "norms":
             self.n3 = self.n1
 
@@ -72,7 +74,7 @@ class Block(nn.Module):
         elif kind == "vector":
             shift, scale = self.ada(F.silu(cond))[:, None].chunk(2, -1)
         else:
-            shift, scale = (self.table[None] + cond[:, None]).chunk(2, 1)
+            shift, scale = (self.table + cond).chunk(2, 1)
         return y * (1 + scale) + shift
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -97,6 +99,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, text: Tensor | None, mask: Tensor | None, side: bool) -> Tensor:
         y = self.modulated(self.n1, x, cond)
+        if self.mix is not None:
+            y = self.mix(y.mT).mT
+        if self.choices.places:
+            y = y + self.places
         if self.choices.dropout in ("values", "evaluation"):
             y = F.dropout(y, 0.2, self.choices.dropout == "values")
         h = x + self.out(self.attend(self.q(y), self.k(y), self.v(y), None))
@@ -139,15 +145,13 @@ class Drawn(nn.Module):
         side: bool = False,
     ) -> Tensor:
         cond, h = self.time(timestep[:, None] / 1000) * strength, self.inp(x)
-        cond = cond.unflatten(-1, (2, C)) if self.choices.modulation == "shared" else cond
         if self.choices.modulation == "shared":
-            cond = cond.flatten(1)
+            cond = cond.unflatten(-1, (2, C))
         text = None if text is None else self.caption(text)
         mask = None if mask is None else mask[:, None, None]
         for block in self.blocks:
             for _ in range(1 + (self.choices.tied == "blocks")):
-                shaped = cond.unflatten(-1, (2, C)) if self.choices.modulation == "shared" else cond
-                h = block(h, shaped, text, mask, side)
+                h = block(h, cond, text, mask, side)
         return self.head(h)
 
 
@@ -197,6 +201,8 @@ def run(seed: int) -> None:
     weights = r.getrandbits(32)
     for order in (calls, calls[::-1]):
         model, calibrated = Drawn(choices, weights), order[:seen]
+        for kind in order:
+            computed(model, filled(kind, 500.0, 0))  # Else compile would blame the calibration for it.
 
         def calibrate(model: nn.Module = model, calibrated: list[Call] = calibrated) -> None:
             for number, step in enumerate(CALIBRATED):

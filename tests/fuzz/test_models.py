@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import secrets
+from random import Random
 
 import pytest
 
-from tests.fuzz.models import run
+from tests.fuzz.models import BATCH, TOKENS, Choices, Drawn, computed, filled, kinds, run
 from tests.fuzz.proof import SenselessError
 
 ASKED = int(os.environ.get("FXQUANT_FUZZ", "0"))
@@ -27,6 +28,15 @@ def test_every_kind_of_call_computes_what_the_model_computes(seed: int) -> None:
         run(seed)
     except SenselessError as reason:
         pytest.fail(f"choose another seed: {reason}")
+
+
+def test_every_model_that_is_drawn_runs() -> None:
+    """What fails by itself would be taken for a model about which nothing can be said."""
+    for seed in range(100):
+        r = Random(seed)
+        model = Drawn(Choices(r), seed)
+        for kind in kinds(r):
+            assert computed(model, filled(kind, 500.0, 0)).shape == (BATCH, TOKENS, 4)
 
 
 @pytest.mark.parametrize("shard", range(ASKED // 100 // SHARD))
