@@ -42,6 +42,7 @@ from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, FxquantError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
+from fxquant.memoized import Memos
 from fxquant.state import detached, holders, kept, plain_objects, replace_tensors, tensors_kept
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
@@ -363,15 +364,31 @@ class Architecture:
             dynamic_shapes = {name: shapes for name, shapes in dynamic_shapes.items() if name in own}
             if extra:
                 dynamic_shapes[variadic[0]] = extra
-        try:
+
+        def export() -> torch.export.ExportedProgram:
             with torch.no_grad(), _quietly(), kept(self.skeleton), tracing.knowing(self.skeleton, call, numbers or {}):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
+
+        memos = Memos()
+        try:
+            program, read = export(), set(tracing.read)
+            if tables := memos.read():
+                for memo in tables:
+                    memo.cache_clear()
+                try:
+                    program = export()
+                except Exception as error:  # They are made from values: in the graph, they have to be constants.
+                    log.info("tables in caches of functions are constants of the graph: %s", error)
+                    tracing.read = read
+            return program
         except CheckpointError:
             raise
         except Exception as error:
             raise _explained(error, self.skeleton, call) from error
+        finally:
+            memos.forget_traced()
 
     def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, batch: int) -> CapturedGraph:
         exported = self._without_writes(program)
@@ -653,9 +670,9 @@ def _name_in(named: Sequence[tuple[str, torch.Tensor]], tensor: torch.Tensor) ->
 def _name_by_value(target: str, tensor: torch.Tensor, model: nn.Module) -> str:
     if isinstance(tensor, FakeTensor):
         raise CaptureError(
-            f"{type(model).__name__} reads a table that its code keeps outside of the model, in a cache of a "
-            "function or a global variable, and that was filled while the model was traced. Empty that cache (such "
-            "as with cache_clear()), then call the float model once with inputs like these before fxquant does"
+            f"{type(model).__name__} reads a table that its code keeps outside of the model, in a global "
+            "variable or an attribute of a class, and that was filled while the model was traced. Empty it, then call "
+            "the float model once with inputs like these before fxquant does"
         )
     path, dot, _ = target.rpartition(".")
     return f"{path}{dot}{_CONSTANT}{_digest(tensor)}"
