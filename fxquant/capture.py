@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_leaves, describe_call
 from fxquant.constants import is_plain
-from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, FxquantError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.memoized import Memos
@@ -177,6 +177,8 @@ class Architecture:
         }
         try:
             skeleton = copy.deepcopy(model, weightless)
+        except FxquantError:
+            raise
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be copied without its weights ({error}); "

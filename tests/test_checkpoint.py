@@ -704,3 +704,15 @@ def test_no_escape_of_a_plan_reaches_the_terminal(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="do not give it: ") as caught:
         fxquant.load(folder)
     assert str(caught.value).isprintable()
+
+
+def test_a_plan_does_not_take_the_place_of_a_checkpoints(quantized: GraphModel, folder: Path, tmp_path: Path) -> None:
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match="holds a checkpoint, which another plan would make useless"):
+        quantized.plan.save(folder)
+    assert contents(folder) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file cannot be written: "):
+        quantized.plan.save(tmp_path / "file")
+    for _ in range(2):
+        quantized.plan.save(tmp_path / "plan")
