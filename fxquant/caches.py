@@ -55,6 +55,8 @@ class Caches:
             output: The leaves of what it returned.
             run: The same for a model in which these attributes had these values before the call.
         """
+        if not self._constructed:
+            return
         again = dict(self._constructed)
         for _ in range(_MOST_TRIED):
             if not again:
