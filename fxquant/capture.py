@@ -43,7 +43,7 @@ from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, Fx
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.memoized import Memos
-from fxquant.state import detached, holders, kept, plain_objects, replace_tensors, tensors_kept
+from fxquant.state import HOLLOW, detached, holders, kept, plain_objects, replace_tensors, tensors_kept
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -62,7 +62,6 @@ _CONSTANT = "constant_"
 _SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """Modules that compute the same in training mode, in which diffusers leaves the linears that it fuses."""
 
-_HOLLOW = "_fxquant_hollow"  # Marks a model whose attributes hold tensors without values.
 _MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
@@ -640,7 +639,7 @@ def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
     """
     kept = kept_tensors(model)
     weights = weights_and_buffers(model)  # torch.export does not know them where the code reads them from a list.
-    is_hollow = getattr(model, _HOLLOW, False)
+    is_hollow = getattr(model, HOLLOW, False)
     first: dict[str, fx.Node] = {}
     of_weights = {name for name, _ in weights}
     for node in [node for node in module.graph.nodes if node.op == "get_attr"]:
@@ -680,10 +679,16 @@ def _name_by_value(target: str, tensor: torch.Tensor, model: nn.Module) -> str:
 
 def _hollow_out(model: nn.Module) -> None:
     """Put zeros in place of fake tensors in attributes of modules and plain objects, where torch.export takes none."""
-    replace_kept_tensors(
-        model, lambda _, tensor: torch.zeros(tensor.shape, dtype=tensor.dtype) if is_fake(tensor) else tensor
-    )
-    setattr(model, _HOLLOW, True)
+
+    def hollow(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not is_fake(tensor):
+            return tensor
+        zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        setattr(zeros, HOLLOW, True)
+        return zeros
+
+    replace_kept_tensors(model, hollow)
+    setattr(model, HOLLOW, True)
 
 
 def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
@@ -692,6 +697,8 @@ def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor],
     for name, tensor in kept_tensors(model):
         if id(tensor) not in made:  # One that several attributes hold stays one tensor.
             made[id(tensor)] = change(name, tensor)
+            if hasattr(tensor, HOLLOW):
+                setattr(made[id(tensor)], HOLLOW, True)
     for _, holder in holders(model):
         replace_tensors(holder, lambda tensor: made.get(id(tensor), tensor))
 

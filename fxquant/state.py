@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 OWN = frozenset(vars(nn.Module()))
 """The attributes that torch keeps in every module."""
 
+HOLLOW = "_fxquant_hollow"
+"""Marks a tensor that stands for one whose values are not known, and a model with such tensors."""
+
 _DEEP = 4  # Objects within objects that are looked at.
 _NO_STATE = (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
