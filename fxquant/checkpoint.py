@@ -178,6 +178,7 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
         held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
         for name, tensor in held.items():
             tensors.setdefault(name, tensor)
+    check_finite(tensors, None)  # Whatever is written is read again.
     write_tensors(tensors, folder / TENSORS_FILE)
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
@@ -191,7 +192,7 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
     data["files"] = {name: digest(folder / name) for name in _DIGESTED}
     data["digest"] = digest_of(data)
     text = _plan_text(data)
-    check(CheckpointFile, data, "what would be saved")  # Whatever is written is read again.
+    check(CheckpointFile, data, "what would be saved")
     if difference is None:
         check(Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), "the model's config")
     if len(text.encode()) > LARGEST_FILE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import pickle
@@ -590,6 +591,15 @@ class Masked(Custom):
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         return torch.softmax(self.proj(x) + self.mask, dim=-1) + timestep[:, None]
+
+
+def test_a_nan_that_could_not_be_read_is_not_written(quantized: GraphModel, tmp_path: Path) -> None:
+    model = copy.deepcopy(quantized)
+    with torch.no_grad():
+        model.tensors()["pos_embed.pos_embed"].view(-1)[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"tensor 'pos_embed\.pos_embed' holds NaN"):
+        fxquant.save(model, tmp_path / "q")
+    assert not list(tmp_path.iterdir())
 
 
 def test_infinity_that_is_meant(tmp_path: Path) -> None:
