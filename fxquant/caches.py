@@ -55,6 +55,8 @@ class Caches:
             output: The leaves of what it returned.
             run: The same for a model in which these attributes had these values before the call.
         """
+        if not self._constructed:
+            return
         again = dict(self._constructed)
         for _ in range(_MOST_TRIED):
             if not again:
@@ -63,7 +65,7 @@ class Caches:
                 model, found = run(again)
             except Exception as error:  # Something that was put there after the model was constructed.
                 log.info("the model does not run as its class makes it: %s", error)
-                found = ()
+                model, found = called, ()
             if not is_equal(list(output), list(found)):
                 again.clear()
                 break

@@ -80,6 +80,7 @@ class Calibration:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.architecture = architecture
+        self._name = type(model).__name__
         self.plan = plan
         self.prepare = Pipeline(prepare, instruments)
         self.convert = convert
@@ -97,6 +98,10 @@ class Calibration:
         self._observed: list[fx.GraphModule] = []
         self._keys: dict[str, dict[str, None]] = {}  # See fxquant.uses.
         self._check = check
+
+    def __deepcopy__(self, memo: Any) -> Calibration:
+        """Refuse: a copy of the model, whose calls come here, would calibrate too."""
+        raise _in_use(self._name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the model on its observed graph."""
@@ -267,9 +272,11 @@ def _refuse_autocast(leaves: Sequence[Any]) -> None:
 def refuse_redirected(model: nn.Module) -> None:
     """Raise if calls of the model go to a calibration, of another thread or further up in this one."""
     if isinstance(getattr(model.__dict__.get("forward"), "__self__", None), Calibration):
-        raise ConfigurationError(
-            f"this {type(model).__name__} is being calibrated by another fxquant.compile; wait until that returns"
-        )
+        raise _in_use(type(model).__name__)
+
+
+def _in_use(name: str) -> ConfigurationError:
+    return ConfigurationError(f"this {name} is being calibrated by another fxquant.compile; wait until that returns")
 
 
 def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Callable[[], Any]) -> None:

@@ -39,10 +39,11 @@ from torch.utils import _pytree as pytree
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec, canonical_call, changed_leaves, describe_call
 from fxquant.constants import is_plain
-from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
+from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, FxquantError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
-from fxquant.state import detached, holders, kept, plain_objects, replace_tensors, tensors_kept
+from fxquant.memoized import Memos
+from fxquant.state import HOLLOW, detached, holders, kept, plain_objects, replace_tensors, tensors_kept
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
@@ -61,7 +62,6 @@ _CONSTANT = "constant_"
 _SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """Modules that compute the same in training mode, in which diffusers leaves the linears that it fuses."""
 
-_HOLLOW = "_fxquant_hollow"  # Marks a model whose attributes hold tensors without values.
 _MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
@@ -176,6 +176,8 @@ class Architecture:
         }
         try:
             skeleton = copy.deepcopy(model, weightless)
+        except FxquantError:
+            raise
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be copied without its weights ({error}); "
@@ -361,15 +363,31 @@ class Architecture:
             dynamic_shapes = {name: shapes for name, shapes in dynamic_shapes.items() if name in own}
             if extra:
                 dynamic_shapes[variadic[0]] = extra
-        try:
+
+        def export() -> torch.export.ExportedProgram:
             with torch.no_grad(), _quietly(), kept(self.skeleton), tracing.knowing(self.skeleton, call, numbers or {}):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
+
+        memos = Memos()
+        try:
+            program, read = export(), set(tracing.read)
+            if tables := memos.read():
+                for memo in tables:
+                    memo.cache_clear()
+                try:
+                    program = export()
+                except Exception as error:  # They are made from values: in the graph, they have to be constants.
+                    log.info("tables in caches of functions are constants of the graph: %s", error)
+                    tracing.read = read
+            return program
         except CheckpointError:
             raise
         except Exception as error:
             raise _explained(error, self.skeleton, call) from error
+        finally:
+            memos.forget_traced()
 
     def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, batch: int) -> CapturedGraph:
         exported = self._without_writes(program)
@@ -416,7 +434,13 @@ class Architecture:
             refuse_shared_lists(exported.graph)
             regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
             if regions or not functionalize(exported.graph, _fake_mode(program.graph)):
-                program = program.run_decompositions({})
+                try:
+                    program = program.run_decompositions({})
+                except RuntimeError as error:  # It writes into a tensor that the model keeps as an attribute.
+                    raise CaptureError(
+                        f"{type(self.skeleton).__name__} writes into a tensor in a way that cannot be traced "
+                        f"({str(error).splitlines()[0]}); let it work on a copy, and keep no state between calls"
+                    ) from error
                 exported = program.module(check_guards=False)
             if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
                 raise CaptureError(
@@ -615,7 +639,7 @@ def _name_constants(module: fx.GraphModule, model: nn.Module) -> None:
     """
     kept = kept_tensors(model)
     weights = weights_and_buffers(model)  # torch.export does not know them where the code reads them from a list.
-    is_hollow = getattr(model, _HOLLOW, False)
+    is_hollow = getattr(model, HOLLOW, False)
     first: dict[str, fx.Node] = {}
     of_weights = {name for name, _ in weights}
     for node in [node for node in module.graph.nodes if node.op == "get_attr"]:
@@ -645,9 +669,9 @@ def _name_in(named: Sequence[tuple[str, torch.Tensor]], tensor: torch.Tensor) ->
 def _name_by_value(target: str, tensor: torch.Tensor, model: nn.Module) -> str:
     if isinstance(tensor, FakeTensor):
         raise CaptureError(
-            f"{type(model).__name__} reads a table that its code keeps outside of the model, in a cache of a "
-            "function or a global variable, and that was filled while the model was traced. Empty that cache (such "
-            "as with cache_clear()), then call the float model once with inputs like these before fxquant does"
+            f"{type(model).__name__} reads a table that its code keeps outside of the model, in a global "
+            "variable or an attribute of a class, and that was filled while the model was traced. Empty it, then call "
+            "the float model once with inputs like these before fxquant does"
         )
     path, dot, _ = target.rpartition(".")
     return f"{path}{dot}{_CONSTANT}{_digest(tensor)}"
@@ -655,10 +679,16 @@ def _name_by_value(target: str, tensor: torch.Tensor, model: nn.Module) -> str:
 
 def _hollow_out(model: nn.Module) -> None:
     """Put zeros in place of fake tensors in attributes of modules and plain objects, where torch.export takes none."""
-    replace_kept_tensors(
-        model, lambda _, tensor: torch.zeros(tensor.shape, dtype=tensor.dtype) if is_fake(tensor) else tensor
-    )
-    setattr(model, _HOLLOW, True)
+
+    def hollow(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not is_fake(tensor):
+            return tensor
+        zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        setattr(zeros, HOLLOW, True)
+        return zeros
+
+    replace_kept_tensors(model, hollow)
+    setattr(model, HOLLOW, True)
 
 
 def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
@@ -667,6 +697,8 @@ def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor],
     for name, tensor in kept_tensors(model):
         if id(tensor) not in made:  # One that several attributes hold stays one tensor.
             made[id(tensor)] = change(name, tensor)
+            if hasattr(tensor, HOLLOW):
+                setattr(made[id(tensor)], HOLLOW, True)
     for _, holder in holders(model):
         replace_tensors(holder, lambda tensor: made.get(id(tensor), tensor))
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.caches import Caches, Places, put
 from fxquant.calls import CallSpec, TensorSpec
@@ -176,15 +177,57 @@ def _call(model: nn.Module, leaves: Sequence[Any], structure: Any) -> Any:
 @contextmanager
 def _alike(device: torch.device) -> Iterator[None]:
     """Run without autocast, uncompiled, and draw the same random numbers each time, none of them from the user's."""
-    devices = [] if device.type == "cpu" else [device]
     with (
-        torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type),
         torch.compiler.set_stance("force_eager"),
         without_autocast(device.type),
         torch.no_grad(),
+        _OwnNoise(device),
     ):
-        torch.manual_seed(0)
         yield
+
+
+class _OwnNoise(TorchDispatchMode):
+    """Random ops draw from a seed of their own.
+
+    torch's generators are those of all threads. They are taken for one op at a time, and only for ops that may draw.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        devices = {torch.device("cpu"), device}
+        self._states = {where: torch.Generator(where).manual_seed(0).get_state() for where in devices}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()) or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        users = {where: _random_state(where) for where in self._states}
+        for where, state in self._states.items():
+            _set_random_state(where, state)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            for where, state in users.items():
+                self._states[where] = _random_state(where)
+                _set_random_state(where, state)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state: Tensor = (
+        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    )
+    return state
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _others(call: CallSpec, leaves: Sequence[Any], timestep: str | None, seed: int) -> list[Any]:

@@ -91,8 +91,19 @@ def _ready(folder: Path, check: Check) -> None:
     with writing(folder):
         _tidy(folder)
         check(folder)
+    if _current_folder().is_relative_to(folder):
+        raise WriteError(
+            f"{folder} is, or holds, the current folder, which would be gone once another takes its place; choose "
+            "another folder, or run this from elsewhere"
+        )
     if os.path.ismount(folder):
         raise WriteError(f"{folder} is where a disk is mounted, so it cannot be exchanged; choose a folder in it")
+
+
+def _current_folder() -> Path:
+    with suppress(OSError):  # Somebody has removed it.
+        return Path.cwd()
+    return Path(os.devnull)
 
 
 def check_writable(path: Path) -> None:

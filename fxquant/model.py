@@ -150,9 +150,10 @@ class GraphModel(nn.Module):
     def watch(self, names: tuple[str, ...], leaves: Sequence[Any]) -> None:
         """Warn, once, of a timestep far from all that were calibrated. It is treated as the nearest that was."""
         known = self.plan.timesteps if self.plan else []
-        if len(known) < 2 or self._watched >= _WATCHED_CALLS:
+        name = self.plan.timestep if self.plan else None
+        if len(known) < 2 or self._watched >= _WATCHED_CALLS or name not in names:
             return
-        step = leaves[names.index(str(self.plan.timestep))]  # type: ignore[union-attr]
+        step = leaves[names.index(name)]
         if not isinstance(step, torch.Tensor) or isinstance(step, FakeTensor) or not step.numel():
             return
         # Looking at a tensor on a GPU waits for it, so the first calls have to do there.

@@ -27,6 +27,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import DropInError
+from fxquant.state import HOLLOW
 
 SAFE = frozenset(
     {
@@ -245,7 +246,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, _PLAIN):
         return True
     if isinstance(value, torch.Tensor):
-        return not isinstance(value, FakeTensor)
+        return not isinstance(value, FakeTensor) and not hasattr(value, HOLLOW)
     if isinstance(value, Mapping):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return isinstance(value, (list, tuple, set, frozenset)) and all(map(_is_plain, value))

@@ -20,6 +20,7 @@ from torch import Tensor
 from fxquant.calls import CallSpec
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.files import blaming, load_tensors, share
+from fxquant.folders import writing
 from fxquant.ir.shared import SharedTensors
 from fxquant.observers import ChannelStatistics, Statistics
 from fxquant.precision import Precision
@@ -362,12 +363,22 @@ class Plan:
             raise CheckpointError(f"the plan cannot be read: {error!r}") from error
 
     def save(self, folder: str | Path) -> None:
-        """Write ``plan.json`` and ``plan.safetensors`` into a folder, which is made if need be."""
+        """Write ``plan.json`` and ``plan.safetensors`` into a folder, which is made if need be.
+
+        Raises:
+            CheckpointError: If it holds a checkpoint, which has a plan of its own.
+            WriteError: If they cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        save_file({name: vector.contiguous() for name, vector in self.vectors.items()}, folder / VECTORS_FILE)
-        share(folder / VECTORS_FILE)
+        if (folder / PLAN_FILE).is_file() and any(folder.glob("model*.safetensors")):
+            raise CheckpointError(
+                f"{folder} holds a checkpoint, which another plan would make useless; choose another folder"
+            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            save_file({name: vector.contiguous() for name, vector in self.vectors.items()}, folder / VECTORS_FILE)
+            share(folder / VECTORS_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:

@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 OWN = frozenset(vars(nn.Module()))
 """The attributes that torch keeps in every module."""
 
+HOLLOW = "_fxquant_hollow"
+"""Marks a tensor that stands for one whose values are not known, and a model with such tensors."""
+
 _DEEP = 4  # Objects within objects that are looked at.
 _NO_STATE = (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
@@ -79,7 +82,7 @@ def detached(model: nn.Module) -> dict[int, Tensor]:
     in a cache may be one.
     """
     held = (value for part in _containers(model) for value in (part.values() if isinstance(part, dict) else part))
-    return {id(value): value.detach() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
 
 
 @contextmanager

@@ -121,6 +121,9 @@ class Tracing(TorchFunctionMode):
         def enter_all(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, call.mapped(kwargs, enter)
 
+        self.read.clear()  # What an earlier trace of the same call has noted.
+        self._written.clear()
+        self._stale.clear()
         handle = model.register_forward_pre_hook(enter_all, with_kwargs=True)
         try:
             with self:

@@ -27,7 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
 from fxquant import checkpoint, files
-from fxquant.errors import CheckpointError, ConfigurationError, QualityWarning, UnknownNameError, WriteError
+from fxquant.errors import (
+    AlreadyCompiledError,
+    CheckpointError,
+    ConfigurationError,
+    NonFiniteError,
+    QualityWarning,
+    UnknownNameError,
+    WriteError,
+)
 from fxquant.model import GraphModel
 from fxquant.plan import FORMAT
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -704,3 +712,33 @@ def test_no_escape_of_a_plan_reaches_the_terminal(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="do not give it: ") as caught:
         fxquant.load(folder)
     assert str(caught.value).isprintable()
+
+
+def test_a_plan_does_not_take_the_place_of_a_checkpoints(quantized: GraphModel, folder: Path, tmp_path: Path) -> None:
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match="holds a checkpoint, which another plan would make useless"):
+        quantized.plan.save(folder)
+    assert contents(folder) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file cannot be written: "):
+        quantized.plan.save(tmp_path / "file")
+    for _ in range(2):
+        quantized.plan.save(tmp_path / "plan")
+
+
+def test_a_model_to_load_into_that_is_no_float_model(quantized: GraphModel, folder: Path) -> None:
+    with pytest.raises(AlreadyCompiledError, match="made by fxquant; give the original float model"):
+        fxquant.load(folder, model=quantized)
+    with pytest.raises(ConfigurationError, match=r"this model went through torch\.compile"):
+        fxquant.load(folder, model=torch.compile(make_dit()))
+
+
+@pytest.mark.parametrize("name", ["proj_out_2.weight", f"{TO_Q}.bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_plan_carried_out_on_weights_that_are_not_finite(quantized: GraphModel, name: str, value: float) -> None:
+    """A checkpoint of it could not be read."""
+    model = make_dit()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    with pytest.raises(NonFiniteError, match=f"weight '{name}' of the model"):
+        fxquant.compile(model, plan=quantized.plan)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,33 @@ def test_noise_is_drawn_as_the_model_draws_it() -> None:
     assert torch.equal(torch.rand(()), expected)
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_other_threads_draw_as_if_nothing_were_compared(noisy: bool) -> None:
+    """What they draw while a copy of the model runs is neither made from its seed nor repeated afterwards."""
+    drawn: list[Tensor] = []
+
+    def run(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            other = threading.Thread(target=lambda: drawn.append(torch.rand(())))
+            other.start()
+            other.join()
+        return model.run(x + torch.randn_like(x) if noisy else x, timestep)
+
+    traced, made = fxquant.trace(Model(run).eval()), call()
+    torch.manual_seed(3)
+    traced(*made)  # Draws at its own end, where it is noisy.
+    torch.manual_seed(3)
+    assert len(drawn) > 1
+    assert torch.equal(torch.stack(drawn), torch.stack([torch.rand(()) for _ in drawn]))
+
+
+def test_no_generator_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would seed the generators of all GPUs."""
+    model, made = Model(lambda model, x, timestep: model.run(x + torch.randn_like(x), timestep)).eval(), call()
+    monkeypatch.setattr(torch, "manual_seed", None)
+    fxquant.trace(model)(*made)
+
+
 def test_noise_that_a_graph_draws_otherwise_is_named() -> None:
     def drawn(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
         if not torch.compiler.is_exporting():
@@ -252,13 +280,19 @@ def test_a_table_in_a_cache_of_a_function_is_filled_with_tensors() -> None:
     assert type(table(call()[0].shape[1])) is Tensor
 
 
+TABLES: dict[int, Tensor] = {}
+
+
 def test_a_table_that_only_a_trace_filled_is_named() -> None:
     def cached(model: Model, x: Tensor, timestep: Tensor) -> Tensor:
-        return model.run(x + table(x.shape[1]), timestep)
+        length = x.shape[1]
+        if length not in TABLES:
+            TABLES[length] = table.__wrapped__(length)
+        return model.run(x + TABLES[length], timestep)
 
-    table.cache_clear()
+    TABLES.clear()
     architecture = Architecture.of(Model(cached).eval(), "timestep")
     architecture.capture(*architecture.canonical(call(), {}))
-    with pytest.raises(CaptureError, match=r"reads a table that its code keeps outside of the model.*cache_clear"):
+    with pytest.raises(CaptureError, match=r"reads a table that its code keeps outside of the model.*Empty it"):
         architecture.capture(*architecture.canonical(call(), {}))
-    table.cache_clear()
+    TABLES.clear()

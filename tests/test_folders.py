@@ -381,6 +381,20 @@ def test_the_longest_names(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 3
 
 
+def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stands in it would find it empty, and any path from there would lead nowhere."""
+    for content in ({}, OLD):
+        put(tmp_path / "q", content)
+        monkeypatch.chdir(tmp_path / "q")
+        for write in (save, lambda folder: prepare(folder, check(True))):
+            with pytest.raises(WriteError, match=r"the current folder, .*run this from elsewhere"):
+                write(tmp_path / "q")
+        assert held(Path.cwd()) == content
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "q")
+    assert held(tmp_path / "q") == NEW
+
+
 def test_a_mounted_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "q")
     with pytest.raises(WriteError, match="where a disk is mounted"):

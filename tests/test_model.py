@@ -150,6 +150,28 @@ def test_a_compiled_one_is_saved_as_it_is(quantized: GraphModel, tmp_path: Path)
             write(make_dit(), tmp_path / "float")
 
 
+def test_a_call_without_its_timestep() -> None:
+    """Where the model takes it among any keywords, a call may lack the very name."""
+
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+            return self.proj(x) * more.get("timestep", torch.ones(len(x)))[:, None]
+
+    model, x = Keywords().eval(), torch.randn(2, 4)
+    made = fxquant.compile(
+        model,
+        recipe="rtn-w8a8",
+        layers="all",
+        calibrate=lambda: [model(x, timestep=torch.full((2,), step)) for step in (0.9, 0.5)],
+        measure=0,
+    )
+    assert torch.equal(made(x), made(x, timestep=torch.ones(2)))
+
+
 def test_it_is_not_pushed_to_the_hub(quantized: GraphModel, tmp_path: Path) -> None:
     with pytest.raises(DropInError, match=r"no push_to_hub: write a checkpoint with fxquant\.save"):
         quantized.save_pretrained(tmp_path / "q", push_to_hub=True)

@@ -19,7 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.errors import CheckpointError, ConfigurationError, PortabilityWarning, QualityWarning
+from fxquant.errors import CheckpointError, ConfigurationError, DropInError, PortabilityWarning, QualityWarning
 from fxquant.model import GraphModel
 from fxquant.rebuilding import obstacle
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -335,6 +335,9 @@ def test_tensors_in_attributes(tmp_path: Path, default: torch.dtype) -> None:
     for x, timestep in ((X, T), (torch.cat([X, 2 * X]), torch.arange(4.0)), (X[:, None].repeat(1, 3, 1)[:, 0], T)):
         found = loaded(x, timestep)
         assert torch.equal(found, quantized(x, timestep))
+    for name in ("plain", "pair", "again"):  # Not zeros.
+        with pytest.raises(DropInError):
+            getattr(loaded, name)
     torch.testing.assert_close(quantized(X, T), model(X, T), rtol=0.05, atol=0.5)
 
 

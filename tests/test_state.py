@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.api import trace
+from fxquant.errors import CaptureError
 from fxquant.state import kept, plain_objects
 
 
@@ -133,3 +134,46 @@ def test_z_image_is_saved_and_loaded_and_takes_more_samples(full: bool, tmp_path
         found = z_image(quantized, **options)
         assert torch.equal(z_image(loaded, **options), found)
         torch.testing.assert_close(found, z_image(model, **options), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Both are deprecated, and still in use.
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_hooks_compute(norm: Any) -> None:
+    """Its last value stays in an attribute, with the gradient's way to what it was computed from."""
+    model = Rotary()
+    norm(model.blocks[0][0]).requires_grad_(True)
+    expected = model(*call())
+    assert not model.blocks[0][0].weight.is_leaf
+    traced = trace(model)
+    assert torch.equal(traced(*call()), expected)
+    quantized = fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=lambda: model(*call()), measure=0)
+    assert list(quantized.plan.layers) == ["blocks.0.1"]
+    assert torch.allclose(quantized(*call()), expected, atol=0.05)
+    assert torch.equal(model(*call()), expected)
+
+
+class Adding(nn.Module):
+    """Adds up in a tensor that gradients flow through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.total = self.proj.weight.sum(0)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.total.add_(1.0)
+        return self.proj(x) + self.total + timestep[:, None, None]
+
+
+def test_a_model_that_writes_into_a_tensor_that_it_keeps() -> None:
+    """It is refused, and its copy, which is called first, does not write into the model's own tensor."""
+    model = Adding().eval()
+    before = model.total.detach().clone()
+    with torch.no_grad():
+        for run in (
+            lambda: trace(model)(*call()),
+            lambda: fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: model(*call())),
+        ):
+            with pytest.raises(CaptureError, match=r"Adding writes into a tensor .*total.*let it work on a copy"):
+                run()
+    assert torch.equal(model.total, before)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.calibrate import Calibration, calls_redirected
 from fxquant.capture import Architecture
+from fxquant.errors import ConfigurationError
 from fxquant.model import GraphModel
+from fxquant.plan import Plan
 from fxquant.threads import is_traced_elsewhere, tracing_alone
 
 
@@ -96,6 +99,17 @@ def test_what_other_threads_run_is_no_part_of_a_graph() -> None:
         for graph in (found, plain.capture(*plain.canonical(call(), {})))
     ]
     assert targets[0] == targets[1]
+
+
+def test_a_model_that_another_thread_calibrates_is_refused() -> None:
+    """Also where that begins between the check of the model and its copy."""
+    model = Small().eval()
+    calibration = Calibration(model, Architecture.of(model, "timestep"), Plan("", "", "timestep"), (), (), 0)
+    with calls_redirected(model, calibration.forward):
+        with pytest.raises(ConfigurationError, match=r"this Small is being calibrated by another fxquant\.compile"):
+            Architecture.of(model, "timestep")
+        with pytest.raises(ConfigurationError, match=r"this Small is being calibrated by another fxquant\.compile"):
+            compiled(model)
 
 
 def test_the_lock_is_given_back_after_a_failure() -> None:
