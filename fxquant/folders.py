@@ -234,15 +234,19 @@ class _Scratch:
     def _place(self, check: Check) -> None:
         for _ in range(_TRIES):
             try:
-                if self.folder.exists():
-                    shutil.copymode(self.folder, self.path)
+                with suppress(FileNotFoundError):
+                    if self.folder.is_dir():
+                        shutil.copymode(self.folder, self.path)
                 # The system puts a folder in the place of nothing, or of an empty folder, and never of another.
                 os.rename(self.path, self.folder)
                 return
-            except OSError:
+            except OSError as error:
                 if not self.folder.exists():
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                        continue  # Another process has moved what was there.
                     raise
-            check(self.folder)
+            if not self._may_replace(check):
+                continue
             try:
                 if exchange(self.path, self.folder):
                     return
@@ -250,6 +254,21 @@ class _Scratch:
             except FileNotFoundError:  # Another process has moved it.
                 continue
         raise WriteError(f"{self.folder} is written by others again and again; try later")
+
+    def _may_replace(self, check: Check) -> bool:
+        """Check what is there; False if another process has put something else there meanwhile.
+
+        Raises:
+            CheckpointError: What ``check`` raises.
+        """
+        there = _inode(self.folder)
+        try:
+            check(self.folder)
+        except (CheckpointError, FileNotFoundError):
+            if there is not None and there == _inode(self.folder):
+                raise
+            return False
+        return True
 
     def _set_aside(self) -> None:
         """Move what is there away; what comes next puts this folder there."""
@@ -283,6 +302,13 @@ class _Scratch:
             else:
                 _discard(self.path, self.folder, check)
         self.lock = None
+
+
+def _inode(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _discard(old: Path, folder: Path, check: Check) -> None:

@@ -167,6 +167,15 @@ def test_who_comes_second_keeps_the_result_beside(tmp_path: Path, system: str) -
     assert names(tmp_path) == ["q", "q-2"]
 
 
+def test_a_file_that_somebody_puts_there_meanwhile(tmp_path: Path, system: str) -> None:
+    folder = tmp_path / "q"
+    with pytest.raises(WriteError, match=r"q-2 instead: .*is a file"), whole_folder(folder, check(True)) as written:
+        put(written, NEW)
+        mode = written.stat().st_mode
+        folder.touch(0o600)
+    assert (tmp_path / "q-2").stat().st_mode == mode  # One can still open it.
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_threads_that_save_at_once(tmp_path: Path, system: str, overwrite: bool) -> None:
     for number in range(10):
@@ -195,6 +204,35 @@ def test_threads_that_save_at_once(tmp_path: Path, system: str, overwrite: bool)
         assert len(kept) == (4 if overwrite else 1)
         save(folder)
         assert not [name for name in names(folder.parent) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("moved", [True, False], ids=["while it is checked", "before it is checked"])
+def test_a_folder_that_another_saver_moves_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    """As two renames do, between which there is none: the check finds no files, or the first rename a full folder."""
+    folder, aside = tmp_path / "q", tmp_path / "aside"
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    put(folder, OLD)
+    rename, times = os.rename, []
+
+    def late(path: Path) -> None:
+        times.append(path)
+        if moved and len(times) == 2:
+            rename(folder, aside)
+            raise CheckpointError("it holds what a checkpoint does not")
+        refuse_to_replace(path, True, OLD.__contains__, "mark")
+
+    def full(source: Any, target: Any) -> None:
+        if not moved and Path(target) == folder and not aside.exists():
+            rename(folder, aside)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with whole_folder(folder, late) as written:
+        put(written, NEW)
+    assert (held(folder), held(aside), names(tmp_path)) == (NEW, OLD, ["aside", "q"])
 
 
 def test_what_somebody_puts_there_meanwhile_is_kept(
