@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,10 +106,10 @@ def _difference(had: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> str | 
 
 def _hint(name: str) -> str:
     hints = {
-        "qkv": "; unfuse_qkv_projections() takes it back",
-        "lora": "; pipe.fuse_lora(), then pipe.unload_lora_weights() make it part of the weights",
+        r"(?<![a-z])qkv": "; unfuse_qkv_projections() takes it back",
+        r"(?<![a-z])lora": "; pipe.fuse_lora(), then pipe.unload_lora_weights() make it part of the weights",
     }
-    return next((hint for part, hint in hints.items() if part in name), "")
+    return next((hint for pattern, hint in hints.items() if re.search(pattern, name)), "")
 
 
 def _plain(value: Any) -> Any:
