@@ -42,6 +42,7 @@ from fxquant.ir.digest import graph_digest
 from fxquant.ir.shared import SharedTensors
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
+from fxquant.packages import PackagedModel
 from fxquant.pipeline import Instrument, PassRecord, Pipeline
 from fxquant.plan import Plan, tensor_bytes
 from fxquant.quantizer import require_finite
@@ -72,7 +73,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
         ConfigurationError: If it is no model, or a module in it is in training mode, went through ``torch.compile``, or
             has hooks that a graph cannot have (offloading, casting, caches of steps).
     """
-    _check_model(model)
+    check_model(model)
     architecture = Architecture.of(model, timestep)
     original = Original(model, timestep)
     # Not detached: on inputs that do not lie in order, torch multiplies in another order by weights that require
@@ -143,7 +144,7 @@ def compile(
         NonFiniteError: If a weight or activation holds NaN or infinity.
         BackendError: If the backend cannot run what the recipe asks for.
     """
-    _check_model(model)
+    check_model(model)
     _refuse_adapters(model)
     _check_options(recipe, backend, plan, measure, statistics)
     _check_storage(model)
@@ -153,6 +154,7 @@ def compile(
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
+        _check_weights(model)
         with without_autocast(device.type):
             return _replay(model, copy.deepcopy(plan), runner, instruments, statistics)
     if recipe is None:
@@ -396,8 +398,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
 
-def _check_model(model: Any) -> None:
-    if isinstance(model, GraphModel):
+def check_model(model: Any) -> None:
+    """Refuse what is no float model that a graph can be made of.
+
+    Raises:
+        AlreadyCompiledError: If fxquant made it.
+        ConfigurationError: If it is no module, went through ``torch.compile``, has hooks or is being calibrated.
+    """
+    if isinstance(model, (GraphModel, PackagedModel)):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
     if not isinstance(model, nn.Module):
         raise ConfigurationError(

@@ -27,7 +27,7 @@ from fxquant.agreement import (
     infinite_in,
     read_headers,
 )
-from fxquant.api import bind_all, lower_all, model_from_plan
+from fxquant.api import bind_all, check_model, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
 from fxquant.capture import (
     Architecture,
@@ -178,6 +178,7 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
         held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
         for name, tensor in held.items():
             tensors.setdefault(name, tensor)
+    check_finite(tensors, None)  # Whatever is written is read again.
     write_tensors(tensors, folder / TENSORS_FILE)
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
@@ -191,7 +192,7 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
     data["files"] = {name: digest(folder / name) for name in _DIGESTED}
     data["digest"] = digest_of(data)
     text = _plan_text(data)
-    check(CheckpointFile, data, "what would be saved")  # Whatever is written is read again.
+    check(CheckpointFile, data, "what would be saved")
     if difference is None:
         check(Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), "the model's config")
     if len(text.encode()) > LARGEST_FILE:
@@ -218,8 +219,9 @@ def load(
         CheckpointError: If a file is missing, damaged, unsafe, of a newer format or of another model.
         UnknownNameError: If there is no such backend.
         BackendError: If the backend cannot run the model.
-        ConfigurationError: If ``model`` is neither a class with ``from_config`` nor a model in evaluation mode, or
-            there is no such device here.
+        ConfigurationError: If ``model`` is neither a class with ``from_config`` nor a model in evaluation mode, went
+            through ``torch.compile`` or has hooks; or if there is no such device here.
+        AlreadyCompiledError: If ``model`` is one that fxquant made.
     """
     folder, device = Path(folder), usable_device(device)
     runner = None if backend is None else resolve_backend(backend)
@@ -315,6 +317,7 @@ def _other_model(plan: Plan, model: Any) -> str:
 
 def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
     if isinstance(model, nn.Module):
+        check_model(model)
         architecture = Architecture.of(model, plan.timestep)
         try:
             check_skeleton(architecture.skeleton, plan)

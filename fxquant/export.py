@@ -20,7 +20,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxquant import compiling, packages, pipelines
-from fxquant.agreement import infinite_in, read_headers
+from fxquant.agreement import check_finite, infinite_in, read_headers
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
@@ -261,6 +261,7 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
     (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors = model.tensors()
     plain = {name: runner.to_plain(tensor) for name, tensor in tensors.items()}
+    check_finite(plain, None)  # Whatever is written is read again.
     write_tensors(plain, folder / TENSORS_FILE)
     info: dict[str, Any] = {
         "format": FORMAT,

@@ -98,10 +98,15 @@ class QuantizeConvolutions(Pass):
 def _refuse(node: fx.Node, plan: Plan) -> None:
     """Raise if the input of a layer is that of a convolution for which there is no quantized op."""
     name = node.meta[LAYER]
+    why = None
     if node.target in (aten.conv3d.default, aten.conv3d.padding):
+        why = "quantized activations are only there for conv1d and conv2d, not for conv3d"
+    elif node.args[0].meta["val"].dim() < node.args[1].meta["val"].dim():  # type: ignore[union-attr]
+        why = "its input has no batch, which quantized activations need"
+    if why is not None:
         raise ConfigurationError(
-            f"layer {name}: quantized activations are only there for conv1d and conv2d, not for conv3d; keep it float "
-            f"or quantize its weight alone: assign-precision{{overrides={name}=w{plan.layer(name).weight_bits}a16}}"
+            f"layer {name}: {why}; keep it float or quantize its weight alone: "
+            f"assign-precision{{overrides={name}=w{plan.layer(name).weight_bits}a16}}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import pickle
@@ -27,7 +28,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
 from fxquant import checkpoint, files
-from fxquant.errors import CheckpointError, ConfigurationError, QualityWarning, UnknownNameError, WriteError
+from fxquant.errors import (
+    AlreadyCompiledError,
+    CheckpointError,
+    ConfigurationError,
+    NonFiniteError,
+    QualityWarning,
+    UnknownNameError,
+    WriteError,
+)
 from fxquant.model import GraphModel
 from fxquant.plan import FORMAT
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -584,6 +593,15 @@ class Masked(Custom):
         return torch.softmax(self.proj(x) + self.mask, dim=-1) + timestep[:, None]
 
 
+def test_a_nan_that_could_not_be_read_is_not_written(quantized: GraphModel, tmp_path: Path) -> None:
+    model = copy.deepcopy(quantized)
+    with torch.no_grad():
+        model.tensors()["pos_embed.pos_embed"].view(-1)[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"tensor 'pos_embed\.pos_embed' holds NaN"):
+        fxquant.save(model, tmp_path / "q")
+    assert not list(tmp_path.iterdir())
+
+
 def test_infinity_that_is_meant(tmp_path: Path) -> None:
     model = Masked().eval()
     x, timestep = torch.randn(2, 8), torch.tensor([1.0, 9.0])
@@ -716,3 +734,21 @@ def test_a_plan_does_not_take_the_place_of_a_checkpoints(quantized: GraphModel, 
         quantized.plan.save(tmp_path / "file")
     for _ in range(2):
         quantized.plan.save(tmp_path / "plan")
+
+
+def test_a_model_to_load_into_that_is_no_float_model(quantized: GraphModel, folder: Path) -> None:
+    with pytest.raises(AlreadyCompiledError, match="made by fxquant; give the original float model"):
+        fxquant.load(folder, model=quantized)
+    with pytest.raises(ConfigurationError, match=r"this model went through torch\.compile"):
+        fxquant.load(folder, model=torch.compile(make_dit()))
+
+
+@pytest.mark.parametrize("name", ["proj_out_2.weight", f"{TO_Q}.bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_plan_carried_out_on_weights_that_are_not_finite(quantized: GraphModel, name: str, value: float) -> None:
+    """A checkpoint of it could not be read."""
+    model = make_dit()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    with pytest.raises(NonFiniteError, match=f"weight '{name}' of the model"):
+        fxquant.compile(model, plan=quantized.plan)

@@ -25,7 +25,14 @@ import fxquant
 from fxquant import files
 from fxquant.backends.native import Native
 from fxquant.cli import app
-from fxquant.errors import BackendError, CaptureError, CheckpointError, CompilerError, ConfigurationError
+from fxquant.errors import (
+    AlreadyCompiledError,
+    BackendError,
+    CaptureError,
+    CheckpointError,
+    CompilerError,
+    ConfigurationError,
+)
 from fxquant.export import export_folder, lifted
 from fxquant.model import GraphModel
 from fxquant.packages import PackagedModel, signature_from_json, signature_to_json
@@ -181,6 +188,12 @@ def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------
+
+
+def test_it_is_no_float_model(several: Made) -> None:
+    packaged = fxquant.load_package(several[1])
+    with pytest.raises(AlreadyCompiledError, match="made by fxquant; give the original float model"):
+        fxquant.trace(packaged)
 
 
 def test_it_has_no_training_mode(several: Made) -> None:

@@ -100,23 +100,33 @@ def test_those_of_three_dimensions_have_float_activations() -> None:
         rewritten(nn.Sequential(nn.Conv3d(2, 4, 2)), "quantize-convolutions", layer, input=torch.randn(2, 2, 4, 4, 4))
 
 
-def test_a_conv3d_is_refused_before_calibration() -> None:
-    class Video(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.patch = nn.Conv3d(2, 4, 2)
+class Patched(nn.Module):
+    def __init__(self, convolution: nn.Module, axes: int) -> None:
+        super().__init__()
+        self.patch, self.axes = convolution, axes
 
-        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-            return self.patch(sample) * timestep.reshape(-1, 1, 1, 1, 1)
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.patch(sample) * timestep.reshape(-1, *[1] * self.axes)
 
-    model, calls = Video().eval(), []
+
+REFUSED = {
+    "conv3d": (Patched(nn.Conv3d(2, 4, 2), 4), (2, 2, 4, 4, 4), "not for conv3d"),
+    "conv2d without a batch": (Patched(nn.Conv2d(2, 4, 2), 3), (2, 4, 4), "its input has no batch"),
+    "conv1d without a batch": (Patched(nn.Conv1d(2, 4, 2, padding="same"), 2), (2, 4), "its input has no batch"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_quantized_activations_is_refused_before_calibration(name: str) -> None:
+    model, shape, reason = REFUSED[name]
+    calls = []
 
     def calibrate() -> None:
-        model(torch.randn(2, 2, 4, 4, 4), torch.tensor([1, 2]))
+        model.eval()(torch.randn(shape), torch.tensor([1, 2]))
         calls.append(1)
 
-    with pytest.raises(ConfigurationError, match="overrides=patch=w8a16"):
-        fxquant.compile(model, recipe="rtn-w8a8", layers="all", calibrate=calibrate)
+    with pytest.raises(ConfigurationError, match=f"layer patch: .*{reason}.*overrides=patch=w8a16"):
+        fxquant.compile(model.eval(), recipe="rtn-w8a8", layers="all", calibrate=calibrate)
     assert not calls
     recipe = fxquant.make_recipe("rtn-w8a8", "all").with_options("assign-precision", overrides="patch=w8a16")
     assert fxquant.compile(model, recipe=recipe, calibrate=calibrate, measure=0).plan.layers["patch"].weight_bits == 8
