@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 Memo: TypeAlias = "functools._lru_cache_wrapper[Any]"
@@ -29,14 +29,14 @@ class Memos:
         self._hits = {id(memo): memo.cache_info().hits for memo in self._memos}
 
     def read(self) -> list[Memo]:
-        """Those with tensors that have given a result since."""
+        """Those that have given a result since, and hold tensors from before the trace."""
         used = [memo for memo in self._memos if memo.cache_info().hits > self._hits[id(memo)]]
-        return [memo for memo in used if any(isinstance(held, Tensor) for held in _held(memo))]
+        return [memo for memo in used if any(isinstance(held, Tensor) and not is_fake(held) for held in _held(memo))]
 
     def forget_traced(self) -> None:
         """Empty those that hold tensors of a trace."""
         for memo in self._memos if len(sys.modules) == self._modules else _all():
-            if memo.cache_info().currsize and any(isinstance(held, FakeTensor) for held in _held(memo)):
+            if memo.cache_info().currsize and any(isinstance(held, Tensor) and is_fake(held) for held in _held(memo)):
                 memo.cache_clear()
 
 

@@ -6,8 +6,10 @@ in its config, and neither is what JSON writes as something else.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,19 +18,24 @@ from torch import Tensor, nn
 from fxquant.capture import Architecture, weights_and_buffers
 from fxquant.errors import CheckpointError
 
+_DEFAULTS = "_use_default_values"
+
 
 def config_of(model: nn.Module) -> dict[str, Any]:
     """A model's config as plain dicts and lists, without where it was read from; empty if it is not a mapping.
 
-    Nor with diffusers' list of values for which ``from_config`` takes the defaults of the class, whatever they are by
-    then: it names what was given to the constructor without a keyword as well.
+    diffusers also lists the values for which ``from_config`` takes the defaults of the class. Arguments that the
+    constructor got without a keyword are among them, and are left out of that list where they are not the default.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, Mapping):
         return {}
     found: dict[str, Any] = _plain(config)
-    for key in ("_name_or_path", "_use_default_values"):  # The first is a path on this machine.
-        found.pop(key, None)
+    found.pop("_name_or_path", None)  # A path on this machine.
+    if isinstance(found.get(_DEFAULTS), list):
+        parameters = inspect.signature(type(model).__init__).parameters
+        defaults = {name: _plain(parameter.default) for name, parameter in parameters.items()}
+        found[_DEFAULTS] = [name for name in found[_DEFAULTS] if name in defaults and defaults[name] == found.get(name)]
     return found
 
 
@@ -105,10 +112,10 @@ def _difference(had: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> str | 
 
 def _hint(name: str) -> str:
     hints = {
-        "qkv": "; unfuse_qkv_projections() takes it back",
-        "lora": "; pipe.fuse_lora(), then pipe.unload_lora_weights() make it part of the weights",
+        r"(?<![a-z])qkv": "; unfuse_qkv_projections() takes it back",
+        r"(?<![a-z])lora": "; pipe.fuse_lora(), then pipe.unload_lora_weights() make it part of the weights",
     }
-    return next((hint for part, hint in hints.items() if part in name), "")
+    return next((hint for pattern, hint in hints.items() if re.search(pattern, name)), "")
 
 
 def _plain(value: Any) -> Any:

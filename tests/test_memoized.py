@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxquant
 from fxquant.capture import Architecture
@@ -130,3 +131,10 @@ def test_only_what_holds_tensors_of_a_trace_is_emptied() -> None:
     assert memos.read() == [kept]
     memos.forget_traced()
     assert kept.cache_info().currsize == 1  # type: ignore[attr-defined]
+    memos = Memos()
+    with FakeTensorMode():
+        bounded(3)
+        bounded(3)
+    assert not memos.read()  # Filled and read in one trace, as by each block of a model.
+    memos.forget_traced()
+    assert not bounded.cache_info().currsize

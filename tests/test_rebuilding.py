@@ -380,3 +380,10 @@ def test_arguments_without_keywords(tmp_path: Path) -> None:
     quantized = compiled(Fixed(2.0).eval())
     fxquant.save(quantized, tmp_path / "model")
     assert torch.equal(fxquant.load(tmp_path / "model", model=Fixed)(X, T), quantized(X, T))
+
+
+@pytest.mark.parametrize(("name", "advised"), [("exploration", False), ("lora_scale", True), ("down_lora", True)])
+def test_advice_on_tensors_that_were_added(name: str, advised: bool) -> None:
+    model = Fixed().eval()
+    model.register_parameter(name, nn.Parameter(torch.ones(1)))
+    assert ("fuse_lora" in str(obstacle(model, "timestep"))) == advised
