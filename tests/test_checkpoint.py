@@ -57,6 +57,15 @@ def saved(quantized: GraphModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="module")
+def most_seconds(saved: Path) -> float:
+    """What a refusal may take: 5 s, or where the processor has other work too, thrice what it takes to load."""
+    fxquant.load(saved)  # The first time imports what it needs.
+    began = time.process_time()
+    fxquant.load(saved)
+    return max(5.0, 3 * (time.process_time() - began))
+
+
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
@@ -447,7 +456,7 @@ def test_values_that_no_plan_has(folder: Path, change: Callable[[Any], object], 
     ],
     ids=str,
 )
-def test_configs_that_are_not_the_models(folder: Path, change: dict[str, Any], said: str) -> None:
+def test_configs_that_are_not_the_models(folder: Path, most_seconds: float, change: dict[str, Any], said: str) -> None:
     config = json.loads((folder / "config.json").read_text()) | change
     del config["_use_default_values"]  # In place of which from_config takes defaults.
     (folder / "config.json").write_text(json.dumps(config))
@@ -459,7 +468,7 @@ def test_configs_that_are_not_the_models(folder: Path, change: dict[str, Any], s
     with pytest.raises(CheckpointError, match=said) as caught:
         fxquant.load(folder)
     assert "config.json" in str(caught.value) or "plan.json" in str(caught.value)
-    assert time.process_time() - began < 5.0
+    assert time.process_time() - began < most_seconds
 
 
 def test_a_config_that_is_nested_too_deeply(folder: Path) -> None:
