@@ -24,7 +24,7 @@ from fxquant.calls import CallSpec, TensorSpec
 from fxquant.capture import Architecture, CapturedGraph, read_tensors, weights_and_buffers
 from fxquant.errors import CaptureError
 from fxquant.state import OWN, detached, frozen, is_equal
-from fxquant.threads import without_autocast
+from fxquant.threads import uncompiled, without_autocast
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _call(model: nn.Module, leaves: Sequence[Any], structure: Any) -> Any:
 def _alike(device: torch.device) -> Iterator[None]:
     """Run without autocast, uncompiled, and draw the same random numbers each time, none of them from the user's."""
     with (
-        torch.compiler.set_stance("force_eager"),
+        uncompiled(),
         without_autocast(device.type),
         torch.no_grad(),
         _OwnNoise(device),

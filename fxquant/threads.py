@@ -52,6 +52,28 @@ def is_traced_elsewhere() -> bool:
     return _owners[:] not in ([], [threading.get_ident()])
 
 
+_eager_lock = threading.Lock()
+_eager: list[Any] = []  # One stance of the compiler for each thread that is within uncompiled().
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run functions decorated with ``torch.compile`` as they are.
+
+    The stance of the compiler is one for all threads. The first that is here sets it and the last one sets it back; if
+    each set back what it had found, a thread that came second would leave the process without compilation.
+    """
+    with _eager_lock:
+        _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            stance = _eager.pop()
+            if not _eager:
+                stance.__exit__(None, None, None)
+
+
 @contextmanager
 def without_autocast(*devices: str) -> Iterator[None]:
     """Compute in the dtypes that values have, on the CPU and these devices, whatever ``torch.autocast`` is around."""

@@ -18,7 +18,7 @@ from fxquant.capture import Architecture
 from fxquant.errors import ConfigurationError
 from fxquant.model import GraphModel
 from fxquant.plan import Plan
-from fxquant.threads import is_traced_elsewhere, tracing_alone
+from fxquant.threads import is_traced_elsewhere, tracing_alone, uncompiled
 
 
 class Small(nn.Module):
@@ -110,6 +110,24 @@ def test_a_model_that_another_thread_calibrates_is_refused() -> None:
             Architecture.of(model, "timestep")
         with pytest.raises(ConfigurationError, match=r"this Small is being calibrated by another fxquant\.compile"):
             compiled(model)
+
+
+@pytest.mark.parametrize("own", ["default", "force_eager"])
+def test_what_is_compiled_is_compiled_again_whoever_ends_first(own: str) -> None:
+    def stance() -> str:
+        return torch._dynamo.eval_frame._stance.stance
+
+    with torch.compiler.set_stance(own):
+        first, second = uncompiled(), uncompiled()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert stance() == "force_eager"  # The other one still compares.
+        second.__exit__(None, None, None)
+        assert stance() == own
+        with pytest.raises(ZeroDivisionError), uncompiled():
+            _ = 1 / 0
+        assert stance() == own
 
 
 def test_the_lock_is_given_back_after_a_failure() -> None:
