@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -41,7 +42,20 @@ class Memos:
 
 
 def _all() -> list[Memo]:
-    return [found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper]
+    """Those of modules and of classes in them, of functions or methods.
+
+    The garbage collector knows all, but what it lists holds on to tuples that other threads are about to fill, which
+    then raise SystemError.
+    """
+    found: dict[int, Memo] = {}
+    for name, module in list(sys.modules.items()):
+        for value in list(vars(module).values()) if isinstance(module, types.ModuleType) else ():
+            own = type(value) is type and value.__module__ == name
+            for one in [value, *list(vars(value).values())] if own else [value]:
+                function = one.__func__ if type(one) in (staticmethod, classmethod) else one  # isinstance asks objects.
+                if type(function) is functools._lru_cache_wrapper:
+                    found[id(function)] = function
+    return list(found.values())
 
 
 def _held(memo: Memo) -> Iterator[Any]:
