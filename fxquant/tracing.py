@@ -124,6 +124,7 @@ class Tracing(TorchFunctionMode):
         self.read.clear()  # What an earlier trace of the same call has noted.
         self._written.clear()
         self._stale.clear()
+        self._products = 0
         handle = model.register_forward_pre_hook(enter_all, with_kwargs=True)
         try:
             with self:

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
 from fxquant.api import trace
 from fxquant.calls import CallSpec, TensorSpec
 from fxquant.capture import read_tensors
-from fxquant.errors import CaptureError
+from fxquant.errors import CaptureError, CheckpointError
+from fxquant.tracing import Tracing, at_most
 
 Body = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -160,6 +162,19 @@ def test_a_spec_with_values_is_written_and_read() -> None:
     assert again.fits(("mask",), [torch.tensor([[True, False], [True, True]])], {"mask": 0})
     assert not again.fits(("mask",), [torch.tensor([[True, True], [True, True]])], {"mask": 0})
     assert torch.equal(again.held["mask"], torch.tensor([[True, False], [True, True]]))
+
+
+def test_layers_are_counted_for_each_trace_of_a_call() -> None:
+    tracing, call = Tracing(), CallSpec(("x",), (TensorSpec((2, 4), torch.float32),), {"x": 0})
+    weight = torch.ones(4, 4)
+    with at_most(0):  # And the few that no output depends on.
+        for _ in range(2):  # As where a table in the cache of a function has to be computed in the graph.
+            with tracing.knowing(nn.Identity(), call, {}):
+                for _ in range(12):
+                    F.linear(torch.ones(2, 4), weight)
+        with pytest.raises(CheckpointError, match="runs more than 16 layers"), tracing.knowing(nn.Identity(), call, {}):
+            for _ in range(17):
+                F.linear(torch.ones(2, 4), weight)
 
 
 def test_compiled_it_has_a_graph_for_each_value() -> None:
