@@ -44,7 +44,7 @@ class SecondMoments:
 
     def add(self, rows: Tensor, timestep: float) -> None:
         """Take in rows ``[n, C]`` seen at one timestep."""
-        assert self.scale is None, "sealed moments take nothing in"
+        self.check_open()
         rows = rows.to(torch.float32)
         total = rows.sum(dim=0, dtype=torch.float64)
         if float(rows.abs().max()) > _MOST:
@@ -61,6 +61,8 @@ class SecondMoments:
 
     def merge(self, other: SecondMoments) -> None:
         """Take in what another run saw."""
+        self.check_open()
+        other.check_open()
         if other._held.dtype == torch.float64:
             self._widen()
         for ours, theirs in zip(self.bands, other.bands, strict=True):
@@ -85,6 +87,19 @@ class SecondMoments:
         for number, (sealed, band) in enumerate(zip(self.bands, bands, strict=True)):
             start = number * _BAND
             sealed.copy_(band * inverse[start : start + len(band), None] * inverse[start:])
+
+    def check_open(self) -> None:
+        """Return if rows can be added to these moments, and they can be stored.
+
+        Raises:
+            CalibrationError: They are sealed.
+        """
+        if self.scale is not None:  # What is held is divided by it.
+            raise CalibrationError(
+                "these statistics were reduced to what rounding needs, so they can be neither saved nor added to; to "
+                "keep statistics, let them be recorded in ones of your own: fxquant.compile(..., "
+                "statistics=fxquant.Statistics())"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +160,12 @@ class SecondMoments:
     # Storage
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of all that a file has to hold."""
+        """Name and tensor of all that a file has to hold.
+
+        Raises:
+            CalibrationError: They are sealed.
+        """
+        self.check_open()
         yield "moments", self._held.cpu()
         yield "moment_timesteps", torch.tensor(list(self.sums), dtype=torch.float64)
         yield "moment_sums", torch.stack([*self.sums.values()]).cpu()
@@ -156,7 +176,7 @@ class SecondMoments:
         """Take the state that :meth:`tensors` gave.
 
         Raises:
-            ValueError: Shapes do not fit together.
+            ValueError: Shapes or dtypes do not fit together.
         """
         sums, steps = tensors["moment_sums"], tensors["moment_timesteps"].tolist()
         counts = tensors["moment_counts"].tolist()
@@ -165,6 +185,8 @@ class SecondMoments:
         found = cls(sums.shape[1])
         if tensors["moments"].shape != found._held.shape:
             raise ValueError("second moments and their sums do not fit together")
+        if tensors["moments"].dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"second moments are {tensors['moments'].dtype}, not float32 or float64")
         found._held = tensors["moments"].clone()
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))

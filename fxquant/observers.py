@@ -351,8 +351,11 @@ class ChannelStatistics:
         Raises:
             ConfigurationError: the runs sample different numbers of rows, or share a seed at a common timestep, so that
                 the same random numbers would have picked the rows of both.
-            CalibrationError: the keys or the numbers of channels differ.
+            CalibrationError: the keys or the numbers of channels differ, or the second moments of one are sealed.
         """
+        for statistics in (self, other):
+            if statistics.moments is not None:
+                statistics.moments.check_open()
         if other.key != self.key:
             raise CalibrationError(f"cannot merge statistics of {other.key!r} into those of {self.key!r}")
         if other.num_rows != self.num_rows:
@@ -552,7 +555,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
 
         Raises:
             ConfigurationError: the runs sample different numbers of rows, or share a seed at a common timestep.
-            CalibrationError: the channels of a key differ.
+            CalibrationError: the channels of a key differ, or the statistics of one are sealed.
         """
         merged = {key: self._by_key.get(key) or self._new(key) for key in other}
         for key, ours in merged.items():  # all before any, so that an error leaves this run as it was

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, CheckpointError
 from fxquant.moments import ROWS_PER_CALL, SecondMoments, within_float32
 from fxquant.observers import ChannelStatistics, Statistics
 
@@ -100,6 +102,35 @@ def test_sealed_they_take_half_the_room_and_stay_what_they_were(channels):
     assert ((moments.matrix - before).abs() <= 2**-11 * root * root[:, None] * (1 + 1e-6)).all()
     assert torch.equal(moments.matrix, moments.matrix.T)
     torch.testing.assert_close(moments.matrix.diagonal(), before.diagonal(), rtol=1e-3, atol=0)
+
+
+def test_sealed_they_are_neither_saved_nor_added_to(tmp_path):
+    """What they hold is divided by a scale that no file has."""
+    sealed, other = Statistics(seed=1), Statistics(seed=2)
+    for statistics in (sealed, other):
+        statistics.wants_moments = {"a"}.__contains__
+        statistics.record("a", rows(20)[None], torch.tensor([3.0]))
+    sealed.seal()
+    with pytest.raises(CalibrationError, match="neither saved nor added to"):
+        sealed.save(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    for left, right in ((sealed, other), (other, sealed)):
+        with pytest.raises(CalibrationError, match="neither saved nor added to"):
+            left.merge(right)
+    assert other["a"].moments.counts == {3.0: 20} and int(other["a"].count.sum()) == 20
+
+
+def test_moments_of_another_dtype_are_refused(tmp_path):
+    statistics = Statistics(seed=1)
+    statistics.wants_moments = {"a"}.__contains__
+    statistics.record("a", rows(20)[None], torch.tensor([3.0]))
+    statistics.save(tmp_path / "s")
+    tensors = load_file(tmp_path / "s")
+    with safe_open(tmp_path / "s", framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors | {"a.moments": tensors["a.moments"].half()}, tmp_path / "s", metadata=metadata)
+    with pytest.raises(CheckpointError, match="float16"):
+        Statistics.load(tmp_path / "s")
 
 
 @pytest.mark.parametrize("largest", [1e18, 1e30, 3e38])
