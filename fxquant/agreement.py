@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
-from fxquant.capture import get_tensor, weights_and_buffers
 from fxquant.errors import CheckpointError
+from fxquant.ir.tensors import get_tensor, weights_and_buffers
 from fxquant.packing import packed_size
 from fxquant.plan import LayerPlan, Plan
 from fxquant.quantizer import group_count

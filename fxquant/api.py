@@ -17,16 +17,7 @@ from torch.nn.parameter import is_lazy
 from fxquant.attention import find_attentions
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
-from fxquant.capture import (
-    LAYER,
-    Architecture,
-    CapturedGraph,
-    bind,
-    is_constant_name,
-    read_tensors,
-    weights_and_buffers,
-    weights_of,
-)
+from fxquant.capture import Architecture, CapturedGraph
 from fxquant.errors import (
     AlreadyCompiledError,
     CalibrationError,
@@ -39,7 +30,9 @@ from fxquant.errors import (
 from fxquant.fidelity import Original, example
 from fxquant.hooks import refuse_hooks
 from fxquant.ir.digest import graph_digest
+from fxquant.ir.meta import LAYER
 from fxquant.ir.shared import SharedTensors
+from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_and_buffers, weights_of
 from fxquant.model import GraphModel, bound_graph
 from fxquant.observers import Statistics
 from fxquant.packages import PackagedModel

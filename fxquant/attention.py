@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
+from fxquant.ir.meta import LAYER
 
 aten = torch.ops.aten
 

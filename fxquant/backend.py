@@ -11,9 +11,9 @@ from typing import Any, ClassVar, get_type_hints
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import read_tensors
 from fxquant.errors import BackendError
 from fxquant.ir.stages import StageSpec, verify
+from fxquant.ir.tensors import read_tensors
 from fxquant.options import read_named
 from fxquant.plan import AttentionPlan, LayerPlan, Plan
 from fxquant.registry import Registry

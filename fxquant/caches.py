@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.capture import kept_tensors
 from fxquant.errors import CheckpointError
 from fxquant.rebuilding import is_rebuilt, rebuilt
-from fxquant.state import attributes, frozen, holders, is_equal, is_plain_object
+from fxquant.state import attributes, frozen, holders, is_equal, is_plain_object, kept_tensors
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.calls import warn_of_many
-from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
+from fxquant.capture import Architecture, CapturedGraph
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.fidelity import Original
 from fxquant.ir.ops import recording
+from fxquant.ir.tensors import bind, weights_of
 from fxquant.observers import Statistics
 from fxquant.pipeline import Instrument, Pass, Pipeline, parse_pass
 from fxquant.plan import LayerPlan, Plan

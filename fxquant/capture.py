@@ -12,7 +12,6 @@ import copy
 import hashlib
 import inspect
 import logging
-import operator
 import threading
 import traceback
 import weakref
@@ -42,23 +41,23 @@ from fxquant.constants import is_plain
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, FxquantError
 from fxquant.fingerprint import fingerprint
 from fxquant.functionalize import functionalize, refuse_shared_lists, writes
+from fxquant.ir.layers import LAYER_OPS, layer_name, stored_weight
+from fxquant.ir.meta import ITEM, LAYER, NAMES
+from fxquant.ir.tensors import CONSTANT, get_tensor, read_tensors, set_tensor, weights_and_buffers
 from fxquant.memoized import Memos
-from fxquant.state import HOLLOW, detached, holders, kept, plain_objects, replace_tensors, tensors_kept
+from fxquant.state import (
+    HOLLOW,
+    detached,
+    kept,
+    kept_tensors,
+    replace_kept_tensors,
+)
 from fxquant.threads import replaced, tracing_alone, without_autocast
 from fxquant.tracing import Tracing, is_followed
 
 log = logging.getLogger(__name__)
 
-LAYER = "fxquant_layer"
-"""Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 
-NAMES = "fxquant_names"
-"""Key of a graph module's ``meta`` for the names that the model itself uses, of tensors (true) and modules (false)."""
-
-ITEM = "fxquant_item"
-"""Key of the ``meta`` of a placeholder that is an item of a list, for the name of the list."""
-
-_CONSTANT = "constant_"
 _SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """Modules that compute the same in training mode, in which diffusers leaves the linears that it fuses."""
 
@@ -80,23 +79,6 @@ _ON_OTHERS = (
 _TALKATIVE = (
     *("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export._trace"),
     *("torch.export.dynamic_shapes", "torch._export.non_strict_utils"),
-)
-LAYER_OPS: dict[Any, int] = {
-    torch.ops.aten.linear.default: 1,
-    torch.ops.aten.conv1d.default: 1,
-    torch.ops.aten.conv2d.default: 1,
-    torch.ops.aten.conv3d.default: 1,
-    torch.ops.aten.conv1d.padding: 1,
-    torch.ops.aten.conv2d.padding: 1,
-    torch.ops.aten.conv3d.padding: 1,
-    torch.ops.aten.embedding.default: 0,
-}
-"""The ops that are layers if their weight is stored, and the position of that weight among their arguments."""
-
-_CASTS = ("to", "_to_copy", "type_as", "detach", "alias", "contiguous", "clone")
-_CAST_OPS = (
-    *(torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout),
-    *(torch.ops.aten._to_copy.default, torch.ops.aten.type_as.default),
 )
 
 
@@ -450,79 +432,6 @@ class Architecture:
         return exported
 
 
-def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors in the places of the fake ones that the graph was traced with.
-
-    Raises:
-        CheckpointError: If a tensor is missing or has another shape.
-    """
-    for target in sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"}):
-        value, held = values.get(target), get_tensor(module, target)
-        if value is None and isinstance(held, FakeTensor):
-            raise CheckpointError(f"no tensor {target!r}: the weights do not belong to this model or are incomplete")
-        if value is None:
-            continue
-        if value.shape != held.shape:
-            raise CheckpointError(
-                f"tensor {target!r} has shape {tuple(value.shape)}, the model needs {tuple(held.shape)}"
-            )
-        set_tensor(module, target, value)
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a model by name, shared ones under each of their names."""
-    return {name: value.detach() for name, value in weights_and_buffers(model)}
-
-
-def get_tensor(module: nn.Module, target: str) -> torch.Tensor:
-    """The tensor that a ``get_attr`` node of this target reads."""
-    value = operator.attrgetter(target)(module)
-    assert isinstance(value, torch.Tensor), target
-    return value
-
-
-def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
-    """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules on the way as needed.
-
-    Floating-point tensors become parameters, all others buffers, so that ``dtype``, ``device``, ``to`` and
-    ``state_dict`` of the module mean what users expect. They require gradients only if ``value`` is a parameter
-    that does.
-    """
-    *path, name = target.split(".")
-    holder = module
-    for part in path:
-        if not hasattr(holder, part):
-            holder.add_module(part, nn.Module())
-        holder = getattr(holder, part)
-    if hasattr(holder, name):
-        delattr(holder, name)
-    if value.is_floating_point():
-        trained = isinstance(value, nn.Parameter) and value.requires_grad
-        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=trained))
-    else:
-        holder.register_buffer(name, value.detach())
-
-
-def read_tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """The tensors that a graph reads, by target, in the order of the graph."""
-    targets = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-    return {target: get_tensor(module, target) for target in targets}
-
-
-def drop_unread_tensors(module: fx.GraphModule) -> None:
-    """Delete parameters and buffers that no node reads, and the modules that this leaves empty."""
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in [name for name, _ in weights_and_buffers(module) if name not in read]:
-        path, _, leaf = name.rpartition(".")
-        delattr(module.get_submodule(path), leaf)
-    module.delete_all_unused_submodules()
-
-
-def weights_and_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name, shared ones under each of their names."""
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-
-
 def _is_shape(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, int) for key in value)
 
@@ -674,7 +583,7 @@ def _name_by_value(target: str, tensor: torch.Tensor, model: nn.Module) -> str:
             "the float model once with inputs like these before fxquant does"
         )
     path, dot, _ = target.rpartition(".")
-    return f"{path}{dot}{_CONSTANT}{_digest(tensor)}"
+    return f"{path}{dot}{CONSTANT}{_digest(tensor)}"
 
 
 def _hollow_out(model: nn.Module) -> None:
@@ -691,43 +600,6 @@ def _hollow_out(model: nn.Module) -> None:
     setattr(model, HOLLOW, True)
 
 
-def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Put ``change(name, tensor)`` in place of each tensor that :func:`kept_tensors` finds."""
-    made: dict[int, torch.Tensor] = {}
-    for name, tensor in kept_tensors(model):
-        if id(tensor) not in made:  # One that several attributes hold stays one tensor.
-            made[id(tensor)] = change(name, tensor)
-            if hasattr(tensor, HOLLOW):
-                setattr(made[id(tensor)], HOLLOW, True)
-    for _, holder in holders(model):
-        replace_tensors(holder, lambda tensor: made.get(id(tensor), tensor))
-
-
-def kept_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that modules and plain objects keep in attributes, lists and dicts, with a name for each.
-
-    Those that are parameters or buffers as well are left out. Where an attribute of a module is a tensor, its name is
-    the one under which ``torch.export`` reads it.
-    """
-    owned = {id(tensor) for _, tensor in weights_and_buffers(model)}
-    found = []
-    for path, module in model.named_modules():
-        for key, number, tensor in tensors_kept(module):
-            found.append((f"{path}.{key}" if number is None else f"{path}.{key}_{number}", tensor))
-    for path, kept_object in plain_objects(model):
-        for key, number, tensor in tensors_kept(kept_object):
-            found.append((f"{path}.{_CONSTANT}{key}_{number or 0}", tensor))
-    return [(name.removeprefix("."), tensor) for name, tensor in found if id(tensor) not in owned]
-
-
-def is_constant_name(target: str) -> bool:
-    """Whether a tensor of this name came from the model's code or a plain object in it, and not from its weights.
-
-    Code that fills a cache at its first call yields such a tensor where the cache is full, and computes it where not.
-    """
-    return target.rpartition(".")[2].startswith(_CONSTANT)
-
-
 def _is_same(left: torch.Tensor, right: torch.Tensor) -> bool:
     same_memory = left.untyped_storage()._cdata == right.untyped_storage()._cdata
     return same_memory and (left.shape, left.stride(), left.storage_offset()) == (
@@ -742,51 +614,10 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode() + content, digest_size=6).hexdigest()
 
 
-def stored_weight(node: fx.Node) -> fx.Node | None:
-    """The parameter that is the weight of a layer, or that its weight is cast from; None if the weight is computed.
-
-    A cast to integers or to 8 bits computes another weight, whatever the result is cast to.
-    """
-    weight = node.args[LAYER_OPS[node.target]]
-    while isinstance(weight, fx.Node) and weight.op == "call_function":
-        if str(getattr(weight.target, "_name", "")).removeprefix("aten::").partition(".")[0] not in _CASTS:
-            return None
-        if not is_wide_float(weight):
-            return None
-        weight = weight.args[0]
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
-
-
-def is_cast(node: fx.Node) -> bool:
-    """Whether a node casts to another dtype or device and does nothing else: no rounding to integers or to 8 bits."""
-    source = node.args[0] if node.target in _CAST_OPS else None
-    return isinstance(source, fx.Node) and is_wide_float(node) and is_wide_float(source)
-
-
-def parameter_of(node: fx.Node) -> fx.Node:
-    """What a node casts for one reader, if that is all that it does; else the node itself."""
-    while is_cast(node) and len(node.users) == 1:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    return node
-
-
-def is_wide_float(node: fx.Node) -> bool:
-    """Whether a value is of floats of 16 bits or more."""
-    dtype = node.meta["val"].dtype
-    return bool(dtype.is_floating_point and dtype.itemsize > 1)
-
-
 def names_of(model: nn.Module) -> dict[str, bool]:
     """The names that a model uses: those of its tensors with True, those of its modules with False."""
     names = {name: False for name, _ in model.named_modules(remove_duplicate=False) if name}
     return names | {name: True for name, _ in [*weights_and_buffers(model), *kept_tensors(model)]}
-
-
-def layer_name(target: str) -> str:
-    """The name of the layer whose weight is found under this name."""
-    return target.removesuffix(".weight")
 
 
 def _name_layers(module: fx.GraphModule, model: nn.Module) -> None:

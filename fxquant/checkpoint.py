@@ -29,14 +29,7 @@ from fxquant.agreement import (
 )
 from fxquant.api import bind_all, check_model, lower_all, model_from_plan
 from fxquant.backend import Backend, resolve_backend
-from fxquant.capture import (
-    Architecture,
-    CapturedGraph,
-    kept_tensors,
-    read_tensors,
-    replace_kept_tensors,
-    weights_and_buffers,
-)
+from fxquant.capture import Architecture, CapturedGraph
 from fxquant.devices import give_back_memory, usable_device
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.files import (
@@ -52,6 +45,7 @@ from fxquant.files import (
     write_tensors,
 )
 from fxquant.folders import mention_leftovers, no_folder, whole_folder
+from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.model import GraphModel, quantized_model
 from fxquant.packages import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
 from fxquant.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
@@ -59,6 +53,7 @@ from fxquant.rebuilding import class_of, config_text, is_rebuilt, rebuilt
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
+from fxquant.state import kept_tensors, replace_kept_tensors
 from fxquant.text import printable
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)

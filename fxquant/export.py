@@ -24,11 +24,12 @@ from fxquant.agreement import check_finite, infinite_in, read_headers
 from fxquant.api import class_path
 from fxquant.backend import Backend, resolve_backend
 from fxquant.calls import BATCH
-from fxquant.capture import CapturedGraph, read_tensors
+from fxquant.capture import CapturedGraph
 from fxquant.checkpoint import load
 from fxquant.errors import BackendError, CheckpointError, CompilerError, ConfigurationError
 from fxquant.files import digest, digest_of, dtype_name, write_tensors
 from fxquant.folders import prepare, whole_folder
+from fxquant.ir.tensors import read_tensors
 from fxquant.model import GraphModel, quantized_model
 from fxquant.packages import (
     CONFIG_FILE,
@@ -177,7 +178,7 @@ def require_compiler() -> None:
 
 
 def compile_graph(captured: CapturedGraph, path: Path) -> None:
-    """Compile one graph, with its tensors as further inputs in the order of :func:`~fxquant.capture.read_tensors`.
+    """Compile one graph, with its tensors as further inputs in the order of :func:`~fxquant.ir.tensors.read_tensors`.
 
     Raises:
         CompilerError: If the compiler fails.

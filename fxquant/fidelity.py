@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.caches import Caches, Places, put
 from fxquant.calls import CallSpec, TensorSpec
-from fxquant.capture import Architecture, CapturedGraph, read_tensors, weights_and_buffers
+from fxquant.capture import Architecture, CapturedGraph
 from fxquant.errors import CaptureError
+from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.state import OWN, detached, frozen, is_equal
 from fxquant.threads import uncompiled, without_autocast
 

@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant import compiling
 from fxquant.backend import Backend
 from fxquant.calls import warn_of_many
-from fxquant.capture import Architecture, CapturedGraph, bind, read_tensors, set_tensor, weights_and_buffers
+from fxquant.capture import Architecture, CapturedGraph
 from fxquant.devices import retarget
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
+from fxquant.ir.tensors import bind, read_tensors, set_tensor, weights_and_buffers
 from fxquant.nans import showing_nans
 from fxquant.original import changes, hand_on, refusal
 from fxquant.plan import Plan

@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_che
 
 from torch import fx
 
-from fxquant.capture import drop_unread_tensors
 from fxquant.errors import ConfigurationError, FxquantError, PassError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
+from fxquant.ir.tensors import drop_unread_tensors
 from fxquant.options import read_named
 from fxquant.plan import LayerPlan, Plan
 from fxquant.registry import Registry

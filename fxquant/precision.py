@@ -23,8 +23,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
-from fxquant.capture import LAYER
 from fxquant.errors import ConfigurationError
+from fxquant.ir.meta import LAYER
 
 ROLES = ("block", "adaln", "embedder", "patch", "final")
 _FORM = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")

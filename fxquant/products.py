@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from fxquant.attention import attention_products
-from fxquant.capture import LAYER, LAYER_OPS
+from fxquant.ir.layers import LAYER_OPS
+from fxquant.ir.meta import LAYER
 
 aten = torch.ops.aten
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxquant.capture import Architecture, weights_and_buffers
+from fxquant.capture import Architecture
 from fxquant.errors import CheckpointError
+from fxquant.ir.tensors import weights_and_buffers
 
 _DEFAULTS = "_use_default_values"
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxquant.ir.tensors import CONSTANT, weights_and_buffers
+
 OWN = frozenset(vars(nn.Module()))
 """The attributes that torch keeps in every module."""
 
@@ -175,3 +177,32 @@ def is_equal(left: Any, right: Any) -> bool:
     if isinstance(left, list):
         return len(left) == len(right) and all(map(is_equal, left, right))
     return bool(left == right)
+
+
+def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Put ``change(name, tensor)`` in place of each tensor that :func:`kept_tensors` finds."""
+    made: dict[int, torch.Tensor] = {}
+    for name, tensor in kept_tensors(model):
+        if id(tensor) not in made:  # One that several attributes hold stays one tensor.
+            made[id(tensor)] = change(name, tensor)
+            if hasattr(tensor, HOLLOW):
+                setattr(made[id(tensor)], HOLLOW, True)
+    for _, holder in holders(model):
+        replace_tensors(holder, lambda tensor: made.get(id(tensor), tensor))
+
+
+def kept_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that modules and plain objects keep in attributes, lists and dicts, with a name for each.
+
+    Those that are parameters or buffers as well are left out. Where an attribute of a module is a tensor, its name is
+    the one under which ``torch.export`` reads it.
+    """
+    owned = {id(tensor) for _, tensor in weights_and_buffers(model)}
+    found = []
+    for path, module in model.named_modules():
+        for key, number, tensor in tensors_kept(module):
+            found.append((f"{path}.{key}" if number is None else f"{path}.{key}_{number}", tensor))
+    for path, kept_object in plain_objects(model):
+        for key, number, tensor in tensors_kept(kept_object):
+            found.append((f"{path}.{CONSTANT}{key}_{number or 0}", tensor))
+    return [(name.removeprefix("."), tensor) for name, tensor in found if id(tensor) not in owned]

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER
 from fxquant.errors import MissingTimestepError
 from fxquant.ir.histories import History, digest, has_content, made_from
+from fxquant.ir.meta import LAYER
 
 if TYPE_CHECKING:
     from fxquant.ir.rewriter import Rewriter

@@ -15,8 +15,9 @@ from typing import TypeVar
 from torch import fx
 
 from fxquant.attention import find_attentions
-from fxquant.capture import ITEM, LAYER, LAYER_OPS, layer_name
 from fxquant.errors import CalibrationError
+from fxquant.ir.layers import LAYER_OPS, layer_name
+from fxquant.ir.meta import ITEM, LAYER
 from fxquant.observers import Statistics
 from fxquant.plan import ActivationRange, LayerPlan, Plan
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture import LAYER, layer_name, stored_weight
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.evidence import evidence, moments
 from fxquant.ir.histories import made_from
+from fxquant.ir.layers import layer_name, stored_weight
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.plan import ActivationRange, LayerPlan, Plan
 from fxquant.quantizer import (

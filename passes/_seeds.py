@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER, parameter_of
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Seed
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
+from fxquant.ir.layers import parameter_of
+from fxquant.ir.meta import LAYER
 from fxquant.plan import Balance, LayerPlan, Plan, Shift
 from fxquant.precision import ROLES
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.attention import ValueChange, note_change
-from fxquant.capture import LAYER
 from fxquant.channels.solve import Edit, Seed, Solution, solve
 from fxquant.channels.wants import Cost
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter, place_of
 from fxquant.ir.shared import Fold, parameters_of, read_stored
 from fxquant.ir.stages import Stage

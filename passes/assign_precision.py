@@ -13,8 +13,9 @@ from typing import ClassVar
 from torch import fx
 
 from fxquant.attention import Attention, find_attentions, not_by_sample
-from fxquant.capture import LAYER, NAMES, layer_name, stored_weight
 from fxquant.errors import ConfigurationError
+from fxquant.ir.layers import layer_name, stored_weight
+from fxquant.ir.meta import LAYER, NAMES
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass

@@ -15,12 +15,13 @@ from scipy.special import softmax
 from scipy.stats import spearmanr
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER, parameter_of
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Seed, solve
 from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
-from fxquant.ir.rewriter import PROVENANCE, Rewriter
+from fxquant.ir.layers import parameter_of
+from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import (
     follow,

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxquant.attention import SIDES, Attention, find_attentions
-from fxquant.capture import ITEM, LAYER
+from fxquant.ir.meta import ITEM, LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline import Pass, Tier, register_pass

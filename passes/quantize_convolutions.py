@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxquant.capture import LAYER
 from fxquant.errors import ConfigurationError
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import InputRange, RangeSearch, is_quantized, quantized_input, quantized_weight

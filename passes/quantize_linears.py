@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.capture import LAYER
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import (

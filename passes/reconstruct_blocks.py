@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.capture import LAYER
 from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
 from fxquant.passes._quantization import InputRange, RangeSearch, decide_range, importance_of, is_rounded

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import parameter_of
 from fxquant.channels.rules.shifts import shift_output
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.errors import ConfigurationError
 from fxquant.evidence import evidence
 from fxquant.ir.histories import digest
-from fxquant.ir.rewriter import PROVENANCE, Rewriter
+from fxquant.ir.layers import parameter_of
+from fxquant.ir.meta import PROVENANCE
+from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._seeds import (
     follow,

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.capture import LAYER, Architecture, CapturedGraph, bind, weights_of
+from fxquant.capture import Architecture, CapturedGraph
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.channels.wants import Cost
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
+from fxquant.ir.tensors import bind, weights_of
 from fxquant.passes.absorb_affines import AbsorbAffines
 from fxquant.passes.absorb_shifts import AbsorbShifts
 from fxquant.pipeline import PassRecord, Pipeline

@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
 from fxquant.calls import CallSpec, describe_call
-from fxquant.capture import Architecture, read_tensors
+from fxquant.capture import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.ir.tensors import read_tensors
 from fxquant.model import GraphModel
 from fxquant.observers import Statistics
 from fxquant.plan import Plan

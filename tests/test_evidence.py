@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxquant
-from fxquant.capture import LAYER
 from fxquant.evidence import evidence, moments
+from fxquant.ir.meta import LAYER
 from fxquant.observers import Statistics
 from fxquant.plan import LayerPlan, Plan, Shift, TimestepGroups
 from tests import tiny

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import capture
-from fxquant.capture import Architecture, CapturedGraph, bind, weights_of
+from fxquant.capture import Architecture, CapturedGraph
 from fxquant.errors import CaptureError
 from fxquant.functionalize import functionalize, writes
+from fxquant.ir.tensors import bind, weights_of
 from tests.support import golden, text
 
 Body = Callable[[Tensor, Tensor], Tensor]

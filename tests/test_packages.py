@@ -392,7 +392,7 @@ def test_lifted_graphs_hold_no_tensors_and_say_the_same(several: Made) -> None:
     assert count(module, torch.ops.fxquant.convolution.default) == 1
     call = captured.inputs([*inputs().values(), None, True])
     with torch.no_grad():
-        assert torch.equal(module(*call, *fxquant.capture.read_tensors(captured.module).values())[0], run(quantized))
+        assert torch.equal(module(*call, *fxquant.ir.tensors.read_tensors(captured.module).values())[0], run(quantized))
 
 
 def test_signatures_are_written_and_read() -> None:

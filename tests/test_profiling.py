@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.capture import LAYER
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.profiling.attribution import Place, attribute
 from fxquant.profiling.kinds import KINDS, kind_of

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.backends.torchao import weights
-from fxquant.capture import read_tensors
 from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.tensors import read_tensors
 
 _STORED = "fxquant_torchao_stored"
 """Key of ``node.meta`` for the tensors of a checkpoint that a node stands for: by name, or how they are found again."""

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant.backends.torchao import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.torchao import weights
 from fxquant.backends.torchao.held import Held, Weight
-from fxquant.capture import drop_unread_tensors
 from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.tensors import drop_unread_tensors
 
 aten, ours, pt2e = torch.ops.aten, torch.ops.fxquant_torchao, torch.ops.quantized_decomposed
 

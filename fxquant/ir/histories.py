@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture import get_tensor
 from fxquant.errors import PassError
+from fxquant.ir.tensors import get_tensor
 
 _HISTORY = "fxquant_history"
 """Key of ``node.meta`` of a ``get_attr`` node: a :class:`History`, or None where the content of the tensor tells."""

@@ -17,12 +17,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
-from fxquant.capture import LAYER, NAMES, get_tensor, set_tensor
 from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.histories import History, has_content, history_of, record
-
-PROVENANCE = "fxquant_provenance"
-"""Key of ``node.meta`` for a tuple of :class:`Origin`, the oldest first."""
+from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
+from fxquant.ir.tensors import get_tensor, set_tensor
 
 
 @dataclass(frozen=True)

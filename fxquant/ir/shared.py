@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture import LAYER, drop_unread_tensors, get_tensor, is_cast, parameter_of, set_tensor
 from fxquant.errors import CaptureError
 from fxquant.ir.histories import History, history_of
+from fxquant.ir.layers import is_cast, parameter_of
+from fxquant.ir.meta import LAYER
+from fxquant.ir.tensors import drop_unread_tensors, get_tensor, set_tensor
 
 if TYPE_CHECKING:
     from fxquant.ir.rewriter import Rewriter

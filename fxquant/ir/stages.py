@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
-from fxquant.capture import LAYER, get_tensor
 from fxquant.errors import VerificationError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
-from fxquant.ir.rewriter import PROVENANCE, fake_mode_of
+from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.rewriter import fake_mode_of
+from fxquant.ir.tensors import get_tensor
 
 _PROVEN = "fxquant_proven"  # Key of ``node.meta`` for the proof of a node's value that was found last.
 _UNBACKED = re.compile(r"\bu\d+\b")

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxquant.capture import LAYER
-from fxquant.ir.rewriter import PROVENANCE
+from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.pipeline import op_name
 from fxquant.profiling.kinds import kind_of
 

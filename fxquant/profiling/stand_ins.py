@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.calls import BATCH, CallSpec, TensorSpec
-from fxquant.capture import read_tensors, set_tensor
 from fxquant.errors import ConfigurationError
+from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.plan import Plan
 
 USUAL_BATCH = 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxquant.capture import LAYER
+from fxquant.ir.meta import LAYER
 from fxquant.pipeline import op_name
 from fxquant.plan import Plan
 from fxquant.profiling.kinds import kind_of

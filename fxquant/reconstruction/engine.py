@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx
 
-from fxquant.capture import LAYER, get_tensor
+from fxquant.ir.meta import LAYER
+from fxquant.ir.tensors import get_tensor
 from fxquant.plan import ActivationRange, Plan
 from fxquant.quantizer import snr_db
 from fxquant.reconstruction.cache import Values, drop_unused, share_alike

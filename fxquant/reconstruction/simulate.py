@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from fxquant.capture import get_tensor
+from fxquant.ir.tensors import get_tensor
 from fxquant.quantizer import affine_parameters
 from fxquant.reconstruction.cache import Values
 from fxquant.reconstruction.segments import Segment

@@ -8,7 +8,7 @@ from random import Random
 import torch
 from torch import fx
 
-from fxquant.capture import LAYER
+from fxquant.ir.meta import LAYER
 from tests.fuzz.builder import Builder, shape
 
 aten = torch.ops.aten

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxquant.capture import LAYER, set_tensor, stored_weight
+from fxquant.ir.layers import stored_weight
+from fxquant.ir.meta import LAYER
 from fxquant.ir.stages import _PROVEN, _Proof
+from fxquant.ir.tensors import set_tensor
 
 aten = torch.ops.aten
 BATCH, TOKENS, CHANNELS = 2, 3, 8

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.calibrate import copy_graph
-from fxquant.capture import read_tensors, set_tensor
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.ir.ops import recording
 from fxquant.ir.stages import Stage
+from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.observers import Statistics
 from fxquant.pipeline import Pipeline
 from fxquant.plan import Plan

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.capture import LAYER, Architecture, bind, read_tensors, weights_of
+from fxquant.capture import Architecture
 from fxquant.errors import NonFiniteError, PassError
-from fxquant.ir.rewriter import PROVENANCE, Origin, Rewriter, place_of
+from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.rewriter import Origin, Rewriter, place_of
 from fxquant.ir.stages import SPECS, Stage, verify
+from fxquant.ir.tensors import bind, read_tensors, weights_of
 from tests.support import captured, golden, layer_node, nodes_of, text
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.capture import read_tensors
 from fxquant.ir.stages import Stage
+from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline import Pipeline
 from fxquant.plan import Plan
 from tests.passes.models import AdaLN, adaln

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.calibrate import copy_graph
-from fxquant.capture import CapturedGraph, read_tensors
+from fxquant.capture import CapturedGraph
 from fxquant.errors import ConfigurationError
+from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.ops import recording
-from fxquant.ir.rewriter import PROVENANCE, Rewriter
+from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
+from fxquant.ir.tensors import read_tensors
 from fxquant.observers import Statistics
 from fxquant.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
 from fxquant.plan import Plan

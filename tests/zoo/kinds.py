@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from fxquant.capture import LAYER
+from fxquant.ir.meta import LAYER
 
 aten = torch.ops.aten
 

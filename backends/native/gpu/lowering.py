@@ -21,9 +21,9 @@ from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
 from fxquant.backends.native.tensors import derived
 from fxquant.backends.native.tokens import lower_tokens
-from fxquant.capture import drop_unread_tensors, read_tensors
 from fxquant.errors import BackendError
 from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 from fxquant.plan import LayerPlan
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native

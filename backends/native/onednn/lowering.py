@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from fxquant.backends.native.onednn import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.onednn import weights
 from fxquant.backends.native.tensors import by_sample, derived, only_reader
-from fxquant.capture import drop_unread_tensors, read_tensors
 from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 
 aten, native = torch.ops.aten, torch.ops.fxquant_native
 

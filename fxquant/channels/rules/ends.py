@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import parameter_of
 from fxquant.channels.rules.table import argument, node_of, rule, shape_of, tied
 from fxquant.channels.wants import Barrier, End, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.layers import parameter_of
 from fxquant.ir.rewriter import Rewriter, place_of
 
 aten = torch.ops.aten

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxquant.capture import is_wide_float
 from fxquant.channels.layouts import compress, embed, reshape_back, static, stretch
 from fxquant.channels.rules.row_sums import drops_out
 from fxquant.channels.rules.table import (
@@ -25,6 +24,7 @@ from fxquant.channels.rules.table import (
 )
 from fxquant.channels.wants import Barrier, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.layers import is_wide_float
 
 aten = torch.ops.aten
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.capture import is_wide_float
 from fxquant.channels.layouts import static
 from fxquant.channels.rules.table import argument, axis_of, node_of, op_name, shape_of
+from fxquant.ir.layers import is_wide_float
 
 aten = torch.ops.aten
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxquant.capture import parameter_of
 from fxquant.channels.rules import matrices
 from fxquant.channels.rules.ends import are_parameters, layer_of
 from fxquant.channels.rules.layout import same
@@ -28,6 +27,7 @@ from fxquant.channels.rules.table import (
 )
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.ir.histories import digest, made_from
+from fxquant.ir.layers import parameter_of
 from fxquant.timesteps import TimeTable, add_rows, plus_rows, read_table, replace_rows
 
 if TYPE_CHECKING:

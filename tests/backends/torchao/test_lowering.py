@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from fxquant.backends.torchao import TorchAO
-from fxquant.capture import read_tensors
 from fxquant.errors import SpeedWarning
 from fxquant.ir.stages import verify
+from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline import Pipeline
 from fxquant.plan import ActivationRange, LayerPlan, Plan
 from tests.support import captured, count, golden, outputs, text

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from fxquant.attention import find_attentions
 from fxquant.backends.native import Native, machine
-from fxquant.capture import read_tensors
 from fxquant.ir.stages import verify
+from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline import Pipeline
 from fxquant.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
 from fxquant.quantizer import sqnr_db

@@ -13,9 +13,9 @@ import fxquant
 from fxquant.attention import find_attentions
 from fxquant.backends.native import Native
 from fxquant.backends.native.gpu import machine
-from fxquant.capture import read_tensors
 from fxquant.errors import BackendError
 from fxquant.ir.stages import verify
+from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline import Pipeline
 from fxquant.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
 from fxquant.quantizer import sqnr_db

@@ -1,0 +1,68 @@
+"""Layers of a graph: ops with a stored weight, and what stands between the weight and the op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+LAYER_OPS: dict[Any, int] = {
+    torch.ops.aten.linear.default: 1,
+    torch.ops.aten.conv1d.default: 1,
+    torch.ops.aten.conv2d.default: 1,
+    torch.ops.aten.conv3d.default: 1,
+    torch.ops.aten.conv1d.padding: 1,
+    torch.ops.aten.conv2d.padding: 1,
+    torch.ops.aten.conv3d.padding: 1,
+    torch.ops.aten.embedding.default: 0,
+}
+"""The ops that are layers if their weight is stored, and the position of that weight among their arguments."""
+
+
+_CASTS = ("to", "_to_copy", "type_as", "detach", "alias", "contiguous", "clone")
+_CAST_OPS = (
+    *(torch.ops.aten.to.dtype, torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout),
+    *(torch.ops.aten._to_copy.default, torch.ops.aten.type_as.default),
+)
+
+
+def stored_weight(node: fx.Node) -> fx.Node | None:
+    """The parameter that is the weight of a layer, or that its weight is cast from; None if the weight is computed.
+
+    A cast to integers or to 8 bits computes another weight, whatever the result is cast to.
+    """
+    weight = node.args[LAYER_OPS[node.target]]
+    while isinstance(weight, fx.Node) and weight.op == "call_function":
+        if str(getattr(weight.target, "_name", "")).removeprefix("aten::").partition(".")[0] not in _CASTS:
+            return None
+        if not is_wide_float(weight):
+            return None
+        weight = weight.args[0]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node casts to another dtype or device and does nothing else: no rounding to integers or to 8 bits."""
+    source = node.args[0] if node.target in _CAST_OPS else None
+    return isinstance(source, fx.Node) and is_wide_float(node) and is_wide_float(source)
+
+
+def parameter_of(node: fx.Node) -> fx.Node:
+    """What a node casts for one reader, if that is all that it does; else the node itself."""
+    while is_cast(node) and len(node.users) == 1:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def is_wide_float(node: fx.Node) -> bool:
+    """Whether a value is of floats of 16 bits or more."""
+    dtype = node.meta["val"].dtype
+    return bool(dtype.is_floating_point and dtype.itemsize > 1)
+
+
+def layer_name(target: str) -> str:
+    """The name of the layer whose weight is found under this name."""
+    return target.removesuffix(".weight")

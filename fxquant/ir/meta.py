@@ -1,0 +1,15 @@
+"""Keys of the ``meta`` of nodes and graph modules."""
+
+from __future__ import annotations
+
+LAYER = "fxquant_layer"
+"""Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
+
+NAMES = "fxquant_names"
+"""Key of a graph module's ``meta`` for the names that the model itself uses, of tensors (true) and modules (false)."""
+
+ITEM = "fxquant_item"
+"""Key of the ``meta`` of a placeholder that is an item of a list, for the name of the list."""
+
+PROVENANCE = "fxquant_provenance"
+"""Key of ``node.meta`` for a tuple of :class:`Origin`, the oldest first."""

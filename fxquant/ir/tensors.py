@@ -1,0 +1,96 @@
+"""Tensors of a graph module: read, set, bind and drop them by name."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxquant.errors import CheckpointError
+
+CONSTANT = "constant_"
+"""Prefix of the names of tensors that came from the code of a model and not from its weights."""
+
+
+def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors in the places of the fake ones that the graph was traced with.
+
+    Raises:
+        CheckpointError: If a tensor is missing or has another shape.
+    """
+    for target in sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"}):
+        value, held = values.get(target), get_tensor(module, target)
+        if value is None and isinstance(held, FakeTensor):
+            raise CheckpointError(f"no tensor {target!r}: the weights do not belong to this model or are incomplete")
+        if value is None:
+            continue
+        if value.shape != held.shape:
+            raise CheckpointError(
+                f"tensor {target!r} has shape {tuple(value.shape)}, the model needs {tuple(held.shape)}"
+            )
+        set_tensor(module, target, value)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a model by name, shared ones under each of their names."""
+    return {name: value.detach() for name, value in weights_and_buffers(model)}
+
+
+def get_tensor(module: nn.Module, target: str) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node of this target reads."""
+    value = operator.attrgetter(target)(module)
+    assert isinstance(value, torch.Tensor), target
+    return value
+
+
+def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
+    """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules on the way as needed.
+
+    Floating-point tensors become parameters, all others buffers, so that ``dtype``, ``device``, ``to`` and
+    ``state_dict`` of the module mean what users expect. They require gradients only if ``value`` is a parameter
+    that does.
+    """
+    *path, name = target.split(".")
+    holder = module
+    for part in path:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    if hasattr(holder, name):
+        delattr(holder, name)
+    if value.is_floating_point():
+        trained = isinstance(value, nn.Parameter) and value.requires_grad
+        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=trained))
+    else:
+        holder.register_buffer(name, value.detach())
+
+
+def read_tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that a graph reads, by target, in the order of the graph."""
+    targets = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    return {target: get_tensor(module, target) for target in targets}
+
+
+def drop_unread_tensors(module: fx.GraphModule) -> None:
+    """Delete parameters and buffers that no node reads, and the modules that this leaves empty."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in weights_and_buffers(module) if name not in read]:
+        path, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(path), leaf)
+    module.delete_all_unused_submodules()
+
+
+def weights_and_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, shared ones under each of their names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def is_constant_name(target: str) -> bool:
+    """Whether a tensor of this name came from the model's code or a plain object in it, and not from its weights.
+
+    Code that fills a cache at its first call yields such a tensor where the cache is full, and computes it where not.
+    """
+    return target.rpartition(".")[2].startswith(CONSTANT)
