@@ -135,10 +135,10 @@ def convert(recipe: str, layers: int, timesteps: int, threads: int, folder: str)
     import fxquant
     from fxquant import api
     from fxquant.backends.fake_quant import FakeQuant
-    from fxquant.calibrate import Calibration
-    from fxquant.capture import Architecture
-    from fxquant.observers import Statistics
-    from fxquant.pipeline import PASSES, Pipeline
+    from fxquant.calibration.calibrate import Calibration
+    from fxquant.capture.trace import Architecture
+    from fxquant.pipeline.pipeline import PASSES, Pipeline
+    from fxquant.statistics.observers import Statistics
 
     _ = diffusers.DiTTransformer2DModel, [PASSES[name] for name in PASSES]  # Imported on first use.
     torch.set_num_threads(threads)
@@ -233,10 +233,10 @@ def observe(recipe: str, layers: int, timesteps: int, threads: int, forwards: in
     """Time plain and observed forwards by turns."""
     import torch
 
-    from fxquant.calibrate import Calibration
-    from fxquant.capture import Architecture
-    from fxquant.plan import Plan
-    from fxquant.recipes import make_recipe
+    from fxquant.calibration.calibrate import Calibration
+    from fxquant.capture.trace import Architecture
+    from fxquant.pipeline.recipes import make_recipe
+    from fxquant.planning.plan import Plan
 
     torch.set_num_threads(threads)
     model = build(layers)

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxquant.api import compile, trace
-    from fxquant.checkpoint import load, save
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
-    from fxquant.export import export_aot
-    from fxquant.observers import Statistics
-    from fxquant.packages import load_package
-    from fxquant.pipelines import load_pipeline, save_pipeline
-    from fxquant.plan import Plan
-    from fxquant.profiling import Profile, profile
-    from fxquant.recipes import Recipe, make_recipe
-    from fxquant.reports import Report, report
+    from fxquant.inspect.profiling import Profile, profile
+    from fxquant.inspect.report import Report, report
+    from fxquant.pipeline.recipes import Recipe, make_recipe
+    from fxquant.planning.plan import Plan
+    from fxquant.statistics.observers import Statistics
+    from fxquant.storage.aot.export import export_aot
+    from fxquant.storage.aot.package import load_package
+    from fxquant.storage.checkpoint import load, save
+    from fxquant.storage.diffusers_io import load_pipeline, save_pipeline
 
 __version__ = "0.1.0.dev0"
 

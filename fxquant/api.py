@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from fxquant.attention import find_attentions
-from fxquant.backend import Backend, resolve_backend
-from fxquant.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
-from fxquant.capture import Architecture, CapturedGraph
+from fxquant.calibration.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
+from fxquant.capture.fidelity import Original, example
+from fxquant.capture.hooks import refuse_hooks
+from fxquant.capture.known_values import at_most
+from fxquant.capture.rebuilding import is_rebuilt, obstacle
+from fxquant.capture.threads import without_autocast
+from fxquant.capture.trace import Architecture, CapturedGraph
 from fxquant.errors import (
     AlreadyCompiledError,
     CalibrationError,
@@ -27,25 +30,22 @@ from fxquant.errors import (
     PortabilityWarning,
     QualityWarning,
 )
-from fxquant.fidelity import Original, example
-from fxquant.hooks import refuse_hooks
+from fxquant.ir.attention import find_attentions
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.meta import LAYER
 from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_and_buffers, weights_of
-from fxquant.model import GraphModel, bound_graph
-from fxquant.observers import Statistics
-from fxquant.packages import PackagedModel
-from fxquant.pipeline import Instrument, PassRecord, Pipeline
-from fxquant.plan import Plan, tensor_bytes
-from fxquant.quantizer import require_finite
-from fxquant.rebuilding import is_rebuilt, obstacle
-from fxquant.recipes import Recipe, make_recipe
+from fxquant.numerics.quantizer import require_finite
+from fxquant.pipeline.backend import Backend, resolve_backend
+from fxquant.pipeline.pipeline import Instrument, PassRecord, Pipeline
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.plan import Plan, tensor_bytes
+from fxquant.planning.uses import adopt_names, settle
+from fxquant.runtime.model import GraphModel, bound_graph
 from fxquant.schemas.common import check
 from fxquant.schemas.plan import PlanFile
-from fxquant.threads import without_autocast
-from fxquant.tracing import at_most
-from fxquant.uses import adopt_names, settle
+from fxquant.statistics.observers import Statistics
+from fxquant.storage.aot.package import PackagedModel
 
 _POOR_DB = 10.0
 
@@ -108,7 +108,7 @@ def compile(
 
     Args:
         model: A diffusion transformer in evaluation mode, such as ``pipe.transformer``.
-        recipe: A name with a precision, such as ``"ptq4dit-w4a8"``, or a :class:`~fxquant.recipes.Recipe`.
+        recipe: A name with a precision, such as ``"ptq4dit-w4a8"``, or a :class:`~fxquant.pipeline.recipes.Recipe`.
         backend: ``"fake-quant"``, another registered name, or a backend.
         calibrate: Any callable that runs the model the way it will be used.
         plan: In place of recipe and calibration: a plan from an earlier run, edited or not, to carry out again. The
@@ -119,7 +119,7 @@ def compile(
         measure: Number of calibration calls on which the output error is measured afterwards; 0 for none.
         statistics: Receives what the observers record, to look at it or to merge runs; a new one if None. With a plan:
             what was recorded when it was made, for weights that are rounded by more than their own values (GPTQ).
-        instruments: Watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline`).
+        instruments: Watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`).
         resume: Folder in which passes that take long (block reconstruction) keep what they have finished. The same call
             with the same folder goes on from there; what was learned from other weights, inputs or options is ignored.
 

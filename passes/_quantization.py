@@ -12,13 +12,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.evidence import evidence, moments
 from fxquant.ir.histories import made_from
 from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
-from fxquant.plan import ActivationRange, LayerPlan, Plan
-from fxquant.quantizer import (
+from fxquant.ir.time_tables import TimeTable, rows_at, timestep_input
+from fxquant.numerics.quantizer import (
     QuantizedWeight,
     activation_range,
     affine_parameters,
@@ -27,14 +26,15 @@ from fxquant.quantizer import (
     require_finite,
     sqnr_db,
 )
-from fxquant.rounding.adaround import adaround
-from fxquant.rounding.gptq import ErrorFeedback, gptq
-from fxquant.timesteps import TimeTable, rows_at, timestep_input
-from fxquant.uses import unnumbered
+from fxquant.numerics.rounding.adaround import adaround
+from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
+from fxquant.planning.evidence import evidence, moments
+from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
+from fxquant.planning.uses import unnumbered
 
 
 class RangeSearch(enum.Enum):
-    """How the range of a grid is found; see :mod:`fxquant.quantizer`."""
+    """How the range of a grid is found; see :mod:`fxquant.numerics.quantizer`."""
 
     MINMAX = "minmax"
     PERCENTILE = "percentile"
@@ -73,7 +73,7 @@ class Rounder(Protocol):
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Rounds weights by the second moments of their inputs; see :mod:`fxquant.rounding.gptq`."""
+    """Rounds weights by the second moments of their inputs; see :mod:`fxquant.numerics.rounding.gptq`."""
 
     damping: float
     activation_order: bool
@@ -110,7 +110,7 @@ class GPTQ:
 
 @dataclass(frozen=True)
 class AdaRound:
-    """Learns roundings by the second moments of inputs; see :mod:`fxquant.rounding.adaround`."""
+    """Learns roundings by the second moments of inputs; see :mod:`fxquant.numerics.rounding.adaround`."""
 
     def quantize(
         self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool

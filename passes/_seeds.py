@@ -16,8 +16,8 @@ from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER
-from fxquant.plan import Balance, LayerPlan, Plan, Shift
-from fxquant.precision import ROLES
+from fxquant.planning.plan import Balance, LayerPlan, Plan, Shift
+from fxquant.planning.precision import ROLES
 
 
 def parse_roles(pass_name: str, text: str) -> list[str]:

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.attention import ValueChange, note_change
 from fxquant.channels.solve import Edit, Seed, Solution, solve
 from fxquant.channels.wants import Cost
+from fxquant.ir.attention import ValueChange, note_change
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter, place_of
 from fxquant.ir.shared import Fold, parameters_of, read_stored
 from fxquant.ir.stages import Stage
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import Plan
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 

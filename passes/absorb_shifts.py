@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.attention import ValueChange, note_change
 from fxquant.channels.solve import Edit, Request, Seed, Solution, solve
 from fxquant.channels.wants import Cost
+from fxquant.ir.attention import ValueChange, note_change
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
-from fxquant.timesteps import TimeTable, add_rows, read_table, rows_at, timestep_input
+from fxquant.ir.time_tables import TimeTable, add_rows, read_table, rows_at, timestep_input
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import Plan
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 

@@ -12,18 +12,18 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxquant.attention import Attention, find_attentions, not_by_sample
 from fxquant.errors import ConfigurationError
+from fxquant.ir.attention import Attention, find_attentions, not_by_sample
 from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER, NAMES
+from fxquant.ir.products import find_products
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import AttentionPlan, LayerPlan, Plan
-from fxquant.precision import FLOAT, Precision, entries_of, overridden, precision_of, roles
-from fxquant.products import find_products
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import AttentionPlan, LayerPlan, Plan
+from fxquant.planning.precision import FLOAT, Precision, entries_of, overridden, precision_of, roles
+from fxquant.planning.uses import unnumbered
 from fxquant.text import pattern_of
-from fxquant.uses import unnumbered
 
 
 class Products(enum.Enum):
@@ -46,7 +46,7 @@ class AssignPrecision(Pass):
 
     Attributes:
         precision: Bits of the layers that are quantized, such as ``w4a8`` or ``w4a16-g64``.
-        layers: Which are: ``default``, ``blocks`` or ``all``; see :func:`fxquant.precision.precision_of`.
+        layers: Which are: ``default``, ``blocks`` or ``all``; see :func:`fxquant.planning.precision.precision_of`.
         overrides: Exceptions by name pattern, ``transformer_blocks.0.*=w8a8;proj_out=float``.
         attention: Whether the matrix products of attention are quantized too, at the bits of the activations. An
             override that fits the attention's own name, the path of its module, decides for it alone.

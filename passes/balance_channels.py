@@ -18,11 +18,11 @@ from torch import Tensor, fx
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Seed, solve
 from fxquant.errors import ConfigurationError
-from fxquant.evidence import evidence
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.numerics.quantizer import affine_parameters, fake_quantize, quantize_weight, require_finite
 from fxquant.passes._seeds import (
     follow,
     is_target,
@@ -33,9 +33,9 @@ from fxquant.passes._seeds import (
     seeds_to_transform,
     seeds_undone_before,
 )
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Balance, LayerPlan, Plan
-from fxquant.quantizer import affine_parameters, fake_quantize, quantize_weight, require_finite
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.evidence import evidence
+from fxquant.planning.plan import Balance, LayerPlan, Plan
 
 
 class Salience(enum.Enum):
@@ -90,7 +90,7 @@ class BalanceChannels(Pass):
             those that are not above this ratio, nor below one over it, become 1.
         dearest: The dearest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
         roles: Roles of the layers to balance, joined by ``+``. PTQ4DiT balances those in blocks and leaves adaLN, the
-            embedders and the final layer alone; see :mod:`fxquant.precision` for all roles.
+            embedders and the final layer alone; see :mod:`fxquant.planning.precision` for all roles.
     """
 
     name: ClassVar[str] = "balance-channels"

@@ -12,14 +12,14 @@ from torch import fx
 
 from fxquant.channels.solve import Request, solve
 from fxquant.errors import ConfigurationError
-from fxquant.evidence import evidence
-from fxquant.grouping import best_segments, check_groups, cut, merge_neighbours
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.ir.time_tables import boundaries_between, timestep_input, unfit
 from fxquant.passes._seeds import is_transformed, parse_cost, parse_roles, seeds_to_transform, targets_of
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import LayerPlan, Plan, TimestepGroups
-from fxquant.timesteps import boundaries_between, timestep_input, unfit
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.evidence import evidence
+from fxquant.planning.grouping import best_segments, check_groups, cut, merge_neighbours
+from fxquant.planning.plan import LayerPlan, Plan, TimestepGroups
 
 
 class Grouping(enum.Enum):

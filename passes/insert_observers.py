@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxquant.attention import SIDES, Attention, find_attentions
+from fxquant.ir.attention import SIDES, Attention, find_attentions
 from fxquant.ir.meta import ITEM, LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
-from fxquant.timesteps import timestep_input
+from fxquant.ir.time_tables import timestep_input
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import Plan
 
 _OBSERVE = torch.ops.fxquant.observe.default
 _TRANSPOSE = torch.ops.aten.transpose.int

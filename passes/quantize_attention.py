@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.attention import ATTENTION, SIDES, Attention, changes_of, find_attentions
 from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.ir.attention import ATTENTION, SIDES, Attention, changes_of, find_attentions
 from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.ir.time_tables import bin_of
+from fxquant.numerics.quantizer import activation_range, affine_parameters, fake_quantize, sqnr_db
 from fxquant.passes._quantization import InputRange
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import ActivationRange, AttentionPlan, Plan
-from fxquant.quantizer import activation_range, affine_parameters, fake_quantize, sqnr_db
-from fxquant.timesteps import bin_of
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import ActivationRange, AttentionPlan, Plan
 
 aten = torch.ops.aten
 _MATMUL = torch.ops.fxquant.matmul.default

@@ -14,8 +14,8 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import InputRange, RangeSearch, is_quantized, quantized_input, quantized_weight
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import Plan
 
 aten = torch.ops.aten
 

@@ -11,6 +11,7 @@ from torch import fx
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.ir.time_tables import plus_rows
 from fxquant.passes._quantization import (
     GPTQ,
     AdaRound,
@@ -23,9 +24,8 @@ from fxquant.passes._quantization import (
     quantized_input,
     quantized_weight,
 )
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import LayerPlan, Plan
-from fxquant.timesteps import plus_rows
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import LayerPlan, Plan
 
 
 @register_pass
@@ -58,9 +58,9 @@ class QuantizeLinears(Pass):
             gets the range of its own channels at run time.
         symmetric: Whether weight grids are symmetric about 0.
         rounding: ``nearest``; ``gptq``, by which later columns make up for the error of earlier ones
-            (:mod:`fxquant.rounding.gptq`); or ``adaround``, by which it is learned whether a weight goes up or down
-            (:mod:`fxquant.rounding.adaround`). Layers of 8-bit weights and float activations are always rounded to
-            nearest, and weights that a pass before this one has rounded stay so.
+            (:mod:`fxquant.numerics.rounding.gptq`); or ``adaround``, by which it is learned whether a weight goes up
+            or down (:mod:`fxquant.numerics.rounding.adaround`). Layers of 8-bit weights and float activations are
+            always rounded to nearest, and weights that a pass before this one has rounded stay so.
         damping: Share of the mean input energy that GPTQ adds to that of each channel.
         activation_order: Whether GPTQ rounds the columns with the largest inputs first.
     """

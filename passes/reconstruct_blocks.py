@@ -14,13 +14,13 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
+from fxquant.numerics.quantizer import require_finite, weight_grid
+from fxquant.numerics.rounding.soft import Hardening, SoftWeight
 from fxquant.passes._quantization import InputRange, RangeSearch, decide_range, importance_of, is_rounded
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
-from fxquant.quantizer import require_finite, weight_grid
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import Plan
 from fxquant.reconstruction.engine import reconstruct
 from fxquant.reconstruction.learn import Settings
-from fxquant.rounding.soft import Hardening, SoftWeight
 
 
 @register_pass

@@ -10,8 +10,8 @@ from torch import fx
 
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.plan import Plan
 
 aten = torch.ops.aten
 

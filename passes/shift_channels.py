@@ -14,12 +14,12 @@ from fxquant.channels.rules.shifts import shift_output
 from fxquant.channels.rules.table import node_of
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.errors import ConfigurationError
-from fxquant.evidence import evidence
 from fxquant.ir.histories import digest
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.ir.time_tables import TimeTable, rows_at, timestep_input
 from fxquant.passes._seeds import (
     follow,
     is_transformed,
@@ -30,9 +30,9 @@ from fxquant.passes._seeds import (
     seeds_undone_before,
     targets_of,
 )
-from fxquant.pipeline import Pass, Tier, register_pass
-from fxquant.plan import LayerPlan, Plan, Shift
-from fxquant.timesteps import TimeTable, rows_at, timestep_input
+from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.evidence import evidence
+from fxquant.planning.plan import LayerPlan, Plan, Shift
 
 
 @register_pass

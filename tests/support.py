@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.capture import Architecture, CapturedGraph
+from fxquant.capture.trace import Architecture, CapturedGraph
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER
@@ -20,8 +20,8 @@ from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.ir.tensors import bind, weights_of
 from fxquant.passes.absorb_affines import AbsorbAffines
 from fxquant.passes.absorb_shifts import AbsorbShifts
-from fxquant.pipeline import PassRecord, Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import PassRecord, Pipeline
+from fxquant.planning.plan import Plan
 
 AFFINE = torch.ops.fxquant.channel_affine.default
 

@@ -11,12 +11,12 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
-from fxquant.calibrate import copy_graph
-from fxquant.capture import CapturedGraph
+from fxquant.calibration.calibrate import copy_graph
+from fxquant.capture.trace import CapturedGraph
 from fxquant.ir.ops import recording
-from fxquant.observers import Statistics
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.support import AFFINE, captured, count, outputs, relative_error
 
 Example = tuple[nn.Module, Callable[[int], dict[str, Tensor]]]

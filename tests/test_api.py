@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
-from fxquant.calls import CallSpec, describe_call
-from fxquant.capture import Architecture
+from fxquant.capture.calls import CallSpec, describe_call
+from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.tensors import read_tensors
-from fxquant.model import GraphModel
-from fxquant.observers import Statistics
-from fxquant.plan import Plan
-from fxquant.recipes import make_recipe
+from fxquant.pipeline.recipes import make_recipe
+from fxquant.planning.plan import Plan
+from fxquant.runtime.model import GraphModel
+from fxquant.statistics.observers import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline, run
 
 IMAGES: dict[str, Any] = {"class_labels": [1, 7], "num_inference_steps": 3, "output_type": "np"}

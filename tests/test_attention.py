@@ -16,19 +16,19 @@ from torch.utils import _pytree as pytree
 
 import fxquant
 from fxquant.backends.fake_quant import FakeQuant
-from fxquant.calibrate import Calibration, copy_graph, run_calibration
-from fxquant.capture import Architecture
+from fxquant.calibration.calibrate import Calibration, copy_graph, run_calibration
+from fxquant.capture.trace import Architecture
 from fxquant.errors import BackendError, CalibrationError, ConfigurationError
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, StageSpec
-from fxquant.model import GraphModel
-from fxquant.observers import Statistics
+from fxquant.numerics.quantizer import sqnr_db
 from fxquant.passes.insert_observers import InsertObservers
-from fxquant.pipeline import Pipeline
-from fxquant.plan import AttentionPlan, Plan
-from fxquant.quantizer import sqnr_db
-from fxquant.recipes import Recipe, make_recipe
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.plan import AttentionPlan, Plan
+from fxquant.runtime.model import GraphModel
+from fxquant.statistics.observers import Statistics
 from tests import tiny
 from tests.support import count
 from tests.zoo.models import CAPTURED, Entry

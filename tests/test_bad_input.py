@@ -23,9 +23,9 @@ from fxquant.errors import (
     NonFiniteError,
     UnknownNameError,
 )
-from fxquant.model import GraphModel
-from fxquant.pipeline import parse_pass
-from fxquant.recipes import make_recipe
+from fxquant.pipeline.pipeline import parse_pass
+from fxquant.pipeline.recipes import make_recipe
+from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 
 

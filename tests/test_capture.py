@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.api import trace
-from fxquant.capture import Architecture
+from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
 from fxquant.ir.meta import LAYER
+from fxquant.ir.products import find_products
 from fxquant.ir.tensors import bind, read_tensors, weights_of
-from fxquant.products import find_products
 from tests.support import captured
 from tests.tiny import inputs as dit_inputs
 from tests.tiny import make_dit

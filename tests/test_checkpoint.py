@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
-from fxquant import checkpoint, files
+from fxquant.disk import files
 from fxquant.errors import (
     AlreadyCompiledError,
     CheckpointError,
@@ -37,8 +37,9 @@ from fxquant.errors import (
     UnknownNameError,
     WriteError,
 )
-from fxquant.model import GraphModel
-from fxquant.plan import FORMAT
+from fxquant.planning.plan import FORMAT
+from fxquant.runtime.model import GraphModel
+from fxquant.storage import checkpoint
 from tests.tiny import calibrate, inputs, make_dit, run
 
 FILES = ("config.json", "plan.json", "model.safetensors", "plan.safetensors")

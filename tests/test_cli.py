@@ -17,11 +17,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant import cli, pipelines
-from fxquant.cli import app
+from fxquant.cli import main as cli
+from fxquant.cli.main import app
+from fxquant.disk.files import digest_of
 from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
-from fxquant.files import digest_of
-from fxquant.recipes import make_recipe
+from fxquant.pipeline.recipes import make_recipe
+from fxquant.storage import diffusers_io as pipelines
 from tests.tiny import make_pipeline
 
 FAST = ("--samples", "2", "--steps", "2")
@@ -72,7 +73,7 @@ class TestHelp:
 
     def test_help_needs_no_torch(self):
         code = (
-            "import sys; from fxquant.cli import app; from typer.testing import CliRunner; "
+            "import sys; from fxquant.cli.main import app; from typer.testing import CliRunner; "
             "assert CliRunner().invoke(app, ['quantize', '--help']).exit_code == 0; "
             "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
         )
@@ -223,7 +224,7 @@ class TestQuantize:
         message = refused("quantize", float_folder, "-r", "rtn-w8a8", "--measure", 0, "--out", out / "q", *FAST)
         assert f"{out / 'q'} exists" in message
         kept = Path(re.search(r"The quantized pipeline is in (.*/q);", message)[1])
-        assert isinstance(fxquant.load_pipeline(kept).transformer, fxquant.model.GraphModel)
+        assert isinstance(fxquant.load_pipeline(kept).transformer, fxquant.runtime.model.GraphModel)
         assert [path.name for path in (out / "q").iterdir()] == ["theirs"]
 
     def test_what_can_be_written_nowhere_leaves_no_folder(self, tmp_path, monkeypatch):
@@ -453,7 +454,7 @@ class TestProfile:
 
 def test_the_installed_command(quantized):
     """One real process: an error and a report, without the noise of the libraries."""
-    command = [sys.executable, "-m", "fxquant.cli"]
+    command = [sys.executable, "-m", "fxquant.cli.main"]
     good = subprocess.run([*command, "report", str(quantized)], capture_output=True, text=True, check=True)
     assert good.stdout.startswith("model        DiTTransformer2DModel on fake-quant\n")
     assert good.stderr == ""

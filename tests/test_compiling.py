@@ -14,10 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import fxquant
-from fxquant import compiling
 from fxquant.errors import SpeedWarning
-from fxquant.model import GraphModel
-from fxquant.quantizer import sqnr_db
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.runtime import torch_compile as compiling
+from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.zoo.audit import STEPS
 from tests.zoo.models import CAPTURED, Entry

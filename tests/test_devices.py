@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.devices import usable_device
 from fxquant.errors import ConfigurationError
+from fxquant.runtime.devices import usable_device
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])

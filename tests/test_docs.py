@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.channels.rules import RULES
-from fxquant.pipeline import PASSES, Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import PASSES, Pipeline
+from fxquant.planning.plan import Plan
 from tests.support import absorb, captured, count, proved
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fxquant
-from fxquant.model import GraphModel
-from fxquant.recipes import RECIPES, ROUNDINGS, make_recipe
+from fxquant.pipeline.recipes import RECIPES, ROUNDINGS, make_recipe
+from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 
 PRECISIONS = ("w8a8", "w4a8-g8")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxquant
-from fxquant.evidence import evidence, moments
 from fxquant.ir.meta import LAYER
-from fxquant.observers import Statistics
-from fxquant.plan import LayerPlan, Plan, Shift, TimestepGroups
+from fxquant.planning.evidence import evidence, moments
+from fxquant.planning.plan import LayerPlan, Plan, Shift, TimestepGroups
+from fxquant.statistics.observers import Statistics
 from tests import tiny
 
 STEPS = (100.0, 400.0, 900.0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
-from fxquant.capture import Architecture
+from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError
 
 Forward = Callable[["Model", Tensor, Tensor], Tensor]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant import files
+from fxquant.disk import files
 from fxquant.errors import BackendError, CheckpointError
 
 CPU = torch.device("cpu")

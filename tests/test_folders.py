@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from fxquant import folders
+from fxquant.disk import folders
+from fxquant.disk.files import refuse_to_replace
+from fxquant.disk.folders import check_writable, no_folder, prepare, whole_folder
 from fxquant.errors import CheckpointError, WriteError
-from fxquant.files import refuse_to_replace
-from fxquant.folders import check_writable, no_folder, prepare, whole_folder
 
 OLD, NEW = {"mark": "old", "tensors": "old"}, {"mark": "new", "tensors": "new"}
 
@@ -69,7 +69,7 @@ SWAP = ("place", "_place", "_set_aside", "exchange", "clear", "_discard", "_remo
 
 @contextmanager
 def interrupted_at(*numbers: int, only: tuple[str, ...] = ()) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt before these instructions of fxquant/folders.py; yields a list with their count.
+    """Raise KeyboardInterrupt before these instructions of fxquant/disk/folders.py; yields a list with their count.
 
     Args:
         numbers: Counted from 1.

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant import capture
-from fxquant.capture import Architecture, CapturedGraph
+from fxquant.capture import trace as capture
+from fxquant.capture.functionalize import functionalize, writes
+from fxquant.capture.trace import Architecture, CapturedGraph
 from fxquant.errors import CaptureError
-from fxquant.functionalize import functionalize, writes
 from fxquant.ir.tensors import bind, weights_of
 from tests.support import golden, text
 

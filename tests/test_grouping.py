@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.grouping import best_segments, check_groups, cut, merge_neighbours, within
+from fxquant.planning.grouping import best_segments, check_groups, cut, merge_neighbours, within
 
 
 def vectors(count: int, seed: int) -> np.ndarray:

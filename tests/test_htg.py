@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.calibrate import copy_graph
-from fxquant.capture import CapturedGraph
+from fxquant.calibration.calibrate import copy_graph
+from fxquant.capture.trace import CapturedGraph
 from fxquant.ir.ops import recording
-from fxquant.observers import Statistics
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.support import captured, outputs, relative_error
 
 C, HEADS, GROUPS = 8, 2, 3

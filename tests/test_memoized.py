@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxquant
-from fxquant.capture import Architecture
-from fxquant.memoized import Memos
+from fxquant.capture.memoized import Memos
+from fxquant.capture.trace import Architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import ConfigurationError, DropInError
-from fxquant.model import GraphModel
+from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 
 

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fxquant.errors import CalibrationError, CheckpointError
-from fxquant.moments import ROWS_PER_CALL, SecondMoments, within_float32
-from fxquant.observers import ChannelStatistics, Statistics
+from fxquant.statistics.moments import ROWS_PER_CALL, SecondMoments, within_float32
+from fxquant.statistics.observers import ChannelStatistics, Statistics
 
 
 def rows(number: int, seed: int = 0, channels: int = 6) -> torch.Tensor:

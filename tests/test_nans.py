@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backend import Backend
 from fxquant.backends.native import Native
-from fxquant.calls import BATCH, CallSpec, TensorSpec
-from fxquant.nans import with_nans
+from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
+from fxquant.pipeline.backend import Backend
+from fxquant.runtime.nans import with_nans
 from tests.tiny import calibrate, inputs, make_dit
 
 BACKENDS = ["fake-quant", "native", Native(kernels="onednn")]

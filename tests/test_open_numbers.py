@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.api import trace
-from fxquant.calls import CallSpec
+from fxquant.capture.calls import CallSpec
 from fxquant.errors import SpeedWarning
-from fxquant.model import GraphModel
+from fxquant.runtime.model import GraphModel
 
 Body = Callable[[Tensor, Any, Tensor], Any]
 
@@ -256,7 +256,7 @@ def test_a_graph_for_each_value_is_told_once(values: list[Any], compiling: bool)
 def test_a_spec_that_leaves_a_number_open_serves_no_code_that_asks_for_it() -> None:
     model = Numbered(DECIDING["compared"])
     open_number = CallSpec.from_json(trace_call(Numbered(COMPUTING["times"])).to_json())
-    architecture = fxquant.capture.Architecture.of(model, "timestep")
+    architecture = fxquant.capture.trace.Architecture.of(model, "timestep")
     with pytest.raises(fxquant.errors.CaptureError, match="branches on a number that is to be an input"):
         architecture.capture_spec(open_number, torch.device("cpu"))
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fxquant.backend import resolve_backend
 from fxquant.backends.fake_quant import FakeQuant
 from fxquant.backends.native import Native
 from fxquant.errors import BackendError, ConfigurationError, UnknownNameError
-from fxquant.options import read_named
+from fxquant.pipeline.backend import resolve_backend
+from fxquant.pipeline.options import read_named
 
 
 class Side(enum.Enum):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import ConfigurationError, DropInError
-from fxquant.model import GraphModel
-from fxquant.original import Part, Refused
+from fxquant.runtime.drop_in import Part, Refused
+from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.zoo.models import ENTRIES
 

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant import files
 from fxquant.backends.native import Native
-from fxquant.cli import app
+from fxquant.cli.main import app
+from fxquant.disk import files
 from fxquant.errors import (
     AlreadyCompiledError,
     BackendError,
@@ -33,11 +33,11 @@ from fxquant.errors import (
     CompilerError,
     ConfigurationError,
 )
-from fxquant.export import export_folder, lifted
-from fxquant.model import GraphModel
-from fxquant.packages import PackagedModel, signature_from_json, signature_to_json
-from fxquant.pipelines import generate, load_pipeline, save_pipeline
-from fxquant.quantizer import sqnr_db
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.runtime.model import GraphModel
+from fxquant.storage.aot.export import export_folder, lifted
+from fxquant.storage.aot.package import PackagedModel, signature_from_json, signature_to_json
+from fxquant.storage.diffusers_io import generate, load_pipeline, save_pipeline
 from tests.support import count
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 
@@ -405,7 +405,7 @@ def test_signatures_are_written_and_read() -> None:
 
 
 def test_ops_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    native = fxquant.backend.resolve_backend("native")
+    native = fxquant.pipeline.backend.resolve_backend("native")
     native.make_ready(["fxquant::quantize", "fxquant_native::linear", "fxquant_native::quantize"])
     with pytest.raises(BackendError, match="fxquant_native::unheard_of has no kernel here"):
         native.make_ready(["fxquant_native::unheard_of"])
@@ -415,7 +415,7 @@ def test_ops_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layouts_that_no_backend_writes() -> None:
-    class Backend(fxquant.backend.Backend):
+    class Backend(fxquant.pipeline.backend.Backend):
         name = "none"
 
     with pytest.raises(BackendError, match="does not say how"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant.errors import ConfigurationError
-from fxquant.packing import pack, packed_size, unpack
+from fxquant.numerics.packing import pack, packed_size, unpack
 
 BITS = range(2, 9)
 

@@ -21,8 +21,8 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes.balance_channels import BalanceChannels, Salience
 from fxquant.passes.remove_noops import RemoveNoOps
-from fxquant.pipeline import DumpGraphs, Pass, PassRecord, Pipeline, Reproducer, Tier, parse_pass
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import DumpGraphs, Pass, PassRecord, Pipeline, Reproducer, Tier, parse_pass
+from fxquant.planning.plan import Plan
 from tests.passes.models import Patches, patches
 from tests.support import captured, nodes_of, text
 

@@ -21,11 +21,11 @@ from diffusers import (
 from torch import nn
 
 import fxquant
-from fxquant import pipelines
 from fxquant.errors import CheckpointError, ConfigurationError
-from fxquant.model import GraphModel
-from fxquant.packages import PackagedModel
-from fxquant.pipelines import calibration_call, generate, load_pipeline, save_pipeline, steps_watched
+from fxquant.runtime.model import GraphModel
+from fxquant.storage import diffusers_io as pipelines
+from fxquant.storage.aot.package import PackagedModel
+from fxquant.storage.diffusers_io import calibration_call, generate, load_pipeline, save_pipeline, steps_watched
 from tests.tiny import make_dit, make_pipeline
 
 
@@ -319,7 +319,7 @@ class TestSavePretrained:
     def test_the_transformer_is_in_it(self, pipe, tmp_path):
         pipe.save_pretrained(tmp_path)
         index = json.loads((tmp_path / "model_index.json").read_text())
-        assert index["transformer"] == ["fxquant.model", "GraphModel"]
+        assert index["transformer"] == ["fxquant.runtime.model", "GraphModel"]
         for loaded in (load_pipeline(tmp_path), DiTPipeline.from_pretrained(tmp_path)):
             loaded.set_progress_bar_config(disable=True)
             assert np.array_equal(*(pixels(generate(p, labels=[5], steps=2)) for p in (pipe, loaded)))

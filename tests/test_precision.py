@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxquant.errors import ConfigurationError
-from fxquant.precision import FLOAT, Precision, precision_of, roles
+from fxquant.planning.precision import FLOAT, Precision, precision_of, roles
 from tests.support import captured
 from tests.tiny import inputs, make_dit
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxquant
-from fxquant.products import find_products
+from fxquant.ir.products import find_products
 from tests.support import captured, relative_error
 
 

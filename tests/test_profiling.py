@@ -14,15 +14,15 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError
+from fxquant.inspect.profiling.attribution import Place, attribute
+from fxquant.inspect.profiling.kinds import KINDS, kind_of
+from fxquant.inspect.profiling.results import FLOAT, QUANTIZED, NodeTime, Profile, Row
+from fxquant.inspect.profiling.roofline import Roofline, measure_roofline
+from fxquant.inspect.profiling.stand_ins import batch_of, make_inputs
+from fxquant.inspect.profiling.timing import Times, Watch
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
-from fxquant.profiling.attribution import Place, attribute
-from fxquant.profiling.kinds import KINDS, kind_of
-from fxquant.profiling.results import FLOAT, QUANTIZED, NodeTime, Profile, Row
-from fxquant.profiling.roofline import Roofline, measure_roofline
-from fxquant.profiling.stand_ins import batch_of, make_inputs
-from fxquant.profiling.timing import Times, Watch
-from fxquant.recipes import make_recipe
+from fxquant.pipeline.recipes import make_recipe
 from tests.support import captured
 from tests.tiny import calibrate, make_dit
 
@@ -56,8 +56,8 @@ def profiled(native):
 def quick_peaks():
     """Measured for a moment: no test looks at what they are."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fxquant.profiling.roofline._SECONDS", 0.01)
-        patched.setattr("fxquant.profiling.roofline._BYTES", 1 << 16)
+        patched.setattr("fxquant.inspect.profiling.roofline._SECONDS", 0.01)
+        patched.setattr("fxquant.inspect.profiling.roofline._BYTES", 1 << 16)
         yield
 
 
@@ -327,7 +327,7 @@ class TestRoofline:
     def test_without_avx512_the_integer_product_is_no_loop(self):
         script = """
 import torch
-from fxquant.profiling.roofline import int8_product
+from fxquant.inspect.profiling.roofline import int8_product
 print(int8_product(4, 1024, 1024, torch.device("cpu"))().dtype)
 """
         environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant.errors import ConfigurationError, NonFiniteError
-from fxquant.packing import packed_size
-from fxquant.quantizer import (
+from fxquant.numerics.packing import packed_size
+from fxquant.numerics.quantizer import (
     PERCENTILES,
     QuantizedWeight,
     RangeMethod,

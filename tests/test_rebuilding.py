@@ -19,9 +19,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.capture.rebuilding import obstacle
 from fxquant.errors import CheckpointError, ConfigurationError, DropInError, PortabilityWarning, QualityWarning
-from fxquant.model import GraphModel
-from fxquant.rebuilding import obstacle
+from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.zoo.models import ENTRIES
 

@@ -6,7 +6,7 @@ import pytest
 
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.passes._quantization import InputRange, RangeSearch, Rounding
-from fxquant.recipes import DYNAMIC, RECIPES, ROUNDINGS, Recipe, make_recipe
+from fxquant.pipeline.recipes import DYNAMIC, RECIPES, ROUNDINGS, Recipe, make_recipe
 
 
 def step(recipe: Recipe, name: str) -> object:

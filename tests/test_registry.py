@@ -4,10 +4,10 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from fxquant import registry
 from fxquant.errors import DuplicateNameError, UnknownNameError
-from fxquant.pipeline import PASSES
-from fxquant.registry import Registry
+from fxquant.pipeline import registry
+from fxquant.pipeline.pipeline import PASSES
+from fxquant.pipeline.registry import Registry
 
 
 class Thing:

@@ -11,8 +11,8 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError
-from fxquant.plan import ActivationRange, Balance, LayerPlan, Plan
-from fxquant.reports import Report, report
+from fxquant.inspect.report import Report, report
+from fxquant.planning.plan import ActivationRange, Balance, LayerPlan, Plan
 from tests.tiny import calibrate, make_dit
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fxquant import plan
 from fxquant.errors import CheckpointError, ConfigurationError
-from fxquant.plan import _NEW_IN_JSON, _NOT_IN_JSON
+from fxquant.planning import plan
+from fxquant.planning.plan import _NEW_IN_JSON, _NOT_IN_JSON
 from fxquant.schemas import plan as schemas
 
 PAIRS = [

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.api import trace
+from fxquant.capture.state import kept, plain_objects
 from fxquant.errors import CaptureError
-from fxquant.state import kept, plain_objects
 
 
 class Table:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.calibrate import Calibration, calls_redirected
-from fxquant.capture import Architecture
+from fxquant.calibration.calibrate import Calibration, calls_redirected
+from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, uncompiled
+from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError
-from fxquant.model import GraphModel
-from fxquant.plan import Plan
-from fxquant.threads import is_traced_elsewhere, tracing_alone, uncompiled
+from fxquant.planning.plan import Plan
+from fxquant.runtime.model import GraphModel
 
 
 class Small(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.model import GraphModel
-from fxquant.recipes import Recipe
-from fxquant.timesteps import TimeTable, bin_of, boundaries_between
+from fxquant.ir.time_tables import TimeTable, bin_of, boundaries_between
+from fxquant.pipeline.recipes import Recipe
+from fxquant.runtime.model import GraphModel
 from tests.tiny import inputs, make_dit, make_pipeline, run
 
 CALIBRATED = (900.0, 700.0, 500.0, 300.0, 100.0)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.api import trace
-from fxquant.calls import CallSpec, TensorSpec
+from fxquant.capture.calls import CallSpec, TensorSpec
+from fxquant.capture.known_values import Tracing, at_most
 from fxquant.errors import CaptureError, CheckpointError
 from fxquant.ir.tensors import read_tensors
-from fxquant.tracing import Tracing, at_most
 
 Body = Callable[[Tensor, Tensor, Tensor], Tensor]
 

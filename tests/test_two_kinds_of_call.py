@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import CalibrationError, CaptureError
-from fxquant.model import GraphModel
-from fxquant.quantizer import sqnr_db
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.runtime.model import GraphModel
 
 C = 16
 DECIDE = "remove-no-ops,assign-precision{precision=w8a8} ; "

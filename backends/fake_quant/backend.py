@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from fxquant.backend import Backend
 from fxquant.ir.stages import SPECS, Stage, StageSpec
-from fxquant.plan import LayerPlan, Plan
+from fxquant.pipeline.backend import Backend
+from fxquant.planning.plan import LayerPlan, Plan
 
 
 class FakeQuant(Backend):

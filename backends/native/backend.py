@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.backend import Backend
 from fxquant.backends.native import compiled, gpu, library, machine, onednn
 from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
-from fxquant.plan import AttentionPlan, LayerPlan, Plan
+from fxquant.pipeline.backend import Backend
+from fxquant.planning.plan import AttentionPlan, LayerPlan, Plan
 
 _ELSE = "use backend 'fake-quant'"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxquant import quantizer
+from fxquant.numerics import quantizer
 
 library = torch.library.Library("fxquant_native", "DEF")
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.ir.rewriter import Rewriter
-from fxquant.timesteps import reads_rows
+from fxquant.ir.time_tables import reads_rows
 
 
 def derived(

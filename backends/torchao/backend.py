@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.backend import Backend
 from fxquant.backends.torchao import parts, weights
 from fxquant.backends.torchao.held import stored
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
-from fxquant.plan import LayerPlan, Plan
+from fxquant.pipeline.backend import Backend
+from fxquant.planning.plan import LayerPlan, Plan
 
 _ELSE = "use backend 'fake-quant'"
 

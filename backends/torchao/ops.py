@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxquant import quantizer
 from fxquant.backends.torchao.weights import MIDDLE, fits_byte_kernel, four_bit_product, grid_of_four_bits
+from fxquant.numerics import quantizer
 
 _library = torch.library.Library("fxquant_torchao", "DEF")
 _CUBLAS = 8  # Its integer products want multiples of this in every size, and more rows than twice it.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.packing import pack, unpack
+from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 128)
@@ -30,7 +30,7 @@ _CPU_ROWS, _CUDA_ROWS, _CUDA_COLUMNS, _K_TILES = 16, 8, 128, 8
 
 
 def signed(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -> Tensor:
-    """int8 `[out, in]` from uint8 codes packed as by :func:`fxquant.packing.pack`.
+    """int8 `[out, in]` from uint8 codes packed as by :func:`fxquant.numerics.packing.pack`.
 
     Args:
         packed: `[out, packed_size(in_features, bits)]`.

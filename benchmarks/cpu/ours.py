@@ -11,9 +11,9 @@ import torch
 import fxquant
 from benchmarks.cpu.systems import Run, Stored, System
 from benchmarks.models import Task, cast
-from fxquant.backend import BACKENDS, Backend
 from fxquant.backends.native import Native
-from fxquant.recipes import Recipe, make_recipe
+from fxquant.pipeline.backend import BACKENDS, Backend
+from fxquant.pipeline.recipes import Recipe, make_recipe
 
 
 def our_systems() -> Iterator[System]:

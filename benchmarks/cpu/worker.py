@@ -108,7 +108,7 @@ def digits(order: dict[str, Any], tell: Tell) -> None:
 
 def roofline(order: dict[str, Any], tell: Tell) -> None:
     """Say how many operations the linears of a call are; answer every line with the best rate of their products."""
-    from fxquant.profiling.roofline import int8_product
+    from fxquant.inspect.profiling.roofline import int8_product
 
     counts = linear_shapes(_task(order))
     # Those of a few rows are bound by memory, and not what a peak is measured with.

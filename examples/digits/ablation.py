@@ -14,8 +14,8 @@ from rich.progress import track
 from tabulate import tabulate
 
 import fxquant
-from fxquant.observers import Statistics
 from fxquant.passes.balance_channels import spearman_weights
+from fxquant.statistics.observers import Statistics
 
 from .compare import calibration, noise_sqnr, test_calls
 from .generator import load_pipeline

@@ -15,8 +15,8 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.quantizer import sqnr_db
-from fxquant.recipes import Recipe
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.recipes import Recipe
 
 from .generator import GUIDANCE, generate
 from .judge import DigitClassifier

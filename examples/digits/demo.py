@@ -21,8 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fxquant.observers import Statistics
-from fxquant.recipes import Recipe, make_recipe
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.statistics.observers import Statistics
 
 from .compare import Result, checkpoint_megabytes, judge, noise_sqnr, quantize, test_calls, transformer_of
 from .data import digits

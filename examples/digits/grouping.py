@@ -16,10 +16,10 @@ from tabulate import tabulate
 from torch import nn
 
 import fxquant
-from fxquant.grouping import within
-from fxquant.model import GraphModel
-from fxquant.observers import Statistics
-from fxquant.recipes import make_recipe
+from fxquant.pipeline.recipes import make_recipe
+from fxquant.planning.grouping import within
+from fxquant.runtime.model import GraphModel
+from fxquant.statistics.observers import Statistics
 
 from .compare import CALIBRATION_STEPS, calibration, noise_sqnr, test_calls
 from .generator import load_pipeline

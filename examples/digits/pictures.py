@@ -9,8 +9,8 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from fxquant.observers import Statistics
-from fxquant.plan import Plan
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

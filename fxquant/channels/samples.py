@@ -17,7 +17,7 @@ from fxquant.channels.layouts import common_shape, repeated, spread_over_unread
 from fxquant.channels.rules import Rule, outcome, shape_of
 from fxquant.channels.rules.layout import reshape
 from fxquant.channels.wants import IDENTITY, UNREAD, Barrier, Choose, Push, Want
-from fxquant.timesteps import unfit
+from fxquant.ir.time_tables import unfit
 
 
 class Samples:

@@ -39,7 +39,7 @@ from fxquant.channels.wants import (
     Want,
 )
 from fxquant.ir.rewriter import place_of
-from fxquant.timesteps import TimeTable
+from fxquant.ir.time_tables import TimeTable
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 _MANY = 2**20  # Positions that nobody reads; above that, a variable for each would take more room than it is worth.

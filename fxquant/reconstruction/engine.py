@@ -13,14 +13,14 @@ from torch import Tensor, fx
 
 from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import get_tensor
-from fxquant.plan import ActivationRange, Plan
-from fxquant.quantizer import snr_db
+from fxquant.numerics.quantizer import snr_db
+from fxquant.numerics.rounding.soft import SoftWeight
+from fxquant.planning.plan import ActivationRange, Plan
 from fxquant.reconstruction.cache import Values, drop_unused, share_alike
 from fxquant.reconstruction.learn import Settings, Simulation, as_codes, learn
 from fxquant.reconstruction.segments import Segment, segments
 from fxquant.reconstruction.simulate import LearnedSteps, TokenSteps, as_it_is, run_segment
 from fxquant.reconstruction.store import Learned, Store, digest
-from fxquant.rounding.soft import SoftWeight
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxquant.numerics.rounding.soft import Hardening, SoftWeight
 from fxquant.reconstruction.cache import Values, minibatch, mixable
 from fxquant.reconstruction.segments import Segment
 from fxquant.reconstruction.simulate import LearnedSteps, TokenSteps, run_segment
-from fxquant.rounding.soft import Hardening, SoftWeight
 
 
 @dataclass(frozen=True)

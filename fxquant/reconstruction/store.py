@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fxquant.files import share
-from fxquant.quantizer import QuantizedWeight
+from fxquant.disk.files import share
+from fxquant.numerics.quantizer import QuantizedWeight
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Schema of a recorded call of a model (:class:`fxquant.calls.CallSpec`), as plans and packages hold it."""
+"""Schema of a recorded call of a model (:class:`fxquant.capture.calls.CallSpec`), as plans and packages hold it."""
 
 from __future__ import annotations
 

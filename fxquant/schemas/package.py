@@ -1,4 +1,4 @@
-"""Schema of ``package.json`` (:mod:`fxquant.packages`)."""
+"""Schema of ``package.json`` (:mod:`fxquant.storage.aot.package`)."""
 
 from __future__ import annotations
 

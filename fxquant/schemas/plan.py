@@ -1,4 +1,4 @@
-"""Schema of ``plan.json`` (:class:`fxquant.plan.Plan`)."""
+"""Schema of ``plan.json`` (:class:`fxquant.planning.plan.Plan`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Bound = Finite | Annotated[list[Finite], Field(fail_fast=True, min_length=1, max
 
 
 class Range(Entry):
-    """An :class:`fxquant.plan.ActivationRange`."""
+    """An :class:`fxquant.planning.plan.ActivationRange`."""
 
     low: Bound
     high: Bound
@@ -47,7 +47,7 @@ class Range(Entry):
 
 
 class Balance(Entry):
-    """A :class:`fxquant.plan.Balance`."""
+    """A :class:`fxquant.planning.plan.Balance`."""
 
     cost: Name
     into: list[Text] = Field(default_factory=list)
@@ -57,7 +57,7 @@ class Balance(Entry):
 
 
 class Shift(Entry):
-    """A :class:`fxquant.plan.Shift`."""
+    """A :class:`fxquant.planning.plan.Shift`."""
 
     cost: Name
     into: list[Text] = Field(default_factory=list)
@@ -67,7 +67,7 @@ class Shift(Entry):
 
 
 class Groups(Entry):
-    """An :class:`fxquant.plan.TimestepGroups`."""
+    """An :class:`fxquant.planning.plan.TimestepGroups`."""
 
     boundaries: Ascending
     dendrogram: Annotated[
@@ -77,7 +77,7 @@ class Groups(Entry):
 
 
 class Layer(Entry):
-    """An :class:`fxquant.plan.LayerPlan`."""
+    """An :class:`fxquant.planning.plan.LayerPlan`."""
 
     kind: Name
     role: Name
@@ -104,7 +104,7 @@ class Layer(Entry):
 
 
 class Attention(Entry):
-    """An :class:`fxquant.plan.AttentionPlan`."""
+    """An :class:`fxquant.planning.plan.AttentionPlan`."""
 
     bits: Bits | None
     softmax_bits: Bits | None = None
@@ -129,7 +129,7 @@ class LogEntry(Schema):
 
 
 class PlanFile(Schema):
-    """The file: an :class:`fxquant.plan.Plan` without its vectors."""
+    """The file: an :class:`fxquant.planning.plan.Plan` without its vectors."""
 
     recipe: Text
     model_class: Annotated[Name, Field(pattern=r"^[^:]*:[^:]+$")] | Literal[""]
@@ -168,6 +168,6 @@ class CheckpointFile(PlanFile):
     needs_model: Text | None = None
     infinite: list[Name] | None = None
     digests: list[Name | None] | None = None
-    graphs: list[Name | None] | None = None  # The same in files of before; see fxquant.checkpoint.
+    graphs: list[Name | None] | None = None  # The same in files of before; see fxquant.storage.checkpoint.
     made_with: dict[Name, Name] | None = None
     files: dict[Name, Digest]

@@ -16,8 +16,8 @@ from fxquant.errors import DuplicateNameError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes.absorb_affines import AbsorbAffines
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
 from tests.support import (
     AFFINE,
     absorb,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fxquant
 from examples.digits import compare, generate
-from fxquant.model import GraphModel
+from fxquant.runtime.model import GraphModel
 
 RECIPES = pytest.mark.parametrize("recipe", ["htg-w8a8", "rtn-w8a8"])
 

@@ -15,8 +15,8 @@ from random import Random
 
 from hypothesis import strategies as st
 
-from fxquant.pipeline import Tier
-from fxquant.recipes import make_recipe
+from fxquant.pipeline.pipeline import Tier
+from fxquant.pipeline.recipes import make_recipe
 from tests.fuzz.builder import Builder
 from tests.fuzz.graphs import build
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibrate import copy_graph
+from fxquant.calibration.calibrate import copy_graph
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.ir.ops import recording
 from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import read_tensors, set_tensor
-from fxquant.observers import Statistics
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.fuzz.builder import Builder
 from tests.support import outputs
 

@@ -12,8 +12,8 @@ from torch.library import opcheck
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir import ops  # noqa: F401 - registers the operators
 from fxquant.ir.ops import recording
-from fxquant.packing import pack, unpack
-from fxquant.quantizer import QuantizedWeight, quantize_weight
+from fxquant.numerics.packing import pack, unpack
+from fxquant.numerics.quantizer import QuantizedWeight, quantize_weight
 
 OPS = torch.ops.fxquant
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.capture import Architecture
+from fxquant.capture.trace import Architecture
 from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import Origin, Rewriter, place_of

@@ -12,7 +12,7 @@ from fxquant.errors import VerificationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, is_replayed, verify
 from fxquant.ir.tensors import set_tensor
-from fxquant.pipeline import Pipeline
+from fxquant.pipeline.pipeline import Pipeline
 from tests.passes.models import Patches, patches, planned
 from tests.support import captured, nodes_of
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fxquant.files import digest_of
+from fxquant.disk.files import digest_of
 
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 3, 7, 10**9, -(10**9), 2**63, 10**30, 0.5, -0.0, 1e308, 1e-320),

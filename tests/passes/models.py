@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.observers import Statistics
-from fxquant.plan import ActivationRange, LayerPlan, Plan
+from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
+from fxquant.statistics.observers import Statistics
 
 
 class Patches(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import read_tensors
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
 from tests.passes.models import AdaLN, adaln
 from tests.passes.test_balance_channels import FACTORS, decided
 from tests.support import captured, golden, rewritten, text

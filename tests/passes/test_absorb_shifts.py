@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fxquant.ir.stages import Stage
 from fxquant.passes.absorb_shifts import AbsorbShifts
-from fxquant.pipeline import Pipeline, parse_pass
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline, parse_pass
+from fxquant.planning.plan import Plan
 from tests.passes.models import Timed, moving, planned, seen, timed
 from tests.support import captured, golden, rewritten, text
 

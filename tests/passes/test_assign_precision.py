@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import ConfigurationError
 from fxquant.passes.assign_precision import AssignPrecision
-from fxquant.plan import LayerPlan, Plan
+from fxquant.planning.plan import LayerPlan, Plan
 from tests.passes.test_proof import Block, inputs
 from tests.support import rewritten
 

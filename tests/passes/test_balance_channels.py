@@ -18,8 +18,8 @@ from fxquant.passes.balance_channels import (
     of_salient_channels,
     spearman_weights,
 )
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Balance, Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Balance, Plan
 from tests import tiny
 from tests.passes.models import AdaLN, adaln, planned, seen
 from tests.support import captured, rewritten

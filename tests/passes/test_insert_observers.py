@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from fxquant.errors import CalibrationError, MissingTimestepError
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
-from fxquant.observers import Statistics
 from fxquant.passes.insert_observers import InsertObservers
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.passes.models import Patches, patches, planned
 from tests.support import captured, golden, outputs, rewritten, text
 

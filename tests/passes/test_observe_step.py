@@ -5,10 +5,10 @@ import torch
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.observers import Statistics
 from fxquant.passes.observe_step import ObserveStep
-from fxquant.pipeline import Pipeline, parse_pass
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline, parse_pass
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.passes.models import Timed, timed
 from tests.support import captured, text
 from tests.tiny import STEPS, calibrate, inputs, make_dit

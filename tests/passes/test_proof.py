@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.calibrate import copy_graph
-from fxquant.capture import CapturedGraph
+from fxquant.calibration.calibrate import copy_graph
+from fxquant.capture.trace import CapturedGraph
 from fxquant.errors import ConfigurationError
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.ir.tensors import read_tensors
-from fxquant.observers import Statistics
-from fxquant.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
-from fxquant.plan import Plan
-from fxquant.quantizer import dequantize_weight, sqnr_db
+from fxquant.numerics.quantizer import dequantize_weight, sqnr_db
+from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.support import captured, count, outputs, relative_error, text
 
 C = 16

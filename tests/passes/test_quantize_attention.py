@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.attention import find_attentions
-from fxquant.calibrate import copy_graph
+from fxquant.calibration.calibrate import copy_graph
 from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.ir.attention import find_attentions
 from fxquant.ir.ops import recording
-from fxquant.observers import Statistics
+from fxquant.numerics.quantizer import affine_parameters, fake_quantize, sqnr_db
 from fxquant.passes.quantize_attention import QuantizeAttention
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
-from fxquant.quantizer import affine_parameters, fake_quantize, sqnr_db
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.support import captured, count, golden, outputs, text
 
 MATMUL = torch.ops.fxquant.matmul.default

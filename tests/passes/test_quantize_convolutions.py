@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import ConfigurationError
 from fxquant.ir.stages import Stage
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
 from tests.passes.models import planned
 from tests.support import captured, count, golden, outputs, relative_error, rewritten, text
 

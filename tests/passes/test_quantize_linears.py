@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
-from fxquant.moments import SecondMoments
-from fxquant.observers import Statistics
-from fxquant.pipeline import Pipeline
-from fxquant.recipes import Recipe
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.pipeline.recipes import Recipe
+from fxquant.statistics.moments import SecondMoments
+from fxquant.statistics.observers import Statistics
 from tests import tiny
 from tests.passes.models import Patches, patches, planned
 from tests.support import captured, count, golden, rewritten

@@ -11,12 +11,12 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.model import GraphModel
-from fxquant.pipeline import Pipeline, parse_pass
-from fxquant.plan import Plan
-from fxquant.quantizer import sqnr_db
-from fxquant.recipes import Recipe, make_recipe
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.pipeline import Pipeline, parse_pass
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.plan import Plan
 from fxquant.reconstruction import engine
+from fxquant.runtime.model import GraphModel
 from tests.passes import test_proof
 from tests.support import captured
 from tests.tiny import STEPS, make_dit, run

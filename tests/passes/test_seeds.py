@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxquant.passes._seeds import follow
-from fxquant.plan import Balance, LayerPlan, Plan, Shift, TimestepGroups
+from fxquant.planning.plan import Balance, LayerPlan, Plan, Shift, TimestepGroups
 
 
 def planned(*names: str) -> Plan:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fxquant.errors import ConfigurationError
 from fxquant.ir.stages import Stage
 from fxquant.passes.shift_channels import ShiftChannels
-from fxquant.pipeline import Pipeline, parse_pass
-from fxquant.plan import Plan, Shift
+from fxquant.pipeline.pipeline import Pipeline, parse_pass
+from fxquant.planning.plan import Plan, Shift
 from tests.passes.models import Timed, moving, planned, seen, timed
 from tests.support import captured, golden, outputs, relative_error, rewritten, text
 

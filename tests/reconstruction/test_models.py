@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import fxquant
-from fxquant.recipes import make_recipe
+from fxquant.pipeline.recipes import make_recipe
 from tests.zoo.audit import STEPS
 from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run, sqnr

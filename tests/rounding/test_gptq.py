@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
-from fxquant.quantizer import affine_parameters, quantize_weight, weight_range
-from fxquant.rounding.gptq import ErrorFeedback, gptq
+from fxquant.numerics.quantizer import affine_parameters, quantize_weight, weight_range
+from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
 
 
 def correlated(channels: int, seed: int = 0, rows: int | None = None) -> Tensor:

@@ -26,11 +26,11 @@ from typing import Any, NoReturn
 import torch
 
 import fxquant
-from fxquant import folders
-from fxquant.checkpoint import FILES
+from fxquant.disk import folders
+from fxquant.disk.files import check_digests
 from fxquant.errors import CheckpointError, WriteError
-from fxquant.files import check_digests
-from fxquant.model import GraphModel
+from fxquant.runtime.model import GraphModel
+from fxquant.storage.checkpoint import FILES
 from tests.tiny import calibrate, make_dit, run
 
 Content = dict[str, bytes]
@@ -99,7 +99,7 @@ class Storm:
         state = "nothing"
         if place.is_dir():
             state = ("old", "new")[self.contents.index(held(place))]
-            check_digests(place, FILES[1:], fxquant.checkpoint._read_plan(place)["files"], "plan.json")
+            check_digests(place, FILES[1:], fxquant.storage.checkpoint._read_plan(place)["files"], "plan.json")
         elif must_stand:
             (aside,) = [path for path in folders.leftovers(place) if ".replaced-" in path.name]
             assert self.contents.index(held(aside)) == 0

@@ -11,18 +11,18 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from fxquant.calibrate import copy_graph
-from fxquant.capture import Architecture, CapturedGraph
+from fxquant.calibration.calibrate import copy_graph
+from fxquant.capture.trace import Architecture, CapturedGraph
 from fxquant.channels.solve import solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import bind, get_tensor, weights_of
-from fxquant.observers import Statistics
 from fxquant.passes._seeds import seeds_to_transform
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import Plan
+from fxquant.statistics.observers import Statistics
 from tests.zoo.models import Entry
 
 STEPS = (900.0, 500.0, 100.0)

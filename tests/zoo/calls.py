@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxquant
-from fxquant.calibrate import copy_graph
-from fxquant.capture import Architecture, CapturedGraph
+from fxquant.calibration.calibrate import copy_graph
+from fxquant.capture.fidelity import Original
+from fxquant.capture.trace import Architecture, CapturedGraph
 from fxquant.errors import FxquantError
-from fxquant.fidelity import Original
 from tests.zoo.audit import STEPS, without_float32
 from tests.zoo.models import CAPTURED, Entry, Maker
 

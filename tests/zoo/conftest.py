@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fxquant.calibrate import copy_graph
-from fxquant.capture import Architecture, CapturedGraph
+from fxquant.calibration.calibrate import copy_graph
+from fxquant.capture.trace import Architecture, CapturedGraph
 from tests.zoo.models import Entry
 
 TRACED: dict[Entry, list[CapturedGraph]] = defaultdict(list)

@@ -28,7 +28,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from fxquant.files import digest
+from fxquant.disk.files import digest
 
 logger = logging.getLogger(__name__)
 

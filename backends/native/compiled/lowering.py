@@ -15,9 +15,9 @@ from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registe
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
 from fxquant.backends.native.tensors import derived
-from fxquant.devices import give_back_memory
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
+from fxquant.runtime.devices import give_back_memory
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fxquant.packing import pack, unpack
+from fxquant.numerics.packing import pack, unpack
 
 PANEL = 32
 _ROWS = 256
@@ -29,7 +29,7 @@ def panels(codes: Tensor, bits: int, in_features: int, halves: bool) -> Tensor:
     """Panels `[ceil(out / 32), ceil(in / each), 128]`, uint8 of two codes a byte (each 8) or int8 of one (each 4).
 
     Args:
-        codes: uint8 `[out, packed_size(in_features, bits)]`, packed as by :func:`fxquant.packing.pack`.
+        codes: uint8 `[out, packed_size(in_features, bits)]`, packed as by :func:`fxquant.numerics.packing.pack`.
         bits: Bits a code, 2 to 8.
         in_features: Codes a row.
         halves: Whether two codes share a byte.

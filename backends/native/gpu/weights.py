@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fxquant import quantizer
-from fxquant.packing import pack, unpack
+from fxquant.numerics import quantizer
+from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 255)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import BackendError
-from fxquant.packing import pack, unpack
+from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 128)
@@ -26,7 +26,7 @@ MAX_FEATURES = (2**31 - 1) // (255 * 128)
 
 
 def prepacked(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -> Tensor:
-    """Prepacked int8 `[in, out]` in a layout of oneDNN, from uint8 codes packed as by :func:`fxquant.packing.pack`.
+    """Prepacked int8 `[in, out]` in a layout of oneDNN, from uint8 codes of :func:`~fxquant.numerics.packing.pack`.
 
     Args:
         packed: `[out, packed_size(in_features, bits)]`.

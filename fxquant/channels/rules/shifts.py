@@ -28,7 +28,7 @@ from fxquant.channels.rules.table import (
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.ir.histories import digest, made_from
 from fxquant.ir.layers import parameter_of
-from fxquant.timesteps import TimeTable, add_rows, plus_rows, read_table, replace_rows
+from fxquant.ir.time_tables import TimeTable, add_rows, plus_rows, read_table, replace_rows
 
 if TYPE_CHECKING:
     from fxquant.ir.rewriter import Rewriter

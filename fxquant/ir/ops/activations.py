@@ -9,9 +9,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from fxquant import quantizer
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
+from fxquant.numerics import quantizer
 
 Recorder = Callable[[str, Tensor, Tensor, int], None]
 """Called as `recorder(key, x, timestep, axis)` by each :func:`observe`; it must neither keep nor change `x` itself."""

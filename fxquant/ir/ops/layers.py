@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxquant import quantizer
 from fxquant.errors import ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
-from fxquant.packing import packed_size, unpack
+from fxquant.numerics import quantizer
+from fxquant.numerics.packing import packed_size, unpack
 
 
 def dequantize_weight(

@@ -10,8 +10,8 @@ import torch
 import fxquant
 from examples.digits import compare, generate, load_classifier, load_pipeline
 from fxquant.backends.native import Native, machine
-from fxquant.model import GraphModel
-from fxquant.quantizer import sqnr_db
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.runtime.model import GraphModel
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 MISSING = machine.missing_kernels()

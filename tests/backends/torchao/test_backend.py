@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.backends.torchao import TorchAO, parts
 from fxquant.errors import BackendError
-from fxquant.model import GraphModel
-from fxquant.quantizer import sqnr_db
-from fxquant.recipes import Recipe, make_recipe
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.runtime.model import GraphModel
 from tests.support import count
 from tests.tiny import STEPS, inputs, make_dit, run
 from tests.zoo.audit import STEPS as ZOO_STEPS
@@ -280,7 +280,7 @@ def test_an_old_torchao(monkeypatch: pytest.MonkeyPatch, without_memory: None) -
 def test_importing_fxquant_imports_no_torchao() -> None:
     code = (
         "import sys; sys.modules['torchao'] = None\n"  # Importing it raises ImportError.
-        "import fxquant; from fxquant.backend import BACKENDS\n"
+        "import fxquant; from fxquant.pipeline.backend import BACKENDS\n"
         "print(BACKENDS['torchao'].name, sorted(BACKENDS))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

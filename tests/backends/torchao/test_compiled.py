@@ -15,11 +15,11 @@ from torch._inductor.utils import run_and_get_code
 import fxquant
 from fxquant.backends.torchao import TorchAO, parts
 from fxquant.errors import SpeedWarning
-from fxquant.model import GraphModel
-from fxquant.pipeline import Pipeline
-from fxquant.plan import Plan
-from fxquant.quantizer import sqnr_db
-from fxquant.recipes import Recipe, make_recipe
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.plan import Plan
+from fxquant.runtime.model import GraphModel
 from tests.backends.torchao.test_lowering import FeedForward, Patches, plan_for
 from tests.support import captured
 from tests.tiny import calibrate, inputs, make_dit

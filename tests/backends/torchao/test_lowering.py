@@ -13,8 +13,8 @@ from fxquant.backends.torchao import TorchAO
 from fxquant.errors import SpeedWarning
 from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
-from fxquant.pipeline import Pipeline
-from fxquant.plan import ActivationRange, LayerPlan, Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
 from tests.support import captured, count, golden, outputs, text
 
 ours = torch.ops.fxquant_torchao

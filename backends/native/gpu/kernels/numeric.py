@@ -72,7 +72,7 @@ def _held(steps, zero_point, qmax, FP8: tl.constexpr):
 
 @triton.jit
 def token_grid(low, high, qmax):
-    """Scale and zero point of the range of a row, in the arithmetic of ``fxquant.quantizer.affine_parameters``."""
+    """Scale and zero point of the range of a row, computed as ``affine_parameters`` of the reference does."""
     low = tl.minimum(low, 0.0).to(tl.float64)
     high = tl.maximum(high, 0.0).to(tl.float64)
     step = (high - low) / qmax.to(tl.float64)

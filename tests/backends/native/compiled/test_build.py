@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fxquant.backends.native.compiled import build
-from fxquant.files import digest
+from fxquant.disk.files import digest
 
 needs_owners = pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no owners here")
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxquant.attention import find_attentions
 from fxquant.backends.native import Native, machine
+from fxquant.ir.attention import find_attentions
 from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
-from fxquant.pipeline import Pipeline
-from fxquant.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
-from fxquant.quantizer import sqnr_db
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
 from tests.support import captured, count, golden, outputs, text
 
 pytestmark = pytest.mark.skipif(machine.missing_kernels() is not None, reason="there are no compiled kernels here")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import fxquant
 from fxquant.backends.native import Native
-from fxquant.model import GraphModel
-from fxquant.quantizer import sqnr_db
-from fxquant.recipes import RECIPES as KNOWN
-from fxquant.recipes import make_recipe
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.recipes import RECIPES as KNOWN
+from fxquant.pipeline.recipes import make_recipe
+from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxquant import quantizer
 from fxquant.backends.native.gpu import machine, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.gpu.configs import candidates, trying
 from fxquant.backends.native.gpu.products import linear as linear_of_config
 from fxquant.backends.native.gpu.rows import quantize
 from fxquant.errors import BackendError
-from fxquant.packing import pack
-from fxquant.quantizer import sqnr_db
+from fxquant.numerics import quantizer
+from fxquant.numerics.packing import pack
+from fxquant.numerics.quantizer import sqnr_db
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MISSING = machine.missing(DEVICE)

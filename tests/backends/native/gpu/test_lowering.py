@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxquant
-from fxquant.attention import find_attentions
 from fxquant.backends.native import Native
 from fxquant.backends.native.gpu import machine
 from fxquant.errors import BackendError
+from fxquant.ir.attention import find_attentions
 from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
-from fxquant.pipeline import Pipeline
-from fxquant.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
-from fxquant.quantizer import sqnr_db
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
 from tests.support import captured, count, golden, outputs, text
 from tests.tiny import calibrate, inputs, make_dit
 

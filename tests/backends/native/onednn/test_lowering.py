@@ -10,8 +10,8 @@ from torch.nn import functional
 from fxquant.backends.native import Native
 from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
-from fxquant.pipeline import Pipeline
-from fxquant.plan import ActivationRange, LayerPlan, Plan
+from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
 from tests.support import captured, count, golden, outputs, text
 
 native = torch.ops.fxquant_native

@@ -1,0 +1,1 @@
+"""Running the observed graph in calls of the model."""

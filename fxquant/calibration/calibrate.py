@@ -1,0 +1,340 @@
+"""Calibration: while the user's own code runs the model, its calls go through the observed graph."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxquant.calibration.samples import Spread, some_samples
+from fxquant.capture.calls import warn_of_many
+from fxquant.capture.fidelity import Original
+from fxquant.capture.threads import autocast_dtype
+from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
+from fxquant.ir.ops import recording
+from fxquant.ir.tensors import bind, weights_of
+from fxquant.numerics.quantizer import sqnr_db
+from fxquant.pipeline.pipeline import Instrument, Pass, Pipeline, parse_pass
+from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.uses import combine, keys_in
+from fxquant.statistics.observers import Statistics
+
+_KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
+_ROWS = 16  # Samples of a call that are kept for passes that run the graph again.
+
+
+@dataclass
+class Sample:
+    """Part of one calibration call, with the float model's output.
+
+    Attributes:
+        timestep: The denoising step; that of the first sample kept, of its noisiest token where each has one.
+        arguments: Keyword arguments of the call, with a few samples of the batch.
+        output: The first tensor of the float output.
+    """
+
+    timestep: float
+    arguments: dict[str, Any]
+    output: Tensor
+
+
+class Calibration:
+    """Records what passes decide from, while calls of the model go through observed graphs.
+
+    Args:
+        model: The float model.
+        architecture: The same without weights.
+        plan: Receives what the passes decide.
+        prepare: Passes on each captured graph before it is observed.
+        convert: Passes that will decide from the statistics, which say what is needed.
+        keep: Number of calls to keep for measuring the output error; up to twice as many are held meanwhile.
+        instruments: Watch these passes.
+        statistics: Receives what the observers record.
+        check: Called when bit widths are settled, before anything is observed; raises what would fail in the end.
+
+    Attributes:
+        prepared: The captured graphs, after the passes that come before calibration; one a kind of call.
+        statistics: What the observers recorded.
+        calls: Number of calls of the model so far.
+        steps: The timesteps met, in order, where one of them alone is observed.
+        failure: The first error of a call, which the user's code may have swallowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        plan: Plan,
+        prepare: Sequence[Pass],
+        convert: Sequence[Pass],
+        keep: int,
+        instruments: Sequence[Instrument] = (),
+        statistics: Statistics | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.architecture = architecture
+        self._name = type(model).__name__
+        self.plan = plan
+        self.prepare = Pipeline(prepare, instruments)
+        self.convert = convert
+        self.weights = weights_of(model)
+        self.original: Original | None = Original(model, plan.timestep)
+        self.prepared: list[CapturedGraph] = []
+        self.statistics = Statistics(transient=True) if statistics is None else statistics
+        self._samples: Spread[Sample] = Spread(keep)
+        self._inputs: list[Spread[list[Tensor]]] = []
+        self.calls = 0
+        self.failure: FxquantError | None = None
+        self.steps: list[float] = []
+        self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
+        self._lock = threading.Lock()  # Neither capture nor statistics take two calls at a time.
+        self._observed: list[fx.GraphModule] = []
+        self._keys: dict[str, dict[str, None]] = {}  # See fxquant.planning.uses.
+        self._check = check
+
+    def __deepcopy__(self, memo: Any) -> Calibration:
+        """Refuse: a copy of the model, whose calls come here, would calibrate too."""
+        raise _in_use(self._name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one call of the model on its observed graph."""
+        with self._lock:
+            try:
+                return self._forward(args, kwargs)
+            except FxquantError as error:
+                self.failure = self.failure or error
+                raise
+
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        names, leaves, structure = self.architecture.canonical(args, kwargs)
+        _refuse_autocast(leaves)
+        number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves, structure)), None)
+        if number is None:
+            number = self._capture(names, leaves, structure)
+        captured = self.prepared[number]
+        late = 0 if self.plan.observed_step is None else self._step(names, leaves) - self.plan.observed_step
+        if late > 0 and number in self._last and self._last[number][0] == captured.call.batch_size(leaves):
+            return captured.output(self._last[number][1])  # Past the observed step; the sampler goes on with it.
+        with recording(self.statistics.record), torch.no_grad():
+            output = (captured.module if late else self._observed[number])(*captured.inputs(leaves))
+        if self.plan.observed_step is not None:
+            self._last[number] = captured.call.batch_size(leaves), output
+        if late <= 0:
+            self._keep_sample(captured, names, leaves, structure, output)
+        if not late:
+            self._keep_inputs(number, leaves)
+        self.calls += 1
+        return captured.output(output)
+
+    def _step(self, names: tuple[str, ...], leaves: Sequence[Any]) -> int:
+        """Number of the denoising step of a call: how many other timesteps came before its own."""
+        values = leaves[names.index(str(self.plan.timestep))].flatten().tolist()
+        if len(set(values)) > 1:
+            raise CalibrationError(
+                "one denoising step is to be observed, and the samples of a call are at several: "
+                f"{values[0]:g} and {max(values, key=lambda value: abs(value - values[0])):g}; calibrate with calls "
+                "that have one timestep each, as samplers make them"
+            )
+        if values[0] not in self.steps:
+            self.steps.append(values[0])
+        return self.steps.index(values[0])
+
+    def chosen_samples(self) -> list[Sample]:
+        """As many of the kept calls as were asked for, spread over the whole calibration."""
+        return self._samples.chosen()
+
+    def inputs_of(self, number: int) -> list[list[Tensor]]:
+        """Inputs of calls of one captured graph, for passes that run it again."""
+        return self._inputs[number].chosen()
+
+    def finish(self) -> None:
+        """Let what the graphs of the model see of one layer belong together; called when there are no further calls.
+
+        Raises:
+            ConfigurationError: If an option of a pass fits nothing in any of the graphs.
+        """
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_plan(self.plan)
+        combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
+
+    def forget_observed(self) -> None:
+        """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
+        self._observed.clear()
+        self._last.clear()
+        self.weights = {}
+        self.original = None
+
+    def _capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> int:
+        tensors = [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
+        if self.plan.timestep not in tensors:
+            raise MissingTimestepError(
+                f"the model has no tensor input {self.plan.timestep!r}, which tells the denoising step. Its inputs "
+                f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
+            )
+        if self.original is not None:
+            self.original.warm(leaves, structure, self.architecture)
+        captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
+        bind(captured.module, self.weights)
+        if self.original is not None:
+            self.original.compare(captured, leaves, structure)
+        self.prepare.run(captured.module, self.plan)
+        for step in (*self.prepare.passes, *self.convert):
+            step.check_graph(captured.module.graph, self.plan)
+        self._check()
+        observed = copy_graph(captured.module)
+        weight_only = ";".join(name for name, layer in self.plan.quantized() if self._wants_float_input(layer))
+        Pipeline([parse_pass(f"insert-observers{{weight-only={weight_only}}}")]).run(observed, self.plan)
+        for name, key in keys_in(self.plan, captured.module.graph):
+            self._keys.setdefault(name, {})[key] = None
+        self.statistics.wants_moments = frozenset(
+            key
+            for name, layer in self.plan.layers.items()
+            if any(step.wants_moments(layer) for step in self.convert)
+            for key in self._keys.get(name, ())
+        ).__contains__
+        self.prepared.append(captured)
+        self._inputs.append(Spread(-(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)))
+        self._observed.append(observed)
+        warn_of_many(names, leaves, [graph.call for graph in self.prepared])
+        return len(self.prepared) - 1
+
+    def _wants_float_input(self, layer: LayerPlan) -> bool:
+        wanted = any(step.wants_statistics(layer) or step.wants_moments(layer) for step in self.convert)
+        return wanted and layer.kind == "linear" and layer.activation_bits is None
+
+    def _keep_sample(
+        self,
+        captured: CapturedGraph,
+        names: tuple[str, ...],
+        leaves: Sequence[Any],
+        structure: Any,
+        output: Sequence[Any],
+    ) -> None:
+        if not self._samples.wants_next():
+            return
+        kept, chosen = some_samples(captured, leaves, _KEPT_SAMPLES)
+        first = next(leaf for leaf in output if isinstance(leaf, Tensor))
+        if chosen is not None and first.dim() and first.shape[0] == captured.call.batch_size(leaves):
+            first = first.index_select(0, chosen.to(first.device))
+        step = kept[names.index(str(self.plan.timestep))]
+        arguments = pytree.tree_map(lambda position: kept[position], structure)
+        number = float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
+        self._samples.keep(Sample(number, arguments, first.clone()))
+
+    def _keep_inputs(self, number: int, leaves: Sequence[Any]) -> None:
+        kept = self._inputs[number]
+        if kept.wants_next():
+            captured = self.prepared[number]
+            kept.keep(captured.inputs(some_samples(captured, leaves, _ROWS)[0]))
+
+
+@contextmanager
+def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of the model run another function; whatever happens, the model is left as it was."""
+    refuse_redirected(model)
+    # Of a model that was compiled in place, calls would go past its forward.
+    with instance_attribute(model, "_compiled_call_impl", None), instance_attribute(model, "forward", forward):
+        yield
+
+
+@contextmanager
+def instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give a module an attribute of its own for a while, over that of its class or the one it has."""
+    missing = object()
+    own = module.__dict__.get(name, missing)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if own is missing:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = own
+
+
+def _refuse_autocast(leaves: Sequence[Any]) -> None:
+    devices = {"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))}
+    dtype = next(filter(None, map(autocast_dtype, sorted(devices))), None)
+    if dtype is not None:
+        raise CalibrationError(
+            f"calibrate calls the model under torch.autocast, which computes in {dtype} whatever the model is in; "
+            f"convert the model, model.to({dtype}), and call it outside of torch.autocast"
+        )
+
+
+def refuse_redirected(model: nn.Module) -> None:
+    """Raise if calls of the model go to a calibration, of another thread or further up in this one."""
+    if isinstance(getattr(model.__dict__.get("forward"), "__self__", None), Calibration):
+        raise _in_use(type(model).__name__)
+
+
+def _in_use(name: str) -> ConfigurationError:
+    return ConfigurationError(f"this {name} is being calibrated by another fxquant.compile; wait until that returns")
+
+
+def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Callable[[], Any]) -> None:
+    """Run the user's callable and see to it that it called the model.
+
+    Raises:
+        CalibrationError: If the callable raised, or never called the model. The model is left as it was.
+        FxquantError: Whatever typed error a call of the model raised, even if the callable swallowed it.
+    """
+    if not callable(calibrate):
+        raise CalibrationError(
+            f"calibrate is a {type(calibrate).__name__}; pass a function that runs the model, such as "
+            "calibrate=lambda: pipe(class_labels=labels, num_inference_steps=25)"
+        )
+    try:
+        with calls_redirected(model, calibration.forward):
+            calibrate()
+    except FxquantError:
+        raise
+    except Exception as error:
+        if calibration.failure is not None:
+            raise calibration.failure from error
+        raise CalibrationError(
+            f"calibrate raised {type(error).__name__}: {error}. "
+            "The model is unchanged; mend the callable and try again."
+        ) from error
+    if calibration.failure is not None:
+        raise calibration.failure
+    if not calibration.calls:
+        raise CalibrationError(
+            f"calibrate returned without calling the model ({type(model).__name__}); it has to run this very object, "
+            "for example through the pipeline that holds it"
+        )
+    step = calibration.plan.observed_step
+    if step is not None and step >= len(calibration.steps):
+        raise CalibrationError(
+            f"step {step} is to be observed, counted from 0, and calibrate made {len(calibration.steps)}; make more "
+            "steps, or observe an earlier one"
+        )
+    calibration.finish()
+
+
+def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, float]:
+    """SQNR in dB of a model's output against the float one, by timestep, the noisiest first."""
+    by_step: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for sample in samples:
+        with torch.no_grad():
+            output = model(**sample.arguments)
+        first = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        by_step.setdefault(sample.timestep, []).append((sample.output.flatten(), first.flatten()))
+    found = {}
+    for step in sorted(by_step, reverse=True):
+        reference, actual = (torch.cat(side) for side in zip(*by_step[step], strict=True))
+        found[step] = sqnr_db(reference, actual)
+    return found
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own over the same tensors."""
+    return fx.GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)

@@ -1,0 +1,358 @@
+"""Whether a graph is true to its model: checked when it is captured, while the float model is at hand.
+
+A graph is one path through the model's code, followed once. What the code keeps between calls in attributes, takes from
+elsewhere in Python, or does past torch's eyes stands in the graph as it was then. So the model is run once on inputs
+that are others than those of the capture, and the graph has to yield the same. Where that call changed attributes, a
+second one tells what it only computes once, such as tables of positions, from state that the next call reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxquant.capture.caches import Caches, Places, put
+from fxquant.capture.calls import CallSpec, TensorSpec
+from fxquant.capture.state import OWN, detached, frozen, is_equal
+from fxquant.capture.threads import uncompiled, without_autocast
+from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.errors import CaptureError
+from fxquant.ir.tensors import read_tensors, weights_and_buffers
+
+log = logging.getLogger(__name__)
+
+_OWN = OWN - {"_buffers"}
+_EXAMPLE_BATCH = 2
+_MISSING = object()
+
+State = dict[tuple[str, str], Any]
+"""Attributes by path of the module and name."""
+
+
+class Original:
+    """A float model to compare graphs with. The model itself is never run, so that it stays as it is.
+
+    Args:
+        model: The model; its weights are shared, what else it holds is copied.
+        timestep: Name of the ``forward`` argument that holds the timestep.
+    """
+
+    def __init__(self, model: nn.Module, timestep: str | None) -> None:
+        self._model = _twin(model)
+        self._weights = _places(model)
+        self._caches: Caches | None = None
+        self._timestep = timestep
+
+    def warm(self, leaves: Sequence[Any], structure: Any, architecture: Architecture | None = None) -> None:
+        """Run a call once before it is traced.
+
+        Tables that the code keeps outside of the model, in ``functools.lru_cache`` or a global, are then filled with
+        tensors. A trace would fill them with fake ones, which the model would get from there ever after.
+
+        Args:
+            leaves: The leaves of the call.
+            structure: What holds their numbers.
+            architecture: Has its caches emptied that the call fills again; see :mod:`fxquant.capture.caches`.
+        """
+        if _places(self._model) != self._weights:  # Moved or converted since; such a call is none of the model's.
+            return
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+
+        def run(change: Places) -> tuple[nn.Module, list[Any]]:
+            model = _twin(self._model)
+            put(model, change)
+            with _alike(device):
+                return model, pytree.tree_leaves(_call(model, leaves, structure))
+
+        try:
+            called, output = run({})
+            if architecture is not None:
+                if self._caches is None:
+                    self._caches = Caches(self._model, architecture.skeleton, self._timestep)
+                self._caches.empty(called, output, run)
+        except Exception as error:  # The capture fails over it too, and says where.
+            log.info("the model does not take the call: %s", error)
+
+    def compare(self, captured: CapturedGraph, leaves: Sequence[Any], structure: Any) -> None:
+        """Compare a graph that has its weights with the model.
+
+        Costs a call of the graph and one of the model, or two of each if the first one changes attributes.
+
+        Args:
+            captured: The graph.
+            leaves: The leaves of the call that it was captured from.
+            structure: What holds their numbers.
+
+        Raises:
+            CaptureError: If the model keeps state between calls, or yields something else than the graph.
+        """
+        model = _twin(self._model)
+        if not _shares_weights(captured, model):
+            log.info("the graph is not compared with the model, whose weights were moved or converted since")
+            return
+        before = _state(model)
+        first = self._compare_once(model, captured, leaves, structure, 1)
+        changed = _changed(before, _state(model))
+        if changed:
+            before = _state(model)
+            with _watching(model, changed) as carried:
+                first = self._compare_once(model, captured, leaves, structure, 2) or first
+            kept = [key for key in _changed(before, _state(model)) if key in carried]
+            if kept:
+                names = ", ".join(repr(f"{path}.{name}".removeprefix(".")) for path, name in kept[:4])
+                raise CaptureError(
+                    f"{type(self._model).__name__} keeps state between calls, which each call reads and changes: "
+                    f"{names}. A graph would be frozen at one step. Take out what does this (a cache of steps, a "
+                    "counter), or hand the state in as an input"
+                )
+        if first is not None:
+            raise CaptureError(first)
+
+    def _compare_once(
+        self, model: nn.Module, captured: CapturedGraph, leaves: Sequence[Any], structure: Any, seed: int
+    ) -> str | None:
+        """What is wrong, if something is."""
+        tried = _others(captured.call, leaves, self._timestep, seed)
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+        with _alike(device):
+            try:
+                expected = _call(model, tried, structure)
+            except Exception as error:  # What a model says of inputs that nobody gave it is not the graph's fault.
+                log.info("the model does not take inputs like those of the call (%s); the call's own are used", error)
+                tried = list(leaves)
+                expected = _call(model, tried, structure)
+        with _alike(device):
+            actual = captured.module(*captured.inputs(tried))
+        return _difference(type(self._model).__name__, captured, model, pytree.tree_leaves(expected), actual)
+
+
+def example(call: CallSpec, device: torch.device) -> list[Any]:
+    """The leaves of a call that a spec describes; what it leaves open is drawn, or 0 for numbers and integers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def value(name: str, spec: TensorSpec) -> Any:
+        if name in call.held:
+            return call.held[name].to(device)
+        if spec.number:
+            zero = 0.0 if spec.dtype.is_floating_point else 0
+            return zero if spec.values is None else spec.values[0]
+        shape = spec.concrete(_EXAMPLE_BATCH)
+        drawn = torch.rand(shape, generator=generator) if spec.dtype.is_floating_point else torch.zeros(shape)
+        return drawn.to(device, spec.dtype)
+
+    given = zip(call.names, call.leaves, strict=True)
+    return [value(name, leaf) if isinstance(leaf, TensorSpec) else leaf for name, leaf in given]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, detached(model) | {id(tensor): tensor for _, tensor in weights_and_buffers(model)})
+
+
+def _places(model: nn.Module) -> list[tuple[int, torch.dtype]]:
+    return [(tensor.data_ptr(), tensor.dtype) for _, tensor in weights_and_buffers(model)]
+
+
+def _shares_weights(captured: CapturedGraph, model: nn.Module) -> bool:
+    weights = dict(weights_and_buffers(model))
+    return all(
+        weights[name].data_ptr() == tensor.data_ptr() and weights[name].dtype == tensor.dtype
+        for name, tensor in read_tensors(captured.module).items()
+        if name in weights
+    )
+
+
+@torch.no_grad()
+def _call(model: nn.Module, leaves: Sequence[Any], structure: Any) -> Any:
+    arguments = pytree.tree_map(lambda number: leaves[number], structure)
+    return model(**arguments)
+
+
+@contextmanager
+def _alike(device: torch.device) -> Iterator[None]:
+    """Run without autocast, uncompiled, and draw the same random numbers each time, none of them from the user's."""
+    with (
+        uncompiled(),
+        without_autocast(device.type),
+        torch.no_grad(),
+        _OwnNoise(device),
+    ):
+        yield
+
+
+class _OwnNoise(TorchDispatchMode):
+    """Random ops draw from a seed of their own.
+
+    torch's generators are those of all threads. They are taken for one op at a time, and only for ops that may draw.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        devices = {torch.device("cpu"), device}
+        self._states = {where: torch.Generator(where).manual_seed(0).get_state() for where in devices}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()) or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        users = {where: _random_state(where) for where in self._states}
+        for where, state in self._states.items():
+            _set_random_state(where, state)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            for where, state in users.items():
+                self._states[where] = _random_state(where)
+                _set_random_state(where, state)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state: Tensor = (
+        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    )
+    return state
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _others(call: CallSpec, leaves: Sequence[Any], timestep: str | None, seed: int) -> list[Any]:
+    """Inputs like those of a call, of other values: floats and the timestep come up to a quarter closer to 0.
+
+    So they stay in the range that the model takes. Integers, which name things, and what the graph holds are kept.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def other(name: str, leaf: Any) -> Any:
+        one = float(torch.rand((), generator=generator))
+        if isinstance(leaf, Tensor):
+            floating = leaf.is_floating_point() or leaf.is_complex()
+            if name == timestep or (floating and leaf.dim() < 2):
+                return (leaf * (1 - one / 4)).to(leaf.dtype)
+            if floating:
+                return leaf * (1 - torch.rand(leaf.shape, generator=generator) / 4).to(leaf.device, leaf.dtype)
+        return leaf * (1 - one / 4) if type(leaf) is float else leaf
+
+    made = []
+    for name, leaf, spec in zip(call.names, leaves, call.leaves, strict=True):
+        is_open = isinstance(spec, TensorSpec) and spec.values is None
+        made.append(other(name, leaf) if is_open else leaf)
+    return made
+
+
+def _difference(
+    title: str, captured: CapturedGraph, model: nn.Module, expected: Sequence[Any], actual: Sequence[Any]
+) -> str | None:
+    floats = [tensor.dtype for _, tensor in weights_and_buffers(model) if tensor.is_floating_point()]
+    for number, (right, found) in enumerate(zip(expected, actual, strict=True)):
+        if not isinstance(right, Tensor):
+            continue
+        if right.shape != found.shape:
+            error = f"has shape {list(found.shape)}, not {list(right.shape)}"
+        else:
+            dtypes = [dtype for dtype in (*floats, right.dtype) if dtype.is_floating_point]
+            allowed = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5
+            off = _relative_error(found, right)
+            if off <= allowed:
+                continue
+            error = f"is off by {off:.1e} of its largest element"
+        drawn = _draws(captured)
+        if drawn is not None:
+            return (
+                f"{title} draws random numbers ({drawn}) in a way that a graph cannot follow: output {number} of its "
+                f"graph {error} where both begin with the same seed. Give the noise as an input, or call model.eval()"
+            )
+        return (
+            f"the graph of {title} is not true to it: for other inputs than those that it was captured with, output "
+            f"{number} {error}. The code takes something from where a graph cannot see it, such as numpy, Python's own "
+            "random numbers, or values that it keeps; make it of the inputs with torch's functions"
+        )
+    return None
+
+
+def _relative_error(found: Tensor, right: Tensor) -> float:
+    wide = torch.complex128 if right.is_complex() else torch.float64
+    found, right = found.detach().cpu().to(wide), right.detach().cpu().to(wide)
+    finite = right.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return float("inf")
+    difference = (found - right)[finite].abs()
+    if not difference.numel() or not difference.any():
+        return 0.0
+    return float(difference.max() / right[finite].abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _draws(captured: CapturedGraph) -> str | None:
+    """An op of the graph that draws random numbers, if there is one."""
+    for node in captured.module.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _draws_nothing(node):
+            return str(node.target)
+    return None
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether an op that can drop out elements drops out none."""
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool((node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) == 0)
+    return node.target is torch.ops.aten.dropout.default and (node.args[2] is False or bool(node.args[1] == 0))
+
+
+# --- attributes -----------------------------------------------------------------------------------------------------
+
+
+def _state(model: nn.Module) -> State:
+    """What the modules of a model hold in attributes, buffers among them, as it is now."""
+    found: State = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _OWN:
+                found[path, name] = frozen(value)
+    return found
+
+
+def _changed(before: State, after: State) -> list[tuple[str, str]]:
+    keys = [*before, *(key for key in after if key not in before)]
+    return [key for key in keys if not is_equal(before.get(key, _MISSING), after.get(key, _MISSING))]
+
+
+@contextmanager
+def _watching(model: nn.Module, keys: Sequence[tuple[str, str]]) -> Iterator[set[tuple[str, str]]]:
+    """Notes which of these attributes are read before they are written."""
+    carried: set[tuple[str, str]] = set()
+    for path in {path for path, _ in keys}:
+        module = model.get_submodule(path)
+        names = {name for where, name in keys if where == path}
+        carried |= {(path, name) for name in names if name == "_buffers"}
+        module.__class__ = _watched(type(module), path, names, carried)
+    yield carried
+
+
+def _watched(cls: Any, path: str, names: set[str], carried: set[tuple[str, str]]) -> type:
+    written: set[str] = set()
+
+    def read(self: nn.Module, name: str) -> Any:
+        if name in names and name not in written:
+            carried.add((path, name))
+        return cls.__getattribute__(self, name)
+
+    def write(self: nn.Module, name: str, value: Any) -> None:
+        written.add(name)
+        cls.__setattr__(self, name, value)
+
+    watch: dict[str, Callable[..., Any]] = {"__getattribute__": read, "__setattr__": write}
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **watch})

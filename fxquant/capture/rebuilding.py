@@ -1,0 +1,147 @@
+"""Whether a model can be built again from its class and its config, which is how a checkpoint is loaded.
+
+A checkpoint holds no code. What was done to a model after its constructor, such as a LoRA or fused projections, is not
+in its config, and neither is what JSON writes as something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxquant.capture.trace import Architecture
+from fxquant.errors import CheckpointError
+from fxquant.ir.tensors import weights_and_buffers
+
+_DEFAULTS = "_use_default_values"
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """A model's config as plain dicts and lists, without where it was read from; empty if it is not a mapping.
+
+    diffusers also lists the values for which ``from_config`` takes the defaults of the class. Arguments that the
+    constructor got without a keyword are among them, and are left out of that list where they are not the default.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, Mapping):
+        return {}
+    found: dict[str, Any] = _plain(config)
+    found.pop("_name_or_path", None)  # A path on this machine.
+    if isinstance(found.get(_DEFAULTS), list):
+        parameters = inspect.signature(type(model).__init__).parameters
+        defaults = {name: _plain(parameter.default) for name, parameter in parameters.items()}
+        found[_DEFAULTS] = [name for name in found[_DEFAULTS] if name in defaults and defaults[name] == found.get(name)]
+    return found
+
+
+def config_text(model: nn.Module) -> str:
+    """The content of a ``config.json``. What JSON cannot hold is written as text; see :func:`obstacle`."""
+    return json.dumps(config_of(model), indent=2, default=str, skipkeys=True) + "\n"
+
+
+def class_of(model_class: str) -> Any:
+    """The class of diffusers that a plan names, ``diffusers:DiTTransformer2DModel``.
+
+    Raises:
+        CheckpointError: If the installed diffusers has no such model.
+    """
+    import diffusers
+
+    name = model_class.partition(":")[2]
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_config")):
+        raise CheckpointError(f"the installed diffusers has no model {name}; install a version that does")
+    return found
+
+
+def is_rebuilt(model: nn.Module) -> bool:
+    """Whether loading builds the model by itself: its class makes models from a config."""
+    return hasattr(type(model), "from_config")
+
+
+def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
+    """The architecture that loading builds from a model's class and config.
+
+    Raises:
+        CheckpointError: Says why that is not the model: what its config cannot hold, or what its class does not make.
+    """
+    cls, config = type(model), getattr(model, "config", None)
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"its config is a {type(config).__name__} and not a mapping, which JSON could hold")
+    written = config_of(model)
+    where = _changed_by_json(written, json.loads(config_text(model)))
+    if where is not None:
+        raise CheckpointError(f"its config is written as JSON, and {where}")
+    if cls.__module__.partition(".")[0] == "diffusers" and class_of(f"diffusers:{cls.__name__}") is not cls:
+        raise CheckpointError(f"diffusers has another class of the name {cls.__name__}")
+    try:
+        architecture = Architecture.from_config(cls, json.loads(config_text(model)), timestep)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{cls.__name__}.from_config fails: {type(error).__name__}: {reason}") from error
+    difference = _difference(dict(weights_and_buffers(model)), dict(weights_and_buffers(architecture.skeleton)))
+    if difference is not None:
+        raise CheckpointError(difference)
+    return architecture
+
+
+def obstacle(model: nn.Module, timestep: str | None) -> str | None:
+    """Why loading cannot build a model again, as far as its config and its tensors tell, or None."""
+    try:
+        rebuilt(model, timestep)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _difference(had: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> str | None:
+    """The first tensor in which two models differ."""
+    for name, tensor in had.items():
+        if name not in made:
+            return f"its class makes no tensor {name!r}, which was added to it{_hint(name)}"
+        if made[name].shape != tensor.shape:
+            return f"tensor {name!r} has shape {tuple(tensor.shape)}, and its class makes {tuple(made[name].shape)}"
+    missing = next((name for name in made if name not in had), None)
+    return None if missing is None else f"tensor {missing!r}, which its class makes, was removed from it"
+
+
+def _hint(name: str) -> str:
+    hints = {
+        r"(?<![a-z])qkv": "; unfuse_qkv_projections() takes it back",
+        r"(?<![a-z])lora": "; pipe.fuse_lora(), then pipe.unload_lora_weights() make it part of the weights",
+    }
+    return next((hint for pattern, hint in hints.items() if re.search(pattern, name)), "")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _changed_by_json(value: Any, read: Any, where: str = "") -> str | None:
+    """The first entry that JSON reads as another than was written, and how, or None."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                return f"the key {key!r} of {where or 'the config'} is a {type(key).__name__} and is read as text"
+            if key not in read:
+                return f"{where}{'.' if where else ''}{key} is left out"
+            found = _changed_by_json(entry, read[key], f"{where}{'.' if where else ''}{key}")
+            if found is not None:
+                return found
+        return None
+    if isinstance(value, list):
+        pairs = enumerate(zip(value, read, strict=True))
+        told = (_changed_by_json(*pair, f"{where}[{number}]") for number, pair in pairs)
+        return next((text for text in told if text is not None), None)
+    if isinstance(value, float) and math.isnan(value) and isinstance(read, float) and math.isnan(read):
+        return None
+    same = isinstance(value, (str, bool, int, float, type(None))) and value == read
+    return None if same else f"{where} is a {type(value).__name__} ({value!r}) and is read as {read!r}"

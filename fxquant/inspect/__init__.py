@@ -1,0 +1,1 @@
+"""Looking at a quantized model: reports and profiles."""

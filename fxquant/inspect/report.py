@@ -1,0 +1,562 @@
+"""The report: what was decided for every layer, what it costs and what it does to the output.
+
+Everything comes out of the plan, so a report needs no weights and is the same for a model, its plan and its
+checkpoint; but that only a model tells which attentions its backend left as they were. Table and JSON are two views of
+one :class:`Report`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from fxquant.disk.folders import no_folder
+from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.pipeline.backend import Backend, resolve_backend
+from fxquant.planning.plan import PLAN_FILE, AttentionPlan, LayerPlan, Plan
+from fxquant.runtime.devices import usable_device
+from fxquant.text import (
+    block_numbers,
+    decimal,
+    fitted,
+    json_values,
+    letter,
+    name_of_all,
+    pattern_of,
+    size,
+    without_numbers,
+    wrapped,
+)
+
+COSTS = ("free", "vector", "tokens", "not")
+"""What balancing a layer costs at run time, cheapest first; ``not`` stands for layers that were left alone."""
+
+_LEFT = {
+    "fxquant.matmul.default": "fxquant::matmul (reference)",
+    "aten.scaled_dot_product_attention.default": "aten float",
+}
+_BLOCK = re.compile(r"(.*?)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: Stable name, such as ``transformer_blocks.3.attn1.to_q``.
+        kind: ``linear``, ``conv`` or ``embedding``.
+        role: Part of the network: ``block``, ``adaln``, ``embedder``, ``patch`` or ``final``.
+        kernel: What runs it on the plan's backend.
+        precision: Bits as text: ``w4a8``, ``w4a16-g64``, ``float``.
+        weight_bits: Bits a weight, None for float.
+        activation_bits: Bits an activation, None for float.
+        group_size: Input channels a weight group, 0 for one group a row.
+        shape: Output and input features.
+        cost: ``free``, ``vector``, ``tokens`` or ``not``; None for a layer that nobody meant to balance.
+        absorbed_into: What absorbed the balance factors.
+        balanced_channels: Number of balanced input channels.
+        reason: Why some or all channels were left alone.
+        shift_cost: What shifting its input costs at run time, as ``cost``; None where no shift was asked for.
+        timestep_bins: Bins of timesteps that its shift and its range depend on.
+        activation_low: Smallest input that the static range holds.
+        activation_high: Largest input that the static range holds.
+        spread: Smallest and largest maximum of |input| over the calibrated timesteps.
+        weight_sqnr_db: Signal to quantization noise of the weight, in dB.
+        activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
+        float_because: Why its weight stays float, or None.
+    """
+
+    name: str
+    kind: str
+    role: str
+    kernel: str
+    precision: str
+    weight_bits: int | None
+    activation_bits: int | None
+    group_size: int
+    shape: tuple[int, int]
+    cost: str | None
+    absorbed_into: tuple[str, ...]
+    balanced_channels: int
+    reason: str | None
+    shift_cost: str | None
+    timestep_bins: int
+    activation_low: float | None
+    activation_high: float | None
+    spread: tuple[float, float] | None
+    weight_sqnr_db: float | None
+    activation_sqnr_db: float | None
+    float_because: str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """The two matrix products of one attention.
+
+    Attributes:
+        name: Path of its module, such as ``transformer_blocks.3.attn1``.
+        kernel: What runs them on the plan's backend.
+        bits: Bits of q, k and v, None for float.
+        softmax_bits: Bits of the softmax output, None for float.
+        ranges: Smallest and largest value that the static ranges of ``q``, ``k`` and ``v`` hold.
+        sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
+        reason: Why the products stay float, or None.
+    """
+
+    name: str
+    kernel: str
+    bits: int | None
+    softmax_bits: int | None
+    ranges: Mapping[str, tuple[float, float]]
+    sqnr_db: Mapping[str, float]
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The model as a whole.
+
+    Attributes:
+        bytes_before: Size of the float model's tensors.
+        bytes_after: Size of the quantized model's tensors.
+        ratio: How many times smaller it became; None if a size is not known.
+        mean_sqnr_db: Mean over timesteps of the output SQNR, in dB; None if it was not measured.
+        worst_sqnr_db: The lowest of them.
+        worst_timestep: Where that is.
+        layers_by_precision: Number of layers by precision, most frequent first.
+        balance_by_cost: Number of layers meant to be balanced by the cost at which that was absorbed.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    ratio: float | None
+    mean_sqnr_db: float | None
+    worst_sqnr_db: float | None
+    worst_timestep: float | None
+    layers_by_precision: Mapping[str, int]
+    balance_by_cost: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: its text, wall time in seconds, number of edits and change in the number of nodes by op."""
+
+    text: str
+    seconds: float
+    edits: int
+    ops: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What fxquant did to a model; prints as a table.
+
+    Attributes:
+        model_class: Class of the original model.
+        recipe: The recipe as pipeline text.
+        backend: Name of the backend.
+        timesteps: The calibrated timesteps.
+        fixed: For each kind of call whose graph serves one batch size, or one value of a mask, why.
+        totals: The model as a whole.
+        output_sqnr_db: Output SQNR against float by timestep in dB, the noisiest timestep first.
+        layers: One row a layer, in the order of the graph.
+        passes: The pass log.
+        attentions: One row an attention, in the order of the graph.
+        products: Why each matrix product or convolution that is neither a layer nor part of an attention stays float,
+            by the path of its module, its op and its line.
+    """
+
+    model_class: str
+    recipe: str
+    backend: str
+    timesteps: tuple[float, ...]
+    fixed: tuple[str, ...]
+    totals: Totals
+    output_sqnr_db: Mapping[float, float]
+    layers: tuple[LayerReport, ...]
+    passes: tuple[PassReport, ...]
+    attentions: tuple[AttentionReport, ...] = ()
+    products: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values; a number that is not finite, such as a lossless layer's SQNR, is a string."""
+        data = asdict(self)
+        data["output_sqnr_db"] = [[step, db] for step, db in self.output_sqnr_db.items()]
+        values = json_values(data)
+        assert isinstance(values, dict)
+        return values
+
+    def table(self, *, every: bool = False) -> str:
+        """The report as text of at most 140 columns.
+
+        Layers that differ in nothing but the number of their block, and in measured values, share a row, which then
+        shows the range of the values and stands below the numbers of the blocks.
+
+        Args:
+            every: One row a layer instead.
+        """
+        parts = [self.summary(), self._layer_table(every)]
+        balanced = [(layer.name, layer.reason) for layer in self.layers]
+        if reasons := _reasons("channels left alone, and why", balanced):
+            parts.append(reasons)
+        kept = [(layer.name, layer.float_because) for layer in self.layers]
+        if reasons := _reasons("layers and matrix products in float, and why", [*kept, *self.products.items()]):
+            parts.append(reasons)
+        if self.attentions:
+            parts.append(self._attention_table(every))
+        if self.output_sqnr_db:
+            parts.append(self._output_table())
+        if self.passes:
+            parts.append(self._pass_table())
+        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def summary(self) -> str:
+        """The totals in a few lines."""
+        totals = self.totals
+        lines = [("model", f"{self.model_class.rpartition(':')[2]} on {self.backend}")]
+        if totals.ratio is not None:
+            before, after = map(size, (totals.bytes_before, totals.bytes_after))
+            lines.append(("size", f"{before} -> {after}, {totals.ratio:.2f} times smaller"))
+        if totals.mean_sqnr_db is not None and totals.worst_sqnr_db is not None:
+            lines.append(
+                (
+                    "output SQNR",
+                    f"mean {totals.mean_sqnr_db:.1f} dB, worst {totals.worst_sqnr_db:.1f} dB "
+                    f"at timestep {totals.worst_timestep:g}",
+                )
+            )
+        else:
+            lines.append(("output SQNR", "not measured"))
+        lines.append(("layers", ", ".join(f"{count} {name}" for name, count in totals.layers_by_precision.items())))
+        targets = sum(totals.balance_by_cost.values())
+        if targets:
+            shown = [f"{count} {cost}" for cost, count in totals.balance_by_cost.items() if count]
+            absorbed = targets - totals.balance_by_cost["not"]
+            lines.append(("balanced", f"{absorbed} of {targets} layers: {', '.join(shown)}"))
+        if self.timesteps:
+            span = f", {min(self.timesteps):g} to {max(self.timesteps):g}" if len(self.timesteps) > 1 else ""
+            lines.append(("calibrated", f"{len(self.timesteps)} timesteps{span}"))
+        lines += [("batch size", f"fixed, other calls get graphs of their own: {why}") for why in self.fixed]
+        return "\n".join(f"{title:<12} {text}" for title, text in lines)
+
+    def _layer_table(self, every: bool) -> str:
+        kernels = Counter(layer.kernel for layer in self.layers)
+        letters = {kernel: letter(number) for number, kernel in enumerate(kernels)}
+        header = ["layer", "role", "bits", "kernel", "balance", "range", "max|x|", "W dB", "x dB"]
+        rows = []
+        for title, groups in _sections(self.layers, every):
+            indent = ""
+            if title:
+                rows.append([title] + [""] * (len(header) - 1))
+                indent = "  "
+            rows += [_row(indent, group, letters) for group in groups]
+        if not rows:
+            return "no layers"
+        legend = [[letters[kernel], kernel, f"{count} layers"] for kernel, count in kernels.items()]
+        legend_text = tabulate(legend, ["kernel", "", ""], tablefmt="simple", disable_numparse=True)
+        return fitted(header, rows, {0: 46, 4: 34}) + "\n\n" + legend_text
+
+    def _attention_table(self, every: bool) -> str:
+        groups: dict[tuple[Any, ...], list[AttentionReport]] = {}
+        for entry in self.attentions:
+            alike = (
+                pattern_of(entry.name),
+                entry.kernel,
+                entry.bits,
+                entry.softmax_bits,
+                without_numbers(entry.reason),
+            )
+            groups.setdefault((entry.name,) if every else alike, []).append(entry)
+        rows = []
+        for group in groups.values():
+            first = group[0]
+            name = name_of_all([entry.name for entry in group])
+            bits = "float" if first.bits is None else f"a{first.bits}, softmax {first.softmax_bits}"
+            row = [name, bits, first.kernel]
+            for side in ("q", "k", "v"):
+                ends = [entry.ranges[side] for entry in group if side in entry.ranges]
+                row.append(f"{min(low for low, _ in ends):.3g}..{max(high for _, high in ends):.3g}" if ends else "")
+            row += [_span(entry.sqnr_db.get(side) for entry in group) for side in ("q", "k", "v")]
+            rows.append([*row, first.reason or ""])
+        header = ["attention", "bits", "kernel", "q", "k", "v", "q dB", "k dB", "v dB", "float because"]
+        return fitted(header, rows, {0: 40, 9: 56})
+
+    def _output_table(self) -> str:
+        values = list(self.output_sqnr_db.items())
+        width = 12
+        lines = []
+        for start in range(0, len(values), width):
+            part = values[start : start + width]
+            lines.append("timestep " + "".join(f"{step:>8g}" for step, _ in part))
+            lines.append("SQNR dB  " + "".join(f"{decimal(db):>8}" for _, db in part))
+        return "output SQNR against float\n" + "\n".join(lines)
+
+    def _pass_table(self) -> str:
+        rows = [
+            [entry.text, entry.edits, f"{entry.seconds:.2f}", " ".join(f"{op}:{n:+d}" for op, n in entry.ops.items())]
+            for entry in self.passes
+        ]
+        return fitted(["pass", "edits", "seconds", "change in ops"], rows, {0: 60, 3: 58}, right=(1, 2))
+
+
+def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device | None = None) -> Report:
+    """What fxquant did to a model, layer by layer.
+
+    Args:
+        model: What ``fxquant.compile`` or ``fxquant.load`` returned, a plan, or the folder of a checkpoint or of a
+            pipeline with one. No weights are read.
+        device: For a plan or a folder: where it is to run, which decides what kernels do; the CPU by default.
+
+    Raises:
+        ConfigurationError: If the model is not quantized, or a device is given for one that has its own.
+        BackendError: If the backend does not run on that device.
+        CheckpointError: If the folder holds no checkpoint, or a damaged one.
+    """
+    plan = _plan_of(model)
+    backend, left = _backend_of(model, plan, device), _attentions_left(model)
+    layers = tuple(_layer_report(name, layer, backend) for name, layer in plan.layers.items())
+    return Report(
+        model_class=plan.model_class,
+        recipe=plan.recipe,
+        backend=plan.backend,
+        timesteps=tuple(plan.timesteps),
+        fixed=tuple(dict.fromkeys(call.fixed for call in plan.calls if call.fixed is not None)),
+        totals=_totals(plan, layers),
+        output_sqnr_db=dict(plan.output_sqnr_db),
+        layers=layers,
+        passes=tuple(
+            PassReport(entry["pass"], entry["seconds"], entry["edits"], dict(entry["ops"])) for entry in plan.passes
+        ),
+        attentions=tuple(
+            _attention_report(name, entry, backend, left.get(name.partition("@")[0]))
+            for name, entry in plan.attentions.items()
+        ),
+        products=dict(plan.products),
+    )
+
+
+def _plan_of(model: nn.Module | Plan | str | Path) -> Plan:
+    if isinstance(model, Plan):
+        return model
+    if isinstance(model, (str, Path)):
+        return Plan.load(checkpoint_folder(model))
+    plan = getattr(model, "plan", None)
+    if plan is None and isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # From torch.compile.
+        plan = getattr(inner, "plan", None)
+    if not isinstance(plan, Plan):
+        raise ConfigurationError(
+            f"report takes a quantized model, a plan or the folder of a checkpoint, not a {type(model).__name__}"
+        )
+    return plan
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """The folder itself, or the part of a pipeline's folder that holds the checkpoint.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, or more than one.
+    """
+    from fxquant.storage.aot.package import PACKAGE_FILE
+    from fxquant.storage.diffusers_io import INDEX_FILE, parts_of
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise no_folder(folder)
+    if (folder / PLAN_FILE).is_file():
+        return folder
+    named = parts_of(folder) if (folder / INDEX_FILE).is_file() else [path.name for path in folder.glob("[!.]*")]
+    found = [folder / name for name in sorted(named) if (folder / name / PLAN_FILE).is_file()]
+    if not found:
+        if any((place / PACKAGE_FILE).is_file() for place in (folder, *(folder / name for name in named))):
+            raise CheckpointError(
+                f"{folder} holds a package, compiled ahead of time, which has no plan; give the folder that it was "
+                "exported from"
+            )
+        if (folder / INDEX_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} holds no {PLAN_FILE}: no part of this pipeline is quantized; see fxquant quantize"
+            )
+        raise CheckpointError(f"{folder} holds no {PLAN_FILE}: it is not what fxquant wrote, or not all of it")
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} holds several quantized models; name one: {', '.join(map(str, found))}")
+    return found[0]
+
+
+def _backend_of(model: object, plan: Plan, device: str | torch.device | None) -> Backend | None:
+    backend = getattr(getattr(model, "_orig_mod", model), "backend", None)
+    if isinstance(backend, Backend):  # With the options that it was made with.
+        if device is not None:
+            raise ConfigurationError("a model has its device already; a device is for plans and folders")
+        return backend
+    try:
+        found = resolve_backend(plan.backend)
+    except UnknownNameError:  # A plan can be read where its backend is not installed.
+        return None
+    if device is None:
+        return found
+    place = usable_device(device)
+    found.check_device(place)
+    return found.on(place)
+
+
+def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> LayerReport:
+    balance, activation = layer.balance, layer.activation
+    return LayerReport(
+        name=name,
+        kind=layer.kind,
+        role=layer.role,
+        kernel="?" if backend is None else backend.kernel(layer),
+        precision=str(layer.precision),
+        weight_bits=layer.weight_bits,
+        activation_bits=layer.activation_bits,
+        group_size=layer.group_size,
+        shape=(layer.shape[0], layer.shape[1]),
+        cost=balance.cost if balance else None,
+        absorbed_into=tuple(balance.into) if balance else (),
+        balanced_channels=balance.channels if balance else 0,
+        reason=balance.reason if balance else None,
+        shift_cost=layer.shift.cost if layer.shift else None,
+        timestep_bins=len(layer.boundaries) + 1,
+        activation_low=_extreme(min, activation.low) if activation else None,
+        activation_high=_extreme(max, activation.high) if activation else None,
+        spread=(layer.spread[0], layer.spread[1]) if layer.spread else None,
+        weight_sqnr_db=layer.weight_sqnr_db,
+        activation_sqnr_db=layer.activation_sqnr_db,
+        float_because=layer.reason if layer.weight_bits is None else None,
+    )
+
+
+def _attentions_left(model: object) -> dict[str, str]:
+    """What runs the attentions that a backend left as they were, by the path of their module.
+
+    A plan does not tell: backends find attentions by patterns, which a mask of an unusual kind may break.
+    """
+    found: dict[str, str] = {}
+    for graph in getattr(getattr(model, "_orig_mod", model), "graphs", ()):
+        for node in graph.graph.nodes:
+            kernel = _LEFT.get(str(node.target))
+            paths = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            if kernel is not None and paths:
+                found[paths[-1]] = kernel
+    return found
+
+
+def _attention_report(name: str, entry: AttentionPlan, backend: Backend | None, left: str | None) -> AttentionReport:
+    return AttentionReport(
+        name=name,
+        kernel=left or ("?" if backend is None else backend.attention_kernel(entry)),
+        bits=entry.bits,
+        softmax_bits=entry.softmax_bits,
+        ranges={side: (_extreme(min, found.low), _extreme(max, found.high)) for side, found in entry.ranges.items()},
+        sqnr_db=dict(entry.sqnr_db),
+        reason=entry.reason,
+    )
+
+
+def _extreme(choose: Callable[[list[float]], float], bound: float | list[float]) -> float:
+    """The outermost end of a layer's ranges, of which there is one for each bin of timesteps."""
+    return choose(bound) if isinstance(bound, list) else bound
+
+
+def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:
+    outputs = plan.output_sqnr_db
+    worst = min(outputs, key=lambda step: outputs[step], default=None)
+    costs = Counter(layer.cost for layer in layers if layer.cost is not None)
+    return Totals(
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        ratio=plan.bytes_before / plan.bytes_after if plan.bytes_before and plan.bytes_after else None,
+        mean_sqnr_db=sum(outputs.values()) / len(outputs) if outputs else None,
+        worst_sqnr_db=None if worst is None else outputs[worst],
+        worst_timestep=worst,
+        layers_by_precision=dict(Counter(layer.precision for layer in layers).most_common()),
+        balance_by_cost={cost: costs[cost] for cost in COSTS},
+    )
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, list[list[LayerReport]]]]:
+    """The rows of the table below the block, or blocks, that they stand in; no title for what is in none."""
+    groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+    for layer in layers:
+        into = frozenset(pattern_of(name) for name in layer.absorbed_into)
+        alike = (layer.role, layer.kernel, layer.precision, layer.shape, layer.cost, layer.balanced_channels)
+        key = (layer.name,) if every else (pattern_of(layer.name), into, *alike, without_numbers(layer.reason))
+        groups.setdefault(key, []).append(layer)
+    sections: dict[tuple[str, bool], list[list[LayerReport]]] = {}
+    for group in groups.values():
+        block = _BLOCK.match(group[0].name)
+        title = f"{block[1]}.{block_numbers(layer.name for layer in group)}" if block else ""
+        sections.setdefault((title, not block and group[0].role == "final"), []).append(group)
+    yield from ((title, found) for (title, _), found in sections.items())
+
+
+def _reasons(title: str, given: Iterable[tuple[str, str | None]]) -> str:
+    """Which layers have which reason, those of all blocks together; no text where none has one."""
+    found: dict[str, list[str]] = {}
+    for name, reason in given:
+        if reason is not None:
+            found.setdefault(without_numbers(reason) or "", []).append(name)
+    lines = []
+    for reason, names in found.items():
+        patterns = Counter(pattern_of(name) for name in names)
+        shown = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in patterns.items())
+        lines += wrapped(f"{shown}: {reason}")
+    return f"{title}\n" + "\n".join(lines) if lines else ""
+
+
+def _row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, str]) -> list[str]:
+    first = group[0]
+    lows = [layer.activation_low for layer in group if layer.activation_low is not None]
+    highs = [layer.activation_high for layer in group if layer.activation_high is not None]
+    spreads = [value for layer in group if layer.spread for value in layer.spread]
+    return [
+        indent + (_BLOCK.sub("", first.name, count=1) if indent else first.name),
+        first.role,
+        first.precision,
+        letters[first.kernel],
+        _balance(first, len(group) > 1),
+        f"{min(lows):.3g}..{max(highs):.3g}" if lows else "",
+        f"{min(spreads):.3g}..{max(spreads):.3g}" if spreads else "",
+        _span(layer.weight_sqnr_db for layer in group),
+        _span(layer.activation_sqnr_db for layer in group),
+    ]
+
+
+def _balance(layer: LayerReport, several: bool) -> str:
+    """``free: norm1.linear``; the number of channels where not all of them are balanced."""
+    if layer.cost is None:
+        return ""
+    part = "" if layer.balanced_channels in (0, layer.shape[1]) else f" {layer.balanced_channels}/{layer.shape[1]}"
+    block = _BLOCK.match(layer.name)
+    within = [block is not None and name.startswith(block[0]) for name in layer.absorbed_into]
+    elsewhere = [name for name, own in zip(layer.absorbed_into, within, strict=True) if not own]
+    # Inside its own block a short name will do, if nothing else could be meant by it.
+    shorten = not any(_BLOCK.match(name) for name in elsewhere)
+    names = [
+        _BLOCK.sub("", name, count=1) if own and shorten else pattern_of(name) if several else name
+        for name, own in zip(layer.absorbed_into, within, strict=True)
+    ]
+    names = list(dict.fromkeys(names))
+    return f"{layer.cost}{part}: {', '.join(names)}" if names else f"{layer.cost}{part}"
+
+
+def _span(values: Iterator[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = decimal(min(known)), decimal(max(known))
+    return low if low == high else f"{low}..{high}"

@@ -1,0 +1,110 @@
+"""The matrix products of a graph that are neither layers nor part of attention, and why they stay float.
+
+Together with the layers and the attentions of a plan they are every product and convolution of the model, so that
+nothing stays float without a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.ir.attention import attention_products
+from fxquant.ir.layers import LAYER_OPS
+from fxquant.ir.meta import LAYER
+
+aten = torch.ops.aten
+
+_PRODUCTS = frozenset(
+    [
+        *("matmul", "linalg_matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "ger", "linalg_vecdot"),
+        *("addmm", "addbmm", "baddbmm", "addmv", "addr", "einsum", "tensordot", "bilinear", "chain_matmul"),
+        *("linalg_multi_dot", "linear", "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_tbc"),
+        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+        *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "scaled_dot_product_attention", "cdist"),
+        *("matrix_power", "linalg_matrix_power", "kron", "_scaled_mm", "_int_mm", "_grouped_mm"),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One matrix product or convolution that stays float.
+
+    Attributes:
+        name: Path of its module, its op and the line of code, ``blocks.0.attn.matmul:53``. Ops of one line share it, so
+            that graphs of one model agree, in whatever order they run.
+        op: Its op, such as ``matmul``.
+        reason: Why it stays float.
+    """
+
+    name: str
+    op: str
+    reason: str
+
+
+def find_products(graph: fx.Graph) -> list[Product]:
+    """All products and convolutions that are neither layers nor part of an attention, in the order of the graph."""
+    products = [node for node in graph.nodes if LAYER not in node.meta and _op(node) in _PRODUCTS]
+    attention = attention_products(graph) if products else set()
+    inputs = _behind_inputs(graph) if products else set()
+    return [
+        Product(_name(node), _op(node), _reason(node, inputs))
+        for node in products
+        if node not in attention and not (_op(node) == "einsum" and len(node.args[1]) < 2)
+    ]
+
+
+def _reason(node: fx.Node, inputs: set[fx.Node]) -> str:
+    op = _op(node)
+    if node.target in LAYER_OPS:
+        return "its weight is computed in the graph, so there is no weight to store in few bits"
+    if "transpose" in op:
+        return "transposed convolutions are not quantized"
+    if op.startswith(("lstm", "gru", "rnn")):
+        return "recurrent layers are not quantized"
+    factors = [factor for factor in node.all_input_nodes if isinstance(factor.meta.get("val"), torch.Tensor)]
+    activations = sum(factor in inputs for factor in factors)
+    if not activations:
+        return "it multiplies constants"
+    if activations == 1 and len(factors) > 1 and op != "bilinear":  # Which multiplies two, maybe the same one twice.
+        return f"it multiplies by a weight as {op}; linear is quantized (torch.nn.Linear or torch.nn.functional.linear)"
+    return "it is a product of two activations, but no softmax attention"
+
+
+def _name(node: fx.Node) -> str:
+    modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    place = f"{modules[-1]}.{_op(node)}" if modules and modules[-1] else _op(node)
+    line = _line(node)
+    return f"{place}:{line}" if line else place
+
+
+def _line(node: fx.Node) -> int | None:
+    """The line of the model's code that made a node: the last one outside of torch."""
+    frames = []
+    for line in str(node.meta.get("stack_trace") or "").splitlines():
+        if line.strip().startswith("File "):
+            file, _, rest = line.strip().removeprefix("File ").partition(", line ")
+            frames.append((file.strip('"'), int(rest.partition(",")[0])))
+    own = [number for file, number in frames if not Path(file).is_relative_to(Path(torch.__file__).parent)]
+    return own[-1] if own else None
+
+
+def _behind_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the model's inputs by more than their sizes."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (
+            not _op(node).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def _op(node: Any) -> str:
+    """Name of a node's op without its overload: ``matmul``."""
+    return str(getattr(node.target, "_name", "")).rpartition("::")[2].partition(".")[0]

@@ -1,0 +1,88 @@
+"""AdaRound layer by layer, on what calibration knows of the inputs: their second moments.
+
+M. Nagel et al. (arXiv 2004.10568) minimize the error of a layer's output over samples of its input. That error is
+``tr((W - Q) H (W - Q)^T)`` with H = E[x x^T], so the moments that GPTQ needs serve here as well, and no sample is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.numerics.quantizer import QuantizedWeight, RangeMethod, weight_grid
+from fxquant.numerics.rounding.soft import Hardening, SoftWeight
+from fxquant.statistics.moments import within_float32
+
+HARDENING = Hardening(iterations=500, weight=10.0)
+"""The error counts in units of that of rounding to nearest, a weight one unit, so one regularizer serves all layers."""
+
+_RATE = 0.03
+
+
+def adaround(
+    weight: Tensor,
+    moments: Tensor,
+    *,
+    bits: int,
+    group_size: int = 0,
+    symmetric: bool = False,
+    method: RangeMethod = "minmax",
+    hardening: Hardening = HARDENING,
+) -> QuantizedWeight:
+    """Learn whether each weight is rounded up or down, so that the error of the layer's output is small.
+
+    Args:
+        weight: ``[out, in]``, any float dtype, finite.
+        moments: ``E[x x^T]`` of the inputs, ``[in, in]`` of any float dtype.
+        bits: Bits a code, 2 to 8.
+        group_size: Input channels that share a grid; 0 for all of them.
+        symmetric: Fix zero points at ``2**(bits - 1)``.
+        method: How the ranges are chosen, weighed by the mean squares of the inputs; see
+            :func:`fxquant.numerics.quantizer.weight_range`.
+        hardening: Number of steps, and how they end at codes.
+
+    Returns:
+        The codes learned, or those of rounding to nearest where these err less.
+
+    Raises:
+        ConfigurationError: As :func:`fxquant.numerics.quantizer.quantize_weight`, or if there are not as many inputs as
+            columns.
+        NonFiniteError: The moments hold NaN or infinity.
+    """
+    if moments.shape != (weight.shape[1], weight.shape[1]):
+        raise ConfigurationError(
+            f"a weight of {weight.shape[1]} input channels was given moments of shape {tuple(moments.shape)}."
+        )
+    if not torch.isfinite(moments).all():
+        raise NonFiniteError("the second moments of a layer's input hold NaN or infinity")
+    exact, together = weight.detach().to(torch.float32), within_float32(moments).to(weight.device, torch.float32)
+    scale, zero_point = weight_grid(
+        exact,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        method=method,
+        importance=None if method == "minmax" else together.diagonal(),
+    )
+
+    def error(rounded: Tensor) -> Tensor:
+        difference = exact - rounded
+        return ((difference @ together) * difference).sum()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        soft = SoftWeight(exact, scale, zero_point, bits, group_size)
+        at_first = error(soft.nearest())
+        start = soft.hard()
+        if not at_first > 0:
+            return start
+        optimizer = torch.optim.Adam(soft.parameters(), lr=_RATE)
+        for iteration in range(hardening.iterations):
+            loss = error(soft()) * (exact.numel() / at_first)
+            if (exponent := hardening.exponent(iteration)) is not None:
+                loss = loss + hardening.weight * soft.undecided(exponent)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        learned = soft.hard()
+        return learned if error(learned.dequantize(torch.float32)) < at_first else start

@@ -1,0 +1,161 @@
+"""GPTQ: weights are rounded one input channel after the other, and those still to come make up for the error.
+
+E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv
+2210.17323). With inputs x of second moments H = E[x x^T], rounding W to Q costs the output tr((W - Q) H (W - Q)^T). For
+the input channels in some order, let H^-1 = U^T U with U upper triangular. Rounding column i by e_i leaves the least
+error if every later column j moves by -e_i U_ij / U_ii.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.numerics.quantizer import QuantizedWeight, RangeMethod, group_count, weight_grid
+from fxquant.statistics.moments import within_float32
+
+_BLOCK = 128  # Columns whose errors are carried over to all later ones at once.
+_DAMPINGS = 6  # Each ten times the one before it.
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorFeedback:
+    """How the error of each input channel is made up for by later ones. One serves all layers that read one value.
+
+    Attributes:
+        order: Input channels in the order in which they are rounded, int64 ``[in]``.
+        factor: U above, its rows and columns in that order, float32 ``[in, in]``.
+        importance: Mean square of each input channel, in their own order, float32 ``[in]``.
+    """
+
+    order: Tensor
+    factor: Tensor
+    importance: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor, damping: float = 0.01, activation_order: bool = True) -> ErrorFeedback:
+        """Factorize second moments.
+
+        Args:
+            moments: ``E[x x^T]``, ``[in, in]`` of any float dtype.
+            damping: Added to the diagonal, as a share of its mean; where that is too little to factorize, ten times as
+                much, and so on.
+            activation_order: Round the channels with the largest inputs first, while most others can still make up.
+
+        Raises:
+            NonFiniteError: The moments hold NaN or infinity, or no damping makes them positive definite.
+        """
+        moments = within_float32(moments)
+        squares = moments.diagonal().to(torch.float32).clone()
+        order = squares.argsort(descending=True, stable=True) if activation_order else torch.arange(len(squares))
+        backwards = order.cpu().numpy()[::-1]
+        matrix = moments.detach().cpu().double().numpy()[np.ix_(backwards, backwards)]
+        del moments  # As large as everything else here together; the caller may have let go of it.
+        diagonal = matrix.diagonal().copy()
+        if not (np.isfinite(matrix.min()) and np.isfinite(matrix.max())):
+            raise NonFiniteError("the second moments of a layer's input hold NaN or infinity")
+        dead = diagonal == 0
+        diagonal[dead] = 1.0  # Nothing was seen of these: they are rounded to nearest, for themselves.
+        share = damping * float(diagonal.mean())
+        for attempt in range(_DAMPINGS):
+            if attempt:
+                for row in range(len(matrix)):  # Half of it is as it was.
+                    matrix[row, row + 1 :] = matrix[row + 1 :, row]
+            np.fill_diagonal(matrix, diagonal + share * 10.0**attempt)
+            factor = _inverse_factor(matrix)
+            if factor is not None:
+                return cls(order, torch.from_numpy(factor), squares)
+        raise NonFiniteError(
+            f"the second moments of a layer's input cannot be factorized even with {damping * 10 ** (_DAMPINGS - 1):g} "
+            "of their mean on the diagonal; calibrate with more or other samples, or round this layer to nearest"
+        )
+
+
+def _inverse_factor(backwards: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
+    """U, upper triangular, with ``U^T U`` the inverse of a matrix; None if that is not positive definite.
+
+    Args:
+        backwards: The matrix with both axes reversed. Its strict lower triangle stays as it is, what else there is, the
+            diagonal above all, is overwritten: a matrix may be too large for a copy.
+    """
+    # Reversed, a Cholesky factor L is that of matrix = R R^T with R upper triangular, and U = R^-1 is L^-1 reversed.
+    # LAPACK works in place on the transpose, which has the order of elements that it wants.
+    lower, failed = lapack.dpotrf(backwards.T, lower=1, clean=0, overwrite_a=1)
+    if failed:
+        return None
+    lower, failed = lapack.dtrtri(lower, lower=1, overwrite_c=1)
+    if failed:
+        return None
+    factor = np.triu(lower[::-1, ::-1].astype(np.float32))
+    return factor if np.isfinite(factor).all() else None
+
+
+def gptq(
+    weight: Tensor,
+    feedback: ErrorFeedback,
+    *,
+    bits: int,
+    group_size: int = 0,
+    symmetric: bool = False,
+    method: RangeMethod = "minmax",
+) -> QuantizedWeight:
+    """Round a weight so that the error of the layer's output is small.
+
+    The grids are those of rounding to nearest, found on the weight as it is. Time is O(out in^2).
+
+    Args:
+        weight: ``[out, in]``, any float dtype, finite.
+        feedback: Of the inputs of the layer.
+        bits: Bits a code, 2 to 8.
+        group_size: Input channels that share a grid; 0 for all of them.
+        symmetric: Fix zero points at ``2**(bits - 1)``.
+        method: How the ranges are chosen, weighed by the mean squares of the inputs; see
+            :func:`fxquant.numerics.quantizer.weight_range`.
+
+    Raises:
+        ConfigurationError: As :func:`fxquant.numerics.quantizer.quantize_weight`, or if there are not as many inputs as
+            columns.
+    """
+    in_features = weight.shape[1]
+    if len(feedback.order) != in_features:
+        raise ConfigurationError(
+            f"a weight of {in_features} input channels was given the moments of {len(feedback.order)}."
+        )
+    groups = group_count(in_features, group_size)
+    scale, zero_point = weight_grid(
+        weight.detach().to(torch.float32),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        method=method,
+        importance=None if method == "minmax" else feedback.importance.to(weight.device),
+    )
+
+    order, factor = feedback.order.to(weight.device), feedback.factor.to(weight.device)
+    group_of = (order // (in_features // groups)).tolist()
+    # Input channels first: each step works on one row and on those behind it.
+    left = weight.detach().to(torch.float32).T[order].contiguous()
+    scales, zeros = scale.T.contiguous(), zero_point.to(torch.float32).T.contiguous()
+    codes = torch.empty_like(left, dtype=torch.uint8)
+    top = 2**bits - 1
+    for start in range(0, in_features, _BLOCK):
+        stop = min(start + _BLOCK, in_features)
+        block, inner = left[start:stop], factor[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for i in range(stop - start):
+            step, zero = scales[group_of[start + i]], zeros[group_of[start + i]]
+            code = (block[i] / step).round_().add_(zero).clamp_(0, top)
+            codes[start + i] = code
+            torch.sub(block[i], (code - zero) * step, out=errors[i])
+            errors[i] /= inner[i, i]
+            block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1.0)
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
+    placed = torch.empty_like(codes)
+    placed[order] = codes
+    return QuantizedWeight.from_codes(placed.T.contiguous(), scale, zero_point, bits=bits, group_size=group_size)

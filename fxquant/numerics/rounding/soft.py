@@ -1,0 +1,107 @@
+"""A rounding that is learned: soft while it is, hard in the end.
+
+M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (AdaRound, arXiv 2004.10568). Each
+weight lies between two codes, ``floor(w / s)`` and the next one. How far it goes up is h in 0..1, a rectified sigmoid
+of a variable v; a regularizer drives h to 0 or 1 as its exponent falls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import ConfigurationError
+from fxquant.numerics.quantizer import QuantizedWeight
+
+LOWEST, HIGHEST = -0.1, 1.1
+"""Where the sigmoid is stretched to, so that h reaches 0 and 1 (gamma and zeta in the paper)."""
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """How the regularizer goes along.
+
+    Attributes:
+        iterations: Steps in all.
+        weight: Of the regularizer, once it has set in.
+        warm_up: Share of the steps before that.
+        first: Exponent with which it sets in.
+        last: Exponent with which it ends.
+    """
+
+    iterations: int
+    weight: float
+    warm_up: float = 0.2
+    first: float = 20.0
+    last: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ConfigurationError(f"a rounding cannot be learned in {self.iterations} iterations")
+        if self.weight <= 0 or not 0 <= self.warm_up < 1:
+            raise ConfigurationError(
+                f"a regularizer of weight {self.weight} after a warm-up of {self.warm_up} leaves weights between codes"
+            )
+
+    def exponent(self, iteration: int) -> float | None:
+        """The exponent at an iteration, counted from 0; None before the regularizer sets in."""
+        done = iteration / self.iterations
+        if done < self.warm_up:
+            return None
+        left = 1 - (done - self.warm_up) / (1 - self.warm_up)
+        return self.last + (self.first - self.last) * left
+
+
+class SoftWeight(nn.Module):
+    """A weight on its grid, each element somewhere between its two codes.
+
+    Args:
+        weight: ``[out, in]``, any float dtype, finite.
+        scale: Of its grid, ``[out, groups]``.
+        zero_point: Codes, ``[out, groups]``.
+        bits: Bits a code.
+        group_size: Input channels that share a grid; 0 for all of them.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int) -> None:
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        self.scale, self.zero_point = scale, zero_point
+        steps = self._grouped(weight.detach().to(torch.float32)) / scale[..., None]
+        self._below = steps.floor()
+        rest = (steps - self._below - LOWEST) / (HIGHEST - LOWEST)
+        self._below += zero_point[..., None]
+        self.v = nn.Parameter(torch.logit(rest.clamp_(1e-4, 1 - 1e-4)))
+
+    def up(self) -> Tensor:
+        """How far each element goes up: h, ``[out, groups, in / groups]``, 0 to 1."""
+        return (torch.sigmoid(self.v) * (HIGHEST - LOWEST) + LOWEST).clamp(0.0, 1.0)
+
+    def forward(self) -> Tensor:
+        """The weight as it is now, float32 ``[out, in]``."""
+        return self._value(self._below + self.up())
+
+    def undecided(self, exponent: float) -> Tensor:
+        """The regularizer: sum over elements of ``1 - |2 h - 1| ** exponent``."""
+        return (1 - (2 * self.up() - 1).abs().pow(exponent)).sum()
+
+    @torch.no_grad()
+    def nearest(self) -> Tensor:
+        """The weight rounded to nearest, float32 ``[out, in]``; what learning starts from."""
+        return self._value(self._below + (self.up() >= 0.5))
+
+    @torch.no_grad()
+    def hard(self) -> QuantizedWeight:
+        """The codes, each the one that h is closer to."""
+        codes = (self._below + (self.up() >= 0.5)).clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
+        return QuantizedWeight.from_codes(
+            codes, self.scale, self.zero_point, bits=self.bits, group_size=self.group_size
+        )
+
+    def _value(self, codes: Tensor) -> Tensor:
+        return ((codes.clamp(0, 2**self.bits - 1) - self.zero_point[..., None]) * self.scale[..., None]).flatten(1)
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(1, (self.scale.shape[1], -1))

@@ -1,0 +1,1 @@
+"""Passes and what runs them: pipelines, recipes, backends and the registries in which they are found."""

@@ -1,0 +1,325 @@
+"""Passes and the pipeline that runs them.
+
+A pass is a frozen dataclass whose fields are its options; it prints as ``balance-channels{exponent=0.5}`` and parses
+from that text. The pipeline, never the pass, checks the order before anything runs, verifies the graph before and
+after every pass against the specification of its stage, removes dead code, recompiles and keeps the log.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_checkable
+
+from torch import fx
+
+from fxquant.errors import ConfigurationError, FxquantError, PassError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
+from fxquant.ir.tensors import drop_unread_tensors
+from fxquant.pipeline.options import read_named
+from fxquant.pipeline.registry import Registry
+from fxquant.planning.plan import LayerPlan, Plan
+
+log = logging.getLogger(__name__)
+
+
+class Tier(enum.Enum):
+    """What a pass does to numerics; it decides how the pass is proved."""
+
+    EXACT = "exact"
+    """The output keeps its bits."""
+    ALGEBRAIC = "algebraic"
+    """Equal in real arithmetic: in float64 the outputs differ by rounding only."""
+    LOSSY = "lossy"
+    """Quantizes; the error is measured and reported."""
+
+
+class Pass(ABC):
+    """One rewrite. Subclasses are frozen dataclasses that set ``name``, ``tier``, ``requires`` and ``establishes``."""
+
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    requires: ClassVar[Stage]
+    """The latest stage of a graph that the pass takes; earlier ones do as well."""
+    establishes: ClassVar[Stage]
+    """The stage of the graph afterwards, or that of before if it was later."""
+
+    @abstractmethod
+    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+        """Rewrite the graph through ``rewriter``; carry out what the plan says, decide and write down what it lacks."""
+
+    def wants_statistics(self, layer: LayerPlan) -> bool:
+        """Whether the pass needs statistics of the input of a linear whose activations stay float; others have them."""
+        return False
+
+    def wants_moments(self, layer: LayerPlan) -> bool:
+        """Whether the pass needs second moments of the input of a layer, which calibration records on demand only."""
+        return False
+
+    def wants_samples(self) -> int:
+        """How many samples of calibration calls the pass needs to run again; ``plan.inputs`` has them while it runs."""
+        return 0
+
+    def check_graph(self, graph: fx.Graph, plan: Plan) -> None:  # noqa: B027  (most can do whatever they are asked)
+        """Refuse, before anything is observed, what the pass could not carry out; called with each calibrated graph.
+
+        Raises:
+            ConfigurationError: Names the layer and says what to change.
+        """
+
+    def check_plan(self, plan: Plan) -> None:  # noqa: B027
+        """Refuse options that fit nothing in the plan; called when calibration has met all graphs.
+
+        Raises:
+            ConfigurationError: Names the option.
+        """
+
+    def __str__(self) -> str:
+        shown = []
+        for option in fields(self):  # type: ignore[arg-type]  # (subclasses are dataclasses)
+            value = getattr(self, option.name)
+            default = option.default_factory() if option.default_factory is not MISSING else option.default
+            if value != default:
+                shown.append(f"{option.name.replace('_', '-')}={_print_value(value)}")
+        return f"{self.name}{{{' '.join(shown)}}}" if shown else self.name
+
+
+PASSES: Registry[type[Pass]] = Registry("pass", "fxquant.passes")
+"""All known passes by name."""
+
+P = TypeVar("P", bound=type[Pass])
+
+
+def register_pass(cls: P) -> P:
+    """Class decorator: make a pass known under its ``name``."""
+    PASSES.register(cls.name)(cls)
+    return cls
+
+
+def parse_pass(text: str) -> Pass:
+    """Make a pass from its text, such as ``balance-channels{exponent=0.5 salience=max}``.
+
+    Raises:
+        UnknownNameError: If there is no such pass.
+        ConfigurationError: If the text or an option cannot be read.
+    """
+    name, options = read_named(text, "pass", _options_of)
+    return PASSES[name](**options)
+
+
+def _options_of(name: str) -> dict[str, Any]:
+    cls = PASSES[name]
+    types = get_type_hints(cls)
+    return {option.name: types[option.name] for option in fields(cls)}  # type: ignore[arg-type]
+
+
+def _print_value(value: Any) -> str:
+    return value.value if isinstance(value, enum.Enum) else str(value)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did.
+
+    Attributes:
+        text: The pass with its options.
+        seconds: Wall time, verification included.
+        edits: Number of changes to the graph.
+        ops: Change in the number of nodes by op.
+    """
+
+    text: str
+    seconds: float
+    edits: int
+    ops: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        changes = " ".join(f"{op}:{count:+d}" for op, count in sorted(self.ops.items()))
+        return f"{self.text}: {self.edits} edits in {self.seconds:.2f} s {changes}".rstrip()
+
+
+class Instrument(Protocol):
+    """Watches a pipeline run. Inspection and failure go through the same three calls."""
+
+    def before(self, step: Pass, module: fx.GraphModule) -> None:
+        """Called with the graph that the pass is about to change."""
+
+    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
+        """Called with the verified graph."""
+
+    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
+        """Called with the graph as the failing pass left it."""
+
+
+@runtime_checkable
+class ShowsProgress(Protocol):
+    """An instrument that also shows how far a pass is that takes long; without one, such a pass draws a bar itself."""
+
+    def progress(self, step: Pass, what: str, done: int, total: int) -> None:
+        """Called now and then while the pass runs: ``done`` steps of ``total``, at present on ``what``."""
+
+
+class Pipeline:
+    """A straight list of passes.
+
+    Args:
+        passes: The passes in order.
+        instruments: Observers of the run.
+
+    Raises:
+        ConfigurationError: If a pass comes after one that took the graph further than it can handle.
+    """
+
+    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+        self.passes = tuple(passes)
+        self.instruments = tuple(instruments)
+        stage, maker = Stage.CAPTURED, None
+        for step in self.passes:
+            if stage > step.requires:
+                raise ConfigurationError(
+                    f"{step.name} works on {step.requires} graphs and stands after {maker}, which makes them {stage}; "
+                    "move it to the front"
+                )
+            if step.establishes > stage:
+                stage, maker = step.establishes, step.name
+        self.stage = stage
+
+    @classmethod
+    def parse(cls, text: str, instruments: Sequence[Instrument] = ()) -> Pipeline:
+        """Make a pipeline from text, passes separated by commas."""
+        return cls([parse_pass(part) for part in text.split(",") if part.strip()], instruments)
+
+    def __str__(self) -> str:
+        return ",".join(str(step) for step in self.passes)
+
+    def run(self, module: fx.GraphModule, plan: Plan, stage: Stage = Stage.CAPTURED) -> list[PassRecord]:
+        """Run all passes on ``module`` in place.
+
+        Raises:
+            PassError: If a pass fails in a way of its own; the message names it.
+            FxquantError: Whatever typed error a pass or the verification raises, with the pass named in a note.
+        """
+        for step in self.passes:
+            if stage > step.requires:
+                raise ConfigurationError(f"{step.name} works on {step.requires} graphs, this one is {stage} already")
+        verify(module, SPECS[stage])
+        records = []
+        for number, step in enumerate(self.passes, 1):
+            stage = max(stage, step.establishes)
+            record = self._run_one(step, module, plan, SPECS[stage])
+            log.info("%d/%d %s", number, len(self.passes), record)
+            records.append(record)
+        return records
+
+    def _run_one(self, step: Pass, module: fx.GraphModule, plan: Plan, spec: StageSpec) -> PassRecord:
+        for instrument in self.instruments:
+            instrument.before(step, module)
+        began, ops = time.perf_counter(), count_ops(module.graph)
+        rewriter = Rewriter(module, step.name)
+        shown = [instrument for instrument in self.instruments if isinstance(instrument, ShowsProgress)]
+        if shown:
+            rewriter.progress = partial(_show, shown, step)
+        try:
+            step.run(module.graph, plan, rewriter)
+            if rewriter.edits:
+                module.graph.eliminate_dead_code()
+                drop_unread_tensors(module)
+                module.recompile()
+                verify(module, spec)
+        except Exception as error:
+            for instrument in self.instruments:
+                instrument.failed(step, module, error)
+            if isinstance(error, FxquantError):
+                error.add_note(f"in pass {step}")
+                raise
+            failure = PassError(f"pass {step} failed: {type(error).__name__}: {error}")
+            for note in getattr(error, "__notes__", ()):  # Where an instrument wrote its reproducer.
+                failure.add_note(note)
+            raise failure from error
+        after = count_ops(module.graph)
+        change = {op: after[op] - ops[op] for op in sorted({*ops, *after}) if after[op] != ops[op]}
+        record = PassRecord(str(step), time.perf_counter() - began, rewriter.edits, change)
+        for instrument in self.instruments:
+            instrument.after(step, module, record)
+        return record
+
+
+def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, total: int) -> None:
+    for instrument in shown:
+        instrument.progress(step, what, done, total)
+
+
+def count_ops(graph: fx.Graph) -> Counter[str]:
+    """Number of nodes by op name, parameters and inputs left out."""
+    return Counter(op_name(node) for node in graph.nodes if node.op == "call_function")
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the op that a node calls, such as ``aten::linear`` or ``getitem``."""
+    return str(getattr(node.target, "_name", getattr(node.target, "__name__", node.target)))
+
+
+class DumpGraphs:
+    """Instrument that writes the graph as readable code after each pass that changed it.
+
+    Args:
+        folder: Where to; files are named ``00-captured.py``, ``01-balance-channels.py`` and so on.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._number = 0
+
+    def _write(self, name: str, module: fx.GraphModule) -> None:
+        path = self.folder / f"{self._number:02d}-{name}.py"
+        path.write_text(module.print_readable(print_output=False) + "\n", encoding="utf-8")
+        self._number += 1
+
+    def before(self, step: Pass, module: fx.GraphModule) -> None:
+        """Write the graph that the first pass gets."""
+        if self._number == 0:
+            self._write("captured", module)
+
+    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
+        """Write the graph if the pass changed it."""
+        if record.edits:
+            self._write(step.name, module)
+
+    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
+        """Write the graph as the failing pass left it, and the error above it."""
+        self._write(f"{step.name}-failed", module)
+
+
+class Reproducer:
+    """Instrument that, when a pass fails, writes the graph just before it and the pipeline text that failed.
+
+    Args:
+        folder: Where to; made only when something fails.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._graph = ""
+
+    def before(self, step: Pass, module: fx.GraphModule) -> None:
+        """Remember the graph."""
+        self._graph = module.print_readable(print_output=False)
+
+    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
+        """Nothing to do."""
+
+    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
+        """Write the reproducer and say where it is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{step.name}.py"
+        path.write_text(f"# pipeline: {step}\n# failed with: {error!r}\n{self._graph}\n", encoding="utf-8")
+        error.add_note(f"the graph just before the pass is in {path}")

@@ -1,0 +1,245 @@
+"""Recipes: named lists of passes, one readable list each.
+
+A recipe's name ends in the precision: ``ptq4dit-w4a8``. What comes before it is a function of the precision that
+returns the passes; others register theirs under the entry point ``fxquant.recipes`` or with :func:`register_recipe`.
+In between may stand ``-dynamic``, by which every token that a linear reads gets a range of its own at run time, and how
+weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ in place of nearest, ``-adaround`` learns
+roundings layer by layer, and ``-reconstruct`` block by block; ``ptq4dit-dynamic-gptq-w4a8`` has both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fxquant.errors import ConfigurationError, UnknownNameError
+from fxquant.pipeline.pipeline import Pass, Pipeline, parse_pass
+from fxquant.pipeline.registry import Registry
+from fxquant.planning.precision import Precision
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model.
+
+    Attributes:
+        prepare: Passes on the captured graph before calibration, which settle what is observed.
+        convert: Passes after it.
+    """
+
+    prepare: tuple[Pass, ...]
+    convert: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        Pipeline([*self.prepare, *self.convert])  # Refuses an impossible order.
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.prepare)) + " ; " + ",".join(map(str, self.convert))
+
+    def with_options(self, pass_name: str, **options: Any) -> Recipe:
+        """The same recipe with other options of one of its passes.
+
+        Args:
+            pass_name: Such as ``balance-channels``.
+            options: Fields of the pass, such as ``exponent=0.4``; an enum as its text.
+
+        Raises:
+            ConfigurationError: If the recipe has no such pass, or the pass no such option.
+        """
+        names = dict.fromkeys(step.name for step in (*self.prepare, *self.convert))
+        if pass_name not in names:
+            raise ConfigurationError(f"the recipe has no pass {pass_name!r}; its passes: {', '.join(names)}")
+
+        told = " ".join(f"{name.replace('_', '-')}={getattr(value, 'value', value)}" for name, value in options.items())
+        parsed = parse_pass(f"{pass_name}{{{told}}}")
+
+        changed: dict[str, Any] = {name: getattr(parsed, name) for name in options}
+
+        def change(step: Any) -> Any:
+            return replace(step, **changed) if step.name == pass_name else step
+
+        return Recipe(tuple(map(change, self.prepare)), tuple(map(change, self.convert)))
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read what ``str(recipe)`` writes: two pipelines with a semicolon between.
+
+        Raises:
+            ConfigurationError: If the text cannot be read.
+        """
+        before, semicolon, after = text.partition(" ; ")
+        if not semicolon:
+            raise ConfigurationError(f"{text!r} is no recipe; write passes before and after calibration: a,b ; c,d")
+        prepare, convert = ([parse_pass(part) for part in half.split(",") if part.strip()] for half in (before, after))
+        return cls(tuple(prepare), tuple(convert))
+
+
+RecipeMaker = Callable[[Precision, str], Recipe]
+"""Makes a recipe from a precision and the layers option (``default``, ``blocks``, ``all``)."""
+
+RECIPES: Registry[RecipeMaker] = Registry("recipe", "fxquant.recipes")
+"""All known recipes by name, without the precision."""
+
+register_recipe = RECIPES.register
+"""Decorator: ``@register_recipe("name")`` on a function of precision and layers that returns a :class:`Recipe`."""
+
+ROUNDINGS = {
+    "gptq": "weights rounded by second moments of their inputs, in one pass",
+    "adaround": "the same moments; whether each weight goes up or down is learned, layer by layer",
+    "reconstruct": "roundings and input steps learned block by block, on calibration calls run again",
+}
+"""What may stand between a recipe's name and its precision, ``ptq4dit-gptq-w4a8``: how its linears are rounded."""
+
+DYNAMIC = "dynamic"
+"""What may stand behind a recipe's name, before the rounding: each token that a linear reads has a range of its own."""
+
+_NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
+
+
+def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
+    """A recipe from its name, such as ``ptq4dit-w4a8``, or the recipe itself.
+
+    Args:
+        recipe: Name with precision, the text of a recipe (``passes ; passes``), or a recipe.
+        layers: Which layers are quantized: ``default``, ``blocks`` or ``all``; text and recipes say so themselves.
+
+    Raises:
+        UnknownNameError: If there is no recipe of that name.
+        ConfigurationError: If the name lacks a precision or the bits are out of range.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if ";" in recipe:
+        return Recipe.parse(recipe)
+    match = _NAME.fullmatch(recipe)
+    if match is None:
+        if recipe in RECIPES:
+            raise ConfigurationError(f"recipe {recipe!r} lacks a precision; write {recipe}-w8a8 or {recipe}-w4a8")
+        raise UnknownNameError("recipe", recipe, (f"{name}-w4a8" for name in RECIPES))
+    name, precision = match["name"], Precision.parse(match["precision"])
+    if name in RECIPES:
+        return RECIPES[name](precision, layers)
+    method, _, last = name.rpartition("-")
+    method, rounding = (method, last) if last in ROUNDINGS else (name, None)
+    base, _, last = method.rpartition("-")
+    by_token = method not in RECIPES and last == DYNAMIC and base != DYNAMIC
+    base = base if by_token else method
+    if base not in RECIPES:
+        raise UnknownNameError("recipe", name, RECIPES)
+    recipe = RECIPES[base](precision, layers)
+    if by_token:
+        recipe = _by_token(recipe)
+    return recipe if rounding is None else _rounded(recipe, rounding)
+
+
+def _by_token(recipe: Recipe) -> Recipe:
+    """The same recipe with a range for each token that a linear reads, found at run time."""
+    changed = ("quantize-linears", "reconstruct-blocks")
+    for name in dict.fromkeys(step.name for step in recipe.convert if step.name in changed):
+        recipe = recipe.with_options(name, activation_range=DYNAMIC)
+    return recipe
+
+
+def _rounded(recipe: Recipe, rounding: str) -> Recipe:
+    """The same recipe with another rounding of the weights of linears."""
+    if rounding != "reconstruct":
+        return recipe.with_options("quantize-linears", rounding=rounding)
+    convert = list(recipe.convert)
+    if any(step.name == "reconstruct-blocks" for step in convert):
+        return recipe
+    position = next(number for number, step in enumerate(convert) if step.name == "quantize-linears")
+    names = ("weight_range", "activation_range")
+    ranges = (f"{name.replace('_', '-')}={getattr(convert[position], name).value}" for name in names)
+    convert.insert(position, parse_pass(f"reconstruct-blocks{{{' '.join(ranges)}}}"))
+    return Recipe(recipe.prepare, tuple(convert))
+
+
+def _recipe(
+    precision: Precision,
+    layers: str,
+    *middle: str,
+    ranges: str = "",
+    linears: str = "",
+    before: Sequence[str] = (),
+) -> Recipe:
+    # Adjacent strings, one a pass: the list that a reader of a recipe wants to see.
+    attention = " attention=quantized" if layers == "all" else ""  # Part of the papers' setting.
+    prepare = ("remove-no-ops", f"assign-precision{{precision={precision} layers={layers}{attention}}}")
+    options = f"{{{ranges}}}" if ranges else ""
+    products = f"quantize-attention{{{' '.join(re.findall('activation-range=[^ ]+', ranges))}}}"
+    linears = f"{{{linears or ranges}}}" if linears or ranges else ""
+    quantize = (f"quantize-linears{linears}", f"quantize-convolutions{options}", products, "quantize-embeddings")
+    return Recipe(
+        tuple(map(parse_pass, (*prepare, *before))),
+        tuple(map(parse_pass, (*middle, *quantize))),
+    )
+
+
+def rtn(precision: Precision, layers: str) -> Recipe:
+    """Round to nearest, min-max ranges: the plain baseline."""
+    return _recipe(precision, layers)
+
+
+def smoothquant(precision: Precision, layers: str) -> Recipe:
+    """SmoothQuant with alpha 0.5: factors from the largest activation over timesteps, min-max ranges."""
+    return _recipe(precision, layers, "balance-channels{salience=max}", "absorb-affines")
+
+
+def smoothquant_search(precision: Precision, layers: str) -> Recipe:
+    """SmoothQuant with alpha searched for each group of layers, 0 to 1 in steps of 0.1."""
+    return _recipe(precision, layers, "balance-channels{salience=max search=11}", "absorb-affines")
+
+
+def dynamic(precision: Precision, layers: str) -> Recipe:
+    """Round to nearest; every token that a linear reads has a range of its own, found at run time."""
+    return _recipe(precision, layers, linears="activation-range=dynamic")
+
+
+def repq(precision: Precision, layers: str) -> Recipe:
+    """RepQ-ViT's reparameterization: a range for each channel, its middle and width absorbed, one range remains."""
+    return _recipe(
+        precision,
+        layers,
+        "group-timesteps{groups=1}",
+        "shift-channels",
+        "absorb-shifts",
+        "balance-channels{salience=max exponent=1}",
+        "absorb-affines",
+        ranges="weight-range=percentile activation-range=percentile",
+    )
+
+
+def single_step(precision: Precision, layers: str) -> Recipe:
+    """Single-step calibration: statistics of the first denoising step alone, min-max ranges, nothing optimized."""
+    return _recipe(precision, layers, before=["observe-step"])
+
+
+def htg(precision: Precision, layers: str) -> Recipe:
+    """HTG: timesteps in groups, each with its shift and range; one moving-average scale, all absorbed offline."""
+    return _recipe(
+        precision,
+        layers,
+        "group-timesteps",
+        "shift-channels",
+        "absorb-shifts",
+        "balance-channels{salience=moving-average}",
+        "absorb-affines",
+        ranges="weight-range=percentile activation-range=percentile",
+    )
+
+
+def ptq4dit(precision: Precision, layers: str) -> Recipe:
+    """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
+    ranges = "weight-range=percentile activation-range=percentile"
+    # Float activations need no relief: of salient channels alone, and less of their salience moves to the weights.
+    for_weights = "balance-channels{exponent=0.25 salient=2}"
+    balance = "balance-channels" if precision.activation_bits is not None else for_weights
+    return _recipe(precision, layers, balance, "absorb-affines", ranges=ranges)
+
+
+def q_diffusion(precision: Precision, layers: str) -> Recipe:
+    """Q-Diffusion: block reconstruction without balancing, ranges by the lowest squared error."""
+    plain = _recipe(precision, layers, ranges="weight-range=mse activation-range=mse")
+    return _rounded(plain, "reconstruct")

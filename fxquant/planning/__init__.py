@@ -1,0 +1,1 @@
+"""What passes decide: the plan, the precision of each layer, the timestep groups."""

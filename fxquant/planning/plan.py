@@ -1,0 +1,440 @@
+"""The plan: everything that calibration decided, keyed by stable module names, in one object.
+
+Passes read the plan and the graph. What is in the plan already they carry out; what is missing they decide from the
+calibration statistics and write down. So the same passes, run again on another graph of the same model or on a graph
+without weights, make the same rewrite. People can read a plan, edit it, diff it and replay it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fxquant.capture.calls import CallSpec
+from fxquant.disk.files import blaming, load_tensors, share
+from fxquant.disk.folders import writing
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.ir.shared import SharedTensors
+from fxquant.ir.time_tables import bin_of
+from fxquant.numerics.quantizer import QuantizedWeight
+from fxquant.planning.precision import Precision
+from fxquant.schemas.common import check, read_json
+from fxquant.schemas.plan import PlanFile
+from fxquant.statistics.observers import ChannelStatistics, Statistics
+
+FORMAT = 1
+"""Version of the plan's file format; a newer one is refused."""
+
+NAMING = 2
+"""Version of the rules by which layers are named; plans made by earlier ones keep their names."""
+
+PLAN_FILE = "plan.json"
+VECTORS_FILE = "plan.safetensors"
+
+
+@dataclass
+class Balance:
+    """How the input channels of a layer were balanced against its weight.
+
+    Attributes:
+        cost: ``free``, ``vector`` or ``tokens``; ``not`` when nothing was balanced.
+        into: What absorbed the factors.
+        channels: Number of balanced input channels.
+        group: First layer of the group whose factors were decided together.
+        reason: Why some or all channels were left alone.
+    """
+
+    cost: str
+    into: list[str] = field(default_factory=list)
+    channels: int = 0
+    group: str | None = None
+    reason: str | None = None
+
+
+@dataclass
+class ActivationRange:
+    """Static range of a layer's input: real values ``low`` to ``high``, found by ``method``; a list has one a bin."""
+
+    low: float | list[float]
+    high: float | list[float]
+    method: str
+
+
+@dataclass
+class Shift:
+    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`.
+
+    Attributes:
+        balanced: Whether the input had been balanced before: the shift is one of what balancing made of it.
+    """
+
+    cost: str
+    into: list[str] = field(default_factory=list)
+    channels: int = 0
+    reason: str | None = None
+    balanced: bool = False
+
+
+@dataclass
+class TimestepGroups:
+    """Which timesteps share what depends on time.
+
+    Attributes:
+        boundaries: Between the bins, ascending; empty for one bin.
+        dendrogram: How neighbours were merged, the closest first: the first timesteps of the two groups, and their
+            squared distance. To get other groups, edit the boundaries.
+        reason: Why there is one bin, or None.
+    """
+
+    boundaries: list[float]
+    dendrogram: list[list[float]] = field(default_factory=list)
+    reason: str | None = None
+
+
+@dataclass
+class LayerPlan:
+    """What was decided for one layer.
+
+    Attributes:
+        kind: ``linear``, ``conv`` or ``embedding``.
+        role: Part of the network: ``block``, ``adaln``, ``embedder``, ``patch`` or ``final``.
+        shape: Output and input features; for a convolution input channels times kernel elements.
+        weight_bits: 2 to 8, or None for float weights.
+        activation_bits: 2 to 8, or None for float activations.
+        group_size: Input channels a weight group, 0 for one group a row.
+        observed: Key of the calibration statistics of its input.
+        activation: Range of its input.
+        balance: How its input was balanced.
+        spread: Smallest and largest maximum of |input| over the calibrated timesteps.
+        weight_sqnr_db: Signal to quantization noise of the weight, in dB.
+        activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
+        timesteps: The bins of timesteps that its shift and its range depend on; None for one.
+        shift: How its input was shifted.
+        reason: Why its weight stays float, or None.
+    """
+
+    kind: str
+    role: str
+    shape: list[int]
+    weight_bits: int | None
+    activation_bits: int | None
+    group_size: int = 0
+    observed: str | None = None
+    activation: ActivationRange | None = None
+    balance: Balance | None = None
+    spread: list[float] | None = None
+    weight_sqnr_db: float | None = None
+    activation_sqnr_db: float | None = None
+    timesteps: TimestepGroups | None = None
+    shift: Shift | None = None
+    reason: str | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """Bits as one value; prints as ``w4a8``."""
+        return Precision(self.weight_bits, self.activation_bits, self.group_size)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """Boundaries between bins of timesteps, ascending."""
+        return tuple(self.timesteps.boundaries) if self.timesteps else ()
+
+    def bins(self, timesteps: Tensor) -> Tensor:
+        """Bin of each of these timesteps: int64, of the same shape."""
+        return bin_of(self.boundaries, timesteps)
+
+
+@dataclass
+class AttentionPlan:
+    """What was decided for the two matrix products of one attention.
+
+    Attributes:
+        bits: Of q, k and v, 2 to 8; None for float products.
+        softmax_bits: Of the softmax output; None before that is decided.
+        observed: Keys of the calibration statistics of ``q``, ``k`` and ``v``.
+        ranges: Range of each of the three; q's as it is multiplied with k.
+        sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
+        reason: Why the products stay float, or None.
+    """
+
+    bits: int | None
+    softmax_bits: int | None = None
+    observed: dict[str, str] = field(default_factory=dict)
+    ranges: dict[str, ActivationRange] = field(default_factory=dict)
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass
+class Plan:
+    """Everything that was decided for one model.
+
+    Attributes:
+        recipe: The recipe's passes, as pipeline text that can be parsed again.
+        model_class: Import path of the model's class, such as ``diffusers.DiTTransformer2DModel``.
+        timestep: Name of the model's timestep input.
+        calls: The calls that were captured; the first is the one that calibration began with.
+        layers: Decisions a layer.
+        attentions: Decisions an attention, by the path of its module.
+        products: Why each matrix product or convolution that is neither a layer nor part of an attention stays float,
+            by the path of its module, its op and its line, ``blocks.0.mixer.matmul:53``.
+        vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is taken
+            off the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance`` the mean
+            squares of the input channels, where a search of weight ranges needed them.
+        timesteps: The calibrated timesteps.
+        output_sqnr_db: Output SQNR against float by timestep, in dB, as measured on calibration inputs.
+        bytes_before: Size of the float model's tensors.
+        bytes_after: Size of the quantized model's tensors.
+        passes: What the pipeline did, one line a pass.
+        observed_step: Number of the one denoising step that calibration observes, from 0; None for all.
+        reconstruction: By block, SQNR of its output in dB, rounded to nearest and as it was learned.
+        statistics: What calibration recorded; only there while passes decide, never saved.
+        naming: Version of the rules by which layers are named. Those of 1 gave layers with a shared weight the name of
+            one of its owners, and layers whose weight is cast the name of their node.
+        inputs: Tensor inputs of calibration calls, for passes that run the graph again; there as long as statistics.
+        workspace: Folder for what such passes have finished, or None; never saved.
+        codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
+            saved either, for the checkpoint holds them.
+        shared: What the graphs of the model that carries the plan out settled about the tensors that they share; never
+            saved, for replaying the plan finds it again.
+    """
+
+    recipe: str
+    model_class: str
+    timestep: str | None
+    calls: list[CallSpec] = field(default_factory=list)
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    timesteps: list[float] = field(default_factory=list)
+    output_sqnr_db: dict[float, float] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    backend: str = "fake-quant"
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    observed_step: int | None = None
+    reconstruction: dict[str, list[float]] = field(default_factory=dict)
+    attentions: dict[str, AttentionPlan] = field(default_factory=dict)
+    products: dict[str, str] = field(default_factory=dict)
+    naming: int = NAMING
+    inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
+    workspace: Path | None = field(default=None, repr=False, compare=False)
+    statistics: Statistics | None = field(default=None, repr=False, compare=False)
+    codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
+    shared: SharedTensors = field(default_factory=SharedTensors, repr=False, compare=False)
+
+    def layer(self, name: str) -> LayerPlan:
+        """The plan of one layer.
+
+        Raises:
+            CalibrationError: If the layer was in no graph that this plan was made for.
+        """
+        if name not in self.layers:
+            raise CalibrationError(f"the plan knows no layer {name!r}")
+        return self.layers[name]
+
+    def attention(self, name: str) -> AttentionPlan:
+        """The plan of one attention.
+
+        Raises:
+            CalibrationError: If the attention was in no graph that this plan was made for.
+        """
+        if name not in self.attentions:
+            raise CalibrationError(f"the plan knows no attention {name!r}")
+        return self.attentions[name]
+
+    def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
+        """Calibration statistics of one value.
+
+        Args:
+            key: Name of the value.
+            why: What they are needed for, for the message.
+
+        Raises:
+            CalibrationError: If there are none: no calibration ran, or it never reached the layer.
+        """
+        if self.statistics is None:
+            raise CalibrationError(
+                f"{why or f'layer {key!r} needs an activation range'}, and there are no calibration statistics; "
+                "pass calibrate= to fxquant.compile, or with plan= the statistics= that calibration recorded",
+                reason=f"the plan does not hold what was decided: {why or f'layer {key!r} needs an activation range'}",
+            )
+        return self.statistics[key]
+
+    def undecided(self, recipe: str) -> Plan:
+        """A copy in which bit widths alone are decided, for another recipe to decide the rest from the same statistics.
+
+        Give it to :func:`fxquant.compile` as ``plan=``, with the ``statistics=`` that the first recipe recorded. The
+        other recipe must observe the same values, in the same steps.
+
+        Args:
+            recipe: Text of the other recipe, ``str(recipe)``.
+        """
+        fresh = Plan(recipe, self.model_class, self.timestep, calls=list(self.calls), timesteps=list(self.timesteps))
+        fresh.naming = self.naming
+        for name, layer in self.layers.items():
+            kept = {option: getattr(layer, option) for option in _BEFORE_CALIBRATION}
+            fresh.layers[name] = LayerPlan(**kept)
+        for name, found in self.attentions.items():
+            fresh.attentions[name] = replace(found, ranges={}, sqnr_db={}, softmax_bits=None)
+        fresh.products = dict(self.products)
+        return fresh
+
+    def quantized(self) -> Iterator[tuple[str, LayerPlan]]:
+        """The layers whose weights are quantized."""
+        return ((name, layer) for name, layer in self.layers.items() if layer.weight_bits is not None)
+
+    def check(self) -> None:
+        """Refuse bit widths and groups that cannot be, as an edit or a recipe may ask for.
+
+        Raises:
+            ConfigurationError: Names the layers and the numbers.
+        """
+        for name, attention in self.attentions.items():
+            for bits in (attention.bits, attention.softmax_bits):
+                if bits is not None and not 2 <= bits <= 8:
+                    raise ConfigurationError(f"attention {name}: {bits} bits; 2 to 8 are possible, and null for float")
+        indivisible: dict[tuple[int, int], list[str]] = {}
+        for name, layer in self.layers.items():
+            try:
+                _ = layer.precision
+            except ConfigurationError as error:
+                raise ConfigurationError(f"layer {name}: {error}") from None
+            if layer.group_size and layer.kind != "linear":
+                raise ConfigurationError(
+                    f"layer {name}: weights in groups of {layer.group_size} are possible for linears alone, and this "
+                    f"is {'an embedding' if layer.kind == 'embedding' else 'a convolution'}; set its group_size to 0"
+                )
+            if layer.group_size and layer.shape[1] % layer.group_size:
+                indivisible.setdefault((layer.group_size, layer.shape[1]), []).append(name)
+        if indivisible:
+            lines = [
+                f"  groups of {group} do not divide the {channels} input channels of {len(names)} layers "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for (group, channels), names in indivisible.items()
+            ]
+            raise ConfigurationError("choose a group size that divides, or none:\n" + "\n".join(lines))
+
+    # --- files ---
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, the vectors left out."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_JSON}
+        data["calls"] = [call.to_json() for call in self.calls]
+        data["layers"] = {name: asdict(layer) for name, layer in self.layers.items()}
+        data["attentions"] = {name: asdict(attention) for name, attention in self.attentions.items()}
+        data["output_sqnr_db"] = [[t, db] for t, db in self.output_sqnr_db.items()]
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            CheckpointError: If it is of a newer format, or not a plan, or holds what no plan can.
+        """
+        if not isinstance(data, Mapping) or "format" not in data:
+            raise CheckpointError("this is not a plan: it has no format number")
+        number = data["format"]
+        if number != FORMAT:
+            newer = isinstance(number, int) and number > FORMAT
+            raise CheckpointError(
+                f"the plan has format {number!r}, this fxquant reads format {FORMAT}; "
+                + ("install a newer fxquant" if newer else "it is damaged or was written by something else")
+            )
+        check(PlanFile, data, "the plan")
+        try:
+            held = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
+            values = {name: data[name] for name in held}
+            values.setdefault("naming", 1)
+            values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
+            values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
+            attentions = data.get("attentions", {})
+            values["attentions"] = {name: _attention_from_json(entry) for name, entry in attentions.items()}
+            values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
+            return cls(**values, vectors=dict(vectors))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the plan cannot be read: {error!r}") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``plan.json`` and ``plan.safetensors`` into a folder, which is made if need be.
+
+        Raises:
+            CheckpointError: If it holds a checkpoint, which has a plan of its own.
+            WriteError: If they cannot be written.
+        """
+        folder = Path(folder)
+        if (folder / PLAN_FILE).is_file() and any(folder.glob("model*.safetensors")):
+            raise CheckpointError(
+                f"{folder} holds a checkpoint, which another plan would make useless; choose another folder"
+            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            save_file({name: vector.contiguous() for name, vector in self.vectors.items()}, folder / VECTORS_FILE)
+            share(folder / VECTORS_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote, edited by hand or not.
+
+        Raises:
+            CheckpointError: If a file is missing or unreadable.
+        """
+        folder = Path(folder)
+        for name in (PLAN_FILE, VECTORS_FILE):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing; a plan is {PLAN_FILE} and {VECTORS_FILE}")
+        _, data = read_json(folder / PLAN_FILE, "plan")
+        with blaming(folder / PLAN_FILE):
+            return cls.from_json(data, read_vectors(folder / VECTORS_FILE))
+
+
+_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming"})
+"""What plans of this format did not always hold."""
+
+
+_BEFORE_CALIBRATION = ("kind", "role", "shape", "weight_bits", "activation_bits", "group_size", "observed", "reason")
+
+
+def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:
+    values = dict(data)
+    values["activation"] = ActivationRange(**values["activation"]) if values["activation"] else None
+    for name, cls in (("balance", Balance), ("shift", Shift), ("timesteps", TimestepGroups)):
+        values[name] = cls(**values[name]) if values.get(name) else None
+    return LayerPlan(**values)
+
+
+def _attention_from_json(data: Mapping[str, Any]) -> AttentionPlan:
+    ranges = {side: ActivationRange(**entry) for side, entry in data["ranges"].items()}
+    return AttentionPlan(**{**data, "ranges": ranges})
+
+
+def read_vectors(path: Path) -> dict[str, Tensor]:
+    """The vectors of a plan.
+
+    Raises:
+        CheckpointError: If they cannot be read, or one holds NaN or infinity.
+    """
+    vectors = load_tensors(path, torch.device("cpu"))
+    for name, vector in vectors.items():
+        if not vector.is_floating_point() or not vector.isfinite().all():
+            raise CheckpointError(f"{path}: vector {name!r} should hold finite numbers; copy the checkpoint again")
+    return vectors
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that tensors take, shared storage counted once."""
+    seen: dict[int, int] = {}
+    for tensor in tensors.values():
+        plain = tensor.layout is torch.strided and tensor.device != torch.device("meta")
+        key = tensor.untyped_storage().data_ptr() if plain else id(tensor)
+        seen[key] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

@@ -1,6 +1,0 @@
-"""Where the time of a quantized model goes, layer by layer, beside float and beside what the machine can do."""
-
-from fxquant.profiling.measure import profile
-from fxquant.profiling.results import Profile
-
-__all__ = ["Profile", "profile"]

@@ -1,0 +1,1 @@
+"""The quantized model that stands where the original stood."""

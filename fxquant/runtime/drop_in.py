@@ -1,0 +1,252 @@
+"""What a quantized model hands on of the original: facts about it, and functions that neither read nor change it.
+
+The original is there without its weights, to be traced again. A method that changes it, such as one that loads a LoRA,
+would succeed and change nothing in the graphs. So each attribute is handed on because it is one of these kinds, or
+refused by name:
+
+- plain values: numbers, names, dtypes, sizes, and lists and dicts of them;
+- methods of libraries that :data:`SAFE` lists;
+- methods of the model's own class: they run on a :class:`Part`, which refuses whatever they would change or compute
+  with weights;
+- submodules, as :class:`Part`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import enum
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxquant.capture.state import HOLLOW
+from fxquant.errors import DropInError
+
+SAFE = frozenset(
+    {
+        "config_name", "extract_init_dict", "from_config", "get_config_dict", "has_compatibles",
+        "is_gradient_checkpointing", "load_config", "num_parameters", "save_config", "to_json_file", "to_json_string",
+    }
+)  # fmt: skip
+"""What libraries define and the weightless original answers truly: its config, and facts that follow from its class."""
+
+_LIBRARIES = (
+    "accelerate",
+    "diffusers.configuration_utils",
+    "diffusers.loaders",
+    "diffusers.models.attention",
+    "diffusers.models.cache_utils",
+    "diffusers.models.modeling_utils",
+    "diffusers.utils",
+    "huggingface_hub",
+    "peft",
+    "torch",
+    "transformers",
+)
+"""Modules whose classes models derive from, for what all models can do."""
+
+_WITHOUT_HOOKS: dict[str, Any] = {
+    "_reset_stateful_cache": lambda *_, **__: None,
+    "cache_context": lambda *_, **__: contextlib.nullcontext(),
+    "is_cache_enabled": False,
+}
+"""What pipelines of diffusers ask of each model, for caches that it may have, and a graph has not."""
+
+_ADVICE = {
+    "ip_adapter": "load the IP adapter into the float model and compile that",
+    "lora|adapter|peft": (
+        "a LoRA cannot be loaded into a quantized model, scaled or switched off in it. Load it into the float model "
+        "and fuse it there (pipe.fuse_lora(), then pipe.unload_lora_weights()), and compile the result"
+    ),
+    "qkv": "fuse or separate the projections of the float model and compile that",
+    "attn|attention": (
+        "attention was captured the way the float model computes it. Choose it there, and compile afterwards"
+    ),
+    "cache": "a cache of diffusers skips blocks by hooks on their modules, and a graph has neither. Leave it out",
+    "hook": "a graph calls no submodules. Put hooks on the model as a whole",
+    "offload": (
+        "its weights are read by a graph and cannot be moved block by block. Use pipe.enable_model_cpu_offload(), "
+        "which moves the model as a whole, or .to(device)"
+    ),
+    "layerwise_casting": "its weights are stored in few bits already. Leave it out",
+    "memory_footprint": "fxquant.report(model) tells its bytes",
+    "parallel": "a graph runs on one device. Leave it out",
+    "compile": "compile the model as a whole: model.compile() or torch.compile(model)",
+    "checkpointing": "that is for training, and a quantized model only computes its output. Leave it out",
+    "chunk": "set it in the float model and compile that",
+    "^dequantize$": "the float model is the one that was compiled",
+    "^from_": "it makes another model. Call it on the class",
+    "push_to_hub": "write a checkpoint with fxquant.save and upload the folder with huggingface_hub.upload_folder",
+    "^register_(to|for)": "its config describes what was captured. Change the float model and compile that",
+}
+_PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, enum.Enum, range, torch.dtype, torch.device, torch.Size, type,
+)  # fmt: skip
+
+
+def hand_on(model: nn.Module, name: str, owner: Any, path: str = "") -> Any:
+    """An attribute of the weightless original, if it is safe to hand on.
+
+    Args:
+        model: The original, or the part of it that has the attribute.
+        name: Name of the attribute.
+        owner: The model that stands in for the original, which knows the dtype and the device.
+        path: Where the part is in the original.
+
+    Raises:
+        DropInError: Says what to do instead. It is an ``AttributeError``, so that ``hasattr`` says no. Methods are
+            there, and raise it when they are called: who asks first whether there is one would else go on in silence.
+        AttributeError: If there is no such attribute.
+    """
+    where = f"{path}.{name}" if path else name
+    if name in model._parameters or name in model._buffers:
+        raise refusal(where, "its weights are in the graphs. tensors() has them by name")
+    if name in model._modules:
+        return Part(model._modules[name], owner, where)  # type: ignore[arg-type]
+    if name in vars(model):
+        return _plain(vars(model)[name], where)
+    kind = inspect.getattr_static(type(model), name, None)
+    library = _is_of_library(type(model), name)
+    if kind is None:  # Some classes answer for their config.
+        return _plain(getattr(model, name), where)
+    if library and name in _WITHOUT_HOOKS:
+        return _WITHOUT_HOOKS[name]
+    if library and name in SAFE:
+        return getattr(model, name)
+    if isinstance(kind, (property, functools.cached_property)):
+        if library:
+            raise refusal(where)
+        getter = kind.fget if isinstance(kind, property) else kind.func
+        return _plain(getter(Part(model, owner, path)), where)  # type: ignore[misc]
+    if isinstance(kind, staticmethod) and not library:
+        return kind.__func__
+    if isinstance(kind, (staticmethod, classmethod)) or (library and inspect.isroutine(kind)):
+        return Refused(kind, where)
+    if inspect.isfunction(kind):
+        return functools.update_wrapper(functools.partial(_run, kind, Part(model, owner, path), where), kind)
+    return _plain(kind, where)
+
+
+def changes(model: nn.Module, name: str) -> bool:
+    """Whether an attribute is one of the original, so that setting it elsewhere would change nothing."""
+    tables = (vars(model), model._parameters, model._buffers, model._modules)
+    return any(name in table for table in tables) or hasattr(type(model), name)
+
+
+def refusal(name: str, advice: str | None = None) -> DropInError:
+    """The error for an attribute that is not handed on, with what to do instead."""
+    last = name.rpartition(".")[2].lower()
+    fitting = (text for pattern, text in _ADVICE.items() if re.search(pattern, last))
+    advice = advice or next(fitting, "it belongs to the float model. Use it there, and compile what that gives")
+    return DropInError(f"a captured model has no {name}: {advice}.")
+
+
+class Part:
+    """A module of the weightless original: can be looked at, and changes nothing.
+
+    Its methods run on it, so that one which sets an attribute or reads a weight is refused at that line.
+    """
+
+    def __new__(cls, module: nn.Module | None, owner: Any, path: str) -> Part:
+        """A view of a module; of a place where there is none, None."""
+        return super().__new__(cls) if module is not None else None  # type: ignore[return-value]
+
+    def __init__(self, module: nn.Module, owner: Any, path: str) -> None:
+        for name, value in (("_module", module), ("_owner", owner), ("_path", path)):
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if not self._path and name in ("config", "dtype", "device"):
+            return getattr(self._owner, name)
+        return hand_on(self._module, name, self._owner, self._path)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise refusal(f"{self._path}.{name}".removeprefix("."))
+
+    def __delattr__(self, name: str) -> None:
+        raise refusal(f"{self._path}.{name}".removeprefix("."))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run its ``forward``, which is refused where it reads a weight."""
+        return type(self._module).forward(self, *args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._module._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._module, nn.ModuleDict):
+            return iter(self._module._modules)
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, key: Any) -> Any:
+        names = list(self._module._modules)
+        if isinstance(key, slice):
+            return [self[number] for number in range(len(names))[key]]
+        name = names[key] if isinstance(key, int) else key
+        return Part(self._module._modules[name], self._owner, f"{self._path}.{name}")
+
+    def __repr__(self) -> str:
+        return f"{type(self._module).__name__} without weights, {self._path or 'the original model'}"
+
+
+class Refused:
+    """A method that is not handed on: it is there, and raises when it is called."""
+
+    def __init__(self, method: Any, name: str) -> None:
+        functools.update_wrapper(self, getattr(method, "__func__", method))
+        self.name = name
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Raise.
+
+        Raises:
+            DropInError: Says what to do instead.
+        """
+        raise refusal(self.name)
+
+
+def _run(function: Callable[..., Any], part: Part, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of the model's own class on a view of it."""
+    try:
+        return function(part, *args, **kwargs)
+    except DropInError as error:
+        if error.within is not None:
+            raise
+        raise DropInError(f"{refusal(name)} It would use or change what is not there: {error}", name) from error
+
+
+def _is_of_library(cls: type, name: str) -> bool:
+    """Whether an attribute is one that a library offers, whoever says how it is done for this model."""
+    definers = [f"{base.__module__}." for base in cls.__mro__ if name in vars(base)]
+    return any(definer.startswith(f"{library}.") for definer in definers for library in _LIBRARIES)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy of a value that cannot reach the original.
+
+    Raises:
+        DropInError: If it is not one.
+    """
+    if not _is_plain(value):
+        raise refusal(where)
+    return copy.copy(value) if isinstance(value, (list, dict, set)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, torch.Tensor):
+        return not isinstance(value, FakeTensor) and not hasattr(value, HOLLOW)
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return isinstance(value, (list, tuple, set, frozenset)) and all(map(_is_plain, value))

@@ -1,0 +1,1 @@
+"""What observers record of each layer and timestep."""

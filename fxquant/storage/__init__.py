@@ -1,0 +1,1 @@
+"""Checkpoints, pipeline folders and ahead-of-time packages."""

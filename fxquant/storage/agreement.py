@@ -1,0 +1,299 @@
+"""Whether the files of a checkpoint belong together, checked before and after its model is built.
+
+Before: the plan, the config and the header of the tensors have to speak of layers of the same sizes, so that no file
+makes fxquant build what the others do not hold. Afterwards: the tensors have to be such as compiling makes, scales
+positive and codes in range, and those that follow from the plan have to be what it says.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils import _pytree as pytree
+
+from fxquant.errors import CheckpointError
+from fxquant.ir.tensors import get_tensor, weights_and_buffers
+from fxquant.numerics.packing import packed_size
+from fxquant.numerics.quantizer import group_count
+from fxquant.planning.plan import LayerPlan, Plan
+
+_LARGEST_HEADER = 32 << 20
+_SPARE_MODULES = 1000  # Of models that hold parts without tensors, or that no call runs.
+_MODULES_A_TENSOR = 20
+_SPARE_ELEMENTS = 1 << 24
+_LARGEST_NUMBER = 1 << 24
+_TOLERANCE = 1e-6  # Of scales, which another processor may round otherwise.
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of one of its tensors.
+
+    Attributes:
+        dtype: Its dtype, as safetensors names it.
+        shape: Its sizes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def read_headers(path: Path) -> dict[str, Header]:
+    """Names and shapes of the tensors of a file, which are not read.
+
+    Raises:
+        CheckpointError: If the file is no safetensors, or its header is larger than any that fxquant writes.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+        if length > _LARGEST_HEADER:
+            raise CheckpointError(
+                f"{path} cannot be read as safetensors: its header would have {length} bytes; copy the checkpoint again"
+            )
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Header(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}; copy the checkpoint again") from error
+
+
+def check_headers(plan: Plan, headers: Mapping[str, Header]) -> None:
+    """Compare the layers of a plan with the tensors that a file says it holds.
+
+    Raises:
+        CheckpointError: Names the first layer and tensor that do not fit.
+    """
+    fitting: dict[str, set[tuple[int, ...]]] = {}
+    for name, layer in plan.quantized():
+        for part, shape in _stored_shapes(layer).items():
+            # A layer that runs several times may have its weight in several precisions.
+            fitting.setdefault(f"{name.partition('@')[0]}.weight_{part}", set()).add(shape)
+    for name, shapes in fitting.items():
+        # Where the model has a tensor of that name, or a layer runs in two precisions, further ones are numbered.
+        numbered = takewhile(headers.__contains__, (f"{name}_{number}" for number in count(2)))
+        found = [other for other in (name, *numbered) if other in headers]
+        if found and not any(headers[other].shape in shapes for other in found):
+            raise CheckpointError(
+                f"tensor {found[-1]!r} has shape {headers[found[-1]].shape}, and by the plan it has {min(shapes)}; "
+                "the two belong to different models"
+            )
+
+
+def _stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, int]]:
+    """The shapes of the three tensors of a quantized weight."""
+    assert layer.weight_bits is not None
+    rows, columns = layer.shape
+    grid = (rows, group_count(columns, layer.group_size))
+    return {"packed": (rows, packed_size(columns, layer.weight_bits)), "scale": grid, "zero_point": grid}
+
+
+def check_config(config: Any, headers: Mapping[str, Header]) -> None:
+    """Refuse a config with numbers that can be no sizes of a model with these tensors.
+
+    Raises:
+        CheckpointError: Names the number.
+    """
+    largest = max((size for header in headers.values() for size in header.shape), default=0)
+    limit = max(_LARGEST_NUMBER, 64 * largest)
+    for value in pytree.tree_leaves(config):
+        if isinstance(value, int) and abs(value) > limit:
+            raise CheckpointError(
+                f"it holds the number {value}, and the largest size of any tensor of the checkpoint is {largest}"
+            )
+
+
+def check_skeleton(skeleton: nn.Module, plan: Plan) -> None:
+    """Compare the linears of a model without weights with the plan.
+
+    Raises:
+        CheckpointError: Names the first that does not fit.
+    """
+    own = dict(weights_and_buffers(skeleton))
+    for name, layer in plan.layers.items():
+        weight = own.get(f"{name.partition('@')[0]}.weight")
+        if weight is None or layer.kind != "linear":
+            continue
+        shape = [weight.shape[0], weight.numel() // max(1, weight.shape[0])]
+        if shape != layer.shape:
+            raise CheckpointError(
+                f"layer {name!r} of the model is {shape[0]} x {shape[1]}, and in the plan it is "
+                f"{layer.shape[0]} x {layer.shape[1]}"
+            )
+
+
+@dataclass
+class _Budget:
+    """How many modules may be built, and how many numbers their parameters may hold."""
+
+    modules: int
+    elements: int
+    built_modules: int = 0
+    built_elements: int = 0
+
+    def count(self, module: nn.Module) -> None:
+        self.built_modules += 1
+        self.built_elements += sum(tensor.numel() for tensor in module._parameters.values() if tensor is not None)
+        for built, limit, what in (
+            (self.built_modules, self.modules, "modules"),
+            (self.built_elements, self.elements, "numbers in its parameters"),
+        ):
+            if built > limit:
+                raise CheckpointError(
+                    f"it makes a model far larger than the tensors of the checkpoint: more than {limit} {what}"
+                )
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("fxquant_budget", default=None)
+
+
+@contextmanager
+def bounded(headers: Mapping[str, Header], layers: Iterable[LayerPlan] = ()) -> Iterator[None]:
+    """Stop whoever builds a model in this context (thread or task) from building far more than a file holds.
+
+    Args:
+        headers: The tensors of the file.
+        layers: The layers that it has in codes.
+
+    Raises:
+        CheckpointError: As soon as there are more modules, or more numbers in parameters, than the tensors account for.
+    """
+    numbers = sum(layer.shape[0] * layer.shape[1] for layer in layers) + sum(h.elements for h in headers.values())
+    token = _budget.set(_Budget(_SPARE_MODULES + _MODULES_A_TENSOR * len(headers), _SPARE_ELEMENTS + 8 * numbers))
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def _count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    budget = _budget.get()
+    if budget is not None and module is not None:
+        budget.count(module)
+
+
+# For good: torch may be walking over its hooks in another thread whenever one is added or removed.
+register_module_module_registration_hook(_count)
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+_LOOKUPS = (
+    "view",
+    "reshape",
+    "index_select",
+    "select",
+    "to",
+    "_to_copy",
+    "expand",
+    "unsqueeze",
+    "permute",
+    "transpose",
+)
+
+
+def check_grids(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
+    """Check scales and zero points of a graph before they are bound to it.
+
+    Args:
+        module: A quantized graph of fake tensors, but for those that follow from the plan.
+        tensors: The tensors by name.
+
+    Raises:
+        CheckpointError: If a scale is not finite and positive, a zero point is no code, or one of them is not what
+            follows from the plan; names the tensor.
+    """
+    for node in module.graph.nodes:
+        for what, name, top in _grids_of(node):
+            found, expected = tensors.get(name), get_tensor(module, name)
+            if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+                continue  # Binding says so.
+            if what == "scale" and not bool((found.isfinite() & (found > 0)).all()):
+                raise CheckpointError(f"tensor {name!r} holds scales that are not finite and positive")
+            if what == "zero point" and found.numel() and not 0 <= int(found.min()) <= int(found.max()) <= top:
+                raise CheckpointError(f"tensor {name!r} holds zero points outside of the codes 0 to {top}")
+            if is_fake(expected) or torch.allclose(
+                found.cpu().double(), expected.cpu().double(), rtol=_TOLERANCE, atol=0.0
+            ):
+                continue
+            raise CheckpointError(f"tensor {name!r} is not what follows from the plan; the two belong to other models")
+
+
+def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int]]:
+    """The scales and zero points that an op reads from tensors: which of both, the name, the largest code."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not str(schema.name).startswith("fxquant::"):
+        return
+    given: dict[str, Any] = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
+    bits, top = given.get("bits"), given.get("qmax")
+    for name, argument in given.items():
+        held = _looked_up(argument)
+        if held is None:
+            continue
+        if name.endswith("scale") and "channel_affine" not in str(schema.name):
+            yield "scale", held, 0
+        elif name.endswith("zero_point"):
+            weight = name.startswith("w_") or "dequantize_weight" in str(schema.name)
+            yield "zero point", held, 2**bits - 1 if weight and bits is not None else (255 if top is None else top)
+
+
+def _looked_up(argument: Any) -> str | None:
+    """The tensor that an argument is, or a row of which it looks up."""
+    while isinstance(argument, fx.Node) and argument.op == "call_function":
+        name = str(getattr(argument.target, "_name", "")).removeprefix("aten::").partition(".")[0]
+        if name not in _LOOKUPS:
+            return None
+        argument = argument.args[0]
+    return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def infinite_in(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that hold infinity, as masks do."""
+    floats = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return sorted(name for name, tensor in floats if bool(tensor.isinf().any()))
+
+
+def check_finite(tensors: Mapping[str, Tensor], infinite: Iterable[str] | None) -> None:
+    """Refuse NaN in tensors, and infinity in those that are not known to hold some, as masks do.
+
+    Args:
+        tensors: The tensors by name.
+        infinite: Those that held infinity when the checkpoint was written; None if it does not say.
+
+    Raises:
+        CheckpointError: Names the tensor.
+    """
+    known = None if infinite is None else set(infinite)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.layout is not torch.strided:
+            continue
+        low, high = torch.aminmax(tensor)
+        if bool(low.isnan()) or bool(high.isnan()):
+            raise CheckpointError(f"tensor {name!r} holds NaN")
+        if (known is not None and name not in known) and bool(low.isinf() | high.isinf()):
+            raise CheckpointError(f"tensor {name!r} holds infinity")

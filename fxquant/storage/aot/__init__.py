@@ -1,0 +1,1 @@
+"""Packages compiled ahead of time."""

@@ -1,0 +1,396 @@
+"""Checkpoints: ``config.json``, ``plan.json`` and safetensors. No pickle, no float weights, no torch version.
+
+``plan.json`` holds the digest of every other file and of itself, so that a damaged checkpoint is refused, not run.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.api import bind_all, check_model, lower_all, model_from_plan
+from fxquant.capture.rebuilding import class_of, config_text, is_rebuilt, rebuilt
+from fxquant.capture.state import kept_tensors, replace_kept_tensors
+from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.disk.files import (
+    blaming,
+    check_digests,
+    digest,
+    digest_of,
+    dtype_name,
+    dtype_of_name,
+    is_text_of,
+    load_tensors,
+    refuse_to_replace,
+    write_tensors,
+)
+from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
+from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError, QualityWarning
+from fxquant.ir.tensors import read_tensors, weights_and_buffers
+from fxquant.pipeline.backend import Backend, resolve_backend
+from fxquant.planning.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
+from fxquant.runtime.devices import give_back_memory, usable_device
+from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.schemas.common import LARGEST_FILE, check, read_json
+from fxquant.schemas.config import Config
+from fxquant.schemas.plan import CheckpointFile
+from fxquant.storage.agreement import (
+    Header,
+    bounded,
+    check_config,
+    check_finite,
+    check_grids,
+    check_headers,
+    check_skeleton,
+    infinite_in,
+    read_headers,
+)
+from fxquant.storage.aot.package import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
+from fxquant.text import printable
+
+_DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
+FILES = (PLAN_FILE, *_DIGESTED)
+"""What a checkpoint consists of."""
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs_model: bool = False) -> None:
+    """Write a quantized model to a folder, all of it or nothing.
+
+    A checkpoint holds no code: :func:`load` builds the model from its class and its config. Whether that gives the same
+    graphs is tried before anything is written. Models of one's own whose class has no ``from_config`` are always loaded
+    with ``model=``.
+
+    Args:
+        model: What :func:`fxquant.compile` returned.
+        folder: Where to; made, with its parents.
+        overwrite: Replace a checkpoint that is there already. Folders with anything else in them are never replaced.
+        needs_model: Write it although its class and config do not give the model that was compiled. Reading it then
+            takes the float model, made as it was for compilation: ``load(folder, model=...)``.
+
+    Raises:
+        ConfigurationError: If the model is not quantized.
+        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files; or if loading would
+            build another model, with what differs.
+        WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
+            there stays.
+    """
+    model, plan = quantized_model(model, "save")
+    with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
+        difference = why_not_rebuilt(model)
+        if difference is not None and not needs_model:
+            raise CheckpointError(
+                f"loading would not build this {type(model.architecture.skeleton).__name__} again from its class and "
+                f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
+                "needs_model=True) and read it with fxquant.load(folder, model=...), given the float model"
+            )
+        _write(model, plan, written, difference)
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse to write a checkpoint where something is that must stay.
+
+    Raises:
+        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
+            holds anything but a checkpoint.
+    """
+    refuse_to_replace(folder, overwrite, FILES.__contains__, PLAN_FILE)
+
+
+def why_not_rebuilt(model: GraphModel) -> str | None:
+    """What differs between a model and the one that loading builds from its class and config, or None.
+
+    None also for models whose class makes none from a config: they are loaded with an instance.
+    """
+    skeleton = model.architecture.skeleton
+    if not is_rebuilt(skeleton):
+        return None
+    try:
+        architecture = rebuilt(skeleton, model.architecture.timestep)
+        _cast(architecture.skeleton, model.dtype, _other_dtypes(model))
+        for captured in model.lasting:
+            again = architecture.capture_spec(captured.call, model.device)
+            difference = _other_kept(read_tensors(again.module), dict(kept_tensors(skeleton)))
+            if difference is not None:
+                return difference
+            if again.code != captured.code:
+                return _first_difference(captured, again)
+    except CaptureError as error:
+        return f"what they give cannot be traced: {error.reason}"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _first_difference(captured: CapturedGraph, again: CapturedGraph) -> str:
+    """Where the graph of a rebuilt model is another one, by the module that it is in."""
+    pairs = zip_longest(captured.code, again.code)
+    number = next(number for number, (left, right) in enumerate(pairs) if left != right)
+    nodes = list(again.module.graph.nodes)
+    stack = list(nodes[min(number, len(nodes) - 1)].meta.get("nn_module_stack", {}).values())
+    where = stack[-1][0] if stack and stack[-1][0] else "the model"
+    return (
+        f"{where} was changed after it was constructed: its code, its options, or a cache that a call has filled (then "
+        "compile a model that was not called before)"
+    )
+
+
+def _other_kept(made: Mapping[str, Tensor], had: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of an attribute that a graph of a rebuilt model reads and the model has otherwise."""
+    for name in made.keys() & had.keys():
+        left, right = had[name], made[name]
+        if (left.shape, left.dtype) != (right.shape, right.dtype):
+            return (
+                f"tensor {name!r} is {dtype_name(left.dtype)}{list(left.shape)}, and its class makes "
+                f"{dtype_name(right.dtype)}{list(right.shape)}"
+            )
+    return None
+
+
+def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:
+    """Dtypes of the original's floating-point tensors where they are not that of the model.
+
+    Of those that it keeps in attributes, which conversions of a model leave alone, where they are not float32.
+    """
+    skeleton = model.architecture.skeleton
+    found = {name: tensor.dtype for name, tensor in weights_and_buffers(skeleton) if tensor.dtype != model.dtype}
+    found |= {name: tensor.dtype for name, tensor in kept_tensors(skeleton) if tensor.dtype != torch.float32}
+    return {name: dtype for name, dtype in found.items() if dtype.is_floating_point}
+
+
+def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None = None) -> None:
+    (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
+    tensors: dict[str, Tensor] = {}
+    for captured in model.lasting:
+        held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
+        for name, tensor in held.items():
+            tensors.setdefault(name, tensor)
+    check_finite(tensors, None)  # Whatever is written is read again.
+    write_tensors(tensors, folder / TENSORS_FILE)
+    plan.save(folder)
+    data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    data["dtype"] = dtype_name(model.dtype)
+    data["dtypes"] = {name: dtype_name(dtype) for name, dtype in _other_dtypes(model).items()}
+    data["infinite"] = infinite_in(tensors)
+    data["digests"] = [captured.digest for captured in model.lasting]
+    data["made_with"] = _versions()
+    if difference is not None:
+        data["needs_model"] = difference
+    data["files"] = {name: digest(folder / name) for name in _DIGESTED}
+    data["digest"] = digest_of(data)
+    text = _plan_text(data)
+    check(CheckpointFile, data, "what would be saved")
+    if difference is None:
+        check(Config, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), "the model's config")
+    if len(text.encode()) > LARGEST_FILE:
+        raise CheckpointError(f"the plan takes more than {LARGEST_FILE} bytes, which fxquant.load would not read")
+    (folder / PLAN_FILE).write_text(text, encoding="utf-8")
+
+
+def load(
+    folder: str | Path,
+    *,
+    backend: str | Backend | None = None,
+    device: str | torch.device = "cpu",
+    model: nn.Module | type[nn.Module] | None = None,
+) -> GraphModel:
+    """Read a quantized model back. Float weights are neither needed nor made.
+
+    Args:
+        folder: What :func:`save` wrote.
+        backend: Another backend than the one it was compiled for.
+        device: Where the tensors go.
+        model: For a model that is not from diffusers: its class (with ``from_config``), or an instance of it.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged, unsafe, of a newer format or of another model.
+        UnknownNameError: If there is no such backend.
+        BackendError: If the backend cannot run the model.
+        ConfigurationError: If ``model`` is neither a class with ``from_config`` nor a model in evaluation mode, went
+            through ``torch.compile`` or has hooks; or if there is no such device here.
+        AlreadyCompiledError: If ``model`` is one that fxquant made.
+    """
+    folder, device = Path(folder), usable_device(device)
+    runner = None if backend is None else resolve_backend(backend)
+    data = _read_plan(folder)
+    _refuse_pickles(folder)
+    check_digests(folder, _DIGESTED, data.get("files"), PLAN_FILE)
+    with blaming(folder / PLAN_FILE):
+        check(CheckpointFile, data, "the plan")
+        plan = Plan.from_json(data, read_vectors(folder / VECTORS_FILE))
+        plan.check()
+        dtype = dtype_of_name(data["dtype"])
+        dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
+        runner = resolve_backend(plan.backend) if runner is None else runner
+        headers = read_headers(folder / TENSORS_FILE)
+        check_headers(plan, headers)
+    runner = runner.on(device)
+    plan.backend = runner.name
+    runner.check(plan)
+    runner.check_device(device)
+    if not isinstance(model, nn.Module) and data.get("needs_model") is not None:
+        raise CheckpointError(
+            f"{folder} is read with the float model, made as it was for fxquant.compile: fxquant.load(folder, "
+            f"model=...). Its class and config alone do not give it: {printable(data['needs_model'], 2000)}"
+        )
+    architecture = _architecture(plan, model, folder, headers)
+    _cast(architecture.skeleton, dtype, dtypes)
+    with blaming(folder / PLAN_FILE):
+        try:
+            quantized = model_from_plan(architecture, plan, runner, dtype, device)
+        except CalibrationError as error:
+            raise CheckpointError(f"{error.reason}. {_other_model(plan, model)}") from error
+        except CaptureError as error:
+            raise CheckpointError(
+                f"a recorded call cannot be traced: {error.reason}. {_other_model(plan, model)}"
+            ) from error
+        _compare_graphs(quantized, data, model)
+    tensors = load_tensors(folder / TENSORS_FILE, device)
+    with blaming(folder / TENSORS_FILE):
+        check_finite(tensors, data.get("infinite"))
+        for captured in quantized.captured:
+            check_grids(captured.module, tensors)
+        bind_all(quantized, tensors)
+    tensors.clear()  # What the backend holds in another form is freed as it goes.
+    lower_all(quantized)
+    give_back_memory()
+    return quantized
+
+
+def _versions() -> dict[str, str]:
+    """The packages on which the graph of a model depends."""
+    return {name: version(name) for name in ("torch", "diffusers")}
+
+
+def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) -> None:
+    """Compare the graphs with those that were quantized: the code of a model may have changed, or its config.
+
+    Raises:
+        CheckpointError: If they differ, and the versions of what traced them do not.
+    """
+    # Earlier files have graphs of one batch size as they were traced with an open one, with ops that do nothing.
+    before = data.get("digests") is None
+    recorded, made_with = data.get("graphs" if before else "digests"), data.get("made_with")
+    if not recorded:
+        return
+    pairs = zip(quantized.captured, recorded, strict=False)
+    alike = all(captured.digest == digest or (before and captured.static_batch) for captured, digest in pairs)
+    if alike and len(recorded) == len(quantized.captured):
+        return
+    if model is None and made_with == _versions():
+        raise CheckpointError(
+            f"the model that {CONFIG_FILE} and the plan describe computes something else than the one that was "
+            "quantized: one of them was edited. Copy the checkpoint again"
+        )
+    told = ", ".join(f"{name} {number}" for name, number in (made_with or {}).items())
+    warnings.warn(
+        f"the model's code computes something else than when it was quantized (with {told}), or the same in another "
+        "way; compare some images, and quantize it again if they differ",
+        QualityWarning,
+        stacklevel=3,
+    )
+
+
+def _other_model(plan: Plan, model: Any) -> str:
+    """Why a checkpoint and the model that it is loaded into may differ, and what to do."""
+    if model is not None:
+        return "model= is another model than the one that was quantized; pass that one"
+    return (
+        "Either the checkpoint was edited, or modules of the model were replaced or shared after it was built, or "
+        f"the installed diffusers builds a {plan.model_class.partition(':')[2]} otherwise than the one that it was "
+        "quantized with. Pass a model that is built as that one was: fxquant.load(folder, model=...)"
+    )
+
+
+def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
+    if isinstance(model, nn.Module):
+        check_model(model)
+        architecture = Architecture.of(model, plan.timestep)
+        try:
+            check_skeleton(architecture.skeleton, plan)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} belongs to another model than model=: {error}") from None
+        return architecture
+    if model is None:
+        model = _class_of(plan, folder)
+    elif not hasattr(model, "from_config"):
+        raise ConfigurationError(f"model={model!r} is neither a class with from_config nor a model; pass one of them")
+    _, config = read_json(folder / CONFIG_FILE, "checkpoint")
+    with blaming(folder / CONFIG_FILE):
+        check(Config, config, "the config")
+        check_config(config, headers)
+        with bounded(headers, plan.layers.values()):
+            architecture = Architecture.from_config(model, config, plan.timestep)
+        check_skeleton(architecture.skeleton, plan)
+        return architecture
+
+
+def _class_of(plan: Plan, folder: Path) -> Any:
+    with blaming(folder / PLAN_FILE):
+        module, _, name = plan.model_class.partition(":")
+        if module != "diffusers":  # Importing whatever a file names would run code that a stranger chose.
+            raise CheckpointError(
+                f"{folder} holds a {name} from {module}, which is not a diffusers model; "
+                "pass its class or an instance: fxquant.load(folder, model=...)"
+            )
+        return class_of(plan.model_class)
+
+
+def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
+    """Give a skeleton the dtypes of the model that was compiled, whatever its class makes."""
+    replace_kept_tensors(
+        skeleton, lambda name, kept: kept.to(others.get(name, kept.dtype)) if kept.is_floating_point() else kept
+    )
+    cast: dict[int, Tensor] = {}
+    for name, tensor in weights_and_buffers(skeleton):
+        wanted = others.get(name, dtype)
+        if not tensor.is_floating_point() or tensor.dtype == wanted:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = skeleton.get_submodule(path)
+        if id(tensor) not in cast:  # One that has several names stays one tensor.
+            new = tensor.detach().to(wanted)
+            cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = cast[id(tensor)]  # type: ignore[assignment]
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    path = folder / PLAN_FILE
+    if not folder.is_dir():
+        raise no_folder(folder)
+    mention_leftovers(folder)
+    if (folder / PACKAGE_FILE).is_file():
+        raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {folder} is not an fxquant checkpoint, or not all of it was copied")
+    text, data = read_json(path, "checkpoint")
+    if not isinstance(data, dict) or "format" not in data:
+        raise CheckpointError(f"{path} is not an fxquant plan")
+    # The text is compared as well, because not every damage changes what it means.
+    if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or not is_text_of(text, data)):
+        raise CheckpointError(
+            f"{path} does not match its digest: it is damaged or was edited. Copy the checkpoint again; to change a "
+            "plan, load it with fxquant.Plan.load, edit it and compile the float model with plan="
+        )
+    return data
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _PICKLES:
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when read; fxquant writes none. "
+                "Remove it if you trust the rest"
+            )
+
+
+def _plan_text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1) + "\n"

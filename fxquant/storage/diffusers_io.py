@@ -1,0 +1,560 @@
+"""Whole diffusers pipelines: reading and writing their folders, and running them the way they are used.
+
+A quantized pipeline is an ordinary diffusers folder in which the part that was quantized, ``transformer/`` as a rule,
+holds an fxquant checkpoint. ``model_index.json`` keeps naming the original class.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.calibration.calibrate import instance_attribute
+from fxquant.disk.files import few, is_plain_file, share
+from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
+from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.planning.plan import PLAN_FILE
+from fxquant.runtime.devices import usable_device
+from fxquant.runtime.model import GraphModel
+from fxquant.storage.aot.package import PACKAGE_FILE, PackagedModel, is_package_file, load_package
+from fxquant.storage.checkpoint import FILES as CHECKPOINT_FILES
+from fxquant.storage.checkpoint import load, save
+from fxquant.text import printable
+
+INDEX_FILE = "model_index.json"
+STEPS = 25
+"""Denoising steps of a calibration, as in PTQ4DiT (arXiv 2405.16005)."""
+SAMPLES = 32
+"""Samples of a calibration, as in PTQ4DiT; with guidance that many with condition and that many without."""
+BATCH = 8
+"""Samples that go through the pipeline at once."""
+
+
+def load_pipeline(
+    source: str | Path, *, device: str | torch.device = "cpu", trust_packages: bool = False, **options: Any
+) -> Any:
+    """Read a diffusers pipeline, quantized or not.
+
+    Only the parts that ``model_index.json`` names are read.
+
+    Args:
+        source: A folder that diffusers, :func:`save_pipeline` or ``fxquant export`` wrote, or a name on the Hugging
+            Face Hub. A quantized pipeline is read from a folder; its float weights are neither needed nor made.
+        device: Where it is to run; quantized parts are read to there, for kernels differ between devices.
+        trust_packages: Load packages, which are programs and run as soon as they are loaded. Checkpoints hold no code.
+        options: Handed on to ``from_pretrained`` of the pipeline, such as ``torch_dtype``, which is that of the
+            quantized part by default, or a part by its name, which then is not read; it may be a quantized one.
+
+    Returns:
+        The ``DiffusionPipeline``, in evaluation mode.
+
+    Raises:
+        CheckpointError: If there is no such pipeline, a part of it is damaged, or one is a package and
+            ``trust_packages`` is not given.
+        ConfigurationError: If there is no such device here, or a package runs on another.
+        BackendError: If the backend of a quantized part does not run there.
+    """
+    folder, device = Path(source), usable_device(device)
+    if not folder.is_dir():
+        if folder.exists() or not _like_hub_name(str(source)):
+            missing = no_folder(folder)
+            raise CheckpointError(f"{missing}; give that of a diffusers pipeline, or a name on the hub, owner/name")
+    elif not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {_what_it_is(folder)}")
+    mention_leftovers(folder)
+    names = [name for name in parts_of(folder) if name not in options] if folder.is_dir() else []
+    packages = [name for name in names if (folder / name / PACKAGE_FILE).is_file()]
+    checkpoints = [name for name in names if (folder / name / PLAN_FILE).is_file()]
+    kind = _pipeline_class(folder)
+    if not options.get("trust_remote_code"):  # Code of others may take parts that are not known here.
+        _refuse_no_parts(folder, {*packages, *checkpoints}, kind)
+    if packages and not trust_packages:
+        raise CheckpointError(
+            f"{folder / packages[0]} is a package, a program that would run here as soon as it is loaded. If you trust "
+            "whoever made it, say so: trust_packages=True, or --allow-packages of fxquant generate"
+        )
+    if packages and device.type != "cpu":
+        raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")
+    read: dict[str, GraphModel | PackagedModel] = {
+        name: options.pop(name) for name, part in [*options.items()] if isinstance(part, (GraphModel, PackagedModel))
+    }
+    read |= {name: load(folder / name, device=device) for name in checkpoints}
+    read |= {name: load_package(folder / name) for name in packages}
+    for model in read.values():
+        options.setdefault("torch_dtype", model.dtype)
+    # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
+    index = _read_index(folder) if folder.is_dir() else {}
+    stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}
+    try:
+        pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **options})
+    except Exception as error:
+        raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {_first_line(error)}") from error
+    for name, model in read.items():
+        setattr(pipe, name, model)
+    return pipe if device.type == "cpu" else pipe.to(device)
+
+
+def _pipeline_class(folder: Path) -> Any:
+    """The class of a pipeline.
+
+    ``DiffusionPipeline`` finds it too, but reads parts that are given to it anew if they are optional in that class.
+    """
+    import diffusers
+
+    name = _read_index(folder).get("_class_name") if folder.is_dir() else None
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    return found if is_pipeline else diffusers.DiffusionPipeline
+
+
+def _refuse_no_parts(folder: Path, names: Collection[str], kind: Any) -> None:
+    """Refuse quantized parts that a pipeline of this class does not take.
+
+    They are given to ``from_pretrained`` by their names: one named ``trust_remote_code`` would let code run.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    for name in sorted(names):
+        if name == "self" or name not in known:
+            wanted = _read_index(folder).get("_class_name")
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} says that a {printable(str(wanted), 100)} has a part {printable(name, 100)!r}, "
+                "and the installed diffusers has no such pipeline; install the diffusers that it was written with, or "
+                "copy the pipeline again"
+            )
+
+
+def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:
+    """The parts that a pipeline was saved without, which diffusers wants to hear again."""
+    known = inspect.signature(kind.__init__).parameters
+    index = _read_index(folder) if folder.is_dir() else {}
+    return {name: None for name, entry in index.items() if entry == [None, None] and name in known}
+
+
+def _stand_in(model: GraphModel | PackagedModel, entry: Any) -> Any:
+    if entry == [GraphModel.__module__, GraphModel.__name__]:  # Written by the pipeline's own save_pretrained.
+        return model
+    return model.skeleton() if isinstance(model, PackagedModel) else model.architecture.skeleton
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The names of the parts that the index of a pipeline has.
+
+    Raises:
+        CheckpointError: If there is no index, or it cannot be read.
+    """
+    index = _read_index(folder)
+    named = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[0]]
+    return [name for name in named if name not in (".", "..") and Path(name).name == name]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; copy the pipeline again") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{path} is no index of a pipeline: it is not a JSON object")
+    return index
+
+
+def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a pipeline with its quantized parts to a folder, all of it or nothing.
+
+    Args:
+        pipe: A ``DiffusionPipeline``, at least one part of which :func:`fxquant.compile` made.
+        folder: Where to; made, with its parents.
+        overwrite: Replace a quantized pipeline that is there already. Nothing else is ever replaced: neither float
+            pipelines nor folders with other files in them.
+
+    Raises:
+        ConfigurationError: If no part is quantized, or one cannot be saved so that :func:`load_pipeline` reads it.
+        CheckpointError: If the folder exists and ``overwrite`` is not given, or holds something else.
+        WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
+            there stays.
+    """
+    parts = _parts(pipe)
+    quantized = {name for name, part in parts.items() if isinstance(part, GraphModel)}
+    if not quantized:
+        raise ConfigurationError(
+            f"no part of this {type(pipe).__name__} is quantized; set pipe.transformer = fxquant.compile(...) first, "
+            "or use its own save_pretrained"
+        )
+    for name, part in parts.items():
+        _refuse_unreadable(pipe, name, part)
+    with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
+        for name, part in parts.items():
+            if name in quantized:
+                save(part, written / name)
+            elif callable(getattr(part, "save_pretrained", None)):
+                part.save_pretrained(written / name)
+                share(*(written / name).rglob("*.safetensors"))
+            else:
+                raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
+        _write_index(pipe, parts, quantized, written)
+        _forget_origin(written)
+
+
+def _what_it_is(folder: Path) -> str:
+    """What a folder without an index of a pipeline holds, and what reads it."""
+    if (folder / PLAN_FILE).is_file():
+        return "it holds one quantized model, which fxquant.load reads; a pipeline is the folder around it"
+    if (folder / PACKAGE_FILE).is_file():
+        return "it holds one packaged model, which fxquant.load_package reads; a pipeline is the folder around it"
+    if (folder / "config.json").is_file():
+        return (
+            "it holds one float model, which its class reads with from_pretrained; a pipeline is the folder around it"
+        )
+    return "it is not what DiffusionPipeline.save_pretrained or fxquant.save_pipeline wrote"
+
+
+def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
+    """Refuse to write a part that would not be read back.
+
+    Raises:
+        ConfigurationError: If its class is neither one of diffusers nor one of transformers.
+    """
+    from diffusers import pipelines
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    quantized = isinstance(part, GraphModel)
+    kind = type(part.architecture.skeleton if quantized else part)
+    library = kind.__module__.partition(".")[0] if quantized else str(pipe.config[name][0])
+    readable = library == "diffusers" if quantized else library in LOADABLE_CLASSES or hasattr(pipelines, library)
+    if not readable:
+        raise ConfigurationError(
+            f"part {name!r} of the pipeline is a {kind.__name__} from {kind.__module__}, and reading the folder would "
+            "not find that class: it is of neither diffusers nor transformers. Write the quantized model by itself, "
+            "fxquant.save(pipe.transformer, folder), and make the pipeline around it in your own code"
+        )
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse to write a pipeline where something is that must stay.
+
+    Raises:
+        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
+            holds anything but a quantized pipeline.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another name for the folder")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)")
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"{folder} holds no pipeline but other files, which would be lost; choose another folder")
+    names = parts_of(folder)
+    others = sorted(_others(folder, names))
+    if others:
+        raise CheckpointError(
+            f"{folder} holds more than a pipeline ({few(others)}), which overwriting would delete; choose another "
+            "folder, or move them away"
+        )
+    if not any((folder / name / mark).is_file() for name in names for mark in (PLAN_FILE, PACKAGE_FILE)):
+        raise CheckpointError(
+            f"{folder} holds a pipeline of which no part is quantized: fxquant did not write it and does not replace "
+            "it; choose another folder, or remove it yourself"
+        )
+
+
+def refuse_input(folder: Path, source: Path) -> None:
+    """Refuse to replace a folder that is read, or that holds what is read.
+
+    Raises:
+        ConfigurationError: If ``source``, or what one of its entries links to, is ``folder`` or lies in it.
+    """
+    if not source.exists():
+        return
+    folder = folder.resolve()
+    for read in (source, *(source.iterdir() if source.is_dir() else ())):
+        if read.resolve().is_relative_to(folder):
+            raise ConfigurationError(
+                f"{folder} is what is read, or holds it ({read}), and would be replaced; choose another folder"
+            )
+
+
+_PARTS_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+
+
+def _others(folder: Path, parts: Sequence[str]) -> Iterator[str]:
+    """What a folder holds besides a pipeline of these parts, by names within it."""
+    for path in folder.iterdir():
+        if path.name not in parts or path.is_symlink() or not path.is_dir():
+            if path.name != INDEX_FILE or not is_plain_file(path):
+                yield path.name
+            continue
+        held = [*path.iterdir()]
+        for entry in held:
+            if not (_is_of_part(entry.name, {other.name for other in held}) and is_plain_file(entry)):
+                yield f"{path.name}/{entry.name}"
+
+
+def _is_of_part(name: str, beside: Collection[str]) -> bool:
+    """Whether a file of this name belongs to a part that has these files."""
+    if PLAN_FILE in beside:
+        return name in CHECKPOINT_FILES
+    if PACKAGE_FILE in beside:
+        return is_package_file(name)
+    return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in _PARTS_FILES)
+
+
+def _parts(pipe: Any) -> dict[str, Any]:
+    """The parts of a pipeline that it has, as they are without ``torch.compile``."""
+    parts = {name: part for name, part in pipe.components.items() if part is not None and _is_part(pipe, name)}
+    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
+
+
+def _is_part(pipe: Any, name: str) -> bool:
+    return isinstance(pipe.config.get(name), (list, tuple))
+
+
+def _write_index(pipe: Any, parts: Mapping[str, Any], quantized: set[str], folder: Path) -> None:
+    pipe.save_config(folder)
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text(encoding="utf-8"))
+    for name in quantized:
+        original = type(parts[name].architecture.skeleton)
+        root = original.__module__.partition(".")[0]
+        index[name] = [root if root in ("diffusers", "transformers") else original.__module__, original.__name__]
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget_origin(folder: Path) -> None:
+    """Take out where the parts were read from: a path on this machine, and no use to whoever gets the folder."""
+    for path in (folder / INDEX_FILE, *folder.glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _like_hub_name(text: str) -> bool:
+    owner, slash, name = text.partition("/")
+    return bool(owner and slash and name) and "/" not in name and not text.startswith((".", "~"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def calibration_call(
+    pipe: Any,
+    samples: int = SAMPLES,
+    steps: int = STEPS,
+    seed: int = 0,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+) -> Callable[[], None]:
+    """A function that runs the pipeline the way it is used, to pass as ``calibrate=`` to :func:`fxquant.compile`.
+
+    Every call of it is the same: noise comes from ``seed``. Nothing is decoded to pixels.
+
+    Args:
+        pipe: A pipeline that takes class labels, as ``DiTPipeline``, or prompts.
+        samples: Number of samples; with guidance each goes through the model with and without its condition.
+        steps: Denoising steps of each.
+        seed: Of the initial noise.
+        guidance: Guidance scale; what the pipeline does by itself if None.
+        prompts: For text pipelines; repeated if there are fewer than ``samples``.
+        labels: Classes; all classes that the model knows, evenly, if None.
+
+    Raises:
+        ConfigurationError: If the pipeline needs prompts and there are none, or needs what this function cannot give.
+    """
+    _check_seed(seed)
+    conditions = _conditions(pipe, samples, prompts, labels)
+    call = _bound_call(pipe, conditions, steps, guidance)
+
+    def calibrate() -> None:
+        with _without_decoder(pipe):
+            for _ in call(seed, "latent"):
+                pass
+
+    return calibrate
+
+
+def generate(
+    pipe: Any,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+) -> list[Any]:
+    """Make an image for each label or prompt.
+
+    Returns:
+        PIL images. The same seed, labels and steps give the same initial noise whatever the model is.
+
+    Raises:
+        ConfigurationError: If neither fits the pipeline, a label is out of range, or it makes something else.
+    """
+    given = prompts if prompts is not None else labels
+    if not given:
+        raise ConfigurationError("nothing to generate: give labels or prompts")
+    _check_seed(seed)
+    call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance)
+    images: list[Any] = []
+    for output in call(seed, "pil"):
+        if not hasattr(output, "images"):
+            raise ConfigurationError(f"{type(pipe).__name__} makes no images; call the pipeline itself")
+        images += output.images
+    return images
+
+
+def _check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigurationError(f"seed {seed} does not fit 64 bits; give a smaller one")
+
+
+def num_batches(samples: int) -> int:
+    """How many times :func:`calibration_call` and :func:`generate` run the pipeline for so many samples."""
+    return -(-samples // BATCH)
+
+
+@contextmanager
+def steps_watched(pipe: Any, tick: Callable[[], None]) -> Iterator[None]:
+    """Call ``tick`` after every step of the pipeline's scheduler."""
+    scheduler = pipe.scheduler
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        tick()
+        return result
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _signature(pipe: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipe).__call__).parameters)
+
+
+def _conditions(
+    pipe: Any, samples: int, prompts: Sequence[str] | None, labels: Sequence[int] | None
+) -> tuple[str, list[Any]]:
+    """Name of the argument that says what to draw, and its values, one a sample."""
+    if samples < 1:
+        raise ConfigurationError(f"{samples} samples are too few; at least one is needed")
+    names = _signature(pipe)
+    kind = type(pipe).__name__
+    if "class_labels" in names:
+        if prompts is not None:
+            raise ConfigurationError(f"{kind} takes class labels, not prompts")
+        return "class_labels", _labels(pipe, samples, labels)
+    if "prompt" in names:
+        if labels is not None:
+            raise ConfigurationError(f"{kind} takes prompts, not class labels")
+        if not prompts:
+            raise ConfigurationError(
+                f"{kind} draws what a prompt says, and there are no prompts; give some that are like those in use "
+                "(prompts=[...], on the command line --prompts)"
+            )
+        return "prompt", [prompts[i % len(prompts)] for i in range(samples)]
+    raise ConfigurationError(
+        f"{kind} takes neither class labels nor prompts; write the calibration yourself and pass it to "
+        "fxquant.compile: calibrate=lambda: pipe(...)"
+    )
+
+
+def _labels(pipe: Any, samples: int, labels: Sequence[int] | None) -> list[int]:
+    count = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
+    if labels is not None:
+        for label in labels:
+            if count is not None and not 0 <= label < count:
+                raise ConfigurationError(f"label {label} is out of range; the model knows classes 0 to {count - 1}")
+        return [labels[i % len(labels)] for i in range(samples)]
+    known = sorted(set(getattr(pipe, "labels", {}).values()))
+    if not known:
+        known = list(range(count or 1000))
+    if samples < len(known):
+        return [known[i * len(known) // samples] for i in range(samples)]
+    return [known[i % len(known)] for i in range(samples)]
+
+
+def _bound_call(
+    pipe: Any, conditions: tuple[str, list[Any]], steps: int, guidance: float | None
+) -> Callable[[int, str], Iterator[Any]]:
+    """Settle all arguments but the seed and the output type; the result runs the pipeline batch by batch."""
+    if steps < 1:
+        raise ConfigurationError(f"{steps} steps are too few; at least one is needed")
+    names = _signature(pipe)
+    condition, values = conditions
+    arguments: dict[str, Any] = {"num_inference_steps": steps}
+    if guidance is not None:
+        if "guidance_scale" not in names:
+            raise ConfigurationError(f"{type(pipe).__name__} has no guidance scale")
+        if not math.isfinite(guidance):
+            raise ConfigurationError(f"guidance {guidance} is not a finite number; give one such as 4")
+        arguments["guidance_scale"] = guidance
+    given = {"self", condition, "generator", "output_type", *arguments}
+    missing = [
+        name
+        for name, parameter in names.items()
+        if name not in given
+        and parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if missing:
+        raise ConfigurationError(
+            f"{type(pipe).__name__} also needs {', '.join(missing)}; write the calibration yourself and pass it to "
+            "fxquant.compile: calibrate=lambda: pipe(...)"
+        )
+
+    def run(seed: int, output_type: str) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        kwargs = dict(arguments)
+        if "output_type" in names and (output_type != "latent" or _offers_latents(pipe)):
+            kwargs["output_type"] = output_type
+        elif "output_type" in names:
+            kwargs["output_type"] = "pt"
+        for start in range(0, len(values), BATCH):
+            yield pipe(**{condition: values[start : start + BATCH]}, generator=generator, **kwargs)
+
+    return run
+
+
+def _offers_latents(pipe: Any) -> bool:
+    """Whether the pipeline can stop before it decodes; only its code says so."""
+    try:
+        return '"latent"' in inspect.getsource(inspect.unwrap(type(pipe).__call__))
+    except (OSError, TypeError):
+        return False
+
+
+@contextmanager
+def _without_decoder(pipe: Any) -> Iterator[None]:
+    """Let a pipeline that always decodes, as ``DiTPipeline``, decode nothing."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None or _offers_latents(pipe):
+        yield
+        return
+
+    def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        return SimpleNamespace(sample=latents) if return_dict else (latents,)
+
+    with instance_attribute(vae, "decode", decode):
+        yield
