@@ -15,7 +15,7 @@ from benchmarks.models import Task
 from benchmarks.shapes import Call
 from examples.digits.compare import CALIBRATION_STEPS, TEST_SAMPLES, TEST_STEPS
 from examples.digits.generator import GUIDANCE, generate, load_pipeline
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 
 _CALIBRATION_SEED, _TEST_SEED = 1_001, 1_000
 

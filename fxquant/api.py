@@ -35,7 +35,7 @@ from fxquant.ir.digest import graph_digest
 from fxquant.ir.meta import LAYER
 from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_and_buffers, weights_of
-from fxquant.numerics.quantizer import require_finite
+from fxquant.numerics.finite import require_finite
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.pipeline import Instrument, PassRecord, Pipeline
 from fxquant.pipeline.recipes import Recipe, make_recipe

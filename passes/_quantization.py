@@ -17,24 +17,20 @@ from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.time_tables import TimeTable, rows_at, timestep_input
-from fxquant.numerics.quantizer import (
-    QuantizedWeight,
-    activation_range,
-    affine_parameters,
-    fake_quantize,
-    quantize_weight,
-    require_finite,
-    sqnr_db,
-)
+from fxquant.numerics.finite import require_finite
+from fxquant.numerics.grids import affine_parameters, fake_quantize
+from fxquant.numerics.ranges import activation_range
 from fxquant.numerics.rounding.adaround import adaround
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
+from fxquant.numerics.sqnr import sqnr_db
+from fxquant.numerics.weights import QuantizedWeight, quantize_weight
 from fxquant.planning.evidence import evidence, moments
 from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
 from fxquant.planning.uses import unnumbered
 
 
 class RangeSearch(enum.Enum):
-    """How the range of a grid is found; see :mod:`fxquant.numerics.quantizer`."""
+    """How the range of a grid is found; see :mod:`fxquant.numerics.ranges`."""
 
     MINMAX = "minmax"
     PERCENTILE = "percentile"

@@ -22,7 +22,9 @@ from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.numerics.quantizer import affine_parameters, fake_quantize, quantize_weight, require_finite
+from fxquant.numerics.finite import require_finite
+from fxquant.numerics.grids import affine_parameters, fake_quantize
+from fxquant.numerics.weights import quantize_weight
 from fxquant.passes._seeds import (
     follow,
     is_target,

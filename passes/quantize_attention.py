@@ -15,7 +15,9 @@ from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import bin_of
-from fxquant.numerics.quantizer import activation_range, affine_parameters, fake_quantize, sqnr_db
+from fxquant.numerics.grids import affine_parameters, fake_quantize
+from fxquant.numerics.ranges import activation_range
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes._quantization import InputRange
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.plan import ActivationRange, AttentionPlan, Plan

@@ -14,8 +14,9 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
-from fxquant.numerics.quantizer import require_finite, weight_grid
+from fxquant.numerics.finite import require_finite
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
+from fxquant.numerics.weights import weight_grid
 from fxquant.passes._quantization import InputRange, RangeSearch, decide_range, importance_of, is_rounded
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.plan import Plan

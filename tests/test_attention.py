@@ -22,7 +22,7 @@ from fxquant.errors import BackendError, CalibrationError, ConfigurationError
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, StageSpec
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.pipeline.recipes import Recipe, make_recipe

@@ -15,7 +15,7 @@ from torch.library import opcheck
 
 import fxquant
 from fxquant.errors import SpeedWarning
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime import torch_compile as compiling
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run

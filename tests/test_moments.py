@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fxquant.errors import CalibrationError, CheckpointError
-from fxquant.statistics.moments import ROWS_PER_CALL, SecondMoments, within_float32
+from fxquant.numerics.finite import within_float32
+from fxquant.statistics.moments import ROWS_PER_CALL, SecondMoments
 from fxquant.statistics.observers import ChannelStatistics, Statistics
 
 

@@ -33,7 +33,7 @@ from fxquant.errors import (
     CompilerError,
     ConfigurationError,
 )
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
 from fxquant.storage.aot.export import export_folder, lifted
 from fxquant.storage.aot.package import PackagedModel, signature_from_json, signature_to_json

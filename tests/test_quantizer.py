@@ -10,19 +10,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.numerics.finite import require_finite
+from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.packing import packed_size
-from fxquant.numerics.quantizer import (
-    PERCENTILES,
-    QuantizedWeight,
-    RangeMethod,
-    activation_range,
-    affine_parameters,
-    fake_quantize,
-    quantize_weight,
-    require_finite,
-    sqnr_db,
-    weight_range,
-)
+from fxquant.numerics.ranges import PERCENTILES, RangeMethod, activation_range, weight_range
+from fxquant.numerics.sqnr import sqnr_db
+from fxquant.numerics.weights import QuantizedWeight, quantize_weight
 
 METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse")
 FLOATS = st.floats(-(2.0**127), 2.0**127, width=32)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import CalibrationError, CaptureError
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
 
 C = 16

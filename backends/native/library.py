@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxquant.numerics import quantizer
+from fxquant.numerics import grids as quantizer
 
 library = torch.library.Library("fxquant_native", "DEF")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxquant.backends.torchao.weights import MIDDLE, fits_byte_kernel, four_bit_product, grid_of_four_bits
-from fxquant.numerics import quantizer
+from fxquant.numerics import grids as quantizer
 
 _library = torch.library.Library("fxquant_torchao", "DEF")
 _CUBLAS = 8  # Its integer products want multiples of this in every size, and more rows than twice it.

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu.job import Exact
 from benchmarks.gpu.modes import Run
 from benchmarks.gpu.products import Case
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 
 _ROWS = 2048
 

@@ -13,7 +13,7 @@ from benchmarks.gpu.products import BF16_STEP, FLOAT_SUMS, FP8, FP8_SUMS, Case, 
 from fxquant.backends.native.gpu import machine, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.numerics.packing import pack
-from fxquant.numerics.quantizer import dequantize_weight
+from fxquant.numerics.weights import dequantize_weight
 
 _ZERO_POINT = 113
 """Of the activations: one that is neither the middle nor an end."""

@@ -15,7 +15,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.recipes import Recipe
 
 from .generator import GUIDANCE, generate

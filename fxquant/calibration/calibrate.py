@@ -21,7 +21,7 @@ from fxquant.capture.trace import Architecture, CapturedGraph
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, weights_of
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Instrument, Pass, Pipeline, parse_pass
 from fxquant.planning.plan import LayerPlan, Plan
 from fxquant.planning.uses import combine, keys_in

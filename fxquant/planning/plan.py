@@ -23,7 +23,7 @@ from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.ir.shared import SharedTensors
 from fxquant.ir.time_tables import bin_of
-from fxquant.numerics.quantizer import QuantizedWeight
+from fxquant.numerics.weights import QuantizedWeight
 from fxquant.planning.precision import Precision
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.plan import PlanFile

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import get_tensor
-from fxquant.numerics.quantizer import snr_db
 from fxquant.numerics.rounding.soft import SoftWeight
+from fxquant.numerics.sqnr import snr_db
 from fxquant.planning.plan import ActivationRange, Plan
 from fxquant.reconstruction.cache import Values, drop_unused, share_alike
 from fxquant.reconstruction.learn import Settings, Simulation, as_codes, learn

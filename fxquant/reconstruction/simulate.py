@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from fxquant.ir.tensors import get_tensor
-from fxquant.numerics.quantizer import affine_parameters
+from fxquant.numerics.grids import affine_parameters
 from fxquant.reconstruction.cache import Values
 from fxquant.reconstruction.segments import Segment
 

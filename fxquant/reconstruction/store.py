@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.disk.files import share
-from fxquant.numerics.quantizer import QuantizedWeight
+from fxquant.numerics.weights import QuantizedWeight
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ bands of rows, which take little more than half of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -191,16 +190,6 @@ class SecondMoments:
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
         return found
-
-
-def within_float32(moments: Tensor) -> Tensor:
-    """Second moments with the same ratios, and small enough for arithmetic in float32.
-
-    Only ratios matter to rounding. They are divided by a power of two where the largest is above 2^60: the model's
-    activations may be finite where their squares, as float32, are not.
-    """
-    largest = float(moments.diagonal().max())
-    return moments / 2.0 ** math.ceil(math.log2(largest)) if 2.0**60 < largest < math.inf else moments
 
 
 def _shapes(channels: int) -> list[tuple[int, int]]:

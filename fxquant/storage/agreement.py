@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import CheckpointError
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
 from fxquant.numerics.packing import packed_size
-from fxquant.numerics.quantizer import group_count
+from fxquant.numerics.weights import group_count
 from fxquant.planning.plan import LayerPlan, Plan
 
 _LARGEST_HEADER = 32 << 20

@@ -13,7 +13,7 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir import ops  # noqa: F401 - registers the operators
 from fxquant.ir.ops import recording
 from fxquant.numerics.packing import pack, unpack
-from fxquant.numerics.quantizer import QuantizedWeight, quantize_weight
+from fxquant.numerics.weights import QuantizedWeight, quantize_weight
 
 OPS = torch.ops.fxquant
 

@@ -23,7 +23,8 @@ from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.ir.tensors import read_tensors
-from fxquant.numerics.quantizer import dequantize_weight, sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
+from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
 from fxquant.planning.plan import Plan
 from fxquant.statistics.observers import Statistics

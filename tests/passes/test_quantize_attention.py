@@ -15,7 +15,8 @@ from fxquant.calibration.calibrate import copy_graph
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.ops import recording
-from fxquant.numerics.quantizer import affine_parameters, fake_quantize, sqnr_db
+from fxquant.numerics.grids import affine_parameters, fake_quantize
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.quantize_attention import QuantizeAttention
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan

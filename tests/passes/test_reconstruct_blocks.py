@@ -11,7 +11,7 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.plan import Plan

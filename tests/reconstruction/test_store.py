@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxquant.numerics.quantizer import quantize_weight
+from fxquant.numerics.weights import quantize_weight
 from fxquant.reconstruction.store import Learned, Store, digest
 
 

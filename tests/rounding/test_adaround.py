@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
-from fxquant.numerics.quantizer import quantize_weight, weight_grid
 from fxquant.numerics.rounding.adaround import adaround
 from fxquant.numerics.rounding.soft import Hardening
+from fxquant.numerics.weights import quantize_weight, weight_grid
 
 
 def moments_of(channels: int, seed: int = 0) -> Tensor:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
-from fxquant.numerics.quantizer import affine_parameters, quantize_weight, weight_range
+from fxquant.numerics.grids import affine_parameters
+from fxquant.numerics.ranges import weight_range
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
+from fxquant.numerics.weights import quantize_weight
 
 
 def correlated(channels: int, seed: int = 0, rows: int | None = None) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fxquant.errors import ConfigurationError
-from fxquant.numerics.quantizer import quantize_weight, weight_grid
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
+from fxquant.numerics.weights import quantize_weight, weight_grid
 
 
 def soft(bits: int = 4, group: int = 0) -> tuple[torch.Tensor, SoftWeight]:

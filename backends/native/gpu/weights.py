@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fxquant.numerics import quantizer
+from fxquant.numerics import grids as quantizer
 from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128

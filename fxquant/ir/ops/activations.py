@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
-from fxquant.numerics import quantizer
+from fxquant.numerics import grids as quantizer
 
 Recorder = Callable[[str, Tensor, Tensor, int], None]
 """Called as `recorder(key, x, timestep, axis)` by each :func:`observe`; it must neither keep nor change `x` itself."""

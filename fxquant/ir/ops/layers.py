@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fxquant.errors import ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
-from fxquant.numerics import quantizer
+from fxquant.numerics import grids as quantizer
 from fxquant.numerics.packing import packed_size, unpack
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fxquant.errors import ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
-from fxquant.numerics import quantizer
+from fxquant.numerics import grids as quantizer
 
 
 def matmul(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
-from fxquant.numerics.quantizer import QuantizedWeight, RangeMethod, weight_grid
+from fxquant.numerics.finite import within_float32
+from fxquant.numerics.ranges import RangeMethod
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
-from fxquant.statistics.moments import within_float32
+from fxquant.numerics.weights import QuantizedWeight, weight_grid
 
 HARDENING = Hardening(iterations=500, weight=10.0)
 """The error counts in units of that of rounding to nearest, a weight one unit, so one regularizer serves all layers."""
@@ -39,14 +40,14 @@ def adaround(
         group_size: Input channels that share a grid; 0 for all of them.
         symmetric: Fix zero points at ``2**(bits - 1)``.
         method: How the ranges are chosen, weighed by the mean squares of the inputs; see
-            :func:`fxquant.numerics.quantizer.weight_range`.
+            :func:`fxquant.numerics.ranges.weight_range`.
         hardening: Number of steps, and how they end at codes.
 
     Returns:
         The codes learned, or those of rounding to nearest where these err less.
 
     Raises:
-        ConfigurationError: As :func:`fxquant.numerics.quantizer.quantize_weight`, or if there are not as many inputs as
+        ConfigurationError: As :func:`fxquant.numerics.weights.quantize_weight`, or if there are not as many inputs as
             columns.
         NonFiniteError: The moments hold NaN or infinity.
     """

@@ -17,8 +17,9 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
-from fxquant.numerics.quantizer import QuantizedWeight, RangeMethod, group_count, weight_grid
-from fxquant.statistics.moments import within_float32
+from fxquant.numerics.finite import within_float32
+from fxquant.numerics.ranges import RangeMethod
+from fxquant.numerics.weights import QuantizedWeight, group_count, weight_grid
 
 _BLOCK = 128  # Columns whose errors are carried over to all later ones at once.
 _DAMPINGS = 6  # Each ten times the one before it.
@@ -116,10 +117,10 @@ def gptq(
         group_size: Input channels that share a grid; 0 for all of them.
         symmetric: Fix zero points at ``2**(bits - 1)``.
         method: How the ranges are chosen, weighed by the mean squares of the inputs; see
-            :func:`fxquant.numerics.quantizer.weight_range`.
+            :func:`fxquant.numerics.ranges.weight_range`.
 
     Raises:
-        ConfigurationError: As :func:`fxquant.numerics.quantizer.quantize_weight`, or if there are not as many inputs as
+        ConfigurationError: As :func:`fxquant.numerics.weights.quantize_weight`, or if there are not as many inputs as
             columns.
     """
     in_features = weight.shape[1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ConfigurationError
-from fxquant.numerics.quantizer import QuantizedWeight
+from fxquant.numerics.weights import QuantizedWeight
 
 LOWEST, HIGHEST = -0.1, 1.1
 """Where the sigmoid is stretched to, so that h reaches 0 and 1 (gamma and zeta in the paper)."""

@@ -19,7 +19,7 @@ from fxquant.backends.native.compiled import weights as panels
 from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, ConfigurationError
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.recipes import RECIPES, Recipe, make_recipe
 from fxquant.runtime.model import GraphModel
 from tests.support import count

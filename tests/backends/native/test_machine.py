@@ -21,7 +21,7 @@ SCRIPT = """
 import warnings
 import fxquant
 from fxquant.backends.native.machine import sums_exactly
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.grids import sqnr_db
 from tests.tiny import calibrate, make_dit, run
 
 made = {}

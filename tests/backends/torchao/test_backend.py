@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.backends.torchao import TorchAO, parts
 from fxquant.errors import BackendError
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.runtime.model import GraphModel
 from tests.support import count

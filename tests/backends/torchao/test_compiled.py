@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 import fxquant
 from fxquant.backends.torchao import TorchAO, parts
 from fxquant.errors import SpeedWarning
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.plan import Plan

@@ -9,7 +9,7 @@ import torch
 
 import fxquant
 from examples.digits import compare, generate, load_classifier, load_pipeline
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 

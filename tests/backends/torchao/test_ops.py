@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fxquant.backends.torchao import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.torchao import weights
-from fxquant.numerics.quantizer import QuantizedWeight, quantize_weight, sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
+from fxquant.numerics.weights import QuantizedWeight, quantize_weight
 
 ours, reference = torch.ops.fxquant_torchao, torch.ops.fxquant
 F32 = torch.float32

@@ -13,7 +13,7 @@ from fxquant.backends.native import machine
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.compiled import weights
 from fxquant.numerics.packing import pack
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 
 pytestmark = pytest.mark.skipif(machine.missing_kernels() is not None, reason="there are no compiled kernels here")
 native = torch.ops.fxquant_native

@@ -11,7 +11,7 @@ from fxquant.backends.native import Native, machine
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
 from tests.support import captured, count, golden, outputs, text

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxquant.backends.native.gpu import machine
 from fxquant.backends.native.gpu.attention_ops import Cut, choose, int8_attention, parts
 from fxquant.errors import BackendError
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MISSING = machine.missing(DEVICE)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant.backends.native import Native
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.recipes import RECIPES as KNOWN
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.runtime.model import GraphModel

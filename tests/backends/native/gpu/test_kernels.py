@@ -15,9 +15,9 @@ from fxquant.backends.native.gpu.configs import candidates, trying
 from fxquant.backends.native.gpu.products import linear as linear_of_config
 from fxquant.backends.native.gpu.rows import quantize
 from fxquant.errors import BackendError
-from fxquant.numerics import quantizer
+from fxquant.numerics import grids as quantizer
 from fxquant.numerics.packing import pack
-from fxquant.numerics.quantizer import sqnr_db
+from fxquant.numerics.sqnr import sqnr_db
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MISSING = machine.missing(DEVICE)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from fxquant.backends.native.onednn import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.onednn import products
 from fxquant.backends.native.onednn.weights import missing_offset, prepacked, sums
-from fxquant.numerics.quantizer import QuantizedWeight, quantize_weight
+from fxquant.numerics.weights import QuantizedWeight, quantize_weight
 
 native = torch.ops.fxquant_native
 F32 = torch.float32

@@ -8,7 +8,7 @@ import torch
 from fxquant.backends.native.onednn import weights
 from fxquant.backends.native.onednn.weights import missing_offset, prepacked, sums, unpacked
 from fxquant.errors import BackendError
-from fxquant.numerics.quantizer import quantize_weight
+from fxquant.numerics.weights import quantize_weight
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -1,0 +1,44 @@
+"""Refusal of values that have no code."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from fxquant.errors import NonFiniteError
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Refuse NaN and infinity. Fake and meta tensors, which have no values, pass, and so do integers.
+
+    Args:
+        tensor: Any shape and dtype.
+        what: What the tensor is, as the message should name it, such as ``"the weight of blocks.3.attn1.to_q"``.
+
+    Raises:
+        NonFiniteError: An element is NaN or infinite; the message counts both.
+    """
+    if is_fake(tensor) or tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # The extremes carry any NaN or infinity, and unlike isfinite() need no mask as large as the tensor.
+    low, high = torch.aminmax(tensor.detach())
+    if math.isfinite(low.item()) and math.isfinite(high.item()):
+        return
+    nans = int(tensor.isnan().sum().item())
+    infinities = int(tensor.isinf().sum().item())
+    raise NonFiniteError(
+        f"{what} holds {nans} NaN and {infinities} infinite values of {tensor.numel()}, which have no code."
+    )
+
+
+def within_float32(moments: Tensor) -> Tensor:
+    """Second moments with the same ratios, and small enough for arithmetic in float32.
+
+    Only ratios matter to rounding. They are divided by a power of two where the largest is above 2^60: the model's
+    activations may be finite where their squares, as float32, are not.
+    """
+    largest = float(moments.diagonal().max())
+    return moments / 2.0 ** math.ceil(math.log2(largest)) if 2.0**60 < largest < math.inf else moments
