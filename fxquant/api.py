@@ -16,11 +16,12 @@ from torch.nn.parameter import is_lazy
 
 from fxquant.calibration.calibrate import Calibration, output_sqnr, refuse_redirected, run_calibration
 from fxquant.capture.fidelity import Original, example
+from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.hooks import refuse_hooks
 from fxquant.capture.known_values import at_most
 from fxquant.capture.rebuilding import is_rebuilt, obstacle
 from fxquant.capture.threads import without_autocast
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.errors import (
     AlreadyCompiledError,
     CalibrationError,

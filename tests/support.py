@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER

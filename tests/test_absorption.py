@@ -12,7 +12,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTrans
 from torch import Tensor, nn
 
 from fxquant.calibration.calibrate import copy_graph
-from fxquant.capture.trace import CapturedGraph
+from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan

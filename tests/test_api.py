@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
-from fxquant.capture.calls import CallSpec, describe_call
+from fxquant.capture.calls import CallSpec
+from fxquant.capture.describe import describe_call
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.tensors import read_tensors

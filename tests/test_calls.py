@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.calls import BATCH, CallSpec, TensorSpec, canonical_call, describe_call
+from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
+from fxquant.capture.describe import canonical_call, describe_call
 from fxquant.errors import CaptureError, CheckpointError
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fxquant.capture import trace as capture
 from fxquant.capture.functionalize import functionalize, writes
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError
 from fxquant.ir.tensors import bind, weights_of
 from tests.support import golden, text

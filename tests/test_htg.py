@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.calibration.calibrate import copy_graph
-from fxquant.capture.trace import CapturedGraph
+from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan

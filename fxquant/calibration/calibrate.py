@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.calibration.samples import Spread, some_samples
-from fxquant.capture.calls import warn_of_many
+from fxquant.capture.describe import warn_of_many
 from fxquant.capture.fidelity import Original
+from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import autocast_dtype
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, weights_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.capture.calls import BATCH, TensorSpec
-from fxquant.capture.trace import CapturedGraph
+from fxquant.capture.graph import CapturedGraph
 
 T = TypeVar("T")
 

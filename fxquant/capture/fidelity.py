@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.capture.caches import Caches, Places, put
 from fxquant.capture.calls import CallSpec, TensorSpec
+from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.state import OWN, detached, frozen, is_equal
 from fxquant.capture.threads import uncompiled, without_autocast
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 

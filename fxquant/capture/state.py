@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 from fxquant.ir.tensors import CONSTANT, weights_and_buffers
@@ -206,3 +207,17 @@ def kept_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
         for key, number, tensor in tensors_kept(kept_object):
             found.append((f"{path}.{CONSTANT}{key}_{number or 0}", tensor))
     return [(name.removeprefix("."), tensor) for name, tensor in found if id(tensor) not in owned]
+
+
+def hollow_out(model: nn.Module) -> None:
+    """Put zeros in place of fake tensors in attributes of modules and plain objects, where torch.export takes none."""
+
+    def hollow(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not is_fake(tensor):
+            return tensor
+        zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        setattr(zeros, HOLLOW, True)
+        return zeros
+
+    replace_kept_tensors(model, hollow)
+    setattr(model, HOLLOW, True)

@@ -5,7 +5,8 @@ zero point is itself a code, so zero is always exact. *Asymmetric* grids place i
 `2**(bits - 1)`.
 
 Everything that weights go through runs on fake and meta tensors too and never branches on their values, because passes
-are replayed on models without weights. :func:`~fxquant.numerics.finite.require_finite` alone reads values, and it skips such tensors.
+are replayed on models without weights. :func:`~fxquant.numerics.finite.require_finite` alone reads values, and it
+skips such tensors.
 """
 
 from __future__ import annotations

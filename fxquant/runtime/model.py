@@ -17,9 +17,10 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture.calls import warn_of_many
+from fxquant.capture.describe import warn_of_many
+from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
 from fxquant.ir.tensors import bind, read_tensors, set_tensor, weights_and_buffers
 from fxquant.pipeline.backend import Backend

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxquant.capture.calls import BATCH, CallSpec
 
 if TYPE_CHECKING:
-    from fxquant.capture.trace import CapturedGraph
+    from fxquant.capture.graph import CapturedGraph
 
 
 def showing_nans(captured: CapturedGraph, inputs: Sequence[Tensor], outputs: Sequence[Any]) -> Sequence[Any]:

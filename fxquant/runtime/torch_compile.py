@@ -22,7 +22,7 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.decorators import mark_static, mark_unbacked
 
 from fxquant.capture.calls import BATCH
-from fxquant.capture.trace import CapturedGraph
+from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import SpeedWarning
 from fxquant.ir.ops.definition import define
 from fxquant.pipeline.backend import Backend

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.api import bind_all, check_model, lower_all, model_from_plan
+from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import class_of, config_text, is_rebuilt, rebuilt
 from fxquant.capture.state import kept_tensors, replace_kept_tensors
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.disk.files import (
     blaming,
     check_digests,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.errors import VerificationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.calibration.calibrate import copy_graph
-from fxquant.capture.trace import CapturedGraph
+from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import ConfigurationError
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.ops import recording

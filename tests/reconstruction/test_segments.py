@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxquant.capture.trace import CapturedGraph
+from fxquant.capture.graph import CapturedGraph
 from fxquant.reconstruction.segments import segments
 from fxquant.reconstruction.simulate import as_it_is, run_segment
 from tests.support import captured, outputs

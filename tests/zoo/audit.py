@@ -12,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from fxquant.calibration.calibrate import copy_graph
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.channels.solve import solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER

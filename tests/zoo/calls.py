@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 import fxquant
 from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.fidelity import Original
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.trace import Architecture
 from fxquant.errors import FxquantError
 from tests.zoo.audit import STEPS, without_float32
 from tests.zoo.models import CAPTURED, Entry, Maker

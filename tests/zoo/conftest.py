@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fxquant.calibration.calibrate import copy_graph
-from fxquant.capture.trace import Architecture, CapturedGraph
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.trace import Architecture
 from tests.zoo.models import Entry
 
 TRACED: dict[Entry, list[CapturedGraph]] = defaultdict(list)

@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 
 from fxquant.api import class_path
 from fxquant.capture.calls import BATCH
+from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import config_text
 from fxquant.capture.threads import tracing_alone, without_autocast
-from fxquant.capture.trace import CapturedGraph
 from fxquant.disk.files import digest, digest_of, dtype_name, write_tensors
 from fxquant.disk.folders import prepare, whole_folder
 from fxquant.errors import BackendError, CheckpointError, CompilerError, ConfigurationError

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.calls import CallSpec, canonical_call, describe_call
+from fxquant.capture.calls import CallSpec
+from fxquant.capture.describe import canonical_call, describe_call
 from fxquant.capture.trace import Architecture
 from fxquant.disk.files import (
     blaming,

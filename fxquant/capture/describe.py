@@ -1,0 +1,168 @@
+"""From the arguments of a call to its spec, whichever way the call was written."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxquant.capture import constants
+from fxquant.capture.calls import BATCH, CallSpec, TensorSpec, is_same, lists_of
+from fxquant.errors import CaptureError, SpeedWarning
+
+
+def canonical_call(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], timestep: str | None
+) -> tuple[tuple[str, ...], list[Any], Any]:
+    """Bring a call into one form, however it was written.
+
+    Positional and keyword arguments are bound to the signature and defaults filled in. A timestep given as a Python
+    number becomes a tensor, for a number would be baked into the graph and every step would need a graph of its own.
+
+    Returns:
+        Leaf names, leaf values and the structure that holds the leaf numbers.
+
+    Raises:
+        TypeError: As Python's own, if the arguments do not fit the signature.
+        CaptureError: If an input is neither a tensor nor a plain constant, or stands in containers that are neither
+            dicts, lists nor tuples.
+    """
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            if value:
+                raise CaptureError(
+                    f"the model takes *{name}; give these inputs by keyword so that they can be told apart"
+                )
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        else:
+            arguments[name] = value
+    number = constants.plain(arguments.get(timestep)) if timestep is not None else None
+    if timestep is not None and isinstance(number, (int, float)) and not isinstance(number, bool):
+        arguments[timestep] = torch.tensor(number, dtype=torch.float32 if isinstance(number, float) else torch.int64)
+    flat, spec = pytree.tree_flatten_with_path(arguments)
+    names = tuple(_readable(path) for path, _ in flat)
+    leaves = [leaf if isinstance(leaf, torch.Tensor) else constants.plain(leaf) for _, leaf in flat]
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, torch.Tensor) and not constants.is_constant(leaf):
+            raise CaptureError(
+                f"input {name!r} is a {type(leaf).__name__}; only tensors, numbers, strings, booleans, None, dtypes, "
+                "devices, sizes and UUIDs, in dicts, lists and tuples, can be captured, for a file can tell what these "
+                f"are. {constants.advice(leaf)}"
+            )
+    structure = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    for name, part in structure.items():
+        _check_containers(name, part)
+    return names, leaves, structure
+
+
+def _check_containers(name: str, structure: Any) -> None:
+    """Refuse containers that a file could not tell from plain ones, and that the model may treat in another way.
+
+    Raises:
+        CaptureError: Says which input it is.
+    """
+    if isinstance(structure, int):
+        return
+    if type(structure) not in (dict, OrderedDict, list, tuple):
+        plain = "tuple" if isinstance(structure, tuple) else "list" if isinstance(structure, Sequence) else "dict"
+        raise CaptureError(
+            f"input {name!r} is a {type(structure).__name__}; only plain dicts, lists and tuples can be captured, for "
+            f"a file cannot tell others from them. Give a plain {plain}"
+        )
+    if isinstance(structure, dict) and not all(isinstance(key, str) for key in structure):
+        key = next(key for key in structure if not isinstance(key, str))
+        raise CaptureError(
+            f"input {name!r} has the key {key!r} ({type(key).__name__}), of which a file makes a string; give it keys "
+            "that are strings, or a list"
+        )
+    for key, part in structure.items() if isinstance(structure, dict) else enumerate(structure):
+        _check_containers(f"{name}.{key}", part)
+
+
+def describe_call(
+    names: tuple[str, ...],
+    leaves: Sequence[Any],
+    structure: Any,
+    timestep: str | None = None,
+    changing: Collection[str] = (),
+) -> CallSpec:
+    """The spec of a call: a leading dimension equal to that of the first tensor of rank 2 or more is the batch.
+
+    There is none if that tensor is one of a list with as many items as there are timesteps: a sample without an axis
+    for the batch, such as Wan's and Z-Image's own code take. Python floats are left open, and so are the integers of
+    the names in ``changing``; others count or name things as a rule.
+    """
+    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2), None)
+    batch = None if first is None else leaves[first].shape[0]
+    step = leaves[names.index(timestep)] if timestep in names else None
+    samples = len(step) if isinstance(step, torch.Tensor) and step.dim() == 1 else batch
+    if samples != batch and any(first in numbers and len(numbers) == samples for numbers in lists_of(structure)):
+        batch = None
+    specs = tuple(
+        TensorSpec(_open_batch(tuple(leaf.shape), batch), leaf.dtype)
+        if isinstance(leaf, torch.Tensor)
+        else TensorSpec.of_number(leaf)
+        if type(leaf) is float or (type(leaf) is int and name in changing)
+        else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+    )
+    return CallSpec(names, specs, structure)
+
+
+def changed_leaves(names: tuple[str, ...], leaves: Sequence[Any], call: CallSpec) -> list[str] | None:
+    """Which constants and numbers of a call are others than those of a kind of call; None if more than that differs."""
+    if names != call.names:
+        return None
+    batch, found = call.batch_size(leaves), []
+    for name, spec, leaf in zip(names, call.leaves, leaves, strict=True):
+        if isinstance(spec, TensorSpec) and not spec.number:
+            if not spec.fits(leaf, batch, values=False):
+                return None
+        elif not (spec.fits(leaf, batch) if isinstance(spec, TensorSpec) else is_same(leaf, spec)):
+            if isinstance(leaf, torch.Tensor):
+                return None
+            found.append(name)
+    return found
+
+
+_MANY = 8  # Graphs for calls that differ in constants and numbers alone, at which somebody should be told.
+
+
+def warn_of_many(names: tuple[str, ...], leaves: Sequence[Any], calls: Sequence[CallSpec]) -> None:
+    """Warn, once, if a call's graph is one of many that differ in constants and numbers alone.
+
+    Args:
+        names: Names of the leaves of the call.
+        leaves: The leaves.
+        calls: What the graphs serve, that of this call among them.
+    """
+    differences = [changed for call in calls if (changed := changed_leaves(names, leaves, call)) is not None]
+    changing = {name for changed in differences for name in changed}
+    if sum(map(bool, differences)) != _MANY - 1:
+        return
+    shown = ", ".join(f"{name}={leaf!r}" for name, leaf in zip(names, leaves, strict=True) if name in changing)
+    warnings.warn(
+        f"{_MANY} graphs were captured for calls that differ in constants alone, the last for {shown}. Each takes the "
+        "time of a capture. Give what changes as a tensor, if the model computes with it; leave it out, if the model "
+        "ignores it; or let calls share values.",
+        SpeedWarning,
+        stacklevel=5,
+    )
+
+
+def _open_batch(shape: tuple[int, ...], batch: int | None) -> tuple[int | str, ...]:
+    return (BATCH, *shape[1:]) if shape and shape[0] == batch else shape
+
+
+def _readable(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)

@@ -1,0 +1,123 @@
+"""From the graph of torch.export to the one that passes expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+from torch.fx.graph import CodeGen
+
+from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
+from fxquant.errors import CaptureError
+from fxquant.ir.meta import ITEM
+from fxquant.ir.tensors import get_tensor, set_tensor
+
+_ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
+
+
+def flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
+    """Make the graph's placeholders the tensor inputs alone, and its output a flat tuple."""
+    graph.set_codegen(CodeGen())
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, leaf in zip(placeholders, call.leaves, strict=True):
+        if not isinstance(leaf, TensorSpec):
+            if node.users:
+                raise CaptureError(f"the graph reads the constant input {node.name!r} as a value; give it as a tensor")
+            graph.erase_node(node)
+    remaining = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, (name, _) in zip(remaining, call.tensors, strict=True):
+        if name in call.items:
+            node.meta[ITEM] = call.items[name]
+    for node in list(graph.nodes):
+        if node.op == "call_module" and str(node.target) == "_guards_fn":
+            graph.erase_node(node)
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Put the ops of regions under ``no_grad`` or ``autocast``, which are graphs of their own, where the regions stand.
+
+    Raises:
+        CaptureError: If the region computes in another dtype than its values have.
+    """
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "") if isinstance(node.target, HigherOrderOperator) else ""
+        if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        position = next(i for i, argument in enumerate(node.args) if _is_graph(argument))
+        body = getattr(module, str(node.args[position].target))
+        inline_regions(body)
+        if name == "wrap_with_autocast":
+            _refuse_casts(body, node.args[1], bool(node.args[2]))
+        inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        for inner in body.graph.nodes:
+            if inner.op == "get_attr":
+                set_tensor(module, f"{node.name}.{inner.target}", get_tensor(body, str(inner.target)))
+                inner.target = f"{node.name}.{inner.target}"
+        with module.graph.inserting_before(node):
+            values: dict[fx.Node, Any] = dict(zip(inputs, node.args[position + 1 :], strict=True))
+            results: Any = module.graph.graph_copy(body.graph, values)
+        if isinstance(results, (list, tuple)):
+            for user in list(node.users):
+                user.replace_all_uses_with(results[user.args[1]])
+                module.graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(results)
+        module.graph.erase_node(node)
+
+
+def _is_graph(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr" and "val" not in argument.meta
+
+
+def _refuse_casts(body: fx.GraphModule, dtype: Any, enabled: bool) -> None:
+    for node in body.graph.nodes:
+        value = node.meta.get("val")
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()) or not enabled or dtype is None:
+            continue
+        if value.dtype not in (dtype, torch.float64):
+            raise CaptureError(
+                f"part of the model runs under autocast to {dtype} on values of {value.dtype}; convert the model to "
+                f"{dtype}, or leave its autocast out"
+            )
+
+
+def drop_assertions(graph: fx.Graph) -> None:
+    """Remove checks of traced dtypes and sizes, which would break casts and other shapes, and what only they read."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and any(name in str(node.target) for name in _ASSERTIONS):
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node.target not in _RANDOM_IN_TRAINING)
+
+
+def loosen_views(graph: fx.Graph) -> None:
+    """Let views be reshapes where a value does not lie in order, or comes from a convolution that yields such a one.
+
+    They fit the memory layout of the trace, and a convolution has another at other sizes, or when it is quantized.
+    """
+    loose: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        convolved = "conv" in str(node.target) and isinstance(value, torch.Tensor) and not value.is_contiguous()
+        if convolved or not loose.isdisjoint(node.all_input_nodes):
+            loose.add(node)
+        if node.target is torch.ops.aten.view.default:
+            source = node.args[0]
+            if source in loose or not source.meta["val"].is_contiguous():
+                node.target = torch.ops.aten.reshape.default
+
+
+def is_batch_open(module: fx.GraphModule, call: CallSpec) -> bool:
+    """Whether the graph kept every batch dimension that it reads symbolic.
+
+    They need not be one symbol: that of a mask, say, is never compared with that of the values which it masks.
+    """
+    placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
+    return all(
+        not str(node.meta["val"].shape[dim]).isdigit()
+        for node, (_, spec) in zip(placeholders, call.tensors, strict=True)
+        for dim, size in enumerate(spec.shape)
+        if size == BATCH and node.users
+    )
