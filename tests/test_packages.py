@@ -36,7 +36,7 @@ from fxquant.errors import (
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
 from fxquant.storage.aot.export import export_folder, lifted
-from fxquant.storage.aot.package import PackagedModel, signature_from_json, signature_to_json
+from fxquant.storage.aot.model import PackagedModel, signature_from_json, signature_to_json
 from fxquant.storage.diffusers_io import generate, load_pipeline, save_pipeline
 from tests.support import count
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run

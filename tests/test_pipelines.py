@@ -24,7 +24,7 @@ import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.runtime.model import GraphModel
 from fxquant.storage import diffusers_io as pipelines
-from fxquant.storage.aot.package import PackagedModel
+from fxquant.storage.aot.model import PackagedModel
 from fxquant.storage.diffusers_io import calibration_call, generate, load_pipeline, save_pipeline, steps_watched
 from tests.tiny import make_dit, make_pipeline
 

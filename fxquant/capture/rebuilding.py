@@ -10,13 +10,14 @@ import inspect
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fxquant.capture.trace import Architecture
-from fxquant.errors import CheckpointError
+from fxquant.errors import CheckpointError, PortabilityWarning
 from fxquant.ir.tensors import weights_and_buffers
 
 _DEFAULTS = "_use_default_values"
@@ -145,3 +146,15 @@ def _changed_by_json(value: Any, read: Any, where: str = "") -> str | None:
         return None
     same = isinstance(value, (str, bool, int, float, type(None))) and value == read
     return None if same else f"{where} is a {type(value).__name__} ({value!r}) and is read as {read!r}"
+
+
+def warn_if_not_rebuilt(model: nn.Module, timestep: str | None) -> None:
+    """Say before the work that saving will refuse its result, as far as can be told without tracing."""
+    reason = obstacle(model, timestep) if is_rebuilt(model) else None
+    if reason is not None:
+        warnings.warn(
+            f"loading would not build this {type(model).__name__} again from its class and config: {reason}. "
+            "fxquant.save will refuse the quantized model unless needs_model=True is given",
+            PortabilityWarning,
+            stacklevel=3,
+        )

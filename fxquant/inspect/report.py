@@ -367,7 +367,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
     Raises:
         CheckpointError: If there is no checkpoint, or more than one.
     """
-    from fxquant.storage.aot.package import PACKAGE_FILE
+    from fxquant.storage.aot.model import PACKAGE_FILE
     from fxquant.storage.diffusers_io import INDEX_FILE, parts_of
 
     folder = Path(folder)

@@ -29,6 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant.capture.state import HOLLOW
 from fxquant.errors import DropInError
 
+
+class DropIn(nn.Module):
+    """What fxquant makes of a model, to stand where the model stood."""
+
+
 SAFE = frozenset(
     {
         "config_name", "extract_init_dict", "from_config", "get_config_dict", "has_compatibles",

@@ -27,7 +27,7 @@ from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
 from fxquant.runtime import torch_compile as compiling
 from fxquant.runtime.devices import retarget
-from fxquant.runtime.drop_in import changes, hand_on, refusal
+from fxquant.runtime.drop_in import DropIn, changes, hand_on, refusal
 from fxquant.runtime.nans import showing_nans
 
 _MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
@@ -36,7 +36,7 @@ _WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
 MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], CapturedGraph]
 
 
-class GraphModel(nn.Module):
+class GraphModel(DropIn):
     """A diffusion transformer as one FX graph for each kind of call.
 
     Pipelines take it in place of the original: it has its ``config``, ``dtype``, ``device``, ``forward`` signature and

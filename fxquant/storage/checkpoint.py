@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.api import bind_all, check_model, lower_all, model_from_plan
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import class_of, config_text, is_rebuilt, rebuilt
 from fxquant.capture.state import kept_tensors, replace_kept_tensors
@@ -39,7 +38,9 @@ from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
 from fxquant.runtime.devices import give_back_memory, usable_device
+from fxquant.runtime.float_model import check_model
 from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
@@ -54,7 +55,8 @@ from fxquant.storage.agreement import (
     infinite_in,
     read_headers,
 )
-from fxquant.storage.aot.package import CONFIG_FILE, PACKAGE_FILE, TENSORS_FILE
+from fxquant.storage.aot.model import CONFIG_FILE, PACKAGE_FILE
+from fxquant.storage.aot.package import TENSORS_FILE
 from fxquant.text import printable
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)

@@ -27,7 +27,8 @@ from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
 from fxquant.runtime.model import GraphModel
-from fxquant.storage.aot.package import PACKAGE_FILE, PackagedModel, is_package_file, load_package
+from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
+from fxquant.storage.aot.package import is_package_file, load_package
 from fxquant.storage.checkpoint import FILES as CHECKPOINT_FILES
 from fxquant.storage.checkpoint import load, save
 from fxquant.text import printable

@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant.api import class_path
 from fxquant.capture.calls import BATCH
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import config_text
@@ -31,20 +30,13 @@ from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime import torch_compile as compiling
+from fxquant.runtime.float_model import class_path
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.storage import diffusers_io as pipelines
 from fxquant.storage.agreement import check_finite, infinite_in, read_headers
 from fxquant.storage.aot import package as packages
-from fxquant.storage.aot.package import (
-    CONFIG_FILE,
-    FORMAT,
-    GRAPH_FILE,
-    PACKAGE_FILE,
-    TENSORS_FILE,
-    info_text,
-    machine,
-    signature_to_json,
-)
+from fxquant.storage.aot.model import CONFIG_FILE, PACKAGE_FILE, signature_to_json
+from fxquant.storage.aot.package import FORMAT, GRAPH_FILE, TENSORS_FILE, info_text, machine
 from fxquant.storage.checkpoint import load
 from fxquant.storage.diffusers_io import INDEX_FILE, parts_of, refuse_input
 

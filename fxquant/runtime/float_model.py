@@ -1,0 +1,117 @@
+"""What is known of a float model before it is captured, and which models are refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fxquant.calibration.calibrate import refuse_redirected
+from fxquant.capture.hooks import refuse_hooks
+from fxquant.errors import AlreadyCompiledError, ConfigurationError, NonFiniteError
+from fxquant.ir.tensors import weights_of
+from fxquant.numerics.finite import require_finite
+from fxquant.runtime.drop_in import DropIn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first tensor; the CPU if it has none."""
+    return next((tensor.device for tensor in weights_of(model).values()), torch.device("cpu"))
+
+
+def class_path(model: nn.Module) -> str:
+    """Where a model's class is found again: ``diffusers:DiTTransformer2DModel``, or its module and name."""
+    cls = type(model)
+    root = cls.__module__.partition(".")[0]
+    return f"{root if root == 'diffusers' else cls.__module__}:{cls.__qualname__}"
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that a model says it has, for some keep a part in float32; else that of its first tensor."""
+    said = getattr(model, "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    tensors = weights_of(model).values()
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no float model that a graph can be made of.
+
+    Raises:
+        AlreadyCompiledError: If fxquant made it.
+        ConfigurationError: If it is no module, went through ``torch.compile``, has hooks or is being calibrated.
+    """
+    if isinstance(model, DropIn):
+        raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            f"a {type(model).__name__} is no model; give the transformer itself, such as pipe.transformer"
+        )
+    compiled = next((path for path, part in model.named_modules() if "_orig_mod" in part._modules), None)
+    if compiled is not None:  # The class that tells is costly to import.
+        raise ConfigurationError(
+            f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give fxquant the "
+            "original, and what it returns to torch.compile: the other way round fxquant would see no graph"
+        )
+    refuse_hooks(model)
+    refuse_redirected(model)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse models with adapters in their layers.
+
+    Raises:
+        ConfigurationError: Names the layer, and says how to make the adapter part of the weights.
+    """
+    for name, module in model.named_modules():
+        if any(
+            base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(module).__mro__
+        ):
+            raise ConfigurationError(
+                f"layer {name!r} of the model holds an adapter, such as a LoRA. Captured, it could neither be scaled "
+                "nor switched off nor loaded again; make it part of the weights first: pipe.fuse_lora(), then "
+                "pipe.unload_lora_weights()"
+            )
+
+
+def check_storage(model: nn.Module) -> None:
+    """Refuse weights that are no plain floats: those without values, and those that were quantized before."""
+    for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+        kind, dtype = type(weight), weight.dtype
+        # Wrappers hold other tensors; bitsandbytes and GGUF hold packed bytes in parameters of their own classes.
+        packed = kind not in (nn.Parameter, nn.Buffer, Tensor) and not dtype.is_floating_point
+        if is_lazy(weight) or weight.is_meta:
+            found = "without values" + (", on the meta device" if weight.is_meta else "")
+            advice = "load the weights first; if accelerate offloads them, load the model again without that"
+        elif packed or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            held = type(weight.data) if kind is nn.Parameter else kind
+            found = f"a {held.__qualname__} of {held.__module__}"
+            advice = "load the float model, neither quantized nor distributed by another library"
+        elif weight.is_quantized or (dtype.is_floating_point and dtype.itemsize < 2):
+            found = f"stored as {dtype}"
+            advice = "load the float model, in bfloat16 or float32, without enable_layerwise_casting"
+        else:
+            continue
+        raise ConfigurationError(
+            f"{name!r} of the model is {found}; fxquant starts from floating-point weights of 16, 32 or 64 bits: "
+            f"{advice}"
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse NaN and infinity in parameters. A buffer may be a mask, in which minus infinity is meant.
+
+    Raises:
+        NonFiniteError: Names the parameter.
+    """
+    for name, weight in model.named_parameters():
+        try:
+            require_finite(weight.detach(), f"weight {name!r} of the model")
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error} Load the model again, in bfloat16 or float32 if a cast to float16 overflowed."
+            ) from None

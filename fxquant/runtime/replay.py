@@ -1,0 +1,227 @@
+"""From a plan to quantized graphs: after calibration, on a float model, for a further call, or without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxquant.calibration.calibrate import Calibration
+from fxquant.capture.fidelity import Original, example
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.known_values import at_most
+from fxquant.capture.rebuilding import warn_if_not_rebuilt
+from fxquant.capture.trace import Architecture
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.ir.attention import find_attentions
+from fxquant.ir.digest import graph_digest
+from fxquant.ir.meta import LAYER
+from fxquant.ir.shared import SharedTensors
+from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_of
+from fxquant.pipeline.backend import Backend
+from fxquant.pipeline.pipeline import Instrument, PassRecord, Pipeline
+from fxquant.pipeline.recipes import Recipe
+from fxquant.planning.plan import Plan, tensor_bytes
+from fxquant.planning.uses import adopt_names, settle
+from fxquant.runtime.float_model import device_of, dtype_of
+from fxquant.runtime.model import GraphModel, bound_graph
+from fxquant.schemas.common import check
+from fxquant.schemas.plan import PlanFile
+from fxquant.statistics.observers import Statistics
+
+
+def convert(
+    calibration: Calibration, recipe: Recipe, backend: Backend, dtype: torch.dtype, instruments: Sequence[Instrument]
+) -> GraphModel:
+    """Make a quantized model of the graphs that were calibrated.
+
+    Args:
+        calibration: Of the float model, done.
+        recipe: Its ``convert`` passes run on every graph.
+        backend: What the graphs are lowered to.
+        dtype: Of the float model.
+        instruments: They watch the passes.
+    """
+    plan = calibration.plan
+    pipeline = Pipeline(recipe.convert, instruments)
+    quantized = GraphModel(calibration.architecture, dtype, plan, further_graph(recipe, backend), backend)
+    calibration.forget_observed()
+    for number, captured in enumerate(calibration.prepared):
+        plan.inputs = calibration.inputs_of(number)
+        records = pipeline.run(captured.module, plan)
+        plan.shared.settle_names(captured.module)
+        captured.digest = graph_digest(captured.module.graph)
+        backend.finish(captured.module, plan, quantized.tensors())
+        plan.passes = plan.passes or [log_entry(record) for record in records]
+        quantized.add(captured)
+    return quantized
+
+
+def replay(
+    model: nn.Module, plan: Plan, backend: Backend, instruments: Sequence[Instrument], statistics: Statistics | None
+) -> GraphModel:
+    """Carry out a recorded plan on a float model."""
+    if not plan.calls:
+        raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
+    recipe = Recipe.parse(plan.recipe)
+    plan.check()
+    try:
+        check(PlanFile, plan.to_json(), "the plan")
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from None
+    backend.check(plan)
+    plan.backend = backend.name
+    for layer in plan.layers.values():
+        layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
+    plan.shared = SharedTensors()
+    weights = weights_of(model)
+    warn_if_not_rebuilt(model, plan.timestep)
+    architecture = Architecture.of(model, plan.timestep)
+    quantized = GraphModel(architecture, dtype_of(model), plan, further_graph(recipe, backend), backend)
+    device, original = device_of(model), Original(model, plan.timestep)
+    for call in plan.calls:
+        original.warm(example(call, device), call.structure, architecture)
+        captured = architecture.capture_spec(call, device)
+        bind(captured.module, weights)
+        try:
+            refuse_unknown_layers(captured, plan)
+        except CalibrationError as error:
+            raise ConfigurationError(
+                f"the plan was made for another model, {plan.model_class}, or for calls that run less of it: {error}"
+            ) from error
+        plan.statistics = statistics
+        try:
+            records = convert_graph(captured, plan, recipe, backend, quantized.tensors(), instruments)
+        finally:
+            plan.statistics = None
+        plan.passes = plan.passes or [log_entry(record) for record in records]
+        quantized.add(captured)
+    plan.bytes_before = tensor_bytes(weights)
+    plan.bytes_after = tensor_bytes(quantized.tensors())
+    return quantized
+
+
+def convert_graph(
+    captured: CapturedGraph,
+    plan: Plan,
+    recipe: Recipe,
+    backend: Backend,
+    held: Mapping[str, Tensor],
+    instruments: Sequence[Instrument] = (),
+) -> list[PassRecord]:
+    """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
+    records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
+    plan.shared.settle_names(captured.module)
+    captured.digest = graph_digest(captured.module.graph)
+    backend.finish(captured.module, plan, held)
+    return records
+
+
+def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
+    """Raise if a graph runs a layer, or one that quantizes attentions an attention, about which the plan says nothing.
+
+    Raises:
+        CalibrationError: Names the first such layer or attention.
+    """
+    adopt_names(captured.module.graph, plan)
+    for node in captured.module.graph.nodes:
+        if LAYER in node.meta:
+            plan.layer(node.meta[LAYER])
+    if any(attention.bits is not None for attention in plan.attentions.values()):
+        for found in find_attentions(captured.module.graph):
+            plan.attention(found.name)
+
+
+def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGraph]:
+    """How a quantized model makes a graph for a call that fits none: trace, replay the plan, share the tensors."""
+
+    def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+        assert owner.plan is not None
+        captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
+        plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
+        plan.shared = owner.plan.shared.without_weights()
+        settle(captured.module.graph, plan)
+        try:
+            refuse_unknown_layers(captured, plan)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{error}: this call of the model runs more than any calibration call did. Calibrate with calls like "
+                f"it: {captured.call}"
+            ) from error
+        convert_graph(captured, plan, recipe, backend, owner.tensors())
+        return bound_graph(captured, owner.tensors())
+
+    return make_graph
+
+
+def model_from_plan(
+    architecture: Architecture, plan: Plan, backend: Backend, dtype: torch.dtype, device: torch.device
+) -> GraphModel:
+    """Build a quantized model from a plan alone, without float weights.
+
+    :func:`bind_all` gives it its tensors, and then :func:`lower_all` takes it to the backend.
+
+    Raises:
+        CheckpointError: If the plan records no call, or the architecture has layers of which the plan says nothing.
+    """
+    if not plan.calls:
+        raise CheckpointError("the plan records no call of the model")
+    recipe = Recipe.parse(plan.recipe)
+    plan.shared = SharedTensors()
+    quantized = GraphModel(architecture, dtype, plan, further_graph(recipe, backend), backend)
+    for call in plan.calls:
+        with at_most(len(plan.layers)):
+            captured = architecture.capture_spec(call, device)
+        try:
+            refuse_unknown_layers(captured, plan)
+        except CalibrationError as error:
+            raise CheckpointError(
+                f"the model that is built for it runs more than was quantized: {error}. It belongs to another model, "
+                "or to another version of its class"
+            ) from error
+        Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
+        plan.shared.settle_names(captured.module)
+        captured.digest = graph_digest(captured.module.graph)
+        quantized.add(captured)
+    return quantized
+
+
+def lower_all(quantized: GraphModel) -> None:
+    """Lower the graphs of a model that has its tensors."""
+    assert quantized.plan is not None and quantized.backend is not None
+    lowered: dict[str, Tensor] = {}
+    for captured in quantized.captured:
+        quantized.backend.finish(captured.module, quantized.plan, lowered)
+        for name, tensor in read_tensors(captured.module).items():
+            lowered.setdefault(name, tensor)
+
+
+def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give every graph of a model its tensors.
+
+    Raises:
+        CheckpointError: If a tensor is missing, has another shape or dtype, or is read by no graph.
+    """
+    read = set()
+    for captured in quantized.captured:
+        for name, held in read_tensors(captured.module).items():
+            read.add(name)
+            if name not in tensors and is_constant_name(name) and not isinstance(held, FakeTensor):
+                continue  # In a cache of the model that was given; where the file was written, it was computed.
+            if name not in tensors:
+                raise CheckpointError(f"no tensor {name!r}: the weights do not belong to this model or are incomplete")
+            if tensors[name].dtype != held.dtype:
+                raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype}, the model needs {held.dtype}")
+        bind(captured.module, tensors)
+    extra = sorted(name for name in tensors.keys() - read if not is_constant_name(name))
+    if extra:
+        raise CheckpointError(f"the model reads no tensor {extra[0]!r}: the weights belong to another model")
+
+
+def log_entry(record: PassRecord) -> dict[str, Any]:
+    """What the plan records of a pass that ran."""
+    return {"pass": record.text, "seconds": round(record.seconds, 3), "edits": record.edits, "ops": record.ops}
