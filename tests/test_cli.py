@@ -22,7 +22,7 @@ from fxquant.cli.main import app
 from fxquant.disk.files import digest_of
 from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
 from fxquant.pipeline.recipes import make_recipe
-from fxquant.storage import diffusers_io as pipelines
+from fxquant.storage import diffusers_io
 from tests.tiny import make_pipeline
 
 FAST = ("--samples", "2", "--steps", "2")
@@ -231,7 +231,7 @@ class TestQuantize:
         def refused(*_, **__):
             raise CheckpointError("q cannot be saved")
 
-        monkeypatch.setattr(pipelines, "save_pipeline", refused)
+        monkeypatch.setattr(diffusers_io, "save_pipeline", refused)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         with pytest.raises(CheckpointError, match="q cannot be saved"):
             cli._save(None, tmp_path / "q", overwrite=False)

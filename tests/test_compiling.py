@@ -16,7 +16,7 @@ from torch.library import opcheck
 import fxquant
 from fxquant.errors import SpeedWarning
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.runtime import torch_compile as compiling
+from fxquant.runtime import torch_compile
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.zoo.audit import STEPS
@@ -215,4 +215,4 @@ def test_the_convolution_is_an_honest_op() -> None:
     arguments = (x, torch.randn(8, 2, 3, 3), torch.randn(8), [2, 1], [1, 0], [1, 1], 2)
     opcheck(torch.ops.fxquant.convolution.default, arguments, test_utils=("test_schema", "test_faketensor"))
     assert torch.ops.fxquant.convolution(*arguments).is_contiguous()
-    assert compiling.convolution(x.bfloat16(), *arguments[1:]).dtype == torch.float32
+    assert torch_compile.convolution(x.bfloat16(), *arguments[1:]).dtype == torch.float32

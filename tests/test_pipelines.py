@@ -23,7 +23,7 @@ from torch import nn
 import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.runtime.model import GraphModel
-from fxquant.storage import diffusers_io as pipelines
+from fxquant.storage import diffusers_io
 from fxquant.storage.aot.model import PackagedModel
 from fxquant.storage.diffusers_io import calibration_call, generate, load_pipeline, save_pipeline, steps_watched
 from tests.tiny import make_dit, make_pipeline
@@ -146,7 +146,7 @@ class TestSaveAndLoad:
             "timestep": None,
         }
         package = PackagedModel(info, config, [], {})
-        monkeypatch.setattr(pipelines, "load_package", lambda _: package)
+        monkeypatch.setattr(diffusers_io, "load_package", lambda _: package)
         loaded = load_pipeline(target, trust_packages=True)
         assert loaded.transformer is package
         assert loaded.vae.dtype == torch.bfloat16
@@ -231,13 +231,13 @@ class TestParts:
     @pytest.mark.parametrize("name", ["../evil", "..", "a/b", "/evil"])
     def test_parts_outside_of_the_folder_are_none(self, tmp_path, name):
         (tmp_path / "model_index.json").write_text(json.dumps({name: ["diffusers", "X"], "vae": ["diffusers", "X"]}))
-        assert pipelines.parts_of(tmp_path) == ["vae"]
+        assert diffusers_io.parts_of(tmp_path) == ["vae"]
 
     def test_packages_load_only_when_trusted(self, folder, tmp_path, monkeypatch):
         target = shutil.copytree(folder, tmp_path / "target")
         (target / "transformer" / "plan.json").rename(target / "transformer" / "package.json")
         loaded = []
-        monkeypatch.setattr(pipelines, "load_package", loaded.append)
+        monkeypatch.setattr(diffusers_io, "load_package", loaded.append)
         with pytest.raises(CheckpointError, match=r"transformer is a package, a program.*trust_packages=True"):
             load_pipeline(target)
         assert not loaded
@@ -451,7 +451,7 @@ def test_steps_are_watched(tiny_pipeline):
     ticks = []
     with steps_watched(tiny_pipeline, lambda: ticks.append(1)):
         generate(tiny_pipeline, labels=list(range(10)), steps=3)
-    assert len(ticks) == 3 * pipelines.num_batches(10) == 6
+    assert len(ticks) == 3 * diffusers_io.num_batches(10) == 6
     assert "step" not in tiny_pipeline.scheduler.__dict__
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxquant.numerics import grids as quantizer
+from fxquant.numerics import grids
 
 library = torch.library.Library("fxquant_native", "DEF")
 
@@ -53,7 +53,7 @@ def define_composite(schema: str, kernel: Callable[..., Tensor]) -> None:
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
     """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that fuse."""
-    return quantizer.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
+    return grids.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
 
 
 define_composite("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmax) -> Tensor", quantize)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxquant.backends.torchao.weights import MIDDLE, fits_byte_kernel, four_bit_product, grid_of_four_bits
-from fxquant.numerics import grids as quantizer
+from fxquant.numerics import grids
 
 _library = torch.library.Library("fxquant_torchao", "DEF")
 _CUBLAS = 8  # Its integer products want multiples of this in every size, and more rows than twice it.
@@ -21,7 +21,7 @@ _CUBLAS = 8  # Its integer products want multiples of this in every size, and mo
 
 def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
     """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that fuse."""
-    return quantizer.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
+    return grids.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
 
 
 def input_sums(xq: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -93,7 +93,7 @@ def linear_of_bytes(x: Tensor, weight: Tensor, w_scale: Tensor, w_excess: Tensor
 
     In 16-bit floats on CPUs a kernel unpacks the weight as it goes; elsewhere it is dequantized.
     """
-    dtype = quantizer.compute_dtype(x.dtype)
+    dtype = grids.compute_dtype(x.dtype)
     halves = x.dtype in (torch.bfloat16, torch.float16)
     if x.device.type != "cpu" or not halves or not fits_byte_kernel(x.shape[-1]):
         values = weight.to(dtype) * w_scale.to(dtype)

@@ -438,16 +438,16 @@ def generate(
     _check_image_path(out_path)
     with _quiet():
         with _status("importing torch and diffusers"):
-            from fxquant.storage import diffusers_io as pipelines
+            from fxquant.storage import diffusers_io
         with _status(f"reading {folder}"):
             _no_bars()
-            pipe = pipelines.load_pipeline(folder, device=device, trust_packages=allow_packages)
+            pipe = diffusers_io.load_pipeline(folder, device=device, trust_packages=allow_packages)
             pipe.set_progress_bar_config(disable=True)
         with _progress() as progress:
             count = len(wanted or lines or ())
-            task = progress.add_task(f"generate: {count} images", total=pipelines.num_batches(count) * steps)
-            with pipelines.steps_watched(pipe, lambda: progress.advance(task)), _blaming_the_pipeline(pipe):
-                images = pipelines.generate(
+            task = progress.add_task(f"generate: {count} images", total=diffusers_io.num_batches(count) * steps)
+            with diffusers_io.steps_watched(pipe, lambda: progress.advance(task)), _blaming_the_pipeline(pipe):
+                images = diffusers_io.generate(
                     pipe, steps=steps, seed=seed, guidance=guidance, prompts=lines, labels=wanted
                 )
     try:

@@ -19,6 +19,7 @@ import enum
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture.state import HOLLOW
-from fxquant.errors import DropInError
+from fxquant.errors import ConfigurationError, DropInError
 
 
 class DropIn(nn.Module):
@@ -255,3 +256,38 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return isinstance(value, (list, tuple, set, frozenset)) and all(map(_is_plain, value))
+
+
+def refuse_streaming(name: str, value: Any) -> None:
+    """Refuse hooks of accelerate that bring weights to a module when it is called.
+
+    A graph calls no modules, so their weights would never come. accelerate puts such a hook on the model itself before
+    any weight moves, so nothing has happened yet.
+
+    Raises:
+        ConfigurationError: Says how to offload instead.
+    """
+    if name == "_diffusers_hook":
+        raise refusal(name)
+    hooks = getattr(value, "hooks", (value,)) if name == "_hf_hook" else ()
+    for hook in hooks:
+        if getattr(hook, "io_same_device", False) and getattr(hook, "execution_device", None) is None:
+            raise ConfigurationError(
+                "the weights of a captured model are read by a graph and cannot be brought to the device module by "
+                "module, as sequential offload and device maps do. Use pipe.enable_model_cpu_offload(), which moves "
+                "the model as a whole, or .to(device)"
+            )
+
+
+def let_pipelines_save(kind: type[nn.Module]) -> None:
+    """Enter a class in the table by which diffusers finds how the components of a pipeline are saved and loaded.
+
+    ``DiffusionPipeline.save_pretrained`` leaves out, with a line in the log, what the table does not have.
+    """
+    if "diffusers" not in sys.modules:  # Nor is there a pipeline; importing diffusers takes seconds.
+        return
+    from diffusers.pipelines import pipeline_loading_utils as tables
+
+    methods = ["save_pretrained", "from_pretrained"]
+    tables.LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
+    tables.ALL_IMPORTABLE_CLASSES[kind.__name__] = methods

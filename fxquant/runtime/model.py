@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,23 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture.describe import warn_of_many
 from fxquant.capture.graph import CapturedGraph
-from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
 from fxquant.capture.trace import Architecture
-from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, QualityWarning
-from fxquant.ir.tensors import bind, read_tensors, set_tensor, weights_and_buffers
+from fxquant.errors import ConfigurationError, QualityWarning
+from fxquant.ir.tensors import read_tensors, set_tensor, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
-from fxquant.runtime import torch_compile as compiling
 from fxquant.runtime.devices import retarget
-from fxquant.runtime.drop_in import DropIn, changes, hand_on, refusal
-from fxquant.runtime.nans import showing_nans
+from fxquant.runtime.drop_in import DropIn, changes, hand_on, let_pipelines_save, refusal, refuse_streaming
+from fxquant.runtime.forward import forward_of_graphs
 
-_MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
 _WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
 
 MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], CapturedGraph]
@@ -78,7 +72,7 @@ class GraphModel(DropIn):
         self._watched = 0
         # Not a submodule: its fake parameters are nobody's business. From here on, its attributes cannot be set.
         object.__setattr__(self, "architecture", architecture)
-        self.forward = functools.partial(_forward, self)
+        self.forward = functools.partial(forward_of_graphs, self)
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
         self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
         self.eval()
@@ -112,7 +106,7 @@ class GraphModel(DropIn):
     def __setattr__(self, name: str, value: Any) -> None:
         own = name in self.__dict__ or name in ("graphs", "training") or hasattr(GraphModel, name)
         if not own and "architecture" in self.__dict__:
-            _refuse_streaming(name, value)
+            refuse_streaming(name, value)
             if changes(self.architecture.skeleton, name):
                 raise refusal(name, "it would not change what was captured. Set it in the float model and compile that")
         super().__setattr__(name, value)
@@ -356,27 +350,6 @@ class _Graphs(nn.ModuleList):
         return args[0] if args else destination
 
 
-def _refuse_streaming(name: str, value: Any) -> None:
-    """Refuse hooks of accelerate that bring weights to a module when it is called.
-
-    A graph calls no modules, so their weights would never come. accelerate puts such a hook on the model itself before
-    any weight moves, so nothing has happened yet.
-
-    Raises:
-        ConfigurationError: Says how to offload instead.
-    """
-    if name == "_diffusers_hook":
-        raise refusal(name)
-    hooks = getattr(value, "hooks", (value,)) if name == "_hf_hook" else ()
-    for hook in hooks:
-        if getattr(hook, "io_same_device", False) and getattr(hook, "execution_device", None) is None:
-            raise ConfigurationError(
-                "the weights of a captured model are read by a graph and cannot be brought to the device module by "
-                "module, as sequential offload and device maps do. Use pipe.enable_model_cpu_offload(), which moves "
-                "the model as a whole, or .to(device)"
-            )
-
-
 def quantized_model(model: Any, taker: str) -> tuple[GraphModel, Plan]:
     """A quantized model that was given to a function, without ``torch.compile`` around it, and its plan.
 
@@ -396,113 +369,3 @@ def quantized_model(model: Any, taker: str) -> tuple[GraphModel, Plan]:
             "quantized"
         )
     return model, model.plan
-
-
-def let_pipelines_save(kind: type[nn.Module]) -> None:
-    """Enter a class in the table by which diffusers finds how the components of a pipeline are saved and loaded.
-
-    ``DiffusionPipeline.save_pretrained`` leaves out, with a line in the log, what the table does not have.
-    """
-    if "diffusers" not in sys.modules:  # Nor is there a pipeline; importing diffusers takes seconds.
-        return
-    from diffusers.pipelines import pipeline_loading_utils as tables
-
-    methods = ["save_pretrained", "from_pretrained"]
-    tables.LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
-    tables.ALL_IMPORTABLE_CLASSES[kind.__name__] = methods
-
-
-def _forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
-        # Within something larger that is compiled.
-        names, leaves, structure = self.architecture.canonical(args, kwargs)
-        captured = self.find_compiling(names, leaves, structure)
-        if captured is None:
-            captured = _capture(self, names, leaves, structure)
-        inputs = captured.inputs(leaves)
-        return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
-    if (compiler := compiling.callback()) not in (None, False):  # At the beginning of what is compiled.
-        call = _begin(self, args, kwargs)
-        try:
-            leaves = call.code(call.module, *call.inputs)
-        except TorchDynamoException as error:
-            call = _begin_again(call, error)
-            compiling.set_callback(compiler)
-            leaves = call.code(call.module, *call.inputs)
-        finally:
-            _unwatch(self)
-        return _end(call, leaves)
-    captured, inputs = _choose(self, args, kwargs)
-    return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
-
-
-compiling.leave_alone(_forward.__code__)
-
-
-def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
-    """The graph that serves a call, captured if there is none yet, and its inputs."""
-    names, leaves, structure = self.architecture.canonical(args, kwargs)
-    captured = self.find(names, leaves, structure)
-    self.watch(names, leaves)
-    if captured is None:
-        captured = _capture(self, names, leaves, structure)
-    return captured, captured.inputs(leaves)
-
-
-@torch.compiler.disable
-def _begin(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> compiling.Call:
-    captured, inputs = _choose(self, args, kwargs)
-    compiling.watch(self.backend)
-    return compiling.begin(captured, inputs)
-
-
-@torch.compiler.disable
-def _begin_again(call: compiling.Call, error: Exception) -> compiling.Call:
-    return compiling.begin_again(call, error)
-
-
-@torch.compiler.disable
-def _unwatch(self: GraphModel) -> None:
-    compiling.unwatch(self.backend)
-
-
-@torch.compiler.disable
-def _end(call: compiling.Call, leaves: Sequence[Any]) -> Any:
-    return call.captured.output(showing_nans(call.captured, call.inputs, leaves))
-
-
-@torch.compiler.disable
-def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-    with tracing_alone(), without_autocast(self.device.type):
-        if (made := self.find(names, leaves, structure)) is not None:  # By another thread, meanwhile.
-            return made
-        captured = self._make_graph(self, names, leaves, structure)
-        self.add(captured)
-    warn_of_many(names, leaves, [graph.call for graph in self.captured])
-    held = [graph for graph in self.captured if graph.call.held]
-    if captured.call.held and len(held) == _MANY_HELD:
-        warnings.warn(
-            f"{len(held)} graphs were captured, one for each new value: {captured.static_batch}. Each takes the time "
-            "of a capture; let calls share values where you can, say by padding prompts to a few lengths.",
-            stacklevel=4,
-        )
-    return captured
-
-
-def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) -> CapturedGraph:
-    """Bind tensors to a graph that a call asked for after the float model was gone.
-
-    Raises:
-        CaptureError: If the graph reads a tensor that no captured graph read.
-    """
-    try:
-        bind(captured.module, tensors)
-    except CheckpointError as error:
-        read = read_tensors(captured.module)
-        unread = (name for name in sorted(read.keys() - tensors.keys()) if isinstance(read[name], FakeTensor))
-        what = next((f"it reads {name!r}, which none of those did" for name in unread), str(error))
-        raise CaptureError(
-            f"a call {captured.call} runs a part of the model that no calibration call ran: {what}; calibrate with a "
-            "call like this one as well"
-        ) from error
-    return captured

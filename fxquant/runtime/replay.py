@@ -16,7 +16,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.known_values import at_most
 from fxquant.capture.rebuilding import warn_if_not_rebuilt
 from fxquant.capture.trace import Architecture
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.meta import LAYER
@@ -28,7 +28,7 @@ from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.planning.uses import adopt_names, settle
 from fxquant.runtime.float_model import device_of, dtype_of
-from fxquant.runtime.model import GraphModel, bound_graph
+from fxquant.runtime.model import GraphModel
 from fxquant.schemas.common import check
 from fxquant.schemas.plan import PlanFile
 from fxquant.statistics.observers import Statistics
@@ -225,3 +225,22 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
 def log_entry(record: PassRecord) -> dict[str, Any]:
     """What the plan records of a pass that ran."""
     return {"pass": record.text, "seconds": round(record.seconds, 3), "edits": record.edits, "ops": record.ops}
+
+
+def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) -> CapturedGraph:
+    """Bind tensors to a graph that a call asked for after the float model was gone.
+
+    Raises:
+        CaptureError: If the graph reads a tensor that no captured graph read.
+    """
+    try:
+        bind(captured.module, tensors)
+    except CheckpointError as error:
+        read = read_tensors(captured.module)
+        unread = (name for name in sorted(read.keys() - tensors.keys()) if isinstance(read[name], FakeTensor))
+        what = next((f"it reads {name!r}, which none of those did" for name in unread), str(error))
+        raise CaptureError(
+            f"a call {captured.call} runs a part of the model that no calibration call ran: {what}; calibrate with a "
+            "call like this one as well"
+        ) from error
+    return captured

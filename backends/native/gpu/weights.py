@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fxquant.numerics import grids as quantizer
+from fxquant.numerics import weights as reference
 from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128
@@ -113,7 +113,7 @@ def floats(
 
     Its values are rounded to three bits behind the first, so that codes of 8 bits are not found again.
     """
-    real = quantizer.dequantize_weight(packed, scale, zero_point, bits, group_size, in_features, torch.float32)
+    real = reference.dequantize_weight(packed, scale, zero_point, bits, group_size, in_features, torch.float32)
     step = real.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / FP8_MAX
     return (real / step).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), step
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
-from fxquant.numerics import grids as quantizer
+from fxquant.numerics import grids
 
 Recorder = Callable[[str, Tensor, Tensor, int], None]
 """Called as `recorder(key, x, timestep, axis)` by each :func:`observe`; it must neither keep nor change `x` itself."""
@@ -64,7 +64,7 @@ def channel_affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     is a balancing factor that no weight could take in.
     """
     _check_affine(x, scale, shift)
-    dtype = quantizer.compute_dtype(x.dtype)
+    dtype = grids.compute_dtype(x.dtype)
     y = x.to(dtype) * scale.to(dtype)
     if shift is not None:
         y = y + shift.to(dtype)
@@ -83,7 +83,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int,
     """
     check_activation_grid(x, scale, zero_point)
     _check_codes(qmin, qmax, dtype)
-    return quantizer.quantize(x, scale, zero_point, qmin, qmax).to(dtype).contiguous()
+    return grids.quantize(x, scale, zero_point, qmin, qmax).to(dtype).contiguous()
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
@@ -97,8 +97,8 @@ def token_grid(x: Tensor, bits: int) -> Tensor:
 
     Dynamic quantization: `torch.unbind` of the result are the arguments of :func:`quantize` and :func:`linear`.
     """
-    low, high = torch.aminmax(x.to(quantizer.compute_dtype(x.dtype)), dim=-1, keepdim=True)
-    scale, zero_point = quantizer.affine_parameters(low, high, bits)
+    low, high = torch.aminmax(x.to(grids.compute_dtype(x.dtype)), dim=-1, keepdim=True)
+    scale, zero_point = grids.affine_parameters(low, high, bits)
     return torch.stack([scale, zero_point.float()])
 
 

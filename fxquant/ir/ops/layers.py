@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fxquant.errors import ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
-from fxquant.numerics import grids as quantizer
+from fxquant.numerics import grids, weights
 from fxquant.numerics.packing import packed_size, unpack
 
 
@@ -29,7 +29,7 @@ def dequantize_weight(
     the input channels a group, 0 for one group a row. For a linear whose activations stay float.
     """
     _check_weight(wq, scale, zero_point, bits, group_size, in_features)
-    return quantizer.dequantize_weight(wq, scale, zero_point, bits, group_size, in_features, dtype).contiguous()
+    return weights.dequantize_weight(wq, scale, zero_point, bits, group_size, in_features, dtype).contiguous()
 
 
 def _fake_dequantize_weight(
@@ -67,7 +67,7 @@ def linear(
     _check_weight(wq, w_scale, w_zero_point, bits, group_size, xq.shape[-1])
     if bias is not None:
         check_broadcast("bias", bias, (*xq.shape[:-1], wq.shape[0]))
-    dtype = quantizer.compute_dtype(out_dtype)
+    dtype = grids.compute_dtype(out_dtype)
     x = xq.to(dtype) - x_zero_point.to(dtype)
     # bfloat16 holds integers up to 256 only, so an autocast product would drop bits of the codes.
     with torch.autocast(xq.device.type, enabled=False):
@@ -75,7 +75,7 @@ def linear(
             weight = unpack(wq, bits, xq.shape[-1]).to(dtype) - w_zero_point.to(dtype)
             y = functional.linear(x, weight) * w_scale.to(dtype).flatten()
         else:
-            weight = quantizer.dequantize_weight(wq, w_scale, w_zero_point, bits, group_size, xq.shape[-1], dtype)
+            weight = weights.dequantize_weight(wq, w_scale, w_zero_point, bits, group_size, xq.shape[-1], dtype)
             y = functional.linear(x, weight)
     y = y * x_scale.to(dtype)
     if bias is not None:
@@ -128,7 +128,7 @@ def conv2d(
     check_activation_grid(xq, x_scale, x_zero_point)
     _check_weight(wq, w_scale, w_zero_point, bits, 0, math.prod(kernel))
     _check_conv_input(xq, kernel, groups)
-    dtype = quantizer.compute_dtype(out_dtype)
+    dtype = grids.compute_dtype(out_dtype)
     x = xq.to(dtype) - x_zero_point.to(dtype)
     weight = unpack(wq, bits, math.prod(kernel)).to(dtype) - w_zero_point.to(dtype)
     with torch.autocast(xq.device.type, enabled=False):
@@ -173,7 +173,7 @@ def _check_conv_input(xq: Tensor, kernel: list[int], groups: int) -> None:
 
 
 def _check_weight(wq: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int, in_features: int) -> None:
-    grid = (wq.shape[0], quantizer.group_count(in_features, group_size))
+    grid = (wq.shape[0], weights.group_count(in_features, group_size))
     size = packed_size(in_features, bits)
     if wq.dtype != torch.uint8 or wq.dim() != 2 or wq.shape[1] != size:
         raise ConfigurationError(

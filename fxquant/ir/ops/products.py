@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fxquant.errors import ConfigurationError
 from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
-from fxquant.numerics import grids as quantizer
+from fxquant.numerics import grids
 
 
 def matmul(
@@ -26,7 +26,7 @@ def matmul(
     but one. The result is `[..., m, n]` of `out_dtype`.
     """
     _check_factors(aq, a_scale, a_zero_point, bq, b_scale, b_zero_point)
-    dtype = quantizer.compute_dtype(out_dtype)
+    dtype = grids.compute_dtype(out_dtype)
     a = aq.to(dtype) - a_zero_point.to(dtype)
     b = bq.to(dtype) - b_zero_point.to(dtype)
     # bfloat16 holds integers up to 256 only, so an autocast product would drop bits of the codes.

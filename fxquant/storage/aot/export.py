@@ -29,12 +29,12 @@ from fxquant.errors import BackendError, CheckpointError, CompilerError, Configu
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.plan import PLAN_FILE
-from fxquant.runtime import torch_compile as compiling
+from fxquant.runtime import torch_compile
 from fxquant.runtime.float_model import class_path
 from fxquant.runtime.model import GraphModel, quantized_model
-from fxquant.storage import diffusers_io as pipelines
+from fxquant.storage import diffusers_io
 from fxquant.storage.agreement import check_finite, infinite_in, read_headers
-from fxquant.storage.aot import package as packages
+from fxquant.storage.aot import package
 from fxquant.storage.aot.model import CONFIG_FILE, PACKAGE_FILE, signature_to_json
 from fxquant.storage.aot.package import FORMAT, GRAPH_FILE, TENSORS_FILE, info_text, machine
 from fxquant.storage.checkpoint import load
@@ -92,7 +92,7 @@ def export_aot(
     require_compiler()
     runner = model.backend or resolve_backend(plan.backend)
     seconds = []
-    with whole_folder(folder, lambda path: packages.refuse_existing(path, overwrite)) as written:
+    with whole_folder(folder, lambda path: package.refuse_existing(path, overwrite)) as written:
         entries = []
         for number, captured in enumerate(model.captured):
             entries.append(_describe(captured))
@@ -132,7 +132,7 @@ def export_folder(
         raise ConfigurationError(f"{folder} lies in {source}, which is read; choose a folder outside of it")
     require_compiler()
     if not (source / INDEX_FILE).is_file():
-        prepare(folder, lambda path: packages.refuse_existing(path, overwrite))
+        prepare(folder, lambda path: package.refuse_existing(path, overwrite))
         return export_aot(load(source, backend=backend), folder, overwrite=overwrite, progress=progress)
     parts = [name for name in parts_of(source) if (source / name / PLAN_FILE).is_file()]
     if not parts and any((source / name / PACKAGE_FILE).is_file() for name in parts_of(source)):
@@ -140,7 +140,7 @@ def export_folder(
     if not parts:
         raise CheckpointError(f"no part of the pipeline {source} is quantized; see fxquant quantize")
     seconds: list[float] = []
-    with whole_folder(folder, lambda path: pipelines.refuse_existing(path, overwrite)) as written:
+    with whole_folder(folder, lambda path: diffusers_io.refuse_existing(path, overwrite)) as written:
         for path in source.iterdir():
             if path.is_file():
                 shutil.copy(path, written)
@@ -193,7 +193,7 @@ def compile_graph(captured: CapturedGraph, path: Path) -> None:
 def lifted(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph to which its tensors are inputs, behind the others."""
     graph = copy.deepcopy(module.graph)
-    compiling.keep_layouts(graph)
+    torch_compile.keep_layouts(graph)
     places: dict[str, fx.Node] = {}
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in [node for node in graph.nodes if node.op == "get_attr"]:

@@ -19,8 +19,7 @@ from fxquant.capture.describe import canonical_call, describe_call
 from fxquant.capture.trace import Architecture
 from fxquant.disk.files import blaming, dtype_of_name
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
-from fxquant.runtime.drop_in import DropIn, hand_on
-from fxquant.runtime.model import let_pipelines_save
+from fxquant.runtime.drop_in import DropIn, hand_on, let_pipelines_save
 from fxquant.runtime.nans import with_nans
 from fxquant.storage.agreement import Header, bounded
 

@@ -33,7 +33,7 @@ from fxquant.disk.files import (
 from fxquant.disk.folders import mention_leftovers, no_folder
 from fxquant.errors import CheckpointError
 from fxquant.pipeline.backend import resolve_backend
-from fxquant.runtime import torch_compile as _compiling  # noqa: F401  (registers an op)
+from fxquant.runtime import torch_compile  # noqa: F401  (registers an op)
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.package import PackageFile

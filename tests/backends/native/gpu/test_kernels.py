@@ -15,7 +15,7 @@ from fxquant.backends.native.gpu.configs import candidates, trying
 from fxquant.backends.native.gpu.products import linear as linear_of_config
 from fxquant.backends.native.gpu.rows import quantize
 from fxquant.errors import BackendError
-from fxquant.numerics import grids as quantizer
+from fxquant.numerics import grids
 from fxquant.numerics.packing import pack
 from fxquant.numerics.sqnr import sqnr_db
 
@@ -316,7 +316,7 @@ def test_codes_are_the_references_bit_for_bit(dtype: torch.dtype, qmax: int) -> 
         scale = torch.full(shape, 0.03125) if shape == () else torch.rand(shape) * 0.1 + 0.01
         zero_point = torch.randint(0, qmax, shape, dtype=torch.uint8)
         found = native.triton_quantize(x.to(DEVICE), scale.to(DEVICE), zero_point.to(DEVICE), qmax, torch.int8).cpu()
-        right = quantizer.quantize(x, scale, zero_point, 0, qmax)
+        right = grids.quantize(x, scale, zero_point, 0, qmax)
         assert torch.equal(found.to(torch.int16) + 128, right.to(torch.int16))
 
 
@@ -334,7 +334,7 @@ def test_grids_of_tokens_are_the_references_bit_for_bit(dtype: torch.dtype, bits
     assert (scale.dtype, zero_point.dtype, scale.shape) == (torch.float32, torch.uint8, (3, 7, 1))
     assert torch.equal(scale.cpu(), right[0])
     assert torch.equal(zero_point.cpu().float(), right[1])
-    expected_codes = quantizer.quantize(x, right[0], right[1], 0, 2**bits - 1)
+    expected_codes = grids.quantize(x, right[0], right[1], 0, 2**bits - 1)
     assert torch.equal(codes.cpu().float() + 128, expected_codes)
     assert torch.equal(sums, codes.sum(-1, keepdim=True, dtype=torch.int32))
 

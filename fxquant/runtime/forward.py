@@ -1,0 +1,100 @@
+"""The forward of a quantized model: eager, compiled, or within something larger that is compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from fxquant.capture.describe import warn_of_many
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
+from fxquant.runtime import torch_compile
+from fxquant.runtime.nans import showing_nans
+
+if TYPE_CHECKING:
+    from fxquant.runtime.model import GraphModel
+
+
+_MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
+
+
+def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
+    """Run the graph that serves a call, and capture one if there is none."""
+    if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
+        # Within something larger that is compiled.
+        names, leaves, structure = self.architecture.canonical(args, kwargs)
+        captured = self.find_compiling(names, leaves, structure)
+        if captured is None:
+            captured = _capture(self, names, leaves, structure)
+        inputs = captured.inputs(leaves)
+        return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
+    if (compiler := torch_compile.callback()) not in (None, False):  # At the beginning of what is compiled.
+        call = _begin(self, args, kwargs)
+        try:
+            leaves = call.code(call.module, *call.inputs)
+        except TorchDynamoException as error:
+            call = _begin_again(call, error)
+            torch_compile.set_callback(compiler)
+            leaves = call.code(call.module, *call.inputs)
+        finally:
+            _unwatch(self)
+        return _end(call, leaves)
+    captured, inputs = _choose(self, args, kwargs)
+    return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
+
+
+torch_compile.leave_alone(forward_of_graphs.__code__)
+
+
+def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
+    """The graph that serves a call, captured if there is none yet, and its inputs."""
+    names, leaves, structure = self.architecture.canonical(args, kwargs)
+    captured = self.find(names, leaves, structure)
+    self.watch(names, leaves)
+    if captured is None:
+        captured = _capture(self, names, leaves, structure)
+    return captured, captured.inputs(leaves)
+
+
+@torch.compiler.disable
+def _begin(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> torch_compile.Call:
+    captured, inputs = _choose(self, args, kwargs)
+    torch_compile.watch(self.backend)
+    return torch_compile.begin(captured, inputs)
+
+
+@torch.compiler.disable
+def _begin_again(call: torch_compile.Call, error: Exception) -> torch_compile.Call:
+    return torch_compile.begin_again(call, error)
+
+
+@torch.compiler.disable
+def _unwatch(self: GraphModel) -> None:
+    torch_compile.unwatch(self.backend)
+
+
+@torch.compiler.disable
+def _end(call: torch_compile.Call, leaves: Sequence[Any]) -> Any:
+    return call.captured.output(showing_nans(call.captured, call.inputs, leaves))
+
+
+@torch.compiler.disable
+def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+    with tracing_alone(), without_autocast(self.device.type):
+        if (made := self.find(names, leaves, structure)) is not None:  # By another thread, meanwhile.
+            return made
+        captured = self._make_graph(self, names, leaves, structure)
+        self.add(captured)
+    warn_of_many(names, leaves, [graph.call for graph in self.captured])
+    held = [graph for graph in self.captured if graph.call.held]
+    if captured.call.held and len(held) == _MANY_HELD:
+        warnings.warn(
+            f"{len(held)} graphs were captured, one for each new value: {captured.static_batch}. Each takes the time "
+            "of a capture; let calls share values where you can, say by padding prompts to a few lengths.",
+            stacklevel=4,
+        )
+    return captured
