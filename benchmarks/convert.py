@@ -138,7 +138,7 @@ def convert(recipe: str, layers: int, timesteps: int, threads: int, folder: str)
     from fxquant.calibration.calibrate import Calibration
     from fxquant.capture.trace import Architecture
     from fxquant.pipeline.pipeline import PASSES, Pipeline
-    from fxquant.statistics.observers import Statistics
+    from fxquant.statistics.collection import Statistics
 
     _ = diffusers.DiTTransformer2DModel, [PASSES[name] for name in PASSES]  # Imported on first use.
     torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fxquant.inspect.report import Report, report
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.plan import Plan
-    from fxquant.statistics.observers import Statistics
+    from fxquant.statistics.collection import Statistics
     from fxquant.storage.aot.export import export_aot
     from fxquant.storage.aot.package import load_package
     from fxquant.storage.checkpoint import load, save
@@ -49,7 +49,7 @@ _HOMES = {
     "Recipe": "pipeline.recipes",
     "Report": "inspect.report",
     "SpeedWarning": "errors",
-    "Statistics": "statistics.observers",
+    "Statistics": "statistics.collection",
     "compile": "api",
     "export_aot": "storage.aot.export",
     "load": "storage.checkpoint",

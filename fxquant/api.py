@@ -37,7 +37,7 @@ from fxquant.runtime.float_model import (
 )
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.replay import convert, replay
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 
 _POOR_DB = 10.0
 

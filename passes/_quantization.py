@@ -24,8 +24,9 @@ from fxquant.numerics.rounding.adaround import adaround
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import QuantizedWeight, quantize_weight
+from fxquant.planning.decisions import ActivationRange, LayerPlan
 from fxquant.planning.evidence import evidence, moments
-from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
+from fxquant.planning.plan import Plan
 from fxquant.planning.uses import unnumbered
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.channels.rules.table import node_of
-from fxquant.channels.solve import Seed
+from fxquant.channels.solution import Seed
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER
-from fxquant.planning.plan import Balance, LayerPlan, Plan, Shift
+from fxquant.planning.decisions import Balance, LayerPlan, Shift
+from fxquant.planning.plan import Plan
 from fxquant.planning.precision import ROLES
 
 

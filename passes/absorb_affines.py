@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.channels.solve import Edit, Seed, Solution, solve
+from fxquant.channels.solution import Edit, Seed, Solution
+from fxquant.channels.walk import solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.attention import ValueChange, note_change
 from fxquant.ir.meta import LAYER

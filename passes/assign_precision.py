@@ -20,7 +20,8 @@ from fxquant.ir.products import find_products
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
-from fxquant.planning.plan import AttentionPlan, LayerPlan, Plan
+from fxquant.planning.decisions import AttentionPlan, LayerPlan
+from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision, entries_of, overridden, precision_of, roles
 from fxquant.planning.uses import unnumbered
 from fxquant.text import pattern_of

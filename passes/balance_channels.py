@@ -16,7 +16,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, fx
 
 from fxquant.channels.rules.table import node_of
-from fxquant.channels.solve import Grant, Seed, solve
+from fxquant.channels.solution import Grant, Seed
+from fxquant.channels.walk import solve
 from fxquant.errors import ConfigurationError
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER, PROVENANCE
@@ -36,8 +37,9 @@ from fxquant.passes._seeds import (
     seeds_undone_before,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.decisions import Balance, LayerPlan
 from fxquant.planning.evidence import evidence
-from fxquant.planning.plan import Balance, LayerPlan, Plan
+from fxquant.planning.plan import Plan
 
 
 class Salience(enum.Enum):

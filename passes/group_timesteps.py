@@ -10,16 +10,18 @@ from typing import ClassVar
 import numpy as np
 from torch import fx
 
-from fxquant.channels.solve import Request, solve
+from fxquant.channels.solution import Request
+from fxquant.channels.walk import solve
 from fxquant.errors import ConfigurationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import boundaries_between, timestep_input, unfit
 from fxquant.passes._seeds import is_transformed, parse_cost, parse_roles, seeds_to_transform, targets_of
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.decisions import LayerPlan, TimestepGroups
 from fxquant.planning.evidence import evidence
 from fxquant.planning.grouping import best_segments, check_groups, cut, merge_neighbours
-from fxquant.planning.plan import LayerPlan, Plan, TimestepGroups
+from fxquant.planning.plan import Plan
 
 
 class Grouping(enum.Enum):

@@ -20,7 +20,8 @@ from fxquant.numerics.ranges import activation_range
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes._quantization import InputRange
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
-from fxquant.planning.plan import ActivationRange, AttentionPlan, Plan
+from fxquant.planning.decisions import ActivationRange, AttentionPlan
+from fxquant.planning.plan import Plan
 
 aten = torch.ops.aten
 _MATMUL = torch.ops.fxquant.matmul.default

@@ -25,7 +25,8 @@ from fxquant.passes._quantization import (
     quantized_weight,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
-from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
 
 
 @register_pass

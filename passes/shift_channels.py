@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from fxquant.channels.rules.shifts import shift_output
 from fxquant.channels.rules.table import node_of
-from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
+from fxquant.channels.solution import Grant, Request, Seed, Solution
+from fxquant.channels.walk import solve
 from fxquant.errors import ConfigurationError
 from fxquant.ir.histories import digest
 from fxquant.ir.layers import parameter_of
@@ -31,8 +32,9 @@ from fxquant.passes._seeds import (
     targets_of,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.decisions import LayerPlan, Shift
 from fxquant.planning.evidence import evidence
-from fxquant.planning.plan import LayerPlan, Plan, Shift
+from fxquant.planning.plan import Plan
 
 
 @register_pass

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
-from fxquant.channels.solve import Grant, Request, Seed, Solution, solve
+from fxquant.channels.solution import Grant, Request, Seed, Solution
+from fxquant.channels.walk import solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter

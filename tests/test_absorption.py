@@ -16,7 +16,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.support import AFFINE, captured, count, outputs, relative_error
 
 Example = tuple[nn.Module, Callable[[int], dict[str, Tensor]]]

@@ -27,7 +27,7 @@ from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning.plan import Plan
 from fxquant.runtime.model import GraphModel
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline, run
 
 IMAGES: dict[str, Any] = {"class_labels": [1, 7], "num_inference_steps": 3, "output_type": "np"}

@@ -26,9 +26,10 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.pipeline.recipes import Recipe, make_recipe
-from fxquant.planning.plan import AttentionPlan, Plan
+from fxquant.planning.decisions import AttentionPlan
+from fxquant.planning.plan import Plan
 from fxquant.runtime.model import GraphModel
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests import tiny
 from tests.support import count
 from tests.zoo.models import CAPTURED, Entry

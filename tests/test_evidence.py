@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant.ir.meta import LAYER
+from fxquant.planning.decisions import LayerPlan, Shift, TimestepGroups
 from fxquant.planning.evidence import evidence, moments
-from fxquant.planning.plan import LayerPlan, Plan, Shift, TimestepGroups
-from fxquant.statistics.observers import Statistics
+from fxquant.planning.plan import Plan
+from fxquant.statistics.collection import Statistics
 from tests import tiny
 
 STEPS = (100.0, 400.0, 900.0)

@@ -14,7 +14,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.support import captured, outputs, relative_error
 
 C, HEADS, GROUPS = 8, 2, 3

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from fxquant.errors import CalibrationError, CheckpointError
 from fxquant.numerics.finite import within_float32
+from fxquant.statistics.channels import ChannelStatistics
+from fxquant.statistics.collection import Statistics
 from fxquant.statistics.moments import ROWS_PER_CALL, SecondMoments
-from fxquant.statistics.observers import ChannelStatistics, Statistics
 
 
 def rows(number: int, seed: int = 0, channels: int = 6) -> torch.Tensor:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, NonFiniteError
-from fxquant.statistics.observers import ChannelStatistics, Statistics, rows_to_sample
+from fxquant.statistics.channels import ChannelStatistics, rows_to_sample
+from fxquant.statistics.collection import Statistics
 
 
 def values(*shape, seed=0):
@@ -202,7 +203,7 @@ def test_values_on_a_gpu(moments):
 def test_large_values_are_reduced_alike(monkeypatch, moments):
     x = values(2, 6, 5)
     serial = recorded([(x, moments)])
-    monkeypatch.setattr("fxquant.statistics.observers._SERIAL_ELEMENTS", 0)
+    monkeypatch.setattr("fxquant.statistics.channels._SERIAL_ELEMENTS", 0)
     assert_same(recorded([(x, moments)]), serial)
     x[0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="at timestep 3"):

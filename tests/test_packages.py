@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.backends.native import Native
+from fxquant.calibration.pipeline_calls import generate
 from fxquant.cli.main import app
 from fxquant.disk import files
 from fxquant.errors import (
@@ -37,7 +38,7 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
 from fxquant.storage.aot.export import export_folder, lifted
 from fxquant.storage.aot.model import PackagedModel, signature_from_json, signature_to_json
-from fxquant.storage.diffusers_io import generate, load_pipeline, save_pipeline
+from fxquant.storage.diffusers_io import load_pipeline, save_pipeline
 from tests.support import count
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 

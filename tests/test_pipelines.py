@@ -21,11 +21,12 @@ from diffusers import (
 from torch import nn
 
 import fxquant
+from fxquant.calibration.pipeline_calls import calibration_call, generate, steps_watched
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.runtime.model import GraphModel
 from fxquant.storage import diffusers_io
 from fxquant.storage.aot.model import PackagedModel
-from fxquant.storage.diffusers_io import calibration_call, generate, load_pipeline, save_pipeline, steps_watched
+from fxquant.storage.diffusers_io import load_pipeline, save_pipeline
 from tests.tiny import make_dit, make_pipeline
 
 

@@ -12,7 +12,8 @@ from torch import nn
 import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.inspect.report import Report, report
-from fxquant.planning.plan import ActivationRange, Balance, LayerPlan, Plan
+from fxquant.planning.decisions import ActivationRange, Balance, LayerPlan
+from fxquant.planning.plan import Plan
 from tests.tiny import calibrate, make_dit
 
 

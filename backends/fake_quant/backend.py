@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.pipeline.backend import Backend
-from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
 
 
 class FakeQuant(Backend):

@@ -17,7 +17,8 @@ from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.pipeline.backend import Backend
-from fxquant.planning.plan import AttentionPlan, LayerPlan, Plan
+from fxquant.planning.decisions import AttentionPlan, LayerPlan
+from fxquant.planning.plan import Plan
 
 _ELSE = "use backend 'fake-quant'"
 

@@ -15,7 +15,8 @@ from fxquant.backends.torchao.held import stored
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.pipeline.backend import Backend
-from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
 
 _ELSE = "use backend 'fake-quant'"
 

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 import fxquant
 from fxquant.passes.balance_channels import spearman_weights
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 
 from .compare import calibration, noise_sqnr, test_calls
 from .generator import load_pipeline

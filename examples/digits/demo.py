@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fxquant.pipeline.recipes import Recipe, make_recipe
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 
 from .compare import Result, checkpoint_megabytes, judge, noise_sqnr, quantize, test_calls, transformer_of
 from .data import digits

@@ -19,7 +19,7 @@ import fxquant
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning.grouping import within
 from fxquant.runtime.model import GraphModel
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 
 from .compare import CALIBRATION_STEPS, calibration, noise_sqnr, test_calls
 from .generator import load_pipeline

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

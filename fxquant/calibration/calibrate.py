@@ -24,9 +24,10 @@ from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, weights_of
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Instrument, Pass, Pipeline, parse_pass
-from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 
 _KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
 _ROWS = 16  # Samples of a call that are kept for passes that run the graph again.

@@ -219,20 +219,14 @@ def quantize(
     lines = None if prompts is None else _read_prompts(prompts)
     with _quiet(), _status("importing torch and diffusers"):
         import fxquant
+        from fxquant.calibration.pipeline_calls import calibration_call, num_batches, steps_watched
         from fxquant.disk.files import dtype_of_name
         from fxquant.disk.folders import prepare
         from fxquant.pipeline.backend import resolve_backend
         from fxquant.pipeline.pipeline import DumpGraphs, Instrument
         from fxquant.pipeline.recipes import make_recipe
         from fxquant.runtime.devices import usable_device
-        from fxquant.storage.diffusers_io import (
-            calibration_call,
-            load_pipeline,
-            num_batches,
-            refuse_existing,
-            refuse_input,
-            steps_watched,
-        )
+        from fxquant.storage.diffusers_io import load_pipeline, refuse_existing, refuse_input
 
         # What can be refused is refused before anything takes time.
         refuse_input(out_folder, Path(model))

@@ -9,9 +9,7 @@ both.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import functools
 import hashlib
 import os
 import secrets
@@ -25,15 +23,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fxquant.disk.exchange import exchange, force, force_to_disk
+from fxquant.disk.locks import Lock
 from fxquant.errors import CheckpointError, WriteError
 
 if sys.platform != "win32":
-    import fcntl
+    pass
 
 _TRIES = 100  # Of a step that another process can come in between.
 _LONGEST = 200  # Bytes of a name, most file systems allow 255, to which the endings below are added.
 _SAVING, _REPLACED = "saving", "replaced"
-_ABSENT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # What systems without a call answer.
 
 Check = Callable[[Path], None]
 
@@ -60,7 +59,7 @@ def whole_folder(folder: Path, check: Check) -> Iterator[Path]:
         try:
             with _blaming_sources(scratch.path):
                 yield scratch.path
-            _force_to_disk(scratch.path)
+            force_to_disk(scratch.path)
             scratch.place(check)
         finally:
             scratch.clear(check)
@@ -187,7 +186,7 @@ def no_folder(folder: Path) -> CheckpointError:
 def mention_leftovers(folder: Path) -> None:
     """Warn of what interrupted saves left beside a folder."""
     for path in leftovers(folder):
-        if _Lock.of(path, certain=True) is not None:
+        if Lock.of(path, certain=True) is not None:
             warnings.warn(
                 f"{path} is what an interrupted save left; {folder} itself is whole. The next save of that name "
                 "removes it, or remove it yourself",
@@ -211,7 +210,7 @@ class _Scratch:
             self.path = folder.parent / _beside(folder, _SAVING)
             self.path.mkdir()
             # Another process that tidies up may have taken the folder for abandoned before it was locked.
-            self.lock = _Lock.of(self.path)
+            self.lock = Lock.of(self.path)
             if self.lock is not None:
                 break
             with suppress(OSError):
@@ -229,7 +228,7 @@ class _Scratch:
                 f"what was written cannot take its place, and is in {kept} instead: {error}", kept=kept
             ) from error
         with suppress(PermissionError):  # Of a parent that may be written and not read.
-            _force(self.folder.parent)
+            force(self.folder.parent)
 
     def _place(self, check: Check) -> None:
         for _ in range(_TRIES):
@@ -354,7 +353,7 @@ def _parents(folder: Path) -> Iterator[None]:
 def _tidy(folder: Path) -> None:
     """Put back what an interrupted save has set aside, and remove what it wrote."""
     for path in leftovers(folder):
-        held = _Lock.of(path, certain=True)  # Held until it is away, for a process that has just made it locks it next.
+        held = Lock.of(path, certain=True)  # Held until it is away, for a process that has just made it locks it next.
         if held is None:
             continue
         with suppress(OSError):  # Another process does the same.
@@ -362,42 +361,6 @@ def _tidy(folder: Path) -> None:
                 os.rename(path, folder)
             else:
                 _remove(path, folder)
-
-
-class _Lock:
-    """A lock on a folder, which ends with the process that holds it, however it ends."""
-
-    def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
-    @classmethod
-    def of(cls, path: Path, *, certain: bool = False) -> _Lock | None:
-        """Lock a folder.
-
-        Args:
-            path: The folder.
-            certain: Return None also where the system or the file system has no locks. Otherwise the lock that is
-                returned there keeps no other process away.
-
-        Returns:
-            None if somebody else has locked it, or if it is gone.
-        """
-        if sys.platform == "win32":
-            return None if certain else cls(None)
-        try:
-            lock = cls(os.open(path, os.O_RDONLY))
-            try:
-                fcntl.flock(lock._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
-            except OSError as error:
-                if certain or error.errno in (errno.EAGAIN, errno.EACCES):
-                    return None
-            return lock if os.path.samestat(os.fstat(lock._descriptor), path.stat()) else None  # type: ignore[arg-type]
-        except OSError:
-            return None
 
 
 def _stem(folder: Path) -> str:
@@ -410,59 +373,3 @@ def _stem(folder: Path) -> str:
 
 def _beside(folder: Path, kind: str) -> str:
     return f".{_stem(folder)}.{kind}-{secrets.token_hex(4)}"
-
-
-# --- the file system --------------------------------------------------------------------------------------------------
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step.
-
-    Returns:
-        False if the system or the file system has no such step; then nothing has changed.
-
-    Raises:
-        OSError: If it fails, as where one of them is not there.
-    """
-    call = _renameat2()
-    if call is None:
-        return False
-    current, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE.
-    if call(current, os.fsencode(one), current, os.fsencode(other), both) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _ABSENT:
-        return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
-@functools.cache
-def _renameat2() -> Callable[..., int] | None:
-    """The call of Linux, which Python does not offer; None where the C library has none."""
-    if sys.platform != "linux":
-        return None
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is not None:
-        call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    return call
-
-
-def _force_to_disk(folder: Path) -> None:
-    """Force a folder with all that it holds to disk."""
-    for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _force(Path(path, name))
-        _force(Path(path))
-
-
-def _force(path: Path) -> None:
-    if os.name == "nt":  # Which lets nobody open a folder.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # File systems that cannot, such as some of FUSE.
-            raise
-    finally:
-        os.close(descriptor)

@@ -7,9 +7,8 @@ one :class:`Report`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ from torch import nn
 
 from fxquant.disk.folders import no_folder
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.inspect.rows import COSTS, AttentionReport, LayerReport, PassReport, Totals
+from fxquant.inspect.tables import layer_row, reasons, sections, span_of
 from fxquant.pipeline.backend import Backend, resolve_backend
-from fxquant.planning.plan import PLAN_FILE, AttentionPlan, LayerPlan, Plan
+from fxquant.planning.decisions import AttentionPlan, LayerPlan
+from fxquant.planning.plan import PLAN_FILE, Plan
 from fxquant.runtime.devices import usable_device
 from fxquant.text import (
-    block_numbers,
     decimal,
     fitted,
     json_values,
@@ -33,126 +34,12 @@ from fxquant.text import (
     pattern_of,
     size,
     without_numbers,
-    wrapped,
 )
-
-COSTS = ("free", "vector", "tokens", "not")
-"""What balancing a layer costs at run time, cheapest first; ``not`` stands for layers that were left alone."""
 
 _LEFT = {
     "fxquant.matmul.default": "fxquant::matmul (reference)",
     "aten.scaled_dot_product_attention.default": "aten float",
 }
-_BLOCK = re.compile(r"(.*?)\.\d+\.")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer.
-
-    Attributes:
-        name: Stable name, such as ``transformer_blocks.3.attn1.to_q``.
-        kind: ``linear``, ``conv`` or ``embedding``.
-        role: Part of the network: ``block``, ``adaln``, ``embedder``, ``patch`` or ``final``.
-        kernel: What runs it on the plan's backend.
-        precision: Bits as text: ``w4a8``, ``w4a16-g64``, ``float``.
-        weight_bits: Bits a weight, None for float.
-        activation_bits: Bits an activation, None for float.
-        group_size: Input channels a weight group, 0 for one group a row.
-        shape: Output and input features.
-        cost: ``free``, ``vector``, ``tokens`` or ``not``; None for a layer that nobody meant to balance.
-        absorbed_into: What absorbed the balance factors.
-        balanced_channels: Number of balanced input channels.
-        reason: Why some or all channels were left alone.
-        shift_cost: What shifting its input costs at run time, as ``cost``; None where no shift was asked for.
-        timestep_bins: Bins of timesteps that its shift and its range depend on.
-        activation_low: Smallest input that the static range holds.
-        activation_high: Largest input that the static range holds.
-        spread: Smallest and largest maximum of |input| over the calibrated timesteps.
-        weight_sqnr_db: Signal to quantization noise of the weight, in dB.
-        activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
-        float_because: Why its weight stays float, or None.
-    """
-
-    name: str
-    kind: str
-    role: str
-    kernel: str
-    precision: str
-    weight_bits: int | None
-    activation_bits: int | None
-    group_size: int
-    shape: tuple[int, int]
-    cost: str | None
-    absorbed_into: tuple[str, ...]
-    balanced_channels: int
-    reason: str | None
-    shift_cost: str | None
-    timestep_bins: int
-    activation_low: float | None
-    activation_high: float | None
-    spread: tuple[float, float] | None
-    weight_sqnr_db: float | None
-    activation_sqnr_db: float | None
-    float_because: str | None = None
-
-
-@dataclass(frozen=True)
-class AttentionReport:
-    """The two matrix products of one attention.
-
-    Attributes:
-        name: Path of its module, such as ``transformer_blocks.3.attn1``.
-        kernel: What runs them on the plan's backend.
-        bits: Bits of q, k and v, None for float.
-        softmax_bits: Bits of the softmax output, None for float.
-        ranges: Smallest and largest value that the static ranges of ``q``, ``k`` and ``v`` hold.
-        sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
-        reason: Why the products stay float, or None.
-    """
-
-    name: str
-    kernel: str
-    bits: int | None
-    softmax_bits: int | None
-    ranges: Mapping[str, tuple[float, float]]
-    sqnr_db: Mapping[str, float]
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Totals:
-    """The model as a whole.
-
-    Attributes:
-        bytes_before: Size of the float model's tensors.
-        bytes_after: Size of the quantized model's tensors.
-        ratio: How many times smaller it became; None if a size is not known.
-        mean_sqnr_db: Mean over timesteps of the output SQNR, in dB; None if it was not measured.
-        worst_sqnr_db: The lowest of them.
-        worst_timestep: Where that is.
-        layers_by_precision: Number of layers by precision, most frequent first.
-        balance_by_cost: Number of layers meant to be balanced by the cost at which that was absorbed.
-    """
-
-    bytes_before: int
-    bytes_after: int
-    ratio: float | None
-    mean_sqnr_db: float | None
-    worst_sqnr_db: float | None
-    worst_timestep: float | None
-    layers_by_precision: Mapping[str, int]
-    balance_by_cost: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What one pass did: its text, wall time in seconds, number of edits and change in the number of nodes by op."""
-
-    text: str
-    seconds: float
-    edits: int
-    ops: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -205,10 +92,10 @@ class Report:
         """
         parts = [self.summary(), self._layer_table(every)]
         balanced = [(layer.name, layer.reason) for layer in self.layers]
-        if reasons := _reasons("channels left alone, and why", balanced):
+        if reasons := reasons("channels left alone, and why", balanced):
             parts.append(reasons)
         kept = [(layer.name, layer.float_because) for layer in self.layers]
-        if reasons := _reasons("layers and matrix products in float, and why", [*kept, *self.products.items()]):
+        if reasons := reasons("layers and matrix products in float, and why", [*kept, *self.products.items()]):
             parts.append(reasons)
         if self.attentions:
             parts.append(self._attention_table(every))
@@ -255,12 +142,12 @@ class Report:
         letters = {kernel: letter(number) for number, kernel in enumerate(kernels)}
         header = ["layer", "role", "bits", "kernel", "balance", "range", "max|x|", "W dB", "x dB"]
         rows = []
-        for title, groups in _sections(self.layers, every):
+        for title, groups in sections(self.layers, every):
             indent = ""
             if title:
                 rows.append([title] + [""] * (len(header) - 1))
                 indent = "  "
-            rows += [_row(indent, group, letters) for group in groups]
+            rows += [layer_row(indent, group, letters) for group in groups]
         if not rows:
             return "no layers"
         legend = [[letters[kernel], kernel, f"{count} layers"] for kernel, count in kernels.items()]
@@ -287,7 +174,7 @@ class Report:
             for side in ("q", "k", "v"):
                 ends = [entry.ranges[side] for entry in group if side in entry.ranges]
                 row.append(f"{min(low for low, _ in ends):.3g}..{max(high for _, high in ends):.3g}" if ends else "")
-            row += [_span(entry.sqnr_db.get(side) for entry in group) for side in ("q", "k", "v")]
+            row += [span_of(entry.sqnr_db.get(side) for entry in group) for side in ("q", "k", "v")]
             rows.append([*row, first.reason or ""])
         header = ["attention", "bits", "kernel", "q", "k", "v", "q dB", "k dB", "v dB", "float because"]
         return fitted(header, rows, {0: 40, 9: 56})
@@ -486,77 +373,3 @@ def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
-
-
-def _sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, list[list[LayerReport]]]]:
-    """The rows of the table below the block, or blocks, that they stand in; no title for what is in none."""
-    groups: dict[tuple[Any, ...], list[LayerReport]] = {}
-    for layer in layers:
-        into = frozenset(pattern_of(name) for name in layer.absorbed_into)
-        alike = (layer.role, layer.kernel, layer.precision, layer.shape, layer.cost, layer.balanced_channels)
-        key = (layer.name,) if every else (pattern_of(layer.name), into, *alike, without_numbers(layer.reason))
-        groups.setdefault(key, []).append(layer)
-    sections: dict[tuple[str, bool], list[list[LayerReport]]] = {}
-    for group in groups.values():
-        block = _BLOCK.match(group[0].name)
-        title = f"{block[1]}.{block_numbers(layer.name for layer in group)}" if block else ""
-        sections.setdefault((title, not block and group[0].role == "final"), []).append(group)
-    yield from ((title, found) for (title, _), found in sections.items())
-
-
-def _reasons(title: str, given: Iterable[tuple[str, str | None]]) -> str:
-    """Which layers have which reason, those of all blocks together; no text where none has one."""
-    found: dict[str, list[str]] = {}
-    for name, reason in given:
-        if reason is not None:
-            found.setdefault(without_numbers(reason) or "", []).append(name)
-    lines = []
-    for reason, names in found.items():
-        patterns = Counter(pattern_of(name) for name in names)
-        shown = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in patterns.items())
-        lines += wrapped(f"{shown}: {reason}")
-    return f"{title}\n" + "\n".join(lines) if lines else ""
-
-
-def _row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, str]) -> list[str]:
-    first = group[0]
-    lows = [layer.activation_low for layer in group if layer.activation_low is not None]
-    highs = [layer.activation_high for layer in group if layer.activation_high is not None]
-    spreads = [value for layer in group if layer.spread for value in layer.spread]
-    return [
-        indent + (_BLOCK.sub("", first.name, count=1) if indent else first.name),
-        first.role,
-        first.precision,
-        letters[first.kernel],
-        _balance(first, len(group) > 1),
-        f"{min(lows):.3g}..{max(highs):.3g}" if lows else "",
-        f"{min(spreads):.3g}..{max(spreads):.3g}" if spreads else "",
-        _span(layer.weight_sqnr_db for layer in group),
-        _span(layer.activation_sqnr_db for layer in group),
-    ]
-
-
-def _balance(layer: LayerReport, several: bool) -> str:
-    """``free: norm1.linear``; the number of channels where not all of them are balanced."""
-    if layer.cost is None:
-        return ""
-    part = "" if layer.balanced_channels in (0, layer.shape[1]) else f" {layer.balanced_channels}/{layer.shape[1]}"
-    block = _BLOCK.match(layer.name)
-    within = [block is not None and name.startswith(block[0]) for name in layer.absorbed_into]
-    elsewhere = [name for name, own in zip(layer.absorbed_into, within, strict=True) if not own]
-    # Inside its own block a short name will do, if nothing else could be meant by it.
-    shorten = not any(_BLOCK.match(name) for name in elsewhere)
-    names = [
-        _BLOCK.sub("", name, count=1) if own and shorten else pattern_of(name) if several else name
-        for name, own in zip(layer.absorbed_into, within, strict=True)
-    ]
-    names = list(dict.fromkeys(names))
-    return f"{layer.cost}{part}: {', '.join(names)}" if names else f"{layer.cost}{part}"
-
-
-def _span(values: Iterator[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    low, high = decimal(min(known)), decimal(max(known))
-    return low if low == high else f"{low}..{high}"

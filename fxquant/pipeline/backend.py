@@ -16,7 +16,8 @@ from fxquant.ir.stages import StageSpec, verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.options import read_named
 from fxquant.pipeline.registry import Registry
-from fxquant.planning.plan import AttentionPlan, LayerPlan, Plan
+from fxquant.planning.decisions import AttentionPlan, LayerPlan
+from fxquant.planning.plan import Plan
 
 REFERENCE = "(reference"
 """Stands in the name of a kernel that is a fallback: right, but made for its meaning and not for speed."""

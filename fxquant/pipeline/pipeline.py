@@ -26,7 +26,8 @@ from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
 from fxquant.pipeline.options import read_named
 from fxquant.pipeline.registry import Registry
-from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
 
 log = logging.getLogger(__name__)
 

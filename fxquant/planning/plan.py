@@ -22,12 +22,12 @@ from fxquant.disk.files import blaming, load_tensors, share
 from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.ir.shared import SharedTensors
-from fxquant.ir.time_tables import bin_of
 from fxquant.numerics.weights import QuantizedWeight
-from fxquant.planning.precision import Precision
+from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.plan import PlanFile
-from fxquant.statistics.observers import ChannelStatistics, Statistics
+from fxquant.statistics.channels import ChannelStatistics
+from fxquant.statistics.collection import Statistics
 
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
@@ -37,139 +37,6 @@ NAMING = 2
 
 PLAN_FILE = "plan.json"
 VECTORS_FILE = "plan.safetensors"
-
-
-@dataclass
-class Balance:
-    """How the input channels of a layer were balanced against its weight.
-
-    Attributes:
-        cost: ``free``, ``vector`` or ``tokens``; ``not`` when nothing was balanced.
-        into: What absorbed the factors.
-        channels: Number of balanced input channels.
-        group: First layer of the group whose factors were decided together.
-        reason: Why some or all channels were left alone.
-    """
-
-    cost: str
-    into: list[str] = field(default_factory=list)
-    channels: int = 0
-    group: str | None = None
-    reason: str | None = None
-
-
-@dataclass
-class ActivationRange:
-    """Static range of a layer's input: real values ``low`` to ``high``, found by ``method``; a list has one a bin."""
-
-    low: float | list[float]
-    high: float | list[float]
-    method: str
-
-
-@dataclass
-class Shift:
-    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`.
-
-    Attributes:
-        balanced: Whether the input had been balanced before: the shift is one of what balancing made of it.
-    """
-
-    cost: str
-    into: list[str] = field(default_factory=list)
-    channels: int = 0
-    reason: str | None = None
-    balanced: bool = False
-
-
-@dataclass
-class TimestepGroups:
-    """Which timesteps share what depends on time.
-
-    Attributes:
-        boundaries: Between the bins, ascending; empty for one bin.
-        dendrogram: How neighbours were merged, the closest first: the first timesteps of the two groups, and their
-            squared distance. To get other groups, edit the boundaries.
-        reason: Why there is one bin, or None.
-    """
-
-    boundaries: list[float]
-    dendrogram: list[list[float]] = field(default_factory=list)
-    reason: str | None = None
-
-
-@dataclass
-class LayerPlan:
-    """What was decided for one layer.
-
-    Attributes:
-        kind: ``linear``, ``conv`` or ``embedding``.
-        role: Part of the network: ``block``, ``adaln``, ``embedder``, ``patch`` or ``final``.
-        shape: Output and input features; for a convolution input channels times kernel elements.
-        weight_bits: 2 to 8, or None for float weights.
-        activation_bits: 2 to 8, or None for float activations.
-        group_size: Input channels a weight group, 0 for one group a row.
-        observed: Key of the calibration statistics of its input.
-        activation: Range of its input.
-        balance: How its input was balanced.
-        spread: Smallest and largest maximum of |input| over the calibrated timesteps.
-        weight_sqnr_db: Signal to quantization noise of the weight, in dB.
-        activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
-        timesteps: The bins of timesteps that its shift and its range depend on; None for one.
-        shift: How its input was shifted.
-        reason: Why its weight stays float, or None.
-    """
-
-    kind: str
-    role: str
-    shape: list[int]
-    weight_bits: int | None
-    activation_bits: int | None
-    group_size: int = 0
-    observed: str | None = None
-    activation: ActivationRange | None = None
-    balance: Balance | None = None
-    spread: list[float] | None = None
-    weight_sqnr_db: float | None = None
-    activation_sqnr_db: float | None = None
-    timesteps: TimestepGroups | None = None
-    shift: Shift | None = None
-    reason: str | None = None
-
-    @property
-    def precision(self) -> Precision:
-        """Bits as one value; prints as ``w4a8``."""
-        return Precision(self.weight_bits, self.activation_bits, self.group_size)
-
-    @property
-    def boundaries(self) -> tuple[float, ...]:
-        """Boundaries between bins of timesteps, ascending."""
-        return tuple(self.timesteps.boundaries) if self.timesteps else ()
-
-    def bins(self, timesteps: Tensor) -> Tensor:
-        """Bin of each of these timesteps: int64, of the same shape."""
-        return bin_of(self.boundaries, timesteps)
-
-
-@dataclass
-class AttentionPlan:
-    """What was decided for the two matrix products of one attention.
-
-    Attributes:
-        bits: Of q, k and v, 2 to 8; None for float products.
-        softmax_bits: Of the softmax output; None before that is decided.
-        observed: Keys of the calibration statistics of ``q``, ``k`` and ``v``.
-        ranges: Range of each of the three; q's as it is multiplied with k.
-        sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
-        reason: Why the products stay float, or None.
-    """
-
-    bits: int | None
-    softmax_bits: int | None = None
-    observed: dict[str, str] = field(default_factory=dict)
-    ranges: dict[str, ActivationRange] = field(default_factory=dict)
-    sqnr_db: dict[str, float] = field(default_factory=dict)
-    reason: str | None = None
 
 
 @dataclass

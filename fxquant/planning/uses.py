@@ -18,8 +18,9 @@ from fxquant.errors import CalibrationError
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.layers import LAYER_OPS, layer_name
 from fxquant.ir.meta import ITEM, LAYER
-from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.planning.decisions import ActivationRange, LayerPlan
+from fxquant.planning.plan import Plan
+from fxquant.statistics.collection import Statistics
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import get_tensor
 from fxquant.numerics.rounding.soft import SoftWeight
 from fxquant.numerics.sqnr import snr_db
-from fxquant.planning.plan import ActivationRange, Plan
+from fxquant.planning.decisions import ActivationRange
+from fxquant.planning.plan import Plan
 from fxquant.reconstruction.cache import Values, drop_unused, share_alike
 from fxquant.reconstruction.learn import Settings, Simulation, as_codes, learn
 from fxquant.reconstruction.segments import Segment, segments

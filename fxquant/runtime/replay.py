@@ -31,7 +31,7 @@ from fxquant.runtime.float_model import device_of, dtype_of
 from fxquant.runtime.model import GraphModel
 from fxquant.schemas.common import check
 from fxquant.schemas.plan import PlanFile
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 
 
 def convert(

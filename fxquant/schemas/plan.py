@@ -28,7 +28,7 @@ Bound = Finite | Annotated[list[Finite], Field(fail_fast=True, min_length=1, max
 
 
 class Range(Entry):
-    """An :class:`fxquant.planning.plan.ActivationRange`."""
+    """An :class:`fxquant.planning.decisions.ActivationRange`."""
 
     low: Bound
     high: Bound
@@ -47,7 +47,7 @@ class Range(Entry):
 
 
 class Balance(Entry):
-    """A :class:`fxquant.planning.plan.Balance`."""
+    """A :class:`fxquant.planning.decisions.Balance`."""
 
     cost: Name
     into: list[Text] = Field(default_factory=list)
@@ -57,7 +57,7 @@ class Balance(Entry):
 
 
 class Shift(Entry):
-    """A :class:`fxquant.planning.plan.Shift`."""
+    """A :class:`fxquant.planning.decisions.Shift`."""
 
     cost: Name
     into: list[Text] = Field(default_factory=list)
@@ -67,7 +67,7 @@ class Shift(Entry):
 
 
 class Groups(Entry):
-    """An :class:`fxquant.planning.plan.TimestepGroups`."""
+    """An :class:`fxquant.planning.decisions.TimestepGroups`."""
 
     boundaries: Ascending
     dendrogram: Annotated[
@@ -77,7 +77,7 @@ class Groups(Entry):
 
 
 class Layer(Entry):
-    """An :class:`fxquant.planning.plan.LayerPlan`."""
+    """An :class:`fxquant.planning.decisions.LayerPlan`."""
 
     kind: Name
     role: Name
@@ -104,7 +104,7 @@ class Layer(Entry):
 
 
 class Attention(Entry):
-    """An :class:`fxquant.planning.plan.AttentionPlan`."""
+    """An :class:`fxquant.planning.decisions.AttentionPlan`."""
 
     bits: Bits | None
     softmax_bits: Bits | None = None

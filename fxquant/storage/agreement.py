@@ -27,7 +27,8 @@ from fxquant.errors import CheckpointError
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
 from fxquant.numerics.packing import packed_size
 from fxquant.numerics.weights import group_count
-from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
 
 _LARGEST_HEADER = 32 << 20
 _SPARE_MODULES = 1000  # Of models that hold parts without tensors, or that no call runs.

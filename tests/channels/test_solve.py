@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.channels.solve import Seed, Solution, readers_of, solve
+from fxquant.channels.readers import readers_of
+from fxquant.channels.solution import Seed, Solution
+from fxquant.channels.walk import solve
 from fxquant.channels.wants import Cost, Want
 from tests.support import absorb, captured, layer_node, nodes_of, seeds_at
 

@@ -17,7 +17,7 @@ from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.fuzz.builder import Builder
 from tests.support import outputs
 

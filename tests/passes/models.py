@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.planning.decisions import ActivationRange, LayerPlan
+from fxquant.planning.plan import Plan
+from fxquant.statistics.collection import Statistics
 
 
 class Patches(nn.Module):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import ConfigurationError
 from fxquant.passes.assign_precision import AssignPrecision
-from fxquant.planning.plan import LayerPlan, Plan
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
 from tests.passes.test_proof import Block, inputs
 from tests.support import rewritten
 

@@ -19,7 +19,8 @@ from fxquant.passes.balance_channels import (
     spearman_weights,
 )
 from fxquant.pipeline.pipeline import Pipeline
-from fxquant.planning.plan import Balance, Plan
+from fxquant.planning.decisions import Balance
+from fxquant.planning.plan import Plan
 from tests import tiny
 from tests.passes.models import AdaLN, adaln, planned, seen
 from tests.support import captured, rewritten

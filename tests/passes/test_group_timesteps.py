@@ -6,7 +6,8 @@ import torch
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.passes.group_timesteps import Grouping, GroupTimesteps
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
-from fxquant.planning.plan import Plan, TimestepGroups
+from fxquant.planning.decisions import TimestepGroups
+from fxquant.planning.plan import Plan
 from tests.passes.models import TIMED, AdaLN, Timed, adaln, moving, planned, seen, timed
 from tests.support import captured, rewritten
 

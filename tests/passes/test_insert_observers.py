@@ -10,7 +10,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.passes.models import Patches, patches, planned
 from tests.support import captured, golden, outputs, rewritten, text
 

@@ -8,7 +8,7 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.passes.observe_step import ObserveStep
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.passes.models import Timed, timed
 from tests.support import captured, text
 from tests.tiny import STEPS, calibrate, inputs, make_dit

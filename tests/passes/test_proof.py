@@ -27,7 +27,7 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.support import captured, count, outputs, relative_error, text
 
 C = 16

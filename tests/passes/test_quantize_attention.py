@@ -20,7 +20,7 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.quantize_attention import QuantizeAttention
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.support import captured, count, golden, outputs, text
 
 MATMUL = torch.ops.fxquant.matmul.default

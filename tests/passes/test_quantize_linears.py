@@ -8,8 +8,8 @@ import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.pipeline.recipes import Recipe
+from fxquant.statistics.collection import Statistics
 from fxquant.statistics.moments import SecondMoments
-from fxquant.statistics.observers import Statistics
 from tests import tiny
 from tests.passes.models import Patches, patches, planned
 from tests.support import captured, count, golden, rewritten

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fxquant.passes._seeds import follow
-from fxquant.planning.plan import Balance, LayerPlan, Plan, Shift, TimestepGroups
+from fxquant.planning.decisions import Balance, LayerPlan, Shift, TimestepGroups
+from fxquant.planning.plan import Plan
 
 
 def planned(*names: str) -> Plan:

@@ -9,7 +9,8 @@ from fxquant.errors import ConfigurationError
 from fxquant.ir.stages import Stage
 from fxquant.passes.shift_channels import ShiftChannels
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
-from fxquant.planning.plan import Plan, Shift
+from fxquant.planning.decisions import Shift
+from fxquant.planning.plan import Plan
 from tests.passes.models import Timed, moving, planned, seen, timed
 from tests.support import captured, golden, outputs, relative_error, rewritten, text
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
-from fxquant.channels.solve import solve
+from fxquant.channels.walk import solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER
 from fxquant.ir.ops import recording
@@ -23,7 +23,7 @@ from fxquant.ir.tensors import bind, get_tensor, weights_of
 from fxquant.passes._seeds import seeds_to_transform
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
-from fxquant.statistics.observers import Statistics
+from fxquant.statistics.collection import Statistics
 from tests.zoo.models import Entry
 
 STEPS = (900.0, 500.0, 100.0)

@@ -24,7 +24,7 @@ from fxquant.backends.native.tokens import lower_tokens
 from fxquant.errors import BackendError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
-from fxquant.planning.plan import LayerPlan
+from fxquant.planning.decisions import LayerPlan
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 

@@ -14,7 +14,8 @@ from fxquant.errors import SpeedWarning
 from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.pipeline import Pipeline
-from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
+from fxquant.planning.decisions import ActivationRange, LayerPlan
+from fxquant.planning.plan import Plan
 from tests.support import captured, count, golden, outputs, text
 
 ours = torch.ops.fxquant_torchao

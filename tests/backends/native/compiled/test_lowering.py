@@ -13,7 +13,8 @@ from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Pipeline
-from fxquant.planning.plan import ActivationRange, AttentionPlan, LayerPlan, Plan
+from fxquant.planning.decisions import ActivationRange, AttentionPlan, LayerPlan
+from fxquant.planning.plan import Plan
 from tests.support import captured, count, golden, outputs, text
 
 pytestmark = pytest.mark.skipif(machine.missing_kernels() is not None, reason="there are no compiled kernels here")

@@ -11,7 +11,8 @@ from fxquant.backends.native import Native
 from fxquant.ir.stages import verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.pipeline import Pipeline
-from fxquant.planning.plan import ActivationRange, LayerPlan, Plan
+from fxquant.planning.decisions import ActivationRange, LayerPlan
+from fxquant.planning.plan import Plan
 from tests.support import captured, count, golden, outputs, text
 
 native = torch.ops.fxquant_native

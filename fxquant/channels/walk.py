@@ -8,24 +8,20 @@ variables are equal in the end is a question of connected components, asked once
 
 from __future__ import annotations
 
-import enum
-import functools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-import networkx as nx
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.sparse import coo_matrix, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fxquant.channels.layouts import common_shape, repeated, settle_unread, spread_over_unread
-from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, op_name, outcome, shape_of
+from fxquant.channels.readers import MANY, batch_hint, direct_user, identity_share, readers_of, size_hint, with_tokens
+from fxquant.channels.rules import op_name, outcome, shape_of
 from fxquant.channels.samples import Samples
+from fxquant.channels.solution import Edit, Grant, Request, Seed, Solution
 from fxquant.channels.wants import (
     IDENTITY,
     UNREAD,
@@ -39,210 +35,14 @@ from fxquant.channels.wants import (
     Want,
 )
 from fxquant.ir.rewriter import place_of
-from fxquant.ir.time_tables import TimeTable
 
-_AFFINE = torch.ops.fxquant.channel_affine.default
-_MANY = 2**20  # Positions that nobody reads; above that, a variable for each would take more room than it is worth.
-_SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
-_PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
+AFFINE = torch.ops.fxquant.channel_affine.default
 _MIXED = {
     torch.ops.aten.scaled_dot_product_attention.default: 2,
     torch.ops.aten.matmul.default: 1,
     torch.ops.aten.bmm.default: 1,
 }
 """Ops that mix the tokens of a value, and which of their arguments that is."""
-_SHAPE_READERS = (
-    *("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size"),
-    *("aten::new_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand"),
-)
-_LIKE_ANOTHER = ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as")  # Of the second, form only.
-
-
-class Request(enum.Enum):
-    """What is asked of a value."""
-
-    FACTOR = "factor"
-    """That it yield ``a * x``, per channel."""
-    SHIFT = "shift"
-    """That it yield ``x + c`` per channel, where c depends on the timestep of each sample."""
-    STATIC_SHIFT = "static shift"
-    """That it yield ``x + c`` per channel."""
-
-    @property
-    def rules(self) -> Mapping[Any, Rule]:
-        """How the request moves through each op."""
-        return {Request.FACTOR: RULES, Request.SHIFT: SHIFTS}.get(self, {**SHIFTS, **STATIC_SHIFTS})
-
-
-@dataclass(frozen=True)
-class Seed:
-    """A value that is to be multiplied or shifted per channel, and those of its readers that undo it.
-
-    Attributes:
-        name: Stable name, that of the first linear which reads the value.
-        value: The value.
-        readers: The nodes that read ``a * value`` or ``value + c`` and undo it.
-        axis: The channel axis of the value.
-        alike: Seeds of which this is equal, and not None, are known to have the same factors.
-    """
-
-    name: str
-    value: fx.Node
-    readers: tuple[fx.Node, ...]
-    axis: int = -1
-    alike: Hashable = None
-
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
-        return int(shape_of(self.value)[self.axis])
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """One thing to rewrite: a fold into parameters, or an op inserted between a value and some readers.
-
-    Attributes:
-        node: The node whose value is to be scaled.
-        want: By what.
-        cost: What it costs at run time.
-        end: How to fold it into parameters; None to multiply or add at run time.
-        readers: The users of the node that are to read the changed value.
-        run_time_op: What is inserted where there is no end.
-    """
-
-    node: fx.Node
-    want: Want
-    cost: Cost
-    end: End | None
-    readers: tuple[fx.Node, ...] = ()
-    run_time_op: str = "multiplication"
-
-    @property
-    def into(self) -> str:
-        """What absorbs the factor, in words."""
-        return self.end.into if self.end else f"a {self.run_time_op} after {self.node.name}"
-
-
-@dataclass(frozen=True)
-class Grant:
-    """What the walk found for one seed.
-
-    Attributes:
-        seed: The seed.
-        classes: For each channel the class of channels that must share its factor; 0 where it has to stay 1.
-        cost: The dearest edit that it takes; ``NOT`` when no channel can be scaled.
-        into: What absorbs it.
-        reason: Why some or all channels cannot be scaled, or None.
-    """
-
-    seed: Seed
-    classes: Indices
-    cost: Cost
-    into: tuple[str, ...]
-    reason: str | None
-
-    @property
-    def granted(self) -> npt.NDArray[np.bool_]:
-        """Which channels may be scaled."""
-        return self.classes > IDENTITY
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Grants for all seeds, and the edits that carry them out.
-
-    Attributes:
-        grants: By name of the seed.
-        edits: What is to be rewritten.
-        mixed: What becomes of the values that attentions and matrix products mix, by reader.
-    """
-
-    grants: Mapping[str, Grant]
-    edits: Sequence[Edit]
-    mixed: Mapping[fx.Node, Want]
-    _class_of: Indices
-    _base: Mapping[str, int]
-
-    @property
-    def classes(self) -> int:
-        """Number of classes of channels, that of the identity included."""
-        return int(self._class_of.max()) + 1
-
-    def groups(self) -> list[list[str]]:
-        """Names of seeds that have to be decided together, because channels of theirs share a factor."""
-        graph: nx.Graph[str] = nx.Graph()
-        graph.add_nodes_from(self.grants)
-        names = list(self.grants)
-        owner = np.full(self.classes, -1)
-        for position, (name, grant) in enumerate(self.grants.items()):
-            numbers = grant.classes[grant.granted]
-            owners = owner[numbers]
-            graph.add_edges_from((names[first], name) for first in np.unique(owners[owners >= 0]))
-            owner[numbers[owners < 0]] = position
-        order = {name: position for position, name in enumerate(self.grants)}
-        return [sorted(group, key=order.__getitem__) for group in nx.connected_components(graph)]
-
-    def _classes_of(self, want: Want) -> Indices:
-        """Class of each variable of a want, laid out as that, which for a number has no axis at all."""
-        return np.asarray(self._class_of[want.scale])
-
-    def factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[Edit, Tensor]]:
-        """Each edit with its factor a, float64 and laid out as its want.
-
-        Args:
-            chosen: For each seed its factor per channel, float64 ``[channels]``; equal over each class.
-        """
-        table = self._factors(chosen)
-        for edit in self.edits:
-            yield edit, table[torch.from_numpy(self._classes_of(edit.want))]
-
-    def mixed_factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
-        """For each reader of a mixed value a and c, laid out as its want, where the value v becomes a v + c."""
-        table = self._factors(chosen)
-        for reader, want in self.mixed.items():
-            a = table[torch.from_numpy(self._classes_of(want))]
-            yield reader, a, (a - 1) * torch.from_numpy(want.offset.copy())
-
-    def _factors(self, chosen: Mapping[str, Tensor]) -> Tensor:
-        """The factor of each class."""
-        table = torch.ones(self.classes, dtype=torch.float64)
-        for name, factor in chosen.items():
-            table[torch.from_numpy(self.grants[name].classes)] = factor.to(torch.float64)
-        table[IDENTITY] = 1.0
-        return table
-
-    def shifts(self, chosen: Mapping[str, TimeTable]) -> Iterator[tuple[Edit, TimeTable]]:
-        """Each edit with its shifts, a row ``[bins, ...]`` of the layout of its want.
-
-        Args:
-            chosen: For each seed its shift per bin and channel, rows float64 ``[bins, channels]``; equal over a class.
-        """
-        tables = self._tables([edit.want for edit in self.edits], chosen)
-        yield from ((edit, table) for edit, table in zip(self.edits, tables, strict=True) if table is not None)
-
-    def mixed_shifts(self, chosen: Mapping[str, TimeTable]) -> Iterator[tuple[fx.Node, TimeTable]]:
-        """Each reader of a mixed value with the shifts that the value gets; see :meth:`shifts`."""
-        tables = self._tables(list(self.mixed.values()), chosen)
-        yield from ((node, table) for node, table in zip(self.mixed, tables, strict=True) if table is not None)
-
-    def _tables(self, wants: Sequence[Want], chosen: Mapping[str, TimeTable]) -> Iterator[TimeTable | None]:
-        """Of each want its shifts; None where it has none."""
-        names = list(chosen)
-        owner, place = (np.full(self.classes, -1) for _ in range(2))  # Of each class a seed, and a channel of that.
-        for position, name in reversed(list(enumerate(names))):
-            classes = self.grants[name].classes
-            owner[classes], place[classes] = position, np.arange(len(classes))
-        owner[IDENTITY] = -1
-        for want in wants:
-            classes = self._classes_of(want)
-            parts = []
-            for position in np.unique(owner[classes][owner[classes] >= 0]):
-                table = chosen[names[position]]
-                mine = torch.from_numpy(owner[classes] == position)
-                rows = table.rows[:, torch.from_numpy(np.where(mine, place[classes], 0))]
-                parts.append(table.map(lambda _, rows=rows, mine=mine: torch.where(mine, rows, 0.0)))  # type: ignore[misc]
-            yield functools.reduce(TimeTable.plus, parts) if parts else None
 
 
 def solve(
@@ -276,15 +76,15 @@ class _Walk:
         self.samples = Samples(timestep if request is Request.SHIFT else None, self.rules)
         self.seeds = seeds
         self.dearest = dearest
-        self.batch = _batch_hint(graph)
-        self.tokens = _with_tokens(graph)
+        self.batch = batch_hint(graph)
+        self.tokens = with_tokens(graph)
         self.wants: dict[fx.Node, dict[fx.Node, list[Want]]] = defaultdict(lambda: defaultdict(list))
         self.ties: list[tuple[Indices, Indices]] = []
         self.blocked: list[tuple[Indices, str]] = []
         self.edits: list[Edit] = []
         self.mixed: dict[fx.Node, Want] = {}
         self.base: dict[str, int] = {}
-        self.undone = {reader for seed in seeds for reader in seed.readers if reader.target is _AFFINE}
+        self.undone = {reader for seed in seeds for reader in seed.readers if reader.target is AFFINE}
         same: dict[Hashable, int] = {}
         total = IDENTITY + 1
         for seed in seeds:
@@ -313,13 +113,13 @@ class _Walk:
             return
         by_user: dict[fx.Node, list[Want]] = defaultdict(list)
         for reader, wants in asked.items():
-            by_user[_direct(node, reader)] += wants
+            by_user[direct_user(node, reader)] += wants
         shares: list[Want] = []
         others: list[fx.Node] = []
         for reader in readers_of(node):
-            share = None if reader in asked else _identity_share(reader, node, self.rules)
+            share = None if reader in asked else identity_share(reader, node, self.rules)
             if share is not None:
-                by_user.get(_direct(node, reader), shares).append(share)
+                by_user.get(direct_user(node, reader), shares).append(share)
             elif reader not in asked:
                 others.append(reader)
         groups = self._agreeing({user: self._merge(wants) for user, wants in by_user.items()})
@@ -346,7 +146,7 @@ class _Walk:
         want = spread_over_unread(want)
         unread = want.scale == UNREAD
         count = int(unread.sum())
-        if not count or count > _MANY or not (want.scale > IDENTITY).any():
+        if not count or count > MANY or not (want.scale > IDENTITY).any():
             return settle_unread(want)
         scale = want.scale.copy()
         scale[unread] = np.arange(self.total, self.total + count)
@@ -453,7 +253,7 @@ class _Walk:
                     return Cost.NOT
                 axes += 1
             else:
-                elements *= _hint(size)
+                elements *= size_hint(size)
         if self.request is not Request.FACTOR and (
             node.op == "get_attr" or not value.dim() or want.varies(0) or self.samples.unfit(node) is not None
         ):
@@ -470,7 +270,7 @@ class _Walk:
         if want.trivial:
             return (0, 0, 0)
         others = (other for other in readers_of(node) if other is not reader)
-        if node.op != "get_attr" and any(_identity_share(other, node, self.rules) is None for other in others):
+        if node.op != "get_attr" and any(identity_share(other, node, self.rules) is None for other in others):
             return self._price_here(node, want)
         found = outcome(node, want, self.rules)
         while isinstance(found, Tie):
@@ -518,28 +318,9 @@ class _Walk:
         return Solution(grants, edits, self.mixed, class_of, self.base)
 
 
-def readers_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read a value's elements: parts of a chunk each for themselves, and nobody who asks its shape."""
-    found = []
-    for user in node.users:
-        name = str(getattr(user.target, "_name", ""))
-        if name.startswith(_SHAPE_READERS) or (name.startswith(_LIKE_ANOTHER) and user.args[0] is not node):
-            continue
-        if any(sharer in name for sharer in _SHARERS):
-            found += list(user.users)
-        else:
-            found.append(user)
-    return found
-
-
 def _loses(left: Indices, right: Indices) -> bool:
     """Whether a tie lets channels stay as they are."""
     return bool(((left == IDENTITY) ^ (right == IDENTITY)).any())
-
-
-def _direct(node: fx.Node, reader: fx.Node) -> fx.Node:
-    """The user of a value through which this reader reads it: a chunk, where it reads one of its parts."""
-    return reader if node in reader.all_input_nodes else reader.all_input_nodes[0]
 
 
 def _agree(left: Want, right: Want) -> bool:
@@ -548,16 +329,6 @@ def _agree(left: Want, right: Want) -> bool:
     left, right = (want.map(lambda array: repeated(array, shape)) for want in (left, right))
     both = (left.scale != UNREAD) & (right.scale != UNREAD)
     return bool((~both | ((left.scale == right.scale) & (left.offset == right.offset))).all())
-
-
-def _identity_share(reader: fx.Node, node: fx.Node, rules: Mapping[Any, Rule]) -> Want | None:
-    """What a reader that asks nothing reads of ``node``, if that is only a part; None if it may read everything."""
-    name = str(getattr(reader.target, "_name", ""))
-    shared = node not in reader.all_input_nodes  # Read through a chunk.
-    if not shared and not name.startswith(_PART_READERS):
-        return None
-    found = outcome(reader, Want.identity(len(shape_of(reader))), rules)
-    return found.inputs[0][1] if isinstance(found, Push) else None
 
 
 def _components(total: int, left: Indices, right: Indices) -> Indices:
@@ -572,35 +343,3 @@ def _components(total: int, left: Indices, right: Indices) -> Indices:
 def _add(prices: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
     total = np.sum(list(prices), axis=0)
     return int(total[0]), int(total[1]), int(total[2])
-
-
-def _with_tokens(graph: fx.Graph) -> set[fx.Node]:
-    """The values that an input with an axis between batch and channels goes into."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            has_tokens = len(shape_of(node)) >= 3
-        else:
-            name = str(getattr(node.target, "_name", ""))
-            read = [] if name.startswith(_SHAPE_READERS) else node.all_input_nodes
-            if name == "aten::type_as":  # Of the second, the dtype.
-                read = read[:1]
-            has_tokens = any(source in found for source in read)
-        if has_tokens:
-            found.add(node)
-    return found
-
-
-def _hint(size: Any) -> int:
-    """A size, or that of the call that was captured; many where not even that is known."""
-    if isinstance(size, int):
-        return size
-    return _MANY if size.node.hint is None else int(size.node.hint)
-
-
-def _batch_hint(graph: fx.Graph) -> int:
-    for node in graph.nodes:
-        if node.op == "placeholder" and len(shape_of(node)) >= 2:
-            size = shape_of(node)[0]
-            return _hint(size)
-    return 1

@@ -1,44 +1,21 @@
-"""What calibration remembers of the values it observed, and nothing about how they will be quantized.
-
-An ``fxquant::observe(x, timestep, key, axis)`` node hands each observed value to :meth:`Statistics.record`. Statistics
-are kept per timestep as they come; which timesteps later share a bin, a scale or a shift is decided elsewhere. For
-each key and timestep there are exact per-channel extremes, a row count, and a small uniform sample of rows (tokens)
-from which quantiles and mean squared errors are estimated.
-
-Why the sample can be merged: every row that passes by has a random priority, independent and exponentially
-distributed, and the sample is the rows with the smallest ones. That is a function of the *set* of rows, so neither
-their order nor how they were split into calls and runs matters. Only the winners' priorities are ever drawn: the k
-smallest of n exponentials are cumulative sums of ``E_j / (n - j)`` with independent unit exponentials ``E_j`` (Rényi,
-"On the theory of order statistics", 1953), and which rows they belong to is a random k-permutation.
-
-Memory: ``T * (4 * C * (R + 2) + 8 * (R + 2))`` bytes a key, for T timesteps, C channels and R rows. All observed
-linears of DiT-XL/2 at 50 timesteps and the default R take 0.67 GB. It grows with the number of *different*
-timesteps, so calibrate on the sampler's own schedule rather than on random continuous times.
-"""
+"""Statistics of one observed value: for each timestep and channel the extremes, and a sample of rows."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fxquant.disk.files import share
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, NonFiniteError
+from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
+from fxquant.statistics.entry import Entry
 from fxquant.statistics.moments import ROWS_PER_CALL, SecondMoments
 
-__all__ = ["ChannelStatistics", "Statistics", "rows_to_sample"]
-
-_FEWEST_ROWS, _MOST_ROWS = 8, 1024
+_FEWEST_ROWS = 8
+_MOST_ROWS = 1024
 _SAMPLED_VALUES = 16_384  # Enough for the tails of a distribution over all timesteps, few enough to stay below 1 GB.
 
 
@@ -47,90 +24,9 @@ def rows_to_sample(channels: int) -> int:
     return max(_FEWEST_ROWS, min(_MOST_ROWS, _SAMPLED_VALUES // channels))
 
 
-_FORMAT = "fxquant-statistics"
-_VERSION = 1
-_TENSORS = (
-    *("timesteps", "count", "minimum", "maximum", "rows", "priorities"),
-    *("moments", "moment_timesteps", "moment_sums", "moment_counts"),
-)
-_EMPTY = np.inf  # the priority of a slot that holds no row: every row beats it
 # Up to this many elements (16 MiB of float32, about a millisecond) a value on the CPU is reduced by this thread alone.
 # A parallel region waits until each of its threads was scheduled: many milliseconds where the cores are shared.
 _SERIAL_ELEMENTS = 1 << 22
-
-
-class _NeverReachedError(CalibrationError, KeyError):
-    """Also a ``KeyError``, which is what the mixin methods of ``Mapping`` (``get``, ``in``) wait for."""
-
-    __str__ = Exception.__str__  # KeyError would print the message as a quoted literal
-
-
-@dataclass(slots=True)
-class _Entry:
-    """One key at one timestep. The slots of the sample are in no particular order.
-
-    Attributes:
-        minimum: ``[C]`` float32.
-        maximum: ``[C]`` float32.
-        rows: ``[R, C]`` float32; a slot whose priority is infinite holds no row.
-        priorities: ``[R]`` float64.
-        count: rows seen.
-    """
-
-    minimum: Tensor
-    maximum: Tensor
-    rows: Tensor
-    priorities: npt.NDArray[np.float64]
-    count: int = 0
-
-    @classmethod
-    def empty(cls, channels: int, num_rows: int) -> _Entry:
-        return cls(
-            minimum=torch.full((channels,), torch.inf, dtype=torch.float32),
-            maximum=torch.full((channels,), -torch.inf, dtype=torch.float32),
-            # Made by numpy, which asks for zeroed pages, where torch would fill them in a parallel region.
-            rows=torch.from_numpy(np.zeros((num_rows, channels), dtype=np.float32)),
-            priorities=np.full(num_rows, _EMPTY),
-        )
-
-    def widen(self, minimum: Tensor, maximum: Tensor, count: int) -> None:
-        """Take in the extremes ``[C]`` of ``count`` further rows."""
-        torch.minimum(self.minimum, minimum, out=self.minimum)
-        torch.maximum(self.maximum, maximum, out=self.maximum)
-        self.count += count
-
-    def compete(
-        self, priorities: npt.NDArray[np.float64], fetch: Callable[[npt.NDArray[np.intp]], Iterable[Tensor]]
-    ) -> None:
-        """Keep the R smallest of the present and the challenging priorities.
-
-        Args:
-            priorities: ``[n]`` of the challengers.
-            fetch: given the positions ``[m]`` of the challengers that won, their rows, m times ``[C]``. It is not
-                called when none did, which soon becomes the usual case.
-        """
-        size = len(self.priorities)
-        kept = np.argsort(np.concatenate((self.priorities, priorities)), kind="stable")[:size]
-        winners = kept[kept >= size] - size
-        if not len(winners):
-            return
-        lost = np.ones(size, dtype=bool)
-        lost[kept[kept < size]] = False
-        slots = np.flatnonzero(lost)
-        # One by one: an indexed copy of several wide rows would be a parallel region.
-        for slot, row in zip(slots, fetch(winners), strict=True):
-            self.rows[slot].copy_(row)
-        self.priorities[slots] = priorities[winners]
-
-    def absorb(self, other: _Entry) -> None:
-        """Take in all that another entry saw; ``other`` stays as it is."""
-        self.widen(other.minimum, other.maximum, other.count)
-        self.compete(other.priorities, lambda winners: other.rows[torch.from_numpy(winners)])
-
-    def sample(self) -> Tensor:
-        """The sampled rows ``[n, C]``, n <= R, by priority: the same whatever order they came in."""
-        order = np.argsort(self.priorities, kind="stable")
-        return self.rows[torch.from_numpy(order[: np.count_nonzero(np.isfinite(self.priorities))])]
 
 
 class ChannelStatistics:
@@ -159,7 +55,7 @@ class ChannelStatistics:
         """C, or 0 as long as nothing was recorded."""
         self.moments: SecondMoments | None = None
         """How the channels go together, if :class:`Statistics` was told to record that."""
-        self._entries: dict[float, _Entry] = {}
+        self._entries: dict[float, Entry] = {}
         digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=16).digest()
         self._philox_key = np.frombuffer(digest, dtype="<u8")
 
@@ -227,7 +123,7 @@ class ChannelStatistics:
         for (moment, samples), (low, high) in zip(groups.items(), bounds, strict=True):
             entry = self._entries.get(moment)
             if entry is None:
-                entry = self._entries[moment] = _Entry.empty(channels, self.rows_per_timestep)
+                entry = self._entries[moment] = Entry.empty(channels, self.rows_per_timestep)
             n = len(samples) * per_sample
             stream = self._stream(moment, entry.count)
             if moments:
@@ -298,7 +194,7 @@ class ChannelStatistics:
 
     @staticmethod
     def _sample(
-        entry: _Entry, stream: np.random.Generator, x: Tensor, samples: npt.NDArray[np.intp], per_sample: int
+        entry: Entry, stream: np.random.Generator, x: Tensor, samples: npt.NDArray[np.intp], per_sample: int
     ) -> None:
         """Let the rows of ``samples`` in ``x`` (channels last, ``per_sample`` rows each) compete for their entry."""
         n = len(samples) * per_sample
@@ -339,7 +235,7 @@ class ChannelStatistics:
             for moment, theirs in other._entries.items():
                 ours = self._entries.get(moment)
                 if ours is None:
-                    ours = self._entries[moment] = _Entry.empty(self.channels, self.rows_per_timestep)
+                    ours = self._entries[moment] = Entry.empty(self.channels, self.rows_per_timestep)
                 ours.absorb(theirs)
             if other.moments is not None:
                 self.moments = self.moments or SecondMoments(self.channels)
@@ -377,7 +273,7 @@ class ChannelStatistics:
 
     # Views
 
-    def _sorted(self) -> list[_Entry]:
+    def _sorted(self) -> list[Entry]:
         return [self._entries[moment] for moment in sorted(self._entries)]
 
     def _stacked(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -475,7 +371,7 @@ class ChannelStatistics:
             if tensors[name].shape != shape or tensors[name].dtype != dtype:
                 raise ValueError(f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, not {shape} {dtype}")
         for i, moment in enumerate(timesteps.tolist()):
-            self._entries[moment] = _Entry(
+            self._entries[moment] = Entry(
                 minimum=minimum[i].clone(),
                 maximum=tensors["maximum"][i].clone(),
                 rows=tensors["rows"][i].clone(),
@@ -484,161 +380,3 @@ class ChannelStatistics:
             )
         if "moments" in tensors:
             self.moments = SecondMoments.restore(tensors)
-
-
-class Statistics(Mapping[str, ChannelStatistics]):
-    """All that one calibration run recorded: a mapping from the key of an observed value to its statistics.
-
-    Args:
-        num_rows: rows (tokens) sampled for each key and timestep; None for as many as :func:`rows_to_sample` says.
-        seed: of the row samples. The same model, data and seed give identical statistics.
-        transient: whether nobody wants them afterwards, so that large parts may be dropped once they are used.
-
-    Raises:
-        ConfigurationError: ``num_rows`` is not positive.
-    """
-
-    def __init__(self, *, num_rows: int | None = None, seed: int = 0, transient: bool = False) -> None:
-        if num_rows is not None and num_rows < 1:
-            raise ConfigurationError(f"statistics need at least one sampled row per timestep, got num_rows={num_rows}")
-        self.num_rows = num_rows
-        self.seed = seed
-        self.transient = transient
-        self.wants_moments: Callable[[str], bool] = lambda key: False
-        """Of which values to record second moments, ``[C, C]`` each; calibration asks for what the recipe needs."""
-        self._by_key: dict[str, ChannelStatistics] = {}
-
-    def __getitem__(self, key: str) -> ChannelStatistics:
-        """Statistics of one observed value.
-
-        Raises:
-            CalibrationError: nothing was recorded under ``key``.
-        """
-        try:
-            return self._by_key[key]
-        except KeyError:
-            raise _NeverReachedError(
-                f"calibration never reached layer {key!r} ({len(self._by_key)} others were recorded). Calibrate with "
-                "calls that use it: the same optional inputs, guidance and schedule as at run time. Or leave it out of "
-                "the recipe."
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_key)
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def __repr__(self) -> str:
-        return (
-            f"Statistics(keys={len(self)}, timesteps={len(self.timesteps)}, num_rows={self.num_rows}, "
-            f"nbytes={self.nbytes})"
-        )
-
-    def _new(self, key: str) -> ChannelStatistics:
-        return ChannelStatistics(key, num_rows=self.num_rows, seed=self.seed)
-
-    def record(self, key: str, x: Tensor, timestep: Tensor, axis: int = -1) -> None:
-        """Take in one observed value; see :meth:`ChannelStatistics.record`.
-
-        Raises:
-            CalibrationError: the shape of ``x`` or of ``timestep`` does not fit; nothing was recorded.
-            NonFiniteError: ``x`` or ``timestep`` holds NaN or infinity; nothing was recorded.
-        """
-        statistics = self._by_key.get(key) or self._new(key)
-        statistics.record(x, timestep, axis, moments=self.wants_moments(key))
-        if len(statistics):  # an empty batch leaves the layer unreached
-            self._by_key[key] = statistics
-
-    def merge(self, other: Statistics) -> None:
-        """Take in another run over other data; see :meth:`ChannelStatistics.merge`. ``other`` stays as it is.
-
-        Raises:
-            ConfigurationError: the runs sample different numbers of rows, or share a seed at a common timestep.
-            CalibrationError: the channels of a key differ, or the statistics of one are sealed.
-        """
-        merged = {key: self._by_key.get(key) or self._new(key) for key in other}
-        for key, ours in merged.items():  # all before any, so that an error leaves this run as it was
-            ours.check_mergeable(other[key])
-        for key, ours in merged.items():
-            ours.merge(other[key])
-        self._by_key.update(merged)
-
-    def combine(self, keys: Iterable[str], name: str) -> None:
-        """Let several values that were recorded have statistics together, under a name of their own.
-
-        Args:
-            keys: of the values, which have the same channels; their own statistics stay.
-            name: key of what they have together; what was there before is replaced.
-
-        Raises:
-            CalibrationError: nothing was recorded under a key.
-        """
-        together = self._new(name)
-        for key in keys:  # Each drew its rows with random numbers of its own, so the samples compete fairly.
-            together._take(self[key])
-        self._by_key[name] = together
-
-    def seal(self) -> None:
-        """Let second moments take half the room; nothing can be recorded, merged or saved after that."""
-        for statistics in self._by_key.values():
-            if statistics.moments is not None:
-                statistics.moments.seal()
-
-    @property
-    def timesteps(self) -> Tensor:
-        """Timesteps that any key saw, ascending: ``[T]`` float64."""
-        moments: set[float] = set()
-        for statistics in self._by_key.values():
-            moments.update(statistics._entries)
-        return torch.tensor(sorted(moments), dtype=torch.float64)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all keys together."""
-        return sum(statistics.nbytes for statistics in self._by_key.values())
-
-    def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file, from which recording and merging can go on."""
-        tensors = {
-            f"{key}.{name}": tensor
-            for key, statistics in self._by_key.items()
-            for name, tensor in statistics._tensors().items()
-        }
-        header = {
-            "version": _VERSION,
-            "num_rows": self.num_rows,
-            "seed": self.seed,
-            "keys": {key: sorted(statistics.seeds) for key, statistics in self._by_key.items()},
-        }
-        save_file(tensors, path, metadata={_FORMAT: json.dumps(header)})
-        share(Path(path))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Statistics:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, not of this kind, or of a newer format.
-        """
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                text = (file.metadata() or {}).get(_FORMAT)
-                if text is None:
-                    raise CheckpointError(f"{path} holds no fxquant statistics. Give the file that save() wrote.")
-                header: dict[str, Any] = json.loads(text)
-                if header["version"] > _VERSION:
-                    raise CheckpointError(
-                        f"{path} has statistics of format {header['version']}; this fxquant reads up to {_VERSION}. "
-                        "Upgrade fxquant, or calibrate again."
-                    )
-                loaded, held = cls(num_rows=header["num_rows"], seed=header["seed"]), set(file.keys())
-                for key, seeds in header["keys"].items():
-                    statistics = loaded._new(key)
-                    statistics.seeds = frozenset(seeds)
-                    names = [name for name in _TENSORS if f"{key}.{name}" in held]
-                    statistics._restore({name: file.get_tensor(f"{key}.{name}") for name in names})
-                    loaded._by_key[key] = statistics
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"cannot read statistics from {path}: {error}. Calibrate again.") from error
-        return loaded

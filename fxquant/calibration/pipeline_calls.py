@@ -1,0 +1,233 @@
+"""Calls of a diffusers pipeline: for calibration, and for images."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.calibration.calibrate import instance_attribute
+from fxquant.errors import ConfigurationError
+
+STEPS = 25
+"""Denoising steps of a calibration, as in PTQ4DiT (arXiv 2405.16005)."""
+
+SAMPLES = 32
+"""Samples of a calibration, as in PTQ4DiT; with guidance that many with condition and that many without."""
+
+BATCH = 8
+"""Samples that go through the pipeline at once."""
+
+
+def calibration_call(
+    pipe: Any,
+    samples: int = SAMPLES,
+    steps: int = STEPS,
+    seed: int = 0,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+) -> Callable[[], None]:
+    """A function that runs the pipeline the way it is used, to pass as ``calibrate=`` to :func:`fxquant.compile`.
+
+    Every call of it is the same: noise comes from ``seed``. Nothing is decoded to pixels.
+
+    Args:
+        pipe: A pipeline that takes class labels, as ``DiTPipeline``, or prompts.
+        samples: Number of samples; with guidance each goes through the model with and without its condition.
+        steps: Denoising steps of each.
+        seed: Of the initial noise.
+        guidance: Guidance scale; what the pipeline does by itself if None.
+        prompts: For text pipelines; repeated if there are fewer than ``samples``.
+        labels: Classes; all classes that the model knows, evenly, if None.
+
+    Raises:
+        ConfigurationError: If the pipeline needs prompts and there are none, or needs what this function cannot give.
+    """
+    _check_seed(seed)
+    conditions = _conditions(pipe, samples, prompts, labels)
+    call = _bound_call(pipe, conditions, steps, guidance)
+
+    def calibrate() -> None:
+        with _without_decoder(pipe):
+            for _ in call(seed, "latent"):
+                pass
+
+    return calibrate
+
+
+def generate(
+    pipe: Any,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+) -> list[Any]:
+    """Make an image for each label or prompt.
+
+    Returns:
+        PIL images. The same seed, labels and steps give the same initial noise whatever the model is.
+
+    Raises:
+        ConfigurationError: If neither fits the pipeline, a label is out of range, or it makes something else.
+    """
+    given = prompts if prompts is not None else labels
+    if not given:
+        raise ConfigurationError("nothing to generate: give labels or prompts")
+    _check_seed(seed)
+    call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance)
+    images: list[Any] = []
+    for output in call(seed, "pil"):
+        if not hasattr(output, "images"):
+            raise ConfigurationError(f"{type(pipe).__name__} makes no images; call the pipeline itself")
+        images += output.images
+    return images
+
+
+def _check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigurationError(f"seed {seed} does not fit 64 bits; give a smaller one")
+
+
+def num_batches(samples: int) -> int:
+    """How many times :func:`calibration_call` and :func:`generate` run the pipeline for so many samples."""
+    return -(-samples // BATCH)
+
+
+@contextmanager
+def steps_watched(pipe: Any, tick: Callable[[], None]) -> Iterator[None]:
+    """Call ``tick`` after every step of the pipeline's scheduler."""
+    scheduler = pipe.scheduler
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        tick()
+        return result
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _signature(pipe: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipe).__call__).parameters)
+
+
+def _conditions(
+    pipe: Any, samples: int, prompts: Sequence[str] | None, labels: Sequence[int] | None
+) -> tuple[str, list[Any]]:
+    """Name of the argument that says what to draw, and its values, one a sample."""
+    if samples < 1:
+        raise ConfigurationError(f"{samples} samples are too few; at least one is needed")
+    names = _signature(pipe)
+    kind = type(pipe).__name__
+    if "class_labels" in names:
+        if prompts is not None:
+            raise ConfigurationError(f"{kind} takes class labels, not prompts")
+        return "class_labels", _labels(pipe, samples, labels)
+    if "prompt" in names:
+        if labels is not None:
+            raise ConfigurationError(f"{kind} takes prompts, not class labels")
+        if not prompts:
+            raise ConfigurationError(
+                f"{kind} draws what a prompt says, and there are no prompts; give some that are like those in use "
+                "(prompts=[...], on the command line --prompts)"
+            )
+        return "prompt", [prompts[i % len(prompts)] for i in range(samples)]
+    raise ConfigurationError(
+        f"{kind} takes neither class labels nor prompts; write the calibration yourself and pass it to "
+        "fxquant.compile: calibrate=lambda: pipe(...)"
+    )
+
+
+def _labels(pipe: Any, samples: int, labels: Sequence[int] | None) -> list[int]:
+    count = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
+    if labels is not None:
+        for label in labels:
+            if count is not None and not 0 <= label < count:
+                raise ConfigurationError(f"label {label} is out of range; the model knows classes 0 to {count - 1}")
+        return [labels[i % len(labels)] for i in range(samples)]
+    known = sorted(set(getattr(pipe, "labels", {}).values()))
+    if not known:
+        known = list(range(count or 1000))
+    if samples < len(known):
+        return [known[i * len(known) // samples] for i in range(samples)]
+    return [known[i % len(known)] for i in range(samples)]
+
+
+def _bound_call(
+    pipe: Any, conditions: tuple[str, list[Any]], steps: int, guidance: float | None
+) -> Callable[[int, str], Iterator[Any]]:
+    """Settle all arguments but the seed and the output type; the result runs the pipeline batch by batch."""
+    if steps < 1:
+        raise ConfigurationError(f"{steps} steps are too few; at least one is needed")
+    names = _signature(pipe)
+    condition, values = conditions
+    arguments: dict[str, Any] = {"num_inference_steps": steps}
+    if guidance is not None:
+        if "guidance_scale" not in names:
+            raise ConfigurationError(f"{type(pipe).__name__} has no guidance scale")
+        if not math.isfinite(guidance):
+            raise ConfigurationError(f"guidance {guidance} is not a finite number; give one such as 4")
+        arguments["guidance_scale"] = guidance
+    given = {"self", condition, "generator", "output_type", *arguments}
+    missing = [
+        name
+        for name, parameter in names.items()
+        if name not in given
+        and parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if missing:
+        raise ConfigurationError(
+            f"{type(pipe).__name__} also needs {', '.join(missing)}; write the calibration yourself and pass it to "
+            "fxquant.compile: calibrate=lambda: pipe(...)"
+        )
+
+    def run(seed: int, output_type: str) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        kwargs = dict(arguments)
+        if "output_type" in names and (output_type != "latent" or _offers_latents(pipe)):
+            kwargs["output_type"] = output_type
+        elif "output_type" in names:
+            kwargs["output_type"] = "pt"
+        for start in range(0, len(values), BATCH):
+            yield pipe(**{condition: values[start : start + BATCH]}, generator=generator, **kwargs)
+
+    return run
+
+
+def _offers_latents(pipe: Any) -> bool:
+    """Whether the pipeline can stop before it decodes; only its code says so."""
+    try:
+        return '"latent"' in inspect.getsource(inspect.unwrap(type(pipe).__call__))
+    except (OSError, TypeError):
+        return False
+
+
+@contextmanager
+def _without_decoder(pipe: Any) -> Iterator[None]:
+    """Let a pipeline that always decodes, as ``DiTPipeline``, decode nothing."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None or _offers_latents(pipe):
+        yield
+        return
+
+    def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        return SimpleNamespace(sample=latents) if return_dict else (latents,)
+
+    with instance_attribute(vae, "decode", decode):
+        yield

@@ -1,0 +1,82 @@
+"""Who reads a value, how much of it, and how large it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from fxquant.channels.rules import Rule, outcome, shape_of
+from fxquant.channels.wants import Push, Want
+
+MANY = 2**20  # Positions that nobody reads; above that, a variable for each would take more room than it is worth.
+_SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
+_PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
+_SHAPE_READERS = (
+    *("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size"),
+    *("aten::new_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand"),
+)
+_LIKE_ANOTHER = ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as")  # Of the second, form only.
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value's elements: parts of a chunk each for themselves, and nobody who asks its shape."""
+    found = []
+    for user in node.users:
+        name = str(getattr(user.target, "_name", ""))
+        if name.startswith(_SHAPE_READERS) or (name.startswith(_LIKE_ANOTHER) and user.args[0] is not node):
+            continue
+        if any(sharer in name for sharer in _SHARERS):
+            found += list(user.users)
+        else:
+            found.append(user)
+    return found
+
+
+def direct_user(node: fx.Node, reader: fx.Node) -> fx.Node:
+    """The user of a value through which this reader reads it: a chunk, where it reads one of its parts."""
+    return reader if node in reader.all_input_nodes else reader.all_input_nodes[0]
+
+
+def identity_share(reader: fx.Node, node: fx.Node, rules: Mapping[Any, Rule]) -> Want | None:
+    """What a reader that asks nothing reads of ``node``, if that is only a part; None if it may read everything."""
+    name = str(getattr(reader.target, "_name", ""))
+    shared = node not in reader.all_input_nodes  # Read through a chunk.
+    if not shared and not name.startswith(_PART_READERS):
+        return None
+    found = outcome(reader, Want.identity(len(shape_of(reader))), rules)
+    return found.inputs[0][1] if isinstance(found, Push) else None
+
+
+def with_tokens(graph: fx.Graph) -> set[fx.Node]:
+    """The values that an input with an axis between batch and channels goes into."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            has_tokens = len(shape_of(node)) >= 3
+        else:
+            name = str(getattr(node.target, "_name", ""))
+            read = [] if name.startswith(_SHAPE_READERS) else node.all_input_nodes
+            if name == "aten::type_as":  # Of the second, the dtype.
+                read = read[:1]
+            has_tokens = any(source in found for source in read)
+        if has_tokens:
+            found.add(node)
+    return found
+
+
+def size_hint(size: Any) -> int:
+    """A size, or that of the call that was captured; many where not even that is known."""
+    if isinstance(size, int):
+        return size
+    return MANY if size.node.hint is None else int(size.node.hint)
+
+
+def batch_hint(graph: fx.Graph) -> int:
+    """The batch size of the call that a graph was captured from; 1 if no input has one."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and len(shape_of(node)) >= 2:
+            size = shape_of(node)[0]
+            return size_hint(size)
+    return 1

@@ -1,0 +1,89 @@
+"""The text of a report's tables."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fxquant.inspect.rows import LayerReport
+from fxquant.text import block_numbers, decimal, pattern_of, without_numbers, wrapped
+
+_BLOCK = re.compile(r"(.*?)\.\d+\.")
+
+
+def sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, list[list[LayerReport]]]]:
+    """The rows of the table below the block, or blocks, that they stand in; no title for what is in none."""
+    groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+    for layer in layers:
+        into = frozenset(pattern_of(name) for name in layer.absorbed_into)
+        alike = (layer.role, layer.kernel, layer.precision, layer.shape, layer.cost, layer.balanced_channels)
+        key = (layer.name,) if every else (pattern_of(layer.name), into, *alike, without_numbers(layer.reason))
+        groups.setdefault(key, []).append(layer)
+    sections: dict[tuple[str, bool], list[list[LayerReport]]] = {}
+    for group in groups.values():
+        block = _BLOCK.match(group[0].name)
+        title = f"{block[1]}.{block_numbers(layer.name for layer in group)}" if block else ""
+        sections.setdefault((title, not block and group[0].role == "final"), []).append(group)
+    yield from ((title, found) for (title, _), found in sections.items())
+
+
+def reasons(title: str, given: Iterable[tuple[str, str | None]]) -> str:
+    """Which layers have which reason, those of all blocks together; no text where none has one."""
+    found: dict[str, list[str]] = {}
+    for name, reason in given:
+        if reason is not None:
+            found.setdefault(without_numbers(reason) or "", []).append(name)
+    lines = []
+    for reason, names in found.items():
+        patterns = Counter(pattern_of(name) for name in names)
+        shown = ", ".join(f"{name} ({count}x)" if count > 1 else name for name, count in patterns.items())
+        lines += wrapped(f"{shown}: {reason}")
+    return f"{title}\n" + "\n".join(lines) if lines else ""
+
+
+def layer_row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, str]) -> list[str]:
+    """The cells of layers that are alike, which are shown as one row."""
+    first = group[0]
+    lows = [layer.activation_low for layer in group if layer.activation_low is not None]
+    highs = [layer.activation_high for layer in group if layer.activation_high is not None]
+    spreads = [value for layer in group if layer.spread for value in layer.spread]
+    return [
+        indent + (_BLOCK.sub("", first.name, count=1) if indent else first.name),
+        first.role,
+        first.precision,
+        letters[first.kernel],
+        _balance(first, len(group) > 1),
+        f"{min(lows):.3g}..{max(highs):.3g}" if lows else "",
+        f"{min(spreads):.3g}..{max(spreads):.3g}" if spreads else "",
+        span_of(layer.weight_sqnr_db for layer in group),
+        span_of(layer.activation_sqnr_db for layer in group),
+    ]
+
+
+def _balance(layer: LayerReport, several: bool) -> str:
+    """``free: norm1.linear``; the number of channels where not all of them are balanced."""
+    if layer.cost is None:
+        return ""
+    part = "" if layer.balanced_channels in (0, layer.shape[1]) else f" {layer.balanced_channels}/{layer.shape[1]}"
+    block = _BLOCK.match(layer.name)
+    within = [block is not None and name.startswith(block[0]) for name in layer.absorbed_into]
+    elsewhere = [name for name, own in zip(layer.absorbed_into, within, strict=True) if not own]
+    # Inside its own block a short name will do, if nothing else could be meant by it.
+    shorten = not any(_BLOCK.match(name) for name in elsewhere)
+    names = [
+        _BLOCK.sub("", name, count=1) if own and shorten else pattern_of(name) if several else name
+        for name, own in zip(layer.absorbed_into, within, strict=True)
+    ]
+    names = list(dict.fromkeys(names))
+    return f"{layer.cost}{part}: {', '.join(names)}" if names else f"{layer.cost}{part}"
+
+
+def span_of(values: Iterator[float | None]) -> str:
+    """The least and the largest of the values that are known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = decimal(min(known)), decimal(max(known))
+    return low if low == high else f"{low}..{high}"

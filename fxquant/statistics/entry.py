@@ -1,0 +1,82 @@
+"""One observed value at one timestep: extremes, a count and a sample of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+EMPTY = np.inf  # the priority of a slot that holds no row: every row beats it
+
+
+@dataclass(slots=True)
+class Entry:
+    """One key at one timestep. The slots of the sample are in no particular order.
+
+    Attributes:
+        minimum: ``[C]`` float32.
+        maximum: ``[C]`` float32.
+        rows: ``[R, C]`` float32; a slot whose priority is infinite holds no row.
+        priorities: ``[R]`` float64.
+        count: rows seen.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+    rows: Tensor
+    priorities: npt.NDArray[np.float64]
+    count: int = 0
+
+    @classmethod
+    def empty(cls, channels: int, num_rows: int) -> Entry:
+        """An entry that has seen no row."""
+        return cls(
+            minimum=torch.full((channels,), torch.inf, dtype=torch.float32),
+            maximum=torch.full((channels,), -torch.inf, dtype=torch.float32),
+            # Made by numpy, which asks for zeroed pages, where torch would fill them in a parallel region.
+            rows=torch.from_numpy(np.zeros((num_rows, channels), dtype=np.float32)),
+            priorities=np.full(num_rows, EMPTY),
+        )
+
+    def widen(self, minimum: Tensor, maximum: Tensor, count: int) -> None:
+        """Take in the extremes ``[C]`` of ``count`` further rows."""
+        torch.minimum(self.minimum, minimum, out=self.minimum)
+        torch.maximum(self.maximum, maximum, out=self.maximum)
+        self.count += count
+
+    def compete(
+        self, priorities: npt.NDArray[np.float64], fetch: Callable[[npt.NDArray[np.intp]], Iterable[Tensor]]
+    ) -> None:
+        """Keep the R smallest of the present and the challenging priorities.
+
+        Args:
+            priorities: ``[n]`` of the challengers.
+            fetch: given the positions ``[m]`` of the challengers that won, their rows, m times ``[C]``. It is not
+                called when none did, which soon becomes the usual case.
+        """
+        size = len(self.priorities)
+        kept = np.argsort(np.concatenate((self.priorities, priorities)), kind="stable")[:size]
+        winners = kept[kept >= size] - size
+        if not len(winners):
+            return
+        lost = np.ones(size, dtype=bool)
+        lost[kept[kept < size]] = False
+        slots = np.flatnonzero(lost)
+        # One by one: an indexed copy of several wide rows would be a parallel region.
+        for slot, row in zip(slots, fetch(winners), strict=True):
+            self.rows[slot].copy_(row)
+        self.priorities[slots] = priorities[winners]
+
+    def absorb(self, other: Entry) -> None:
+        """Take in all that another entry saw; ``other`` stays as it is."""
+        self.widen(other.minimum, other.maximum, other.count)
+        self.compete(other.priorities, lambda winners: other.rows[torch.from_numpy(winners)])
+
+    def sample(self) -> Tensor:
+        """The sampled rows ``[n, C]``, n <= R, by priority: the same whatever order they came in."""
+        order = np.argsort(self.priorities, kind="stable")
+        return self.rows[torch.from_numpy(order[: np.count_nonzero(np.isfinite(self.priorities))])]
