@@ -17,8 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant.cli import main as cli
-from fxquant.cli.main import app
+from fxquant.cli import output
+from fxquant.cli import quantize as command_quantize
+from fxquant.cli.__main__ import app
 from fxquant.disk.files import digest_of
 from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
 from fxquant.pipeline.recipes import make_recipe
@@ -73,7 +74,7 @@ class TestHelp:
 
     def test_help_needs_no_torch(self):
         code = (
-            "import sys; from fxquant.cli.main import app; from typer.testing import CliRunner; "
+            "import sys; from fxquant.cli.__main__ import app; from typer.testing import CliRunner; "
             "assert CliRunner().invoke(app, ['quantize', '--help']).exit_code == 0; "
             "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
         )
@@ -234,7 +235,7 @@ class TestQuantize:
         monkeypatch.setattr(diffusers_io, "save_pipeline", refused)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         with pytest.raises(CheckpointError, match="q cannot be saved"):
-            cli._save(None, tmp_path / "q", overwrite=False)
+            command_quantize._save(None, tmp_path / "q", overwrite=False)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_pipeline_that_fails_is_no_callable_of_the_users(self, float_folder, tmp_path, monkeypatch):
@@ -416,8 +417,8 @@ class TestNamesFromFiles:
             assert printed.replace("\n", "").isprintable()
 
     def test_of_warnings_and_tables(self, capsys):
-        cli._show_warning(UserWarning("a\x1b[2Jb"))
-        cli._print_plain("a\x1b]0;title\x07b" + "y" * 10_000)
+        output.show_warning(UserWarning("a\x1b[2Jb"))
+        output.print_plain("a\x1b]0;title\x07b" + "y" * 10_000)
         printed = "".join(capsys.readouterr())
         assert printed.replace("\n", "").isprintable()
         assert "more characters" in printed
@@ -426,7 +427,7 @@ class TestNamesFromFiles:
 @pytest.mark.parametrize("category", [PortabilityWarning, QualityWarning, SpeedWarning])
 def test_warnings_of_calls_are_shown_whoever_made_them(capsys, category):
     """They name the line that called the model, which is one of torch or diffusers."""
-    with cli._quiet():
+    with output.quiet():
         warnings.warn_explicit("far from float", category, "module.py", 1, module="torch.nn.modules.module")
         warnings.warn_explicit("of no use to users", UserWarning, "module.py", 2, module="torch.nn.modules.module")
     assert capsys.readouterr().err == "warning: far from float\n"
@@ -454,7 +455,7 @@ class TestProfile:
 
 def test_the_installed_command(quantized):
     """One real process: an error and a report, without the noise of the libraries."""
-    command = [sys.executable, "-m", "fxquant.cli.main"]
+    command = [sys.executable, "-m", "fxquant.cli"]
     good = subprocess.run([*command, "report", str(quantized)], capture_output=True, text=True, check=True)
     assert good.stdout.startswith("model        DiTTransformer2DModel on fake-quant\n")
     assert good.stderr == ""

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import fxquant
 from fxquant.backends.native import Native
 from fxquant.calibration.pipeline_calls import generate
-from fxquant.cli.main import app
+from fxquant.cli.__main__ import app
 from fxquant.disk import files
 from fxquant.errors import (
     AlreadyCompiledError,

@@ -92,11 +92,11 @@ class Report:
         """
         parts = [self.summary(), self._layer_table(every)]
         balanced = [(layer.name, layer.reason) for layer in self.layers]
-        if reasons := reasons("channels left alone, and why", balanced):
-            parts.append(reasons)
+        if text := reasons("channels left alone, and why", balanced):
+            parts.append(text)
         kept = [(layer.name, layer.float_because) for layer in self.layers]
-        if reasons := reasons("layers and matrix products in float, and why", [*kept, *self.products.items()]):
-            parts.append(reasons)
+        if text := reasons("layers and matrix products in float, and why", [*kept, *self.products.items()]):
+            parts.append(text)
         if self.attentions:
             parts.append(self._attention_table(every))
         if self.output_sqnr_db:

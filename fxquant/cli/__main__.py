@@ -1,0 +1,20 @@
+"""The entry point of the command line. Help lists the commands in the order in which they are imported here."""
+
+from fxquant.cli.quantize import quantize  # isort: skip
+from fxquant.cli.generate import generate  # isort: skip
+from fxquant.cli.export import export  # isort: skip
+from fxquant.cli.report import report  # isort: skip
+from fxquant.cli.profile import profile  # isort: skip
+from fxquant.cli.list import list_  # isort: skip
+from fxquant.cli.app import app
+
+__all__ = ["app", "export", "generate", "list_", "main", "profile", "quantize", "report"]
+
+
+def main() -> None:
+    """Run the command line: the console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

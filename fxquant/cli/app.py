@@ -1,0 +1,90 @@
+"""The application: errors, options that commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fxquant import __version__
+from fxquant.cli.output import err, out, print_error
+from fxquant.errors import FxquantError
+
+_ERROR = 2
+_INTERRUPTED = 130  # What shells report after Ctrl-C.
+
+
+class _Group(TyperGroup):
+    """Prints the errors that fxquant raises on purpose as one message, without traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxquantError as error:
+            if _debugging(ctx):
+                raise
+            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+            print_error(f"{error}{notes}")
+            raise typer.Exit(_ERROR) from None
+        except BrokenPipeError:  # Of `fxquant report | head`; click deals with it.
+            raise
+        except OSError as error:
+            if _debugging(ctx) or error.filename is None:
+                raise
+            print_error(f"{error.filename} cannot be read or written: {error.strerror}")
+            raise typer.Exit(_ERROR) from None
+        except KeyboardInterrupt:
+            err.print("interrupted; no folder and no file is half written", style="red")
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+def _debugging(ctx: Any) -> bool:
+    return bool(ctx.find_root().meta.get("fxquant.debug"))
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="fxquant",
+    help="Quantize diffusion transformers: a graph-rewriting compiler over torch.fx.",
+    epilog="Begin with:  [bold]fxquant quantize facebook/DiT-XL-2-256 --out dit-w8a8[/]",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _remember_debug(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.find_root().meta["fxquant.debug"] = True
+    return value
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        out.print(f"fxquant {__version__}", highlight=False)
+        raise typer.Exit
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
+]
+Steps = Annotated[int, typer.Option(min=1, max=100_000, help="Denoising steps.", rich_help_panel="Sampling")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial noise.", rich_help_panel="Sampling")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale; the pipeline's own if not given.", rich_help_panel="Sampling"),
+]
+Device = Annotated[str, typer.Option("--device", "-d", help="Where it runs, such as cpu, cuda or cuda:1.")]
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    pass

@@ -1,0 +1,77 @@
+"""The command ``fxquant list``."""
+
+from __future__ import annotations
+
+import inspect
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from fxquant.cli.app import Debug, app
+from fxquant.cli.output import print_rows, quiet, status
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    recipes = "recipes"
+    passes = "passes"
+    backends = "backends"
+    rules = "rules"
+
+
+@app.command("list", no_args_is_help=True)
+def list_(
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="recipes, passes, backends or rules.")],
+    debug: Debug = False,
+) -> None:
+    """List recipes, passes, backends or channel rules, one line each."""
+    with quiet(), status("importing torch"):
+        rows = {Kind.recipes: _recipes, Kind.passes: _passes, Kind.backends: _backends, Kind.rules: _rules}[kind]()
+    print_rows(rows)
+
+
+def _recipes() -> list[tuple[str, str]]:
+    from fxquant.pipeline.recipes import DYNAMIC, RECIPES, ROUNDINGS
+
+    plain = [(f"{name}-w<bits>a<bits>", _summary(RECIPES[name])) for name in RECIPES]
+    by_token = f"<recipe>-{DYNAMIC}-w<bits>a<bits>", "every token that a linear reads gets its range at run time"
+    return [*plain, by_token, *((f"<recipe>-{name}-w<bits>a<bits>", said) for name, said in ROUNDINGS.items())]
+
+
+def _passes() -> list[tuple[str, str]]:
+    from fxquant.pipeline.pipeline import PASSES
+
+    return [(name, f"[{PASSES[name].tier.value}] {_summary(PASSES[name])}") for name in PASSES]
+
+
+def _backends() -> list[tuple[str, str]]:
+    from fxquant.pipeline.backend import BACKENDS, options_of
+
+    rows = []
+    for name in BACKENDS:
+        try:
+            options = ", ".join(sorted(options_of(name)))
+            rows.append((name, _summary(BACKENDS[name]) + (f" Options: {options}." if options else "")))
+        except ImportError as error:
+            rows.append((name, f"not available: {error}"))
+    return rows
+
+
+def _rules() -> list[tuple[str, str]]:
+    from fxquant.channels.rules import RULES
+
+    ops: dict[Any, list[str]] = {}
+    for target, function in RULES.items():
+        name = str(getattr(target, "_name", None) or getattr(target, "__name__", target)).removeprefix("aten::")
+        short = name.partition(".")[0]
+        names = ops.setdefault(function, [])
+        if short not in names:
+            names.append(short)
+    return [(" ".join(names), _summary(function)) for function, names in ops.items()]
+
+
+def _summary(item: Any) -> str:
+    """First line of a docstring; "Barrier: ..." and "End: ..." of rules included."""
+    return (inspect.getdoc(item) or "").partition("\n")[0]

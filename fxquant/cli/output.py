@@ -1,0 +1,125 @@
+"""What the commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from fxquant.errors import PortabilityWarning, QualityWarning, SpeedWarning
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+LINE = 4000  # Characters of a line that reach the terminal.
+out = Console()
+err = Console(stderr=True)
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and what they are: a table on a terminal, a line each elsewhere."""
+    if not out.is_terminal:  # One line each, for grep.
+        width = max((len(name) for name, _ in rows), default=0)
+        print_plain("\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows))
+        return
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", overflow="fold", max_width=44)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(Text(name), Text(text))
+    out.print(table)
+
+
+def print_json(data: Any) -> None:
+    """Data as JSON; infinity and NaN are not JSON and raise ValueError."""
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def print_plain(text: str) -> None:
+    """As it is: a table that a narrow terminal would fold is easier to read scrolled or piped."""
+    from fxquant.text import printable
+
+    sys.stdout.write(printable(text, LINE) + "\n")
+
+
+def print_error(message: str) -> None:
+    """An error, on stderr."""
+    from fxquant.text import printable
+
+    err.print(Text.assemble(("error: ", "bold red"), (printable(message, LINE), "red")), soft_wrap=True)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show what is being done, on a terminal."""
+    if err.is_terminal:
+        with err.status(Text(text)):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Progress bars, on a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        yield progress
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what libraries say to their developers off the screen; fxquant's own warnings stay."""
+    import logging
+
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "diffusers", "torch.utils._pytree", "torch.utils.pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"fxquant(\.|$)")
+        for category in (PortabilityWarning, QualityWarning, SpeedWarning):  # They name whoever called the model.
+            warnings.filterwarnings("default", category=category)
+        warnings.showwarning = show_warning
+        yield
+
+
+def no_bars() -> None:
+    """No bars but our own."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning, on stderr; in place of ``warnings.showwarning``."""
+    from fxquant.text import printable
+
+    err.print(Text.assemble(("warning: ", "bold yellow"), printable(str(message), LINE)), soft_wrap=True)

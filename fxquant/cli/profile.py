@@ -1,0 +1,66 @@
+"""The command ``fxquant profile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxquant.cli.app import Debug, Device, app
+from fxquant.cli.output import print_json, print_plain, quiet, status
+from fxquant.cli.report import check_is_folder
+
+_PROFILE_EXAMPLES = """[bold]Examples[/]
+
+  fxquant profile dit-w8a8 --backend native
+
+  fxquant profile dit-w8a8 --batch 8 --compile --top 40
+
+  fxquant profile dit-w8a8 --json | jq '.rows[] | select(.is_slower) | .name'
+"""
+
+
+@app.command(epilog=_PROFILE_EXAMPLES, no_args_is_help=True)
+def profile(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    backend: Annotated[
+        str | None, typer.Option("--backend", "-b", help="What runs it; the one it was quantized for if not given.")
+    ] = None,
+    device: Device = "cpu",
+    batch: Annotated[int | None, typer.Option(help="Samples of a call; 2 if the model leaves it open.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each model, by turns.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; left as they are if not given.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time whole calls under torch.compile too, which takes a minute or more.")
+    ] = False,
+    against_float: Annotated[
+        bool, typer.Option("--float/--no-float", help="Run the float architecture beside it, with random weights.")
+    ] = True,
+    top: Annotated[int, typer.Option(min=1, help="Rows to show, the heaviest.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure where the time goes, layer by layer, beside float and what the machine can do.
+
+    Warns of layers that are slower than in float or run a fallback. No weights of the float model are needed.
+    """
+    with quiet(), status("reading and measuring"):
+        check_is_folder(folder)
+        import fxquant
+
+        found = fxquant.profile(
+            folder,
+            backend=backend,
+            device=device,
+            batch=batch,
+            rounds=rounds,
+            threads=threads,
+            compiled=compiled,
+            against_float=against_float,
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_plain(found.table(top=top, every=every))

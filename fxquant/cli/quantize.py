@@ -1,0 +1,234 @@
+"""The command ``fxquant quantize``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from fxquant.cli.app import Debug, Device, Guidance, Seed, Steps, app
+from fxquant.cli.output import err, no_bars, print_json, print_plain, progress_bars, quiet, show_warning, status
+from fxquant.cli.running import blaming_the_pipeline, kept_aside, read_prompts
+from fxquant.errors import CheckpointError, ConfigurationError, WriteError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import fx
+
+    from fxquant.pipeline.pipeline import Pass, PassRecord
+    from fxquant.pipeline.recipes import Recipe
+
+
+class Layers(StrEnum):
+    """Which layers are quantized."""
+
+    default = "default"
+    blocks = "blocks"
+    all = "all"
+
+
+class Dtype(StrEnum):
+    """What a pipeline computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_QUANTIZE_EXAMPLES = """[bold]Examples[/]
+
+  fxquant quantize facebook/DiT-XL-2-256 --recipe ptq4dit-gptq-w4a8 --out dit-w4a8
+
+  fxquant quantize ./my-pixart --recipe rtn-w8a8 --prompts prompts.txt --out pixart-w8a8
+
+  fxquant quantize ./my-dit --recipe ptq4dit-gptq-w4a8-g64 --samples 8 --steps 10 --out quick --overwrite
+"""
+
+
+@app.command(epilog=_QUANTIZE_EXAMPLES, no_args_is_help=True)
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a diffusers pipeline.")],
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder that the quantized pipeline goes to.")],
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", help="Recipe with precision, or its text; see [bold]fxquant list recipes[/]."),
+    ] = "ptq4dit-w8a8",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend", "-b", help="What runs it, such as native{products=fp8}; see [bold]fxquant list backends[/]."
+        ),
+    ] = "fake-quant",
+    layers: Annotated[
+        Layers,
+        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: blocks alone; all: every layer."),
+    ] = Layers.default,
+    device: Device = "cpu",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype in which everything computes that is not quantized.")
+    ] = Dtype.float32,
+    samples: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Samples to calibrate with.", rich_help_panel="Sampling")
+    ] = 32,
+    steps: Steps = 25,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
+    ] = None,
+    measure: Annotated[
+        int, typer.Option(min=0, help="Calibration calls on which the output error is measured; 0 for none.")
+    ] = 8,
+    dump_graphs: Annotated[
+        Path | None, typer.Option(help="Folder for the graph after every pass, as readable code.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder in which block reconstruction keeps finished blocks, to go on from after a stop."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize the transformer of a pipeline and write the whole pipeline to a folder.
+
+    The pipeline is run the way it is used, to calibrate: with its classes or with your prompts.
+    """
+    lines = None if prompts is None else read_prompts(prompts)
+    with quiet(), status("importing torch and diffusers"):
+        import fxquant
+        from fxquant.calibration.pipeline_calls import calibration_call, num_batches, steps_watched
+        from fxquant.disk.files import dtype_of_name
+        from fxquant.disk.folders import prepare
+        from fxquant.pipeline.backend import resolve_backend
+        from fxquant.pipeline.pipeline import DumpGraphs, Instrument
+        from fxquant.pipeline.recipes import make_recipe
+        from fxquant.runtime.devices import usable_device
+        from fxquant.storage.diffusers_io import load_pipeline, refuse_existing, refuse_input
+
+        # What can be refused is refused before anything takes time.
+        refuse_input(out_folder, Path(model))
+        prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
+        for option, folder in (("--dump-graphs", dump_graphs), ("--resume", resume)):
+            _check_folder(option, folder, out_folder)
+        chosen = make_recipe(recipe, layers.value)
+        place = usable_device(device)
+        runner = resolve_backend(backend).on(place)
+        runner.check_device(place)
+    with quiet():
+        with status(f"reading {model}"):
+            no_bars()
+            pipe = load_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value))
+            if not hasattr(pipe, "transformer"):
+                raise ConfigurationError(f"{type(pipe).__name__} has no transformer; fxquant quantizes transformers")
+            pipe.set_progress_bar_config(disable=True)
+            calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines)
+        with progress_bars() as progress:
+            watch = _PassProgress(progress, chosen)
+            instruments: list[Instrument] = [watch]
+            if dump_graphs is not None:
+                instruments.append(DumpGraphs(dump_graphs))
+            task = progress.add_task(f"calibrate: {samples} samples, {steps} steps", total=num_batches(samples) * steps)
+            with steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):
+                pipe.transformer = fxquant.compile(
+                    pipe.transformer,
+                    recipe=chosen,
+                    backend=runner,
+                    calibrate=calibrate,
+                    layers=layers.value,
+                    measure=measure,
+                    instruments=instruments,
+                    resume=resume,
+                )
+            watch.done()
+        with status(f"writing {out_folder}"):
+            _save(pipe, out_folder, overwrite)
+        _mention_float_transformers(pipe)
+    found = fxquant.report(pipe.transformer)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_plain(found.summary())
+        err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
+
+
+def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
+    """Refuse a folder for other files that cannot be written, or that lies in what is replaced as a whole."""
+    from fxquant.disk.folders import check_writable
+
+    if folder is None:
+        return
+    if folder.resolve().is_relative_to(out_folder.resolve()):
+        raise ConfigurationError(
+            f"{option} {folder} lies in --out {out_folder}, which holds nothing but the pipeline; choose another folder"
+        )
+    check_writable(folder)
+
+
+def _save(pipe: Any, folder: Path, overwrite: bool) -> None:
+    """Write the pipeline; if that fails after all the work, write it to a temporary folder and say where."""
+    from fxquant.storage.diffusers_io import save_pipeline
+
+    try:
+        save_pipeline(pipe, folder, overwrite=overwrite)
+    except CheckpointError as error:
+        if getattr(error, "kept", None) is not None:
+            raise
+        rescued = kept_aside(lambda place: save_pipeline(pipe, place / folder.resolve().name))
+        if rescued is None:
+            raise
+        rescued /= folder.resolve().name
+        raise WriteError(
+            f"{error}\nThe quantized pipeline is in {rescued}; move it where you want it", kept=rescued
+        ) from error
+
+
+def _mention_float_transformers(pipe: Any) -> None:
+    others = [name for name, part in pipe.components.items() if name.startswith("transformer_") and part is not None]
+    for name in others:
+        show_warning(f"{name} stays float: the command quantizes one transformer; for both see fxquant.compile")
+
+
+class _PassProgress:
+    """Instrument that shows the passes as a progress bar."""
+
+    def __init__(self, progress: Progress, recipe: Recipe) -> None:
+        self.progress_bar = progress
+        self.prepare, self.convert = len(recipe.prepare), len(recipe.convert)
+        self.first = recipe.prepare[0] if recipe.prepare else None
+        self.task: Any = None
+        self.inner: Any = None
+        self.seen = self.graphs = 0
+
+    def before(self, step: Pass, module: fx.GraphModule) -> None:
+        """Show the name of the pass."""
+        self.graphs += step == self.first
+        total = max(self.graphs, 1) * (self.prepare + self.convert)
+        if self.task is None:
+            self.task = self.progress_bar.add_task("", total=total)
+        self.progress_bar.update(self.task, total=total, description=f"pass: {step.name}")
+
+    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
+        """Advance by one; behind the last pass the output error is measured."""
+        self.seen += 1
+        last = self.seen >= max(self.graphs, 1) * (self.prepare + self.convert)
+        self.progress_bar.update(self.task, advance=1, description="measure the output" if last else None)
+
+    def progress(self, step: Pass, what: str, done: int, total: int) -> None:
+        """Show how far a pass is that takes long."""
+        if self.inner is None:
+            self.inner = self.progress_bar.add_task("", total=total)
+        self.progress_bar.update(self.inner, description=f"{step.name}: {what}", completed=done, total=total)
+
+    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
+        """Say which pass it was."""
+        self.progress_bar.update(self.task, description=f"failed: {step.name}")
+
+    def done(self) -> None:
+        """Say that all is over."""
+        if self.task is not None:
+            self.progress_bar.update(self.task, description=f"passes: {self.seen} done")

@@ -1,0 +1,75 @@
+"""Running a pipeline from a command: errors, prompts, and results that must not be lost."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, FxquantError
+
+
+@contextmanager
+def blaming_the_pipeline(pipe: Any) -> Iterator[None]:
+    """Say that the pipeline failed where it did; on the command line nobody wrote a callable that could be mended.
+
+    Raises:
+        CalibrationError: If it failed while it ran to calibrate.
+        FxquantError: If it failed otherwise.
+    """
+    try:
+        yield
+    except CalibrationError as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FxquantError):
+            raise
+        raise CalibrationError(_failure(pipe, "ran to calibrate", cause)) from error
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise FxquantError(_failure(pipe, "ran", error)) from error
+
+
+def _failure(pipe: Any, doing: str, error: BaseException) -> str:
+    reason = f"{type(error).__name__}: {error}".rstrip(".")
+    return f"{type(pipe).__name__} failed while it {doing}: {reason}. The option --debug shows where"
+
+
+def kept_aside(write: Callable[[Path], None]) -> Path | None:
+    """Write a result to a temporary folder, and return that; None if this fails too."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="fxquant-"))
+    except OSError:
+        return None
+    try:
+        write(place)
+    except (CheckpointError, OSError):
+        with suppress(OSError):  # A part of it was written.
+            place.rmdir()
+        return None
+    return place
+
+
+def is_file(text: str) -> bool:
+    """Whether a prompt is the path of a file of prompts."""
+    try:
+        return Path(text).is_file()
+    except OSError:  # A prompt may be longer than a path can be.
+        return False
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file of prompts that are not empty.
+
+    Raises:
+        ConfigurationError: If it cannot be read or is empty.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from None
+    if not lines:
+        raise ConfigurationError(f"--prompts {path} is empty; write one prompt per line")
+    return lines
