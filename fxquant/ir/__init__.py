@@ -1,1 +1,8 @@
-"""The vocabulary of quantized graphs: the operators that passes write and backends read."""
+"""The intermediate representation: FX graphs of ATen ops and of the operators ``torch.ops.fxquant.*``.
+
+Importing any part of it registers these operators.
+"""
+
+from fxquant.ir import ops
+
+__all__ = ["ops"]

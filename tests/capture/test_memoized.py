@@ -20,7 +20,7 @@ import fxquant
 from fxquant.capture.memoized import Memos
 from fxquant.capture.trace import Architecture
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @functools.lru_cache
@@ -97,7 +97,7 @@ def test_a_graph_is_the_same_whether_caches_are_full(full: bool) -> None:
 
 _OTHER_PROCESS = """
 import sys, torch, fxquant
-from tests.test_memoized import Cached, call
+from tests.capture.test_memoized import Cached, call
 torch.save([fxquant.load(sys.argv[1], model=Cached)(*call(size)) for size in (3, 5)], sys.argv[2])
 """
 

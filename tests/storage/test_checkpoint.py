@@ -106,7 +106,7 @@ torch.save([run(model, timestep=None), run(model, batch=1)], sys.argv[2])
 
 
 def test_a_new_process_gives_the_same_bits(quantized: GraphModel, saved: Path, tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", _OTHER_PROCESS, saved, tmp_path / "out.pt"], check=True, cwd=root)
     several, one = torch.load(tmp_path / "out.pt")
     assert torch.equal(several, run(quantized, timestep=None))
