@@ -56,13 +56,14 @@ storm: $(STAMP) ## kill and race saves at random instants: $(STORMS) of each
 zoo-calls: $(STAMP) ## each optional input of each model of the zoo on and off, in every order, in float64
 	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.calls
 
-check: $(STAMP) ## lint, format and types
+check: $(STAMP) ## lint, format, types and import directions
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@# mypy follows neither package-dir nor the import hook of an editable install, so it gets the installed layout as links.
 	@rm -rf $(LINKS)/fxquant && mkdir -p $(LINKS)/fxquant
 	@ln -s "$(CURDIR)"/fxquant/* "$(CURDIR)/passes" "$(CURDIR)/backends" $(LINKS)/fxquant
 	cd $(LINKS) && "$(abspath $(PY))" -m mypy --config-file "$(CURDIR)/pyproject.toml"
+	cd $(LINKS) && "$(abspath $(VENV))/bin/lint-imports" "$(CURDIR)/pyproject.toml" --no-cache
 
 format: $(STAMP) ## mend what ruff can mend
 	$(PY) -m ruff check --fix .

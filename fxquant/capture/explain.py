@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-import fxquant
+from fxquant import errors
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.threads import replaced
 from fxquant.errors import CaptureError
@@ -99,7 +99,7 @@ def _frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
 
 
 def _is_user_code(filename: str) -> bool:
-    libraries = {Path(torch.__file__).parent, Path(fxquant.__file__).parent}
+    libraries = {Path(torch.__file__).parent, Path(errors.__file__).parent}
     if Path(filename).parent == Path(contextlib.__file__).parent:  # Python's own.
         return False
     return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in libraries)
