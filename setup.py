@@ -1,7 +1,7 @@
 """Finds the packages: the root folders passes/ and backends/ are installed as fxquant.passes and fxquant.backends.
 
-Everything else stands in pyproject.toml. This file is here because a table there cannot find packages under another
-name, and a list kept by hand would leave a new backend out of the wheel without a word.
+All other settings are in pyproject.toml. This file exists because a table there cannot find packages under another
+name, and a manual list would silently leave a new backend out of the wheel.
 """
 
 from setuptools import find_packages, setup

@@ -1,1 +1,1 @@
-"""The backends, one a folder. They import the core, which finds them only through the registry, and never a pass."""
+"""The backends, one per folder. They import the core but no pass; the core finds them only through the registry."""

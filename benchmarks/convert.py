@@ -2,20 +2,20 @@
 
     python benchmarks/convert.py --layers 4,14,28,56 --recipe ptq4dit-w8a8 --json out/convert.json
 
-Every case runs in a process of its own, so that its peak memory is its own; this process stays small, for a child
-starts with the peak of its parent. What is measured, a case:
+Every case runs in its own process, so that peak memory is measured per case. This process stays small, because a child
+starts with the peak of its parent. Measurements per case:
 
 * conversion: seconds of capture, of each pass (its verification included) and of lowering. Calibration forwards and
-  the measurement of the output error are timed apart and left out.
+  the measurement of the output error are timed separately and excluded.
 * memory: peak resident size of the process while it builds the float model, converts and saves it, over the bytes of
-  the float weights. Everything is in it: the interpreter, imported libraries, the user's float model, the calibration
-  statistics and what the forwards need. ``own`` has the resident size after the imports subtracted.
+  the float weights. It includes everything: the interpreter, imported libraries, the user's float model, the
+  calibration statistics and the memory of the forwards. ``own`` is the peak minus the resident size after the imports.
 * the checkpoint: bytes of its tensors over the float weights, and seconds of loading it in a new process, which must
   yield the same bits.
-* statistics: bytes that calibration recorded, second moments (which GPTQ asks for) apart.
-* the price of observing: an observed forward over a plain one, both by turns, medians.
+* statistics: bytes that calibration recorded; second moments, which GPTQ requests, are counted separately.
+* overhead of observing: the time of an observed forward over a plain one, interleaved, medians.
 
-Growth is the exponent of layers in a fit of log seconds over log layers: 1 is linear.
+Growth is the exponent of layers in a fit of log seconds over log layers; 1 is linear.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
 def run(what: str, **arguments: Any) -> dict[str, Any]:
     """Carry out one task in a new process and return what it measured."""
     command = [sys.executable, __file__, "--worker", json.dumps({"do": what, **arguments})]
-    # Threads that spin while they wait would be counted as CPU time.
+    # Passive waiting: threads that spin while they wait would be counted as CPU time.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "OMP_NUM_THREADS": str(arguments["threads"])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -96,7 +96,7 @@ def run(what: str, **arguments: Any) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Wall and CPU seconds, by name."""
+    """Accumulates wall and CPU seconds by name."""
 
     def __init__(self) -> None:
         self.wall: dict[str, float] = defaultdict(float)
@@ -112,7 +112,7 @@ class Stopwatch:
             self.cpu[name] += time.process_time() - cpu
 
     def watch(self, holder: Any, attribute: str, name: str, after: Callable[[Any], None] | None = None) -> None:
-        """Time every call of a function from now on; ``after`` gets what it returned."""
+        """Time every call of a function from now on; ``after`` is called with its result."""
         function = getattr(holder, attribute)
 
         @functools.wraps(function)
@@ -205,7 +205,7 @@ def _parts(times: dict[str, float]) -> dict[str, float]:
 
 
 def load(layers: int, folder: str, threads: int) -> dict[str, Any]:
-    """Load in a process that never saw the float model, and compare the bits."""
+    """Load in a process without the float model, and compare the output bit for bit."""
     import diffusers
     import torch
     from safetensors.torch import load_file
@@ -230,7 +230,7 @@ def load(layers: int, folder: str, threads: int) -> dict[str, Any]:
 
 
 def observe(recipe: str, layers: int, timesteps: int, threads: int, forwards: int) -> dict[str, Any]:
-    """Time plain and observed forwards by turns."""
+    """Time interleaved plain and observed forwards."""
     import torch
 
     from fxquant.calibration.calibrate import Calibration
@@ -262,7 +262,7 @@ def observe(recipe: str, layers: int, timesteps: int, threads: int, forwards: in
 
 
 def build(layers: int) -> Any:
-    """DiT-XL/2 with random weights and so many blocks; nothing is left at zero, as its initialisation would."""
+    """DiT-XL/2 with random weights and `layers` blocks; parameters that are initialized to zero become random."""
     import torch
     from diffusers import DiTTransformer2DModel
 
@@ -304,7 +304,7 @@ def peak() -> int:
 
 
 def growth(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By recipe the exponent of layers in a log-log fit of the seconds of capture and passes."""
+    """For each recipe, the exponent of layers in a log-log fit of the seconds of capture and passes."""
     found: dict[str, dict[str, float]] = {}
     for recipe in dict.fromkeys(case["recipe"] for case in cases):
         own = [case for case in cases if case["recipe"] == recipe]
@@ -325,7 +325,7 @@ def _conversion(case: dict[str, Any], kind: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and the versions that the numbers were measured with."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent

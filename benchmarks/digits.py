@@ -1,4 +1,4 @@
-"""The trained model of examples/digits as a task, so that what a system gets wrong shows."""
+"""The trained model of examples/digits as a task, which makes the errors of a system visible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CALIBRATION_SEED, _TEST_SEED = 1_001, 1_000
 
 
 def digits_task() -> Task:
-    """All calls are of 16 samples, with and without their condition."""
+    """The task; every call has 16 samples, with and without their condition."""
     pipe = load_pipeline()
     calls = _recorded(pipe, _CALIBRATION_SEED, CALIBRATION_STEPS)
     tests = _recorded(pipe, _TEST_SEED, TEST_STEPS)
@@ -45,6 +45,6 @@ def _recorded(pipe: Any, seed: int, steps: int) -> list[Call]:
 
 @torch.no_grad()
 def mean_sqnr(task: Task, run: Callable[[Call], Tensor]) -> float:
-    """SQNR in dB against float, mean over the test calls."""
+    """SQNR in dB against float, averaged over the test calls."""
     model = task.model()
     return statistics.fmean(sqnr_db(model(**call)[0], run(call).float()) for call in task.tests)

@@ -1,4 +1,4 @@
-"""How figures are written, and what they were measured with."""
+"""Formats and writes figures, and finds the versions of the packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The lower and the upper one; both the value itself where there is one."""
+    """The lower and the upper quartile; if there is one value, both are that value."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -18,17 +18,17 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def decibel(value: float | None) -> str:
-    """For a cell of a table, empty where there is none."""
+    """The value as a cell of a table; empty for None."""
     return "" if value is None else f"{value:.1f}"
 
 
 def finite(value: float | None) -> float | str | None:
-    """For JSON, which knows neither infinity nor NaN."""
+    """The value for JSON, which has neither infinity nor NaN: these become text."""
     return str(value) if value is not None and not math.isfinite(value) else value
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Those that are installed."""
+    """Versions of the packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -39,7 +39,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, in a folder that need not be there yet."""
+    """Write a file atomically; create its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")

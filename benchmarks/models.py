@@ -1,4 +1,4 @@
-"""What is measured: transformers at the published widths with random weights, and calls of them."""
+"""The measured models: transformers of the published widths with random weights, and calls of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Task:
     """A model and its calls.
 
     Attributes:
-        name: For the table.
-        make: Makes the float model, each time the same.
-        outline: Makes it with whatever weights, to see what it would do.
-        calls: Keyword arguments to calibrate with, all of the same shapes.
-        timed: Those of the call that is timed.
-        tests: Of calls that calibration has not seen, for the trained model; otherwise none.
+        name: Name in the table.
+        make: Makes the float model, with the same weights each time.
+        outline: Makes the float model with arbitrary weights, to find its shapes.
+        calls: Keyword arguments of the calibration calls, all of the same shapes.
+        timed: Keyword arguments of the timed call.
+        tests: Keyword arguments of calls that calibration has not seen, for the trained model; otherwise empty.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Task:
 
 
 def cast(call: Call, dtype: torch.dtype) -> Call:
-    """The call with its floating-point tensors in this dtype."""
+    """The call with its floating-point tensors converted to `dtype`."""
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in call.items()
@@ -52,10 +52,10 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
 def task_of(text: str, batch: int = 2) -> Task:
     """The task of a text such as ``dit:4`` or ``flux:4+8``.
 
-    That is a kind of model and how many of its layers, of each kind of blocks; all of them if left out.
+    The text is a kind of model and its number of layers for each kind of block; without numbers it has all layers.
 
     Raises:
-        ValueError: If there is no such model, or it takes no such batch.
+        ValueError: If there is no such model, or it does not accept the batch size.
     """
     if text == "digits":
         from benchmarks.digits import digits_task
@@ -69,7 +69,7 @@ def task_of(text: str, batch: int = 2) -> Task:
 
 
 def shape_of(text: str) -> tuple[Shape, tuple[int, ...]]:
-    """The kind of model of such a text, and how many layers of each kind of blocks.
+    """The kind of model of a text as for :func:`task_of`, and the number of layers of each kind of block.
 
     Raises:
         ValueError: If there is no such model.
@@ -78,15 +78,15 @@ def shape_of(text: str) -> tuple[Shape, tuple[int, ...]]:
     numbers = count.split("+") if count else []
     known = name in SHAPES and all(number.isdecimal() for number in numbers)
     if not known or (numbers and len(numbers) != len(SHAPES[name].layers)):
-        raise ValueError(f"{text!r} is no model; write a name and a number of layers, of {', '.join(SHAPES)}")
+        raise ValueError(f"{text!r} is not a model; write a name and a number of layers, of {', '.join(SHAPES)}")
     return SHAPES[name], tuple(map(int, numbers)) or SHAPES[name].layers
 
 
 def models_of(text: str, batches: str) -> tuple[tuple[str, int], ...]:
-    """Names and batches of ``dit,flux:4+8@1``; the batches of models that name none are those given.
+    """Names and batch sizes of a text such as ``dit,flux:4+8@1``; `batches` applies to models without a batch size.
 
     Raises:
-        ValueError: If there is no such model, or it takes no such batch.
+        ValueError: If there is no such model, or it does not accept the batch size.
     """
     found = []
     for part in text.split(","):
@@ -102,7 +102,7 @@ def _sum(layers: tuple[int, ...]) -> str:
 
 
 def linear_shapes(task: Task) -> dict[tuple[int, int, int], int]:
-    """Rows, inputs and outputs of the linear layers that a call runs, with how often; nothing is computed."""
+    """Rows, inputs and outputs of the linear layers that a call runs, with their counts; nothing is computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found: dict[tuple[int, int, int], int] = {}

@@ -1,4 +1,4 @@
-"""Kinds of models by their published configurations, and random inputs for each."""
+"""Kinds of models with their published configurations, and random inputs for each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Shape:
     Attributes:
         cls: Class in diffusers.
         config: Arguments of its constructor, without the numbers of layers.
-        layers: How many it has as published, of each of its kinds of blocks.
-        inputs: Makes the inputs of a batch beside the latents and the timestep.
-        latents: Shape of the latents of a sample.
-        said: What it is, for the table.
-        pairs: Whether samples come in pairs, with their condition and without.
-        unit_time: Whether timesteps go from 0 to 1 in place of 1000.
+        layers: The published number of layers of each of its kinds of blocks.
+        inputs: Makes the inputs of a batch other than the latents and the timestep.
+        latents: Shape of the latents of one sample.
+        said: Description in the table.
+        pairs: Whether samples come in pairs, with and without their condition.
+        unit_time: Whether timesteps go from 0 to 1 instead of 0 to 1000.
     """
 
     cls: str
@@ -39,7 +39,7 @@ class Shape:
     unit_time: bool = False
 
     def make(self, layers: tuple[int, ...]) -> nn.Module:
-        """The model; parameters that begin as zeros get random values, so that all of it does something."""
+        """The model; parameters that start as zeros get random values, so that every part affects the output."""
         torch.manual_seed(0)
         model = self.outline(layers)
         for parameter in model.parameters():
@@ -48,7 +48,7 @@ class Shape:
         return model
 
     def outline(self, layers: tuple[int, ...]) -> nn.Module:
-        """The model as its constructor leaves it."""
+        """The model as its constructor makes it."""
         counts = dict(zip(_COUNTS, layers, strict=False))
         import diffusers
 
@@ -56,7 +56,7 @@ class Shape:
         return model.eval()
 
     def calls(self, batch: int) -> list[Call]:
-        """One call a timestep."""
+        """One call per timestep."""
         return [self._call(batch, step) for step in _TIMESTEPS]
 
     def _call(self, batch: int, step: int) -> Call:
@@ -69,14 +69,16 @@ class Shape:
         }
 
     def check(self, batch: int) -> None:
-        """Raise ValueError if there are no such batches."""
+        """Raise ValueError if the model does not accept this batch size."""
         least = 2 if self.pairs else 1
         if batch < least or batch % least:
-            raise ValueError(f"a batch of {batch} is not possible: samples come in pairs, as with guidance")
+            raise ValueError(
+                f"a batch of {batch} is not possible: samples come in pairs, as with guidance; use an even number"
+            )
 
 
 def _unit(step: int) -> float:
-    """To eighths: models multiply this by 1000 in their own dtype, and bfloat16 has the middle one exactly."""
+    """Round to eighths: models multiply this by 1000 in their dtype, and bfloat16 has the middle one exactly."""
     return round(step / 125) / 8
 
 
@@ -84,12 +86,12 @@ _COUNTS = ("num_layers", "num_single_layers")
 
 
 def _paired(pair: Tensor, batch: int) -> Tensor:
-    """Two samples, again and again."""
+    """Repeat two samples to fill the batch."""
     return pair.repeat(batch // 2, *(1 for _ in pair.shape[1:]))
 
 
 def _labels(_: torch.Generator, batch: int) -> Call:
-    return {"class_labels": _paired(torch.tensor([1, 1000]), batch)}  # With a condition and without.
+    return {"class_labels": _paired(torch.tensor([1, 1000]), batch)}  # With and without a condition.
 
 
 def _caption(generator: torch.Generator, batch: int) -> Call:
@@ -101,14 +103,14 @@ def _caption(generator: torch.Generator, batch: int) -> Call:
 
 def _joint(generator: torch.Generator, batch: int) -> Call:
     return {
-        # 77 of CLIP, 256 of T5.
+        # 77 tokens of CLIP, 256 of T5.
         "encoder_hidden_states": _paired(torch.randn(2, 333, 4096, generator=generator), batch),
         "pooled_projections": _paired(torch.randn(2, 2048, generator=generator), batch),
     }
 
 
 def _flux(size: int, text: int, width: int, pooled: int) -> Callable[[torch.Generator, int], Call]:
-    """Inputs of FLUX for latents that are packed to `size` by `size` tokens."""
+    """Inputs of FLUX for latents packed into `size` by `size` tokens."""
 
     def make(generator: torch.Generator, batch: int) -> Call:
         rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -191,4 +193,4 @@ SHAPES = {
         unit_time=True,
     ),
 }
-"""Kinds of models by name, as diffusers' published configurations have them."""
+"""Kinds of models by name, with diffusers' published configurations."""

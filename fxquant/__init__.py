@@ -40,7 +40,7 @@ __all__ = [
     "trace",
 ]
 
-# Names are imported when first asked for, so that `fxquant --help` need not wait for torch.
+# Names are imported on first access, so that `fxquant --help` does not wait for torch.
 _HOMES = {
     "FxquantError": "errors",
     "Plan": "planning.plan",

@@ -1,4 +1,4 @@
-"""What users call: trace a model, compile it to a quantized one."""
+"""The entry points for users: trace a model, or compile it to a quantized model."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _POOR_DB = 10.0
 
 
 def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
-    """Wrap a diffusion transformer as FX graphs, without changing its function.
+    """Wrap a diffusion transformer as FX graphs, without changing what it computes.
 
-    Graphs are captured from the calls as they come; images made with the result equal the model's bit for bit. Each is
-    compared with the model on other inputs, which costs a call of either. What is decorated with ``torch.compile``
-    counts as it runs without.
+    A graph is captured when a call needs one. Images made with the result equal the model's images bit for bit. Each
+    graph is compared with the model on other inputs, which costs one call of each. Functions that are decorated with
+    ``torch.compile`` are captured as they run without it.
 
     Args:
         model: A diffusion transformer in evaluation mode. Its weights are shared, not copied.
@@ -55,14 +55,14 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
-        ConfigurationError: If it is no model, or a module in it is in training mode, went through ``torch.compile``, or
-            has hooks that a graph cannot have (offloading, casting, caches of steps).
+        ConfigurationError: If ``model`` is not a model, or a module in it is in training mode, went through
+            ``torch.compile``, or has hooks that a graph cannot have (offloading, casting, step caches).
     """
     check_model(model)
     architecture = Architecture.of(model, timestep)
     original = Original(model, timestep)
-    # Not detached: on inputs that do not lie in order, torch multiplies in another order by weights that require
-    # gradients, and the last bits differ.
+    # The weights are not detached: if the inputs are not contiguous and the weights require gradients, torch multiplies
+    # in a different order, and the last bits differ.
     weights = dict(weights_and_buffers(model))
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
@@ -70,7 +70,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
         captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         bind(captured.module, {**owner.weights, **owner.tensors()})
         for leaf in leaves:
-            if isinstance(leaf, Tensor):  # The weights themselves stay where they were when the model was traced.
+            if isinstance(leaf, Tensor):  # The original weights stay on the device where the model was traced.
                 captured.module.to(leaf.device)
                 break
         original.compare(captured, leaves, structure)
@@ -93,27 +93,28 @@ def compile(
     instruments: Sequence[Instrument] = (),
     resume: str | Path | None = None,
 ) -> GraphModel:
-    """Quantize a diffusion transformer; shaped like ``torch.compile``: a module in, a drop-in module out.
+    """Quantize a diffusion transformer. As ``torch.compile`` does, it takes a module and returns a drop-in module.
 
-    The graph is captured from the first call that ``calibrate`` makes. While it runs, the model's calls go through a
-    graph with observers; when it returns, the model is as it was, and the quantized one shares what stayed float.
+    The graph is captured from the first call that ``calibrate`` makes. While ``calibrate`` runs, the model's calls go
+    through a graph with observers. When it returns, the model is restored. The quantized model shares the tensors that
+    stayed float.
 
     Args:
         model: A diffusion transformer in evaluation mode, such as ``pipe.transformer``.
         recipe: A name with a precision, such as ``"ptq4dit-w4a8"``, or a :class:`~fxquant.pipeline.recipes.Recipe`.
         backend: ``"fake-quant"``, another registered name, or a backend.
         calibrate: Any callable that runs the model the way it will be used.
-        plan: In place of recipe and calibration: a plan from an earlier run, edited or not, to carry out again. The
-            model gets a copy.
+        plan: Replaces recipe and calibration: a plan from an earlier run, edited or not, to apply again. The quantized
+            model gets a copy of it.
         layers: ``"default"`` (transformer blocks; embedders with float arithmetic and 8-bit weights), ``"blocks"``
-            (embedders wholly float) or ``"all"``.
+            (embedders entirely float) or ``"all"``.
         timestep: Name of the ``forward`` argument that holds the timestep.
         measure: Number of calibration calls on which the output error is measured afterwards; 0 for none.
-        statistics: Receives what the observers record, to look at it or to merge runs; a new one if None. With a plan:
-            what was recorded when it was made, for weights that are rounded by more than their own values (GPTQ).
-        instruments: Watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`).
-        resume: Folder in which passes that take long (block reconstruction) keep what they have finished. The same call
-            with the same folder goes on from there; what was learned from other weights, inputs or options is ignored.
+        statistics: Receives what the observers record, for inspection or to merge runs; a new object if None. With a
+            plan: the statistics recorded when the plan was made, for roundings that use more than the weights (GPTQ).
+        instruments: They watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`).
+        resume: Folder in which slow passes (block reconstruction) keep finished results. The same call with the same
+            folder continues from them. Results learned from other weights, inputs or options are ignored.
 
     Returns:
         The quantized model, to put in the pipeline in place of ``model``.
@@ -127,7 +128,7 @@ def compile(
         MissingTimestepError: If the model has no input of the name ``timestep``.
         CaptureError: If the model cannot be traced.
         NonFiniteError: If a weight or activation holds NaN or infinity.
-        BackendError: If the backend cannot run what the recipe asks for.
+        BackendError: If the backend cannot run what the recipe requires.
     """
     check_model(model)
     refuse_adapters(model)
@@ -194,7 +195,7 @@ def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistic
     if not isinstance(plan, (Plan, type(None))):
         raise ConfigurationError(f"plan is a {type(plan).__name__}; read one from a folder with fxquant.Plan.load")
     if not isinstance(measure, int) or measure < 0:
-        raise ConfigurationError(f"measure={measure!r} is no number of calls; give 0 for none, or more")
+        raise ConfigurationError(f"measure={measure!r} is not a number of calls; give 0 for none, or a positive number")
     if not isinstance(statistics, (Statistics, type(None))):
         raise ConfigurationError(f"statistics is a {type(statistics).__name__}; make one with fxquant.Statistics()")
 

@@ -1,7 +1,7 @@
-"""Every error that fxquant raises on purpose. Each says what is wrong, where, and what to do next.
+"""Every error that fxquant raises on purpose, and its warnings. Each says what is wrong, where, and what to do next.
 
-All derive from :class:`FxquantError`, and additionally from the builtin that Python users would catch for the same
-kind of mistake (``ValueError``, ``KeyError``-like lookups as ``LookupError``, ``RuntimeError``).
+All errors derive from :class:`FxquantError`, and additionally from the builtin that Python users would catch for the
+same kind of mistake (``ValueError``, ``LookupError`` for ``KeyError``-like lookups, ``RuntimeError``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ConfigurationError(FxquantError, ValueError):
 
 
 class UnknownNameError(FxquantError, LookupError):
-    """A recipe, pass, backend or rule of that name is not registered; the message lists the known ones."""
+    """No recipe, pass, backend or rule of this name is registered; the message lists the known names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         listed = ", ".join(sorted(known)) or "none"
@@ -50,7 +50,7 @@ class CalibrationError(FxquantError, RuntimeError):
     """Calibration is missing, never called the model, or did not reach a layer.
 
     Attributes:
-        reason: What is wrong without what to do about it while calibrating, where the same can have other causes.
+        reason: What is wrong, without advice for calibration, for places where the same error can have other causes.
     """
 
     def __init__(self, message: str, reason: str | None = None) -> None:
@@ -71,11 +71,11 @@ class PassError(FxquantError, RuntimeError):
 
 
 class BackendError(FxquantError, RuntimeError):
-    """A backend cannot run what it was asked to; the message lists layers, reasons and what would serve."""
+    """A backend cannot run what it was asked to; the message lists layers, reasons and what works instead."""
 
 
 class CompilerError(FxquantError, RuntimeError):
-    """There is no compiler, or it failed; the message says what to install or what it said."""
+    """There is no compiler, or it failed; the message says what to install or what the compiler reported."""
 
 
 class CheckpointError(FxquantError, RuntimeError):
@@ -85,10 +85,10 @@ class CheckpointError(FxquantError, RuntimeError):
 class DropInError(FxquantError, AttributeError):
     """Something was asked of a captured model that only the float model can do; the message says what to do instead.
 
-    An ``AttributeError`` as well, so that ``hasattr`` and ``getattr`` with a default work as for any attribute.
+    It is also an ``AttributeError``, so that ``hasattr`` and ``getattr`` with a default work as for any attribute.
 
     Attributes:
-        within: The method of the model's own class that was refused while it ran, or None.
+        within: The method of the model's own class that was running at the refusal, or None.
     """
 
     def __init__(self, message: str, within: str | None = None) -> None:
@@ -118,7 +118,7 @@ class QualityWarning(UserWarning):
 
 
 class PortabilityWarning(UserWarning):
-    """The quantized model cannot be saved so that it loads by itself; the message says why and what to do."""
+    """The quantized model cannot be saved to load without the float model; the message says why and what to do."""
 
 
 class SpeedWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Text that reports share: tables that fit a page, numbers with their units, values for strict JSON."""
+"""Text functions that reports share: tables that fit a page, numbers with units, values for strict JSON."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from tabulate import tabulate
 
 WIDTH = 140
-"""Columns of a page."""
+"""Characters per line of a page."""
 
-_CELL = 2000  # Characters of a cell of a table.
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # Of a block, in the name of a layer.
-_NODE_NUMBER = re.compile(r"(?<![.\w])([a-z][a-z_]*?)_\d+(?![.\w])")  # Of a node of the graph, as in add_12.
+_CELL = 2000  # The most characters of a table cell.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # The number of a block in the name of a layer.
+_NODE_NUMBER = re.compile(r"(?<![.\w])([a-z][a-z_]*?)_\d+(?![.\w])")  # The number of a graph node, as in add_12.
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """Text without what a terminal would obey, such as escapes, and cut where a line of it is too long.
+    """Text without characters that control a terminal, such as escapes; lines that are too long are cut.
 
-    Names of layers and parts come from files, and files from strangers.
+    Names of layers and parts come from files, and files may come from untrusted sources.
 
     Args:
         text: May have several lines.
-        longest: Characters of a line that are kept.
+        longest: The most characters that are kept per line; None for all.
     """
     if longest is not None:
         text = "\n".join(
@@ -52,7 +52,7 @@ def letter(number: int) -> str:
 
 
 def block_numbers(names: Iterable[str]) -> str:
-    """Which blocks a row of these names stands for: ``0-7``, or ``0,2-7``."""
+    """The numbers of the blocks in these names, as in ``0-7`` or ``0,2-7``."""
     found = sorted({int(match[0]) for name in names if (match := _NUMBER.search(name))})
     runs: list[list[int]] = []
     for number in found:
@@ -64,17 +64,17 @@ def block_numbers(names: Iterable[str]) -> str:
 
 
 def name_of_all(names: Sequence[str]) -> str:
-    """One name for layers that differ in the number of their block alone: ``blocks.0-7.attn1.to_q``."""
+    """One name for layers that differ only in the number of their block: ``blocks.0-7.attn1.to_q``."""
     return _NUMBER.sub(block_numbers(names), names[0], count=1) if len(names) > 1 else names[0]
 
 
 def decimal(value: float) -> str:
-    """One digit behind the point, or ``inf``."""
+    """The number with one digit after the decimal point, or ``inf``."""
     return f"{value:.1f}" if math.isfinite(value) else str(value)
 
 
 def size(count: float) -> str:
-    """So many bytes, in a unit that suits."""
+    """A number of bytes, in a suitable unit."""
     value, unit = float(count), "bytes"
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
@@ -84,7 +84,7 @@ def size(count: float) -> str:
 
 
 def fitted(header: Sequence[str], rows: Sequence[Sequence[Any]], widths: dict[int, int], right: Any = ()) -> str:
-    """A table without its empty columns whose wide ones are wrapped until it fits the page."""
+    """A table without empty columns; wide columns are wrapped until the table fits the page."""
     kept = [i for i in range(len(header)) if any(str(row[i]) for row in rows)]
     limits = dict(widths)
     while True:
@@ -107,7 +107,7 @@ def fitted(header: Sequence[str], rows: Sequence[Sequence[Any]], widths: dict[in
 
 
 def _broken(text: str, width: int | None) -> str:
-    """Text in lines of at most ``width`` columns, broken behind spaces, dots and commas where there are any."""
+    """Text in lines of at most ``width`` characters, broken after spaces, dots, commas and slashes where possible."""
     if width is None or len(text) <= width:
         return text
     indent = text[: len(text) - len(text.lstrip())]
@@ -126,13 +126,13 @@ def _broken(text: str, width: int | None) -> str:
 
 
 def wrapped(text: str) -> list[str]:
-    """Text as lines that fit the page, indented, further from the second on."""
+    """Text as indented lines that fit the page; lines from the second on are indented further."""
     first, *rest = _broken(printable(text, _CELL), WIDTH - 4).splitlines()
     return [f"  {first}", *(f"    {line}" for line in rest)]
 
 
 def json_values(value: Any) -> Any:
-    """A value as strict JSON has it: numbers that are not finite become text."""
+    """A value for strict JSON: numbers that are not finite become text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

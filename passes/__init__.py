@@ -1,1 +1,1 @@
-"""The passes, one a file. They import the core, which finds them only through the registry."""
+"""The passes, one per file. Passes import the core; the core finds passes only through the registry."""

@@ -1,4 +1,4 @@
-"""What the quantizing passes share: codes of a weight and of an input, decided from the plan and written into it."""
+"""Helpers of the quantizing passes: quantize weights and inputs as the plan says, and record decisions in the plan."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RangeSearch(enum.Enum):
 
 
 class InputRange(enum.Enum):
-    """The same for activations, which can also have a range for each token, found at run time."""
+    """The same for activations, which can also have a range per token, found at run time."""
 
     MINMAX = "minmax"
     PERCENTILE = "percentile"
@@ -48,7 +48,7 @@ class InputRange(enum.Enum):
 
 
 class Rounding(enum.Enum):
-    """Which of its two neighbours a weight becomes."""
+    """How a weight is rounded to one of its two neighbouring codes."""
 
     NEAREST = "nearest"
     GPTQ = "gptq"
@@ -56,15 +56,15 @@ class Rounding(enum.Enum):
 
 
 class Rounder(Protocol):
-    """Rounds weights by more than their own values."""
+    """A rounding method that uses more than the values of the weight itself."""
 
     def quantize(
         self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
-        """The weight of a layer, rounded.
+        """Round the weight of a layer.
 
         Raises:
-            CalibrationError: There are no second moments of its input.
+            CalibrationError: If there are no second moments of the layer's input.
         """
 
 
@@ -91,7 +91,7 @@ class GPTQ:
         )
 
     def _feedback(self, name: str, plan: Plan, rewriter: Rewriter) -> ErrorFeedback:
-        """That of the layer's input; kept only for the layers that come next, for it is large."""
+        """Error feedback of the layer's input. It is large, so only that of the latest input is kept."""
         key = plan.layer(name).observed or name
         kept, feedback = rewriter.memo.get("feedback", (None, None))
         if kept != key:
@@ -107,7 +107,7 @@ class GPTQ:
 
 @dataclass(frozen=True)
 class AdaRound:
-    """Learns roundings by the second moments of inputs; see :mod:`fxquant.numerics.rounding.adaround`."""
+    """Learns how to round weights from second moments of inputs; see :mod:`fxquant.numerics.rounding.adaround`."""
 
     def quantize(
         self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
@@ -140,8 +140,8 @@ def _moments(name: str, plan: Plan, method: str) -> Tensor:
 
 
 def _drop_used_moments(name: str, plan: Plan) -> None:
-    """Free second moments that no layer needs any more: those of a whole model are as large as its weights."""
-    if len(plan.calls) > 1:  # A further graph may fold other factors into the weight, which is rounded anew then.
+    """Free second moments that no layer needs any more. Those of a whole model are as large as its weights."""
+    if len(plan.calls) > 1:  # A further graph may fold other factors into the weight and round it again.
         return
     key = plan.layer(name).observed
     readers = (other for other, layer in plan.layers.items() if layer.observed == key)
@@ -159,12 +159,12 @@ def quantized_weight(
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Quantize the weight of a layer; returns nodes of its packed codes, scales and zero points.
 
-    The float weight is dropped at once, so that the two never add up over a whole model. Layers that share a weight
-    share its codes.
+    The float weight is dropped at once, so that float weights and codes of a whole model are never in memory together.
+    Layers that share a weight share its codes.
 
     Raises:
         NonFiniteError: If the weight holds NaN or infinity.
-        ConfigurationError: If the group size does not divide its columns.
+        ConfigurationError: If the group size does not divide the number of weight columns.
     """
     name = node.meta[LAYER]
     layer = plan.layer(name)
@@ -177,10 +177,10 @@ def quantized_weight(
         return packed, scale, zero_point
     values = rewriter.tensor(weight).flatten(1)
     require_finite(values, f"the weight of layer {name}")
-    # Without values there is nothing to search; the shapes are those of any method.
+    # A fake tensor has no values to search. The shapes are the same for every method.
     search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
     history = rewriter.history(weight)
-    # Codes of another graph are those of another fold of the weight, where the graphs do not share it.
+    # False if the codes in the plan were made for another fold of the weight, in a graph that does not share it.
     own = plan.shared.is_rounded_here(name, history)
     if isinstance(values, FakeTensor) or (rounder is None and not (own and name in plan.codes)):
         quantized = quantize_weight(
@@ -195,7 +195,7 @@ def quantized_weight(
         assert rounder is not None
         quantized = rounder.quantize(name, values, plan, rewriter, method, symmetric)
     else:
-        if name not in plan.codes:  # Neither learned before, nor rounded for another graph of the model.
+        if name not in plan.codes:  # Neither learned before nor rounded for another graph of the model.
             assert rounder is not None
             plan.codes[name] = rounder.quantize(name, values, plan, rewriter, method, symmetric)
             _drop_used_moments(name, plan)
@@ -216,9 +216,10 @@ def quantized_weight(
 
 
 def _owner_of_codes(name: str, target: str, plan: Plan) -> str:
-    """What the codes of a weight are named after: graphs that agree on the name hold the same codes under it.
+    """Prefix for the names of a weight's codes. Graphs that use the same name hold the same codes under it.
 
-    That is the weight, for the layer of its name; layers that share it at other bits have codes of their own.
+    The prefix is the name of the weight for the layer that owns it, and for layers with the same bits and group size.
+    Layers that share the weight with other bits or groups have codes of their own.
     """
     layer, named = plan.layer(name), plan.layers.get(layer_name(target))
     if named is not None and (named.weight_bits, named.group_size) == (layer.weight_bits, layer.group_size):
@@ -229,7 +230,7 @@ def _owner_of_codes(name: str, target: str, plan: Plan) -> str:
 
 
 def _reads_alone(layer: fx.Node, weight: fx.Node) -> bool:
-    """Whether nothing but a layer reads its weight, which it may read through casts."""
+    """Whether a layer is the only reader of its weight. The layer may read the weight through casts."""
     while set(weight.users) != {layer}:
         if len(weight.users) != 1:
             return False
@@ -240,7 +241,7 @@ def _reads_alone(layer: fx.Node, weight: fx.Node) -> bool:
 def importance_of(name: str, plan: Plan, device: torch.device) -> Tensor | None:
     """How much an error in each weight column matters to the layer's output: the mean square of that input channel.
 
-    Kept in the plan, so that replaying it finds the same ranges. None for layers whose input was not observed.
+    It is kept in the plan, so that a replay of the plan finds the same ranges. None if the input was not observed.
     """
     layer, key = plan.layer(name), f"{name}.importance"
     if key not in plan.vectors and plan.statistics is not None and layer.kind == "linear" and layer.observed:
@@ -250,7 +251,7 @@ def importance_of(name: str, plan: Plan, device: torch.device) -> Tensor | None:
 
 
 def is_quantized(weight: Any) -> bool:
-    """Whether a weight is dequantized from codes in the graph, as those of layers with float activations are."""
+    """Whether a weight is dequantized from codes in the graph, as weights of layers with float activations are."""
     if weight.target is torch.ops.aten.view.default:
         weight = weight.args[0]
     return weight.target is torch.ops.fxquant.dequantize_weight.default
@@ -262,7 +263,7 @@ def quantized_input(
     """Quantize the input of a layer; returns nodes of its codes, its scale and its zero point.
 
     Raises:
-        CalibrationError: If the plan has no range for it and calibration never reached the layer.
+        CalibrationError: If the plan has no range for the input and calibration never reached the layer.
     """
     name = node.meta[LAYER]
     layer = plan.layer(name)
@@ -299,7 +300,7 @@ def quantized_input(
 
 
 def decide_range(node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: InputRange) -> None:
-    """Write the range of a layer's input into the plan, if it has none; layers that read one value share it."""
+    """Write the range of a layer's input into the plan, if it has none. Layers that read the same value share it."""
     name = node.meta[LAYER]
     layer = plan.layer(name)
     if layer.activation is not None:
@@ -314,7 +315,7 @@ def decide_range(node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: 
 
 
 def is_rounded(layer: LayerPlan) -> bool:
-    """Whether the rounding of a layer's weight is more than a matter of storage."""
+    """Whether a weight is quantized for more than 8-bit storage: it has fewer bits, or its input is quantized."""
     return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
 
 
@@ -338,7 +339,7 @@ def _codes_by_token(x: fx.Node, bits: int, rewriter: Rewriter) -> tuple[fx.Node,
 
 
 def _decide_range(name: str, plan: Plan, method: InputRange) -> None:
-    """Write the range of a layer's input into the plan, and how well it does on the sampled rows."""
+    """Write the range of a layer's input, and its SQNR on the sampled rows, into the plan."""
     layer = plan.layer(name)
     assert layer.activation_bits is not None
     if method is InputRange.DYNAMIC:

@@ -1,4 +1,4 @@
-"""What the passes share that ask for scaled or shifted inputs of linears: which values, and which linears."""
+"""Helpers of the passes that scale or shift inputs of linears: they select the values and the linears."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def parse_roles(pass_name: str, text: str) -> list[str]:
     """Read roles joined by ``+``.
 
     Raises:
-        ConfigurationError: If one is not known.
+        ConfigurationError: If a role is not known.
     """
     roles = text.split("+")
     unknown = set(roles) - set(ROLES)
     if unknown:
-        raise ConfigurationError(f"{pass_name}: {', '.join(sorted(unknown))} is no role; known: {', '.join(ROLES)}")
+        raise ConfigurationError(f"{pass_name}: {', '.join(sorted(unknown))} is not a role; known: {', '.join(ROLES)}")
     return roles
 
 
@@ -38,28 +38,29 @@ def parse_cost(text: str) -> Cost:
     """Read the name of a cost.
 
     Raises:
-        ConfigurationError: If it is none.
+        ConfigurationError: If there is no such cost.
     """
     try:
         return {"free": Cost.FREE, "vector": Cost.VECTOR, "tokens": Cost.TOKENS}[text]
     except KeyError:
-        raise ConfigurationError(f"{text!r} is no cost; choose free, vector or tokens") from None
+        raise ConfigurationError(f"{text!r} is not a cost; choose free, vector or tokens") from None
 
 
 def seeds_to_transform(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> list[Seed]:
-    """The values read by linears to balance, each with all linears that read it, those to balance first.
+    """Values that linears to transform read, each with all linears that read it, those to transform first.
 
-    The others, kept in float say, undo the factor in their weights as well: they would otherwise be in the way.
+    The other readers, for example linears kept in float, undo the factor in their weights too. Otherwise they would
+    prevent the transformation of the value.
     """
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if LAYER in node.meta and node.target is torch.ops.aten.linear.default:
             value, weight = node_of(node.args[0]), node_of(node.args[1])
-            if parameter_of(weight).op == "get_attr":  # Else others read what it is cast to.
+            if parameter_of(weight).op == "get_attr":  # Otherwise a cast of the weight has other readers.
                 readers.setdefault(value, []).append(node)
     seeds = []
     for value, nodes in readers.items():
-        nodes.sort(key=lambda node: not is_target(node, plan, roles))  # Stable: in the order of the graph.
+        nodes.sort(key=lambda node: not is_target(node, plan, roles))  # Stable: keeps the graph's order.
         if is_target(nodes[0], plan, roles):
             seeds.append(Seed(nodes[0].meta[LAYER], value, tuple(nodes)))
     return seeds
@@ -72,7 +73,7 @@ class Part:
     Attributes:
         readers: The linears.
         vector: Factors float64 ``[in]``, or shifts float64 ``[bins, in]``.
-        boundaries: Between the bins.
+        boundaries: Boundaries between the bins.
     """
 
     readers: tuple[fx.Node, ...]
@@ -80,15 +81,16 @@ class Part:
     boundaries: tuple[float, ...]
 
     def seed(self, of: Seed) -> Seed:
-        """The part of a seed."""
+        """The seed, reduced to these readers."""
         return Seed(self.readers[0].meta[LAYER], of.value, self.readers)
 
 
 def parts_of(seed: Seed, plan: Plan, roles: Sequence[str], suffix: str = "") -> list[Part]:
-    """The readers of a value by what they undo.
+    """Group the readers of a value by the factors or shifts that they undo.
 
-    A linear undoes the same in every graph of a model, so that these share its weight, whoever else reads its input in
-    one of them. Linears that the plan says nothing of, as those kept in float, undo what the first graph had them undo.
+    A linear undoes the same in every graph of a model, whichever other layers read its input there, so that the graphs
+    share its weight. Linears without an entry in the plan, such as those kept in float, undo the same as in the first
+    graph.
     """
     shared = plan.shared
     own = {node: _decided(node, plan, suffix) for node in seed.readers if is_target(node, plan, roles)}
@@ -106,7 +108,7 @@ def parts_of(seed: Seed, plan: Plan, roles: Sequence[str], suffix: str = "") -> 
 
 
 def seeds_undone_before(graph: fx.Graph, plan: Plan, seeds: Sequence[Seed], suffix: str = "") -> list[Seed]:
-    """Values that no linear to transform reads, but one whose weight undoes something because of another graph."""
+    """Values that no linear to transform reads, but a linear whose weight undoes a change because of another graph."""
     known = {reader for seed in seeds for reader in seed.readers}
     found = []
     for node in graph.nodes:
@@ -125,11 +127,11 @@ def _decided(node: fx.Node, plan: Plan, suffix: str) -> tuple[Tensor, tuple[floa
 
 
 def follow(decision: Literal["balance", "shift"], layers: Sequence[Sequence[str]], plan: Plan) -> None:
-    """Decide on layers that no earlier graph has, where layers that share factors or shifts with them are settled.
+    """Decide on layers that no earlier graph has, if layers that share factors or shifts with them are decided.
 
     Args:
         decision: What to decide.
-        layers: The layers of one group, those that read one value together.
+        layers: The layers of one group; layers in one inner sequence read the same value.
         plan: The plan, which receives the decisions.
     """
     suffix = "" if decision == "balance" else ".shift"
@@ -155,20 +157,20 @@ def follow(decision: Literal["balance", "shift"], layers: Sequence[Sequence[str]
 
 
 def is_transformed(layer: LayerPlan, roles: Sequence[str]) -> bool:
-    """Whether a layer is a linear of one of these roles, whatever it is rounded to."""
+    """Whether a layer is a linear with one of these roles, whatever its precision."""
     return layer.kind == "linear" and layer.role in roles
 
 
 def is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:
-    """Whether a linear is one to transform: it has one of these roles, and its weight is quantized."""
+    """Whether a linear is to be transformed: it has one of these roles, and its weight is quantized."""
     layer = plan.layer(node.meta[LAYER])
     if not is_transformed(layer, roles) or layer.weight_bits is None:
         return False
-    # A plan may be older than the balancing of linears of float activations: where it says nothing, they stay.
+    # An older plan has no decisions about linears with float activations; these linears then do not change.
     decided = (layer.balance, layer.shift, layer.timesteps) != (None, None, None)
     return layer.activation_bits is not None or decided or plan.statistics is not None
 
 
 def targets_of(seed: Seed, plan: Plan, roles: Sequence[str]) -> list[str]:
-    """Names of the layers among the readers of a value that are to be balanced."""
+    """Names of the layers that read a value and are to be transformed."""
     return [node.meta[LAYER] for node in seed.readers if is_target(node, plan, roles)]

@@ -1,4 +1,4 @@
-"""Make per-channel factors vanish into whatever produces the value."""
+"""Fold per-channel factors into the ops that produce the value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _AFFINE = torch.ops.fxquant.channel_affine.default
 class AbsorbAffines(Pass):
     """Push each constant ``channel_affine(x, a)`` back through its producers until it ends in parameters.
 
-    Before, as an adaLN yields it::
+    Before, for an adaLN::
 
         gamma, beta = chunk(linear(silu(cond), W, bias)); x = layer_norm(h) * (1 + gamma) + beta
         y = channel_affine(x, a)
@@ -39,13 +39,14 @@ class AbsorbAffines(Pass):
         gamma, beta = chunk(linear(silu(cond), W', bias')); y = layer_norm(h) * (1 + gamma) + beta
 
     with W_gamma' = diag(a) W_gamma, bias_gamma' = a (bias_gamma + 1) - 1, W_beta' = diag(a) W_beta,
-    bias_beta' = a bias_beta. The rules for all ops are in :mod:`fxquant.channels.rules`. Side conditions: nothing else
-    reads what is scaled on the way, or it asks for the same. Where a path cannot be followed to parameters, the factor
-    is multiplied onto a modulation vector instead, and where that is not possible either it stays where it is.
-    Equal in real arithmetic; parameters are computed in float64 and cast once.
+    bias_beta' = a bias_beta. The rules for all ops are in :mod:`fxquant.channels.rules`. Side conditions: a value that
+    is scaled on the way has no other readers, or they ask for the same factor. If a path cannot be followed to
+    parameters, the factor is multiplied onto a modulation vector instead. If that is not possible either, the
+    ``channel_affine`` stays in place. Equal in real arithmetic; parameters are computed in float64 and cast once.
 
-    In a graph for a call that comes when the float weights are gone, an op whose parameters are stored with another
-    factor than this graph needs keeps that, and a ``channel_affine`` behind it makes up for it at run time.
+    A graph may be captured after the float weights are gone. If the stored parameters of an op then contain another
+    factor than this graph needs, they do not change, and a ``channel_affine`` after the op corrects the result at run
+    time.
     """
 
     name: ClassVar[str] = "absorb-affines"
@@ -55,7 +56,7 @@ class AbsorbAffines(Pass):
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         before, folds = parameters_of(rewriter.module), _Folds()
-        while self._absorb(graph, rewriter, folds):  # Of affines on one path, the first one goes first.
+        while self._absorb(graph, rewriter, folds):  # Of several affines on one path, the first is absorbed first.
             pass
         before |= {copy: before[source] for copy, source in folds.copies.items()}
         for node, stored, fold in plan.shared.unstored(rewriter.module, before, folds.made):
@@ -83,12 +84,12 @@ class AbsorbAffines(Pass):
 
 
 def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx.Node], dict[str, Tensor]]:
-    """The affines with a constant positive factor for each channel and without shift, and these factors, float64."""
+    """The affines with a constant positive factor per channel and without shift, and these factors, float64."""
     affines, factors = {}, {}
     for node in graph.nodes:
         if node.target is not _AFFINE or node.args[1].op != "get_attr" or node.args[2] is not None:
             continue
-        if not node.meta["val"].dim():  # A number, which has no channels: the factor met it on its way.
+        if not node.meta["val"].dim():  # A scalar, which has no channels; the factor reached it on its way.
             continue
         factor, channels = rewriter.tensor(node.args[1]).double(), node.meta["val"].shape[-1]
         if (
@@ -97,7 +98,7 @@ def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx
             and factor.shape[-1:].numel() == factor.numel()
         ):
             factor = factor.flatten().expand(channels)
-            if (factor > 0).all():  # As relu needs it.
+            if (factor > 0).all():  # relu needs positive factors.
                 affines[node.name], factors[node.name] = node, factor
     return affines, factors
 
@@ -105,13 +106,13 @@ def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx
 def _agreed(
     graph: fx.Graph, seeds: Sequence[Seed], factors: Mapping[str, Tensor]
 ) -> tuple[Solution, dict[str, Tensor]]:
-    """A solution in which all channels of a class have one factor; seeds that spoil that are left out."""
+    """A solution in which all channels of a class have the same factor. Seeds that prevent this are left out."""
     kept = list(seeds)
     while True:
         solution = solve(graph, kept, Cost.VECTOR)
         chosen: dict[str, Tensor] = {}
         spoilers = set()
-        value_of = np.full(solution.classes, np.nan)  # By class, the factor of the first channel that has one.
+        value_of = np.full(solution.classes, np.nan)  # Per class, the factor of the first channel that has one.
         for seed in kept:
             factor = factors[seed.name]
             chosen[seed.name] = factor
@@ -127,7 +128,7 @@ def _agreed(
 
 
 def _stays(solution: Solution, name: str, factor: Tensor) -> bool:
-    """Whether an affine would be replaced by itself, or by nothing at all."""
+    """Whether absorbing an affine would leave it unchanged or put an equal affine in its place."""
     granted = solution.grants[name].granted
     return bool((factor[torch.from_numpy(granted)] == 1).all() and (factor != 1).any()) or any(
         edit.end is None and [reader.name for reader in edit.readers] == [name] for edit in solution.edits
@@ -136,7 +137,7 @@ def _stays(solution: Solution, name: str, factor: Tensor) -> bool:
 
 @dataclass
 class _Folds:
-    """What was folded into the parameters of ops, and copies of parameters for some of their readers."""
+    """Folds into the parameters of ops, and copies of parameters for some of their readers."""
 
     made: dict[fx.Node, Fold] = field(default_factory=dict)
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -174,14 +175,14 @@ def _remove(affine: fx.Node, factor: Tensor, solution: Solution, rewriter: Rewri
     left = torch.where(granted, 1.0, factor)
     if (left == 1).all():
         rewriter.replace(affine, affine.all_input_nodes[0])
-    else:  # Some channels could not be absorbed and really are scaled.
+    else:  # Factors of some channels could not be absorbed; they are applied at run time.
         source, old = affine.all_input_nodes
         scale = rewriter.constant(f"{old.target}_left", left, [affine])
         affine.args = (source, scale, None)
 
 
 def _correct(node: fx.Node, fold: Fold, rewriter: Rewriter) -> None:
-    """Let everything that reads a value read ``scale * value + shift``."""
+    """Make all readers of a value read ``scale * value + shift``."""
     users = list(node.users)
     if (fold.scale == 1).all() and (fold.shift == 0).all():
         return

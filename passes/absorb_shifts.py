@@ -1,4 +1,4 @@
-"""Make per-channel shifts vanish into whatever produces the value."""
+"""Fold per-channel shifts into the ops that produce the value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _AFFINE = torch.ops.fxquant.channel_affine.default
 class AbsorbShifts(Pass):
     """Push each ``channel_affine(x, 1, c)`` back through its producers until it ends in biases.
 
-    Before, as an adaLN yields it::
+    Before, for an adaLN::
 
         gamma, beta = chunk(linear(silu(cond), W, bias)); x = layer_norm(h) * (1 + gamma) + beta
         y = channel_affine(x, 1, c[bin])
@@ -37,10 +37,10 @@ class AbsorbShifts(Pass):
 
         gamma, beta = chunk(linear(silu(cond), W) + table[bin]); y = layer_norm(h) * (1 + gamma) + beta
 
-    where the table is the bias, plus c in the rows of beta. A shift passes attention into the bias of V, for the rows
-    of a softmax sum to 1. The rules for all ops are in :mod:`fxquant.channels.rules`. Where a path cannot be followed
-    to a bias, the shift is added to a modulation vector instead, and where that is not possible either it stays where
-    it is. Equal in real arithmetic.
+    The table is the bias, plus c in the rows of beta. A shift passes through attention into the bias of V, because the
+    rows of a softmax sum to 1. The rules for all ops are in :mod:`fxquant.channels.rules`. If a path cannot be followed
+    to a bias, the shift is added to a modulation vector instead. If that is not possible either, the
+    ``channel_affine`` stays in place. Equal in real arithmetic.
     """
 
     name: ClassVar[str] = "absorb-shifts"
@@ -87,7 +87,7 @@ def _agreed(
     request: Request,
     timestep: fx.Node,
 ) -> Solution:
-    """A solution in which all channels of a class have one shift; seeds that spoil that are left out."""
+    """A solution in which all channels of a class have the same shift. Seeds that prevent this are left out."""
     kept = list(seeds)
     while True:
         solution = solve(graph, kept, Cost.VECTOR, request, timestep)
@@ -119,7 +119,7 @@ def _remove(affine: fx.Node, table: TimeTable, granted: Tensor, rewriter: Rewrit
     left = table.map(lambda rows: torch.where(granted.to(rows.device), 0.0, rows))
     if not (left.rows != 0).any():
         rewriter.replace(affine, affine.all_input_nodes[0])
-    elif (left.rows != table.rows).any():  # Some channels could not be absorbed and really are shifted.
+    elif (left.rows != table.rows).any():  # Some shifts could not be absorbed; they are applied at run time.
         source, one = affine.all_input_nodes[:2]
         with rewriter.before(affine):
             rows = rows_at(rewriter, left, source.meta["val"].dim(), f"{affine.name}_left", [affine])

@@ -28,29 +28,30 @@ from fxquant.text import pattern_of
 
 
 class Products(enum.Enum):
-    """In what the two matrix products of attention compute."""
+    """Arithmetic of the two matrix products of attention."""
 
     FLOAT = "float"
     QUANTIZED = "quantized"
-    """In the bits of the activations; see :class:`~fxquant.passes.quantize_attention.QuantizeAttention`."""
+    """At the bits of the activations; see :class:`~fxquant.passes.quantize_attention.QuantizeAttention`."""
 
 
 @register_pass
 @dataclass(frozen=True)
 class AssignPrecision(Pass):
-    """Write into the plan, for every linear, convolution and table, its role and its bit widths, and for attentions.
+    """Write the role and bit widths of every linear, convolution and table, and the bits of attentions, into the plan.
 
-    The graph stays as it is. Layers and attentions that the plan knows already keep what it says.
+    The graph does not change. Layers and attentions that are already in the plan keep their entries.
 
-    An override that fits no layer and no attention is an error: at the first call of calibration, or at its end if the
-    model has modules of that name which no call ran.
+    An override that fits no layer and no attention is an error. The error is raised at the first calibration call, or
+    at the end of calibration if the model has modules of that name that no call ran.
 
     Attributes:
         precision: Bits of the layers that are quantized, such as ``w4a8`` or ``w4a16-g64``.
-        layers: Which are: ``default``, ``blocks`` or ``all``; see :func:`fxquant.planning.precision.precision_of`.
+        layers: Which layers are quantized: ``default``, ``blocks`` or ``all``; see
+            :func:`fxquant.planning.precision.precision_of`.
         overrides: Exceptions by name pattern, ``transformer_blocks.0.*=w8a8;proj_out=float``.
         attention: Whether the matrix products of attention are quantized too, at the bits of the activations. An
-            override that fits the attention's own name, the path of its module, decides for it alone.
+            override that fits the attention's own name, the path of its module, applies to this attention only.
     """
 
     name: ClassVar[str] = "assign-precision"
@@ -79,7 +80,7 @@ class AssignPrecision(Pass):
             weight = stored_weight(node)
             assert weight is not None
             chosen = precision_of(name, role_of[name], default, self.layers, self.overrides)
-            if kind == "embedding":  # The papers keep tables in float; 8 bits a row are a matter of size alone.
+            if kind == "embedding":  # The papers keep tables in float; 8-bit rows only save memory.
                 one_row_a_sample = node.args[1].meta["val"].dim() == 1
                 asked = overridden(name, self.overrides) or (Precision(8, None) if self.layers == "default" else FLOAT)
                 chosen = Precision(asked.weight_bits, None) if one_row_a_sample else FLOAT
@@ -109,8 +110,8 @@ class AssignPrecision(Pass):
         """Refuse overrides that decide nothing.
 
         Args:
-            plan: With the layers of all graphs so far.
-            names: Tensors (true) and modules (false) of the model, which may run in a further graph.
+            plan: The plan, with the layers of all graphs so far.
+            names: Names of the model's tensors (true) and modules (false), which may run in a further graph.
         """
         for pattern, precision in entries_of(self.overrides):
             attentions = [name for name in plan.attentions if fnmatchcase(name, pattern)]
@@ -162,12 +163,12 @@ def _runs_elsewhere(name: str, pattern: str, names: Mapping[str, bool], plan: Pl
     place = layer_name(name) if names[name] else name
     if not fnmatchcase(place, unnumbered(pattern)):
         return False
-    owner = place.rpartition(".")[0] if names[name] else place  # Else a parameter of a layer, such as its bias.
+    owner = place.rpartition(".")[0] if names[name] else place  # A tensor may be another parameter, such as a bias.
     return not any(layer in (place, owner) or layer.startswith(f"{place}.") for layer in plan.layers)
 
 
 def nearest(pattern: str, plan: Plan) -> str:
-    """Which names of layers and attentions a pattern that fits none was probably meant for."""
+    """Names of layers and attentions that are closest to a pattern that fits none of them."""
     names = [*plan.layers, *plan.attentions]
     forms = dict.fromkeys(names)
     if "*" in pattern or "?" in pattern:

@@ -1,4 +1,4 @@
-"""Balance the channels of activations against those of weights."""
+"""Balance channels of activations against channels of weights."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from fxquant.planning.plan import Plan
 
 
 class Salience(enum.Enum):
-    """How the salience of activation channels at many timesteps becomes one."""
+    """How the salience of activation channels is combined over timesteps."""
 
     SPEARMAN = "spearman"
-    """PTQ4DiT's SSC: timesteps at which activation and weight salience disagree weigh more."""
+    """As in PTQ4DiT (SSC): timesteps at which activation and weight salience disagree get larger weights."""
     MEAN = "mean"
     """The mean over timesteps."""
     MAX = "max"
-    """The maximum over timesteps, as SmoothQuant takes it."""
+    """The maximum over timesteps, as in SmoothQuant."""
     MOVING_AVERAGE = "moving-average"
-    """HTG's: an exponential moving average that starts with the first denoising step, the largest timestep."""
+    """As in HTG: an exponential moving average that starts with the first denoising step, the largest timestep."""
 
 
 @register_pass
@@ -72,29 +72,32 @@ class BalanceChannels(Pass):
 
         b_j = sX_j ** exponent / sW_j ** (1 - exponent)
 
-    which for exponent 0.5 makes both saliences sqrt(sX_j sW_j) (PTQ4DiT, CSB, arXiv 2405.16005) and in general is
-    SmoothQuant. sX_j is max over tokens |X_j| at each timestep, combined over timesteps by ``salience``; with
-    ``spearman`` (SSC) by weights softmax over t of -rho_t, where rho_t is the Spearman correlation over channels of
-    sX at timestep t with sW. Where the plan has a shift for the layer, sX is that of the shifted activation.
+    With exponent 0.5, both saliences become sqrt(sX_j sW_j) (PTQ4DiT, CSB, arXiv 2405.16005). The general formula is
+    SmoothQuant. sX_j is the maximum of |X_j| over tokens at each timestep, combined over timesteps by ``salience``.
+    ``spearman`` (SSC) weights timestep t by the softmax over t of -rho_t, where rho_t is the Spearman correlation over
+    channels of sX at timestep t with sW. If the plan has a shift for the layer, sX is the salience of the shifted
+    activation.
 
-    Linears of float activations are balanced too: rounding their weights errs least where no channel of the input is
-    salient (AWQ, arXiv 2306.00978). As their other channels gain nothing, recipes for them set ``salient``.
+    Linears with float activations are balanced too: the error of rounding their weights is smallest if no channel of
+    the input is salient (AWQ, arXiv 2306.00978). Their other channels gain nothing, so recipes for such linears set
+    ``salient``.
 
-    A layer is balanced only if something upstream can absorb ``1 / b`` at an allowed cost, so that the pass
-    ``absorb-affines`` removes the multiplication again. Layers that read one value, and those whose factors meet in one
-    producer, are decided together. Equal in real arithmetic.
+    A layer is balanced only if ops upstream can absorb ``1 / b`` at an allowed cost, so that the pass
+    ``absorb-affines`` removes the multiplication again. Layers that read the same value, and layers whose factors meet
+    in one producer, are decided together. Equal in real arithmetic.
 
     Attributes:
         exponent: Share of the salience that moves to the weights, 0 to 1.
-        search: If not 0, that many exponents evenly spread over 0 to 1 are tried on the sampled rows, and each group of
-            layers gets the one whose rounded products err least (SmoothQuant's alpha, searched).
+        search: Number of exponents, evenly spaced from 0 to 1, that are tried on the sampled rows; 0 for no search.
+            Each group of layers gets the exponent with the smallest error of its rounded products (a search for
+            SmoothQuant's alpha).
         salience: How timesteps are combined.
-        momentum: Of the moving average.
-        salient: If above 1, factors count relative to their median over the channels that are decided together, and
-            those that are not above this ratio, nor below one over it, become 1.
-        dearest: The dearest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
-        roles: Roles of the layers to balance, joined by ``+``. PTQ4DiT balances those in blocks and leaves adaLN, the
-            embedders and the final layer alone; see :mod:`fxquant.planning.precision` for all roles.
+        momentum: Momentum of the moving average.
+        salient: If above 1, factors are divided by their median over the channels that are decided together. Then
+            factors from ``1 / salient`` to ``salient`` become 1.
+        dearest: The highest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
+        roles: Roles of the layers to balance, joined by ``+``. PTQ4DiT balances layers in blocks, but not adaLN, the
+            embedders and the final layer; see :mod:`fxquant.planning.precision` for all roles.
     """
 
     name: ClassVar[str] = "balance-channels"
@@ -113,13 +116,15 @@ class BalanceChannels(Pass):
     def __post_init__(self) -> None:
         parse_roles(self.name, self.roles)
         if not 0 <= self.momentum < 1:
-            raise ConfigurationError(f"balance-channels: momentum {self.momentum} is not at least 0 and below 1")
+            raise ConfigurationError(f"balance-channels: momentum {self.momentum} must be at least 0 and below 1")
         if not 0 <= self.exponent <= 1:
             raise ConfigurationError(f"balance-channels: exponent {self.exponent} is not between 0 and 1")
         if not 1 <= self.salient < math.inf:
             raise ConfigurationError(f"balance-channels: salient {self.salient} is not a ratio of 1 or more")
         if self.search < 0 or self.search == 1:
-            raise ConfigurationError(f"balance-channels: search {self.search} is no number of exponents, 2 or more")
+            raise ConfigurationError(
+                f"balance-channels: search {self.search} is not a number of exponents; choose 0, or 2 or more"
+            )
         parse_cost(self.dearest)
 
     def wants_statistics(self, layer: LayerPlan) -> bool:
@@ -161,7 +166,7 @@ class BalanceChannels(Pass):
         classes = np.concatenate([grant.classes for grant in grants])
         sx, sw = np.concatenate(activation, axis=1), np.concatenate([_weight_salience(own) for own in weights])
         combined = combine_timesteps(sx, sw, self.salience, self.momentum)
-        # Channels of one class share their factor: the most salient of them decides on either side.
+        # Channels of one class share a factor. On each side, the most salient of them decides.
         numbers, inverse = np.unique(classes, return_inverse=True)
         top_x, top_w = np.zeros(len(numbers)), np.zeros(len(numbers))
         np.maximum.at(top_x, inverse, combined)
@@ -203,13 +208,13 @@ def combine_timesteps(
     """Combine activation salience over timesteps.
 
     Args:
-        activation: max |X_j| at each timestep, ascending, ``[timesteps, channels]``.
+        activation: max |X_j| per timestep, timesteps ascending, ``[timesteps, channels]``.
         weight: max |W_j|, ``[channels]``.
-        salience: How.
-        momentum: What remains of the moving average at each step.
+        salience: How to combine timesteps.
+        momentum: Weight of the previous moving average at each step.
 
     Returns:
-        Salience a channel, ``[channels]``.
+        Salience per channel, ``[channels]``.
     """
     if salience is Salience.MAX:
         return np.asarray(activation.max(axis=0))
@@ -224,9 +229,9 @@ def combine_timesteps(
 
 
 def spearman_weights(activation: npt.NDArray[np.float64], weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """PTQ4DiT's eta ``[timesteps]``: softmax over t of minus the Spearman correlation of both saliences at t."""
+    """PTQ4DiT's eta ``[timesteps]``: softmax over t of minus the Spearman correlation of the two saliences at t."""
     if np.ptp(weight) == 0:
-        return np.full(len(activation), 1 / len(activation))  # No order to correlate with.
+        return np.full(len(activation), 1 / len(activation))  # All equal: no order to correlate.
     rho = np.array([0.0 if np.ptp(row) == 0 else spearmanr(row, weight).statistic for row in activation])
     return np.asarray(softmax(-rho))
 
@@ -234,7 +239,7 @@ def spearman_weights(activation: npt.NDArray[np.float64], weight: npt.NDArray[np
 def balance_factor(
     activation: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], exponent: float
 ) -> npt.NDArray[np.float64]:
-    """B = sX ** exponent / sW ** (1 - exponent); 1 where a channel is dead on either side."""
+    """B = sX ** exponent / sW ** (1 - exponent); 1 where either salience of a channel is 0."""
     alive = (activation > 0) & (weight > 0)
     x, w = np.where(alive, activation, 1.0), np.where(alive, weight, 1.0)
     return np.asarray(x**exponent / w ** (1 - exponent))
@@ -243,7 +248,7 @@ def balance_factor(
 def of_salient_channels(
     factors: npt.NDArray[np.float64], alive: npt.NDArray[np.bool_], ratio: float
 ) -> npt.NDArray[np.float64]:
-    """Factors over their median; 1 where that is within ``ratio``, or the channel is dead."""
+    """Factors divided by their median; 1 for quotients from ``1 / ratio`` to ``ratio`` and for channels not alive."""
     relative = np.ones_like(factors)
     if alive.any():
         relative[alive] = factors[alive] / np.median(factors[alive])
@@ -257,14 +262,14 @@ def _weight(reader: fx.Node, rewriter: Rewriter) -> Tensor:
 
 
 def _weight_salience(weights: Sequence[Tensor]) -> npt.NDArray[np.float64]:
-    """Max over outputs |W_j| over all weights that read the value, ``[channels]``."""
-    # Two passes, yet five times faster on a processor than torch.aminmax along an axis.
+    """Maximum of |W_j| over outputs and over all weights that read the value, ``[channels]``."""
+    # These two passes are five times faster on a CPU than torch.aminmax along an axis.
     tops = [torch.maximum(-weight.amin(0), weight.amax(0)) for weight in weights]
     return np.asarray(torch.stack(tops).amax(dim=0).double().cpu().numpy())
 
 
 def _error(layers: list[list[str]], weights: Sequence[Sequence[Tensor]], factors: Tensor, plan: Plan) -> float:
-    """Relative error of the products of sampled rows and weights, both rounded with these factors, over all layers."""
+    """Relative error of the products of sampled rows and weights, rounded with these factors, summed over layers."""
     total, start = 0.0, 0
     for names, own in zip(layers, weights, strict=True):
         rows = torch.cat(evidence(plan, names[0]).rows)
@@ -287,8 +292,8 @@ def _error(layers: list[list[str]], weights: Sequence[Sequence[Tensor]], factors
 
 
 def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
-    with rewriter.before(min(seed.readers)):  # Nodes are ordered as they stand in the graph.
-        # Kept in float64 whatever the model's dtype: what is absorbed must undo what the weight got, to the last bit.
+    with rewriter.before(min(seed.readers)):  # Nodes compare by their position in the graph.
+        # Float64 for every model dtype: the absorbed factor must undo the factor of the weight to the last bit.
         scale = rewriter.constant(f"{seed.name}.balance", 1 / b, [seed.value])
         balanced = rewriter.call(
             torch.ops.fxquant.channel_affine.default,
@@ -298,4 +303,4 @@ def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, seed.value, balanced)
-        rewriter.fold(reader, 1, lambda w: w * b.to(w.device), by=("columns", b))  # In float64, as b is.
+        rewriter.fold(reader, 1, lambda w: w * b.to(w.device), by=("columns", b))  # In float64, like b.

@@ -1,4 +1,4 @@
-"""Part the denoising timesteps into groups that share what depends on time."""
+"""Divide the denoising timesteps into groups that share their time-dependent parameters."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ from fxquant.planning.plan import Plan
 
 
 class Grouping(enum.Enum):
-    """How the groups are found; both keep neighbours together."""
+    """How the groups are found. In both methods a group consists of neighbouring timesteps."""
 
     GREEDY = "greedy"
-    """HTG's: merge the two neighbouring groups whose mean shifts are closest, until so many are left."""
+    """As in HTG: merge the two neighbouring groups with the closest mean shifts until ``groups`` are left."""
     OPTIMAL = "optimal"
-    """The exact optimum of the squared distances to the groups' means, by dynamic programming."""
+    """The exact minimum of the squared distances to the groups' means, by dynamic programming."""
 
 
 @register_pass
 @dataclass(frozen=True)
 class GroupTimesteps(Pass):
-    """Write into the plan, for every balanced linear, groups of neighbouring timesteps. The graph stays as it is.
+    """Write groups of neighbouring timesteps into the plan for every balanced linear. The graph does not change.
 
-    Hierarchical timestep grouping (arXiv 2503.06930): with the middle z_t[j] = (max X_j + min X_j) / 2 of each input
-    channel at timestep t, neighbouring timesteps (then groups, by their mean middles) that are closest in squared L2
-    are merged until ``groups`` remain. Layers whose channels are shifted together are grouped together. Boundaries lie
-    halfway between the calibrated timesteps, so those of another schedule fall into the group that they are closest to.
+    Hierarchical timestep grouping (arXiv 2503.06930): z_t[j] = (max X_j + min X_j) / 2 is the middle of input channel j
+    at timestep t. The neighbouring timesteps whose middles are closest in squared L2 are merged, then neighbouring
+    groups by their mean middles, until ``groups`` remain. Layers whose channels are shifted together are grouped
+    together. Boundaries lie halfway between the calibrated timesteps, so timesteps of another schedule fall into the
+    closest group.
 
     Attributes:
-        groups: How many; 0 for a tenth of the calibrated timesteps, rounded up.
+        groups: Number of groups; 0 for a tenth of the calibrated timesteps, rounded up.
         method: ``greedy``, as in the paper, or ``optimal``.
         roles: Roles of the layers, joined by ``+``.
-        dearest: What :class:`~fxquant.passes.shift_channels.ShiftChannels` will be allowed, which decides what is
-            shifted together.
+        dearest: The highest cost that :class:`~fxquant.passes.shift_channels.ShiftChannels` will be allowed. It
+            decides which channels are shifted together.
     """
 
     name: ClassVar[str] = "group-timesteps"

@@ -1,4 +1,4 @@
-"""Make calibration visible in the graph."""
+"""Insert the observers of calibration into the graph."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class InsertObservers(Pass):
 
         x_observed = observe(x, timestep, "to_q", -1); q = linear(x_observed, wq); k = linear(x_observed, wk)
 
-    Layers that read one value share an observer, keyed by the first of them. The channel axis is the last, for
-    convolutions the second. q, k and v of attentions that are to be quantized are observed under ``<attention>:q`` and
-    so on; the channels of v are those of all heads together, for balancing treats them differently. Observers return
-    their input, so the output keeps its bits.
+    Layers that read the same value share an observer, whose key is the first of these layers. The channel axis is the
+    last axis, or the second axis for convolutions. q, k and v of attentions that are to be quantized are observed under
+    ``<attention>:q`` and so on. v is observed with the channels of all heads together, because balancing treats these
+    channels differently. Observers return their input, so the output is equal bit for bit.
 
     Attributes:
-        weight_only: Names of linears of float activations that are observed too, joined by ``;``: balancing and
-            rounding weights by their inputs needs it.
+        weight_only: Names of linears with float activations that are observed too, joined by ``;``. Balancing, and
+            rounding weights by their inputs, need their statistics.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -63,7 +63,7 @@ class InsertObservers(Pass):
                 continue
             value, axis = node.args[0], 1 if layer.kind == "conv" else -1
             if _OBSERVE in (value.target, value.target is _TRANSPOSE and value.args[0].target):
-                continue  # Observed already, as it is or with its samples first.
+                continue  # Observed already, directly or transposed with the samples first.
             observer = observers.get((value, axis))
             if observer is None:
                 timestep = timestep_input(graph, plan.timestep)
@@ -82,7 +82,7 @@ class InsertObservers(Pass):
     def _observe_operand(self, found: Attention, side: str, plan: Plan, rewriter: Rewriter) -> None:
         operand = found.operands[side]
         value, observed = operand.value, plan.attention(found.name).observed
-        source: Any = value  # Of an observer over all heads, it is two views away.
+        source: Any = value  # An observer over all heads is two views away.
         for _ in range(2):
             source = source.args[0] if source.target in (_TRANSPOSE, _UNFLATTEN) and side == "v" else source
         if source.target is torch.ops.fxquant.observe.default:
@@ -110,7 +110,7 @@ class InsertObservers(Pass):
 
 
 def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, axis: int) -> fx.Node:
-    """The value, observed; one with its tokens first is shown to the observer with its samples first."""
+    """The observed value. If its tokens come first, the observer gets it transposed, with the samples first."""
     batch = _batch_axis(value, timestep)
     timestep = _time_of(rewriter, value, timestep)
 
@@ -128,7 +128,7 @@ def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, a
 
 
 def _time_of(rewriter: Rewriter, value: fx.Node, timestep: fx.Node) -> fx.Node:
-    """The timesteps, as those of one sample where tokens of samples of several lengths may stand in a row."""
+    """The timesteps; as one sample's if the value may concatenate tokens of samples of several lengths."""
     steps, leading = timestep.meta["val"].shape, value.meta["val"].shape[0]
     lists = any(ITEM in node.meta for node in rewriter.graph.nodes if node.op == "placeholder")
     if not lists or len(steps) != 1 or not isinstance(steps[0], int) or leading in (1, steps[0]):
@@ -139,7 +139,7 @@ def _time_of(rewriter: Rewriter, value: fx.Node, timestep: fx.Node) -> fx.Node:
 
 
 def _batch_axis(value: fx.Node, timestep: fx.Node) -> int:
-    """The axis of a value that the samples are along: the leading one, unless that does not hold as many."""
+    """The sample axis of a value: the leading axis, unless its size does not fit the number of timesteps."""
     steps, shape = timestep.meta["val"].shape, value.meta["val"].shape
     if len(steps) != 1 or str(steps[0]) == "1":
         return 0
@@ -150,5 +150,5 @@ def _batch_axis(value: fx.Node, timestep: fx.Node) -> int:
         leads = not isinstance(size, int) and not isinstance(leading, int)
     inner = range(1, len(shape) - 1)
     alike = [axis for axis in inner if str(shape[axis]) == str(size)]
-    open_axes = [axis for axis in inner if not isinstance(shape[axis], int)]  # A batch that nothing compared with time.
+    open_axes = [axis for axis in inner if not isinstance(shape[axis], int)]  # A batch not tied to the timesteps.
     return 0 if leads else next(iter([*alike, *open_axes]), 0)

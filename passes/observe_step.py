@@ -19,12 +19,13 @@ from fxquant.planning.plan import Plan
 class ObserveStep(Pass):
     """Take the statistics from one denoising step, as 'An Analysis on Quantizing Diffusion Transformers' does.
 
-    The graph stays as it is; the plan says which step is observed (single-step sampling, arXiv 2406.11100). Calibration
-    runs earlier steps in float without observers, and does not run later ones at all: calls of the model get the last
-    output again, so that the first step costs one forward pass a sample however many the sampler makes.
+    The graph does not change; the plan says which step is observed (single-step sampling, arXiv 2406.11100).
+    Calibration runs earlier steps in float without observers, and does not run later steps: these calls of the model
+    return the last output again. So the first step costs one forward pass per sample, however many steps the sampler
+    makes.
 
     Attributes:
-        step: Number of the step, counted from the first one of the sampler, which is pure noise and has number 0.
+        step: Number of the step. Step 0 is the first step of the sampler, which gets pure noise.
     """
 
     name: ClassVar[str] = "observe-step"
@@ -36,7 +37,7 @@ class ObserveStep(Pass):
 
     def __post_init__(self) -> None:
         if self.step < 0:
-            raise ConfigurationError(f"observe-step: step {self.step} is no number from 0 on")
+            raise ConfigurationError(f"observe-step: step {self.step} is negative; choose 0 or more")
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
         plan.observed_step = self.step

@@ -45,12 +45,13 @@ class QuantizeAttention(Pass):
         p = fxquant.quantize(softmax(fxquant.matmul(a, sq, zq, b, sk, zk) + mask, -1), 1 / 255, 0)
         y = fxquant.matmul(p, 1 / 255, 0, fxquant.quantize(v, sv, zv), sv, zv)
 
-    A softmax between two matrix products is rewritten likewise, with all that stands between them as it is. Masks,
-    causality, grouped-query heads and the scale mean what they mean to ``scaled_dot_product_attention``, which computes
-    scores and softmax of half-precision values in float32. Side conditions: the softmax is over the keys, nothing else
-    reads the scores, and there is no dropout; what cannot be matched stays float, and the plan says why. Attentions are
-    quantized where ``assign-precision{attention=quantized}`` gave them bits. PTQ4DiT (arXiv 2405.16005). Rounding moves
-    q, k and v by at most half a step of their grids, each probability by at most half of ``1 / (2**softmax_bits - 1)``.
+    A softmax between two matrix products is rewritten in the same way; the ops between the products do not change.
+    Masks, causality, grouped-query heads and the scale have the same meaning as in ``scaled_dot_product_attention``,
+    which computes scores and softmax of half-precision values in float32. Side conditions: the softmax is over the
+    keys, nothing else reads the scores, and there is no dropout. Attention that does not match stays float, and the
+    plan says why. Attentions are quantized if ``assign-precision{attention=quantized}`` gave them bits. From PTQ4DiT
+    (arXiv 2405.16005). Rounding moves q, k and v by at most half a step of their grids, and each probability by at most
+    half of ``1 / (2**softmax_bits - 1)``.
 
     Attributes:
         activation_range: How the ranges of q, k and v are found: ``minmax``, ``percentile`` or ``mse``.
@@ -68,8 +69,8 @@ class QuantizeAttention(Pass):
     def __post_init__(self) -> None:
         if self.activation_range is InputRange.DYNAMIC:
             raise ConfigurationError(
-                "quantize-attention: the product with v sums over its tokens, so v cannot have a range for each; "
-                "choose minmax, percentile or mse"
+                "quantize-attention: the product with v sums over the tokens of v, so v cannot have a range for each "
+                "token; choose minmax, percentile or mse"
             )
         if not 2 <= self.softmax_bits <= 8:
             raise ConfigurationError(
@@ -83,8 +84,8 @@ class QuantizeAttention(Pass):
                 continue
             if found.reason is not None:
                 raise ConfigurationError(
-                    f"attention {found.name!r} is to be quantized, and in this call of the model it cannot be: "
-                    f"{found.reason}. Keep it float: give it float in the overrides of assign-precision"
+                    f"attention {found.name!r} is to be quantized, but this call of the model does not allow it: "
+                    f"{found.reason}. Set this attention to float in the overrides of assign-precision"
                 )
             for side in SIDES:
                 if side not in entry.ranges and entry.bits is not None:
@@ -95,7 +96,7 @@ class QuantizeAttention(Pass):
                 _quantize(found, entry, rewriter)
 
     def _decide(self, found: Attention, side: str, entry: AttentionPlan, plan: Plan) -> None:
-        """Write the range of one of the three values into the plan, and how well it does on the sampled rows."""
+        """Write the range of q, k or v, and its SQNR on the sampled rows, into the plan."""
         assert entry.bits is not None
         key = entry.observed.get(side, f"{found.name}:{side}")
         seen = plan.evidence(key, f"attention {found.name!r} needs ranges of q, k and v")
@@ -128,26 +129,26 @@ class QuantizeAttention(Pass):
 
 
 def _refuse_other_values(found: Attention, plan: Plan) -> None:
-    """Refuse a graph whose v was balanced or shifted otherwise than in the graph that its range was found for.
+    """Refuse a graph whose v is balanced or shifted differently than in the graph for which its range was found.
 
     Raises:
-        CalibrationError: Names the attention.
+        CalibrationError: If so; the message names the attention.
     """
     changes = changes_of(found.operands["v"].reader)
     parts = [part for each in changes for part in (each.factor, each.shift, str(each.boundaries))]
     now = digest(*parts)
     if plan.shared.values.setdefault(found.name, now) != now:
         raise CalibrationError(
-            f"the v of attention {found.name!r} takes other factors in this kind of call than in the one that its "
-            "range was found for, because other parts of the model read it here; keep this attention float: give it "
-            "float in the overrides of assign-precision"
+            f"the v of attention {found.name!r} takes other factors in this kind of call than in the one for which "
+            "its range was found, because other parts of the model read v here; set this attention to float in the "
+            "overrides of assign-precision"
         )
 
 
 def _by_channel(value: Tensor, shape: tuple[Any, ...], channels: int) -> Tensor | None:
-    """What broadcasts against v, as one number for each of its observed channels; None if they do not tell it apart."""
+    """A tensor that broadcasts against v, as one number per observed channel; None if it differs within a channel."""
     value = value.cpu().reshape([1] * (len(shape) - value.dim()) + list(value.shape))
-    if len(shape) == 4 and channels != shape[-1]:  # Those of all heads.
+    if len(shape) == 4 and channels != shape[-1]:  # The channels of all heads.
         value = value.transpose(1, 2)
         if value.shape[:2].numel() != 1:
             return None
@@ -156,14 +157,14 @@ def _by_channel(value: Tensor, shape: tuple[Any, ...], channels: int) -> Tensor 
 
 
 def _quantize(found: Attention, entry: AttentionPlan, rewriter: Rewriter) -> None:
-    """Rewrite one attention, the ranges being decided."""
+    """Rewrite one attention whose ranges are decided."""
     assert entry.bits is not None and entry.softmax_bits is not None
     lowering = _Lowering(found, entry, rewriter)
     lowering.fused() if found.output.target is aten.scaled_dot_product_attention.default else lowering.explicit()
 
 
 def _memory_order(value: Tensor) -> list[int]:
-    """The axes of a value, those that are farthest apart in memory first."""
+    """The axes of a value, the largest stride first."""
     strides = [stride if isinstance(stride, int) else stride.node.hint for stride in value.stride()]
     if None in strides:
         return list(range(value.dim()))
@@ -201,7 +202,7 @@ class _Lowering:
         return self.codes(x, 0.0, 1.0, bits, "softmax")
 
     def explicit(self) -> None:
-        """Replace the two products, and nothing between them."""
+        """Replace the two products, but no op between them."""
         product, output = self.found.operands["q"].reader, self.found.output
         with self.rewriter.before(product):
             dtype = product.meta["val"].dtype
@@ -220,7 +221,7 @@ class _Lowering:
         self.finish(result)
 
     def finish(self, result: fx.Node) -> None:
-        """Let all that read the attention read the result, in the memory layout that views behind it rely on."""
+        """Make all readers of the attention read the result, in the memory layout that views after it rely on."""
         order = _memory_order(self.found.output.meta["val"])
         if order != sorted(order):
             with self.rewriter.before(self.found.output):
@@ -230,7 +231,7 @@ class _Lowering:
         self.rewriter.replace(self.found.output, result)
 
     def _added(self, product: fx.Node, result: fx.Node) -> fx.Node:
-        """What ``baddbmm`` makes of a product: ``beta * input + alpha * product``."""
+        """The result of ``baddbmm`` from its product: ``beta * input + alpha * product``."""
         alpha, beta = product.kwargs.get("alpha", 1), product.kwargs.get("beta", 1)
         if alpha != 1:
             result = self.call(aten.mul.Tensor, result, alpha)
@@ -240,7 +241,7 @@ class _Lowering:
         return self.call(aten.add.Tensor, result, added)
 
     def fused(self) -> None:
-        """Spell out ``scaled_dot_product_attention``, as it is defined."""
+        """Write out the definition of ``scaled_dot_product_attention``."""
         node = self.found.output
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -256,7 +257,7 @@ class _Lowering:
             keys = self.call(aten.transpose.int, keys, -2, -1)
             scores = self.call(_MATMUL, *left, keys, *key_grid, inner)
             masked = self._masked(scores, given.get("attn_mask"), bool(given.get("is_causal")))
-            # A row without any key is 0, as in the op itself, and not NaN.
+            # A row without any key is 0, not NaN, as in the op itself.
             softmax = aten.softmax.int if masked is scores else aten._safe_softmax.default
             coded = self.probabilities(self.call(softmax, masked, -1))
             result = self.call(_MATMUL, *coded, values, *value_grid, dtype)

@@ -35,9 +35,10 @@ class QuantizeConvolutions(Pass):
 
         y = fxquant.conv2d(fxquant.quantize(x, s, z), s, z, W_packed, W_scale, W_zero_point, bias, ...)
 
-    The weight is taken as a matrix ``[out, in * kh * kw]`` with one grid an output channel. A conv1d becomes a conv2d
-    over an image of one row; ``padding="same"`` is spelled out. For float activations the weight alone is stored in few
-    bits, also that of a conv3d. Attributes as in :class:`~fxquant.passes.quantize_linears.QuantizeLinears`.
+    The weight is treated as a matrix ``[out, in * kh * kw]`` with one grid per output channel. A conv1d becomes a
+    conv2d over an image of one row; ``padding="same"`` becomes explicit numbers. With float activations only the weight
+    is stored in few bits, also the weight of a conv3d. The attributes are those of
+    :class:`~fxquant.passes.quantize_linears.QuantizeLinears`.
     """
 
     name: ClassVar[str] = "quantize-convolutions"
@@ -51,7 +52,10 @@ class QuantizeConvolutions(Pass):
 
     def __post_init__(self) -> None:
         if self.activation_range is InputRange.DYNAMIC:
-            raise ConfigurationError("quantize-convolutions: a convolution mixes tokens, so its input has one range")
+            raise ConfigurationError(
+                "quantize-convolutions: a convolution mixes tokens, so its input has one range; choose minmax, "
+                "percentile or mse"
+            )
 
     def check_graph(self, graph: fx.Graph, plan: Plan) -> None:
         for node in graph.nodes:
@@ -80,7 +84,7 @@ class QuantizeConvolutions(Pass):
                     continue
                 options = _options(node)
                 x = _padded(node, options["pad"], rewriter)
-                if node.target in _ONE_DIMENSION:  # Of one dimension: an image of one row.
+                if node.target in _ONE_DIMENSION:  # An image of one row.
                     x = rewriter.call(aten.unsqueeze.default, (x, -2), [node])
                     kernel.insert(1, 1)
                 codes, scale, zero_point = quantized_input(node, x, plan, rewriter, self.activation_range)
@@ -96,29 +100,29 @@ class QuantizeConvolutions(Pass):
 
 
 def _refuse(node: fx.Node, plan: Plan) -> None:
-    """Raise if the input of a layer is that of a convolution for which there is no quantized op."""
+    """Raise ConfigurationError if there is no quantized op for a convolution."""
     name = node.meta[LAYER]
     why = None
     if node.target in (aten.conv3d.default, aten.conv3d.padding):
-        why = "quantized activations are only there for conv1d and conv2d, not for conv3d"
+        why = "quantized activations are only supported for conv1d and conv2d, not for conv3d"
     elif node.args[0].meta["val"].dim() < node.args[1].meta["val"].dim():  # type: ignore[union-attr]
-        why = "its input has no batch, which quantized activations need"
+        why = "its input has no batch axis, which quantized activations need"
     if why is not None:
         raise ConfigurationError(
-            f"layer {name}: {why}; keep it float or quantize its weight alone: "
+            f"layer {name}: {why}; keep it float, or quantize only its weight: "
             f"assign-precision{{overrides={name}=w{plan.layer(name).weight_bits}a16}}"
         )
 
 
 def _padded(node: fx.Node, pad: list[int], rewriter: Rewriter) -> fx.Node:
-    """The input of a convolution with the zeros that it needs on one side only; zero has an exact code."""
+    """The input of a convolution, with the zeros that only one side needs. Zero has an exact code."""
     x = node.args[0]
     assert isinstance(x, fx.Node)
     return rewriter.call(aten.constant_pad_nd.default, (x, pad), [node]) if any(pad) else x
 
 
 def _options(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a convolution as those of a conv2d, by name; ``pad`` is for the input, as ``constant_pad_nd`` is."""
+    """Arguments of a convolution as conv2d arguments, by name; ``pad`` is for ``constant_pad_nd`` on the input."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     found = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | given
@@ -131,7 +135,7 @@ def _options(node: fx.Node) -> dict[str, Any]:
         same = found["padding"] == "same"
         total = [step * (int(size) - 1) * same for size, step in zip(sizes, found["dilation"], strict=True)]
         found["padding"] = [both // 2 for both in total]
-        # An odd number has its last zero at the end; constant_pad_nd takes the last axis first.
+        # An odd total puts its last zero at the end. constant_pad_nd takes the last axis first.
         pad = [end for both in reversed(total) for end in (0, both % 2)]
     else:
         found["padding"] = _each(found["padding"], rank)
@@ -142,6 +146,6 @@ def _options(node: fx.Node) -> dict[str, Any]:
 
 
 def _each(value: int | Sequence[int], rank: int) -> list[int]:
-    """One number for each dimension, of which a single one may stand for all."""
+    """One number per dimension. A single number applies to all dimensions."""
     given = [value] if isinstance(value, int) else list(value)
     return given * (rank // len(given))

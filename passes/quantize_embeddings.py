@@ -22,7 +22,7 @@ aten = torch.ops.aten
 @register_pass
 @dataclass(frozen=True)
 class QuantizeEmbeddings(Pass):
-    """Store a table with one grid a row, and dequantize only the rows that are looked up.
+    """Store a table with one grid per row, and dequantize only the rows that are looked up.
 
     Before::
 
@@ -33,8 +33,8 @@ class QuantizeEmbeddings(Pass):
         rows, s, z = embedding(packed, labels), embedding(scale, labels), embedding(zero_point, labels)
         y = fxquant.dequantize_weight(rows, s, z)
 
-    Arithmetic stays in float. Side condition: one row a sample. Rounding moves each element by at most half a step of
-    its row's grid.
+    Arithmetic stays in float. Side condition: each sample looks up one row. Rounding moves each element by at most half
+    a step of its row's grid.
     """
 
     name: ClassVar[str] = "quantize-embeddings"
@@ -58,7 +58,7 @@ class QuantizeEmbeddings(Pass):
             with rewriter.before(node):
                 rows = [rewriter.call(aten.embedding.default, (table, node.args[1]), [node]) for table in packed]
                 for row in rows:
-                    del row.meta[LAYER]  # They look up parts of the table, they are not the table.
+                    del row.meta[LAYER]  # These look up parts of the table; they are not the layer.
                 new = rewriter.call(
                     torch.ops.fxquant.dequantize_weight.default,
                     (*rows, layer.weight_bits, 0, layer.shape[1], node.meta["val"].dtype),

@@ -32,7 +32,7 @@ from fxquant.planning.plan import Plan
 @register_pass
 @dataclass(frozen=True)
 class QuantizeLinears(Pass):
-    """Quantize the weights of linears, and their inputs where the plan gives those bits.
+    """Quantize the weights of linears, and their inputs if the plan assigns bits to the inputs.
 
     Before::
 
@@ -47,22 +47,23 @@ class QuantizeLinears(Pass):
         y = linear(x, fxquant.dequantize_weight(W_packed, W_scale, W_zero_point), bias)
 
     A bias that depends on the timestep, ``linear(x, W) + table[bin]``, becomes the bias of the quantized linear,
-    and where the plan has bins for a layer the scale and zero point of x are rows of tables too. Linears that read
-    one value share its codes. Weights have one grid an output channel, or one a group of input channels;
-    activations one a tensor, asymmetric (PTQ4DiT, arXiv 2405.16005). Rounding moves each weight by at most half a
-    step of its grid.
+    and if the plan has bins for a layer, the scale and zero point of x are rows of tables too. Linears that read the
+    same value share its codes. Weights have one grid per output channel, or one per group of input channels.
+    Activations have one asymmetric grid per tensor (PTQ4DiT, arXiv 2405.16005). Rounding moves each weight by at most
+    half a step of its grid.
 
     Attributes:
-        weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``. The searches weigh
-            the error of a column by the mean square of that input, which makes it the error of the layer's output.
-        activation_range: The same for activations, on rows sampled in calibration; or ``dynamic``, by which every token
-            gets the range of its own channels at run time.
+        weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``. The searches
+            weight the error of a column by the mean square of that input, so that they measure the error of the layer's
+            output.
+        activation_range: The same for activations, on rows sampled in calibration; or ``dynamic``: every token gets the
+            range of its own channels at run time.
         symmetric: Whether weight grids are symmetric about 0.
-        rounding: ``nearest``; ``gptq``, by which later columns make up for the error of earlier ones
-            (:mod:`fxquant.numerics.rounding.gptq`); or ``adaround``, by which it is learned whether a weight goes up
-            or down (:mod:`fxquant.numerics.rounding.adaround`). Layers of 8-bit weights and float activations are
-            always rounded to nearest, and weights that a pass before this one has rounded stay so.
-        damping: Share of the mean input energy that GPTQ adds to that of each channel.
+        rounding: ``nearest``; ``gptq``: later columns compensate the error of earlier columns
+            (:mod:`fxquant.numerics.rounding.gptq`); or ``adaround``: it is learned whether a weight is rounded up or
+            down (:mod:`fxquant.numerics.rounding.adaround`). Layers with 8-bit weights and float activations are always
+            rounded to nearest. Weights that an earlier pass has rounded keep their codes.
+        damping: Share of the mean input energy that GPTQ adds to the energy of each channel.
         activation_order: Whether GPTQ rounds the columns with the largest inputs first.
     """
 
@@ -79,7 +80,7 @@ class QuantizeLinears(Pass):
     activation_order: bool = True
 
     def wants_moments(self, layer: LayerPlan) -> bool:
-        """Those of all inputs but of layers that only store their weight in 8 bits."""
+        """Whether GPTQ or AdaRound needs second moments: not for layers that only store their weight in 8 bits."""
         return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and is_rounded(layer)
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:

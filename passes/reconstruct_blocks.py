@@ -1,4 +1,4 @@
-"""Learn how weights are rounded and inputs scaled, block by block, so that each block's output stays what it was."""
+"""Learn block by block how to round weights and scale inputs, so that each block's output is preserved."""
 
 from __future__ import annotations
 
@@ -27,33 +27,34 @@ from fxquant.reconstruction.learn import Settings
 @register_pass
 @dataclass(frozen=True)
 class ReconstructBlocks(Pass):
-    """Write into the plan the codes of weights and the ranges of inputs that keep each block's output as it was.
+    """Write weight codes and input ranges into the plan that preserve the output of each block.
 
-    The graph stays as it is; ``quantize-linears``, which comes next, takes codes and ranges from the plan.
+    The graph does not change; ``quantize-linears``, which comes next, takes codes and ranges from the plan.
 
-    BRECQ (arXiv 2102.05426) with AdaRound (arXiv 2004.10568), as Q-Diffusion and PTQ4DiT use them: block after block,
-    the error ``|block(x) - block_quantized(x')|^2`` is minimized over whether each weight is rounded up or down, and
-    over the steps of the inputs' grids. x is what the float model brings to the block, x' what the blocks before it
-    bring, quantized as they were learned. What lies between blocks is learned likewise. Convolutions, attention
-    products and what is only stored in 8 bits count as float. A block that learning does not improve keeps what
-    rounding to nearest gives.
+    BRECQ (arXiv 2102.05426) with AdaRound (arXiv 2004.10568), as in Q-Diffusion and PTQ4DiT. Block by block, the error
+    ``|block(x) - block_quantized(x')|^2`` is minimized over the rounding of each weight, up or down, and over the steps
+    of the inputs' grids. x is the input of the block in the float model. x' is its input from the preceding blocks,
+    quantized as they were learned. Layers between blocks are learned in the same way. Convolutions, attention products
+    and layers that are only stored in 8 bits count as float. A block that learning does not improve keeps the result of
+    rounding to nearest.
 
-    The papers' setting is 20,000 iterations of 32 samples. Memory: about three times ``samples`` outputs of a block,
-    and the weights of one block four times, in float32. What is finished goes into the folder ``resume=`` of
-    :func:`fxquant.compile`, a file a block, from which a run that was cut off goes on.
+    The papers use 20,000 iterations of 32 samples. Memory: about three times ``samples`` outputs of a block, and the
+    weights of one block four times, in float32. Finished blocks are written to the folder ``resume=`` of
+    :func:`fxquant.compile`, one file per block. An interrupted run continues from this folder.
 
     Attributes:
-        iterations: Steps of Adam a block.
-        samples: Most samples of calibration calls that are kept to learn from.
-        batch: Samples a step.
+        iterations: Adam steps per block.
+        samples: Maximum number of samples of calibration calls that are kept for learning.
+        batch: Samples per step.
         weight_range: How the range of a weight grid is found, as in ``quantize-linears``.
-        activation_range: The same for inputs; it is where learning begins.
+        activation_range: The same for inputs; learning starts from this range.
         symmetric: Whether weight grids are symmetric about 0.
-        rounding_rate: Rate of Adam for roundings.
-        step_rate: Rate of Adam for steps of inputs, as a share of the step; it falls to 0 along a cosine.
-        regularizer: Weight of what drives roundings to a code, in units in which rounding a weight to nearest costs 1.
-        warm_up: Share of the iterations before the regularizer sets in.
-        seed: Of the minibatches.
+        rounding_rate: Adam's learning rate for roundings.
+        step_rate: Adam's learning rate for steps of inputs, as a share of the step; it falls to 0 along a cosine.
+        regularizer: Weight of the regularizer that drives roundings to a code, in units in which rounding a weight to
+            nearest costs 1.
+        warm_up: Share of the iterations before the regularizer starts.
+        seed: Seed of the minibatches.
     """
 
     name: ClassVar[str] = "reconstruct-blocks"
@@ -77,10 +78,10 @@ class ReconstructBlocks(Pass):
         self._settings()
         for what, number in (("samples", self.samples), ("batch", self.batch)):
             if number < 1:
-                raise ConfigurationError(f"{self.name}: {what}={number} leaves nothing to learn from")
+                raise ConfigurationError(f"{self.name}: {what}={number} leaves nothing to learn from; choose 1 or more")
 
     def wants_samples(self) -> int:
-        """Those that it learns from."""
+        """The number of samples to learn from."""
         return self.samples
 
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
@@ -89,8 +90,8 @@ class ReconstructBlocks(Pass):
             return
         if not plan.inputs:
             raise CalibrationError(
-                f"{self.name} learns from calibration calls, and there are none of this kind; pass calibrate= to "
-                "fxquant.compile. A plan alone does not hold them: to use what was learned, load the checkpoint"
+                f"{self.name} learns from calibration calls, and there are no calls of this kind; pass calibrate= to "
+                "fxquant.compile. A plan does not hold these calls; to use what was learned, load the checkpoint"
             )
         soft: dict[fx.Node, Callable[[], SoftWeight]] = {}
         for node in layers:

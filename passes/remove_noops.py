@@ -1,4 +1,4 @@
-"""Take out what does nothing."""
+"""Remove ops that do nothing."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class RemoveNoOps(Pass):
 
         y = linear(x, w)
 
-    Removed are full slices, casts to the dtype and device that the value has, dropout in evaluation, multiplication
-    and division by 1, ``detach`` of a parameter, and ``contiguous`` of one that is contiguous. Never a copy, for a
-    reader might depend on its memory, nor the addition of 0, which turns -0 into 0. Side condition: same shape, same
-    dtype.
+    The pass removes full slices, casts to the dtype and device that the value has, dropout in evaluation mode,
+    multiplication and division by 1, ``detach`` of a parameter, and ``contiguous`` of a contiguous parameter. It does
+    not remove copies, because a reader might depend on their memory, or the addition of 0, which turns -0 into 0. Side
+    condition: same shape, same dtype.
     """
 
     name: ClassVar[str] = "remove-no-ops"
@@ -59,7 +59,7 @@ def _returns_input(node: fx.Node) -> bool:
         return False
     if node.target is aten.slice.Tensor:
         return True  # The caller compares the shapes.
-    if node.target in _CASTS:  # They return their input where dtype and device are the same, unless asked for more.
+    if node.target in _CASTS:  # Return their input if dtype and device are the same and no other option is set.
         names = (argument.name for argument in node.target._schema.arguments)
         given: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(node.kwargs)
         more = (given.get(name) for name in ("copy", "memory_format", "pin_memory"))

@@ -1,4 +1,4 @@
-"""Shift the channels of activations to the middle of their range, group of timesteps by group."""
+"""Shift the channels of activations so that their ranges are centered on 0, per group of timesteps."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from fxquant.planning.plan import Plan
 @register_pass
 @dataclass(frozen=True)
 class ShiftChannels(Pass):
-    """Take z off each activation channel and add ``W z`` to the bias, so that channels are symmetric about 0.
+    """Subtract z from each activation channel and add ``W z`` to the bias, so that channels are symmetric about 0.
 
     Before::
 
         y = linear(x, W, bias)
 
-    After, with tables over the bins of timesteps that the plan has for the layer, a row of them a sample::
+    After, with tables over the bins of timesteps that the plan has for the layer, one row per sample::
 
         y = linear(channel_affine(x, 1, -z[bin]), W) + (bias + W z)[bin]
 
     HTG (arXiv 2503.06930): z_t[j] is halfway between the smallest and the largest value of channel j at timestep t, and
-    z of a bin the mean of its timesteps. With one bin the shift is a constant and the bias stays one (RepQ-ViT, arXiv
-    2212.08254). Only channels whose shift something upstream can take at most at the cost ``dearest`` are shifted.
+    z of a bin is the mean over its timesteps. With one bin, the shift and the bias are constants (RepQ-ViT, arXiv
+    2212.08254). A channel is shifted only if ops upstream can absorb its shift at a cost of at most ``dearest``.
 
     Attributes:
-        dearest: ``free``, ``vector`` or ``tokens``.
+        dearest: The highest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
         roles: Roles of the layers to shift, joined by ``+``.
     """
 
@@ -96,13 +96,13 @@ class ShiftChannels(Pass):
                     _shift(part.seed(seed), TimeTable(timestep, part.boundaries, part.vector), rewriter)
 
     def _is_done(self, readers: Sequence[fx.Node]) -> bool:
-        """Whether this pass has added to the outputs of these linears already."""
+        """Whether this pass has already added shifts to the outputs of these linears."""
         changed = [user for reader in readers for user in reader.users]
         changed += [parameter_of(bias) for reader in readers for bias in reader.all_input_nodes[2:]]
         return any(origin.pass_name == self.name for node in changed for origin in node.meta.get(PROVENANCE, ()))
 
     def _decide(self, solution: Solution, layers: Mapping[str, Sequence[str]], plan: Plan) -> None:
-        """Write the shifts of one group of seeds into the plan; channels of one class share theirs, their mean."""
+        """Write the shifts of one group of seeds into the plan. Channels of one class share their mean shift."""
         every = [name for targets in layers.values() for name in targets]
         if len({plan.layer(name).boundaries for name in every}) > 1:
             raise ConfigurationError(
@@ -138,11 +138,11 @@ def _entry(grant: Grant, balanced: bool) -> Shift:
 
 
 def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
-    # Not the seed's: where that is the output of a linear shifted before, its readers read the sum with the rows.
+    # Not seed.value: if that is the output of a linear that was shifted, its readers read the sum with the rows.
     (value,) = {reader.args[0] for reader in seed.readers}
     assert isinstance(value, fx.Node)
     with rewriter.before(min(seed.readers)):
-        # In float64 whatever the model's dtype, as the factors of balancing are.
+        # Float64 for every model dtype, like the factors of balancing.
         rows = rows_at(rewriter, z.map(Tensor.neg), value.meta["val"].dim(), f"{seed.name}.shift", [value])
         one = rewriter.constant(f"{seed.name}.one", torch.ones(1, dtype=torch.float64), [value])
         shifted = rewriter.call(

@@ -1,4 +1,4 @@
-"""Fixtures that every folder of tests shares."""
+"""Fixtures for all test folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Read when Triton is first imported, as by diffusers.
+    # Triton reads this variable when it is first imported, for example by diffusers.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from diffusers import DiTPipeline, DiTTransformer2DModel
@@ -19,13 +19,13 @@ from tests.tiny import make_dit, make_pipeline
 
 @pytest.fixture
 def tiny_dit() -> DiTTransformer2DModel:
-    """A fresh DiT, small enough to compile in a second."""
+    """A fresh DiT that compiles in a second."""
     return make_dit()
 
 
 @pytest.fixture
 def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
-    """Sets the default dtype of torch until the test ends."""
+    """A function that sets the default dtype of torch until the test ends."""
     before = torch.get_default_dtype()
     yield torch.set_default_dtype
     torch.set_default_dtype(before)
@@ -33,5 +33,5 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 @pytest.fixture
 def tiny_pipeline() -> DiTPipeline:
-    """A fresh pipeline around such a DiT."""
+    """A fresh pipeline around a tiny DiT."""
     return make_pipeline()

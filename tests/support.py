@@ -1,4 +1,4 @@
-"""What the tests of the core share: capture a module, print its graph, ask for factors and have them absorbed."""
+"""Helpers for tests of the core: capture a module, print its graph, request factors and absorb them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AFFINE = torch.ops.fxquant.channel_affine.default
 
 
 def captured(model: nn.Module, *args: Any, timestep_name: str | None = None, **kwargs: Any) -> CapturedGraph:
-    """The graph of ``model`` for this call, over the model's own tensors."""
+    """The graph of ``model`` for this call, bound to the model's own tensors."""
     model = model.eval()
     architecture = Architecture.of(model, timestep_name)
     found = architecture.capture(*architecture.canonical(args, kwargs))
@@ -69,7 +69,7 @@ def layer_node(module: fx.GraphModule, name: str) -> fx.Node:
 
 
 def text(module: fx.GraphModule) -> str:
-    """The graph, one line a node: ``name: dtype[shape] = op(arguments)``; parameters and the open batch by name."""
+    """The graph, one line per node: ``name: dtype[shape] = op(arguments)``; parameters and free batch sizes by name."""
     lines = []
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -86,7 +86,7 @@ def text(module: fx.GraphModule) -> str:
 
 
 def golden(body: str) -> str:
-    """Text in a test's body, without its indentation."""
+    """A text in the body of a test, without its indentation."""
     return textwrap.dedent(body).strip()
 
 
@@ -111,16 +111,16 @@ def _type(node: fx.Node) -> str:
 
 @dataclass
 class Absorbed:
-    """What became of a request for factors.
+    """The result of a request for factors.
 
     Attributes:
         module: The graph after absorb-affines.
-        grants: What the walk promised, by layer.
-        groups: Layers decided together.
+        grants: The grants of the walk, by layer.
+        groups: Layers that are decided together.
         left: Number of runtime multiplications in the graph.
         error: Largest relative difference of the outputs against the captured graph.
-        record: What absorb-affines did.
-        factors: The factors that were asked for, by layer.
+        record: The record of absorb-affines.
+        factors: The requested factors, by layer.
     """
 
     module: fx.GraphModule
@@ -146,20 +146,20 @@ def absorb(
     spread: bool = False,
     **kwargs: Any,
 ) -> Absorbed:
-    """Ask for random factors at the inputs of linears, have them absorbed, and compare in float64.
+    """Request random factors at the inputs of linears, absorb them, and compare in float64.
 
     Args:
         model: Converted to float64 in place.
         args: Inputs of one call, float64.
         at: Stable names of the linears.
-        force: Ask for factors on every channel, also where the walk said that it will not be possible.
-        spread: With ``force``: other factors for each linear.
+        force: Request factors on every channel, even where the walk does not grant them.
+        spread: With ``force``: different factors for each linear.
         kwargs: Inputs by keyword.
     """
     found = captured(model.double(), *args, **kwargs)
     module = found.module
     inputs = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-    torch.manual_seed(0)  # Of dropout.
+    torch.manual_seed(0)  # Seeds dropout.
     expected = outputs(module, *inputs)
     seeds = seeds_at(module, at)
     solution = solve(module.graph, seeds)
@@ -177,23 +177,23 @@ def absorb(
 
 
 def absorb_shift(model: nn.Module, *args: Any, at: str = "last", **kwargs: Any) -> Absorbed:
-    """Ask for a constant shift of all channels at the input of a linear, have it absorbed, and compare in float64.
+    """Request a constant shift of all channels at the input of a linear, absorb it, and compare in float64.
 
     Args:
-        model: With an input called ``timestep``; converted to float64 in place.
+        model: Has an input called ``timestep``; converted to float64 in place.
         args: Inputs of one call, float64.
         at: Stable name of the linear.
         kwargs: Inputs by keyword.
     """
     found = captured(model.double(), *args, **kwargs)
     module, inputs = found.module, [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-    torch.manual_seed(0)  # Of dropout.
+    torch.manual_seed(0)  # Seeds dropout.
     expected = outputs(module, *inputs)
     (seed,) = seeds_at(module, [at])
     solution = solve(module.graph, [seed], request=Request.STATIC_SHIFT)
     classes = torch.from_numpy(solution.grants[at].classes)
     table = 1 + torch.rand(int(classes.max()) + 1, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    shift = table[classes]  # On channels that are not granted as well.
+    shift = table[classes]  # Also on channels that are not granted.
     rewriter, (reader,) = Rewriter(module, "request"), seed.readers
     with rewriter.before(reader):
         one = rewriter.constant("one", torch.ones(1, dtype=torch.float64), [seed.value])
@@ -210,7 +210,7 @@ def absorb_shift(model: nn.Module, *args: Any, at: str = "last", **kwargs: Any) 
 
 
 def seeds_at(module: fx.GraphModule, names: Sequence[str]) -> list[Seed]:
-    """The values that these linears read, each with those of the linears that read it."""
+    """The values that these linears read, each with the linears that read it."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for name in names:
         node = layer_node(module, name)
@@ -219,7 +219,7 @@ def seeds_at(module: fx.GraphModule, names: Sequence[str]) -> list[Seed]:
 
 
 def random_factors(solution: Solution, seeds: Sequence[Seed], force: bool, spread: bool) -> dict[str, Tensor]:
-    """One factor in 0.5 to 2 for each class of channels; 1 where none is granted, unless forced."""
+    """One factor from 0.5 to 2 per class of channels; 1 where no factor is granted, unless forced."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(size: int) -> Tensor:
@@ -234,7 +234,7 @@ def random_factors(solution: Solution, seeds: Sequence[Seed], force: bool, sprea
 
 
 def request(module: fx.GraphModule, seeds: Sequence[Seed], factors: Mapping[str, Tensor]) -> None:
-    """Multiply the values by their factors at run time, and divide the columns of their readers by them."""
+    """Multiply values by their factors at run time, and divide the weight columns of their readers by the factors."""
     rewriter = Rewriter(module, "request")
     for seed in seeds:
         factor = factors[seed.name]
@@ -248,7 +248,7 @@ def request(module: fx.GraphModule, seeds: Sequence[Seed], factors: Mapping[str,
 
 
 def proved(result: Absorbed, cost: Cost = Cost.FREE, into: Sequence[str] | None = None) -> None:
-    """All factors vanished at this cost, exactly."""
+    """Assert that all factors were absorbed exactly, at this cost."""
     assert result.error < 1e-12
     for grant in result.grants.values():
         assert grant.granted.all(), grant.reason
@@ -262,7 +262,7 @@ def proved(result: Absorbed, cost: Cost = Cost.FREE, into: Sequence[str] | None 
 
 
 def refused(result: Absorbed, reason: str) -> None:
-    """No factor was granted, for this reason; forced on the graph they stay, and nothing else changes."""
+    """Assert that no factor was granted, for this reason; forced factors stay in the graph, nothing else changes."""
     assert result.error < 1e-12
     for grant in result.grants.values():
         assert not grant.granted.any()

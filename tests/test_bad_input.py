@@ -99,7 +99,7 @@ def test_calibrate_raises(tiny_dit: DiTTransformer2DModel) -> None:
         run(tiny_dit)
         raise KeyError("no such picture")
 
-    with refused(tiny_dit, CalibrationError, "calibrate raised KeyError", "no such picture", "mend the callable"):
+    with refused(tiny_dit, CalibrationError, "calibrate raised KeyError", "no such picture", "fix the callable"):
         fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=broken)
 
 
@@ -325,7 +325,7 @@ def test_options_that_there_are_not(
         ("remove-no-ops{speed=2}", ConfigurationError, ("has no option 'speed=2'", "Its options: none")),
         ("quantize-linears{range=mse}", ConfigurationError, ("no option 'range=mse'", "activation-range, damping")),
         ("quantize-linears{weight-range=best}", ConfigurationError, ("best", "minmax, percentile, mse")),
-        ("quantize linears", ConfigurationError, ("is no pass", "write name or name{option=value")),
+        ("quantize linears", ConfigurationError, ("is not a pass", "write name or name{option=value")),
     ],
 )
 def test_passes_and_options_that_there_are_not(text: str, kind: type[Exception], said: tuple[str, ...]) -> None:
@@ -357,7 +357,7 @@ def test_groups_where_there_are_none(quantized: GraphModel, tiny_dit: DiTTransfo
     plan = copy.deepcopy(quantized.plan)
     assert plan is not None
     plan.layers[layer].weight_bits, plan.layers[layer].group_size = 4, 4
-    with refused(tiny_dit, ConfigurationError, layer, "groups of 4", "for linears alone", "group_size to 0"):
+    with refused(tiny_dit, ConfigurationError, layer, "groups of 4", "for linears only", "group_size to 0"):
         fxquant.compile(tiny_dit, plan=plan)
 
 
@@ -447,9 +447,9 @@ def test_compiling_twice(quantized: GraphModel) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: "facebook/DiT-XL-2-256", ("a str is no model", "such as pipe.transformer")),
-        (make_pipeline, ("a DiTPipeline is no model", "such as pipe.transformer")),
-        (lambda: torch.compile(make_dit(), backend="eager"), ("torch.compile", "the other way round")),
+        (lambda: "facebook/DiT-XL-2-256", ("a str is not a model", "such as pipe.transformer")),
+        (make_pipeline, ("a DiTPipeline is not a model", "such as pipe.transformer")),
+        (lambda: torch.compile(make_dit(), backend="eager"), ("torch.compile", "In the other order")),
     ],
 )
 def test_what_is_no_plain_model(make: Callable[[], Any], said: tuple[str, ...]) -> None:

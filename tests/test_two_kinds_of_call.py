@@ -139,13 +139,13 @@ _LAYER = (
 )
 _FORM = (
     "tensor 'blocks.0.%s.weight' is stored as the calibration calls need it, and this call of the model needs another "
-    "form of it, because other parts of the model read the value that it makes; calibrate with a call like this one as "
-    "well"
+    "form of it, because other parts of the model read the value computed from it; calibrate with a call like this one "
+    "as well"
 )
 _UNREAD = (
     "a call (x: float64[batch, 6, 4], timestep: int64[batch], extra: None) runs a part of the model that no "
-    "calibration call ran: it reads 'blocks.0.n2.bias', which none of those did; calibrate with a call like this "
-    "one as well"
+    "calibration call ran: it reads 'blocks.0.n2.bias', which no calibration call read; calibrate with a call like "
+    "this one as well"
 )
 REFUSED = {
     ("layer", "p", "balanced", "e"): _LAYER,

@@ -1,4 +1,4 @@
-"""A DiT small enough to compile in a second, and calls of it."""
+"""A DiT that compiles in a second, and calls of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS = (900.0, 500.0, 100.0)
 
 
 def make_dit(layers: int = 1, **options: Any) -> DiTTransformer2DModel:
-    """A DiT for 8 x 8 latents of 4 channels whose adaLN layers, unlike after initialization, do something."""
+    """A DiT for 8 x 8 latents of 4 channels. Its adaLN layers have nonzero weights, unlike after initialization."""
     torch.manual_seed(0)
     config = {
         "num_attention_heads": 2,
@@ -23,7 +23,7 @@ def make_dit(layers: int = 1, **options: Any) -> DiTTransformer2DModel:
         "num_layers": layers,
         "sample_size": 8,
         "patch_size": 2,
-        "num_embeds_ada_norm": 1000,  # DiTPipeline takes class 1000 for none.
+        "num_embeds_ada_norm": 1000,  # DiTPipeline uses class 1000 as the null class.
     }
     model = DiTTransformer2DModel(**config | options).eval()
     for parameter in model.parameters():
@@ -33,7 +33,7 @@ def make_dit(layers: int = 1, **options: Any) -> DiTTransformer2DModel:
 
 
 def make_pipeline(model: nn.Module | None = None) -> DiTPipeline:
-    """A pipeline around it, images of 8 x 8 pixels."""
+    """A pipeline around the model, or around a new DiT; its images have 8 x 8 pixels."""
     torch.manual_seed(1)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=4).eval()
     pipe = DiTPipeline(make_dit() if model is None else model, vae, DDIMScheduler())
@@ -42,7 +42,7 @@ def make_pipeline(model: nn.Module | None = None) -> DiTPipeline:
 
 
 def inputs(batch: int = 4, timestep: float | None = 500.0, size: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """Keyword arguments of a call; without a timestep, each sample has one of its own."""
+    """Keyword arguments of a call; without `timestep`, each sample has its own random timestep."""
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(0, 1000, (batch,), generator=generator)
     return {
@@ -62,7 +62,7 @@ def run(model: nn.Module, **options: Any) -> Tensor:
 
 
 def calibrate(model: nn.Module, **options: Any) -> Any:
-    """A calibration: one call a step."""
+    """A calibration function with one call per step."""
 
     def calibration() -> None:
         for seed, step in enumerate(STEPS):

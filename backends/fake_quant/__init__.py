@@ -1,7 +1,7 @@
 """Backend ``fake-quant``: the quantized model in float arithmetic, with any bit width on any device.
 
-It runs the reference ops as they are and is the oracle that every other backend is tested against. It saves memory,
-not time.
+It runs the reference ops unchanged and is the oracle: every other backend is tested against it. It saves memory, not
+time.
 """
 
 from fxquant.backends.fake_quant.backend import FakeQuant

@@ -1,4 +1,4 @@
-"""The oracle."""
+"""The reference backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxquant.planning.plan import Plan
 
 
 class FakeQuant(Backend):
-    """Runs the reference ops themselves: lowering leaves the graph as it is."""
+    """Runs the reference ops themselves: lowering does not change the graph."""
 
     name: ClassVar[str] = "fake-quant"
     spec: ClassVar[StageSpec] = StageSpec("lowered to fake-quant", SPECS[Stage.QUANTIZED].ops)
@@ -24,7 +24,7 @@ class FakeQuant(Backend):
         return None
 
     def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
-        """The quantized graph is the lowered one."""
+        """Do nothing: the quantized graph is the lowered graph."""
 
     def kernel(self, layer: LayerPlan) -> str:
         """The reference op of the layer."""

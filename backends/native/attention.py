@@ -1,4 +1,4 @@
-"""How an attention of codes is found in a graph, for every set of kernels that has one."""
+"""Finds attentions of codes in a graph, for every set of kernels that has an attention kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxquant.ir.rewriter import Rewriter
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
 TO_VALUES = (1, 2)
-"""Axes to swap in what kernels return, which has tokens before heads."""
+"""Axes to swap in the kernels' result, which has tokens before heads."""
 
 _HIGHEST = {native.quantize.default: 3, reference.quantize.default: 4}  # Position of the highest code.
 
@@ -23,16 +23,16 @@ _HIGHEST = {native.quantize.default: 3, reference.quantize.default: 4}  # Positi
 def lower_codes(
     node: fx.Node, rewriter: Rewriter, op: torch._ops.OpOverload, read: Any = None, most_channels: int | None = None
 ) -> None:
-    """Replace an attention of four axes by one op, matched from the product with v back to that of q and k.
+    """Replace an attention of four axes by one op, matched from the product with v back to the product of q and k.
 
-    What does not match stays as it is.
+    An attention that does not match does not change.
 
     Args:
-        node: A product of two activations, perhaps that with v.
-        rewriter: Of the graph.
-        op: Of the schema of ``fxquant_native::int8_attention``.
-        read: An op of one argument that q, k and v go through first; None for none.
-        most_channels: Of a head, that the op takes; None for any.
+        node: A product of two activations, perhaps the product with v.
+        rewriter: The rewriter of the graph.
+        op: An op with the schema of ``fxquant_native::int8_attention``.
+        read: An op with one argument that is applied to q, k and v first; None for no op.
+        most_channels: The most channels per head that the op takes; None for any number.
     """
     probabilities, p_scale, p_zero_point, v, v_scale, v_zero_point, dtype = node.args
     if not isinstance(probabilities, fx.Node) or probabilities.target not in _HIGHEST:
@@ -75,14 +75,14 @@ def lower_codes(
 
 
 def replace(node: fx.Node, result: fx.Node, rewriter: Rewriter) -> None:
-    """Put a result in the place of an attention, whose origins it keeps."""
+    """Replace an attention by a result, which keeps the metadata of the attention."""
     for key in node.meta.keys() - result.meta.keys():
         result.meta[key] = node.meta[key]
     rewriter.replace(node, result)
 
 
 def _unmasked(node: Any) -> tuple[Any, Any, bool]:
-    """Scores, what masks them, and whether that is true for what is not seen."""
+    """Scores, their mask, and whether the mask is true for keys that are not seen."""
     if _is_call(node, aten.masked_fill.Scalar) and node.args[2] == -math.inf and only_reader(node) is not None:
         return node.args[0], node.args[1], True
     if _is_call(node, aten.add.Tensor) and not node.kwargs and only_reader(node) is not None:
@@ -93,7 +93,7 @@ def _unmasked(node: Any) -> tuple[Any, Any, bool]:
 
 
 def is_mask(mask: Any) -> bool:
-    """Whether kernels take this as a mask: None, what is seen, or what is added to the scores."""
+    """Whether kernels take this mask: None, a bool mask of the seen keys, or a float mask added to the scores."""
     if mask is None:
         return True
     value = mask.meta["val"]

@@ -1,4 +1,4 @@
-"""The backend: what it runs, what it refuses, and what it calls what it runs."""
+"""The backend: which layers it runs, which it refuses, and the names of its kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ELSE = "use backend 'fake-quant'"
 
 
 class Kernels(enum.Enum):
-    """Whose products run."""
+    """The set of kernels that runs."""
 
     AUTO = "auto"
     COMPILED = "compiled"
@@ -35,21 +35,21 @@ class Kernels(enum.Enum):
 class Native(Backend):
     """Runs quantized models on x86 CPUs and NVIDIA GPUs as integer products.
 
-    Three sets of kernels do that. On GPUs they are ours, in *Triton*. On CPUs the *compiled* ones are ours, in C++, and
-    want AVX-512 with VNNI and a compiler; they do attention too, and take into themselves what surrounds the products.
-    On other CPUs, and where a processor has tiles (AMX), products are those of oneDNN.
+    There are three sets of kernels. GPUs run fxquant's own *Triton* kernels. CPUs run fxquant's own *compiled* kernels
+    in C++, which need AVX-512 with VNNI and a compiler. The compiled kernels also compute attention, and the ops around
+    the products are fused into them. Other CPUs, and CPUs with tiles (AMX), run the products of oneDNN.
 
     Args:
-        kernels: ``auto``, ``compiled``, ``onednn`` or ``triton``, which processors run in Triton's interpreter only.
-        packed: Keep weights of up to 4 bits in half a byte each, where the kernels can.
-        attention: ``bf16`` multiplies attention that the plan leaves float in bfloat16, where the compiled kernels can;
+        kernels: ``auto``, ``compiled``, ``onednn`` or ``triton``. CPUs run ``triton`` only in Triton's interpreter.
+        packed: Keep weights of up to 4 bits in half a byte each, if the kernels can.
+        attention: ``bf16`` multiplies attention that the plan leaves float in bfloat16, if the compiled kernels can;
             ``float`` leaves it to ATen, as on GPUs.
-        products: ``int8``, or on GPUs ``fp8``: 8-bit floats (e4m3) of the ranges of the plan in place of 8-bit codes.
-        device: Where models are, for kernels that are chosen by it; :func:`fxquant.compile` and :func:`fxquant.load`
-            tell it themselves.
+        products: ``int8``, or on GPUs ``fp8``: 8-bit floats (e4m3) with the plan's ranges in place of 8-bit codes.
+        device: The device of the models, which decides the kernels; :func:`fxquant.compile` and :func:`fxquant.load`
+            set it themselves.
 
     Raises:
-        BackendError: If kernels are asked for and cannot be had; says why.
+        BackendError: If the requested kernels are not available; the message says why.
     """
 
     name: ClassVar[str] = "native"
@@ -72,24 +72,24 @@ class Native(Backend):
         try:
             self._asked = Kernels(kernels)
         except ValueError:
-            raise BackendError(f"kernels={kernels!r}: there are auto, compiled, onednn and triton") from None
+            raise BackendError(f"kernels={kernels!r} is not known; choose auto, compiled, onednn or triton") from None
         if products not in ("int8", "fp8"):
-            raise BackendError(f"products={products!r}: there are int8 and fp8")
+            raise BackendError(f"products={products!r} is not known; choose int8 or fp8")
         if attention not in ("bf16", "float"):
-            raise BackendError(f"attention={attention!r}: there are bf16 and float")
+            raise BackendError(f"attention={attention!r} is not known; choose bf16 or float")
         self._packed = packed
         self._bf16_attention = attention == "bf16"
         self._fp8 = products == "fp8"
         self._device = torch.device(device)
 
     def on(self, device: torch.device) -> Native:
-        """This backend with the kernels of the device."""
+        """This backend, with the kernels of the device."""
         made = copy.copy(self)
         made._device = device
         return made
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse devices that have no kernels, too."""
+        """Also refuse devices that have no kernels."""
         super().check_device(device)
         _ = self.on(device).kernels
 
@@ -104,7 +104,7 @@ class Native(Backend):
         if self._device.type == "cuda":
             raise BackendError(f"kernels={self._asked.value!r} run on CPUs, and the model is on {self._device}")
         if self._fp8:
-            raise BackendError("products='fp8' are made by the Triton kernels, on GPUs; use 'int8' on CPUs")
+            raise BackendError("products='fp8' are made by the Triton kernels, which run on GPUs; use 'int8' on CPUs")
         if self._asked is Kernels.ONEDNN or (self._asked is Kernels.AUTO and machine.has_tiles()):
             return Kernels.ONEDNN
         reason = machine.missing_kernels()
@@ -115,7 +115,7 @@ class Native(Backend):
         return Kernels.ONEDNN
 
     def refuse(self, layer: LayerPlan) -> str | None:
-        """Weight groups, sums of more than 32 bits, and a torch that lacks the kernels."""
+        """Refuse weight groups, sums of more than 32 bits, and builds of torch without the kernels."""
         if layer.weight_bits is None or layer.activation_bits is None or layer.kind != "linear":
             return None
         kernels = self.kernels
@@ -126,7 +126,7 @@ class Native(Backend):
             return f"this build of torch has no oneDNN quantized linear; install a CPU build for x86, or {_ELSE}"
         if layer.group_size:
             return (
-                f"its weight has a grid for every {layer.group_size} input channels, and integer sums run over all; "
+                f"its weight has one grid per {layer.group_size} input channels, and integer sums run over all; "
                 f"leave out the groups (w4a8 in place of w4a8-g{layer.group_size}), or {_ELSE}"
             )
         if layer.shape[1] > (compiled.MAX_FEATURES if own else onednn.MAX_FEATURES):
@@ -134,7 +134,7 @@ class Native(Backend):
         return None
 
     def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
-        """Linears and attention to the kernels, with what surrounds them."""
+        """Lower linears and attention, with the ops around them, to the kernels."""
         if self.kernels is Kernels.TRITON:
             gpu.lower(module, held, gpu.Options(self._packed, self._fp8))
             return
@@ -160,11 +160,11 @@ class Native(Backend):
         return weights.from_bytes(tensor)
 
     def make_ready(self, ops: Collection[str]) -> None:
-        """Load the compiled kernels, building them if need be, where a graph has ops that only they run."""
+        """Load the compiled kernels, and build them if needed, if a graph has ops that only these kernels run."""
         if not library.BUILT.isdisjoint(ops):
             reason = machine.missing_kernels()
             if reason is not None:
-                raise BackendError(f"the package runs compiled kernels, and there are none here: {reason}")
+                raise BackendError(f"the package needs compiled kernels, and there are none here: {reason}")
         super().make_ready(ops)
 
     def kernel(self, layer: LayerPlan) -> str:
@@ -208,10 +208,10 @@ class Native(Backend):
 
 def _tell_what_is_lost() -> None:
     reason = machine.missing_kernels()
-    lost = f"The fastest kernels are not used, as {reason}. Results are right; oneDNN and ATen run the model"
+    lost = f"The fastest kernels are not used, because {reason}. Results are correct; oneDNN and ATen run the model"
     if machine.has_kernels() and not machine.sums_exactly():
         lost += (
-            ", and as there are no VNNI instructions every integer product is made in two halves, at half the speed; "
+            ", and without VNNI instructions every integer product is computed in two halves, at half the speed; "
             "float may be as fast"
         )
     warnings.warn(lost, SpeedWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What stands before and behind the kernels, taken into them. Patterns of ops, not of models."""
+"""Fuses the ops before and after the kernels into them. The patterns match ops, not models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxquant.ir.rewriter import Rewriter
 aten = torch.ops.aten
 
 DIVIDED = "_divided"
-"""Ends the name of a scale that a constant factor before the quantization went into."""
+"""Suffix of the name of a scale that includes a constant factor from before the quantization."""
 
 _VIEWS = frozenset(
     {
@@ -31,21 +31,21 @@ _VIEWS = frozenset(
         aten.contiguous.default,
     }
 )
-# Positions of arguments.
+# Positions of the arguments of the linear.
 _L_ACTIVATION, _L_GATE, _L_RESIDUAL, _L_SCALE, _L_ZERO_POINT, _L_QMAX, _L_DTYPE = range(10, 17)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The ops of one set of kernels, which differ in nothing that patterns look at.
+    """The ops of one set of kernels. The patterns are the same for all sets.
 
     Attributes:
-        linear: The product and what follows it.
+        linear: The product and the ops that follow it.
         norm_quantize: Norm, modulation and quantization.
-        quantize: Codes of values; its arguments behind the highest code are those of ``norm_quantize`` too.
-        attentions: Those that can write codes, with the position of the scale among their arguments.
-        bf16_attention: One of them that multiplies in bfloat16 whatever it reads.
-        quantize_tokens: Codes of values on grids that their rows find, its arguments ``(x, qmax, ...)``.
+        quantize: Codes of values; its arguments after the highest code are also those of ``norm_quantize``.
+        attentions: Attentions that can write codes, with the position of the scale among their arguments.
+        bf16_attention: The attention that multiplies in bfloat16, whatever dtype it reads.
+        quantize_tokens: Codes of values on grids that each row finds itself; its arguments are ``(x, qmax, ...)``.
         norm_quantize_tokens: ``norm_quantize`` with such grids.
     """
 
@@ -59,25 +59,27 @@ class Kernels:
 
     @property
     def out_grid(self) -> dict[Any, int]:
-        """The position of the scale of codes among the arguments of what can write them."""
+        """For each op that can write codes, the position of their scale among its arguments."""
         return {self.linear: _L_SCALE, **self.attentions}
 
     @property
     def read_dense(self) -> dict[Any, tuple[int, ...]]:
-        """Arguments that kernels read in the order of their axes, and would each copy if memory had another."""
+        """Arguments that kernels read as contiguous. Each kernel would copy an argument that is not contiguous."""
         found = {self.linear: (0, _L_RESIDUAL), self.norm_quantize: (0,)}
         return found if self.norm_quantize_tokens is None else {**found, self.norm_quantize_tokens: (0,)}
 
 
 def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> None:
-    """Take into kernels what stands around them.
+    """Fuse the ops around kernels into these kernels.
 
-    * an activation behind a linear,
-    * the quantization of what a linear, an attention or a norm makes, through views and constant factors,
-    * a gate and a residual behind a linear,
+    These ops are fused:
+
+    * an activation after a linear,
+    * the quantization of the result of a linear, an attention or a norm, through views and constant factors,
+    * a gate and a residual after a linear,
     * and the modulation between a norm and its quantization.
 
-    What only an attention in bfloat16 reads leaves its linear in bfloat16.
+    A linear whose result only a bfloat16 attention reads writes bfloat16.
     """
     for node in list(graph.nodes):
         if node.target is kernels.linear:
@@ -147,7 +149,7 @@ def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]
         scale = divided
     arguments = list(source.args)
     arguments[position : position + 3] = [scale, zero_point, qmax]
-    with rewriter.before(node):  # Where the grid is known, which may be computed from the timestep.
+    with rewriter.before(node):  # The grid, perhaps computed from the timestep, is known here.
         codes = _rebuild(source, arguments, views, rewriter)
     rewriter.replace(node, codes)
     for view in (*views, source):
@@ -156,7 +158,7 @@ def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]
 
 
 def _writes(source: fx.Node, codes: fx.Node, kernels: Kernels) -> bool:
-    """Whether a kernel can write codes of this dtype: a linear writes what it multiplies."""
+    """Whether a kernel can write codes of this dtype. A linear writes the dtype that it multiplies."""
     dtype = codes.meta["val"].dtype
     if source.target is kernels.linear:
         return bool(source.args[0].meta["val"].dtype == dtype)  # type: ignore[union-attr]
@@ -164,14 +166,14 @@ def _writes(source: fx.Node, codes: fx.Node, kernels: Kernels) -> bool:
 
 
 def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
-    """Half the memory between linears and an attention that rounds to bfloat16 anyway."""
+    """Halve the memory between linears and an attention that rounds its inputs to bfloat16 anyway."""
     found = [_through_views(x, None) for x in node.args[:3]]
     for _, _, source in found:
         if source is None or source.target is not kernels.linear:
             return
         if source.args[_L_DTYPE] != torch.float32 or source.args[_L_SCALE] is not None:
             return
-    if node.args[kernels.out_grid[node.target]] is None:  # Its result is of the dtype of what it reads.
+    if node.args[kernels.out_grid[node.target]] is None:  # Its result has the dtype of its inputs.
         return
     read = []
     with rewriter.before(node):
@@ -189,7 +191,7 @@ def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
 
 
 def _read_dense(node: fx.Node, position: int, rewriter: Rewriter) -> None:
-    """One copy for all kernels that read a value in another order of memory than its axes, as behind a convolution."""
+    """Make one copy for all kernels that read a value that is not contiguous, for example after a convolution."""
     value = node.args[position]
     if not isinstance(value, fx.Node) or value.meta["val"].is_contiguous():
         return
@@ -201,7 +203,7 @@ def _read_dense(node: fx.Node, position: int, rewriter: Rewriter) -> None:
 
 
 def _rebuild(source: fx.Node, arguments: list[Any], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
-    """A node with other arguments, and the views behind it, the last of which comes first; without factors."""
+    """Rebuild a node with other arguments, and the views after it (last view first) without constant factors."""
     value = rewriter.call(source.target, tuple(arguments), [source])
     for view in reversed(views):
         if view.target is not aten.mul.Tensor:
@@ -210,11 +212,11 @@ def _rebuild(source: fx.Node, arguments: list[Any], views: list[fx.Node], rewrit
 
 
 def _through_views(x: Any, scale: fx.Node | None) -> tuple[list[fx.Node], float, fx.Node | None]:
-    """Views and constant factors that a value has passed, the last first, their product, and where it comes from.
+    """Views and constant factors that a value has passed, the last first; the product of the factors; the source.
 
     Args:
         x: The value.
-        scale: Of the grid that is to be moved through them; None where nothing but views are to be passed.
+        scale: The scale of the grid that is to be moved through them; None if only views may be passed.
     """
     views: list[fx.Node] = []
     factor = 1.0
@@ -235,7 +237,7 @@ def _through_views(x: Any, scale: fx.Node | None) -> tuple[list[fx.Node], float,
 
 
 def _keeps_samples(view: fx.Node) -> bool:
-    """Whether a view leaves the first axis where it is."""
+    """Whether a view keeps the first axis in place."""
     arguments: tuple[Any, ...] = view.args
     source = arguments[0]
     if str(source.meta["val"].shape[0]) != str(view.meta["val"].shape[0]):
@@ -300,7 +302,7 @@ def _is_norm_of_channels(norm: fx.Node) -> bool:
 
 
 def _remake(node: fx.Node, changed: Mapping[int, Any], reader: fx.Node, rewriter: Rewriter) -> fx.Node:
-    """A linear that does what its reader does, in place of both."""
+    """Replace a linear and its reader by one linear that does both."""
     arguments = [changed.get(position, argument) for position, argument in enumerate(node.args)]
     with rewriter.before(reader):
         new = rewriter.call(node.target, tuple(arguments), [reader, node])
@@ -310,14 +312,14 @@ def _remake(node: fx.Node, changed: Mapping[int, Any], reader: fx.Node, rewriter
 
 
 def _other(reader: fx.Node, node: fx.Node) -> fx.Node | None:
-    """The other operand of an op of two; None if it is a number, or the same."""
+    """The other operand of a binary op; None if it is a number or the same node."""
     left, right = reader.args[:2]
     other = right if left is node else left
     return other if isinstance(other, fx.Node) and other is not node else None
 
 
 def _is_vector(value: Any, like: fx.Node) -> bool:
-    """Whether a value is a vector of the channels of another, one for all or one a sample, in its dtype."""
+    """Whether a value is a vector over the channels of another value, one for all or one per sample, of its dtype."""
     if not isinstance(value, fx.Node):
         return False
     own, of = value.meta["val"], like.meta["val"]
@@ -325,7 +327,7 @@ def _is_vector(value: Any, like: fx.Node) -> bool:
         return False
     if str(own.shape[-1]) != str(of.shape[-1]) or any(str(size) != "1" for size in own.shape[1:-1]):
         return False
-    if own.dim() in (1, 2) and own.dim() < of.dim():  # A leading axis would be one of tokens.
+    if own.dim() in (1, 2) and own.dim() < of.dim():  # A leading axis would be the token axis.
         return own.dim() == 1 or str(own.shape[0]) == "1"
     return str(own.shape[0]) in ("1", str(of.shape[0])) if own.dim() > 1 else True
 

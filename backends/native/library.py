@@ -1,4 +1,4 @@
-"""The operators of lowered graphs, as PyTorch custom operators `torch.ops.fxquant_native.*`: how they are defined."""
+"""Defines the operators of lowered graphs as PyTorch custom operators `torch.ops.fxquant_native.*`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def define_kernel(
     fake: Callable[..., Tensor | tuple[Tensor, ...]],
     keys: tuple[str, ...] = _PROCESSORS,
 ) -> None:
-    """Define an op that graphs hold as it is.
+    """Define an op that stays a single op in graphs.
 
     Args:
-        schema: Its schema.
-        kernel: What runs it; None for one that a compiled library registers.
-        fake: Shape and dtype of its result.
-        keys: Where it dispatches to the kernel.
+        schema: The schema of the op.
+        kernel: The function that runs the op; None if a compiled library registers it.
+        fake: Function that gives the shape and dtype of the result.
+        keys: Dispatch keys for which the kernel runs.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -46,13 +46,13 @@ def define_kernel(
 
 
 def define_composite(schema: str, kernel: Callable[..., Tensor]) -> None:
-    """Define an op that dissolves into ATen ops when a graph is compiled."""
+    """Define an op that decomposes into ATen ops when a graph is compiled."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(schema.partition("(")[0], kernel, "CompositeImplicitAutograd")
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
-    """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that fuse."""
+    """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that can be fused."""
     return grids.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
 
 

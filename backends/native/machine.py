@@ -1,4 +1,4 @@
-"""What this machine's instructions can do, and which kernels that leaves."""
+"""Which instructions this machine has, and which kernels can therefore run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sums_exactly() -> bool:
     """Whether products of uint8 and int8 are summed without saturation.
 
     Without VNNI instructions oneDNN adds pairs of products in 16 bits, which saturate: 2 * 255 * 127 does not fit. No
-    flag of torch tells which kernel oneDNN takes, as ``ONEDNN_MAX_CPU_ISA`` may forbid what the processor has.
+    flag of torch tells which kernel oneDNN takes, as ``ONEDNN_MAX_CPU_ISA`` may forbid instructions of the processor.
     """
     codes = torch.full((4, 64), 255, dtype=torch.uint8)
     weight = torch.ops.onednn.qlinear_prepack(torch.full((32, 64), 127, dtype=torch.int8), None)
@@ -32,7 +32,7 @@ def sums_exactly() -> bool:
 
 @functools.cache
 def missing_kernels() -> str | None:
-    """Why the compiled kernels cannot run here, compiling them where they can; None if they can."""
+    """Why the compiled kernels cannot run here; None if they can. Compiles them if the processor can run them."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "this processor has no AVX-512 instructions, or ATEN_CPU_CAPABILITY forbids them"
     if not torch.cpu._is_vnni_supported() or (has_kernels() and not sums_exactly()):
@@ -45,7 +45,7 @@ def missing_kernels() -> str | None:
 
 
 def has_tiles() -> bool:
-    """Whether this processor multiplies matrices of integers in tiles (AMX), which oneDNN makes use of."""
+    """Whether this processor multiplies matrices of integers in tiles (AMX), which oneDNN uses."""
     return torch.cpu._is_amx_tile_supported()
 
 

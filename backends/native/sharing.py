@@ -1,4 +1,4 @@
-"""What a model computes several times is computed once: every block of a DiT embeds the timestep anew."""
+"""Computes repeated values of a model once. For example, every block of a DiT embeds the timestep again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fxquant.ir.rewriter import Rewriter
 
 
 def share(graph: fx.Graph, rewriter: Rewriter) -> None:
-    """Replace calls of one op on the same values by the first of them. Random and mutating ops stay."""
+    """Replace repeated calls of an op on the same values by the first call. Random and mutating ops do not change."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_function(node.target):
@@ -29,7 +29,7 @@ def _is_function(target: Any) -> bool:
 
 
 def _key(value: Any) -> Any:
-    """Equal for equal arguments; 1, 1.0 and True are not equal, as they promote dtypes differently."""
+    """A key that is equal for equal arguments. 1, 1.0 and True differ, because they promote dtypes differently."""
     if isinstance(value, fx.Node):
         return value
     if isinstance(value, dict):

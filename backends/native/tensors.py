@@ -1,4 +1,4 @@
-"""Tensors that follow from those of the quantized graph, shared by all graphs of a model."""
+"""Tensors derived from tensors of the quantized graph, shared by all graphs of a model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fxquant.ir.time_tables import reads_rows
 def derived(
     source: fx.Node, suffix: str, rewriter: Rewriter, held: Mapping[str, Tensor], make: Callable[[], Tensor | None]
 ) -> fx.Node | None:
-    """The node of a tensor that follows from another: that of another graph, or made here; None for none.
+    """The node of a tensor derived from another tensor, of another graph or made here; None if there is none.
 
     Args:
-        source: Reads the tensor that it follows from.
-        suffix: Its name is that of the source, and this.
-        rewriter: Of the graph.
-        held: What other graphs of the model read.
-        make: Makes it; None says that there is none.
+        source: Node that reads the original tensor.
+        suffix: Appended to the name of the source; the result is the name of the new tensor.
+        rewriter: The rewriter of the graph.
+        held: Tensors that other graphs of the model read, by name.
+        make: Makes the new tensor; returns None if there is none.
     """
     name = f"{source.target}{suffix}"
     if name not in rewriter.memo:
-        # Without values nothing can be made; then the other graphs tell whether there is such a tensor.
+        # A fake tensor has no values to derive from. Then the other graphs show whether there is such a tensor.
         without = isinstance(rewriter.tensor(source), FakeTensor)
         value = held.get(name) if without or name in held else make()
         rewriter.memo[name] = None if value is None else rewriter.constant(name, value, [source])
@@ -34,11 +34,11 @@ def derived(
 
 
 def by_sample(scale: object) -> bool:
-    """Whether a grid is one for all or one a sample, not one a token."""
+    """Whether there is one grid for all samples or one per sample, not one per token."""
     assert isinstance(scale, fx.Node)
     return scale.op == "get_attr" or reads_rows(scale)
 
 
 def only_reader(node: fx.Node) -> fx.Node | None:
-    """The one node that reads a node; None if there are several or none."""
+    """The only reader of a node; None if there are several readers or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

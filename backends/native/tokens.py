@@ -1,4 +1,4 @@
-"""Codes of grids that each row finds from its own values, made in one kernel: dynamic quantization."""
+"""Dynamic quantization in one kernel: each row finds its grid from its own values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten, reference = torch.ops.aten, torch.ops.fxquant
 
 
 def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None:
-    """Codes on the grids of their rows, with these grids, from one kernel, where only linears read them.
+    """Compute codes and the grids of their rows in one kernel, if only linears read them.
 
     Before::
 
@@ -31,9 +31,9 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
 
     Args:
         node: A ``fxquant.quantize``.
-        rewriter: Of the graph.
-        op: The kernel: returns codes, scales and zero points first.
-        rest: Its arguments behind the highest code.
+        rewriter: The rewriter of the graph.
+        op: The kernel; its first results are codes, scales and zero points.
+        rest: Arguments of the kernel after the highest code.
     """
     x, scale, zero_point, _, qmax, _ = node.args
     assert isinstance(x, fx.Node) and isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
@@ -52,7 +52,7 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
 
 
 def _grid_of(x: fx.Node, part: fx.Node, number: int) -> fx.Node | None:
-    """The grid of the rows of `x` that a scale or a zero point is part of; None if it is of no such grid."""
+    """The grid of the rows of `x` that contains this scale or zero point; None if it is not from such a grid."""
     if part.target is not aten.select.int or part.args[1:] != (0, number):
         return None
     grid = part.args[0]

@@ -1,4 +1,4 @@
-"""Layers of float activations whose weights are codes: linears, and looked-up rows of tables."""
+"""Layers with float activations whose weights are codes: linears, and looked-up rows of tables."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def lower_linear(
     fits: Callable[[int], bool],
     hold: Callable[[fx.Node, fx.Node, int, int, int], fx.Node],
 ) -> None:
-    """A float linear behind a dequantized weight becomes one kernel, where it takes the weight.
+    """Replace a float linear with a dequantized weight by one kernel, if the kernel takes the weight.
 
     Args:
         node: An ``aten.linear``.
-        rewriter: Of the graph.
+        rewriter: The rewriter of the graph.
         op: The kernel: ``op(x, held, scale, zero_point, bias, bits, group_size, out_features)``.
-        fits: Whether it takes weights in groups of so many inputs, 0 for one group.
-        hold: The weight as the kernel reads it, from packed codes, zero points, bits, inputs and inputs a group.
+        fits: Whether the kernel takes weights with this many inputs per group; 0 means one group.
+        hold: Makes the weight that the kernel reads, from packed codes, zero points, bits, inputs and inputs per group.
     """
     x, weight, *rest = node.args
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
@@ -52,7 +52,7 @@ def lower_linear(
 
 
 def lower_lookup(node: fx.Node, rewriter: Rewriter) -> None:
-    """Looked-up rows of a table of 8-bit codes, as ops that fuse."""
+    """Dequantize looked-up rows of a table of 8-bit codes with ops that can be fused."""
     codes, scale, zero_point, bits, group_size, _, dtype = node.args
     assert isinstance(codes, fx.Node)
     if codes.op == "get_attr" or bits != 8 or group_size or dtype not in FLOATS:

@@ -1,7 +1,7 @@
-"""Backend ``torchao``: linears and convolutions as torchao's integer kernels, found by its fusions in inductor.
+"""Backend ``torchao``: linears and convolutions by torchao's integer kernels, through its fusions in inductor.
 
-Static 8-bit layers become the graph that torchao's PT2E flow for x86 makes, which ``torch.compile`` with frozen weights
-turns into oneDNN's products; dynamic ones and weight-only ones become the products of torchao's tensor subclasses.
+Static 8-bit layers become the graph that torchao's PT2E flow for x86 makes. ``torch.compile`` with frozen weights turns
+this graph into oneDNN's products. Dynamic and weight-only layers become the products of torchao's tensor subclasses.
 """
 
 from fxquant.backends.torchao.backend import TorchAO

@@ -1,4 +1,4 @@
-"""The backend: what it runs, what it refuses, and what it calls what it runs."""
+"""The backend: which layers it runs, which it refuses, and the names of its kernels."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _ELSE = "use backend 'fake-quant'"
 class TorchAO(Backend):
     """Runs layers by torchao's fusions for x86 and by the products of its tensor subclasses.
 
-    Compile the model: ``model.compile()``, which freezes weights as the fusions need it. Without, static layers
-    dequantize their weights on each call.
+    Compile the model with ``model.compile()``, which freezes weights as the fusions need. In a model that is not
+    compiled, static layers dequantize their weights on each call.
     """
 
     name: ClassVar[str] = "torchao"
@@ -38,7 +38,7 @@ class TorchAO(Backend):
     moves: ClassVar[bool] = False
 
     def refuse(self, layer: LayerPlan) -> str | None:
-        """What no kernel takes, and all if torchao is missing."""
+        """Refuse layers that no kernel takes, and all quantized layers if torchao is missing."""
         if layer.weight_bits is None:
             return None
         reason = parts.missing()
@@ -48,7 +48,7 @@ class TorchAO(Backend):
             return _refuse_storage(layer) if layer.kind == "linear" else None
         if layer.group_size:
             return (
-                f"its weight has a grid for every {layer.group_size} input channels, and integer sums run over all; "
+                f"its weight has one grid per {layer.group_size} input channels, and integer sums run over all; "
                 f"leave out the groups (w4a8 in place of w4a8-g{layer.group_size}), or {_ELSE}"
             )
         if layer.shape[1] > weights.MAX_FEATURES:
@@ -56,9 +56,9 @@ class TorchAO(Backend):
         return None if torch.cuda.is_available() else parts.unfit()
 
     def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
-        """To the ops that torchao's fusions know, and to those that its tensor subclasses run."""
+        """Lower to the ops that torchao's fusions know and to the ops that its tensor subclasses run."""
         parts.register_fusions()
-        from fxquant.backends.torchao.lowering import Lowering  # Names ops that torchao defines.
+        from fxquant.backends.torchao.lowering import Lowering  # It names ops that torchao defines.
 
         on_cpu = any(node.op == "get_attr" and node.meta["val"].device.type == "cpu" for node in module.graph.nodes)
         integer = [name for name, layer in plan.layers.items() if layer.activation_bits is not None]
@@ -70,8 +70,8 @@ class TorchAO(Backend):
         if lowering.slow:
             value = lowering.slow[0].meta["val"]
             warnings.warn(
-                f"{len(lowering.slow)} layers of weights in groups dequantize them on each call, because their kernel "
-                f"does not know {value.dtype} on {value.device.type}; convert the model to bfloat16 first",
+                f"{len(lowering.slow)} layers with weights in groups dequantize them on each call, because their "
+                f"kernel does not support {value.dtype} on {value.device.type}; convert the model to bfloat16 first",
                 SpeedWarning,
                 stacklevel=2,
             )
@@ -81,7 +81,7 @@ class TorchAO(Backend):
         return stored(module)
 
     def kernel(self, layer: LayerPlan) -> str:
-        """The kernel when the model is compiled, and what runs where that is another one."""
+        """The kernel of the compiled model, and the kernel that runs otherwise if it is another one."""
         if layer.weight_bits is None:
             return "aten float"
         if layer.activation_bits is None:
@@ -98,11 +98,11 @@ class TorchAO(Backend):
         return "onednn qlinear u8 x s8 where compiled and frozen, else dequantize + aten float; on CUDA _int_mm"
 
     def compiling(self) -> None:
-        """Warn where weights are not frozen, for then nothing is fused."""
+        """Warn if weights are not frozen, because then nothing is fused."""
         _warn_if_not_frozen()
 
     def settings(self) -> contextlib.AbstractContextManager[object]:
-        """Frozen weights, which the fusions need, and no gradients, which would keep inductor from it."""
+        """Freeze weights, which the fusions need, and disable gradients, which keep inductor from freezing."""
         import torch._inductor.config
 
         stack = contextlib.ExitStack()
@@ -118,23 +118,23 @@ def _warn_if_not_frozen() -> None:
     if torch.compiler.is_exporting() or (torch._inductor.config.freezing and not torch.is_grad_enabled()):
         return
     warnings.warn(
-        "weights are not frozen while this model is compiled, and torchao's fusions need that: each call will "
-        "dequantize all weights. Call model.compile() in place of torch.compile(model), or set "
+        "weights are not frozen while this model is compiled, and torchao's fusions need frozen weights: each call "
+        "will dequantize all weights. Call model.compile() in place of torch.compile(model), or set "
         "torch._inductor.config.freezing = True and compile and run under torch.no_grad(); the option freezing of "
-        "torch.compile comes too late",
+        "torch.compile takes effect too late",
         SpeedWarning,
         stacklevel=2,
     )
 
 
 def _refuse_storage(layer: LayerPlan) -> str | None:
-    """Weights in groups behind float activations that no kernel takes; those without groups all run."""
+    """Why no kernel takes weights in groups with float activations, or None. All weights without groups run."""
     if not layer.group_size:
         return None
     if layer.weight_bits is not None and layer.weight_bits > 4:
         return (
-            f"its kernels for weights in groups have 4 bits, not {layer.weight_bits}; leave out the groups, use 4 bits "
-            f"or fewer, or {_ELSE}"
+            f"its kernels for weights in groups take at most 4 bits, not {layer.weight_bits}; leave out the groups, "
+            f"use 4 bits or fewer, or {_ELSE}"
         )
     shape = layer.shape[0], layer.shape[1]
     if all(weights.group_of_four_bits(*shape, layer.group_size, device) is None for device in ("cpu", "cuda")):

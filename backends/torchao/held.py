@@ -1,4 +1,4 @@
-"""The tensors that a lowered graph holds in place of a checkpoint's, and the way back to those."""
+"""The tensors that a lowered graph holds in place of those of a checkpoint, and the conversion back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import read_tensors
 
 _STORED = "fxquant_torchao_stored"
-"""Key of ``node.meta`` for the tensors of a checkpoint that a node stands for: by name, or how they are found again."""
+"""Key of ``node.meta`` for the checkpoint tensors that a node replaces: the tensors by name, or how to recover them."""
 
 _INT8, _INT4 = "_int8", "_int4"
 _SUMS, _EXCESS = "_sums", "_excess"
@@ -30,9 +30,9 @@ class Weight:
         packed: Node of its packed codes.
         scale: Node of its scales, `[out, groups]`.
         zero_point: Node of its zero points, of the same shape.
-        bits: Bits a code.
-        in_features: Codes a row.
-        kernel: For a convolution, the axes that a row has.
+        bits: Bits per code.
+        in_features: Codes per row.
+        kernel: For a convolution, the sizes of the axes of a row.
     """
 
     packed: fx.Node
@@ -44,13 +44,13 @@ class Weight:
 
     @property
     def out_features(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return int(self.scale.meta["val"].shape[0])
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How the packed codes of a weight are found again from the tensor that is held."""
+    """How to recover the packed codes of a weight from the held tensor."""
 
     packed: str
     zero_point: str
@@ -61,10 +61,10 @@ class _Recipe:
 
 
 class Held:
-    """Makes what kernels read of weights, once for all graphs of a model.
+    """Makes the tensors that kernels read for a weight, once for all graphs of a model.
 
     Args:
-        rewriter: Of the graph.
+        rewriter: The rewriter of the graph.
         others: The tensors that the model's other graphs hold, by name.
     """
 
@@ -74,7 +74,7 @@ class Held:
         self._uses: dict[fx.Node, int] = {}
 
     def int8(self, weight: Weight) -> fx.Node:
-        """The symmetric weight, int8 `[out, in]` or with the axes of a convolution."""
+        """The symmetric weight, int8 `[out, in]`, or with the axes of a convolution."""
 
         def make() -> Tensor:
             made = self._signed(weight)
@@ -92,15 +92,15 @@ class Held:
         return self._always(weight, _SUMS, lambda: self._signed(weight).sum(1, dtype=torch.int32))
 
     def excess(self, weight: Weight) -> fx.Node | None:
-        """What the symmetric weight is more than the weight, float32 `[out]`; None for nothing."""
+        """The symmetric weight minus the weight, float32 `[out]`; None if they are equal."""
         scale, zero_point = (self._rewriter.tensor(part) for part in (weight.scale, weight.zero_point))
         return self._node(weight, _EXCESS, lambda: weights.excess(scale, zero_point, weight.bits))
 
     def zeros(self, weight: Weight) -> fx.Node:
         """Zero points of the symmetric weight for one reader of it, int32 `[out]`.
 
-        They have another name for each, for else the compiler makes one value of a weight that two readers dequantize,
-        and no fusion takes a value that two products read.
+        Each reader has its own name for them. Otherwise the compiler merges the dequantized weights of two readers into
+        one value, and no fusion takes a value that two products read.
         """
         uses = self._uses[weight.packed] = self._uses.get(weight.packed, 0) + 1
         name = f"{_ZEROS}{weight.out_features}{'' if uses == 1 else f'_for_reader_{uses}'}"
@@ -113,7 +113,7 @@ class Held:
         return node
 
     def keep(self, node: fx.Node, parts: list[fx.Node]) -> None:
-        """Note on a node the tensors of a checkpoint that it has in it as numbers."""
+        """Record on a node the checkpoint tensors whose values the node holds as numbers."""
         node.meta[_STORED] = {str(part.target): self._rewriter.tensor(part) for part in parts}
 
     def _signed(self, weight: Weight) -> Tensor:
@@ -126,10 +126,10 @@ class Held:
         return node
 
     def _node(self, weight: Weight, suffix: str, make: Callable[[], Tensor | None]) -> fx.Node | None:
-        """The node of a tensor that follows from a weight: that of another graph, or made here; None for none."""
+        """The node of a tensor derived from a weight, of another graph or made here; None if there is none."""
         rewriter, name = self._rewriter, f"{weight.packed.target}{suffix}"
         if name not in rewriter.memo:
-            # Without values nothing can be made; then the other graphs tell whether there is such a tensor.
+            # A fake tensor has no values to derive from. Then the other graphs show whether there is such a tensor.
             without = isinstance(rewriter.tensor(weight.packed), FakeTensor)
             value = self._others.get(name) if without or name in self._others else make()
             node = None if value is None else rewriter.constant(name, value, [weight.packed])
@@ -148,7 +148,7 @@ class Held:
 
 
 def stored(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors of a lowered graph, with packed codes in place of weights and without what follows from others."""
+    """The tensors of a lowered graph, with packed codes in place of weights and without derived tensors."""
     found = read_tensors(module)
     for node in module.graph.nodes:
         kept: Any = node.meta.get(_STORED)

@@ -1,4 +1,4 @@
-"""From a quantized graph to what torchao's fusions and kernels take."""
+"""Lowers a quantized graph to the ops that torchao's fusions and kernels take."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Grid = tuple[float, int]
 
 
 class Lowering:
-    """The rewriting of one graph.
+    """Rewrites one graph.
 
     Attributes:
-        slow: Layers whose weights are dequantized on each call, because no kernel takes them in their dtype.
+        slow: Layers whose weights are dequantized on each call, because no kernel takes the weights in their dtype.
     """
 
     def __init__(self, module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
@@ -46,8 +46,8 @@ class Lowering:
             codes = quantized_decomposed.quantize_per_tensor(x, s, z, 0, 255, uint8)
             y = linear(dequantize_per_tensor(codes, s, z, ...), dequantize_per_channel(W_int8, W_scale, ...), bias)
 
-        where W_int8 is the weight made symmetric; what it has in excess is taken off y. Other grids, and other
-        devices::
+        where W_int8 is the weight made symmetric; its excess over the weight is subtracted from y. Other grids, and
+        other devices::
 
             y = fxquant_torchao.linear_rows(codes, s, z, W_int8, W_scale, W_sums, W_excess, bias, dtype)
 
@@ -72,7 +72,7 @@ class Lowering:
 
     def _quantize(self, node: fx.Node) -> None:
         x, scale, zero_point, qmin, qmax, dtype = _arguments(node)
-        assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
+        assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
         x_dtype = x.meta["val"].dtype
         with self.rewriter.before(node):
             if not _is_static(scale, x_dtype):
@@ -83,7 +83,7 @@ class Lowering:
                 arguments = (x, *self._grid(scale, zero_point), 0, 255, torch.uint8)
                 new = self._call(pt2e.quantize_per_tensor.default, *arguments, of=node, name=node.name)
                 self.held.keep(new, [scale, zero_point])
-                if qmax != 255:  # Fusions take the highest code of uint8 for that of the grid.
+                if qmax != 255:  # The fusions assume that the highest code is 255.
                     new = self._call(aten.clamp_max.default, new, qmax, of=node)
         self.rewriter.replace(node, new)
 
@@ -129,11 +129,11 @@ class Lowering:
         weight: Weight,
         sums: tuple[Any, tuple[Any, ...]],
     ) -> fx.Node:
-        """A product of dequantized factors, which the fusions know, less what the held weight has in excess."""
+        """A product of dequantized factors, which the fusions know, minus the part of the held weight's excess."""
         codes, bias, dtype = node.args[0], node.args[6], node.args[-1]
         excess = self.held.excess(weight)
         vector = bias if isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1 else None
-        # What something is added to or taken off stays in 32 bits until then.
+        # A value that is added to or subtracted from stays in 32 bits until then.
         inner = dtype if dtype == torch.bfloat16 and excess is None and bias is vector else torch.float32
         x = self._call(pt2e.dequantize_per_tensor.default, codes, *grid, 0, 255, torch.uint8, of=node)
         steps = self._call(aten.view.default, weight.scale, [-1], of=weight.scale)
@@ -146,14 +146,14 @@ class Lowering:
             if weight.kernel:
                 excess = self._call(aten.view.default, excess, [-1, 1, 1], of=node)
             surplus = self._call(aten.mul.Tensor, self._sums(codes, grid, *sums), excess, of=node)
-            # Not an addition of the negative, which the fusions would make a tensor of its own for the kernel to add.
+            # Do not add the negative: the fusions would make it a separate tensor for the kernel to add.
             y = self._call(aten.sub.Tensor, y, surplus, of=node)
         if isinstance(bias, fx.Node) and vector is None:
             y = self._call(aten.add.Tensor, y, bias, of=node)
         return self._cast(y, dtype, node)
 
     def _sums(self, codes: Any, grid: Grid, op: Any, options: tuple[Any, ...]) -> fx.Node:
-        """Sums of the inputs; layers that read one value share them."""
+        """Sums of the inputs; layers that read the same value share them."""
         key = "sums", codes, grid, op, str(options)
         if key not in self.rewriter.memo:
             self.rewriter.memo[key] = self._call(op, codes, *grid, *options, of=codes)
@@ -165,7 +165,7 @@ class Lowering:
     def _dequantize_weight(self, node: fx.Node) -> None:
         packed, scale, zero_point, bits, group_size, in_features, dtype = _arguments(node)
         if packed.op != "get_attr":
-            return  # Rows of a table, which are dequantized as they are looked up.
+            return  # Rows of a table; they are dequantized when they are looked up.
         weight = Weight(packed, scale, zero_point, bits, in_features)
         device = packed.meta["val"].device.type
         halves = {torch.bfloat16, torch.float16} if device == "cpu" else {torch.bfloat16}
@@ -200,7 +200,7 @@ class Lowering:
         return node if node.meta["val"].dtype == dtype else self._call(aten.to.dtype, node, dtype, of=of)
 
     def _forget(self, weight: Weight) -> None:
-        """Drop packed codes that nothing reads any more, so that both forms of a model's weights never add up."""
+        """Drop packed codes that nothing reads any more, so that a model never holds both forms of all weights."""
         if not weight.packed.users:
             self.rewriter.forget(weight.packed)
 
@@ -210,5 +210,5 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _is_static(scale: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether a grid is one number that is known now, for fusions that know its device and dtype."""
+    """Whether a grid is one number that is known now, with a device and dtype that the fusions support."""
     return scale.op == "get_attr" and scale.meta["val"].device.type == "cpu" and dtype != torch.float16

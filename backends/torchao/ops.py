@@ -1,7 +1,7 @@
-"""The operators of lowered graphs that PyTorch has no single op for, as `torch.ops.fxquant_torchao.*`.
+"""The operators of lowered graphs for which PyTorch has no single op, as `torch.ops.fxquant_torchao.*`.
 
-All are composite: eagerly they run op by op, and under `torch.compile` they dissolve into ATen ops, in which inductor
-and torchao's fusions find what they know.
+All are composite: eagerly they run op by op, and under `torch.compile` they decompose into ATen ops, which inductor
+and torchao's fusions can match.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from fxquant.backends.torchao.weights import MIDDLE, fits_byte_kernel, four_bit_
 from fxquant.numerics import grids
 
 _library = torch.library.Library("fxquant_torchao", "DEF")
-_CUBLAS = 8  # Its integer products want multiples of this in every size, and more rows than twice it.
+_CUBLAS = 8  # Integer products of cuBLAS need multiples of this in every size, and more than twice as many rows.
 
 
 def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
-    """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that fuse."""
+    """`fxquant::quantize` to uint8 codes of 0 to `qmax`, bit for bit, as ops that can be fused."""
     return grids.quantize(x, scale, zero_point, 0, qmax).to(torch.uint8)
 
 
 def input_sums(xq: Tensor, scale: float, zero_point: int) -> Tensor:
     """`scale * sum_k (xq_k - zero_point)`, float32 `[..., 1]`, of codes `[..., in]`.
 
-    The sum is exact: that of 65,793 codes fits the 24 bits of the mantissa.
+    The sum is exact: a sum of 65,793 codes fits the 24 bits of the mantissa.
     """
     return (xq.to(torch.float32).sum(-1, keepdim=True) - xq.shape[-1] * zero_point) * scale
 
@@ -43,7 +43,7 @@ def window_sums(
     groups: int,
     out_channels: int,
 ) -> Tensor:
-    """:func:`input_sums` for a convolution: of what each output reads, float32 `[batch, out or 1, height, width]`."""
+    """:func:`input_sums` over the inputs of each convolution output, float32 `[batch, out or 1, height, width]`."""
     values = xq.to(torch.float32) - zero_point
     by_group = values.unflatten(1, (groups, kernel[0])).sum(2)
     window = values.new_ones((groups, 1, *kernel[1:]))
@@ -62,7 +62,7 @@ def linear_rows(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """A linear whose input has a grid for each row, or one of tensors; its integers are summed in 32 bits.
+    """A linear whose input has a grid per row, or one grid given as tensors; integers are summed in 32 bits.
 
     `xq` is uint8 `[..., in]`, its scale and zero point broadcast to `[..., 1]`. `weight` is int8 `[out, in]` and
     `w_excess` float32 `[out]`, as :mod:`fxquant.backends.torchao.weights` holds them; `w_sums` is int32 `[out]`, the
@@ -72,10 +72,10 @@ def linear_rows(
     scale, zero_point = (_by_row(value, xq) for value in (x_scale, x_zero_point))
     if xq.device.type == "cpu":
         factors = [rows, weight]
-        if weight.shape[1] == 1:  # Of a column, which torch reads with the wrong stride.
+        if weight.shape[1] == 1:  # torch reads a single column with the wrong stride.
             factors = [functional.pad(factor, (0, 1)) for factor in factors]
         total = torch._int_mm(factors[0], factors[1].t())
-    else:  # Products of int8 alone.
+    else:  # Both factors are int8.
         total = _cublas(rows, weight)
         zero_point = zero_point - MIDDLE
     w_step = w_scale.flatten()
@@ -89,9 +89,9 @@ def linear_rows(
 
 
 def linear_of_bytes(x: Tensor, weight: Tensor, w_scale: Tensor, w_excess: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A linear of float `x` `[..., in]` and an int8 weight, as :func:`linear_rows` has it; in the dtype of `x`.
+    """A linear of float `x` `[..., in]` and an int8 weight as in :func:`linear_rows`; the result has the dtype of `x`.
 
-    In 16-bit floats on CPUs a kernel unpacks the weight as it goes; elsewhere it is dequantized.
+    For 16-bit floats on CPUs a kernel unpacks the weight while it multiplies. Otherwise it is dequantized first.
     """
     dtype = grids.compute_dtype(x.dtype)
     halves = x.dtype in (torch.bfloat16, torch.float16)
@@ -112,8 +112,8 @@ def linear_of_nibbles(
 ) -> Tensor:
     """A linear of float `x` `[..., in]` and a weight of up to 4 bits, as :func:`weights.four_bits` holds it.
 
-    `w_scale` and `w_zero_point` are `[out, groups]` and `group` the inputs a group of the kernel. `x` is bfloat16 or
-    float16, in which the grid is rounded.
+    `w_scale` and `w_zero_point` are `[out, groups]`; `group` is the number of inputs per group of the kernel. `x` is
+    bfloat16 or float16, and the grid is rounded to this dtype.
     """
     grid = grid_of_four_bits(w_scale, w_zero_point, bits, x.shape[-1] // group // w_scale.shape[1])
     y = four_bit_product(x.reshape(-1, x.shape[-1]), weight, group, grid.to(x.dtype).contiguous())
@@ -122,7 +122,7 @@ def linear_of_nibbles(
 
 
 def _by_row(value: Tensor, xq: Tensor) -> Tensor:
-    """A part of the grid of rows, float32 `[rows, 1]`, or `[1, 1]` where they share it."""
+    """Scale or zero point of the rows, float32 `[rows, 1]`, or `[1, 1]` if the rows share it."""
     value = value.to(torch.float32)
     if value.dim() == 0:
         return value.reshape(1, 1)
@@ -130,7 +130,7 @@ def _by_row(value: Tensor, xq: Tensor) -> Tensor:
 
 
 def _cublas(rows: Tensor, weight: Tensor) -> Tensor:
-    """`(rows - 128) weight^T` in int32, of uint8 and int8 on an NVIDIA GPU."""
+    """`(rows - 128) weight^T` in int32, of uint8 rows and an int8 weight on an NVIDIA GPU."""
     count, (out, features) = rows.shape[0], weight.shape
     wide = -features % _CUBLAS
     codes = functional.pad((rows ^ MIDDLE).view(torch.int8), (0, wide, 0, max(0, 2 * _CUBLAS + 1 - count)))

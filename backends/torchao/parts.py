@@ -1,4 +1,4 @@
-"""What this backend needs of torchao and of this machine. torchao is optional: it is imported here, on first use."""
+"""Requirements on torchao and on this machine. torchao is optional: this module imports it on first use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxquant.backends.native.machine import has_kernels, sums_exactly
 from fxquant.errors import BackendError
 
 OLDEST = (0, 18)
-"""The first torchao that has all fusions that lowered graphs rely on."""
+"""The first version of torchao with all fusions that lowered graphs rely on."""
 
 _INSTALL = "pip install 'fxquant[torchao]'"
 _ELSE = "use backend 'native', which"
@@ -21,35 +21,37 @@ _ELSE = "use backend 'native', which"
 
 @functools.cache
 def missing() -> str | None:
-    """Why torchao cannot be used and what would serve, or None if it can; it is looked for, not imported."""
+    """Why torchao cannot be used and what to do, or None if it can be used. This check does not import torchao."""
     if importlib.util.find_spec("torchao") is None:
         return f"torchao is not installed; {_INSTALL}"
     try:
         text = version("torchao")
     except PackageNotFoundError:
-        return f"there is a module torchao that is no installed package; {_INSTALL}"
+        return f"there is a module torchao that is not an installed package; {_INSTALL}"
     found = tuple(int(number) for number in re.findall(r"\d+", text)[:2])
     if found < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        return f"torchao {text} is older than {oldest}, from which on it fuses what is needed; {_INSTALL} --upgrade"
+        return f"torchao {text} is older than {oldest}, the first version with all needed fusions; {_INSTALL} --upgrade"
     return None
 
 
 def unfit() -> str | None:
-    """Why the processor of this machine cannot run integer products and what would serve, or None if it can."""
+    """Why the processor of this machine cannot run integer products and what to do, or None if it can."""
     if not has_kernels():
-        return f"this build of torch has no oneDNN quantized linear; install a CPU build for x86, or {_ELSE} tells more"
+        return (
+            f"this build of torch has no oneDNN quantized linear; install a CPU build for x86, or {_ELSE} gives details"
+        )
     if not sums_exactly():
         return (
             "this processor has no VNNI instructions, or ONEDNN_MAX_CPU_ISA forbids them, and without them the fused "
-            f"products saturate; {_ELSE} is right there too"
+            f"products saturate; {_ELSE} is exact without them"
         )
     return None
 
 
 @functools.cache
 def register_fusions() -> None:
-    """Let inductor know torchao's fusions, without which the graphs run slowly (pytorch/ao issue 4823).
+    """Register torchao's fusions with inductor. Without them the graphs run slowly (pytorch/ao issue 4823).
 
     Raises:
         BackendError: If torchao is missing or too old.
@@ -57,7 +59,7 @@ def register_fusions() -> None:
     reason = missing()
     if reason is not None:
         raise BackendError(f"backend 'torchao': {reason}")
-    # The import is what registers them, and the ops quantized_decomposed::* with them.
+    # This import registers the fusions and the ops quantized_decomposed::*.
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer
 
     assert torch.ops.quantized_decomposed.quantize_per_tensor

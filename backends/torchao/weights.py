@@ -1,17 +1,17 @@
-"""Weights as torchao's kernels read them, and the way back to packed codes.
+"""Weights as torchao's kernels read them, and the conversion back to packed codes.
 
 A code q of a weight stands for `scale * (q - zero_point)`. Integer products and 8-bit storage take int8 weights that
 are symmetric, so a weight is held as
 
-* `q - zero_point` for codes of up to 7 bits, which always fits, or
-* `q - 128` for codes of 8 bits. What that is in excess of the weight, `scale * (zero_point - 128)` an output channel,
-  times the sum of the input, is taken off the result. It vanishes on symmetric grids.
+* `q - zero_point` for codes of up to 7 bits, which always fits int8, or
+* `q - 128` for codes of 8 bits. The held weight then exceeds the weight by `scale * (zero_point - 128)` per output
+  channel. This excess, times the sum of the input, is subtracted from the result. It is 0 on symmetric grids.
 
-Weights of up to 4 bits behind float activations are held in 4 bits, as `aten::_weight_int4pack_mm` reads them: there a
-group of inputs has a scale and a zero point of its own. The kernel computes `(q - 8) * scale + offset` in 16-bit
-floats, so codes of 2 and 3 bits are moved to lie about 8, where the two do not cancel.
+Weights of up to 4 bits with float activations are held in 4 bits, as `aten::_weight_int4pack_mm` reads them: each group
+of inputs has its own scale and zero point. The kernel computes `(q - 8) * scale + offset` in 16-bit floats. Codes of 2
+and 3 bits are therefore moved to be centered on 8, where the two terms do not cancel.
 
-All forms are exact, and every code is found again.
+All forms are exact, and every code can be recovered.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 128)
-"""Input channels whose products certainly fit 32-bit sums."""
+"""The most input channels for which 32-bit sums cannot overflow."""
 
-_GROUPS = (256, 128, 64, 32)  # Sizes that the 4-bit kernels know.
+_GROUPS = (256, 128, 64, 32)  # Sizes that the 4-bit kernels support.
 _CPU_ROWS, _CUDA_ROWS, _CUDA_COLUMNS, _K_TILES = 16, 8, 128, 8
 
 
@@ -35,8 +35,8 @@ def signed(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -> T
     Args:
         packed: `[out, packed_size(in_features, bits)]`.
         zero_point: uint8 `[out, 1]`.
-        bits: Bits a code, 2 to 8.
-        in_features: Codes a row.
+        bits: Bits per code, 2 to 8.
+        in_features: Codes per row.
     """
     codes = unpack(packed, bits, in_features)
     if bits == 8:
@@ -45,28 +45,28 @@ def signed(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -> T
 
 
 def unsigned(weight: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Undo :func:`signed`, also for a weight that was given the axes of a convolution since."""
+    """Undo :func:`signed`, also for a weight that was reshaped to the axes of a convolution."""
     values = weight.flatten(1).to(torch.int16)
     offset = MIDDLE if bits == 8 else zero_point.to(torch.int16)
     return pack((values + offset).to(torch.uint8).contiguous(), bits)
 
 
 def excess(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor | None:
-    """What the held weight is more than the weight, float32 `[out]`, the same for all inputs; None for nothing."""
+    """The held weight minus the weight, float32 `[out]`, the same for all inputs; None if they are equal."""
     if bits < 8 or bool((zero_point == MIDDLE).all()):
         return None
     return ((zero_point.to(torch.float32) - MIDDLE) * scale).flatten()
 
 
 def fits_byte_kernel(in_features: int) -> bool:
-    """Whether `aten::_weight_int8pack_mm` takes so many inputs: it reads 16 at a time, beyond the end of the weight."""
+    """Whether `aten::_weight_int8pack_mm` takes this many inputs. It reads 16 at a time, even past the weight's end."""
     return in_features % 16 == 0
 
 
 def group_of_four_bits(out_features: int, in_features: int, group_size: int, device: str) -> int | None:
-    """Inputs that share a grid in a 4-bit kernel's eyes; None if the kernels do not take such a weight.
+    """The kernel's group size for a 4-bit weight; None if the kernels do not take such a weight.
 
-    A larger group of the weight is several equal ones of the kernel.
+    A larger group of the weight becomes several groups of the kernel with equal grids.
     """
     group = next((size for size in _GROUPS if (group_size or in_features) % size == 0), None)
     if device == "cpu":
@@ -84,7 +84,7 @@ def four_bits(packed: Tensor, bits: int, in_features: int) -> Tensor:
 
 
 def from_four_bits(weight: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
-    """Undo :func:`four_bits`: the kernel itself, asked for each input alone, with steps of 1, tells the codes."""
+    """Undo :func:`four_bits`: the kernel's product with the identity matrix, on a grid with step 1, gives the codes."""
     device = weight.device
     inputs = torch.eye(in_features, dtype=torch.bfloat16, device=device)
     grid = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=device)
@@ -94,13 +94,13 @@ def from_four_bits(weight: Tensor, out_features: int, in_features: int, bits: in
 
 
 def grid_of_four_bits(scale: Tensor, zero_point: Tensor, bits: int, repeats: int) -> Tensor:
-    """Scale and offset as the kernel reads them, float32 `[in / group, out, 2]`, of `[out, groups]`.
+    """Scale and offset as the kernel reads them, float32 `[in / group, out, 2]`, from `[out, groups]`.
 
     Args:
         scale: float32.
         zero_point: uint8.
-        bits: Bits a code.
-        repeats: Groups of the kernel in one of the weight.
+        bits: Bits per code.
+        repeats: Groups of the kernel per group of the weight.
     """
     offset = (2 ** (bits - 1) - zero_point.to(torch.float32)) * scale
     return torch.stack([scale, offset], -1).transpose(0, 1).repeat_interleave(repeats, 0)

@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, systems: list[System], scratch: Path) -> None:
-    """Measure all models, printing and writing as it goes, so that a run that is cut off has left something."""
+    """Measure all models; print and write after each, so that an interrupted run keeps its results."""
     log = None if options.verbose else subprocess.DEVNULL
     settings = Settings("", options.batch, options.rounds, options.threads, options.together, log)
     found, digits = machine(options.threads), Digits(settings, scratch)
@@ -50,28 +50,26 @@ def run(options: argparse.Namespace, systems: list[System], scratch: Path) -> No
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu", description="Time, memory and error on the processor, systems side by side."
+        prog="python -m benchmarks.cpu", description="Compare time, memory and error of systems on the CPU."
     )
     names = ", ".join(SHAPES)
     parser.add_argument(
-        "--model", default=USUAL, help=f"models joined by commas, each NAME or NAME:LAYERS, of {names}; {USUAL}"
+        "--model", default=USUAL, help=f"models joined by commas, each NAME or NAME:LAYERS, of {names}; default {USUAL}"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="measured calls of each system, by turns")
-    parser.add_argument("--batch", type=int, default=2, help="samples of a call, an even number")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each system")
-    parser.add_argument(
-        "--together", type=int, default=32, help="systems in memory at a time, if there is room for as many"
-    )
-    parser.add_argument("--only", action="append", help="systems whose names hold this text alone; repeatable")
+    parser.add_argument("--rounds", type=int, default=15, help="measured calls of each system, interleaved")
+    parser.add_argument("--batch", type=int, default=2, help="samples per call, an even number")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each system")
+    parser.add_argument("--together", type=int, default=32, help="most systems in memory at a time, if they fit")
+    parser.add_argument("--only", action="append", help="only systems whose names contain this text; repeatable")
     parser.add_argument("--no-digits", dest="digits", action="store_false", help="leave out the trained model")
-    parser.add_argument("--json", type=Path, help="where to write everything that was measured")
-    parser.add_argument("--markdown", type=Path, help="where to write machine, versions and tables as a page")
-    parser.add_argument("--verbose", action="store_true", help="show what the systems' processes print")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
+    parser.add_argument("--markdown", type=Path, help="file for a page of machine, versions and tables")
+    parser.add_argument("--verbose", action="store_true", help="show the output of the systems' processes")
     return parser
 
 
 def _chosen(only: list[str] | None) -> list[System]:
-    """The systems that are asked for, and the reference."""
+    """The requested systems, and the reference."""
     texts = only or [""]
     return [
         system for name, system in all_systems().items() if name == REFERENCE or any(text in name for text in texts)

@@ -1,4 +1,4 @@
-"""Ours: recipes on each backend, stored and loaded again, eager and compiled."""
+"""Our systems: recipes on each backend, saved and loaded, eager and compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxquant.pipeline.recipes import Recipe, make_recipe
 
 
 def our_systems() -> Iterator[System]:
-    """What there is a backend for; backends that are not there are left out."""
+    """Our systems on each backend; backends that are not available are left out."""
     plain = make_recipe("ptq4dit-w8a8")
     attention = plain.with_options("assign-precision", attention="quantized")
     stored = {

@@ -1,4 +1,4 @@
-"""What a user would take instead, each as its own documentation has it run at its best."""
+"""Alternatives to fxquant, each run in the fastest way that its own documentation describes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _torchao_dynamic(task: Task, folder: Path) -> Run:
 
 def _torchao_pt2e(dynamic: bool) -> Callable[[Task, Path], Run]:
     def start(task: Task, folder: Path) -> Run:
-        # The import registers the fusions without which this is slow.
+        # The import registers fusions; without them this is slow.
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -49,7 +49,7 @@ def _torchao_pt2e(dynamic: bool) -> Callable[[Task, Path], Run]:
         prepared = prepare_pt2e(exported, quantizer)
         task.calibrate(prepared)
         module = torch.compile(convert_pt2e(prepared))
-        with torch._inductor.config.patch(freezing=True):  # Read when the first call compiles, and by all that do.
+        with torch._inductor.config.patch(freezing=True):  # Compilation reads this setting, in the first call.
             module(**task.timed)
         return lambda call: module(**call)[0]
 
@@ -57,7 +57,7 @@ def _torchao_pt2e(dynamic: bool) -> Callable[[Task, Path], Run]:
 
 
 class _Positional(nn.Module):
-    """A model whose tensor inputs are given in order, as OpenVINO has them."""
+    """A model with positional tensor inputs, as OpenVINO expects them."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         super().__init__()

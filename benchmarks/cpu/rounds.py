@@ -1,4 +1,4 @@
-"""Starting the processes and calling them by turns."""
+"""Starts the processes of the systems and calls them in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from benchmarks.cpu.systems import REFERENCE, System
 
 @dataclass
 class Settings:
-    """Of one run.
+    """Settings of one run.
 
     Attributes:
-        model: Such as ``dit:4``.
-        batch: Samples a call.
+        model: Model and layers, such as ``dit:4``.
+        batch: Samples per call.
         rounds: Measured calls of each system.
-        threads: Of each system.
-        together: How many systems are held in memory at a time, if there is room for as many; each such group is
-            measured beside the reference.
-        log: What the processes print.
+        threads: Threads of each system.
+        together: The most systems in memory at a time, if they fit. Each such group is measured together with the
+            reference.
+        log: Where the standard error of the processes goes.
     """
 
     model: str
@@ -42,22 +42,22 @@ class Settings:
 
 
 _TO_MAKE = 4
-"""Memory that making a system may need, over that of the float model."""
+"""Memory that making a system may need, as a multiple of the float model's."""
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Bytes that can be allocated without swapping; None if the operating system does not tell."""
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 class Failed(Exception):
-    """A system could not be made or called; the message is the reason."""
+    """A system could not be made or called; the message gives the reason."""
 
 
 class Process:
-    """One worker. Messages are lines of JSON."""
+    """One worker process. Messages are lines of JSON."""
 
     def __init__(self, settings: Settings, mode: str, system: str = "", folder: str = "", scratch: str = "") -> None:
         order = {
@@ -76,7 +76,7 @@ class Process:
         """The next message.
 
         Raises:
-            Failed: If the worker says so, or ends.
+            Failed: If the worker reports a failure or ends.
         """
         assert self.child.stdout is not None
         line = self.child.stdout.readline()
@@ -89,7 +89,7 @@ class Process:
         return message
 
     def turn(self) -> dict[str, Any]:
-        """One call."""
+        """Make one call and return its message."""
         assert self.child.stdin is not None
         try:
             self.child.stdin.write("\n")
@@ -109,19 +109,19 @@ class Process:
 
 @dataclass
 class Row:
-    """What was measured of one system; a system that failed has a reason and nothing else.
+    """Measurements of one system; a system that failed has only a reason.
 
     Attributes:
         system: Its name.
         failed: Why there are no figures.
-        seconds: Of its calls, a round each.
-        ratios: Time of the reference over its own, a round each.
-        started: Seconds until its first output was there, without what was stored beforehand.
-        sqnr_db: Of its output against the reference's; None for the reference.
-        digits_db: The same on the trained model; None where not measured.
-        digits_failed: Why not, if it was tried.
-        resident: Bytes over those of the imports, after the calls.
-        peak: The same at the highest.
+        seconds: Seconds of its calls, one per round.
+        ratios: Time of the reference over its own time, one per round.
+        started: Seconds until its first output, without the time of making what is stored.
+        sqnr_db: SQNR of its output against the reference's; None for the reference.
+        digits_db: The same on the trained model; None if not measured.
+        digits_failed: Why `digits_db` is missing, if the measurement was tried.
+        resident: Bytes after the calls, minus the bytes after the imports.
+        peak: The most bytes, minus the bytes after the imports.
     """
 
     system: str
@@ -137,23 +137,23 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Seconds of the middle round."""
+        """The median seconds of the rounds."""
         return statistics.median(self.seconds)
 
     @property
     def speedup(self) -> float:
-        """Over the reference, the middle of the rounds."""
+        """Speed relative to the reference, the median over rounds."""
         return statistics.median(self.ratios)
 
 
 @dataclass
 class Measured:
-    """All of one model.
+    """All measurements of one model.
 
     Attributes:
-        rows: One a system, the reference first.
-        operations: Of the linears of a call.
-        peaks: Billions of integer operations a second, a round each.
+        rows: One row per system, the reference first.
+        operations: Operations in the linears of a call.
+        peaks: Billions of integer operations per second, one value per round.
         note: Why there are no peaks.
     """
 
@@ -164,12 +164,12 @@ class Measured:
 
     @property
     def floor(self) -> float | None:
-        """Seconds that the linears of a call take at the rate of integer products; None where there is none."""
+        """Seconds that the linears of a call take at the rate of integer products; None if no rate was measured."""
         return self.operations / (1e9 * statistics.median(self.peaks)) if self.peaks else None
 
 
 def measure(settings: Settings, systems: Sequence[System]) -> Measured:
-    """Measure systems, the first of which is the reference."""
+    """Measure systems. The first one is the reference."""
     assert systems[0].name == REFERENCE
     with tempfile.TemporaryDirectory() as scratch:
         session = _Session(settings, Path(scratch))
@@ -204,7 +204,7 @@ class _Session:
         self.roofline: Process | None = None
 
     def start(self, system: System) -> _Seat:
-        """Make a system and have it called once; a failure is noted in its row."""
+        """Make a system and call it once; its row records a failure."""
         seat = _Seat(Row(system.name))
         began = time.perf_counter()
         folder = self.scratch / f"{len(list(self.scratch.iterdir()))}"
@@ -223,7 +223,7 @@ class _Session:
         return seat
 
     def store(self, system: System) -> str:
-        """Have what a system loads made, once for all that share it."""
+        """Make the files that a system loads, once for all systems that share them, and return their folder."""
         if system.stored is None:
             return ""
         folder = self.scratch / f"stored-{system.stored.name}"
@@ -255,7 +255,7 @@ class _Session:
             say(f"no roofline: {error}")
 
     def group(self, measured: Measured, reference: _Seat, pending: list[System]) -> None:
-        """Start pending systems while there is room, measure them beside the reference, and end them."""
+        """Start pending systems while memory suffices, measure them with the reference, and end them."""
         seats: list[_Seat] = []
         while pending and (not seats or self.has_room(reference, len(seats) + 1)):
             seats.append(self.start(pending.pop(0)))
@@ -271,13 +271,13 @@ class _Session:
                 self.open.remove(seat.process)
 
     def has_room(self, reference: _Seat, held: int) -> bool:
-        """Whether one more system can be made: some need a few times the memory of the float model for a while."""
+        """Whether one more system can be made; some temporarily need several times the memory of the float model."""
         free = available_memory()
         enough = free is None or free > _TO_MAKE * (reference.row.peak or 0)
         return held < self.settings.together and enough
 
     def round(self, measured: Measured, seats: Sequence[_Seat]) -> None:
-        """One turn of each."""
+        """Call each system once."""
         base = None
         for seat in seats:
             if seat.process is None:
@@ -294,7 +294,7 @@ class _Session:
             measured.peaks.append(max(self.roofline.turn()["rates"].values()))
 
     def fail(self, seat: _Seat, error: Failed) -> None:
-        """Note why a system has no figures."""
+        """Record why a system has no figures."""
         seat.row.failed = str(error)
         seat.process = None
         say(f"{seat.row.system}: failed: {error}")
@@ -307,14 +307,14 @@ class _Session:
 
 @dataclass
 class Digits:
-    """SQNR of systems on the trained model, each measured when it is first asked for."""
+    """SQNR of systems on the trained model, each measured on first request."""
 
     settings: Settings
     scratch: Path
     known: dict[str, float | Failed] = field(default_factory=dict)
 
     def fill(self, rows: Sequence[Row], systems: Sequence[System]) -> None:
-        """Put the SQNR, or why there is none, into rows of systems that work; the reference is what it is against."""
+        """Put the SQNR, or why it is missing, into rows of working systems other than the reference."""
         named = {system.name: system for system in systems}
         for row in rows:
             if row.failed is not None or row.system == REFERENCE:
@@ -348,14 +348,17 @@ def sqnr_db(exact: Any, output: Any) -> float:
 
 
 def present(systems: Sequence[System]) -> Iterator[System]:
-    """Those whose packages are installed; of the others a line is printed."""
+    """The systems whose packages are installed; print a line for each of the others."""
     for system in systems:
         if system.missing:
-            say(f"{system.name}: left out, for {' and '.join(system.missing)} is not installed; pip install '.[bench]'")
+            say(
+                f"{system.name}: left out, because {' and '.join(system.missing)} is not installed; "
+                "pip install '.[bench]'"
+            )
         else:
             yield system
 
 
 def say(text: str) -> None:
-    """A line about how far it is."""
+    """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What is compared: float, ours, and what others offer."""
+"""The systems to compare: float, ours, and those of other packages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from benchmarks.models import Task, cast
 from benchmarks.shapes import Call
 
 Run = Callable[[Call], Tensor]
-"""Runs one call; the output is the model's first, of any floating-point dtype."""
+"""Runs one call and returns the model's first output, of any floating-point dtype."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Something that is made once, in a process that ends, and loaded from a folder.
+    """Files that are made once, in a separate process, and loaded from a folder.
 
     Attributes:
-        name: Of the folder; systems of one name share it.
+        name: Name of the folder; systems with the same name share it.
         make: Makes it and writes it to the folder.
     """
 
@@ -35,10 +35,10 @@ class System:
     """One way to run a model.
 
     Attributes:
-        name: For the table.
-        start: Makes it, or loads it from the folder that ``stored`` filled, ready to be called.
-        stored: What has to be made beforehand, if anything.
-        needs: Packages that it needs.
+        name: Name in the table.
+        start: Makes the system, or loads it from the folder that ``stored`` filled, ready to be called.
+        stored: Files to make beforehand, or None.
+        needs: Packages that the system needs.
     """
 
     name: str
@@ -48,7 +48,7 @@ class System:
 
     @property
     def missing(self) -> list[str]:
-        """Packages that are not installed."""
+        """Needed packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 

@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as a page of markdown."""
+"""Formats measurements as a table, as JSON and as a page of markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "diffusers", "torchao", "openvino", "nncf")
 
 
 def table(measured: Measured, tablefmt: str = "simple") -> str:
-    """One row a system; those that failed below, with the reason."""
+    """One row per system; systems that failed are listed below with the reason."""
     rows = [_cells(row, measured.floor) for row in measured.rows if row.failed is None and row.seconds]
     kept = [column for column in range(len(_HEADER)) if any(row[column] for row in rows)]
     text = tabulate(
@@ -59,12 +59,12 @@ def _floor(measured: Measured) -> str:
         return f"No roofline: {measured.note}."
     return (
         f"Roofline: {measured.operations / 1e9:.1f} GOP in linear layers at {statistics.median(measured.peaks):.0f} "
-        f"GOP/s, the rate of the best int8 product of their shapes, are {1e3 * measured.floor:.1f} ms."
+        f"GOP/s, the rate of the best int8 product of their shapes, take {1e3 * measured.floor:.1f} ms."
     )
 
 
 def to_json(title: str, settings: Settings, measured: Measured) -> dict[str, Any]:
-    """Everything that was measured of one model."""
+    """All measurements of one model."""
     return {
         "title": title,
         "model": settings.model,
@@ -97,7 +97,7 @@ def _row_to_json(row: Row, floor: float | None) -> dict[str, Any]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What it was measured on."""
+    """The machine and the versions that were measured with."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -116,14 +116,14 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def page(found: dict[str, Any], settings: Settings, tables: Sequence[tuple[str, str]]) -> str:
-    """A page of markdown: machine, versions, date and settings, and a table a model."""
+    """A page of markdown: machine, versions, date, settings, and one table per model."""
     numbers = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     parts = [
-        "# On the processor",
+        "# On the CPU",
         f"{found['processor']}, {found['cores']} cores, {found['threads']} threads "
         f"({', '.join(found['instructions'])}); Python {found['python']}, {numbers}; {found['date']}. "
-        f"{settings.rounds} rounds by turns, random weights. How each number is defined stands in "
-        "[`cpu/__init__.py`](../cpu/__init__.py). Only ratios carry over to other machines.",
+        f"{settings.rounds} interleaved rounds, random weights. [`cpu/__init__.py`](../cpu/__init__.py) defines each "
+        "number. Only ratios carry over to other machines.",
     ]
     for title, text in tables:
         parts += [f"## {title}", text]

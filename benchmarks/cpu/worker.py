@@ -1,8 +1,8 @@
-"""The process of one system. It speaks JSON, a line a message, on what was its standard output.
+"""The process of one system. It writes JSON messages, one per line, to its original standard output.
 
-Modes: ``prepare`` makes what is stored; ``serve`` starts the system, says what it takes, and times one call for every
-line that it reads; ``digits`` answers with the error on the trained model; ``roofline`` times integer products of the
-model's shapes for every line that it reads.
+Modes: ``prepare`` makes the stored files; ``serve`` starts the system, reports its start time and memory, and times one
+call for every line that it reads; ``digits`` reports the error on the trained model; ``roofline`` times integer
+products of the model's shapes for every line that it reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OUTPUT = "output.npy"
 def main() -> None:
     order = json.loads(sys.argv[1])
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print is no message.
+    os.dup2(2, 1)  # Output of libraries must not mix with messages.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(order["threads"])
@@ -62,7 +62,7 @@ def _system(order: dict[str, Any]) -> System:
 
 
 def prepare(order: dict[str, Any], tell: Tell) -> None:
-    """Make what is stored."""
+    """Make the stored files."""
     stored = _system(order).stored
     assert stored is not None
     stored.make(_task(order), Path(order["folder"]))
@@ -70,7 +70,7 @@ def prepare(order: dict[str, Any], tell: Tell) -> None:
 
 
 def serve(order: dict[str, Any], tell: Tell) -> None:
-    """Start, say so, and answer every line with the seconds of a call."""
+    """Start the system, report it, and answer every line with the seconds of a call."""
     system = _system(order)
     for name in system.needs:
         __import__(name)
@@ -90,14 +90,14 @@ def serve(order: dict[str, Any], tell: Tell) -> None:
     memory = {"imported": before, "resident": _resident() - before, "peak": _status("VmHWM") - before}
     tell(started=started, output=str(Path(order["scratch"]) / _OUTPUT), **memory)
     for _ in sys.stdin:
-        run(call)  # So that none finds the caches as its neighbour left them.
+        run(call)  # An unmeasured call, because other systems changed the caches.
         began = time.perf_counter()
         run(call)
         tell(seconds=time.perf_counter() - began)
 
 
 def digits(order: dict[str, Any], tell: Tell) -> None:
-    """The mean SQNR on the trained model."""
+    """Report the mean SQNR on the trained model."""
     from benchmarks.digits import mean_sqnr
 
     system, task, folder = _system(order), _task(order), Path(order["folder"])
@@ -107,15 +107,15 @@ def digits(order: dict[str, Any], tell: Tell) -> None:
 
 
 def roofline(order: dict[str, Any], tell: Tell) -> None:
-    """Say how many operations the linears of a call are; answer every line with the best rate of their products."""
+    """Report the operations in the linears of a call; answer every line with the best rate of each product."""
     from fxquant.inspect.profiling.roofline import int8_product
 
     counts = linear_shapes(_task(order))
-    # Those of a few rows are bound by memory, and not what a peak is measured with.
+    # Memory bandwidth limits products of few rows, so they do not measure a peak.
     shapes = [shape for shape in counts if shape[0] > 64] or list(counts)
     works = {shape: int8_product(*shape, torch.device("cpu")) for shape in shapes}
     if any(work is None for work in works.values()):
-        raise RuntimeError("this build of torch has no integer product of oneDNN to measure the roofline with")
+        raise RuntimeError("this build of torch lacks oneDNN's integer product, which measures the roofline")
     tell(operations=sum(2 * rows * i * o * count for (rows, i, o), count in counts.items()))
     for _ in sys.stdin:
         rates = {}

@@ -34,9 +34,8 @@ def main() -> int:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
     torch.set_grad_enabled(False)
-    torch.set_float32_matmul_precision(
-        "high"
-    )  # Torchao sets it, and what is compiled under one is not valid under two.
+    # Torchao sets this precision, and code that was compiled under one precision is not valid under another.
+    torch.set_float32_matmul_precision("high")
     report = Report(
         Options(
             models=models,
@@ -61,23 +60,24 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Time, memory and error on a GPU, systems side by side."
+        prog="python -m benchmarks.gpu", description="Compare time, memory and error of systems on a GPU."
     )
     names = ", ".join(SHAPES)
     parser.add_argument(
-        "--model", help=f"models joined by commas, each NAME, NAME:LAYERS or NAME:LAYERS@BATCH, of {names}; {USUAL}"
+        "--model",
+        help=f"models joined by commas, each NAME, NAME:LAYERS or NAME:LAYERS@BATCH, of {names}; default {USUAL}",
     )
-    parser.add_argument("--batch", default="2", help="samples of a call, joined by commas; 2")
+    parser.add_argument("--batch", default="2", help="samples per call, joined by commas; default 2")
     parser.add_argument("--shape", type=_shape, action="append", default=[], metavar="ROWSxINPUTSxOUTPUTS",
-                        help="a product beside those of the models; repeatable")  # fmt: skip
-    parser.add_argument("--part", choices=("both", "models", "products"), default="both", help="what is measured")
-    parser.add_argument("--only", action="append", help="systems whose names hold this text alone; repeatable")
-    parser.add_argument("--products", action="append", help="products whose names hold this text alone; repeatable")
-    parser.add_argument("--rounds", type=int, default=15, help="of each system, by turns")
-    parser.add_argument("--budget", type=float, help="seconds after which nothing new is begun")
-    parser.add_argument("--check", action="store_true", help="check only, on small models; always so without a GPU")
-    parser.add_argument("--json", type=Path, help="where to write everything that was found, as it is found")
-    parser.add_argument("--markdown", type=Path, help="where to write device, versions and tables as a page")
+                        help="a product in addition to those of the models; repeatable")  # fmt: skip
+    parser.add_argument("--part", choices=("both", "models", "products"), default="both", help="what to measure")
+    parser.add_argument("--only", action="append", help="only systems whose names contain this text; repeatable")
+    parser.add_argument("--products", action="append", help="only products whose names contain this text; repeatable")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds; each calls all systems")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing new is started")
+    parser.add_argument("--check", action="store_true", help="check only, on small models; the default without a GPU")
+    parser.add_argument("--json", type=Path, help="file for all results, updated after each")
+    parser.add_argument("--markdown", type=Path, help="file for a page of device, versions and tables")
     parser.add_argument("--verbose", action="store_true", help="show warnings of the libraries")
     return parser
 

@@ -1,4 +1,4 @@
-"""What has to hold before anything is timed."""
+"""Checks that must pass before anything is timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROWS = 2048
 
 
 class Wrong(Exception):
-    """A result is not what it should be; the message says by how much."""
+    """A result is wrong; the message says by how much."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Found:
     """How a product compares with float64.
 
     Attributes:
-        elements: How many were compared.
-        wrong: How many are off by more than rounding explains, or are not numbers.
-        sqnr_db: Of all.
+        elements: Number of compared elements.
+        wrong: Number of elements that differ by more than rounding explains, or are NaN.
+        sqnr_db: SQNR in dB over all elements.
     """
 
     elements: int
@@ -41,10 +41,10 @@ def check_product(case: Case, run: Run) -> Found:
 
     Args:
         case: The product.
-        run: What runs it: its own `run`, or a recording of that.
+        run: Runs the product: its own `run`, or a recording of it.
 
     Raises:
-        Wrong: If any element is off.
+        Wrong: If any element is wrong.
     """
     first = run()
     poison(first if case.target is None else case.target)
@@ -65,7 +65,7 @@ def check_product(case: Case, run: Run) -> Found:
         signal += float(exact.square().sum())
         noise += float(error.square().sum())
     if wrong:
-        raise Wrong(f"{wrong} of {output.numel()} elements ({wrong / output.numel():.2%}) are not those of float64")
+        raise Wrong(f"{wrong} of {output.numel()} elements ({wrong / output.numel():.2%}) differ from float64")
     return Found(output.numel(), wrong, _decibels(signal, noise))
 
 
@@ -74,7 +74,7 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def poison(tensor: Tensor) -> None:
-    """Overwrite it with what no right result holds."""
+    """Overwrite a tensor with a value that no correct result contains."""
     if tensor.is_floating_point():
         tensor.fill_(float("nan"))
     else:
@@ -83,7 +83,7 @@ def poison(tensor: Tensor) -> None:
 
 @contextmanager
 def _new_memory_poisoned() -> Iterator[None]:
-    """New tensors that are not filled hold NaN or the largest number, on any device."""
+    """Fill new uninitialized tensors with NaN or the largest number, on any device."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
@@ -100,7 +100,7 @@ def check_model(run: Run, exact: Exact, least_db: float) -> float:
     """The SQNR of a model's output in dB, after its last output was overwritten.
 
     Raises:
-        Wrong: If it is not finite, not of the right shape, or not near.
+        Wrong: If the output is not finite, has the wrong shape, or has too low an SQNR.
     """
     poison(run())
     output = run().cpu()
@@ -111,5 +111,5 @@ def check_model(run: Run, exact: Exact, least_db: float) -> float:
         raise Wrong(f"{1 - float(finite.double().mean()):.2%} of the output are not finite")
     found = sqnr_db(exact.output.float(), output.float())
     if found < least_db:
-        raise Wrong(f"SQNR of {found:.1f} dB, where {least_db:.0f} is the least that its arithmetic explains")
+        raise Wrong(f"an SQNR of {found:.1f} dB is below {least_db:.0f}, the least that its arithmetic explains")
     return found

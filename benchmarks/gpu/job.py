@@ -1,4 +1,4 @@
-"""A task on a device: its model in bfloat16, its calls, and what its output should be."""
+"""A task on a device: its model in bfloat16, its calls, and its expected output."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Exact:
-    """What outputs are compared with.
+    """The expected output, which other outputs are compared with.
 
     Attributes:
-        output: Of the timed call, on the CPU.
-        said: How it was computed.
+        output: Output of the timed call, on the CPU.
+        said: Description of how it was computed.
     """
 
     output: Tensor
@@ -38,14 +38,14 @@ class Job:
     device: torch.device
 
     def model(self) -> nn.Module:
-        """The model, each time the same; it is made in bfloat16, so that one of the largest takes no more."""
+        """The model, with the same weights each time; made in bfloat16, so large ones never need float32 memory."""
         with self.device, _made_in(DTYPE):
             model = self.task.make()
         return model.to(self.device, DTYPE).eval().requires_grad_(False)
 
     @cached_property
     def calls(self) -> list[Call]:
-        """Those to calibrate with."""
+        """The calibration calls."""
         return [self._moved(call) for call in self.task.calls]
 
     @cached_property
@@ -66,13 +66,13 @@ class Job:
 
     @cached_property
     def exact(self) -> Exact:
-        """What the output of the timed call should be, in float32 if that fits."""
+        """The expected output of the timed call, in float32 if that fits in memory."""
         try:
             return self._in_float32()
         except torch.OutOfMemoryError:
-            pass  # What the failed attempt holds is only let go behind this block.
+            pass  # The memory of the failed attempt is released only after this block.
         free()
-        return Exact(self.model()(**self.timed)[0].cpu(), "eager bf16, as float32 does not fit")
+        return Exact(self.model()(**self.timed)[0].cpu(), "eager bf16, because float32 does not fit in memory")
 
     def _in_float32(self) -> Exact:
         precision = torch.get_float32_matmul_precision()
@@ -95,7 +95,7 @@ def _made_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def free() -> None:
-    """Give back what nothing holds any more."""
+    """Free memory that nothing references any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Products of the shapes of a model: checked, then timed by turns, as shares of the device's peak."""
+"""Products of the shapes of a model: checked, then timed in interleaved rounds, as shares of the device's peak."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.gpu.products import Case, Product, Shape, all_products
 from benchmarks.gpu.timing import ColdCaches
 
 SMALL = ((33, 128, 48), (17, 64, 32), (130, 320, 80))
-"""Shapes to check where nothing is timed: none of them a multiple of a tile."""
+"""Shapes to check if nothing is timed. None of them is a multiple of a tile."""
 SQUARES = (4096, 8192, 16384)
-"""Sides of the products that the peak is measured with."""
+"""Side lengths of the square products that measure the peak."""
 _RUNS = 8
-"""Of a product in a round."""
+"""Runs of a product in a round."""
 
 
 @dataclass
@@ -30,11 +30,11 @@ class Cell:
     Attributes:
         shape: Rows, inputs, outputs.
         product: Its name.
-        numbers: What it multiplies.
-        found: How it compares with float64.
-        failed: Why there is no time, or not even a comparison.
-        wrong: Whether that is because the comparison failed.
-        seconds: Of its runs; none where nothing is timed.
+        numbers: Kind of number that it multiplies.
+        found: Comparison with float64.
+        failed: Why there is no time, or no comparison either.
+        wrong: Whether it failed because the comparison failed.
+        seconds: Seconds of its runs; empty if nothing is timed.
     """
 
     shape: Shape
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def rate(self) -> float | None:
-        """Operations a second, two a multiplication and addition, of the median run."""
+        """Operations per second of the median run; a multiplication with its addition counts as two."""
         if not self.seconds:
             return None
         rows, inputs, outputs = self.shape
@@ -55,28 +55,28 @@ class Cell:
 
 
 class Lost(Exception):
-    """The device answers no more; only a new process can go on."""
+    """The device no longer responds; only a new process can continue."""
 
 
 def chosen(texts: Sequence[str]) -> list[Product]:
-    """Products whose names hold one of the texts."""
+    """Products whose names contain one of the texts."""
     return [product for product in all_products() if any(text in product.name for text in texts)]
 
 
 def measure_shape(
     shape: Shape, products: Iterable[Product], device: torch.device, rounds: int, caches: ColdCaches | None
 ) -> list[Cell]:
-    """Check all products of a shape and time those that are right.
+    """Check all products of a shape and time those that are correct.
 
     Args:
         shape: Rows, inputs and outputs.
-        products: Which.
-        device: Where.
-        rounds: How often each has its turn.
-        caches: What times; None to check only.
+        products: The products.
+        device: The device.
+        rounds: Number of rounds.
+        caches: Times the runs; None to check only.
 
     Raises:
-        Lost: If the device is gone.
+        Lost: If the device no longer responds.
     """
     cells, ready = [], []
     for product in products:
@@ -89,7 +89,7 @@ def measure_shape(
             case = product.make(shape, device)
             run = case.run if caches is None else record(case.run)
             cell.found = check_product(case, run)
-        except Exception as error:  # Reported in the table, and the others go on.
+        except Exception as error:  # Reported in the table; the other products continue.
             cell.failed, cell.wrong = reason(error), isinstance(error, Wrong)
             still_there(error)
             continue
@@ -108,7 +108,7 @@ def _time(ready: Sequence[tuple[Cell, Case, Run]], rounds: int, caches: ColdCach
 
 
 def peaks(cells: Iterable[Cell]) -> dict[str, float]:
-    """Operations a second of the fastest product of large squares, by what it multiplies."""
+    """Operations per second of the fastest product of large squares, by kind of number."""
     found: dict[str, float] = {}
     for cell in cells:
         if cell.rate is not None and min(cell.shape) in SQUARES:
@@ -117,7 +117,7 @@ def peaks(cells: Iterable[Cell]) -> dict[str, float]:
 
 
 def reason(error: Exception) -> str:
-    """One line about why something failed."""
+    """Why something failed, in one line."""
     if isinstance(error, Wrong):
         return str(error)
     lines = str(error).strip().splitlines() or [""]
@@ -125,7 +125,7 @@ def reason(error: Exception) -> str:
 
 
 def still_there(error: Exception) -> None:
-    """Raise :class:`Lost` if an error has left the device without answers."""
+    """Raise :class:`Lost` if the device no longer responds after an error."""
     if not torch.cuda.is_available():
         return
     try:
@@ -136,5 +136,5 @@ def still_there(error: Exception) -> None:
 
 
 def say(text: str) -> None:
-    """A line about how far it is."""
+    """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)

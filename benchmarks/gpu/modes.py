@@ -1,4 +1,4 @@
-"""How a module is called: as it is, compiled, or as a recorded CUDA graph."""
+"""Ways to call a module: eager, compiled, or as a recorded CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from benchmarks.shapes import Call
 
 Run = Callable[[], Tensor]
-"""Runs the timed call; what it returns may be overwritten by the next one."""
+"""Runs the timed call; the next call may overwrite the returned tensor."""
 
 
 class Mode(enum.Enum):
-    """How a module is called; the value stands in the table."""
+    """Way to call a module; the table shows the value."""
 
     EAGER = "eager"
     COMPILED = "compiled"
@@ -26,7 +26,7 @@ class Mode(enum.Enum):
 
 
 def runner(module: nn.Module, mode: Mode, call: Call) -> Run:
-    """What runs a call of a module."""
+    """A function that runs a call of a module."""
     if mode is Mode.GRAPH:
         return record(lambda: _output(module(**call)))
     if mode is Mode.EAGER:
@@ -48,10 +48,10 @@ _NUMBERS = itertools.count()
 
 
 def _own(module: nn.Module) -> Callable[..., Tensor]:
-    """A function that calls the module, of code that no other has.
+    """A function that calls the module and has its own code object.
 
-    What is compiled of one code object shares a cache, which is searched entry by entry in every call, and in which
-    only a few fit.
+    All compiled versions of one code object share a cache. Every call searches this cache entry by entry, and it holds
+    only a few entries.
     """
 
     def call_module(**call: object) -> Tensor:
@@ -63,9 +63,9 @@ def _own(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def record(work: Run) -> Run:
-    """The work as a CUDA graph, recorded after three calls in which it may prepare itself.
+    """Record the work as a CUDA graph, after three warm-up calls.
 
-    All its runs write one tensor.
+    All runs write the same tensor.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -16,11 +16,11 @@ from fxquant.numerics.packing import pack
 from fxquant.numerics.weights import dequantize_weight
 
 _ZERO_POINT = 113
-"""Of the activations: one that is neither the middle nor an end."""
+"""Zero point of the activations, neither in the middle nor at an end."""
 
 
 def our_products() -> Iterator[Product]:
-    """Each kind of weight that the kernel takes."""
+    """One product per kind of weight that the kernels accept."""
     yield _product("native s8 x s8", _Kind(8))
     yield _product("native s8 x s8, symmetric weights", _Kind(8, symmetric=True))
     yield _product("native s8 x u4", _Kind(4))
@@ -62,7 +62,7 @@ def _codes(kind: _Kind, shape: Shape, device: torch.device) -> Case:
     held = weights.held(packed, zero_point, kind.bits, inputs, halves, kind.group_size)
     sums = weights.sums(packed, scale, zero_point, kind.bits, inputs, kind.group_size)
     offset = weights.offset(zero_point, kind.bits)
-    # In a model the layers that read one value share these.
+    # Made beforehand: in a model, layers that read the same value share these sums.
     x_sums = None if offset is None else torch.ops.fxquant_native.triton_row_sums(x)
     bias = torch.randn(outputs, device=device).to(torch.bfloat16)
     arguments = (x, x_scale, x_zero_point, held, scale, zero_point, sums, bias, kind.bits, outputs, "none")
@@ -103,7 +103,7 @@ def _floats(shape: Shape, device: torch.device) -> Case:
     held, step = weights.floats(packed, scale, zero_point, 8, inputs, 0)
     x = (torch.randn(rows, inputs, device=device) * 100).clamp(-weights.FP8_MAX, weights.FP8_MAX).to(FP8)
     x_scale, x_zero_point = _grid(device)
-    # One unit stands for so much that the largest float reaches the farther end of the grid of codes.
+    # With this unit, the largest float reaches the farther end of the grid of codes.
     unit = x_scale.double() * max(_ZERO_POINT, 255 - _ZERO_POINT) / weights.FP8_MAX
     bias = torch.randn(outputs, device=device).to(torch.bfloat16)
     arguments = (x, x_scale, x_zero_point, held, step, zero_point, step, bias, 8, outputs, "none")
@@ -119,7 +119,7 @@ def _floats(shape: Shape, device: torch.device) -> Case:
 
 
 def _step() -> float:
-    """Triton's interpreter cuts off the bits that bfloat16 lacks, where devices round to the nearest."""
+    """Rounding error. Triton's interpreter truncates the bits that bfloat16 lacks; devices round to nearest."""
     return 2 * BF16_STEP if machine.interprets() else BF16_STEP
 
 

@@ -1,4 +1,4 @@
-"""Ours: recipes on the native backend, with products of integers and of 8-bit floats."""
+"""Our systems: recipes on the native backend, with products of integers and of 8-bit floats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RECIPES = (
 
 
 def our_makings() -> Iterator[Made]:
-    """One a recipe and kind of product."""
+    """One per recipe and kind of product."""
     for name, recipe, products, least in _RECIPES:
         yield _made(name, recipe, products, least)
 

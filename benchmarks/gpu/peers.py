@@ -1,4 +1,4 @@
-"""What a user would take instead: torchao, each configuration as its documentation has it run at its best."""
+"""The alternative to fxquant: torchao, each configuration run in the fastest way that its documentation describes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.gpu.systems import Made
 
 _NEEDS = ("torchao",)
 _LEAST_ROWS = 17
-"""That the integer product of CUDA takes."""
+"""The least rows that the integer product of CUDA accepts."""
 
 
 def peer_makings() -> Iterator[Made]:
-    """One a configuration."""
+    """One per configuration."""
     yield Made("torchao int8 dynamic", partial(_quantized, config=_int8_dynamic, rows=_LEAST_ROWS), 15.0, _NEEDS)
     yield Made("torchao int8 static", _int8_static, 15.0, _NEEDS)
     for name in ("tensor", "row"):
@@ -42,18 +42,18 @@ def _fp8_dynamic(granularity: str) -> Any:
 def _int4() -> Any:
     from torchao.quantization import Int4WeightOnlyConfig
 
-    # The layout of the kernel that comes with torch; others need a package of kernels.
+    # The layout of the kernel that is part of torch; other layouts need another package of kernels.
     return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
 
 
 def _lacks_fp8(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return "torchao has it on GPUs"
-    return "the device has no products of 8-bit floats" if torch.cuda.get_device_capability(device) < (8, 9) else None
+        return "torchao supports it only on GPUs"
+    return "the device cannot multiply 8-bit floats" if torch.cuda.get_device_capability(device) < (8, 9) else None
 
 
 def _lacks_int4(device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "its kernel runs on GPUs"
+    return None if device.type == "cuda" else "its kernel runs only on GPUs"
 
 
 def _quantized(job: Job, config: Callable[[], Any], rows: int = 1, multiple: int = 16) -> nn.Module:
@@ -66,11 +66,11 @@ def _quantized(job: Job, config: Callable[[], Any], rows: int = 1, multiple: int
 
 
 def _int8_static(job: Job) -> nn.Module:
-    """Each layer with the largest magnitude of its own inputs in calibration."""
+    """Quantize each layer with the largest magnitude of its own inputs in calibration."""
     try:
         from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
     except ImportError:
-        raise RuntimeError("the installed torchao has no static int8") from None
+        raise RuntimeError("the installed torchao has no static int8 configuration") from None
 
     model = job.model()
     for name, largest in _inputs(job, model, _LEAST_ROWS, 16).items():
@@ -83,13 +83,13 @@ def _int8_static(job: Job) -> nn.Module:
 
 
 def _inputs(job: Job, model: nn.Module, rows: int, multiple: int) -> dict[str, Tensor]:
-    """Largest magnitudes of the inputs of the linears that a configuration takes, of as many axes as the inputs.
+    """Largest input magnitudes of the linears that a configuration accepts, with as many axes as the inputs.
 
     Args:
-        job: What is run.
-        model: What is quantized.
-        rows: How many rows of inputs a layer must have.
-        multiple: What its input channels must be a multiple of, and its output channels of 16.
+        job: The job to run.
+        model: The model to quantize.
+        rows: The least rows of inputs that a layer must have.
+        multiple: Input channels must be a multiple of it; output channels must be a multiple of 16.
     """
     found: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Products of matrices, those of torch and ours, each with what it should give in float64."""
+"""Matrix products of torch and ours, each with its expected result in float64."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Shape = tuple[int, int, int]
 FP8 = torch.float8_e4m3fn
 BF16_STEP = 2.0**-8
 FLOAT_SUMS = 2.0**-20
-"""Share of the sum of magnitudes by which sums in float32 may be off, many of them in a row."""
+"""Allowed error of long sums in float32, as a share of the sum of magnitudes."""
 FP8_SUMS = 2.0**-11
-"""The same of products of 8-bit floats, whose sums tensor cores keep in fewer bits."""
+"""The same for products of 8-bit floats, whose sums tensor cores keep in fewer bits."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Case:
     """One product, ready to run.
 
     Attributes:
-        run: Returns `[rows, outputs]`, written anew.
-        left: What is really multiplied, in float64: gives `[rows, inputs]` of a range of rows.
-        right: The same of the weight, `[outputs, inputs]`.
-        step: Error that rounding the result may make, as a share of it.
-        sums: Error that adding up may make, as a share of the sum of magnitudes.
-        target: What `run` always writes to, where that is given.
-        bias: What is added, `[outputs]`.
+        run: Returns `[rows, outputs]`, computed anew in each call.
+        left: Returns the true values of the activations in float64, `[rows, inputs]` for a range of rows.
+        right: Returns the true values of the weight in float64, `[outputs, inputs]`.
+        step: Allowed error of rounding the result, as a share of the result.
+        sums: Allowed error of summation, as a share of the sum of magnitudes.
+        target: The tensor that `run` always writes to, if there is one.
+        bias: Added to the product, `[outputs]`.
     """
 
     run: Callable[[], Tensor]
@@ -47,10 +47,10 @@ class Product:
     """A way to multiply.
 
     Attributes:
-        name: For the table.
-        numbers: What it multiplies: ``bf16``, ``int8`` or ``fp8``, whose peak counts.
-        make: Makes it with random inputs of a shape.
-        lacks: Why it cannot run on a device.
+        name: Name in the table.
+        numbers: Kind of number that it multiplies: ``bf16``, ``int8`` or ``fp8``. Shares are relative to its peak.
+        make: Makes the product with random inputs of a shape.
+        lacks: Returns why it cannot run on a device, or None.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Product:
 
 
 def all_products() -> list[Product]:
-    """Those of torch, then ours."""
+    """The products of torch, then ours."""
     from benchmarks.gpu.our_products import our_products
 
     return [*_of_torch(), *our_products()]
@@ -74,7 +74,7 @@ def _of_torch() -> Iterator[Product]:
 
 def lacks_fp8(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        return "the device has no products of 8-bit floats"
+        return "the device cannot multiply 8-bit floats"
     return None
 
 

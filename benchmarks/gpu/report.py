@@ -1,4 +1,4 @@
-"""One run: products and models in their order, printed and written as they are found."""
+"""One run: measures products, then models, and prints and writes results as they arrive."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from benchmarks.gpu.timing import ColdCaches
 from benchmarks.models import linear_shapes, task_of
 
 _FEW_ROWS = 64
-"""Up to which products are bound by memory, and say nothing about a share of the peak."""
+"""Products of up to this many rows are limited by memory, so their share of the peak means nothing."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of one run.
+    """Options of one run.
 
     Attributes:
-        models: Names and batches.
-        shapes: Of products, beside those of the models.
-        systems: Texts that names of systems hold.
-        products: Texts that names of products hold.
+        models: Names and batch sizes.
+        shapes: Shapes of products in addition to those of the models.
+        systems: Names of selected systems contain one of these texts.
+        products: Names of selected products contain one of these texts.
         parts: ``models``, ``products`` or ``both``.
-        rounds: 0 to check only.
-        budget: Seconds after which nothing new is begun.
-        json: Where to write everything.
-        markdown: Where to write a page.
+        rounds: Number of rounds; 0 to check only.
+        budget: Seconds after which nothing new is started.
+        json: File for all results.
+        markdown: File for a page.
     """
 
     models: tuple[tuple[str, int], ...]
@@ -55,7 +55,7 @@ class Options:
 
 
 class Report:
-    """Everything that a run has found so far."""
+    """All results of a run so far."""
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self._options, self._device = options, device
@@ -69,7 +69,7 @@ class Report:
         self._wrong = False
 
     def run(self) -> int:
-        """Measure all; the exit status is 1 if a check failed, 2 if the device was lost."""
+        """Measure everything; return exit status 1 if a check failed, 2 if the device was lost, otherwise 0."""
         if not self._options.rounds:
             print(NOT_TIMED, flush=True)
         try:
@@ -84,7 +84,7 @@ class Report:
         options = self._options
         if options.parts != "models":
             if options.rounds:
-                # The peak is that of all products, whichever are asked for.
+                # The peak is taken over all products, not only the requested ones.
                 squares = [cell for side in matmuls.SQUARES for cell in self._products((side, side, side), ("",))]
                 self._peaks = matmuls.peaks(squares)
                 self._show("Large squares", peaks_line(self._peaks) + "\n\n" + self._products_text(squares, {}))
@@ -98,7 +98,7 @@ class Report:
     def _model(self, model: str, batch: int) -> None:
         task = task_of(model, batch)
         if importlib.util.find_spec("diffusers") is None:
-            self._show(task.name, "Not measured: diffusers, which has the model, is not installed.")
+            self._show(task.name, "Not measured: diffusers, which defines the model, is not installed.")
             return
         if self._options.parts != "models" and self._options.rounds:
             counts = {shape: count for shape, count in linear_shapes(task).items() if shape[0] > _FEW_ROWS}
@@ -131,13 +131,13 @@ class Report:
         self._write()
 
     def _systems(self) -> list[System]:
-        """Those that are asked for, and the reference."""
+        """The requested systems, and the reference."""
         reference, *others = all_systems(self._device)
         texts = self._options.systems
         return [reference, *(system for system in others if any(text in system.name for text in texts))]
 
     def _products(self, shape: Shape, texts: Sequence[str] | None = None) -> list[Cell]:
-        """Products of a shape whose names hold one of the texts, measured once; none if the time is up."""
+        """Measure the products of a shape whose names contain one of the texts, once; empty after the time limit."""
         if shape not in self._cells and not self._ended():
             say(f"products of {shape}")
             products = matmuls.chosen(texts or self._options.products)
@@ -149,7 +149,7 @@ class Report:
         return self._cells.get(shape, [])
 
     def _products_text(self, cells: list[Cell], counts: dict[Shape, int], tablefmt: str = "github") -> str:
-        return products_table(cells, self._peaks, counts, tablefmt) if cells else "None: the time was up."
+        return products_table(cells, self._peaks, counts, tablefmt) if cells else "None: the time limit was reached."
 
     def _show(self, title: str, text: str) -> None:
         self._sections[title] = text

@@ -1,4 +1,4 @@
-"""Whole models: systems are made, checked and called by turns, as many at a time as fit in memory."""
+"""Whole models: makes and checks systems and calls them in interleaved rounds, as many at a time as fit in memory."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from benchmarks.gpu.systems import Made, System, settings_kept
 from benchmarks.gpu.timing import Turn, take_turns
 
 _FIRST_ROUNDS = 3
-"""That each system has beside the reference as soon as it is there: a run that is cut off has left something."""
+"""Rounds of each system with the reference as soon as it is ready, so that an interrupted run has results."""
 _TO_MAKE = 2.0
-"""Memory that making and compiling a system may need, over what the reference takes in a call."""
+"""Memory that making and compiling a system may need, as a multiple of the largest peak in a call so far."""
 
-_LATE = "the time was up"
+_LATE = "the time limit was reached"
 _NO_MEMORY = torch.OutOfMemoryError.__name__
 
 
 @dataclass
 class Row:
-    """What was found of one system; one that failed has a reason and no times.
+    """Results of one system; a system that failed has a reason and no times.
 
     Attributes:
         system: Its name.
         failed: Why there are no times.
-        wrong: Whether that is because a check failed.
-        sqnr_db: Of its output.
-        seconds: Of its calls, a round each.
-        ratios: Time of the reference over its own, a round each.
-        started: Seconds until it could be called, compilation and tuning included; making the module counts for the
-            first of those that share it.
+        wrong: Whether it failed because a check failed.
+        sqnr_db: SQNR of its output.
+        seconds: Seconds of its calls, one per round.
+        ratios: Time of the reference over its own time, one per round.
+        started: Seconds until it could be called, including compilation and tuning. The first of the systems that share
+            a module includes the time of making the module.
         weights: Bytes on the device before its first call.
-        peak: Bytes in a call at the highest.
+        peak: The most bytes in a call.
     """
 
     system: str
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
-        """Over the reference, the middle of the rounds."""
+        """Speed relative to the reference, the median over rounds."""
         return statistics.median(self.ratios) if self.ratios else None
 
 
@@ -69,10 +69,10 @@ class Session:
     """The systems of one job.
 
     Args:
-        job: What is run.
-        rounds: How often each has its turn; 0 to check only.
-        ended: Whether the time is up.
-        changed: Called with all rows whenever there is something new.
+        job: The job to run.
+        rounds: Number of rounds; 0 to check only.
+        ended: Returns whether the time limit has passed.
+        changed: Called with all rows after each change.
     """
 
     def __init__(self, job: Job, rounds: int, ended: Callable[[], bool], changed: Callable[[list[Row]], None]) -> None:
@@ -82,10 +82,10 @@ class Session:
         self._largest = 0
 
     def measure(self, systems: Sequence[System]) -> list[Row]:
-        """Check and time systems, the first of which is the reference.
+        """Check and time systems. The first one is the reference.
 
         Raises:
-            Lost: If the device is gone; :attr:`rows` has what was found.
+            Lost: If the device no longer responds; :attr:`rows` has the results so far.
         """
         reference, *pending = systems
         try:
@@ -113,7 +113,7 @@ class Session:
             first = False
 
     def _group(self, reference: _Seat, pending: list[System]) -> None:
-        """Start as many as there is memory and time for, and let all have their turns."""
+        """Start as many systems as memory and time allow, and call them in interleaved rounds."""
         seats = [reference]
         while pending and (len(seats) == 1 or self._fits()):
             system = pending.pop(0)
@@ -125,7 +125,7 @@ class Session:
             seat = self._start(system, row)
             if seat is None and row.failed is not None and row.failed.startswith(_NO_MEMORY) and len(seats) > 1:
                 self.rows.remove(row)
-                pending.insert(0, system)  # In a group of its own it may fit.
+                pending.insert(0, system)  # It may fit in a group without the other systems.
                 break
             if seat is not None:
                 seats.append(seat)
@@ -138,7 +138,7 @@ class Session:
         self._close()
 
     def _take(self, turns: Sequence[Turn], rows: Sequence[Row], rounds: int) -> None:
-        """What the last rounds gave takes the place of what earlier ones did, but for the reference's own."""
+        """Call the systems in rounds. The results replace those of earlier rounds in the rows."""
         if not self._rounds:
             return
         take_turns(turns, rounds, self._ended)
@@ -158,7 +158,7 @@ class Session:
                 row.started = time.perf_counter() - began if self._rounds else None
                 row.sqnr_db = check_model(run, self._job.exact, system.made.least_db)
                 return _Seat(row, Turn(run, []))
-            except Exception as error:  # Reported in the table, and the others go on.
+            except Exception as error:  # Reported in the table; the other systems continue.
                 row.failed, row.wrong = reason(error), isinstance(error, Wrong)
                 still_there(error)
         say(f"    left out: {row.failed}")
@@ -175,7 +175,7 @@ class Session:
             run = runner(module, mode, self._job.timed)
         else:
             run = runner(module, mode, self._job.timed)
-            run()  # Compiles and tunes, which takes more.
+            run()  # Compilation and tuning need more memory than a call.
             torch.cuda.reset_peak_memory_stats(self._job.device)
             run()
         row.peak = row.weights + torch.cuda.max_memory_allocated(self._job.device) - before
@@ -183,18 +183,18 @@ class Session:
         return run
 
     def _module(self, made: Made) -> tuple[nn.Module, int | None]:
-        """The module, shared by the systems of one making that follow each other, and its bytes."""
+        """The module, which consecutive systems of the same `Made` share, and its bytes."""
         if self._made is None or self._made[0] is not made:
             self._made = None
             measured = self._job.device.type == "cuda" and self._rounds > 0
-            _ = self._job.exact, self._job.timed, self._job.calls  # What all share is not what one holds.
+            _ = self._job.exact, self._job.timed, self._job.calls  # Made first, so that shared tensors do not count.
             before = held(self._job.device) if measured else 0
             module = made.make(self._job)
             self._made = made, module, held(self._job.device) - before if measured else None
         return self._made[1:]
 
     def _fits(self) -> bool:
-        """Whether another system certainly has room."""
+        """Whether memory certainly suffices for another system."""
         if self._job.device.type != "cuda":
             return True
         free()
@@ -206,7 +206,7 @@ class Session:
         self._changed(self.rows)
 
     def _close(self) -> None:
-        """Give back all modules, what was compiled and the recorded graphs."""
+        """Release all modules, compiled code and recorded graphs."""
         self._made = None
         torch._dynamo.reset()
         if self._job.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What is compared: bfloat16, ours, and what others offer."""
+"""The systems to compare: bfloat16, ours, and those of other packages."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from benchmarks.gpu.modes import Mode
 
 @dataclass(frozen=True)
 class Made:
-    """One way to make a module of a model, which the systems of one name share.
+    """One way to make a module of a model. The systems that call the module in different modes share it.
 
     Attributes:
-        name: For the table.
-        make: Makes it, on the job's device.
-        least_db: SQNR below which something is wrong, and not merely inexact.
+        name: Name in the table.
+        make: Makes the module on the job's device.
+        least_db: An SQNR below this means that the result is wrong, not only inexact.
         needs: Packages that it needs.
-        lacks: Why it cannot be made here, where that is known beforehand.
+        lacks: Returns why it cannot be made on a device, if that is known beforehand; otherwise None.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Made:
     lacks: Callable[[torch.device], str | None] = lambda device: None
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it cannot be made here."""
+        """Why the module cannot be made here; None if it can."""
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if absent:
             return f"{' and '.join(absent)} is not installed"
@@ -42,26 +42,26 @@ class Made:
 
 @dataclass(frozen=True)
 class System:
-    """A module and how it is called."""
+    """A module and a mode of calling it."""
 
     made: Made
     mode: Mode
 
     @property
     def name(self) -> str:
-        """For the table."""
+        """Name in the table."""
         return f"{self.made.name}, {self.mode.value}"
 
 
 BF16 = Made("bf16", Job.model, least_db=25.0)
 REFERENCE = System(BF16, Mode.MAX_AUTOTUNE)
-"""What others are compared with."""
+"""The system that others are compared with."""
 
 
 def all_systems(device: torch.device) -> list[System]:
-    """Every system, the reference first, those of one module next to each other.
+    """Every system, the reference first; systems that share a module are adjacent.
 
-    On processors, where they are only checked, each module once and as it is.
+    On CPUs, where systems are only checked, there is one eager system per module.
     """
     from benchmarks.gpu.ours import our_makings
     from benchmarks.gpu.peers import peer_makings
@@ -77,7 +77,7 @@ def all_systems(device: torch.device) -> list[System]:
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Undo what a library sets for everyone, such as torchao the options of inductor."""
+    """Restore global settings that a library changes; for example, torchao changes options of Inductor."""
     config, precision = torch._inductor.config.save_config(), torch.get_float32_matmul_precision()
     try:
         yield

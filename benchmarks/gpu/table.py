@@ -1,4 +1,4 @@
-"""What was found, as tables, as JSON and as a page of markdown."""
+"""Formats results as tables, as JSON and as a page of markdown."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from benchmarks.gpu.products import Shape
 from benchmarks.gpu.session import Row
 from benchmarks.gpu.systems import REFERENCE
 
-NOT_TIMED = "Checked only: nothing was timed, and there are no figures of speed or memory."
+NOT_TIMED = "Checks only: nothing was timed, and there are no figures of speed or memory."
 _HEADER = ["system", "ms", "quartiles", f"x {REFERENCE.name}", "SQNR dB", "weights MB", "peak MB", "start s"]
 _PACKAGES = ("torch", "triton", "diffusers", "torchao")
 
 
 def systems_table(rows: Sequence[Row], tablefmt: str = "simple") -> str:
-    """One row a system; those that failed below, with the reason."""
+    """One row per system; systems that failed are listed below with the reason."""
     lines = [_grid([_cells(row) for row in rows if row.failed is None], _HEADER, tablefmt)]
     most = max((len(row.seconds) for row in rows), default=0)
     few = [f"{row.system} ({len(row.seconds)})" for row in rows if 0 < len(row.seconds) < most]
@@ -51,7 +51,7 @@ def _cells(row: Row) -> list[str]:
 def products_table(
     cells: Sequence[Cell], peaks: dict[str, float], counts: dict[Shape, int], tablefmt: str = "simple"
 ) -> str:
-    """One row a shape, one column a product: TFLOP/s and the share of the peak, or what the check found."""
+    """One row per shape, one column per product: TFLOP/s and the share of the peak, or the result of the check."""
     shapes, names = (list(dict.fromkeys(values)) for values in zip(*((c.shape, c.product) for c in cells), strict=True))
     found = {(cell.shape, cell.product): _product(cell, peaks) for cell in cells if cell.failed is None}
     rows = [
@@ -65,7 +65,7 @@ def products_table(
 def _product(cell: Cell, peaks: dict[str, float]) -> str:
     if cell.rate is None:
         assert cell.found is not None
-        return "exact" if math.isinf(cell.found.sqnr_db) else f"right, {cell.found.sqnr_db:.1f} dB"
+        return "exact" if math.isinf(cell.found.sqnr_db) else f"correct, {cell.found.sqnr_db:.1f} dB"
     share = f" ({cell.rate / peaks[cell.numbers]:.2f})" if cell.numbers in peaks else ""
     return f"{1e-12 * cell.rate:.0f}{share}"
 
@@ -75,11 +75,11 @@ def _shape(shape: Shape) -> str:
 
 
 def peaks_line(peaks: dict[str, float]) -> str:
-    """The peaks that shares are of."""
+    """The peaks that shares are relative to."""
     if not peaks:
         return "No peaks were measured."
     said = ", ".join(f"{1e-12 * rate:.0f} TFLOP/s {numbers}" for numbers, rate in peaks.items())
-    return f"Peaks, of the fastest product of large squares: {said}."
+    return f"Peaks, measured with the fastest product of large squares: {said}."
 
 
 def _grid(rows: Sequence[list[str]], header: list[str], tablefmt: str) -> str:
@@ -96,7 +96,7 @@ def _grid(rows: Sequence[list[str]], header: list[str], tablefmt: str) -> str:
 
 
 def _left_out(found: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Lines about what has no figures; those of one reason together."""
+    """Lines that list what has no figures, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for name, why in found:
         if why is not None:
@@ -106,7 +106,7 @@ def _left_out(found: Sequence[tuple[str, str | None]]) -> list[str]:
 
 
 def row_to_json(row: Row | Cell) -> dict[str, Any]:
-    """All fields; numbers that JSON does not know as text."""
+    """All fields; numbers that JSON does not support are text."""
     data = dataclasses.asdict(row)
     if isinstance(row, Cell):
         return data | {"found": data["found"] and data["found"] | {"sqnr_db": finite(data["found"]["sqnr_db"])}}
@@ -114,7 +114,7 @@ def row_to_json(row: Row | Cell) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it was measured on."""
+    """The device and the versions that were measured with."""
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": platform.processor() or platform.machine(),
@@ -137,7 +137,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _ask(field: str) -> str | None:
-    """What nvidia-smi says; None where it is not there."""
+    """A field that nvidia-smi reports; None if it fails."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
@@ -146,15 +146,15 @@ def _ask(field: str) -> str | None:
 
 
 def page(found: dict[str, Any], rounds: int, sections: Sequence[tuple[str, str]]) -> str:
-    """A page of markdown: device, versions, date and settings, and a section a table."""
+    """A page of markdown: device, versions, date, settings, and one section per table."""
     numbers = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     more = [
         f"{key.replace('_', ' ')} {found[key]}" for key in ("cuda", "driver", "power_limit", "clock") if found.get(key)
     ]
-    how = f"{rounds} rounds by turns, random weights." if rounds else NOT_TIMED
+    how = f"{rounds} interleaved rounds, random weights." if rounds else NOT_TIMED
     head = (
-        f"{', '.join([found['device'], *more])}; Python {found['python']}, {numbers}; {found['date']}. {how} How each "
-        "number is defined stands in [`gpu/__init__.py`](../gpu/__init__.py)."
+        f"{', '.join([found['device'], *more])}; Python {found['python']}, {numbers}; {found['date']}. {how} "
+        "[`gpu/__init__.py`](../gpu/__init__.py) defines each number."
     )
     parts = ["# On a GPU" if rounds else "# Checks of the benchmark for GPUs", head]
     for title, text in sections:

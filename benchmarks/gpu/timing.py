@@ -1,4 +1,4 @@
-"""Times on the device, between CUDA events."""
+"""Measures times on the device between CUDA events."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from benchmarks.gpu.modes import Run
 
 _SECONDS = 0.02
-"""That pass between the two events around a system's calls in a round, at least."""
+"""The least seconds between the two events around the calls of a system in a round."""
 _MOST_CALLS = 50
 _CACHE = 256 << 20
-"""Bytes that are cleared before a product, more than caches hold."""
+"""Bytes that are cleared before a product; more than the caches hold."""
 
 
 @dataclass
 class Turn:
-    """Something that is called by turns.
+    """Something that every round calls.
 
     Attributes:
         run: The call.
-        seconds: Of a call, a round each.
-        calls: How many of them are between two events.
+        seconds: Seconds per call, one value per round.
+        calls: Number of calls between two events.
     """
 
     run: Run
@@ -34,12 +34,12 @@ class Turn:
 
 
 def take_turns(turns: Sequence[Turn], rounds: int, ended: Callable[[], bool] = lambda: False) -> None:
-    """Add rounds to all; each round is complete, so that entries of one place belong together.
+    """Add rounds to all turns. Every round is complete, so entries at the same index belong to the same round.
 
     Args:
-        turns: What is called.
-        rounds: How many times each.
-        ended: Whether there is no time left for another round; the first one is made in any case.
+        turns: The turns to call.
+        rounds: Number of rounds.
+        ended: Returns whether no time is left for another round. The first round runs in any case.
     """
     for turn in turns:
         turn.calls = turn.calls or max(1, min(_MOST_CALLS, math.ceil(_SECONDS / _seconds(turn.run, 1))))
@@ -51,7 +51,7 @@ def take_turns(turns: Sequence[Turn], rounds: int, ended: Callable[[], bool] = l
 
 
 def _seconds(run: Run, calls: int) -> float:
-    run()  # So that none finds caches and clocks as its neighbour left them.
+    run()  # An unmeasured call, because other systems changed caches and clocks.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -63,13 +63,13 @@ def _seconds(run: Run, calls: int) -> float:
 
 
 class ColdCaches:
-    """Times single runs with nothing in the device's caches."""
+    """Times single runs with cold device caches."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffer: Tensor = torch.empty(_CACHE, dtype=torch.int8, device=device)
 
     def seconds(self, run: Run, runs: int) -> list[float]:
-        """Of that many runs. Clearing the buffer also gives the host time to hand over the run behind it."""
+        """Seconds of each of `runs` runs. Clearing the buffer also gives the host time to enqueue the next run."""
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(runs)]
         for start, end in pairs:
             self._buffer.zero_()

@@ -1,9 +1,9 @@
-"""Finds the fastest way to cut each of our products, and writes the table that the native backend reads.
+"""Finds the fastest tiling of each of our products, and writes the table that the native backend reads.
 
     python -m benchmarks.gpu.tune --model dit,flux:1+1@1 --batch 2,16
 
-Every way is compared with float64 before it is timed. The table is written after each shape, to the cache folder of the
-user or where ``--out`` says, and keeps what it has of other shapes and devices.
+The result of every tiling is compared with float64 before it is timed. The table is written after each shape, to the
+user's cache folder or to ``--out``. Entries of other shapes and devices are kept.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ KINDS = {
     "native s8 x u4, groups of 64": "int4-g64",
     "native e4m3 x e4m3": "fp8",
 }
-"""Our products, and what the table calls them. Asymmetric weights are cut as symmetric ones are."""
+"""Our products and their names in the table. Asymmetric weights use the tilings of symmetric ones."""
 _RUNS = 20
 
 Timer = Callable[[Run], float]
-"""Seconds of a run."""
+"""Returns the seconds of a run."""
 
 
 def tune(shapes: Iterable[Shape], device: torch.device, name: str, timer: Timer, out: Path) -> dict[str, Config]:
-    """Write the fastest way of each shape and kind to a table, and return what was found.
+    """Write the fastest tiling of each shape and kind to a table, and return the new entries.
 
     Args:
-        shapes: Rows, inputs and outputs.
-        device: Where.
-        name: Of the device, in the table.
+        shapes: Rows, inputs and outputs of each product.
+        device: The device.
+        name: Name of the device in the table.
         timer: Times a run.
-        out: The table, JSON.
+        out: The table, a JSON file.
     """
     found: dict[str, Config] = {}
     products = {KINDS[product.name]: product for product in our_products() if product.name in KINDS}
@@ -79,7 +79,7 @@ def _fastest(kind: str, product: Product, shape: Shape, device: torch.device, ti
                 run = record(case.run) if device.type == "cuda" else case.run
                 check_product(case, run)
                 seconds[config] = timer(run)
-            except (Wrong, RuntimeError) as error:  # Too much shared memory for this device, say.
+            except (Wrong, RuntimeError) as error:  # For example, too much shared memory for this device.
                 say(f"    {kind} {shape} {config}: left out: {error}")
     if not seconds:
         return None
@@ -91,8 +91,10 @@ def _fastest(kind: str, product: Product, shape: Shape, device: torch.device, ti
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="dit", help="models joined by commas, as for python -m benchmarks.gpu")
-    parser.add_argument("--batch", default="2,16,64", help="samples of a call, joined by commas; 2,16,64")
-    parser.add_argument("--out", type=Path, default=tuned_files()[-1], help="the table; that of the user by default")
+    parser.add_argument("--batch", default="2,16,64", help="samples per call, joined by commas; default 2,16,64")
+    parser.add_argument(
+        "--out", type=Path, default=tuned_files()[-1], help="the table; default: the one in the user's cache folder"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU to tune on")

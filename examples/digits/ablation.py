@@ -1,6 +1,6 @@
-"""What each part of PTQ4DiT's balancing is worth: ``python -m examples.digits.ablation`` from the repository's root.
+"""Measures each part of PTQ4DiT's balancing: ``python -m examples.digits.ablation`` from the repository's root.
 
-Everything but the balancing stays the same: percentile ranges, default layers, the same calibration noise.
+Everything except the balancing stays the same: percentile ranges, default layers, the same calibration noise.
 Prints the SQNR of the predicted noise, and how far the combined salience of SSC is from the plain mean.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _ssc_weights(model: torch.nn.Module, statistics: Statistics) -> dict[str, tuple[float, float, float]]:
-    """Range of SSC's weights over timesteps, over all blocks, for each kind of balanced input."""
+    """Smallest, largest and uniform SSC weight of a timestep, over all blocks, for each kind of balanced input."""
     parameters = dict(model.named_parameters())
     found: dict[str, tuple[float, float, float]] = {}
     readers = {

@@ -1,4 +1,4 @@
-"""What quantizing the digits model costs: the measurements that the demo and the ablation share."""
+"""Measures the error of quantizing the digits model; the demo and the ablation share these measurements."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ CALIBRATION_SAMPLES = 32
 
 TEST_STEPS = 20
 TEST_SAMPLES = 16
-_TEST_SEED = 1_000  # Not the seed of the calibration noise, nor that of the images.
+_TEST_SEED = 1_000  # Neither the seed of the calibration noise nor the seed of the images.
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One quantized model beside float.
+    """One quantized model compared with the float model.
 
     Attributes:
         model: ``plain`` or ``planted``.
         recipe: Name of the recipe.
         layers: Which layers were quantized.
         sqnr_db: Mean over test timesteps of the SQNR of the noise prediction, in dB.
-        worst_db: The worst timestep's.
+        worst_db: SQNR of the worst test timestep, in dB.
         psnr_db: PSNR of the final images against the float model's, in dB.
         frechet: Fréchet distance to held-back real digits in the classifier's features.
-        accuracy: Share of images read as the digit asked for.
-        megabytes: The transformer's checkpoint on disk.
-        seconds: From the float model to the quantized one, calibration included.
+        accuracy: Share of images that the classifier reads as the requested digit.
+        megabytes: Size of the transformer's checkpoint on disk.
+        seconds: Seconds from the float model to the quantized one, including calibration.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Result:
 
 @contextmanager
 def transformer_of(pipe: DiTPipeline, transformer: nn.Module):
-    """Let a pipeline use another transformer for a while."""
+    """Let a pipeline use another transformer inside the context."""
     own, pipe.transformer = pipe.transformer, transformer
     try:
         yield pipe
@@ -102,12 +102,12 @@ def test_calls(pipe: DiTPipeline, transformer: DiTTransformer2DModel, guidance: 
 
 @torch.no_grad()
 def noise_sqnr(quantized: nn.Module, transformer: nn.Module, calls: Sequence[Call]) -> list[float]:
-    """SQNR in dB of the predicted noise against the float model's, one a call."""
+    """SQNR in dB of the predicted noise against the float model's, one value per call."""
     return [sqnr_db(transformer(*args, **kwargs).sample, quantized(*args, **kwargs).sample) for args, kwargs in calls]
 
 
 def quantize(pipe: DiTPipeline, transformer: nn.Module, recipe: Recipe, **options: Any) -> tuple[nn.Module, float]:
-    """A transformer quantized as the papers calibrate, and the seconds that it took."""
+    """A transformer quantized with the calibration of the papers, and the seconds that this took."""
     began = time.perf_counter()
     quantized = fxquant.compile(
         transformer, recipe=recipe, calibrate=calibration(pipe, transformer), measure=0, **options
@@ -116,7 +116,7 @@ def quantize(pipe: DiTPipeline, transformer: nn.Module, recipe: Recipe, **option
 
 
 def checkpoint_megabytes(model: nn.Module) -> float:
-    """Size on disk, in units of 10**6 bytes, of a model's weights as they are saved."""
+    """Size on disk of a model's saved weights, in units of 10**6 bytes."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "transformer"
         model.save_pretrained(target)

@@ -1,6 +1,7 @@
-"""The data: scikit-learn's bundled handwritten digits, split once and for all, and the augmentation used in training.
+"""The data: scikit-learn's bundled handwritten digits, with a fixed split, and the augmentation used in training.
 
-Only `digits` decides what is held back; the VAE, the transformer and the classifier all train on `digits("train")`.
+Only `digits` decides which images are held back. The VAE, the transformer and the classifier all train on
+`digits("train")`.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 IMAGE_SIZE = 32
 NUM_CLASSES = 10
 HELD_BACK = 360  # of 1,797, a fifth of every class
-SPLIT_SEED = 0  # fixed: a shipped figure means nothing if the split can move
+SPLIT_SEED = 0  # fixed: published figures are valid for this split only
 
 Split = Literal["train", "held_back"]
 
@@ -31,7 +32,7 @@ def _all_digits() -> tuple[Tensor, Tensor]:
 def digits(split: Split) -> tuple[Tensor, Tensor]:
     """Images float32 [n, 3, 32, 32] in [-1, 1] and labels int64 [n]; n is 1437 for "train", 360 for "held_back".
 
-    The 8x8 grey scans are enlarged bicubically and the three channels are equal.
+    The 8x8 grey scans are enlarged bicubically. The three channels are equal.
 
     Raises:
         ValueError: for any other split.
@@ -50,7 +51,7 @@ def digits(split: Split) -> tuple[Tensor, Tensor]:
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images [n, 3, H, W] in [-1, 1] after a small random rotation, shear, scaling and shift, one per image.
 
-    Up to 8 degrees, 0.1, 6% and 1.25 pixels of 32; what moves in from outside is background (-1).
+    They are at most 8 degrees, 0.1, 6% and 1.25 of 32 pixels. Pixels from outside the image are background (-1).
     """
     n = len(images)
 

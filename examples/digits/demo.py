@@ -1,9 +1,9 @@
-"""The demo: quantize the digits pipeline by every recipe, and look at what each costs.
+"""The demo: quantize the digits pipeline with several recipes and measure the error of each.
 
 ``python -m examples.digits.demo --out out`` from the root of the repository writes ``samples.png``, ``salience.png``
-and ``results.json``, and prints one table. Two models are quantized: the trained one, and the same function with
-planted salient channels, which is what large diffusion transformers are like. ``--all`` compares every
-method, ``--methods rtn,ptq4dit-gptq`` those that it names.
+and ``results.json``, and prints one table. Two models are quantized: the trained one, and one that computes the same
+function with planted salient channels, which large diffusion transformers have. ``--all`` compares every method;
+``--methods rtn,ptq4dit-gptq`` compares the named methods.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from .salience import plant_salience
 PRECISIONS = ("w8a8", "w4a8")
 PLAIN = ("rtn", "smoothquant", "htg", "ptq4dit")
 METHODS = {"w8a8": PLAIN, "w4a8": (*PLAIN, "ptq4dit-gptq")}
-"""What is compared, by precision: 8 bits do not need GPTQ."""
+"""Compared methods for each precision. 8 bits do not need GPTQ."""
 
 EVERY_METHOD = (
     *("rtn", "dynamic", "single-step", "smoothquant", "smoothquant-search", "repq", "q-diffusion"),
     *("htg", "ptq4dit", "ptq4dit-dynamic", "ptq4dit-gptq", "ptq4dit-dynamic-gptq"),
 )
-"""What ``--all`` compares, in twice the time."""
+"""Methods that ``--all`` compares; it takes twice the time."""
 
 GROUPED = ("single-step",)
-"""Methods whose weights are quantized in groups of 64 input channels, as their paper has it."""
+"""Methods whose weights are quantized in groups of 64 input channels, as in their paper."""
 
 QUICK = {"iterations": 100, "rounding_rate": 0.05, "step_rate": 1e-3, "samples": 128}
-"""Block reconstruction in seconds; the papers take 20,000 iterations."""
+"""Settings with which block reconstruction takes seconds; the papers use 20,000 iterations."""
 
 IMAGES = 100
 SHOWN = 10
@@ -61,8 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for pictures and figures")
     parser.add_argument("--images", type=int, default=IMAGES, help="digits to generate with each model")
-    parser.add_argument("--methods", help="recipes without precision, joined by commas, in place of the usual ones")
-    parser.add_argument("--all", action="store_true", help="compare every method there is")
+    parser.add_argument("--methods", help="recipes without precision, joined by commas, instead of the default ones")
+    parser.add_argument("--all", action="store_true", help="compare every available method")
     options = parser.parse_args()
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -73,10 +73,10 @@ def main() -> None:
     console = Console()
     console.print(table(results), highlight=False, soft_wrap=True)
     console.print(
-        f"\nSQNR: of the predicted noise against float, over test timesteps. PSNR: of the final images against float. "
-        f"{options.images} digits a row.\nlayers=default keeps the patch convolution and the final layer in float and "
-        f"the embedders in float arithmetic; layers=all is the papers' setting. s: seconds of conversion, calibration\n"
-        f"included.{_learned(methods)}\n"
+        f"\nSQNR: predicted noise against float, over test timesteps. PSNR: final images against float. "
+        f"{options.images} digits per row.\nlayers=default keeps the patch convolution and the final layer in float "
+        f"and the embedders in float arithmetic; layers=all is the papers' setting. s: seconds of conversion, "
+        f"including\ncalibration.{_learned(methods)}\n"
         f"Pictures and figures in {options.out}/. {time.perf_counter() - began:.0f} s.",
         highlight=False,
         soft_wrap=True,
@@ -85,23 +85,23 @@ def main() -> None:
 
 def _learned(methods: Mapping[str, Sequence[str]]) -> str:
     if not any("q-diffusion" in names for names in methods.values()):
-        return " make compare has more methods."
-    return f" q-diffusion learns for {QUICK['iterations']} iterations a block here; the paper takes 20,000."
+        return " Run make compare for more methods."
+    return f" q-diffusion learns for {QUICK['iterations']} iterations per block here; the paper uses 20,000."
 
 
 def recipe_name(method: str, precision: str) -> str:
-    """Name of a method's recipe."""
+    """Name of the recipe of a method at a precision."""
     return f"{method}-{precision}-g64" if method in GROUPED else f"{method}-{precision}"
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """The same recipe, if need be with a block reconstruction that does not take hours."""
+    """The recipe with a short block reconstruction if it has one; the full one takes hours."""
     learns = any(step.name == "reconstruct-blocks" for step in recipe.convert)
     return recipe.with_options("reconstruct-blocks", **QUICK) if learns else recipe
 
 
 def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -> list[Result]:
-    """Quantize both models by all recipes; write pictures and figures into ``out``."""
+    """Quantize both models with all recipes; write pictures and figures into ``out``."""
     pipe, classifier = load_pipeline(), load_classifier()
     real, _ = digits("held_back")
     real = (real + 1) / 2
@@ -125,7 +125,7 @@ def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -
                 Result(name, "float", "", math.inf, math.inf, megabytes=checkpoint_megabytes(model), **figures)
             )
             progress.advance(task)
-            # Once is enough to show what the choice of layers costs.
+            # One model is enough to show the effect of the choice of layers.
             for recipe, layers in [*jobs, *(papers_setting if name == "plain" else [])]:
                 progress.update(task, description=f"{name}: {recipe}" + (" (all layers)" if layers == "all" else ""))
                 statistics = Statistics()

@@ -28,7 +28,7 @@ def folder_bytes(*folders: Path) -> int:
 
 
 def save_grid(images: Tensor, columns: int, path: Path) -> None:
-    """Write images [n, 3, H, W] in [0, 1], n a multiple of `columns`, as one PNG, twice enlarged."""
+    """Write images [n, 3, H, W] in [0, 1], n a multiple of `columns`, as one PNG, enlarged twice."""
     rows = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     pixels = (rows * 255).round().byte().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def save_grid(images: Tensor, columns: int, path: Path) -> None:
 
 @torch.no_grad()
 def spread(images: Tensor, labels: Tensor) -> float:
-    """The mean over classes of the standard deviation of a pixel within the class: 0 if every 3 is the same 3."""
+    """Mean over classes of the standard deviation of a pixel within the class; 0 if all images of a class are equal."""
     return torch.stack([images[labels == k].std(dim=0).mean() for k in range(NUM_CLASSES)]).mean().item()
 
 
@@ -65,7 +65,7 @@ def forward_seconds(pipe: DiTPipeline, samples: int = 200, repeats: int = 5) -> 
 def measure(
     pipe: DiTPipeline, classifier: DigitClassifier, samples: int, seed: int, steps: int, guidance: float
 ) -> tuple[dict[str, float], Tensor]:
-    """The figures, and the images they are of, [samples, 3, 32, 32] in [0, 1] with label i % 10."""
+    """The figures and the measured images, [samples, 3, 32, 32] in [0, 1] with label i % 10."""
     (train, train_labels), (held, held_labels) = digits("train"), digits("held_back")
     real, real_train = held / 2 + 0.5, train / 2 + 0.5
     labels = torch.arange(samples) % NUM_CLASSES
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path(__file__).parent, help="holds pipeline/ and classifier/")
-    parser.add_argument("--out", type=Path, default=OUT, help="where figures.json and digits.png go")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for figures.json and digits.png")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,4 +1,4 @@
-"""The generator: how its parts are built, how the shipped one is loaded, how images are drawn from it."""
+"""The generator: builds its parts, loads the shipped pipeline, and generates images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ from .data import IMAGE_SIZE
 
 PIPELINE_FOLDER = Path(__file__).parent / "pipeline"
 LATENT_CHANNELS = 4
-# DiTPipeline asks for row 1000 of the label table when it guides, whatever the number of classes is, so the table has
-# the 1,001 rows of the ImageNet model; rows 10 to 999 are never read and are stored as zeros.
+# With guidance, DiTPipeline reads row 1000 of the label table for any number of classes. So the table has the 1,001
+# rows of the ImageNet model. Rows 10 to 999 are never read and are stored as zeros.
 NULL_CLASS = 1000
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES = {digit: f"{digit}, {word}" for digit, word in enumerate(_WORDS)}
-GUIDANCE = 1.5  # the smallest Fréchet distance of those tried; see README.md
+GUIDANCE = 1.5  # has the smallest Fréchet distance of the tried values; see README.md
 STEPS = 25
 
 
@@ -39,13 +39,13 @@ def build_vae(widths: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
 def build_transformer(blocks: int = 8, heads: int = 4, head_dim: int = 32) -> DiTTransformer2DModel:
     """An untrained transformer over latents [n, 4, 8, 8] in 16 tokens, initialised as in DiT (arXiv 2212.09748).
 
-    adaLN-zero starts every block as the identity; diffusers leaves that to whoever trains.
+    adaLN-zero starts every block as the identity. diffusers leaves this initialisation to the training code.
     """
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,  # left out, it is stored as null, and DiTPipeline divides it by two
+        out_channels=LATENT_CHANNELS,  # if left out, it is stored as null, which DiTPipeline divides by two
         num_layers=blocks,
         sample_size=8,
         patch_size=2,
@@ -64,14 +64,14 @@ def build_transformer(blocks: int = 8, heads: int = 4, head_dim: int = 32) -> Di
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     for block in model.transformer_blocks:
-        # Left on, every block would draw its own dropped labels in training and disagree with the others;
-        # the training loop drops them once for all blocks.
+        # With dropout, every block would drop different labels in training, and blocks would disagree.
+        # The training loop drops labels once for all blocks.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return model
 
 
 def build_scheduler() -> DDIMScheduler:
-    """DDIM over DiT's 1,000 linear timesteps; latents are not clipped, they have no natural bounds."""
+    """DDIM over DiT's 1,000 linear timesteps; latents are not clipped, because they have no natural bounds."""
     return DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
 
 
@@ -86,14 +86,14 @@ def load_pipeline(folder: Path = PIPELINE_FOLDER) -> DiTPipeline:
     """The pipeline stored in `folder` (the shipped one by default): float32, eval mode, CPU, no progress bar.
 
     Raises:
-        FileNotFoundError: if the folder holds no pipeline.
+        FileNotFoundError: if the folder contains no pipeline.
     """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder}; make one with `python -m examples.digits.train`")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        # JSON has turned the keys of the stored names into strings, which diffusers accepts but warns of.
+        # JSON stores the keys of the names as strings, which diffusers accepts with a warning.
         pipe = DiTPipeline.from_pretrained(folder, local_files_only=True, id2label=NAMES)
     finally:
         if shown:
@@ -110,10 +110,10 @@ def generate(
     guidance: float = GUIDANCE,
     batch_size: int = 200,
 ) -> Tensor:
-    """Images float32 [n, 3, 32, 32] in [0, 1] on the CPU, one per label (digits 0 to 9), by the pipeline itself.
+    """Images float32 [n, 3, 32, 32] in [0, 1] on the CPU, one per label (digits 0 to 9), from the pipeline.
 
-    One generator, seeded here, feeds all batches in order: the same labels, seed and batch size give the same initial
-    noise whatever the transformer is, so two pipelines can be compared image by image.
+    One generator with this seed serves all batches in order. The same labels, seed and batch size give the same initial
+    noise for any transformer, so two pipelines can be compared image by image.
     """
     wanted = [int(label) for label in labels]
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Into how many groups of timesteps, and which: ``python -m examples.digits.grouping`` from the repository's root.
+"""Compares groupings of timesteps: ``python -m examples.digits.grouping`` from the repository's root.
 
-Everything but the groups is that of the recipe ``htg``. Prints the SQNR of the predicted noise, and how far the middles
-of the channels' ranges are from their groups' means: the squared distances added up, as a share of what they are with
-one group. The greedy merge of HTG stands beside the exact optimum.
+Everything except the groups is as in the recipe ``htg``. Prints the SQNR of the predicted noise, and how far the
+midpoints of the channels' ranges are from the means of their groups: the sum of squared distances as a share of the sum
+with one group. The greedy merge of HTG is compared with the exact optimum.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PRECISIONS = ("w8a8", "w4a8")
 
 
 def recipe(precision: str, groups: int, method: str) -> fxquant.Recipe:
-    """``htg`` with these groups."""
+    """The recipe ``htg`` with this number of groups and this grouping method."""
     return make_recipe(f"htg-{precision}").with_options("group-timesteps", groups=groups, method=method)
 
 
 def distances(quantized: GraphModel, statistics: Statistics) -> float:
-    """Squared distances of middles to their groups' means as a share of those to one mean: the mean over inputs."""
+    """Squared distances of midpoints to group means, as a share of those to one mean; averaged over inputs."""
     assert quantized.plan is not None
     shares = {}
     for layer in quantized.plan.layers.values():
@@ -51,7 +51,7 @@ def distances(quantized: GraphModel, statistics: Statistics) -> float:
 
 
 def calibrate(pipe: DiTPipeline, model: nn.Module, precision: str) -> tuple[fxquant.Plan, Statistics]:
-    """The plan of ``htg`` and the statistics that it was decided from; other groups are decided from the same."""
+    """The plan of ``htg`` and its statistics; other groups are decided from the same statistics."""
     statistics = Statistics()
     quantized = fxquant.compile(
         model, recipe=f"htg-{precision}", calibrate=calibration(pipe, model), measure=0, statistics=statistics
@@ -61,7 +61,7 @@ def calibrate(pipe: DiTPipeline, model: nn.Module, precision: str) -> tuple[fxqu
 
 
 def main() -> None:
-    """Measure all."""
+    """Measure all groupings."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pipe = load_pipeline()
     models: dict[str, nn.Module] = {"plain": pipe.transformer, "planted": plant_salience(pipe.transformer)}

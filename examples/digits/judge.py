@@ -1,4 +1,4 @@
-"""The judge: a small convolutional classifier of digits, whose features also carry the Fréchet distance."""
+"""The judge: a small convolutional classifier of digits. The Fréchet distance uses its features."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ CLASSIFIER_FOLDER = Path(__file__).parent / "classifier"
 class DigitClassifier(nn.Module):
     """Logits of the ten digits for float32 images [n, 3, 32, 32] in [-1, 1].
 
-    GroupNorm, not BatchNorm: the judge must not depend on the batch it is shown.
+    It uses GroupNorm rather than BatchNorm, because a result must not depend on the other images of a batch.
     """
 
     def __init__(self, width: int = 32, num_features: int = 64) -> None:
@@ -45,7 +45,7 @@ class DigitClassifier(nn.Module):
 
 
 def save_classifier(model: DigitClassifier, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` (the parameters' own dtype) into `folder`."""
+    """Write `config.json` and `model.safetensors` (in the dtype of the parameters) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"width": model.width, "num_features": model.num_features}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -56,7 +56,7 @@ def load_classifier(folder: Path = CLASSIFIER_FOLDER) -> DigitClassifier:
     """The classifier stored in `folder` (the shipped one by default), float32, in eval mode, without gradients.
 
     Raises:
-        FileNotFoundError: if the folder holds no classifier.
+        FileNotFoundError: if the folder contains no classifier.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no classifier in {folder}; make one with `python -m examples.digits.train`")

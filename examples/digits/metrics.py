@@ -1,4 +1,4 @@
-"""Figures of merit. Images are float [n, 3, 32, 32] in [0, 1], as `generate` returns them."""
+"""Measures the quality of images. Images are float [n, 3, 32, 32] in [0, 1], as `generate` returns them."""
 
 import math
 
@@ -12,7 +12,7 @@ BATCH = 250
 
 
 class _Features(nn.Module):
-    """Classifier features of images in [0, 1], float64 [n, d], in the form torchmetrics asks for."""
+    """Classifier features of images in [0, 1], float64 [n, d], in the form that torchmetrics requires."""
 
     def __init__(self, classifier: DigitClassifier) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class _Features(nn.Module):
 
 @torch.no_grad()
 def read_accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> float:
-    """The share, 0 to 1, of images that the classifier reads as the digit asked for.
+    """The share, 0 to 1, of images that the classifier reads as the requested digit.
 
     Raises:
-        ValueError: if there are not as many labels as images, or none.
+        ValueError: if the numbers of labels and images differ, or are zero.
     """
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels; one label per image is needed")
@@ -39,10 +39,10 @@ def read_accuracy(images: Tensor, labels: Tensor, classifier: nn.Module) -> floa
 def frechet_distance(real: Tensor, generated: Tensor, classifier: DigitClassifier) -> float:
     """The Fréchet distance (arXiv 1706.08500) between two sets of images in the classifier's features, in float64.
 
-    The features are not Inception's, so the number compares with other numbers of this function alone.
+    The features are not Inception's, so values can be compared only with other values of this function.
 
     Raises:
-        ValueError: if a set has fewer images than there are features, when its covariance would be singular.
+        ValueError: if a set does not have more images than there are features; its covariance would be singular.
     """
     if min(len(real), len(generated)) <= classifier.num_features:
         raise ValueError(
@@ -52,7 +52,7 @@ def frechet_distance(real: Tensor, generated: Tensor, classifier: DigitClassifie
     for images, is_real in ((real, True), (generated, False)):
         for part in images.split(BATCH):
             distance.update(part, real=is_real)
-    return max(0.0, distance.compute().item())  # rounding can leave a distance of zero just below it
+    return max(0.0, distance.compute().item())  # rounding can make a distance of zero slightly negative
 
 
 def psnr(images: Tensor, reference: Tensor, peak: float = 1.0) -> float:

@@ -1,4 +1,4 @@
-"""The demo's pictures."""
+"""Draws the pictures of the demo."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from matplotlib import pyplot
 
 
 def draw_samples(shown: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    """A grid for each model: float in the first row, one row a recipe, the same seeds in each column.
+    """Draw a grid for each model: float in the first row, one row per recipe, the same seed in each column.
 
     Args:
-        shown: By model and recipe, images [n, 3, H, W] in [0, 1].
+        shown: Images [n, 3, H, W] in [0, 1], by model and recipe.
         path: The PNG to write.
     """
     rows = max(len(recipes) for recipes in shown.values())
@@ -30,7 +30,7 @@ def draw_samples(shown: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         height = strips[0].shape[1]
         axis.imshow(torch.cat(strips, dim=1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(f"{model} model")
-        axis.set_anchor("N")  # Rows of one recipe side by side, also where one model has more of them.
+        axis.set_anchor("N")  # Aligns rows of the same recipe, even if one model has more rows.
         axis.set_yticks([height * (number + 0.5) for number in range(len(strips))], list(recipes))
         axis.set_xticks([])
         axis.tick_params(length=0)
@@ -42,11 +42,11 @@ def draw_samples(shown: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
 
 
 def draw_salience(statistics: Statistics, plan: Plan, block: int, path: Path) -> None:
-    """Max |activation| by channel and timestep, before and after balancing, for the balanced inputs of one block.
+    """Draw max |activation| by channel and timestep, before and after balancing, for the balanced inputs of a block.
 
     Args:
-        statistics: What calibration saw.
-        plan: The plan that was decided from it, with the balance factors.
+        statistics: Statistics of the calibration.
+        plan: The plan decided from these statistics, with the balance factors.
         block: Number of the transformer block.
         path: The PNG to write.
     """
@@ -70,6 +70,6 @@ def draw_salience(statistics: Statistics, plan: Plan, block: int, path: Path) ->
     scale = pyplot.cm.ScalarMappable(pyplot.Normalize(0, float(seen.timesteps.max())), colours)
     figure.tight_layout()
     figure.colorbar(scale, ax=axes, label="timestep", fraction=0.02, pad=0.01)
-    figure.suptitle(f"Block {block}: one line a timestep (note the scales)", y=1.01)
+    figure.suptitle(f"Block {block}: one line per timestep (note the scales)", y=1.01)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)

@@ -1,8 +1,8 @@
-"""Planted salience: a transform that leaves the function alone and makes it hard to quantize.
+"""Planted salience: a transform that keeps the function of a model and makes the model hard to quantize.
 
-Large diffusion transformers have a few channels whose activations tower above the rest, by an amount that changes with
-the timestep (PTQ4DiT, arXiv 2405.16005, figures 3 and 4). A small model does not grow them by itself, so tests of
-methods against them plant them: a quantizer meets the difficulty, full precision does not notice.
+Large diffusion transformers have a few channels whose activations are much larger than the rest, by a factor that
+changes with the timestep (PTQ4DiT, arXiv 2405.16005, figures 3 and 4). A small model does not develop such channels. So
+tests of methods that handle them plant them: they are difficult for a quantizer and have no effect in full precision.
 """
 
 import copy
@@ -40,14 +40,14 @@ def _most_varying(block: BasicTransformerBlock, shift: int, scale: int, count: i
 
 
 def _scale_rows(linear: nn.Linear, rows: Tensor, factor: Tensor) -> None:
-    """Multiply output channels `rows` by `factor`, weight and bias, in float64, cast once."""
+    """Multiply weight and bias of output channels `rows` by `factor` in float64; cast the result once."""
     linear.weight[rows] = (linear.weight[rows].double() * factor[:, None]).to(linear.weight.dtype)
     if linear.bias is not None:
         linear.bias[rows] = (linear.bias[rows].double() * factor).to(linear.bias.dtype)
 
 
 def _divide_columns(linears: Iterable[nn.Linear], columns: Tensor, factor: Tensor) -> None:
-    """Divide input channels `columns` by `factor` in float64, cast once."""
+    """Divide input channels `columns` by `factor` in float64; cast the result once."""
     for linear in linears:
         linear.weight[:, columns] = (linear.weight[:, columns].double() / factor).to(linear.weight.dtype)
 
@@ -73,7 +73,7 @@ def plant_salience(
     strength: tuple[float, float] = (8.0, 40.0),
     seed: int = 0,
 ) -> DiTTransformer2DModel:
-    """A copy of `transformer` computing the same function with salient, timestep-dependent channels in every block.
+    """A copy of `transformer` that computes the same function with salient, timestep-dependent channels in every block.
 
     In each block, with a factor a per chosen channel:
 
@@ -85,17 +85,17 @@ def plant_salience(
     whose modulation changes most over the timesteps; v, which no timestep modulates, uses channels drawn at random.
 
     Args:
-        transformer: any DiTTransformer2DModel; left as it is.
+        transformer: any DiTTransformer2DModel; it is not changed.
         channels: salient channels at each of the three places of a block.
         strength: smallest and largest factor a; factors are log-uniform between them.
-        seed: of the factors and of the channels of v.
+        seed: seed of the factors and of the channels of v.
 
     Raises:
-        ValueError: for a number of channels outside 1 to the width, or a strength that is not 0 < low <= high.
+        ValueError: if the number of channels is not between 1 and the width, or `strength` violates 0 < low <= high.
     """
     width, (low, high) = transformer.inner_dim, strength
     if not 1 <= channels <= width:
-        raise ValueError(f"channels={channels}; a transformer of width {width} has room for 1 to {width}")
+        raise ValueError(f"channels={channels}; a transformer of width {width} takes 1 to {width}")
     if not 0 < low <= high:
         raise ValueError(f"strength={strength}; it must be (low, high) with 0 < low <= high")
     generator = torch.Generator().manual_seed(seed)

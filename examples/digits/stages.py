@@ -1,4 +1,4 @@
-"""What each of the three models is trained on: one function per model, each returning a Stage."""
+"""Training objectives: one function per model, each returning a Stage."""
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
@@ -11,7 +11,8 @@ from .judge import DigitClassifier
 from .trainer import Stage, step_generator
 
 LABEL_DROPOUT = 0.1
-# Per nat and image, next to a mean squared error per value: a decoder noise of about 0.06 on the scale [-1, 1].
+# Weight per nat and image, relative to a mean squared error per value. It corresponds to decoder noise of about 0.06 on
+# the scale [-1, 1].
 KL_WEIGHT = 2e-6
 
 
@@ -20,7 +21,7 @@ def _batch(n: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def vae_stage(model: AutoencoderKL, images: Tensor, steps: int, batch: int = 64) -> Stage:
-    """The autoencoder: squared error plus absolute error, and a KL term that keeps the latents near a unit normal."""
+    """The autoencoder: squared error, absolute error, and a KL term that keeps the latents near a unit normal."""
 
     def loss(generator: torch.Generator) -> Tensor:
         x = augment(images[_batch(len(images), batch, generator)], generator)
@@ -43,7 +44,7 @@ def classifier_stage(model: DigitClassifier, images: Tensor, labels: Tensor, ste
 
 @torch.no_grad()
 def encode_copies(vae: AutoencoderKL, images: Tensor, copies: int, seed: int) -> Tensor:
-    """Posterior moments [copies, n, 8, 8, 8] of augmented copies: encoded once, not at every step."""
+    """Posterior moments [copies, n, 8, 8, 8] of augmented copies, encoded once and not at every step."""
     encoded = []
     for copy in range(copies):
         x = augment(images, step_generator(seed, "copies", copy))
@@ -52,7 +53,7 @@ def encode_copies(vae: AutoencoderKL, images: Tensor, copies: int, seed: int) ->
 
 
 def sampled_deviation(moments: Tensor) -> float:
-    """The standard deviation of latents drawn from posteriors [..., 8, h, w]: of the means and within posteriors."""
+    """The standard deviation of latents drawn from posteriors [..., 8, h, w], between and within posteriors."""
     mean, log_variance = moments.chunk(2, dim=-3)
     return (mean.var() + log_variance.exp().mean()).sqrt().item()
 
@@ -66,7 +67,7 @@ def transformer_stage(
     steps: int,
     batch: int = 128,
 ) -> Stage:
-    """The transformer: DiT's noise prediction at uniform timesteps, a tenth of the labels made the null class."""
+    """The transformer: DiT's noise prediction at uniform timesteps; a tenth of the labels become the null class."""
     copies, n = moments.shape[:2]
 
     def loss(generator: torch.Generator) -> Tensor:

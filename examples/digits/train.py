@@ -1,6 +1,6 @@
 """Train the digits models: `python -m examples.digits.train` from the root of the repository.
 
-The run can be killed at any moment; the same command goes on from the last snapshot in the output folder.
+The run can be killed at any time; the same command continues from the last snapshot in the output folder.
 """
 
 import argparse
@@ -50,10 +50,10 @@ SMOKE = Recipe(4, 4, 6, snapshot_every=2, copies=1, blocks=2, heads=2, head_dim=
 def train(recipe: Recipe, out: Path, seed: int = 0, progress: OnStep | None = None) -> None:
     """Train all three models and write `out/pipeline` and `out/classifier`; snapshots go to `out/snapshots`.
 
-    Weights are stored in half precision, which loading casts back to float32; figures are taken on what is loaded.
+    Weights are stored in half precision, and loading casts them to float32. Figures are measured on the loaded model.
 
     Raises:
-        ValueError: if the snapshots there belong to another seed or another number of steps.
+        ValueError: if snapshots in `out` belong to another seed or another number of steps.
     """
     torch.manual_seed(seed)  # the initial weights; every later draw has its own generator
     images, labels = digits("train")
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classifier-steps", type=int, default=defaults.classifier_steps)
     parser.add_argument("--dit-steps", type=int, default=defaults.dit_steps)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; other counts round differently")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model for a few steps, to try the machinery")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model for a few steps, to test the training code")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     recipe = Recipe(options.vae_steps, options.classifier_steps, options.dit_steps)

@@ -1,7 +1,7 @@
 """One resumable training loop, shared by the three models.
 
-Nothing is drawn from global random state: step i of a stage draws from a generator seeded by (seed, stage, i), so a run
-that was killed and resumed takes the very steps an uninterrupted one would have taken.
+Nothing is drawn from global random state. Step i of a stage draws from a generator seeded by (seed, stage, i), so a run
+that was killed and resumed takes the same steps as an uninterrupted one.
 """
 
 import math
@@ -25,9 +25,9 @@ class Stage:
     Attributes:
         name: names the snapshot and seeds the stage.
         model: trained in place; ends with the averaged weights if `ema` is not 0.
-        loss: the loss of one step, all its randomness drawn from the generator given.
+        loss: the loss of one step; it draws all random numbers from the given generator.
         steps: optimiser steps in total.
-        learning_rate: the peak; linear warm-up over `warmup` steps, then a cosine down to a hundredth.
+        learning_rate: the peak, after linear warm-up over `warmup` steps; then cosine decay to a hundredth of it.
         ema: decay of the running average of the weights, 0 for none.
     """
 
@@ -47,7 +47,7 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the new one, never half of one."""
+    """Save like `torch.save`, but leave either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(value, partial)
@@ -65,7 +65,7 @@ def _rate(stage: Stage, step: int) -> float:
 def fit(stage: Stage, *, seed: int, folder: Path, snapshot_every: int = 200, progress: OnStep | None = None) -> None:
     """Train `stage.model` from the last snapshot in `folder`, or from the start, to its last step.
 
-    `progress` is called after every step with the stage's name, the steps done, the steps in all and the loss.
+    `progress` is called after every step with the stage's name, the steps done, the total steps and the loss.
 
     Raises:
         ValueError: if the snapshot was taken with another seed or another number of steps.
@@ -99,7 +99,7 @@ def fit(stage: Stage, *, seed: int, folder: Path, snapshot_every: int = 200, pro
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if stage.ema:
-            # A young average follows quickly, or the random start would weigh on short runs.
+            # The average follows quickly at first; otherwise the random start would dominate short runs.
             keep = min(stage.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
         if (step + 1) % snapshot_every == 0 or step + 1 == stage.steps:

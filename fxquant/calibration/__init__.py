@@ -1,1 +1,1 @@
-"""Running the observed graph in calls of the model."""
+"""Calibration: calls of the model run its observed graph."""

@@ -1,4 +1,4 @@
-"""Calibration: while the user's own code runs the model, its calls go through the observed graph."""
+"""Calibration: while the user's own code runs the model, the model's calls go through the observed graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
 from fxquant.statistics.collection import Statistics
 
-_KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error on.
+_KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error.
 _ROWS = 16  # Samples of a call that are kept for passes that run the graph again.
 
 
@@ -38,7 +38,7 @@ class Sample:
     """Part of one calibration call, with the float model's output.
 
     Attributes:
-        timestep: The denoising step; that of the first sample kept, of its noisiest token where each has one.
+        timestep: The timestep of the first kept sample. If each token has a timestep, that of the noisiest token.
         arguments: Keyword arguments of the call, with a few samples of the batch.
         output: The first tensor of the float output.
     """
@@ -49,24 +49,25 @@ class Sample:
 
 
 class Calibration:
-    """Records what passes decide from, while calls of the model go through observed graphs.
+    """Records the data that passes decide from, while calls of the model go through observed graphs.
 
     Args:
         model: The float model.
-        architecture: The same without weights.
+        architecture: The same model without weights.
         plan: Receives what the passes decide.
         prepare: Passes on each captured graph before it is observed.
-        convert: Passes that will decide from the statistics, which say what is needed.
+        convert: Passes that will decide from the statistics. They say which statistics are needed.
         keep: Number of calls to keep for measuring the output error; up to twice as many are held meanwhile.
         instruments: Watch these passes.
         statistics: Receives what the observers record.
-        check: Called when bit widths are settled, before anything is observed; raises what would fail in the end.
+        check: Called when bit widths are decided, before anything is observed; raises errors that would otherwise come
+            only at the end.
 
     Attributes:
-        prepared: The captured graphs, after the passes that come before calibration; one a kind of call.
+        prepared: The captured graphs, after the passes that come before calibration; one per kind of call.
         statistics: What the observers recorded.
         calls: Number of calls of the model so far.
-        steps: The timesteps met, in order, where one of them alone is observed.
+        steps: The timesteps seen so far, in order. Recorded only if a single denoising step is observed.
         failure: The first error of a call, which the user's code may have swallowed.
     """
 
@@ -97,13 +98,13 @@ class Calibration:
         self.failure: FxquantError | None = None
         self.steps: list[float] = []
         self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
-        self._lock = threading.Lock()  # Neither capture nor statistics take two calls at a time.
+        self._lock = threading.Lock()  # Capture and statistics handle one call at a time.
         self._observed: list[fx.GraphModule] = []
         self._keys: dict[str, dict[str, None]] = {}  # See fxquant.planning.uses.
         self._check = check
 
     def __deepcopy__(self, memo: Any) -> Calibration:
-        """Refuse: a copy of the model, whose calls come here, would calibrate too."""
+        """Refuse to copy. Calls of a copy of the model would also come here and calibrate."""
         raise _in_use(self._name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ class Calibration:
         captured = self.prepared[number]
         late = 0 if self.plan.observed_step is None else self._step(names, leaves) - self.plan.observed_step
         if late > 0 and number in self._last and self._last[number][0] == captured.call.batch_size(leaves):
-            return captured.output(self._last[number][1])  # Past the observed step; the sampler goes on with it.
+            return captured.output(self._last[number][1])  # After the observed step, the sampler gets this output.
         with recording(self.statistics.record), torch.no_grad():
             output = (captured.module if late else self._observed[number])(*captured.inputs(leaves))
         if self.plan.observed_step is not None:
@@ -141,7 +142,7 @@ class Calibration:
         values = leaves[names.index(str(self.plan.timestep))].flatten().tolist()
         if len(set(values)) > 1:
             raise CalibrationError(
-                "one denoising step is to be observed, and the samples of a call are at several: "
+                "one denoising step is to be observed, but the samples of a call are at several timesteps: "
                 f"{values[0]:g} and {max(values, key=lambda value: abs(value - values[0])):g}; calibrate with calls "
                 "that have one timestep each, as samplers make them"
             )
@@ -150,7 +151,7 @@ class Calibration:
         return self.steps.index(values[0])
 
     def chosen_samples(self) -> list[Sample]:
-        """As many of the kept calls as were asked for, spread over the whole calibration."""
+        """The requested number of kept calls, spread over the whole calibration."""
         return self._samples.chosen()
 
     def inputs_of(self, number: int) -> list[list[Tensor]]:
@@ -158,17 +159,17 @@ class Calibration:
         return self._inputs[number].chosen()
 
     def finish(self) -> None:
-        """Let what the graphs of the model see of one layer belong together; called when there are no further calls.
+        """Combine what several graphs of the model recorded for the same layer. Called after the last call.
 
         Raises:
-            ConfigurationError: If an option of a pass fits nothing in any of the graphs.
+            ConfigurationError: If an option of a pass matches nothing in any of the graphs.
         """
         for step in (*self.prepare.passes, *self.convert):
             step.check_plan(self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
 
     def forget_observed(self) -> None:
-        """Let go of the observed graphs and the weights, so that what passes replace is freed at once."""
+        """Drop the observed graphs and the weights, so that tensors that passes replace are freed at once."""
         self._observed.clear()
         self._last.clear()
         self.weights = {}
@@ -240,16 +241,16 @@ class Calibration:
 
 @contextmanager
 def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let calls of the model run another function; whatever happens, the model is left as it was."""
+    """Within this context, calls of the model run another function. The model is restored on exit in any case."""
     refuse_redirected(model)
-    # Of a model that was compiled in place, calls would go past its forward.
+    # If the model was compiled in place, its calls would bypass its forward.
     with instance_attribute(model, "_compiled_call_impl", None), instance_attribute(model, "forward", forward):
         yield
 
 
 @contextmanager
 def instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give a module an attribute of its own for a while, over that of its class or the one it has."""
+    """Within this context, set an instance attribute of a module, in place of its own or over that of its class."""
     missing = object()
     own = module.__dict__.get(name, missing)
     module.__dict__[name] = value
@@ -267,26 +268,28 @@ def _refuse_autocast(leaves: Sequence[Any]) -> None:
     dtype = next(filter(None, map(autocast_dtype, sorted(devices))), None)
     if dtype is not None:
         raise CalibrationError(
-            f"calibrate calls the model under torch.autocast, which computes in {dtype} whatever the model is in; "
-            f"convert the model, model.to({dtype}), and call it outside of torch.autocast"
+            f"calibrate calls the model under torch.autocast, which computes in {dtype} whatever the model's dtype; "
+            f"convert the model with model.to({dtype}) and call it outside of torch.autocast"
         )
 
 
 def refuse_redirected(model: nn.Module) -> None:
-    """Raise if calls of the model go to a calibration, of another thread or further up in this one."""
+    """Raise if calls of the model already go to a calibration, of another thread or further up in this thread."""
     if isinstance(getattr(model.__dict__.get("forward"), "__self__", None), Calibration):
         raise _in_use(type(model).__name__)
 
 
 def _in_use(name: str) -> ConfigurationError:
-    return ConfigurationError(f"this {name} is being calibrated by another fxquant.compile; wait until that returns")
+    return ConfigurationError(
+        f"this {name} is being calibrated by another fxquant.compile; wait until that fxquant.compile returns"
+    )
 
 
 def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Callable[[], Any]) -> None:
-    """Run the user's callable and see to it that it called the model.
+    """Run the user's callable and check that it called the model.
 
     Raises:
-        CalibrationError: If the callable raised, or never called the model. The model is left as it was.
+        CalibrationError: If the callable raised, or never called the model. The model is unchanged.
         FxquantError: Whatever typed error a call of the model raised, even if the callable swallowed it.
     """
     if not callable(calibrate):
@@ -303,27 +306,26 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
         if calibration.failure is not None:
             raise calibration.failure from error
         raise CalibrationError(
-            f"calibrate raised {type(error).__name__}: {error}. "
-            "The model is unchanged; mend the callable and try again."
+            f"calibrate raised {type(error).__name__}: {error}. The model is unchanged; fix the callable and try again."
         ) from error
     if calibration.failure is not None:
         raise calibration.failure
     if not calibration.calls:
         raise CalibrationError(
-            f"calibrate returned without calling the model ({type(model).__name__}); it has to run this very object, "
+            f"calibrate returned without calling the model ({type(model).__name__}); it must call this very object, "
             "for example through the pipeline that holds it"
         )
     step = calibration.plan.observed_step
     if step is not None and step >= len(calibration.steps):
         raise CalibrationError(
-            f"step {step} is to be observed, counted from 0, and calibrate made {len(calibration.steps)}; make more "
+            f"step {step} is to be observed, counted from 0, but calibrate made {len(calibration.steps)}; make more "
             "steps, or observe an earlier one"
         )
     calibration.finish()
 
 
 def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, float]:
-    """SQNR in dB of a model's output against the float one, by timestep, the noisiest first."""
+    """SQNR in dB of a model's output against the float output, by timestep, the noisiest first."""
     by_step: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for sample in samples:
         with torch.no_grad():
@@ -338,5 +340,5 @@ def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, floa
 
 
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A graph module of its own over the same tensors."""
+    """A new graph module with a copy of the graph and the same tensors."""
     return fx.GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)

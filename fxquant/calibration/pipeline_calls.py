@@ -1,4 +1,4 @@
-"""Calls of a diffusers pipeline: for calibration, and for images."""
+"""Runs a diffusers pipeline, for calibration or to make images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 25
 """Denoising steps of a calibration, as in PTQ4DiT (arXiv 2405.16005)."""
 
 SAMPLES = 32
-"""Samples of a calibration, as in PTQ4DiT; with guidance that many with condition and that many without."""
+"""Samples of a calibration, as in PTQ4DiT; with guidance, this many with the condition and this many without it."""
 
 BATCH = 8
 """Samples that go through the pipeline at once."""
@@ -37,19 +37,20 @@ def calibration_call(
 ) -> Callable[[], None]:
     """A function that runs the pipeline the way it is used, to pass as ``calibrate=`` to :func:`fxquant.compile`.
 
-    Every call of it is the same: noise comes from ``seed``. Nothing is decoded to pixels.
+    Every call of this function is the same, because the noise comes from ``seed``. Nothing is decoded to pixels.
 
     Args:
-        pipe: A pipeline that takes class labels, as ``DiTPipeline``, or prompts.
+        pipe: A pipeline that takes class labels, such as ``DiTPipeline``, or prompts.
         samples: Number of samples; with guidance each goes through the model with and without its condition.
-        steps: Denoising steps of each.
-        seed: Of the initial noise.
-        guidance: Guidance scale; what the pipeline does by itself if None.
-        prompts: For text pipelines; repeated if there are fewer than ``samples``.
-        labels: Classes; all classes that the model knows, evenly, if None.
+        steps: Denoising steps per sample.
+        seed: Seed of the initial noise.
+        guidance: Guidance scale; the default of the pipeline if None.
+        prompts: Prompts for text pipelines; repeated if there are fewer than ``samples``.
+        labels: Class labels; all classes that the model knows, evenly, if None.
 
     Raises:
-        ConfigurationError: If the pipeline needs prompts and there are none, or needs what this function cannot give.
+        ConfigurationError: If the pipeline needs prompts and there are none, or needs arguments that this function
+            cannot give.
     """
     _check_seed(seed)
     conditions = _conditions(pipe, samples, prompts, labels)
@@ -75,10 +76,11 @@ def generate(
     """Make an image for each label or prompt.
 
     Returns:
-        PIL images. The same seed, labels and steps give the same initial noise whatever the model is.
+        PIL images. The same seed, labels and steps give the same initial noise for every model.
 
     Raises:
-        ConfigurationError: If neither fits the pipeline, a label is out of range, or it makes something else.
+        ConfigurationError: If neither labels nor prompts fit the pipeline, a label is out of range, or the pipeline
+            does not make images.
     """
     given = prompts if prompts is not None else labels
     if not given:
@@ -99,7 +101,7 @@ def _check_seed(seed: int) -> None:
 
 
 def num_batches(samples: int) -> int:
-    """How many times :func:`calibration_call` and :func:`generate` run the pipeline for so many samples."""
+    """How many times :func:`calibration_call` and :func:`generate` run the pipeline for this many samples."""
     return -(-samples // BATCH)
 
 
@@ -129,7 +131,7 @@ def _signature(pipe: Any) -> dict[str, inspect.Parameter]:
 def _conditions(
     pipe: Any, samples: int, prompts: Sequence[str] | None, labels: Sequence[int] | None
 ) -> tuple[str, list[Any]]:
-    """Name of the argument that says what to draw, and its values, one a sample."""
+    """Name of the argument that says what to draw, and its values, one per sample."""
     if samples < 1:
         raise ConfigurationError(f"{samples} samples are too few; at least one is needed")
     names = _signature(pipe)
@@ -143,8 +145,8 @@ def _conditions(
             raise ConfigurationError(f"{kind} takes prompts, not class labels")
         if not prompts:
             raise ConfigurationError(
-                f"{kind} draws what a prompt says, and there are no prompts; give some that are like those in use "
-                "(prompts=[...], on the command line --prompts)"
+                f"{kind} draws what a prompt says, but there are no prompts; give prompts like those in use "
+                "(prompts=[...], or --prompts on the command line)"
             )
         return "prompt", [prompts[i % len(prompts)] for i in range(samples)]
     raise ConfigurationError(
@@ -171,7 +173,7 @@ def _labels(pipe: Any, samples: int, labels: Sequence[int] | None) -> list[int]:
 def _bound_call(
     pipe: Any, conditions: tuple[str, list[Any]], steps: int, guidance: float | None
 ) -> Callable[[int, str], Iterator[Any]]:
-    """Settle all arguments but the seed and the output type; the result runs the pipeline batch by batch."""
+    """Set all arguments but the seed and the output type. The result runs the pipeline batch by batch."""
     if steps < 1:
         raise ConfigurationError(f"{steps} steps are too few; at least one is needed")
     names = _signature(pipe)
@@ -211,7 +213,7 @@ def _bound_call(
 
 
 def _offers_latents(pipe: Any) -> bool:
-    """Whether the pipeline can stop before it decodes; only its code says so."""
+    """Whether the pipeline can stop before it decodes. Only its source code shows this."""
     try:
         return '"latent"' in inspect.getsource(inspect.unwrap(type(pipe).__call__))
     except (OSError, TypeError):
@@ -220,7 +222,7 @@ def _offers_latents(pipe: Any) -> bool:
 
 @contextmanager
 def _without_decoder(pipe: Any) -> Iterator[None]:
-    """Let a pipeline that always decodes, as ``DiTPipeline``, decode nothing."""
+    """Within this context, a pipeline that always decodes, such as ``DiTPipeline``, decodes nothing."""
     vae = getattr(pipe, "vae", None)
     if vae is None or _offers_latents(pipe):
         yield

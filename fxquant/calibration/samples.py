@@ -1,4 +1,4 @@
-"""Calibration calls that are kept to be run again: as many as asked for, spread over all there are."""
+"""Keeps calibration calls to run them again: the requested number, spread over all calls."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ T = TypeVar("T")
 
 
 class Spread(Generic[T]):
-    """Keeps some of a stream of unknown length, evenly spread over it.
+    """Keeps some items of a stream of unknown length, spread evenly over the stream.
 
-    Every so many are kept; when there are twice as many as wanted, every other one is dropped, and half as many kept
-    from then on.
+    Every n-th item is kept. When twice the wanted number is held, every second held item is dropped and n doubles.
 
     Args:
-        wanted: How many to end with, 0 for none.
+        wanted: Number of items to choose at the end, 0 for none.
     """
 
     def __init__(self, wanted: int) -> None:
@@ -31,7 +30,7 @@ class Spread(Generic[T]):
         self._seen = 0
 
     def wants_next(self) -> bool:
-        """Whether what comes next is to be kept; if so, :meth:`keep` it."""
+        """Whether the next item must be kept; if so, pass it to :meth:`keep`."""
         number = self._seen
         self._seen += 1
         if not self.wanted or number % self._stride:
@@ -43,18 +42,21 @@ class Spread(Generic[T]):
         return True
 
     def keep(self, item: T) -> None:
-        """Keep what :meth:`wants_next` said to keep."""
+        """Keep the item that :meth:`wants_next` asked for."""
         self.held.append(item)
 
     def chosen(self) -> list[T]:
-        """As many as were wanted, or all that there are."""
+        """The wanted number of items, or all held items if there are fewer."""
         if len(self.held) <= self.wanted:
             return list(self.held)
         return [self.held[number * len(self.held) // self.wanted] for number in range(self.wanted)]
 
 
 def some_samples(captured: CapturedGraph, leaves: Sequence[Any], most: int) -> tuple[list[Any], Tensor | None]:
-    """The leaves of a call with at most so many of its samples, copied, and which these are; None without a batch."""
+    """Copies of the leaves of a call with at most ``most`` of its samples, and the indices of these samples.
+
+    The indices are None if the call has no batch.
+    """
     batch = captured.call.batch_size(leaves)
     chosen = torch.linspace(0, batch - 1, min(batch, most), dtype=torch.float32).long() if batch > 0 else None
 

@@ -1,1 +1,1 @@
-"""From a model and one call of it to an FX graph of ATen ops, compared with the model."""
+"""Captures one call of a model as an FX graph of ATen ops, and compares the graph with the model."""

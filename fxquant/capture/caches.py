@@ -1,8 +1,9 @@
-"""Caches that calls of a model fill and that its class makes empty. A trace gets them empty, as it does on loading.
+"""Empties, before a trace, the caches that calls of a model fill and that its class makes empty.
 
-A model that was called keeps tables in attributes that were None at first, or entries in dicts. Its graph would read
-them, and that of the model which loading builds computes them. Which of the two is traced makes no difference if a call
-gives the same bits from either state, and leaves the same state behind. That is tried with each kind of call.
+A trace on loading finds these caches empty too. A model that was called keeps tables in attributes that were None at
+first, or entries in dicts. Its graph would read these tables, whereas the graph of the model that loading builds
+computes them. It makes no difference which of the two is traced if a call gives the same bits from either state, and
+leaves the same state behind. This is tested with each kind of call.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from fxquant.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 Places = dict[tuple[str, str], Any]
-"""Attributes with values, by the name of the module or plain object that has them and their own."""
+"""Values of attributes, by the name of the module or plain object that has the attribute and the attribute's name."""
 
-_MISSING = object()  # In place of the value of an attribute that is not there.
+_MISSING = object()  # In place of the value of an attribute that does not exist.
 _MOST_TRIED = 4
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -34,7 +35,7 @@ class Caches:
 
     Args:
         model: The model.
-        skeleton: The copy of it.
+        skeleton: The copy of the model that is traced.
         timestep: Name of the ``forward`` argument that holds the timestep.
     """
 
@@ -47,12 +48,13 @@ class Caches:
     def empty(
         self, called: nn.Module, output: Sequence[Any], run: Callable[[Places], tuple[nn.Module, Sequence[Any]]]
     ) -> None:
-        """Empty those in the copy that a call fills again, and leave the others as they are in the model.
+        """Empty the caches of the copy that a call fills again. The other caches keep their values from the model.
 
         Args:
             called: The model after the call.
-            output: The leaves of what it returned.
-            run: The same for a model in which these attributes had these values before the call.
+            output: The leaves of the output of the call.
+            run: Runs the call on a model whose attributes have the given values before the call. Returns that model
+                and the leaves of its output.
         """
         if not self._constructed:
             return
@@ -62,8 +64,8 @@ class Caches:
                 break
             try:
                 model, found = run(again)
-            except Exception as error:  # Something that was put there after the model was constructed.
-                log.info("the model does not run as its class makes it: %s", error)
+            except Exception as error:  # It needs something that was set after the model was constructed.
+                log.info("the model does not run in the state that its class makes: %s", error)
                 model, found = called, ()
             if not is_equal(list(output), list(found)):
                 again.clear()
@@ -80,26 +82,26 @@ class Caches:
 
 
 def put(model: nn.Module, places: Places) -> None:
-    """Give attributes of a model and of plain objects in it these values."""
+    """Set these attributes of a model and of the plain objects in it."""
     held = dict(holders(model))
     for (name, key), value in places.items():
         if value is _MISSING:
             vars(held[name]).pop(key, None)
         else:
-            vars(held[name])[key] = pytree.tree_map(lambda leaf: leaf, value)  # Containers of its own.
+            vars(held[name])[key] = pytree.tree_map(lambda leaf: leaf, value)  # In new containers.
 
 
 def _as_constructed(model: nn.Module, timestep: str | None) -> Places:
-    """What the class puts where the model holds something that calls may have put there.
+    """The values that the class gives to the attributes that calls may have changed.
 
-    That is in attributes with tensors where the class makes none, and in others of the same module or object that are
-    not as the class makes them, such as the size that a table is for.
+    These are attributes that hold tensors where the class makes none. If a module or object has such an attribute, its
+    other attributes that differ from those that the class makes count too, such as the size that a table is for.
     """
     if not kept_tensors(model) or not is_rebuilt(model):
         return {}
     try:
         made = dict(holders(rebuilt(model, timestep).skeleton))
-    except CheckpointError:  # Saving says why.
+    except CheckpointError:  # Saving reports the reason.
         return {}
     found: Places = {}
     for name, holder in holders(model):
@@ -130,7 +132,7 @@ def _value(held: Mapping[str, Any], place: tuple[str, str]) -> Any:
 
 
 def _contains(full: Any, part: Any) -> bool:
-    """Whether two states are the same, but that dicts of the first may have further entries, of other calls."""
+    """Whether two states are equal, except that dicts of the first may have more entries, from other calls."""
     if isinstance(full, dict) and isinstance(part, dict):
         return all(key in full and _contains(full[key], value) for key, value in part.items())
     if isinstance(full, list) and isinstance(part, list):

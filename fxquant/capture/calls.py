@@ -1,7 +1,7 @@
 """How a model is called: the inputs' structure, shapes and dtypes, with the batch left open.
 
-A :class:`CallSpec` is what a captured graph was traced for and what a later call is compared with. It serializes to
-JSON, so that a checkpoint can capture its graphs anew from shapes alone.
+A :class:`CallSpec` describes the calls that a captured graph was traced for. Later calls are compared with it. It
+serializes to JSON, so that a checkpoint can capture its graphs again from shapes alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH = "batch"
 """Stands in a shape for the batch dimension of a call."""
 
 Constant = Any
-"""What a graph is captured for as it is: one of the kinds that :mod:`fxquant.capture.constants` writes to a file."""
+"""An input that is a constant of the graph: one of the kinds that :mod:`fxquant.capture.constants` writes to a file."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class TensorSpec:
     """Shape and dtype of one tensor input.
 
     Attributes:
-        shape: Its sizes; the batch dimension reads :data:`BATCH`.
+        shape: Its sizes; the batch dimension is :data:`BATCH`.
         dtype: Its dtype.
-        values: Its elements, row by row, if the model's code branches on them, so that a graph is right for these
-            alone; otherwise None.
-        number: Whether calls give a Python number, a float64 or int64 one, which the graph reads as a 0-d tensor.
+        values: Its elements, row by row, if the model's code branches on them; the graph is then valid only for these
+            values. Otherwise None.
+        number: Whether calls give a Python number, which the graph reads as a 0-d float64 or int64 tensor.
     """
 
     shape: tuple[int | str, ...]
@@ -42,11 +42,11 @@ class TensorSpec:
 
     @classmethod
     def of_number(cls, number: float) -> TensorSpec:
-        """The spec of inputs that are numbers like this one."""
+        """The spec of an input that is a Python number of the same type."""
         return cls((), torch.float64 if isinstance(number, float) else torch.int64, number=True)
 
     def holding(self, tensor: torch.Tensor | float) -> TensorSpec:
-        """The spec of calls in which this input holds what ``tensor`` does."""
+        """The same spec, valid only for the values of ``tensor``."""
         if not isinstance(tensor, torch.Tensor):
             return replace(self, values=(tensor,))
         values = tuple(int(value) for value in tensor.flatten().tolist())
@@ -58,7 +58,7 @@ class TensorSpec:
 
     def fits(self, tensor: Any, batch: int, values: bool = True) -> bool:
         """Whether ``tensor`` has this dtype, this shape at that batch size, and, if asked, these values."""
-        if self.number:  # What a number is, is known at once, also within torch.compile.
+        if self.number:  # The value of a Python number is always known, also within torch.compile.
             if type(tensor) is not (float if self.dtype.is_floating_point else int):
                 return False
             return self.values is None or is_same(tensor, self.values[0])
@@ -80,10 +80,10 @@ class CallSpec:
     """The inputs of one kind of call: leaf names, and for each leaf a tensor's spec or the constant itself.
 
     Attributes:
-        names: One readable name a leaf, such as ``hidden_states`` or ``added_cond_kwargs.resolution``.
-        leaves: One entry a leaf: a :class:`TensorSpec` or a Python constant.
+        names: One readable name per leaf, such as ``hidden_states`` or ``added_cond_kwargs.resolution``.
+        leaves: One entry per leaf: a :class:`TensorSpec` or a Python constant.
         structure: The pytree structure that the leaves fill, as nested dicts, lists and tuples of leaf numbers.
-        fixed: Why the batch size is that of one call alone, or None where it is open.
+        fixed: Why only one batch size is valid, or None if the batch size is open.
     """
 
     names: tuple[str, ...]
@@ -98,22 +98,22 @@ class CallSpec:
 
     @property
     def items(self) -> dict[str, str]:
-        """The inputs that are items of a list or tuple, with the name of that."""
+        """The inputs that are items of a list or tuple, each with the name of that list or tuple."""
         names = [self.names[number] for numbers in lists_of(self.structure) for number in numbers]
         return {name: name.rpartition(".")[0] for name in names}
 
     @property
     def numbers(self) -> list[str]:
-        """Names of the inputs that are Python numbers to calls, and tensors to the graph."""
+        """Names of the inputs that are Python numbers in calls and tensors in the graph."""
         return [name for name, spec in self.tensors if spec.number]
 
     @property
     def held_numbers(self) -> dict[str, float]:
-        """Those of these numbers by which the model's code decides, and what they are."""
+        """Values of the Python numbers that the model's code branches on, by name."""
         return {name: spec.values[0] for name, spec in self.tensors if spec.number and spec.values is not None}
 
     def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
-        """The tensors that a graph for such calls reads, from the leaves of one of them."""
+        """The tensors that the graph reads in a call with these leaves."""
         return [
             torch.tensor(leaf, dtype=spec.dtype) if spec.number else leaf
             for spec, leaf in zip(self.leaves, leaves, strict=True)
@@ -127,7 +127,7 @@ class CallSpec:
 
     @property
     def held(self) -> dict[str, torch.Tensor]:
-        """The tensor inputs of which the values matter, with these, by name."""
+        """Values of the tensor inputs that the model's code branches on, by name."""
         return {
             name: torch.tensor(spec.values, dtype=spec.dtype).reshape(spec.concrete(1))
             for name, spec in self.tensors
@@ -135,7 +135,7 @@ class CallSpec:
         }
 
     def holding(self, names: Iterable[str], leaves: Sequence[Any]) -> CallSpec:
-        """The spec of calls in which these inputs hold what they hold in the call with these leaves."""
+        """The same spec, valid only for the values that these inputs have in the call with these leaves."""
         chosen = set(names)
         held = tuple(
             spec.holding(leaf) if name in chosen and isinstance(spec, TensorSpec) else spec
@@ -144,20 +144,20 @@ class CallSpec:
         return replace(self, leaves=held)
 
     def at_batch(self, batch: int, reason: str | None) -> CallSpec:
-        """The spec of calls of this batch size alone, for this reason."""
+        """The same spec, valid only for this batch size, with the reason for it."""
         fixed = (
             replace(leaf, shape=leaf.concrete(batch)) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves
         )
         return replace(self, leaves=tuple(fixed), fixed=reason)
 
     def with_constants(self, names: Iterable[str], leaves: Sequence[Any]) -> CallSpec:
-        """The spec of calls in which these inputs are what they are in the call with these leaves, and no tensors."""
+        """The same spec, with these inputs as constants that have the values of these leaves, not as tensors."""
         chosen = set(names)
         given = zip(self.names, self.leaves, leaves, strict=True)
         return replace(self, leaves=tuple(leaf if name in chosen else spec for name, spec, leaf in given))
 
     def holding_numbers(self, numbers: Mapping[str, float]) -> CallSpec:
-        """The spec of calls in which these inputs are these numbers."""
+        """The same spec, valid only for these values of Python numbers, given by name."""
         held = tuple(
             leaf.holding(numbers[name]) if name in numbers and isinstance(leaf, TensorSpec) else leaf
             for name, leaf in zip(self.names, self.leaves, strict=True)
@@ -173,7 +173,10 @@ class CallSpec:
         return 0
 
     def with_lists_fixed(self, leaves: Sequence[Any], timestep: str | None) -> CallSpec:
-        """The same spec, but that an input of one axis is no batch: it may be a list that happens to be as long."""
+        """The same spec, but inputs with one axis, except the timestep, have no batch dimension.
+
+        Such an input may be a list whose length happens to equal the batch size.
+        """
         fixed = tuple(
             TensorSpec(tuple(leaf.shape), spec.dtype)
             if isinstance(spec, TensorSpec) and len(spec.shape) == 1 and name != timestep
@@ -183,14 +186,14 @@ class CallSpec:
         return replace(self, leaves=fixed)
 
     def assert_held(self, leaves: Sequence[Any]) -> None:
-        """Raise, also from within a compiled graph, unless the inputs have the values that this spec holds on to."""
+        """Raise, also from within a compiled graph, unless the inputs have the values that this spec holds."""
         for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True):
             if isinstance(spec, TensorSpec) and spec.values is not None and not spec.number:
                 held = torch.tensor(list(spec.values), dtype=leaf.dtype, device=leaf.device)
                 torch._assert_async(
                     (leaf.flatten() == held).all(),
                     f"the compiled graph is right for one value of {name}, and this call has another; call the model "
-                    "without torch.compile, which captures a graph for each, or compile one after such a call",
+                    "without torch.compile to capture a graph for each value, or compile after a call with this value",
                 )
 
     def fits(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, values: bool = True) -> bool:
@@ -199,8 +202,9 @@ class CallSpec:
         Args:
             names: Names of the leaves.
             leaves: The leaves.
-            structure: What holds their numbers. A list, a tuple and a dict can hold leaves of the same names, or none.
-            values: Whether inputs whose values the spec holds on to are to have these.
+            structure: Nested containers of the leaf numbers. A list, a tuple and a dict can hold leaves of the same
+                names, or no leaves.
+            values: Whether the inputs must have the values that the spec holds.
         """
         if names != self.names or structure != self.structure:
             return False
@@ -211,7 +215,7 @@ class CallSpec:
         return True
 
     def arguments(self, make: Callable[[str, TensorSpec], Any]) -> dict[str, Any]:
-        """Keyword arguments of this kind, each tensor made by ``make(name, spec)``."""
+        """Keyword arguments of such a call, with each tensor made by ``make(name, spec)``."""
         values = [
             make(name, leaf) if isinstance(leaf, TensorSpec) else leaf
             for name, leaf in zip(self.names, self.leaves, strict=True)
@@ -222,7 +226,7 @@ class CallSpec:
     def mapped(
         self, arguments: Mapping[str, Any], change: Callable[[str, TensorSpec | Constant, Any], Any]
     ) -> dict[str, Any]:
-        """Keyword arguments of this kind, each leaf replaced by ``change(name, spec, leaf)``."""
+        """Keyword arguments of such a call, with each leaf replaced by ``change(name, spec, leaf)``."""
         changed = dict(arguments)
         for key in self.structure.keys() & arguments.keys():
             numbers, tree = pytree.tree_flatten(self.structure[key])
@@ -273,7 +277,7 @@ class CallSpec:
 
 
 def is_same(left: Any, right: Any) -> bool:
-    """Whether two constants are of one type and equal; NaN equals itself."""
+    """Whether two constants have the same type and are equal; NaN equals itself."""
     if isinstance(left, torch.Tensor) or type(left) is not type(right):
         return False
     return bool(left == right or (left != left and right != right))

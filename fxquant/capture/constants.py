@@ -1,8 +1,8 @@
-"""Inputs that are neither tensors nor containers: what a graph is captured for as it is, and how a file says so.
+"""Inputs that are constants of a graph, neither tensors nor containers, and how a file stores them.
 
-A constant can be compared with that of a later call, and a file can tell what it is without any code: plain values,
-what torch says of tensors, sizes, complex numbers, bytes and UUIDs. Scalars of numpy count as the Python numbers that
-they are.
+A constant can be compared with that of a later call, and a file can store it without any code. Constants are plain
+values, torch's properties of tensors (dtype, layout, memory format, device), sizes, ranges, complex numbers, bytes and
+UUIDs. numpy scalars count as the Python numbers that they hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _of_torch(kind: type) -> _Rule:
     def read(name: str) -> Any:
         value = getattr(torch, name)
         if type(value) is not kind:
-            raise ValueError(f"{name!r} is no {kind.__name__}")
+            raise ValueError(f"{name!r} is not a {kind.__name__}")
         return value
 
     return kind, lambda value: str(value).removeprefix("torch."), read
@@ -43,7 +43,7 @@ _KINDS = {kind: name for name, (kind, _, _) in _WRITTEN.items()}
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy as the Python number, boolean or text that it is; all else as it is."""
+    """Convert a numpy scalar to the Python number, boolean or string that it holds; return other values unchanged."""
     if isinstance(value, np.generic):
         item = value.item()
         return item if type(item) in _PLAIN else value
@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 
 
 def is_constant(value: Any) -> bool:
-    """Whether a graph can be captured for this value. Subclasses are others: a file would not tell them apart."""
+    """Whether a graph can be captured for this constant. Subclasses are refused: a file could not distinguish them."""
     return type(value) in _PLAIN or type(value) in _KINDS
 
 
@@ -61,14 +61,14 @@ def is_plain(value: Any) -> bool:
 
 
 def advice(value: Any) -> str:
-    """What to do about a value that is no constant."""
+    """What to do about a value that is not a constant."""
     if isinstance(value, np.ndarray):
         return "Give it as a tensor: torch.from_numpy(...)."
     if isinstance(value, _PLAIN):
         return f"Give it as a plain {next(kind.__name__ for kind in _PLAIN[1:] if isinstance(value, kind))}."
     if callable(value):
-        return "Leave it out, or make it a part of the model: what it does is traced then."
-    return "Give what the model reads of it in one of these forms."
+        return "Leave it out, or make it a part of the model, so that it is traced."
+    return "Give what the model reads from it in one of these forms."
 
 
 def to_json(value: Any) -> Any:
@@ -83,12 +83,12 @@ def from_json(data: Any) -> Any:
     """Undo :func:`to_json`.
 
     Raises:
-        ValueError: If it is no constant.
-        KeyError: If it is of no known kind.
+        ValueError: If it is not a constant.
+        KeyError: If its kind is unknown.
     """
     if not isinstance(data, dict):
         if type(data) not in _PLAIN:
-            raise ValueError(f"{data!r} is no constant")
+            raise ValueError(f"{data!r} is not a constant")
         return data
     ((name, value),) = data.items()
     return _WRITTEN[name][2](value)

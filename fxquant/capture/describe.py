@@ -1,4 +1,7 @@
-"""From the arguments of a call to its spec, whichever way the call was written."""
+"""Describes the arguments of a call as a :class:`~fxquant.capture.calls.CallSpec`, however the call was written.
+
+Also finds what differs between a call and a spec, and warns if many graphs differ only in constants and numbers.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ def canonical_call(
 ) -> tuple[tuple[str, ...], list[Any], Any]:
     """Bring a call into one form, however it was written.
 
-    Positional and keyword arguments are bound to the signature and defaults filled in. A timestep given as a Python
-    number becomes a tensor, for a number would be baked into the graph and every step would need a graph of its own.
+    Positional and keyword arguments are bound to the signature, and defaults are filled in. A timestep given as a
+    Python number becomes a tensor: a number would be a constant of the graph, and every step would need its own graph.
 
     Returns:
         Leaf names, leaf values and the structure that holds the leaf numbers.
 
     Raises:
-        TypeError: As Python's own, if the arguments do not fit the signature.
-        CaptureError: If an input is neither a tensor nor a plain constant, or stands in containers that are neither
-            dicts, lists nor tuples.
+        TypeError: As Python raises it, if the arguments do not fit the signature.
+        CaptureError: If an input is neither a tensor nor a plain constant, or is in a container that is not a dict,
+            list or tuple.
     """
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -56,8 +59,8 @@ def canonical_call(
         if not isinstance(leaf, torch.Tensor) and not constants.is_constant(leaf):
             raise CaptureError(
                 f"input {name!r} is a {type(leaf).__name__}; only tensors, numbers, strings, booleans, None, dtypes, "
-                "devices, sizes and UUIDs, in dicts, lists and tuples, can be captured, for a file can tell what these "
-                f"are. {constants.advice(leaf)}"
+                "devices, sizes and UUIDs, in dicts, lists and tuples, can be captured, as a file can store these. "
+                f"{constants.advice(leaf)}"
             )
     structure = pytree.tree_unflatten(list(range(len(leaves))), spec)
     for name, part in structure.items():
@@ -66,24 +69,24 @@ def canonical_call(
 
 
 def _check_containers(name: str, structure: Any) -> None:
-    """Refuse containers that a file could not tell from plain ones, and that the model may treat in another way.
+    """Refuse containers that a file cannot distinguish from plain ones. The model may treat them differently.
 
     Raises:
-        CaptureError: Says which input it is.
+        CaptureError: Names the input.
     """
     if isinstance(structure, int):
         return
     if type(structure) not in (dict, OrderedDict, list, tuple):
         plain = "tuple" if isinstance(structure, tuple) else "list" if isinstance(structure, Sequence) else "dict"
         raise CaptureError(
-            f"input {name!r} is a {type(structure).__name__}; only plain dicts, lists and tuples can be captured, for "
-            f"a file cannot tell others from them. Give a plain {plain}"
+            f"input {name!r} is a {type(structure).__name__}; only plain dicts, lists and tuples can be captured, "
+            f"because a file cannot distinguish other containers from them. Give a plain {plain}"
         )
     if isinstance(structure, dict) and not all(isinstance(key, str) for key in structure):
         key = next(key for key in structure if not isinstance(key, str))
         raise CaptureError(
-            f"input {name!r} has the key {key!r} ({type(key).__name__}), of which a file makes a string; give it keys "
-            "that are strings, or a list"
+            f"input {name!r} has the key {key!r} ({type(key).__name__}), which a file would store as a string; give "
+            "it keys that are strings, or a list"
         )
     for key, part in structure.items() if isinstance(structure, dict) else enumerate(structure):
         _check_containers(f"{name}.{key}", part)
@@ -96,11 +99,11 @@ def describe_call(
     timestep: str | None = None,
     changing: Collection[str] = (),
 ) -> CallSpec:
-    """The spec of a call: a leading dimension equal to that of the first tensor of rank 2 or more is the batch.
+    """The spec of a call. A leading dimension is the batch if it equals that of the first tensor of rank 2 or more.
 
-    There is none if that tensor is one of a list with as many items as there are timesteps: a sample without an axis
-    for the batch, such as Wan's and Z-Image's own code take. Python floats are left open, and so are the integers of
-    the names in ``changing``; others count or name things as a rule.
+    There is no batch if that tensor is an item of a list with as many items as there are timesteps. Each item is then
+    one sample without a batch axis, as the code of Wan and Z-Image takes it. Python floats are left open, and so are
+    integers whose names are in ``changing``. Other integers are constants, as they usually count or name things.
     """
     first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2), None)
     batch = None if first is None else leaves[first].shape[0]
@@ -120,7 +123,7 @@ def describe_call(
 
 
 def changed_leaves(names: tuple[str, ...], leaves: Sequence[Any], call: CallSpec) -> list[str] | None:
-    """Which constants and numbers of a call are others than those of a kind of call; None if more than that differs."""
+    """Names of the constants and numbers that differ between a call and a spec; None if anything else differs."""
     if names != call.names:
         return None
     batch, found = call.batch_size(leaves), []
@@ -135,16 +138,16 @@ def changed_leaves(names: tuple[str, ...], leaves: Sequence[Any], call: CallSpec
     return found
 
 
-_MANY = 8  # Graphs for calls that differ in constants and numbers alone, at which somebody should be told.
+_MANY = 8  # Warn at this many graphs for calls that differ only in constants and numbers.
 
 
 def warn_of_many(names: tuple[str, ...], leaves: Sequence[Any], calls: Sequence[CallSpec]) -> None:
-    """Warn, once, if a call's graph is one of many that differ in constants and numbers alone.
+    """Warn, once, if a call's graph is one of many that differ only in constants and numbers.
 
     Args:
         names: Names of the leaves of the call.
         leaves: The leaves.
-        calls: What the graphs serve, that of this call among them.
+        calls: Specs of the calls that the graphs serve, including the spec of this call.
     """
     differences = [changed for call in calls if (changed := changed_leaves(names, leaves, call)) is not None]
     changing = {name for changed in differences for name in changed}
@@ -152,9 +155,9 @@ def warn_of_many(names: tuple[str, ...], leaves: Sequence[Any], calls: Sequence[
         return
     shown = ", ".join(f"{name}={leaf!r}" for name, leaf in zip(names, leaves, strict=True) if name in changing)
     warnings.warn(
-        f"{_MANY} graphs were captured for calls that differ in constants alone, the last for {shown}. Each takes the "
-        "time of a capture. Give what changes as a tensor, if the model computes with it; leave it out, if the model "
-        "ignores it; or let calls share values.",
+        f"{_MANY} graphs were captured for calls that differ in constants alone, the last for {shown}. Each graph "
+        "takes the time of a capture. If the model computes with what changes, give it as a tensor. If the model "
+        "ignores it, leave it out. Otherwise use the same values in several calls.",
         SpeedWarning,
         stacklevel=5,
     )

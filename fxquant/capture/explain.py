@@ -1,4 +1,4 @@
-"""Why a model cannot be traced, in the user's terms."""
+"""Explains in the user's terms why a model cannot be traced, and hides what torch prints about failed attempts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _ON_VALUES = (
     "move that part out of the transformer's forward."
 )
 _ON_OTHERS = (
-    "The code raised this on tensors without values, for the call {call}. Call the model itself like this: if it fails "
-    "too, the call does not fit it; if not, that line does what torch.export cannot follow, and has to be written "
-    "otherwise."
+    "The code raised this on tensors without values, for the call {call}. Call the model itself with such inputs. If "
+    "it fails too, the call does not fit the model. If it does not fail, that line does something that torch.export "
+    "cannot follow; write that line differently."
 )
 _TALKATIVE = (
     *("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export._trace"),
@@ -40,8 +40,8 @@ _TALKATIVE = (
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep off the screen what torch says of attempts: graphs, tracebacks, hints. What fails is raised all the same."""
-    from torch.export import _trace  # Costly to import before something is traced.
+    """Hide what torch prints about attempts: graphs, tracebacks, hints. Errors are still raised."""
+    from torch.export import _trace  # Slow to import, so it is imported only when something is traced.
 
     ours = threading.get_ident()
 
@@ -79,7 +79,7 @@ def explained(error: BaseException, model: nn.Module, call: CallSpec) -> Capture
 
 
 def _is_about_values(error: BaseException) -> bool:
-    """Whether an error says that code asks for the value of a tensor that has none."""
+    """Whether an error says that the code asked for the value of a tensor that has no values."""
     unknown = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
     return isinstance(error, unknown) or any(words in str(error) for words in _ABOUT_VALUES)
 
@@ -100,6 +100,6 @@ def _frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
 
 def _is_user_code(filename: str) -> bool:
     libraries = {Path(torch.__file__).parent, Path(errors.__file__).parent}
-    if Path(filename).parent == Path(contextlib.__file__).parent:  # Python's own.
+    if Path(filename).parent == Path(contextlib.__file__).parent:  # Python's standard library.
         return False
     return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in libraries)

@@ -1,9 +1,9 @@
-"""Whether a graph is true to its model: checked when it is captured, while the float model is at hand.
+"""Checks that a graph computes the same as its model, when it is captured and the float model is available.
 
-A graph is one path through the model's code, followed once. What the code keeps between calls in attributes, takes from
-elsewhere in Python, or does past torch's eyes stands in the graph as it was then. So the model is run once on inputs
-that are others than those of the capture, and the graph has to yield the same. Where that call changed attributes, a
-second one tells what it only computes once, such as tables of positions, from state that the next call reads.
+A graph is one path through the model's code, followed once. The graph freezes what the code keeps in attributes between
+calls, takes from elsewhere in Python, or does where torch does not see it. So the model runs once on inputs that differ
+from those of the capture, and the graph must give the same output. If that call changed attributes, a second call
+distinguishes what the model computes only once, such as tables of positions, from state that the next call reads.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _EXAMPLE_BATCH = 2
 _MISSING = object()
 
 State = dict[tuple[str, str], Any]
-"""Attributes by path of the module and name."""
+"""Values of attributes, by the path of the module and the name of the attribute."""
 
 
 class Original:
-    """A float model to compare graphs with. The model itself is never run, so that it stays as it is.
+    """A float model to compare graphs with. Only copies of the model are run, so the model itself does not change.
 
     Args:
-        model: The model; its weights are shared, what else it holds is copied.
+        model: The model. Its weights are shared; everything else that it holds is copied.
         timestep: Name of the ``forward`` argument that holds the timestep.
     """
 
@@ -55,15 +55,16 @@ class Original:
     def warm(self, leaves: Sequence[Any], structure: Any, architecture: Architecture | None = None) -> None:
         """Run a call once before it is traced.
 
-        Tables that the code keeps outside of the model, in ``functools.lru_cache`` or a global, are then filled with
-        tensors. A trace would fill them with fake ones, which the model would get from there ever after.
+        This fills tables that the code keeps outside of the model, in ``functools.lru_cache`` or a global, with
+        tensors. A trace would fill them with fake tensors, which the model would read in all later calls.
 
         Args:
             leaves: The leaves of the call.
-            structure: What holds their numbers.
-            architecture: Has its caches emptied that the call fills again; see :mod:`fxquant.capture.caches`.
+            structure: Nested containers of the leaf numbers.
+            architecture: Its caches that the call fills again are emptied; see :mod:`fxquant.capture.caches`.
         """
-        if _places(self._model) != self._weights:  # Moved or converted since; such a call is none of the model's.
+        # The weights were moved or converted since, so the call is not one of the model as it was.
+        if _places(self._model) != self._weights:
             return
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
 
@@ -79,21 +80,21 @@ class Original:
                 if self._caches is None:
                     self._caches = Caches(self._model, architecture.skeleton, self._timestep)
                 self._caches.empty(called, output, run)
-        except Exception as error:  # The capture fails over it too, and says where.
-            log.info("the model does not take the call: %s", error)
+        except Exception as error:  # The capture fails too, and its error says where.
+            log.info("the model does not accept the call: %s", error)
 
     def compare(self, captured: CapturedGraph, leaves: Sequence[Any], structure: Any) -> None:
-        """Compare a graph that has its weights with the model.
+        """Compare a graph whose weights are bound with the model.
 
-        Costs a call of the graph and one of the model, or two of each if the first one changes attributes.
+        This costs one call of the graph and one of the model, or two of each if the first call changes attributes.
 
         Args:
             captured: The graph.
             leaves: The leaves of the call that it was captured from.
-            structure: What holds their numbers.
+            structure: Nested containers of the leaf numbers.
 
         Raises:
-            CaptureError: If the model keeps state between calls, or yields something else than the graph.
+            CaptureError: If the model keeps state between calls, or its output differs from that of the graph.
         """
         model = _twin(self._model)
         if not _shares_weights(captured, model):
@@ -111,8 +112,8 @@ class Original:
                 names = ", ".join(repr(f"{path}.{name}".removeprefix(".")) for path, name in kept[:4])
                 raise CaptureError(
                     f"{type(self._model).__name__} keeps state between calls, which each call reads and changes: "
-                    f"{names}. A graph would be frozen at one step. Take out what does this (a cache of steps, a "
-                    "counter), or hand the state in as an input"
+                    f"{names}. A graph would be right for one step only. Remove what does this (a cache of steps, a "
+                    "counter), or pass the state as an input"
                 )
         if first is not None:
             raise CaptureError(first)
@@ -120,14 +121,14 @@ class Original:
     def _compare_once(
         self, model: nn.Module, captured: CapturedGraph, leaves: Sequence[Any], structure: Any, seed: int
     ) -> str | None:
-        """What is wrong, if something is."""
+        """A description of the difference, or None if there is none."""
         tried = _others(captured.call, leaves, self._timestep, seed)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
         with _alike(device):
             try:
                 expected = _call(model, tried, structure)
-            except Exception as error:  # What a model says of inputs that nobody gave it is not the graph's fault.
-                log.info("the model does not take inputs like those of the call (%s); the call's own are used", error)
+            except Exception as error:  # An error on inputs that the user did not give is not the graph's.
+                log.info("the model does not accept inputs like those of the call (%s); the call's own are used", error)
                 tried = list(leaves)
                 expected = _call(model, tried, structure)
         with _alike(device):
@@ -136,7 +137,7 @@ class Original:
 
 
 def example(call: CallSpec, device: torch.device) -> list[Any]:
-    """The leaves of a call that a spec describes; what it leaves open is drawn, or 0 for numbers and integers."""
+    """Leaves of a call that a spec describes. Open float tensors are random; open numbers and integer tensors are 0."""
     generator = torch.Generator().manual_seed(0)
 
     def value(name: str, spec: TensorSpec) -> Any:
@@ -178,7 +179,7 @@ def _call(model: nn.Module, leaves: Sequence[Any], structure: Any) -> Any:
 
 @contextmanager
 def _alike(device: torch.device) -> Iterator[None]:
-    """Run without autocast, uncompiled, and draw the same random numbers each time, none of them from the user's."""
+    """Run without autocast and compilation. Random ops draw the same numbers each time, from seeds of their own."""
     with (
         uncompiled(),
         without_autocast(device.type),
@@ -191,7 +192,8 @@ def _alike(device: torch.device) -> Iterator[None]:
 class _OwnNoise(TorchDispatchMode):
     """Random ops draw from a seed of their own.
 
-    torch's generators are those of all threads. They are taken for one op at a time, and only for ops that may draw.
+    All threads share torch's generators. So their state is replaced for one op at a time, and only for ops that may
+    draw random numbers.
     """
 
     supports_higher_order_operators = True
@@ -233,9 +235,10 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 
 
 def _others(call: CallSpec, leaves: Sequence[Any], timestep: str | None, seed: int) -> list[Any]:
-    """Inputs like those of a call, of other values: floats and the timestep come up to a quarter closer to 0.
+    """Inputs like those of a call, with other values: floats and the timestep move up to a quarter closer to 0.
 
-    So they stay in the range that the model takes. Integers, which name things, and what the graph holds are kept.
+    So they stay in the range that the model accepts. Integers, which name things, and values that the graph holds do
+    not change.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -275,13 +278,13 @@ def _difference(
         drawn = _draws(captured)
         if drawn is not None:
             return (
-                f"{title} draws random numbers ({drawn}) in a way that a graph cannot follow: output {number} of its "
-                f"graph {error} where both begin with the same seed. Give the noise as an input, or call model.eval()"
+                f"{title} draws random numbers ({drawn}) in a way that a graph cannot follow: with the same seed, "
+                f"output {number} of its graph {error}. Pass the noise as an input, or call model.eval()"
             )
         return (
-            f"the graph of {title} is not true to it: for other inputs than those that it was captured with, output "
-            f"{number} {error}. The code takes something from where a graph cannot see it, such as numpy, Python's own "
-            "random numbers, or values that it keeps; make it of the inputs with torch's functions"
+            f"the graph of {title} does not compute what the model computes: for inputs other than those of the "
+            f"capture, output {number} {error}. The code uses something that a graph cannot record, such as numpy, "
+            "Python's own random numbers, or values that it keeps; compute that from the inputs with torch's functions"
         )
     return None
 
@@ -307,7 +310,7 @@ def _draws(captured: CapturedGraph) -> str | None:
 
 
 def _draws_nothing(node: fx.Node) -> bool:
-    """Whether an op that can drop out elements drops out none."""
+    """Whether an op that can apply dropout drops no elements."""
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool((node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) == 0)
     return node.target is torch.ops.aten.dropout.default and (node.args[2] is False or bool(node.args[1] == 0))
@@ -317,7 +320,7 @@ def _draws_nothing(node: fx.Node) -> bool:
 
 
 def _state(model: nn.Module) -> State:
-    """What the modules of a model hold in attributes, buffers among them, as it is now."""
+    """A snapshot of the attributes of all modules of a model, including their buffers."""
     found: State = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -333,7 +336,7 @@ def _changed(before: State, after: State) -> list[tuple[str, str]]:
 
 @contextmanager
 def _watching(model: nn.Module, keys: Sequence[tuple[str, str]]) -> Iterator[set[tuple[str, str]]]:
-    """Notes which of these attributes are read before they are written."""
+    """Record which of these attributes are read before they are written."""
     carried: set[tuple[str, str]] = set()
     for path in {path for path, _ in keys}:
         module = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Graphs as text, to tell whether two captures gave the same function."""
+"""Writes graphs as text, to check whether two captures gave the same function."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.fx.node import map_aggregate
 
 
 def fingerprint(graph: fx.Graph) -> tuple[str, ...]:
-    """A line for each node: its op, target and arguments. Names of nodes, metadata and devices are left out.
+    """One line per node: its op, target and arguments. Names of nodes, metadata and devices are left out.
 
-    Comparable within a process: some ops print their address.
+    Texts can be compared only within one process, because some ops print their address.
     """
     numbers = {node: f"%{number}" for number, node in enumerate(graph.nodes)}
 

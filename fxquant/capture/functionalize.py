@@ -1,8 +1,8 @@
-"""Writes in place become values: what a model's code writes into a tensor, later readers read from a new one.
+"""Replaces in-place writes of a graph by ops that make new tensors, which later readers read instead.
 
-``ExportedProgram.run_decompositions`` does this for every op there is by tracing the graph twice more, which takes
-longer than the capture itself. The few forms that transformers write, such as ``out[..., 0::2] = x`` in rotary
-embeddings, are rewritten here by one walk over the graph; the rest is left to it.
+``ExportedProgram.run_decompositions`` does this for every op, but it traces the graph twice more, which takes longer
+than the capture itself. One walk over the graph rewrites the few forms that transformers use, such as
+``out[..., 0::2] = x`` in rotary embeddings. The rest is left to ``run_decompositions``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fxquant.errors import CaptureError
 aten = torch.ops.aten
 
 _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
-"""Views of a part, and what puts a new part into the whole; both take the same arguments after the values."""
+"""Ops that view a part, and the op that puts a new part into the whole. Their arguments after the tensors are equal."""
 _SAME = ("aten::to", "aten::detach", "aten::contiguous", "aten::alias", "aten::lift_fresh", "aten::dropout")
-"""Ops that may return the very tensor that they are given."""
+"""Ops that may return their input tensor itself."""
 _VIEWS = (
     "slice",
     "select",
@@ -35,7 +35,7 @@ _VIEWS = (
     "split",
     "chunk",
 )
-_FRESH = "aten::lift_fresh_copy"  # Its result shares memory with its input while it is traced, and only then.
+_FRESH = "aten::lift_fresh_copy"  # Its result shares memory with its input only during a trace.
 _INHERITED = ("nn_module_stack", "stack_trace")
 
 
@@ -45,23 +45,23 @@ def writes(node: fx.Node) -> bool:
 
 
 def functionalize(graph: fx.Graph, mode: FakeTensorMode) -> bool:
-    """Replace all writes of a graph by values; return False if one is of another form, with the graph half-changed.
+    """Replace all in-place writes of a graph. Return False, with the graph partly changed, if one has another form.
 
-    A write into a part of a tensor, ``copy_(slice(x), y)``, becomes ``x' = slice_scatter(x, copy(slice(x), y))``;
-    whoever reads ``x`` or a view of it later reads ``x'`` or that view of ``x'``.
+    A write into a part of a tensor, ``copy_(slice(x), y)``, becomes ``x' = slice_scatter(x, copy(slice(x), y))``.
+    Later readers of ``x`` or of a view of ``x`` read ``x'`` or the same view of ``x'``.
 
     Args:
-        graph: A graph as ``torch.export`` traces it, whose fake values share memory where the model's do.
+        graph: A graph as ``torch.export`` traces it. Its fake values share memory where the values of the model do.
         mode: The mode of the fake values.
     """
     return _Walk(graph, mode).run()
 
 
 def refuse_shared_lists(graph: fx.Graph) -> None:
-    """Refuse ops that write into a list of tensors, one after the other, where an earlier write matters to a later one.
+    """Refuse ops that write into a list of tensors, one after the other, if an earlier write affects a later one.
 
-    Two of the tensors may be parts of one (``torch._foreach_mul_([y, y], 2)``), or a tensor is read after it was
-    written (``torch._foreach_copy_([x, y], [y, x])``). PyTorch makes values of such writes as if all happened at once.
+    Two of the tensors may share memory (``torch._foreach_mul_([y, y], 2)``), or a tensor may be read after it was
+    written (``torch._foreach_copy_([x, y], [y, x])``). PyTorch replaces such writes as if all happened at once.
 
     Raises:
         CaptureError: Names the op and the module that calls it.
@@ -75,7 +75,7 @@ def refuse_shared_lists(graph: fx.Graph) -> None:
         written = [memory for memories, is_write in lists if is_write for memory in memories]
         read = [pair for memories, is_write in lists if not is_write for pair in enumerate(memories)]
         if len(set(written)) < len(written):
-            what = "writes into a list of tensors of which two share memory"
+            what = "writes into a list of tensors where two share memory"
         elif any(memory in written[:number] for number, memory in read if memory is not None):
             what = "reads a tensor of a list after it has written into it"
         else:
@@ -91,10 +91,10 @@ class _Walk:
     """One walk over a graph.
 
     Attributes:
-        source: Of each view the value that it is a view of, as the model's code has it.
-        made_from: Of each view the node that it reads in place of its source.
-        now: Of each value in memory that is written into the node that holds it, and as of which write.
-        written: Number of writes so far by the value that owns the memory.
+        source: For each view, the value that it is a view of in the model's code.
+        made_from: For each view, the node that it reads in place of its source.
+        now: For each value whose memory is written into, the node that holds it, and the number of writes up to then.
+        written: Number of writes so far, for each value that owns such memory.
     """
 
     def __init__(self, graph: fx.Graph, mode: FakeTensorMode) -> None:
@@ -106,12 +106,12 @@ class _Walk:
         self.written: dict[fx.Node, int] = {}
 
     def run(self) -> bool:
-        lost: list[fx.Node] = []  # Views of what their fake values do not tell.
+        lost: list[fx.Node] = []  # Views whose source their fake values do not show, and their inputs.
         for node in list(self.graph.nodes):
             if writes(node):
                 if not node.target._schema.arguments[0].is_write or not isinstance(node.args[0], fx.Node):
-                    return False  # It writes into an out= argument, or into each of a list (torch._foreach_add_).
-                node.replace_all_uses_with(node.args[0])  # What it returns is what it writes into.
+                    return False  # It writes into an out= argument, or into a list of tensors (torch._foreach_add_).
+                node.replace_all_uses_with(node.args[0])  # It returns the tensor that it writes into.
                 if _name(node) == "aten::detach_":
                     self.graph.erase_node(node)
             elif node.op == "call_function" and (memory := _memory(node)) is not None and _name(node) != _FRESH:
@@ -136,7 +136,7 @@ class _Walk:
         return node
 
     def _can_write(self, node: fx.Node) -> bool:
-        """Whether the op has a form that does not write, and every view on the way to the owner can be put back."""
+        """Whether the op has a form that does not write, and each view up to the owner can be put into its source."""
         part = node.args[0]
         assert isinstance(part, fx.Node)
         while part in self.source:
@@ -161,7 +161,7 @@ class _Walk:
                 self.made_from[node] = current[source]
 
     def _write(self, node: fx.Node, target: fx.Node) -> None:
-        """Carry out a write into ``target``, as the model's code has it, and into all that it is a part of."""
+        """Write into ``target``, a value of the model's code, and into every value that ``target`` is a part of."""
         owner, old = self._owner(target), node.args[0]
         assert isinstance(old, fx.Node)
         self.written[owner] += 1
@@ -178,7 +178,7 @@ class _Walk:
             target = whole
 
     def _current(self, node: fx.Node) -> fx.Node:
-        """The node that holds a value by now: a view of what was written into since is made again."""
+        """The node that holds the current value. A view is made again if its memory was written into since."""
         if node not in self.now:
             return node
         held, version = self.now[node]
@@ -201,7 +201,7 @@ class _Walk:
 
 
 def _functional(node: fx.Node) -> Any:
-    """The same op without the write: ``copy`` for ``copy_``; None if there is none."""
+    """The same op without the write: ``copy`` for ``copy_``; None if the op has no such form."""
     op = node.target
     assert isinstance(op, torch._ops.OpOverload)
     packet = getattr(aten, _name(node).removeprefix("aten::").removesuffix("_"), None)
@@ -221,7 +221,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _memory(node: fx.Node) -> int | None:
-    """Tells the memory of a value apart; that of all of its parts, where it is a tuple of them."""
+    """Identifies the memory of a value. The first item of a tuple or list stands for all items."""
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     return first.untyped_storage()._cdata if isinstance(first, Tensor) else None

@@ -1,4 +1,4 @@
-"""A traced graph and the calls that it serves."""
+""":class:`CapturedGraph`, the result of a capture: a traced graph and the calls that it serves."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class CapturedGraph:
             the output's leaves.
         call: The inputs that the graph serves.
         out_spec: Pytree structure that turns the leaves back into the model's own output class.
-        digest: Of the graph as it was quantized, before a backend lowered it (:mod:`fxquant.ir.digest`).
-        code: The graph as it was traced, before any pass; see :func:`fxquant.capture.fingerprint.fingerprint`.
+        digest: Digest of the quantized graph, before a backend lowers it (:mod:`fxquant.ir.digest`).
+        code: Text of the graph as it was traced, before any pass; see :func:`fxquant.capture.fingerprint.fingerprint`.
     """
 
     module: fx.GraphModule

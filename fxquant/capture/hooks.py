@@ -1,7 +1,7 @@
-"""What diffusers and accelerate hang on modules, and why a graph cannot have it.
+"""Refuses models with hooks of diffusers or accelerate that a graph cannot record.
 
-Their hooks stand around the code of a module. Those that move weights, cast them or reuse what earlier calls computed
-are no part of the model, and a graph that recorded them would be right for one call.
+Such hooks run around the code of a module. Hooks that move weights, cast them or reuse what earlier calls computed are
+not part of the model. A graph that recorded them would be right for one call only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fxquant.errors import ConfigurationError
 _DIFFUSERS = (
     (
         ("layerwise_casting", "peft_autocast"),
-        "keeps the weights in a smaller dtype than that in which they are used",
+        "stores the weights in a smaller dtype than the model computes in",
         "load the model again, in the dtype that it computes in, without enable_layerwise_casting()",
     ),
     (
@@ -27,7 +27,7 @@ _DIFFUSERS = (
     (("cp_", "tensor_parallel"), "splits the model between devices", "load the model again, on one device"),
     (
         ("cache", "fbc_", "pyramid_attention"),
-        "reuses what earlier steps computed, so that no two calls are alike",
+        "reuses what earlier steps computed, so that calls differ from each other",
         "call disable_cache() on the model, or load it again without this cache",
     ),
 )
@@ -38,7 +38,7 @@ def refuse_hooks(model: nn.Module) -> None:
     """Raise if a hook of diffusers or accelerate moves or casts the weights of a model, or keeps state for it.
 
     Raises:
-        ConfigurationError: Names the module and the hook, and says how to be rid of it.
+        ConfigurationError: Names the module and the hook, and says how to remove it.
     """
     for path, module in model.named_modules():
         where = f"module {path!r}" if path else f"this {type(model).__name__}"
@@ -68,6 +68,6 @@ def refuse_hooks(model: nn.Module) -> None:
 def _parts(hook: Any) -> Iterator[Any]:
     if hook is None:
         return
-    for part in getattr(hook, "hooks", ()):  # Of a SequentialHook.
+    for part in getattr(hook, "hooks", ()):  # The parts of a SequentialHook.
         yield from _parts(part)
     yield hook

@@ -1,8 +1,8 @@
-"""What a model's code may do while it is traced that ``torch.export`` alone would lose or refuse.
+"""Lets a model's code do things during a trace that ``torch.export`` alone would lose or refuse.
 
-Tracing runs the code on tensors without values. Code that asks for a value all the same, as
-``lengths = mask.sum(1).tolist()`` does, can be followed where the value is known: it was made from sizes and constants,
-or from an input whose value is given. The graph is then right for calls with that value of the input.
+Tracing runs the code on tensors without values. Some code still asks for a value, such as
+``lengths = mask.sum(1).tolist()``. It can be traced if the value is known: the value was made from sizes and constants,
+or from an input whose value is given. The graph is then valid for calls with that value of the input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fxquant.capture.open_numbers import OpenNumber
 from fxquant.errors import CheckpointError
 
 _KNOWN = "_fxquant_known"
-_MOST = 2**16  # Elements: lengths, masks and positions. What is larger decides nothing.
+_MOST = 2**16  # Elements of followed tensors: lengths, masks, positions. Code does not branch on larger ones.
 _READS = (
     *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose"),
     *("__bool__", "__int__", "__float__", "__index__", "__contains__"),
@@ -51,12 +51,12 @@ _most_products: ContextVar[int | None] = ContextVar("fxquant_most_products", def
 
 @contextmanager
 def at_most(layers: int) -> Iterator[None]:
-    """Within it, the tracing of a model that runs far more than so many layers is stopped: it would take minutes.
+    """Within this context, stop traces of models that run far more than ``layers`` layers: they would take minutes.
 
-    A model may run some parts that no output depends on, and of which a plan says nothing.
+    A model may run some more layers, as parts that no output depends on are not in the plan.
 
     Raises:
-        CheckpointError: As soon as a model has run a quarter more, and some.
+        CheckpointError: As soon as a model runs more than ``layers + layers // 4 + 16`` layers.
     """
     token = _most_products.set(layers + layers // 4 + 16)
     try:
@@ -70,8 +70,8 @@ class Known:
     """What a traced tensor holds.
 
     Attributes:
-        value: The same tensor with its values, on the CPU. Views of it are views, as they are of the traced one.
-        inputs: Names of the inputs that the values follow from.
+        value: The same tensor with its values, on the CPU. A view of the traced tensor has a view of ``value``.
+        inputs: Names of the inputs that the values depend on.
     """
 
     value: Tensor
@@ -79,35 +79,35 @@ class Known:
 
     @property
     def memory(self) -> int:
-        """Tells values apart that do not share memory."""
+        """Identifies the memory of the value: values that share memory have the same number."""
         return self.value.untyped_storage().data_ptr()
 
 
 class Tracing(TorchFunctionMode):
-    """Lets a model's code read the values of integer and boolean tensors that are known, and notes where they are from.
+    """Lets a model's code read known values of integer and boolean tensors, and records which inputs they depend on.
 
-    It also reads ``tensor.data`` as ``tensor.detach()``, which shares memory likewise, but which tracing sees: what is
-    written into ``.data`` would otherwise be lost from the graph, without a word.
+    It also replaces ``tensor.data`` by ``tensor.detach()``. Both share the tensor's memory, but tracing sees only
+    ``detach``. Writes into ``.data`` would otherwise be missing from the graph without any message.
 
     Attributes:
-        read: Names of the inputs whose values the code has read; what was traced is right for these values.
+        read: Names of the inputs whose values the code has read. The trace is valid for these values only.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.read: set[str] = set()
         self._products = 0
-        self._written: dict[int, frozenset[str]] = {}  # By memory, the inputs of what was written there.
-        self._stale: set[int] = set()  # Memory that holds what is not known.
+        self._written: dict[int, frozenset[str]] = {}  # By memory, the inputs of the values written there.
+        self._stale: set[int] = set()  # Memory that holds values that are not known.
 
     @contextmanager
     def knowing(self, model: nn.Module, call: CallSpec, numbers: Mapping[str, float]) -> Iterator[None]:
-        """Within it, calls of ``model`` are followed and know the values of some inputs.
+        """Within this context, follow calls of ``model``, with the values of some inputs known.
 
         Args:
             model: The model that is traced.
-            call: The inputs of the traced call; the values that it holds on to are known.
-            numbers: Values of Python numbers among the inputs, by name; the code meets those as numbers.
+            call: The inputs of the traced call. The values that this spec holds are known.
+            numbers: Values of Python numbers among the inputs, by name. The code gets them as numbers.
         """
         values, numbers = call.held, {**numbers, **call.held_numbers}
 
@@ -121,7 +121,7 @@ class Tracing(TorchFunctionMode):
         def enter_all(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, call.mapped(kwargs, enter)
 
-        self.read.clear()  # What an earlier trace of the same call has noted.
+        self.read.clear()  # Recorded by an earlier trace of the same call.
         self._written.clear()
         self._stale.clear()
         self._products = 0
@@ -140,7 +140,7 @@ class Tracing(TorchFunctionMode):
             return args[0].detach()
         if open_numbers.are_among(pytree.tree_leaves((args, kwargs))):
             func, args, kwargs = open_numbers.call(func, args, kwargs)
-            if isinstance(func, functools.partial):  # Made of several ops.
+            if isinstance(func, functools.partial):  # A replacement made of several ops.
                 return func(*args, **kwargs)
         if name in _PRODUCTS:
             self._count()
@@ -152,7 +152,7 @@ class Tracing(TorchFunctionMode):
         if name in _SELECTS and (selected := self._selected(name, func, args, kwargs)) is not None:
             return selected
         if name in _MAKES or name in _TAKES_NUMBERS:
-            first = 0 if name in _MAKES else 1  # A method is called on the first one.
+            first = 0 if name in _MAKES else 1  # The first argument of a method is its tensor.
             args = (*args[:first], *pytree.tree_map(self._number, args[first:]))
             kwargs = pytree.tree_map(self._number, kwargs)
         result = func(*args, **kwargs)
@@ -166,12 +166,12 @@ class Tracing(TorchFunctionMode):
         self._products += 1
         if most is not None and self._products > most:
             raise CheckpointError(
-                f"the model that is built for it runs more than {most} layers, far more than were quantized. It "
+                f"the model that was built runs more than {most} layers, far more than were quantized. The plan "
                 "belongs to another model, or to another version of its class"
             )
 
     def _selected(self, name: str, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """What a mask of known value selects, picked by positions: how much it is would be open otherwise."""
+        """What a mask with known values selects, by positions: otherwise the number of elements would be unknown."""
         if name == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if not any(_is_mask(part) and self._inputs(part) is not None for part in index):
@@ -184,7 +184,7 @@ class Tracing(TorchFunctionMode):
         return source.expand(shape)[tuple(self._places(mask, source.device, shape))]
 
     def _places(self, part: Any, device: torch.device, shape: Any = None) -> list[Any]:
-        """Positions that a mask of known value selects, one tensor an axis; anything else as it is."""
+        """Positions that a mask with known values selects, one tensor per axis. Any other index does not change."""
         if not _is_mask(part) or self._inputs(part) is None:
             return [part]
         self.read |= self._inputs(part) or frozenset()
@@ -194,7 +194,7 @@ class Tracing(TorchFunctionMode):
         return [torch.tensor(place, dtype=torch.int64, device=device) for place in places]
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, written: Any) -> None:
-        """Do the same with the values, where they are known."""
+        """Run the same op on the values, if they are known."""
         inputs = self._inputs(args, kwargs)
         values: Any = None
         if any(word in getattr(func, "__name__", "") for word in _RANDOM):
@@ -202,7 +202,7 @@ class Tracing(TorchFunctionMode):
         if inputs is not None:
             try:
                 values = _on_values(func, args, kwargs)
-            except _FAILURES:  # An op that takes no tensors with values: what comes of it is not known.
+            except _FAILURES:  # The op does not accept tensors with values: its result is not known.
                 inputs = None
         if isinstance(written, Tensor) and (target := getattr(written, _KNOWN, None)) is not None:
             if inputs is None:
@@ -215,7 +215,7 @@ class Tracing(TorchFunctionMode):
                     setattr(leaf, _KNOWN, Known(value, inputs))
 
     def _inputs(self, *arguments: Any) -> frozenset[str] | None:
-        """The inputs that the values of these arguments follow from; None if a value is not known."""
+        """The inputs that the values of these arguments depend on; None if a value is not known."""
         found: frozenset[str] = frozenset()
         for leaf in _leaves(arguments):
             if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -232,7 +232,7 @@ class Tracing(TorchFunctionMode):
         return known if known is not None and known.memory not in self._stale else None
 
     def _number(self, leaf: Any) -> Any:
-        """A size or bound that is a tensor of known value as the number that it is."""
+        """Convert a size or bound that is a tensor with a known value to a number; return anything else unchanged."""
         if isinstance(leaf, slice):
             return slice(self._number(leaf.start), self._number(leaf.stop), self._number(leaf.step))
         if not isinstance(leaf, Tensor) or leaf.dim() or leaf.dtype is torch.bool or leaf.is_floating_point():
@@ -245,7 +245,7 @@ class Tracing(TorchFunctionMode):
 
 
 def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function on what tensors hold, outside of tracing."""
+    """Call a function on the known values of tensors, outside of tracing."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         return func(*pytree.tree_map(_values, args), **pytree.tree_map(_values, kwargs))
 
@@ -264,7 +264,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
 
 
 def is_followed(leaf: Any) -> bool:
-    """Whether values of this are followed: those of integer and boolean tensors that are not large."""
+    """Whether the values of a leaf are followed: only those of integer and boolean tensors that are not large."""
     if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex():
         return False
     return all(isinstance(size, int) for size in leaf.shape) and leaf.numel() <= _MOST

@@ -1,4 +1,4 @@
-"""Names of tensors and layers of a graph that are the same in every graph of a model."""
+"""Gives tensors and layers of a graph names that are the same in every graph of a model."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fxquant.ir.tensors import CONSTANT, get_tensor, set_tensor, weights_and_buf
 
 
 def fake_mode_of_model(model: nn.Module) -> FakeTensorMode:
-    """The mode of the parameters of a model without weights."""
+    """The fake tensor mode of the parameters of a model without weights."""
     parameter = next(model.parameters(), None)
     return parameter.fake_mode if isinstance(parameter, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def name_constants(module: fx.GraphModule, model: nn.Module) -> None:
-    """Give tensors that are neither parameters nor attributes of the model names that no other tensor has.
+    """Give unique names to tensors that are neither parameters nor attributes of the model.
 
-    torch.export numbers them, so that two graphs of one model may hold different ones under one name. Those that a
-    module keeps in a list or dict are named by their place there, those that the code makes, such as
-    ``torch.tensor([height, width])``, by what they hold.
+    torch.export numbers such tensors, so two graphs of one model may hold different tensors under the same name. A
+    tensor that a module keeps in a list or dict is named by its place there. A tensor that the code makes, such as
+    ``torch.tensor([height, width])``, is named by its content.
     """
     kept = kept_tensors(model)
-    weights = weights_and_buffers(model)  # torch.export does not know them where the code reads them from a list.
+    weights = weights_and_buffers(model)  # torch.export does not recognize a weight that the code reads from a list.
     is_hollow = getattr(model, HOLLOW, False)
     first: dict[str, fx.Node] = {}
     of_weights = {name for name, _ in weights}
@@ -38,13 +38,13 @@ def name_constants(module: fx.GraphModule, model: nn.Module) -> None:
         tensor = get_tensor(module, str(node.target))
         is_lifted = str(node.target).rpartition(".")[2].startswith("lifted_tensor")
         name = _name_in(kept, tensor)
-        if name is not None and is_hollow:  # What belongs there is in the checkpoint.
+        if name is not None and is_hollow:  # The checkpoint holds the true values.
             tensor = fake_mode_of_model(model).from_tensor(tensor)
         elif not is_lifted:
             name = None
         elif name is None and isinstance(tensor, FakeTensor):
             name = _name_in(weights, tensor)
-            node.meta["val"].constant = None  # torch would compute with values that it has not.
+            node.meta["val"].constant = None  # torch would compute with values that do not exist.
         if is_lifted:
             node.target = name or _name_by_value(str(node.target), tensor, model)
         if is_lifted or name is not None:
@@ -62,8 +62,8 @@ def _name_by_value(target: str, tensor: torch.Tensor, model: nn.Module) -> str:
     if isinstance(tensor, FakeTensor):
         raise CaptureError(
             f"{type(model).__name__} reads a table that its code keeps outside of the model, in a global "
-            "variable or an attribute of a class, and that was filled while the model was traced. Empty it, then call "
-            "the float model once with inputs like these before fxquant does"
+            "variable or an attribute of a class, and that a trace of the model filled. Empty it, then call the float "
+            "model once with inputs like these before fxquant calls it"
         )
     path, dot, _ = target.rpartition(".")
     return f"{path}{dot}{CONSTANT}{_digest(tensor)}"
@@ -84,17 +84,17 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def names_of(model: nn.Module) -> dict[str, bool]:
-    """The names that a model uses: those of its tensors with True, those of its modules with False."""
+    """The names that a model uses, each with True for a tensor and False for a module."""
     names = {name: False for name, _ in model.named_modules(remove_duplicate=False) if name}
     return names | {name: True for name, _ in [*weights_and_buffers(model), *kept_tensors(model)]}
 
 
 def name_layers(module: fx.GraphModule, model: nn.Module) -> None:
-    """Give each linear, convolution and embedding with a stored weight a stable name: that of the weight's owner.
+    """Give each linear, convolution and embedding with a stored weight a stable name, that of the weight's owner.
 
-    Modules that share a weight have a name each: that of the module that calls the op. Where none of them does, the
-    name is the one under which ``torch.export`` reads the weight, the same in all graphs. Further uses of a weight
-    under one name are numbered, ``name@2``.
+    If several modules share a weight, the name is that of the module that calls the op. If none of these modules calls
+    the op, the name is the one under which ``torch.export`` reads the weight, which is the same in all graphs. Further
+    uses of a weight under one name are numbered, ``name@2``.
     """
     owners: dict[int, list[str]] = {}
     for name, tensor in weights_and_buffers(model):
@@ -112,7 +112,7 @@ def name_layers(module: fx.GraphModule, model: nn.Module) -> None:
 
 
 def _owned_by_caller(node: fx.Node, names: Sequence[str], default: str) -> str:
-    """Which of the names of a shared weight belongs to the module that calls an op, or to the nearest one around it."""
+    """The name of a shared weight that belongs to the module that calls an op, or to the nearest module around it."""
     modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     for path in reversed(modules):
         inside = [name for name in names if path and name.startswith(f"{path}.")]

@@ -1,4 +1,4 @@
-"""From the graph of torch.export to the one that passes expect."""
+"""Changes the graph that ``torch.export`` returns into the form that passes expect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dr
 
 
 def flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
-    """Make the graph's placeholders the tensor inputs alone, and its output a flat tuple."""
+    """Keep only the tensor inputs as placeholders of the graph, and make its output a flat tuple."""
     graph.set_codegen(CodeGen())
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, leaf in zip(placeholders, call.leaves, strict=True):
@@ -37,10 +37,10 @@ def flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
 
 
 def inline_regions(module: fx.GraphModule) -> None:
-    """Put the ops of regions under ``no_grad`` or ``autocast``, which are graphs of their own, where the regions stand.
+    """Inline the regions under ``no_grad`` or ``autocast``, which ``torch.export`` traces as separate graphs.
 
     Raises:
-        CaptureError: If the region computes in another dtype than its values have.
+        CaptureError: If a region computes in another dtype than that of its values.
     """
     for node in list(module.graph.nodes):
         name = getattr(node.target, "__name__", "") if isinstance(node.target, HigherOrderOperator) else ""
@@ -80,12 +80,15 @@ def _refuse_casts(body: fx.GraphModule, dtype: Any, enabled: bool) -> None:
         if value.dtype not in (dtype, torch.float64):
             raise CaptureError(
                 f"part of the model runs under autocast to {dtype} on values of {value.dtype}; convert the model to "
-                f"{dtype}, or leave its autocast out"
+                f"{dtype}, or remove the autocast from its code"
             )
 
 
 def drop_assertions(graph: fx.Graph) -> None:
-    """Remove checks of traced dtypes and sizes, which would break casts and other shapes, and what only they read."""
+    """Remove checks of the traced dtypes and sizes, and the values that only these checks read.
+
+    The checks would fail after casts and for other shapes.
+    """
     for node in list(graph.nodes):
         if node.op == "call_function" and any(name in str(node.target) for name in _ASSERTIONS):
             graph.erase_node(node)
@@ -93,9 +96,10 @@ def drop_assertions(graph: fx.Graph) -> None:
 
 
 def loosen_views(graph: fx.Graph) -> None:
-    """Let views be reshapes where a value does not lie in order, or comes from a convolution that yields such a one.
+    """Replace a view by a reshape if its input is not contiguous, or comes from a convolution with such an output.
 
-    They fit the memory layout of the trace, and a convolution has another at other sizes, or when it is quantized.
+    A view fits only the memory layout of the trace. A convolution has another layout at other sizes, or when it is
+    quantized.
     """
     loose: set[fx.Node] = set()
     for node in graph.nodes:
@@ -110,9 +114,9 @@ def loosen_views(graph: fx.Graph) -> None:
 
 
 def is_batch_open(module: fx.GraphModule, call: CallSpec) -> bool:
-    """Whether the graph kept every batch dimension that it reads symbolic.
+    """Whether every batch dimension that the graph reads is still symbolic.
 
-    They need not be one symbol: that of a mask, say, is never compared with that of the values which it masks.
+    The symbols may differ: for example, the batch of a mask is never compared with the batch of the masked values.
     """
     placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
     return all(

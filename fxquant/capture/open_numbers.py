@@ -1,8 +1,9 @@
-"""Python numbers among a model's inputs, as the model's code meets them while it is traced.
+"""Python numbers among a model's inputs, as the model's code gets them during a trace.
 
-A number that is written into the graph makes it right for this number alone. So the graph gets it as a 0-d tensor, and
-the code an :class:`OpenNumber`, which is a number to it: what it computes becomes ops of the graph, and what it
-decides by, compares, counts or prints is the value of this call, of which is noted that the graph depends on it.
+If a number is written into the graph, the graph is valid for this number only. So the graph gets a 0-d tensor, and the
+code gets an :class:`OpenNumber`, which behaves like a number. What the code computes with it becomes ops of the graph.
+If the code branches on it, compares it, counts with it or prints it, the code gets the value of this call, and the
+dependence of the graph on this value is recorded.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ _TAKE_TENSORS = {
     ),
     *("__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__"),
 }
-"""Functions of torch that make the same of a 0-d tensor as of a number."""
+"""Functions of torch that give the same result for a 0-d tensor as for a number."""
 _FILLED = {"full": 1, "full_like": 1, "new_full": 2}
 _SCALAR_ONLY = ("alpha", "value", "rounding_mode")
 
 
 class UnknownNumberError(ValueError):
-    """The code decides by a number that the graph is to leave open."""
+    """The code branches on a number that the graph must leave open."""
 
 
 class OpenNumber:
-    """A number that a graph leaves open; an instance of ``float`` or ``int`` as far as ``isinstance`` tells.
+    """A number that a graph leaves open. To ``isinstance`` it is a ``float`` or an ``int``.
 
     Args:
-        tensor: Stands for it in the graph: 0-d, float64 or int64.
-        value: The number in the call that is traced; None where the graph is to be right for any.
-        read: Called when the value is asked for.
+        tensor: Stands for the number in the graph: 0-d, float64 or int64.
+        value: The number in the call that is traced; None if the graph must be valid for any number.
+        read: Called when the value is read.
     """
 
     __slots__ = ("_read", "tensor", "value")
-    __array_ufunc__ = None  # numpy's arrays would take it for an object.
+    __array_ufunc__ = None  # Otherwise numpy arrays would treat it as an object.
 
     def __init__(self, tensor: Tensor, value: Any, read: Callable[[], None]) -> None:
         self.tensor = tensor
@@ -62,10 +63,10 @@ class OpenNumber:
         return self.tensor.is_floating_point()
 
     def read(self) -> Any:
-        """The value of this call; the graph is right for it alone from now on.
+        """The value of this call. From now on, the graph is valid for this value only.
 
         Raises:
-            UnknownNumberError: If the graph is to be right for others too.
+            UnknownNumberError: If the graph must be valid for other values too.
         """
         if self.value is None:
             raise UnknownNumberError("the code branches on a number that is to be an input of the graph")
@@ -173,7 +174,7 @@ for _name, _function in _READINGS.items():
 
 
 def as_read(leaf: Any) -> Any:
-    """An open number as the value that it has in this call, in slices too; all else as it is."""
+    """Replace an open number, also in a slice, by its value in this call; return anything else unchanged."""
     if isinstance(leaf, slice):
         return slice(as_read(leaf.start), as_read(leaf.stop), as_read(leaf.step))
     return leaf.read() if type(leaf) is OpenNumber else leaf
@@ -189,7 +190,7 @@ def are_among(leaves: list[Any]) -> bool:
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A call of a function of torch with open numbers as one with tensors, or with what they are in this call.
+    """Replace the open numbers in a call of a torch function by tensors, or by their values in this call.
 
     Returns:
         The function, its arguments and its keyword arguments.
@@ -207,7 +208,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[A
 
 
 def _beside(tensors: list[Tensor], leaf: Any) -> Any:
-    """An open number as a tensor that leaves the dtype of a result as a number would."""
+    """Convert an open number to a tensor that affects the dtype of the result as a number would."""
     if type(leaf) is not OpenNumber:
         return leaf
     if any(tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()) for tensor in tensors):
@@ -218,7 +219,7 @@ def _beside(tensors: list[Tensor], leaf: Any) -> Any:
 
 
 def _only_at(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> bool:
-    """Whether the one open number of a call is what a tensor is to be filled with."""
+    """Whether the fill value is an open number, and the only one in the call."""
     value = args[position] if len(args) > position else kwargs.get("fill_value")
     others = [*args[:position], *args[position + 1 :], *(kwargs[key] for key in kwargs if key != "fill_value")]
     return type(value) is OpenNumber and not are_among(pytree.tree_leaves(others))

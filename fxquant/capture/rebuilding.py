@@ -1,7 +1,7 @@
-"""Whether a model can be built again from its class and its config, which is how a checkpoint is loaded.
+"""Checks whether a model can be built again from its class and its config, as loading a checkpoint does.
 
-A checkpoint holds no code. What was done to a model after its constructor, such as a LoRA or fused projections, is not
-in its config, and neither is what JSON writes as something else.
+A checkpoint contains no code. Changes to a model after its constructor, such as a LoRA or fused projections, are not in
+its config. Values that JSON writes as something else are not in its config either.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DEFAULTS = "_use_default_values"
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """A model's config as plain dicts and lists, without where it was read from; empty if it is not a mapping.
+    """A model's config as plain dicts and lists, without the path it was read from; empty if it is not a mapping.
 
-    diffusers also lists the values for which ``from_config`` takes the defaults of the class. Arguments that the
-    constructor got without a keyword are among them, and are left out of that list where they are not the default.
+    diffusers also lists the arguments for which ``from_config`` takes the defaults of the class. That list includes
+    arguments that the constructor got without a keyword. They are removed from the list if they are not the default.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, Mapping):
@@ -42,7 +42,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def config_text(model: nn.Module) -> str:
-    """The content of a ``config.json``. What JSON cannot hold is written as text; see :func:`obstacle`."""
+    """The content of a ``config.json``. Values that JSON cannot hold are written as text; see :func:`obstacle`."""
     return json.dumps(config_of(model), indent=2, default=str, skipkeys=True) + "\n"
 
 
@@ -62,7 +62,7 @@ def class_of(model_class: str) -> Any:
 
 
 def is_rebuilt(model: nn.Module) -> bool:
-    """Whether loading builds the model by itself: its class makes models from a config."""
+    """Whether loading builds the model without help, because its class makes models from a config."""
     return hasattr(type(model), "from_config")
 
 
@@ -70,17 +70,17 @@ def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
     """The architecture that loading builds from a model's class and config.
 
     Raises:
-        CheckpointError: Says why that is not the model: what its config cannot hold, or what its class does not make.
+        CheckpointError: If that is not the same model; says what its config cannot hold, or its class does not make.
     """
     cls, config = type(model), getattr(model, "config", None)
     if not isinstance(config, Mapping):
-        raise CheckpointError(f"its config is a {type(config).__name__} and not a mapping, which JSON could hold")
+        raise CheckpointError(f"its config is a {type(config).__name__}, not a mapping that JSON could hold")
     written = config_of(model)
     where = _changed_by_json(written, json.loads(config_text(model)))
     if where is not None:
-        raise CheckpointError(f"its config is written as JSON, and {where}")
+        raise CheckpointError(f"its config changes when it is written as JSON: {where}")
     if cls.__module__.partition(".")[0] == "diffusers" and class_of(f"diffusers:{cls.__name__}") is not cls:
-        raise CheckpointError(f"diffusers has another class of the name {cls.__name__}")
+        raise CheckpointError(f"diffusers has a different class with the name {cls.__name__}")
     try:
         architecture = Architecture.from_config(cls, json.loads(config_text(model)), timestep)
     except Exception as error:
@@ -93,7 +93,7 @@ def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
 
 
 def obstacle(model: nn.Module, timestep: str | None) -> str | None:
-    """Why loading cannot build a model again, as far as its config and its tensors tell, or None."""
+    """Why loading cannot build a model again, or None. Only its config and its tensors are checked."""
     try:
         rebuilt(model, timestep)
     except CheckpointError as error:
@@ -102,19 +102,19 @@ def obstacle(model: nn.Module, timestep: str | None) -> str | None:
 
 
 def _difference(had: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> str | None:
-    """The first tensor in which two models differ."""
+    """A description of the first tensor in which two models differ, or None."""
     for name, tensor in had.items():
         if name not in made:
-            return f"its class makes no tensor {name!r}, which was added to it{_hint(name)}"
+            return f"its class makes no tensor {name!r}, which was added later{_hint(name)}"
         if made[name].shape != tensor.shape:
             return f"tensor {name!r} has shape {tuple(tensor.shape)}, and its class makes {tuple(made[name].shape)}"
     missing = next((name for name in made if name not in had), None)
-    return None if missing is None else f"tensor {missing!r}, which its class makes, was removed from it"
+    return None if missing is None else f"tensor {missing!r}, which its class makes, was removed later"
 
 
 def _hint(name: str) -> str:
     hints = {
-        r"(?<![a-z])qkv": "; unfuse_qkv_projections() takes it back",
+        r"(?<![a-z])qkv": "; unfuse_qkv_projections() undoes this",
         r"(?<![a-z])lora": "; pipe.fuse_lora(), then pipe.unload_lora_weights() make it part of the weights",
     }
     return next((hint for pattern, hint in hints.items() if re.search(pattern, name)), "")
@@ -127,11 +127,11 @@ def _plain(value: Any) -> Any:
 
 
 def _changed_by_json(value: Any, read: Any, where: str = "") -> str | None:
-    """The first entry that JSON reads as another than was written, and how, or None."""
+    """A description of the first entry that JSON reads back differently than it was written, or None."""
     if isinstance(value, dict):
         for key, entry in value.items():
             if not isinstance(key, str):
-                return f"the key {key!r} of {where or 'the config'} is a {type(key).__name__} and is read as text"
+                return f"the key {key!r} of {where or 'the config'} is a {type(key).__name__} and is read back as text"
             if key not in read:
                 return f"{where}{'.' if where else ''}{key} is left out"
             found = _changed_by_json(entry, read[key], f"{where}{'.' if where else ''}{key}")
@@ -145,11 +145,11 @@ def _changed_by_json(value: Any, read: Any, where: str = "") -> str | None:
     if isinstance(value, float) and math.isnan(value) and isinstance(read, float) and math.isnan(read):
         return None
     same = isinstance(value, (str, bool, int, float, type(None))) and value == read
-    return None if same else f"{where} is a {type(value).__name__} ({value!r}) and is read as {read!r}"
+    return None if same else f"{where} is a {type(value).__name__} ({value!r}) and is read back as {read!r}"
 
 
 def warn_if_not_rebuilt(model: nn.Module, timestep: str | None) -> None:
-    """Say before the work that saving will refuse its result, as far as can be told without tracing."""
+    """Warn before the work if saving will refuse its result, as far as this can be checked without tracing."""
     reason = obstacle(model, timestep) if is_rebuilt(model) else None
     if reason is not None:
         warnings.warn(

@@ -1,4 +1,7 @@
-"""What a model keeps besides its parameters and buffers: attributes, and plain objects with attributes of their own."""
+"""Finds, replaces, restores and compares what a model keeps besides its parameters and buffers.
+
+Such state is in attributes of modules, and in plain objects with attributes of their own.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,27 @@ OWN = frozenset(vars(nn.Module()))
 """The attributes that torch keeps in every module."""
 
 HOLLOW = "_fxquant_hollow"
-"""Marks a tensor that stands for one whose values are not known, and a model with such tensors."""
+"""Attribute that marks a tensor in place of one with unknown values, and a model with such tensors."""
 
-_DEEP = 4  # Objects within objects that are looked at.
+_DEEP = 4  # Deepest level of nested objects that is examined.
 _NO_STATE = (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether a value is an object with attributes, and neither a module nor a tensor, a container, a class or code."""
+    """Whether a value has attributes and is not a module, tensor, container, class, function or Python module."""
     return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, list, tuple, dict, set, *_NO_STATE))
 
 
 def attributes(holder: Any) -> dict[str, Any]:
-    """The attributes of a module or a plain object, without what torch keeps in every module."""
+    """The attributes of a module or a plain object, without those that torch keeps in every module."""
     return {key: value for key, value in vars(holder).items() if not (isinstance(holder, nn.Module) and key in OWN)}
 
 
 def plain_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The plain objects that modules keep, such as one that makes rotary tables, and their names.
+    """Names and plain objects that modules keep, such as an object that makes rotary tables.
 
-    They are attributes, or in lists, tuples and dicts that are, or in attributes of other such objects.
+    Such an object is an attribute, is in a list, tuple or dict that is an attribute, or is in an attribute of another
+    such object.
     """
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -55,7 +59,7 @@ def plain_objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What has attributes: the modules of a model and the plain objects that they keep, by name."""
+    """Everything in a model that has attributes: its modules and the plain objects that they keep, with their names."""
     yield from model.named_modules()
     yield from plain_objects(model)
 
@@ -63,7 +67,7 @@ def holders(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def tensors_kept(holder: Any) -> Iterator[tuple[str, int | None, Tensor]]:
     """The tensors in attributes of a module or a plain object: name of the attribute, place in it, and tensor.
 
-    The place is a number where the attribute is a list, tuple or dict, and None where it is the tensor.
+    The place is a number if the attribute is a list, tuple or dict, and None if the attribute is the tensor itself.
     """
     for key, value in attributes(holder).items():
         for number, leaf in enumerate(pytree.tree_leaves(value)):
@@ -79,10 +83,10 @@ def replace_tensors(holder: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def detached(model: nn.Module) -> dict[int, Tensor]:
-    """Values for tensors that a model keeps and that gradients flow through, by their ids: the memo of a deepcopy.
+    """Detached copies of tensors that a model keeps and that gradients flow through, by id, as a memo of ``deepcopy``.
 
-    ``deepcopy`` refuses such tensors. ``torch.nn.utils.weight_norm`` keeps the weight of its last call so, and a table
-    in a cache may be one.
+    ``deepcopy`` refuses such tensors. ``torch.nn.utils.weight_norm`` keeps the weight of its last call as such a
+    tensor, and a table in a cache may be one too.
     """
     held = (value for part in _containers(model) for value in (part.values() if isinstance(part, dict) else part))
     return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
@@ -90,9 +94,10 @@ def detached(model: nn.Module) -> dict[int, Tensor]:
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Undo, at the end, what happens to attributes, lists and dicts of a model and of plain objects in it.
+    """On exit, undo changes to attributes, lists and dicts of a model and of plain objects in it.
 
-    A model that fills a cache at its first call would fill it with the tensors of a trace, and the next one read them.
+    A model that fills a cache in its first call would fill the cache with tensors of a trace, and the next call would
+    read them.
     """
     containers = list(_containers(model))
     before = [list(held.items()) if isinstance(held, dict) else list(held) for held in containers]
@@ -107,7 +112,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:
-    """Every dict and list that a model holds, those of attributes among them."""
+    """Every dict and list that a model holds, including the dicts of attributes."""
     found: list[Any] = [model]
     seen: set[int] = set()
     while found:
@@ -132,7 +137,7 @@ def _is_same(now: list[Any], was: list[Any]) -> bool:
 
 
 def frozen(value: Any, depth: int = 0) -> Any:
-    """A value that later changes of an attribute do not reach, to compare with."""
+    """A snapshot of a value to compare with. Later changes of the attribute do not affect the snapshot."""
     if isinstance(value, Tensor):
         return value if isinstance(value, nn.Parameter) else value.detach().clone()
     if isinstance(value, np.ndarray):
@@ -146,12 +151,12 @@ def frozen(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
         return value
     if type(value).__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict):
-        return [_Same(type(value)), frozen(vars(value), depth + 1)]  # An attention processor, say.
+        return [_Same(type(value)), frozen(vars(value), depth + 1)]  # For example, an attention processor.
     return _Same(value)
 
 
 class _Same:
-    """Equal to what holds the very same object, or an equal one that cannot change, such as a device."""
+    """Equal to another instance that holds the same object, or an equal object that cannot change, such as a device."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -165,7 +170,7 @@ class _Same:
 
 
 def is_equal(left: Any, right: Any) -> bool:
-    """Whether what :func:`frozen` made of two values is the same, tensors to the bit and NaN equal to NaN."""
+    """Whether two results of :func:`frozen` are equal. Tensors must be equal to the bit; NaN equals NaN."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         alike = (left.shape, left.dtype, left.device) == (right.shape, right.dtype, right.device)
         return left is right or (
@@ -184,7 +189,7 @@ def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor],
     """Put ``change(name, tensor)`` in place of each tensor that :func:`kept_tensors` finds."""
     made: dict[int, torch.Tensor] = {}
     for name, tensor in kept_tensors(model):
-        if id(tensor) not in made:  # One that several attributes hold stays one tensor.
+        if id(tensor) not in made:  # A tensor that several attributes hold stays one tensor.
             made[id(tensor)] = change(name, tensor)
             if hasattr(tensor, HOLLOW):
                 setattr(made[id(tensor)], HOLLOW, True)
@@ -195,8 +200,8 @@ def replace_kept_tensors(model: nn.Module, change: Callable[[str, torch.Tensor],
 def kept_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The tensors that modules and plain objects keep in attributes, lists and dicts, with a name for each.
 
-    Those that are parameters or buffers as well are left out. Where an attribute of a module is a tensor, its name is
-    the one under which ``torch.export`` reads it.
+    Tensors that are also parameters or buffers are left out. If an attribute of a module is a tensor, its name is the
+    one under which ``torch.export`` reads it.
     """
     owned = {id(tensor) for _, tensor in weights_and_buffers(model)}
     found = []
@@ -210,7 +215,7 @@ def kept_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def hollow_out(model: nn.Module) -> None:
-    """Put zeros in place of fake tensors in attributes of modules and plain objects, where torch.export takes none."""
+    """Replace fake tensors in attributes of modules and plain objects by zeros: torch.export accepts none there."""
 
     def hollow(_: str, tensor: torch.Tensor) -> torch.Tensor:
         if not is_fake(tensor):

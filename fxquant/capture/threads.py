@@ -1,8 +1,10 @@
-"""One thread traces at a time, and others may call models meanwhile.
+"""Lets one thread trace at a time, while other threads may call models.
 
-torch's tracers change what all threads see: while one traces, ``nn.Module.__call__`` and the modes that record ops
-are its own for everybody, and the process counts as compiling. So tracing takes a lock, and what other threads run
-meanwhile is kept out of the graph.
+torch's tracers change state that all threads see. While one thread traces, all threads get the tracer's
+``nn.Module.__call__`` and its modes that record ops, and the process counts as compiling. So tracing takes a lock, and
+what other threads run meanwhile is kept out of the graph.
+
+Also holds the contexts that turn compilation and autocast off.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ import torch
 from torch.fx.experimental import proxy_tensor
 
 _lock = threading.RLock()
-_owners: list[int] = []  # The thread that traces, if any does.
+_owners: list[int] = []  # The thread that traces; empty if none does.
 
 
 @contextmanager
 def tracing_alone() -> Iterator[None]:
-    """Wait until no other thread traces, and keep them from it; calls of modules in other threads are not recorded."""
+    """Wait until no other thread traces, then keep others from tracing. Their calls of modules are not recorded."""
     with _lock:
         if _owners:
             yield
@@ -48,20 +50,21 @@ def tracing_alone() -> Iterator[None]:
 
 
 def is_traced_elsewhere() -> bool:
-    """Whether another thread traces, so that what torch says of the process is not true of this thread."""
+    """Whether another thread traces. If so, what torch reports for the process is not true for this thread."""
     return _owners[:] not in ([], [threading.get_ident()])
 
 
 _eager_lock = threading.Lock()
-_eager: list[Any] = []  # One stance of the compiler for each thread that is within uncompiled().
+_eager: list[Any] = []  # The stance of the compiler, once for each thread that is within uncompiled().
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run functions decorated with ``torch.compile`` as they are.
+    """Run functions decorated with ``torch.compile`` without compilation.
 
-    The stance of the compiler is one for all threads. The first that is here sets it and the last one sets it back; if
-    each set back what it had found, a thread that came second would leave the process without compilation.
+    All threads share one stance of the compiler. The first thread that enters sets it, and the last thread that leaves
+    restores it. If each thread restored the stance that it found, a thread that entered second would leave the process
+    without compilation.
     """
     with _eager_lock:
         _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
@@ -76,7 +79,7 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def without_autocast(*devices: str) -> Iterator[None]:
-    """Compute in the dtypes that values have, on the CPU and these devices, whatever ``torch.autocast`` is around."""
+    """Compute in the dtypes of the values, on the CPU and these devices, even within ``torch.autocast``."""
     with ExitStack() as stack:
         for device in sorted({"cpu", *devices}):
             if autocast_dtype(device) is not None:
@@ -93,7 +96,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 @contextmanager
 def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    """Give a class or module another attribute for a while."""
+    """Within this context, replace an attribute of a class or module."""
     missing = object()
     own = vars(holder).get(name, missing)
     setattr(holder, name, value)

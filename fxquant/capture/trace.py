@@ -1,8 +1,9 @@
-"""Tracing: from a diffusion transformer and one call of it to an FX graph of ATen ops.
+"""Traces one call of a diffusion transformer to an FX graph of ATen ops, without the weights of the model.
 
-``torch.export`` in non-strict mode traces a *weightless copy* of the model (fake tensors in place of parameters), so
-tracing needs no memory for weights, a checkpoint is loaded without ever holding float weights, and a later call with
-other shapes can be traced long after the float model is gone. The values come from a mapping of names to tensors.
+``torch.export`` in non-strict mode traces a *weightless copy* of the model, with fake tensors in place of parameters.
+Tracing thus needs no memory for weights. A checkpoint is loaded without ever holding float weights, and a later call
+with other shapes can be traced long after the float model is gone. The values of the weights come from a mapping of
+names to tensors.
 """
 
 from __future__ import annotations
@@ -51,20 +52,20 @@ log = logging.getLogger(__name__)
 
 
 _SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-"""Modules that compute the same in training mode, in which diffusers leaves the linears that it fuses."""
+"""Modules that compute the same in training mode. diffusers leaves the linears that it fuses in training mode."""
 
-_MOST_TRIED = 4  # Numbers that are tried one by one, where not all can be inputs of a graph.
+_MOST_TRIED = 4  # If not all Python numbers can be inputs of a graph, up to this many are made constant one by one.
 _TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 
 
 class Architecture:
-    """A model without its weights: what it takes to trace it, as often as new input shapes ask for it.
+    """A model without its weights. It can be traced again whenever calls have new input shapes.
 
     Attributes:
         skeleton: The model with fake parameters. Never run on real data.
         signature: Signature of the model's ``forward``.
         timestep: Name of the ``forward`` argument that holds the timestep.
-        original: The model that was copied, for as long as it is there.
+        original: Returns the model that was copied. Returns None if that model was freed, or if none was copied.
     """
 
     def __init__(self, skeleton: nn.Module, timestep: str | None) -> None:
@@ -75,7 +76,7 @@ class Architecture:
 
     @classmethod
     def of(cls, model: nn.Module, timestep: str | None) -> Architecture:
-        """The architecture of ``model``, which is left untouched and whose weights are not copied.
+        """The architecture of ``model``. The model is not changed, and its weights are not copied.
 
         Raises:
             ConfigurationError: If the model, or a module in it, is in training mode.
@@ -108,7 +109,8 @@ class Architecture:
                 "remove hooks and open handles from the module first"
             ) from error
         architecture = cls(skeleton, timestep)
-        architecture.original = weakref.ref(model)  # Not of its parameters: what has weak references cannot be swapped.
+        # The weak reference is to the module, not to its parameters: torch cannot swap tensors with weak references.
+        architecture.original = weakref.ref(model)
         return architecture
 
     @classmethod
@@ -145,16 +147,16 @@ class Architecture:
     ) -> CapturedGraph:
         """Trace the graph for calls like this one, with the batch size left open wherever the model allows.
 
-        Where the model's code branches on values of integer or boolean inputs, such as the lengths of prompts in a
-        mask, the graph is made for the values of this call; other values get a graph of their own. Python floats are
-        inputs of the graph, and so are integers that were others in another kind of call; those by which the code
-        decides are held as well.
+        If the model's code branches on values of integer or boolean inputs, such as the lengths of prompts in a mask,
+        the graph is valid only for the values of this call, and other values get their own graph. Python floats are
+        inputs of the graph. Python integers are inputs if they had another value in another kind of call. If the code
+        branches on such a number, the graph is valid only for the number of this call.
 
         Args:
             names: Names of the leaves.
             leaves: The leaves.
-            structure: What holds their numbers.
-            others: Kinds of calls that have a graph already.
+            structure: Nested containers of the leaf numbers.
+            others: Specs of the calls that already have a graph.
 
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
@@ -178,7 +180,7 @@ class Architecture:
         except CaptureError:
             if not call.numbers:
                 raise
-        # Something takes no number but Python's own. Numbers of other inputs may still be left open.
+        # Some code accepts only true Python numbers. The numbers of other inputs may still be left open.
         closed = self._capture_call(call.with_constants(call.numbers, leaves), leaves, device)
         for name in call.numbers if 1 < len(call.numbers) <= _MOST_TRIED else ():
             with suppress(CaptureError):
@@ -202,8 +204,8 @@ class Architecture:
             reason = reason or captured.static_batch
         if reason is not None:
             log.info("the batch cannot be left open: %s", reason)
-        # Traced anew even if the batch was fixed at the right size: loading knows that from the start, and sizes that
-        # are open at first leave other ops in the graph.
+        # Trace again even if the batch was fixed at the right size. Loading knows from the start that it is fixed, and
+        # a trace that starts with open sizes leaves other ops in the graph.
         fixed = call.at_batch(call.batch_size(leaves), reason)
         try:
             return self.capture_spec(fixed, device, numbers)
@@ -213,7 +215,7 @@ class Architecture:
     def _capture_holding(
         self, call: CallSpec, leaves: Sequence[Any], device: torch.device, first: CaptureError
     ) -> CapturedGraph:
-        """Trace with the values of masks, lengths and positions known, and hold on to those that mattered."""
+        """Trace with known values of masks, lengths and positions. The spec then holds those that the code read."""
         known = [
             name
             for name, leaf in zip(call.names, leaves, strict=True)
@@ -235,16 +237,17 @@ class Architecture:
     def capture_spec(
         self, call: CallSpec, device: torch.device, numbers: Mapping[str, float] | None = None
     ) -> CapturedGraph:
-        """Trace the graph for calls of this spec, its inputs and weights living on ``device``.
+        """Trace the graph for calls of this spec, with inputs and weights on ``device``.
 
         Args:
             call: The spec.
-            device: Where inputs and weights live.
-            numbers: What Python numbers among the inputs are in a call, by name; the graph is made for those of them
-                by which the model's code decides. None if it is to serve all numbers that the spec leaves open.
+            device: Device of the inputs and weights.
+            numbers: Values of the Python numbers among the inputs of one call, by name. If the model's code branches
+                on one of them, the graph is valid only for its value. None if the graph must be valid for all values
+                of the numbers that the spec leaves open.
 
         Raises:
-            CaptureError: If ``torch.export`` cannot trace the model for them.
+            CaptureError: If ``torch.export`` cannot trace the model for calls of this spec.
         """
         with tracing_alone(), without_autocast(device.type):
             here = self.on(device)
@@ -270,7 +273,7 @@ class Architecture:
                 where = torch.device("cpu") if spec.number else device
                 return torch.empty(spec.concrete(batch), dtype=spec.dtype, device=where)
 
-        # What torch.export does not take, the model gets from ``tracing``.
+        # The model gets the inputs that torch.export does not accept from ``tracing``.
         arguments = pytree.tree_map(
             lambda leaf: leaf if isinstance(leaf, torch.Tensor) or is_plain(leaf) else None, call.arguments(fake)
         )
@@ -281,7 +284,7 @@ class Architecture:
             lambda leaf: leaf if isinstance(leaf, dict) else None, dynamic_shapes, is_leaf=_is_shape
         )
         variadic = [p.name for p in self.signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-        if variadic:  # torch.export wants the shapes of **kwargs below the name of that parameter.
+        if variadic:  # torch.export expects the shapes of **kwargs under the name of that parameter.
             own = {name for name in self.signature.parameters if name not in variadic}
             extra = {name: shapes for name, shapes in dynamic_shapes.items() if name not in own}
             dynamic_shapes = {name: shapes for name, shapes in dynamic_shapes.items() if name in own}
@@ -302,7 +305,7 @@ class Architecture:
                     memo.cache_clear()
                 try:
                     program = export()
-                except Exception as error:  # They are made from values: in the graph, they have to be constants.
+                except Exception as error:  # The code computes them from values: they must be constants.
                     log.info("tables in caches of functions are constants of the graph: %s", error)
                     tracing.read = read
             return program
@@ -323,7 +326,7 @@ class Architecture:
         loosen_views(exported.graph)
         self._refuse_originals(exported)
         name_constants(exported, self.skeleton)
-        # A module of its own, without the input checks that torch.export hangs on the one it returns.
+        # A new module, without the input checks that torch.export attaches to the module that it returns.
         module = fx.GraphModule(exported, exported.graph, class_name=type(self.skeleton).__name__)
         module.meta[NAMES] = names_of(self.skeleton)
         name_layers(module, self.skeleton)
@@ -333,7 +336,10 @@ class Architecture:
         return CapturedGraph(module, call, out_spec, code=fingerprint(module.graph))
 
     def _refuse_originals(self, module: fx.GraphModule) -> None:
-        """Raise if the code ran weights of the model itself, which a function holds that was put around a forward."""
+        """Raise if the traced code read weights of the original model.
+
+        A function that was put around a ``forward`` and that holds the original module does this.
+        """
         original = self.original()
         if original is None:
             return
@@ -344,14 +350,14 @@ class Architecture:
             name = names.get(tensor.untyped_storage().data_ptr())
             if name is not None:
                 raise CaptureError(
-                    f"{type(self.skeleton).__name__} cannot be traced: a function that was put in place of a forward, "
-                    f"or hung on a module, holds on to the module itself, so that {name!r} is read past the copy that "
-                    "is traced. Bind the function with types.MethodType(function, module), and let it run what its "
-                    "own self has, such as type(self).forward(self, ...)"
+                    f"{type(self.skeleton).__name__} cannot be traced: a function that replaces a forward, or that is "
+                    f"attached to a module, keeps a reference to the original module and reads {name!r} from it, not "
+                    "from the copy that is traced. Bind the function with types.MethodType(function, module), and let "
+                    "it call methods of its own self, such as type(self).forward(self, ...)"
                 )
 
     def _without_writes(self, program: torch.export.ExportedProgram) -> fx.GraphModule:
-        """The graph of a program, with every op a function of its inputs."""
+        """The graph of a program without in-place writes: every op is a function of its inputs."""
         exported = program.module(check_guards=False)
         if any(map(writes, program.graph.nodes)):
             assert isinstance(exported, fx.GraphModule)

@@ -1,5 +1,5 @@
-"""Channel affines: make a value yield ``a * x + c`` per channel by rewriting whatever produces it.
+"""Channel affines: make a value yield ``a * x + c`` per channel by rewriting the ops that produce it.
 
-Balancing (PTQ4DiT), smoothing (SmoothQuant) and shifting (HTG) all ask for this. ``wants`` says what is asked,
-``rules`` knows for each op what that asks of its inputs, ``solve`` walks the graph, and ``apply`` rewrites it.
+Balancing (PTQ4DiT), smoothing (SmoothQuant) and shifting (HTG) all request this. ``wants`` defines the requests,
+``rules`` holds for each op what a request asks of the op's inputs, and ``walk`` walks the graph and finds the edits.
 """

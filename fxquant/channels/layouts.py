@@ -1,4 +1,4 @@
-"""How requests move through reshapes and broadcasts, worked out on shapes alone."""
+"""How requests move through reshapes and broadcasts, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def static(size: Any) -> int | None:
 
 
 def reshape_back(want: Want, output: Sequence[Any], source: Sequence[Any]) -> Want | None:
-    """Move a want on the result of a reshape to its source; None if it has no such form there.
+    """Move a want on the result of a reshape to its source; None if it cannot be expressed there.
 
-    Both shapes are cut into the smallest runs of axes of equal product, as ``[B*T, H*D]`` against ``[B, T, H, D]``
-    into ``B*T | B, T`` and ``H*D | H, D``. A run that the want does not vary along stays of size 1; another one is
-    spread out to its full size, and laid out anew. Where the size is open, as that of ``[B*H]`` against ``[B, H]``, it
-    is spread out to a period after which the want repeats.
+    Both shapes are cut into the smallest runs of axes of equal product. For example, ``[B*T, H*D]`` against
+    ``[B, T, H, D]`` is cut into ``B*T | B, T`` and ``H*D | H, D``. A run along which the want does not vary keeps
+    size 1. Any other run is expanded to its full size and reshaped. If the size is open, as in ``[B*H]`` against
+    ``[B, H]``, the run is expanded to a period after which the want repeats.
     """
     runs = _runs(list(output), list(source))
     if runs is None:
@@ -54,11 +54,12 @@ def reshape_back(want: Want, output: Sequence[Any], source: Sequence[Any]) -> Wa
 
 
 def _spread(asked: Sequence[int], output: Sequence[Any], source: Sequence[Any]) -> tuple[list[int], list[int]] | None:
-    """To what shape a run of a want is to be repeated, and what shape it has at the source then; None if it has none.
+    """The shape to which a run of a want must be repeated, and its shape at the source then; None if there is none.
 
     Args:
         asked: Sizes of the want.
-        output: Sizes of the value, of which all but the last open one and those behind it must be 1 or not asked.
+        output: Sizes of the value. Before the last open size, the want must not vary; if it varies along the open axis,
+            the sizes before it must be 1.
         source: Sizes of the source.
     """
     sizes, source_sizes = [static(size) for size in output], [static(size) for size in source]
@@ -81,7 +82,7 @@ def _spread(asked: Sequence[int], output: Sequence[Any], source: Sequence[Any]) 
 
 
 def _around_the_open(sizes: Sequence[int | None]) -> tuple[int, list[int]]:
-    """Where the last open size stands, and the sizes behind it."""
+    """The position of the last open size, and the sizes after it."""
     last = max(axis for axis, size in enumerate(sizes) if size is None)
     return last, [size for size in sizes[last + 1 :] if size is not None]
 
@@ -91,13 +92,13 @@ def _ones(sizes: Sequence[int | None]) -> bool:
 
 
 def repeated(array: Array, shape: Sequence[int]) -> Array:
-    """The same, repeated along each axis to this size: from 1, or from a period of an open axis."""
+    """The array repeated along each axis to this size: from size 1, or from the period of an open axis."""
     times = [size // own if own > 1 else 1 for own, size in zip(array.shape, shape, strict=True)]
     return np.broadcast_to(np.tile(array, times) if max(times, default=1) > 1 else array, shape)
 
 
 def common_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape to which requests on one value are repeated to be compared; periods of an open axis may differ."""
+    """The shape to which requests on one value are repeated for comparison; periods of an open axis may differ."""
     return tuple(math.lcm(*sizes) for sizes in zip(*shapes, strict=True))
 
 
@@ -126,10 +127,10 @@ def broadcast_back(want: Want, operand: Sequence[Any]) -> Want | None:
 
 
 def embed(want: Want, axis: int, start: int, step: int, size: int) -> Want:
-    """A want on a slice along ``axis`` as one on the whole, which nothing else reads.
+    """Turn a want on a slice along ``axis`` into a want on the whole value, whose other positions are unread.
 
     Args:
-        want: The want on the slice; expanded along the axis to the slice's own length by the caller.
+        want: The want on the slice; the caller has expanded it along the axis to the slice's own length.
         axis: The sliced axis, not negative.
         start: First index of the slice.
         step: Distance between indices.
@@ -147,14 +148,14 @@ def embed(want: Want, axis: int, start: int, step: int, size: int) -> Want:
 
 
 def stretch(want: Want, axis: int, size: int) -> Want:
-    """The want spread out along one axis to its full size."""
+    """The want expanded along one axis to its full size."""
     shape = list(want.scale.shape)
     shape[axis] = size
     return want.map(lambda array: np.broadcast_to(array, shape))
 
 
 def spread_over_unread(want: Want) -> Want:
-    """Positions that nobody reads may yield anything: what the others along an axis want, where these agree."""
+    """Give unread positions the want of the read ones along an axis if these agree; unread ones may yield anything."""
     for axis in range(want.scale.ndim):
         read = want.scale != UNREAD
         if want.varies(axis) and not read.all():
@@ -166,7 +167,7 @@ def spread_over_unread(want: Want) -> Want:
 
 
 def settle_unread(want: Want) -> Want:
-    """The same, and left as they are where the others do not agree."""
+    """Like :func:`spread_over_unread`, but unread positions for which the read ones do not agree stay unchanged."""
     want = spread_over_unread(want)
     return Want(np.where(want.scale == UNREAD, IDENTITY, want.scale), want.offset)
 
@@ -191,7 +192,7 @@ def _runs(output: list[Any], source: list[Any]) -> list[tuple[list[int], list[in
             else:
                 return None
         runs.append((out_axes, src_axes))
-    if not all(_equal(size, 1) for size in (*output[o:], *source[s:])):  # Of a value without any element.
+    if not all(_equal(size, 1) for size in (*output[o:], *source[s:])):  # Only in a value without elements.
         return None
     if o < len(output) or s < len(source):
         runs.append((list(range(o, len(output))), list(range(s, len(source)))))

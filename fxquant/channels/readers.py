@@ -1,4 +1,4 @@
-"""Who reads a value, how much of it, and how large it is."""
+"""The readers of a value, how much of it they read, which values have tokens, and sizes of the captured call."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import fx
 from fxquant.channels.rules import Rule, outcome, shape_of
 from fxquant.channels.wants import Push, Want
 
-MANY = 2**20  # Positions that nobody reads; above that, a variable for each would take more room than it is worth.
-_SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read for itself.
+MANY = 2**20  # Limit of unread positions; above it, one variable for each would take too much memory for its benefit.
+_SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read separately.
 _PART_READERS = ("aten::slice", "aten::select", "aten::narrow")
 _SHAPE_READERS = (
     *("aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size"),
     *("aten::new_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand"),
 )
-_LIKE_ANOTHER = ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as")  # Of the second, form only.
+# Ops that read only the form of their second argument.
+_LIKE_ANOTHER = ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as")
 
 
 def readers_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read a value's elements: parts of a chunk each for themselves, and nobody who asks its shape."""
+    """The nodes that read a value's elements, not only its shape; for a chunk, the node of each of its parts."""
     found = []
     for user in node.users:
         name = str(getattr(user.target, "_name", ""))
@@ -35,12 +36,12 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
 
 
 def direct_user(node: fx.Node, reader: fx.Node) -> fx.Node:
-    """The user of a value through which this reader reads it: a chunk, where it reads one of its parts."""
+    """The user of a value through which this reader reads it: the reader itself, or the chunk whose part it reads."""
     return reader if node in reader.all_input_nodes else reader.all_input_nodes[0]
 
 
 def identity_share(reader: fx.Node, node: fx.Node, rules: Mapping[Any, Rule]) -> Want | None:
-    """What a reader that asks nothing reads of ``node``, if that is only a part; None if it may read everything."""
+    """The part of ``node`` that a reader without a request reads, as a want; None if it may read everything."""
     name = str(getattr(reader.target, "_name", ""))
     shared = node not in reader.all_input_nodes  # Read through a chunk.
     if not shared and not name.startswith(_PART_READERS):
@@ -50,7 +51,7 @@ def identity_share(reader: fx.Node, node: fx.Node, rules: Mapping[Any, Rule]) ->
 
 
 def with_tokens(graph: fx.Graph) -> set[fx.Node]:
-    """The values that an input with an axis between batch and channels goes into."""
+    """The values that depend on an input with an axis between batch and channels."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -58,7 +59,7 @@ def with_tokens(graph: fx.Graph) -> set[fx.Node]:
         else:
             name = str(getattr(node.target, "_name", ""))
             read = [] if name.startswith(_SHAPE_READERS) else node.all_input_nodes
-            if name == "aten::type_as":  # Of the second, the dtype.
+            if name == "aten::type_as":  # It reads only the dtype of the second.
                 read = read[:1]
             has_tokens = any(source in found for source in read)
         if has_tokens:
@@ -67,7 +68,7 @@ def with_tokens(graph: fx.Graph) -> set[fx.Node]:
 
 
 def size_hint(size: Any) -> int:
-    """A size, or that of the call that was captured; many where not even that is known."""
+    """A size; if it is symbolic, its value in the captured call, or :data:`MANY` if that is not known."""
     if isinstance(size, int):
         return size
     return MANY if size.node.hint is None else int(size.node.hint)

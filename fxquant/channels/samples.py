@@ -1,8 +1,8 @@
-"""Where the samples are in the values that a shift passes on its way.
+"""Positions of the samples in the values that a shift passes.
 
-A shift that depends on the timestep is picked for each sample, and is added along the leading axis. On the way from a
-linear's input to what absorbs the shift samples may change places, or another axis of the same size may come in front.
-So the number of each sample goes along as a want of its own, through the same rules.
+A shift that depends on the timestep is selected per sample and added along the leading axis. Between a linear's input
+and the op that absorbs the shift, samples may change places, or another axis of the same size may come first. So the
+number of each sample is propagated as a separate want, through the same rules.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from fxquant.ir.time_tables import unfit
 
 
 class Samples:
-    """The places of the samples in values, as far as a walk has come.
+    """The places of the samples in the values that a walk has reached so far.
 
     Args:
-        timestep: The input that holds the timestep; None where nothing depends on it.
+        timestep: The input that holds the timestep; None if nothing depends on it.
         rules: How requests move through each op.
     """
 
     def __init__(self, timestep: fx.Node | None, rules: Mapping[Any, Rule]) -> None:
         self._timestep, self._rules = timestep, rules
-        self._places: dict[fx.Node, Want | None] = {}  # None where they are lost.
+        self._places: dict[fx.Node, Want | None] = {}  # None if the places are not known any more.
         shape = [] if timestep is None else list(timestep.meta["val"].shape)
         size = shape[0] if len(shape) == 1 else 1
         self._open = not isinstance(size, int)
         self._count = 2 if self._open else size
 
     def start(self, value: fx.Node) -> None:
-        """Samples are along the leading axis of this value, to whose elements a shift is added."""
+        """Record that the samples are along the leading axis of this value, to which a shift is added."""
         if self._count > 1 and shape_of(value):
             self._note(value, self._in_front(value))
 
     def follow(self, node: fx.Node, sources: Iterable[fx.Node]) -> None:
-        """A request on a node's value goes on to these sources."""
+        """Move the places from a node's value to these sources, to which a request on the value moves."""
         if node not in self._places:
             return
         places = self._places[node]
-        # Nobody cares which sample is where nothing is read, as in the text's part of a joint attention.
+        # At unread positions the sample does not matter, for example in the text part of a joint attention.
         found = None if places is None else outcome(node, spread_over_unread(places), self._rules)
         if self._open and isinstance(found, Barrier) and self._rules[node.target] is reshape:
-            return  # What an open batch is folded into has no axis of its size: shapes tell.
+            return  # No axis has the size of an open batch that was folded into another axis: unfit() checks shapes.
         ways = found.ways if isinstance(found, Choose) else [found] if isinstance(found, Push) else []
         pushed = {source: want for way in ways for source, want in way.inputs}
         for source in sources:
             self._note(source, pushed.get(source))
 
     def unfit(self, node: fx.Node) -> str | None:
-        """Why the value of a node cannot get a shift for each sample, or None."""
+        """Why the value of a node cannot get a shift per sample, or None if it can."""
         if self._timestep is None:
             return None
         if (reason := unfit(self._timestep, node.meta["val"])) is not None:
@@ -80,7 +80,7 @@ class Samples:
 
 
 def _agreed(left: Want, right: Want) -> Want | None:
-    """Both, if they say the same of what both read."""
+    """Both wants in one, if they agree at the positions that both read; else None."""
     shape = common_shape(left.scale.shape, right.scale.shape)
     one, two = (repeated(want.scale, shape) for want in (left, right))
     if ((one != two) & (one != UNREAD) & (two != UNREAD)).any():

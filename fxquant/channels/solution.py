@@ -1,4 +1,4 @@
-"""What is asked of the walk, and what it answers."""
+"""The input of the walk (requests and seeds), and its result (edits, grants and the solution that holds both)."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from fxquant.ir.time_tables import TimeTable
 
 
 class Request(enum.Enum):
-    """What is asked of a value."""
+    """What a value x should yield instead."""
 
     FACTOR = "factor"
-    """That it yield ``a * x``, per channel."""
+    """``a * x`` per channel."""
     SHIFT = "shift"
-    """That it yield ``x + c`` per channel, where c depends on the timestep of each sample."""
+    """``x + c`` per channel, where c depends on the timestep of each sample."""
     STATIC_SHIFT = "static shift"
-    """That it yield ``x + c`` per channel."""
+    """``x + c`` per channel, where c does not depend on the timestep."""
 
     @property
     def rules(self) -> Mapping[Any, Rule]:
-        """How the request moves through each op."""
+        """The rules by which the request moves through each op."""
         return {Request.FACTOR: RULES, Request.SHIFT: SHIFTS}.get(self, {**SHIFTS, **STATIC_SHIFTS})
 
 
 @dataclass(frozen=True)
 class Seed:
-    """A value that is to be multiplied or shifted per channel, and those of its readers that undo it.
+    """A value to multiply or shift per channel, and those of its readers that undo the change.
 
     Attributes:
-        name: Stable name, that of the first linear which reads the value.
+        name: Stable name: the name of the first linear that reads the value.
         value: The value.
         readers: The nodes that read ``a * value`` or ``value + c`` and undo it.
         axis: The channel axis of the value.
-        alike: Seeds of which this is equal, and not None, are known to have the same factors.
+        alike: Seeds with equal ``alike``, other than None, are known to have the same factors.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Edit:
     """One thing to rewrite: a fold into parameters, or an op inserted between a value and some readers.
 
     Attributes:
-        node: The node whose value is to be scaled.
-        want: By what.
-        cost: What it costs at run time.
-        end: How to fold it into parameters; None to multiply or add at run time.
-        readers: The users of the node that are to read the changed value.
-        run_time_op: What is inserted where there is no end.
+        node: The node whose value is to be scaled or shifted.
+        want: The variables of the factors or shifts.
+        cost: What the edit costs at run time.
+        end: How to fold the edit into parameters; None to multiply or add at run time.
+        readers: The users of the node that must read the changed value.
+        run_time_op: The op that is inserted if ``end`` is None.
     """
 
     node: fx.Node
@@ -91,9 +91,9 @@ class Grant:
 
     Attributes:
         seed: The seed.
-        classes: For each channel the class of channels that must share its factor; 0 where it has to stay 1.
-        cost: The dearest edit that it takes; ``NOT`` when no channel can be scaled.
-        into: What absorbs it.
+        classes: For each channel, the class of channels that must share its factor; 0 if the factor has to stay 1.
+        cost: Cost of the most expensive edit that the seed needs; ``NOT`` if no channel can be scaled.
+        into: What absorbs the factors.
         reason: Why some or all channels cannot be scaled, or None.
     """
 
@@ -115,8 +115,8 @@ class Solution:
 
     Attributes:
         grants: By name of the seed.
-        edits: What is to be rewritten.
-        mixed: What becomes of the values that attentions and matrix products mix, by reader.
+        edits: What to rewrite.
+        mixed: By reader, the want on each value that an attention or a matrix product mixes.
     """
 
     grants: Mapping[str, Grant]
@@ -127,11 +127,11 @@ class Solution:
 
     @property
     def classes(self) -> int:
-        """Number of classes of channels, that of the identity included."""
+        """Number of classes of channels, including the class of the identity."""
         return int(self._class_of.max()) + 1
 
     def groups(self) -> list[list[str]]:
-        """Names of seeds that have to be decided together, because channels of theirs share a factor."""
+        """Names of seeds that have to be decided together, because some of their channels share a factor."""
         graph: nx.Graph[str] = nx.Graph()
         graph.add_nodes_from(self.grants)
         names = list(self.grants)
@@ -145,21 +145,21 @@ class Solution:
         return [sorted(group, key=order.__getitem__) for group in nx.connected_components(graph)]
 
     def _classes_of(self, want: Want) -> Indices:
-        """Class of each variable of a want, laid out as that, which for a number has no axis at all."""
+        """Class of each variable of a want, in the layout of the want; for a number, an array without axes."""
         return np.asarray(self._class_of[want.scale])
 
     def factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[Edit, Tensor]]:
-        """Each edit with its factor a, float64 and laid out as its want.
+        """Each edit with its factor a, float64 in the layout of its want.
 
         Args:
-            chosen: For each seed its factor per channel, float64 ``[channels]``; equal over each class.
+            chosen: For each seed, its factor per channel, float64 ``[channels]``; equal within each class.
         """
         table = self._factors(chosen)
         for edit in self.edits:
             yield edit, table[torch.from_numpy(self._classes_of(edit.want))]
 
     def mixed_factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
-        """For each reader of a mixed value a and c, laid out as its want, where the value v becomes a v + c."""
+        """For each reader of a mixed value v that becomes ``a * v + c``: a and c, in the layout of its want."""
         table = self._factors(chosen)
         for reader, want in self.mixed.items():
             a = table[torch.from_numpy(self._classes_of(want))]
@@ -174,10 +174,11 @@ class Solution:
         return table
 
     def shifts(self, chosen: Mapping[str, TimeTable]) -> Iterator[tuple[Edit, TimeTable]]:
-        """Each edit with its shifts, a row ``[bins, ...]`` of the layout of its want.
+        """Each edit with its shifts, a table of rows ``[bins, ...]`` in the layout of its want.
 
         Args:
-            chosen: For each seed its shift per bin and channel, rows float64 ``[bins, channels]``; equal over a class.
+            chosen: For each seed, its shift per bin and channel, rows float64 ``[bins, channels]``; equal within each
+                class.
         """
         tables = self._tables([edit.want for edit in self.edits], chosen)
         yield from ((edit, table) for edit, table in zip(self.edits, tables, strict=True) if table is not None)
@@ -188,9 +189,9 @@ class Solution:
         yield from ((node, table) for node, table in zip(self.mixed, tables, strict=True) if table is not None)
 
     def _tables(self, wants: Sequence[Want], chosen: Mapping[str, TimeTable]) -> Iterator[TimeTable | None]:
-        """Of each want its shifts; None where it has none."""
+        """The shifts of each want; None if it has none."""
         names = list(chosen)
-        owner, place = (np.full(self.classes, -1) for _ in range(2))  # Of each class a seed, and a channel of that.
+        owner, place = (np.full(self.classes, -1) for _ in range(2))  # For each class, a seed and one of its channels.
         for position, name in reversed(list(enumerate(names))):
             classes = self.grants[name].classes
             owner[classes], place[classes] = position, np.arange(len(classes))

@@ -1,9 +1,9 @@
-"""The walk: from the inputs of linears back to what can be rewritten offline.
+"""The walk from the inputs of linears back to the ops that can be rewritten offline.
 
-Every channel of every balanced value is a variable. Going through the graph once, from its end to its start, each
-request is merged with those of the value's other readers and handed to the rule of the op that makes the value. Where
-two requests meet, their variables are tied; where one cannot be met, its variables are tied to the identity. Which
-variables are equal in the end is a question of connected components, asked once.
+Every channel of every balanced value is a variable. The walk goes through the graph once, from its end to its start. It
+merges the requests of all readers of a value and gives the result to the rule of the op that makes the value. If two
+requests meet, their variables are tied. If a request cannot be met, its variables are tied to the identity. At the end,
+one computation of connected components finds the variables that are equal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MIXED = {
     torch.ops.aten.matmul.default: 1,
     torch.ops.aten.bmm.default: 1,
 }
-"""Ops that mix the tokens of a value, and which of their arguments that is."""
+"""Ops that mix the tokens of a value, and the position of that value among their arguments."""
 
 
 def solve(
@@ -54,13 +54,13 @@ def solve(
 ) -> Solution:
     """Find out which channels of the seeds can be scaled or shifted, at what cost, and by which edits.
 
-    Nothing is changed and no tensor value is read.
+    The graph is not changed and no tensor value is read.
 
     Args:
         graph: A captured graph with shapes in ``meta["val"]``.
         seeds: The values to scale.
-        dearest: The dearest edit allowed; what would cost more is left as it is, with the reason.
-        request: What is asked of the seeds.
+        dearest: Cost of the most expensive edit allowed. Channels that need more are left unchanged, with the reason.
+        request: What is requested of the seeds.
         timestep: The input that holds the timestep; for shifts that depend on it.
     """
     return _Walk(graph, seeds, dearest, request, timestep).run()
@@ -97,7 +97,7 @@ class _Walk:
             for reader in seed.readers:
                 self.wants[seed.value][reader].append(Want.of(ids))
             total = max(total, first + seed.channels)
-        self.total = self.seeded = total  # Variables before ``seeded`` are those of seeds.
+        self.total = self.seeded = total  # Variables below ``seeded`` are those of seeds.
 
     def run(self) -> Solution:
         for node in reversed(self.graph.nodes):
@@ -107,7 +107,7 @@ class _Walk:
         return self._resolve()
 
     def _visit(self, node: fx.Node, asked: Mapping[fx.Node, list[Want]]) -> None:
-        if node in self.undone:  # Two factors on one path would be taken for one.
+        if node in self.undone:  # Two factors on one path would be treated as one.
             for want in (want for wants in asked.values() for want in wants):
                 self._block(want.variables, f"{node.name} has a factor of its own")
             return
@@ -132,7 +132,7 @@ class _Walk:
                 settled = settle_unread(want)
                 if settled.trivial:
                     continue
-                if node.op == "get_attr":  # A private copy for those who ask.
+                if node.op == "get_attr":  # A private copy for the readers with a request.
                     self._meet(node, settled, users)
                 else:
                     self._stop(node, settled, users, reason)
@@ -142,7 +142,7 @@ class _Walk:
             self._meet(node, merged, tuple(by_user))
 
     def _free_unread(self, want: Want) -> Want:
-        """New variables for what nobody reads here: others may read it where it comes from, and ask what they like."""
+        """Give unread positions new variables: other readers may read them at the source, with their own requests."""
         want = spread_over_unread(want)
         unread = want.scale == UNREAD
         count = int(unread.sum())
@@ -154,11 +154,11 @@ class _Walk:
         return Want(scale, want.offset)
 
     def _meet(self, node: fx.Node, want: Want, users: tuple[fx.Node, ...]) -> None:
-        """Let the rule of the node's op end, push on or stop what all of these users ask."""
+        """Apply the rule of the node's op to the request of all of these users: meet it here, push it on or stop it."""
         found = outcome(node, want, self.rules)
         while isinstance(found, Tie):
             if self._run_time_cost(node, want) <= self.dearest and any(_loses(*tie) for tie in found.ties):
-                found = Barrier(found.reason)  # Rather one small multiplication than channels that stay as they are.
+                found = Barrier(found.reason)  # One small multiplication is better than unchanged channels.
                 break
             for left, right in found.ties:
                 self._tie(left, right, found.reason)
@@ -182,7 +182,7 @@ class _Walk:
             self._stop(node, want, users, found.reason)
 
     def _agreeing(self, wanted: Mapping[fx.Node, Want]) -> list[tuple[Want, tuple[fx.Node, ...]]]:
-        """Users of a value, together where they ask for the same factors."""
+        """Users of a value, grouped by the factors that they request."""
         groups: list[tuple[Want, tuple[fx.Node, ...]]] = []
         for user, want in wanted.items():
             for number, (other, users) in enumerate(groups):
@@ -194,13 +194,13 @@ class _Walk:
         return groups
 
     def _may_part(self, node: fx.Node, groups: Sequence[tuple[Want, tuple[fx.Node, ...]]]) -> bool:
-        """Whether users that want different factors can have them: copies of a parameter, or multiples of a vector."""
+        """Whether users can get different factors: by copies of a parameter, or by multiplications of a vector."""
         if node.op == "get_attr":
             return True
         return all(self._run_time_cost(node, settle_unread(want)) <= self.dearest for want, _ in groups)
 
     def _stop(self, node: fx.Node, want: Want, users: tuple[fx.Node, ...], reason: str) -> None:
-        """Multiply here at run time if that is cheap enough, otherwise leave these channels as they are."""
+        """Multiply or add here at run time if that is cheap enough, otherwise leave these channels unchanged."""
         cost = self._run_time_cost(node, want)
         if cost <= self.dearest:
             op = "multiplication" if self.request is Request.FACTOR else "addition"
@@ -213,7 +213,7 @@ class _Walk:
         self.blocked.append((variables, reason))
 
     def _tie(self, left: Indices, right: Indices, reason: str) -> None:
-        """Let variables be equal; the reason is for those that thereby have to stay as they are."""
+        """Make variables equal; the reason is recorded for those that therefore have to stay unchanged."""
         differ = left != right
         left, right = left[differ], right[differ]
         self.ties.append((left, right))
@@ -222,11 +222,11 @@ class _Walk:
             self.blocked.append((np.unique(np.maximum(left, right)[identity]), reason))
 
     def _merge(self, wants: Sequence[Want]) -> Want:
-        """One want that satisfies all: where two ask for different variables, these are tied. Unread stays unread."""
+        """One want that satisfies all. If two ask for different variables, these are tied. Unread stays unread."""
         shape = common_shape(*(want.scale.shape for want in wants))
         scale = np.full(shape, UNREAD, dtype=np.int64)
         offset = np.zeros(shape)
-        # Those that read all of it first: then one variable stands for a channel wherever they are tied.
+        # Wants that read the whole value come first, so that one variable represents a channel wherever they are tied.
         for want in sorted(wants, key=lambda want: bool((want.scale == UNREAD).any())):
             other, shift = repeated(want.scale, shape), repeated(want.offset, shape)
             both = (scale != UNREAD) & (other != UNREAD)
@@ -240,16 +240,16 @@ class _Walk:
         return Want(scale, offset)
 
     def _run_time_cost(self, node: fx.Node, want: Want) -> Cost:
-        """VECTOR if the value holds one element a sample and channel, TOKENS if more, NOT if it cannot be scaled.
+        """VECTOR if the value holds one element per sample and channel, TOKENS if more, NOT if it cannot be scaled.
 
-        Channels may have two axes, as in ``[batch, 6, channels]``, if nothing with tokens went into the value.
+        Channels may have two axes, as in ``[batch, 6, channels]``, if the value depends on no input with tokens.
         """
         if not isinstance(value := node.meta["val"], Tensor) or not value.is_floating_point():
             return Cost.NOT
         elements, axes = 1, 0
         for axis, size in enumerate(shape_of(node)):
             if want.varies(axis):
-                if not isinstance(size, int):  # No tensor of one size fits every batch.
+                if not isinstance(size, int):  # No tensor of fixed size fits every batch.
                     return Cost.NOT
                 axes += 1
             else:
@@ -262,7 +262,7 @@ class _Walk:
         return Cost.VECTOR if vector else Cost.TOKENS
 
     def _price(self, node: fx.Node, way: Push) -> tuple[int, int, int]:
-        """What a way would cost: blocked or run-time multiplications, vectors, new operands. Less is better."""
+        """Price of a way: requests blocked or met on tokens, multiplied vectors, and new operands. Less is better."""
         return _add([self._price_of(source, want, node) for source, want in way.inputs])
 
     def _price_of(self, node: fx.Node, want: Want, reader: fx.Node) -> tuple[int, int, int]:
@@ -293,7 +293,7 @@ class _Walk:
         class_of = _components(self.total, left[real], right[real])
         between = real & (left != IDENTITY) & (right != IDENTITY)
         apart = _components(self.total, left[between], right[between])
-        reason_of = np.full(self.total, -1)  # By number of the component, the position of the first reason.
+        reason_of = np.full(self.total, -1)  # For each component, the position of its first reason.
         for position, (variables, _) in reversed(list(enumerate(self.blocked))):
             reason_of[apart[variables]] = position
         chosen = np.zeros(self.total, dtype=bool)
@@ -319,12 +319,12 @@ class _Walk:
 
 
 def _loses(left: Indices, right: Indices) -> bool:
-    """Whether a tie lets channels stay as they are."""
+    """Whether a tie makes channels stay unchanged."""
     return bool(((left == IDENTITY) ^ (right == IDENTITY)).any())
 
 
 def _agree(left: Want, right: Want) -> bool:
-    """Whether two wants on one value ask for the same wherever both ask."""
+    """Whether two wants on one value ask for the same at all positions that both read."""
     shape = common_shape(left.scale.shape, right.scale.shape)
     left, right = (want.map(lambda array: repeated(array, shape)) for want in (left, right))
     both = (left.scale != UNREAD) & (right.scale != UNREAD)
@@ -332,7 +332,7 @@ def _agree(left: Want, right: Want) -> bool:
 
 
 def _components(total: int, left: Indices, right: Indices) -> Indices:
-    """Component number of each variable; that of :data:`IDENTITY` is 0."""
+    """Component number of each variable; the component of :data:`IDENTITY` has number 0."""
     links = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(total, total))
     _, labels = connected_components(links, directed=False)
     zero = labels[IDENTITY]

@@ -1,4 +1,4 @@
-"""What is asked of a value: which factor variable each of its channels is to be multiplied by."""
+"""Requests on a value (the factor variable of each of its channels), and the answers that rules give to them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Indices = npt.NDArray[np.int64]
 Offsets = npt.NDArray[np.float64]
 
 IDENTITY = 0
-"""The variable whose factor is 1: a channel that must stay as it is."""
+"""The variable whose factor is 1: a channel that must stay unchanged."""
 
 UNREAD = -1
-"""Marks positions that a reader does not read, and therefore asks nothing of."""
+"""Marks positions that a reader does not read, and for which it therefore requests nothing."""
 
 
 class Cost(enum.IntEnum):
     """What a rewrite costs at run time, the cheapest first."""
 
     FREE = 0
-    """All in weights that exist already, or in a norm that had none."""
+    """Everything goes into weights that exist already, or into new weights of a norm that had none."""
     VECTOR = 1
     """A multiplication on a ``[batch, channels]`` vector, such as a modulation vector shared by all blocks."""
     TOKENS = 2
     """A multiplication on a whole activation ``[batch, tokens, channels]``."""
     NOT = 3
-    """Not possible at any price that was allowed."""
+    """Not possible at any allowed cost."""
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -40,13 +40,13 @@ class Cost(enum.IntEnum):
 class Want:
     """The request that a value v yield ``a * v + (a - 1) * offset``.
 
-    ``a`` is known only later; here it is a variable a channel. Both arrays have one axis for each axis of the value,
-    of its size where the request differs along the axis and of size 1 elsewhere, so they broadcast against it. Along an
-    axis of open size, as that of a batch with heads folded into it, the request repeats after as many positions as
-    the arrays have.
+    ``a`` is known only later; here it is one variable per channel. Both arrays have one axis per axis of the value. The
+    axis has the size of the value's axis if the request differs along it, else size 1, so the arrays broadcast against
+    the value. Along an axis of open size, such as a batch with heads folded into it, the size of the arrays is a
+    period: the request repeats after that many positions.
 
     Attributes:
-        scale: Variable of each channel; :data:`IDENTITY` or :data:`UNREAD` where nothing is asked.
+        scale: Variable of each channel; :data:`IDENTITY` or :data:`UNREAD` where nothing is requested.
         offset: The constant k that accumulates on the way through ``u + k``, such as the 1 of ``1 + gamma``.
     """
 
@@ -55,16 +55,16 @@ class Want:
 
     @classmethod
     def of(cls, scale: Indices, offset: Offsets | float = 0.0) -> Want:
-        """A want with the same offset everywhere unless given an array."""
+        """A want with the same offset everywhere, unless ``offset`` is an array."""
         return cls(scale, np.broadcast_to(np.asarray(offset, dtype=np.float64), scale.shape))
 
     @classmethod
     def identity(cls, rank: int) -> Want:
-        """The request to leave a value of this rank as it is."""
+        """The request to leave a value of this rank unchanged."""
         return cls.of(np.full((1,) * rank, IDENTITY, dtype=np.int64))
 
     def map(self, function: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]) -> Want:
-        """The same request in another layout: ``function`` moves both arrays alike."""
+        """The same request in another layout: ``function`` is applied to both arrays."""
         return Want(function(self.scale).astype(np.int64), function(self.offset).astype(np.float64))
 
     def varies(self, axis: int) -> bool:
@@ -73,7 +73,7 @@ class Want:
 
     @property
     def trivial(self) -> bool:
-        """Whether nothing is asked."""
+        """Whether nothing is requested."""
         return bool((self.scale <= IDENTITY).all())
 
     @property
@@ -85,10 +85,10 @@ class Want:
 
 @dataclass(frozen=True)
 class Push:
-    """The request can be met if each of these inputs meets its own.
+    """The request can be met if each of these inputs meets its own request.
 
     Attributes:
-        inputs: Pairs of an input and what is asked of it.
+        inputs: Pairs of an input and the request on it.
         ties: Pairs of equally shaped variable arrays that have to be equal, as when heads share a key or value.
     """
 
@@ -103,7 +103,7 @@ class Tie:
     Attributes:
         want: The request, of size 1 along these axes.
         ties: Pairs of equally shaped variable arrays that have to be equal for that.
-        reason: Why, for channels of which some have to stay as they are.
+        reason: Why they must be equal; recorded if some channels have to stay unchanged.
     """
 
     want: Want
@@ -123,10 +123,10 @@ class End:
     """The request is met here, offline.
 
     Attributes:
-        fold: Called with the rewriter, ``a`` and ``c`` (float64, laid out as the want), rewrites the parameters; for a
-            shift with the rewriter and a table of rows laid out as the want.
+        fold: Rewrites the parameters. It is called with the rewriter, ``a`` and ``c`` (float64, in the layout of the
+            want); for a shift, with the rewriter and a table of rows in the layout of the want.
         into: What absorbs the factor, for the report.
-        operands: How many run-time operands the fold adds, to prefer folds that add none.
+        operands: Number of run-time operands that the fold adds; folds that add none are preferred.
     """
 
     fold: Callable[..., None] = field(repr=False)

@@ -1,4 +1,5 @@
-"""The command line: quantize a pipeline, generate with it, report on it, profile it, list what there is.
+"""The command line: quantize a pipeline, generate images, export, report, profile, and list what is available.
 
-A file per command. Only what help needs is imported at the top; torch and diffusers wait until a command runs.
+Each command has its own file. Module level imports only what the help needs; torch and diffusers are imported when a
+command runs.
 """

@@ -1,4 +1,4 @@
-"""The entry point of the command line. Help lists the commands in the order in which they are imported here."""
+"""The entry point of the command line. Help lists the commands in the order of these imports."""
 
 from fxquant.cli.quantize import quantize  # isort: skip
 from fxquant.cli.generate import generate  # isort: skip
@@ -12,7 +12,7 @@ __all__ = ["app", "export", "generate", "list_", "main", "profile", "quantize", 
 
 
 def main() -> None:
-    """Run the command line: the console entry point."""
+    """Run the command line. This is the console entry point."""
     app()
 
 

@@ -1,4 +1,4 @@
-"""The application: errors, options that commands share."""
+"""The command line application: error handling, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fxquant.cli.output import err, out, print_error
 from fxquant.errors import FxquantError
 
 _ERROR = 2
-_INTERRUPTED = 130  # What shells report after Ctrl-C.
+_INTERRUPTED = 130  # The exit code that shells report after Ctrl-C.
 
 
 class _Group(TyperGroup):
-    """Prints the errors that fxquant raises on purpose as one message, without traceback."""
+    """Prints errors that fxquant raises on purpose as one message, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -27,7 +27,7 @@ class _Group(TyperGroup):
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
             print_error(f"{error}{notes}")
             raise typer.Exit(_ERROR) from None
-        except BrokenPipeError:  # Of `fxquant report | head`; click deals with it.
+        except BrokenPipeError:  # For example from `fxquant report | head`; click handles it.
             raise
         except OSError as error:
             if _debugging(ctx) or error.filename is None:
@@ -35,7 +35,7 @@ class _Group(TyperGroup):
             print_error(f"{error.filename} cannot be read or written: {error.strerror}")
             raise typer.Exit(_ERROR) from None
         except KeyboardInterrupt:
-            err.print("interrupted; no folder and no file is half written", style="red")
+            err.print("interrupted; no folder or file was partly written", style="red")
             raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -75,9 +75,9 @@ Steps = Annotated[int, typer.Option(min=1, max=100_000, help="Denoising steps.",
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise.", rich_help_panel="Sampling")]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="Guidance scale; the pipeline's own if not given.", rich_help_panel="Sampling"),
+    typer.Option(help="Guidance scale; by default that of the pipeline.", rich_help_panel="Sampling"),
 ]
-Device = Annotated[str, typer.Option("--device", "-d", help="Where it runs, such as cpu, cuda or cuda:1.")]
+Device = Annotated[str, typer.Option("--device", "-d", help="Device to run on, such as cpu, cuda or cuda:1.")]
 
 
 @app.callback()

@@ -22,23 +22,23 @@ _EXPORT_EXAMPLES = """[bold]Examples[/]
 @app.command(epilog=_EXPORT_EXAMPLES, no_args_is_help=True)
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that what is compiled goes to.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the compiled model to.")],
     aot: Annotated[
         bool,
-        typer.Option("--aot", help="Compile ahead of time, with AOTInductor. Required, for there is no other form."),
+        typer.Option("--aot", help="Compile ahead of time, with AOTInductor. Required: no other form exists."),
     ] = False,
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="What runs it, if not what it was quantized for.")
+        str | None, typer.Option("--backend", "-b", help="Backend; by default the one it was quantized for.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Compile a quantized model for this machine, to load in a second and run without tracing anything.
+    """Compile a quantized model for this machine; it then loads in a second and runs without tracing.
 
-    The result is a program, which runs when it is loaded: load only those from people you trust. Needs a C++ compiler.
+    The result is a program, which runs when loaded: load only programs from people you trust. Needs a C++ compiler.
     """
     if not aot:
-        raise ConfigurationError("what export writes is compiled ahead of time; say so with --aot")
+        raise ConfigurationError("export can only compile ahead of time; pass --aot")
     with quiet(), status("importing torch"):
         from fxquant.storage.aot.export import export_folder
 

@@ -15,7 +15,7 @@ from fxquant.cli.output import err, no_bars, progress_bars, quiet, status
 from fxquant.cli.running import blaming_the_pipeline, is_file, kept_aside, read_prompts
 from fxquant.errors import ConfigurationError, WriteError
 
-_IMAGES = 10_000  # At most, of one command.
+_IMAGES = 10_000  # The most images that one command makes.
 
 _GENERATE_EXAMPLES = """[bold]Examples[/]
 
@@ -30,10 +30,13 @@ _GENERATE_EXAMPLES = """[bold]Examples[/]
 @app.command(epilog=_GENERATE_EXAMPLES, no_args_is_help=True)
 def generate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a pipeline, quantized or not.")],
-    out_path: Annotated[Path, typer.Option("--out", "-o", help="An image file for a grid, or a folder for files.")],
+    out_path: Annotated[
+        Path, typer.Option("--out", "-o", help="An image file for a grid, or a folder for single images.")
+    ],
     labels: Annotated[str | None, typer.Option("--labels", "-l", help="Classes, such as 1,2,3 or 0-9.")] = None,
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompts", "-p", help="A prompt, or a text file with one a line; repeatable.")
+        list[str] | None,
+        typer.Option("--prompts", "-p", help="A prompt, or a text file with one per line; repeatable."),
     ] = None,
     steps: Steps = 25,
     seed: Seed = 0,
@@ -42,11 +45,11 @@ def generate(
     device: Device = "cpu",
     allow_packages: Annotated[
         bool,
-        typer.Option("--allow-packages", help="Load what was compiled ahead of time: a program, which runs here."),
+        typer.Option("--allow-packages", help="Load packages, compiled ahead of time: programs that run here."),
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Generate images with a pipeline: one grid, or a folder of files."""
+    """Generate images with a pipeline, as one grid or as a folder of files."""
     if (labels is None) == (not prompts):
         raise ConfigurationError("give either --labels, such as --labels 1,2,3, or --prompts")
     wanted = None if labels is None else _read_labels(labels)
@@ -75,7 +78,7 @@ def generate(
 
 
 def _rescue_images(images: Sequence[Any], path: Path, error: Exception) -> NoReturn:
-    """Write images that were made, and cannot go where they should, to a temporary folder."""
+    """Write images that cannot be written to their path to a temporary folder."""
     reason = getattr(error, "strerror", None) or error
     message = f"{path} cannot be written: {reason}"
     rescued = kept_aside(lambda place: _write_images(images, place, None))
@@ -92,13 +95,13 @@ def _check_image_path(path: Path) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if path.suffix and kind is None:
         raise ConfigurationError(
-            f"{path.suffix} is no image format; write --out grid.png, or a folder without a dot in its name"
+            f"{path.suffix} is not an image format; write --out grid.png, or a folder without a dot in its name"
         )
     if kind is not None:
         try:
             Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
         except (KeyError, OSError, ValueError) as error:
-            raise ConfigurationError(f"{path.suffix} holds no such images ({error}); write --out grid.png") from None
+            raise ConfigurationError(f"{path.suffix} cannot hold such images ({error}); write --out grid.png") from None
     place = path.parent if path.suffix else path
     check_writable(place)
     if path.suffix and path.is_dir():
@@ -128,7 +131,7 @@ def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> Non
 
 
 def _write_image(image: Any, path: Path) -> None:
-    """Write an image whole or not at all."""
+    """Write an image completely or not at all."""
     scratch = path.with_name(f".{path.stem}-partial{path.suffix}")
     try:
         image.save(scratch)
@@ -144,7 +147,7 @@ def _read_labels(text: str) -> list[int]:
         try:
             named = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            raise ConfigurationError(f"--labels {text}: {part!r} is no class number; write 1,2,3 or 0-9") from None
+            raise ConfigurationError(f"--labels {text}: {part!r} is not a class number; write 1,2,3 or 0-9") from None
         count = len(labels) + max(0, named.stop - named.start)
         if count > _IMAGES:
             raise ConfigurationError(f"--labels {text} asks for {count} images; at most {_IMAGES} are made at once")
@@ -158,4 +161,4 @@ def _all_prompts(given: Sequence[str]) -> list[str]:
     return [line for entry in given for line in (read_prompts(Path(entry)) if is_file(entry) else [entry])]
 
 
-_OURS = ("model_index.json", "plan.json", "package.json")  # Folders of pipelines, checkpoints and packages have these.
+_OURS = ("model_index.json", "plan.json", "package.json")  # In folders of pipelines, checkpoints and packages.

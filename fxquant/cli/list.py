@@ -73,5 +73,5 @@ def _rules() -> list[tuple[str, str]]:
 
 
 def _summary(item: Any) -> str:
-    """First line of a docstring; "Barrier: ..." and "End: ..." of rules included."""
+    """First line of a docstring, including the prefixes "Barrier: ..." and "End: ..." of rules."""
     return (inspect.getdoc(item) or "").partition("\n")[0]

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-LINE = 4000  # Characters of a line that reach the terminal.
+LINE = 4000  # The most characters of a line that are printed.
 out = Console()
 err = Console(stderr=True)
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Names and what they are: a table on a terminal, a line each elsewhere."""
-    if not out.is_terminal:  # One line each, for grep.
+    """Print names with their descriptions: as a table on a terminal, else as one line per name."""
+    if not out.is_terminal:  # One line per name, for grep.
         width = max((len(name) for name, _ in rows), default=0)
         print_plain("\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows))
         return
@@ -41,19 +41,19 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Data as JSON; infinity and NaN are not JSON and raise ValueError."""
+    """Print data as JSON; infinity and NaN are not JSON and raise ValueError."""
     sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def print_plain(text: str) -> None:
-    """As it is: a table that a narrow terminal would fold is easier to read scrolled or piped."""
+    """Print text without folding lines: in a narrow terminal, a wide table is easier to read scrolled or piped."""
     from fxquant.text import printable
 
     sys.stdout.write(printable(text, LINE) + "\n")
 
 
 def print_error(message: str) -> None:
-    """An error, on stderr."""
+    """Print an error on stderr."""
     from fxquant.text import printable
 
     err.print(Text.assemble(("error: ", "bold red"), (printable(message, LINE), "red")), soft_wrap=True)
@@ -61,7 +61,7 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Show what is being done, on a terminal."""
+    """Show what the command is doing, if stderr is a terminal."""
     if err.is_terminal:
         with err.status(Text(text)):
             yield
@@ -71,7 +71,7 @@ def status(text: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Progress bars, on a terminal."""
+    """Show progress bars, if stderr is a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -94,7 +94,7 @@ def progress_bars() -> Iterator[Progress]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libraries say to their developers off the screen; fxquant's own warnings stay."""
+    """Hide messages of libraries that are meant for developers; fxquant's own warnings stay visible."""
     import logging
 
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -105,21 +105,21 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"fxquant(\.|$)")
-        for category in (PortabilityWarning, QualityWarning, SpeedWarning):  # They name whoever called the model.
+        for category in (PortabilityWarning, QualityWarning, SpeedWarning):  # Located in the code of the caller.
             warnings.filterwarnings("default", category=category)
         warnings.showwarning = show_warning
         yield
 
 
 def no_bars() -> None:
-    """No bars but our own."""
+    """Disable the progress bars of diffusers, so that only those of fxquant are shown."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning, on stderr; in place of ``warnings.showwarning``."""
+    """Print a warning on stderr; replaces ``warnings.showwarning``."""
     from fxquant.text import printable
 
     err.print(Text.assemble(("warning: ", "bold yellow"), printable(str(message), LINE)), soft_wrap=True)

@@ -25,24 +25,26 @@ _PROFILE_EXAMPLES = """[bold]Examples[/]
 def profile(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="What runs it; the one it was quantized for if not given.")
+        str | None, typer.Option("--backend", "-b", help="Backend; by default the one it was quantized for.")
     ] = None,
     device: Device = "cpu",
-    batch: Annotated[int | None, typer.Option(help="Samples of a call; 2 if the model leaves it open.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each model, by turns.")] = 10,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; left as they are if not given.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Samples per call; 2 by default if the model leaves it open.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured runs of each model, alternating.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of torch threads; unchanged by default.")] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Time whole calls under torch.compile too, which takes a minute or more.")
     ] = False,
     against_float: Annotated[
-        bool, typer.Option("--float/--no-float", help="Run the float architecture beside it, with random weights.")
+        bool, typer.Option("--float/--no-float", help="Also run the float architecture, with random weights.")
     ] = True,
-    top: Annotated[int, typer.Option(min=1, help="Rows to show, the heaviest.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Number of rows to show, slowest first.")] = 20,
     every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure where the time goes, layer by layer, beside float and what the machine can do.
+    """Measure the time layer by layer, compared with float and with the peaks of the machine.
 
     Warns of layers that are slower than in float or run a fallback. No weights of the float model are needed.
     """

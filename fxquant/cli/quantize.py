@@ -31,7 +31,7 @@ class Layers(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What a pipeline computes in."""
+    """The dtype in which a pipeline computes."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -51,7 +51,7 @@ _QUANTIZE_EXAMPLES = """[bold]Examples[/]
 @app.command(epilog=_QUANTIZE_EXAMPLES, no_args_is_help=True)
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a diffusers pipeline.")],
-    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder that the quantized pipeline goes to.")],
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the quantized pipeline to.")],
     recipe: Annotated[
         str,
         typer.Option("--recipe", "-r", help="Recipe with precision, or its text; see [bold]fxquant list recipes[/]."),
@@ -59,17 +59,15 @@ def quantize(
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", "-b", help="What runs it, such as native{products=fp8}; see [bold]fxquant list backends[/]."
+            "--backend", "-b", help="Backend, such as native{products=fp8}; see [bold]fxquant list backends[/]."
         ),
     ] = "fake-quant",
     layers: Annotated[
         Layers,
-        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: blocks alone; all: every layer."),
+        typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: only blocks; all: every layer."),
     ] = Layers.default,
     device: Device = "cpu",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Dtype in which everything computes that is not quantized.")
-    ] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype for everything that is not quantized.")] = Dtype.float32,
     samples: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Samples to calibrate with.", rich_help_panel="Sampling")
     ] = 32,
@@ -81,14 +79,14 @@ def quantize(
         typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
     ] = None,
     measure: Annotated[
-        int, typer.Option(min=0, help="Calibration calls on which the output error is measured; 0 for none.")
+        int, typer.Option(min=0, help="Number of calibration calls on which the output error is measured; 0 for none.")
     ] = 8,
     dump_graphs: Annotated[
         Path | None, typer.Option(help="Folder for the graph after every pass, as readable code.")
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Folder in which block reconstruction keeps finished blocks, to go on from after a stop."),
+        typer.Option(help="Folder in which block reconstruction keeps finished blocks, to resume from there."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -96,7 +94,7 @@ def quantize(
 ) -> None:
     """Quantize the transformer of a pipeline and write the whole pipeline to a folder.
 
-    The pipeline is run the way it is used, to calibrate: with its classes or with your prompts.
+    To calibrate, the command runs the pipeline as it will be used: with its classes or with your prompts.
     """
     lines = None if prompts is None else read_prompts(prompts)
     with quiet(), status("importing torch and diffusers"):
@@ -110,7 +108,7 @@ def quantize(
         from fxquant.runtime.devices import usable_device
         from fxquant.storage.diffusers_io import load_pipeline, refuse_existing, refuse_input
 
-        # What can be refused is refused before anything takes time.
+        # Invalid options are refused before any slow step.
         refuse_input(out_folder, Path(model))
         prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
         for option, folder in (("--dump-graphs", dump_graphs), ("--resume", resume)):
@@ -157,20 +155,20 @@ def quantize(
 
 
 def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
-    """Refuse a folder for other files that cannot be written, or that lies in what is replaced as a whole."""
+    """Refuse a folder of an option if it cannot be written, or is inside of --out, which is replaced as a whole."""
     from fxquant.disk.folders import check_writable
 
     if folder is None:
         return
     if folder.resolve().is_relative_to(out_folder.resolve()):
         raise ConfigurationError(
-            f"{option} {folder} lies in --out {out_folder}, which holds nothing but the pipeline; choose another folder"
+            f"{option} {folder} lies in --out {out_folder}, which holds only the pipeline; choose another folder"
         )
     check_writable(folder)
 
 
 def _save(pipe: Any, folder: Path, overwrite: bool) -> None:
-    """Write the pipeline; if that fails after all the work, write it to a temporary folder and say where."""
+    """Write the pipeline. If that fails, write it to a temporary folder and name that, so that no work is lost."""
     from fxquant.storage.diffusers_io import save_pipeline
 
     try:
@@ -213,22 +211,22 @@ class _PassProgress:
         self.progress_bar.update(self.task, total=total, description=f"pass: {step.name}")
 
     def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
-        """Advance by one; behind the last pass the output error is measured."""
+        """Advance by one; after the last pass the output error is measured."""
         self.seen += 1
         last = self.seen >= max(self.graphs, 1) * (self.prepare + self.convert)
         self.progress_bar.update(self.task, advance=1, description="measure the output" if last else None)
 
     def progress(self, step: Pass, what: str, done: int, total: int) -> None:
-        """Show how far a pass is that takes long."""
+        """Show the progress of a slow pass."""
         if self.inner is None:
             self.inner = self.progress_bar.add_task("", total=total)
         self.progress_bar.update(self.inner, description=f"{step.name}: {what}", completed=done, total=total)
 
     def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
-        """Say which pass it was."""
+        """Show which pass failed."""
         self.progress_bar.update(self.task, description=f"failed: {step.name}")
 
     def done(self) -> None:
-        """Say that all is over."""
+        """Show that all passes are done."""
         if self.task is not None:
             self.progress_bar.update(self.task, description=f"passes: {self.seen} done")

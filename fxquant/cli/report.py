@@ -23,12 +23,12 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
     every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
     device: Annotated[
-        str | None, typer.Option("--device", "-d", help="Name the kernels of this device, such as cuda.")
+        str | None, typer.Option("--device", "-d", help="Device whose kernels are named, such as cuda.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show what was done to every layer, what it costs and how far the output moved."""
+    """Show what was done to every layer, what it costs and how much the output changed."""
     with quiet(), status("reading"):
         check_is_folder(folder)
         import fxquant

@@ -1,4 +1,4 @@
-"""Running a pipeline from a command: errors, prompts, and results that must not be lost."""
+"""Run a pipeline from a command: its errors, prompts, and saving results that must not be lost."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 
 @contextmanager
 def blaming_the_pipeline(pipe: Any) -> Iterator[None]:
-    """Say that the pipeline failed where it did; on the command line nobody wrote a callable that could be mended.
+    """Report that the pipeline failed, not the user's callable: on the command line, the user did not write one.
 
     Raises:
-        CalibrationError: If it failed while it ran to calibrate.
+        CalibrationError: If the pipeline failed while it ran to calibrate.
         FxquantError: If it failed otherwise.
     """
     try:
@@ -38,7 +38,7 @@ def _failure(pipe: Any, doing: str, error: BaseException) -> str:
 
 
 def kept_aside(write: Callable[[Path], None]) -> Path | None:
-    """Write a result to a temporary folder, and return that; None if this fails too."""
+    """Write a result to a temporary folder and return the folder; None if this fails too."""
     try:
         place = Path(tempfile.mkdtemp(prefix="fxquant-"))
     except OSError:
@@ -46,25 +46,25 @@ def kept_aside(write: Callable[[Path], None]) -> Path | None:
     try:
         write(place)
     except (CheckpointError, OSError):
-        with suppress(OSError):  # A part of it was written.
+        with suppress(OSError):  # Fails if a part of the result was written.
             place.rmdir()
         return None
     return place
 
 
 def is_file(text: str) -> bool:
-    """Whether a prompt is the path of a file of prompts."""
+    """Whether a prompt is the path of a file with prompts."""
     try:
         return Path(text).is_file()
-    except OSError:  # A prompt may be longer than a path can be.
+    except OSError:  # A prompt may be too long for a path.
         return False
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file of prompts that are not empty.
+    """The lines of a prompt file that are not empty.
 
     Raises:
-        ConfigurationError: If it cannot be read or is empty.
+        ConfigurationError: If the file cannot be read or is empty.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,1 +1,1 @@
-"""Files and folders: written whole or not at all, read with errors that name the file."""
+"""Files and folders: written completely or not at all, and read with errors that name the file."""

@@ -1,4 +1,4 @@
-"""Two folders exchanged in one step, and folders forced to the disk."""
+"""Exchange two folders in one step, and force files and folders to the disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-_ABSENT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # What systems without a call answer.
+_ABSENT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # Errors of systems without the call.
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -20,7 +20,7 @@ def exchange(one: Path, other: Path) -> bool:
         False if the system or the file system has no such step; then nothing has changed.
 
     Raises:
-        OSError: If it fails, as where one of them is not there.
+        OSError: If the exchange fails, for example because one of the folders does not exist.
     """
     call = _renameat2()
     if call is None:
@@ -36,7 +36,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 @functools.cache
 def _renameat2() -> Callable[..., int] | None:
-    """The call of Linux, which Python does not offer; None where the C library has none."""
+    """The Linux call ``renameat2``, which Python does not offer; None if the C library does not have it."""
     if sys.platform != "linux":
         return None
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -46,7 +46,7 @@ def _renameat2() -> Callable[..., int] | None:
 
 
 def force_to_disk(folder: Path) -> None:
-    """Force a folder with all that it holds to disk."""
+    """Force a folder and everything in it to the disk."""
     for path, _, names in os.walk(folder, topdown=False):
         for name in names:
             force(Path(path, name))
@@ -55,13 +55,13 @@ def force_to_disk(folder: Path) -> None:
 
 def force(path: Path) -> None:
     """Force a file, or the entries of a folder, to the disk."""
-    if os.name == "nt":  # Which lets nobody open a folder.
+    if os.name == "nt":  # Windows does not let programs open a folder.
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # File systems that cannot, such as some of FUSE.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some file systems cannot, such as some of FUSE.
             raise
     finally:
         os.close(descriptor)

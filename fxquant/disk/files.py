@@ -1,4 +1,4 @@
-"""What the folders that fxquant writes have in common: tensors in safetensors, and a digest of every file.
+"""What all folders that fxquant writes have in common: tensors in safetensors files, and a digest of every file.
 
 Errors name the file that they are about.
 """
@@ -22,22 +22,22 @@ from torch import Tensor
 from fxquant.errors import BackendError, CheckpointError, FxquantError
 from fxquant.text import printable
 
-_REASON = 2000  # Characters of a line of what a file leads to.
+_REASON = 2000  # The most characters per line of an error that a file causes.
 _PART = 64 << 20  # Bytes of a file that are in memory at a time.
 
 
 def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bool], mark: str) -> None:
-    """Refuse to write where something is.
+    """Refuse to write to a folder if it already holds something that must not be replaced.
 
     Args:
         folder: Where to write.
-        overwrite: Whether what is there may be replaced, if it is nothing but what would be written.
+        overwrite: Whether the content may be replaced if it consists only of files that would be written.
         written: Whether a file of this name is one that would be written.
-        mark: The file by which a folder is known as one of fxquant's. Others have a ``config.json`` and a
-            ``model.safetensors`` too.
+        mark: The file that identifies a folder as written by fxquant. Folders of other tools also have a
+            ``config.json`` and a ``model.safetensors``.
 
     Raises:
-        CheckpointError: Says what is there.
+        CheckpointError: If something must not be replaced; the message says what is there.
     """
     if not folder.exists():
         return
@@ -62,7 +62,7 @@ def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bo
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether it is a file and no link to one."""
+    """Whether a path is a file and not a link to one."""
     return path.is_file() and not path.is_symlink()
 
 
@@ -72,8 +72,8 @@ def few(names: Sequence[str]) -> str:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors, of any dtype and sharing memory or not, so that :func:`load_tensors` finds them again."""
-    pairs = [name for name, tensor in tensors.items() if tensor.is_complex()]  # Safetensors knows not all of these.
+    """Write tensors of any dtype, which may share memory, so that :func:`load_tensors` can read them."""
+    pairs = [name for name, tensor in tensors.items() if tensor.is_complex()]  # Safetensors does not support them all.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     plain |= {name: torch.view_as_real(plain[name]) for name in pairs}
     metadata = {"format": "pt"} | ({"complex": json.dumps(pairs)} if pairs else {})
@@ -82,9 +82,9 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def share(*paths: Path) -> None:
-    """Give files the permissions that new files have here. Safetensors lets nobody but their owner read them."""
+    """Give files the permissions that new files have here. Safetensors lets only the owner read its files."""
     for path in paths:
-        probe = path.with_name(f".{path.name}.mode")  # Asking for the umask means to change it, in all threads.
+        probe = path.with_name(f".{path.name}.mode")  # Reading the umask would change it, in all threads.
         probe.touch()
         mode = probe.stat().st_mode
         probe.unlink()
@@ -96,13 +96,14 @@ def load_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a file, on a device.
 
-    A part of the file is in memory at a time, so that the tensors and the file never add up.
+    Only a part of the file is in memory at a time, so that memory never holds all tensors and the whole file at once.
 
     Args:
         path: What :func:`write_tensors` wrote.
         device: Where the tensors go.
-        take: What to make of a tensor of a name, which is gone afterwards; called by several threads at once. Cloned if
-            not given, because tensors lie in the file at odd addresses, at which some matmul kernels round differently.
+        take: Makes the result from a name and a tensor of the file, which is freed afterwards. Several threads call it
+            at once. The default clones the tensor, because tensors in the file are at odd addresses, where some matmul
+            kernels round differently.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -126,7 +127,7 @@ def load_tensors(
 def _load_part(
     path: Path, device: torch.device, names: Sequence[str], take: Callable[[str, Tensor], Tensor], pool: Executor
 ) -> dict[str, Tensor]:
-    """The first few tensors; what is read of a file stays in memory until it is closed."""
+    """The first few tensors; everything that is read from a file stays in memory until the file is closed."""
     with safe_open(path, framework="pt", device=str(device)) as file:
         read: dict[str, Tensor] = {}
         total = 0
@@ -139,7 +140,7 @@ def _load_part(
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share memory would be refused by safetensors: write each by itself."""
+    """Clone tensors that share memory with another one, because safetensors refuses these."""
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
@@ -150,7 +151,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_digests(folder: Path, names: Collection[str], digests: Any, where: str) -> None:
-    """Compare files with their digests, of which the file ``where`` holds one for each name.
+    """Compare files with their digests; the file ``where`` holds one digest for each name.
 
     Raises:
         CheckpointError: Names the first file that is missing or has other bytes.
@@ -176,7 +177,7 @@ def digest_of(data: Mapping[str, Any]) -> str:
 
 
 def is_text_of(text: str, data: Any) -> bool:
-    """Whether a text is ``json.dumps(data, indent=1)`` and a line's end, without making that text as a whole."""
+    """Whether a text is ``json.dumps(data, indent=1)`` and a line end, without building that text as a whole."""
     position = 0
     for piece in json.JSONEncoder(indent=1).iterencode(data):
         if not text.startswith(piece, position):
@@ -191,20 +192,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of_name(name: Any) -> torch.dtype:
-    """The dtype of a name.
+    """The dtype with a name.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If no dtype has this name.
     """
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{name!r} is no dtype")
+        raise CheckpointError(f"{name!r} is not a dtype of torch")
     return dtype
 
 
 @contextmanager
 def blaming(path: Path) -> Iterator[None]:
-    """Turn whatever the content of a file leads to into an error that names the file."""
+    """Turn any error that the content of a file causes into an error that names the file."""
     try:
         yield
     except BackendError:

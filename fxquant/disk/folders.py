@@ -1,10 +1,10 @@
-"""Folders that are written whole or not at all, and that take the place of others in one step.
+"""Folders that are written completely or not at all, and that replace other folders in one step.
 
-A folder is written beside its place, as ``.NAME.saving-XXXXXXXX``, forced to disk, and exchanged with what is there in
-one step of the file system. Where there is none (it is ``renameat2`` of Linux with ``RENAME_EXCHANGE``), what is there
-is renamed to ``.NAME.replaced-XXXXXXXX`` first. So one whole folder stands under its name, or under that one, whenever
-the process ends. The next save of the same name puts it back, and removes what interrupted saves left; loading mentions
-both.
+A folder is written next to its final place, as ``.NAME.saving-XXXXXXXX``, and forced to disk. Then one step of the file
+system exchanges it with the folder that is there: ``renameat2`` of Linux with ``RENAME_EXCHANGE``. If there is no such
+step, the folder that is there is first renamed to ``.NAME.replaced-XXXXXXXX``. So, whenever the process ends, there is
+one complete folder, under its own name or under this second name. The next save of the same name puts a folder with the
+second name back, and removes what interrupted saves left; loading mentions both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,11 +26,8 @@ from fxquant.disk.exchange import exchange, force, force_to_disk
 from fxquant.disk.locks import Lock
 from fxquant.errors import CheckpointError, WriteError
 
-if sys.platform != "win32":
-    pass
-
-_TRIES = 100  # Of a step that another process can come in between.
-_LONGEST = 200  # Bytes of a name, most file systems allow 255, to which the endings below are added.
+_TRIES = 100  # Attempts at a step that another process can interfere with.
+_LONGEST = 200  # Bytes of a name before the suffixes below are added; most file systems allow 255.
 _SAVING, _REPLACED = "saving", "replaced"
 
 Check = Callable[[Path], None]
@@ -39,18 +35,19 @@ Check = Callable[[Path], None]
 
 @contextmanager
 def whole_folder(folder: Path, check: Check) -> Iterator[Path]:
-    """Yield an empty folder to write into; afterwards it takes the place of ``folder``, and of what is there.
+    """Yield an empty folder to write into; afterwards it becomes ``folder`` and replaces what is there.
 
-    If the block raises, what is there stays, and nothing else is left. If the block succeeds and the folder cannot go
-    to its place, because something else has appeared there, it stays beside it, under a name that the error tells.
+    If the block raises, what is there stays, and nothing else is left. If the block succeeds but the folder cannot go
+    to its place, because something else has appeared there, it is kept next to it, under a name that the error gives.
 
     Args:
-        folder: Where to, resolved.
+        folder: The final place, as a resolved path.
         check: Raises ``CheckpointError`` if what is at a path must not be replaced. It is called before writing, and
             again before anything is moved or removed.
 
     Raises:
-        CheckpointError: What ``check`` raises before writing. Also if a file elsewhere cannot be read, by its name.
+        CheckpointError: What ``check`` raises before writing. Also if a file elsewhere cannot be read; it names this
+            file.
         WriteError: If the folder cannot be written, or something that must stay has appeared in its place.
     """
     _ready(folder, check)
@@ -66,13 +63,13 @@ def whole_folder(folder: Path, check: Check) -> Iterator[Path]:
 
 
 def prepare(folder: Path, check: Check) -> None:
-    """Find out whether a folder can be written, before anything takes time.
+    """Check that a folder can be written, before anything that takes long.
 
     What a killed save left behind is put back or removed.
 
     Raises:
         CheckpointError: What ``check`` raises.
-        WriteError: If the folder cannot be made.
+        WriteError: If the folder cannot be written.
     """
     _ready(folder, check)
     with writing(folder):
@@ -92,27 +89,28 @@ def _ready(folder: Path, check: Check) -> None:
         check(folder)
     if _current_folder().is_relative_to(folder):
         raise WriteError(
-            f"{folder} is, or holds, the current folder, which would be gone once another takes its place; choose "
+            f"{folder} is or contains the current folder, which would be gone after the folder is replaced; choose "
             "another folder, or run this from elsewhere"
         )
     if os.path.ismount(folder):
-        raise WriteError(f"{folder} is where a disk is mounted, so it cannot be exchanged; choose a folder in it")
+        raise WriteError(f"{folder} is where a disk is mounted, so it cannot be replaced; choose a folder in it")
 
 
 def _current_folder() -> Path:
-    with suppress(OSError):  # Somebody has removed it.
+    with suppress(OSError):  # The current folder has been removed.
         return Path.cwd()
     return Path(os.devnull)
 
 
 def check_writable(path: Path) -> None:
-    """Try to make a path, with its parents, and a file in it; nothing is left.
+    """Try to make a folder, with its parents, and a file in it; nothing is left behind.
 
     Raises:
-        WriteError: If that fails: a folder that is read-only, a full disk, a name too long, a parent that is a file.
+        WriteError: If that fails, because of a read-only folder, a full disk, a name that is too long, or a parent that
+            is a file.
     """
     with writing(path):
-        _try_to_make(path.resolve())  # A ".." in it would lead out of the folder in which it is tried.
+        _try_to_make(path.resolve())  # A ".." in the path would lead out of the trial folder.
 
 
 def _try_to_make(path: Path) -> None:
@@ -131,7 +129,7 @@ def _try_to_write(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says while a path is written into a :class:`WriteError`."""
+    """Turn an error of the system while a path is written into a :class:`WriteError`."""
     try:
         yield
     except CheckpointError:
@@ -139,17 +137,17 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WriteError(
-            f"{path} cannot be written: {reason}; see to the disk and its permissions, or choose another place",
+            f"{path} cannot be written: {reason}; check the disk and its permissions, or choose another place",
             errno=getattr(error, "errno", None),
         ) from error
 
 
 @contextmanager
 def _blaming_sources(scratch: Path) -> Iterator[None]:
-    """Turn errors of files that are read while a folder is written into ones that name them, not the folder."""
+    """Turn errors of files that are read while a folder is written into errors that name these files."""
     try:
         yield
-    except shutil.Error as error:  # Of copytree, which lists what it could not copy.
+    except shutil.Error as error:  # From copytree, which lists what it could not copy.
         listed = error.args[0] if isinstance(error.args[0], list) else None
         if not listed:
             raise
@@ -162,34 +160,34 @@ def _blaming_sources(scratch: Path) -> Iterator[None]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What interrupted saves of a folder left beside it, and what saves that run are writing."""
+    """What interrupted saves of a folder left next to it, and what running saves are writing."""
     starts = tuple(f".{_stem(folder)}.{kind}-" for kind in (_REPLACED, _SAVING))
     try:
         return sorted(path for path in folder.parent.iterdir() if path.name.startswith(starts))
-    except OSError:  # No such folder, or one whose files may be read and not listed.
+    except OSError:  # There is no such folder, or its files may be read but not listed.
         return []
 
 
 def no_folder(folder: Path) -> CheckpointError:
-    """The error for a folder that is not there, or is a file; it names what an interrupted save left in place of it."""
+    """The error for a folder that does not exist or is a file; it names what an interrupted save left instead."""
     if folder.exists():
         return CheckpointError(f"{folder} is a file, not a folder")
     kept = [path for path in leftovers(folder) if f".{_REPLACED}-" in path.name]
     if not kept:
         return CheckpointError(f"there is no folder {folder}")
     return CheckpointError(
-        f"there is no folder {folder}: a save was interrupted while it replaced it. What it held is in {kept[0]}; "
+        f"there is no folder {folder}: a save was interrupted while replacing it. Its old content is in {kept[0]}; "
         f"rename that to {folder.name}, or save again"
     )
 
 
 def mention_leftovers(folder: Path) -> None:
-    """Warn of what interrupted saves left beside a folder."""
+    """Warn about what interrupted saves left next to a folder."""
     for path in leftovers(folder):
         if Lock.of(path, certain=True) is not None:
             warnings.warn(
-                f"{path} is what an interrupted save left; {folder} itself is whole. The next save of that name "
-                "removes it, or remove it yourself",
+                f"{path} is what an interrupted save left; {folder} itself is complete. The next save to that folder "
+                "removes what was left, or remove it yourself",
                 stacklevel=3,
             )
 
@@ -198,10 +196,10 @@ def mention_leftovers(folder: Path) -> None:
 
 
 class _Scratch:
-    """The folder that is being written.
+    """The temporary folder that is being written.
 
-    What lies under its name is told by its inode, never by what this process remembers of its own steps: an interrupt
-    comes between any two instructions.
+    Its inode shows what is under its name. The steps that this process remembers do not show it, because an interrupt
+    can come between any two instructions.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -209,7 +207,7 @@ class _Scratch:
         for _ in range(_TRIES):
             self.path = folder.parent / _beside(folder, _SAVING)
             self.path.mkdir()
-            # Another process that tidies up may have taken the folder for abandoned before it was locked.
+            # Another process that tidies up may have considered the folder abandoned before it was locked.
             self.lock = Lock.of(self.path)
             if self.lock is not None:
                 break
@@ -219,15 +217,15 @@ class _Scratch:
         self.aside: list[Path] = []
 
     def place(self, check: Check) -> None:
-        """Put the folder where it belongs."""
+        """Move the folder to its final place."""
         try:
             self._place(check)
         except (CheckpointError, OSError) as error:
             kept = self._keep()
             raise WriteError(
-                f"what was written cannot take its place, and is in {kept} instead: {error}", kept=kept
+                f"the written folder cannot go to its place and is in {kept} instead: {error}", kept=kept
             ) from error
-        with suppress(PermissionError):  # Of a parent that may be written and not read.
+        with suppress(PermissionError):  # The parent may be writable but not readable.
             force(self.folder.parent)
 
     def _place(self, check: Check) -> None:
@@ -236,7 +234,7 @@ class _Scratch:
                 with suppress(FileNotFoundError):
                     if self.folder.is_dir():
                         shutil.copymode(self.folder, self.path)
-                # The system puts a folder in the place of nothing, or of an empty folder, and never of another.
+                # The system renames a folder to a free name or to that of an empty folder, and to no other name.
                 os.rename(self.path, self.folder)
                 return
             except OSError as error:
@@ -252,10 +250,10 @@ class _Scratch:
                 self._set_aside()
             except FileNotFoundError:  # Another process has moved it.
                 continue
-        raise WriteError(f"{self.folder} is written by others again and again; try later")
+        raise WriteError(f"{self.folder} cannot be replaced, because other processes keep writing it; try later")
 
     def _may_replace(self, check: Check) -> bool:
-        """Check what is there; False if another process has put something else there meanwhile.
+        """Check what is there; False if another process has meanwhile put something else there.
 
         Raises:
             CheckpointError: What ``check`` raises.
@@ -270,24 +268,24 @@ class _Scratch:
         return True
 
     def _set_aside(self) -> None:
-        """Move what is there away; what comes next puts this folder there."""
+        """Move away what is there, so that the next attempt can put this folder there."""
         aside = self.folder.parent / _beside(self.folder, _REPLACED)
         self.aside.append(aside)
         os.rename(self.folder, aside)
 
     def _keep(self) -> Path:
-        """Keep the folder beside its place, under the first free name."""
+        """Keep the folder next to its place, under the first free name."""
         for number in range(2, _TRIES):
             kept = self.folder.with_name(f"{_stem(self.folder)}-{number}")
             if not kept.exists():
-                with suppress(OSError):  # Somebody else has taken that name just now.
+                with suppress(OSError):  # Another process has just taken this name.
                     os.rename(self.path, kept)
                     return kept
         os.rename(self.path, kept := self.folder.parent / f"{_stem(self.folder)}-{secrets.token_hex(4)}")
         return kept
 
     def clear(self, check: Check) -> None:
-        """Remove what is under the scratch name: what was written and has no place, or what it has replaced."""
+        """Remove what is under the temporary name: the written folder if it was not placed, or what it replaced."""
         with suppress(OSError):  # What cannot be removed is mentioned when the folder is loaded.
             for aside in reversed(self.aside):
                 if not aside.exists():
@@ -311,19 +309,19 @@ def _inode(folder: Path) -> int | None:
 
 
 def _discard(old: Path, folder: Path, check: Check) -> None:
-    """Remove a folder that was replaced, unless somebody has put something of theirs into it meanwhile."""
+    """Remove a folder that was replaced, unless somebody has meanwhile put their own files into it."""
     try:
         check(old)
     except CheckpointError as error:
         kept = folder.parent / f"{_stem(folder)}-replaced-{secrets.token_hex(4)}"
         os.rename(old, kept)
-        warnings.warn(f"{folder} was replaced, and what it held is kept in {kept}: {error}", stacklevel=2)
+        warnings.warn(f"{folder} was replaced, but what it held is kept in {kept}: {error}", stacklevel=2)
     else:
         _remove(old, folder)
 
 
 def _remove(old: Path, folder: Path) -> None:
-    """Remove what a save of a folder left, under a name that says that it may be in parts."""
+    """Remove what a save of a folder left, under a name which shows that it may be incomplete."""
     doomed = folder.parent / _beside(folder, _SAVING)
     os.rename(old, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -341,7 +339,7 @@ def _parents(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # They hold something.
+        with suppress(OSError):  # They are not empty.
             for parent in made:
                 parent.rmdir()
         raise
@@ -353,7 +351,8 @@ def _parents(folder: Path) -> Iterator[None]:
 def _tidy(folder: Path) -> None:
     """Put back what an interrupted save has set aside, and remove what it wrote."""
     for path in leftovers(folder):
-        held = Lock.of(path, certain=True)  # Held until it is away, for a process that has just made it locks it next.
+        # The lock is held until the folder is gone, because a process that has just made it locks it next.
+        held = Lock.of(path, certain=True)
         if held is None:
             continue
         with suppress(OSError):  # Another process does the same.
@@ -364,7 +363,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _stem(folder: Path) -> str:
-    """The name of a folder, short enough for endings."""
+    """The name of a folder, short enough for suffixes."""
     encoded = os.fsencode(folder.name)
     if len(encoded) <= _LONGEST:
         return folder.name

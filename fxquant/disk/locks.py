@@ -12,7 +12,7 @@ if sys.platform != "win32":
 
 
 class Lock:
-    """A lock on a folder, which ends with the process that holds it, however it ends."""
+    """A lock on a folder. It ends when the process that holds it ends, however the process ends."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
@@ -27,11 +27,11 @@ class Lock:
 
         Args:
             path: The folder.
-            certain: Return None also where the system or the file system has no locks. Otherwise the lock that is
-                returned there keeps no other process away.
+            certain: Whether to return None also if the system or the file system has no locks. If False, the lock that
+                is returned in this case does not keep other processes away.
 
         Returns:
-            None if somebody else has locked it, or if it is gone.
+            None if another process has locked the folder, or if the folder is gone.
         """
         if sys.platform == "win32":
             return None if certain else cls(None)

@@ -1,1 +1,1 @@
-"""Looking at a quantized model: reports and profiles."""
+"""Inspect a quantized model: reports and profiles."""

@@ -1,8 +1,8 @@
-"""The report: what was decided for every layer, what it costs and what it does to the output.
+"""The report: what was decided for every layer, what it costs and how it changes the output.
 
-Everything comes out of the plan, so a report needs no weights and is the same for a model, its plan and its
-checkpoint; but that only a model tells which attentions its backend left as they were. Table and JSON are two views of
-one :class:`Report`.
+Everything comes from the plan, so a report needs no weights and is the same for a model, its plan and its checkpoint.
+There is one exception: only a model shows which attentions its backend left unchanged. Table and JSON are two views of
+the same :class:`Report`.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Report:
         recipe: The recipe as pipeline text.
         backend: Name of the backend.
         timesteps: The calibrated timesteps.
-        fixed: For each kind of call whose graph serves one batch size, or one value of a mask, why.
+        fixed: For each kind of call whose graph serves only one batch size, or one value of a mask: the reason.
         totals: The model as a whole.
         output_sqnr_db: Output SQNR against float by timestep in dB, the noisiest timestep first.
-        layers: One row a layer, in the order of the graph.
+        layers: One row per layer, in the order of the graph.
         passes: The pass log.
-        attentions: One row an attention, in the order of the graph.
-        products: Why each matrix product or convolution that is neither a layer nor part of an attention stays float,
-            by the path of its module, its op and its line.
+        attentions: One row per attention, in the order of the graph.
+        products: For each matrix product or convolution that is neither a layer nor part of an attention: the reason
+            why it stays float, by the path of its module, its op and its line.
     """
 
     model_class: str
@@ -74,7 +74,7 @@ class Report:
     products: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values; a number that is not finite, such as a lossless layer's SQNR, is a string."""
+        """The report as JSON values. Numbers that are not finite, such as the SQNR of a lossless layer, are strings."""
         data = asdict(self)
         data["output_sqnr_db"] = [[step, db] for step, db in self.output_sqnr_db.items()]
         values = json_values(data)
@@ -84,11 +84,11 @@ class Report:
     def table(self, *, every: bool = False) -> str:
         """The report as text of at most 140 columns.
 
-        Layers that differ in nothing but the number of their block, and in measured values, share a row, which then
-        shows the range of the values and stands below the numbers of the blocks.
+        Layers that differ only in the number of their block and in measured values share a row. The row shows the range
+        of the values. It is listed below the numbers of the blocks.
 
         Args:
-            every: One row a layer instead.
+            every: Show one row per layer instead.
         """
         parts = [self.summary(), self._layer_table(every)]
         balanced = [(layer.name, layer.reason) for layer in self.layers]
@@ -109,7 +109,7 @@ class Report:
         return self.table()
 
     def summary(self) -> str:
-        """The totals in a few lines."""
+        """The totals as a few lines of text."""
         totals = self.totals
         lines = [("model", f"{self.model_class.rpartition(':')[2]} on {self.backend}")]
         if totals.ratio is not None:
@@ -198,15 +198,15 @@ class Report:
 
 
 def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device | None = None) -> Report:
-    """What fxquant did to a model, layer by layer.
+    """Report what fxquant did to a model, layer by layer.
 
     Args:
         model: What ``fxquant.compile`` or ``fxquant.load`` returned, a plan, or the folder of a checkpoint or of a
             pipeline with one. No weights are read.
-        device: For a plan or a folder: where it is to run, which decides what kernels do; the CPU by default.
+        device: For a plan or a folder: the device to run on, which decides the kernels. The CPU by default.
 
     Raises:
-        ConfigurationError: If the model is not quantized, or a device is given for one that has its own.
+        ConfigurationError: If the model is not quantized, or a device is given for a model, which has its own.
         BackendError: If the backend does not run on that device.
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
@@ -252,7 +252,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
     """The folder itself, or the part of a pipeline's folder that holds the checkpoint.
 
     Raises:
-        CheckpointError: If there is no checkpoint, or more than one.
+        CheckpointError: If the folder holds no checkpoint, or more than one.
     """
     from fxquant.storage.aot.model import PACKAGE_FILE
     from fxquant.storage.diffusers_io import INDEX_FILE, parts_of
@@ -274,7 +274,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
             raise CheckpointError(
                 f"{folder} holds no {PLAN_FILE}: no part of this pipeline is quantized; see fxquant quantize"
             )
-        raise CheckpointError(f"{folder} holds no {PLAN_FILE}: it is not what fxquant wrote, or not all of it")
+        raise CheckpointError(f"{folder} holds no {PLAN_FILE}: fxquant did not write it, or files are missing")
     if len(found) > 1:
         raise CheckpointError(f"{folder} holds several quantized models; name one: {', '.join(map(str, found))}")
     return found[0]
@@ -282,9 +282,9 @@ def checkpoint_folder(folder: str | Path) -> Path:
 
 def _backend_of(model: object, plan: Plan, device: str | torch.device | None) -> Backend | None:
     backend = getattr(getattr(model, "_orig_mod", model), "backend", None)
-    if isinstance(backend, Backend):  # With the options that it was made with.
+    if isinstance(backend, Backend):  # It has the options that it was made with.
         if device is not None:
-            raise ConfigurationError("a model has its device already; a device is for plans and folders")
+            raise ConfigurationError("a model has its device already; give a device only for a plan or a folder")
         return backend
     try:
         found = resolve_backend(plan.backend)
@@ -325,9 +325,9 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> Layer
 
 
 def _attentions_left(model: object) -> dict[str, str]:
-    """What runs the attentions that a backend left as they were, by the path of their module.
+    """What runs the attentions that a backend left unchanged, by the path of their module.
 
-    A plan does not tell: backends find attentions by patterns, which a mask of an unusual kind may break.
+    A plan does not show this: backends find attentions by patterns, and an unusual mask may prevent a match.
     """
     found: dict[str, str] = {}
     for graph in getattr(getattr(model, "_orig_mod", model), "graphs", ()):
@@ -352,7 +352,7 @@ def _attention_report(name: str, entry: AttentionPlan, backend: Backend | None, 
 
 
 def _extreme(choose: Callable[[list[float]], float], bound: float | list[float]) -> float:
-    """The outermost end of a layer's ranges, of which there is one for each bin of timesteps."""
+    """The outermost end of a layer's ranges. A layer has one range per bin of timesteps."""
     return choose(bound) if isinstance(bound, list) else bound
 
 
@@ -370,6 +370,3 @@ def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:
         layers_by_precision=dict(Counter(layer.precision for layer in layers).most_common()),
         balance_by_cost={cost: costs[cost] for cost in COSTS},
     )
-
-
-# --- text -----------------------------------------------------------------------------------------------------------

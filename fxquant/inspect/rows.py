@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 COSTS = ("free", "vector", "tokens", "not")
-"""What balancing a layer costs at run time, cheapest first; ``not`` stands for layers that were left alone."""
+"""What balancing a layer costs at run time, cheapest first; ``not`` means that the layer was not balanced."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,18 @@ class LayerReport:
         role: Part of the network: ``block``, ``adaln``, ``embedder``, ``patch`` or ``final``.
         kernel: What runs it on the plan's backend.
         precision: Bits as text: ``w4a8``, ``w4a16-g64``, ``float``.
-        weight_bits: Bits a weight, None for float.
-        activation_bits: Bits an activation, None for float.
-        group_size: Input channels a weight group, 0 for one group a row.
+        weight_bits: Bits per weight, None for float.
+        activation_bits: Bits per activation, None for float.
+        group_size: Input channels per weight group, 0 for one group per row.
         shape: Output and input features.
-        cost: ``free``, ``vector``, ``tokens`` or ``not``; None for a layer that nobody meant to balance.
+        cost: ``free``, ``vector``, ``tokens`` or ``not``; None for a layer that was not to be balanced.
         absorbed_into: What absorbed the balance factors.
         balanced_channels: Number of balanced input channels.
-        reason: Why some or all channels were left alone.
-        shift_cost: What shifting its input costs at run time, as ``cost``; None where no shift was asked for.
-        timestep_bins: Bins of timesteps that its shift and its range depend on.
-        activation_low: Smallest input that the static range holds.
-        activation_high: Largest input that the static range holds.
+        reason: Why some or all channels were not balanced.
+        shift_cost: What shifting its input costs at run time, as ``cost``; None if no shift was requested.
+        timestep_bins: Number of timestep bins that its shift and its range depend on.
+        activation_low: Smallest input that the static range contains.
+        activation_high: Largest input that the static range contains.
         spread: Smallest and largest maximum of |input| over the calibrated timesteps.
         weight_sqnr_db: Signal to quantization noise of the weight, in dB.
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
@@ -69,7 +69,7 @@ class AttentionReport:
         kernel: What runs them on the plan's backend.
         bits: Bits of q, k and v, None for float.
         softmax_bits: Bits of the softmax output, None for float.
-        ranges: Smallest and largest value that the static ranges of ``q``, ``k`` and ``v`` hold.
+        ranges: Smallest and largest value that the static ranges of ``q``, ``k`` and ``v`` contain.
         sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
         reason: Why the products stay float, or None.
     """
@@ -90,12 +90,12 @@ class Totals:
     Attributes:
         bytes_before: Size of the float model's tensors.
         bytes_after: Size of the quantized model's tensors.
-        ratio: How many times smaller it became; None if a size is not known.
+        ratio: How many times smaller the model became; None if a size is not known.
         mean_sqnr_db: Mean over timesteps of the output SQNR, in dB; None if it was not measured.
-        worst_sqnr_db: The lowest of them.
-        worst_timestep: Where that is.
+        worst_sqnr_db: The lowest output SQNR of a timestep, in dB.
+        worst_timestep: The timestep with the lowest output SQNR.
         layers_by_precision: Number of layers by precision, most frequent first.
-        balance_by_cost: Number of layers meant to be balanced by the cost at which that was absorbed.
+        balance_by_cost: Number of layers that were to be balanced, by the cost of absorbing the balance factors.
     """
 
     bytes_before: int

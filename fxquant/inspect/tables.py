@@ -1,4 +1,4 @@
-"""The text of a report's tables."""
+"""Sections, rows and cell texts of a report's tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _BLOCK = re.compile(r"(.*?)\.\d+\.")
 
 
 def sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, list[list[LayerReport]]]]:
-    """The rows of the table below the block, or blocks, that they stand in; no title for what is in none."""
+    """Group layers by the block or blocks that contain them: a title, and groups that share a row.
+
+    The title is empty for layers outside of all blocks.
+    """
     groups: dict[tuple[Any, ...], list[LayerReport]] = {}
     for layer in layers:
         into = frozenset(pattern_of(name) for name in layer.absorbed_into)
@@ -30,7 +33,7 @@ def sections(layers: Sequence[LayerReport], every: bool) -> Iterator[tuple[str, 
 
 
 def reasons(title: str, given: Iterable[tuple[str, str | None]]) -> str:
-    """Which layers have which reason, those of all blocks together; no text where none has one."""
+    """Text that lists each reason with its layers, all blocks combined; empty if no layer has a reason."""
     found: dict[str, list[str]] = {}
     for name, reason in given:
         if reason is not None:
@@ -44,7 +47,7 @@ def reasons(title: str, given: Iterable[tuple[str, str | None]]) -> str:
 
 
 def layer_row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, str]) -> list[str]:
-    """The cells of layers that are alike, which are shown as one row."""
+    """The cells of one row that shows several similar layers."""
     first = group[0]
     lows = [layer.activation_low for layer in group if layer.activation_low is not None]
     highs = [layer.activation_high for layer in group if layer.activation_high is not None]
@@ -63,14 +66,14 @@ def layer_row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, s
 
 
 def _balance(layer: LayerReport, several: bool) -> str:
-    """``free: norm1.linear``; the number of channels where not all of them are balanced."""
+    """``free: norm1.linear``, with the number of balanced channels if not all channels are balanced."""
     if layer.cost is None:
         return ""
     part = "" if layer.balanced_channels in (0, layer.shape[1]) else f" {layer.balanced_channels}/{layer.shape[1]}"
     block = _BLOCK.match(layer.name)
     within = [block is not None and name.startswith(block[0]) for name in layer.absorbed_into]
     elsewhere = [name for name, own in zip(layer.absorbed_into, within, strict=True) if not own]
-    # Inside its own block a short name will do, if nothing else could be meant by it.
+    # Inside of its own block a short name is enough, if it is not ambiguous.
     shorten = not any(_BLOCK.match(name) for name in elsewhere)
     names = [
         _BLOCK.sub("", name, count=1) if own and shorten else pattern_of(name) if several else name
@@ -81,7 +84,7 @@ def _balance(layer: LayerReport, several: bool) -> str:
 
 
 def span_of(values: Iterator[float | None]) -> str:
-    """The least and the largest of the values that are known."""
+    """Text with the smallest and the largest of the known values."""
     known = [value for value in values if value is not None]
     if not known:
         return ""

@@ -1,6 +1,6 @@
 """The intermediate representation: FX graphs of ATen ops and of the operators ``torch.ops.fxquant.*``.
 
-Importing any part of it registers these operators.
+Importing any module of this package registers these operators.
 """
 
 from fxquant.ir import ops

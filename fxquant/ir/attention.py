@@ -1,8 +1,8 @@
-"""The attentions of a graph: where they are, what they are called, whether their matrix products can be quantized.
+"""Finds the attentions of a graph: their place, their name, and whether their matrix products can be quantized.
 
 Two forms are known: ``scaled_dot_product_attention``, and a softmax over the last axis between two matrix products,
-with whatever is done to single scores in between. Matching is pure. A product of two activations that is neither is
-found as well, with the reason why it stays as it is, so that nothing is left out in silence.
+with any ops on single scores in between. Matching does not change the graph. A product of two activations that has
+neither form is reported as well, with the reason why it stays float, so that no product is left out silently.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxquant.ir.meta import LAYER
 aten = torch.ops.aten
 
 ATTENTION = "fxquant_attention"
-"""Key of ``node.meta`` for the name of the attention that a quantized node yields."""
+"""Key of ``node.meta`` of a quantized node: the name of the attention whose result the node yields."""
 
 _CHANGES = "fxquant_value_changes"
 
@@ -32,7 +32,7 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.bmm.default: (0, 1),
     aten.baddbmm.default: (1, 2),
 }
-"""Matrix products, and where their factors stand among the arguments."""
+"""Matrix products, and the positions of their factors among the arguments."""
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _CASTS = ("to", "_to_copy", "type_as", "clone", "contiguous", "dropout", "detach", "alias")
@@ -48,9 +48,9 @@ class Operand:
     """One of the three values that an attention multiplies.
 
     Attributes:
-        reader: The op that reads it.
-        position: Which argument of that op it is.
-        axis: Its channel axis: the last, for transposed keys the last but one.
+        reader: The op that reads the value.
+        position: Position of the value among the arguments of that op.
+        axis: Channel axis of the value: the last axis, or the second-to-last for transposed keys.
     """
 
     reader: fx.Node
@@ -70,10 +70,11 @@ class Attention:
     """One attention of a graph.
 
     Attributes:
-        name: Path of its module, such as ``transformer_blocks.0.attn1``; a second one in a module ends in ``@2``.
+        name: Path of its module, such as ``transformer_blocks.0.attn1``. The name of a second attention in the same
+            module ends in ``@2``.
         output: The node of its result.
-        operands: q, k and v; nothing where the products cannot be quantized.
-        scale: What the op itself multiplies q by.
+        operands: q, k and v; empty if the products cannot be quantized.
+        scale: The factor by which the op itself multiplies q.
         reason: Why the products cannot be quantized, or None if they can.
     """
 
@@ -86,12 +87,12 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class ValueChange:
-    """What a pass made of the value v that an attention mixes: ``factor * v + shift[bin]``.
+    """How a pass changed the value v that an attention mixes: v became ``factor * v + shift[bin]``.
 
     Attributes:
         factor: float64, broadcasts against v.
         shift: float64 ``[bins, ...]``, each row broadcasts against v.
-        boundaries: Between bins of timesteps, ascending; one less than bins.
+        boundaries: Boundaries between bins of timesteps, ascending; one fewer than bins.
     """
 
     factor: Tensor
@@ -100,13 +101,13 @@ class ValueChange:
 
 
 def note_change(reader: fx.Node, change: ValueChange) -> None:
-    """Remember on the reader of a mixed value that it is no longer what calibration saw."""
+    """Record on the reader of a mixed value that the value is no longer the one that calibration saw."""
     if (change.factor != 1).any() or (change.shift != 0).any():
         reader.meta[_CHANGES] = (*reader.meta.get(_CHANGES, ()), change)
 
 
 def changes_of(reader: fx.Node) -> tuple[ValueChange, ...]:
-    """What became of the value since it was captured, the earliest change first."""
+    """The changes of the value since capture, the earliest change first."""
     return tuple(reader.meta.get(_CHANGES, ()))
 
 
@@ -117,7 +118,7 @@ def find_attentions(graph: fx.Graph) -> list[Attention]:
     for node, (operands, scale, reason) in _candidates(graph):
         place = _module_of(node)
         seen[place] += 1
-        if ATTENTION not in node.meta:  # Else it is quantized, and keeps its number.
+        if ATTENTION not in node.meta:  # Otherwise it is quantized already, but still counts.
             name = place if seen[place] == 1 else f"{place}@{seen[place]}"
             found.append(Attention(name, node, operands, scale, reason))
     return found
@@ -127,14 +128,14 @@ _Match = tuple[dict[str, Operand], float, str | None]
 
 
 def attention_products(graph: fx.Graph) -> set[fx.Node]:
-    """The matrix products that :func:`find_attentions` speaks for: of outputs, and of the scores behind them."""
+    """The matrix products that :func:`find_attentions` covers: those of the outputs and those of the scores."""
     matches, scores = _matches(graph)
     return {*matches, *scores}
 
 
 def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, _Match]]:
     matches, scores = _matches(graph)
-    # Known only now: the product that makes the scores stands before the one that uses them.
+    # Filter after all matches are known: the product that makes the scores comes before the one that uses them.
     return ((node, match) for node, match in matches.items() if node not in scores)
 
 
@@ -208,7 +209,7 @@ def _explicit(node: fx.Node, softmax: fx.Node, why: str | None) -> tuple[_Match,
 
 
 def _probabilities(node: fx.Node) -> tuple[fx.Node | None, str | None]:
-    """The softmax that a value comes from by casts and views, if any, and what is in the way of taking it for that."""
+    """The softmax that a value comes from through casts and views, and why it cannot be used; None for each if none."""
     why = None
     while node.target not in _SOFTMAX:
         op, source = _op(node), node.args[0] if node.args else None
@@ -223,7 +224,7 @@ def _probabilities(node: fx.Node) -> tuple[fx.Node | None, str | None]:
 
 
 def _scores(node: Any) -> list[fx.Node]:
-    """The matrix products that a value comes from by ops on single elements."""
+    """The matrix products that a value comes from through ops on single elements."""
     found: dict[fx.Node, None] = {}
     todo, seen = [node], set()
     while todo:
@@ -239,7 +240,7 @@ def _scores(node: Any) -> list[fx.Node]:
 
 
 def _other_reader(product: fx.Node, output: fx.Node) -> str | None:
-    """Why the scores or probabilities are needed as they are, or None if only the attention reads them."""
+    """Why the scores or probabilities must stay available, or None if only the attention reads them."""
     behind = {product}
     todo = [product]
     while todo:
@@ -279,13 +280,13 @@ def _module_of(node: fx.Node) -> str:
 
 
 def not_by_sample(found: Attention, timestep: fx.Node | None) -> str | None:
-    """Why a value of an attention cannot be told apart by timestep, or None if all can."""
+    """Why the rows of q, k or v of an attention cannot be assigned to timesteps, or None if all of them can."""
     steps = None if timestep is None else timestep.meta["val"]
     if steps is None or steps.dim() != 1 or steps.shape[0] == 1:
         return None
     for side, operand in found.operands.items():
         batch, samples = operand.value.meta["val"].shape[0], steps.shape[0]
-        known = samples if isinstance(samples, int) else samples.node.hint  # Of the call that was captured.
+        known = samples if isinstance(samples, int) else samples.node.hint  # The size in the captured call.
         if isinstance(batch, int) and known and batch % known:
             return f"the leading axis of its {side} is not the batch"
     return None

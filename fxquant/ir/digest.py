@@ -12,8 +12,8 @@ from torch import fx
 def graph_digest(graph: fx.Graph) -> str:
     """Digest of a graph, the same for graphs that call the same ops on the same values with the same constants.
 
-    The names of nodes, their order, what no output depends on, and devices are no part of it, nor are the values of
-    tensors.
+    The digest does not depend on the names or the order of nodes, on nodes that no output depends on, on devices, or on
+    the values of tensors.
     """
     known: dict[fx.Node, str] = {}
     for node in graph.nodes:

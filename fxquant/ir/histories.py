@@ -1,8 +1,8 @@
-"""What was done to the tensors of a graph, so that the graphs of a model share those alone that are equal.
+"""Histories of the tensors of a graph, so that the graphs of a model share only equal tensors.
 
-A model becomes several graphs, one for each kind of call, and what a pass folds into a weight depends on the graph. So
-each tensor has a history: its origin and the folds since. Histories hold digests of factors, never values of weights:
-they are the same when a plan is replayed without weights, and equal histories mean equal tensors.
+A model becomes several graphs, one per kind of call, and what a pass folds into a weight depends on the graph. So each
+tensor has a history: its origin and the folds since then. Histories hold digests of factors, never values of weights.
+Therefore histories are the same when a plan is replayed without weights, and equal histories mean equal tensors.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fxquant.errors import PassError
 from fxquant.ir.tensors import get_tensor
 
 _HISTORY = "fxquant_history"
-"""Key of ``node.meta`` of a ``get_attr`` node: a :class:`History`, or None where the content of the tensor tells."""
+"""Key of ``node.meta`` of a ``get_attr`` node: a :class:`History`, or None if the tensor's content is its history."""
 
 
 @dataclass(frozen=True)
 class History:
-    """Where a tensor comes from, and what was folded into it since.
+    """Where a tensor comes from, and what was folded into it since then.
 
     Attributes:
-        root: Name of the model's own tensor that it was, or what it was made from.
-        steps: One digest for each fold, in order.
+        root: Name of the model's own tensor that it was at first; the kind of the tensor if a pass made it.
+        steps: One digest per fold, in order. If a pass made the tensor, the first digest is of its content or sources.
     """
 
     root: str
@@ -40,7 +40,7 @@ class History:
 
     @property
     def digest(self) -> str:
-        """One short text for all of it."""
+        """One short text for the whole history."""
         return digest(self.root, *self.steps)
 
 
@@ -59,10 +59,11 @@ def digest(*parts: Tensor | str) -> str:
 def history_of(module: fx.GraphModule, node: fx.Node) -> History:
     """The history of the tensor that a ``get_attr`` node reads.
 
-    Without a record it is the name of a tensor of the captured model, and the content of a constant that a pass made.
+    Without a record, the tensor belongs to the captured model, and its history is its name. The history of a constant
+    that a pass made is its content.
 
     Raises:
-        PassError: If the tensor follows from weights that are not at hand, and no pass recorded how.
+        PassError: If the tensor is derived from weights that are not available, and no pass recorded how.
     """
     found = node.meta.get(_HISTORY, node.target)
     if isinstance(found, History):
@@ -72,24 +73,24 @@ def history_of(module: fx.GraphModule, node: fx.Node) -> History:
     tensor = get_tensor(module, str(node.target))
     if isinstance(tensor, FakeTensor):
         raise PassError(
-            f"tensor {node.target} follows from weights, and the pass that made it did not say from which: name them "
-            "as history= of Rewriter.constant"
+            f"tensor {node.target} is derived from weights, and the pass that made it did not record from which ones; "
+            "pass them as history= to Rewriter.constant"
         )
     return History("constant", (digest(tensor),))
 
 
 def has_content(node: fx.Node) -> bool:
-    """Whether the content of a tensor is its history: it follows from the plan alone, not from weights."""
+    """Whether the content of a tensor is its history: it is derived from the plan alone, not from weights."""
     return node.meta.get(_HISTORY, node.target) is None
 
 
 def record(node: fx.Node, history: History | None) -> None:
-    """Set the history of the tensor that a ``get_attr`` node reads; None where its content tells."""
+    """Set the history of the tensor that a ``get_attr`` node reads; None if its content is its history."""
     node.meta[_HISTORY] = history
 
 
 def made_from(kind: str, *sources: History | Tensor | Sequence[str] | str) -> History:
-    """The history of a tensor that follows from others: weights by their histories, the rest by content."""
+    """The history of a tensor that is derived from others: weights count by history, all else by content."""
     parts: list[Tensor | str] = []
     for source in sources:
         if isinstance(source, History):

@@ -1,4 +1,4 @@
-"""Layers of a graph: ops with a stored weight, and what stands between the weight and the op."""
+"""Layers of a graph: ops with a stored weight, and the casts between the weight and the op."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CAST_OPS = (
 def stored_weight(node: fx.Node) -> fx.Node | None:
     """The parameter that is the weight of a layer, or that its weight is cast from; None if the weight is computed.
 
-    A cast to integers or to 8 bits computes another weight, whatever the result is cast to.
+    A cast to integers or to 8 bits counts as computing the weight, whatever the result is cast to afterwards.
     """
     weight = node.args[LAYER_OPS[node.target]]
     while isinstance(weight, fx.Node) and weight.op == "call_function":
@@ -49,7 +49,7 @@ def is_cast(node: fx.Node) -> bool:
 
 
 def parameter_of(node: fx.Node) -> fx.Node:
-    """What a node casts for one reader, if that is all that it does; else the node itself."""
+    """The source behind casts that have one reader each; the node itself if it is not such a cast."""
     while is_cast(node) and len(node.users) == 1:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -58,11 +58,11 @@ def parameter_of(node: fx.Node) -> fx.Node:
 
 
 def is_wide_float(node: fx.Node) -> bool:
-    """Whether a value is of floats of 16 bits or more."""
+    """Whether a value has a floating-point dtype of 16 bits or more."""
     dtype = node.meta["val"].dtype
     return bool(dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def layer_name(target: str) -> str:
-    """The name of the layer whose weight is found under this name."""
+    """The name of the layer whose weight has this name."""
     return target.removesuffix(".weight")

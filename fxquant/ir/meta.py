@@ -6,10 +6,10 @@ LAYER = "fxquant_layer"
 """Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 
 NAMES = "fxquant_names"
-"""Key of a graph module's ``meta`` for the names that the model itself uses, of tensors (true) and modules (false)."""
+"""Key of a graph module's ``meta`` for the names that the model itself uses: True for tensors, False for modules."""
 
 ITEM = "fxquant_item"
-"""Key of the ``meta`` of a placeholder that is an item of a list, for the name of the list."""
+"""Key of the ``meta`` of a placeholder that is an item of a list: the name of the list."""
 
 PROVENANCE = "fxquant_provenance"
 """Key of ``node.meta`` for a tuple of :class:`Origin`, the oldest first."""

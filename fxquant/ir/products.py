@@ -1,7 +1,7 @@
 """The matrix products of a graph that are neither layers nor part of attention, and why they stay float.
 
-Together with the layers and the attentions of a plan they are every product and convolution of the model, so that
-nothing stays float without a word.
+Together with the layers and the attentions of a plan, they are all products and convolutions of the model. So every
+product that stays float is reported.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Product:
     """One matrix product or convolution that stays float.
 
     Attributes:
-        name: Path of its module, its op and the line of code, ``blocks.0.attn.matmul:53``. Ops of one line share it, so
-            that graphs of one model agree, in whatever order they run.
+        name: Path of its module, its op and its line of code, such as ``blocks.0.attn.matmul:53``. Ops of one line
+            share a name, so that the names in all graphs of one model agree, whatever the order of the ops.
         op: Its op, such as ``matmul``.
         reason: Why it stays float.
     """
@@ -71,7 +71,7 @@ def _reason(node: fx.Node, inputs: set[fx.Node]) -> str:
     activations = sum(factor in inputs for factor in factors)
     if not activations:
         return "it multiplies constants"
-    if activations == 1 and len(factors) > 1 and op != "bilinear":  # Which multiplies two, maybe the same one twice.
+    if activations == 1 and len(factors) > 1 and op != "bilinear":  # It multiplies two, maybe the same one twice.
         return f"it multiplies by a weight as {op}; linear is quantized (torch.nn.Linear or torch.nn.functional.linear)"
     return "it is a product of two activations, but no softmax attention"
 
@@ -95,7 +95,7 @@ def _line(node: fx.Node) -> int | None:
 
 
 def _behind_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """What depends on the model's inputs by more than their sizes."""
+    """The nodes that depend on more of the model's inputs than their sizes."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or (

@@ -1,7 +1,7 @@
-"""The only thing that edits graphs.
+"""The rewriter, the only code that edits graphs.
 
-It keeps shapes and dtypes of every value current by running each new op on fake tensors, gives private copies of
-parameters that others still read, and records on each node which pass made it from which nodes.
+It runs each new op on fake tensors to keep the recorded shape and dtype of every value current. It makes a private copy
+of a parameter that other nodes still read. It records on each node which pass made the node, and from which nodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fxquant.ir.tensors import get_tensor, set_tensor
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node comes from: the pass that made it and the nodes that it stands for."""
+    """Where a node comes from: the pass that made it, and the nodes that it was made from."""
 
     pass_name: str
     sources: tuple[str, ...]
@@ -41,8 +41,8 @@ class Rewriter:
         module: The graph module being rewritten.
         pass_name: Recorded as provenance.
         edits: Number of changes made so far; 0 means that the pass did not match.
-        memo: What the pass made already and may use again, by keys of its own.
-        progress: Called as ``progress(what, done, total)`` by passes that take long; None where nobody shows it.
+        memo: Results that the pass may use again, by keys that the pass chooses.
+        progress: Called as ``progress(what, done, total)`` by passes that take long; None if progress is not shown.
     """
 
     def __init__(self, module: fx.GraphModule, pass_name: str) -> None:
@@ -73,24 +73,25 @@ class Rewriter:
     def fold(
         self, node: fx.Node, position: int, function: Callable[[Tensor], Tensor], by: Sequence[Tensor | str] = ()
     ) -> None:
-        """Replace the parameter in one argument of ``node`` by ``function`` of it; other readers keep the old one.
+        """Replace the parameter in one argument of ``node`` by ``function(parameter)``; other readers keep the old one.
 
-        The function gets the parameter as it is and may return another dtype (float64): it is cast once, here.
+        The function receives the parameter in its own dtype and may return another dtype (float64). The result is cast
+        back once, here.
 
         Args:
             node: The reader.
-            position: Which of its arguments.
-            function: What becomes of the parameter.
-            by: All that the function depends on besides the parameter: factors, and a text that tells functions apart.
-                The graphs of a model share a parameter only where what was folded into it is equal. Without it, the
-                pass is taken to do the same to the parameter in every graph.
+            position: Position of the parameter among the reader's arguments.
+            function: Computes the new parameter from the old one.
+            by: Everything that the function depends on besides the parameter: factors, and a text that identifies the
+                function. The graphs of a model share a parameter only if what was folded into it is equal. If ``by`` is
+                empty, the pass is assumed to change the parameter in the same way in every graph.
 
         Raises:
             NonFiniteError: If the result does not fit the parameter's dtype.
         """
         attribute = node.args[position]
         assert isinstance(attribute, fx.Node)
-        while attribute.op != "get_attr":  # It reads the parameter through a cast.
+        while attribute.op != "get_attr":  # The node reads the parameter through a cast.
             node, source = attribute, attribute.args[0]
             assert isinstance(source, fx.Node)
             attribute = source
@@ -105,7 +106,7 @@ class Rewriter:
         readers: Sequence[fx.Node] | None = None,
         by: Sequence[Tensor | str] = (),
     ) -> fx.Node:
-        """Replace a parameter by ``function`` of it, for all of its readers or for some; returns what these read."""
+        """Replace a parameter by ``function(parameter)`` for all or some readers; returns the node that they read."""
         if readers is not None and set(readers) != set(attribute.users):
             attribute = self._private(attribute, readers)
         old = self.tensor(attribute)
@@ -123,7 +124,7 @@ class Rewriter:
         if not has_content(attribute):
             record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
         set_tensor(self.module, str(attribute.target), value)
-        if not _alike(attribute.meta["val"], value):  # What was proved of those who read it stays proved.
+        if not _alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
             attribute.meta["val"] = self._fake(value)
         self._note(attribute, [attribute])
 
@@ -134,13 +135,13 @@ class Rewriter:
         self._note(attribute, [attribute])
 
     def constant(self, name: str, value: Tensor, sources: Sequence[fx.Node], history: History | None = None) -> fx.Node:
-        """Add a tensor to the module under ``name`` (or a free name like it) and a node that reads it.
+        """Add a tensor to the module under ``name`` (or a similar free name) and a node that reads it.
 
         Args:
-            name: Its name.
+            name: Name of the tensor.
             value: The tensor.
-            sources: The nodes that it stands for.
-            history: What it follows from, if that is weights; see :func:`fxquant.ir.histories.made_from`.
+            sources: The nodes that the new one is made from.
+            history: The tensor's history, if it is derived from weights; see :func:`fxquant.ir.histories.made_from`.
         """
         target = self._free_target(name)
         set_tensor(self.module, target, value)
@@ -157,7 +158,7 @@ class Rewriter:
         self.set_argument(node, position, attribute)
 
     def set_argument(self, node: fx.Node, position: int, value: fx.Node | None) -> None:
-        """Let an argument of ``node`` that is not given, or is another node, be ``value``."""
+        """Set an argument of ``node`` to ``value``, whether the argument was not given or was another node."""
         args = list(node.args)
         args += [None] * (position + 1 - len(args))
         args[position] = value
@@ -165,13 +166,13 @@ class Rewriter:
         self._note(node, [node])
 
     def read(self, name: str, history: History, like: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
-        """Add a node that reads a tensor which another graph of the model stored, of this history, under ``name``.
+        """Add a node that reads a tensor that another graph of the model stored under ``name``.
 
         Args:
-            name: Its name.
-            history: Its history.
-            like: Has its shape and dtype; its values come when the graph gets its tensors.
-            sources: The nodes that it stands for.
+            name: Name of the tensor.
+            history: History of the tensor.
+            like: A tensor of the same shape and dtype. The values are set when the graph gets its tensors.
+            sources: The nodes that the new one is made from.
         """
         try:
             get_tensor(self.module, name)
@@ -190,23 +191,23 @@ class Rewriter:
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
-        """New nodes go in front of ``node``."""
+        """Insert new nodes before ``node``."""
         with self.graph.inserting_before(node):
             yield
 
     @contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
-        """New nodes go behind ``node``."""
+        """Insert new nodes after ``node``."""
         with self.graph.inserting_after(node):
             yield
 
     def call(self, target: Any, args: tuple[Any, ...], sources: Sequence[fx.Node], name: str | None = None) -> fx.Node:
-        """Add a call of ``target``; its shape and dtype are worked out on fake tensors.
+        """Add a call of ``target``; its shape and dtype are computed on fake tensors.
 
         Args:
             target: An overload of an op.
-            args: Its arguments, nodes among them.
-            sources: The nodes that the new one stands for; it inherits the layer name of the last that has one.
+            args: Its arguments, which may contain nodes.
+            sources: The nodes that the new one is made from. It inherits the layer name of the last one that has one.
             name: A readable name for the node.
         """
         node = self.graph.call_function(target, args, name=name)
@@ -219,20 +220,22 @@ class Rewriter:
         return node
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
-        """Let everything that reads ``node`` read ``new``, and erase ``node``."""
+        """Make all readers of ``node`` read ``new`` instead, and erase ``node``."""
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.edits += 1
         if not node.users:
             self._drop(node)
 
     def redirect(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        """Let one reader read ``new`` where it read ``old``.
+        """Make one reader read ``new`` instead of ``old``.
 
         Raises:
-            PassError: If it did not read that.
+            PassError: If the reader does not read ``old``.
         """
         if old not in reader.all_input_nodes:
-            raise PassError(f"{self.pass_name}: {reader.name} does not read {old.name}, which it was to read no more")
+            raise PassError(
+                f"{self.pass_name}: {reader.name} cannot be redirected from {old.name}, which it does not read"
+            )
         reader.replace_input_with(old, new)
         self.edits += 1
 
@@ -244,7 +247,7 @@ class Rewriter:
         self.edits += 1
 
     def infer(self, node: fx.Node) -> Any:
-        """The fake value of a node, from those of its inputs."""
+        """The fake value of a node, computed from the fake values of its inputs."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         with self._fake_mode(), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -265,7 +268,7 @@ class Rewriter:
             return mode.from_tensor(value, static_shapes=True)
         if value.fake_mode is mode:
             return value
-        with mode:  # A weight of the skeleton, which has a mode of its own.
+        with mode:  # A weight of the skeleton, which has its own fake mode.
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     def _fake_mode(self) -> FakeTensorMode:
@@ -276,11 +279,11 @@ class Rewriter:
     def _free_target(self, name: str) -> str:
         if self._taken is None:
             self._taken = Counter(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
-        # What the model itself calls so is taken too, whether this graph reads it or not: graphs share names.
+        # Names that the model itself uses are taken too, even if this graph does not read them: graphs share names.
         model = self.module.meta.get(NAMES, {})
         path = name.split(".")
         for end in range(len(path) - 1, 0, -1):
-            if model.get(".".join(path[:end])):  # A parameter, which cannot hold a further one.
+            if model.get(".".join(path[:end])):  # A parameter, which cannot contain another one.
                 name = ".".join(path[:end]) + "_" + "_".join(path[end:])
         target, number = name, 2
         while self._taken[target] or target in model:
@@ -303,7 +306,7 @@ class Rewriter:
 
 
 def _is_finite(value: Tensor) -> bool:
-    # The extremes carry any NaN or infinity, and unlike isfinite() need no mask as large as the tensor.
+    # Any NaN or infinity shows in the extremes. Unlike isfinite(), they need no mask as large as the tensor.
     return value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
 
 
@@ -317,21 +320,21 @@ def _alike(recorded: Tensor, value: Tensor) -> bool:
 
 
 def place_of(node: fx.Node) -> str:
-    """Where a node stands in the model: its layer, or its module and op. Unlike node names, graphs of one model agree.
+    """The place of a node in the model: its layer, or its module and op.
 
-    The graphs of a model, one a kind of call, share their tensors by name, so a tensor's name must not depend on how
-    many nodes came before it.
+    Unlike node names, places agree between the graphs of a model, one per kind of call. These graphs share their
+    tensors by name, so a tensor's name must not depend on how many nodes came before it.
     """
     if LAYER in node.meta:
         return str(node.meta[LAYER])
     modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     op = str(getattr(node.target, "_name", node.name)).partition("::")[2].partition(".")[0] or node.name
-    op += "_" * hasattr(nn.Module, op)  # A module's own ``to``, say, cannot be the place of a tensor.
+    op += "_" * hasattr(nn.Module, op)  # An attribute of modules, such as ``to``, cannot hold a tensor.
     return f"{modules[-1]}.{op}" if modules and modules[-1] else op
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The mode under which the graph's fake values were made: that of its inputs, which knows the open batch."""
+    """The mode under which the graph's fake values were made: the mode of its inputs, which knows the open batch."""
     for node in graph.nodes:
         value = node.meta.get("val") if node.op == "placeholder" else None
         if isinstance(value, FakeTensor):

@@ -1,9 +1,9 @@
 """The tensors that the graphs of one model share by name, and what each graph needs them to be.
 
-What passes fold into a weight depends on who else reads the value that it makes, so on the kind of call. The first
-graph that reads a tensor settles what is stored under its name. A later graph that needs another fold of it gets a
-tensor of its own as long as the float weights are there. Once they are gone, it reads what is stored and corrects the
-value at run time, and where that cannot be done the call is refused.
+What passes fold into a weight depends on the other readers of the value computed from it, and so on the kind of call.
+The first graph that reads a tensor decides what is stored under its name. A later graph that needs another fold of the
+tensor gets its own tensor while the float weights are available. Once they are gone, the graph reads the stored tensor
+and corrects the value at run time. If the value cannot be corrected, the call is refused.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ _PARAMETERS: dict[Any, tuple[int, ...]] = {
     aten.rms_norm.default: (2,),
     aten.embedding.default: (0,),
 }
-"""Ops whose result scales and shifts with their parameters, and where these stand among the arguments."""
+"""Ops whose result scales and shifts with their parameters, and the positions of these among the arguments."""
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 Histories = tuple[History | None, ...]
-"""Histories of the parameters of one op, None for one that is not given or is computed."""
+"""Histories of the parameters of one op; None for a parameter that is not given or is computed."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What a pass made of the result of an op by folding into its parameters: ``scale * y + shift``, float64."""
+    """How a pass changed the result y of an op by folding into its parameters: to ``scale * y + shift``, float64."""
 
     scale: Tensor
     shift: Tensor
 
     def then(self, scale: Tensor, shift: Tensor) -> Fold:
-        """This fold and another one after it."""
+        """This fold followed by another one."""
         return Fold(self.scale * scale, self.shift * scale + shift)
 
     @classmethod
     def none(cls) -> Fold:
-        """Nothing folded."""
+        """The fold that changes nothing."""
         return cls(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
 
 
@@ -76,18 +76,18 @@ class Stored:
 
 @dataclass
 class SharedTensors:
-    """What the graphs of a model settled so far.
+    """What the graphs of a model have settled so far.
 
     Attributes:
-        names: By name of a tensor the digest of its history.
-        forms: The stored forms of an op's parameters, by their histories before anything was folded in.
-        columns: What was folded into the columns of linears that only share an input with one that is balanced or
-            shifted, of which the plan says nothing: by layer and suffix of the plan's vectors the vector, and the
-            boundaries between its bins of timesteps.
-        rounded: By layer the history, as a digest, of the weight that its codes in the plan were rounded from.
-        values: By quantized attention a digest of what became of its v, which its range was found for.
+        names: For each name of a tensor, the digest of its history.
+        forms: The stored forms of an op's parameters, by the histories of the parameters before anything was folded in.
+        columns: What was folded into the columns of linears that are not balanced or shifted themselves, but share an
+            input with such a linear; the plan does not contain these folds. For each layer and suffix of the plan's
+            vectors: the vector, and the boundaries between its bins of timesteps.
+        rounded: For each layer, the digest of the history of the weight from which its codes in the plan were rounded.
+        values: For each quantized attention, a digest of the changes of its v for which its range was found.
         layers: The layers of the graphs so far.
-        complete: Whether the float weights are gone, so that nothing further can be stored.
+        complete: Whether the float weights are gone, so that nothing more can be stored.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -99,8 +99,8 @@ class SharedTensors:
     complete: bool = False
 
     def without_weights(self) -> SharedTensors:
-        """The same, for graphs that are made when the float weights are gone."""
-        closed = copy.copy(self)  # The dicts are shared: what one such graph adds, the next one knows.
+        """A copy for graphs that are made after the float weights are gone."""
+        closed = copy.copy(self)  # The dicts are shared: the next graph sees what one such graph adds.
         closed.complete = True
         return closed
 
@@ -116,11 +116,11 @@ class SharedTensors:
         )
 
     def is_rounded_here(self, layer: str, history: History) -> bool:
-        """Whether the codes of a layer's weight are those of the weight with this history, or there are none yet."""
+        """Whether the codes of a layer's weight were rounded from the weight with this history, or none exist yet."""
         return self.rounded.setdefault(layer, history.digest) == history.digest
 
     def settle_names(self, module: fx.GraphModule) -> None:
-        """Let each tensor of a finished graph have a name under which no other graph holds another tensor.
+        """Rename tensors of a finished graph so that no other graph holds a different tensor under the same name.
 
         Raises:
             CaptureError: If the graph needs a tensor that is not stored, and the float weights are gone.
@@ -138,8 +138,8 @@ class SharedTensors:
                 if self.complete and isinstance(tensor, FakeTensor) and name not in self.names:
                     raise CaptureError(
                         f"tensor {node.target!r} is stored as the calibration calls need it, and this call of the "
-                        "model needs another form of it, because other parts of the model read the value that it "
-                        "makes; calibrate with a call like this one as well"
+                        "model needs another form of it, because other parts of the model read the value computed from "
+                        "it; calibrate with a call like this one as well"
                     )
                 set_tensor(module, name, tensor)
                 node.target = name
@@ -152,9 +152,9 @@ class SharedTensors:
     def unstored(
         self, module: fx.GraphModule, before: dict[fx.Node, Histories], folds: dict[fx.Node, Fold]
     ) -> list[tuple[fx.Node, Stored, Fold]]:
-        """Settle in which form the parameters of a graph's ops are stored.
+        """Decide in which form the parameters of a graph's ops are stored.
 
-        While the float weights are there, the form that this graph needs is added.
+        While the float weights are available, the form that this graph needs is added.
 
         Args:
             module: The graph.
@@ -162,7 +162,8 @@ class SharedTensors:
             folds: What the pass folded in.
 
         Returns:
-            Afterwards: the ops whose form is not stored, one that is, and what makes of that what the graph needs.
+            Once the float weights are gone: the ops whose form is not stored, each with a form that is stored and the
+            fold that turns the result with the stored form into the result that the graph needs.
         """
         found = []
         for node, histories in before.items():
@@ -170,7 +171,7 @@ class SharedTensors:
             if not any(attributes):  # Nothing reads it any more.
                 continue
             needed, now = folds.get(node, Fold.none()), _form(module, attributes)
-            if now[1] != histories and node not in folds:  # Folded in by an op that is not known here.
+            if now[1] != histories and node not in folds:  # Changed by a fold that ``folds`` does not list.
                 continue
             forms = self.forms.get(histories, [])
             if any((form.names, form.histories) == now for form in forms):
@@ -186,7 +187,8 @@ class SharedTensors:
 def parameters_of(module: fx.GraphModule) -> dict[fx.Node, Histories]:
     """The ops of a graph into whose parameters factors can be folded, with the histories of these parameters.
 
-    Ops without parameters are left out: what they are given follows from the plan, so that any graph can have its own.
+    Ops without parameters are left out: the parameters that a pass gives them are derived from the plan, so every graph
+    can have its own.
     """
     found: dict[fx.Node, Histories] = {}
     for node in module.graph.nodes:
@@ -197,9 +199,9 @@ def parameters_of(module: fx.GraphModule) -> dict[fx.Node, Histories]:
 
 
 def attributes_of(node: fx.Node) -> tuple[fx.Node | None, ...]:
-    """The ``get_attr`` nodes of an op's parameters, None for one that is not given or is computed.
+    """The ``get_attr`` nodes of an op's parameters; None for a parameter that is not given or is computed.
 
-    A parameter that is read as a value, and not as the weight of an op, is its own.
+    A ``get_attr`` node that is read as a value, and not as the weight of an op, counts as its own parameter.
     """
     if node.op == "get_attr":
         value = node.meta.get("val")
@@ -210,7 +212,7 @@ def attributes_of(node: fx.Node) -> tuple[fx.Node | None, ...]:
 
 
 def positions_of(node: fx.Node) -> tuple[int, ...]:
-    """Where the parameters of an op stand among its arguments."""
+    """The positions of an op's parameters among its arguments."""
     return _PARAMETERS.get(node.target, ())
 
 
@@ -222,7 +224,7 @@ def parameter_at(node: fx.Node, position: int) -> Any:
 
 
 def read_stored(node: fx.Node, stored: Stored, rewriter: Rewriter) -> fx.Node:
-    """Let an op read another stored form of its parameters; returns the node whose value that changes."""
+    """Make an op read another stored form of its parameters; returns the node whose value changes."""
     own = attributes_of(node)
     weight = next(one for one in own if one is not None)
     read: list[fx.Node | None] = []
@@ -231,7 +233,7 @@ def read_stored(node: fx.Node, stored: Stored, rewriter: Rewriter) -> fx.Node:
             read.append(None)
             continue
         like = rewriter.tensor(attribute or weight)
-        if attribute is None and like.dim() > 1 and node.target not in _NORMS:  # A bias has one number for each row.
+        if attribute is None and like.dim() > 1 and node.target not in _NORMS:  # A bias has one number per row.
             like = like.flatten(1)[:, 0]
         read.append(rewriter.read(name, history, like, [node]))
     if node.op == "get_attr":

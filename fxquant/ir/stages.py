@@ -1,7 +1,7 @@
-"""The stages of a graph on its way, and what must be true at each.
+"""The stages that a graph goes through, and the conditions that it must meet at each.
 
-Every stage has a specification: the ops that it may hold, and conditions on them. :func:`verify` checks a graph
-against one; the pipeline does so before and after every pass.
+Every stage has a specification: the ops that the graph may hold, and conditions on them. :func:`verify` checks a graph
+against a specification. The pipeline calls it before and after every pass.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import fake_mode_of
 from fxquant.ir.tensors import get_tensor
 
-_PROVEN = "fxquant_proven"  # Key of ``node.meta`` for the proof of a node's value that was found last.
+_PROVEN = "fxquant_proven"  # Key of ``node.meta``: the latest proof of the node's value.
 _UNBACKED = re.compile(r"\bu\d+\b")
 _PLAIN = (int, float, str, torch.device)
 
 
 class Stage(enum.IntEnum):
-    """How far a graph has come."""
+    """The stage that a graph has reached."""
 
     CAPTURED = 0
     OBSERVED = 1
@@ -48,7 +48,7 @@ class StageSpec:
     Attributes:
         name: For messages.
         ops: Names of the fxquant ops that may occur.
-        namespaces: Namespaces of which every op may occur.
+        namespaces: Namespaces whose ops may all occur.
     """
 
     name: str
@@ -73,14 +73,14 @@ SPECS: dict[Stage, StageSpec] = {
     Stage.TRANSFORMED: StageSpec("transformed", _TRANSFORMED),
     Stage.QUANTIZED: StageSpec("quantized", _QUANTIZED),
 }
-"""The specification of each stage but the last, which every backend declares for itself."""
+"""The specification of each stage except the last. Each backend declares its own specification of the last stage."""
 
 
 def verify(module: fx.GraphModule, spec: StageSpec) -> None:
     """Check a graph: well-formed, ops allowed, recorded shapes and dtypes true, quantization parameters coherent.
 
     Raises:
-        VerificationError: Names the node, its layer and the passes that made it.
+        VerificationError: If a check fails. The message names the node, its layer and the passes that made it.
     """
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -133,17 +133,17 @@ def _check_value(node: fx.Node) -> None:
         actual = node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
         raise _broken(node, f"its arguments do not fit: {error}") from error
-    # Sizes that depend on values (u0) get a new name each time they are worked out.
+    # Sizes that depend on values (u0) get a new name each time they are computed.
     if isinstance(recorded, Tensor) and _UNBACKED.sub("u", _text(actual)) != _UNBACKED.sub("u", _text(recorded)):
         raise _broken(node, f"it yields {_text(actual)}, but is recorded as {_text(recorded)}")
     node.meta[_PROVEN] = _Proof(node)
 
 
 class _Proof:
-    """That an op yields a value from its inputs; it holds as long as all of them are the same.
+    """Proof that an op yields a value from its inputs. It is valid as long as op, inputs and value are the same.
 
-    The inputs and the value are those in the metadata, not nodes, so a proof stays true in a copy of the graph. Sizes
-    are kept besides, because an op that works in place may change those of a value that stays the same object.
+    A proof holds the inputs and the value from the metadata, not nodes, so it stays valid in a copy of the graph. It
+    also holds sizes, because an op that works in place may change the sizes of a value that stays the same object.
     """
 
     __slots__ = ("leaves", "target")
@@ -165,11 +165,11 @@ class _Proof:
         else:
             self.leaves.append(value)
             if isinstance(value, Tensor):
-                # Symbolic sizes by their nodes: to compare them as numbers would pin the open batch.
+                # Symbolic sizes are kept as their nodes: comparing them as numbers would fix the open batch size.
                 self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
 
     def same_as(self, other: _Proof | None) -> bool:
-        """Whether the other proof, if there is one, is of the same facts."""
+        """Whether there is another proof, and it is of the same facts."""
         return (
             other is not None
             and self.target is other.target
@@ -234,7 +234,7 @@ def _check_linear(node: fx.Node) -> None:
 
 
 _LAYOUT = ("transpose", "permute", "expand", "view", "reshape", "unsqueeze", "clone", "repeat_interleave")
-"""Ops that move codes and, with them, grids of more than one number."""
+"""Ops that move codes, and also move grids of more than one number."""
 
 
 def _check_matmul(node: fx.Node) -> None:
@@ -254,7 +254,7 @@ def _check_matmul(node: fx.Node) -> None:
 
 
 def _moved(argument: Any) -> fx.Node:
-    """Where a value that was only laid out anew comes from."""
+    """The source of a value, behind ops that only change its layout."""
     assert isinstance(argument, fx.Node)
     while str(getattr(argument.target, "_name", "")).removeprefix("aten::").partition(".")[0] in _LAYOUT:
         argument = argument.all_input_nodes[0]
@@ -280,7 +280,7 @@ _CHECKS: dict[str, Callable[[fx.Node], None]] = {
 
 
 def is_replayed(module: fx.GraphModule) -> bool:
-    """Whether the graph holds fake tensors in place of weights, as while a plan is replayed."""
+    """Whether the graph holds fake tensors in place of weights, as it does while a plan is replayed."""
     return any(
         isinstance(get_tensor(module, str(node.target)), FakeTensor)
         for node in module.graph.nodes

@@ -1,4 +1,4 @@
-"""Tensors of a graph module: read, set, bind and drop them by name."""
+"""Tensors of graph modules and models by name: list, read, set, bind and drop them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONSTANT = "constant_"
 
 
 def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors in the places of the fake ones that the graph was traced with.
+    """Replace the fake tensors that the graph was traced with by the given tensors.
 
     Raises:
         CheckpointError: If a tensor is missing or has another shape.
@@ -35,7 +35,7 @@ def bind(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a model by name, shared ones under each of their names."""
+    """Parameters and buffers of a model by name; a shared tensor appears under each of its names."""
     return {name: value.detach() for name, value in weights_and_buffers(model)}
 
 
@@ -47,11 +47,11 @@ def get_tensor(module: nn.Module, target: str) -> torch.Tensor:
 
 
 def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
-    """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules on the way as needed.
+    """Make ``value`` the tensor of a ``get_attr`` target, adding empty modules along the path as needed.
 
     Floating-point tensors become parameters, all others buffers, so that ``dtype``, ``device``, ``to`` and
-    ``state_dict`` of the module mean what users expect. They require gradients only if ``value`` is a parameter
-    that does.
+    ``state_dict`` of the module mean what users expect. A parameter requires gradients only if ``value`` is a parameter
+    that requires them.
     """
     *path, name = target.split(".")
     holder = module
@@ -75,7 +75,7 @@ def read_tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def drop_unread_tensors(module: fx.GraphModule) -> None:
-    """Delete parameters and buffers that no node reads, and the modules that this leaves empty."""
+    """Delete parameters and buffers that no node reads, and modules that become empty."""
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in weights_and_buffers(module) if name not in read]:
         path, _, leaf = name.rpartition(".")
@@ -84,13 +84,13 @@ def drop_unread_tensors(module: fx.GraphModule) -> None:
 
 
 def weights_and_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name, shared ones under each of their names."""
+    """Parameters and buffers by name; a shared tensor appears under each of its names."""
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
 def is_constant_name(target: str) -> bool:
     """Whether a tensor of this name came from the model's code or a plain object in it, and not from its weights.
 
-    Code that fills a cache at its first call yields such a tensor where the cache is full, and computes it where not.
+    Code that fills a cache at its first call yields such a tensor if the cache is full, and computes the value if not.
     """
     return target.rpartition(".")[2].startswith(CONSTANT)

@@ -1,8 +1,8 @@
-"""Time as data in the graph: what depends on the timestep is a row of a table, picked for each sample.
+"""Time as data in the graph: a value that depends on the timestep is a row of a table, selected per sample.
 
-``bin = bucketize(timestep, boundaries)`` and ``row = table[bin]`` are nodes like any others, so one graph serves every
-schedule and number of steps, a batch may mix timesteps, and nothing branches. A timestep outside of the calibrated
-range is in the first or the last bin.
+``bin = bucketize(timestep, boundaries)`` and ``row = table[bin]`` are ordinary nodes. So one graph serves every
+schedule and number of steps, a batch may mix timesteps, and the graph has no branches. A timestep outside of the
+calibrated range falls into the first or the last bin.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TimeTable:
 
     Attributes:
         timestep: The model's timestep input: 0-d, ``[1]`` or ``[batch]``.
-        boundaries: Between bins, ascending; bin i is of timesteps above i of them.
-        rows: ``[bins, ...]``, one more than boundaries; float64 until it enters the graph.
-        follows: Where the rows follow from weights, a digest of these and of the rest; see
-            :mod:`fxquant.ir.histories`.
+        boundaries: Boundaries between bins, ascending; bin i holds the timesteps that are above exactly i boundaries.
+        rows: ``[bins, ...]``, one row more than boundaries; float64 until the rows enter the graph.
+        follows: If the rows are derived from weights, a digest of these and of everything else that the rows are
+            derived from; otherwise None. See :mod:`fxquant.ir.histories`.
     """
 
     timestep: fx.Node
@@ -44,7 +44,7 @@ class TimeTable:
 
     @property
     def origin(self) -> str:
-        """What tells the table from others: what it follows from, or its values."""
+        """What distinguishes the table from others: a digest of what it is derived from, or of its values."""
         return digest("table", self.rows, str(self.boundaries)) if self.follows is None else self.follows
 
     @property
@@ -62,7 +62,7 @@ class TimeTable:
         return replace(self, rows=function(self.rows))
 
     def refined(self, boundaries: Sequence[float]) -> TimeTable:
-        """The same table over more boundaries, its own among them."""
+        """The same table over more boundaries, which include its own."""
         starts = [-float("inf"), *boundaries]
         source = torch.tensor([sum(start >= own for own in self.boundaries) for start in starts])
         follows = None if self.follows is None else digest(self.follows, str(tuple(boundaries)))
@@ -101,13 +101,13 @@ def timestep_input(graph: fx.Graph, name: str | None) -> fx.Node:
             return node
     names = ", ".join(str(node.target) for node in inputs)
     raise MissingTimestepError(
-        f"the model has no tensor input {name!r}, which tells the denoising step. Its inputs are: {names}. "
-        'Name the right one: fxquant.compile(..., timestep="...").'
+        f"the model has no tensor input {name!r} for the timestep. Its inputs are: {names}. "
+        'Name the input that holds the timestep: fxquant.compile(..., timestep="...").'
     )
 
 
 def unfit(timestep: fx.Node, value: Tensor) -> str | None:
-    """Why a value cannot get one row a sample, or None if it can."""
+    """Why a value cannot get one row per sample, or None if it can."""
     shape = timestep.meta["val"].shape
     if len(shape) > 1:
         return f"the timestep has shape {list(shape)}, not one number a sample"
@@ -117,9 +117,9 @@ def unfit(timestep: fx.Node, value: Tensor) -> str | None:
 
 
 def rows_at(rewriter: Rewriter, table: TimeTable, rank: int, name: str, sources: Sequence[fx.Node]) -> fx.Node:
-    """Nodes that pick each sample's row, laid out to broadcast against a value of this rank, its batch first.
+    """Add nodes that select the row of each sample, shaped to broadcast against a value of this rank, batch first.
 
-    Insert where the rows are needed; samples are along the first axis of the result.
+    Call this with the insertion point where the rows are needed. Samples are along the first axis of the result.
     """
     shape = [1] * (rank - table.rows.dim()) + list(table.rows.shape[1:])
     if table.static:
@@ -135,11 +135,11 @@ def rows_at(rewriter: Rewriter, table: TimeTable, rank: int, name: str, sources:
 def add_rows(
     rewriter: Rewriter, node: fx.Node, table: TimeTable, sources: Sequence[fx.Node], readers: Sequence[fx.Node]
 ) -> fx.Node:
-    """Let some readers of a value read it plus its sample's row ``[bins, ...]``; returns the sum."""
+    """Make some readers of a value read the value plus its sample's row of a table ``[bins, ...]``; returns the sum."""
     from fxquant.ir.rewriter import place_of
 
     value = node.meta["val"]
-    # Bins are found in front of the first op, but behind the inputs.
+    # The bins are computed before the first op, but after all inputs: rows for an input must come after the bins.
     behind = _bin(rewriter, table) if node.op == "placeholder" and not table.static else node
     with rewriter.before(behind.next):
         rows = rows_at(rewriter, table.map(lambda r: r.to(value.dtype)), value.dim(), f"{place_of(node)}.rows", sources)
@@ -159,7 +159,7 @@ def reads_rows(node: object) -> bool:
 
 
 def plus_rows(node: fx.Node) -> fx.Node | None:
-    """The sum of a linear and its sample's row, ``linear(x, W) + table[bin]``, if that is all that reads the linear."""
+    """The sum of a linear and its sample's row, ``linear(x, W) + table[bin]``, if nothing else reads the linear."""
     user = next(iter(node.users), None)
     if len(node.users) != 1 or user is None or user.target is not aten.add.Tensor or user.kwargs:
         return None
@@ -167,7 +167,7 @@ def plus_rows(node: fx.Node) -> fx.Node | None:
 
 
 def replace_rows(rewriter: Rewriter, total: fx.Node, table: TimeTable) -> None:
-    """Let a sum that :func:`add_rows` made add the rows of another table."""
+    """Make a sum from :func:`add_rows` add the rows of another table."""
     old, value = total.args[1], total.meta["val"]
     assert isinstance(old, fx.Node)
     with rewriter.before(total):
@@ -177,7 +177,7 @@ def replace_rows(rewriter: Rewriter, total: fx.Node, table: TimeTable) -> None:
 
 
 def read_table(node: fx.Node, timestep: fx.Node, rewriter: Rewriter) -> TimeTable | None:
-    """The table of which a node picks rows, or the constant that it is; None if it is computed otherwise."""
+    """The table from which a node selects rows, or a table of one row if it is a constant; None if it is neither."""
     if node.op == "get_attr":
         value = rewriter.tensor(node)
         if value.shape[:1] != (1,):
@@ -218,7 +218,7 @@ def _bin(rewriter: Rewriter, table: TimeTable) -> fx.Node:
         return rewriter.call(aten.view.default, (bins, [-1]), [table.timestep], name="timestep_bin")
 
 
-_BOUNDARIES = "fxquant_boundaries"  # Key of ``node.meta``: a table of boundaries is found again by its values.
+_BOUNDARIES = "fxquant_boundaries"  # Key of ``node.meta``: the values of a table of boundaries, to find it again.
 
 
 def _after_inputs(rewriter: Rewriter) -> fx.Node:

@@ -1,1 +1,1 @@
-"""Quantization grids, ranges, weights, packing and rounding: tensor arithmetic that knows nothing of graphs."""
+"""Quantization grids, ranges, weights, packing and rounding: tensor arithmetic that does not depend on graphs."""

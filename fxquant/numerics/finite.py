@@ -1,4 +1,4 @@
-"""Refusal of values that have no code."""
+"""Refusal of NaN and infinity, and scaling of second moments into the range of float32 arithmetic."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from fxquant.errors import NonFiniteError
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
-    """Refuse NaN and infinity. Fake and meta tensors, which have no values, pass, and so do integers.
+    """Refuse NaN and infinity. Fake and meta tensors, which have no values, and integer tensors pass.
 
     Args:
         tensor: Any shape and dtype.
-        what: What the tensor is, as the message should name it, such as ``"the weight of blocks.3.attn1.to_q"``.
+        what: Name of the tensor in the message, such as ``"the weight of blocks.3.attn1.to_q"``.
 
     Raises:
         NonFiniteError: An element is NaN or infinite; the message counts both.
     """
     if is_fake(tensor) or tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    # The extremes carry any NaN or infinity, and unlike isfinite() need no mask as large as the tensor.
+    # Any NaN or infinity shows in the extremes. Unlike isfinite(), they need no mask as large as the tensor.
     low, high = torch.aminmax(tensor.detach())
     if math.isfinite(low.item()) and math.isfinite(high.item()):
         return
     nans = int(tensor.isnan().sum().item())
     infinities = int(tensor.isinf().sum().item())
     raise NonFiniteError(
-        f"{what} holds {nans} NaN and {infinities} infinite values of {tensor.numel()}, which have no code."
+        f"{what} holds {nans} NaN and {infinities} infinite values of {tensor.numel()}; these have no code."
     )
 
 
 def within_float32(moments: Tensor) -> Tensor:
-    """Second moments with the same ratios, and small enough for arithmetic in float32.
+    """Second moments with the same ratios, small enough for arithmetic in float32.
 
-    Only ratios matter to rounding. They are divided by a power of two where the largest is above 2^60: the model's
-    activations may be finite where their squares, as float32, are not.
+    Rounding depends only on the ratios. If the largest moment is above 2^60, all are divided by a power of two, because
+    the model's activations may be finite although their squares are not finite in float32.
     """
     largest = float(moments.diagonal().max())
     return moments / 2.0 ** math.ceil(math.log2(largest)) if 2.0**60 < largest < math.inf else moments

@@ -4,9 +4,9 @@ The integer grid: a code q is an unsigned integer in `0..2**bits - 1` and stands
 zero point is itself a code, so zero is always exact. *Asymmetric* grids place it anywhere; *symmetric* ones fix it at
 `2**(bits - 1)`.
 
-Everything that weights go through runs on fake and meta tensors too and never branches on their values, because passes
-are replayed on models without weights. :func:`~fxquant.numerics.finite.require_finite` alone reads values, and it
-skips such tensors.
+All functions for weights also run on fake and meta tensors and never branch on their values, because passes are
+replayed on models without weights. Only :func:`~fxquant.numerics.finite.require_finite` reads values, and it skips fake
+and meta tensors.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def affine_parameters(
 ) -> tuple[Tensor, Tensor]:
     """The grid that covers a range.
 
-    The range is widened to include 0. The zero point is computed with the scale as rounded to float32, so that both
-    belong together. A range of exactly 0 gets scale 1, one too narrow for a normal float32 scale the smallest of them.
+    The range is widened to include 0. The zero point is computed from the scale after its rounding to float32, so that
+    the two are consistent. A range of exactly 0 gets scale 1. A range that is too narrow for a normal float32 scale
+    gets the smallest normal float32 scale.
 
     Args:
         lo: Lowest values, any float dtype and shape.
         hi: Highest values, of the same shape.
-        bits: Bits a code, 2 to 8.
+        bits: Bits per code, 2 to 8.
         symmetric: Fix the zero point at `2**(bits - 1)`.
 
     Returns:
@@ -72,7 +73,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
         The codes, of the shape of `x`, still in a float dtype: float64 if `x` is, else float32.
     """
     dtype = compute_dtype(x.dtype)
-    # In place: the quotient is new, and weights are large.
+    # In place, because the quotient is a new tensor and weights are large.
     return (x.to(dtype) / scale.to(dtype)).round_().add_(zero_point.to(dtype)).clamp_(qmin, qmax)
 
 

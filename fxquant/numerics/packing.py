@@ -1,10 +1,11 @@
-"""Dense storage of integer codes of 2 to 8 bits. Pure tensor arithmetic: nothing here knows of weights or of graphs.
+"""Dense storage of integer codes of 2 to 8 bits: tensor arithmetic that does not depend on weights or graphs.
 
 A code of `bits` bits is cut into parts whose widths are powers of two, the binary digits of `bits` itself: 3 = 2 + 1,
 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1. Each part of a row of codes fills its own run of bytes, its *plane*; the planes of
 a row follow one another, the widest first. The widest part holds the lowest bits of the code. Within a plane of width
-w, byte j holds the codes `8/w * j` to `8/w * (j + 1) - 1`, the first in its lowest bits. So no field ever straddles two
-bytes, codes of 2, 4 and 8 bits are one plane and unpack with one shift and one mask, and no plane wastes a whole byte.
+w, byte j holds the codes `8/w * j` to `8/w * (j + 1) - 1`, the first in its lowest bits. So no field crosses the
+boundary of a byte, and no plane wastes a whole byte. Codes of 2, 4 and 8 bits have one plane and unpack with one shift
+and one mask.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def check_bits(bits: int) -> None:
 
 
 def packed_size(n: int, bits: int) -> int:
-    """Bytes that a row of `n` codes of `bits` bits takes: about `n * bits / 8`, each plane rounded up to whole bytes.
+    """Bytes of a packed row of `n` codes of `bits` bits: about `n * bits / 8`, each plane rounded up to whole bytes.
 
     Raises:
         ConfigurationError: `bits` is not in 2..8.
@@ -44,7 +45,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8 `[..., n]`, each below `2**bits`; higher bits are dropped, not checked.
-        bits: Bits a code, 2 to 8.
+        bits: Bits per code, 2 to 8.
 
     Returns:
         uint8 `[..., packed_size(n, bits)]`; `codes` itself for 8 bits. :func:`unpack` is the inverse.
@@ -75,14 +76,14 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 
     Args:
         packed: uint8 `[..., packed_size(n, bits)]`.
-        bits: Bits a code, 2 to 8.
-        n: Codes a row.
+        bits: Bits per code, 2 to 8.
+        n: Codes per row.
 
     Returns:
         uint8 `[..., n]`; `packed` itself for 8 bits.
 
     Raises:
-        ConfigurationError: `bits` is not in 2..8, or `packed` is not uint8 or not of the size that `n` codes take.
+        ConfigurationError: `bits` is not in 2..8, `packed` is not uint8, or its rows do not have the size of `n` codes.
     """
     size = packed_size(n, bits)
     _check_uint8(packed, "packed codes")

@@ -1,4 +1,4 @@
-"""The range that a grid covers: all of it, or a clipping with a lower error."""
+"""Choice of the range that a grid covers: the whole range of the values, or a clipped range with a lower error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxquant.numerics.packing import check_bits
 from fxquant.numerics.slices import map_slices, slices_of
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
-"""How the range of a grid is chosen: all of it, or the clipping with the lowest error among a few or among many."""
+"""How the range of a grid is chosen: the whole range, or the clipped one of lowest error among a few or among many."""
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 """The two-sided percentiles that PTQ4DiT (arXiv 2405.16005) tries."""
@@ -29,14 +29,14 @@ def activation_range(samples: Tensor, lo: float, hi: float, bits: int, method: R
     """Choose the range of one grid for a whole activation.
 
     `minmax` keeps `[lo, hi]`. `percentile` takes, among `[lo, hi]` and the two-sided percentiles :data:`PERCENTILES` of
-    the samples, the range with the lowest mean squared error on the samples (PTQ4DiT, arXiv 2405.16005). `mse` searches
-    `lo` and `hi` each shrunk by 39 factors from 1 down to 0.05, in all pairs.
+    the samples, the range with the lowest mean squared error on the samples (PTQ4DiT, arXiv 2405.16005). `mse` does so
+    among all pairs of `lo` and `hi`, each shrunk by 39 factors from 1 down to 0.05.
 
     Args:
-        samples: Values seen in calibration, any shape and float dtype, finite; they need not hold the extremes.
+        samples: Values seen in calibration, any shape and float dtype, finite; they need not include the extremes.
         lo: Lowest value seen.
         hi: Highest value seen.
-        bits: Bits a code, 2 to 8.
+        bits: Bits per code, 2 to 8.
         method: One of `minmax`, `percentile`, `mse`.
 
     Returns:
@@ -51,9 +51,9 @@ def activation_range(samples: Tensor, lo: float, hi: float, bits: int, method: R
     if method == "minmax":
         return lo, hi
     if samples.numel() == 0:
-        raise ConfigurationError(f"the range method {method!r} searches on samples, and there are none.")
+        raise ConfigurationError(f"the range method {method!r} needs samples, but got none; use 'minmax' instead.")
     ordered = samples.detach().flatten().to(compute_dtype(samples.dtype)).sort().values.to(torch.float64)
-    # The whole range comes first: where errors tie, nothing is clipped.
+    # The whole range comes first, so that nothing is clipped if errors are equal.
     if method == "percentile":
         ends = [(lo, hi)]
         for share in PERCENTILES:
@@ -77,11 +77,11 @@ def weight_range(
     slices of rows, so their memory does not grow with the weight.
 
     Args:
-        rows: `[rows, n]`, any float dtype, each row (an output channel or one of its groups) on a grid of its own.
-        bits: Bits a code, 2 to 8.
+        rows: `[rows, n]`, any float dtype; each row (an output channel or one of its groups) has its own grid.
+        bits: Bits per code, 2 to 8.
         method: One of `minmax`, `percentile`, `mse`.
-        symmetric: The grids will be symmetric, which decides what a range costs.
-        importance: Weights of the squared errors in the searches, `[rows, n]` or `[1, n]`; all alike if None.
+        symmetric: Whether the grids will be symmetric, which affects the error of a range.
+        importance: Weights of the squared errors in the searches, `[rows, n]` or `[1, n]`; all equal if None.
 
     Returns:
         The lower and the upper ends, `[rows]` each, of the dtype of `rows` for `minmax`, else float64.
@@ -120,12 +120,12 @@ def _check_method(method: str) -> None:
 
 
 def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    # Two passes, yet ten times faster on a processor than torch.aminmax along an axis, which is not vectorised.
+    # Two passes, but ten times faster on a CPU than torch.aminmax along an axis, which is not vectorized.
     return rows.amin(1), rows.amax(1)
 
 
 def _at(ordered: Tensor, share: float) -> float:
-    """The quantile of sorted values, with linear interpolation; `torch.quantile` stops at 16 million values."""
+    """The quantile of sorted values, with linear interpolation; `torch.quantile` is limited to 16 million values."""
     position = share * (ordered.numel() - 1)
     below = math.floor(position)
     above = min(below + 1, ordered.numel() - 1)
@@ -137,7 +137,7 @@ def _sorted_errors(ordered: Tensor, lows: Tensor, highs: Tensor, bits: int) -> T
     """Mean squared errors of quantizing `ordered`, float64 `[n]` ascending, to the grids of ranges `[candidates]`.
 
     The values that share a code are a run of the sorted samples, and their squared error follows from the run's count,
-    sum and sum of squares. So a candidate costs 2**bits binary searches, however many samples there are.
+    sum and sum of squares. So a candidate costs 2**bits binary searches, whatever the number of samples.
     """
     scale, zero_point = affine_parameters(lows, highs, bits)
     codes = torch.arange(2**bits, dtype=torch.float64, device=ordered.device)
@@ -176,13 +176,13 @@ def _lowest_error(
     symmetric: bool,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For each row of `values` `[rows, n]` the candidate with the lowest squared error, the first of those that tie."""
+    """For each row of `values` `[rows, n]`, the candidate with the lowest squared error; the first of equal ones."""
     share = None if importance is None else importance.to(values.dtype)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for low, high in candidates:
         scale, zero_point = affine_parameters(low, high, bits, symmetric)
         offset, step = zero_point[:, None].to(values.dtype), scale[:, None].to(values.dtype)
-        # In place, which is twice as fast as new tensors.
+        # In place, which is twice as fast as allocating new tensors.
         squares = quantize(values, step, offset, 0, 2**bits - 1).sub_(offset).mul_(step).sub_(values).square_()
         error = squares.sum(1) if share is None else squares.mul_(share).sum(1)
         if best is None:

@@ -1,4 +1,4 @@
-"""Slices of tensors, worked on one per thread."""
+"""Slices of tensors, processed one per thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def slices_of(tensor: Tensor) -> Sequence[Tensor]:
-    """Slices along the first axis, small enough for a processor's cache, large enough to fill a GPU."""
+    """Slices along the first axis: small enough for the cache of a CPU, or large enough to fill a GPU."""
     if is_fake(tensor) or tensor.is_meta:
         return [tensor]
     elements = 1 << 18 if tensor.device.type == "cpu" else 1 << 24
@@ -22,10 +22,10 @@ def slices_of(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def map_slices(function: Callable[..., T], slices: Sequence[tuple[Tensor | None, ...]]) -> list[T]:
-    """Call a function on each slice, on the processor one slice a thread.
+    """Call a function on each slice; on a CPU, one slice per thread.
 
-    Left to torch, each of the many small ops would be a parallel region, at whose end all threads wait for the slowest:
-    several times slower where the cores are shared.
+    If torch split the work, each of the many small ops would be a parallel region, and at the end of each region all
+    threads would wait for the slowest one. That is several times slower if the cores are shared.
     """
     threads = torch.get_num_threads()
     first = slices[0][0] if slices else None

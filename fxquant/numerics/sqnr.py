@@ -15,14 +15,14 @@ from fxquant.numerics.slices import map_slices, slices_of
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio in dB, `10 log10(sum reference^2 / sum (reference - approximation)^2)`.
 
-    Accumulated in float64. Infinite when the two are equal, minus infinity when the reference is 0 and they are not.
+    Accumulated in float64. Infinite if the two are equal; minus infinity if the reference is 0 and they are not equal.
 
     Raises:
         ConfigurationError: The shapes differ.
     """
     if reference.shape != approximation.shape:
         raise ConfigurationError(
-            f"the reference has shape {tuple(reference.shape)}, the approximation {tuple(approximation.shape)}."
+            f"the reference has shape {tuple(reference.shape)}, but the approximation has {tuple(approximation.shape)}."
         )
     reference, approximation = reference.detach().flatten(), approximation.detach().flatten()
     return decibels(map_slices(energies_of, list(zip(slices_of(reference), slices_of(approximation), strict=True))))
@@ -34,7 +34,7 @@ def decibels(energies: Sequence[tuple[float, float]]) -> float:
 
 
 def snr_db(signal: float, noise: float) -> float:
-    """Decibels of one energy over another; infinite without noise, minus infinity without a signal."""
+    """The ratio of two energies in decibels; infinite without noise, minus infinity without a signal."""
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else (math.nan if math.isnan(noise) else -math.inf)

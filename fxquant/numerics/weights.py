@@ -1,4 +1,4 @@
-"""Weights as packed codes and grids."""
+"""Quantized weights: packed codes and grids, rounding to nearest, and dequantization."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class QuantizedWeight:
         packed: uint8 `[out, packed_size(in_features, bits)]`.
         scale: float32 `[out, groups]`.
         zero_point: uint8 `[out, groups]`.
-        bits: Bits a code, 2 to 8.
+        bits: Bits per code, 2 to 8.
         group_size: Input channels that share a grid; 0 for all of them.
-        in_features: Codes a row.
+        in_features: Codes per row.
     """
 
     packed: Tensor
@@ -78,16 +78,16 @@ def quantize_weight(
     method: RangeMethod = "minmax",
     importance: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Round a weight to the nearest code, on a grid of its own for each output channel or group of input channels.
+    """Round a weight to the nearest code. Each output channel, or each group of its input channels, has its own grid.
 
     Args:
         weight: `[out, in]`, any float dtype, finite (see :func:`require_finite`); may be fake or meta.
-        bits: Bits a code, 2 to 8.
+        bits: Bits per code, 2 to 8.
         group_size: Input channels that share a grid; 0 for all of them.
         symmetric: Fix zero points at `2**(bits - 1)`.
         method: How the ranges are chosen, see :func:`weight_range`.
-        importance: `[in]`, how much an error in each column matters to the searches: the mean square of that input
-            channel, for the error of the layer's output; all columns alike if None.
+        importance: `[in]`, the weight of each column's error in the searches: the mean square of that input channel,
+            to measure the error of the layer's output. All columns count equally if None.
 
     Returns:
         The packed codes with their scales and zero points.
@@ -105,7 +105,7 @@ def quantize_weight(
     def round_rows(values: Tensor, step: Tensor, offset: Tensor) -> Tensor:
         return quantize(values, step[:, None], offset[:, None], 0, 2**bits - 1).to(torch.uint8)
 
-    # In slices as all else that is done to weights: temporaries of the size of the weight would add to the peak.
+    # In slices, as in all work on weights: temporaries of the size of the weight would raise the peak memory.
     slices = slices_of(rows)
     grids = (grid.flatten().split(len(slices[0])) for grid in (scale, zero_point))
     codes = torch.cat(map_slices(round_rows, list(zip(slices, *grids, strict=True))))
@@ -123,7 +123,7 @@ def weight_grid(
     method: RangeMethod = "minmax",
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The grids on which a weight is rounded, however each element then is.
+    """The grids on which a weight is rounded, whatever method then rounds its elements.
 
     Arguments and errors are those of :func:`quantize_weight`.
 
@@ -132,7 +132,9 @@ def weight_grid(
     """
     check_bits(bits)
     if weight.dim() != 2:
-        raise ConfigurationError(f"a weight to quantize is a matrix [out, in], not of shape {tuple(weight.shape)}.")
+        raise ConfigurationError(
+            f"a weight to quantize must be a matrix [out, in], but has shape {tuple(weight.shape)}."
+        )
     out_features, in_features = weight.shape
     groups = group_count(in_features, group_size)
     rows = weight.detach().reshape(out_features * groups, in_features // groups)
@@ -155,7 +157,7 @@ def dequantize_weight(
     """`scale * (q - zero_point)` of the codes of a :class:`QuantizedWeight`, given field by field.
 
     Returns:
-        `[out, in_features]` of `dtype`, computed in float32, in float64 if `dtype` is float64.
+        `[out, in_features]` of `dtype`, computed in float32, or in float64 if `dtype` is float64.
 
     Raises:
         ConfigurationError: The fields contradict each other.
@@ -168,7 +170,7 @@ def dequantize_weight(
 
 
 def group_count(in_features: int, group_size: int) -> int:
-    """Groups that a row of `in_features` falls into; one if `group_size` is 0.
+    """Number of groups in a row of `in_features`; one if `group_size` is 0.
 
     Raises:
         ConfigurationError: `group_size` is negative or does not divide `in_features`.
@@ -178,6 +180,6 @@ def group_count(in_features: int, group_size: int) -> int:
     if group_size < 0 or in_features % group_size:
         raise ConfigurationError(
             f"group_size={group_size} does not divide the {in_features} input channels. "
-            "Choose a divisor, or 0 for one group a row."
+            "Choose a divisor, or 0 for one group per row."
         )
     return in_features // group_size

@@ -1,4 +1,4 @@
-"""What a backend is: a specification of what it runs, and a lowering to it."""
+"""The base class of backends: a specification of the ops that a backend runs, and a lowering to these ops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
 
 REFERENCE = "(reference"
-"""Stands in the name of a kernel that is a fallback: right, but made for its meaning and not for speed."""
+"""Part of the name of a fallback kernel, which is a correct reference and not made for speed."""
 
 
 _KERNELS = ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
@@ -33,7 +33,7 @@ class Backend(ABC):
         name: Name in the registry.
         spec: The ops that a lowered graph may hold.
         devices: The types of devices that it runs on, such as ``cpu``; None for all.
-        moves: Whether a lowered graph runs on all of them; else one for each type.
+        moves: Whether one lowered graph runs on all these types; if not, each type needs its own lowered graph.
     """
 
     name: ClassVar[str]
@@ -43,109 +43,114 @@ class Backend(ABC):
 
     @abstractmethod
     def refuse(self, layer: LayerPlan) -> str | None:
-        """Why this backend cannot run a layer as planned, and what would serve; None if it can."""
+        """Why this backend cannot run a layer as planned, and what works instead; None if it can."""
 
     @abstractmethod
     def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
         """Rewrite a quantized graph in place to the ops of :attr:`spec`.
 
-        A backend may keep tensors in another form than the quantized graph has them, under other names; :meth:`stored`
-        is the way back.
+        A backend may keep tensors in another form and under other names than the quantized graph; :meth:`stored`
+        converts them back.
 
         Args:
-            module: A quantized graph, with its tensors; a graph that a later call asked for has fake ones.
+            module: A quantized graph with its tensors. A graph that was made for a later call has fake tensors.
             plan: What was decided.
-            held: The tensors that the model's other graphs read already, by name. What is among them is shared, not
-                made again, and for a graph of fake tensors it is all there is.
+            held: The tensors that the model's other graphs already read, by name. The graph shares these tensors
+                instead of making them again. A graph of fake tensors has no other real tensors.
         """
 
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
-        """The tensors of a lowered graph as the quantized graph named and held them, which is how a checkpoint does."""
+        """The tensors of a lowered graph in the form and under the names of the quantized graph, as in a checkpoint."""
         return read_tensors(module)
 
     def to_plain(self, tensor: Tensor) -> Tensor:
-        """What a tensor of a lowered graph holds, as one that can be written to a file; strided ones are that already.
+        """Convert a tensor of a lowered graph to one that can be written to a file; strided tensors stay as they are.
 
-        A backend that holds tensors in layouts of kernels overrides this, and :meth:`from_plain`, the way back.
+        A backend that holds tensors in the layouts of its kernels overrides this, and its inverse :meth:`from_plain`.
 
         Raises:
-            BackendError: If it cannot be written.
+            BackendError: If the tensor cannot be written.
         """
         if tensor.layout is not torch.strided:
-            raise BackendError(f"backend {self.name!r} does not say how its {tensor.layout} tensors are written")
+            raise BackendError(
+                f"backend {self.name!r} does not define how its {tensor.layout} tensors are written to a file; "
+                "override to_plain and from_plain in the backend"
+            )
         return tensor
 
     def from_plain(self, tensor: Tensor) -> Tensor:
-        """Undo :meth:`to_plain`, as is best for this machine."""
+        """Undo :meth:`to_plain`, in the form that is best for this machine."""
         return tensor
 
     def make_ready(self, ops: Collection[str]) -> None:
-        """See to it that ops of compiled graphs, named ``namespace::name``, have kernels on this machine.
+        """Ensure that ops of compiled graphs, named ``namespace::name``, have kernels on this machine.
 
         Raises:
-            BackendError: If one has none.
+            BackendError: If an op has no kernel.
         """
         for op in ops:
             namespace, _, name = op.partition("::")
             known = hasattr(getattr(torch.ops, namespace), name)
             if not known or not any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for key in _KERNELS):
-                raise BackendError(f"{op} has no kernel here; the package was made by another version of fxquant")
+                raise BackendError(
+                    f"{op} has no kernel here; the package was made by another version of fxquant, so export it again"
+                )
 
     @abstractmethod
     def kernel(self, layer: LayerPlan) -> str:
-        """Name of the kernel that runs a layer, for the report; that of a fallback holds :data:`REFERENCE`."""
+        """Name of the kernel that runs a layer, for the report; the name of a fallback contains :data:`REFERENCE`."""
 
     def refuse_attention(self, attention: AttentionPlan) -> str | None:
-        """The same for the matrix products of an attention; unless a backend says otherwise, its spec decides."""
+        """Like :meth:`refuse`, for the matrix products of an attention; by default the backend's spec decides."""
         if attention.bits is None or "matmul" in self.spec.ops:
             return None
-        return "it multiplies no two quantized activations; keep attention float (assign-precision{attention=float})"
+        return "it cannot multiply two quantized activations; keep attention float (assign-precision{attention=float})"
 
     def attention_kernel(self, attention: AttentionPlan) -> str:
         """Name of the kernel that runs the matrix products of an attention, for the report."""
         return "aten float" if attention.bits is None else "fxquant::matmul (reference)"
 
     def falls_back(self, kernel: str) -> bool:
-        """Whether a kernel that :meth:`kernel` or :meth:`attention_kernel` named is a fallback, of which to warn."""
+        """Whether a kernel that :meth:`kernel` or :meth:`attention_kernel` named is a fallback and needs a warning."""
         return REFERENCE in kernel
 
     def on(self, device: torch.device) -> Backend:
-        """What runs models on a device: this backend, or one like it with the kernels of that device."""
+        """The backend that runs models on a device: this one, or one like it with the kernels of that device."""
         return self
 
     def check_device(self, device: torch.device) -> None:
         """Refuse a device before a model goes there.
 
         Raises:
-            BackendError: Says which devices would serve.
+            BackendError: If this backend does not run on the device; the message says which devices work.
         """
         if self.devices is not None and device.type not in self.devices:
             raise BackendError(
-                f"backend {self.name!r} runs on {', '.join(sorted(self.devices))}, not on {device.type}; leave the "
-                "model there, or use backend 'fake-quant', which runs on any device"
+                f"backend {self.name!r} runs on {', '.join(sorted(self.devices))}, not on {device.type}; keep the "
+                "model on such a device, or use backend 'fake-quant', which runs on any device"
             )
 
     def check_move(self, start: torch.device, goal: torch.device) -> None:
-        """The same for a lowered model that stands on a device and is to go to another."""
+        """Like :meth:`check_device`, for a move of a lowered model from one device to another."""
         self.check_device(goal)
         if not self.moves and start.type != goal.type:
             raise BackendError(
-                f"backend {self.name!r} lowered this model for {start.type}, and what {goal.type} runs is another "
-                f"graph; save it and load it there: fxquant.load(folder, device={str(goal)!r})"
+                f"backend {self.name!r} lowered this model for {start.type}, and {goal.type} needs another lowered "
+                f"graph; save the model and load it there: fxquant.load(folder, device={str(goal)!r})"
             )
 
-    def compiling(self) -> None:  # noqa: B027  (most have nothing to say)
-        """Called while ``torch.compile`` traces a model, for what its user must be told."""
+    def compiling(self) -> None:  # noqa: B027  (most have no message)
+        """Called while ``torch.compile`` traces a model, for messages to its user."""
 
     def settings(self) -> contextlib.AbstractContextManager[object]:
-        """What a model that :meth:`torch.nn.Module.compile` compiled is called within: settings of the compiler."""
+        """The context of calls of a model that :meth:`torch.nn.Module.compile` compiled: settings of the compiler."""
         return contextlib.nullcontext()
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan before anything is converted.
 
         Raises:
-            BackendError: Lists the layers that it cannot run, why, and what would serve.
+            BackendError: If the backend cannot run some layers; the message lists them, why, and what works instead.
         """
         refused: dict[str, list[str]] = {}
         reasons = [(name, self.refuse(layer)) for name, layer in plan.layers.items()]
@@ -175,12 +180,12 @@ BACKENDS: Registry[type[Backend]] = Registry("backend", "fxquant.backends")
 
 
 def resolve_backend(backend: str | Backend) -> Backend:
-    """A backend from its name, with options behind it as in ``native{products=fp8}``, or the backend itself.
+    """A backend from its name, optionally with options as in ``native{products=fp8}``, or the backend itself.
 
     Raises:
-        UnknownNameError: If there is none of that name.
+        UnknownNameError: If there is no backend of this name.
         ConfigurationError: If the text or an option cannot be read.
-        BackendError: If an option has a value that it does not take.
+        BackendError: If the backend does not accept the value of an option.
     """
     if not isinstance(backend, str):
         return backend
@@ -189,7 +194,7 @@ def resolve_backend(backend: str | Backend) -> Backend:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """What the text of a backend may set, with its type; the device is that of the model.
+    """The options that the text of a backend may set, with their types; the model determines the device.
 
     Raises:
         UnknownNameError: If there is no such backend.

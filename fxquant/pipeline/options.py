@@ -1,4 +1,4 @@
-"""Things named with options in text, as ``balance-channels{exponent=0.5 salience=max}`` or ``native{products=fp8}``."""
+"""Names with options in text, such as ``balance-channels{exponent=0.5 salience=max}`` or ``native{products=fp8}``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _TEXT = re.compile(r"([\w.-]+)(?:\{([^}]*)\})?")
 
 
 def read_named(text: str, kind: str, types_of: Callable[[str], Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Name and options.
+    """Read a name and its options.
 
     Args:
-        text: The name, and behind it ``{option=value option=value}``, or nothing.
-        kind: What is named, for messages: ``pass`` or ``backend``.
+        text: The name, optionally followed by ``{option=value option=value}``.
+        kind: The kind of the named object, for messages: ``pass`` or ``backend``.
         types_of: Names and types of the options of a name.
 
     Raises:
@@ -25,7 +25,7 @@ def read_named(text: str, kind: str, types_of: Callable[[str], Mapping[str, Any]
     """
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise ConfigurationError(f"{text!r} is no {kind}; write name or name{{option=value option=value}}")
+        raise ConfigurationError(f"{text!r} is not a {kind}; write name or name{{option=value option=value}}")
     name, options = match.groups()
     types = types_of(name)
     values: dict[str, Any] = {}

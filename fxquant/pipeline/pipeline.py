@@ -1,8 +1,8 @@
 """Passes and the pipeline that runs them.
 
 A pass is a frozen dataclass whose fields are its options; it prints as ``balance-channels{exponent=0.5}`` and parses
-from that text. The pipeline, never the pass, checks the order before anything runs, verifies the graph before and
-after every pass against the specification of its stage, removes dead code, recompiles and keeps the log.
+from that text. The pipeline, not the pass, checks the order before anything runs, verifies the graph before and after
+every pass against the specification of its stage, removes dead code, recompiles and keeps the log.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class Tier(enum.Enum):
-    """What a pass does to numerics; it decides how the pass is proved."""
+    """What a pass does to numerics; the tier decides how the pass is proved."""
 
     EXACT = "exact"
-    """The output keeps its bits."""
+    """The output stays the same bit for bit."""
     ALGEBRAIC = "algebraic"
     """Equal in real arithmetic: in float64 the outputs differ by rounding only."""
     LOSSY = "lossy"
@@ -49,35 +49,35 @@ class Pass(ABC):
     name: ClassVar[str]
     tier: ClassVar[Tier]
     requires: ClassVar[Stage]
-    """The latest stage of a graph that the pass takes; earlier ones do as well."""
+    """The latest stage of a graph that the pass accepts; it also accepts earlier stages."""
     establishes: ClassVar[Stage]
-    """The stage of the graph afterwards, or that of before if it was later."""
+    """The stage of the graph after the pass; a graph that was at a later stage before stays at that stage."""
 
     @abstractmethod
     def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        """Rewrite the graph through ``rewriter``; carry out what the plan says, decide and write down what it lacks."""
+        """Rewrite the graph through ``rewriter``: carry out what the plan holds; decide and add to it what it lacks."""
 
     def wants_statistics(self, layer: LayerPlan) -> bool:
-        """Whether the pass needs statistics of the input of a linear whose activations stay float; others have them."""
+        """Whether the pass needs input statistics of a linear whose activations stay float; other linears have them."""
         return False
 
     def wants_moments(self, layer: LayerPlan) -> bool:
-        """Whether the pass needs second moments of the input of a layer, which calibration records on demand only."""
+        """Whether the pass needs second moments of a layer's input, which calibration records only on demand."""
         return False
 
     def wants_samples(self) -> int:
-        """How many samples of calibration calls the pass needs to run again; ``plan.inputs`` has them while it runs."""
+        """How many samples of calibration calls the pass has to run again; it reads them from ``plan.inputs``."""
         return 0
 
-    def check_graph(self, graph: fx.Graph, plan: Plan) -> None:  # noqa: B027  (most can do whatever they are asked)
-        """Refuse, before anything is observed, what the pass could not carry out; called with each calibrated graph.
+    def check_graph(self, graph: fx.Graph, plan: Plan) -> None:  # noqa: B027  (most can carry out everything)
+        """Refuse what the pass cannot carry out, before anything is observed; called with each calibrated graph.
 
         Raises:
             ConfigurationError: Names the layer and says what to change.
         """
 
     def check_plan(self, plan: Plan) -> None:  # noqa: B027
-        """Refuse options that fit nothing in the plan; called when calibration has met all graphs.
+        """Refuse options that match nothing in the plan; called after calibration has seen all graphs.
 
         Raises:
             ConfigurationError: Names the option.
@@ -148,7 +148,7 @@ class PassRecord:
 
 
 class Instrument(Protocol):
-    """Watches a pipeline run. Inspection and failure go through the same three calls."""
+    """Watches a pipeline run. Inspection and failures use the same three methods."""
 
     def before(self, step: Pass, module: fx.GraphModule) -> None:
         """Called with the graph that the pass is about to change."""
@@ -162,21 +162,21 @@ class Instrument(Protocol):
 
 @runtime_checkable
 class ShowsProgress(Protocol):
-    """An instrument that also shows how far a pass is that takes long; without one, such a pass draws a bar itself."""
+    """An instrument that also shows the progress of long passes; without one, such a pass draws a bar itself."""
 
     def progress(self, step: Pass, what: str, done: int, total: int) -> None:
-        """Called now and then while the pass runs: ``done`` steps of ``total``, at present on ``what``."""
+        """Called repeatedly while the pass runs: ``done`` of ``total`` steps are finished, ``what`` is in progress."""
 
 
 class Pipeline:
-    """A straight list of passes.
+    """A list of passes that run one after the other.
 
     Args:
         passes: The passes in order.
         instruments: Observers of the run.
 
     Raises:
-        ConfigurationError: If a pass comes after one that took the graph further than it can handle.
+        ConfigurationError: If an earlier pass brings the graph to a stage that a later pass does not accept.
     """
 
     def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
@@ -186,7 +186,7 @@ class Pipeline:
         for step in self.passes:
             if stage > step.requires:
                 raise ConfigurationError(
-                    f"{step.name} works on {step.requires} graphs and stands after {maker}, which makes them {stage}; "
+                    f"{step.name} works on {step.requires} graphs but comes after {maker}, which makes them {stage}; "
                     "move it to the front"
                 )
             if step.establishes > stage:
@@ -205,8 +205,8 @@ class Pipeline:
         """Run all passes on ``module`` in place.
 
         Raises:
-            PassError: If a pass fails in a way of its own; the message names it.
-            FxquantError: Whatever typed error a pass or the verification raises, with the pass named in a note.
+            PassError: If a pass raises an error that is not an :class:`FxquantError`; the message names the pass.
+            FxquantError: If a pass or the verification raises one; a note names the pass.
         """
         for step in self.passes:
             if stage > step.requires:
@@ -242,7 +242,7 @@ class Pipeline:
                 error.add_note(f"in pass {step}")
                 raise
             failure = PassError(f"pass {step} failed: {type(error).__name__}: {error}")
-            for note in getattr(error, "__notes__", ()):  # Where an instrument wrote its reproducer.
+            for note in getattr(error, "__notes__", ()):  # A note says where an instrument wrote its reproducer.
                 failure.add_note(note)
             raise failure from error
         after = count_ops(module.graph)
@@ -259,7 +259,7 @@ def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, tota
 
 
 def count_ops(graph: fx.Graph) -> Counter[str]:
-    """Number of nodes by op name, parameters and inputs left out."""
+    """Number of nodes by op name, without parameters and inputs."""
     return Counter(op_name(node) for node in graph.nodes if node.op == "call_function")
 
 
@@ -272,7 +272,7 @@ class DumpGraphs:
     """Instrument that writes the graph as readable code after each pass that changed it.
 
     Args:
-        folder: Where to; files are named ``00-captured.py``, ``01-balance-channels.py`` and so on.
+        folder: Where the files go; they are named ``00-captured.py``, ``01-balance-channels.py`` and so on.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -296,7 +296,7 @@ class DumpGraphs:
             self._write(step.name, module)
 
     def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
-        """Write the graph as the failing pass left it, and the error above it."""
+        """Write the graph as the failing pass left it."""
         self._write(f"{step.name}-failed", module)
 
 
@@ -304,7 +304,7 @@ class Reproducer:
     """Instrument that, when a pass fails, writes the graph just before it and the pipeline text that failed.
 
     Args:
-        folder: Where to; made only when something fails.
+        folder: Where the file goes; created only when a pass fails.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -1,10 +1,14 @@
-"""Recipes: named lists of passes, one readable list each.
+"""Recipes: named lists of passes, one readable list per recipe.
 
-A recipe's name ends in the precision: ``ptq4dit-w4a8``. What comes before it is a function of the precision that
-returns the passes; others register theirs under the entry point ``fxquant.recipes`` or with :func:`register_recipe`.
-In between may stand ``-dynamic``, by which every token that a linear reads gets a range of its own at run time, and how
-weights are rounded: ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ in place of nearest, ``-adaround`` learns
-roundings layer by layer, and ``-reconstruct`` block by block; ``ptq4dit-dynamic-gptq-w4a8`` has both.
+A recipe's name ends in the precision: ``ptq4dit-w4a8``. The part before the precision names a function that takes the
+precision and returns the passes. Other packages register their functions under the entry point ``fxquant.recipes`` or
+with :func:`register_recipe`. Two options may come between the name and the precision, in this order:
+
+- ``-dynamic``: every token that a linear reads gets its own range at run time.
+- A rounding method for the weights; the default is nearest. ``ptq4dit-gptq-w4a8`` is ``ptq4dit-w4a8`` with GPTQ;
+  ``-adaround`` learns roundings layer by layer, and ``-reconstruct`` learns them block by block.
+
+``ptq4dit-dynamic-gptq-w4a8`` has both options.
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ class Recipe:
     """What to do to a model.
 
     Attributes:
-        prepare: Passes on the captured graph before calibration, which settle what is observed.
-        convert: Passes after it.
+        prepare: Passes on the captured graph before calibration, which decide what is observed.
+        convert: Passes after calibration.
     """
 
     prepare: tuple[Pass, ...]
@@ -39,11 +43,11 @@ class Recipe:
         return ",".join(map(str, self.prepare)) + " ; " + ",".join(map(str, self.convert))
 
     def with_options(self, pass_name: str, **options: Any) -> Recipe:
-        """The same recipe with other options of one of its passes.
+        """The same recipe with other options for one of its passes.
 
         Args:
-            pass_name: Such as ``balance-channels``.
-            options: Fields of the pass, such as ``exponent=0.4``; an enum as its text.
+            pass_name: Name of the pass, such as ``balance-channels``.
+            options: Fields of the pass, such as ``exponent=0.4``; a value of an enum may be its text.
 
         Raises:
             ConfigurationError: If the recipe has no such pass, or the pass no such option.
@@ -71,7 +75,9 @@ class Recipe:
         """
         before, semicolon, after = text.partition(" ; ")
         if not semicolon:
-            raise ConfigurationError(f"{text!r} is no recipe; write passes before and after calibration: a,b ; c,d")
+            raise ConfigurationError(
+                f"{text!r} is not a recipe; write the passes before and after calibration like this: a,b ; c,d"
+            )
         prepare, convert = ([parse_pass(part) for part in half.split(",") if part.strip()] for half in (before, after))
         return cls(tuple(prepare), tuple(convert))
 
@@ -86,14 +92,14 @@ register_recipe = RECIPES.register
 """Decorator: ``@register_recipe("name")`` on a function of precision and layers that returns a :class:`Recipe`."""
 
 ROUNDINGS = {
-    "gptq": "weights rounded by second moments of their inputs, in one pass",
-    "adaround": "the same moments; whether each weight goes up or down is learned, layer by layer",
-    "reconstruct": "roundings and input steps learned block by block, on calibration calls run again",
+    "gptq": "weights rounded with second moments of their inputs, in one pass",
+    "adaround": "with the same moments, learns layer by layer whether each weight is rounded up or down",
+    "reconstruct": "learns roundings and input steps block by block; runs calibration calls again",
 }
-"""What may stand between a recipe's name and its precision, ``ptq4dit-gptq-w4a8``: how its linears are rounded."""
+"""How linears are rounded; one key may come between a recipe's name and its precision, as in ``ptq4dit-gptq-w4a8``."""
 
 DYNAMIC = "dynamic"
-"""What may stand behind a recipe's name, before the rounding: each token that a linear reads has a range of its own."""
+"""May come after a recipe's name, before the rounding: each token that a linear reads then has its own range."""
 
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
 
@@ -103,7 +109,8 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
 
     Args:
         recipe: Name with precision, the text of a recipe (``passes ; passes``), or a recipe.
-        layers: Which layers are quantized: ``default``, ``blocks`` or ``all``; text and recipes say so themselves.
+        layers: Which layers are quantized: ``default``, ``blocks`` or ``all``. Not used for the text of a recipe or for
+            a recipe, because these say it themselves.
 
     Raises:
         UnknownNameError: If there is no recipe of that name.
@@ -164,7 +171,7 @@ def _recipe(
     linears: str = "",
     before: Sequence[str] = (),
 ) -> Recipe:
-    # Adjacent strings, one a pass: the list that a reader of a recipe wants to see.
+    # One string per pass, so that a recipe reads as a list of passes.
     attention = " attention=quantized" if layers == "all" else ""  # Part of the papers' setting.
     prepare = ("remove-no-ops", f"assign-precision{{precision={precision} layers={layers}{attention}}}")
     options = f"{{{ranges}}}" if ranges else ""
@@ -193,12 +200,12 @@ def smoothquant_search(precision: Precision, layers: str) -> Recipe:
 
 
 def dynamic(precision: Precision, layers: str) -> Recipe:
-    """Round to nearest; every token that a linear reads has a range of its own, found at run time."""
+    """Round to nearest; every token that a linear reads has its own range, found at run time."""
     return _recipe(precision, layers, linears="activation-range=dynamic")
 
 
 def repq(precision: Precision, layers: str) -> Recipe:
-    """RepQ-ViT's reparameterization: a range for each channel, its middle and width absorbed, one range remains."""
+    """RepQ-ViT: each channel has a range whose middle and width are absorbed, so that one range remains."""
     return _recipe(
         precision,
         layers,
@@ -212,7 +219,7 @@ def repq(precision: Precision, layers: str) -> Recipe:
 
 
 def single_step(precision: Precision, layers: str) -> Recipe:
-    """Single-step calibration: statistics of the first denoising step alone, min-max ranges, nothing optimized."""
+    """Single-step calibration: statistics of only the first denoising step, min-max ranges, nothing optimized."""
     return _recipe(precision, layers, before=["observe-step"])
 
 
@@ -233,7 +240,8 @@ def htg(precision: Precision, layers: str) -> Recipe:
 def ptq4dit(precision: Precision, layers: str) -> Recipe:
     """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
     ranges = "weight-range=percentile activation-range=percentile"
-    # Float activations need no relief: of salient channels alone, and less of their salience moves to the weights.
+    # Float activations are not rounded, so only salient channels are balanced, and less of their salience moves to the
+    # weights.
     for_weights = "balance-channels{exponent=0.25 salient=2}"
     balance = "balance-channels" if precision.activation_bits is not None else for_weights
     return _recipe(precision, layers, balance, "absorb-affines", ranges=ranges)

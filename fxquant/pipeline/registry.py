@@ -1,7 +1,7 @@
-"""Named things that others may add: passes, recipes, backends and channel rules.
+"""Registries of named objects that others may add: passes, recipes, backends and channel rules.
 
-What fxquant ships and what other packages add go the same road, the entry points ``fxquant.passes``,
-``fxquant.recipes`` and ``fxquant.backends``: they are imported when first asked for, so the core never imports its
+Both fxquant and other packages add objects by the entry points ``fxquant.passes``, ``fxquant.recipes`` and
+``fxquant.backends``. An entry point is imported when its name is first requested, so the core never imports its
 plugins. Notebooks and scripts register with a decorator instead.
 """
 
@@ -80,5 +80,5 @@ class Registry(Generic[T]):
 
 
 def _defines(entry: EntryPoint, item: object) -> bool:
-    """Whether the entry point names ``item`` itself, as when its module is imported and decorates it."""
+    """Whether the entry point names ``item`` itself, which is the case if its module is imported and decorates it."""
     return (entry.module, entry.attr) == (getattr(item, "__module__", None), getattr(item, "__qualname__", None))

@@ -1,4 +1,4 @@
-"""What passes decide about one layer or attention."""
+"""The entries of a plan: what passes decide about one layer or one attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Balance:
 
 @dataclass
 class ActivationRange:
-    """Static range of a layer's input: real values ``low`` to ``high``, found by ``method``; a list has one a bin."""
+    """Static range of a layer's input: real values ``low`` to ``high``, found by ``method``; a list has one per bin."""
 
     low: float | list[float]
     high: float | list[float]
@@ -40,10 +40,10 @@ class ActivationRange:
 
 @dataclass
 class Shift:
-    """How the input channels of a layer were shifted: cost, place and reason as in :class:`Balance`.
+    """How the input channels of a layer were shifted; the attributes not listed here are those of :class:`Balance`.
 
     Attributes:
-        balanced: Whether the input had been balanced before: the shift is one of what balancing made of it.
+        balanced: Whether the input was balanced before; the shift then applies to the balanced input.
     """
 
     cost: str
@@ -55,13 +55,13 @@ class Shift:
 
 @dataclass
 class TimestepGroups:
-    """Which timesteps share what depends on time.
+    """Which timesteps share the values that depend on the timestep.
 
     Attributes:
-        boundaries: Between the bins, ascending; empty for one bin.
-        dendrogram: How neighbours were merged, the closest first: the first timesteps of the two groups, and their
-            squared distance. To get other groups, edit the boundaries.
-        reason: Why there is one bin, or None.
+        boundaries: Boundaries between the bins, ascending; empty for one bin.
+        dendrogram: How neighbouring groups were merged, the closest first. Each entry holds the first timesteps of the
+            two groups and their squared distance. To get other groups, edit the boundaries.
+        reason: Why there is only one bin, or None.
     """
 
     boundaries: list[float]
@@ -79,14 +79,14 @@ class LayerPlan:
         shape: Output and input features; for a convolution input channels times kernel elements.
         weight_bits: 2 to 8, or None for float weights.
         activation_bits: 2 to 8, or None for float activations.
-        group_size: Input channels a weight group, 0 for one group a row.
+        group_size: Input channels per weight group; 0 for one group per row.
         observed: Key of the calibration statistics of its input.
         activation: Range of its input.
         balance: How its input was balanced.
         spread: Smallest and largest maximum of |input| over the calibrated timesteps.
         weight_sqnr_db: Signal to quantization noise of the weight, in dB.
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
-        timesteps: The bins of timesteps that its shift and its range depend on; None for one.
+        timesteps: The bins of timesteps that its shift and its range depend on; None for one bin.
         shift: How its input was shifted.
         reason: Why its weight stays float, or None.
     """
@@ -127,10 +127,10 @@ class AttentionPlan:
     """What was decided for the two matrix products of one attention.
 
     Attributes:
-        bits: Of q, k and v, 2 to 8; None for float products.
-        softmax_bits: Of the softmax output; None before that is decided.
+        bits: Bits of q, k and v, 2 to 8; None for float products.
+        softmax_bits: Bits of the softmax output; None before they are decided.
         observed: Keys of the calibration statistics of ``q``, ``k`` and ``v``.
-        ranges: Range of each of the three; q's as it is multiplied with k.
+        ranges: Range of each of the three; for q, the range of the value that is multiplied with k.
         sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
         reason: Why the products stay float, or None.
     """

@@ -1,4 +1,4 @@
-"""What calibration saw of a layer's input, as it is after the shift and the balancing that the plan says."""
+"""Calibration statistics of a layer's input after the shift and the balancing that the plan holds."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ class Evidence:
 
 
 def evidence(plan: Plan, name: str, bin_: int | None = None) -> Evidence:
-    """What calibration saw of the input of a layer, shifted and balanced as the plan says so far, in that order or not.
+    """Calibration statistics of a layer's input, shifted and balanced, in either order, as far as the plan has decided.
 
     Args:
         plan: The plan.
         name: The layer.
-        bin_: Take only the timesteps of this bin and the one next to it on either side, all shifted as this bin is:
-            another schedule has timesteps up to the boundaries, of which these are the nearest that were seen.
+        bin_: Take only the timesteps of this bin and one neighbour on either side, all with the shift of this bin.
+            Another schedule can have timesteps up to the boundaries of the bin, and the neighbours are the nearest
+            timesteps there that calibration saw.
 
     Raises:
         CalibrationError: There are no statistics, or calibration never reached the layer.
@@ -65,7 +66,7 @@ def evidence(plan: Plan, name: str, bin_: int | None = None) -> Evidence:
 
 
 def moments(plan: Plan, name: str) -> Tensor | None:
-    """Second moments E[x x^T] of the input of a layer, shifted and balanced: float64 ``[C, C]``; None without any."""
+    """Second moments E[x x^T] of a layer's input, shifted and balanced: float64 ``[C, C]``; None if not recorded."""
     seen = plan.evidence(plan.layer(name).observed or name)
     if seen.moments is None:
         return None
@@ -78,9 +79,9 @@ def moments(plan: Plan, name: str) -> Tensor | None:
 
 
 def _shift(plan: Plan, name: str) -> Tensor | None:
-    """What is taken off the input before it is divided by the factors, by bin: float64 ``[bins, C]``.
+    """What is subtracted from the input before it is divided by the balance factors, per bin: float64 ``[bins, C]``.
 
-    A shift after balancing, x / b - z, is (x - b z) / b.
+    For a shift after balancing, x / b - z equals (x - b z) / b.
     """
     table, decided = plan.vectors.get(f"{name}.shift"), plan.layer(name).shift
     if table is None:

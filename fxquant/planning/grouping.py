@@ -1,4 +1,4 @@
-"""Which neighbouring timesteps form a group: contiguous clustering of one vector a timestep."""
+"""Which neighbouring timesteps form a group: contiguous clustering of one vector per timestep."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Merge:
     """One step of the dendrogram.
 
     Attributes:
-        left: First timestep (its position) of the earlier of the two groups that became one.
-        right: First timestep of the later one.
-        distance: Squared distance of their means.
+        left: Position of the first timestep of the earlier of the two merged groups.
+        right: Position of the first timestep of the later group.
+        distance: Squared distance of the means of the two groups.
     """
 
     left: int
@@ -28,31 +28,32 @@ class Merge:
 
 
 def check_groups(groups: int, timesteps: int) -> int:
-    """The number of groups: that asked for, or a tenth of the timesteps, rounded up, for 0.
+    """The number of groups: ``groups``, or for 0 a tenth of the timesteps, rounded up.
 
     Raises:
-        CalibrationError: There is one timestep only.
+        CalibrationError: There is only one timestep.
         ConfigurationError: There are fewer timesteps than groups.
     """
     if timesteps < 2:
         raise CalibrationError(
-            "calibration saw one timestep only, and timesteps cannot be grouped by it; calibrate with the whole "
-            "schedule that the model will be used with"
+            "calibration saw one timestep only, which is too few to group timesteps; calibrate with the whole schedule "
+            "that the model will be used with"
         )
     if groups > timesteps:
         raise ConfigurationError(
-            f"{groups} groups of timesteps were asked for and calibration saw {timesteps}; ask for at most as many"
+            f"{groups} groups of timesteps were requested, but calibration saw {timesteps} timesteps; request at most "
+            "as many groups"
         )
     return groups or -(-timesteps // 10)
 
 
 def merge_neighbours(vectors: Floats) -> list[Merge]:
-    """The whole dendrogram: time and again the two adjacent groups whose means are closest are merged.
+    """The whole dendrogram: each step merges the two adjacent groups with the closest means.
 
-    HTG (arXiv 2503.06930). The merges that leave G groups are the first T - G.
+    HTG (arXiv 2503.06930). The first T - G merges leave G groups.
 
     Args:
-        vectors: One a timestep, in order: ``[T, C]``.
+        vectors: One vector per timestep, in order: ``[T, C]``.
     """
     starts, means, sizes = list(range(len(vectors))), list(vectors), [1] * len(vectors)
     distances = [float(d) for d in np.square(np.diff(vectors, axis=0)).sum(axis=1)]
@@ -71,25 +72,25 @@ def merge_neighbours(vectors: Floats) -> list[Merge]:
 
 
 def cut(merges: list[Merge], timesteps: int, groups: int) -> list[int]:
-    """Where groups start after the first merges of a dendrogram: ascending positions, the first 0."""
+    """Where groups start after the first merges of a dendrogram: ascending positions, beginning with 0."""
     gone = {merge.right for merge in merges[: timesteps - groups]}
     return [start for start in range(timesteps) if start not in gone]
 
 
 def best_segments(vectors: Floats, groups: int) -> list[int]:
-    """Where groups start so that the squared distances of all vectors to their group's mean add up to the least.
+    """Where groups start so that the sum of squared distances of all vectors to their group's mean is minimal.
 
     Exact, by dynamic programming (W. D. Fisher, "On grouping for maximum homogeneity", 1958), in O(G T^2).
 
     Args:
-        vectors: One a timestep, in order: ``[T, C]``.
+        vectors: One vector per timestep, in order: ``[T, C]``.
         groups: Number of groups, at most T.
     """
     count = len(vectors)
     costs = _segment_costs(vectors)
     best, choice = costs[0].copy(), np.zeros((groups, count + 1), dtype=np.int64)
     for group in range(1, groups):
-        candidates = best[:, None] + costs  # [start, stop]: the groups before end at start.
+        candidates = best[:, None] + costs  # [start, stop]: the earlier groups end at start.
         candidates[:group] = np.inf
         choice[group] = candidates.argmin(axis=0)
         best = candidates.min(axis=0)
@@ -101,13 +102,13 @@ def best_segments(vectors: Floats, groups: int) -> list[int]:
 
 
 def within(vectors: Floats, starts: list[int]) -> float:
-    """Squared distances of all vectors to their group's mean, added up."""
+    """Sum of the squared distances of all vectors to their group's mean."""
     pieces = np.split(vectors, starts[1:])
     return float(sum(np.square(piece - piece.mean(axis=0)).sum() for piece in pieces))
 
 
 def _segment_costs(vectors: Floats) -> Floats:
-    """Cost of each segment ``[start, stop]``; infinite where that is empty."""
+    """Cost of each segment, ``[start, stop]``; infinite for empty segments."""
     centred = vectors - vectors.mean(axis=0)
     gram = np.zeros((len(vectors) + 1, len(vectors) + 1))
     gram[1:, 1:] = (centred @ centred.T).cumsum(axis=0).cumsum(axis=1)

@@ -1,8 +1,8 @@
 """The plan: everything that calibration decided, keyed by stable module names, in one object.
 
-Passes read the plan and the graph. What is in the plan already they carry out; what is missing they decide from the
-calibration statistics and write down. So the same passes, run again on another graph of the same model or on a graph
-without weights, make the same rewrite. People can read a plan, edit it, diff it and replay it.
+Passes read the plan and the graph. They carry out what the plan already holds. What the plan lacks, they decide from
+the calibration statistics and write into the plan. So the same passes make the same rewrite when they run again on
+another graph of the same model, or on a graph without weights. People can read a plan, edit it, diff it and replay it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
 
 NAMING = 2
-"""Version of the rules by which layers are named; plans made by earlier ones keep their names."""
+"""Version of the rules that name layers; plans made with earlier rules keep their names."""
 
 PLAN_FILE = "plan.json"
 VECTORS_FILE = "plan.safetensors"
@@ -48,29 +48,30 @@ class Plan:
         model_class: Import path of the model's class, such as ``diffusers.DiTTransformer2DModel``.
         timestep: Name of the model's timestep input.
         calls: The calls that were captured; the first is the one that calibration began with.
-        layers: Decisions a layer.
-        attentions: Decisions an attention, by the path of its module.
+        layers: Decisions per layer.
+        attentions: Decisions per attention, by the path of its module.
         products: Why each matrix product or convolution that is neither a layer nor part of an attention stays float,
-            by the path of its module, its op and its line, ``blocks.0.mixer.matmul:53``.
-        vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is taken
-            off the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance`` the mean
-            squares of the input channels, where a search of weight ranges needed them.
+            by the path of its module, its op and its line, as in ``blocks.0.mixer.matmul:53``.
+        vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is
+            subtracted from the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance``
+            the mean squares of the input channels, if a search of weight ranges needed them.
         timesteps: The calibrated timesteps.
         output_sqnr_db: Output SQNR against float by timestep, in dB, as measured on calibration inputs.
         bytes_before: Size of the float model's tensors.
         bytes_after: Size of the quantized model's tensors.
-        passes: What the pipeline did, one line a pass.
-        observed_step: Number of the one denoising step that calibration observes, from 0; None for all.
-        reconstruction: By block, SQNR of its output in dB, rounded to nearest and as it was learned.
-        statistics: What calibration recorded; only there while passes decide, never saved.
-        naming: Version of the rules by which layers are named. Those of 1 gave layers with a shared weight the name of
-            one of its owners, and layers whose weight is cast the name of their node.
-        inputs: Tensor inputs of calibration calls, for passes that run the graph again; there as long as statistics.
-        workspace: Folder for what such passes have finished, or None; never saved.
-        codes: Weights that were rounded by more than their own values, by layer, for further graphs of the model; never
-            saved either, for the checkpoint holds them.
-        shared: What the graphs of the model that carries the plan out settled about the tensors that they share; never
-            saved, for replaying the plan finds it again.
+        passes: What the pipeline did, one entry per pass.
+        observed_step: Number of the one denoising step that calibration observes, counted from 0; None for all steps.
+        reconstruction: SQNR of each block's output in dB, first rounded to nearest, then as learned.
+        statistics: What calibration recorded; present only while passes decide, never saved.
+        naming: Version of the rules that name layers. The rules of version 1 named layers with a shared weight after
+            one of the weight's owners, and layers whose weight is cast after their node.
+        inputs: Tensor inputs of calibration calls, for passes that run the graph again; present as long as the
+            statistics are.
+        workspace: Folder for finished results of such passes, or None; never saved.
+        codes: Weights whose rounding depended on more than their own values, by layer, for further graphs of the model;
+            never saved, because the checkpoint holds them.
+        shared: What the graphs of the model that carries out the plan decided about the tensors that they share; never
+            saved, because replaying the plan finds it again.
     """
 
     recipe: str
@@ -100,7 +101,7 @@ class Plan:
         """The plan of one layer.
 
         Raises:
-            CalibrationError: If the layer was in no graph that this plan was made for.
+            CalibrationError: If none of the graphs that this plan was made for had the layer.
         """
         if name not in self.layers:
             raise CalibrationError(f"the plan knows no layer {name!r}")
@@ -110,7 +111,7 @@ class Plan:
         """The plan of one attention.
 
         Raises:
-            CalibrationError: If the attention was in no graph that this plan was made for.
+            CalibrationError: If none of the graphs that this plan was made for had the attention.
         """
         if name not in self.attentions:
             raise CalibrationError(f"the plan knows no attention {name!r}")
@@ -121,21 +122,21 @@ class Plan:
 
         Args:
             key: Name of the value.
-            why: What they are needed for, for the message.
+            why: What the statistics are needed for, for the message.
 
         Raises:
-            CalibrationError: If there are none: no calibration ran, or it never reached the layer.
+            CalibrationError: If there are no statistics, because no calibration ran or it never reached the layer.
         """
         if self.statistics is None:
             raise CalibrationError(
-                f"{why or f'layer {key!r} needs an activation range'}, and there are no calibration statistics; "
-                "pass calibrate= to fxquant.compile, or with plan= the statistics= that calibration recorded",
+                f"{why or f'layer {key!r} needs an activation range'}, but there are no calibration statistics; "
+                "pass calibrate= to fxquant.compile, or pass plan= with the statistics= that calibration recorded",
                 reason=f"the plan does not hold what was decided: {why or f'layer {key!r} needs an activation range'}",
             )
         return self.statistics[key]
 
     def undecided(self, recipe: str) -> Plan:
-        """A copy in which bit widths alone are decided, for another recipe to decide the rest from the same statistics.
+        """A copy in which only bit widths are decided; another recipe decides the rest from the same statistics.
 
         Give it to :func:`fxquant.compile` as ``plan=``, with the ``statistics=`` that the first recipe recorded. The
         other recipe must observe the same values, in the same steps.
@@ -158,7 +159,7 @@ class Plan:
         return ((name, layer) for name, layer in self.layers.items() if layer.weight_bits is not None)
 
     def check(self) -> None:
-        """Refuse bit widths and groups that cannot be, as an edit or a recipe may ask for.
+        """Refuse impossible bit widths and groups, which an edit or a recipe may ask for.
 
         Raises:
             ConfigurationError: Names the layers and the numbers.
@@ -175,7 +176,7 @@ class Plan:
                 raise ConfigurationError(f"layer {name}: {error}") from None
             if layer.group_size and layer.kind != "linear":
                 raise ConfigurationError(
-                    f"layer {name}: weights in groups of {layer.group_size} are possible for linears alone, and this "
+                    f"layer {name}: weights in groups of {layer.group_size} are possible for linears only, but this "
                     f"is {'an embedding' if layer.kind == 'embedding' else 'a convolution'}; set its group_size to 0"
                 )
             if layer.group_size and layer.shape[1] % layer.group_size:
@@ -186,12 +187,14 @@ class Plan:
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                 for (group, channels), names in indivisible.items()
             ]
-            raise ConfigurationError("choose a group size that divides, or none:\n" + "\n".join(lines))
+            raise ConfigurationError(
+                "choose a group size that divides the number of input channels, or none:\n" + "\n".join(lines)
+            )
 
     # --- files ---
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values, the vectors left out."""
+        """The plan as JSON values, without the vectors."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_JSON}
         data["calls"] = [call.to_json() for call in self.calls]
         data["layers"] = {name: asdict(layer) for name, layer in self.layers.items()}
@@ -204,7 +207,7 @@ class Plan:
         """Read a plan back.
 
         Raises:
-            CheckpointError: If it is of a newer format, or not a plan, or holds what no plan can.
+            CheckpointError: If it has a newer format, is not a plan, or holds values that no plan can hold.
         """
         if not isinstance(data, Mapping) or "format" not in data:
             raise CheckpointError("this is not a plan: it has no format number")
@@ -230,11 +233,11 @@ class Plan:
             raise CheckpointError(f"the plan cannot be read: {error!r}") from error
 
     def save(self, folder: str | Path) -> None:
-        """Write ``plan.json`` and ``plan.safetensors`` into a folder, which is made if need be.
+        """Write ``plan.json`` and ``plan.safetensors`` into a folder, which is created if it does not exist.
 
         Raises:
-            CheckpointError: If it holds a checkpoint, which has a plan of its own.
-            WriteError: If they cannot be written.
+            CheckpointError: If the folder holds a checkpoint, which has its own plan.
+            WriteError: If the files cannot be written.
         """
         folder = Path(folder)
         if (folder / PLAN_FILE).is_file() and any(folder.glob("model*.safetensors")):
@@ -249,7 +252,7 @@ class Plan:
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
-        """Read a plan that :meth:`save` wrote, edited by hand or not.
+        """Read a plan that :meth:`save` wrote; it may have been edited by hand.
 
         Raises:
             CheckpointError: If a file is missing or unreadable.
@@ -257,7 +260,7 @@ class Plan:
         folder = Path(folder)
         for name in (PLAN_FILE, VECTORS_FILE):
             if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is missing; a plan is {PLAN_FILE} and {VECTORS_FILE}")
+                raise CheckpointError(f"{folder / name} is missing; a plan consists of {PLAN_FILE} and {VECTORS_FILE}")
         _, data = read_json(folder / PLAN_FILE, "plan")
         with blaming(folder / PLAN_FILE):
             return cls.from_json(data, read_vectors(folder / VECTORS_FILE))
@@ -265,7 +268,7 @@ class Plan:
 
 _NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
 _NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming"})
-"""What plans of this format did not always hold."""
+"""Entries that earlier plans of this format lack."""
 
 
 _BEFORE_CALIBRATION = ("kind", "role", "shape", "weight_bits", "activation_bits", "group_size", "observed", "reason")

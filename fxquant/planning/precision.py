@@ -1,15 +1,15 @@
-"""Bit widths, and which layers get which.
+"""Bit widths, and which bit widths each layer gets.
 
-Layers are told apart by their role in the network, which is read off the graph, so no model needs a table:
+Layers are distinguished by their role in the network. The role is derived from the graph, so no model needs a table:
 
 ========  ============================================================================================
 role      what it is
 ========  ============================================================================================
 block     a linear that works on tokens, inside a block: a module in a list, or one with attention or a residual
 adaln     a linear that makes the blocks' modulation vectors from the conditioning
-embedder  a linear or table that makes the conditioning (timestep, label, text), wherever it stands
+embedder  a linear or table that makes the conditioning (timestep, label, text), wherever it is
 patch     a convolution, or a linear outside the blocks that reads the noisy input before them
-final     a linear outside the blocks behind them
+final     a linear outside the blocks, after them
 ========  ============================================================================================
 """
 
@@ -64,12 +64,12 @@ class Precision:
         match = _FORM.fullmatch(text)
         if match is None:
             raise ConfigurationError(
-                f"{text!r} is no precision; write w4a8, w8a16 (float activations), w4a8-g64 or float"
+                f"{text!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float"
             )
         weights, activations, group = (int(number or 0) for number in match.groups())
         found = cls(weights, None if activations == 16 else activations, group)
-        if str(found) != text:  # One precision has one name, by which results are compared.
-            raise ConfigurationError(f"{text!r} is no precision; write {found}")
+        if str(found) != text:  # Each precision has exactly one name, because results are compared by it.
+            raise ConfigurationError(f"{text!r} is not a precision; write {found}")
         return found
 
     def __str__(self) -> str:
@@ -88,10 +88,10 @@ def precision_of(name: str, role: str, default: Precision, layers: str, override
     Args:
         name: Stable name of the layer.
         role: Its role.
-        default: What the recipe says.
-        layers: ``default`` (blocks and adaLN; embedders keep float arithmetic but 8-bit weights), ``blocks`` (blocks
+        default: Precision that the recipe asks for.
+        layers: ``default`` (blocks and adaLN; embedders get 8-bit weights and float arithmetic), ``blocks`` (blocks
             and adaLN, all else float), ``all`` (the papers' setting).
-        overrides: Patterns with precisions, ``blocks.0.*=w8a8;proj_out=float``; the first that fits decides.
+        overrides: Patterns with precisions, as in ``blocks.0.*=w8a8;proj_out=float``; the first match decides.
 
     Raises:
         ConfigurationError: If an option cannot be read.
@@ -109,7 +109,7 @@ def precision_of(name: str, role: str, default: Precision, layers: str, override
 
 
 def overridden(name: str, overrides: str) -> Precision | None:
-    """The precision that overrides, as for :func:`precision_of`, give to a name; None if no pattern fits.
+    """The precision that ``overrides`` (see :func:`precision_of`) give to a name; None if no pattern matches.
 
     Raises:
         ConfigurationError: If an entry has no precision.
@@ -135,7 +135,7 @@ def entries_of(overrides: str) -> list[tuple[str, Precision]]:
 def roles(graph: fx.Graph) -> dict[str, str]:
     """Role of every linear, convolution and embedding, by its stable name.
 
-    The first tensor input is the noisy sample. What depends on the other inputs only is conditioning.
+    The first tensor input is the noisy sample. Values that depend only on the other inputs are conditioning.
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     sample = _reached(placeholders[0])
@@ -166,10 +166,10 @@ def roles(graph: fx.Graph) -> dict[str, str]:
 
 
 def _block_modules(graph: fx.Graph, sample: set[fx.Node], layers: Mapping[fx.Node, str]) -> set[str]:
-    """Paths of modules that work as blocks whatever they are called, such as ``mid_block``.
+    """Paths of modules that work as blocks whatever their name, such as ``mid_block``.
 
-    These are the modules in whose own code the sample's stream goes through an attention, or past a layer by a residual
-    connection. A module around other blocks and all layers of the stream is the network itself.
+    In a block's own code, the sample's stream goes through an attention, or around a layer by a residual connection. A
+    module that contains other blocks and all layers of the stream is the network itself, not a block.
     """
     found: set[str] = set()
     for node in graph.nodes:
@@ -191,7 +191,7 @@ def _block_modules(graph: fx.Graph, sample: set[fx.Node], layers: Mapping[fx.Nod
 
 
 def _is_residual(node: fx.Node, sample: set[fx.Node], layers: Mapping[fx.Node, str]) -> bool:
-    """Whether an addition adds to a value what layers made of it."""
+    """Whether an addition adds a value to the result of layers that read this value."""
     left, right = node.args[:2]
     if not (left in sample and right in sample):
         return False
@@ -230,13 +230,16 @@ def _reached(*starts: fx.Node) -> set[fx.Node]:
 
 
 def _has_tokens(node: fx.Node) -> bool:
-    """Whether a layer works on tokens, as keys and values of cross-attention do on those of the text."""
+    """Whether a layer works on tokens, as the key and value layers of cross-attention work on the text tokens."""
     shape = node.meta["val"].shape
     return len(shape) >= 3 and shape[-2] != 1
 
 
 def _first_met(node: fx.Node, sample: set[fx.Node], layers: dict[fx.Node, str]) -> set[fx.Node]:
-    """What a conditioning layer meets first: the sample's stream or layers on tokens; nothing if a layer on vectors."""
+    """The nodes that a conditioning layer's output reaches first.
+
+    These are nodes of the sample's stream or layers on tokens; the set is empty if it reaches a layer on vectors.
+    """
     todo, seen = list(node.users), set()
     met: set[fx.Node] = set()
     while todo:

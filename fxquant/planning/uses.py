@@ -1,7 +1,7 @@
-"""Layers and attentions that graphs of one model use differently often, or observe differently.
+"""Layers and attentions that the graphs of one model use different numbers of times, or observe differently.
 
-Uses of one weight within a graph are numbered, ``embed``, ``embed@2``. In a graph that has fewer of them a number does
-not tell which use is meant, so all uses take what holds for each: ranges of all values that any of them saw.
+Uses of one weight within a graph are numbered: ``embed``, ``embed@2``. In a graph with fewer uses, a number does not
+tell which use is meant. So all uses take what is valid for each of them: ranges that cover the values of all uses.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fxquant.statistics.collection import Statistics
 T = TypeVar("T")
 
 _NUMBER = re.compile(r"@\d+$")
-_TOGETHER = "@all"  # Ends the key of statistics that several observed values have together.
-_ANY = "@any"  # Ends the name of a use of which a graph does not tell which one it is.
+_TOGETHER = "@all"  # Suffix of the key of statistics that several observed values share.
+_ANY = "@any"  # Suffix of the name of a use if the graph does not tell which use it is.
 
 Keys = Mapping[str, Iterable[str]]
-"""By layer, or by attention and side as in ``blocks.0.attn:q``: the keys of its statistics, over all graphs."""
+"""The keys of the statistics over all graphs, by layer, or by attention and side as in ``blocks.0.attn:q``."""
 
 
 def unnumbered(name: str) -> str:
@@ -48,9 +48,10 @@ def _layers(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def adopt_names(graph: fx.Graph, plan: Plan) -> None:
-    """Let layers that a plan does not know have the names by which plans of earlier versions know them.
+    """Give layers that a plan does not know the names that plans of earlier versions use for them.
 
-    These named every layer with a shared weight after one of the owners, and one whose weight is cast after its node.
+    Those plans name a layer with a shared weight after one of the weight's owners, and a layer whose weight is cast
+    after its node.
     """
     seen: Counter[str] = Counter()
     for node in graph.nodes:
@@ -65,7 +66,7 @@ def adopt_names(graph: fx.Graph, plan: Plan) -> None:
 
 
 def keys_in(plan: Plan, graph: fx.Graph) -> Iterator[tuple[str, str]]:
-    """By what the observers that were just put into a graph are told apart: pairs as in ``Keys``."""
+    """The keys of the observers that were just inserted into a graph, as pairs of a name as in ``Keys`` and a key."""
     for name in names_in(graph):
         layer, attention = plan.layers.get(name), plan.attentions.get(name)
         if layer is not None and layer.observed is not None:
@@ -75,10 +76,10 @@ def keys_in(plan: Plan, graph: fx.Graph) -> Iterator[tuple[str, str]]:
 
 
 def combine(graphs: Sequence[fx.Graph], plan: Plan, keys: Keys, statistics: Statistics) -> None:
-    """Let each layer and attention have the statistics of all values that it is to have one range for.
+    """Give each layer and attention the statistics of all values that its one range has to cover.
 
-    These are the values that it read in different graphs, and, where the graphs use it differently often, those of all
-    its uses.
+    These are the values that it read in different graphs. If the graphs use it different numbers of times, they are the
+    values of all its uses.
     """
     uneven = _uneven(Counter(map(unnumbered, names_in(graph))) for graph in graphs)
     together: dict[str, dict[str, None]] = {}
@@ -101,7 +102,7 @@ def combine(graphs: Sequence[fx.Graph], plan: Plan, keys: Keys, statistics: Stat
 
 
 def _uneven(counts: Iterable[Counter[str]]) -> set[str]:
-    """What is used differently often, among the graphs that use it at all."""
+    """The names that are used different numbers of times by the graphs that use them."""
     often: dict[str, set[int]] = {}
     for graph in counts:
         for base, number in graph.items():
@@ -110,14 +111,14 @@ def _uneven(counts: Iterable[Counter[str]]) -> set[str]:
 
 
 def settle(graph: fx.Graph, plan: Plan) -> None:
-    """Let uses of which a further graph of the model has fewer than the plan take a range that covers all of them.
+    """If a further graph has another number of uses than the plan, give its uses a range that covers all uses.
 
     Args:
         graph: The graph, whose uses are renamed.
-        plan: A plan for this graph alone, which receives the range.
+        plan: A plan for this graph only, which receives the range.
 
     Raises:
-        CalibrationError: If there are uses that the plan does not know, or decisions that differ from use to use.
+        CalibrationError: If there are uses that the plan does not know, or if decisions differ between uses.
     """
     adopt_names(graph, plan)
     attentions, layers = _by_base(plan.attentions), _by_base(plan.layers)
@@ -131,7 +132,7 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
         if any(entry.ranges != entries[0].ranges for entry in entries):
             names = ";".join(f"{name}=float" for name in attentions[base])
             keep = f", or keep it float: assign-precision{{overrides={names}}}"
-            raise _refusal(what, number, len(entries), "and each use has ranges of its own", keep)
+            raise _refusal(what, number, len(entries), "and each use has its own ranges", keep)
     nodes: dict[str, list[fx.Node]] = {}
     for node in _layers(graph):
         nodes.setdefault(unnumbered(node.meta[LAYER]), []).append(node)
@@ -141,7 +142,7 @@ def settle(graph: fx.Graph, plan: Plan) -> None:
             continue
         combined = len(uses) > 1 and len({use.observed for use in uses.values()}) == 1
         if combined and len(found) < len(uses):
-            continue  # What holds for one of them holds for each.
+            continue  # The uses share their statistics, so the decisions for one are valid for each.
         plan.layers[f"{base}{_ANY}"] = _covering(base, uses, len(found), plan, _are_of_items(found))
         for node in found:
             node.meta[LAYER] = f"{base}{_ANY}"
@@ -155,7 +156,7 @@ def _by_base(entries: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def _are_of_items(nodes: Sequence[fx.Node]) -> bool:
-    """Whether uses of a layer read an item each of one list: of a longer one there are more, and they are alike."""
+    """Whether each use of a layer reads a different item of one list; a longer list then has more such uses."""
     read = [_items_behind(node.args[0]) for node in nodes]
     lists = {of.meta[ITEM] for items in read for of in items}
     for name in lists:
@@ -166,7 +167,7 @@ def _are_of_items(nodes: Sequence[fx.Node]) -> bool:
 
 
 def _items_behind(value: object) -> set[fx.Node]:
-    """The inputs that are items of lists and that a value is made from."""
+    """The graph inputs that are items of lists and that a value is computed from."""
     found, seen, items = [value], set(), set()
     while found:
         node = found.pop()
@@ -179,22 +180,22 @@ def _items_behind(value: object) -> set[fx.Node]:
 
 
 def _covering(base: str, uses: Mapping[str, LayerPlan], number: int, plan: Plan, alike: bool) -> LayerPlan:
-    """What is right for any use of a layer, of which the plan knows some and a graph has another number.
+    """The entry that is valid for any use of a layer, if plan and graph have different numbers of uses.
 
     Args:
         base: The layer.
-        uses: Those that the plan knows, by name.
-        number: How many the graph has.
+        uses: The uses that the plan knows, by name.
+        number: How many uses the graph has.
         plan: The plan.
-        alike: Whether further uses are known to be as those that the plan knows.
+        alike: Whether further uses are known to be like those that the plan knows.
 
     Raises:
-        CalibrationError: If there is nothing that is.
+        CalibrationError: If no such entry exists.
     """
     if len({use.precision for use in uses.values()}) > 1:
-        raise _refusal(repr(base), number, len(uses), "and each use has bits of its own")
+        raise _refusal(repr(base), number, len(uses), "and each use has its own bits")
     if any(name in plan.vectors or f"{name}.shift" in plan.vectors for name in uses):
-        raise _refusal(repr(base), number, len(uses), "and each use is balanced in its own way")
+        raise _refusal(repr(base), number, len(uses), "and each use is balanced differently")
     first = next(iter(uses.values()))
     ranges = [use.activation for use in uses.values() if use.activation is not None]
     if not ranges or ranges[0].method == "dynamic":
@@ -205,7 +206,7 @@ def _covering(base: str, uses: Mapping[str, LayerPlan], number: int, plan: Plan,
     lows, highs = ([_bounds(getattr(found, end)) for found in ranges] for end in ("low", "high"))
     if len({use.boundaries for use in uses.values()}) > 1 or len({*map(len, lows)}) > 1:
         whole = ActivationRange(min(map(min, lows)), max(map(max, highs)), method)
-        return replace(first, activation=whole, timesteps=None)  # Their bins of timesteps differ: one for all.
+        return replace(first, activation=whole, timesteps=None)  # Their timestep bins differ, so one range is for all.
     low, high = ([choose(bin_) for bin_ in zip(*ends, strict=True)] for choose, ends in ((min, lows), (max, highs)))
     if len(low) == 1:
         return replace(first, activation=ActivationRange(low[0], high[0], method))
@@ -218,8 +219,8 @@ def _bounds(ends: float | list[float]) -> list[float]:
 
 def _refusal(what: str, number: int, known: int, why: str, otherwise: str = "") -> CalibrationError:
     return CalibrationError(
-        f"this call of the model uses {what} {_times(number)}, the calls of the calibration {_times(known)}, {why}; "
-        f"calibrate with calls of both kinds{otherwise}"
+        f"this call of the model uses {what} {_times(number)}, but the calibration calls use it {_times(known)}, "
+        f"{why}; calibrate with calls of both kinds{otherwise}"
     )
 
 

@@ -1,6 +1,6 @@
-"""Block reconstruction: parts of a float graph are run again, with quantized linears whose grids are being learned.
+"""Block reconstruction: segments of a float graph run again, with quantized linears whose grids are learned.
 
-The room of :mod:`fxquant.passes.reconstruct_blocks`, which alone enters: ``segments`` parts the graph, ``cache`` holds
-what calibration calls bring to each part, ``simulate`` runs a part with soft weights and learned steps, ``learn``
-optimizes one part, and ``store`` keeps what is finished, so that a run that was cut off goes on from there.
+Only :mod:`fxquant.passes.reconstruct_blocks` imports this package. ``segments`` splits the graph, ``cache`` holds the
+values that calibration calls bring to each segment, ``simulate`` runs a segment with soft weights and learned steps,
+``learn`` optimizes one segment, and ``store`` keeps finished segments, so that an interrupted run continues from there.
 """

@@ -1,4 +1,4 @@
-"""What calibration calls bring to a segment, and minibatches of it."""
+"""The values that calibration calls bring to a segment, and minibatches of these values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PARTS = 4  # Calls that a minibatch is mixed from.
 
 
 def share_alike(chunks: Sequence[Values], nodes: Sequence[fx.Node]) -> None:
-    """Let calls hold one tensor for values that are the same in all of them, as position embeddings are."""
+    """Let calls hold one tensor for values that are the same in several of them, such as position embeddings."""
     for node in nodes:
         first = chunks[0][node]
         for chunk in chunks[1:]:
@@ -26,7 +26,7 @@ def share_alike(chunks: Sequence[Values], nodes: Sequence[fx.Node]) -> None:
 def mixable(chunks: Sequence[Values], nodes: Sequence[fx.Node]) -> bool:
     """Whether rows of different calls can be put in one batch.
 
-    That is so if each value has the samples along one axis, or is the same for all calls.
+    They can if each value has the samples along one axis, or is the same for all calls.
     """
     return all(_axis(node) is not None or _same(chunks, node) for node in nodes)
 
@@ -43,11 +43,11 @@ def minibatch(
 
     Args:
         chunks: Values by call.
-        nodes: Those that are wanted.
-        rows: Something of each sample by call, ``[n]`` each; that of the chosen samples is returned.
-        mixed: Whether :func:`mixable`; otherwise a minibatch is one whole call.
-        generator: Picks.
-        size: Samples wanted.
+        nodes: The nodes whose values are wanted.
+        rows: One value per sample by call, ``[n]`` each; the values of the chosen samples are returned.
+        mixed: The result of :func:`mixable`; if False, a minibatch is one whole call.
+        generator: Random generator that picks the samples.
+        size: Number of samples wanted.
     """
     if not mixed:
         number = int(torch.randint(len(chunks), (), generator=generator))
@@ -71,7 +71,7 @@ def minibatch(
 
 
 def _axis(node: fx.Node) -> int | None:
-    """The axis of a value along which its samples are; None if there is none, or if it is folded with another."""
+    """The axis of a value that its samples are along; None if there is none, or if it is folded with another axis."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
@@ -94,7 +94,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _at(node: fx.Node, value: Any, samples: int) -> Any:
-    """A value that does not hold samples, but a size may count them."""
+    """A value that does not hold samples; a size that counts the samples is computed for this number of them."""
     recorded = node.meta.get("val")
     if isinstance(recorded, SymInt):
         expression = recorded.node.expr
@@ -103,6 +103,6 @@ def _at(node: fx.Node, value: Any, samples: int) -> Any:
 
 
 def drop_unused(values: Values, needed: Mapping[fx.Node, int], number: int) -> None:
-    """Free what no segment from this number on reads; ``needed`` has the last one that reads each value."""
+    """Free values that no segment from ``number`` on reads; ``needed`` has the last segment that reads each value."""
     for node in [node for node in values if needed.get(node, -1) < number]:
         del values[node]

@@ -1,4 +1,4 @@
-"""Block after block: float and quantized values side by side, and what was learned of each block."""
+"""Reconstruct block after block: float and quantized values side by side, and what was learned for each block."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def reconstruct(
     """Learn the codes and input ranges of linears, and write them into the plan.
 
     Args:
-        module: A float graph; it stays as it is.
+        module: A float graph; it does not change.
         plan: Holds the calls to learn from in ``inputs``, and the ranges that learning begins with.
-        layers: Makes the soft weight of each linear to learn.
-        settings: How.
-        text: Tells settings apart, for what is kept in ``plan.workspace``.
+        layers: For each linear to learn, a function that makes its soft weight.
+        settings: How a segment is learned.
+        text: Identifies the settings of the results that are kept in ``plan.workspace``.
         progress: Called as ``progress(block, done, total)``; a bar on the terminal if None.
     """
     engine = _Engine(module, plan, layers, settings, text)
@@ -85,7 +85,7 @@ class _Engine:
         self.coded: list[Values] = [dict(call) for call in calls]
 
     def step(self, number: int, advance: Callable[[int], object]) -> None:
-        """Learn one segment if there is anything to learn, and go on behind it."""
+        """Learn one segment if there is anything to learn, and compute the values after it."""
         part = self.parts[number]
         inputs = [{node: chunk[node] for node in part.inputs} for chunk in self.coded]
         with torch.no_grad():
@@ -174,13 +174,13 @@ def _grid(found: ActivationRange, bits: int, like: Tensor) -> LearnedSteps | Tok
         return TokenSteps(bits)
     low, high = (torch.tensor(end, dtype=torch.float64, device=like.device) for end in (found.low, found.high))
     grid = LearnedSteps(low.reshape(-1), high.reshape(-1), bits)
-    # What was learned for one graph of a model is what its other graphs have.
+    # A range that was learned for one graph of a model stays the same for its other graphs.
     grid.growth.requires_grad_(found.method != "learned")
     return grid
 
 
 def _by_sample(timestep: Tensor, sample: Tensor) -> Tensor:
-    """The timestep of each sample of a call, ``[n]``; where each token has one, the noisiest."""
+    """The timestep of each sample of a call, ``[n]``; if each token has one, the largest, which has the most noise."""
     if timestep.dim() > 1:
         timestep = timestep.flatten(1).amax(1)
     return timestep.reshape(-1).expand(len(sample)) if timestep.numel() == 1 else timestep

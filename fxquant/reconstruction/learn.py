@@ -1,4 +1,4 @@
-"""Learning the roundings and steps of one segment, so that its output is close to the float one."""
+"""Learning the roundings and steps of one segment, so that its output is close to the float output."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Settings:
     """How a segment is learned.
 
     Attributes:
-        hardening: Number of steps, and how they end at codes.
-        batch: Samples a step.
-        rounding_rate: Of Adam, for roundings.
-        step_rate: The same for steps of activations, as a share of the step; it falls to 0 along a cosine.
-        seed: Of the minibatches.
+        hardening: Number of iterations, and how soft weights become codes by the end.
+        batch: Samples per iteration.
+        rounding_rate: Learning rate of Adam for roundings.
+        step_rate: Learning rate of Adam for steps of activations, as a share of the step; it falls to 0 along a cosine.
+        seed: Seed of the minibatches.
     """
 
     hardening: Hardening
@@ -42,10 +42,10 @@ class Simulation:
 
     Attributes:
         module: The float graph.
-        segment: The part of it.
-        weights: Soft weights, or tensors that stay, by the linear that reads them.
-        steps: Grids of inputs by the linear that reads them; those that read one value share one.
-        bins: Gives the bins of samples by timestep, by linear; None for one bin.
+        segment: The part of the graph.
+        weights: Soft weights, or tensors that do not change, by the linear that reads them.
+        steps: Grids of inputs by the linear that reads them; linears that read one value share one grid.
+        bins: By linear, a function that gives the bins of samples from their timesteps; None for one bin.
     """
 
     module: fx.GraphModule
@@ -58,11 +58,11 @@ class Simulation:
         """Outputs of the segment.
 
         Args:
-            values: Of its inputs.
-            timesteps: One a sample, or one for all.
-            how: What a soft weight is to be: soft, or hard one way or the other.
+            values: Values of its inputs.
+            timesteps: One per sample, or one for all.
+            how: Makes a tensor from a soft weight: soft, or hard in one of two ways.
         """
-        made: dict[int, Tensor] = {}  # Layers may share a weight, or codes of an input.
+        made: dict[int, Tensor] = {}  # Layers may share a weight.
 
         def replace(node: fx.Node, args: tuple[Any, ...]) -> Any:
             weight = self.weights.get(node)
@@ -98,14 +98,14 @@ def learn(
     settings: Settings,
     advance: Callable[[int], object] = lambda iteration: None,
 ) -> tuple[float, float]:
-    """Learn one segment; where the start was better, go back to it.
+    """Learn one segment; if the result is not better than the start, go back to the start.
 
     Args:
         simulation: Its soft weights and steps are optimized in place.
         inputs: Values of the segment's inputs by call, as the quantized model has them.
         targets: Values of its outputs by call, as the float model has them.
         timesteps: Timestep of each sample by call, ``[n]``.
-        settings: How.
+        settings: How the segment is learned.
         advance: Called after each step with its number, from 1.
 
     Returns:
@@ -113,7 +113,7 @@ def learn(
     """
     segment = simulation.segment
     outputs = [node for node in segment.outputs if _is_float(targets[0][node])]
-    # What a segment reads it does not make, so one mapping holds both.
+    # A segment does not make the values that it reads, so one mapping holds both.
     chunks = [
         {**given, **{node: wanted[node] for node in outputs}} for given, wanted in zip(inputs, targets, strict=True)
     ]
@@ -147,7 +147,7 @@ def learn(
     for iteration in range(hardening.iterations):
         values, rows = minibatch(chunks, nodes, timesteps, mixed, generator, settings.batch)
         made = simulation.run(values, rows, SoftWeight.__call__)
-        # In units of the error of rounding to nearest, a weight one unit, as the regularizer is.
+        # The unit is the error of rounding to nearest, one unit per weight, as in the regularizer.
         loss = loss_of(made, values) * (samples / len(rows)) * (elements / before)
         exponent = hardening.exponent(iteration)
         if exponent is not None and soft:
@@ -172,7 +172,7 @@ def learn(
 
 
 def as_codes(weight: SoftWeight) -> Tensor:
-    """A soft weight as its codes will have it."""
+    """A soft weight with the values of its final codes."""
     return weight.hard().dequantize(torch.float32)
 
 

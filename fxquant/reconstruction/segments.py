@@ -1,4 +1,4 @@
-"""Parting a graph into pieces that can be run one after the other: its blocks, and what lies between."""
+"""Splitting a graph into segments that can run one after the other: its blocks, and the nodes between blocks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class Segment:
     """A run of neighbouring nodes.
 
     Attributes:
-        name: Module path of the block, such as ``transformer_blocks.3``; ``before``, ``between`` or ``behind`` for what
-            belongs to none. From the second of a name on it ends in ``@`` and a number.
+        name: Module path of the block, such as ``transformer_blocks.3``; ``before``, ``between`` or ``behind`` for
+            nodes that belong to no block. If several segments have one name, the second and later names end in ``@``
+            and a number.
         nodes: The nodes that compute, in order; inputs and parameters of the graph are in no segment.
-        inputs: Values that it reads and does not make, parameters left out.
+        inputs: Values that it reads and does not make, without parameters.
         outputs: Values that it makes and that later nodes read.
     """
 
@@ -33,8 +34,8 @@ class Segment:
 def segments(graph: fx.Graph) -> list[Segment]:
     """The segments of a graph, in order; each of its ops is in exactly one.
 
-    A segment is an interval of the graph, so nothing in it depends on what comes later. A block that comes back, as one
-    whose embedder is called once more behind all blocks, has a segment each time.
+    A segment is an interval of the graph, so nothing in it depends on what comes later. A block that occurs again has a
+    segment for each occurrence, for example a block whose embedder is called once more after all blocks.
     """
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     runs: list[tuple[str, int, int]] = []  # Name, first and last position.

@@ -1,7 +1,7 @@
 """Running a segment with quantized linears that have gradients: soft weights, and learned steps of activations.
 
-The graph itself stays float and as it is. What the ops of quantized graphs define no gradients for is done here with
-straight-through estimates: rounding passes gradients on as if it did nothing.
+The graph itself stays float and does not change. Where the ops of quantized graphs define no gradients, this module
+uses straight-through estimates: rounding passes gradients on unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxquant.reconstruction.segments import Segment
 _AFFINE = torch.ops.fxquant.channel_affine.default
 
 Replace = Callable[[fx.Node, tuple[Any, ...]], Any]
-"""Gets a node with the values of its arguments; returns its value, or ``NotImplemented`` to run it as it is."""
+"""Takes a node and the values of its arguments; returns its value, or ``NotImplemented`` to run the node unchanged."""
 
 
 def run_segment(module: fx.GraphModule, segment: Segment, values: Mapping[fx.Node, Any], replace: Replace) -> Values:
@@ -30,7 +30,7 @@ def run_segment(module: fx.GraphModule, segment: Segment, values: Mapping[fx.Nod
     Args:
         module: Holds the parameters.
         segment: What to run.
-        values: Of its inputs.
+        values: Values of its inputs.
         replace: Runs some nodes differently.
     """
     held: Values = dict(values)
@@ -67,27 +67,27 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 
 
 _DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {_AFFINE: _affine, torch.ops.aten.copy.default: _copy}
-"""Ops without a derivative, and the same in ops that have one."""
+"""Ops without a derivative, and for each a function that computes the same with ops that have one."""
 
 
 class LearnedSteps(nn.Module):
-    """The grid of a layer's input, whose steps are learned and whose zero points stay.
+    """The grid of a layer's input, whose steps are learned and whose zero points do not change.
 
     Args:
-        low: Lowest values, ``[bins]`` float64, one a bin of timesteps.
+        low: Lowest values, ``[bins]`` float64, one per bin of timesteps.
         high: Highest values, ``[bins]``.
-        bits: Bits a code.
+        bits: Bits per code.
     """
 
     def __init__(self, low: Tensor, high: Tensor, bits: int) -> None:
         super().__init__()
         self.bits = bits
         self.first, self.zero_point = (part.to(torch.float32) for part in affine_parameters(low, high, bits))
-        # The logarithm of how much a step has grown, so that one rate of learning serves steps of all sizes.
+        # The logarithm of how much a step has grown, so that one learning rate suits steps of all sizes.
         self.growth = nn.Parameter(torch.zeros_like(self.first))
 
     def forward(self, x: Tensor, bins: Tensor | None) -> Tensor:
-        """The value as its codes say; ``bins`` has that of each sample, or is None for one bin."""
+        """The dequantized value; ``bins`` has the bin of each sample, or is None for one bin."""
         step, zero = self.first * self.growth.exp(), self.zero_point
         if bins is not None:
             step, zero = (part[bins].reshape(-1, *[1] * (x.dim() - 1)) for part in (step, zero))
@@ -96,20 +96,20 @@ class LearnedSteps(nn.Module):
 
     @torch.no_grad()
     def range(self) -> tuple[list[float], list[float]]:
-        """Lowest and highest values of the learned grids, one a bin."""
+        """Lowest and highest values of the learned grids, one per bin."""
         step, zero = (self.first * self.growth.exp()).double(), self.zero_point.double()
         return (-zero * step).tolist(), ((2**self.bits - 1 - zero) * step).tolist()
 
 
 class TokenSteps(nn.Module):
-    """A grid for each token, found as it comes; nothing is learned."""
+    """A grid for each token, found at run time; nothing is learned."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
 
     def forward(self, x: Tensor, bins: Tensor | None) -> Tensor:
-        """The value as its codes say."""
+        """The dequantized value."""
         low, high = torch.aminmax(x.detach().float(), dim=-1, keepdim=True)
         step, zero = (part.to(torch.float32) for part in affine_parameters(low, high, self.bits))
         codes = (round_through(x / step) + zero).clamp(0, 2**self.bits - 1)
@@ -117,5 +117,5 @@ class TokenSteps(nn.Module):
 
 
 def round_through(x: Tensor) -> Tensor:
-    """Round; gradients pass as if nothing had been done."""
+    """Round; gradients pass unchanged."""
     return x + (x.round() - x).detach()

@@ -1,4 +1,4 @@
-"""What is finished of a reconstruction, a file a segment, so that a run that was cut off goes on from there."""
+"""Finished segments of a reconstruction, one file per segment, so that an interrupted run continues from there."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _FIELDS = ("packed", "scale", "zero_point")
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned of one segment.
+    """What was learned for one segment.
 
     Attributes:
         codes: Weights, by layer.
-        ranges: Lowest and highest values of inputs, one a bin of timesteps, by layer.
+        ranges: Lowest and highest values of inputs, one per bin of timesteps, by layer.
         errors: Error of the outputs relative to their energy, before and after.
     """
 
@@ -51,14 +51,14 @@ class Store:
     """A folder of finished segments; without a folder nothing is kept.
 
     Args:
-        folder: Where; made when there is something to keep.
+        folder: The folder, created when there is something to keep; None to keep nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def load(self, name: str, fingerprint: str) -> Learned | None:
-        """What was learned of a segment, if it was learned from just this; None if not, or if the file is damaged."""
+        """What was learned for a segment with this fingerprint; None if there is nothing, or if the file is damaged."""
         path = self._path(name)
         if path is None or not path.exists():
             return None
@@ -66,7 +66,7 @@ class Store:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[_KEY])
                 if header["fingerprint"] != fingerprint:
-                    log.info("%s is of another run; %s is learned anew", path, name)
+                    log.info("%s is from another run; %s is learned anew", path, name)
                     return None
                 codes = {
                     layer: QuantizedWeight(*(file.get_tensor(f"{layer}.{part}") for part in _FIELDS), *grid)
@@ -80,7 +80,7 @@ class Store:
         return Learned(codes, ranges, (before, after))
 
     def save(self, name: str, fingerprint: str, learned: Learned) -> None:
-        """Keep what was learned of a segment; the file is there whole or not at all."""
+        """Keep what was learned for a segment; the file is written completely or not at all."""
         path = self._path(name)
         if path is None:
             return

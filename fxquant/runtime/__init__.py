@@ -1,1 +1,1 @@
-"""The quantized model that stands where the original stood."""
+"""The quantized model that replaces the original model."""

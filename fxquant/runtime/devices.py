@@ -1,4 +1,4 @@
-"""Devices that can be used here, those that traced graphs name, and memory of the processor."""
+"""Devices: which ones can be used here, which ones traced graphs name, and returning CPU memory to the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fxquant.errors import ConfigurationError
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name, such as ``cpu``, ``cuda`` or ``cuda:1``, on which tensors can be made.
+    """Return the device of this name, such as ``cpu``, ``cuda`` or ``cuda:1``, after creating a tensor on it.
 
     Raises:
         ConfigurationError: If there is no such device here.
@@ -20,18 +20,18 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # By kind of device and build of torch.
-        # Of devices that torch was built without, it lists on one line all that it was built with.
+    except (RuntimeError, AssertionError, ImportError) as error:  # Depends on the device type and the torch build.
+        # For a device type that torch was built without, torch lists all types that it was built with on one line.
         first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
         raise ConfigurationError(
             f"device {str(device)!r} cannot be used here: {first}. "
-            "On NVIDIA GPUs it is 'cuda', with a build of torch for CUDA; everywhere 'cpu'"
+            "Use 'cuda' on NVIDIA GPUs, with a build of torch for CUDA, or 'cpu' on any machine"
         ) from error
     return found
 
 
 def retarget(module: fx.GraphModule, device: torch.device) -> None:
-    """Let every op of a graph that names a device (``arange(device=...)``, ``to(device)``) name another one."""
+    """Replace the device in every op of a graph that names one (``arange(device=...)``, ``to(device)``)."""
 
     def swap(value: object) -> object:
         return device if isinstance(value, torch.device) else value
@@ -44,7 +44,10 @@ def retarget(module: fx.GraphModule, device: torch.device) -> None:
 
 
 def give_back_memory() -> None:
-    """Hand freed memory back to the system, which glibc keeps: while weights are lowered, as much as all of them."""
+    """Return freed memory to the system.
+
+    glibc keeps freed memory; while weights are lowered, that is as much as the size of all weights.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

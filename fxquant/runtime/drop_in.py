@@ -1,14 +1,15 @@
-"""What a quantized model hands on of the original: facts about it, and functions that neither read nor change it.
+"""Which attributes of the original a quantized model has: facts, and functions that need no weights and change nothing.
 
-The original is there without its weights, to be traced again. A method that changes it, such as one that loads a LoRA,
-would succeed and change nothing in the graphs. So each attribute is handed on because it is one of these kinds, or
-refused by name:
+A quantized model keeps the original without its weights, to trace it again. A method that changes the original, such as
+one that loads a LoRA, would succeed and change nothing in the graphs. So an attribute is handed on only if it is of one
+of these kinds; others are refused by name:
 
 - plain values: numbers, names, dtypes, sizes, and lists and dicts of them;
 - methods of libraries that :data:`SAFE` lists;
-- methods of the model's own class: they run on a :class:`Part`, which refuses whatever they would change or compute
-  with weights;
+- methods of the model's own class: they run on a :class:`Part`, which refuses every change and every access to weights;
 - submodules, as :class:`Part`.
+
+This module also refuses hooks that stream weights, and registers the classes of quantized models with diffusers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fxquant.errors import ConfigurationError, DropInError
 
 
 class DropIn(nn.Module):
-    """What fxquant makes of a model, to stand where the model stood."""
+    """Base class of the models that fxquant makes to replace a float model."""
 
 
 SAFE = frozenset(
@@ -41,7 +42,7 @@ SAFE = frozenset(
         "is_gradient_checkpointing", "load_config", "num_parameters", "save_config", "to_json_file", "to_json_string",
     }
 )  # fmt: skip
-"""What libraries define and the weightless original answers truly: its config, and facts that follow from its class."""
+"""Library methods that give correct results without weights: about the config, and facts that follow from the class."""
 
 _LIBRARIES = (
     "accelerate",
@@ -56,39 +57,39 @@ _LIBRARIES = (
     "torch",
     "transformers",
 )
-"""Modules whose classes models derive from, for what all models can do."""
+"""Library modules that define the base classes of models, with the features that all models share."""
 
 _WITHOUT_HOOKS: dict[str, Any] = {
     "_reset_stateful_cache": lambda *_, **__: None,
     "cache_context": lambda *_, **__: contextlib.nullcontext(),
     "is_cache_enabled": False,
 }
-"""What pipelines of diffusers ask of each model, for caches that it may have, and a graph has not."""
+"""What diffusers pipelines query of every model about caches, answered for a graph, which has no caches."""
 
 _ADVICE = {
     "ip_adapter": "load the IP adapter into the float model and compile that",
     "lora|adapter|peft": (
-        "a LoRA cannot be loaded into a quantized model, scaled or switched off in it. Load it into the float model "
-        "and fuse it there (pipe.fuse_lora(), then pipe.unload_lora_weights()), and compile the result"
+        "a quantized model cannot load, scale or switch off a LoRA. Load the LoRA into the float model and fuse it "
+        "there (pipe.fuse_lora(), then pipe.unload_lora_weights()), and compile the result"
     ),
     "qkv": "fuse or separate the projections of the float model and compile that",
     "attn|attention": (
-        "attention was captured the way the float model computes it. Choose it there, and compile afterwards"
+        "attention was captured as the float model computes it. Choose the attention in the float model, then compile"
     ),
-    "cache": "a cache of diffusers skips blocks by hooks on their modules, and a graph has neither. Leave it out",
-    "hook": "a graph calls no submodules. Put hooks on the model as a whole",
+    "cache": "diffusers caches skip blocks by hooks on their modules, and a graph has no modules. Leave it out",
+    "hook": "a graph calls no submodules. Put hooks on the whole model",
     "offload": (
-        "its weights are read by a graph and cannot be moved block by block. Use pipe.enable_model_cpu_offload(), "
-        "which moves the model as a whole, or .to(device)"
+        "a graph reads its weights, so they cannot be moved block by block. Use pipe.enable_model_cpu_offload(), "
+        "which moves the whole model, or .to(device)"
     ),
-    "layerwise_casting": "its weights are stored in few bits already. Leave it out",
-    "memory_footprint": "fxquant.report(model) tells its bytes",
+    "layerwise_casting": "its weights are already stored with few bits. Leave it out",
+    "memory_footprint": "fxquant.report(model) shows its size in bytes",
     "parallel": "a graph runs on one device. Leave it out",
-    "compile": "compile the model as a whole: model.compile() or torch.compile(model)",
-    "checkpointing": "that is for training, and a quantized model only computes its output. Leave it out",
+    "compile": "compile the whole model: model.compile() or torch.compile(model)",
+    "checkpointing": "it is for training, and a quantized model only computes its output. Leave it out",
     "chunk": "set it in the float model and compile that",
-    "^dequantize$": "the float model is the one that was compiled",
-    "^from_": "it makes another model. Call it on the class",
+    "^dequantize$": "the float model is the one that was compiled. Use that model",
+    "^from_": "it creates another model. Call it on the class",
     "push_to_hub": "write a checkpoint with fxquant.save and upload the folder with huggingface_hub.upload_folder",
     "^register_(to|for)": "its config describes what was captured. Change the float model and compile that",
 }
@@ -98,17 +99,18 @@ _PLAIN = (
 
 
 def hand_on(model: nn.Module, name: str, owner: Any, path: str = "") -> Any:
-    """An attribute of the weightless original, if it is safe to hand on.
+    """Return an attribute of the original without weights, if it is safe to hand on.
 
     Args:
         model: The original, or the part of it that has the attribute.
         name: Name of the attribute.
-        owner: The model that stands in for the original, which knows the dtype and the device.
-        path: Where the part is in the original.
+        owner: The model that replaces the original. It knows the dtype and the device.
+        path: Path of the part in the original.
 
     Raises:
-        DropInError: Says what to do instead. It is an ``AttributeError``, so that ``hasattr`` says no. Methods are
-            there, and raise it when they are called: who asks first whether there is one would else go on in silence.
+        DropInError: Says what to do instead. It is an ``AttributeError``, so that ``hasattr`` returns False. Refused
+            methods exist and raise it when they are called: otherwise code that first checks whether a method exists
+            would skip it silently.
         AttributeError: If there is no such attribute.
     """
     where = f"{path}.{name}" if path else name
@@ -120,7 +122,7 @@ def hand_on(model: nn.Module, name: str, owner: Any, path: str = "") -> Any:
         return _plain(vars(model)[name], where)
     kind = inspect.getattr_static(type(model), name, None)
     library = _is_of_library(type(model), name)
-    if kind is None:  # Some classes answer for their config.
+    if kind is None:  # The ``__getattr__`` of some classes returns values of their config.
         return _plain(getattr(model, name), where)
     if library and name in _WITHOUT_HOOKS:
         return _WITHOUT_HOOKS[name]
@@ -141,27 +143,27 @@ def hand_on(model: nn.Module, name: str, owner: Any, path: str = "") -> Any:
 
 
 def changes(model: nn.Module, name: str) -> bool:
-    """Whether an attribute is one of the original, so that setting it elsewhere would change nothing."""
+    """Whether the original has this attribute, so that setting it on the quantized model would have no effect."""
     tables = (vars(model), model._parameters, model._buffers, model._modules)
     return any(name in table for table in tables) or hasattr(type(model), name)
 
 
 def refusal(name: str, advice: str | None = None) -> DropInError:
-    """The error for an attribute that is not handed on, with what to do instead."""
+    """Return the error for an attribute that is not handed on. It says what to do instead."""
     last = name.rpartition(".")[2].lower()
     fitting = (text for pattern, text in _ADVICE.items() if re.search(pattern, last))
-    advice = advice or next(fitting, "it belongs to the float model. Use it there, and compile what that gives")
+    advice = advice or next(fitting, "it belongs to the float model. Use it there, and compile the result")
     return DropInError(f"a captured model has no {name}: {advice}.")
 
 
 class Part:
-    """A module of the weightless original: can be looked at, and changes nothing.
+    """A read-only view of a module of the original without weights.
 
-    Its methods run on it, so that one which sets an attribute or reads a weight is refused at that line.
+    Methods of the module run on this view, so a method that sets an attribute or reads a weight fails at that line.
     """
 
     def __new__(cls, module: nn.Module | None, owner: Any, path: str) -> Part:
-        """A view of a module; of a place where there is none, None."""
+        """Create a view of a module; return None if ``module`` is None."""
         return super().__new__(cls) if module is not None else None  # type: ignore[return-value]
 
     def __init__(self, module: nn.Module, owner: Any, path: str) -> None:
@@ -180,7 +182,7 @@ class Part:
         raise refusal(f"{self._path}.{name}".removeprefix("."))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run its ``forward``, which is refused where it reads a weight."""
+        """Run the module's ``forward``, which fails where it reads a weight."""
         return type(self._module).forward(self, *args, **kwargs)
 
     def __len__(self) -> int:
@@ -206,7 +208,7 @@ class Part:
 
 
 class Refused:
-    """A method that is not handed on: it is there, and raises when it is called."""
+    """A method that is not handed on: it exists, and raises when it is called."""
 
     def __init__(self, method: Any, name: str) -> None:
         functools.update_wrapper(self, getattr(method, "__func__", method))
@@ -228,20 +230,20 @@ def _run(function: Callable[..., Any], part: Part, name: str, *args: Any, **kwar
     except DropInError as error:
         if error.within is not None:
             raise
-        raise DropInError(f"{refusal(name)} It would use or change what is not there: {error}", name) from error
+        raise DropInError(f"{refusal(name)} It would use or change missing parts: {error}", name) from error
 
 
 def _is_of_library(cls: type, name: str) -> bool:
-    """Whether an attribute is one that a library offers, whoever says how it is done for this model."""
+    """Whether a library class defines this attribute, also if the model's own class overrides it."""
     definers = [f"{base.__module__}." for base in cls.__mro__ if name in vars(base)]
     return any(definer.startswith(f"{library}.") for definer in definers for library in _LIBRARIES)
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy of a value that cannot reach the original.
+    """Return a plain value, copied if needed, so that the caller cannot change the original through it.
 
     Raises:
-        DropInError: If it is not one.
+        DropInError: If the value is not plain.
     """
     if not _is_plain(value):
         raise refusal(where)
@@ -259,13 +261,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def refuse_streaming(name: str, value: Any) -> None:
-    """Refuse hooks of accelerate that bring weights to a module when it is called.
+    """Refuse accelerate hooks that load weights into a module when it is called, and all hooks of diffusers.
 
-    A graph calls no modules, so their weights would never come. accelerate puts such a hook on the model itself before
-    any weight moves, so nothing has happened yet.
+    A graph calls no modules, so their weights would never be loaded. accelerate sets such a hook on the model itself
+    before it moves any weight, so the model is still intact when this raises.
 
     Raises:
         ConfigurationError: Says how to offload instead.
+        DropInError: If it is a hook of diffusers.
     """
     if name == "_diffusers_hook":
         raise refusal(name)
@@ -273,18 +276,18 @@ def refuse_streaming(name: str, value: Any) -> None:
     for hook in hooks:
         if getattr(hook, "io_same_device", False) and getattr(hook, "execution_device", None) is None:
             raise ConfigurationError(
-                "the weights of a captured model are read by a graph and cannot be brought to the device module by "
+                "a graph reads the weights of a captured model, so they cannot be moved to the device module by "
                 "module, as sequential offload and device maps do. Use pipe.enable_model_cpu_offload(), which moves "
-                "the model as a whole, or .to(device)"
+                "the whole model, or .to(device)"
             )
 
 
 def let_pipelines_save(kind: type[nn.Module]) -> None:
-    """Enter a class in the table by which diffusers finds how the components of a pipeline are saved and loaded.
+    """Register a class in the tables that tell diffusers how to save and load the components of a pipeline.
 
-    ``DiffusionPipeline.save_pretrained`` leaves out, with a line in the log, what the table does not have.
+    ``DiffusionPipeline.save_pretrained`` skips components whose class is not in the tables; it only logs a line.
     """
-    if "diffusers" not in sys.modules:  # Nor is there a pipeline; importing diffusers takes seconds.
+    if "diffusers" not in sys.modules:  # Then no pipeline exists either; importing diffusers takes seconds.
         return
     from diffusers.pipelines import pipeline_loading_utils as tables
 

@@ -1,4 +1,4 @@
-"""What is known of a float model before it is captured, and which models are refused."""
+"""Facts about a float model before it is captured (device, dtype, class), and checks that refuse unsuitable models."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def class_path(model: nn.Module) -> str:
-    """Where a model's class is found again: ``diffusers:DiTTransformer2DModel``, or its module and name."""
+    """The import path of a model's class: ``diffusers:DiTTransformer2DModel``, or its module and its name."""
     cls = type(model)
     root = cls.__module__.partition(".")[0]
     return f"{root if root == 'diffusers' else cls.__module__}:{cls.__qualname__}"
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype that a model says it has, for some keep a part in float32; else that of its first tensor."""
+    """The dtype that a model reports (some models keep a part in float32); else that of its first float tensor."""
     said = getattr(model, "dtype", None)
     if isinstance(said, torch.dtype):
         return said
@@ -39,23 +39,23 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no float model that a graph can be made of.
+    """Refuse anything that is not a float model from which a graph can be captured.
 
     Raises:
         AlreadyCompiledError: If fxquant made it.
-        ConfigurationError: If it is no module, went through ``torch.compile``, has hooks or is being calibrated.
+        ConfigurationError: If it is not a module, went through ``torch.compile``, has hooks or is being calibrated.
     """
     if isinstance(model, DropIn):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
-            f"a {type(model).__name__} is no model; give the transformer itself, such as pipe.transformer"
+            f"a {type(model).__name__} is not a model; give the transformer itself, such as pipe.transformer"
         )
     compiled = next((path for path, part in model.named_modules() if "_orig_mod" in part._modules), None)
-    if compiled is not None:  # The class that tells is costly to import.
+    if compiled is not None:  # An isinstance check would need a class that is slow to import.
         raise ConfigurationError(
-            f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give fxquant the "
-            "original, and what it returns to torch.compile: the other way round fxquant would see no graph"
+            f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give the original "
+            "to fxquant, and the result of fxquant to torch.compile. In the other order fxquant cannot see a graph"
         )
     refuse_hooks(model)
     refuse_redirected(model)
@@ -65,28 +65,28 @@ def refuse_adapters(model: nn.Module) -> None:
     """Refuse models with adapters in their layers.
 
     Raises:
-        ConfigurationError: Names the layer, and says how to make the adapter part of the weights.
+        ConfigurationError: Names the layer, and says how to fuse the adapter into the weights.
     """
     for name, module in model.named_modules():
         if any(
             base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(module).__mro__
         ):
             raise ConfigurationError(
-                f"layer {name!r} of the model holds an adapter, such as a LoRA. Captured, it could neither be scaled "
-                "nor switched off nor loaded again; make it part of the weights first: pipe.fuse_lora(), then "
+                f"layer {name!r} of the model holds an adapter, such as a LoRA. Once captured, an adapter cannot be "
+                "scaled, switched off or loaded again; fuse it into the weights first: pipe.fuse_lora(), then "
                 "pipe.unload_lora_weights()"
             )
 
 
 def check_storage(model: nn.Module) -> None:
-    """Refuse weights that are no plain floats: those without values, and those that were quantized before."""
+    """Refuse weights that are not plain floats: weights without values, and weights that were already quantized."""
     for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
         kind, dtype = type(weight), weight.dtype
-        # Wrappers hold other tensors; bitsandbytes and GGUF hold packed bytes in parameters of their own classes.
+        # Wrapper classes hold other tensors; bitsandbytes and GGUF hold packed bytes in parameter classes of their own.
         packed = kind not in (nn.Parameter, nn.Buffer, Tensor) and not dtype.is_floating_point
         if is_lazy(weight) or weight.is_meta:
             found = "without values" + (", on the meta device" if weight.is_meta else "")
-            advice = "load the weights first; if accelerate offloads them, load the model again without that"
+            advice = "load the weights first; if accelerate offloads them, load the model again without offloading"
         elif packed or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             held = type(weight.data) if kind is nn.Parameter else kind
             found = f"a {held.__qualname__} of {held.__module__}"
@@ -103,7 +103,7 @@ def check_storage(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse NaN and infinity in parameters. A buffer may be a mask, in which minus infinity is meant.
+    """Refuse NaN and infinity in parameters. Buffers are not checked: a mask holds minus infinity on purpose.
 
     Raises:
         NonFiniteError: Names the parameter.

@@ -1,4 +1,4 @@
-"""The forward of a quantized model: eager, compiled, or within something larger that is compiled."""
+"""The forward of a captured model: eager, compiled, or within a larger function that is compiled."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from fxquant.runtime.model import GraphModel
 
 
-_MANY_HELD = 8  # Graphs for values of inputs, at which somebody should be told.
+_MANY_HELD = 8  # Number of graphs for fixed input values at which to warn.
 
 
 def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
-    """Run the graph that serves a call, and capture one if there is none."""
+    """Run the graph that serves a call; capture one if none exists yet."""
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
-        # Within something larger that is compiled.
+        # This call is inside a larger function that is being compiled.
         names, leaves, structure = self.architecture.canonical(args, kwargs)
         captured = self.find_compiling(names, leaves, structure)
         if captured is None:
             captured = _capture(self, names, leaves, structure)
         inputs = captured.inputs(leaves)
         return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
-    if (compiler := torch_compile.callback()) not in (None, False):  # At the beginning of what is compiled.
+    if (compiler := torch_compile.callback()) not in (None, False):  # Compilation would begin at this call.
         call = _begin(self, args, kwargs)
         try:
             leaves = call.code(call.module, *call.inputs)
@@ -51,7 +51,7 @@ torch_compile.leave_alone(forward_of_graphs.__code__)
 
 
 def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
-    """The graph that serves a call, captured if there is none yet, and its inputs."""
+    """Return the graph that serves a call, captured now if none exists yet, and its inputs."""
     names, leaves, structure = self.architecture.canonical(args, kwargs)
     captured = self.find(names, leaves, structure)
     self.watch(names, leaves)
@@ -85,7 +85,7 @@ def _end(call: torch_compile.Call, leaves: Sequence[Any]) -> Any:
 @torch.compiler.disable
 def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
     with tracing_alone(), without_autocast(self.device.type):
-        if (made := self.find(names, leaves, structure)) is not None:  # By another thread, meanwhile.
+        if (made := self.find(names, leaves, structure)) is not None:  # Captured by another thread in the meantime.
             return made
         captured = self._make_graph(self, names, leaves, structure)
         self.add(captured)
@@ -93,8 +93,8 @@ def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], st
     held = [graph for graph in self.captured if graph.call.held]
     if captured.call.held and len(held) == _MANY_HELD:
         warnings.warn(
-            f"{len(held)} graphs were captured, one for each new value: {captured.static_batch}. Each takes the time "
-            "of a capture; let calls share values where you can, say by padding prompts to a few lengths.",
+            f"{len(held)} graphs were captured, one for each new value: {captured.static_batch}. Each capture "
+            "takes time; let calls share values where possible, for example by padding prompts to a few lengths.",
             stacklevel=4,
         )
     return captured

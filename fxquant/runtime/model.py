@@ -25,7 +25,7 @@ from fxquant.runtime.devices import retarget
 from fxquant.runtime.drop_in import DropIn, changes, hand_on, let_pipelines_save, refusal, refuse_streaming
 from fxquant.runtime.forward import forward_of_graphs
 
-_WATCHED_CALLS = 64  # On a GPU, calls whose timesteps are looked at.
+_WATCHED_CALLS = 64  # Number of calls whose timesteps are checked on a GPU.
 
 MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], CapturedGraph]
 
@@ -33,20 +33,20 @@ MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], Captur
 class GraphModel(DropIn):
     """A diffusion transformer as one FX graph for each kind of call.
 
-    Pipelines take it in place of the original: it has its ``config``, ``dtype``, ``device``, ``forward`` signature and
-    output class, and hands on other attributes that tell something and change nothing
-    (:mod:`fxquant.runtime.drop_in`). A call whose shapes or optional inputs fit none of the graphs captures a further
-    one; the graphs share their tensors.
+    Pipelines accept it in place of the original: it has the original's ``config``, ``dtype``, ``device``, ``forward``
+    signature and output class. It hands on those other attributes that give facts and change nothing
+    (:mod:`fxquant.runtime.drop_in`). A call whose shapes or optional inputs fit no graph captures a further graph. The
+    graphs share their tensors.
 
-    ``state_dict`` has the tensors by their names in the model, whatever graphs were captured. For files there is
+    ``state_dict`` has the tensors by their names in the model, whatever graphs were captured. To write files, use
     :func:`fxquant.save`: the model itself cannot be pickled.
 
     Attributes:
-        graphs: The FX graph modules, one a kind of call; placeholders are the tensor inputs.
-        captured: The same with the calls that they serve.
+        graphs: The FX graph modules, one per kind of call; placeholders are the tensor inputs.
+        captured: The same graphs with the calls that they serve.
         plan: What was decided; None for a model that was only traced.
         backend: What runs the graphs; None for a model that was only traced.
-        weights: For a model that was only traced the original's, which graphs of later calls read; otherwise empty.
+        weights: For a model that was only traced: the original's, which graphs of later calls read. Otherwise empty.
     """
 
     graphs: nn.ModuleList
@@ -70,7 +70,7 @@ class GraphModel(DropIn):
         self.weights = {} if weights is None else weights
         self._dtype = dtype
         self._watched = 0
-        # Not a submodule: its fake parameters are nobody's business. From here on, its attributes cannot be set.
+        # Not a submodule, to hide its fake parameters. From here on, attributes of the original cannot be set.
         object.__setattr__(self, "architecture", architecture)
         self.forward = functools.partial(forward_of_graphs, self)
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
@@ -85,12 +85,12 @@ class GraphModel(DropIn):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point dtype of the original model, which inputs and outputs keep."""
+        """Floating-point dtype of the original model; inputs and outputs keep it."""
         return self._dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
+        """The device of the tensors."""
         held = itertools.chain(self.parameters(), self.buffers(), self.architecture.skeleton.parameters())
         return next((tensor.device for tensor in held), torch.device("cpu"))
 
@@ -112,14 +112,14 @@ class GraphModel(DropIn):
         super().__setattr__(name, value)
 
     def add(self, captured: CapturedGraph) -> None:
-        """Add a graph; tensors that a graph here holds under the same name are shared."""
-        self._share([*self.captured, captured])  # First, for another thread may call it once it is listed.
+        """Add a graph. It shares the tensors that an existing graph holds under the same name."""
+        self._share([*self.captured, captured])  # First, because another thread may call a listed graph at once.
         self.graphs.append(captured.module)
         self.captured.append(captured)
 
     @property
     def lasting(self) -> list[CapturedGraph]:
-        """The graphs of calibration. Those of later calls are captured again wherever they are needed."""
+        """The graphs captured in calibration. Graphs of later calls are captured again wherever they are needed."""
         return self.captured if self.plan is None else self.captured[: len(self.plan.calls)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ class GraphModel(DropIn):
         return next((captured for captured in self.captured if captured.call.fits(names, leaves, structure)), None)
 
     def find_compiling(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph | None:
-        """The same within ``torch.compile``, where values are not known: the compiled graph checks them as it runs."""
+        """Like ``find``, within ``torch.compile``: values are unknown there, so the compiled graph checks them."""
         if self.backend is not None:
             self.backend.compiling()
         fitting = [captured for captured in self.captured if captured.call.fits(names, leaves, structure, values=False)]
@@ -145,7 +145,7 @@ class GraphModel(DropIn):
         return fitting[0]
 
     def watch(self, names: tuple[str, ...], leaves: Sequence[Any]) -> None:
-        """Warn, once, of a timestep far from all that were calibrated. It is treated as the nearest that was."""
+        """Warn once of a timestep far from all calibrated ones. It is treated as the nearest calibrated timestep."""
         known = self.plan.timesteps if self.plan else []
         name = self.plan.timestep if self.plan else None
         if len(known) < 2 or self._watched >= _WATCHED_CALLS or name not in names:
@@ -153,7 +153,7 @@ class GraphModel(DropIn):
         step = leaves[names.index(name)]
         if not isinstance(step, torch.Tensor) or isinstance(step, FakeTensor) or not step.numel():
             return
-        # Looking at a tensor on a GPU waits for it, so the first calls have to do there.
+        # Reading a tensor on a GPU waits for its computation, so on a GPU only the first calls are checked.
         self._watched += step.device.type != "cpu"
         low, high = (float(end) for end in torch.aminmax(step.detach().float()))
         slack = max(right - left for left, right in itertools.pairwise(known))
@@ -161,8 +161,8 @@ class GraphModel(DropIn):
         if outside:
             self._watched = _WATCHED_CALLS
             warnings.warn(
-                f"timestep {outside[0]:g} is outside of those that were calibrated, {known[0]:g} to {known[-1]:g}, and "
-                "is treated as the nearest of these; calibrate with the schedule that you use. "
+                f"timestep {outside[0]:g} is outside of the calibrated timesteps, {known[0]:g} to {known[-1]:g}, and "
+                "is treated as the nearest of them; calibrate with the schedule that you use. "
                 "Further timesteps are not reported.",
                 QualityWarning,
                 stacklevel=4,
@@ -182,10 +182,10 @@ class GraphModel(DropIn):
             self._compiled_call_impl = call
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
-        """Write a checkpoint, as pipelines ask their components to; see :func:`fxquant.save`.
+        """Write a checkpoint. Pipelines call this to save their components; see :func:`fxquant.save`.
 
         Raises:
-            DropInError: If it is to be pushed to the hub.
+            DropInError: If ``push_to_hub`` is true.
         """
         from fxquant.storage.checkpoint import save
 
@@ -195,29 +195,29 @@ class GraphModel(DropIn):
         save(self, save_directory, overwrite=True)
 
     def train(self, mode: bool = True) -> GraphModel:
-        """Refuse the training mode: what was captured is the model in evaluation mode.
+        """Refuse training mode: the graphs were captured from the model in evaluation mode.
 
         Raises:
             ConfigurationError: If ``mode`` is true.
         """
         if mode:
             raise ConfigurationError(
-                "a captured model has no training mode: its graphs are those of evaluation, without dropout. Train the "
-                "float model and compile that"
+                "a captured model has no training mode: its graphs were captured in evaluation mode, without dropout. "
+                "Train the float model and compile that"
             )
         super().train(False)
         return self
 
     def to_empty(self, **_: Any) -> GraphModel:
-        """Refuse to lose the tensors.
+        """Refuse, because the tensors would be lost.
 
         Raises:
-            ConfigurationError: Says how to move them.
+            ConfigurationError: Always; says how to move the tensors.
         """
         raise ConfigurationError("to_empty would lose the model's tensors; move them with to(device)")
 
     def _held(self) -> dict[str, torch.Tensor]:
-        """What a state dict holds."""
+        """The tensors that a state dict holds, by name."""
         found: dict[str, torch.Tensor] = {}
         for captured in self.lasting:
             for target, tensor in read_tensors(captured.module).items():
@@ -247,7 +247,7 @@ class GraphModel(DropIn):
                 error_msgs.append(f"{prefix}{name} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
             elif value is not None:
                 given[name] = value
-        if self.plan is not None:  # Later graphs may hold what was made of the tensors that are replaced.
+        if self.plan is not None:  # Later graphs may hold results computed from the tensors that are replaced.
             self.captured = self.lasting
             self.graphs = _Graphs(captured.module for captured in self.captured)
         for number, captured in enumerate(self.captured):
@@ -265,10 +265,10 @@ class GraphModel(DropIn):
         how = (
             "write it with fxquant.save(model, folder) and read it with fxquant.load(folder)"
             if self.plan is not None
-            else "it is made again by fxquant.trace"
+            else "make it again with fxquant.trace"
         )
         raise ConfigurationError(
-            f"a captured model cannot be pickled, by torch.save neither: {how}. Its tensors alone are in state_dict()"
+            f"a captured model cannot be pickled or written by torch.save: {how}. state_dict() holds only its tensors"
         )
 
     def __copy__(self) -> GraphModel:
@@ -281,10 +281,10 @@ class GraphModel(DropIn):
     def from_pretrained(
         cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, **options: Any
     ) -> GraphModel:
-        """Read a checkpoint, as pipelines ask their components to; see :func:`fxquant.load`.
+        """Read a checkpoint. Pipelines call this to load their components; see :func:`fxquant.load`.
 
         Raises:
-            ConfigurationError: If another dtype is asked for than the model was quantized in.
+            ConfigurationError: If ``torch_dtype`` is not the dtype that the model was quantized in.
         """
         from fxquant.storage.checkpoint import load
 
@@ -312,14 +312,15 @@ class GraphModel(DropIn):
             )
         if probe.device.type == "meta":
             raise ConfigurationError(
-                "on the device meta a model loses its tensors; delete it, and fxquant.load it again when it is needed"
+                "on the meta device a model would lose its tensors; delete the model, and read it again with "
+                "fxquant.load when it is needed"
             )
         moved = probe.device != self.device
         if moved and self.backend is not None:
             self.backend.check_move(self.device, probe.device)
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            changed = fn(tensor)  # A cast to the model's dtype is none: scales and factors have dtypes of their own.
+            changed = fn(tensor)  # Casts are undone: scales and factors have dtypes of their own.
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         super()._apply(keep_dtype, recurse)
@@ -335,7 +336,7 @@ class GraphModel(DropIn):
         clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
             for name, tensor in read_tensors(captured.module).items():
-                if tensor.layout is not torch.strided:  # Tensors of kernels' own layouts know no deepcopy.
+                if tensor.layout is not torch.strided:  # Tensors in layouts of kernels do not support deepcopy.
                     clones[name] = memo[id(tensor)] = clones[name] if name in clones else tensor.clone()
             module = copy.deepcopy(captured.module, memo)
             clone.add(replace(captured, module=module))
@@ -343,22 +344,22 @@ class GraphModel(DropIn):
 
 
 class _Graphs(nn.ModuleList):
-    """The graphs, whose tensors a state dict names by the model, not by graph."""
+    """The list of graphs. A state dict names their tensors by the model, not by graph."""
 
     def state_dict(self, *args: Any, destination: Any = None, **_: Any) -> Any:
-        """Nothing: the model itself writes the tensors."""
+        """Add nothing: the model itself writes the tensors."""
         return args[0] if args else destination
 
 
 def quantized_model(model: Any, taker: str) -> tuple[GraphModel, Plan]:
-    """A quantized model that was given to a function, without ``torch.compile`` around it, and its plan.
+    """Return the quantized model that a function received, without a ``torch.compile`` wrapper, and its plan.
 
     Args:
-        model: What was given.
-        taker: The function, for the message.
+        model: What the function received.
+        taker: Name of the function, for the message.
 
     Raises:
-        ConfigurationError: If it is none.
+        ConfigurationError: If it is not a quantized model.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, GraphModel):

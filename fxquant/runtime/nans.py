@@ -1,9 +1,9 @@
-"""NaN stays visible: codes cannot hold it, so a sample that has one in its inputs or its output is NaN as a whole.
+"""Keep NaN visible: a sample with a NaN in its inputs or its output becomes NaN as a whole.
 
-A float model spreads a NaN through attention over all tokens of its sample. A quantized one would round it to a code
-on the way, and only the tokens would show it that carry it past all layers; the others would look right and be wrong.
-Looking at inputs and outputs costs next to nothing beside the model. Infinity needs no such care: it is clamped to the
-largest code, as any number outside of the range is.
+Codes cannot hold NaN. In a float model, attention spreads a NaN over all tokens of its sample. A quantized model would
+round the NaN to a code. Only tokens that carry the NaN past all layers would show it; the other tokens would look right
+and be wrong. Checking inputs and outputs costs almost nothing compared with the model. Infinity needs no such check: it
+is clamped to the largest code, as any number outside of the range is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def showing_nans(captured: CapturedGraph, inputs: Sequence[Tensor], outputs: Sequence[Any]) -> Sequence[Any]:
-    """What a graph put out, with NaN in place of samples that it has seen NaN in; float graphs are left alone."""
+    """Outputs of a graph, with NaN in place of samples that have a NaN; outputs of float graphs are unchanged."""
     return with_nans(captured.call, inputs, outputs) if captured.digest is not None else outputs
 
 
@@ -29,13 +29,13 @@ def with_nans(call: CallSpec, inputs: Sequence[Tensor], outputs: Sequence[Any]) 
     """Outputs of a call with NaN in place of samples that have a NaN in an input or an output.
 
     Args:
-        call: The kind of call. Where its batch is open, samples lie along the first axis of what has a batch; where it
-            is not, or an output has none, one NaN makes the whole of it NaN.
+        call: The kind of call. If its batch is open, samples are along the first axis of tensors that have a batch. If
+            the batch is not open, or an output has no batch, one NaN makes the whole output NaN.
         inputs: The tensor inputs of the call.
-        outputs: Its outputs: tensors of any dtype, of which those of floats are looked at, or anything else.
+        outputs: Its outputs: tensors of any dtype, or other objects. Only floating-point tensors are checked.
 
     Returns:
-        The same objects if there is no NaN and they are on a processor, else new tensors.
+        The same objects if there is no NaN and they are on the CPU, else new tensors.
     """
     batched = [bool(spec.shape) and spec.shape[0] == BATCH for _, spec in call.tensors]
     size = next((tensor.shape[0] for tensor, own in zip(inputs, batched, strict=True) if own), None)
@@ -45,7 +45,7 @@ def with_nans(call: CallSpec, inputs: Sequence[Tensor], outputs: Sequence[Any]) 
     flags += [_flag(leaf, own) for leaf, own in zip(floats, along, strict=True)]
     if not flags or not floats:
         return outputs
-    flag = flags[-1]  # On the device of an output; inputs, such as the timestep, may be on another.
+    flag = flags[-1]  # On the device of an output; inputs, such as the timestep, may be on another device.
     for other in flags[:-1]:
         flag = flag | other.to(flag.device)
     if flag.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(flag.any()):

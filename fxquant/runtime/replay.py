@@ -1,4 +1,7 @@
-"""From a plan to quantized graphs: after calibration, on a float model, for a further call, or without weights."""
+"""Make quantized graphs from a plan: after calibration, on a float model, for a further call, or without weights.
+
+The graphs of a model that is built without weights get their tensors here, and are then lowered to the backend.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,10 @@ def convert(
     """Make a quantized model of the graphs that were calibrated.
 
     Args:
-        calibration: Of the float model, done.
+        calibration: The finished calibration of the float model.
         recipe: Its ``convert`` passes run on every graph.
         backend: What the graphs are lowered to.
-        dtype: Of the float model.
+        dtype: Dtype of the float model.
         instruments: They watch the passes.
     """
     plan = calibration.plan
@@ -64,9 +67,11 @@ def convert(
 def replay(
     model: nn.Module, plan: Plan, backend: Backend, instruments: Sequence[Instrument], statistics: Statistics | None
 ) -> GraphModel:
-    """Carry out a recorded plan on a float model."""
+    """Apply a recorded plan to a float model."""
     if not plan.calls:
-        raise ConfigurationError("the plan records no call of the model; it was made by no calibration")
+        raise ConfigurationError(
+            "the plan records no call of the model: no calibration made it. Give the plan of a compiled model"
+        )
     recipe = Recipe.parse(plan.recipe)
     plan.check()
     try:
@@ -76,7 +81,7 @@ def replay(
     backend.check(plan)
     plan.backend = backend.name
     for layer in plan.layers.values():
-        layer.weight_sqnr_db = None  # Measured anew, for the bits may have been edited.
+        layer.weight_sqnr_db = None  # Measured again, because the bits may have been edited.
     plan.shared = SharedTensors()
     weights = weights_of(model)
     warn_if_not_rebuilt(model, plan.timestep)
@@ -113,7 +118,10 @@ def convert_graph(
     held: Mapping[str, Tensor],
     instruments: Sequence[Instrument] = (),
 ) -> list[PassRecord]:
-    """Take one captured graph all the way, as the plan says; without real weights if other graphs hold them."""
+    """Prepare, convert and lower one captured graph, as the plan says.
+
+    The graph needs no real weights if other graphs hold them.
+    """
     records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
     plan.shared.settle_names(captured.module)
     captured.digest = graph_digest(captured.module.graph)
@@ -122,7 +130,7 @@ def convert_graph(
 
 
 def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
-    """Raise if a graph runs a layer, or one that quantizes attentions an attention, about which the plan says nothing.
+    """Raise if the plan lacks a layer of a graph or, if the plan quantizes attentions, one of its attentions.
 
     Raises:
         CalibrationError: Names the first such layer or attention.
@@ -137,12 +145,12 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
 
 
 def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGraph]:
-    """How a quantized model makes a graph for a call that fits none: trace, replay the plan, share the tensors."""
+    """Return the function that makes a graph for a call that fits none: trace, replay the plan, share the tensors."""
 
     def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
         assert owner.plan is not None
         captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
-        plan = copy.deepcopy(owner.plan)  # What a further call decides is no part of what calibration decided.
+        plan = copy.deepcopy(owner.plan)  # Decisions for a further call must not change the plan of calibration.
         plan.shared = owner.plan.shared.without_weights()
         settle(captured.module.graph, plan)
         try:
@@ -163,10 +171,10 @@ def model_from_plan(
 ) -> GraphModel:
     """Build a quantized model from a plan alone, without float weights.
 
-    :func:`bind_all` gives it its tensors, and then :func:`lower_all` takes it to the backend.
+    :func:`bind_all` gives the model its tensors; then :func:`lower_all` lowers it to the backend.
 
     Raises:
-        CheckpointError: If the plan records no call, or the architecture has layers of which the plan says nothing.
+        CheckpointError: If the plan records no call, or the architecture has layers that the plan does not contain.
     """
     if not plan.calls:
         raise CheckpointError("the plan records no call of the model")
@@ -180,8 +188,8 @@ def model_from_plan(
             refuse_unknown_layers(captured, plan)
         except CalibrationError as error:
             raise CheckpointError(
-                f"the model that is built for it runs more than was quantized: {error}. It belongs to another model, "
-                "or to another version of its class"
+                f"the model that is built for it runs more than was quantized: {error}. The plan belongs to another "
+                "model, or to another version of its class"
             ) from error
         Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
         plan.shared.settle_names(captured.module)
@@ -211,11 +219,11 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
         for name, held in read_tensors(captured.module).items():
             read.add(name)
             if name not in tensors and is_constant_name(name) and not isinstance(held, FakeTensor):
-                continue  # In a cache of the model that was given; where the file was written, it was computed.
+                continue  # A cache of the given model holds it; the model that wrote the file computed it.
             if name not in tensors:
                 raise CheckpointError(f"no tensor {name!r}: the weights do not belong to this model or are incomplete")
             if tensors[name].dtype != held.dtype:
-                raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype}, the model needs {held.dtype}")
+                raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype}, but the model needs {held.dtype}")
         bind(captured.module, tensors)
     extra = sorted(name for name in tensors.keys() - read if not is_constant_name(name))
     if extra:
@@ -223,12 +231,12 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 def log_entry(record: PassRecord) -> dict[str, Any]:
-    """What the plan records of a pass that ran."""
+    """What the plan records about a pass that ran."""
     return {"pass": record.text, "seconds": round(record.seconds, 3), "edits": record.edits, "ops": record.ops}
 
 
 def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) -> CapturedGraph:
-    """Bind tensors to a graph that a call asked for after the float model was gone.
+    """Bind tensors to a graph that was captured for a call after the float model was gone.
 
     Raises:
         CaptureError: If the graph reads a tensor that no captured graph read.
@@ -238,7 +246,7 @@ def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) ->
     except CheckpointError as error:
         read = read_tensors(captured.module)
         unread = (name for name in sorted(read.keys() - tensors.keys()) if isinstance(read[name], FakeTensor))
-        what = next((f"it reads {name!r}, which none of those did" for name in unread), str(error))
+        what = next((f"it reads {name!r}, which no calibration call read" for name in unread), str(error))
         raise CaptureError(
             f"a call {captured.call} runs a part of the model that no calibration call ran: {what}; calibrate with a "
             "call like this one as well"

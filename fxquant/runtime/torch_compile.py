@@ -1,9 +1,9 @@
-"""How ``torch.compile`` meets a model: it compiles one graph for all batch sizes, that of one sample included.
+"""How ``torch.compile`` compiles a model: one graph for all batch sizes, including a batch of one.
 
-``torch.compile`` sees sizes as numbers on the first call, makes those that change symbols on the second, and never a
-symbol of a 0 or 1. Sizes that are marked as unbacked are symbols from the first call on; but marks are read where
-compilation begins. So compilation is made to begin at the graph: choosing it, and everything else that is Python,
-happens outside, on real tensors, and the marks go onto aliases of the inputs, never onto the caller's tensors.
+``torch.compile`` treats sizes as numbers on the first call. It turns sizes that change into symbols on the second call,
+but never a size of 0 or 1. Sizes that are marked as unbacked are symbols from the first call on, but the marks are read
+only where compilation begins. So compilation is made to begin at the graph. Choosing the graph, and all other Python
+code, runs outside of it on real tensors. The marks are set on aliases of the inputs, never on the caller's tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fxquant.errors import SpeedWarning
 from fxquant.ir.ops.definition import define
 from fxquant.pipeline.backend import Backend
 
-_KEPT = "fxquant_opened"  # Key of a graph's ``meta`` for its code for open batches.
+_KEPT = "fxquant_opened"  # Key in a graph's ``meta`` for its code for open batches.
 _GAVE_UP = "fxquant_batch_not_open"
 _CAN_MARK = "shape_id" in inspect.signature(mark_unbacked).parameters
 _CONVOLUTIONS = {
@@ -39,10 +39,10 @@ _CONVOLUTIONS = {
 Code = Callable[..., tuple[Any, ...]]
 
 callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
-"""What compiles the next frame of Python, or None or False. Not wrapped, for the wrapper would be such a frame."""
+"""Gives what compiles the next Python frame, or None or False. Not wrapped: a wrapper would be such a frame itself."""
 
 set_callback = torch._C._dynamo.eval_frame.set_eval_frame
-"""Sets it again: torch compiles nothing more once it has failed, even if the failure is caught."""
+"""Sets that callback again: after a failure torch compiles nothing more, even if the failure is caught."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Call:
 
 
 def leave_alone(code: types.CodeType) -> None:
-    """Let frames of this code run as Python where compilation would begin at them, but not where they are within it.
+    """Run frames of this code as plain Python where compilation would begin at them; compile them within a compilation.
 
-    ``torch.compiler.disable`` would do the first as well, but break graphs around the second.
+    ``torch.compiler.disable`` would also do the first, but would break the graph in the second case.
     """
     frames = torch._C._dynamo.eval_frame
     strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
@@ -73,7 +73,7 @@ def leave_alone(code: types.CodeType) -> None:
 
 
 def watch(backend: Backend | None) -> None:
-    """Ask a backend what it has to tell whenever something is compiled, until :func:`unwatch`."""
+    """Call the backend's ``compiling`` whenever something is compiled, until :func:`unwatch`."""
     if _has_to_tell(backend):
         callback_handler.register_start_callback(_Watcher(backend))  # type: ignore[arg-type]
 
@@ -97,9 +97,9 @@ def _has_to_tell(backend: Backend | None) -> bool:
 
 
 def begin(captured: CapturedGraph, inputs: Sequence[Tensor]) -> Call:
-    """What to compile for a call: batch dimensions are open, unless the user compiles with ``dynamic=False``.
+    """Return what to compile for a call: batch dimensions are open, unless the user compiles with ``dynamic=False``.
 
-    They are also left as torch treats them while weights are trained, as the op for convolutions knows no gradients.
+    Batch dimensions are also left to torch while weights are trained, because the op for convolutions has no gradients.
     """
     wanted = torch._dynamo.config.automatic_dynamic_shapes and not captured.module.meta.get(_GAVE_UP)
     wanted = wanted and not _quantizes_convolutions(captured.module.graph)
@@ -107,18 +107,18 @@ def begin(captured: CapturedGraph, inputs: Sequence[Tensor]) -> Call:
         return Call(captured, captured.module, type(captured.module).forward, inputs)
     opened = []
     for (_, spec), tensor in zip(captured.call.tensors, inputs, strict=True):
-        alias = tensor.data  # No view of the tensor: the size of what it were a view of would stand in the graph.
+        alias = tensor.data  # Not a view: the graph would contain the size of the base of the view.
         for dim, size in enumerate(spec.shape):
             if size == BATCH:
                 mark_unbacked(alias, dim, hint_override=tensor.shape[dim], shape_id=BATCH, min=1)
             else:
-                mark_static(alias, dim)  # Also with dynamic=True: the graph serves calls of this size alone.
+                mark_static(alias, dim)  # Also with dynamic=True: the graph serves only calls of this size.
         opened.append(alias)
     return Call(captured, captured.module, _opened(captured.module), opened)
 
 
 def begin_again(call: Call, error: Exception) -> Call:
-    """The same call with its batch left to torch, if it was open and could not be compiled like that.
+    """Return the same call with its batch left to torch, after compiling it with an open batch failed.
 
     Raises:
         TorchDynamoException: The error itself, if the batch was not open.
@@ -127,8 +127,8 @@ def begin_again(call: Call, error: Exception) -> Call:
         raise error
     call.module.meta[_GAVE_UP] = True
     warnings.warn(
-        f"torch.compile cannot leave the batch of this model open ({str(error).strip().splitlines()[0]}); it compiles "
-        "a further graph for a batch of one, and for others as it sees fit",
+        f"torch.compile cannot compile this model for an open batch ({str(error).strip().splitlines()[0]}); it "
+        "compiles a separate graph for a batch of one, and decides itself about other batch sizes",
         SpeedWarning,
         stacklevel=2,
     )
@@ -136,7 +136,7 @@ def begin_again(call: Call, error: Exception) -> Call:
 
 
 def _quantizes_convolutions(graph: fx.Graph) -> bool:
-    """Whether weights of ATen's convolutions are computed, as fusions of a backend want to see them in its graph."""
+    """Whether the graph computes the weights of ATen convolutions; fusions of a backend need these convolutions."""
     return any(node.target in _CONVOLUTIONS and node.args[1].op != "get_attr" for node in graph.nodes)
 
 
@@ -145,7 +145,7 @@ def _trains(module: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
 
 
 def _opened(module: fx.GraphModule) -> Code:
-    """The code of a graph with convolutions that say the same of their results at every batch size."""
+    """The code of a graph in which convolutions report the same layout of their results at every batch size."""
     kept = module.meta.get(_KEPT)
     if kept is None or kept[0] is not module._code:
         graph = copy.deepcopy(module.graph)
@@ -156,7 +156,7 @@ def _opened(module: fx.GraphModule) -> Code:
 
 
 def keep_layouts(graph: fx.Graph) -> None:
-    """Put in place of convolutions, whose results lie as their kernels leave them, ones with results in order."""
+    """Replace convolutions, whose kernels choose the layout of the result, by ones with contiguous results."""
     for node in graph.nodes:
         if node.target in _CONVOLUTIONS:
             node.args = _normal(node.args, _CONVOLUTIONS[node.target])
@@ -171,8 +171,8 @@ def _normal(args: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
     return (x, weight, bias, *[value * (dims // len(value)) for value in each], groups)
 
 
-# torch's own convolution says of its result, while it is traced, that it lies as the kernel for this batch size leaves
-# it; of one sample, and of a number that is not known, that may be wrong.
+# While torch's own convolution is traced, it reports the layout that the kernel for this batch size gives its result.
+# For a batch of one, and for an unknown batch size, that layout may be wrong.
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -184,7 +184,7 @@ def convolution(
 ) -> Tensor:
     """``aten.convolution`` of `x`, `[batch, in, ...]`, with a contiguous result `[batch, out, ...]`."""
     none = [0] * len(stride)
-    x = x.to(weight.dtype)  # They may differ under autocast, which does not reach inside.
+    x = x.to(weight.dtype)  # Dtypes may differ under autocast, which does not apply inside the op.
     return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, none, groups).contiguous()
 
 

@@ -23,7 +23,7 @@ class Leaf(Schema):
     @model_validator(mode="after")
     def _whole(self) -> Leaf:
         if (self.shape is None) != (self.dtype is None):
-            raise ValueError("a tensor has a shape and a dtype")
+            raise ValueError("a tensor should have both a shape and a dtype")
         if self.values is not None:
             sizes = [1 if isinstance(size, str) else size for size in self.shape or ()]
             if self.shape is None or math.prod(sizes) != len(self.values):
@@ -53,7 +53,7 @@ class Call(Schema):
 
 
 def _collect(structure: Any, numbers: list[int], depth: int) -> None:
-    """The leaf numbers in a structure."""
+    """Add the leaf numbers in a structure to ``numbers``."""
     if depth > _DEEPEST:
         raise ValueError(f"the structure is more than {_DEEPEST} levels deep")
     if isinstance(structure, int) and not isinstance(structure, bool):
@@ -62,4 +62,4 @@ def _collect(structure: Any, numbers: list[int], depth: int) -> None:
         for value in structure.values() if isinstance(structure, dict) else structure:
             _collect(value, numbers, depth + 1)
     else:
-        raise ValueError("the structure should hold numbers of inputs")
+        raise ValueError("the structure should hold only numbers of inputs")

@@ -1,4 +1,4 @@
-"""Types that the schemas share, and how a file is compared with its schema."""
+"""Types that the schemas share, and functions that compare a file with its schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fxquant.errors import CheckpointError
 
 LARGEST_FILE = 12 << 20
-"""Bytes of JSON that are read at all, in some seconds and 150 MB of memory. A plan has about a thousand a layer."""
+"""The most bytes of JSON that are read, in some seconds and 150 MB of memory. A plan has about 1,000 per layer."""
 
 _SHOWN = 60  # Characters of a value that an error shows.
 
@@ -36,7 +36,7 @@ def _dtype(name: str) -> str:
 
 def _float_dtype(name: str) -> str:
     if not getattr(torch, _dtype(name)).is_floating_point:
-        raise ValueError("this is no floating-point dtype")
+        raise ValueError("this is not a floating-point dtype")
     return name
 
 
@@ -59,16 +59,16 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Schema(BaseModel):
-    """Base of all schemas: types are compared strictly, so that ``"4"`` and ``true`` are no numbers.
+    """Base of all schemas: types are compared strictly, so that ``"4"`` and ``true`` are not numbers.
 
-    Entries that a schema does not name are left to whoever reads them.
+    Entries that a schema does not name are not checked; the code that reads them has to check them.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
 class Entry(Schema):
-    """Base of schemas of what becomes one object: entries that it does not have are refused by name."""
+    """Base of schemas for values that become one object: entries that the object does not have are refused by name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -77,9 +77,9 @@ def check(schema: type[S], data: Any, what: str) -> S:
     """Compare JSON values with a schema.
 
     Args:
-        schema: What they should be.
+        schema: The schema that the values should fit.
         data: The values.
-        what: What they are, for the message, such as ``the plan``.
+        what: What the values are, for the message, such as ``the plan``.
 
     Raises:
         CheckpointError: Names the first entry that does not fit, and says why.
@@ -91,10 +91,10 @@ def check(schema: type[S], data: Any, what: str) -> S:
         place = _place(first["loc"], data)
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            raise CheckpointError(f"{what} makes no sense{place}: there is no such entry; check its spelling") from None
+            raise CheckpointError(f"{what} is not valid{place}: there is no such entry; check its spelling") from None
         missing = first["type"] == "missing"
         found = "" if missing or place == "" else f", not {_shown(first['input'])}"
-        raise CheckpointError(f"{what} makes no sense{place}: {reason[:1].lower()}{reason[1:]}{found}") from None
+        raise CheckpointError(f"{what} is not valid{place}: {reason[:1].lower()}{reason[1:]}{found}") from None
 
 
 def read_json(path: Path, what: str) -> tuple[str, Any]:
@@ -102,10 +102,10 @@ def read_json(path: Path, what: str) -> tuple[str, Any]:
 
     Args:
         path: The file.
-        what: What to copy again if it is damaged: ``checkpoint`` or ``package``.
+        what: What to copy again if the file is damaged: ``checkpoint`` or ``package``.
 
     Raises:
-        CheckpointError: If it cannot be read, or is larger than any that fxquant writes.
+        CheckpointError: If the file cannot be read, or is larger than any file that fxquant writes.
     """
     try:
         size = path.stat().st_size
@@ -120,7 +120,7 @@ def read_json(path: Path, what: str) -> tuple[str, Any]:
 
 
 def _place(location: tuple[int | str, ...], data: Any) -> str:
-    """Where in the data an error is; pydantic also names the branch of a union, which is no place in it."""
+    """Where in the data an error is; pydantic also names the branch of a union, which is not a place in the data."""
     found: list[str] = []
     for part in location:
         inside = isinstance(data, Mapping) and part in data
@@ -134,7 +134,7 @@ def _place(location: tuple[int | str, ...], data: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value on one line, cut where it is long."""
+    """A value on one line, shortened if it is long."""
     if isinstance(value, (Mapping, list)):
         return f"a {'list' if isinstance(value, list) else 'dict'} of {len(value)}"
     if isinstance(value, float) and not math.isfinite(value):

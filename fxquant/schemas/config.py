@@ -1,4 +1,4 @@
-"""Schema of ``config.json``: what a model's class is built with. Which entries there are, the class decides."""
+"""Schema of ``config.json``: the values that a model's class is built with. The class decides on the entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Config(RootModel[dict[str, Any]]):
     def _plain(self) -> Config:
         for value in _leaves(self.root, 0):
             if isinstance(value, int) and abs(value) > _LARGEST:
-                raise ValueError("a number of it is larger than any size could be")
+                raise ValueError("it has a number that is larger than any size can be")
         return self
 
 

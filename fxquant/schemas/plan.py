@@ -40,7 +40,7 @@ class Range(Entry):
             raise ValueError("low and high should both be numbers, or both lists")
         lows, highs = (end if isinstance(end, list) else [end] for end in (self.low, self.high))
         if len(lows) != len(highs):
-            raise ValueError("low and high should have as many numbers")
+            raise ValueError("low should have as many numbers as high")
         if any(low > high for low, high in zip(lows, highs, strict=True)):
             raise ValueError("low should not be above high")
         return self
@@ -116,7 +116,7 @@ class Attention(Entry):
     @model_validator(mode="after")
     def _static(self) -> Attention:
         if any(isinstance(found.low, list) for found in self.ranges.values()):
-            raise ValueError("the ranges of an attention are one each, for all timesteps")
+            raise ValueError("q, k and v of an attention should have one range each, for all timesteps")
         return self
 
 
@@ -153,7 +153,7 @@ class PlanFile(Schema):
         if self.recipe.count(",") + 1 > _MOST_PASSES:
             raise ValueError(f"the recipe has more than {_MOST_PASSES} passes")
         if len(self.timesteps) > 1 and any(self.timestep not in call.names for call in self.calls):
-            raise ValueError(f"the timestep {self.timestep!r} is no input of the recorded calls")
+            raise ValueError(f"the timestep {self.timestep!r} is not an input of the recorded calls")
         for number, call in enumerate(self.calls):
             if any(call == other for other in self.calls[:number]):
                 raise ValueError("two of the recorded calls are the same")
@@ -161,13 +161,13 @@ class PlanFile(Schema):
 
 
 class CheckpointFile(PlanFile):
-    """The same in a checkpoint, which also says what the other files are."""
+    """The file in a checkpoint, where it also describes the other files."""
 
     dtype: FloatDtypeName
     dtypes: Annotated[dict[Name, FloatDtypeName], Field(max_length=100_000)]
     needs_model: Text | None = None
     infinite: list[Name] | None = None
     digests: list[Name | None] | None = None
-    graphs: list[Name | None] | None = None  # The same in files of before; see fxquant.storage.checkpoint.
+    graphs: list[Name | None] | None = None  # Digests in earlier files; see fxquant.storage.checkpoint.
     made_with: dict[Name, Name] | None = None
     files: dict[Name, Digest]

@@ -1,4 +1,17 @@
-"""Statistics of one observed value: for each timestep and channel the extremes, and a sample of rows."""
+"""Statistics of one observed value: for each timestep and channel the extremes, and a sample of rows.
+
+For each timestep there are exact per-channel extremes, a row count, and a small uniform sample of rows (tokens) from
+which quantiles and mean squared errors are estimated.
+
+Samples can be merged because every row has a random priority, independent and exponentially distributed, and the sample
+consists of the rows with the smallest priorities. So the sample is a function of the *set* of rows, and neither their
+order nor their split into calls and runs matters. Only the priorities of sampled rows are ever drawn: the k smallest of
+n exponentials are cumulative sums of ``E_j / (n - j)`` with independent unit exponentials ``E_j`` (Rényi, "On the
+theory of order statistics", 1953), and the rows that they belong to are a random k-permutation.
+
+Memory: ``T * (4 * C * (R + 2) + 8 * (R + 2))`` bytes per value, for T timesteps, C channels and R rows, without second
+moments.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +33,12 @@ _SAMPLED_VALUES = 16_384  # Enough for the tails of a distribution over all time
 
 
 def rows_to_sample(channels: int) -> int:
-    """Rows kept for each key and timestep unless the caller says otherwise: about 16,384 values, 8 to 1,024 rows."""
+    """Default number of rows kept for each key and timestep: about 16,384 values, 8 to 1,024 rows."""
     return max(_FEWEST_ROWS, min(_MOST_ROWS, _SAMPLED_VALUES // channels))
 
 
-# Up to this many elements (16 MiB of float32, about a millisecond) a value on the CPU is reduced by this thread alone.
-# A parallel region waits until each of its threads was scheduled: many milliseconds where the cores are shared.
+# The calling thread alone reduces a value on the CPU of up to this many elements (16 MiB of float32, about a
+# millisecond). A parallel region waits until each of its threads is scheduled: many milliseconds if cores are shared.
 _SERIAL_ELEMENTS = 1 << 22
 
 
@@ -36,8 +49,8 @@ class ChannelStatistics:
 
     Args:
         key: name of the observed value; errors cite it, and its random stream depends on it.
-        num_rows: rows (tokens) sampled at each timestep; None for as many as :func:`rows_to_sample` says.
-        seed: of the row sample. Runs that are to be merged need different seeds where they share timesteps.
+        num_rows: rows (tokens) sampled at each timestep; None for the number that :func:`rows_to_sample` gives.
+        seed: seed of the row sample. Runs that will be merged need different seeds if they share timesteps.
 
     Raises:
         ConfigurationError: ``num_rows`` is not positive.
@@ -50,11 +63,11 @@ class ChannelStatistics:
         self.num_rows = num_rows
         self.seed = seed
         self.seeds: frozenset[int] = frozenset()
-        """Seeds that have picked rows, those of merged runs included."""
+        """Seeds that have picked rows, including those of merged runs."""
         self.channels = 0
         """C, or 0 as long as nothing was recorded."""
         self.moments: SecondMoments | None = None
-        """How the channels go together, if :class:`Statistics` was told to record that."""
+        """Second moments of the channels, if :class:`~fxquant.statistics.collection.Statistics` records them."""
         self._entries: dict[float, Entry] = {}
         digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=16).digest()
         self._philox_key = np.frombuffer(digest, dtype="<u8")
@@ -69,23 +82,23 @@ class ChannelStatistics:
     # Recording
 
     def record(self, x: Tensor, timestep: Tensor, axis: int = -1, moments: bool = False) -> None:
-        """Take in one value; every position but the channel is a row of its sample.
+        """Record one value; each position along the other axes than the channel axis is one row.
 
         Args:
             x: ``[k * B, ...]`` of any real dtype on any device, with C channels along ``axis``.
-            timestep: number (0-d) or ``[1]`` for all samples; ``[B]`` for one a sample, where each timestep covers k
+            timestep: number (0-d) or ``[1]`` for all samples; ``[B]`` for one per sample, where each timestep covers k
                 consecutive entries of ``x`` (frames folded into the batch: k frames of each of B videos); or ``[B, N]``
-                for one a token of a value ``[B, N, ...]``. Rows that belong to several timesteps, such as those of
-                prompts of several samples in one row, count at each of these: extremes are never too narrow.
-            axis: the channel axis of ``x``; not the leading one.
+                for one per token of a value ``[B, N, ...]``. Rows that belong to several timesteps, such as rows with
+                prompts of several samples, count at each of these timesteps, so extremes are never too narrow.
+            axis: the channel axis of ``x``; not the leading axis.
             moments: whether to record :attr:`moments` too.
 
         Raises:
-            CalibrationError: ``x`` has no such axis or other channels than before, or there is no timestep; nothing was
-                recorded.
+            CalibrationError: ``x`` has no such axis or another number of channels than before, or there is no timestep;
+                nothing was recorded.
             NonFiniteError: ``x`` or ``timestep`` holds NaN or infinity; nothing was recorded.
         """
-        # Buffers made under inference mode could not be updated in place outside of it.
+        # Buffers that are made under inference mode cannot be updated in place outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._record(x, timestep, axis, moments)
 
@@ -93,7 +106,7 @@ class ChannelStatistics:
         if not (-x.dim() <= axis < x.dim()) or x.dim() < 2 or axis % x.dim() == 0:
             raise CalibrationError(
                 f"cannot record {self.key!r}: a value of shape {list(x.shape)} has no channel axis {axis} "
-                "behind a leading batch axis"
+                "after a leading batch axis"
             )
         # A view; only the sampled rows are ever copied.
         x = x.movedim(axis, -1)
@@ -134,14 +147,14 @@ class ChannelStatistics:
     def _samples_by_timestep(self, timestep: Tensor, shape: torch.Size) -> dict[float, npt.NDArray[np.intp]]:
         """The positions along the leading axis of a value of ``shape`` that belong to each timestep.
 
-        A position of which that cannot be told, or that several tokens with timesteps of their own went into, belongs
-        to all timesteps that it may have.
+        A position belongs to all timesteps that it may have if its timestep is unknown, or if it was computed from
+        several tokens that have their own timesteps.
         """
         moments = timestep.detach().to("cpu", torch.float64).numpy() + 0.0  # -0.0 becomes 0.0
         if not moments.size:
             raise CalibrationError(
                 f"cannot record {self.key!r}: the timestep has shape {list(timestep.shape)} and holds no number; pass "
-                "the model one timestep a sample, or one for all"
+                "the model one timestep per sample, or one for all"
             )
         if not np.isfinite(moments).all():
             raise NonFiniteError(f"cannot record {self.key!r}: its timestep {moments.flatten().tolist()} is not finite")
@@ -158,7 +171,7 @@ class ChannelStatistics:
         """Minimum and maximum ``[C]`` of each group of samples of ``x``, float32 on the CPU."""
         first = 0 if len(groups) == 1 else 1
         inner = tuple(range(first, x.dim() - 1))
-        if not inner:  # torch would read no axes as all axes
+        if not inner:  # torch reads an empty tuple of axes as all axes
             low, high = x, x
         elif x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.numel() <= _SERIAL_ELEMENTS:
             array = x.detach().numpy()
@@ -174,7 +187,7 @@ class ChannelStatistics:
     def _add_moments(
         self, x: Tensor, moment: float, samples: npt.NDArray[np.intp], per_sample: int, seen: int, most: int
     ) -> None:
-        """Let at most so many rows of ``samples`` in ``x`` (channels last) enter the second moments."""
+        """Add at most ``most`` rows of ``samples`` in ``x`` (channels last) to the second moments."""
         if self.moments is None:
             self.moments = SecondMoments(self.channels, x.device)
         n = len(samples) * per_sample
@@ -184,9 +197,9 @@ class ChannelStatistics:
         self.moments.add(x.reshape(-1, self.channels)[torch.from_numpy(rows).to(x.device)], moment)
 
     def _stream(self, moment: float, count: int, purpose: int = 0) -> np.random.Generator:
-        """Random numbers that are a function of seed, key, timestep and the rows seen there so far, and nothing else.
+        """Random numbers that depend only on seed, key, timestep, the rows seen there so far, and ``purpose``.
 
-        So a rerun draws the same ones, and it does not matter what came in between at other timesteps or keys.
+        So a rerun draws the same numbers, whatever was recorded in between at other timesteps or keys.
         """
         where = int(np.float64(moment).view(np.uint64))
         counter = np.array([0, purpose, count, where], dtype=np.uint64)
@@ -196,7 +209,7 @@ class ChannelStatistics:
     def _sample(
         entry: Entry, stream: np.random.Generator, x: Tensor, samples: npt.NDArray[np.intp], per_sample: int
     ) -> None:
-        """Let the rows of ``samples`` in ``x`` (channels last, ``per_sample`` rows each) compete for their entry."""
+        """Let the rows of ``samples`` in ``x`` (channels last, ``per_sample`` rows each) compete for slots."""
         n = len(samples) * per_sample
         k = min(n, len(entry.priorities))
         # The k smallest of n exponential priorities in ascending order, without drawing the other n - k.
@@ -216,10 +229,10 @@ class ChannelStatistics:
     # Merging
 
     def merge(self, other: ChannelStatistics) -> None:
-        """Take in another run over other data, as if this run had seen both.
+        """Merge another run over other data, as if this run had seen the data of both.
 
         Extremes and counts are exactly those of one run; the sample has the same distribution. Merging is commutative
-        and associative. ``other`` stays as it is.
+        and associative. ``other`` does not change.
 
         Raises:
             ConfigurationError: see :meth:`check_mergeable`.
@@ -242,7 +255,7 @@ class ChannelStatistics:
                 self.moments.merge(other.moments)
 
     def check_mergeable(self, other: ChannelStatistics) -> None:
-        """Return if :meth:`merge` would succeed.
+        """Check that :meth:`merge` would succeed.
 
         Raises:
             ConfigurationError: the runs sample different numbers of rows, or share a seed at a common timestep, so that
@@ -313,19 +326,19 @@ class ChannelStatistics:
     def rows(self) -> Tensor:
         """The sampled rows of all timesteps, one after the other: ``[n, C]`` float32, n <= T R.
 
-        Every timestep weighs the same once it saw R rows, however often calibration visited it.
+        All timesteps that saw at least R rows have the same weight, however often calibration visited them.
         """
         samples = self.rows_by_timestep
         return torch.cat(samples) if samples else torch.empty(0, self.channels, dtype=torch.float32)
 
     @property
     def rows_per_timestep(self) -> int:
-        """The most rows that are kept at each timestep."""
+        """R, the most rows that are kept at each timestep."""
         return self.num_rows or rows_to_sample(max(self.channels, 1))
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, as given in the module's docstring."""
+        """Bytes held: those given in the module's docstring, plus the second moments."""
         rows = self.rows_per_timestep
         moments = self.moments.nbytes if self.moments else 0
         return len(self._entries) * (4 * self.channels * (rows + 2) + 8 * (rows + 2)) + moments
@@ -333,7 +346,7 @@ class ChannelStatistics:
     # Storage
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What a file holds of one key: ``rows`` is ``[T, R, C]`` by priority ``[T, R]``, infinite where empty."""
+        """What a file holds of one key; ``rows`` ``[T, R, C]`` in order of priority ``[T, R]``, infinite if empty."""
         entries = self._sorted()
         orders = [np.argsort(entry.priorities, kind="stable") for entry in entries]
         pairs = list(zip(entries, orders, strict=True))
@@ -348,7 +361,7 @@ class ChannelStatistics:
         }
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the state that :meth:`_tensors` gave.
+        """Restore the state that :meth:`_tensors` returned.
 
         Raises:
             ValueError: shapes or dtypes do not fit together.

@@ -1,19 +1,12 @@
-"""What calibration remembers of the values it observed, and nothing about how they will be quantized.
+"""Statistics of all values that calibration observed, by key, and the file that they are saved in.
 
-An ``fxquant::observe(x, timestep, key, axis)`` node hands each observed value to :meth:`Statistics.record`. Statistics
-are kept per timestep as they come; which timesteps later share a bin, a scale or a shift is decided elsewhere. For
-each key and timestep there are exact per-channel extremes, a row count, and a small uniform sample of rows (tokens)
-from which quantiles and mean squared errors are estimated.
+An ``fxquant::observe(x, timestep, key, axis)`` node passes each observed value to :meth:`Statistics.record`. The
+statistics contain nothing about how the values will be quantized. They are kept per timestep as they come; other code
+decides which timesteps later share a bin, a scale or a shift. :mod:`fxquant.statistics.channels` describes what is kept
+for each key and timestep.
 
-Why the sample can be merged: every row that passes by has a random priority, independent and exponentially
-distributed, and the sample is the rows with the smallest ones. That is a function of the *set* of rows, so neither
-their order nor how they were split into calls and runs matters. Only the winners' priorities are ever drawn: the k
-smallest of n exponentials are cumulative sums of ``E_j / (n - j)`` with independent unit exponentials ``E_j`` (Rényi,
-"On the theory of order statistics", 1953), and which rows they belong to is a random k-permutation.
-
-Memory: ``T * (4 * C * (R + 2) + 8 * (R + 2))`` bytes a key, for T timesteps, C channels and R rows. All observed
-linears of DiT-XL/2 at 50 timesteps and the default R take 0.67 GB. It grows with the number of *different*
-timesteps, so calibrate on the sampler's own schedule rather than on random continuous times.
+Memory: all observed linears of DiT-XL/2 at 50 timesteps and the default number of rows take 0.67 GB. Memory grows with
+the number of *different* timesteps, so calibrate on the sampler's own schedule rather than on random continuous times.
 """
 
 from __future__ import annotations
@@ -41,7 +34,7 @@ _TENSORS = (
 
 
 class _NeverReachedError(CalibrationError, KeyError):
-    """Also a ``KeyError``, which is what the mixin methods of ``Mapping`` (``get``, ``in``) wait for."""
+    """It is also a ``KeyError``, because the mixin methods of ``Mapping`` (``get``, ``in``) catch this type."""
 
     __str__ = Exception.__str__  # KeyError would print the message as a quoted literal
 
@@ -50,9 +43,10 @@ class Statistics(Mapping[str, ChannelStatistics]):
     """All that one calibration run recorded: a mapping from the key of an observed value to its statistics.
 
     Args:
-        num_rows: rows (tokens) sampled for each key and timestep; None for as many as :func:`rows_to_sample` says.
-        seed: of the row samples. The same model, data and seed give identical statistics.
-        transient: whether nobody wants them afterwards, so that large parts may be dropped once they are used.
+        num_rows: rows (tokens) sampled for each key and timestep; None for the number that
+            :func:`~fxquant.statistics.channels.rows_to_sample` gives.
+        seed: seed of the row samples. The same model, data and seed give identical statistics.
+        transient: whether the statistics are not needed afterwards, so that large parts may be dropped after use.
 
     Raises:
         ConfigurationError: ``num_rows`` is not positive.
@@ -65,7 +59,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         self.seed = seed
         self.transient = transient
         self.wants_moments: Callable[[str], bool] = lambda key: False
-        """Of which values to record second moments, ``[C, C]`` each; calibration asks for what the recipe needs."""
+        """Whether to record second moments ``[C, C]`` for a key; calibration sets it to what the recipe needs."""
         self._by_key: dict[str, ChannelStatistics] = {}
 
     def __getitem__(self, key: str) -> ChannelStatistics:
@@ -79,8 +73,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
         except KeyError:
             raise _NeverReachedError(
                 f"calibration never reached layer {key!r} ({len(self._by_key)} others were recorded). Calibrate with "
-                "calls that use it: the same optional inputs, guidance and schedule as at run time. Or leave it out of "
-                "the recipe."
+                "calls that use it: the same optional inputs, guidance and schedule as at run time. Or leave the layer "
+                "out of the recipe."
             ) from None
 
     def __iter__(self) -> Iterator[str]:
@@ -99,7 +93,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         return ChannelStatistics(key, num_rows=self.num_rows, seed=self.seed)
 
     def record(self, key: str, x: Tensor, timestep: Tensor, axis: int = -1) -> None:
-        """Take in one observed value; see :meth:`ChannelStatistics.record`.
+        """Record one observed value; see :meth:`ChannelStatistics.record`.
 
         Raises:
             CalibrationError: the shape of ``x`` or of ``timestep`` does not fit; nothing was recorded.
@@ -111,36 +105,36 @@ class Statistics(Mapping[str, ChannelStatistics]):
             self._by_key[key] = statistics
 
     def merge(self, other: Statistics) -> None:
-        """Take in another run over other data; see :meth:`ChannelStatistics.merge`. ``other`` stays as it is.
+        """Merge another run over other data; see :meth:`ChannelStatistics.merge`. ``other`` does not change.
 
         Raises:
             ConfigurationError: the runs sample different numbers of rows, or share a seed at a common timestep.
             CalibrationError: the channels of a key differ, or the statistics of one are sealed.
         """
         merged = {key: self._by_key.get(key) or self._new(key) for key in other}
-        for key, ours in merged.items():  # all before any, so that an error leaves this run as it was
+        for key, ours in merged.items():  # check all before merging any, so that an error leaves this run unchanged
             ours.check_mergeable(other[key])
         for key, ours in merged.items():
             ours.merge(other[key])
         self._by_key.update(merged)
 
     def combine(self, keys: Iterable[str], name: str) -> None:
-        """Let several values that were recorded have statistics together, under a name of their own.
+        """Combine the statistics of several recorded values under a separate key.
 
         Args:
-            keys: of the values, which have the same channels; their own statistics stay.
-            name: key of what they have together; what was there before is replaced.
+            keys: keys of the values, which have the same channels; their own statistics stay.
+            name: key of the combined statistics; replaces what was there before.
 
         Raises:
             CalibrationError: nothing was recorded under a key.
         """
         together = self._new(name)
-        for key in keys:  # Each drew its rows with random numbers of its own, so the samples compete fairly.
+        for key in keys:  # Each value drew its rows with its own random numbers, so the samples compete fairly.
             together._take(self[key])
         self._by_key[name] = together
 
     def seal(self) -> None:
-        """Let second moments take half the room; nothing can be recorded, merged or saved after that."""
+        """Halve the memory of the second moments; nothing can be recorded, merged or saved after that."""
         for statistics in self._by_key.values():
             if statistics.moments is not None:
                 statistics.moments.seal()
@@ -159,7 +153,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         return sum(statistics.nbytes for statistics in self._by_key.values())
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file, from which recording and merging can go on."""
+        """Write everything to one safetensors file, from which recording and merging can continue."""
         tensors = {
             f"{key}.{name}": tensor
             for key, statistics in self._by_key.items()
@@ -179,7 +173,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         """Read what :meth:`save` wrote.
 
         Raises:
-            CheckpointError: the file is missing, damaged, not of this kind, or of a newer format.
+            CheckpointError: the file is missing, damaged, not a file of statistics, or has a newer format.
         """
         try:
             with safe_open(path, framework="pt", device="cpu") as file:

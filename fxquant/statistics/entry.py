@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-EMPTY = np.inf  # the priority of a slot that holds no row: every row beats it
+EMPTY = np.inf  # the priority of a slot that holds no row: every row has a smaller one
 
 
 @dataclass(slots=True)
@@ -37,13 +37,13 @@ class Entry:
         return cls(
             minimum=torch.full((channels,), torch.inf, dtype=torch.float32),
             maximum=torch.full((channels,), -torch.inf, dtype=torch.float32),
-            # Made by numpy, which asks for zeroed pages, where torch would fill them in a parallel region.
+            # Made by numpy, which requests zeroed pages; torch would fill the pages in a parallel region.
             rows=torch.from_numpy(np.zeros((num_rows, channels), dtype=np.float32)),
             priorities=np.full(num_rows, EMPTY),
         )
 
     def widen(self, minimum: Tensor, maximum: Tensor, count: int) -> None:
-        """Take in the extremes ``[C]`` of ``count`` further rows."""
+        """Include ``count`` further rows with these extremes ``[C]``."""
         torch.minimum(self.minimum, minimum, out=self.minimum)
         torch.maximum(self.maximum, maximum, out=self.maximum)
         self.count += count
@@ -51,12 +51,12 @@ class Entry:
     def compete(
         self, priorities: npt.NDArray[np.float64], fetch: Callable[[npt.NDArray[np.intp]], Iterable[Tensor]]
     ) -> None:
-        """Keep the R smallest of the present and the challenging priorities.
+        """Keep the rows with the R smallest priorities among the present rows and new ones.
 
         Args:
-            priorities: ``[n]`` of the challengers.
-            fetch: given the positions ``[m]`` of the challengers that won, their rows, m times ``[C]``. It is not
-                called when none did, which soon becomes the usual case.
+            priorities: priorities of the new rows, ``[n]``.
+            fetch: takes the positions ``[m]`` of the new rows to keep, and returns these rows, m times ``[C]``. It is
+                not called if no new row is kept, which soon becomes the usual case.
         """
         size = len(self.priorities)
         kept = np.argsort(np.concatenate((self.priorities, priorities)), kind="stable")[:size]
@@ -72,11 +72,11 @@ class Entry:
         self.priorities[slots] = priorities[winners]
 
     def absorb(self, other: Entry) -> None:
-        """Take in all that another entry saw; ``other`` stays as it is."""
+        """Include everything that another entry saw; ``other`` does not change."""
         self.widen(other.minimum, other.maximum, other.count)
         self.compete(other.priorities, lambda winners: other.rows[torch.from_numpy(winners)])
 
     def sample(self) -> Tensor:
-        """The sampled rows ``[n, C]``, n <= R, by priority: the same whatever order they came in."""
+        """The sampled rows ``[n, C]``, n <= R, in order of priority, whatever order they were recorded in."""
         order = np.argsort(self.priorities, kind="stable")
         return self.rows[torch.from_numpy(order[: np.count_nonzero(np.isfinite(self.priorities))])]

@@ -1,8 +1,8 @@
-"""Second moments of observed values: how their channels go together, for rounding that weighs errors by it.
+"""Second moments of observed values (how their channels correlate), for rounding that weights errors by them.
 
-A matrix of all pairs of channels is as large as a weight and costs as much to update as a layer to run, so only what a
-recipe asks for is recorded, and of each call at most so many rows. As it is symmetric, the upper triangle is kept, in
-bands of rows, which take little more than half of it.
+A matrix of all pairs of channels is as large as a weight, and updating it costs as much as running a layer. So only
+what a recipe asks for is recorded, from at most :data:`ROWS_PER_CALL` rows of each call. The matrix is symmetric, so
+only the upper triangle is kept, in bands of rows, which take little more than half of the memory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from fxquant.errors import CalibrationError
 
 ROWS_PER_CALL = 1024
-"""The most rows of one call that enter; the others would cost much and tell little more."""
+"""The most rows of one call that are recorded; more rows would cost much and add little information."""
 
 _BAND = 256  # Rows of the matrix that are kept and updated together.
-_MOST = 2.0**40  # Of what float32 sums are made of: the squares of 2^46 such values still add up to a number.
+_MOST = 2.0**40  # The largest value for float32 sums: the sum of the squares of 2^46 such values is still finite.
 
 
 class SecondMoments:
@@ -26,15 +26,16 @@ class SecondMoments:
 
     Attributes:
         channels: C.
-        scale: Once :meth:`seal` was called, the roots of the diagonal, ``[C]``; what is held are correlations in
-            float16 then, and sums of x x^T before: in float32, and in float64 as soon as a square could overflow.
-        sums: By timestep the sum of the rows, float64 ``[C]``.
-        counts: By timestep the number of rows.
+        scale: The square roots of the diagonal, ``[C]``, once :meth:`seal` was called; None before. Before the call,
+            the object holds sums of x x^T in float32, or in float64 once a square could overflow; after the call, it
+            holds correlations in float16.
+        sums: Sum of the rows by timestep, float64 ``[C]``.
+        counts: Number of rows by timestep.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.channels = channels
-        # All in one piece: small pieces would leave holes in memory behind when they are let go of.
+        # One allocation, because freeing many small ones would fragment the memory.
         size = sum(rows * columns for rows, columns in _shapes(channels))
         self._held = torch.zeros(size, dtype=torch.float32, device=device)
         self.scale: Tensor | None = None
@@ -42,7 +43,7 @@ class SecondMoments:
         self.counts: dict[float, int] = {}
 
     def add(self, rows: Tensor, timestep: float) -> None:
-        """Take in rows ``[n, C]`` seen at one timestep."""
+        """Add rows ``[n, C]`` seen at one timestep."""
         self.check_open()
         rows = rows.to(torch.float32)
         total = rows.sum(dim=0, dtype=torch.float64)
@@ -59,7 +60,7 @@ class SecondMoments:
         self._held = self._held.double()
 
     def merge(self, other: SecondMoments) -> None:
-        """Take in what another run saw."""
+        """Add what another run saw."""
         self.check_open()
         other.check_open()
         if other._held.dtype == torch.float64:
@@ -72,10 +73,10 @@ class SecondMoments:
             self.counts[timestep] = self.counts.get(timestep, 0) + other.counts[timestep]
 
     def seal(self) -> None:
-        """Take half the room: from now on nothing can be added.
+        """Halve the memory; nothing can be added after that.
 
-        Correlations, -1 to 1, are rounded to float16, by at most 2^-12 of the two channels' root mean squares: far less
-        than what another sample of rows would change.
+        Correlations, -1 to 1, are rounded to float16. The error is at most 2^-12 of the two channels' root mean
+        squares, far less than the change from another sample of rows.
         """
         if self.scale is not None:
             return
@@ -88,16 +89,15 @@ class SecondMoments:
             sealed.copy_(band * inverse[start : start + len(band), None] * inverse[start:])
 
     def check_open(self) -> None:
-        """Return if rows can be added to these moments, and they can be stored.
+        """Check that rows can be added to these moments and that they can be stored.
 
         Raises:
             CalibrationError: They are sealed.
         """
-        if self.scale is not None:  # What is held is divided by it.
+        if self.scale is not None:  # The values held are divided by the scale.
             raise CalibrationError(
                 "these statistics were reduced to what rounding needs, so they can be neither saved nor added to; to "
-                "keep statistics, let them be recorded in ones of your own: fxquant.compile(..., "
-                "statistics=fxquant.Statistics())"
+                "keep statistics, pass your own: fxquant.compile(..., statistics=fxquant.Statistics())"
             )
 
     @property
@@ -107,12 +107,12 @@ class SecondMoments:
 
     @property
     def bands(self) -> list[Tensor]:
-        """Rows of the upper triangle: band i is ``[256, C - 256 i]``, the last one lower; views."""
+        """Views of the upper triangle's rows: band i is ``[256, C - 256 i]``; the last band may have fewer rows."""
         return _pieces(self._held, _shapes(self.channels))
 
     @property
     def matrix(self) -> Tensor:
-        """The sums of x x^T, float64 ``[C, C]``, put together anew."""
+        """The sums of x x^T, float64 ``[C, C]``, as a new tensor."""
         whole = torch.empty(self.channels, self.channels, dtype=torch.float64, device=self._held.device)
         for number, band in enumerate(self.bands):
             start = number * _BAND
@@ -127,7 +127,7 @@ class SecondMoments:
         return whole
 
     def of(self, factor: Tensor | None = None, shifts: Mapping[float, Tensor] | None = None) -> Tensor:
-        """Moments of the rows after each was shifted by its timestep and divided per channel: E[y y^T], float64.
+        """Moments E[y y^T], float64, of the rows after the shift of their timestep and the division per channel.
 
         Args:
             factor: b in ``y = (x - z) / b``, ``[C]``; 1 if None.
@@ -159,7 +159,7 @@ class SecondMoments:
     # Storage
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of all that a file has to hold.
+        """Name and tensor of everything that a file has to hold.
 
         Raises:
             CalibrationError: They are sealed.
@@ -172,7 +172,7 @@ class SecondMoments:
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor]) -> SecondMoments:
-        """Take the state that :meth:`tensors` gave.
+        """Make moments from the state that :meth:`tensors` gave.
 
         Raises:
             ValueError: Shapes or dtypes do not fit together.

@@ -1,8 +1,8 @@
-"""Whether the files of a checkpoint belong together, checked before and after its model is built.
+"""Check that the files of a checkpoint belong together, before and after its model is built.
 
-Before: the plan, the config and the header of the tensors have to speak of layers of the same sizes, so that no file
-makes fxquant build what the others do not hold. Afterwards: the tensors have to be such as compiling makes, scales
-positive and codes in range, and those that follow from the plan have to be what it says.
+Before: the plan, the config and the header of the tensors must describe layers of the same sizes, so that no file makes
+fxquant build layers that the other files do not hold. After: the tensors must be valid results of compilation (positive
+scales, codes in range), and tensors that follow from the plan must have the values that the plan gives.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 
 _LARGEST_HEADER = 32 << 20
-_SPARE_MODULES = 1000  # Of models that hold parts without tensors, or that no call runs.
+_SPARE_MODULES = 1000  # For parts of models that have no tensors, or that no call runs.
 _MODULES_A_TENSOR = 20
 _SPARE_ELEMENTS = 1 << 24
 _LARGEST_NUMBER = 1 << 24
-_TOLERANCE = 1e-6  # Of scales, which another processor may round otherwise.
+_TOLERANCE = 1e-6  # Relative; for scales, which another processor may round differently.
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of one of its tensors.
+    """What a file says about one of its tensors.
 
     Attributes:
-        dtype: Its dtype, as safetensors names it.
-        shape: Its sizes.
+        dtype: The dtype, as safetensors names it.
+        shape: The sizes.
     """
 
     dtype: str
@@ -55,7 +55,7 @@ class Header:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """How many numbers the tensor holds."""
         total = 1
         for size in self.shape:
             total *= size
@@ -63,10 +63,10 @@ class Header:
 
 
 def read_headers(path: Path) -> dict[str, Header]:
-    """Names and shapes of the tensors of a file, which are not read.
+    """Read the dtypes and shapes of the tensors of a file by name, without the tensors themselves.
 
     Raises:
-        CheckpointError: If the file is no safetensors, or its header is larger than any that fxquant writes.
+        CheckpointError: If the file is not safetensors, or its header is larger than any header that fxquant writes.
     """
     try:
         with path.open("rb") as file:
@@ -88,7 +88,7 @@ def check_headers(plan: Plan, headers: Mapping[str, Header]) -> None:
     """Compare the layers of a plan with the tensors that a file says it holds.
 
     Raises:
-        CheckpointError: Names the first layer and tensor that do not fit.
+        CheckpointError: Names the first tensor that does not fit.
     """
     fitting: dict[str, set[tuple[int, ...]]] = {}
     for name, layer in plan.quantized():
@@ -96,13 +96,13 @@ def check_headers(plan: Plan, headers: Mapping[str, Header]) -> None:
             # A layer that runs several times may have its weight in several precisions.
             fitting.setdefault(f"{name.partition('@')[0]}.weight_{part}", set()).add(shape)
     for name, shapes in fitting.items():
-        # Where the model has a tensor of that name, or a layer runs in two precisions, further ones are numbered.
+        # If the model has a tensor of that name, or a layer runs in two precisions, further tensors get numbers.
         numbered = takewhile(headers.__contains__, (f"{name}_{number}" for number in count(2)))
         found = [other for other in (name, *numbered) if other in headers]
         if found and not any(headers[other].shape in shapes for other in found):
             raise CheckpointError(
                 f"tensor {found[-1]!r} has shape {headers[found[-1]].shape}, and by the plan it has {min(shapes)}; "
-                "the two belong to different models"
+                "the tensors and the plan belong to different models"
             )
 
 
@@ -115,7 +115,7 @@ def _stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, int]]:
 
 
 def check_config(config: Any, headers: Mapping[str, Header]) -> None:
-    """Refuse a config with numbers that can be no sizes of a model with these tensors.
+    """Refuse a config with numbers that are too large to be sizes of a model with these tensors.
 
     Raises:
         CheckpointError: Names the number.
@@ -125,7 +125,7 @@ def check_config(config: Any, headers: Mapping[str, Header]) -> None:
     for value in pytree.tree_leaves(config):
         if isinstance(value, int) and abs(value) > limit:
             raise CheckpointError(
-                f"it holds the number {value}, and the largest size of any tensor of the checkpoint is {largest}"
+                f"it holds the number {value}, but the largest size of any tensor of the checkpoint is {largest}"
             )
 
 
@@ -133,7 +133,7 @@ def check_skeleton(skeleton: nn.Module, plan: Plan) -> None:
     """Compare the linears of a model without weights with the plan.
 
     Raises:
-        CheckpointError: Names the first that does not fit.
+        CheckpointError: Names the first linear that does not fit.
     """
     own = dict(weights_and_buffers(skeleton))
     for name, layer in plan.layers.items():
@@ -166,7 +166,7 @@ class _Budget:
         ):
             if built > limit:
                 raise CheckpointError(
-                    f"it makes a model far larger than the tensors of the checkpoint: more than {limit} {what}"
+                    f"it describes a model far larger than the tensors of the checkpoint: more than {limit} {what}"
                 )
 
 
@@ -175,14 +175,14 @@ _budget: ContextVar[_Budget | None] = ContextVar("fxquant_budget", default=None)
 
 @contextmanager
 def bounded(headers: Mapping[str, Header], layers: Iterable[LayerPlan] = ()) -> Iterator[None]:
-    """Stop whoever builds a model in this context (thread or task) from building far more than a file holds.
+    """Limit the size of a model that is built in this context (thread or task) by what a file holds.
 
     Args:
         headers: The tensors of the file.
-        layers: The layers that it has in codes.
+        layers: The layers that the file holds as codes.
 
     Raises:
-        CheckpointError: As soon as there are more modules, or more numbers in parameters, than the tensors account for.
+        CheckpointError: As soon as the model has far more modules, or numbers in parameters, than the file explains.
     """
     numbers = sum(layer.shape[0] * layer.shape[1] for layer in layers) + sum(h.elements for h in headers.values())
     token = _budget.set(_Budget(_SPARE_MODULES + _MODULES_A_TENSOR * len(headers), _SPARE_ELEMENTS + 8 * numbers))
@@ -198,7 +198,7 @@ def _count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         budget.count(module)
 
 
-# For good: torch may be walking over its hooks in another thread whenever one is added or removed.
+# The hook stays registered: another thread may iterate over torch's hooks while one is added or removed.
 register_module_module_registration_hook(_count)
 
 
@@ -219,21 +219,21 @@ _LOOKUPS = (
 
 
 def check_grids(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
-    """Check scales and zero points of a graph before they are bound to it.
+    """Check the scales and zero points of a graph before they are bound to it.
 
     Args:
-        module: A quantized graph of fake tensors, but for those that follow from the plan.
+        module: A quantized graph of fake tensors; only tensors that follow from the plan are real.
         tensors: The tensors by name.
 
     Raises:
-        CheckpointError: If a scale is not finite and positive, a zero point is no code, or one of them is not what
-            follows from the plan; names the tensor.
+        CheckpointError: If a scale is not finite and positive, a zero point is not a valid code, or one of them is not
+            what follows from the plan. Names the tensor.
     """
     for node in module.graph.nodes:
         for what, name, top in _grids_of(node):
             found, expected = tensors.get(name), get_tensor(module, name)
             if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-                continue  # Binding says so.
+                continue  # Binding the tensors reports this.
             if what == "scale" and not bool((found.isfinite() & (found > 0)).all()):
                 raise CheckpointError(f"tensor {name!r} holds scales that are not finite and positive")
             if what == "zero point" and found.numel() and not 0 <= int(found.min()) <= int(found.max()) <= top:
@@ -242,11 +242,11 @@ def check_grids(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
                 found.cpu().double(), expected.cpu().double(), rtol=_TOLERANCE, atol=0.0
             ):
                 continue
-            raise CheckpointError(f"tensor {name!r} is not what follows from the plan; the two belong to other models")
+            raise CheckpointError(f"tensor {name!r} is not what follows from the plan; they belong to different models")
 
 
 def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int]]:
-    """The scales and zero points that an op reads from tensors: which of both, the name, the largest code."""
+    """Yield each scale and zero point that an op reads from a tensor: which of the two, its name, the largest code."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not str(schema.name).startswith("fxquant::"):
         return
@@ -264,7 +264,7 @@ def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int]]:
 
 
 def _looked_up(argument: Any) -> str | None:
-    """The tensor that an argument is, or a row of which it looks up."""
+    """The name of the tensor that an argument is, or is looked up in; None if there is no such tensor."""
     while isinstance(argument, fx.Node) and argument.op == "call_function":
         name = str(getattr(argument.target, "_name", "")).removeprefix("aten::").partition(".")[0]
         if name not in _LOOKUPS:
@@ -274,17 +274,18 @@ def _looked_up(argument: Any) -> str | None:
 
 
 def infinite_in(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors that hold infinity, as masks do."""
+    """The names of the tensors that hold infinity. Masks hold it on purpose."""
     floats = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
     return sorted(name for name, tensor in floats if bool(tensor.isinf().any()))
 
 
 def check_finite(tensors: Mapping[str, Tensor], infinite: Iterable[str] | None) -> None:
-    """Refuse NaN in tensors, and infinity in those that are not known to hold some, as masks do.
+    """Refuse NaN in all tensors, and infinity in tensors that are not known to hold it. Masks hold it on purpose.
 
     Args:
         tensors: The tensors by name.
-        infinite: Those that held infinity when the checkpoint was written; None if it does not say.
+        infinite: Names of the tensors that held infinity when the checkpoint was written. None if it does not list
+            them; then infinity is not refused.
 
     Raises:
         CheckpointError: Names the tensor.

@@ -61,30 +61,30 @@ from fxquant.text import printable
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 FILES = (PLAN_FILE, *_DIGESTED)
-"""What a checkpoint consists of."""
+"""The files of a checkpoint."""
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
 def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs_model: bool = False) -> None:
-    """Write a quantized model to a folder, all of it or nothing.
+    """Write a quantized model to a folder, either completely or not at all.
 
-    A checkpoint holds no code: :func:`load` builds the model from its class and its config. Whether that gives the same
-    graphs is tried before anything is written. Models of one's own whose class has no ``from_config`` are always loaded
-    with ``model=``.
+    A checkpoint holds no code: :func:`load` builds the model from its class and its config. Before anything is written,
+    this function checks that loading gives the same graphs. Your own models whose class has no ``from_config`` are
+    always loaded with ``model=``.
 
     Args:
         model: What :func:`fxquant.compile` returned.
-        folder: Where to; made, with its parents.
-        overwrite: Replace a checkpoint that is there already. Folders with anything else in them are never replaced.
-        needs_model: Write it although its class and config do not give the model that was compiled. Reading it then
-            takes the float model, made as it was for compilation: ``load(folder, model=...)``.
+        folder: The folder to write; it is created, with its parents.
+        overwrite: Replace a checkpoint that is already there. Folders with anything else in them are never replaced.
+        needs_model: Write the model even if its class and config do not give the model that was compiled. Reading it
+            then needs the float model, made as it was for compilation: ``load(folder, model=...)``.
 
     Raises:
         ConfigurationError: If the model is not quantized.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files; or if loading would
-            build another model, with what differs.
-        WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
-            there stays.
+            build another model. Then the message says what differs.
+        WriteError: If the disk is full, the folder cannot be written, or another process wrote there in the meantime;
+            existing files stay.
     """
     model, plan = quantized_model(model, "save")
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
@@ -93,25 +93,25 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs
             raise CheckpointError(
                 f"loading would not build this {type(model.architecture.skeleton).__name__} again from its class and "
                 f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
-                "needs_model=True) and read it with fxquant.load(folder, model=...), given the float model"
+                "needs_model=True) and read it with fxquant.load(folder, model=...), passing the float model"
             )
         _write(model, plan, written, difference)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuse to write a checkpoint where something is that must stay.
+    """Refuse to write a checkpoint over something that must stay.
 
     Raises:
-        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
-            holds anything but a checkpoint.
+        CheckpointError: If the path is a file, a folder that is not empty while ``overwrite`` is not given, or a folder
+            that holds anything other than a checkpoint.
     """
     refuse_to_replace(folder, overwrite, FILES.__contains__, PLAN_FILE)
 
 
 def why_not_rebuilt(model: GraphModel) -> str | None:
-    """What differs between a model and the one that loading builds from its class and config, or None.
+    """What differs between a model and the one that loading builds from its class and config; None if nothing differs.
 
-    None also for models whose class makes none from a config: they are loaded with an instance.
+    Also None for models whose class cannot be built from a config: they are loaded with an instance.
     """
     skeleton = model.architecture.skeleton
     if not is_rebuilt(skeleton):
@@ -127,27 +127,27 @@ def why_not_rebuilt(model: GraphModel) -> str | None:
             if again.code != captured.code:
                 return _first_difference(captured, again)
     except CaptureError as error:
-        return f"what they give cannot be traced: {error.reason}"
+        return f"the model that they give cannot be traced: {error.reason}"
     except CheckpointError as error:
         return str(error)
     return None
 
 
 def _first_difference(captured: CapturedGraph, again: CapturedGraph) -> str:
-    """Where the graph of a rebuilt model is another one, by the module that it is in."""
+    """The path of the module at which the graph of a rebuilt model first differs, with possible causes."""
     pairs = zip_longest(captured.code, again.code)
     number = next(number for number, (left, right) in enumerate(pairs) if left != right)
     nodes = list(again.module.graph.nodes)
     stack = list(nodes[min(number, len(nodes) - 1)].meta.get("nn_module_stack", {}).values())
     where = stack[-1][0] if stack and stack[-1][0] else "the model"
     return (
-        f"{where} was changed after it was constructed: its code, its options, or a cache that a call has filled (then "
-        "compile a model that was not called before)"
+        f"{where} was changed after it was constructed: its code, its options, or a cache that a call filled (in the "
+        "last case, compile a model that was not called before)"
     )
 
 
 def _other_kept(made: Mapping[str, Tensor], had: Mapping[str, Tensor]) -> str | None:
-    """The first tensor of an attribute that a graph of a rebuilt model reads and the model has otherwise."""
+    """Describe the first tensor in an attribute that a graph reads and the rebuilt model has in another form."""
     for name in made.keys() & had.keys():
         left, right = had[name], made[name]
         if (left.shape, left.dtype) != (right.shape, right.dtype):
@@ -159,9 +159,9 @@ def _other_kept(made: Mapping[str, Tensor], had: Mapping[str, Tensor]) -> str | 
 
 
 def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:
-    """Dtypes of the original's floating-point tensors where they are not that of the model.
+    """Dtypes of the original's floating-point tensors that differ from the dtype of the model.
 
-    Of those that it keeps in attributes, which conversions of a model leave alone, where they are not float32.
+    For tensors in attributes, which conversions of a model do not change: dtypes that differ from float32.
     """
     skeleton = model.architecture.skeleton
     found = {name: tensor.dtype for name, tensor in weights_and_buffers(skeleton) if tensor.dtype != model.dtype}
@@ -176,7 +176,7 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
         held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
         for name, tensor in held.items():
             tensors.setdefault(name, tensor)
-    check_finite(tensors, None)  # Whatever is written is read again.
+    check_finite(tensors, None)  # Loading would refuse NaN.
     write_tensors(tensors, folder / TENSORS_FILE)
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
@@ -209,17 +209,17 @@ def load(
 
     Args:
         folder: What :func:`save` wrote.
-        backend: Another backend than the one it was compiled for.
-        device: Where the tensors go.
+        backend: A backend other than the one that the model was compiled for.
+        device: The device for the tensors.
         model: For a model that is not from diffusers: its class (with ``from_config``), or an instance of it.
 
     Raises:
-        CheckpointError: If a file is missing, damaged, unsafe, of a newer format or of another model.
+        CheckpointError: If a file is missing, damaged, unsafe, of a newer format or from another model.
         UnknownNameError: If there is no such backend.
         BackendError: If the backend cannot run the model.
         ConfigurationError: If ``model`` is neither a class with ``from_config`` nor a model in evaluation mode, went
             through ``torch.compile`` or has hooks; or if there is no such device here.
-        AlreadyCompiledError: If ``model`` is one that fxquant made.
+        AlreadyCompiledError: If fxquant made ``model``.
     """
     folder, device = Path(folder), usable_device(device)
     runner = None if backend is None else resolve_backend(backend)
@@ -262,14 +262,14 @@ def load(
         for captured in quantized.captured:
             check_grids(captured.module, tensors)
         bind_all(quantized, tensors)
-    tensors.clear()  # What the backend holds in another form is freed as it goes.
+    tensors.clear()  # Frees each tensor as soon as the backend has converted it.
     lower_all(quantized)
     give_back_memory()
     return quantized
 
 
 def _versions() -> dict[str, str]:
-    """The packages on which the graph of a model depends."""
+    """Versions of the packages on which the graph of a model depends."""
     return {name: version(name) for name in ("torch", "diffusers")}
 
 
@@ -277,9 +277,9 @@ def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) 
     """Compare the graphs with those that were quantized: the code of a model may have changed, or its config.
 
     Raises:
-        CheckpointError: If they differ, and the versions of what traced them do not.
+        CheckpointError: If the graphs differ, but the versions of the packages that traced them do not.
     """
-    # Earlier files have graphs of one batch size as they were traced with an open one, with ops that do nothing.
+    # Earlier files describe graphs of one batch size as traced with an open batch, including ops that do nothing.
     before = data.get("digests") is None
     recorded, made_with = data.get("graphs" if before else "digests"), data.get("made_with")
     if not recorded:
@@ -291,12 +291,12 @@ def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) 
     if model is None and made_with == _versions():
         raise CheckpointError(
             f"the model that {CONFIG_FILE} and the plan describe computes something else than the one that was "
-            "quantized: one of them was edited. Copy the checkpoint again"
+            "quantized: one of these files was edited. Copy the checkpoint again"
         )
     told = ", ".join(f"{name} {number}" for name, number in (made_with or {}).items())
     warnings.warn(
-        f"the model's code computes something else than when it was quantized (with {told}), or the same in another "
-        "way; compare some images, and quantize it again if they differ",
+        f"the model's code computes something else than when it was quantized (with {told}), or the same in a "
+        "different way; compare some images, and quantize the model again if they differ",
         QualityWarning,
         stacklevel=3,
     )
@@ -305,11 +305,11 @@ def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) 
 def _other_model(plan: Plan, model: Any) -> str:
     """Why a checkpoint and the model that it is loaded into may differ, and what to do."""
     if model is not None:
-        return "model= is another model than the one that was quantized; pass that one"
+        return "model= is another model than the one that was quantized; pass the one that was quantized"
     return (
         "Either the checkpoint was edited, or modules of the model were replaced or shared after it was built, or "
-        f"the installed diffusers builds a {plan.model_class.partition(':')[2]} otherwise than the one that it was "
-        "quantized with. Pass a model that is built as that one was: fxquant.load(folder, model=...)"
+        f"the installed diffusers builds a {plan.model_class.partition(':')[2]} differently from the version that it "
+        "was quantized with. Pass a model that is built as it was then: fxquant.load(folder, model=...)"
     )
 
 
@@ -339,7 +339,7 @@ def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, He
 def _class_of(plan: Plan, folder: Path) -> Any:
     with blaming(folder / PLAN_FILE):
         module, _, name = plan.model_class.partition(":")
-        if module != "diffusers":  # Importing whatever a file names would run code that a stranger chose.
+        if module != "diffusers":  # Importing a module that a file names could run untrusted code.
             raise CheckpointError(
                 f"{folder} holds a {name} from {module}, which is not a diffusers model; "
                 "pass its class or an instance: fxquant.load(folder, model=...)"
@@ -348,7 +348,7 @@ def _class_of(plan: Plan, folder: Path) -> Any:
 
 
 def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
-    """Give a skeleton the dtypes of the model that was compiled, whatever its class makes."""
+    """Give a skeleton the dtypes of the model that was compiled, whatever dtypes its class makes."""
     replace_kept_tensors(
         skeleton, lambda name, kept: kept.to(others.get(name, kept.dtype)) if kept.is_floating_point() else kept
     )
@@ -359,7 +359,7 @@ def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dt
             continue
         path, _, leaf = name.rpartition(".")
         owner = skeleton.get_submodule(path)
-        if id(tensor) not in cast:  # One that has several names stays one tensor.
+        if id(tensor) not in cast:  # A tensor that has several names stays one tensor.
             new = tensor.detach().to(wanted)
             cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
         (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = cast[id(tensor)]  # type: ignore[assignment]
@@ -377,7 +377,7 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     text, data = read_json(path, "checkpoint")
     if not isinstance(data, dict) or "format" not in data:
         raise CheckpointError(f"{path} is not an fxquant plan")
-    # The text is compared as well, because not every damage changes what it means.
+    # The text is compared too, because some damage does not change the parsed values.
     if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or not is_text_of(text, data)):
         raise CheckpointError(
             f"{path} does not match its digest: it is damaged or was edited. Copy the checkpoint again; to change a "

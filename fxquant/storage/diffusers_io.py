@@ -1,7 +1,7 @@
-"""Whole diffusers pipelines: reading and writing their folders, and running them the way they are used.
+"""Read and write the folders of whole diffusers pipelines.
 
-A quantized pipeline is an ordinary diffusers folder in which the part that was quantized, ``transformer/`` as a rule,
-holds an fxquant checkpoint. ``model_index.json`` keeps naming the original class.
+A quantized pipeline is an ordinary diffusers folder. The part that was quantized, usually ``transformer/``, holds an
+fxquant checkpoint. ``model_index.json`` still names the original class.
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ def load_pipeline(
 ) -> Any:
     """Read a diffusers pipeline, quantized or not.
 
-    Only the parts that ``model_index.json`` names are read.
+    Only parts that ``model_index.json`` names are read.
 
     Args:
         source: A folder that diffusers, :func:`save_pipeline` or ``fxquant export`` wrote, or a name on the Hugging
             Face Hub. A quantized pipeline is read from a folder; its float weights are neither needed nor made.
-        device: Where it is to run; quantized parts are read to there, for kernels differ between devices.
-        trust_packages: Load packages, which are programs and run as soon as they are loaded. Checkpoints hold no code.
-        options: Handed on to ``from_pretrained`` of the pipeline, such as ``torch_dtype``, which is that of the
-            quantized part by default, or a part by its name, which then is not read; it may be a quantized one.
+        device: The device to run on. Quantized parts are read directly to it, because kernels differ between devices.
+        trust_packages: Load packages. They are programs and run as soon as they are loaded. Checkpoints hold no code.
+        options: Passed to ``from_pretrained`` of the pipeline: for example ``torch_dtype``, by default the dtype of the
+            quantized part; or a part by its name, which is then not read from ``source`` and may be quantized.
 
     Returns:
         The ``DiffusionPipeline``, in evaluation mode.
 
     Raises:
-        CheckpointError: If there is no such pipeline, a part of it is damaged, or one is a package and
+        CheckpointError: If there is no such pipeline, a part of it is damaged, or a part is a package and
             ``trust_packages`` is not given.
-        ConfigurationError: If there is no such device here, or a package runs on another.
-        BackendError: If the backend of a quantized part does not run there.
+        ConfigurationError: If there is no such device here, or a package runs on another device.
+        BackendError: If the backend of a quantized part does not run on the device.
     """
     folder, device = Path(source), usable_device(device)
     if not folder.is_dir():
         if folder.exists() or not _like_hub_name(str(source)):
             missing = no_folder(folder)
-            raise CheckpointError(f"{missing}; give that of a diffusers pipeline, or a name on the hub, owner/name")
+            raise CheckpointError(f"{missing}; give a folder of a diffusers pipeline, or a name on the hub, owner/name")
     elif not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"{folder} is no pipeline, for it has no {INDEX_FILE}: {_what_it_is(folder)}")
+        raise CheckpointError(f"{folder} is not a pipeline, because it has no {INDEX_FILE}: {_what_it_is(folder)}")
     mention_leftovers(folder)
     names = [name for name in parts_of(folder) if name not in options] if folder.is_dir() else []
     packages = [name for name in names if (folder / name / PACKAGE_FILE).is_file()]
     checkpoints = [name for name in names if (folder / name / PLAN_FILE).is_file()]
     kind = _pipeline_class(folder)
-    if not options.get("trust_remote_code"):  # Code of others may take parts that are not known here.
+    if not options.get("trust_remote_code"):  # Pipeline code from others may take parts that are not known here.
         _refuse_no_parts(folder, {*packages, *checkpoints}, kind)
     if packages and not trust_packages:
         raise CheckpointError(
             f"{folder / packages[0]} is a package, a program that would run here as soon as it is loaded. If you trust "
-            "whoever made it, say so: trust_packages=True, or --allow-packages of fxquant generate"
+            "its author, pass trust_packages=True, or --allow-packages to fxquant generate"
         )
     if packages and device.type != "cpu":
         raise ConfigurationError(f"{folder} holds a package compiled for the CPU; give device 'cpu', not '{device}'")
@@ -82,7 +82,7 @@ def load_pipeline(
     read |= {name: load_package(folder / name) for name in packages}
     for model in read.values():
         options.setdefault("torch_dtype", model.dtype)
-    # diffusers accepts only classes that it knows: it is shown the weightless originals, which have their config.
+    # diffusers accepts only classes that it knows, so it gets the originals without weights. Their config is the same.
     index = _read_index(folder) if folder.is_dir() else {}
     stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}
     try:
@@ -97,7 +97,7 @@ def load_pipeline(
 def _pipeline_class(folder: Path) -> Any:
     """The class of a pipeline.
 
-    ``DiffusionPipeline`` finds it too, but reads parts that are given to it anew if they are optional in that class.
+    ``DiffusionPipeline`` also finds it, but reads optional parts of that class again although they are passed to it.
     """
     import diffusers
 
@@ -110,7 +110,7 @@ def _pipeline_class(folder: Path) -> Any:
 def _refuse_no_parts(folder: Path, names: Collection[str], kind: Any) -> None:
     """Refuse quantized parts that a pipeline of this class does not take.
 
-    They are given to ``from_pretrained`` by their names: one named ``trust_remote_code`` would let code run.
+    Parts are passed to ``from_pretrained`` by their names: a part named ``trust_remote_code`` would let code run.
     """
     known = inspect.signature(kind.__init__).parameters
     for name in sorted(names):
@@ -118,13 +118,13 @@ def _refuse_no_parts(folder: Path, names: Collection[str], kind: Any) -> None:
             wanted = _read_index(folder).get("_class_name")
             raise CheckpointError(
                 f"{folder / INDEX_FILE} says that a {printable(str(wanted), 100)} has a part {printable(name, 100)!r}, "
-                "and the installed diffusers has no such pipeline; install the diffusers that it was written with, or "
-                "copy the pipeline again"
+                "but the installed diffusers has no such pipeline; install the diffusers version that it was written "
+                "with, or copy the pipeline again"
             )
 
 
 def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:
-    """The parts that a pipeline was saved without, which diffusers wants to hear again."""
+    """The parts that a pipeline was saved without; diffusers requires them to be passed as None again."""
     known = inspect.signature(kind.__init__).parameters
     index = _read_index(folder) if folder.is_dir() else {}
     return {name: None for name, entry in index.items() if entry == [None, None] and name in known}
@@ -137,10 +137,10 @@ def _stand_in(model: GraphModel | PackagedModel, entry: Any) -> Any:
 
 
 def parts_of(folder: Path) -> list[str]:
-    """The names of the parts that the index of a pipeline has.
+    """The names of the parts that the index of a pipeline lists.
 
     Raises:
-        CheckpointError: If there is no index, or it cannot be read.
+        CheckpointError: If the index is missing or cannot be read.
     """
     index = _read_index(folder)
     named = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[0]]
@@ -154,24 +154,24 @@ def _read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; copy the pipeline again") from error
     if not isinstance(index, dict):
-        raise CheckpointError(f"{path} is no index of a pipeline: it is not a JSON object")
+        raise CheckpointError(f"{path} is not a pipeline index: it is not a JSON object; copy the pipeline again")
     return index
 
 
 def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write a pipeline with its quantized parts to a folder, all of it or nothing.
+    """Write a pipeline with its quantized parts to a folder, either completely or not at all.
 
     Args:
-        pipe: A ``DiffusionPipeline``, at least one part of which :func:`fxquant.compile` made.
-        folder: Where to; made, with its parents.
-        overwrite: Replace a quantized pipeline that is there already. Nothing else is ever replaced: neither float
+        pipe: A ``DiffusionPipeline`` with at least one part that :func:`fxquant.compile` made.
+        folder: The folder to write; it is created, with its parents.
+        overwrite: Replace a quantized pipeline that is already there. Nothing else is ever replaced: neither float
             pipelines nor folders with other files in them.
 
     Raises:
-        ConfigurationError: If no part is quantized, or one cannot be saved so that :func:`load_pipeline` reads it.
+        ConfigurationError: If no part is quantized, or a part cannot be saved so that :func:`load_pipeline` reads it.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds something else.
-        WriteError: If the disk is full, the place cannot be written, or somebody else wrote there meanwhile; what was
-            there stays.
+        WriteError: If the disk is full, the folder cannot be written, or another process wrote there in the meantime;
+            existing files stay.
     """
     parts = _parts(pipe)
     quantized = {name for name, part in parts.items() if isinstance(part, GraphModel)}
@@ -196,7 +196,7 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
 
 
 def _what_it_is(folder: Path) -> str:
-    """What a folder without an index of a pipeline holds, and what reads it."""
+    """Describe what a folder without a pipeline index holds, and what reads it."""
     if (folder / PLAN_FILE).is_file():
         return "it holds one quantized model, which fxquant.load reads; a pipeline is the folder around it"
     if (folder / PACKAGE_FILE).is_file():
@@ -209,10 +209,10 @@ def _what_it_is(folder: Path) -> str:
 
 
 def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
-    """Refuse to write a part that would not be read back.
+    """Refuse to write a part that could not be read back.
 
     Raises:
-        ConfigurationError: If its class is neither one of diffusers nor one of transformers.
+        ConfigurationError: If its class is from neither diffusers nor transformers.
     """
     from diffusers import pipelines
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -223,18 +223,18 @@ def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
     readable = library == "diffusers" if quantized else library in LOADABLE_CLASSES or hasattr(pipelines, library)
     if not readable:
         raise ConfigurationError(
-            f"part {name!r} of the pipeline is a {kind.__name__} from {kind.__module__}, and reading the folder would "
-            "not find that class: it is of neither diffusers nor transformers. Write the quantized model by itself, "
-            "fxquant.save(pipe.transformer, folder), and make the pipeline around it in your own code"
+            f"part {name!r} of the pipeline is a {kind.__name__} from {kind.__module__}, and reading the folder could "
+            "not find that class: it is from neither diffusers nor transformers. Write only the quantized model with "
+            "fxquant.save(pipe.transformer, folder), and build the pipeline around it in your own code"
         )
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuse to write a pipeline where something is that must stay.
+    """Refuse to write a pipeline over something that must stay.
 
     Raises:
-        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
-            holds anything but a quantized pipeline.
+        CheckpointError: If the path is a file, a folder that is not empty while ``overwrite`` is not given, or a folder
+            that holds anything other than a quantized pipeline.
     """
     if not folder.exists():
         return
@@ -245,7 +245,7 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise CheckpointError(f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)")
     if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"{folder} holds no pipeline but other files, which would be lost; choose another folder")
+        raise CheckpointError(f"{folder} holds files other than a pipeline, which would be lost; choose another folder")
     names = parts_of(folder)
     others = sorted(_others(folder, names))
     if others:
@@ -255,16 +255,16 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         )
     if not any((folder / name / mark).is_file() for name in names for mark in (PLAN_FILE, PACKAGE_FILE)):
         raise CheckpointError(
-            f"{folder} holds a pipeline of which no part is quantized: fxquant did not write it and does not replace "
-            "it; choose another folder, or remove it yourself"
+            f"{folder} holds a pipeline without a quantized part: fxquant did not write it and does not replace it; "
+            "choose another folder, or remove it yourself"
         )
 
 
 def refuse_input(folder: Path, source: Path) -> None:
-    """Refuse to replace a folder that is read, or that holds what is read.
+    """Refuse to replace the input folder, or a folder that contains it.
 
     Raises:
-        ConfigurationError: If ``source``, or what one of its entries links to, is ``folder`` or lies in it.
+        ConfigurationError: If ``source``, or the target of a link in it, is ``folder`` or is inside of ``folder``.
     """
     if not source.exists():
         return
@@ -272,7 +272,7 @@ def refuse_input(folder: Path, source: Path) -> None:
     for read in (source, *(source.iterdir() if source.is_dir() else ())):
         if read.resolve().is_relative_to(folder):
             raise ConfigurationError(
-                f"{folder} is what is read, or holds it ({read}), and would be replaced; choose another folder"
+                f"{folder} is the input, or contains it ({read}), and would be replaced; choose another folder"
             )
 
 
@@ -280,7 +280,7 @@ _PARTS_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "merge
 
 
 def _others(folder: Path, parts: Sequence[str]) -> Iterator[str]:
-    """What a folder holds besides a pipeline of these parts, by names within it."""
+    """The names of entries of a folder that do not belong to a pipeline of these parts."""
     for path in folder.iterdir():
         if path.name not in parts or path.is_symlink() or not path.is_dir():
             if path.name != INDEX_FILE or not is_plain_file(path):
@@ -302,7 +302,7 @@ def _is_of_part(name: str, beside: Collection[str]) -> bool:
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
-    """The parts of a pipeline that it has, as they are without ``torch.compile``."""
+    """The parts that a pipeline has, without ``torch.compile`` wrappers."""
     parts = {name: part for name, part in pipe.components.items() if part is not None and _is_part(pipe, name)}
     return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
 
@@ -323,7 +323,7 @@ def _write_index(pipe: Any, parts: Mapping[str, Any], quantized: set[str], folde
 
 
 def _forget_origin(folder: Path) -> None:
-    """Take out where the parts were read from: a path on this machine, and no use to whoever gets the folder."""
+    """Remove the paths that the parts were read from: they are local to this machine and useless elsewhere."""
     for path in (folder / INDEX_FILE, *folder.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
@@ -337,6 +337,3 @@ def _like_hub_name(text: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-# --- running --------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_a_missing_peer_is_left_out_with_a_line(capsys):
     gone = System("there", lambda t, f: None, needs=("torch", "no_such_package"))
     assert list(present([kept, gone])) == [kept]
     assert capsys.readouterr().err == (
-        "there: left out, for no_such_package is not installed; pip install '.[bench]'\n"
+        "there: left out, because no_such_package is not installed; pip install '.[bench]'\n"
     )
 
 
@@ -164,11 +164,11 @@ class TestModels:
     def test_texts(self):
         assert task_of("dit:4").name == "DiT-XL/2, 256 tokens, 4 of 28 layers, batch 2"
         assert task_of("sd3-medium").name.endswith("24 of 24 layers, batch 2")
-        with pytest.raises(ValueError, match=r"'wan' is no model; write a name and a number of layers, of dit, "):
+        with pytest.raises(ValueError, match=r"'wan' is not a model; write a name and a number of layers, of dit, "):
             task_of("wan")
-        with pytest.raises(ValueError, match="is no model"):
+        with pytest.raises(ValueError, match="is not a model"):
             task_of("dit:x")
-        with pytest.raises(ValueError, match="is no model"):
+        with pytest.raises(ValueError, match="is not a model"):
             task_of("flux:4")
         with pytest.raises(ValueError, match="samples come in pairs"):
             task_of("dit", batch=3)

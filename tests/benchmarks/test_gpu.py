@@ -49,7 +49,7 @@ class TestProducts:
     def test_what_is_never_written_is_found(self, case: Case) -> None:
         check_product(case, case.run)
         stale = case.run().clone()
-        with pytest.raises(Wrong, match=r"\(100.00%\) are not those of float64"):
+        with pytest.raises(Wrong, match=r"\(100.00%\) differ from float64"):
             check_product(replace(case, target=stale), lambda: stale)
         with pytest.raises(Wrong, match=r"1584 of 1584"):
             check_product(replace(case, target=None), lambda: torch.empty(33, 48, dtype=torch.bfloat16))
@@ -80,7 +80,7 @@ class TestModels:
         stale = exact.output.clone()
         with pytest.raises(Wrong, match=r"100.00% of the output are not finite"):
             check_model(lambda: stale, exact, 25.0)
-        with pytest.raises(Wrong, match="is the least"):
+        with pytest.raises(Wrong, match="is below"):
             check_model(lambda: exact.output * 2, exact, 25.0)
         with pytest.raises(Wrong, match="shape"):
             check_model(exact.output[:1].clone, exact, 25.0)
@@ -108,7 +108,7 @@ class TestModels:
     def test_when_time_is_up_nothing_is_begun(self) -> None:
         session = Session(Job(task_of("tiny:1"), CPU), 0, lambda: True, lambda rows: None)
         rows = session.measure([System(BF16, Mode.EAGER), System(BF16, Mode.COMPILED)])
-        assert [row.failed for row in rows] == ["the time was up"] * 2
+        assert [row.failed for row in rows] == ["the time limit was reached"] * 2
 
     def test_a_lost_device_ends_the_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def lost(error: Exception) -> None:
@@ -161,7 +161,7 @@ def test_models_have_batches() -> None:
     assert models_of("dit,flux:4+8@1", "2,16") == (("dit", 2), ("dit", 16), ("flux:4+8", 1))
     with pytest.raises(ValueError, match="samples come in pairs"):
         models_of("dit@3", "2")
-    with pytest.raises(ValueError, match="is no model"):
+    with pytest.raises(ValueError, match="is not a model"):
         models_of("flux:4@1", "2")
 
 

@@ -164,7 +164,7 @@ def test_containers_that_a_file_cannot_tell_are_refused(one: Any, plain: str) ->
 
 
 def test_keys_that_a_file_makes_strings_are_refused() -> None:
-    with pytest.raises(CaptureError, match=r"input 'added.size' has the key 0 \(int\), of which a file makes a string"):
+    with pytest.raises(CaptureError, match=r"'added.size' has the key 0 \(int\), which a file would store as a string"):
         canonical(X, 1, added={"size": {0: X}})
 
 

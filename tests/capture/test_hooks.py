@@ -108,5 +108,5 @@ def test_a_function_around_a_forward_that_holds_the_model(tiny_dit: DiTTransform
         lambda: fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit)),
         lambda: run(fxquant.trace(tiny_dit)),
     ):
-        with pytest.raises(CaptureError, match=r"holds on to the module itself.*types.MethodType"):
+        with pytest.raises(CaptureError, match=r"keeps a reference to the original module.*types.MethodType"):
             function()

@@ -185,7 +185,7 @@ def test_a_model_that_was_changed_after_it_was_constructed(
 @pytest.mark.filterwarnings("ignore::fxquant.errors.PortabilityWarning")
 def test_fused_projections(tmp_path: Path) -> None:
     entry = next(entry for entry in ENTRIES if entry.variant == "-fused" and "Flux" in entry.name)
-    assert "to_qkv.weight', which was added to it; unfuse_qkv_projections" in str(obstacle(entry.model(), "timestep"))
+    assert "to_qkv.weight', which was added later; unfuse_qkv_projections" in str(obstacle(entry.model(), "timestep"))
     model = entry.model()
     model.unfuse_qkv_projections()
     told = obstacle(model, "timestep")

@@ -131,12 +131,12 @@ class TestQuantize:
         out = ("--out", tmp_path / "x")
         assert "there is no folder" in refused("quantize", tmp_path / "nowhere", *out)
         assert "exists" in refused("quantize", float_folder, "--out", quantized)
-        assert "is what is read, or holds it" in refused("quantize", float_folder, "--out", float_folder, "--overwrite")
-        assert "is what is read, or holds it" in refused("quantize", float_folder, "--out", float_folder.parent)
+        assert "is the input, or contains it" in refused("quantize", float_folder, "--out", float_folder, "--overwrite")
+        assert "is the input, or contains it" in refused("quantize", float_folder, "--out", float_folder.parent)
         assert "unknown recipe 'magic'" in refused("quantize", float_folder, "--recipe", "magic-w4a8", *out)
         assert "unknown backend 'abacus'" in refused("quantize", float_folder, "--backend", "abacus", *out)
         assert "cannot be read" in refused("quantize", float_folder, "--prompts", tmp_path / "no.txt", *out)
-        assert "is no pipeline" in refused("quantize", quantized / "transformer", *out)
+        assert "is not a pipeline" in refused("quantize", quantized / "transformer", *out)
         assert "device 'abacus' cannot be used" in refused("quantize", float_folder, "--device", "abacus", *out)
         assert list(tmp_path.iterdir()) == []
 
@@ -180,7 +180,7 @@ class TestQuantize:
         assert result.exit_code == 0, result.output
         before, after = (json.loads((folder / "transformer/plan.json").read_text()) for folder in (quantized, target))
         assert before["recipe"] != after["recipe"]
-        assert "is what is read" in refused("quantize", float_folder, "--out", float_folder.parent, "--overwrite")
+        assert "is the input" in refused("quantize", float_folder, "--out", float_folder.parent, "--overwrite")
 
     def test_a_model_linked_from_elsewhere_is_not_replaced(self, float_folder, tmp_path):
         shutil.copytree(float_folder, tmp_path / "real")
@@ -188,7 +188,7 @@ class TestQuantize:
         for path in (tmp_path / "real").iterdir():
             (tmp_path / "linked" / path.name).symlink_to(path)
         message = refused("quantize", tmp_path / "linked", "--out", tmp_path / "real" / "transformer", "--overwrite")
-        assert "is what is read, or holds it" in message
+        assert "is the input, or contains it" in message
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -291,7 +291,7 @@ class TestGenerate:
         [
             ((), "give either --labels"),
             (("--labels", "1", "--prompts", "a fox"), "give either --labels"),
-            (("--labels", "one"), "'one' is no class number"),
+            (("--labels", "one"), "'one' is not a class number"),
             (("--labels", "5-2"), "names no class"),
             (("--labels", "1000"), "label 1000 is out of range"),
             (("--labels", "0-999999999"), "asks for 1000000000 images; at most 10000"),
@@ -307,9 +307,9 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("out", "message"),
         [
-            ("x.docx", ".docx is no image format"),
-            ("x.psd", ".psd holds no such images"),
-            ("x.xbm", ".xbm holds no such images"),
+            ("x.docx", ".docx is not an image format"),
+            ("x.psd", ".psd cannot hold such images"),
+            ("x.xbm", ".xbm cannot hold such images"),
             ("file/x.png", "cannot be written: "),
             ("file/images", "cannot be written: "),
             ("x" * 300 + "/x.png", "cannot be written: "),
@@ -388,7 +388,7 @@ class TestReport:
             assert "holds a package, compiled ahead of time, which has no plan" in refused("report", folder)
             assert "holds a package, compiled ahead of time, which has no plan" in refused("profile", folder)
         message = refused("export", target, tmp_path / "again", "--aot")
-        assert "holds a package, which is compiled already; give what it was exported from" in message
+        assert "holds a package, which is already compiled; give what it was exported from" in message
 
     def test_debug_shows_the_traceback(self, tmp_path):
         result = run("report", tmp_path, "--debug")

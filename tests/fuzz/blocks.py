@@ -33,13 +33,13 @@ def _fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
 
 
 def linear(b: Builder, r: Random, x: fx.Node) -> None:
-    """With parameters of its own, mostly: shared, computed, cast, or the same layer called again as well."""
+    """Add a linear, mostly with its own parameters; sometimes shared, computed or cast ones, or a layer again."""
     size, kind = shape(x)[-1], r.randint(0, 9)
     again = [node for node in b.layers if shape(node.args[1])[-1] == size]
     held = [p for p in b.parameters if len(shape(p)) == 2 and shape(p)[-1] == size]
     if kind == 0 and again:
         layer = r.choice(again)
-        name = f"{layer.meta[LAYER]}@{len(b.layers)}"  # As capturing names further calls of a module.
+        name = f"{layer.meta[LAYER]}@{len(b.layers)}"  # Capture names further calls of a module like this.
         b.apply(x, layer.args[1], layer.args[2] if len(layer.args) > 2 else None, name)
     elif kind == 1 and held:
         weight = r.choice(held)
@@ -61,7 +61,7 @@ def linear(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def norm(b: Builder, r: Random, x: fx.Node) -> None:
-    """Over one axis or two, with and without weights, shared and computed ones among them."""
+    """Add a norm over one or two axes, with or without weights; weights may be shared or computed."""
     axes = r.choice([1, 1, 1, 2]) if len(shape(x)) > 2 else 1
     sizes = list(shape(x)[-axes:])
     weight = b.parameter(*sizes, low=0.5, high=1.5) if r.random() < 1 / 2 else None
@@ -78,7 +78,7 @@ def norm(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def _split(b: Builder, r: Random, x: fx.Node, parts: int) -> list[fx.Node]:
-    """Parts of the last axis, in one of the ways there are."""
+    """Split the last axis into parts with a random op."""
     size, kind = shape(x)[-1] // parts, r.randint(0, 4)
     if kind == 0:
         whole = b.call(aten.chunk.default, x, parts, -1)
@@ -94,7 +94,7 @@ def _split(b: Builder, r: Random, x: fx.Node, parts: int) -> list[fx.Node]:
 
 
 def modulate(b: Builder, r: Random, x: fx.Node) -> None:
-    """AdaLN: parts of a vector that depends on the time, or on each token; one vector may serve several blocks."""
+    """Add adaLN from parts of a vector per sample, or of vectors per token; several blocks may share one vector."""
     vectors = [y for y in b.values if len(shape(y)) == 2 and shape(y)[0] in (1, shape(x)[0])]
     size = shape(x)[-1]
     if not vectors or len(shape(x)) != 3:
@@ -104,7 +104,7 @@ def modulate(b: Builder, r: Random, x: fx.Node) -> None:
         vector = r.choice([y for y in b.values if len(shape(y)) == 3 and shape(y)[:2] == shape(x)[:2]])
     if shape(vector)[-1] != 2 * size or r.random() < 1 / 2:
         vector = b.linear(b.call(aten.silu.default, vector), 2 * size, r.random() < 1 / 2)
-    if r.random() < 1 / 4:  # As PixArt has it: the vector is shared, a parameter is the block's own.
+    if r.random() < 1 / 4:  # As in PixArt: the vector is shared, and each block adds its own parameter.
         vector = b.call(aten.add.Tensor, vector, b.parameter(2 * size))
     if len(shape(vector)) == 2:
         vector = b.call(aten.unsqueeze.default, vector, 1)
@@ -117,7 +117,7 @@ def modulate(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def gated(b: Builder, r: Random, x: fx.Node) -> None:
-    """A gated unit: ``act(gate) * up`` and the linear behind, from two linears or the parts of one."""
+    """Add a gated unit, ``act(gate) * up`` and a linear after it, from two linears or from the parts of one."""
     act = r.choice([aten.silu, aten.gelu, aten.relu, aten.sigmoid, aten.tanh]).default
     if r.random() < 1 / 2:
         gate, up = b.linear(x, 8, r.random() < 1 / 2), b.linear(x, 8, r.choice([False, True]))
@@ -127,7 +127,7 @@ def gated(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def attention(b: Builder, r: Random, x: fx.Node) -> None:
-    """Self and cross, grouped-query, fused projections, joint streams, masks, dropout, by hand, heads in the batch."""
+    """Add attention: self, cross, grouped-query or joint, with variants of projections, masks, dropout and layouts."""
     if len(shape(x)) != 3:
         return
     others = [y for y in b.values if len(shape(y)) == 3 and shape(y)[0] == shape(x)[0]]
@@ -139,7 +139,7 @@ def attention(b: Builder, r: Random, x: fx.Node) -> None:
         k, v = (b.linear(source, kv_heads * size, bias) for _ in range(2))
     else:
         k, v = _split(b, r, b.linear(source, 2 * kv_heads * size, bias), 2)
-    if r.random() < 1 / 3:  # Joint: tokens of another stream come along.
+    if r.random() < 1 / 3:  # Joint attention: add the tokens of another stream.
         other = r.choice(others)
         k, v = (b.call(aten.cat.default, [y, b.linear(other, kv_heads * size, bias)], 1) for y in (k, v))
     q = _heads(b, r, q, heads)
@@ -174,14 +174,14 @@ def _heads(b: Builder, r: Random, y: fx.Node, heads: int) -> fx.Node:
 
 
 def _mask(b: Builder, r: Random, samples: int, keys: int) -> fx.Node | None:
-    """None, a parameter, or one of the forms that models make of the call's mask, for as many samples."""
+    """None, a parameter, or one of the forms in which models use the mask input, for this number of samples."""
     kind = r.randint(0, 9)
     if kind == 0:
         return b.parameter(1, keys)
     if b.mask is None or kind > 6 or samples > shape(b.mask)[0] or keys > shape(b.mask)[1]:
         return None
     given = b.mask
-    if samples < shape(given)[0]:  # What is the same for all samples has a batch of 1.
+    if samples < shape(given)[0]:  # Values that all samples share have a batch of 1.
         given = b.call(aten.slice.Tensor, given, 0, 0, samples)
     seen = b.call(aten.slice.Tensor, given, 1, 0, keys)
     if kind == 1:
@@ -199,7 +199,7 @@ def _mask(b: Builder, r: Random, samples: int, keys: int) -> fx.Node | None:
 
 
 def _in_the_batch(b: Builder, r: Random, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
-    """Heads as further samples, as older code has them."""
+    """Attention with heads folded into the batch, as in older code."""
     batch, heads = shape(q)[:2]
     q, k, v = (b.call(aten.reshape.default, y, [batch * heads, *shape(y)[2:]]) for y in (q, k, v))
     if r.random() < 1 / 2:
@@ -212,7 +212,7 @@ def _in_the_batch(b: Builder, r: Random, q: fx.Node, k: fx.Node, v: fx.Node) -> 
 
 def _by_hand(b: Builder, r: Random, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     scores = b.call(aten.matmul.default, q, b.call(aten.mT.default, k))
-    axis = r.choice([-1, -1, len(shape(scores)) - 1, -2])  # The last of these makes columns sum to 1 in place of rows.
+    axis = r.choice([-1, -1, len(shape(scores)) - 1, -2])  # -2 makes columns sum to 1 instead of rows.
     weights = b.call(aten.softmax.int, scores, axis) if r.random() < 1 / 2 else b.call(
         aten._softmax.default, scores, axis, False
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _by_hand(b: Builder, r: Random, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.No
 
 
 def product(b: Builder, r: Random, x: fx.Node) -> None:
-    """Matrix products of any two values that fit, linear attention and einsums among them."""
+    """Add matrix products of any two values that fit, including linear attention and einsums."""
     if r.random() < 1 / 4 and len(shape(x)) == 3:
         k, v = b.call(aten.relu.default, b.linear(x, 4)), b.linear(x, 4)
         inner = b.call(aten.matmul.default, b.call(aten.transpose.int, k, 1, 2), v)
@@ -248,7 +248,7 @@ def product(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def convolution(b: Builder, r: Random, x: fx.Node) -> None:
-    """Along one axis to three, in groups, of an input without a batch, padded by numbers or by a word, with steps."""
+    """Add a convolution over 1 to 3 axes: groups, unbatched inputs, padding by numbers or mode names, strides."""
     axes, unbatched = r.randint(1, 3), r.random() < 1 / 4
     while len(shape(x)) < axes + 2 - unbatched:
         x = b.call(aten.unsqueeze.default, x, -1)
@@ -268,12 +268,12 @@ def convolution(b: Builder, r: Random, x: fx.Node) -> None:
         y = b.call(op.default, x, weight, bias, stride, padding, dilation, groups)
     else:
         y = b.call(op.padding, x, weight, bias, stride, word, dilation, groups)
-    if len(shape(x)) == axes + 2 and r.random() < 1 / 2:  # As tokens again.
+    if len(shape(x)) == axes + 2 and r.random() < 1 / 2:  # Convert back to tokens.
         b.linear(b.call(aten.transpose.int, b.call(aten.flatten.using_ints, y, 2, -1), 1, 2), 4)
 
 
 def lookup(b: Builder, r: Random, x: fx.Node) -> None:
-    """An embedding: a row a sample or one a token."""
+    """Add an embedding, with one row per sample or one per token."""
     labels = [[3, 1], [[3, 1, 0], [2, 2, 1]]][r.randint(0, 1)]
     held = [p for p in b.parameters if shape(p) == (5, shape(x)[-1])]
     table = r.choice(held) if held and r.random() < 1 / 2 else b.parameter(5, shape(x)[-1])

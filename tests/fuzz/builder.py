@@ -1,4 +1,4 @@
-"""A graph that grows op by op, in the form in which capturing leaves graphs."""
+"""Builds a graph op by op, in the form that capture produces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxquant.ir.tensors import set_tensor
 aten = torch.ops.aten
 BATCH, TOKENS, CHANNELS = 2, 3, 8
 
-_MODE = FakeTensorMode()  # One for all graphs: shapes of ops that were run before are found in its cache.
+_MODE = FakeTensorMode()  # One mode for all graphs, so that its cache holds the shapes of ops that ran before.
 
 
 class Builder:
@@ -24,10 +24,10 @@ class Builder:
 
     Attributes:
         module: The graph module so far; call :meth:`finish` at the end.
-        values: Floating-point values that ops may read, of two axes or more.
-        parameters: Floating-point parameters and what is computed from these alone; several ops may read one.
+        values: Floating-point values that ops may read, with two or more axes.
+        parameters: Floating-point parameters and values computed only from parameters. Several ops may read one.
         layers: The linears made so far.
-        mask: An input of booleans ``[2, 24]`` that says which keys each sample sees; now and then a sample sees none.
+        mask: A boolean input ``[2, 24]`` with the keys that each sample sees. Sometimes a sample sees no key.
     """
 
     def __init__(self, seed: int) -> None:
@@ -42,11 +42,11 @@ class Builder:
         self._inputs: list[tuple[str, tuple[int, ...], torch.dtype]] = []
 
     def random(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-        """Uniform float64."""
+        """Uniform random float64 values."""
         return torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
 
     def input(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> fx.Node:
-        """An input; one called ``timestep`` gets timesteps."""
+        """Add an input. An input called ``timestep`` receives timesteps."""
         node = self.graph.placeholder(name)
         with _MODE:
             node.meta["val"] = torch.empty(shape, dtype=dtype)
@@ -54,13 +54,13 @@ class Builder:
         return node
 
     def parameter(self, *shape: int, low: float = -1.0, high: float = 1.0) -> fx.Node:
-        """A parameter."""
+        """Add a random parameter."""
         node = self.tensor(self.random(*shape, low=low, high=high))
         self.parameters.append(node)
         return node
 
     def tensor(self, value: Tensor) -> fx.Node:
-        """A tensor that the module holds."""
+        """Add a tensor to the module."""
         target = f"p{self._names}"
         self._names += 1
         set_tensor(self.module, target, value)
@@ -70,13 +70,13 @@ class Builder:
         return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """One op; a result that is one floating-point tensor becomes a value."""
+        """Add one op. If its result is a floating-point tensor, it becomes a value or a parameter."""
         fakes = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with _MODE, torch.no_grad():
             value = target(*fakes[0], **fakes[1])
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = value
-        node.meta[_PROVEN] = _Proof(node)  # What verification would find out by running the op once more.
+        node.meta[_PROVEN] = _Proof(node)  # Saves verification from running the op again.
         if isinstance(value, Tensor) and value.is_floating_point():
             held = all(source in self.parameters for source in node.all_input_nodes)
             if held or value.dim() >= 2:
@@ -84,19 +84,19 @@ class Builder:
         return node
 
     def linear(self, x: fx.Node, out: int, bias: bool = True) -> fx.Node:
-        """A linear layer of a block, with parameters of its own."""
+        """Add a linear layer of a block with its own parameters."""
         return self.apply(x, self.parameter(out, shape(x)[-1]), self.parameter(out) if bias else None)
 
     def apply(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, layer: str | None = None) -> fx.Node:
-        """A linear layer of a block with these parameters, or one layer called again."""
+        """Add a linear layer of a block with these parameters, or a further call of a layer."""
         node = self.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
-        if stored_weight(node) is not None:  # As capturing names layers.
+        if stored_weight(node) is not None:  # Capture names layers like this.
             node.meta[LAYER] = layer or f"blocks.0.l{len(self.layers)}"
             self.layers.append(node)
         return node
 
     def finish(self, *also: fx.Node) -> fx.GraphModule:
-        """Return what nobody reads, and these."""
+        """Return the values that no op reads, and the given ones; finish the graph."""
         loose = [node for node in self.values if not node.users and node.op == "call_function"]
         returned = tuple(dict.fromkeys([*loose, *also]))
         output = self.graph.output(returned)
@@ -106,9 +106,9 @@ class Builder:
         return self.module
 
     def inputs(self, *timesteps: float) -> list[Tensor]:
-        """Random inputs; the timestep is one for all samples or one for each, as far as the input has room for them.
+        """Random inputs. There is one timestep for all samples or one per sample, cut to the shape of the input.
 
-        Of booleans the first are drawn for each sample, and one sample has none or few.
+        Boolean entries are random. One random sample gets the same random value everywhere.
         """
         found = []
         for name, size, dtype in self._inputs:

@@ -1,8 +1,8 @@
 """Cases for the proof by fuzzing: a graph and the passes that rewrite it.
 
-Hypothesis draws the seed of a case, and a generator that is seeded with it all the rest, evenly. Hypothesis alone draws
-some choices far more often than others and makes five of six examples by repeating parts of the one before. What it
-does not know of it cannot shrink; :meth:`Case.shrunk` does.
+Hypothesis draws only the seed of a case. A generator with this seed draws everything else uniformly, because Hypothesis
+itself draws some choices far more often than others and makes five of six examples by repeating parts of the previous
+one. Hypothesis cannot shrink what it does not draw, so :meth:`Case.shrunk` does.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ PREPARE = (
 
 @dataclass(frozen=True)
 class Case:
-    """What makes one graph, and what is done with it.
+    """The seeds of one graph, and the passes to run on it.
 
     Attributes:
         first: Seed of the inputs and of all numbers; see :func:`tests.fuzz.graphs.build`.
         steps: Seed of each step.
-        last: Seed of the end.
+        last: Seed of the end of the graph.
         before: Pipeline text before calibration.
-        passes: Pipeline text after it.
-        replayed: Whether the plan is carried out on the graph anew as well.
+        passes: Pipeline text after calibration.
+        replayed: Whether the plan is also applied to the original graph.
     """
 
     first: int
@@ -54,7 +54,7 @@ class Case:
         return build(self.first, self.steps, self.last)
 
     def shrunk(self, fails: Callable[[Case], bool]) -> Case:
-        """The case without the steps that it fails without."""
+        """The case without the steps that its failure does not need."""
         for position in reversed(range(len(self.steps))):
             fewer = dataclasses.replace(self, steps=self.steps[:position] + self.steps[position + 1 :])
             if fails(fewer):
@@ -63,7 +63,7 @@ class Case:
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """Cases, all equally likely. Of ranges above 2^24 Hypothesis draws small numbers more often."""
+    """Cases, all equally likely. From ranges above 2^24, Hypothesis draws small numbers more often."""
     return st.integers(0, 2**24 - 1).map(case)
 
 
@@ -77,7 +77,7 @@ def case(seed: int) -> Case:
 
 
 def pipeline(r: Random) -> str:
-    """Passes as recipes have them, and with other options and in another order."""
+    """Passes as in recipes, or with other options and in another order."""
     roles = r.choice(["block", "block", "block+adaln+embedder+patch+final"])
     shared = f"dearest={r.choice(['vector', 'vector', 'free', 'tokens'])} roles={roles}"
     salience = f"salience={r.choice(['spearman', 'max', 'mean', 'moving-average'])}"
@@ -91,6 +91,6 @@ def pipeline(r: Random) -> str:
 
 @functools.cache
 def algebraic(recipe: str) -> str:
-    """The passes of a recipe that leave the function alone."""
+    """The passes of a recipe that preserve the function."""
     passes = make_recipe(recipe).convert
     return ",".join(str(step) for step in passes if step.tier is not Tier.LOSSY)

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def number(b: Builder, r: Random, x: fx.Node) -> None:
-    """With a number, in either of the two ways in which graphs write it."""
+    """Add arithmetic with a number, in one of the two overloads that graphs use."""
     name = r.choice(["add", "sub", "mul", "div"])
     overload = r.choice(["Scalar", "Tensor"])
     value = r.choice([1, 1.0, -0.5, 0.7, 2])
@@ -24,7 +24,7 @@ def number(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def two(b: Builder, r: Random, x: fx.Node) -> None:
-    """Sums, differences and products, of a value with itself among them."""
+    """Add a sum, difference or product of two values, possibly of a value with itself."""
     op = r.choice([aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.add.Tensor])
     y = like(b, r, x)
     pair = (x, y) if r.random() < 1 / 2 else (y, x)
@@ -33,7 +33,7 @@ def two(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def several(b: Builder, r: Random, x: fx.Node) -> None:
-    """Addcmul, quotients, choices and fillings by a mask."""
+    """Add addcmul, a quotient, or where or masked_fill with a mask."""
     kind = r.randint(0, 3)
     if kind == 0:
         value = {"value": 0.5} if r.random() < 1 / 2 else {}
@@ -57,7 +57,7 @@ POINTWISE = [
 
 
 def pointwise(b: Builder, r: Random, x: fx.Node) -> None:
-    """Of one value; the last two have no rule."""
+    """Add an op of one value; the last two, exp and pow, have no rule."""
     kind = r.randint(0, len(POINTWISE) + 1)
     if kind < len(POINTWISE):
         b.call(POINTWISE[kind].default, x)
@@ -68,7 +68,7 @@ def pointwise(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def cast(b: Builder, r: Random, x: fx.Node) -> None:
-    """Casts that change nothing, in every form."""
+    """Add a cast that changes nothing, in one of its forms, or a dropout."""
     kind = r.randint(0, 5)
     if kind == 0:
         b.call(aten.to.dtype, x, torch.float64)
@@ -85,7 +85,7 @@ def cast(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def reduced(b: Builder, r: Random, x: fx.Node) -> None:
-    """Ops without a rule that read all of a value."""
+    """Add an op without a rule that reads a whole value."""
     kind = r.randint(0, 2)
     if kind == 0:
         b.call(aten.cumsum.default, x, -1)

@@ -1,8 +1,7 @@
 """Random valid graphs of the ops that have channel rules, for the proof by fuzzing.
 
-Values have between two and five axes, the first of which mostly is the batch. Nothing is tried to make a graph
-sensible: values and parameters are read by any number of others, layouts are odd, parts are dropped, and many a
-request dies in a dead end.
+Values have two to five axes; the first is mostly the batch. No attempt is made to draw meaningful graphs: any number of
+ops may read a value or parameter, layouts are unusual, parts are dropped, and many requests cannot be granted.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ aten = torch.ops.aten
 STEPS = [*blocks.STEPS, *elementwise.STEPS, *layouts.STEPS]
 
 LARGEST = 600
-"""Elements of the largest value that anything more is done with."""
+"""The most elements of a value that further ops read."""
 
 
 def build(first: int, steps: Sequence[int], last: int) -> Builder:
     """A finished graph with its builder.
 
-    Inputs are ``sample`` [2, 3, 8] and ``timestep``, and maybe ``text`` [2, 4, 6], ``mask`` [2, 24] and ``strength``,
-    a number.
+    Inputs are ``sample`` [2, 3, 8] and ``timestep``, and possibly ``text`` [2, 4, 6], ``mask`` [2, 24] and
+    ``strength``, one number or one per sample.
 
     Args:
         first: Seed of the inputs and of the numbers in parameters.
         steps: Seed of each step.
-        last: Seed of the last linears and of what is returned.
+        last: Seed of the last linears and of the additional output.
     """
     b, r = Builder(first), Random(first)
     sample = b.input("sample", BATCH, TOKENS, CHANNELS)

@@ -1,4 +1,4 @@
-"""Steps that move elements and change none."""
+"""Steps that move elements without changing them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ aten = torch.ops.aten
 
 
 def _axis(r: Random, x: fx.Node, first: int = 1) -> int:
-    """An axis, mostly not the batch, counted from either end."""
+    """An axis from `first` on, by default not the batch, counted from either end."""
     rank = len(shape(x))
     return r.choice([axis - back for axis in range(first, rank) for back in (0, rank)])
 
 
 def take_apart(b: Builder, r: Random, x: fx.Node) -> None:
-    """Chunk, split and unbind; some parts are dropped."""
+    """Add chunk, split or unbind; some parts are dropped."""
     axis = _axis(r, x)
     size, kind = shape(x)[axis], r.randint(0, 4)
     if kind == 0:
@@ -40,7 +40,7 @@ def take_apart(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def take_part(b: Builder, r: Random, x: fx.Node) -> None:
-    """Slice, select, narrow."""
+    """Add slice, select or narrow."""
     axis = _axis(r, x)
     size, kind = shape(x)[axis], r.randint(0, 3)
     if kind == 0 and size > 1:
@@ -56,7 +56,7 @@ def take_part(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def together(b: Builder, r: Random, x: fx.Node) -> None:
-    """Stack and cat, along tokens and channels, of one value twice among them."""
+    """Add stack or cat along tokens or channels, possibly with the same value twice."""
     axis = _axis(r, x)
     if r.random() < 1 / 2:
         alike = [y for y in b.values if shape(y) == shape(x)]
@@ -72,7 +72,7 @@ def together(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def reshape(b: Builder, r: Random, x: fx.Node) -> None:
-    """View, reshape, flatten, unflatten, unsqueeze, squeeze, expand."""
+    """Add view, reshape, flatten, unflatten, unsqueeze, squeeze or expand."""
     rank, lead, kind = len(shape(x)), shape(x)[0], r.randint(0, 7)
     if kind in (4, 5) and rank < 5:
         x, rank = b.call(aten.unsqueeze.default, x, r.randint(1, rank)), rank + 1
@@ -106,7 +106,7 @@ def reshape(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def permute(b: Builder, r: Random, x: fx.Node) -> None:
-    """Permute, transpose, movedim, mT, t: now and then the batch does not stay in front."""
+    """Add permute, transpose, movedim, mT or t; sometimes the batch does not stay first."""
     rank = len(shape(x))
     first = 0 if r.random() < 1 / 5 else 1
     if rank == 2:
@@ -124,7 +124,7 @@ def permute(b: Builder, r: Random, x: fx.Node) -> None:
 
 
 def moved(b: Builder, r: Random, x: fx.Node) -> None:
-    """Roll, flip, repeat, tile, repeat_interleave, padding, picking by an index."""
+    """Add roll, flip, repeat, tile, repeat_interleave, padding or indexing."""
     if math.prod(shape(x)) > 300:
         return
     rank, axis, kind = len(shape(x)), _axis(r, x), r.randint(0, 7)

@@ -1,7 +1,7 @@
-"""Random transformers whose calls differ: optional inputs, masks, numbers, layers that one call uses and another not.
+"""Random transformers whose calls differ: optional inputs, masks, numbers, layers that only some calls use.
 
-Graphs of :mod:`tests.fuzz.graphs` stand alone. A model has several, which share one plan and their tensors, whichever
-was captured first; what one of them folds must not be wrong for another.
+Each graph of :mod:`tests.fuzz.graphs` is independent. A model has several graphs that share one plan and their tensors,
+in any order of capture. A change that one graph folds into a tensor must be correct for the other graphs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = dict[str, Any]
 
 
 class Choices:
-    """What one model is like, drawn once."""
+    """The random properties of one model."""
 
     def __init__(self, r: Random) -> None:
         self.depth = r.randint(1, 2)
@@ -36,14 +36,14 @@ class Choices:
         self.dropout = r.choice([None, None, None, "attention", "values", "evaluation"])
         self.tied = r.choice([None, None, "weights", "blocks", "norms"])
         self.text_reads = r.choice(["own norm", "first norm", "first norm"])
-        self.side = r.choice([None, "linear", "residual", "gelu"])  # What else reads the first norm, if it is asked to.
+        self.side = r.choice([None, "linear", "residual", "gelu"])  # Reads the first norm too, in calls with `side`.
         self.bias = r.random() < 1 / 2
         self.mix = r.choice([None, None, "same", 1])  # Padding of a convolution before q, k and v.
-        self.places = r.random() < 1 / 3  # A parameter for each token, added there.
+        self.places = r.random() < 1 / 3  # A parameter per token, added before q, k and v.
 
 
 class Block(nn.Module):
-    """Attention, maybe attention to a text, and a feed-forward unit."""
+    """Self-attention, optional attention to a text, and a feed-forward unit."""
 
     def __init__(self, choices: Choices) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 class Drawn(nn.Module):
-    """A few blocks."""
+    """A model of one or two blocks."""
 
     def __init__(self, choices: Choices, seed: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Drawn(nn.Module):
 
 
 def kinds(r: Random) -> list[Call]:
-    """Two or three calls of different kinds, with what they have besides the sample and the timestep."""
+    """Two or three kinds of call, each given by its inputs besides the sample and the timestep."""
     found: dict[str, Call] = {}
     while len(found) < r.choice([2, 2, 3]):
         call: Call = {}
@@ -184,25 +184,25 @@ def filled(kind: Call, timestep: float, seed: int) -> Call:
         call["text"] = torch.rand(BATCH, TEXT, 6, generator=generator, dtype=torch.float64) * 5 - 2
     if "mask" in kind:
         call["mask"] = torch.rand(BATCH, TEXT, generator=generator) > 0.4
-        call["mask"][seed % BATCH] = seed % 2 == 0  # All, or none.
+        call["mask"][seed % BATCH] = seed % 2 == 0  # Sees all keys, or none.
     return call
 
 
 def run(seed: int) -> None:
-    """Two models are compiled, calibrated with calls in opposite orders, and both compute what the model computes.
+    """Compile the model twice, with calibration calls in opposite orders, and compare both with the model.
 
     Raises:
-        SenselessError: If nothing can be said about the model.
+        SenselessError: If the model allows no comparison.
     """
     r = Random(seed)
     choices, calls = Choices(r), kinds(r)
     before, passes = "remove-no-ops,assign-precision", pipeline(r)
-    seen = r.randint(1, len(calls))  # The other kinds come later, and are refused where they run more layers.
+    seen = r.randint(1, len(calls))  # Other kinds come later, and are refused if they run more layers.
     weights = r.getrandbits(32)
     for order in (calls, calls[::-1]):
         model, calibrated = Drawn(choices, weights), order[:seen]
         for kind in order:
-            computed(model, filled(kind, 500.0, 0))  # Else compile would blame the calibration for it.
+            computed(model, filled(kind, 500.0, 0))  # Otherwise compile would report a failure as one of calibration.
 
         def calibrate(model: nn.Module = model, calibrated: list[Call] = calibrated) -> None:
             for number, step in enumerate(CALIBRATED):
@@ -221,7 +221,7 @@ def run(seed: int) -> None:
             try:
                 actual = computed(compiled, call)
             except fxquant.errors.CalibrationError:
-                assert kind not in calibrated  # It runs layers that no calibration call ran.
+                assert kind not in calibrated  # This kind runs layers that no calibration call ran.
                 continue
             found = error([actual], [right])
             assert found <= most, (
@@ -230,7 +230,7 @@ def run(seed: int) -> None:
 
 
 def expected(model: nn.Module, call: Call) -> tuple[Tensor, float]:
-    """What the model computes, and how far off anything equal may be."""
+    """The output of the model, and the largest error of an equal model."""
     right = computed(model, call)
     if not float(right.abs().max()) < 1e6:
         raise SenselessError("the outputs grow without bound, or are NaN")
@@ -248,7 +248,7 @@ def expected(model: nn.Module, call: Call) -> tuple[Tensor, float]:
 
 
 def computed(model: nn.Module, call: Call) -> Tensor:
-    """The output; dropout draws the same each time."""
+    """The output, with the same dropout each time."""
     torch.manual_seed(0)
     with torch.no_grad():
         return model(**call)

@@ -1,4 +1,4 @@
-"""Rewrite a graph and compare: whatever the walk grants, the outputs stay what they were, in float64."""
+"""Rewrite a graph and compare: for everything that the walk grants, the outputs stay the same in float64."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from tests.support import outputs
 
 CALIBRATED = (900.0, 500.0, 300.0, 100.0)
 TIMESTEPS = ((900.0,), (500.0,), (100.0,), (700.0, 0.0), (300.0, 999.0))
-"""Of the calls that are compared: calibrated ones, and batches that mix others, on a boundary and outside as well."""
+"""Timesteps of the compared calls: calibrated ones, and batches that mix others, also on a boundary and outside."""
 
 BAR = 1e-12
-"""Largest error allowed, relative to the largest element of an output."""
+"""Largest allowed error, relative to the largest element of an output."""
 
 NEXT_TO_NOTHING = 1e-3
-"""Outputs smaller than this are compared as if they were as large: of inputs near 1, they are what cancels."""
+"""Smaller outputs are compared as if they were this large: for inputs near 1, they result from cancellation."""
 
 
 class SenselessError(Exception):
-    """A drawn graph is none about which anything can be said."""
+    """A drawn graph or model does not allow a comparison."""
 
 
 @dataclass
 class Census:
-    """What many proofs were about, to see that they were about something.
+    """Counts over many proofs, which show that the proofs covered something.
 
     Attributes:
-        graphs: How many graphs were compared.
-        rewritten: In how many of them the passes changed something.
-        ill: How many had outputs that rounding the parameters changes by more than a hundredth of the bar.
+        graphs: Number of compared graphs.
+        rewritten: Number of graphs that the passes changed.
+        ill: Number of graphs with outputs that rounding the parameters changes by more than a hundredth of the bar.
         ops: Ops of all graphs.
-        edits: Changes by each pass.
+        edits: Number of edits of each pass.
     """
 
     graphs: int = 0
@@ -61,7 +61,7 @@ class Census:
 
 @functools.cache
 def parsed(passes: str) -> Pipeline:
-    """A pipeline; parsing takes its time."""
+    """A pipeline, cached because parsing is slow."""
     return Pipeline.parse(passes)
 
 
@@ -72,24 +72,24 @@ def prove(
     replayed: bool = True,
     census: Census | None = None,
 ) -> None:
-    """The rewritten graph computes the same as before, and passes that run again change nothing.
+    """Assert that the rewritten graph computes the same as before, and that a second run of the passes changes nothing.
 
     Args:
         b: Builder of a finished graph.
         passes: Pipeline text.
-        before: What runs before calibration.
-        replayed: Whether the plan is also carried out on the graph anew, without statistics, as a checkpoint is loaded.
-        census: Takes note.
+        before: Passes before calibration.
+        replayed: Whether to also apply the plan to the original graph without statistics, as loading a checkpoint does.
+        census: Counts the graph.
 
     Raises:
-        SenselessError: If nothing can be said about the graph.
+        SenselessError: If the graph allows no comparison.
     """
     census = census or Census()
     module = b.module
     calls = [b.inputs(*steps) for steps in TIMESTEPS]
     expected = [computed(module, tensors) for tensors in calls]
     largest = max((float(x.abs().max()) for xs in expected for x in xs if x.numel()), default=0.0)
-    if not largest < 1e6:  # NaN is not, either.
+    if not largest < 1e6:  # This is also true for NaN.
         raise SenselessError("the outputs grow without bound")
     moved = perturbed(module)
     bars = [bar(computed(moved, tensors), right) for tensors, right in zip(calls, expected, strict=True)]
@@ -118,7 +118,7 @@ def prove(
 
 
 def computed(module: fx.GraphModule, tensors: list[Tensor]) -> list[Tensor]:
-    """The outputs; dropout draws the same each time."""
+    """The outputs, with the same dropout each time."""
     torch.manual_seed(0)
     return outputs(module, *tensors)
 
@@ -143,7 +143,7 @@ def calibrated(b: Builder, before: str) -> Plan:
 
 
 def perturbed(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with parameters moved by half a unit in the last place or so."""
+    """The same graph with parameters changed by about half a unit in the last place."""
     moved = copy_graph(module)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in read_tensors(module).items():
@@ -154,10 +154,10 @@ def perturbed(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def bar(moved: list[Tensor], right: list[Tensor]) -> float:
-    """How far outputs may be off: a hundred times what rounding the parameters alone does to them, at least BAR.
+    """The allowed error of outputs: a hundred times the effect of rounding the parameters, but at least BAR.
 
-    Graphs are drawn without regard to sense, and some lose digits by themselves: a difference of nearly equal
-    numbers that is divided by another. No rewrite can keep digits that are not there.
+    Random graphs need not be meaningful, and some are ill-conditioned: for example, they divide a difference of nearly
+    equal numbers by another one. No rewrite can preserve digits that the outputs do not have.
     """
     return max(BAR, 100 * error(moved, right))
 

@@ -1,6 +1,6 @@
-"""Balancing and shifting of random graphs: whatever the walk grants, the outputs stay what they were, in float64.
+"""Balancing and shifting of random graphs: for everything that the walk grants, outputs stay the same in float64.
 
-``FXQUANT_FUZZ=20000`` in the environment asks for that many graphs, other ones each time; ``make fuzz`` does.
+``FXQUANT_FUZZ=20000`` in the environment requests 20000 graphs, different ones each time; ``make fuzz`` sets it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tests.fuzz.proof import Census, SenselessError, prove
 
 ASKED = int(os.environ.get("FXQUANT_FUZZ", "0"))
 SHARD = 500
-"""Graphs a test: ``make test`` runs one, always the same graphs, ``make fuzz`` as many as were asked for."""
+"""Graphs per test. ``make test`` runs one test, always the same graphs; ``make fuzz`` as many as requested."""
 
 NOT_GENERATED: dict[Any, str] = {
     torch.ops.fxquant.channel_affine.default: "only passes make it, and others then meet it",
 }
-"""Keys of the rule tables that no graph has, and why."""
+"""Keys of the rule tables that no graph contains, with the reason."""
 
 
 @pytest.mark.parametrize("shard", range(max(1, -(-ASKED // SHARD))))
@@ -62,17 +62,17 @@ def run(case: Case, census: Census | None = None) -> None:
 
 
 def fails(case: Case) -> bool:
-    """Whether a case, which may be senseless, is a failure."""
+    """Whether a case is a failure; a case that allows no comparison is not."""
     try:
         run(case)
     except SenselessError:
         return False
-    except Exception:  # Of any kind: that is what is looked for.
+    except Exception:  # Any exception is a failure.
         return True
     return False
 
 
 def not_about_nothing(census: Census) -> None:
-    """The graphs have all ops with rules, and all passes changed some."""
+    """Assert that the graphs contain all ops with rules, and that every pass changed some graph."""
     assert {*RULES, *SHIFTS, *STATIC_SHIFTS} - set(census.ops) == NOT_GENERATED.keys()
     assert all(census.edits[name] for name in ("absorb-affines", "absorb-shifts", "balance-channels"))

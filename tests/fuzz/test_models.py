@@ -1,6 +1,6 @@
-"""Models whose calls differ, from one plan, in both orders, against the model itself in float64.
+"""Models with several kinds of call, compiled from one plan, in both orders, compared with the model in float64.
 
-``FXQUANT_FUZZ=20000`` asks for a model for each 100 graphs; ``make fuzz`` does.
+``FXQUANT_FUZZ=20000`` requests one model per 100 graphs; ``make fuzz`` sets it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.fuzz.proof import SenselessError
 
 ASKED = int(os.environ.get("FXQUANT_FUZZ", "0"))
 SHARD = 25
-"""Models a test; each is captured and compiled twice, which takes ten times as long as a graph."""
+"""Models per test. Each model is captured and compiled twice, which takes ten times as long as a graph."""
 
 ALWAYS = (0, 4)
 """Seeds of the models that ``make test`` tries."""
@@ -31,7 +31,7 @@ def test_every_kind_of_call_computes_what_the_model_computes(seed: int) -> None:
 
 
 def test_every_model_that_is_drawn_runs() -> None:
-    """What fails by itself would be taken for a model about which nothing can be said."""
+    """A model that fails to run would be counted as one that allows no comparison."""
     for seed in range(100):
         r = Random(seed)
         model = Drawn(Choices(r), seed)

@@ -295,7 +295,7 @@ class TestBadInput:
     def test_a_batch_that_the_graph_does_not_serve(self, native):
         call = native.captured[0].call.at_batch(4, "the code says so")
         assert batch_of(call, None) == batch_of(call, 4) == 4
-        with pytest.raises(ConfigurationError, match=r"batch of 4 alone \(the code says so\)"):
+        with pytest.raises(ConfigurationError, match=r"only a batch of 4 \(the code says so\)"):
             batch_of(call, 2)
 
 

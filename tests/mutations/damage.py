@@ -1,6 +1,7 @@
-"""Damage to checkpoints and packages, with digests made valid again, so that it reaches what checks the content.
+"""Damages checkpoints and packages and makes their digests valid again, so that the content checks see the damage.
 
-A change that makes another model of the same form, as other finite weights would, is none of these: nobody could tell.
+Changes that give another valid model of the same form, such as other finite weights, are excluded: no check could
+detect them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _VALUES: tuple[Any, ...] = (
 
 
 def sign(folder: Path) -> None:
-    """Bring the digests of a folder up to date, as someone would who forges it."""
+    """Update the digests of a folder, as a forger would."""
     path = next(folder / name for name in ("plan.json", "package.json") if (folder / name).is_file())
     data = json.loads(path.read_text())
     if not isinstance(data, dict):
@@ -43,7 +44,7 @@ def sign(folder: Path) -> None:
 
 
 def damage(folder: Path, rng: random.Random) -> str:
-    """Damage one thing in a checkpoint or a package; returns what, for a failing test."""
+    """Damage one thing in a checkpoint or a package; return a description for failing tests."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     path = folder / rng.choice(names)
     change = _damage_json if path.suffix == ".json" else _damage_tensors
@@ -58,10 +59,10 @@ def damage(folder: Path, rng: random.Random) -> str:
 def _damage_json(path: Path, rng: random.Random) -> str:
     data = json.loads(path.read_text())
     places = [place for place in _places(data) if place[0] not in ("digest", "files")]
-    # Not by size: a plan is mostly layers, and all else in it would hardly ever be met.
+    # Choose by top-level key rather than by size: a plan is mostly layers, and other parts would rarely be chosen.
     top = rng.choice(sorted({str(place[0]) for place in places}))
     place = rng.choice([place for place in places if str(place[0]) == top])
-    # Another order of the tensors of a graph is another program; a package is one, and nobody could tell.
+    # Reordered tensors of a graph give another valid program, and no check of a package could detect that.
     how, change = rng.choice([entry for entry in _JSON if "tensors" not in place or entry[0] in ("replace", "remove")])
     holder = data
     for key in place[:-1]:
@@ -85,7 +86,7 @@ def _replace(holder: Any, key: Any, rng: random.Random) -> None:
 
 
 def _near(holder: Any, key: Any, rng: random.Random) -> None:
-    """A number a little off, a text a little misspelt: what an edit by hand would leave."""
+    """Change a number or a text slightly, like a mistake in a manual edit."""
     value = holder[key]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         holder[key] = rng.choice([value + 1, value - 1, -value, value * 2, value * 1_000_000])
@@ -187,9 +188,9 @@ def _damage_header(path: Path, content: bytes, rng: random.Random) -> str:
 
 
 def _poison(tensors: dict[str, Tensor], name: str, rng: random.Random, packaged: bool = False) -> None:
-    """A value that no compiled model has: NaN or infinity, a scale that is not positive, a zero point that is no code.
+    """Write a value that no compiled model has: NaN, infinity, a nonpositive scale, or a zero point outside the codes.
 
-    Codes and 8-bit zero points can be any byte, and other tensors of integers mean what they like.
+    Codes and 8-bit zero points can be any byte, and other integer tensors can have any value.
     """
     floats = sorted(key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel())
     low_bits = sorted(key for key in tensors if key.endswith("zero_point") and f"{key[:-11]}_packed" in tensors)
@@ -201,7 +202,7 @@ def _poison(tensors: dict[str, Tensor], name: str, rng: random.Random, packaged:
             return
     name = name if name in floats else rng.choice(floats)
     wrong = [float("nan"), float("inf"), float("-inf")]
-    if name.endswith("_scale") and not packaged:  # A backend may have combined those of a package with others.
+    if name.endswith("_scale") and not packaged:  # A backend may have combined the scales of a package.
         wrong += [0.0, -0.0, -1.0]
     tensors[name] = tensors[name].clone()
     tensors[name].view(-1)[rng.randrange(tensors[name].numel())] = rng.choice(wrong)

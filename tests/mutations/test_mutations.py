@@ -1,6 +1,6 @@
-"""Damaged checkpoints and packages load as they were, or a typed error says what is wrong, within bounds.
+"""Damaged checkpoints and packages load with the same output, or a typed error is raised within limits.
 
-``FXQUANT_FUZZ_LOAD=5000`` in the environment asks for that many cases, other ones each time; ``make fuzz-load`` does.
+``FXQUANT_FUZZ_LOAD=5000`` in the environment requests 5000 cases, different ones each time; ``make fuzz-load`` sets it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.tiny import calibrate, make_dit, run
 ASKED = int(os.environ.get("FXQUANT_FUZZ_LOAD", "0"))
 SHARD = 50
 SECONDS, MEGABYTES = 5.0, 200
-"""What a refusal may take: seconds of the processor, and where that has other work too, thrice what loading takes."""
+"""Limits of a refusal: CPU seconds (or three times the CPU time of loading, on a busy machine), and megabytes."""
 
 RECIPES = ("ptq4dit-w4a8", "htg-w4a8", "dynamic-w8a8", "smoothquant-w4a16-g4")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
-    """Checkpoints of several recipes, each with what its model puts out."""
+    """Checkpoints of several recipes, each with the output of its model."""
     found, root, model = {}, tmp_path_factory.mktemp("checkpoints"), make_dit()
     for recipe in RECIPES:
         layers = "all" if recipe.startswith("htg") else "default"
@@ -50,7 +50,7 @@ def test_damaged_checkpoints(checkpoints: dict[Path, Tensor], tmp_path: Path, sh
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
-    """A package, with what its model puts out."""
+    """A package, with the output of its model."""
     folder, model = tmp_path_factory.mktemp("packages") / "package", make_dit()
     made = fxquant.compile(model, recipe="dynamic-w8a8", calibrate=calibrate(model), measure=0)
     fxquant.export_aot(made, folder)
@@ -64,7 +64,7 @@ def test_damaged_packages(packages: dict[Path, Tensor], tmp_path: Path, shard: i
 
 
 def all_of(wholes: dict[Path, Tensor], scratch: Path, cases: int, load: Callable[[Path], torch.nn.Module]) -> None:
-    """So many cases, each as it should be; those that are not are told together."""
+    """Run `cases` cases and report all failures together."""
     seed = random.SystemRandom().randrange(2**32) if ASKED else 0
     outcomes, failures = Counter[str](), []
     for number in range(cases):
@@ -77,7 +77,7 @@ def all_of(wholes: dict[Path, Tensor], scratch: Path, cases: int, load: Callable
 
 
 def one_case(wholes: dict[Path, Tensor], scratch: Path, seed: str, load: Callable[[Path], torch.nn.Module]) -> str:
-    """Damage a copy, load it and call what comes of it; ``refused`` or ``equal``."""
+    """Damage a copy, load it and call the loaded model; return ``refused`` or ``equal``."""
     rng = random.Random(seed)
     whole = rng.choice(sorted(wholes))
     folder = scratch / seed
@@ -115,14 +115,14 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _start_watching() -> int:
-    """Forget the highest memory that this process had so far; returns what it has, in MB."""
+    """Reset the peak memory of this process; return its present memory in MB."""
     if os.path.exists("/proc/self/clear_refs"):
         Path("/proc/self/clear_refs").write_text("5")
     return _highest()
 
 
 def _highest() -> int:
-    """Megabytes of memory that this process had at most; 0 where the system does not tell."""
+    """Peak memory of this process in MB; 0 if the operating system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), 0)

@@ -77,7 +77,7 @@ def test_a_weight_made_in_the_graph_stays_float() -> None:
     ("options", "message"),
     [
         ({"precision": "w9a8"}, "9 bits for weights"),
-        ({"precision": "int8"}, "'int8' is no precision"),
+        ({"precision": "int8"}, "'int8' is not a precision"),
         ({"layers": "most"}, "layers='most' is not known"),
         ({"overrides": "proj_out"}, "override 'proj_out' has no precision"),
     ],

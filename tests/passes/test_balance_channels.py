@@ -204,8 +204,8 @@ def test_factors_that_do_not_fit_the_dtype_are_refused() -> None:
     [
         ({"exponent": 1.5}, "exponent 1.5 is not between 0 and 1"),
         ({"salient": 0.5}, "salient 0.5 is not a ratio of 1 or more"),
-        ({"dearest": "gold"}, "'gold' is no cost"),
-        ({"roles": "block+attention"}, "attention is no role"),
+        ({"dearest": "gold"}, "'gold' is not a cost"),
+        ({"roles": "block+attention"}, "attention is not a role"),
     ],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, object], message: str) -> None:

@@ -114,8 +114,8 @@ def test_options_round_trip_and_bad_ones_are_refused_at_once() -> None:
     assert str(step) == "group-timesteps{groups=7 method=optimal roles=block+final dearest=free}"
     for options, message in {
         "groups=-1": "-1 groups of timesteps are not possible",
-        "dearest=gold": "'gold' is no cost",
-        "roles=attention": "attention is no role",
+        "dearest=gold": "'gold' is not a cost",
+        "roles=attention": "attention is not a role",
         "method=best": "greedy, optimal",
     }.items():
         with pytest.raises(ConfigurationError, match=message):

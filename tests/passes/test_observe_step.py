@@ -26,7 +26,7 @@ def test_the_plan_says_which_step_and_the_graph_stays() -> None:
 def test_options_round_trip_and_bad_ones_are_refused_at_once() -> None:
     assert str(ObserveStep()) == "observe-step" and parse_pass("observe-step") == ObserveStep(0)
     assert parse_pass(str(ObserveStep(7))) == ObserveStep(7)
-    with pytest.raises(ConfigurationError, match="step -1 is no number from 0 on"):
+    with pytest.raises(ConfigurationError, match="step -1 is negative; choose 0 or more"):
         ObserveStep(-1)
     with pytest.raises(ConfigurationError, match="cannot be read as int"):
         parse_pass("observe-step{step=first}")

@@ -96,7 +96,7 @@ def test_convolutions_of_any_padding(rank: int, options: dict[str, Any], activat
 
 def test_those_of_three_dimensions_have_float_activations() -> None:
     layer = planned(**{"0": ("conv", [4, 16], 8, 8, 0)})
-    with pytest.raises(ConfigurationError, match="layer 0: quantized activations are only there for conv1d and conv2d"):
+    with pytest.raises(ConfigurationError, match="layer 0: quantized activations are only supported for conv1d"):
         rewritten(nn.Sequential(nn.Conv3d(2, 4, 2)), "quantize-convolutions", layer, input=torch.randn(2, 2, 4, 4, 4))
 
 

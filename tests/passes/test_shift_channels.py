@@ -176,7 +176,10 @@ def test_layers_that_are_shifted_together_have_to_be_grouped_together() -> None:
 def test_options_round_trip_and_bad_ones_are_refused_at_once() -> None:
     step = ShiftChannels(dearest="free", roles="block+final")
     assert parse_pass(str(step)) == step and str(step) == "shift-channels{dearest=free roles=block+final}"
-    for options, message in {"dearest=gold": "'gold' is no cost", "roles=attention": "attention is no role"}.items():
+    for options, message in {
+        "dearest=gold": "'gold' is not a cost",
+        "roles=attention": "attention is not a role",
+    }.items():
         with pytest.raises(ConfigurationError, match=message):
             parse_pass(f"shift-channels{{{options}}}")
 

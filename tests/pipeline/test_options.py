@@ -36,8 +36,8 @@ def test_options_are_read_by_their_types() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a b", "'a b' is no thing; write name or name{option=value option=value}"),
-        ("a{count=3", "is no thing"),
+        ("a b", "'a b' is not a thing; write name or name{option=value option=value}"),
+        ("a{count=3", "is not a thing"),
         ("a{size=3}", "thing 'a' has no option 'size=3'. Its options: count, share, side, text-of-it, whole"),
         ("a{count}", "has no option 'count'"),
         ("a{count=few}", "a: count='few' cannot be read as int"),
@@ -61,5 +61,5 @@ def test_backends_by_text() -> None:
         resolve_backend("fake-quant{speed=2}")
     with pytest.raises(ConfigurationError, match="Its options: attention, kernels, packed, products"):
         resolve_backend("native{device=cuda}")  # That is the model's.
-    with pytest.raises(BackendError, match="there are int8 and fp8"):
+    with pytest.raises(BackendError, match="choose int8 or fp8"):
         resolve_backend("native{products=int7}")

@@ -82,7 +82,7 @@ class TestOrder:
     def test_a_pass_that_comes_too_late(self) -> None:
         with pytest.raises(
             ConfigurationError,
-            match="insert-observers works on captured graphs and stands after quantize-linears, which makes them "
+            match="insert-observers works on captured graphs but comes after quantize-linears, which makes them "
             "quantized; move it to the front",
         ):
             Pipeline.parse("remove-no-ops,quantize-linears,insert-observers")
@@ -112,8 +112,8 @@ class TestText:
     @pytest.mark.parametrize(
         ("line", "error", "message"),
         [
-            ("Balance Channels", ConfigurationError, "'Balance Channels' is no pass; write name or name{option=value"),
-            ("balance-channels{exponent=0.5", ConfigurationError, "is no pass"),
+            ("Balance Channels", ConfigurationError, "'Balance Channels' is not a pass; write name or name{option=v"),
+            ("balance-channels{exponent=0.5", ConfigurationError, "is not a pass"),
             (
                 "balance",
                 UnknownNameError,

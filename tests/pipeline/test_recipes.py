@@ -44,7 +44,7 @@ def test_names_in_another_order(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "right"), [("rtn-w04a8", "w4a8"), ("ptq4dit-gptq-w4a16-g064", "w4a16-g64")])
 def test_another_spelling_of_a_precision(name: str, right: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"is no precision; write {right}$"):
+    with pytest.raises(ConfigurationError, match=f"is not a precision; write {right}$"):
         make_recipe(name)
 
 

@@ -114,7 +114,7 @@ def test_calls_of_several_numbers_share_one_range(
 
 def test_a_call_that_uses_it_more_often_is_refused_by_name() -> None:
     quantized = compiled(Model().eval(), SMALL)
-    with pytest.raises(CalibrationError, match=r"uses 'embed.0.proj' 3 times, the calls of the calibration twice"):
+    with pytest.raises(CalibrationError, match=r"uses 'embed.0.proj' 3 times, but the calibration calls use it twice"):
         quantized(**call(**BOTH))
 
 
@@ -156,7 +156,7 @@ def test_an_attention_that_a_call_uses_less_often_is_refused_with_what_to_do() -
     with pytest.raises(CalibrationError) as refused:
         compiled(model, SMALL, layers="all")(**call())
     told = str(refused.value)
-    assert "uses the attention 'blocks.0' once, the calls of the calibration twice, and each use has ranges" in told
+    assert "uses the attention 'blocks.0' once, but the calibration calls use it twice, and each use has its" in told
     assert "calibrate with calls of both kinds, or keep it float: assign-precision{overrides=" in told
     overrides = told.partition("overrides=")[2].rstrip("}")
     advised = fxquant.make_recipe("rtn-w8a8", "all").with_options("assign-precision", overrides=overrides)
@@ -166,7 +166,7 @@ def test_an_attention_that_a_call_uses_less_often_is_refused_with_what_to_do() -
 
 def test_an_attention_that_a_call_uses_more_often_is_refused_with_what_to_do() -> None:
     model = Attentive().eval()
-    expected = "'blocks.0' twice, the calls of the calibration once, so it is not known what ranges the further uses"
+    expected = "'blocks.0' twice, but the calibration calls use it once, so it is not known what ranges the further"
     with pytest.raises(CalibrationError, match=expected):
         compiled(model, {}, layers="all")(**call(**SMALL))
     quantized = compiled(model, {}, SMALL, layers="all")

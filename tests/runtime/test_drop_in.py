@@ -234,7 +234,7 @@ def test_methods_of_a_model_of_ones_own() -> None:
     assert made.rope.positions(7).tolist() == [0, 3, 6]
     assert made.rope(torch.ones(2)).tolist() == [3, 3]
     assert (made.area, made.halved(9), made.extra, made.scale) == (4, 4, None, 1.0)
-    with pytest.raises(DropInError, match=r"no rescaled: .*It would use or change what is not there: .* no scale"):
+    with pytest.raises(DropInError, match=r"no rescaled: .*It would use or change missing parts: .* no scale"):
         made.rescaled(2.0)
     with pytest.raises(DropInError, match=r"no projected: .* no proj\.weight"):
         made.projected(torch.ones(1, 4))

@@ -127,7 +127,7 @@ class TestSaveAndLoad:
 
     def test_a_float_pipeline_is_never_replaced(self, pipe, tiny_pipeline, tmp_path):
         tiny_pipeline.save_pretrained(tmp_path / "float")
-        with pytest.raises(CheckpointError, match="of which no part is quantized"):
+        with pytest.raises(CheckpointError, match="a pipeline without a quantized part"):
             save_pipeline(pipe, tmp_path / "float", overwrite=True)
         assert (tmp_path / "float" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
 
@@ -155,7 +155,7 @@ class TestSaveAndLoad:
 
     def test_what_is_no_pipeline_is_never_replaced(self, pipe, tmp_path):
         (tmp_path / "mine").write_text("precious")
-        with pytest.raises(CheckpointError, match="holds no pipeline but other files"):
+        with pytest.raises(CheckpointError, match="holds files other than a pipeline"):
             save_pipeline(pipe, tmp_path, overwrite=True)
         assert (tmp_path / "mine").read_text() == "precious"
 
@@ -197,7 +197,7 @@ class TestSaveAndLoad:
         ("made", "message"),
         [
             (None, "there is no folder"),
-            ("empty", r"no pipeline, for it has no model_index\.json"),
+            ("empty", r"not a pipeline, because it has no model_index\.json"),
             ("transformer", r"one quantized model, which fxquant\.load reads"),
             ("vae", r"one float model, which its class reads with from_pretrained"),
             ("broken", r"model_index\.json cannot be read"),

@@ -1,7 +1,7 @@
-"""Saves killed, interrupted and raced at random instants; ``make storm``. Nothing may be lost.
+"""Kills, interrupts and races saves at random times (``make storm``). Nothing may be lost.
 
-Each save runs in a process of its own, forked from this one, in which the models are made once. A third of the kills
-comes at any time of a save, the rest while the folders are exchanged, which takes a hundredth of it.
+Each save runs in its own process, forked from this one, which makes the models once. A third of the kills happens at
+any time during a save. The rest happens while the folders are exchanged, which takes a hundredth of the save.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from tests.tiny import calibrate, make_dit, run
 
 Content = dict[str, bytes]
 KILLS = {"SIGKILL": signal.SIGKILL, "SIGINT": signal.SIGINT}
-_SAVED, _REFUSED, _INTERRUPTED = 0, 3, 4  # What a process answers.
+_SAVED, _REFUSED, _INTERRUPTED = 0, 3, 4  # Exit codes of a saving process.
 
 
 class Storm:
-    """Models that differ, what their checkpoints hold, and how long a save takes.
+    """Two different models, the contents of their checkpoints, and the duration of a save.
 
     Args:
         folder: An empty folder to work in.
     """
 
     def __init__(self, folder: Path) -> None:
-        torch.set_num_threads(1)  # Forked processes have no other threads.
+        torch.set_num_threads(1)  # Forked processes do not have the other threads.
         self.folder = folder
         self.number = 0
         self.models: list[GraphModel] = []
@@ -62,12 +62,12 @@ class Storm:
         self.seconds = time.perf_counter() - began
 
     def place(self) -> Path:
-        """A folder in a new folder."""
+        """The path of a folder q in a new parent folder."""
         self.number += 1
         return self.folder / str(self.number) / "q"
 
     def kill(self, how: str, *, overwrite: bool, exchange: bool) -> str:
-        """Kill one save; the state in which it left the folder."""
+        """Kill one save; return the state in which it left the folder."""
         place = self.place()
         if overwrite:
             fxquant.save(self.models[0], place)
@@ -77,7 +77,7 @@ class Storm:
         def save() -> None:
             if not exchange:
                 folders.exchange = lambda *_: False  # type: ignore[assignment]
-            if late and overwrite and not exchange:  # Between the two renames, where it stays for a while.
+            if late and overwrite and not exchange:  # Kill between the two renames; the save pauses there.
                 _wrap("_set_aside", after=lambda: (os.write(writer, b"."), time.sleep(0.002)))
             elif late:
                 _wrap("place", before=lambda: os.write(writer, b"."))
@@ -95,7 +95,7 @@ class Storm:
         return self.judged(place, must_stand=overwrite)
 
     def judged(self, place: Path, must_stand: bool) -> str:
-        """What a save that was cut off left, checked: whole, mentioned, and tidied up by the next one."""
+        """Check the result of a killed save: it is complete, errors name leftovers, and the next save removes them."""
         state = "nothing"
         if place.is_dir():
             state = ("old", "new")[self.contents.index(held(place))]
@@ -111,7 +111,7 @@ class Storm:
         return state
 
     def race(self, *, overwrite: bool, exchange: bool) -> str:
-        """Let two processes save to one place at once; who won."""
+        """Let two processes save to the same place at once; return the outcome."""
         place = self.place()
         ready, go = os.pipe(), os.pipe()
 
@@ -146,7 +146,7 @@ class Storm:
 
 
 def _wrap(method: str, before: Callable[[], object] = bool, after: Callable[[], object] = bool) -> None:
-    """Do something before and after a method of the folder that is being written."""
+    """Call functions before and after a method of the folder being written."""
     inner = getattr(folders._Scratch, method)
 
     def wrapped(*args: Any) -> None:
@@ -163,7 +163,7 @@ def held(folder: Path) -> Content:
 
 
 def forked(task: Callable[[], None]) -> int:
-    """Run a task in a forked process; its number."""
+    """Run a task in a forked process; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -185,7 +185,7 @@ def _answer(task: Callable[[], None]) -> NoReturn:
 
 
 def storm(kills: int, races: int, folder: Path) -> list[str]:
-    """So many kills of each signal and races, half of each with ``overwrite``, half without the exchange in one step.
+    """Run kills, divided over the signals, and races; half with ``overwrite``, half without the atomic exchange.
 
     Returns:
         One line for each kind.
@@ -207,7 +207,7 @@ def _counted(trial: Callable[[], str], number: int) -> str:
     for _ in range(number):
         try:
             states[trial()] += 1
-        except Exception:  # Of whatever kind: what ought to stand does not.
+        except Exception:  # Any exception means that a guarantee was broken.
             traceback.print_exc()
             states["lost"] += 1
     lost = states.pop("lost", 0)
@@ -215,7 +215,7 @@ def _counted(trial: Callable[[], str], number: int) -> str:
 
 
 def main() -> int:
-    """Run it; 1 if something was lost."""
+    """Run the storm; return 1 if something was lost, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--races", type=int, default=200)

@@ -1,4 +1,4 @@
-"""A few saves killed, interrupted and raced; ``make storm`` does many."""
+"""Kills, interrupts and races a few saves; ``make storm`` runs many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.storms.__main__ import storm
 
 
-@pytest.mark.filterwarnings("ignore")  # Of forks beside threads; nothing of torch runs in the processes but copies.
+@pytest.mark.filterwarnings("ignore")  # About forks with threads; forked processes run nothing of torch but copies.
 def test_nothing_is_lost(tmp_path: Path) -> None:
     lines = storm(kills=16, races=8, folder=tmp_path)
     assert len(lines) == 12

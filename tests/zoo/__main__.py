@@ -1,4 +1,4 @@
-"""Write ``docs/coverage.md``, or with ``--check`` say whether it is up to date."""
+"""Write ``docs/coverage.md``; with ``--check``, only report whether it is up to date."""
 
 from __future__ import annotations
 

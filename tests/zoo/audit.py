@@ -1,4 +1,4 @@
-"""What balancing makes of a tiny model, and whether it still computes the same."""
+"""Audits balancing of a tiny model: what is balanced, and whether the model still computes the same."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Audit:
 
     Attributes:
         found: The graph.
-        plan: What was balanced, at what cost, and why not.
-        error: Largest difference of the outputs from the captured graph's, over their largest element.
+        plan: The plan: balanced layers with their cost, and why others are not balanced.
+        error: Largest difference between the outputs and those of the captured graph, over their largest element.
         tokens: Layers that could be balanced only by multiplying all tokens at run time.
     """
 
@@ -78,7 +78,7 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
 
 
 def balanced_on_tokens(graph: fx.Graph, plan: Plan) -> frozenset[str]:
-    """Layers of blocks all of whose channels can be scaled with ``dearest=tokens``, and which that makes so dear."""
+    """Layers of blocks that can be scaled in all channels with ``dearest=tokens``, at that cost."""
     seeds = seeds_to_transform(graph, plan, ["block"])
     grants = solve(graph, seeds, Cost.TOKENS).grants.values()
     dear = (grant for grant in grants if grant.cost is Cost.TOKENS and grant.granted.all())
@@ -86,7 +86,7 @@ def balanced_on_tokens(graph: fx.Graph, plan: Plan) -> frozenset[str]:
 
 
 def without_float32(module: fx.GraphModule) -> None:
-    """Let parts that a model always computes in float32 compute in float64 too: the algebra is to be seen."""
+    """Convert parts that a model always computes in float32 to float64, so that float32 rounding hides no error."""
 
     def wider(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dtype is torch.float32:
@@ -100,7 +100,7 @@ def without_float32(module: fx.GraphModule) -> None:
         if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map(wider, (node.args, node.kwargs))
         if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and node.op == "call_function":
-            # Sizes that depend on values would get new symbols.
+            # Inference would give sizes that depend on values new symbols, so those are only converted.
             value = node.meta["val"]
             node.meta["val"] = pytree.tree_map(wider, value) if free_unbacked_symbols(value) else rewriter.infer(node)
     module.recompile()

@@ -1,7 +1,7 @@
-"""Further kinds of call of the models of the zoo: each optional input on and off, in every order, proved in float64.
+"""Further kinds of call of the zoo models: each optional input on and off, in every order, compared in float64.
 
-``python -m tests.zoo.calls`` goes through all models, prints a line for each kind of call, and ends with 1 if one is
-wrong. Named models alone: ``python -m tests.zoo.calls Flux Latte``.
+``python -m tests.zoo.calls`` tests all models, prints one line per kind of call, and exits with 1 if one is wrong.
+``python -m tests.zoo.calls Flux Latte`` tests only the named models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.zoo.audit import STEPS, without_float32
 from tests.zoo.models import CAPTURED, Entry, Maker
 
 EXACT = fxquant.Recipe.parse("remove-no-ops,assign-precision{precision=w8a8} ; balance-channels,absorb-affines")
-"""Balances and absorbs, and rounds nothing."""
+"""A recipe that balances and absorbs, but rounds nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,9 @@ class Kind:
     """One kind of call, different from the usual one in an optional input.
 
     Attributes:
-        name: What is different.
-        without: The optional input that it leaves out, or None.
-        given: What it gives besides.
+        name: The difference from the usual call.
+        without: The optional input that the call leaves out, or None.
+        given: Makes the additional inputs of the call from those of a usual call, or None.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Kind:
     given: Any = None
 
     def arguments(self, usual: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of such a call, from those of a usual one."""
+        """The arguments of this kind of call, from those of a usual call."""
         found = {name: value for name, value in usual.items() if name != self.without}
         return found if self.given is None else found | self.given(usual)
 
 
 def kinds_of(entry: Entry) -> Iterator[Kind]:
-    """The kinds of call that a model takes: an input less, one more, a switch turned."""
+    """The kinds of call that a model accepts: without an input, with a further input, or with a flag inverted."""
     model = entry.model(torch.float64)
     usual = entry.call(3, dtype=torch.float64)
     found = []
@@ -75,7 +75,7 @@ def _always(name: str, value: Any) -> Any:
 
 
 def _inputs(name: str, entry: Entry, model: nn.Module) -> Iterator[Any]:
-    """Guesses at an optional input, of which the model's own code takes one or none."""
+    """Candidates for an optional input. The code of the model accepts some or none."""
     config = dict(getattr(model, "config", {}))
     width = config.get("num_attention_heads", 0) * (config.get("attention_head_dim") or 0) or config.get("dim", 0)
 
@@ -107,13 +107,13 @@ def _runs(model: nn.Module, arguments: dict[str, Any]) -> bool:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(**arguments)
-    except Exception:  # Whatever a model raises over an input that it does not take.
+    except Exception:  # A model may raise any exception for an input that it does not accept.
         return False
     return True
 
 
 def errors(entry: Entry, kind: Kind) -> dict[str, float | str]:
-    """Largest relative error of both kinds of call, by what was calibrated in which order; or why it was refused."""
+    """Largest relative error of both kinds of call for each order of calibration, or the reason of a refusal."""
     model = entry.model(torch.float64)
     traced: list[CapturedGraph] = []
     capture = Architecture.capture
@@ -133,7 +133,7 @@ def errors(entry: Entry, kind: Kind) -> dict[str, float | str]:
         return usual if which == "usual" else kind.arguments(usual)
 
     found: dict[str, float | str] = {}
-    # The model computes a part in float32, which the graphs do not here: they are compared with each other.
+    # The model computes some parts in float32, and the graphs here do not. So graphs are compared with each other.
     with (
         mock.patch.object(Architecture, "capture", once),
         mock.patch.object(Original, "compare"),
@@ -169,7 +169,7 @@ def _error(made: nn.Module, plain: nn.Module, arguments: dict[str, Any]) -> floa
 
 
 def main(names: Sequence[str]) -> int:
-    """Go through the models of these names, or all."""
+    """Test the models with these names, or all models."""
     wrong = refused = proved = 0
     for entry in CAPTURED:
         if names and not any(entry.id.startswith(name) for name in names):

@@ -1,4 +1,4 @@
-"""Tests of one model share its graphs."""
+"""Lets the tests of a model share its graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRACED: dict[Entry, list[CapturedGraph]] = defaultdict(list)
 
 @pytest.fixture(autouse=True)
 def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace each model once for a kind of call; who asks again gets a copy of the graph as it was traced."""
+    """Trace each model once per kind of call; later captures get a copy of the traced graph."""
     entry = getattr(request.node, "callspec", None) and request.node.callspec.params.get("entry")
     if entry is None:
         return

@@ -1,4 +1,4 @@
-"""What of each tiny model is balanced, as the lines of ``docs/coverage.md``."""
+"""Formats what is balanced in each tiny model as ``docs/coverage.md``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ together as an attention output.
 
 @dataclass(frozen=True)
 class Counts:
-    """Linears of one model by what balancing them costs."""
+    """Numbers of linears of one model, by the cost of balancing them."""
 
     free: int
     vector: int
@@ -52,12 +52,12 @@ class Counts:
 
     @property
     def linears(self) -> int:
-        """All of them."""
+        """The number of all linears."""
         return self.free + self.vector + self.nonlinear + self.other
 
     @property
     def share(self) -> float:
-        """Share of those that are balanced among those not behind an activation function."""
+        """Share of balanced linears among those that do not follow an activation function."""
         return (self.free + self.vector) / (self.linears - self.nonlinear)
 
 
@@ -85,7 +85,7 @@ def kind_row(audits: Iterable[Audit], kind: str) -> str:
 
 
 def exceptions(audit: Audit) -> list[str]:
-    """A line for each reason why linears are not balanced, blocks of a kind in one."""
+    """One line for each reason why linears are not balanced; equal layers of all blocks share a line."""
     found: dict[str, list[str]] = defaultdict(list)
     for name, layer in audit.plan.layers.items():
         balance = layer.balance
@@ -95,7 +95,7 @@ def exceptions(audit: Audit) -> list[str]:
 
 
 def _readable(reason: str) -> str:
-    """A reason with operations by the module that they are in, not by the names of nodes."""
+    """A reason that names operations by their module instead of by node names."""
 
     def place(found: re.Match[str]) -> str:
         module, _, op = found[1].rpartition(".")
@@ -109,7 +109,7 @@ def _star(text: str) -> str:
 
 
 def title(entry: Entry) -> str:
-    """What a model is called in the table."""
+    """The name of a model in the table."""
     return entry.name + entry.variant.replace("-", ", ", 1).replace("-", " ")
 
 

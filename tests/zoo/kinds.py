@@ -1,4 +1,4 @@
-"""What each linear of a block is for, read off the graph: no names of modules, no table of models."""
+"""Finds the purpose of each linear of a block from the graph, without names of modules or a table of models."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _ACTIVATIONS = (aten.gelu.default, aten.silu.default, aten.relu.default)
 def kinds(graph: fx.Graph) -> dict[str, str]:
     """The kind of each linear, by layer name.
 
-    What a linear reads or makes is followed to the next linear. One that reads what attention made is its output
-    projection, even where it reads the feed-forward part too; one that reads what an activation function made is a
-    second feed-forward linear; one whose result goes into attention makes q, k or v; one whose result goes into an
-    activation function, or is multiplied by the result of one, is a first feed-forward linear.
+    The input and the result of a linear are followed to the next linears. A linear that reads a result of attention is
+    its output projection, even if it also reads the feed-forward part. A linear that reads the result of an activation
+    function is a second feed-forward linear. A linear whose result goes into attention makes q, k or v. A linear whose
+    result goes into an activation function, or is multiplied by the result of one, is a first feed-forward linear.
     """
     found = {}
     for node in graph.nodes:

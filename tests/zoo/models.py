@@ -1,7 +1,7 @@
 """Tiny configurations of the diffusion transformers in diffusers, with random weights and inputs for each.
 
-An entry is the constructor's arguments and a function that makes a call's inputs for a batch size, a height of latents
-and a prompt length. Nothing in the library knows any of these classes.
+An entry has the arguments of the constructor and a function that makes the inputs of a call for a batch size, a height
+of latents and a prompt length. The library has no code for any of these classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Maker:
         self.step = step
 
     def normal(self, *shape: int) -> Tensor:
-        """A normal variable in the dtype of the call, made in float32 so that all dtypes have the same values."""
+        """Normal random values in the dtype of the call, made in float32 so that all dtypes have the same values."""
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
     def latents(self, channels: int, *frames: int) -> Tensor:
@@ -48,7 +48,7 @@ class Maker:
         return torch.ones(self.batch, self.prompt, dtype=dtype)
 
     def time(self) -> Tensor:
-        """Timesteps 0 to 1000 ``[batch]``, int64: the same for all samples, or one each."""
+        """Timesteps 0 to 1000 ``[batch]``, int64: the same for all samples, or one per sample."""
         if self.step is not None:
             return torch.full((self.batch,), int(self.step))
         return torch.randint(0, 1000, (self.batch,), generator=self.generator)
@@ -84,11 +84,11 @@ class Entry:
         size: Height and width of the latents.
         prompt: Length of the prompt.
         timestep: Name of the timestep argument.
-        other_size: Another height that the model takes, or None.
-        other_prompt: Another prompt length that it takes, or None.
-        variant: Tells entries of one class apart.
-        after: What is done to the new model.
-        make: Its class, if it is not from diffusers.
+        other_size: Another height that the model accepts, or None.
+        other_prompt: Another prompt length that the model accepts, or None.
+        variant: Distinguishes entries of the same class.
+        after: Function that is applied to the new model.
+        make: Class of the model, if it is not from diffusers.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Entry:
         return self.name.replace("Transformer", "").removesuffix("Model") + self.variant
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model, with weights that make every part of it do something."""
+        """The model, with weights with which every part affects the output."""
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -211,7 +211,7 @@ def _omnigen(make: Maker) -> dict[str, Any]:
         "hidden_states": make.latents(4), "timestep": make.unit_time(),
         "input_ids": torch.randint(1, 100, (make.batch, make.prompt), generator=make.generator),
         "input_img_latents": [], "input_image_sizes": {},
-        "attention_mask": make.ones(make.batch, tokens, tokens),  # Of integers, it overflows in float64.
+        "attention_mask": make.ones(make.batch, tokens, tokens),  # An integer mask overflows in float64.
         "position_ids": torch.arange(tokens)[None].repeat(make.batch, 1),
     }  # fmt: skip
 
@@ -238,7 +238,7 @@ def _fuse(model: Any) -> None:
 
 
 def _run_all_experts(model: Any) -> None:
-    """Let each expert see all tokens, weighted by the router: the same function, and no branch on what it computes."""
+    """Let each expert see all tokens, weighted by the router: the same function without branches on computed values."""
 
     def all_experts(self: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         shape = len(x), self.num_activated_experts
@@ -878,10 +878,11 @@ ENTRIES.append(replace(_HIDREAM, variant="-all-experts", after=_run_all_experts)
 _SD3 = next(entry for entry in ENTRIES if entry.name == "SD3Transformer2DModel")
 _FLUX1 = next(entry for entry in ENTRIES if entry.name == "FluxTransformer2DModel")
 _HUNYUAN = next(entry for entry in ENTRIES if entry.name == "HunyuanDiT2DModel")
-_SD3 = replace(_SD3, config=_SD3.config | {"dual_attention_layers": ()})  # diffusers cannot run these two together.
+# diffusers cannot run fused projections and dual attention together.
+_SD3 = replace(_SD3, config=_SD3.config | {"dual_attention_layers": ()})
 ENTRIES += [replace(entry, variant="-fused", after=_fuse) for entry in (_SD3, _FLUX1, _HUNYUAN)]
 
 REFUSED = {"HiDreamImageTransformer2DModel": "transformer_hidream_image.py"}
-"""Models that branch on values which they compute, which no graph can do, by their ids, and the file that does."""
+"""Models that branch on computed values, which a graph cannot do: names, and the files with the branches."""
 
 CAPTURED = [entry for entry in ENTRIES if entry.name + entry.variant not in REFUSED]

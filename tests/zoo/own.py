@@ -1,4 +1,4 @@
-"""Transformers that are not from diffusers, written as people write them, for the zoo."""
+"""Transformers for the zoo that are not from diffusers, written like typical user code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class FusedAttention(nn.Module):
-    """Attention with q, k and v in one linear, taken apart by reshape, permute and unbind."""
+    """Attention with q, k and v in one linear, split by reshape, permute and unbind."""
 
     def __init__(self, width: int, heads: int, explicit: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is saved of every model of the zoo is read in a new process and gives the same bits, or is refused."""
+"""A saved checkpoint of every zoo model gives the same bits in a new process, or saving is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _REASONS = {
     "-fused": "to_qkv",
     "-all-experts": "cannot be traced|was changed",
-    "Transformer2DModel": "has shape",  # Its from_config makes a model of another class, with other layers.
+    "Transformer2DModel": "has shape",  # Its from_config makes a model of another class, with different layers.
 }
 REFUSED = {
     entry: reason
@@ -28,11 +28,11 @@ REFUSED = {
     for kind, reason in _REASONS.items()
     if entry.name == kind or entry.variant.endswith(kind)
 }
-"""Models that their class and config do not give, and what is said of them."""
+"""Models that cannot be made from their class and config, with a pattern of the error."""
 
 LOADED = [entry for entry in CAPTURED if entry not in REFUSED]
 QUICK = {"DiT2D", "Flux2D", "OwnDiT"}
-_BATCH = 8  # Models in one process: starting it takes longer than loading a few.
+_BATCH = 8  # Models per process, because starting a process takes longer than loading a few models.
 
 _OTHER_PROCESS = """
 import json, sys, torch
@@ -45,7 +45,7 @@ for name in json.loads(sys.argv[2]):
 
 
 def run(model: nn.Module, entry: Entry) -> Tensor:
-    """First output of a call that was not calibrated."""
+    """First output of a call at a timestep of 500."""
     with torch.no_grad():
         found = model(**entry.call(seed=7, step=500.0))
     return next(leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor))
@@ -59,7 +59,7 @@ def compiled(entry: Entry) -> fxquant.GraphModel:
 
 
 def load_and_run(folder: Path, name: str) -> Tensor:
-    """What another process does with a checkpoint. Models of one's own are loaded with an instance."""
+    """Load and run a checkpoint, in another process. Models that are not from diffusers need an instance to load."""
     entry = next(entry for entry in CAPTURED if entry.id == name)
     return run(fxquant.load(folder / name, model=None if entry.make is None else entry.model()), entry)
 

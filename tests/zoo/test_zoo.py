@@ -1,4 +1,4 @@
-"""Every diffusion transformer of the zoo: captured, absorbed exactly, quantized, run at other sizes."""
+"""Captures every diffusion transformer of the zoo, absorbs exactly, quantizes, and runs at other sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_absorption_is_exact_and_covers_what_the_page_says(entry: Entry) -> None
 
 
 def quantize(entry: Entry, model: nn.Module, recipe: str) -> fxquant.GraphModel:
-    """The model by a recipe, calibrated at a few timesteps."""
+    """The model quantized with a recipe, calibrated at a few timesteps."""
     return fxquant.compile(
         model,
         recipe=recipe,
@@ -65,7 +65,7 @@ def test_quantizes_and_runs_at_other_sizes(entry: Entry) -> None:
     assert fixed is None or fixed in fxquant.report(quantized).fixed
     floor = 20.0  # Random weights and a handful of samples; a wrong graph is below 0 dB.
     call = entry.call(3, seed=7, step=500.0)
-    # A list with an item a sample, such as the shapes of images, is of another structure at another batch size.
+    # A list with one item per sample, such as the shapes of images, has another structure at another batch size.
     other_list = quantized.architecture.canonical((), call)[0] != quantized.captured[0].call.names
     graphs = 1 if fixed is None and not other_list else 2
     assert sqnr(run(quantized, call), run(model, call)) > floor
@@ -86,7 +86,7 @@ def line_of(entry: Entry) -> str:
 
 
 def test_the_page_is_whole() -> None:
-    """Its rows are compared one by one with what is found; here, that there are no others, and that they add up."""
+    """Other tests compare each row of the page; this one tests that there are no other rows and that sums agree."""
     page = COVERAGE.read_text()
     assert page.startswith(HEAD)
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.endswith(("| any |", "| fixed |"))]

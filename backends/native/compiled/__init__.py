@@ -1,4 +1,4 @@
-"""Kernels of our own in C++, compiled on first use: AVX-512 with VNNI."""
+"""fxquant's own kernels in C++ for AVX-512 with VNNI, compiled on first use."""
 
 from fxquant.backends.native.compiled.lowering import Options, fits, lower, stored
 from fxquant.backends.native.compiled.weights import MAX_FEATURES, in_halves

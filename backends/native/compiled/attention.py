@@ -1,4 +1,4 @@
-"""Attention as one kernel: of float values in bfloat16, and of codes in integers."""
+"""Attention as one kernel: float values are multiplied in bfloat16, codes as integers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_n
 
 
 def lower(graph: fx.Graph, rewriter: Rewriter, floats: bool) -> None:
-    """Rewrite attentions of four axes: those of codes, and if asked those of float values."""
+    """Rewrite attentions of four axes: attentions of codes, and with ``floats`` also attentions of float values."""
     for node in list(graph.nodes):
         if node.target is reference.matmul.default:
             lower_codes(node, rewriter, native.int8_attention.default)

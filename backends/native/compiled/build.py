@@ -1,10 +1,10 @@
-"""Compiles the kernels on first use, keeps the library for the next, and loads it.
+"""Compiles the kernels on first use, keeps the library for later use, and loads it.
 
-The compiler is the one that ``torch.compile`` uses on processors (``CXX``, or the first of those that inductor knows),
-the sources are those in ``csrc``. What it makes lies in a folder that only the user can open, in ``$FXQUANT_CACHE`` or
+The compiler is the one that ``torch.compile`` uses on CPUs (``CXX``, or the first of those that inductor knows). The
+sources are in ``csrc``. The library is kept in a folder that only the user can open, in ``$FXQUANT_CACHE`` or in
 ``fxquant`` in the user's cache folder. The library's name changes with sources, flags, compiler, processor and the
-version of torch, and ends in the digest of its content: one that is damaged is compiled again, and none that somebody
-else could have written is loaded.
+version of torch, and ends in the digest of its content. A damaged library is compiled again. A library that another
+user could have written is not loaded.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class BuildError(RuntimeError):
 
 
 def load() -> None:
-    """Compile the kernels, unless they have been, and register them.
+    """Compile the kernels, unless they are compiled already, and register them.
 
     Raises:
-        BuildError: If there is no compiler, or it fails.
+        BuildError: If there is no compiler, or the compiler fails.
     """
     reason = _loaded()
     if reason is not None:
@@ -66,7 +66,7 @@ def cache_folder() -> Path:
     """Where compiled kernels are kept.
 
     Raises:
-        BuildError: If the user has no home, as in some containers, and nothing else is named.
+        BuildError: If the user has no home, as in some containers, and no environment variable names a folder.
     """
     named, cache = os.environ.get("FXQUANT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if named:
@@ -78,10 +78,10 @@ def cache_folder() -> Path:
 
 
 def kernel_folder() -> Path:
-    """The folder of compiled libraries, made if need be: the user's own, closed to everybody else.
+    """The folder of compiled libraries, made if needed. It belongs to the user and is closed to all other users.
 
     Raises:
-        BuildError: If it cannot be made, or belongs to somebody else or is open to others.
+        BuildError: If the folder cannot be made, belongs to another user, or can be written to by others.
     """
     owner = os.getuid() if hasattr(os, "getuid") else None
     path = cache_folder() / ("native" if owner is None else f"native-{owner}")
@@ -93,7 +93,7 @@ def kernel_folder() -> Path:
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {path.parent} ({error}); set FXQUANT_CACHE") from error
     if not stat.S_ISDIR(found.st_mode):
-        raise BuildError(f"{path} is no folder; remove it, or set FXQUANT_CACHE to a folder of your own")
+        raise BuildError(f"{path} is not a folder; remove it, or set FXQUANT_CACHE to a folder of your own")
     if owner is not None and (found.st_uid != owner or found.st_mode & 0o022):
         whose = "belongs to another user" if found.st_uid != owner else "can be written to by others"
         raise BuildError(
@@ -110,12 +110,12 @@ def _library() -> Path:
     if kept is not None:
         return kept
     began = time.perf_counter()
-    logger.warning("fxquant compiles its kernels with %s, once", compiler)
+    logger.warning("fxquant compiles its kernels with %s; this happens once", compiler)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = _compile(compiler, Path(scratch))
             path = folder / f"{name}-{digest(made)}.so"
-            made.replace(path)  # At once, as other processes may be at the same.
+            made.replace(path)  # Atomic, because other processes may do the same.
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {folder} ({error}); set FXQUANT_CACHE") from error
     logger.warning("compiled in %.0f s, kept in %s", time.perf_counter() - began, path)
@@ -123,7 +123,7 @@ def _library() -> Path:
 
 
 def _kept(folder: Path, name: str) -> Path | None:
-    """The library of this name that was compiled before; damaged ones are removed."""
+    """The library of this name that was compiled before, or None. Damaged libraries are removed."""
     for path in sorted(folder.glob(f"{name}-*.so")):
         try:
             if path.is_file() and not path.is_symlink() and path.stem == f"{name}-{digest(path)}":
@@ -167,7 +167,7 @@ def _run(*command: str | Path) -> None:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-        raise BuildError(f"{command[0]} fails at the kernels: {first}")
+        raise BuildError(f"{command[0]} fails to compile the kernels: {first}")
 
 
 def _digest(compiler: str) -> str:
@@ -186,8 +186,8 @@ def _identity(compiler: str) -> Iterator[str]:
     try:
         yield subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{compiler} does not tell its version: {error}") from error
+        raise BuildError(f"{compiler} does not report its version: {error}") from error
     yield torch.__version__
     yield platform.machine()
-    # -march=native means another thing on another processor, and homes are shared between machines.
+    # The code for -march=native depends on the processor, and machines may share the home folder.
     yield str(sorted(torch.cpu.get_capabilities().items()))

@@ -1,4 +1,4 @@
-"""From a quantized graph to the compiled kernels, and from their tensors back to those of checkpoints."""
+"""Lowers a quantized graph to the compiled kernels, and converts their tensors back to checkpoint tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fxquant.runtime.devices import give_back_memory
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
-_KEPT = 32 << 20  # Bytes of weights whose temporaries may stay with the C library.
+_KEPT = 32 << 20  # Freed memory goes back to the system after this many bytes of lowered weights.
 _KERNELS = fusions.Kernels(
     native.vnni_linear.default,
     native.norm_quantize.default,
@@ -35,11 +35,11 @@ _SUMS = "_sums"
 
 @dataclass(frozen=True)
 class Options:
-    """What users choose.
+    """Options for users.
 
     Attributes:
         packed: Keep weights of up to 4 bits in half a byte each.
-        bf16_attention: Multiply float attention in bfloat16; else it stays ATen's.
+        bf16_attention: Multiply float attention in bfloat16; otherwise ATen computes it.
     """
 
     packed: bool = True
@@ -60,8 +60,8 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
         y = fxquant_native.vnni_linear(codes, s, z, W_panels, W_scale, W_zero_point, W_sums, bias, bits, out, "none",
                                        None, None, None, None, 255, dtype)
 
-    A linear behind a dequantized weight becomes ``weight_only_linear``. What stands before and behind these goes into
-    the kernels where it can: see :mod:`fxquant.backends.native.fusions` and
+    A linear with a dequantized weight becomes ``weight_only_linear``. The ops before and after these are fused into the
+    kernels if possible: see :mod:`fxquant.backends.native.fusions` and
     :mod:`fxquant.backends.native.compiled.attention`.
     """
     rewriter = Rewriter(module, "lower to native")
@@ -89,7 +89,7 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
 
 
 def stored(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors of a lowered graph, with packed codes in place of panels and without what follows from others."""
+    """The tensors of a lowered graph, with packed codes in place of panels and without derived tensors."""
     found = read_tensors(module)
     for node in module.graph.nodes:
         if node.target is native.vnni_linear.default:
@@ -109,7 +109,7 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
     x, scale, zero_point, qmin, qmax, dtype = node.args
-    assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
+    assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
     with rewriter.before(node):
         new = rewriter.call(native.quantize.default, (x, scale, zero_point, qmax), [node], name=node.name)
     rewriter.replace(node, new)
@@ -131,7 +131,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
             new = rewriter.call(aten.to.dtype, (new, dtype), [node])
     rewriter.replace(node, new)
     if not packed.users:
-        rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
+        rewriter.forget(packed)  # So that a model never holds both forms of all weights.
 
 
 def _bytes_of_weight(node: fx.Node) -> int:
@@ -142,7 +142,7 @@ def _bytes_of_weight(node: fx.Node) -> int:
 
 
 def fits(group_size: int) -> bool:
-    """Whether the kernel of float activations takes weights in groups of so many inputs."""
+    """Whether the kernel for float activations takes weights with this many inputs per group."""
     return group_size % 8 == 0
 
 

@@ -1,7 +1,7 @@
-"""The operators of the compiled kernels. Their code is in ``csrc``; here are their schemas and what they return.
+"""The operators of the compiled kernels. Their code is in ``csrc``; this module has their schemas and fake kernels.
 
-Grids of activations are one number, one a sample along the first axis, or one a row. Weights are in panels
-(:mod:`fxquant.backends.native.compiled.weights`); ``bits`` tells what codes they hold.
+Scales and zero points of activations are one number, one per sample along the first axis, or one per row. Weights are
+in panels (:mod:`fxquant.backends.native.compiled.weights`); ``bits`` is the number of bits of their codes.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _fake_int8_attention(
 
 # `x_scale * w_scale * sum_k (xq_k - x_zero_point) (w_k - w_zero_point) + bias`, summed exactly; then the activation
 # ("none", "gelu_tanh", "silu"); then codes of the grid out_scale, out_zero_point, or times gate, plus residual.
-# gate and bias are vectors of the output channels, one for all or one a sample.
+# gate and bias are vectors over the output channels, one for all samples or one per sample.
 define_kernel(
     "vnni_linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
@@ -122,8 +122,8 @@ define_kernel(
     None,
     _fake_weight_only_linear,
 )
-# Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors of the channels,
-# one for all or one a sample. The norm is the layer norm if centered, else that of the root mean square.
+# Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors over the channels,
+# one for all samples or one per sample. The norm is layer norm if centered, else RMS norm.
 define_kernel(
     "norm_quantize(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, "
     "Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax) -> Tensor",
@@ -131,14 +131,14 @@ define_kernel(
     _fake_norm_quantize,
 )
 # Attention of [batch, heads, tokens, channels]. The result is [batch, tokens, heads, channels], values or codes.
-# A bool mask is true for what is seen; a float mask is added to the scores.
+# A bool mask is true for keys that are seen; a float mask is added to the scores.
 define_kernel(
     "bf16_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, Tensor? out_scale, "
     "Tensor? out_zero_point, int qmax) -> Tensor",
     None,
     _fake_bf16_attention,
 )
-# The same of codes; the probabilities are codes 0..softmax_qmax of the grid softmax_scale.
+# The same for codes; the probabilities are codes 0..softmax_qmax of the grid softmax_scale.
 define_kernel(
     "int8_attention(Tensor q, Tensor q_scale, Tensor q_zero_point, Tensor k, Tensor k_scale, Tensor k_zero_point, "
     "Tensor v, Tensor v_scale, Tensor v_zero_point, Tensor? mask, Tensor softmax_scale, Tensor softmax_zero_point, "

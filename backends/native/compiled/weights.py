@@ -1,8 +1,9 @@
-"""Weights in panels, as the compiled kernels read them, and the way back to packed codes.
+"""Weights in panels, as the compiled kernels read them, and the conversion back to packed codes.
 
-A panel is 32 output channels. For each group of input channels it holds 128 bytes: four channels a group, one code a
-byte, or for codes of up to 4 bits eight channels, the first four in the low halves of the bytes. Codes of 8 bits are
-held less 128, as int8; all others as they are. Nothing is lost: :func:`unpacked` finds every code again.
+A panel is 32 output channels. For each group of input channels it holds 128 bytes. A group has four channels with one
+code per byte or, for codes of up to 4 bits, eight channels with the first four in the low halves of the bytes. Codes of
+8 bits are stored minus 128, as int8; all other codes are stored unchanged. Nothing is lost: :func:`unpacked` recovers
+every code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PANEL = 32
 _ROWS = 256
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 255)
-"""Input channels whose products, and what zero points add to them, certainly fit 32-bit sums."""
+"""The most input channels for which 32-bit sums of products and zero-point terms cannot overflow."""
 
 
 def in_halves(bits: int, packed: bool) -> bool:
@@ -26,12 +27,12 @@ def in_halves(bits: int, packed: bool) -> bool:
 
 
 def panels(codes: Tensor, bits: int, in_features: int, halves: bool) -> Tensor:
-    """Panels `[ceil(out / 32), ceil(in / each), 128]`, uint8 of two codes a byte (each 8) or int8 of one (each 4).
+    """Panels `[ceil(out / 32), ceil(in / each), 128]`, uint8 of two codes per byte (each 8) or int8 of one (each 4).
 
     Args:
         codes: uint8 `[out, packed_size(in_features, bits)]`, packed as by :func:`fxquant.numerics.packing.pack`.
-        bits: Bits a code, 2 to 8.
-        in_features: Codes a row.
+        bits: Bits per code, 2 to 8.
+        in_features: Codes per row.
         halves: Whether two codes share a byte.
     """
     values = unpack(codes, bits, in_features)
@@ -58,7 +59,7 @@ def unpacked(held: Tensor, bits: int, out_features: int, in_features: int) -> Te
 
 
 def sums(codes: Tensor, bits: int, in_features: int) -> Tensor:
-    """The sum over each output channel of what is held, int32 `[out]`."""
-    rows = codes.split(_ROWS)  # A sum of all at once would hold them all as int32.
+    """The sum of the held codes of each output channel, int32 `[out]`."""
+    rows = codes.split(_ROWS)  # One sum over all rows would hold all codes as int32.
     values = torch.cat([unpack(part, bits, in_features).sum(1, dtype=torch.int32) for part in rows])
     return values - (MIDDLE * in_features if bits == 8 else 0)

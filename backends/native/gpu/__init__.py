@@ -1,4 +1,4 @@
-"""Kernels of our own in Triton, for NVIDIA GPUs; on processors they run in its interpreter, for tests."""
+"""fxquant's Triton kernels for NVIDIA GPUs. On CPUs they run in Triton's interpreter, for tests."""
 
 from fxquant.backends.native.gpu.lowering import Options, kernel, lower, refuse, stored, weight_only_kernel
 

@@ -1,6 +1,6 @@
-"""Kernels compiled for a GPU that is not there: whether they compile, and what they take of it.
+"""Compiles kernels for a GPU that need not be present: whether they compile, and which resources they use.
 
-``python -m fxquant.backends.native.gpu.ahead`` prints a row for each way that the product's kernel may be cut.
+``python -m fxquant.backends.native.gpu.ahead`` prints one row per tiling of the matrix-product kernel.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _ALIGNED = ("M", "N", "K", "gate_stride", "bias_stride")
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes.
+    """Resources that a compiled kernel uses.
 
     Attributes:
-        registers: A thread.
-        spilled: Bytes a thread of local memory, which registers spill to.
-        shared: Bytes of shared memory a program.
-        instructions: The matrix instructions in it, by the first words of their names in PTX.
+        registers: Registers per thread.
+        spilled: Bytes of local memory per thread, which registers spill to.
+        shared: Bytes of shared memory per program.
+        instructions: The matrix instructions of the kernel, by the first words of their names in PTX.
     """
 
     registers: int
@@ -61,19 +61,19 @@ def compile_kernel(
     aligned: tuple[str, ...] = (),
     capability: int = HOPPER,
 ) -> Resources:
-    """Compile a kernel for an NVIDIA GPU, which need not be there.
+    """Compile a kernel for an NVIDIA GPU, which need not be present.
 
     Args:
         kernel: The Triton function.
-        types: Types of its arguments as Triton writes them; pointers are taken for aligned ones.
-        constants: Values of its constants, and of arguments that are None.
-        warps: Warps a program.
-        stages: Stages of pipelines.
-        aligned: Numbers that are multiples of 16.
+        types: Types of its arguments as Triton writes them. Pointers are assumed to be aligned.
+        constants: Values of its constants, and None for arguments that are None.
+        warps: Warps per program.
+        stages: Pipeline stages.
+        aligned: Names of the integer arguments that are multiples of 16.
         capability: Compute capability, times ten.
 
     Raises:
-        BackendError: Without Triton, or in its interpreter.
+        BackendError: If Triton is missing, or if it runs as an interpreter.
     """
     reason = machine.missing_triton()
     if reason is not None or machine.interprets():
@@ -102,13 +102,13 @@ def compile_kernel(
 
 
 def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool = True) -> Resources:
-    """What the product's kernel takes when it is cut in one way, on Hopper GPUs.
+    """Resources of the matrix-product kernel with one tiling, on Hopper GPUs.
 
     Args:
         kind: ``int8``, ``fp8`` or ``int4``.
-        config: How to cut it.
-        group_size: Inputs a group of the weight.
-        fused: Whether GELU and the next quantization follow it, or else a gate and a residual.
+        config: The tiling.
+        group_size: Inputs per group of the weight.
+        fused: True if GELU and the next quantization follow the product; False if a gate and a residual do.
     """
     from fxquant.backends.native.gpu.configs import step_of
     from fxquant.backends.native.gpu.kernels.linear import linear_kernel
@@ -142,13 +142,13 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
 
 
 def weight_only_resources(dtype: str, bits: int, group_size: int, rows: int) -> Resources:
-    """What the product of float activations takes on Hopper GPUs.
+    """Resources of the weight-only product, which multiplies float activations, on Hopper GPUs.
 
     Args:
-        dtype: Of the activations, as Triton writes it: ``bf16``, ``fp16`` or ``fp32``.
-        bits: Of the weight; up to 4 are held two a byte.
-        group_size: Inputs a group of the weight.
-        rows: Of the activations.
+        dtype: Dtype of the activations, as Triton writes it: ``bf16``, ``fp16`` or ``fp32``.
+        bits: Bits of the weight. Weights of up to 4 bits are stored two per byte.
+        group_size: Inputs per group of the weight.
+        rows: Rows of the activations.
     """
     from fxquant.backends.native.gpu.kernels.weight_only import weight_only_kernel
     from fxquant.backends.native.gpu.weight_only import choose
@@ -169,7 +169,7 @@ def weight_only_resources(dtype: str, bits: int, group_size: int, rows: int) -> 
 
 
 def all_linears() -> Iterator[tuple[str, int, Config]]:
-    """Every kind of product, group size and way to cut it."""
+    """Every kind of product, group size and tiling."""
     for kind, group in (("int8", 0), ("int8", 128), ("fp8", 0), ("int4", 0), ("int4", 64), ("int4", 32)):
         for rows in (16, 4096):
             ways = candidates(f"{kind}-g{group}" if group else kind, rows)
@@ -177,7 +177,7 @@ def all_linears() -> Iterator[tuple[str, int, Config]]:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread."""
+    """Registers, and bytes of local memory, per thread."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -189,12 +189,12 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     if found is None:
-        raise BackendError(f"cuobjdump says nothing of registers: {text.strip()[:200]}")
+        raise BackendError(f"cuobjdump printed no register usage: {text.strip()[:200]}")
     return int(found[1]), int(found[2]) + int(found[3])
 
 
 def main() -> None:
-    """Print a table of all ways to cut the product."""
+    """Print a table of all tilings of the product."""
     rows = []
     for kind, group, config in all_linears():
         for fused in (True, False):
@@ -205,7 +205,7 @@ def main() -> None:
             rows.append(
                 [name, cut, epilogue, used.registers, used.spilled, used.shared >> 10, ", ".join(used.instructions)]
             )
-    header = ["product", "cut", "epilogue", "registers", "spilled B", "shared KiB", "instructions"]
+    header = ["product", "tiling", "epilogue", "registers", "spilled B", "shared KiB", "instructions"]
     print(tabulate(rows, header))
 
 

@@ -1,4 +1,4 @@
-"""Arguments of operators as kernels read them: grids by rows, vectors by samples."""
+"""Converts arguments of operators to what kernels read: grids per row, vectors per sample."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from fxquant.errors import BackendError
 
 FP8 = torch.float8_e4m3fn
 CODES = (torch.int8, FP8)
-"""Dtypes of activations that the product's kernel multiplies."""
+"""Dtypes of activations that the matrix-product kernel multiplies."""
 
 
 def check_floats(op: str, x: Tensor) -> None:
-    """Refuse what kernels do not read as values."""
+    """Refuse dtypes that kernels do not read as values."""
     if x.dtype not in FLOATS:
         raise BackendError(f"{op} reads float32, bfloat16 and float16, not {x.dtype}")
 
 
 def per_row(values: Any, x: Tensor, rows: int, what: str) -> tuple[Any, int]:
-    """Entries of a grid in a row, and how many rows of `x` share one."""
+    """The entries of a grid in contiguous memory, and how many rows of `x` share one entry."""
     if values is None:
         return None, 1
     count = values.numel()
     if count == 1:
         return values, rows
     leading = tuple(values.shape[:-1])
-    # One a sample, or one a row: the axes that have entries come first.
+    # One entry per sample or one per row: the axes that have entries come first.
     each_sample = leading[:1] == (count,) == tuple(x.shape[:1]) and values.dim() <= x.dim()
     known = leading == tuple(x.shape[:-1]) or each_sample
     if values.shape[-1] != 1 or not known:
@@ -38,14 +38,14 @@ def per_row(values: Any, x: Tensor, rows: int, what: str) -> tuple[Any, int]:
 
 
 def vectors(values: Any, x: Tensor, rows: int, channels: int, what: str) -> tuple[Any, int, int]:
-    """Vectors of the channels, how many rows of `x` share one, and how far they are apart in memory."""
+    """Vectors over the channels, how many rows of `x` share one vector, and the stride between vectors."""
     if values is None:
         return None, 1, 0
     count = values.numel() // channels if channels else 0
     alone = count == values.shape[0] == x.shape[0] and 1 < values.dim() <= x.dim()
     if values.shape[-1] != channels or not (count == 1 or alone):
         raise BackendError(
-            f"the {what} {tuple(values.shape)} is no vector of {channels} channels, one for all or one a sample"
+            f"the {what} {tuple(values.shape)} is not a vector of {channels} channels, one for all or one per sample"
         )
     flat = values.reshape(count, channels)
     if flat.stride(1) != 1:

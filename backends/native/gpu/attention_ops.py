@@ -1,4 +1,4 @@
-"""The operator of attention of codes: its schema, what calls its kernel, and how that is cut."""
+"""The operator for attention of codes: its schema, the function that calls its kernel, and the tiling."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fxquant.backends.native.library import FLOATS, define_kernel
 from fxquant.errors import BackendError
 
 MOST_CHANNELS = 256
-"""Channels of a head that the kernel takes."""
+"""The most channels of a head that the kernel accepts."""
 
-_WIDE = 128  # Channels of a head beyond which its result takes most of the registers.
-_MOST_SHIFTED = 129  # Channels up to which scores fit 23 bits: 255 * 255 * 129 < 2**23.
-_SUMMED = 128  # Keys a program that sums their codes.
+_WIDE = 128  # With more channels per head, the result takes most of the registers.
+_MOST_SHIFTED = 129  # The most channels whose scores fit 23 bits: 255 * 255 * 129 < 2**23.
+_SUMMED = 128  # Keys per program of the kernel that sums their codes.
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How attention is cut.
+    """The tiling of an attention.
 
     Attributes:
-        block_m: Queries a program.
-        block_n: Keys a step; where these are all, scores are computed once instead of twice.
-        warps: Warps a program.
+        block_m: Queries per program.
+        block_n: Keys per step. If one step covers all keys, scores are computed once instead of twice.
+        warps: Warps per program.
         stages: Steps whose loads are in flight.
     """
 
@@ -39,13 +39,13 @@ class Cut:
 
 
 def choose(queries: int, keys: int, channels: int, masked: bool) -> Cut:
-    """The cut of an attention, such that all of it stays in the registers of a Hopper GPU.
+    """The tiling of an attention that keeps all its tiles in the registers of a Hopper GPU.
 
     Args:
-        queries: Of one head.
-        keys: Of one head.
-        channels: Of one head, of the keys or of the values.
-        masked: Whether there is a mask, whose tile takes registers too.
+        queries: Queries of one head.
+        keys: Keys of one head.
+        channels: Channels of one head, of the keys or of the values, whichever are more.
+        masked: Whether there is a mask. Its tile takes registers too.
     """
     wide = channels > _WIDE
     step, stages = 32 if wide else 64, 2 if masked else 3
@@ -59,7 +59,7 @@ def choose(queries: int, keys: int, channels: int, masked: bool) -> Cut:
 
 
 def parts(channels: int, least: int) -> tuple[int, int]:
-    """Widths of the one or two tiles, powers of two, that hold channels with the fewest behind their end."""
+    """Widths, powers of two, of the one or two tiles that hold the channels with the least padding."""
     one = _power(channels, least)
     first = one // 2
     second = _power(channels - first, least)
@@ -88,34 +88,35 @@ def int8_attention(
 ) -> Tensor:
     """The op ``triton_attention``: ``softmax(q k + mask) v`` with the probabilities rounded to codes.
 
-    Never waits for the device.
+    The op never waits for the device.
 
     Args:
-        q: Codes less 128, int8 `[batch, heads, queries, channels]`, of any strides but that of the last axis.
-        q_scale: float32, one for all or one a sample, `[batch, 1, 1, 1]`; that of the softmax is in it.
-        q_zero_point: The same in uint8, of codes from 0.
-        k: `[batch, k_heads, keys, channels]`; as many query heads share one as the quotient says.
-        k_scale: As of `q`.
-        k_zero_point: As of `q`.
-        v: `[batch, k_heads, keys, v_channels]`.
-        v_scale: As of `q`.
-        v_zero_point: As of `q`.
-        mask: Of axes that broadcast to `[batch, heads, queries, keys]`: bool, true for what is seen, or float, which is
-            added to the scores. Queries that see nothing give zero.
-        softmax_scale: Of the codes of probabilities, one for all.
-        softmax_zero_point: Of the same.
-        softmax_qmax: The highest of those codes, at most 255.
-        out_scale: Of the grid of codes to return, one for all or one a sample; None for values.
-        out_zero_point: Of the same.
-        qmax: The highest of those codes.
-        out_dtype: Of the result where it is not codes.
-        cut: How to cut it; that of :func:`choose` by default.
+        q: Codes stored minus 128, int8 `[batch, heads, queries, channels]`. The stride of the last axis must be 1;
+            others are free.
+        q_scale: float32, one for all or one per sample, `[batch, 1, 1, 1]`. It includes the scale of the softmax.
+        q_zero_point: The same in uint8, for codes that start at 0.
+        k: Codes as `q`, `[batch, k_heads, keys, channels]`; heads / k_heads query heads share one head of keys.
+        k_scale: As `q_scale`.
+        k_zero_point: As `q_zero_point`.
+        v: Codes as `q`, `[batch, k_heads, keys, v_channels]`.
+        v_scale: As `q_scale`.
+        v_zero_point: As `q_zero_point`.
+        mask: Broadcasts to `[batch, heads, queries, keys]`. A bool mask is true for keys that a query sees; a float
+            mask is added to the scores. Queries that see no key give zero.
+        softmax_scale: Scale of the codes of probabilities, one for all.
+        softmax_zero_point: Zero point of the codes of probabilities, one for all.
+        softmax_qmax: The highest code of probabilities, at most 255.
+        out_scale: Scale of the codes to return, one for all or one per sample; None to return values.
+        out_zero_point: Zero point of the codes to return, as `out_scale`.
+        qmax: The highest code to return.
+        out_dtype: Dtype of the result if it is values.
+        cut: The tiling; that of :func:`choose` by default.
 
     Returns:
-        `[batch, queries, heads, v_channels]` of `out_dtype`, or int8 codes less 128.
+        `[batch, queries, heads, v_channels]`: values of `out_dtype`, or int8 codes stored minus 128.
 
     Raises:
-        BackendError: For arguments that do not fit.
+        BackendError: If arguments do not fit.
     """
     grids = {
         "queries": (q_scale, q_zero_point),
@@ -125,7 +126,7 @@ def int8_attention(
     }
     if (out_scale is None) != (out_zero_point is None):
         raise BackendError(
-            "triton_attention returns codes of a grid that has a scale and a zero point; only one is given"
+            "triton_attention returns codes if it has both out_scale and out_zero_point; only one is given"
         )
     if out_scale is not None and out_zero_point is not None:
         grids["result"] = (out_scale, out_zero_point)
@@ -195,15 +196,15 @@ def int8_attention(
 
 
 def constants(depth: int, channels: int, keys: int, mask: str, align: int, cut: Cut) -> dict[str, Any]:
-    """What the kernel is compiled for.
+    """The compile-time constants of the kernel.
 
     Args:
         depth: Channels of queries and keys.
         channels: Channels of values.
-        keys: Of one head.
+        keys: Keys of one head.
         mask: ``none``, ``bool`` or ``float``.
-        align: What divides the strides of queries, keys and values.
-        cut: How it is cut.
+        align: A divisor of the strides of queries, keys and values.
+        cut: The tiling.
     """
     depths, widths = parts(depth, 32), parts(channels, 16)
     return {
@@ -231,57 +232,59 @@ def _power(number: int, least: int) -> int:
 def _check_codes(q: Tensor, k: Tensor, v: Tensor, softmax_qmax: int, out_dtype: torch.dtype) -> None:
     shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
     if any(x.dtype != torch.int8 for x in (q, k, v)):
-        raise BackendError(f"triton_attention reads int8 codes, codes less 128, not {q.dtype}, {k.dtype}, {v.dtype}")
+        raise BackendError(f"triton_attention reads int8 codes, stored minus 128, not {q.dtype}, {k.dtype}, {v.dtype}")
     if any(x.dim() != 4 for x in (q, k, v)) or k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
         raise BackendError(
-            f"queries, keys and values {shapes} are no [batch, heads, tokens, channels] of one batch, and keys and "
-            "values of one number of heads and tokens"
+            f"queries, keys and values {shapes} must be [batch, heads, tokens, channels] with one batch size; keys "
+            "and values must have the same number of heads and tokens"
         )
     if q.shape[3] != k.shape[3]:
         raise BackendError(f"queries and keys {shapes} differ in their channels")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise BackendError(f"the heads of keys do not divide those of queries: {shapes}")
     if not k.shape[2]:
-        raise BackendError("attention over no keys")
+        raise BackendError("triton_attention needs at least one key, and there are no keys")
     if not all(0 < x.shape[3] <= MOST_CHANNELS for x in (q, v)):
         raise BackendError(
             f"triton_attention reads heads of 1 to {MOST_CHANNELS} channels, not {shapes}; leave attention out of the "
             "quantization of this model"
         )
     if any(x.shape[3] > 1 and x.stride(3) != 1 for x in (q, k, v)):
-        raise BackendError("triton_attention reads heads whose channels lie side by side; call contiguous() on them")
+        raise BackendError("triton_attention reads heads whose last axis has stride 1; call contiguous() on them")
     if not 0 <= softmax_qmax <= 255:
-        raise BackendError(f"softmax_qmax={softmax_qmax}: codes of probabilities are of 8 bits at most, 0 to 255")
+        raise BackendError(f"softmax_qmax={softmax_qmax}: codes of probabilities have at most 8 bits, 0 to 255")
     if out_dtype not in FLOATS:
         raise BackendError(f"triton_attention writes float32, bfloat16 and float16, not {out_dtype}")
 
 
 def _check_grid(name: str, scale: Tensor, zero_point: Tensor, batch: int) -> list[int]:
-    """Steps from sample to sample, 1 or 0, of a scale and a zero point."""
+    """Strides along the samples, 1 or 0, of a scale and a zero point."""
     for values, dtype in ((scale, torch.float32), (zero_point, torch.uint8)):
         if values.dtype != dtype:
-            raise BackendError(f"the grid of the {name} is of float32 and uint8, not {scale.dtype}, {zero_point.dtype}")
+            raise BackendError(
+                f"the grid of the {name} must be of float32 and uint8, not {scale.dtype}, {zero_point.dtype}"
+            )
         one_a_sample = name != "probabilities" and values.shape[:1] == (batch,) and values.numel() == batch
         if values.numel() != 1 and not one_a_sample:
             fits = "one for all" if name == "probabilities" else f"one for all or one for each of {batch} samples"
-            raise BackendError(f"the grid of the {name} is {fits}, not {tuple(values.shape)}")
+            raise BackendError(f"the grid of the {name} must be {fits}, not {tuple(values.shape)}")
         if not values.is_contiguous():
             raise BackendError(f"the grid of the {name} is not contiguous; call contiguous() on it")
     return [int(values.numel() > 1) for values in (scale, zero_point)]
 
 
 def _expanded(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[str, Tensor | None, tuple[int, ...]]:
-    """The kind of a mask, what the kernel reads, and its four strides, 0 along what is broadcast."""
+    """The kind of a mask, the tensor that the kernel reads, and its four strides, 0 along broadcast axes."""
     if mask is None:
         return "none", None, (0, 0, 0, 0)
     if mask.dtype != torch.bool and mask.dtype not in FLOATS:
-        raise BackendError(f"a mask is of bool, float32, bfloat16 or float16, not {mask.dtype}")
+        raise BackendError(f"a mask must be of bool, float32, bfloat16 or float16, not {mask.dtype}")
     try:
         steps = mask.expand(shape).stride()
     except RuntimeError:
         raise BackendError(f"the mask {tuple(mask.shape)} does not broadcast to scores of {shape}") from None
     if (shape[2] - 1) * steps[2] + (shape[3] - 1) * steps[3] >= 2**31:
-        raise BackendError(f"the mask {tuple(mask.shape)} spans 2**31 entries a head or more; call contiguous() on it")
+        raise BackendError(f"the mask {tuple(mask.shape)} spans >= 2**31 entries per head; call contiguous() on it")
     if mask.dtype == torch.bool:
         return "bool", mask.view(torch.uint8), steps
     return "float", mask, steps

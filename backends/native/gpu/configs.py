@@ -1,8 +1,8 @@
-"""How the product's kernel is cut: tiles, warps and stages, by the shape of the product.
+"""The tiling of the matrix-product kernel: tiles, warps and stages, chosen by the shape of the product.
 
-A table that was tuned on a device, ``configs.json`` beside this file or ``gpu-configs.json`` in the cache folder of the
-user, decides where it knows the shape; elsewhere a model of how many waves of tiles a shape takes does. Nothing is ever
-timed while a model runs, so that graphs can be captured from the first call.
+A table that was tuned on a device decides for the shapes that it lists: ``configs.json`` beside this file, or
+``gpu-configs.json`` in the user's cache folder. For other shapes a cost model decides: it counts the waves of tiles
+that a shape takes. Nothing is timed while a model runs, so CUDA graphs can be captured from the first call.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import dataclass
 
 from fxquant.backends.native.gpu.machine import tuned_files
 
-_MULTIPROCESSORS = 132  # Of an H100 or H200; others have others, and tiles are chosen alike for them.
+_MULTIPROCESSORS = 132  # Of an H100 or H200. Other GPUs have other numbers, but the same number is used for them.
 _SMALL = 64
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to cut a product.
+    """One tiling of a product.
 
     Attributes:
-        block_m: Rows a tile.
-        block_n: Output channels a tile.
-        block_k: Input channels a step.
-        warps: Warps a tile.
+        block_m: Rows per tile.
+        block_n: Output channels per tile.
+        block_k: Input channels per step.
+        warps: Warps per tile.
         stages: Steps whose loads are in flight.
-        super_m: Tiles along the rows that run together on one part of the weight.
+        super_m: Tiles along the rows that run together and share one part of the weight.
     """
 
     block_m: int
@@ -41,7 +41,7 @@ class Config:
     super_m: int = 8
 
 
-# Beside each its rate while it runs, of the first one's: how often a loaded byte is used decides.
+# Each tiling with its speed relative to the first one's. How often a loaded byte is reused determines the speed.
 _BYTES: dict[Config, float] = {
     Config(128, 256, 128, 8, 3): 1.0,
     Config(128, 128, 128, 8, 4): 0.85,
@@ -60,13 +60,13 @@ _HALVES: dict[Config, float] = {
     Config(16, 64, 128, 4, 5): 0.1,
     Config(16, 32, 128, 4, 6): 0.06,
 }
-# With groups a second set of sums takes registers.
+# With groups, a second set of sums takes registers.
 _GROUPS = {config: rate for config, rate in _HALVES.items() if config.block_m * config.block_n < 128 * 128}
 _GROUPS[Config(128, 64, 128, 8, 4)] = 0.7
 
 
 def candidates(kind: str, m: int) -> list[Config]:
-    """The ways to cut that are worth a try for a product of `m` rows; the kind as for :func:`choose`."""
+    """The tilings that are worth trying for a product of `m` rows; `kind` as for :func:`choose`."""
     few = m <= _SMALL
     return [config for config in _rates(kind) if (config.block_m == 16) == few]
 
@@ -82,7 +82,7 @@ _tried: ContextVar[Config | None] = ContextVar("fxquant_tried_config", default=N
 
 @contextmanager
 def trying(config: Config) -> Iterator[None]:
-    """Every product is cut in this way, for whoever tunes."""
+    """Use this tiling for every product inside the context; for tuning."""
     token = _tried.set(config)
     try:
         yield
@@ -91,10 +91,10 @@ def trying(config: Config) -> Iterator[None]:
 
 
 def choose(kind: str, m: int, n: int, k: int, device: str) -> Config:
-    """How to cut a product `[m, k] x [k, n]`.
+    """The tiling for a product `[m, k] x [k, n]`.
 
     Args:
-        kind: ``int8``, ``fp8`` or ``int4``, with ``-gGROUP`` behind it where weights are in groups.
+        kind: ``int8``, ``fp8`` or ``int4``, followed by ``-gGROUP`` if weights are in groups.
         m: Rows.
         n: Output channels.
         k: Input channels.
@@ -113,12 +113,12 @@ def _choose(kind: str, m: int, n: int, k: int, device: str) -> Config:
 
 
 def key(kind: str, m: int, n: int, k: int, device: str) -> str:
-    """The entry of a product in a tuned table; rows count to the next power of two."""
+    """The key of a product in a tuned table; the number of rows is rounded up to a power of two."""
     return f"{device}/{kind}/{1 << max(0, m - 1).bit_length()}x{k}x{n}"
 
 
 def step_of(config: Config, group_size: int) -> int:
-    """Input channels a step of the product: no step reaches over the end of a group."""
+    """Input channels per step of the product. No step crosses the end of a group."""
     step = config.block_k
     while group_size and group_size % step:
         step //= 2
@@ -126,7 +126,7 @@ def step_of(config: Config, group_size: int) -> int:
 
 
 def _time(config: Config, m: int, n: int) -> float:
-    """Time of all tiles, were all ways equally fast while they run."""
+    """Relative time of all tiles, assuming that all tilings run at the same speed."""
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     return -(-tiles // _MULTIPROCESSORS) * config.block_m * config.block_n
 

@@ -1,4 +1,4 @@
-"""From a quantized graph to the Triton kernels, and from their tensors back to those of checkpoints."""
+"""Lowers a quantized graph to the Triton kernels, and converts their tensors back to those of checkpoints."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ _WITH_SUMS = {
     native.triton_norm_quantize.default: native.triton_norm_quantize_sums.default,
 }
 _ROWS, _SUMS, _OFFSET = "_rows", "_sums", "_offset"
-_TOKEN_SUMS = 3  # The sums among what kernels return that find grids of tokens.
+_TOKEN_SUMS = 3  # Position of the sums among the results of kernels that compute a grid per token.
 _FLOATS, _FLOAT_SCALE = "_fp8", "_fp8_scale"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What users choose.
+    """Options that users choose.
 
     Attributes:
-        packed: Keep weights of up to 4 bits in half a byte each.
-        fp8: Multiply 8-bit floats in place of 8-bit integers, of the same ranges.
+        packed: Store weights of up to 4 bits in half a byte each.
+        fp8: Multiply 8-bit floats instead of 8-bit integers, with the same ranges.
     """
 
     packed: bool = True
@@ -73,9 +73,9 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
         y = fxquant_native.triton_linear(codes, s, z, W_rows, W_scale, W_zero_point, W_sums, bias, bits, out, "none",
                                          None, None, None, None, 255, dtype, group, None, None)
 
-    A linear behind a dequantized weight becomes ``triton_weight_only_linear``. What stands before and behind these goes
-    into the kernels where it can: see :mod:`fxquant.backends.native.fusions`. Codes that anything else reads stay those
-    of the reference.
+    A linear with a dequantized weight becomes ``triton_weight_only_linear``. Operations before and after these are
+    fused into the kernels where possible: see :mod:`fxquant.backends.native.fusions`. Codes that any other op reads
+    stay reference codes.
     """
     rewriter = Rewriter(module, "lower to native")
     share(module.graph, rewriter)
@@ -111,10 +111,10 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
 
 
 def stored(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors of a lowered graph, with packed codes in place of rows and without what follows from others.
+    """The tensors of a lowered graph, with packed codes instead of rows and without derived tensors.
 
     Raises:
-        BackendError: If weights are held in 8-bit floats, from which codes are not found again.
+        BackendError: If weights are stored as 8-bit floats, which cannot be converted back to codes.
     """
     found = read_tensors(module)
     for node in module.graph.nodes:
@@ -127,8 +127,8 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
         name = str(held.target)
         if name.endswith(_FLOATS):
             raise BackendError(
-                f"{name.removesuffix(_FLOATS)} is held in 8-bit floats, which no longer tell its codes; save the model "
-                "as another backend or products='int8' made it, and load that with products='fp8'"
+                f"{name.removesuffix(_FLOATS)} is stored as 8-bit floats, which cannot be converted back to codes; "
+                "save the model from another backend or with products='int8', then load it with products='fp8'"
             )
         if name in found:
             packed, inner = name.removesuffix(_ROWS), int(x.meta["val"].shape[-1])
@@ -140,12 +140,12 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def refuse(layer: LayerPlan) -> str | None:
-    """Why the kernels do not run a linear of quantized activations as planned, and what would serve."""
+    """Why the kernels cannot run a linear with quantized activations as planned, and what to use instead."""
     assert layer.weight_bits is not None
     if layer.group_size and not weights.fits_groups(layer.group_size, layer.weight_bits):
         return (
             f"its kernel takes groups of a multiple of {weights.LEAST_GROUP} inputs and weights of up to 7 bits, not "
-            f"groups of {layer.group_size} and {layer.weight_bits} bits; use such groups (w4a8-g64) or none, or "
+            f"groups of {layer.group_size} and {layer.weight_bits} bits; use groups such as w4a8-g64, no groups, or "
             "backend 'fake-quant'"
         )
     if layer.shape[1] > weights.MAX_FEATURES:
@@ -154,7 +154,7 @@ def refuse(layer: LayerPlan) -> str | None:
 
 
 def kernel(layer: LayerPlan, options: Options) -> str:
-    """Name of the kernel of such a linear."""
+    """Name of the kernel that runs a linear with quantized activations."""
     assert layer.weight_bits is not None
     if options.fp8 and layer.activation_bits == 8:
         return "native triton e4m3 x e4m3"
@@ -162,7 +162,7 @@ def kernel(layer: LayerPlan, options: Options) -> str:
 
 
 def weight_only_kernel(layer: LayerPlan, options: Options) -> str:
-    """Name of what runs a linear of float activations."""
+    """Name of the kernel or fallback that runs a linear with float activations."""
     assert layer.weight_bits is not None
     if not fits(layer.group_size):
         return "dequantize + aten float"
@@ -175,10 +175,10 @@ def _weight_name(bits: int, group_size: int, options: Options) -> str:
 
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:
-    """Signed codes for linears, and those of the reference for what else reads them."""
+    """Make signed codes for linears, and reference codes for all other readers."""
     x, scale, zero_point, qmin, qmax, dtype = node.args
     assert isinstance(x, fx.Node)
-    assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
+    assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes that start at 0"
     linears = [reader for reader in node.users if _multiplies(reader, node)]
     signed = [reader for reader in node.users if reader.target is native.signed.default]
     others = len(linears) < len(node.users)
@@ -225,7 +225,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
         if codes.meta["val"].dtype == FP8:
             rounded = functools.cache(lambda: weights.floats(*grid()))
             weight, w_scale = make(_FLOATS, lambda: rounded()[0]), make(_FLOAT_SCALE, lambda: rounded()[1])
-            sums, group_size = w_scale, 0  # Nothing is added to products of floats.
+            sums, group_size = w_scale, 0  # Products of floats need no sums; any tensor serves.
         else:
             if codes.meta["val"].dtype != torch.int8:
                 codes = rewriter.call(native.signed.default, (codes,), [node])
@@ -242,7 +242,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
             new = rewriter.call(aten.to.dtype, (new, dtype), [node])
     rewriter.replace(node, new)
     if not packed.users:
-        rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
+        rewriter.forget(packed)  # So that memory never holds both forms of all weights of a model.
 
 
 def _rows(
@@ -255,7 +255,7 @@ def _rows(
     held: Mapping[str, Tensor],
     options: Options,
 ) -> fx.Node:
-    """The weight as kernels read it."""
+    """The weight in the form that kernels read."""
     halves = weights.in_halves(bits, options.packed)
     tensors = rewriter.tensor(packed), rewriter.tensor(zero_point)
     node = derived(packed, _ROWS, rewriter, held, lambda: weights.held(*tensors, bits, inner, halves, group_size))
@@ -264,7 +264,7 @@ def _rows(
 
 
 def _sums_of(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
-    """Sums of the inputs; layers that read one value share them."""
+    """Sums of the rows of inputs; layers that read the same codes share them."""
     key = "row sums", codes
     if key not in rewriter.memo:
         with rewriter.after(codes):
@@ -274,7 +274,7 @@ def _sums_of(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
 
 
 def _fuse_row_sums(node: fx.Node, rewriter: Rewriter) -> None:
-    """Who makes codes sums them on the way; else they would be read once more."""
+    """Let the kernel that makes codes also sum them; a separate kernel would read them once more."""
     codes = node.args[0]
     assert isinstance(codes, fx.Node)
     if codes.target is operator.getitem:

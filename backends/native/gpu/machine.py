@@ -1,4 +1,4 @@
-"""What a device and an installed Triton can do."""
+"""Checks what a device and an installed Triton can run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from fxquant.backends.native.compiled.build import cache_folder
 from fxquant.errors import BackendError
 
 OLDEST_TRITON = (3, 6)
-_INTEGERS = (8, 0)  # Compute capabilities: tensor cores that Triton multiplies signed bytes on,
-_FP8 = (8, 9)  # and 8-bit floats.
+# The lowest compute capabilities whose tensor cores multiply, in Triton, signed bytes and 8-bit floats.
+_INTEGERS = (8, 0)
+_FP8 = (8, 9)
 
 
 def interprets() -> bool:
-    """Whether kernels run in Triton's interpreter, on any processor and very slowly."""
+    """Whether kernels run in Triton's interpreter: on any CPU, very slowly."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def missing(device: torch.device, fp8: bool = False) -> str | None:
-    """Why the kernels cannot run on a device, and what would serve; None if they can.
+    """Why the kernels cannot run on a device, and what to use instead; None if they can.
 
     Args:
-        device: Where tensors are.
-        fp8: Whether products of 8-bit floats are meant.
+        device: The device of the tensors.
+        fp8: Whether the kernels multiply 8-bit floats.
     """
     reason = missing_triton()
     if reason is not None:
@@ -37,7 +38,7 @@ def missing(device: torch.device, fp8: bool = False) -> str | None:
     if device.type == "cpu":
         if interprets():
             return None
-        return "Triton kernels run on NVIDIA GPUs; on a processor only in its interpreter (TRITON_INTERPRET=1)"
+        return "Triton kernels run on NVIDIA GPUs; on a CPU they run only in its interpreter (TRITON_INTERPRET=1)"
     return _missing_on_gpu(device, fp8)
 
 
@@ -46,7 +47,7 @@ def _missing_on_gpu(device: torch.device, fp8: bool) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"Triton kernels are written for NVIDIA GPUs, not for {device.type}"
     if not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU here; leave the model on the processor, or use backend 'fake-quant' there"
+        return "torch finds no NVIDIA GPU here; leave the model on the CPU, or use backend 'fake-quant' there"
     needed = _FP8 if fp8 else _INTEGERS
     found = torch.cuda.get_device_capability(device)
     if found < needed:
@@ -60,10 +61,10 @@ def _missing_on_gpu(device: torch.device, fp8: bool) -> str | None:
 
 
 def check_tensors(op: str, first: Tensor, *others: Tensor | None) -> None:
-    """Refuse tensors that no kernel runs on, or that are not on one device.
+    """Refuse tensors on a device that kernels cannot run on, or on more than one device.
 
     Raises:
-        BackendError: Says why, and what to do.
+        BackendError: If tensors are refused. The message says why, and what to do.
     """
     reason = missing(first.device, fp8=first.dtype == torch.float8_e4m3fn)
     if reason is not None:
@@ -78,13 +79,13 @@ def check_tensors(op: str, first: Tensor, *others: Tensor | None) -> None:
 
 @functools.cache
 def name(device: torch.device) -> str:
-    """What a tuned table calls a device."""
+    """The name of a device in tuned tables."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache
 def missing_triton() -> str | None:
-    """Why there is no Triton to use; None if there is."""
+    """Why Triton cannot be used; None if it can."""
     wanted = ".".join(map(str, OLDEST_TRITON))
     try:
         found = version("triton")
@@ -97,5 +98,5 @@ def missing_triton() -> str | None:
 
 
 def tuned_files() -> list[Path]:
-    """Tables of tuned configurations: the shipped one, and the user's, which wins."""
+    """Tables of tuned configurations: the shipped one, then the user's, which takes precedence."""
     return [Path(__file__).with_name("configs.json"), cache_folder() / "gpu-configs.json"]

@@ -1,9 +1,9 @@
-"""The operators of the Triton kernels: schemas, what they return, and the kernels behind them.
+"""The operators of the Triton kernels: schemas, shapes and dtypes of results, and the functions that run them.
 
-Codes of activations are int8: the code of the plan, 0 to 255, less 128, as tensor cores multiply signed bytes. Or they
-are 8-bit floats that span the same range. Scales and zero points are those of the plan. A grid is one for all, one a
-sample along the first axis, or one a row. The arguments stand in the order of the compiled kernels for processors, so
-that the same patterns fuse into both.
+Codes of activations are int8: the code of the plan, 0 to 255, minus 128, because tensor cores multiply signed bytes.
+Or they are 8-bit floats that span the same range. Scales and zero points are those of the plan. There is one grid for
+all, one per sample along the first axis, or one per row. The arguments have the same order as those of the compiled
+kernels for CPUs, so that the same patterns fuse into both.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from fxquant.backends.native.gpu import products, rows, weight_only
 from fxquant.backends.native.library import define_composite, define_kernel
 
-_DEVICES = ("CUDA", "CPU")  # On processors kernels run in Triton's interpreter.
+_DEVICES = ("CUDA", "CPU")  # On CPUs kernels run in Triton's interpreter.
 
 
 def _fake_linear(xq: Tensor, *arguments: Any) -> Tensor:
     out_features, out_scale, out_dtype = (arguments[position] for position in (8, 12, 15))
-    # The next linear multiplies what this one does: codes of 8 bits, or values of 8-bit floats.
+    # The next linear multiplies the same dtype as this one: 8-bit codes, or 8-bit floats.
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=out_dtype if out_scale is None else xq.dtype)
 
 
@@ -75,9 +75,10 @@ def _fake_row_sums(xq: Tensor) -> Tensor:
 
 
 # `x_scale * w_scale * sum_k (xq_k - x_zero_point) (w_k - w_zero_point) + bias`, summed exactly; then the activation
-# ("none", "gelu_tanh", "silu"); then codes of the grid out_scale, out_zero_point, or times gate, plus residual.
-# gate and bias are vectors of the output channels, one for all or one a sample. With groups, sums are exact in each
-# group and added up in float32. w_offset, zero points that the held weight lacks, goes with x_sums, the row sums of xq.
+# ("none", "gelu_tanh", "silu"); then either codes on the grid out_scale, out_zero_point, or times gate, plus residual.
+# gate and bias are vectors over the output channels, one for all or one per sample. With groups, sums are exact within
+# each group and groups are added up in float32. w_offset holds zero points that are not yet subtracted from the stored
+# weight; it requires x_sums, the row sums of xq.
 _LINEAR = (
     "Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
@@ -85,9 +86,9 @@ _LINEAR = (
     "Tensor? x_sums"
 )
 define_kernel(f"triton_linear({_LINEAR}) -> Tensor", products.linear, _fake_linear, _DEVICES)
-# The same, and the sums of the codes.
+# triton_linear that also returns the sums of the codes.
 define_kernel(f"triton_linear_sums({_LINEAR}) -> (Tensor, Tensor)", products.linear_sums, _fake_linear_sums, _DEVICES)
-# x times the weight `w_scale * (w - w_zero_point)`, grids `[out, groups]`, plus bias, summed in float32.
+# x times the weight `w_scale * (w - w_zero_point)`, with grids `[out, groups]`, plus bias, summed in float32.
 define_kernel(
     "triton_weight_only_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, Tensor? bias, int bits, "
     "int group_size, int out_features) -> Tensor",
@@ -95,10 +96,10 @@ define_kernel(
     _fake_weight_only_linear,
     _DEVICES,
 )
-# Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors of the channels,
-# one for all or one a sample. The norm is the layer norm if centered, else that of the root mean square. `*_sums`
-# return the sums of the codes beside them, as linears with zero points of their weights need them; `*_tokens` find a
-# grid for each row, and return codes, scales, zero points and sums.
+# Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors over the channels,
+# one for all or one per sample. The norm is the layer norm if centered, otherwise the RMS norm. `*_sums` also return
+# the sums of the codes, which linears need if their weights have zero points; `*_tokens` compute a grid for each row,
+# and return codes, scales, zero points and sums.
 _NORM = "bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, Tensor? shift"
 _CODES = "Tensor scale, Tensor zero_point, int qmax, ScalarType dtype"
 define_kernel(
@@ -137,12 +138,12 @@ define_kernel(
     _fake_quantize_tokens,
     _DEVICES,
 )
-# The sum of each row of codes as they are held, int32 `[..., 1]`.
+# The sum of each row of codes as stored, int32 `[..., 1]`.
 define_kernel("triton_row_sums(Tensor xq) -> Tensor", rows.row_sums, _fake_row_sums, _DEVICES)
 
 
 def signed(xq: Tensor) -> Tensor:
-    """Codes of the reference, uint8, as the kernels read them: less 128, int8."""
+    """Convert reference codes, uint8, to the form that kernels read: int8, stored minus 128."""
     return (xq ^ 128).view(torch.int8)
 
 

@@ -1,4 +1,4 @@
-"""What calls the product's kernel: checks arguments, allocates the result, and never waits for the device."""
+"""Calls the matrix-product kernel: checks arguments, allocates the result, and never waits for the device."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ def linear(
 
     Args:
         xq: int8 or float8_e4m3fn `[..., in]`.
-        x_scale: float32, one for all, one a sample or one a row.
-        x_zero_point: The same in uint8 or int32, of codes from 0.
-        weight: As :mod:`fxquant.backends.native.gpu.weights` holds it.
+        x_scale: float32, one for all, one per sample or one per row.
+        x_zero_point: The same in uint8 or int32, for codes that start at 0.
+        weight: In the layout of :mod:`fxquant.backends.native.gpu.weights`.
         w_scale: float32 `[out, groups]`.
         w_zero_point: uint8 `[out, groups]`.
-        w_sums: Sums of the held weight, `[out]`.
-        bias: `[out]` or one a sample.
+        w_sums: Row sums of the stored weight, `[out]`.
+        bias: `[out]`, or one per sample.
         bits: Bits of the weight.
         out_features: Output channels.
         activation: ``none``, ``silu`` or ``gelu_tanh``.
-        gate: `[out]` or one a sample.
-        residual: Of the shape of the result.
-        out_scale: Of the grid of codes to return.
-        out_zero_point: Of the same.
-        qmax: The highest of those codes.
-        out_dtype: Of the result where it is not codes.
-        group_size: Input channels a group, 0 for one group.
-        w_offset: Zero points that the held weight lacks, int32 `[out]`; None if it lacks none.
-        x_sums: Sums of the rows of `xq`, int32, where there is such an offset.
-        config: How to cut the product; that of the table by default.
-        out_sums: The sums of the rows of the codes to return are added to it, int32, one a row.
+        gate: `[out]`, or one per sample.
+        residual: Has the shape of the result.
+        out_scale: Scale of the codes to return; None to return values.
+        out_zero_point: Zero point of the codes to return.
+        qmax: The highest code to return.
+        out_dtype: Dtype of the result if it is values.
+        group_size: Input channels per group, 0 for one group.
+        w_offset: Zero points not yet subtracted from the stored weight, int32 `[out]`; None if they all are.
+        x_sums: Sums of the rows of `xq`, int32; required with `w_offset`.
+        config: The tiling of the product; by default :func:`fxquant.backends.native.gpu.configs.choose` chooses it.
+        out_sums: The sums of the rows of the returned codes are added to this tensor, int32, one entry per row.
 
     Raises:
-        BackendError: For arguments that do not fit.
+        BackendError: If arguments do not fit.
     """
     machine.check_tensors("triton_linear", xq, x_scale, x_zero_point, weight, w_scale, w_zero_point, w_sums, bias, gate,
                   residual, out_scale, out_zero_point, w_offset, x_sums)  # fmt: skip
@@ -79,10 +79,10 @@ def linear(
     dtype = out_dtype if out_scale is None else xq.dtype
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
     if (w_offset is None) != (x_sums is None):
-        raise BackendError("a weight with zero points of its own takes both w_offset and x_sums")
+        raise BackendError("w_offset and x_sums must be given together, and only one of them is given")
     if residual is not None and residual.shape != out.shape:
         raise BackendError(
-            f"the residual {tuple(residual.shape)} is not of the shape of the result, {tuple(out.shape)}"
+            f"the residual {tuple(residual.shape)} does not have the shape of the result, {tuple(out.shape)}"
         )
     if not out.numel():
         return out
@@ -156,12 +156,12 @@ def _config(codes: Tensor, rows: int, out: int, inner: int, group_size: int, hal
 
 def _check_linear(xq: Tensor, weight: Tensor, out: int, group_size: int, halves: bool, activation: str) -> None:
     if xq.dtype not in CODES or (weight.dtype != xq.dtype and not (halves and xq.dtype == torch.int8)):
-        raise BackendError(f"triton_linear multiplies no {xq.dtype} codes by a weight held as {weight.dtype}")
+        raise BackendError(f"triton_linear cannot multiply {xq.dtype} codes by a weight stored as {weight.dtype}")
     shape = (out, held_width(xq.shape[-1], halves, group_size))
     if tuple(weight.shape) != shape or not weight.is_contiguous() or not xq.shape[-1]:
         raise BackendError(
-            f"a weight of {out} outputs and {xq.shape[-1]} inputs is held as contiguous {shape}, not {weight.stride()} "
-            f"{tuple(weight.shape)}"
+            f"a weight of {out} outputs and {xq.shape[-1]} inputs must be contiguous {shape}, not strides "
+            f"{weight.stride()} and shape {tuple(weight.shape)}"
         )
     if activation not in ("none", "silu", "gelu_tanh"):
-        raise BackendError(f"activation={activation!r}: there are none, silu and gelu_tanh")
+        raise BackendError(f"activation={activation!r}: use 'none', 'silu' or 'gelu_tanh'")

@@ -1,4 +1,4 @@
-"""What calls the kernels that make codes of rows: checks arguments, allocates results, never waits for the device."""
+"""Calls the kernels that make codes of rows: checks arguments, allocates results, never waits for the device."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of rows and what follows it: ``norm(x) * weight + bias``, times ``factor + plus``, plus ``shift``.
+    """A norm of rows and its modulation: ``norm(x) * weight + bias``, times ``factor + plus``, plus ``shift``.
 
     Attributes:
-        centered: Whether it is the layer norm, else that of the root mean square.
-        eps: Of the norm.
+        centered: True for the layer norm, False for the RMS norm.
+        eps: Epsilon of the norm.
         weight: `[channels]`.
         bias: `[channels]`.
-        factor: `[channels]`, or one a sample.
-        plus: What is added to it.
-        shift: As the factor.
+        factor: `[channels]`, or one per sample.
+        plus: Added to the factor.
+        shift: `[channels]`, or one per sample.
     """
 
     centered: bool
@@ -40,35 +40,35 @@ class Norm:
 
 
 def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
-    """The op ``triton_norm_quantize``: codes of float `x` `[..., channels]` behind a norm.
+    """The op ``triton_norm_quantize``: codes of float `x` `[..., channels]` after a norm.
 
     Args:
         x: float32, bfloat16 or float16.
-        arguments: Those of :class:`Norm`, then scale and zero point, the highest code, and the dtype of the codes.
+        arguments: Those of :class:`Norm`, then the scale, the zero point, the highest code, and the dtype of codes.
     """
     *norm, scale, zero_point, qmax, dtype = arguments
     return _rows("triton_norm_quantize", x, Norm(*norm), (scale, zero_point), qmax, dtype, with_sums=False)[0]
 
 
 def norm_quantize_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The op ``triton_norm_quantize_sums``: the same, and the sums of the codes, int32 `[..., 1]`."""
+    """The op ``triton_norm_quantize_sums``: :func:`norm_quantize`, and the sums of the codes, int32 `[..., 1]`."""
     *norm, scale, zero_point, qmax, dtype = arguments
     codes, *_, sums = _rows("triton_norm_quantize_sums", x, Norm(*norm), (scale, zero_point), qmax, dtype)
     return codes, sums
 
 
 def norm_quantize_tokens(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op ``triton_norm_quantize_tokens``: the same on grids that rows find, as :func:`quantize_tokens`."""
+    """The op ``triton_norm_quantize_tokens``: :func:`quantize_tokens` after a norm."""
     *norm, qmax, dtype = arguments
     return _rows("triton_norm_quantize_tokens", x, Norm(*norm), None, qmax, dtype)
 
 
 def quantize_tokens(x: Tensor, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op ``triton_quantize_tokens``: codes on a grid for each row, which covers its values.
+    """The op ``triton_quantize_tokens``: codes on one grid per row, which covers the values of the row.
 
     Returns:
-        Codes of `dtype` `[..., channels]`; and `[..., 1]` scales in float32, zero points in uint8, those of the
-        reference, bit for bit, and sums of the codes in int32.
+        Codes of `dtype`, `[..., channels]`. Scales in float32 and zero points in uint8, `[..., 1]`, which match the
+        reference bit for bit. Sums of the codes in int32, `[..., 1]`.
     """
     return _rows("triton_quantize_tokens", x, None, None, qmax, dtype)
 
@@ -88,19 +88,19 @@ def _rows(
     dtype: torch.dtype,
     with_sums: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes of rows, their scales and zero points, and sums, which are empty where they are not wanted.
+    """Codes of rows, their scales and zero points, and their sums, which are empty without `with_sums`.
 
     Args:
-        op: Named in errors.
+        op: The op that errors name.
         x: Float `[..., channels]`.
-        norm: Before the quantization.
-        grid: Scale and zero point; None for those of each row's range.
+        norm: Applied before the quantization; None for no norm.
+        grid: Scale and zero point; None to compute them from each row's range.
         qmax: The highest code.
-        dtype: Of the codes.
-        with_sums: Whether there are sums.
+        dtype: Dtype of the codes.
+        with_sums: Whether to compute the sums.
 
     Raises:
-        BackendError: For arguments that do not fit.
+        BackendError: If arguments do not fit.
     """
     parts = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.factor, norm.shift)
     machine.check_tensors(op, x, *parts, *(grid or ()))
@@ -157,10 +157,10 @@ def _rows(
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype) -> Tensor:
-    """The op ``triton_quantize``: codes of `dtype` of float `x`, on the grid of the reference, bit for bit.
+    """The op ``triton_quantize``: quantize float `x` to codes of `dtype`, on the grid of the reference, bit for bit.
 
     Raises:
-        BackendError: For arguments that do not fit.
+        BackendError: If arguments do not fit.
     """
     machine.check_tensors("triton_quantize", x, scale, zero_point)
     from fxquant.backends.native.gpu.kernels.rows import quantize_kernel
@@ -213,6 +213,6 @@ def _whole_vector(values: Tensor | None, channels: int) -> Tensor | None:
         return None
     if values.numel() != channels or values.shape[-1] != channels:
         raise BackendError(
-            f"the weight and bias of a norm are one vector of {channels} channels each, not {tuple(values.shape)}"
+            f"the weight and bias of a norm must each be a vector of {channels} channels, not {tuple(values.shape)}"
         )
     return values.contiguous()

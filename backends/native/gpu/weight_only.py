@@ -1,4 +1,4 @@
-"""What calls the product of float activations: checks arguments, allocates the result, never waits for the device."""
+"""Calls the weight-only product kernel: checks arguments, allocates the result, never waits for the device."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fxquant.backends.native.gpu.configs import Config, step_of
 from fxquant.backends.native.gpu.weights import LEAST_GROUP, half_of, held_width
 from fxquant.errors import BackendError
 
-# Embedders of timesteps have a row a sample, and are bound by reading their weights; captions have a few hundred.
+# Timestep embedders have one row per sample, so reading their weights limits them. Captions have a few hundred rows.
 _FEW = Config(16, 32, 128, 4, 4)
 _MANY = Config(64, 64, 64, 4, 3)
 _LEAST_ROWS = 64
 
 
 def fits(group_size: int) -> bool:
-    """Whether the kernel takes weights in groups of so many inputs, 0 for one group."""
+    """Whether the kernel accepts weights in groups of `group_size` inputs, 0 for one group."""
     return group_size % LEAST_GROUP == 0
 
 
 def choose(rows: int, group_size: int) -> Config:
-    """How a product of so many rows is cut."""
+    """The tiling for a product of `rows` rows."""
     config = _FEW if rows < _LEAST_ROWS else _MANY
     return Config(config.block_m, config.block_n, step_of(config, group_size), config.warps, config.stages)
 
@@ -42,16 +42,16 @@ def weight_only_linear(
 
     Args:
         x: Float `[..., in]`.
-        weight: As :mod:`fxquant.backends.native.gpu.weights` holds it.
+        weight: In the layout of :mod:`fxquant.backends.native.gpu.weights`.
         w_scale: float32 `[out, groups]`.
         w_zero_point: uint8 `[out, groups]`.
         bias: `[out]`.
         bits: Bits of the weight.
-        group_size: Input channels a group, 0 for one group.
+        group_size: Input channels per group, 0 for one group.
         out_features: Output channels.
 
     Raises:
-        BackendError: For arguments that do not fit.
+        BackendError: If arguments do not fit.
     """
     op = "triton_weight_only_linear"
     machine.check_tensors(op, x, weight, w_scale, w_zero_point, bias)
@@ -63,11 +63,11 @@ def weight_only_linear(
     shape = (out_features, held_width(inner, halves, group_size))
     if tuple(weight.shape) != shape or not weight.is_contiguous() or not fits(group_size) or not inner:
         raise BackendError(
-            f"a weight of {out_features} outputs and {inner} inputs is held as contiguous {shape}, in groups of a "
-            f"multiple of {LEAST_GROUP} if any, not {tuple(weight.shape)} in groups of {group_size}"
+            f"a weight of {out_features} outputs and {inner} inputs must be contiguous {shape}, in one group or in "
+            f"groups of a multiple of {LEAST_GROUP}, not {tuple(weight.shape)} in groups of {group_size}"
         )
     if bias is not None and tuple(bias.shape) != (out_features,):
-        raise BackendError(f"the bias {tuple(bias.shape)} is no vector of {out_features} channels")
+        raise BackendError(f"the bias {tuple(bias.shape)} is not a vector of {out_features} channels")
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], out_features))
     if not out.numel():

@@ -1,14 +1,14 @@
-"""Weights as the Triton kernels read them, and the way back to packed codes.
+"""Converts weights to the layout that the Triton kernels read, and back to packed codes.
 
-A weight is held as rows of its input channels, one byte each, int8:
+A weight is stored as rows of its input channels, one byte per channel, int8:
 
-* codes of up to 7 bits less their zero point, which always fits,
-* codes of 8 bits less 128; what is missing is added in the kernel by the sums of the inputs, and is nothing where all
-  zero points are 128.
+* codes of up to 7 bits minus their zero point, which always fits,
+* codes of 8 bits minus 128. If some zero point is not 128, the kernel corrects the difference with the sums of the
+  inputs.
 
-Codes of up to 4 bits may be held two a byte, uint8: of each run of 2 HALF inputs the first half lies in the low halves
-of HALF bytes and the second in the high ones, so that a kernel unpacks both with one operation each and no shuffle. All
-these lead back to the codes. Weights held in 8-bit floats do not, see :func:`floats`.
+Codes of up to 4 bits may be stored two per byte, uint8. Of each run of 2 HALF inputs, the first half is in the low
+4 bits of HALF bytes and the second half is in the high 4 bits, so a kernel unpacks each half with one operation and no
+shuffle. All these layouts can be converted back to codes. Weights stored as 8-bit floats cannot: see :func:`floats`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 255)
-"""Input channels whose products, and what zero points add to them, certainly fit 32-bit sums."""
+"""The most input channels for which the sums, including the terms of zero points, always fit 32 bits."""
 
 FP8_MAX = 448.0
 LEAST_GROUP = 32
-"""Inputs that tensor cores multiply at once."""
+"""Inputs that tensor cores multiply in one instruction."""
 
 _ROWS = 256
 
 
 def fits_groups(group_size: int, bits: int) -> bool:
-    """Whether the kernel takes weights in groups of so many inputs; those of 8 bits would need sums of the inputs."""
+    """Whether the kernel accepts weights in groups of `group_size` inputs; 8-bit ones would need sums of the inputs."""
     return group_size % LEAST_GROUP == 0 and bits < 8
 
 
 def half_of(group_size: int) -> int:
-    """HALF: a half never reaches over the end of a group."""
+    """The value of HALF. A half never crosses the end of a group."""
     return 64 if group_size % 64 == 0 else LEAST_GROUP
 
 
 def held_width(in_features: int, halves: bool, group_size: int) -> int:
-    """Bytes a row."""
+    """Bytes per row of the stored weight."""
     if not halves:
         return in_features
     half = half_of(group_size)
@@ -55,15 +55,15 @@ def in_halves(bits: int, packed: bool) -> bool:
 
 
 def held(packed: Tensor, zero_point: Tensor, bits: int, in_features: int, halves: bool, group_size: int) -> Tensor:
-    """The held weight: int8 `[out, in]`, or uint8 `[out, held_width]` of two codes a byte.
+    """The stored weight: int8 `[out, in]`, or uint8 `[out, held_width]` with two codes per byte.
 
     Args:
         packed: uint8 `[out, packed_size(in, bits)]`.
         zero_point: uint8 `[out, groups]`.
-        bits: Bits a code, 2 to 8.
-        in_features: Codes a row.
+        bits: Bits per code, 2 to 8.
+        in_features: Codes per row.
         halves: Whether two codes share a byte.
-        group_size: Inputs a group, 0 for one group.
+        group_size: Inputs per group, 0 for one group.
     """
     codes = unpack(packed, bits, in_features)
     if not halves:
@@ -83,11 +83,11 @@ def unpacked(weight: Tensor, zero_point: Tensor, bits: int, in_features: int, gr
 
 
 def sums(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, in_features: int, group_size: int) -> Tensor:
-    """Sums of each row: of the weight less its zero points, or of codes of 8 bits less 128, int32 `[out]`.
+    """Sums of each row: of codes minus their zero points, or of 8-bit codes minus 128, int32 `[out]`.
 
-    In groups they are of real values, float32.
+    With groups, they are sums of the dequantized values, float32.
     """
-    rows = packed.split(_ROWS)  # A sum of all at once would hold them all as integers.
+    rows = packed.split(_ROWS)  # Summing all rows at once would keep all unpacked codes in memory.
     zeros, scales = zero_point.split(_ROWS), scale.split(_ROWS)
     parts = []
     for part, zero, step in zip(rows, zeros, scales, strict=True):
@@ -100,7 +100,7 @@ def sums(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, in_featur
 
 
 def offset(zero_point: Tensor, bits: int) -> Tensor | None:
-    """What the held weight has over the weight, in codes: int32 `[out]`; None for nothing."""
+    """The stored weight minus the true weight, in codes: zero point minus 128, int32 `[out]`; None if all are zero."""
     if bits < 8 or bool((zero_point == MIDDLE).all()):
         return None
     return zero_point.flatten().to(torch.int32) - MIDDLE
@@ -109,9 +109,9 @@ def offset(zero_point: Tensor, bits: int) -> Tensor | None:
 def floats(
     packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The weight in 8-bit floats, float8_e4m3fn `[out, in]`, and a scale for each row, float32 `[out, 1]`.
+    """The weight as 8-bit floats, float8_e4m3fn `[out, in]`, and a scale for each row, float32 `[out, 1]`.
 
-    Its values are rounded to three bits behind the first, so that codes of 8 bits are not found again.
+    Its values are rounded to 3 mantissa bits, so they cannot be converted back to 8-bit codes.
     """
     real = reference.dequantize_weight(packed, scale, zero_point, bits, group_size, in_features, torch.float32)
     step = real.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / FP8_MAX
@@ -125,7 +125,7 @@ def _signed(codes: Tensor, zero_point: Tensor, bits: int, group_size: int) -> Te
 
 
 def _spread(values: Tensor, in_features: int, group_size: int) -> Tensor:
-    """A value for every input, of those of groups."""
+    """Repeat the value of each group for each of its inputs."""
     if not group_size:
         return values
     return values.repeat_interleave(group_size, 1)[:, :in_features]

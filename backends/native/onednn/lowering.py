@@ -1,4 +1,4 @@
-"""From a quantized graph to one of oneDNN's integer products, and from its tensors back to those of checkpoints."""
+"""Lowers a quantized graph to oneDNN's integer products, and converts its tensors back to checkpoint tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
 
         y = fxquant_native.add_missing(y, fxquant_native.input_sums(codes, s, z), W_missing_offset, dtype)
 
-    A linear, its GELU and the quantization of that, which nothing else reads, become ``fxquant_native.linear_gelu``.
+    A linear, its GELU and the quantization of the GELU become ``fxquant_native.linear_gelu``, if nothing else reads the
+    results of the linear and the GELU.
     """
     rewriter = Rewriter(module, "lower to native")
     for node in list(module.graph.nodes):
@@ -53,7 +54,7 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
 
 
 def stored(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors of a lowered graph, with packed codes in place of weights and without what follows from others."""
+    """The tensors of a lowered graph, with packed codes in place of weights and without derived tensors."""
     found = read_tensors(module)
     for node in module.graph.nodes:
         if node.target not in (native.linear.default, native.linear_gelu.default):
@@ -70,7 +71,7 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
     x, scale, zero_point, qmin, qmax, dtype = node.args
-    assert (qmin, dtype) == (0, torch.uint8), f"{node} is not of codes from 0"
+    assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
     with rewriter.before(node):
         new = rewriter.call(native.quantize.default, (x, scale, zero_point, qmax), [node], name=node.name)
     rewriter.replace(node, new)
@@ -102,7 +103,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor])
             new = rewriter.call(native.add_missing.default, (product, rewriter.memo[key], offset, dtype), [node])
     rewriter.replace(node, new)
     if not packed.users:
-        rewriter.forget(packed)  # So that both forms of the weights of a model never add up.
+        rewriter.forget(packed)  # So that a model never holds both forms of all weights.
 
 
 def _fuse_gelu(node: fx.Node, rewriter: Rewriter) -> None:

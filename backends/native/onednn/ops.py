@@ -1,7 +1,7 @@
 """The operators of products by oneDNN.
 
-Products are single ops. What stands around them is composite: eagerly it runs op by op, and under `torch.compile` it
-dissolves into ATen ops, which inductor fuses with their neighbours.
+Products are single ops. The ops around them are composite: eagerly they run op by op, and under `torch.compile` they
+decompose into ATen ops, which inductor fuses with their neighbours.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from fxquant.backends.native.onednn.products import Gelu, Grid, product, product
 def input_sums(xq: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """`scale * sum_k (xq_k - zero_point)`, float32 `[..., 1]`, of codes `[..., in]`.
 
-    The sum is exact: that of 65,793 codes fits the 24 bits of the mantissa.
+    The sum is exact: a sum of 65,793 codes fits the 24 bits of the mantissa.
     """
     total = xq.to(torch.float32).sum(-1, keepdim=True) - xq.shape[-1] * zero_point.to(torch.float32)
     return total * scale.to(torch.float32)
 
 
 def add_missing(y: Tensor, sums: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-    """`y + sums * offset`, of `dtype`: float32 `[..., out]`, `[..., 1]` and `[out]`."""
+    """`y + sums * offset` in `dtype`, of float32 `[..., out]`, `[..., 1]` and `[out]`."""
     if type(y) is Tensor:
         return torch.addcmul(y, sums, offset).to(dtype)
-    return (y + sums * offset).to(dtype)  # While it is traced: the fake kernel of addcmul knows no open batch.
+    return (y + sums * offset).to(dtype)  # In tracing: the fake kernel of addcmul does not support a symbolic batch.
 
 
 def linear(
@@ -43,10 +43,11 @@ def linear(
 ) -> Tensor:
     """`x_scale * w_scale * sum_k (xq_k - x_zero_point) weight_k + bias`, summed in 32-bit integers.
 
-    `xq` is uint8 `[..., in]`. `weight` is int8 `[in, out]` as :mod:`fxquant.backends.native.onednn.weights` holds it;
-    `w_zero_point` and `bits` tell how its codes are found again and are not computed with. Without `w_sums` scale and
-    zero point of `xq` are one number, or one a sample along the first axis; with `w_sums`, int32 `[out]`, they may be
-    one a row, `[..., 1]`. `bias` is `[out]`, or a row a sample. The result is `[..., out]` of `out_dtype`.
+    `xq` is uint8 `[..., in]`. `weight` is int8 `[in, out]` as :mod:`fxquant.backends.native.onednn.weights` holds it.
+    `w_zero_point` and `bits` are not used in the computation; they are kept to recover the codes of the weight. Without
+    `w_sums`, scale and zero point of `xq` are one number, or one per sample along the first axis. With `w_sums`, int32
+    `[out]`, they may be one per row, `[..., 1]`. `bias` is `[out]`, or one row per sample. The result is `[..., out]`
+    of `out_dtype`.
     """
     if w_sums is not None:
         return product_of_rows(xq, x_scale, x_zero_point, weight, w_scale, w_sums, bias).to(out_dtype)
@@ -82,9 +83,9 @@ def linear_gelu(
     out_zero_point: Tensor,
     qmax: int,
 ) -> Tensor:
-    """:func:`linear`, its GELU by the tanh formula, and that quantized to codes of 0 to `qmax`, in one kernel: uint8.
+    """:func:`linear`, GELU by the tanh formula, and quantization to uint8 codes of 0 to `qmax`, in one kernel.
 
-    Grids are one number, or one a sample.
+    Scales and zero points are one number, or one per sample.
     """
     gelu = Gelu(Grid(out_scale, out_zero_point), qmax)
     return product(xq, Grid(x_scale, x_zero_point), weight, w_scale, bias, torch.float32, gelu)

@@ -1,4 +1,4 @@
-"""Integer products by oneDNN, for grids that are one for all, one a sample or one a row."""
+"""Integer products by oneDNN, for one grid, one grid per sample or one grid per row."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.nn import functional
 from fxquant.backends.native.machine import sums_exactly
 from fxquant.backends.native.onednn.weights import MIDDLE
 
-_NONE = torch.zeros(1, dtype=torch.int64)  # Zero points of the weight, which has none; the kernel does not read them.
+_NONE = torch.zeros(1, dtype=torch.int64)  # Zero points of the weight. It has none, and the kernel does not read them.
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Scale and zero point of activations: one number each, or one a sample along the first axis."""
+    """Scale and zero point of activations: one number each, or one per sample along the first axis."""
 
     scale: Tensor
     zero_point: Tensor
@@ -28,7 +28,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Gelu:
-    """What happens to a product before it leaves the kernel: GELU by the tanh formula, and quantization to uint8."""
+    """What the kernel does to a product before it returns: GELU by the tanh formula, and quantization to uint8."""
 
     grid: Grid
     qmax: int
@@ -45,22 +45,22 @@ def product(
 ) -> Tensor:
     """`scale * w_scale * sum_k (codes_k - zero_point) weight_k + bias`, `[..., out]` of `dtype`, or uint8 after GELU.
 
-    One product for all samples where they share what may differ between them, else one for each.
+    One product for all samples if they share grids and bias, else one product per sample.
 
     Args:
-        codes: uint8 `[..., in]`, samples along the first axis where anything depends on the sample.
-        grid: Of the codes.
+        codes: uint8 `[..., in]`, with samples along the first axis if anything depends on the sample.
+        grid: Grid of the codes.
         weight: Prepacked int8 `[in, out]`.
         w_scale: float32 `[out, 1]` or `[out]`.
-        bias: `[out]`, or a row a sample `[batch, ..., out]` with ones between; or None.
+        bias: `[out]`, or one row per sample `[batch, ..., out]` with axes of size 1 between; or None.
         dtype: float32, bfloat16 or float16.
-        gelu: What to do to the result.
+        gelu: What to do to the result; None for nothing.
     """
     shared = [grid.scale, grid.zero_point, *([] if gelu is None else [gelu.grid.scale, gelu.grid.zero_point])]
     rows = None if bias is None else bias.reshape(-1, bias.shape[-1])
     if not codes.numel():
         return codes.new_empty((*codes.shape[:-1], weight.shape[1]), dtype=torch.uint8 if gelu else dtype)
-    # Samplers give all samples of a call one timestep, so that rows of tables are mostly the same.
+    # Samplers give all samples of a call the same timestep, so the rows of tables are usually equal.
     if all(_is_one(value) for value in (*shared, *([] if rows is None else [rows]))):
         return _product(codes, grid, 0, weight, w_scale, rows, dtype, gelu)
     return torch.stack(
@@ -77,10 +77,10 @@ def product_of_rows(
     w_sums: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """:func:`product` where every row of the codes has a grid of its own: scale and zero point `[..., 1]`; float32.
+    """:func:`product` for codes with a grid per row: scale and zero point are `[..., 1]`; the result is float32.
 
-    The kernel takes one zero point, the middle; the difference to a row's own times `w_sums`, the sums of the weight's
-    columns, is added afterwards.
+    The kernel takes one zero point, the middle. The difference to the zero point of a row, times `w_sums`, the sums of
+    the weight's columns, is added afterwards.
     """
     if not codes.numel():
         return codes.new_empty((*codes.shape[:-1], weight.shape[1]), dtype=torch.float32)
@@ -147,7 +147,7 @@ def _kernel(
 
 
 def _is_one(rows: Tensor) -> bool:
-    """Whether all samples share a value: there is one, or they are equal."""
+    """Whether all samples share a value: there is only one row, or all rows are equal."""
     return rows.dim() == 0 or rows.shape[0] == 1 or bool((rows[1:] == rows[:1]).all())
 
 

@@ -1,12 +1,12 @@
-"""Weights as oneDNN's kernels read them, and the way back to packed codes.
+"""Weights as oneDNN's kernels read them, and the conversion back to packed codes.
 
 A code q of a weight stands for `scale * (q - zero_point)`. Kernels multiply int8, so a weight is held as
 
-* `q - zero_point` for codes of up to 7 bits, which always fits, or
-* `q - 128` for codes of 8 bits. What is missing, `scale * (128 - zero_point)` an output channel, times the sum of the
-  input, is added to the result. It vanishes on symmetric grids.
+* `q - zero_point` for codes of up to 7 bits, which always fits int8, or
+* `q - 128` for codes of 8 bits. The missing part, `scale * (128 - zero_point)` per output channel, times the sum of the
+  input, is added to the result. It is 0 on symmetric grids.
 
-Both are exact and lose nothing: :func:`unpacked` finds every code again.
+Both are exact and lose nothing: :func:`unpacked` recovers every code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxquant.numerics.packing import pack, unpack
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 128)
-"""Input channels whose products certainly fit 32-bit sums."""
+"""The most input channels for which 32-bit sums cannot overflow."""
 
 
 def prepacked(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -> Tensor:
@@ -31,8 +31,8 @@ def prepacked(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -
     Args:
         packed: `[out, packed_size(in_features, bits)]`.
         zero_point: uint8 `[out, 1]`.
-        bits: Bits a code, 2 to 8.
-        in_features: Codes a row.
+        bits: Bits per code, 2 to 8.
+        in_features: Codes per row.
     """
     return torch.ops.onednn.qlinear_prepack(_signed(unpack(packed, bits, in_features), zero_point, bits), None)
 
@@ -45,7 +45,7 @@ def unpacked(weight: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 
 
 def to_bytes(weight: Tensor) -> Tensor:
-    """What a prepacked weight holds, uint8 `[bytes]`: two sizes, the layout's description and the memory."""
+    """The content of a prepacked weight, uint8 `[bytes]`: two sizes, the layout's description and the memory."""
     memory = torch.empty(torch.ops.mkldnn._nbytes(weight), dtype=torch.uint8)
     ctypes.memmove(memory.data_ptr(), torch.ops.mkldnn.data_ptr(weight), memory.numel())
     return torch.cat([torch.tensor(weight.shape).view(torch.uint8), _layout(weight), memory])
@@ -55,7 +55,7 @@ def from_bytes(stored: Tensor) -> Tensor:
     """Undo :func:`to_bytes`, in a thirtieth of the time that prepacking takes.
 
     Raises:
-        BackendError: If oneDNN lays such a weight out in another way here.
+        BackendError: If oneDNN uses another memory layout for such a weight on this machine.
     """
     in_features, out_features = stored[:16].clone().view(torch.int64).tolist()
     template = _template(in_features, out_features)
@@ -64,8 +64,8 @@ def from_bytes(stored: Tensor) -> Tensor:
     memory = stored[end:]
     if not torch.equal(stored[16:end], layout) or memory.numel() != torch.ops.mkldnn._nbytes(template):
         raise BackendError(
-            "prepacked weights of the package lie in memory as oneDNN has them on the machine on which it was made, "
-            "and not on this one; export it here"
+            "the package holds prepacked weights in the oneDNN memory layout of the machine on which it was made, and "
+            "oneDNN uses another layout on this machine; export it here"
         )
     weight = template.clone()
     ctypes.memmove(torch.ops.mkldnn.data_ptr(weight), memory.data_ptr(), memory.numel())
@@ -88,7 +88,7 @@ def sums(packed: Tensor, zero_point: Tensor, bits: int, in_features: int) -> Ten
 
 
 def missing_offset(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor | None:
-    """What the held weight lacks of the weight, float32 `[out]`, the same for all input channels; None for nothing."""
+    """The weight minus the held weight, float32 `[out]`, the same for all input channels; None if they are equal."""
     if bits < 8 or bool((zero_point == MIDDLE).all()):
         return None
     return ((MIDDLE - zero_point.to(torch.float32)) * scale).flatten()

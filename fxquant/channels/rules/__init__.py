@@ -1,4 +1,4 @@
-"""One small rule an op: what a request on its result asks of its inputs, or how it is met right there.
+"""One small rule per op: what a request on the op's result asks of the op's inputs, or how the op meets it.
 
 A rule is a function of the node and the :class:`~fxquant.channels.wants.Want` on its value; it looks at shapes and
 arguments only, never at values. ``fxquant list rules`` prints the first line of each docstring. See

@@ -39,7 +39,7 @@ def add(node: fx.Node, want: Want) -> Outcome:
     if not _is_tensor(left) or not _is_tensor(right):
         return Barrier(f"{op_name(node)} adds a number that the graph computes")
     if want.offset.any():
-        # One side takes the whole shift; without it a constant could not have been passed on the way here.
+        # One side takes the whole shift, which comes from the constants that the request has passed so far.
         return _shift_to_one_side(node, want)
     sides = [elementwise(node, side, want) for side in (left, right)]
     if any(not side for side in sides):
@@ -52,7 +52,7 @@ def _is_tensor(operand: object) -> bool:
 
 
 def _same_for_all_tokens(node: fx.Node, want: Want) -> Outcome | None:
-    """The request with one factor along the axes that an operand is broadcast along; None if no channels are left."""
+    """The request with one factor along the axes on which an operand is broadcast; None if no channels are left."""
     axes = set()
     for operand in node.args[:2]:
         assert isinstance(operand, fx.Node)

@@ -1,4 +1,4 @@
-"""Where a request ends: parameters."""
+"""Rules for ops with parameters, where a request ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: T
 
 def are_parameters(node: fx.Node, *positions: int) -> bool:
     """Whether these arguments are parameters of the model, or not given."""
-    if {"weight", "bias"} & node.kwargs.keys():  # Folds go by position, as capturing writes these.
+    if {"weight", "bias"} & node.kwargs.keys():  # Folds address arguments by position, as capture writes them.
         return False
     given = (node.args[position] if len(node.args) > position else None for position in positions)
     return all(argument is None or parameter_of(node_of(argument)).op == "get_attr" for argument in given)
@@ -96,7 +96,7 @@ def _norm(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
 
 
 def _to_operands(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
-    """To a weight and bias that are computed in the graph, such as ``1 + w``."""
+    """Push the request to a weight and bias that are computed in the graph, such as ``1 + w``."""
     given = [argument(node, position, name) for position, name in ((weight, "weight"), (bias, "bias")) if position]
     if not all(isinstance(operand, fx.Node) for operand in given) or want.offset.any():
         return Barrier(f"the weight of {node.name} is computed in the graph")

@@ -1,4 +1,4 @@
-"""Operations that move elements and change none."""
+"""Operations that move elements without changing them."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def cat(node: fx.Node, want: Want) -> Outcome:
     start = 0
     for operand in operands:  # type: ignore[union-attr]
         assert isinstance(operand, fx.Node)
-        if shape_of(operand) == (0,) and want.scale.ndim > 1:  # cat leaves it out, whatever the others' rank.
+        if shape_of(operand) == (0,) and want.scale.ndim > 1:  # cat ignores it, whatever the rank of the others.
             continue
         length = static(shape_of(operand)[axis])
         if not want.varies(axis):

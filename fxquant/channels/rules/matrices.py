@@ -29,7 +29,7 @@ def attention(node: fx.Node, want: Want) -> Outcome:
     value = node_of(node.args[2])
     heads, kv_heads = (shape_of(n)[-3] if len(shape_of(n)) >= 3 else 1 for n in (node, value))
     if str(heads) == str(kv_heads) or want.scale.ndim < 3 or not want.varies(want.scale.ndim - 3):
-        pushed = elementwise(node, value, want)  # Batches are broadcast.
+        pushed = elementwise(node, value, want)  # The batch may be broadcast.
         return Push(pushed) if pushed else cannot_broadcast(node)
     heads, kv_heads = static(heads), static(kv_heads)
     if not heads or not kv_heads or heads % kv_heads or len(shape_of(value)) != want.scale.ndim:
@@ -52,7 +52,7 @@ def matmul(node: fx.Node, want: Want) -> Outcome:
     rows = min(len(shape_of(left)), len(shape_of(right))) >= 2 and want.varies(want.scale.ndim - 2)
     if (
         rows and not want.varies(want.scale.ndim - 1) and not want.offset.any()
-    ):  # Channels first, as linear attention has them.
+    ):  # Channels come first, as in linear attention.
         pushed = elementwise(node, left, want)
         return Push(pushed) if pushed else cannot_broadcast(node)
     if len(shape_of(right)) < 2 or want.scale.ndim < len(shape_of(right)):
@@ -101,7 +101,7 @@ def letters_of(node: fx.Node) -> list[str] | None:
 
 
 def einsum_drops(operands: list[fx.Node], letters: list[str]) -> str | None:
-    """Why a shift of the second factor of an einsum does not come out as it is, or None if it does."""
+    """Why a shift of the second factor of an einsum does not reach the result unchanged, or None if it does."""
     if len(operands) != 2:
         return "a constant shift cannot pass a matrix product"
     left, right, result = letters
@@ -115,7 +115,7 @@ def einsum_drops(operands: list[fx.Node], letters: list[str]) -> str | None:
 
 
 def _moved(want: Want, result: str, own: str, shape: tuple[Any, ...]) -> Want | None:
-    """A want on the result of an einsum as one on the factor of these letters, which has all along which it differs."""
+    """A want on an einsum's result, moved to the factor of these letters, which include all along which it differs."""
     if any(static(size) == 1 and letter in result and want.varies(result.index(letter))
            for letter, size in zip(own, shape, strict=True)):  # fmt: skip
         return None

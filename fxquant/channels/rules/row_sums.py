@@ -1,8 +1,8 @@
-"""Whether the probabilities of an attention sum to 1 over its keys, which is what lets a shift of v pass.
+"""Whether the probabilities of an attention sum to 1 over its keys: the condition for a shift of v to pass.
 
-They do not where all keys of a row are masked: ``scaled_dot_product_attention`` yields 0 there, not a mean of v. They
-do not while probabilities are dropped out. A mask is judged by how the graph computes it, never by its values, because
-a checkpoint is loaded without any.
+They do not sum to 1 if all keys of a row are masked: ``scaled_dot_product_attention`` yields 0 there, not a mean of v.
+They do not either while probabilities are dropped out. A mask is judged by how the graph computes it, never by its
+values, because a checkpoint is loaded without values.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def product_drops(left: fx.Node) -> str | None:
 
 
 def drops_out(node: fx.Node) -> bool:
-    """Whether a node is a dropout that is at work."""
+    """Whether a node is a dropout that is active."""
     return node.target is aten.dropout.default and node.args[2] is not False and bool(node.args[1] != 0)
 
 
 def _sees(mask: fx.Node, axis: int) -> bool:
-    """Whether there is a key along an axis, wherever one looks, that the mask surely lets through."""
+    """Whether the mask certainly lets at least one key along this axis through, at each position of the other axes."""
     if static(shape_of(mask)[axis]) == 0:
         return False
     bounds = _bounds(mask)
@@ -102,12 +102,12 @@ def _sees(mask: fx.Node, axis: int) -> bool:
 def _lets_through(bounds: Interval, dtype: torch.dtype) -> bool:
     if not dtype.is_floating_point:
         return bounds[0] >= 1
-    # Scores are added to it, and in float16 the sum of the least number and a score may be -inf.
+    # Scores are added to the mask, and in float16 the sum of the lowest number and a score may be -inf.
     return bounds[0] >= torch.finfo(dtype).min / (2 if dtype == torch.float16 else 1)
 
 
 def _bounds(node: fx.Node) -> Interval | None:
-    """The least and the largest value that all elements can have; None if they may be infinite or nothing is known."""
+    """Lower and upper bound of the values of all elements; None if they may be infinite or nothing is known."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.is_complex():
         return None
@@ -118,7 +118,7 @@ def _bounds(node: fx.Node) -> Interval | None:
         return found
     limits: Any = torch.finfo(value.dtype) if value.is_floating_point() else torch.iinfo(value.dtype)
     if found is not None and not value.is_floating_point():
-        found = math.trunc(found[0]), math.trunc(found[1])  # As casts to integers round.
+        found = math.trunc(found[0]), math.trunc(found[1])  # Casts to integers round toward 0.
     if found is not None and limits.min <= found[0] and found[1] <= limits.max:
         return found
     return None if value.is_floating_point() else (float(limits.min), float(limits.max))  # Integers wrap around.
@@ -136,7 +136,7 @@ def _bounds_by_op(node: fx.Node) -> Interval | None:
     if target in _CASTS or target in _MOVES:
         sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
         found = _hull([_bounds(node_of(source)) for source in sources])
-        if node.meta["val"].dtype == torch.bool:  # True is whatever is not 0.
+        if node.meta["val"].dtype == torch.bool:  # A cast makes True of everything that is not 0.
             return (1.0, 1.0) if found is not None and (found[0] > 0 or found[1] < 0) else (0.0, 1.0)
         return found
     if target in _SUMS:

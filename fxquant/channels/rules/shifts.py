@@ -1,4 +1,4 @@
-"""Rules for shifts, ``x + c``, where they differ from those for factors."""
+"""Rules for shifts, ``x + c``, of ops whose rules for shifts differ from those for factors."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def _fold_bias(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
 
 
 def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
-    """Let a linear yield ``y + row``: its bias moves into the rows ``[bins, out]``."""
+    """Make a linear yield ``y + row``: its bias moves into the rows ``[bins, out]``."""
     bias = argument(node, 2, "bias")
     total = plus_rows(node)
-    if total is not None:  # It has rows already: one table does for both.
+    if total is not None:  # It has rows already: one table holds both.
         held = read_table(node_of(total.args[1]), table.timestep, rewriter)
         assert held is not None
         replace_rows(rewriter, total, held.map(lambda rows: rows.double()).plus(table))
-    elif not are_parameters(node, 2):  # A bias that is computed in the graph stays, and the rows come on top.
+    elif not are_parameters(node, 2):  # A bias that is computed in the graph stays, and the rows are added.
         add_rows(rewriter, node, table, [node], list(node.users))
     elif table.static and bias is not None:
         rewriter.fold(node, 2, lambda b: b.double() + table.rows[0].to(b.device), by=("shift", table.origin))
@@ -144,7 +144,7 @@ def einsum(node: fx.Node, want: Want) -> Outcome:
     reason = "a shift cannot pass an einsum" if letters is None else matrices.einsum_drops(operands, letters)
     if reason is not None:
         return Barrier(reason)
-    shifted = Want.of(want.scale, np.ones(want.scale.shape))  # As an offset goes, to the second factor alone.
+    shifted = Want.of(want.scale, np.ones(want.scale.shape))  # As an offset: to the second factor only.
     found = matrices.einsum(node, shifted)
     if isinstance(found, Tie):
         return Tie(Want.of(found.want.scale), found.ties, found.reason)

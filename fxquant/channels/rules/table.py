@@ -1,4 +1,4 @@
-"""The table of rules, and what rules share."""
+"""The table of rules, and the helpers that rules share."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ RULES: dict[Any, Rule] = {}
 SHIFTS: dict[Any, Rule] = {}
 """Rules for the request that a value yield ``x + c`` per channel, where c depends on the timestep.
 
-The variables of such a want are shifts c in place of factors, its offsets are 0.
+The variables of such a want are shifts c instead of factors, and its offsets are 0.
 """
 
 STATIC_SHIFTS: dict[Any, Rule] = {}
-"""Rules that shifts which are the same at every timestep have besides."""
+"""Additional rules for shifts that are the same at every timestep."""
 
 
 def rule(*targets: Any, shifts: bool = False) -> Callable[[Rule], Rule]:
@@ -56,7 +56,7 @@ def rule(*targets: Any, shifts: bool = False) -> Callable[[Rule], Rule]:
 
 
 def shift_rule(*targets: Any, table: dict[Any, Rule] = SHIFTS) -> Callable[[Rule], Rule]:
-    """Register the rule of one or several ops for shifts alone."""
+    """Register the rule of one or several ops for shifts only."""
 
     def decorate(function: Rule) -> Rule:
         for target in targets:
@@ -74,7 +74,7 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 
 def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Outcome:
-    """Apply the rule of a node's op; an op without one is a barrier, and so is a value of integers."""
+    """Apply the rule of a node's op; an op without a rule is a barrier, and so is a value of integers."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return Barrier(f"{node.name} is not a floating-point tensor")
@@ -89,12 +89,12 @@ def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Out
     if isinstance(result, Push) and not _meets_every_use(node, result):
         return _read_twice(node)
     if isinstance(result, End) and max(Counter(_arguments(node)).values(), default=1) > 1:
-        return _read_twice(node)  # One parameter as weight and bias: folds would change both at once.
+        return _read_twice(node)  # One parameter as weight and bias: a fold would change both at once.
     return result
 
 
 def _meets_every_use(node: fx.Node, way: Push) -> bool:
-    """Whether no input that is to be scaled is read by the node a further time, as both sides of a square are."""
+    """Whether the way scales each of its inputs as often as the node reads it; ``x * x``, for one, reads x twice."""
     uses = Counter(_arguments(node))
     return all(uses[source] in (0, asked) for source, asked in Counter(source for source, _ in way.inputs).items())
 
@@ -111,7 +111,7 @@ def _read_twice(node: fx.Node) -> Barrier:
 
 
 def tied(want: Want, axes: Iterable[int], reason: str) -> Tie | Barrier | None:
-    """The request with one factor along these axes; None if it has that already."""
+    """The request with one factor along these axes; None if it already has one factor there."""
     axes = [axis for axis in axes if want.varies(axis)]
     if not axes:
         return None
@@ -130,11 +130,11 @@ def op_name(node: fx.Node) -> str:
 
 
 def elementwise(node: fx.Node, operand: Any, want: Want) -> list[tuple[fx.Node, Want]] | None:
-    """The request on one operand of an elementwise op; nothing for a number, None if it cannot be stated."""
+    """The request on one operand of an elementwise op; empty for a number, None if it cannot be expressed."""
     if not isinstance(operand, fx.Node) or not isinstance(operand.meta.get("val"), Tensor):
         return []
     moved = broadcast_back(want, shape_of(operand))
-    if moved is None and operand.op == "get_attr":  # A parameter can be given the elements that it lacks.
+    if moved is None and operand.op == "get_attr":  # A parameter can be expanded to the elements that it lacks.
         extra = want.scale.ndim - len(shape_of(operand))
         if not any(want.varies(axis) for axis in range(extra)):
             moved = want.map(lambda array: array.reshape(array.shape[extra:]))
@@ -142,8 +142,8 @@ def elementwise(node: fx.Node, operand: Any, want: Want) -> list[tuple[fx.Node, 
 
 
 def axis_of(node: fx.Node, axis: int) -> int:
-    """An axis of a node's value, not negative."""
-    return axis % max(len(shape_of(node)), 1)  # A number has axis 0 for most ops.
+    """An axis of a node's value, as a non-negative index."""
+    return axis % max(len(shape_of(node)), 1)  # Most ops accept axis 0 for a value without axes.
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -165,5 +165,5 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def cannot_broadcast(node: fx.Node) -> Barrier:
-    """The answer where an operand has one element for all channels."""
+    """The barrier for an operand that has one element for all channels."""
     return Barrier(f"an operand of {op_name(node)} is broadcast along the channels")

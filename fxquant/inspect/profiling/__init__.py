@@ -1,4 +1,4 @@
-"""Where the time of a quantized model goes, layer by layer, beside float and beside what the machine can do."""
+"""Measure the time of a quantized model, layer by layer, compared with float and with the peaks of the machine."""
 
 from fxquant.inspect.profiling.measure import profile
 from fxquant.inspect.profiling.results import Profile

@@ -1,8 +1,8 @@
-"""Which row of a profile each node of a float and of a lowered graph belongs to, so that the two can be compared.
+"""Assign each node of a float graph and of a lowered graph to a row of a profile, so that the two can be compared.
 
-A row is a layer, or the work of one kind in one module. What passes made stands where what it replaces stood: a
-quantization with the layer that reads it, two products of codes where the attention was. A float op that lives on
-inside of another layer's kernel, as a GELU in the linear before it, is counted with that layer on both sides.
+A row is a layer, or the work of one kind in one module. Nodes that passes made belong to the row of what they replace:
+a quantization to the layer that reads it, two products of codes to the attention. A float op that became part of
+another layer's kernel, such as a GELU in the linear before it, is counted with that layer for both graphs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Place:
 
 @dataclass
 class Attribution:
-    """Where the nodes of two graphs of one call belong.
+    """The places of the nodes of two graphs of the same call.
 
     Attributes:
         lowered: Place of each called node of the lowered graph, by its name.
         original: Place of each called node of the float graph, by its name.
-        inside: For each place of a layer whose kernel does the work of further layers too, these layers.
+        inside: For each place of a layer whose kernel also does the work of other layers: these other layers.
     """
 
     lowered: dict[str, Place]
@@ -48,7 +48,7 @@ class Attribution:
 
 
 def attribute(lowered: fx.Graph, original: fx.Graph) -> Attribution:
-    """Give every called node of both graphs its place.
+    """Assign every called node of both graphs to its place.
 
     Args:
         lowered: The graph that the backend runs.
@@ -69,7 +69,7 @@ def _called(graph: fx.Graph) -> Iterable[fx.Node]:
 
 
 def _sources(node: fx.Node) -> list[str]:
-    """Names of the nodes that a node stands for, through all passes."""
+    """Names of the original nodes that a node replaces, through all passes."""
     return [name for origin in node.meta.get(PROVENANCE, ()) for name in origin.sources]
 
 
@@ -89,7 +89,7 @@ def _place(node: fx.Node, gone: set[str], original: dict[str, Place]) -> Place:
 
 
 def _reader(node: fx.Node) -> Place | None:
-    """The layer that what passes made for it, as quantization, is read by; the first if there are several."""
+    """The layer that reads a node that passes made, such as a quantization; the first layer if several read it."""
     seen = {node}
     while LAYER not in node.meta:
         if PROVENANCE not in node.meta or kind_of(node) not in _LIGHT:
@@ -103,7 +103,7 @@ def _reader(node: fx.Node) -> Place | None:
 
 
 def _follow(found: Attribution, lowered: fx.Graph, gone: set[str]) -> None:
-    """Let what vanished from the float graph be counted where its work is done now."""
+    """Count float nodes that are gone from the lowered graph at the place that does their work now."""
     carriers: dict[str, list[Place]] = {}
     for node in _called(lowered):
         for name in _sources(node):

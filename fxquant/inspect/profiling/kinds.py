@@ -1,4 +1,4 @@
-"""What kind of work a node does, told by the name of its op, so that ops of any backend find their kind."""
+"""The kind of work that a node does, derived from the name of its op, so that it works for ops of any backend."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PATTERNS = {kind: re.compile(rf"(?:^|_)(?:{words})(?:_|$)") for kind, words in 
 
 POINTWISE = "pointwise"
 KINDS = (*_WORDS, POINTWISE)
-"""All kinds, in the order in which they are tried; what is none of the others is pointwise."""
+"""All kinds, in the order in which they are tried; an op that matches no other kind is pointwise."""
 
 
 def kind_of(node: fx.Node) -> str:
     """The kind of a node's work, one of :data:`KINDS`.
 
-    The first that fits counts: a linear that quantizes its result is ``linear``, a norm that does is ``norm``. Products
-    of two activations and softmax are ``attention``; casts are ``layout``.
+    The first kind that matches counts: a linear that quantizes its result is ``linear``, and a norm that quantizes its
+    result is ``norm``. Products of two activations and softmax are ``attention``; casts are ``layout``.
     """
     name = op_name(node).rpartition("::")[2].partition(".")[0]
     return next((kind for kind, pattern in _PATTERNS.items() if pattern.search(name)), POINTWISE)

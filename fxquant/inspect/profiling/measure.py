@@ -1,4 +1,4 @@
-"""The profile itself: both graphs run by turns, their nodes' times brought into one table."""
+"""The function ``profile``: runs both graphs alternately and combines the times of their nodes into rows."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def profile(
     compiled: bool = False,
     against_float: bool = True,
 ) -> Profile:
-    """Where the time of a quantized model goes, layer by layer and kind by kind, beside float.
+    """Measure the time of a quantized model, layer by layer and kind by kind, compared with float.
 
-    Both graphs run op by op and as a whole, by turns, so that a machine that slows down slows both. The float model is
-    the same architecture with random weights, for times do not depend on them; its inputs are those of the first
-    captured call, with noise in place of latents. What the machine can do is measured first.
+    Both graphs run op by op and as a whole, alternately, so that a machine that slows down slows both. The float model
+    is the same architecture with random weights, because times do not depend on them. Its inputs are those of the first
+    captured call, with noise in place of latents. The peaks of the machine are measured first.
 
     Args:
         model: What :func:`fxquant.compile` or :func:`fxquant.load` returned, or the folder of a checkpoint or of a
             pipeline with one.
-        backend: For a folder: another backend than the one it was compiled for.
-        device: For a folder: where to run it; the CPU by default.
-        batch: Samples of the call; 2 if None, and what the graph serves if that is one number alone.
-        rounds: Measured runs, after two that are not.
-        threads: For the time of the profile; None, the default, leaves torch's as they are.
+        backend: For a folder: a backend other than the one that the model was compiled for.
+        device: For a folder: the device to run on; the CPU by default.
+        batch: Samples per call. If None: 2, or the only batch size that the graph serves.
+        rounds: Number of measured runs, after two warm-up runs.
+        threads: Number of torch threads during the profile; None, the default, does not change it.
         compiled: Whether to time both models under ``torch.compile`` as well, which takes a minute or more.
-        against_float: Whether to run the float model, which needs room for float weights.
+        against_float: Whether to run the float model too, which needs memory for float weights.
 
     Raises:
         ConfigurationError: If the model is not quantized, or an option is out of range.
@@ -127,7 +127,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _rounds(
     watches: dict[str, Watch], inputs: list[Tensor], rounds: int
 ) -> tuple[dict[str, list[list[float]]], dict[str, Times]]:
-    """Seconds of each node, one list a round, and of whole calls, for each graph."""
+    """Seconds of each node, one list per round, and times of whole calls, for each graph."""
     nodes: dict[str, list[list[float]]] = {name: [] for name in watches}
     calls: dict[str, list[float]] = {name: [] for name in watches}
     for number in range(-_WARM_UP, rounds):
@@ -188,7 +188,7 @@ def _rows(
             falls_back=backend.falls_back(kernel),
             floating=total(times[FLOAT]) if FLOAT in times else None,
             quantized=total(times[QUANTIZED]) if QUANTIZED in times else None,
-            # A kernel of a backend may hide its products; they are those of the float ops that it replaces.
+            # A backend's kernel may hide its products; then the products of the replaced float ops are counted.
             operations=max(part.operations for part in done.values()),
             traffic=done.get(QUANTIZED, Work()).traffic,
         )

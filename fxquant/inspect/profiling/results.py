@@ -1,4 +1,4 @@
-"""What a profile says: rows, sums, warnings; as a table and as JSON."""
+"""The results of a profile: rows, sums and warnings, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxquant.text import name_of_all, pattern_of
 
 FLOAT, QUANTIZED = "float", "quantized"
 SLOWER = 1.05
-"""So many times the float time is slower, where the middle halves of the rounds lie apart as well."""
+"""A layer is slower above this multiple of its float time, if the middle halves of the rounds do not overlap either."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class NodeTime:
 
     Attributes:
         graph: ``float`` or ``quantized``.
-        name: Of the node.
-        op: That it calls.
-        kind: Of its work; see :func:`fxquant.inspect.profiling.kinds.kind_of`.
+        name: Name of the node.
+        op: The op that it calls.
+        kind: Kind of its work; see :func:`fxquant.inspect.profiling.kinds.kind_of`.
         layer: Layer, or path of the module, that it is counted with.
-        times: Of its calls.
+        times: Times of its calls.
     """
 
     graph: str
@@ -47,21 +47,22 @@ class NodeTime:
 
 @dataclass(frozen=True)
 class Row:
-    """A layer, or the work of one kind in one module, or several such that differ in their block alone.
+    """A layer, or the work of one kind in one module, or several of these that differ only in their block.
 
     Attributes:
-        layers: Layers that run in one kernel, or one layer or module path; of alike blocks, those of the first.
+        layers: Layers that run in one kernel, or one layer or module path. Of similar blocks, those of the first block.
         is_layer: Whether these are layers of the plan.
-        kind: Of the work.
-        precision: ``w8a8`` and the like, ``float``, or empty for what is no layer.
+        kind: Kind of the work.
+        precision: For example ``w8a8`` or ``float``; empty for rows that are not layers.
         kernel: What the backend runs, or empty.
-        falls_back: Whether that is a fallback.
-        floating: Time of the float model; None if it does not have this, or was not run.
-        quantized: Time of the quantized model, quantization of what the layer reads included; None if this is gone.
-        operations: Of its matrix products, two a multiplication and addition.
-        traffic: Bytes that these read and write in the quantized model.
-        count: How many alike blocks this stands for.
-        alike: The first of the layers in each of these.
+        falls_back: Whether the kernel is a fallback.
+        floating: Time of the float model; None if the float model does not do this work, or was not run.
+        quantized: Time of the quantized model, including quantization of the layer's input; None if it does not do this
+            work any more.
+        operations: Operations of its matrix products, two per multiply-add.
+        traffic: Bytes that these products read and write in the quantized model.
+        count: Number of similar blocks that this row combines.
+        alike: The first of the layers in each of these blocks.
     """
 
     layers: tuple[str, ...]
@@ -79,7 +80,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """``blocks.0-7.attn.to_q``, and ``blocks.0-7.attn.to_q+to_k`` for what runs in one kernel."""
+        """``blocks.0-7.attn.to_q``, or ``blocks.0-7.attn.to_q+to_k`` for layers that run in one kernel."""
         first = name_of_all([f"{name}." for name in self.alike or self.layers[:1]]).removesuffix(".")
         parent = self.layers[0].rpartition(".")[0]
         if all(layer.rpartition(".")[0] == parent for layer in self.layers):
@@ -93,39 +94,39 @@ class Row:
 
     @property
     def is_integer(self) -> bool:
-        """Whether its products are meant to be of integers."""
+        """Whether its matrix products are meant to be integer products."""
         return self.is_quantized and "a16" not in self.precision
 
     @property
     def speedup(self) -> float | None:
-        """Float time over quantized time, or None where one is missing."""
+        """Float time divided by quantized time, or None if one of them is missing."""
         if self.floating is None or self.quantized is None or not self.quantized.median:
             return None
         return self.floating.median / self.quantized.median
 
     @property
     def rate(self) -> float | None:
-        """Billions of operations a second in the quantized model, or None for what is no product."""
+        """Billions of operations per second in the quantized model, or None for rows without matrix products."""
         if not self.operations or self.quantized is None or not self.quantized.median:
             return None
         return self.operations / self.quantized.median * 1e-6
 
     @property
     def is_slower(self) -> bool:
-        """Whether the quantized layer takes longer than the float one, beyond doubt."""
+        """Whether the quantized layer is slower than the float one by more than noise; see :data:`SLOWER`."""
         if not self.is_quantized or self.floating is None or self.quantized is None:
             return False
         apart = self.quantized.quartiles[0] > self.floating.quartiles[1]
         return apart and self.quantized.median > SLOWER * self.floating.median
 
     def share_of_peak(self, roofline: Roofline) -> float | None:
-        """The rate over the machine's; None for attention too, whose kernels choose the dtype of their products."""
+        """The rate divided by the peak; also None for attention, whose kernels choose the dtype of their products."""
         if self.rate is None or self.kind == "attention":
             return None
         return self.rate / roofline.peak(self.is_integer)
 
     def bound(self, roofline: Roofline) -> str | None:
-        """Whether ``compute`` or ``memory`` keeps it from being faster; None where :meth:`share_of_peak` is."""
+        """What limits its speed, ``compute`` or ``memory``; None if :meth:`share_of_peak` is None."""
         if self.share_of_peak(roofline) is None:
             return None
         return roofline.bound(self.operations, self.traffic, self.is_integer)
@@ -151,16 +152,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a quantized model goes; prints as a table.
+    """How a quantized model spends its time; prints as a table.
 
     Attributes:
         model_class: Class of the original model.
         backend: Name of the backend.
-        device: Where it ran.
-        batch: Samples of the call.
-        roofline: What the machine can do.
-        calls: Whole calls: ``quantized``, ``float``, and ``quantized, compiled`` and so on where asked for.
-        rows: One a layer, and one for other work of each kind in each module, in the order of the graph.
+        device: The device that it ran on.
+        batch: Samples per call.
+        roofline: The peaks of the machine.
+        calls: Times of whole calls: ``quantized``, ``float``, and if requested ``quantized, compiled`` and so on.
+        rows: One row per layer, and one for other work of each kind in each module, in the order of the graph.
         nodes: Every op of both graphs.
     """
 
@@ -190,7 +191,7 @@ class Profile:
         return total(times) if times else None
 
     def merged(self) -> list[Row]:
-        """The rows, with those that differ in the number of their block alone brought into one, the heaviest first."""
+        """The rows, slowest first. Rows that differ only in the number of their block are combined into one."""
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             names = tuple(pattern_of(f"{name}.") for name in row.layers)
@@ -199,7 +200,7 @@ class Profile:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know: layers slower than in float, fallbacks, and a model that gains nothing."""
+        """What a user should know: layers slower than in float, fallbacks, and a model slower than in float."""
         return list(_warnings(self))
 
     def to_json(self) -> dict[str, Any]:
@@ -229,8 +230,8 @@ class Profile:
         """The profile as text of at most 140 columns.
 
         Args:
-            top: Rows to show, the heaviest; None for all.
-            every: One row a layer, where otherwise alike blocks share one.
+            top: Number of rows to show, slowest first; None for all.
+            every: Show one row per layer. Otherwise similar blocks share a row.
         """
         from fxquant.inspect.profiling.table import profile_table
 
@@ -241,7 +242,7 @@ class Profile:
 
 
 def heaviest(rows: Iterator[Row] | Sequence[Row]) -> list[Row]:
-    """Rows by their time in the quantized model, the longest first."""
+    """Sort rows by their time in the quantized model, slowest first."""
     return sorted(rows, key=lambda row: tuple(-_median(times) for times in (row.quantized, row.floating)))
 
 
@@ -270,7 +271,7 @@ def _warnings(profile: Profile) -> Iterator[str]:
     if slow := [_compared(row) for row in merged if row.is_slower]:
         yield (
             f"slower than in float: {_some(slow, 8)}. Keep such layers float "
-            "(assign-precision{overrides=LAYER=float}), or take another backend; a larger batch may pay too"
+            "(assign-precision{overrides=LAYER=float}), or use another backend; a larger batch may help too"
         )
     fallbacks: dict[str, list[Row]] = {}
     for row in merged:

@@ -1,4 +1,4 @@
-"""What the machine can do: integer and float matrix products and memory traffic, measured at the time."""
+"""The peaks of the machine: integer and float matrix products and memory traffic, measured for each profile."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.nn import functional
 
 SHAPES = ((512, 1152, 4608), (2048, 1024, 1024))
-"""Rows, inputs and outputs of products at which processors do well, the first of them DiT-XL's feed-forward."""
+"""Rows, inputs and outputs of products that processors run efficiently; the first is DiT-XL's feed-forward."""
 
-_SECONDS = 0.25  # Of each measurement.
-_BYTES = 256 << 20  # More than caches hold.
+_SECONDS = 0.25  # Duration of each measurement.
+_BYTES = 256 << 20  # More than caches can hold.
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Peaks of one machine, with the threads that it was measured with.
+    """Peaks of one machine, at the number of threads that they were measured with.
 
     Attributes:
-        int8: Billions of operations (two a multiplication and addition) a second, of uint8 by int8; None where this
+        int8: Billions of operations (two per multiply-add) per second for products of uint8 and int8; None if this
             build of torch has no such product.
-        floating: The same of the model's own dtype.
-        dtype: That dtype.
-        memory: Billions of bytes a second, read and written, of a copy.
-        threads: Threads of torch, on a CPU.
+        floating: Billions of operations per second for products in the model's dtype.
+        dtype: The model's dtype.
+        memory: Billions of bytes per second, read and written, of a copy.
+        threads: Number of torch threads, on a CPU.
     """
 
     int8: float | None
@@ -40,11 +40,11 @@ class Roofline:
     threads: int
 
     def peak(self, integer: bool) -> float:
-        """Billions of operations a second."""
+        """Peak of integer or of float products, in billions of operations per second."""
         return self.int8 if integer and self.int8 is not None else self.floating
 
     def bound(self, operations: int, traffic: int, integer: bool) -> str:
-        """What keeps work of so many operations on so many bytes from being faster: ``compute`` or ``memory``."""
+        """What limits the speed of work with these operations and bytes: ``compute`` or ``memory``."""
         return "compute" if operations / self.peak(integer) >= traffic / self.memory else "memory"
 
 
@@ -54,8 +54,8 @@ def measure_roofline(
     """Measure the peaks, in about two seconds.
 
     Args:
-        dtype: Of the float products.
-        device: Where to.
+        dtype: Dtype of the float products.
+        device: The device to measure.
         shapes: Rows, inputs and outputs of the products; the best of them is the peak.
     """
     device = torch.device(device)
@@ -74,7 +74,7 @@ Work = Callable[[], Any]
 
 
 def int8_product(rows: int, inputs: int, outputs: int, device: torch.device) -> Work | None:
-    """A product of uint8 codes ``[rows, inputs]`` and an int8 weight by the fastest kernel there is, or None."""
+    """A product of uint8 codes ``[rows, inputs]`` and an int8 weight with the fastest available kernel, or None."""
     weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
     if device.type == "cpu":
         if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
@@ -82,7 +82,7 @@ def int8_product(rows: int, inputs: int, outputs: int, device: torch.device) -> 
         codes = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
         scale, offsets = torch.full((outputs,), 1e-3, dtype=torch.float32), torch.zeros(outputs, dtype=torch.int64)
-        # Results in bfloat16 write half as much; without AVX-512 oneDNN makes them in a loop hundreds of times slower.
+        # Results in bfloat16 write half as much. Without AVX-512, oneDNN's loop for them is hundreds of times slower.
         wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "ONEDNN_MAX_CPU_ISA" not in os.environ
         rest: tuple[Any, ...] = (None, 1.0, 0, torch.bfloat16 if wide else torch.float32, "none", [], "")
         return lambda: torch.ops.onednn.qlinear_pointwise(codes, 1e-2, 128, packed, scale, offsets, *rest)
@@ -119,7 +119,7 @@ def _copy_rate(device: torch.device) -> float:
 
 @torch.no_grad()
 def _shortest(work: Work, device: torch.device) -> float:
-    """Seconds of the fastest of many calls: a peak is what nothing disturbed."""
+    """Seconds of the fastest of many calls, because a peak is measured without disturbances."""
     work()
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
@@ -128,7 +128,7 @@ def _shortest(work: Work, device: torch.device) -> float:
 
 
 def timed(work: Work, device: torch.device) -> tuple[Any, float]:
-    """What a call returns, and its seconds; on a GPU until it is really done."""
+    """What a call returns, and its duration in seconds; on a GPU until all its work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

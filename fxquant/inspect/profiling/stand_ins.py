@@ -1,4 +1,4 @@
-"""What a profile runs where nobody has it: inputs of a recorded call, and weights for the float model."""
+"""Stand-ins for a profile: inputs for a recorded call, and weights for the float model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.planning.plan import Plan
 
 USUAL_BATCH = 2
-"""Samples of a call: one image with guidance goes through the model with and without its condition."""
+"""Samples per call: with guidance, one image passes through the model with and without its condition."""
 
 
 def batch_of(call: CallSpec, batch: int | None) -> int:
     """How many samples a call of this kind has.
 
     Raises:
-        ConfigurationError: If fewer than one are asked for, or the model's graph serves another number alone.
+        ConfigurationError: If ``batch`` is less than one, or the model's graph serves only another batch size.
     """
     if batch is not None and batch < 1:
         raise ConfigurationError(f"a batch of {batch} is too small; at least one sample is needed")
@@ -32,17 +32,17 @@ def batch_of(call: CallSpec, batch: int | None) -> int:
     assert isinstance(fixed, int)
     if batch not in (None, fixed):
         raise ConfigurationError(
-            f"this model's graph serves a batch of {fixed} alone ({call.fixed or 'no input has a batch axis'}); "
+            f"this model's graph serves only a batch of {fixed} ({call.fixed or 'no input has a batch axis'}); "
             "leave the batch out"
         )
     return fixed
 
 
 def make_inputs(call: CallSpec, plan: Plan, batch: int, device: torch.device) -> list[Tensor]:
-    """The tensor inputs of a call of this kind: noise, a calibrated timestep, masks that let everything through.
+    """The tensor inputs of a call of this kind: noise, a calibrated timestep, masks that hide nothing.
 
-    Times do not depend on what floats hold. Integers index tables or say what is masked, so that 0, and 1 in what is
-    called a mask, are in range.
+    Times do not depend on the values of floats. Integers are table indices or masks. The value 0, or 1 in an input with
+    "mask" in its name, is always in range.
     """
     generator = torch.Generator().manual_seed(0)
     steps = sorted(plan.timesteps)
@@ -63,7 +63,7 @@ def make_inputs(call: CallSpec, plan: Plan, batch: int, device: torch.device) ->
 
 
 def fill(module: fx.GraphModule, device: torch.device) -> None:
-    """Give a graph without weights random ones, of the size that keeps values of a common size."""
+    """Give a graph without weights random ones, scaled so that values keep a similar magnitude."""
     generator = torch.Generator(device).manual_seed(0)
     for target, tensor in read_tensors(module).items():
         if isinstance(tensor, FakeTensor):

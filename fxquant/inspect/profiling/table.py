@@ -10,7 +10,7 @@ from fxquant.text import fitted, letter, wrapped
 
 
 def profile_table(profile: Profile, top: int | None, every: bool) -> str:
-    """Summary, kinds, rows, kernels and warnings, as far as there are any."""
+    """Summary, kinds, rows, kernels, and warnings if there are any."""
     rows = heaviest(profile.rows) if every else profile.merged()
     shown = rows if top is None else rows[:top]
     parts = [summary(profile), _kinds(profile), _rows(profile, shown, len(rows))]
@@ -20,7 +20,7 @@ def profile_table(profile: Profile, top: int | None, every: bool) -> str:
 
 
 def summary(profile: Profile) -> str:
-    """Model, machine and whole calls in a few lines."""
+    """Model, machine and whole calls as a few lines of text."""
     peaks, threads = profile.roofline, f", {profile.roofline.threads} threads" if profile.device == "cpu" else ""
     int8 = "no int8 product" if peaks.int8 is None else f"int8 {peaks.int8:.0f} GOP/s"
     lines = [

@@ -1,4 +1,4 @@
-"""Running a graph node by node with a watch."""
+"""Run a graph node by node and measure the time of each node."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fxquant.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of the same work in several rounds."""
+    """Times of the same work in several rounds, in milliseconds."""
 
     rounds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle round."""
+        """The median of the rounds."""
         return statistics.median(self.rounds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Between these lies the middle half of the rounds."""
+        """The first and the third quartile of the rounds."""
         if len(self.rounds) < 2:
             return self.rounds[0], self.rounds[0]
         low, _, high = statistics.quantiles(self.rounds, n=4, method="inclusive")
@@ -46,25 +46,25 @@ class Times:
 
 
 def total(times: Sequence[Times]) -> Times:
-    """Sums round by round; there must be one at least."""
+    """Sums per round; ``times`` must not be empty."""
     first, *rest = times
     return sum(rest, start=first)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a node has to do at least: operations, two a multiplication and addition, and bytes read and written."""
+    """The least work that a node must do: operations, two per multiply-add, and bytes read and written."""
 
     operations: int = 0
     traffic: int = 0
 
 
 class Watch(fx.Interpreter):
-    """Runs a graph op by op, and takes the time of each.
+    """Runs a graph op by op, and measures the time of each op.
 
     Attributes:
-        seconds: Of each called node in the last run, in the order of the graph.
-        work: Of each called node, by name.
+        seconds: Seconds of each called node in the last run, in the order of the graph.
+        work: Work of each called node, by name.
     """
 
     def __init__(self, module: fx.GraphModule, plan: Plan, device: torch.device) -> None:
@@ -82,12 +82,12 @@ class Watch(fx.Interpreter):
         return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Remember which node it is."""
+        """Remember the current node, and run it."""
         self._node = n
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an op, and nothing else, on the watch."""
+        """Call an op, and measure the time of this call alone."""
         result, seconds = timed(lambda: target(*args, **kwargs), self.device)
         self.seconds.append(seconds)
         assert self._node is not None
@@ -109,7 +109,7 @@ class Watch(fx.Interpreter):
 
 
 def _products(name: str, args: tuple[Any, ...], numel: int) -> int:
-    """Operations of products of two activations, as far as their form is known."""
+    """Operations of products of two activations; 0 if their form is not known."""
     if "scaled_dot_product_attention" in name:
         q, k = args[:2]
         return 2 * k.shape[-2] * (q.numel() + numel)

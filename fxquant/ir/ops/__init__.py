@@ -4,11 +4,11 @@ Each has one schema, one reference kernel that defines its meaning on every devi
 Importing this module registers them. They stay single nodes in FX and export graphs and under `torch.compile`; a
 backend replaces them or runs the reference. An operator belongs here if passes and backends have to agree on it.
 
-Codes and scales: `scale * (q - zero_point)`, see :mod:`fxquant.numerics.grids`. Scales and zero points of
-activations are 0-d or broadcast to the activation with 1 in the last axis (the last but one for the right factor of a
-matrix product): `[batch, 1, 1]` is one per sample, `[batch, tokens, 1]` one per token.
-Arithmetic is in float32, or in float64 where the float side of the operator is float64, in which integers up to 2**53
-are exact. Autocast does not reach inside. The operators are for inference and define no gradients. Results are
+A code q stands for `scale * (q - zero_point)`, see :mod:`fxquant.numerics.grids`. Scales and zero points of
+activations are 0-d or broadcast to the activation with size 1 in the last axis (the second-to-last axis for the right
+factor of a matrix product): `[batch, 1, 1]` is one per sample, `[batch, tokens, 1]` one per token.
+Arithmetic is in float32. It is in float64, in which integers up to 2**53 are exact, if the float side of the operator
+is float64. Autocast does not affect the operators. They are for inference and define no gradients. Results are
 contiguous, and errors are :class:`~fxquant.errors.ConfigurationError` unless a description says otherwise.
 """
 

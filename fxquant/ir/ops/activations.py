@@ -1,4 +1,4 @@
-"""Operators on activations: observed, scaled and shifted, quantized."""
+"""Operators on activations: observe, scale and shift, quantize."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _recorder: ContextVar[Recorder | None] = ContextVar("fxquant_recorder", default=
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Send what `fxquant::observe` sees in this context (thread or task) to `recorder`. The innermost one counts.
+    """Send what `fxquant::observe` sees in this context (thread or task) to `recorder`. Only the innermost one is used.
 
     Args:
         recorder: Called as `recorder(key, x, timestep, axis)`, without gradients.
@@ -34,10 +34,10 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def observe(x: Tensor, timestep: Tensor, key: str, axis: int) -> Tensor:
-    """Return `x`, the same memory, after showing it to the active recorder under the name `key`.
+    """Show `x` to the active recorder under the name `key`, and return `x` in the same memory.
 
-    `timestep` is 0-d or `[batch]`, `axis` is the channel axis of `x`. For eager graphs only: it aliases its input and
-    acts by side effect, so it is no subject for `torch.compile`.
+    `timestep` is 0-d or `[batch]`, `axis` is the channel axis of `x`. This operator is for eager graphs only: it
+    aliases its input and works by side effect, so it is not suitable for `torch.compile`.
 
     Raises:
         CalibrationError: No recorder is active.
@@ -60,8 +60,8 @@ def _fake_observe(x: Tensor, timestep: Tensor, key: str, axis: int) -> Tensor:
 def channel_affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """`x * scale + shift`, rounded once to the dtype of `x`.
 
-    `scale` and `shift` broadcast to the shape of `x`: `[channels]`, or `[batch, 1, channels]` for a row a sample. This
-    is a balancing factor that no weight could take in.
+    `scale` and `shift` broadcast to the shape of `x`: `[channels]`, or `[batch, 1, channels]` for one row per sample.
+    This applies a balancing factor that could not be folded into any weight.
     """
     _check_affine(x, scale, shift)
     dtype = grids.compute_dtype(x.dtype)
@@ -93,9 +93,9 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax
 
 
 def token_grid(x: Tensor, bits: int) -> Tensor:
-    """Scale and zero point of each token, `[2, ..., 1]` in float32 for `x` `[..., channels]`: its own min-max range.
+    """Scale and zero point of each token for its min-max range, `[2, ..., 1]` in float32 for `x` `[..., channels]`.
 
-    Dynamic quantization: `torch.unbind` of the result are the arguments of :func:`quantize` and :func:`linear`.
+    For dynamic quantization: `torch.unbind` of the result gives the arguments of :func:`quantize` and :func:`linear`.
     """
     low, high = torch.aminmax(x.to(grids.compute_dtype(x.dtype)), dim=-1, keepdim=True)
     scale, zero_point = grids.affine_parameters(low, high, bits)
@@ -107,7 +107,7 @@ def _fake_token_grid(x: Tensor, bits: int) -> Tensor:
 
 
 def _alias(x: Tensor) -> Tensor:
-    # The dispatcher forbids kernels to hand back the very object that they were given.
+    # The dispatcher forbids kernels to return their input object itself.
     return x.view_as(x)
 
 

@@ -1,4 +1,4 @@
-"""Operators of layers: a weight in few bits, and the integer products with it."""
+"""Operators of layers: dequantization of a packed weight, and integer products with it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def dequantize_weight(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight `scale * (q - zero_point)`, `[out, in_features]` of `dtype`, of packed codes.
+    """The weight `scale * (q - zero_point)`, `[out, in_features]` of `dtype`, from packed codes.
 
     `wq` is uint8 `[out, packed_size(in_features, bits)]`, `scale` and `zero_point` are `[out, groups]`; `group_size` is
-    the input channels a group, 0 for one group a row. For a linear whose activations stay float.
+    the number of input channels per group, 0 for one group per row. For a linear whose activations stay float.
     """
     _check_weight(wq, scale, zero_point, bits, group_size, in_features)
     return weights.dequantize_weight(wq, scale, zero_point, bits, group_size, in_features, dtype).contiguous()
@@ -57,11 +57,11 @@ def linear(
     group_size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """An integer product, then real numbers: `x_scale * w_scale * sum_k (xq_k - x_zp) (wq_k - w_zp) + bias`.
+    """An integer product, scaled to real numbers: `x_scale * w_scale * sum_k (xq_k - x_zp) (wq_k - w_zp) + bias`.
 
-    `xq` is integers `[..., in]`; the weight is as for :func:`dequantize_weight`. With groups, `w_scale` and
+    `xq` holds integers `[..., in]`; the weight is as for :func:`dequantize_weight`. With groups, `w_scale` and
     `w_zero_point` belong to the group of k and move into the sum. `bias` broadcasts to the result: `[out]`, or
-    `[batch, 1, out]` for a row a sample. The result is `[..., out]` of `out_dtype`.
+    `[batch, 1, out]` for one row per sample. The result is `[..., out]` of `out_dtype`.
     """
     check_activation_grid(xq, x_scale, x_zero_point)
     _check_weight(wq, w_scale, w_zero_point, bits, group_size, xq.shape[-1])
@@ -69,7 +69,7 @@ def linear(
         check_broadcast("bias", bias, (*xq.shape[:-1], wq.shape[0]))
     dtype = grids.compute_dtype(out_dtype)
     x = xq.to(dtype) - x_zero_point.to(dtype)
-    # bfloat16 holds integers up to 256 only, so an autocast product would drop bits of the codes.
+    # bfloat16 represents all integers only up to 256, so an autocast product would drop bits of the codes.
     with torch.autocast(xq.device.type, enabled=False):
         if group_size == 0:
             weight = unpack(wq, bits, xq.shape[-1]).to(dtype) - w_zero_point.to(dtype)
@@ -118,12 +118,12 @@ def conv2d(
     groups: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The convolution that :func:`linear` is for matrices, on `xq` integers `[batch, in, height, width]`.
+    """The counterpart of :func:`linear` for convolutions; `xq` holds integers `[batch, in, height, width]`.
 
-    `kernel` is `[in / groups, kernel height, kernel width]`; the weight codes are packed as rows of that many,
-    `[out, packed_size(prod(kernel), bits)]`, with `w_scale` and `w_zero_point` `[out, 1]`. `groups` are those of the
-    convolution. Padding adds real zeros, which are `x_zero_point` in codes. `bias` is `[out]` or broadcasts to the
-    result, which is `[batch, out, height, width]` of `out_dtype`.
+    `kernel` is `[in / groups, kernel height, kernel width]`. Each row of weight codes holds `prod(kernel)` of them,
+    packed as `[out, packed_size(prod(kernel), bits)]`; `w_scale` and `w_zero_point` are `[out, 1]`. `groups` is the
+    number of groups of the convolution. Padding adds real zeros, whose code is `x_zero_point`. `bias` is `[out]` or
+    broadcasts to the result, which is `[batch, out, height, width]` of `out_dtype`.
     """
     check_activation_grid(xq, x_scale, x_zero_point)
     _check_weight(wq, w_scale, w_zero_point, bits, 0, math.prod(kernel))
@@ -167,8 +167,8 @@ def _fake_conv2d(
 def _check_conv_input(xq: Tensor, kernel: list[int], groups: int) -> None:
     if xq.dim() != 4 or xq.shape[1] != kernel[0] * groups:
         raise ConfigurationError(
-            f"a convolution of kernel {kernel} in {groups} groups reads [batch, {kernel[0] * groups}, height, width], "
-            f"not {tuple(xq.shape)}."
+            f"a convolution of kernel {kernel} in {groups} groups needs an input of shape "
+            f"[batch, {kernel[0] * groups}, height, width], not {tuple(xq.shape)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""The operator of products of two activations, such as the two of attention."""
+"""The operator for products of two activations, such as the two products of attention."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def matmul(
     b_zero_point: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """An integer product, then real numbers: `a_scale * b_scale * sum_k (aq_ik - a_zp) (bq_kj - b_zp)`.
+    """An integer product, scaled to real numbers: `a_scale * b_scale * sum_k (aq_ik - a_zp) (bq_kj - b_zp)`.
 
-    `aq` is integers `[..., m, k]`, `bq` integers `[..., k, n]`; leading axes broadcast as those of `torch.matmul`. A
-    grid may not depend on k: that of `aq` is 0-d or has 1 in the last axis, that of `bq` is 0-d or has 1 in the last
-    but one. The result is `[..., m, n]` of `out_dtype`.
+    `aq` holds integers `[..., m, k]`, `bq` integers `[..., k, n]`; leading axes broadcast as in `torch.matmul`. A grid
+    must not depend on k: the grid of `aq` is 0-d or has size 1 in the last axis, the grid of `bq` is 0-d or has size 1
+    in the second-to-last axis. The result is `[..., m, n]` of `out_dtype`.
     """
     _check_factors(aq, a_scale, a_zero_point, bq, b_scale, b_zero_point)
     dtype = grids.compute_dtype(out_dtype)
     a = aq.to(dtype) - a_zero_point.to(dtype)
     b = bq.to(dtype) - b_zero_point.to(dtype)
-    # bfloat16 holds integers up to 256 only, so an autocast product would drop bits of the codes.
+    # bfloat16 represents all integers only up to 256, so an autocast product would drop bits of the codes.
     with torch.autocast(aq.device.type, enabled=False):
         y = torch.matmul(a, b)
     return (y * a_scale.to(dtype) * b_scale.to(dtype)).to(out_dtype).contiguous()

@@ -1,1 +1,1 @@
-"""Which of its two neighbours each weight is rounded to, decided from what the layer's inputs are like."""
+"""Rounding methods that choose between the codes next to a weight by the statistics of the layer's inputs."""

@@ -1,7 +1,8 @@
-"""AdaRound layer by layer, on what calibration knows of the inputs: their second moments.
+"""AdaRound layer by layer, based on the second moments of the inputs seen in calibration.
 
 M. Nagel et al. (arXiv 2004.10568) minimize the error of a layer's output over samples of its input. That error is
-``tr((W - Q) H (W - Q)^T)`` with H = E[x x^T], so the moments that GPTQ needs serve here as well, and no sample is kept.
+``tr((W - Q) H (W - Q)^T)`` with H = E[x x^T]. So the moments that GPTQ needs are sufficient here too, and no sample is
+kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fxquant.numerics.rounding.soft import Hardening, SoftWeight
 from fxquant.numerics.weights import QuantizedWeight, weight_grid
 
 HARDENING = Hardening(iterations=500, weight=10.0)
-"""The error counts in units of that of rounding to nearest, a weight one unit, so one regularizer serves all layers."""
+"""The error is divided by the mean error per weight of rounding to nearest, so one regularizer serves all layers."""
 
 _RATE = 0.03
 
@@ -36,19 +37,19 @@ def adaround(
     Args:
         weight: ``[out, in]``, any float dtype, finite.
         moments: ``E[x x^T]`` of the inputs, ``[in, in]`` of any float dtype.
-        bits: Bits a code, 2 to 8.
+        bits: Bits per code, 2 to 8.
         group_size: Input channels that share a grid; 0 for all of them.
         symmetric: Fix zero points at ``2**(bits - 1)``.
-        method: How the ranges are chosen, weighed by the mean squares of the inputs; see
+        method: How the ranges are chosen, weighted by the mean squares of the inputs; see
             :func:`fxquant.numerics.ranges.weight_range`.
-        hardening: Number of steps, and how they end at codes.
+        hardening: Number of steps, and the schedule of the regularizer that makes them end at codes.
 
     Returns:
-        The codes learned, or those of rounding to nearest where these err less.
+        The learned codes, or those of rounding to nearest if the learned ones do not have a lower error.
 
     Raises:
-        ConfigurationError: As :func:`fxquant.numerics.weights.quantize_weight`, or if there are not as many inputs as
-            columns.
+        ConfigurationError: As :func:`fxquant.numerics.weights.quantize_weight`, or if the number of inputs differs from
+            the number of columns.
         NonFiniteError: The moments hold NaN or infinity.
     """
     if moments.shape != (weight.shape[1], weight.shape[1]):

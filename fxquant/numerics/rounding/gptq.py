@@ -1,9 +1,9 @@
-"""GPTQ: weights are rounded one input channel after the other, and those still to come make up for the error.
+"""GPTQ: rounds the weights of one input channel after the other and compensates the error in the later channels.
 
 E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv
-2210.17323). With inputs x of second moments H = E[x x^T], rounding W to Q costs the output tr((W - Q) H (W - Q)^T). For
-the input channels in some order, let H^-1 = U^T U with U upper triangular. Rounding column i by e_i leaves the least
-error if every later column j moves by -e_i U_ij / U_ii.
+2210.17323). With inputs x of second moments H = E[x x^T], rounding W to Q causes the output error
+tr((W - Q) H (W - Q)^T). For the input channels in some order, let H^-1 = U^T U with U upper triangular. Let e_i be
+column i minus its rounded values. The least error remains if every later column j moves by -e_i U_ij / U_ii.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fxquant.numerics.finite import within_float32
 from fxquant.numerics.ranges import RangeMethod
 from fxquant.numerics.weights import QuantizedWeight, group_count, weight_grid
 
-_BLOCK = 128  # Columns whose errors are carried over to all later ones at once.
-_DAMPINGS = 6  # Each ten times the one before it.
+_BLOCK = 128  # Columns whose errors are propagated to all later columns at once.
+_DAMPINGS = 6  # Attempts; each adds ten times as much as the previous one.
 
 
 @dataclass(frozen=True, eq=False)
 class ErrorFeedback:
-    """How the error of each input channel is made up for by later ones. One serves all layers that read one value.
+    """How later input channels compensate the error of each one. All layers that read one value share an instance.
 
     Attributes:
         order: Input channels in the order in which they are rounded, int64 ``[in]``.
-        factor: U above, its rows and columns in that order, float32 ``[in, in]``.
-        importance: Mean square of each input channel, in their own order, float32 ``[in]``.
+        factor: U of the module's docstring, its rows and columns in that order, float32 ``[in, in]``.
+        importance: Mean square of each input channel, in the original order, float32 ``[in]``.
     """
 
     order: Tensor
@@ -45,9 +45,9 @@ class ErrorFeedback:
 
         Args:
             moments: ``E[x x^T]``, ``[in, in]`` of any float dtype.
-            damping: Added to the diagonal, as a share of its mean; where that is too little to factorize, ten times as
-                much, and so on.
-            activation_order: Round the channels with the largest inputs first, while most others can still make up.
+            damping: Added to the diagonal, as a share of its mean. If the matrix cannot be factorized then, ten times
+                as much is added, and so on.
+            activation_order: Round the channels with the largest inputs first, while most others can still compensate.
 
         Raises:
             NonFiniteError: The moments hold NaN or infinity, or no damping makes them positive definite.
@@ -57,16 +57,16 @@ class ErrorFeedback:
         order = squares.argsort(descending=True, stable=True) if activation_order else torch.arange(len(squares))
         backwards = order.cpu().numpy()[::-1]
         matrix = moments.detach().cpu().double().numpy()[np.ix_(backwards, backwards)]
-        del moments  # As large as everything else here together; the caller may have let go of it.
+        del moments  # As large as everything else here together; the caller may hold no reference.
         diagonal = matrix.diagonal().copy()
         if not (np.isfinite(matrix.min()) and np.isfinite(matrix.max())):
             raise NonFiniteError("the second moments of a layer's input hold NaN or infinity")
         dead = diagonal == 0
-        diagonal[dead] = 1.0  # Nothing was seen of these: they are rounded to nearest, for themselves.
+        diagonal[dead] = 1.0  # No input was seen on these: each is rounded to nearest, independently.
         share = damping * float(diagonal.mean())
         for attempt in range(_DAMPINGS):
             if attempt:
-                for row in range(len(matrix)):  # Half of it is as it was.
+                for row in range(len(matrix)):  # The strict lower triangle is unchanged.
                     matrix[row, row + 1 :] = matrix[row + 1 :, row]
             np.fill_diagonal(matrix, diagonal + share * 10.0**attempt)
             factor = _inverse_factor(matrix)
@@ -74,19 +74,19 @@ class ErrorFeedback:
                 return cls(order, torch.from_numpy(factor), squares)
         raise NonFiniteError(
             f"the second moments of a layer's input cannot be factorized even with {damping * 10 ** (_DAMPINGS - 1):g} "
-            "of their mean on the diagonal; calibrate with more or other samples, or round this layer to nearest"
+            "of their mean added to the diagonal; calibrate with more or other samples, or round this layer to nearest"
         )
 
 
 def _inverse_factor(backwards: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
-    """U, upper triangular, with ``U^T U`` the inverse of a matrix; None if that is not positive definite.
+    """U, upper triangular, with ``U^T U`` the inverse of a matrix; None if the matrix is not positive definite.
 
     Args:
-        backwards: The matrix with both axes reversed. Its strict lower triangle stays as it is, what else there is, the
-            diagonal above all, is overwritten: a matrix may be too large for a copy.
+        backwards: The matrix with both axes reversed. Its strict lower triangle stays unchanged. The rest, including
+            the diagonal, is overwritten, because a matrix may be too large for a copy.
     """
-    # Reversed, a Cholesky factor L is that of matrix = R R^T with R upper triangular, and U = R^-1 is L^-1 reversed.
-    # LAPACK works in place on the transpose, which has the order of elements that it wants.
+    # With both axes reversed, a Cholesky factor L becomes R, upper triangular, with matrix = R R^T. U = R^-1 is L^-1
+    # reversed. LAPACK works in place on the transpose, which has the order of elements that LAPACK needs.
     lower, failed = lapack.dpotrf(backwards.T, lower=1, clean=0, overwrite_a=1)
     if failed:
         return None
@@ -108,25 +108,25 @@ def gptq(
 ) -> QuantizedWeight:
     """Round a weight so that the error of the layer's output is small.
 
-    The grids are those of rounding to nearest, found on the weight as it is. Time is O(out in^2).
+    The grids are those of rounding to nearest, computed from the original weight. Time is O(out in^2).
 
     Args:
         weight: ``[out, in]``, any float dtype, finite.
-        feedback: Of the inputs of the layer.
-        bits: Bits a code, 2 to 8.
+        feedback: The error feedback for the inputs of the layer.
+        bits: Bits per code, 2 to 8.
         group_size: Input channels that share a grid; 0 for all of them.
         symmetric: Fix zero points at ``2**(bits - 1)``.
-        method: How the ranges are chosen, weighed by the mean squares of the inputs; see
+        method: How the ranges are chosen, weighted by the mean squares of the inputs; see
             :func:`fxquant.numerics.ranges.weight_range`.
 
     Raises:
-        ConfigurationError: As :func:`fxquant.numerics.weights.quantize_weight`, or if there are not as many inputs as
-            columns.
+        ConfigurationError: As :func:`fxquant.numerics.weights.quantize_weight`, or if the number of inputs differs from
+            the number of columns.
     """
     in_features = weight.shape[1]
     if len(feedback.order) != in_features:
         raise ConfigurationError(
-            f"a weight of {in_features} input channels was given the moments of {len(feedback.order)}."
+            f"a weight of {in_features} input channels was given the moments of {len(feedback.order)} channels."
         )
     groups = group_count(in_features, group_size)
     scale, zero_point = weight_grid(
@@ -140,7 +140,7 @@ def gptq(
 
     order, factor = feedback.order.to(weight.device), feedback.factor.to(weight.device)
     group_of = (order // (in_features // groups)).tolist()
-    # Input channels first: each step works on one row and on those behind it.
+    # Input channels first: each step works on one row and on the rows after it.
     left = weight.detach().to(torch.float32).T[order].contiguous()
     scales, zeros = scale.T.contiguous(), zero_point.to(torch.float32).T.contiguous()
     codes = torch.empty_like(left, dtype=torch.uint8)

@@ -1,8 +1,8 @@
-"""A rounding that is learned: soft while it is, hard in the end.
+"""Learned rounding: soft during learning, hard at the end.
 
 M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (AdaRound, arXiv 2004.10568). Each
-weight lies between two codes, ``floor(w / s)`` and the next one. How far it goes up is h in 0..1, a rectified sigmoid
-of a variable v; a regularizer drives h to 0 or 1 as its exponent falls.
+weight lies between two codes, ``floor(w / s)`` and the next one. The value h, 0 to 1, says how far the weight is
+rounded up. It is a rectified sigmoid of a variable v. A regularizer drives h to 0 or 1 as its exponent falls.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fxquant.errors import ConfigurationError
 from fxquant.numerics.weights import QuantizedWeight
 
 LOWEST, HIGHEST = -0.1, 1.1
-"""Where the sigmoid is stretched to, so that h reaches 0 and 1 (gamma and zeta in the paper)."""
+"""The range to which the sigmoid is stretched, so that h reaches 0 and 1 (gamma and zeta in the paper)."""
 
 
 @dataclass(frozen=True)
 class Hardening:
-    """How the regularizer goes along.
+    """The schedule of the regularizer.
 
     Attributes:
-        iterations: Steps in all.
-        weight: Of the regularizer, once it has set in.
-        warm_up: Share of the steps before that.
-        first: Exponent with which it sets in.
-        last: Exponent with which it ends.
+        iterations: Total number of steps.
+        weight: Weight of the regularizer after the warm-up.
+        warm_up: Share of the steps before the regularizer starts.
+        first: Exponent at the start of the regularizer.
+        last: Exponent at the end.
     """
 
     iterations: int
@@ -39,14 +39,15 @@ class Hardening:
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
-            raise ConfigurationError(f"a rounding cannot be learned in {self.iterations} iterations")
+            raise ConfigurationError(f"a rounding cannot be learned in {self.iterations} iterations; use at least 1")
         if self.weight <= 0 or not 0 <= self.warm_up < 1:
             raise ConfigurationError(
-                f"a regularizer of weight {self.weight} after a warm-up of {self.warm_up} leaves weights between codes"
+                f"a regularizer of weight {self.weight} after a warm-up of {self.warm_up} leaves weights between "
+                "codes; use a weight above 0 and a warm-up from 0 to below 1"
             )
 
     def exponent(self, iteration: int) -> float | None:
-        """The exponent at an iteration, counted from 0; None before the regularizer sets in."""
+        """The exponent at an iteration, counted from 0; None before the regularizer starts."""
         done = iteration / self.iterations
         if done < self.warm_up:
             return None
@@ -59,9 +60,9 @@ class SoftWeight(nn.Module):
 
     Args:
         weight: ``[out, in]``, any float dtype, finite.
-        scale: Of its grid, ``[out, groups]``.
-        zero_point: Codes, ``[out, groups]``.
-        bits: Bits a code.
+        scale: Scales of the grid, ``[out, groups]``.
+        zero_point: Zero points of the grid, as codes, ``[out, groups]``.
+        bits: Bits per code.
         group_size: Input channels that share a grid; 0 for all of them.
     """
 
@@ -76,11 +77,11 @@ class SoftWeight(nn.Module):
         self.v = nn.Parameter(torch.logit(rest.clamp_(1e-4, 1 - 1e-4)))
 
     def up(self) -> Tensor:
-        """How far each element goes up: h, ``[out, groups, in / groups]``, 0 to 1."""
+        """How far each element is rounded up: h, ``[out, groups, in / groups]``, 0 to 1."""
         return (torch.sigmoid(self.v) * (HIGHEST - LOWEST) + LOWEST).clamp(0.0, 1.0)
 
     def forward(self) -> Tensor:
-        """The weight as it is now, float32 ``[out, in]``."""
+        """The current soft weight, float32 ``[out, in]``."""
         return self._value(self._below + self.up())
 
     def undecided(self, exponent: float) -> Tensor:
@@ -89,7 +90,7 @@ class SoftWeight(nn.Module):
 
     @torch.no_grad()
     def nearest(self) -> Tensor:
-        """The weight rounded to nearest, float32 ``[out, in]``; what learning starts from."""
+        """The weight rounded to nearest, float32 ``[out, in]``, before learning starts."""
         return self._value(self._below + (self.up() >= 0.5))
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Compiling a quantized model ahead of time, with AOTInductor, into a package (:mod:`fxquant.storage.aot.package`).
+"""Compile a quantized model ahead of time, with AOTInductor, into a package (:mod:`fxquant.storage.aot.package`).
 
-The tensors of a graph become inputs of its machine code. So graphs share them, they stand in one file of a format that
-is no program, and a backend may hold them in layouts of kernels, which no file keeps: they are made on loading.
+The tensors of a graph become inputs of its machine code. So the graphs share their tensors, and one file stores them
+in a format that holds no code. A backend may also hold tensors in layouts of kernels. No file stores such layouts: they
+are made on loading.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ from fxquant.storage.checkpoint import load
 from fxquant.storage.diffusers_io import INDEX_FILE, parts_of, refuse_input
 
 Progress = Callable[[int, int, float | None], None]
-_BATCH = 2  # Of the inputs to compile with; any from 2 on leaves the batch open.
-_OPTIONS = {"cpp.dynamic_threads": True}  # As many threads as there are when it runs, not when it was compiled.
+_BATCH = 2  # Batch size of the inputs to compile with; any size from 2 on leaves the batch open.
+_OPTIONS = {"cpp.dynamic_threads": True}  # Use the number of threads at run time, not at compile time.
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export took.
+    """The result of an export.
 
     Attributes:
-        folder: What was written.
-        seconds: Seconds of compilation, one a graph.
-        bytes: Size of what was written.
+        folder: The folder that was written.
+        seconds: Compilation time of each graph, in seconds.
+        bytes: Size of the written files, in bytes.
     """
 
     folder: Path
@@ -69,26 +70,26 @@ def export_aot(
 ) -> Exported:
     """Compile a quantized model ahead of time into a package, which :func:`fxquant.load_package` reads.
 
-    It has a graph for every kind of call that the model has seen, and needs the torch, system and processor that it was
-    compiled with. A C++ compiler is needed here, and none where it is loaded.
+    The package has a graph for every kind of call that the model has seen. It needs the torch version, the operating
+    system and the processor that it was compiled for. Exporting needs a C++ compiler; loading does not.
 
     Args:
         model: What :func:`fxquant.compile` or :func:`fxquant.load` returned, on the CPU.
-        folder: Where to; made, with its parents.
-        overwrite: Replace a package that is there already. Folders with anything else in them are never replaced.
-        progress: Called with the number of a graph and how many there are, before its compilation with None and
-            afterwards with the seconds that it took.
+        folder: The folder to write; it is created, with its parents.
+        overwrite: Replace a package that is already there. Folders with anything else in them are never replaced.
+        progress: Called twice per graph, with the number of the graph, the number of graphs, and a third argument: None
+            before its compilation, and the compilation time in seconds after it.
 
     Raises:
         ConfigurationError: If the model is not quantized, or its output is of a class that cannot be named in a file.
-        BackendError: If it is on another device than the CPU, or its backend holds tensors that cannot be written.
+        BackendError: If the model is not on the CPU, or its backend holds tensors that cannot be written.
         CompilerError: If there is no C++ compiler, or it fails.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files.
     """
     model, plan = quantized_model(model, "export_aot")
     folder = Path(folder).resolve()
     if model.device.type != "cpu":
-        raise BackendError(f"packages run on the CPU, and this model is on {model.device}; move it: model.to('cpu')")
+        raise BackendError(f"packages run on the CPU, but this model is on {model.device}; move it: model.to('cpu')")
     require_compiler()
     runner = model.backend or resolve_backend(plan.backend)
     seconds = []
@@ -114,29 +115,29 @@ def export_folder(
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Exported:
-    """The same for a checkpoint, or a pipeline that holds one, which :func:`fxquant.load_pipeline` reads afterwards.
+    """Export a checkpoint, or a pipeline that holds one. :func:`fxquant.load_pipeline` reads an exported pipeline.
 
     Args:
         source: A folder that :func:`fxquant.save` or :func:`fxquant.save_pipeline` wrote.
-        folder: Where to; a package, or a copy of the pipeline with packages in place of checkpoints.
-        backend: Another backend than the one it was compiled for.
-        overwrite: Replace what is there already, if it is of the same kind.
+        folder: The folder to write: a package, or a copy of the pipeline with packages in place of checkpoints.
+        backend: A backend other than the one that the model was compiled for.
+        overwrite: Replace what is already there, if it is of the same kind.
         progress: As for :func:`export_aot`.
 
     Raises:
-        CheckpointError: Also if there is no quantized model in ``source``.
+        CheckpointError: As for :func:`export_aot`; also if there is no quantized model in ``source``.
     """
     source, folder = Path(source).resolve(), Path(folder).resolve()
     refuse_input(folder, source)
     if folder.is_relative_to(source):
-        raise ConfigurationError(f"{folder} lies in {source}, which is read; choose a folder outside of it")
+        raise ConfigurationError(f"{folder} is inside of the input {source}; choose a folder outside of it")
     require_compiler()
     if not (source / INDEX_FILE).is_file():
         prepare(folder, lambda path: package.refuse_existing(path, overwrite))
         return export_aot(load(source, backend=backend), folder, overwrite=overwrite, progress=progress)
     parts = [name for name in parts_of(source) if (source / name / PLAN_FILE).is_file()]
     if not parts and any((source / name / PACKAGE_FILE).is_file() for name in parts_of(source)):
-        raise CheckpointError(f"{source} holds a package, which is compiled already; give what it was exported from")
+        raise CheckpointError(f"{source} holds a package, which is already compiled; give what it was exported from")
     if not parts:
         raise CheckpointError(f"no part of the pipeline {source} is quantized; see fxquant quantize")
     seconds: list[float] = []
@@ -154,7 +155,7 @@ def export_folder(
 
 
 def require_compiler() -> None:
-    """Refuse a machine on which inductor finds no C++ compiler.
+    """Raise if inductor finds no C++ compiler on this machine.
 
     Raises:
         CompilerError: Says what to install.
@@ -166,13 +167,13 @@ def require_compiler() -> None:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
         raise CompilerError(
-            "compiling ahead of time needs a C++ compiler, and there is none: install g++ 10 or newer (on Debian and "
-            "Ubuntu the package g++) or clang, or name one in the environment variable CXX"
+            "compiling ahead of time needs a C++ compiler, but none was found: install g++ 10 or newer (on Debian and "
+            "Ubuntu the package g++) or clang, or name a compiler in the environment variable CXX"
         ) from error
 
 
 def compile_graph(captured: CapturedGraph, path: Path) -> None:
-    """Compile one graph, with its tensors as further inputs in the order of :func:`~fxquant.ir.tensors.read_tensors`.
+    """Compile one graph. Its tensors become further inputs, in the order of :func:`~fxquant.ir.tensors.read_tensors`.
 
     Raises:
         CompilerError: If the compiler fails.
@@ -191,7 +192,7 @@ def compile_graph(captured: CapturedGraph, path: Path) -> None:
 
 
 def lifted(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph to which its tensors are inputs, behind the others."""
+    """A copy of a graph that takes its tensors as inputs, after the other inputs."""
     graph = copy.deepcopy(module.graph)
     torch_compile.keep_layouts(graph)
     places: dict[str, fx.Node] = {}
@@ -209,13 +210,13 @@ def lifted(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _arguments(captured: CapturedGraph) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any] | None, ...]]:
-    """Inputs to compile a lifted graph with, and which of their dimensions are open."""
+    """The inputs to compile a lifted graph with, and which of their dimensions are open."""
     inputs, shapes = [], []
     for _, spec in captured.call.tensors:
         inputs.append(torch.zeros(spec.concrete(_BATCH), dtype=spec.dtype))
         shapes.append({dim: Dim.DYNAMIC for dim, size in enumerate(spec.shape) if size == BATCH} or None)
     for tensor in read_tensors(captured.module).values():
-        # Ops that read a layout of kernels ask for no more than the shape of it while they are traced.
+        # While they are traced, ops that read a layout of a kernel need only its shape.
         plain = tensor.layout is torch.strided
         inputs.append(tensor.detach() if plain else torch.empty(tensor.shape, dtype=tensor.dtype))
         shapes.append(None)
@@ -256,7 +257,7 @@ def _write_rest(model: GraphModel, runner: Backend, entries: list[dict[str, Any]
     (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
     tensors = model.tensors()
     plain = {name: runner.to_plain(tensor) for name, tensor in tensors.items()}
-    check_finite(plain, None)  # Whatever is written is read again.
+    check_finite(plain, None)  # Loading would refuse NaN.
     write_tensors(plain, folder / TENSORS_FILE)
     info: dict[str, Any] = {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""A packaged model: machine code of its graphs, and the tensors that they read."""
+"""A packaged model: the machine code of its graphs, the tensors that they read, and its signature as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PackagedGraph:
     """One compiled graph and its tensors.
 
     Attributes:
-        call: The inputs that it serves.
+        call: The kind of call that it serves.
         out_spec: Pytree structure of the model's output.
     """
 
@@ -43,26 +43,26 @@ class PackagedGraph:
         wanted = pytree.treespec_loads(self._loader.get_call_spec()[0]).num_leaves
         if wanted != len(call.tensors) + len(tensors):
             raise CheckpointError(
-                f"{path.name} has {wanted} inputs, and by {PACKAGE_FILE} {len(call.tensors)} and {len(tensors)} tensors"
+                f"{path.name} has {wanted} inputs, but by {PACKAGE_FILE} {len(call.tensors)} and {len(tensors)} tensors"
             )
 
     @torch.no_grad()
     def __call__(self, leaves: Sequence[Any]) -> Any:
-        """The model's output for the leaves of a call that fits."""
-        # Compiled code reads memory as it lay when it was compiled: in order, with its signs.
+        """The model's output for the leaves of a call that fits this graph."""
+        # Compiled code expects contiguous inputs without lazy conjugation or negation, as when it was compiled.
         inputs = [tensor.resolve_conj().resolve_neg().contiguous() for tensor in self.call.inputs(leaves)]
         found = self._loader.boxed_run([*inputs, *self._tensors])
         return pytree.tree_unflatten(with_nans(self.call, inputs, found), self.out_spec)
 
 
 class PackagedModel(DropIn):
-    """A packaged model; pipelines take it in place of the original.
+    """A packaged model; pipelines accept it in place of the original.
 
-    It has the ``config``, ``dtype``, ``device``, ``forward`` signature and output class of the original. Other
-    attributes are those of a weightless original, which is built when one is first asked for.
+    It has the ``config``, ``dtype``, ``device``, ``forward`` signature and output class of the original. It hands on
+    other attributes of an original without weights, which is built when such an attribute is first read.
 
     Attributes:
-        calls: What was packaged: the inputs of each graph.
+        calls: The kinds of call that were packaged, one per graph.
         info: The content of ``package.json``.
     """
 
@@ -86,7 +86,7 @@ class PackagedModel(DropIn):
 
     @property
     def calls(self) -> list[CallSpec]:
-        """The inputs of each graph."""
+        """The kind of call that each graph serves."""
         return [graph.call for graph in self._graphs]
 
     @property
@@ -101,11 +101,11 @@ class PackagedModel(DropIn):
 
     @property
     def device(self) -> torch.device:
-        """Where it was compiled for."""
+        """The device that it was compiled for."""
         return torch.device("cpu")
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refuse: what a package was made from is not in it.
+        """Refuse: a package does not hold what it was made from.
 
         Raises:
             ConfigurationError: Says what to do instead.
@@ -113,17 +113,17 @@ class PackagedModel(DropIn):
         raise ConfigurationError("a packaged model is not saved but copied: copy its folder, or export a checkpoint")
 
     def skeleton(self) -> nn.Module:
-        """The original model without its weights, if its class is one of diffusers.
+        """The original model without its weights, if its class is from diffusers.
 
         Raises:
-            AttributeError: If it is not.
-            CheckpointError: If its class cannot be built with the config.
+            AttributeError: If the class is not from diffusers.
+            CheckpointError: If the class cannot be built with the config.
         """
         if "_skeleton" not in self.__dict__:
             module, _, name = str(self.info["model_class"]).partition(":")
             cls = getattr(importlib.import_module("diffusers"), name, None) if module == "diffusers" else None
             if cls is None:
-                raise AttributeError(f"the packaged model is a {name} from {module}, of which only calls are packaged")
+                raise AttributeError(f"the packaged model is a {name} from {module}; the package holds only its calls")
             with blaming(Path(CONFIG_FILE)), bounded(self._headers):
                 made = Architecture.from_config(cls, self._config, self.info["timestep"]).skeleton
             self.__dict__["_skeleton"] = made  # Not a submodule: its parameters are fake.
@@ -139,7 +139,7 @@ class PackagedModel(DropIn):
             return hand_on(self.skeleton(), name, self)
 
     def train(self, mode: bool = True) -> PackagedModel:
-        """Refuse the training mode, as what was packaged does.
+        """Refuse training mode, as the model that was packaged does.
 
         Raises:
             ConfigurationError: If ``mode`` is true.
@@ -151,7 +151,7 @@ class PackagedModel(DropIn):
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         raise ConfigurationError(
-            "a packaged model has no state dict: its tensors are inputs of machine code. Copy its folder, or take the "
+            "a packaged model has no state dict: its tensors are inputs of machine code. Copy its folder, or use the "
             "state dict of the checkpoint that it was exported from"
         )
 
@@ -159,11 +159,11 @@ class PackagedModel(DropIn):
         return PackagedModel(self.info, self._config, self._graphs, self._headers)
 
     def __deepcopy__(self, memo: Any) -> PackagedModel:
-        return self.__copy__()  # Nothing of it ever changes, so the copy runs the same machine code.
+        return self.__copy__()  # A packaged model never changes, so the copy runs the same machine code.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigurationError(
-            "a packaged model cannot be pickled, nor written by torch.save, for it is machine code. Copy its folder "
+            "a packaged model cannot be pickled or written by torch.save, because it is machine code. Copy its folder "
             "and read the copy with fxquant.load_package(folder)"
         )
 
@@ -172,7 +172,7 @@ class PackagedModel(DropIn):
         if probe.dtype != self.dtype or probe.device != self.device:
             raise ConfigurationError(
                 f"a packaged model runs in {self.dtype} on {self.device}, for which it was compiled, not in "
-                f"{probe.dtype} on {probe.device}; load a checkpoint for that, or export another package"
+                f"{probe.dtype} on {probe.device}; load a checkpoint instead, or export another package"
             )
         return self
 
@@ -188,13 +188,13 @@ def _forward(self: PackagedModel, *args: Any, **kwargs: Any) -> Any:
     here = describe_call(names, leaves, structure)
     here = here.at_batch(here.batch_size(leaves), None)
     raise CaptureError(
-        f"this call fits no graph of the package: {here}\nPackaged are{packaged}\n"
-        "Make a call like this one while you calibrate, or with the quantized model before you export it."
+        f"this call fits no graph of the package: {here}\nThe package has graphs for{packaged}\n"
+        "Make a call like this one during calibration, or with the quantized model before you export it."
     )
 
 
 def _refuse_unreadable(names: Sequence[str], leaves: Sequence[Any]) -> None:
-    """Refuse tensors whose memory compiled code cannot read, and that it would read all the same.
+    """Refuse tensors whose memory compiled code cannot read. Compiled code does not check this itself.
 
     Raises:
         ConfigurationError: Names the input.
@@ -206,13 +206,13 @@ def _refuse_unreadable(names: Sequence[str], leaves: Sequence[Any]) -> None:
         if leaf.device.type != "cpu" or fake or not plain:
             found = f"on {leaf.device}" if leaf.device.type != "cpu" else "fake" if fake else str(leaf.layout)
             raise ConfigurationError(
-                f"input {name!r} is {found}; a packaged model reads dense tensors on the CPU. Move it there, or "
-                "use the checkpoint that it was exported from"
+                f"input {name!r} is {found}; a packaged model reads dense tensors on the CPU. Convert the input, or "
+                "use the checkpoint that the package was exported from"
             )
 
 
 def signature_to_json(signature: inspect.Signature) -> list[dict[str, Any]]:
-    """A signature as JSON values. Defaults that are no plain constants count as None."""
+    """A signature as JSON values. Defaults that are not plain constants become None."""
     found = []
     for parameter in signature.parameters.values():
         entry: dict[str, Any] = {"name": parameter.name, "kind": parameter.kind.name}
@@ -224,7 +224,7 @@ def signature_to_json(signature: inspect.Signature) -> list[dict[str, Any]]:
 
 
 def signature_from_json(data: Sequence[Mapping[str, Any]]) -> inspect.Signature:
-    """Undo :func:`signature_to_json`."""
+    """The inverse of :func:`signature_to_json`."""
     return inspect.Signature(
         [
             inspect.Parameter(

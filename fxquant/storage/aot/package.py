@@ -1,9 +1,10 @@
-"""Packages: a quantized model compiled ahead of time, to load in a second and run without tracing anything.
+"""Read packages: quantized models compiled ahead of time, which load in a second and run without tracing.
 
-A package is a folder: ``package.json`` says how the model is called and holds the digests of all files, ``config.json``
-is the model's config, ``model.safetensors`` the tensors, once for all graphs, and each ``graph-<n>.pt2`` is the machine
-code of one graph, to which the tensors are inputs. The code runs on loading, in this process: **a package is a program:
-load only those from people you trust**. Digests find damage; they are no signature.
+A package is a folder. ``package.json`` describes the calls of the model and holds the digests of all files.
+``config.json`` is the config of the model. ``model.safetensors`` holds the tensors, once for all graphs. Each
+``graph-<n>.pt2`` is the machine code of one graph, which takes the tensors as inputs. The code runs on loading, in this
+process. **A package is a program: load only packages from people you trust.** Digests detect damage; they are not a
+signature.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ GRAPH_FILE = "graph-{}.pt2"
 
 
 def load_package(folder: str | Path) -> PackagedModel:
-    """Read a package. What it holds is a program, which runs: read only packages from people you trust.
+    """Read a package. It is a program, which runs on loading: load only packages from people you trust.
 
     Args:
         folder: What :func:`fxquant.export_aot` wrote.
@@ -55,9 +56,9 @@ def load_package(folder: str | Path) -> PackagedModel:
         The model, to put in the pipeline in place of the original.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of a newer format, the package was compiled for another torch
-            or processor, or the backend that it was made by is not installed.
-        BackendError: If the backend holds its tensors in another way on this machine.
+        CheckpointError: If a file is missing, damaged or of a newer format, the package was compiled for another torch,
+            system or processor, or the backend that made it is not installed.
+        BackendError: If the backend holds its tensors in another form on this machine.
     """
     folder = Path(folder)
     info = _read_info(folder)
@@ -74,7 +75,7 @@ def load_package(folder: str | Path) -> PackagedModel:
 
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_digests, folder, names, info["files"], PACKAGE_FILE)
-        try:  # Tensors do nothing; what does something is touched only after the check.
+        try:  # Tensors hold no code; files with code are read only after the check.
             tensors = load_tensors(folder / TENSORS_FILE, torch.device("cpu"), take)
         finally:
             checked.result()
@@ -93,12 +94,12 @@ def load_package(folder: str | Path) -> PackagedModel:
 
 
 def _check_tensors(headers: Mapping[str, Header], described: Mapping[str, str] | None) -> None:
-    """Refuse tensors that are not as compiled code, which looks at neither shapes nor dtypes, takes them to be."""
+    """Refuse tensors with other shapes or dtypes than compiled code expects, because that code checks neither."""
     found = {name: str(header) for name, header in headers.items()}
     for name in sorted(found.keys() | (described or {}).keys()):
         if described is not None and found.get(name) != described.get(name):
             there, wanted = found.get(name, "missing"), described.get(name, "none")
-            raise CheckpointError(f"tensor {name!r} is {there}, and by {PACKAGE_FILE} it is {wanted}")
+            raise CheckpointError(f"tensor {name!r} is {there}, but by {PACKAGE_FILE} it is {wanted}")
 
 
 def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackagedGraph:
@@ -111,16 +112,16 @@ def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Ma
 
 
 def is_package_file(name: str) -> bool:
-    """Whether a file of this name may be a part of a package."""
+    """Whether a file with this name may belong to a package."""
     return name in (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE) or re.fullmatch(r"graph-\d+\.pt2", name) is not None
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuse to write a package where something is that must stay.
+    """Refuse to write a package over something that must stay.
 
     Raises:
-        CheckpointError: If it is a file, a folder that is not empty while ``overwrite`` is not given, or one that
-            holds anything but a package.
+        CheckpointError: If the path is a file, a folder that is not empty while ``overwrite`` is not given, or a folder
+            that holds anything other than a package.
     """
     refuse_to_replace(folder, overwrite, is_package_file, PACKAGE_FILE)
 
@@ -131,10 +132,10 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise no_folder(folder)
     mention_leftovers(folder)
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {folder} is no fxquant package, or not all of it was copied")
+        raise CheckpointError(f"{path} is missing: {folder} is not an fxquant package, or not all of it was copied")
     text, info = read_json(path, "package")
     if not isinstance(info, dict) or "format" not in info:
-        raise CheckpointError(f"{path} describes no fxquant package")
+        raise CheckpointError(f"{path} does not describe an fxquant package")
     if info["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {info['format']}; this fxquant reads {FORMAT}: export it again")
     if info.get("digest") != digest_of(info) or not is_text_of(text, info):
@@ -149,13 +150,13 @@ def info_text(info: Mapping[str, Any]) -> str:
     return json.dumps(info, indent=1) + "\n"
 
 
-# --- for whom it was compiled ---------------------------------------------------------------------------------------
+# --- the machine that a package was compiled for --------------------------------------------------------------------
 
 _INSTRUCTIONS = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile")
 
 
 def machine() -> dict[str, Any]:
-    """What compiled code depends on: the version of torch, the architecture, and the instructions of the processor."""
+    """What compiled code depends on: the torch version, the system, the architecture and the processor instructions."""
     found = [name for name in _INSTRUCTIONS if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()]
     return {"torch": torch.__version__, "system": platform.system(), "processor": platform.machine(), "has": found}
 
@@ -166,7 +167,7 @@ def _check_machine(made_for: Any, path: Path) -> None:
         for key, what in (("torch", "torch"), ("system", "system"), ("processor", "processor")):
             if made_for[key] != here[key]:
                 raise CheckpointError(
-                    f"the package was compiled for {what} {made_for[key]}, and this is {here[key]}; export it here"
+                    f"the package was compiled for {what} {made_for[key]}, but this is {here[key]}; export it here"
                 )
         missing = [name for name in made_for["has"] if name not in here["has"]]
         if missing:
@@ -176,11 +177,11 @@ def _check_machine(made_for: Any, path: Path) -> None:
             )
 
 
-# --- signature, config and output -----------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------------------------
 
 
 def _import_output_class(info: Mapping[str, Any]) -> None:
-    """Import what registers the output class with pytree: a part of diffusers, and of nobody else."""
+    """Import the module that registers the output class with pytree, only if it belongs to diffusers."""
     for entry in info["graphs"]:
         module = str(entry.get("output_module") or "")
         if module.partition(".")[0] == "diffusers":

@@ -47,7 +47,7 @@ def test_right_without_vnni_and_says_what_is_lost(isa: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     exact, told, kernel, db = done.stdout.splitlines()[-4:]
-    lost = "The fastest kernels are not used, as this processor has no (VNNI|AVX-512)"
+    lost = "The fastest kernels are not used, because this processor has no (VNNI|AVX-512)"
     assert re.search(lost, told) or exact == "True"
     if exact == "False":
         assert "no VNNI" in told
@@ -114,7 +114,7 @@ def test_compiled_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(machine, "missing_kernels", lambda: "there is no C++ compiler")
     with pytest.raises(BackendError, match=r"no compiled kernels: there is no C\+\+ compiler.*onednn"):
         assert Native("compiled").kernels
-    with pytest.raises(BackendError, match="there are auto, compiled, onednn and triton"):
+    with pytest.raises(BackendError, match="choose auto, compiled, onednn or triton"):
         Native("fast")
-    with pytest.raises(BackendError, match="there are bf16 and float"):
+    with pytest.raises(BackendError, match="choose bf16 or float"):
         Native(attention="int4")

@@ -231,7 +231,7 @@ def test_groups_that_no_kernel_takes() -> None:
     message = refused("rtn-w4a16-g8")
     assert "multiple of 32 inputs" in message
     assert "-g32, -g64" in message
-    assert "groups have 4 bits, not 6" in refused("rtn-w6a16-g8")
+    assert "groups take at most 4 bits, not 6" in refused("rtn-w6a16-g8")
 
 
 def test_quantized_attention() -> None:

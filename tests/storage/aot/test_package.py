@@ -277,7 +277,7 @@ def test_a_pipeline_does_not_leave_it_out(several: Made, tmp_path: Path) -> None
 def test_what_is_read_is_not_replaced(several: Made, tmp_path: Path) -> None:
     quantized, _ = several
     save_pipeline(make_pipeline(quantized), tmp_path / "a" / "q")
-    for target, said in (("a/q", "is what is read"), ("a", "or holds it"), ("a/q/compiled", "outside of it")):
+    for target, said in (("a/q", "is the input"), ("a", "or contains it"), ("a/q/compiled", "outside of it")):
         with pytest.raises(ConfigurationError, match=said):
             export_folder(tmp_path / "a" / "q", tmp_path / target, overwrite=True)
 
@@ -346,7 +346,7 @@ def test_folders_of_the_other_kind(several: Made, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"fxquant\.load_package reads it"):
         fxquant.load(folder)
     fxquant.save(quantized, tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match="is no fxquant package"):
+    with pytest.raises(CheckpointError, match="is not an fxquant package"):
         fxquant.load_package(tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="there is no folder"):
         fxquant.load_package(tmp_path / "nothing")
@@ -375,7 +375,7 @@ def test_the_command_says_what_is_wrong(several: Made, tmp_path: Path) -> None:
     for arguments, message in (
         (("export", tmp_path / "nothing", tmp_path / "out", "--aot"), "there is no folder"),
         (("export", several[1], tmp_path / "out", "--aot"), "load_package reads it"),
-        (("export", several[1], tmp_path / "out"), "say so with --aot"),
+        (("export", several[1], tmp_path / "out"), "pass --aot"),
     ):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert result.exit_code == 2

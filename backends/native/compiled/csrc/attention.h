@@ -1,8 +1,9 @@
-// Attention for a head at a time: keys and values packed once, then a few rows of queries against all keys.
+// Attention, one head at a time. Keys and values are packed once. Then a few rows of queries at a time are multiplied
+// with all keys.
 //
-// Scores of a few rows fit the first-level cache, so that the softmax is the plain one, over whole rows. Products are of
-// bfloat16 with float32 sums, or of uint8 and int8 codes with exact 32-bit sums. Head dimensions that torch's kernels
-// are slow at, such as 72, cost what their multiplications cost.
+// Scores of a few rows fit the first-level cache, so a plain softmax over whole rows is used. Products are of bfloat16
+// with float32 sums, or of uint8 and int8 codes with exact 32-bit sums. Head dimensions at which torch's kernels are
+// slow, such as 72, only cost the time of their multiplications.
 
 #pragma once
 
@@ -17,9 +18,9 @@
 
 namespace fxquant {
 
-constexpr int kQueries = 6;      // Rows of queries a tile: by four vectors 24 accumulators.
+constexpr int kQueries = 6;      // Rows of queries per tile: times four vectors, 24 accumulators.
 
-// acc[r][v] of R rows of factors, four bytes a step, and V vectors. `Bf16` or `Bytes` says what four bytes are.
+// acc[r][v] of R rows of factors, four bytes per step, and V vectors. `Bf16` or `Bytes` says what four bytes are.
 template <class Kind, int R, int V>
 void tile(const char* rows, int64_t row_bytes, const char* vectors, int64_t step_bytes, int64_t steps, void* out,
           int64_t out_stride) {
@@ -48,7 +49,7 @@ void tile(const char* rows, int64_t row_bytes, const char* vectors, int64_t step
 
 #ifdef __AVX512BF16__
 struct Bf16 {
-  static constexpr int64_t kEach = 2;  // Values a step.
+  static constexpr int64_t kEach = 2;  // Values per step.
   using Value = uint16_t;
   using Sum = __m512;
   static Sum zero() { return _mm512_setzero_ps(); }
@@ -76,13 +77,13 @@ void some_rows(const char* rows, int64_t row_bytes, const char* vectors, int64_t
     v += width;
   };
   while (count - v >= 6 || count - v == 4) run(tile<Kind, R, 4>, 4);
-  if (count - v == 5) run(tile<Kind, R, 3>, 3);  // Halves as even as can be keep more sums in flight than 4 and 1.
+  if (count - v == 5) run(tile<Kind, R, 3>, 3);  // Splitting 5 into 3 and 2 keeps more sums in flight than 4 and 1.
   if (count - v == 3) run(tile<Kind, R, 3>, 3);
   if (count - v == 2) run(tile<Kind, R, 2>, 2);
   if (count - v == 1) run(tile<Kind, R, 1>, 1);
 }
 
-// Products of up to six rows of factors with `count` vectors, which lie step by step.
+// Products of up to six rows of factors with `count` vectors, which are stored step by step.
 template <class Kind>
 void product(int64_t row_count, const void* rows, int64_t row_bytes, const void* vectors, int64_t count, int64_t steps,
              void* out, int64_t out_stride) {
@@ -99,14 +100,14 @@ void product(int64_t row_count, const void* rows, int64_t row_bytes, const void*
   }
 }
 
-// A tensor [batch, heads, tokens, channels] with dense channels. Sizes and strides are read once: asking a tensor for
-// them takes longer than a row of arithmetic.
+// A tensor [batch, heads, tokens, channels] with contiguous channels. Sizes and strides are read once, because reading
+// them from a tensor takes longer than the arithmetic of a row.
 template <class T>
 struct Heads {
   at::Tensor tensor;
   const T* data;
   int64_t tokens, channels, batch_stride, head_stride, token_stride;
-  int64_t group;  // Query heads that share a head of this.
+  int64_t group;  // Query heads that share a head of this tensor.
 
   Heads(const at::Tensor& values, int64_t heads, const char* what)
       : tensor(values.dim() == 4 && values.stride(3) == 1 ? values : values.contiguous()) {
@@ -123,20 +124,20 @@ struct Heads {
 
   const T* at(int64_t batch, int64_t head) const { return data + batch * batch_stride + head / group * head_stride; }
 
-  // Tokens of a head lie pages apart, where no prefetcher of the processor's looks.
+  // Tokens of a head lie pages apart; the processor's prefetchers do not look that far.
   void prefetch(const T* token) const {
     for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(token + c);
   }
 };
 
-// Dwords of 16 rows, `row_dwords` apart.
+// One dword from each of 16 rows, which are `row_dwords` apart.
 inline __m512i gather_rows(const void* first, int64_t row_dwords) {
   const __m512i steps = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                            _mm512_set1_epi32(static_cast<int32_t>(row_dwords)));
   return _mm512_i32gather_epi32(steps, first, 4);
 }
 
-// What is added to scores, in units of log2; or nothing.
+// The mask that is added to scores, in units of log2; may be none.
 class Mask {
  public:
   Mask(const std::optional<at::Tensor>& mask, at::IntArrayRef sizes, bool causal) : causal_(causal) {
@@ -149,7 +150,7 @@ class Mask {
 
   bool is_none() const { return !tensor_.defined() && !causal_; }
 
-  // Adds to one row of scores.
+  // Adds the mask to one row of scores.
   void add(float* scores, int64_t batch, int64_t head, int64_t row, int64_t keys) const {
     if (tensor_.defined()) {
       const int64_t start = batch * tensor_.stride(0) + head * tensor_.stride(1) + row * tensor_.stride(2);
@@ -172,7 +173,7 @@ class Mask {
   bool boolean_ = false, causal_ = false;
 };
 
-// The largest of a row of scores.
+// The largest score of a row.
 inline float largest(const float* scores, int64_t keys) {
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __m512 top = lowest;
@@ -182,8 +183,8 @@ inline float largest(const float* scores, int64_t keys) {
   return _mm512_reduce_max_ps(top);
 }
 
-// Hands `use` powers of 2 of scores less their largest, 16 at a time; beyond `keys` they are 0, and so are all where each
-// is masked. Returns one over the sum of powers; 0 where there is none.
+// Calls `use` with 2**(score - largest), 16 powers at a time. Powers beyond `keys` are 0; if all keys are masked, all
+// powers are 0. Returns one over the sum of the powers, or 0 if all keys are masked.
 template <class Use>
 inline __attribute__((always_inline)) float soften(const float* scores, int64_t keys, float largest, const Use& use) {
   if (largest == -std::numeric_limits<float>::infinity()) {
@@ -207,17 +208,17 @@ inline __attribute__((always_inline)) float soften(const float* scores, int64_t 
   return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-// Writes rows of the result: real values, or codes.
+// Writes rows of the result, real values or codes.
 struct Output {
   at::Tensor result;  // [batch, tokens, heads, channels]
   int64_t heads, channels, tokens;
   void* data;
   bool codes;
-  std::vector<float> inverse_scale;  // One a sample.
+  std::vector<float> inverse_scale;  // One per sample.
   std::vector<int32_t> zero_point;
   int32_t qmax;
 
-  // Where a row begins, in elements.
+  // The offset of a row, in elements.
   int64_t row(int64_t batch, int64_t head, int64_t token) const {
     return ((batch * tokens + token) * heads + head) * channels;
   }
@@ -248,11 +249,11 @@ inline Output make_output(at::IntArrayRef q, int64_t channels, const at::Tensor&
   return output;
 }
 
-// For every batch and head, in parallel, `pack()` and then `rows(first, count)` for all rows in tiles.
+// For every batch and head, in parallel, calls `pack()` and then `rows(first, count)` for all tiles of rows.
 template <class Worker>
 void for_each_head(int64_t batch, int64_t heads, int64_t tokens, const Worker& make) {
   const int64_t tiles = divide_up(tokens, kQueries);
-  // A head has to be packed by each thread that works on it, so threads take half a head or more at a time.
+  // Each thread that works on a head has to pack it, so threads take half a head or more at a time.
   share_out(batch * heads * tiles, divide_up(tiles, 2), [&](const auto& take) {
     auto worker = make();
     int64_t packed = -1;

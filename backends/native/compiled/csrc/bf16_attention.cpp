@@ -79,7 +79,7 @@ class Bf16Worker {
   }
 
  private:
-  // One row of bfloat16, `depth_steps_` dwords.
+  // Converts one row to bfloat16, `depth_steps_` dwords.
   void convert(const T* from, int64_t row, __m512 factor) {
     for (int64_t d = 0; d < depth_; d += kLanes) {
       const __mmask16 lanes = first_lanes(depth_ - d);

@@ -1,4 +1,4 @@
-// Attention of codes: both products of uint8 and int8 with exact 32-bit sums, the softmax in float32 between them.
+// Attention of codes: both products are of uint8 and int8 with exact 32-bit sums; the softmax between them is float32.
 
 #include <torch/library.h>
 
@@ -9,9 +9,9 @@
 namespace fxquant {
 namespace {
 
-constexpr int32_t kMiddle = 128;  // Taken off the codes of the right factor, so that they fit int8.
+constexpr int32_t kMiddle = 128;  // Subtracted from the codes of the right factor, so that they fit int8.
 
-// Codes and their grid, one a sample.
+// Codes and their grids, one per sample.
 struct Codes {
   Heads<uint8_t> heads;
   std::vector<float> scale;
@@ -42,7 +42,7 @@ class Int8Worker {
     head_ = head;
     const uint8_t* keys = k_.heads.at(batch, head);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(kMiddle)), ones = _mm512_set1_epi8(1);
-    // Behind the channels of a head, rows hold the middle, which is 0 once that is taken off.
+    // After the channels of a head, rows hold the middle, which becomes 0 when the middle is subtracted.
     std::fill(rows_.begin(), rows_.end(), static_cast<uint8_t>(kMiddle));
     for (int64_t key = 0; key < keys_; key += kLanes) {
       const int64_t count = std::min(kLanes, keys_ - key);
@@ -122,7 +122,7 @@ class Int8Worker {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_xor_si128(codes, _mm_set1_epi8(static_cast<char>(kMiddle))));
   }
 
-  // Sums of products of one row to real scores in units of log2, in place. Returns the largest.
+  // Converts the sums of products of one row to real scores in units of log2, in place. Returns the largest score.
   float scale_scores(int64_t r, int32_t query_sum) {
     const int32_t q_zero = q_.zero_point[batch_], k_zero = k_.zero_point[batch_] - kMiddle;
     const __m512i fixed = _mm512_set1_epi32(k_zero * (query_sum - static_cast<int32_t>(depth_) * q_zero));
@@ -142,7 +142,7 @@ class Int8Worker {
     return _mm512_reduce_max_ps(top);
   }
 
-  // Codes of the probabilities of one row; returns their sum.
+  // Makes the codes of the probabilities of one row. Returns the sum of the codes.
   int32_t quantize_powers(int64_t r, float inverse_sum) {
     const __m512 inverse = _mm512_set1_ps(inverse_sum / softmax_scale_), highest = _mm512_set1_ps(softmax_qmax_);
     const float* powers = scores_.data() + r * width_;

@@ -1,8 +1,8 @@
-// Linears of uint8 codes and integer weights of up to 8 bits, summed exactly in 32 bits, and what follows them.
+// Linears of uint8 codes and integer weights of up to 8 bits, summed exactly in 32 bits, and the ops that follow them.
 //
-// The weight lies in panels of 32 output channels. A panel holds, for every four input channels, 32 groups of four
-// bytes: one operand of vpdpbusd each 16. Weights of up to 4 bits hold eight input channels in the same place, the first
-// four in the low halves of the bytes and the others in the high ones, and are taken apart in registers.
+// The weight is stored in panels of 32 output channels. A panel holds, for every four input channels, 32 groups of four
+// bytes; 16 groups are one operand of vpdpbusd. Weights of up to 4 bits hold eight input channels in the same space,
+// the first four in the low halves of the bytes and the others in the high halves. They are unpacked in registers.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -21,8 +21,8 @@ namespace fxquant {
 namespace {
 
 constexpr int64_t kPanel = 32;
-constexpr int kRows = 12;                  // Rows a tile: 24 accumulators leave 8 registers for operands.
-constexpr int64_t kBlockBytes = 640 << 10; // Codes that stay in the second-level cache while panels pass by.
+constexpr int kRows = 12;                  // Rows per tile: 24 accumulators leave 8 registers for operands.
+constexpr int64_t kBlockBytes = 640 << 10; // Bytes of codes that stay in the second-level cache for all panels.
 
 enum class Activation { kNone, kGeluTanh, kSilu };
 
@@ -83,7 +83,7 @@ int32_t sum_of(const uint8_t* codes, int64_t count) {
 }
 
 struct Linear {
-  // The codes, rows of `row_bytes`, of which `in` count.
+  // The codes: rows of `row_bytes` bytes, of which the first `in` are used.
   const uint8_t* codes;
   int64_t rows, in, row_bytes;
   std::vector<float> scale;
@@ -93,14 +93,14 @@ struct Linear {
   int64_t out, quads, panel_bytes;
   bool halves;
   const float* w_scale;
-  const int32_t* w_zero_point;  // Null where all are 0. Both are padded to whole panels.
+  const int32_t* w_zero_point;  // Null if all are 0. w_scale and w_zero_point are padded to whole panels.
   const int32_t* w_sums;
-  // What follows.
-  std::vector<const float*> bias;  // Empty without one.
+  // The ops that follow.
+  std::vector<const float*> bias;  // Empty if there is no bias.
   Activation activation;
 };
 
-// Real values of one row of a tile: `scale * w_scale * sum (x - zero_point) (w - w_zero_point) + bias`, activated.
+// Real values of one row of a tile: activation of `scale * w_scale * sum (x - zero_point) (w - w_zero_point) + bias`.
 class Epilogue {
  public:
   Epilogue(const Linear& linear, int64_t column) : linear_(linear), column_(column) {
@@ -142,14 +142,14 @@ class Epilogue {
   int32_t last_ = -1;
 };
 
-// Rows in blocks that fit the cache; within a block panel after panel; within a panel tiles of rows. What a tile will
-// read and write at its end is fetched at its beginning, for its sums take as long as memory does.
+// Loops over blocks of rows that fit the cache; in a block, over panels; in a panel, over tiles of rows. The memory
+// that a tile reads and writes at its end is prefetched at its start, because the sums take as long as memory access.
 template <class Finish>
 void multiply(const Linear& linear, const Finish& finish) {
   const int64_t panels = divide_up(linear.out, kPanel);
   const int64_t most = std::max<int64_t>(kRows, kBlockBytes / std::max<int64_t>(linear.row_bytes, 1));
   const int64_t blocks = divide_up(linear.rows, most), block = divide_up(linear.rows, blocks);
-  const int64_t work = block * linear.in * kPanel;  // Multiplications a panel and block.
+  const int64_t work = block * linear.in * kPanel;  // Multiplications per panel and block.
   const auto& kernels = linear.halves ? kHalf : kWhole;
   const int64_t least = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(work, 1));
   share_out(blocks * panels, least, [&](const auto& take) {
@@ -255,7 +255,7 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   task.in = codes.size(-1);
   task.rows = task.in ? codes.numel() / task.in : 0;
   task.out = out_features;
-  task.halves = weight.scalar_type() == at::kByte;  // Two codes a byte, without sign.
+  task.halves = weight.scalar_type() == at::kByte;  // Two codes per byte, unsigned.
   const int64_t panels = divide_up(out_features, kPanel), each = task.halves ? 8 : 4;
   const int64_t groups = divide_up(task.in, each);
   TORCH_CHECK(weight.dim() == 3 && weight.size(0) == panels && weight.size(1) == groups && weight.size(2) == 128 &&
@@ -267,7 +267,7 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   task.quads = groups * each / 4;
   task.weight = static_cast<const int8_t*>(weight.const_data_ptr());
   task.panel_bytes = groups * 128;
-  // Rows end where the panels do: what lies beyond the codes meets weights of 0, but has to be readable.
+  // Rows are as long as the panels: bytes after the codes are multiplied with weights of 0, but have to be readable.
   at::Tensor ends;
   task.row_bytes = task.in;
   task.codes = codes.const_data_ptr<uint8_t>();

@@ -1,7 +1,7 @@
 // Memory of results, kept for the next call.
 //
-// The C library hands large blocks back to the system as they are freed, and the next call pays for fresh pages: writing
-// one costs as much as the product that fills it takes for a tenth of its work, or more.
+// The C library returns large blocks to the system when they are freed, and the next call has to get new pages. Writing
+// a new page costs a tenth or more of the time of the product that fills it.
 
 #pragma once
 
@@ -18,11 +18,11 @@ namespace fxquant {
 class Pool {
  public:
   static Pool& instance() {
-    static Pool* pool = new Pool;  // Never destroyed: tensors may outlive whatever order of destruction there is.
+    static Pool* pool = new Pool;  // Never destroyed, because tensors may outlive static objects.
     return *pool;
   }
 
-  // A block of at least `bytes`, and not much more.
+  // Returns a block of at least `bytes` bytes, and not much more.
   std::pair<void*, size_t> take(size_t bytes) {
     bytes = (bytes + kGrain - 1) / kGrain * kGrain;
     {
@@ -46,7 +46,7 @@ class Pool {
 
   void give(void* block, size_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    // A model whose calls change their shapes leaves blocks behind that fit nobody: the smallest go first.
+    // Calls with changing shapes leave blocks that fit no later call. The smallest blocks are freed first.
     while (held_ + bytes > kMost && !free_.empty()) release(free_.begin());
     if (bytes > kMost) return std::free(block);
     free_.emplace(bytes, block);
@@ -73,7 +73,7 @@ class Pool {
   size_t held_ = 0;
 };
 
-// An uninitialized dense tensor.
+// An uninitialized contiguous tensor.
 inline at::Tensor pooled(at::IntArrayRef sizes, const at::TensorOptions& options) {
   size_t bytes = options.dtype().itemsize();
   for (const int64_t size : sizes) bytes *= size;

@@ -1,4 +1,4 @@
-// Normalization, modulation and quantization of rows in one pass: codes of what a linear reads.
+// Normalization, modulation and quantization of rows in one pass. The results are the codes that a linear reads.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -25,7 +25,7 @@ Statistics statistics(const T* row, int64_t channels, float eps, bool centered) 
     for (int64_t c = 0; c < channels; c += kLanes) sum = _mm512_add_ps(sum, load(row + c, first_lanes(channels - c)));
     mean = _mm512_reduce_add_ps(sum) / count;
   }
-  // The second pass is over the first-level cache, and differences lose nothing where the mean is large.
+  // The second pass reads the first-level cache. Differences to the mean lose no precision if the mean is large.
   __m512 squares = _mm512_setzero_ps();
   for (int64_t c = 0; c < channels; c += kLanes) {
     const __mmask16 lanes = first_lanes(channels - c);

@@ -1,6 +1,6 @@
 // Sixteen lanes of AVX-512: loads and stores of every float dtype, exponentials, quantization.
 //
-// Products are written as assembler, for GCC copies the accumulators of the builtins to and from memory.
+// Products are written in assembler, because GCC copies the accumulators of the builtins to and from memory.
 
 #pragma once
 
@@ -33,7 +33,7 @@ inline __attribute__((always_inline)) void add_products_u8s8(__m512i& acc, __m51
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
 }
 
-// The nearest bfloat16 values, halves to even.
+// The nearest bfloat16 values, ties to even.
 inline __m256i to_bf16(__m512 value) {
 #ifdef __AVX512BF16__
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
@@ -74,8 +74,8 @@ inline void store(c10::Half* to, __mmask16 lanes, __m512 value) {
   _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// 2**x, by a minimax polynomial of 2**rest on [-1/2, 1/2]: of degree 5 to the accuracy of float32, of degree 4 to 3e-6,
-// far below what bfloat16 and codes tell apart. About 0 below -126. Operands stand so that NaN stays NaN.
+// 2**x, by a minimax polynomial of 2**rest on [-1/2, 1/2]. Degree 5 is as accurate as float32. Degree 4 has an error
+// of 3e-6, far below the resolution of bfloat16 and codes. About 0 below -126. The order of operands keeps NaN as NaN.
 template <int kDegree = 5>
 inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
   static_assert(kDegree == 4 || kDegree == 5);
@@ -93,7 +93,7 @@ inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// x / (1 + 2**power). The power of a large number overflows to infinity, and the quotient is 0, as it should be.
+// x / (1 + 2**power). If 2**power overflows to infinity, the quotient is 0, as it should be.
 inline __attribute__((always_inline)) __m512 gated(__m512 x, __m512 power) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2<4>(power)));
 }
@@ -106,21 +106,21 @@ inline __attribute__((always_inline)) __m512 silu(__m512 x) {
 inline __attribute__((always_inline)) __m512 gelu_tanh(__m512 x) {
   constexpr float linear = -kLog2E * 1.5957691216057308f, cubic = linear * 0.044715f;
   const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(cubic), _mm512_set1_ps(linear));
-  // The square of what is beyond 1e19 is infinite; a power that is not keeps the quotient a number.
+  // The square of a value beyond 1e19 is infinite. The power is limited, so that the quotient is not NaN.
   return gated(x, _mm512_min_ps(_mm512_set1_ps(1e4f), _mm512_mul_ps(x, inner)));
 }
 
-// Codes 0..qmax of `value`, halves rounded to even, as 16 bytes. `inverse` is one over the scale: a product with it
-// rounds once more than the quotient, and tells a code apart only within 1e-7 of the middle between two.
+// Codes 0..qmax of `value`, ties rounded to even, as 16 bytes. `inverse` is one over the scale. The product with it
+// rounds once more than the quotient, so a code may differ only within 1e-7 of the middle between two codes.
 inline __attribute__((always_inline)) __m128i quantize(__m512 value, __m512 inverse, __m512i zero_point, __m512i qmax) {
-  // So that what is rounded fits an integer. Far less than 2**24 would do.
+  // Limits the value so that it fits an integer when rounded. A limit far below 2**24 would be enough.
   const __m512 steps = _mm512_min_ps(_mm512_set1_ps(16777216.0f), _mm512_mul_ps(value, inverse));
   const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(steps), zero_point);
   return _mm512_cvtepi32_epi8(_mm512_min_epi32(_mm512_max_epi32(code, _mm512_setzero_si512()), qmax));
 }
 
-// One entry a row of `of`, from one number, or numbers along the leading axes of `of`. Looked up, for a division a row
-// would cost more than the arithmetic.
+// One entry per row of `of`, from one number, or from numbers along the leading axes of `of`. The result is a table,
+// because a division per row would cost more than the arithmetic.
 template <class T, class Row = T>
 std::vector<Row> per_row(const at::Tensor& values, const at::Tensor& of, int64_t rows, const char* what) {
   const int64_t count = values.numel();
@@ -131,7 +131,7 @@ std::vector<Row> per_row(const at::Tensor& values, const at::Tensor& of, int64_t
     leading *= of.size(axis);
   }
   TORCH_CHECK(leading == count && count, what, " of shape ", values.sizes(), " does not fit ", of.sizes());
-  // Zero points are uint8, or whole float32 numbers where they are found at run time.
+  // Zero points are uint8, or whole float32 numbers if they are found at run time.
   const at::Tensor dense = values.to(c10::CppTypeToScalarType<T>::value).contiguous();
   std::vector<Row> result(rows);
   const T* from = dense.const_data_ptr<T>();
@@ -147,7 +147,7 @@ inline std::vector<float> inverses(std::vector<float> scales) {
   return scales;
 }
 
-// One pointer a row, to the vector that the row reads: `values` is `[channels]`, or a vector a sample
+// One pointer per row, to the vector that the row reads. `values` is `[channels]`, or one vector per sample
 // `[batch, 1, ..., channels]`, of the dtype T.
 template <class T>
 std::vector<const T*> vectors(const at::Tensor& values, int64_t samples, int64_t rows, int64_t channels,

@@ -1,7 +1,7 @@
-// Linears of float inputs and weights of up to 8 bits, made real in registers, summed in float32.
+// Linears of float inputs and weights of up to 8 bits, which become real values in registers, summed in float32.
 //
-// The weight lies in panels as for vnni_linear (linear.cpp). It is read once for up to six rows of inputs: what is
-// multiplied with a single vector a sample, such as embeddings of timesteps, takes the time that reading takes.
+// The weight is stored in panels as for vnni_linear (linear.cpp). It is read once for up to six rows of inputs. A
+// linear with one vector per sample, such as an embedding of timesteps, takes only the time of reading the weight.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -18,7 +18,7 @@ namespace fxquant {
 namespace {
 
 constexpr int64_t kPanel = 32;
-constexpr int kTile = 6;  // Rows a tile.
+constexpr int kTile = 6;  // Rows per tile.
 
 // Sums over quads [begin, end) of R rows times one panel, float32 [R][2].
 template <int R, bool kHalves>
@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) void accumulate(const float* x, int64_t st
 }
 
 struct WeightOnly {
-  const float* x;       // [rows, stride], zeros behind the inputs.
+  const float* x;       // [rows, stride], zeros after the inputs.
   const float* x_sums;  // [rows, groups]
   int64_t rows, stride, quads, group_quads, groups;
   const int8_t* weight;
@@ -101,7 +101,7 @@ constexpr std::array<Tile, kTile> make_tiles(std::index_sequence<R...>) {
 constexpr auto kWhole = make_tiles<false>(std::make_index_sequence<kTile>());
 constexpr auto kHalf = make_tiles<true>(std::make_index_sequence<kTile>());
 
-// `[out, groups]` in the order of panels, `less` taken off, zeros behind the outputs.
+// `[out, groups]` in the order of panels, minus `less`, with zeros after the outputs.
 std::vector<float> in_panels(const at::Tensor& values, int64_t panels, float less) {
   const at::Tensor real = values.to(at::kFloat).contiguous();
   const int64_t groups = real.size(1);

@@ -1,1 +1,1 @@
-"""The kernels themselves, in Triton. Import them where they run only: Triton need not be installed."""
+"""The Triton kernels. Import them only where they run, because Triton may not be installed."""

@@ -1,12 +1,14 @@
-"""Attention of codes: both products on tensor cores with exact sums, the softmax in float32 between them.
+"""Attention of codes: both products on tensor cores with exact sums, and the softmax between them in float32.
 
-A code of a probability depends on the sum over all keys, so keys are gone over twice: once for the largest score and
-the sum of powers, once for codes and their product with the values. Where all keys fit one tile, once is enough.
+The code of a probability depends on the sum over all keys. So the kernel reads the keys twice: once for the largest
+score and the sum of exponentials, once for the codes and their product with the values. If all keys fit one tile, one
+pass is enough.
 
-Scores are exact integers. For up to 129 channels they fit 23 bits once the least that their zero points allow is taken
-off; added to the bits of 2**23 such an integer IS the float32 of 2**23 more, so that none is converted. The product
-with the values is of float16, which holds codes, and values less their zero point, exactly: what leaves the softmax is
-then already laid out as a factor, which bytes are not, and values need not be transposed. Its sums are exact to 2**24.
+Scores are exact integers. With up to 129 channels they fit 23 bits after the least score that the zero points allow is
+subtracted. Adding such an integer to the bits of 2**23 gives the bits of the float32 2**23 + integer, so no score needs
+a conversion. The product with the values is in float16, which represents codes, and values minus their zero point,
+exactly. Float16 results of the softmax already have the layout of a factor of the next product, which bytes do not,
+and values need no transposition. The sums of this product are exact up to 2**24.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import triton.language as tl
 
 from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, held_codes
 
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it keeps no bit behind the point.
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to a float32 rounds away all fractional bits.
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TWO_23 = tl.constexpr(0x4B000000)  # The bits of 2.0**23 in float32.
 _HALF_1152 = tl.constexpr(0x6480)  # The bits of 1152.0 in float16, in units of one.
@@ -38,7 +40,7 @@ def key_offsets_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the zero point of the queries adds to the scores of each key, int32 ``[batch, heads, keys]``."""
+    """The term that the zero point of the queries adds to the scores of each key, int32 ``[batch, heads, keys]``."""
     tiles = tl.cdiv(keys, BLOCK)
     each = (tl.program_id(0) // tiles).to(tl.int64)
     tokens = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
@@ -110,13 +112,13 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one head; ``out`` is contiguous ``[batch, queries, heads, CHANNELS]``.
+    """Compute BLOCK_M queries of one head; ``out`` is contiguous ``[batch, queries, heads, CHANNELS]``.
 
-    Strides of ``q``, ``k`` and ``v`` are in units of ALIGN, which tells how wide loads may be. ``*_each`` are 1 for a
-    grid a sample, 0 for one for all. ``shared`` are the query heads that share keys and values. A head is cut into
-    ``DEPTH_0 + DEPTH_1`` channels for the scores, ``CHANNELS_0 + CHANNELS_1`` for the result, as tiles are powers of
-    two; the second may be 0. MASK is ``none``, ``bool`` or ``float``. With WHOLE all keys fit one tile, with EVEN they
-    fill their tiles. SHIFTED says that scores fit 23 bits.
+    Strides of ``q``, ``k`` and ``v`` are in units of ALIGN, which determines how wide loads may be. ``*_each`` is 1 for
+    a grid per sample, 0 for one grid for all. ``shared`` is the number of query heads that share one head of keys and
+    values. Tile widths are powers of two, so a head is split into ``DEPTH_0 + DEPTH_1`` channels for the scores and
+    ``CHANNELS_0 + CHANNELS_1`` for the result; the second width may be 0. MASK is ``none``, ``bool`` or ``float``. With
+    WHOLE, all keys fit one tile. With EVEN, the keys fill their tiles. With SHIFTED, scores fit 23 bits.
     """
     tiles = tl.cdiv(queries, BLOCK_M)
     each = tl.program_id(0) // tiles
@@ -140,11 +142,12 @@ def attention_kernel(
         part_1 = DEPTH_0 + tl.arange(0, DEPTH_1)
         q_1 = tl.load(q_rows + part_1[None, :], mask=within[:, None] & (part_1 < DEPTH)[None, :], other=0)
         row_sums += tl.sum(q_1.to(tl.int32), 1)
-    # sum (q - zero_q) (k - zero_k), each sum for itself: that of q k by tensor cores, this one, and that of k before.
+    # sum (q - zero_q) (k - zero_k) in three parts: the sum of q k on tensor cores, this term with the sums of q, and
+    # k_offsets with the sums of k.
     q_offsets = DEPTH * zero_q * zero_k - zero_k * row_sums
     centre = 0.0
     if SHIFTED:
-        # The most that a score can be below zero, by codes of 0 to 255.
+        # The largest magnitude of a negative score, for codes of 0 to 255.
         a, b = zero_q + MIDDLE, zero_k + MIDDLE
         least = DEPTH * tl.maximum(a * (255 - b), b * (255 - a))
         q_offsets += least + _TWO_23
@@ -156,7 +159,7 @@ def attention_kernel(
     k_offsets += (sample * (heads // shared) + shared_head) * keys
     if MASK != "none":
         mask += sample * mask_batch + head * mask_head
-    # With a float mask scores are in units of log2 before their maximum is taken off, otherwise in integers.
+    # With a float mask, scores are in units of log2 before the maximum is subtracted; otherwise they are integers.
     factor = 1.0 if MASK == "float" else scale
 
     result_0 = tl.zeros((BLOCK_M, CHANNELS_0), dtype=tl.float32)
@@ -190,7 +193,7 @@ def attention_kernel(
             total += tl.sum(tl.exp2((scores - top[:, None]) * factor), 1)
             highest_score = higher
         top = _finite(highest_score)
-        # Divided by the sum and by the step in the exponent, where that costs nothing.
+        # The division by the sum and by the step is done in the exponent, where it is free.
         raised = tl.where(total > 0.0, -tl.log2(_positive(total) * step), -float("inf"))
         for start in range(0, keys, BLOCK_N):
             scores = _scores(q_0, q_1, k, k_offsets, mask, rows, queries, q_offsets, centre, scale, start, keys,
@@ -239,9 +242,9 @@ def _scores(
     ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Scores of a tile of keys, -inf for what is not seen.
+    """Scores of a tile of keys; -inf for keys that a query does not see.
 
-    Integers more by `centre`; with a float mask real scores in units of log2, plus the mask.
+    Scores are integers plus `centre`. With a float mask they are real scores in units of log2, plus the mask.
     """
     columns = start + tl.arange(0, BLOCK_N)
     seen = columns < keys
@@ -269,19 +272,19 @@ def _scores(
 
 @triton.jit
 def _finite(top):
-    """What is taken off scores: their maximum, or zero where nothing is seen."""
+    """The value to subtract from scores: their maximum, or zero for a query that sees no key."""
     return tl.where(top == -float("inf"), 0.0, top)
 
 
 @triton.jit
 def _positive(total):
-    """A sum of powers, or one where nothing is seen."""
+    """The sum of exponentials, or one for a query that sees no key."""
     return tl.where(total > 0.0, total, 1.0)
 
 
 @triton.jit
 def _codes(steps, highest):
-    """The nearest code of each probability, halves to even, as float16. None is below zero."""
+    """The nearest code of each probability, halves to even, as float16. No input is below zero."""
     return ((tl.minimum(steps, highest) + _ROUNDER) - _ROUNDER).to(tl.float16)
 
 
@@ -305,14 +308,14 @@ def _attend(
     columns = start + tl.arange(0, BLOCK_N)
     rows = v + (columns.to(tl.int64) * v_token * ALIGN)[:, None]
     values = _tile(rows, FIRST + tl.arange(0, WIDTH)[None, :], (columns < keys)[:, None], CHANNELS, FIRST + WIDTH, EVEN)
-    # Converted as scores are; 1152 more or less, codes and zero points are exact.
+    # Codes are converted through their bits, as scores are. Codes and zero points plus 1152 are exact in float16.
     more = (values.to(tl.int16) + _HALF_1152).to(tl.float16, bitcast=True)
     return tl.dot(codes, more - (zero_v + 1152).to(tl.float16), result)
 
 
 @triton.jit
 def _tile(tokens, channels, seen, WIDTH: tl.constexpr, END: tl.constexpr, EVEN: tl.constexpr):
-    """Codes at pointers to tokens, zero behind the last channel and the last token."""
+    """Load the codes of tokens; zero beyond the last channel and the last token."""
     if EVEN:
         if END <= WIDTH:
             codes = tl.load(tokens + channels)
@@ -335,7 +338,7 @@ def _write(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """WIDTH channels of the result: values, or codes less 128."""
+    """Write WIDTH channels of the result: values, or codes stored minus 128."""
     channels = FIRST + tl.arange(0, WIDTH)
     inside = within[:, None] & (channels < CHANNELS)[None, :]
     if out_scale is not None:

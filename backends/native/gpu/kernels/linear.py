@@ -1,4 +1,4 @@
-"""The matrix product of codes, with what follows it."""
+"""The matrix product of codes, with the operations that follow it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, activate, held_codes, step_of
 
-SPLIT_BEYOND = tl.constexpr(2048)  # Sums a warp, 64 registers a thread.
+SPLIT_BEYOND = tl.constexpr(2048)  # Sums per warp: 64 registers per thread.
 
 
 @triton.jit
@@ -50,15 +50,15 @@ def linear_kernel(
     SUPER_M: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """One tile `[BLOCK_M, BLOCK_N]` of the result; pointers that are None are left out.
+    """Compute one tile `[BLOCK_M, BLOCK_N]` of the result. Operations whose pointer is None are skipped.
 
-    ``x`` is `[M, K]`, ``w`` `[N, K]` or, with HALF > 0, `[N, ceil(K / (2 HALF)) HALF]` of two codes a byte, the halves
-    of each 2 HALF inputs. ``*_rows`` are the rows that share an entry of a vector. With GROUP > 0 the grid of the
-    weight is `[N, ceil(K / GROUP)]`, and ``w_sums`` are float32, with the scales in them. To ``out_sums``, zeros at
-    first, the sums of the rows of codes are added.
+    ``x`` is `[M, K]`. ``w`` is `[N, K]`; with HALF > 0 it is `[N, ceil(K / (2 HALF)) HALF]` with two codes per byte,
+    which combines the first and the second HALF of each 2 HALF inputs. ``*_rows`` is the number of rows that share an
+    entry of a vector. With GROUP > 0 the grid of the weight is `[N, ceil(K / GROUP)]`, and ``w_sums`` are float32 and
+    include the scales. The sums of the rows of codes are added to ``out_sums``, which must start at zero.
     """
     pid = tl.program_id(0)
-    # Tiles that run at one time share rows of x and of w, which stay in the second-level cache.
+    # Tiles that run at the same time share rows of x and of w, which stay in the L2 cache.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     width = SUPER_M * tiles_n
     first_m = (pid // width) * SUPER_M
@@ -68,7 +68,8 @@ def linear_kernel(
 
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # What lies outside reads what lies inside, and is not written: loads along these axes need no mask.
+    # Indices outside wrap around to indices inside, and their results are not written: loads along these axes need
+    # no mask.
     x_rows = x + (rows % M).to(tl.int64)[:, None] * K
     inside_n = columns % N
     if HALF > 0:
@@ -76,7 +77,7 @@ def linear_kernel(
     else:
         total = _sum_bytes(x_rows, w, w_scale, inside_n, K, GROUP, FP8, BLOCK_M, BLOCK_N, BLOCK_K)
 
-    # Half the columns at a time, where registers would not hold what the epilogue of all of them reads.
+    # Process half of the columns at a time if the epilogue of all columns would not fit the registers.
     if BLOCK_M * BLOCK_N > SPLIT_BEYOND * WARPS:
         parts = total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
     else:
@@ -152,7 +153,7 @@ def _finish(
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """From sums to what is written, for some columns of a tile."""
+    """Compute the result from the sums and write it, for some columns of a tile."""
     within_m, within_n = rows < M, columns < N
     within = within_m[:, None] & within_n[None, :]
     scale = tl.load(x_scale + rows // x_scale_rows, mask=within_m, other=0.0)
@@ -187,7 +188,7 @@ def _finish(
         codes = held_codes(y, (1.0 / step)[:, None], middle[:, None], qmax, FP8)
         tl.store(out + place, codes, mask=within)
         if out_sums is not None:
-            # Of integers, so that the order in which tiles add to a row changes nothing.
+            # The sums are integers, so the order in which tiles add to a row does not change them.
             part = tl.sum(tl.where(within_n[None, :], codes, 0).to(tl.int32), 1)
             tl.atomic_add(out_sums + rows, part, mask=within_m, sem="relaxed")
     else:
@@ -207,7 +208,7 @@ def _sum_bytes(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums over one weight a byte: int32, or float32 for 8-bit floats and for groups."""
+    """Sums over weights stored one per byte: int32, or float32 for 8-bit floats and for groups."""
     inner = tl.arange(0, BLOCK_K)
     x_tile = x_rows + inner[None, :]
     w_tile = w + columns.to(tl.int64)[None, :] * K + inner[:, None]
@@ -247,7 +248,7 @@ def _sum_halves(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same over two weights a byte, which are unpacked in registers."""
+    """As :func:`_sum_bytes` for weights stored two per byte, which are unpacked in registers."""
     inner = tl.arange(0, HALF)
     x_tile = x_rows + inner[None, :]
     w_tile = w + columns.to(tl.int64)[None, :] * (tl.cdiv(K, 2 * HALF) * HALF) + inner[:, None]
@@ -264,7 +265,7 @@ def _sum_halves(
         both = tl.load(w_tile)
         first, second = (both & 15).to(tl.int8), (both >> 4).to(tl.int8)
         if GROUP > 0:
-            # The last half may lie wholly behind the end; its inputs are zero, and its group must only exist.
+            # The last half may lie wholly beyond the end. Its inputs are zero, so any existing group serves.
             one, two = k // GROUP, tl.minimum((k + HALF) // GROUP, last)
             first -= tl.load(w_zero_point + grid + one).to(tl.int8)[None, :]
             second -= tl.load(w_zero_point + grid + two).to(tl.int8)[None, :]

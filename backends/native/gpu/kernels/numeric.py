@@ -10,7 +10,7 @@ from fxquant.backends.native.gpu.machine import interprets
 
 FP8_MAX = tl.constexpr(448.0)
 MIDDLE = tl.constexpr(128)
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it keeps no bit behind the point.
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to a float32 rounds away all fractional bits.
 _BOUND = tl.constexpr(1048576.0)
 _ROUNDER_64 = tl.constexpr(1.5 * 2.0**52)
 _LEAST_SCALE = tl.constexpr(float(torch.finfo(torch.float32).tiny))
@@ -20,14 +20,14 @@ _INTERPRETED = tl.constexpr(interprets())
 
 @triton.jit
 def round_even(x):
-    """The nearest integer, halves to even, of a float32; what lies beyond 2**20 is cut off there."""
+    """Round a float32 to the nearest integer, halves to even; values are clamped to +-2**20 first."""
     bounded = tl.minimum(tl.maximum(x, -_BOUND), _BOUND)
     return (bounded + _ROUNDER) - _ROUNDER
 
 
 @triton.jit
 def step_of(scale, zero_point, qmax, FP8: tl.constexpr):
-    """What one unit of a held value stands for: the scale, or that of 8-bit floats that span the same range."""
+    """The value of one unit of a stored code: the scale, or the scale of 8-bit floats that span the same range."""
     if FP8:
         reach = tl.maximum(zero_point, qmax - zero_point).to(tl.float32)
         step = scale * reach / FP8_MAX
@@ -38,10 +38,10 @@ def step_of(scale, zero_point, qmax, FP8: tl.constexpr):
 
 @triton.jit
 def to_fp8(y):
-    """The nearest 8-bit floats (e4m3) of float32 values; what lies beyond the largest is cut off there."""
+    """Round float32 values to the nearest 8-bit floats (e4m3); values beyond the largest are clamped to it."""
     y = tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX)
     if _INTERPRETED:
-        # The interpreter loses the carry of a mantissa that rounds up to the next power of two, so none is left to it.
+        # The interpreter loses the carry of a mantissa that rounds up to the next power of two, so round here first.
         bits = y.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         y = tl.where(tl.abs(y) < 0.015625, round_even(y * 512.0) / 512.0, nearest)
@@ -50,13 +50,16 @@ def to_fp8(y):
 
 @triton.jit
 def held_codes(y, inverse, zero_point, qmax, FP8: tl.constexpr):
-    """Values times the inverse of their step as they are held: codes less 128 as int8, or 8-bit floats."""
+    """Multiply values by the inverse of their step and store them as int8 codes minus 128, or as 8-bit floats."""
     return _held(y * inverse, zero_point, qmax, FP8)
 
 
 @triton.jit
 def exact_codes(y, step, zero_point, qmax, FP8: tl.constexpr):
-    """The same of values and their steps, of one shape, divided as the reference does: bit for bit its codes."""
+    """As :func:`held_codes`, but divide by `step`, as the reference does; codes match it bit for bit.
+
+    Values and steps have the same shape.
+    """
     return _held(tl.math.div_rn(y, step), zero_point, qmax, FP8)
 
 
@@ -72,7 +75,7 @@ def _held(steps, zero_point, qmax, FP8: tl.constexpr):
 
 @triton.jit
 def token_grid(low, high, qmax):
-    """Scale and zero point of the range of a row, computed as ``affine_parameters`` of the reference does."""
+    """Scale and zero point for the range of a row, computed as ``affine_parameters`` of the reference computes them."""
     low = tl.minimum(low, 0.0).to(tl.float64)
     high = tl.maximum(high, 0.0).to(tl.float64)
     step = (high - low) / qmax.to(tl.float64)
@@ -84,18 +87,18 @@ def token_grid(low, high, qmax):
 
 @triton.jit
 def dot_codes(values, codes):
-    """The product of floats and whole numbers of up to 256, which all dtypes of floats hold, summed in float32.
+    """The product of floats and integers of up to 256, which all float dtypes represent exactly, summed in float32.
 
-    Products of float32 are three of tf32 each, which tensor cores make and which lose next to nothing.
+    A product of float32 is computed as three products of tf32 on tensor cores, which loses almost no precision.
     """
     if _INTERPRETED:
-        values = values.to(tl.float32)  # The interpreter multiplies the bits of bfloat16.
+        values = values.to(tl.float32)  # The interpreter multiplies the raw bits of bfloat16.
     return tl.dot(values, codes.to(tl.float32).to(values.dtype), input_precision="tf32x3")
 
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """``none``, ``silu`` or ``gelu_tanh``, float32."""
+    """Apply the activation ``none``, ``silu`` or ``gelu_tanh`` in float32."""
     if ACTIVATION == "silu":
         y = y * tl.sigmoid(y)
     elif ACTIVATION == "gelu_tanh":

@@ -1,4 +1,4 @@
-"""Kernels that read rows of activations and write their codes, or their sums."""
+"""Kernels that read rows of activations and write their codes or the sums of codes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def quantize_rows_kernel(
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Codes of one row of C channels, behind a norm and its modulation; pointers that are None are left out.
+    """Codes of one row of C channels after a norm and its modulation. Operations whose pointer is None are skipped.
 
-    NORM is ``layer``, ``rms`` or ``none``. With TOKENS the grid of a row follows from its values, and is written to
-    ``scale`` and ``zero_point``; else it is read there. ``sums`` receives the sum of the codes as they are held.
+    NORM is ``layer``, ``rms`` or ``none``. With TOKENS, the grid of a row is computed from its values and written to
+    ``scale`` and ``zero_point``; otherwise it is read from there. ``sums`` receives the sum of the codes as stored.
     """
     row = tl.program_id(0)
     channels = tl.arange(0, BLOCK)
@@ -45,7 +45,7 @@ def quantize_rows_kernel(
     start = row.to(tl.int64) * C
     y = tl.load(x + start + channels, mask=within, other=0.0).to(tl.float32)
     if NORM == "layer":
-        # Differences from the mean lose nothing where the mean is large.
+        # Subtracting the mean first loses no precision where the mean is large.
         y = tl.where(within, y - tl.sum(y, 0) / C, 0.0)
     if NORM != "none":
         y *= 1.0 / tl.sqrt(tl.sum(y * y, 0) / C + eps)
@@ -73,7 +73,7 @@ def quantize_rows_kernel(
         codes = held_codes(y, 1.0 / step, middle, qmax, FP8)
     tl.store(out + start + channels, codes, mask=within)
     if sums is not None:
-        # Products of 8-bit floats need none; something must be told, though.
+        # Products of 8-bit floats need no sums, but the output must be filled.
         total = 0 if FP8 else tl.sum(tl.where(within, codes.to(tl.int32), 0), 0)
         tl.store(sums + row, total)
 
@@ -93,7 +93,7 @@ def quantize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Codes of a tile of `[M, N]` values; ``*_rows`` are the rows that share an entry of the grid."""
+    """Codes of a tile of `[M, N]` values; ``*_rows`` is the number of rows that share an entry of the grid."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < M

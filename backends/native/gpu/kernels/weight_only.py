@@ -26,15 +26,16 @@ def weight_only_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile `[BLOCK_M, BLOCK_N]` of the result.
+    """Compute one tile `[BLOCK_M, BLOCK_N]` of the result.
 
-    ``x`` is `[M, K]` of any float dtype, ``w`` and its grid as for ``linear_kernel``. WHOLE says that bytes of ``w``
-    are codes of 8 bits less 128, not codes less their zero point. Differences of codes are whole numbers of up to 256,
-    which every dtype of ``x`` holds; scales multiply their sums.
+    ``x`` is `[M, K]` of any float dtype; ``w`` and its grid are as for ``linear_kernel``. With WHOLE, bytes of ``w``
+    are 8-bit codes stored minus 128, not codes minus their zero point. Differences of codes are integers of up to 256,
+    which every dtype of ``x`` represents exactly; scales multiply the sums of their products.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # What lies outside reads what lies inside, and is not written: loads along these axes need no mask.
+    # Indices outside wrap around to indices inside, and their results are not written: loads along these axes need
+    # no mask.
     inside_n = (columns % N).to(tl.int64)
     x_rows = x + (rows % M).to(tl.int64)[:, None] * K
     groups = tl.cdiv(K, GROUP) if GROUP > 0 else 1
@@ -45,7 +46,7 @@ def weight_only_kernel(
         w_tile = w + inside_n[None, :] * (tl.cdiv(K, 2 * HALF) * HALF) + inner[:, None]
         for k in range(0, K, 2 * HALF):
             both = tl.load(w_tile + k // 2)
-            # The last half may lie wholly behind the end; its inputs are zero, and its group must only exist.
+            # The last half may lie wholly beyond the end. Its inputs are zero, so any existing group serves.
             low = grid + (k // GROUP if GROUP > 0 else 0)
             high = grid + (tl.minimum((k + HALF) // GROUP, groups - 1) if GROUP > 0 else 0)
             first, second = (both & 15).to(tl.int16), (both >> 4).to(tl.int16)
@@ -71,7 +72,7 @@ def weight_only_kernel(
 def _product(
     x_rows, k, K, codes, scale, zero_point, grid, held: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Of BLOCK_K inputs from ``k`` on with codes, of which ``held`` has been taken off already; one group of them."""
+    """The product of BLOCK_K inputs of one group, from ``k`` on, with codes that are already stored minus ``held``."""
     inner = k + tl.arange(0, BLOCK_K)
     values = tl.load(x_rows + inner[None, :], mask=(inner < K)[None, :], other=0.0)
     if zero_point is not None:

@@ -112,7 +112,7 @@ def test_a_link_in_place_of_the_folder(compiled: list[Path], tmp_path: Path) -> 
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     build.cache_folder().mkdir()
     (build.cache_folder() / f"native-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(build.BuildError, match="is no folder"):
+    with pytest.raises(build.BuildError, match="is not a folder"):
         build._library()
 
 

@@ -270,19 +270,19 @@ def arguments(**other: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"q": torch.zeros(2, 4, 3, 16, dtype=torch.uint8)}, "int8 codes, codes less 128, not torch.uint8"),
-        ({"q": torch.zeros(4, 3, 16, dtype=torch.int8)}, r"no \[batch, heads, tokens, channels\]"),
+        ({"q": torch.zeros(2, 4, 3, 16, dtype=torch.uint8)}, "int8 codes, stored minus 128, not torch.uint8"),
+        ({"q": torch.zeros(4, 3, 16, dtype=torch.int8)}, r"must be \[batch, heads, tokens, channels\]"),
         ({"q": torch.zeros(2, 4, 3, 24, dtype=torch.int8)}, "differ in their channels"),
         ({"q": torch.zeros(2, 6, 3, 16, dtype=torch.int8)}, "do not divide"),
-        ({"v": torch.zeros(2, 4, 5, 16, dtype=torch.int8)}, "one number of heads and tokens"),
+        ({"v": torch.zeros(2, 4, 5, 16, dtype=torch.int8)}, "same number of heads and tokens"),
         ({"v": torch.zeros(2, 4, 3, 257, dtype=torch.int8)}, "1 to 256 channels"),
-        ({"q": torch.zeros(2, 4, 16, 3, dtype=torch.int8).transpose(2, 3)}, "side by side"),
-        ({"qs": torch.ones(3, 1, 1, 1)}, r"grid of the queries is one for all or one for each of 2 samples, not \(3,"),
-        ({"ps": torch.ones(2, 1, 1, 1)}, "grid of the probabilities is one for all"),
+        ({"q": torch.zeros(2, 4, 16, 3, dtype=torch.int8).transpose(2, 3)}, "last axis has stride 1"),
+        ({"qs": torch.ones(3, 1, 1, 1)}, r"queries must be one for all or one for each of 2 samples, not \(3,"),
+        ({"ps": torch.ones(2, 1, 1, 1)}, "grid of the probabilities must be one for all"),
         ({"vz": torch.tensor(0)}, "of float32 and uint8, not torch.float32, torch.int64"),
         ({"os": torch.tensor(1.0)}, "only one is given"),
         ({"mask": torch.ones(3, 4)}, r"mask \(3, 4\) does not broadcast"),
-        ({"mask": torch.ones(3, 3, dtype=torch.int32)}, "a mask is of bool"),
+        ({"mask": torch.ones(3, 3, dtype=torch.int32)}, "a mask must be of bool"),
         ({"highest": 256}, "softmax_qmax=256"),
         ({"dtype": torch.float64}, "writes float32, bfloat16 and float16"),
     ],
@@ -303,7 +303,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
 @runs
 def test_no_keys_are_refused() -> None:
     empty = torch.zeros(2, 4, 0, 16, dtype=torch.int8)
-    with pytest.raises(BackendError, match="over no keys"):
+    with pytest.raises(BackendError, match="there are no keys"):
         native.triton_attention(*arguments(k=empty, v=empty))
 
 

@@ -210,7 +210,7 @@ def test_codes_that_do_not_lie_in_order() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     codes, one, zero = torch.zeros(2, 3, 64, dtype=torch.uint8), torch.ones(()), torch.zeros((), dtype=torch.uint8)
-    with pytest.raises(BackendError, match="is held as contiguous"):
+    with pytest.raises(BackendError, match="must be contiguous"):
         linear(codes, one, zero, Weight(40, 32, 8))
     with pytest.raises(BackendError, match="scale of the codes"):
         linear(codes, torch.ones(3), zero, Weight(40, 64, 8))
@@ -271,7 +271,7 @@ def test_float_activations_that_do_not_fit_are_refused() -> None:
         return result
 
     assert call(torch.zeros(0, 64), held, *grid, None, 8, 0, 40).shape == (0, 40)
-    with pytest.raises(BackendError, match="is held as contiguous"):
+    with pytest.raises(BackendError, match="must be contiguous"):
         call(torch.zeros(2, 32), held, *grid, None, 8, 0, 40)
     with pytest.raises(BackendError, match="groups of 24"):
         call(x, held, *grid, None, 8, 24, 40)
