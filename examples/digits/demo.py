@@ -8,17 +8,18 @@ function with planted salient channels, which large diffusion transformers have.
 
 from __future__ import annotations
 
+from . import quiet  # noqa: F401  # isort: skip  (before torchao and diffusers are imported)
+
 import argparse
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from fxquant.pipeline.recipes import Recipe, make_recipe
@@ -69,9 +70,9 @@ def main() -> None:
     methods = METHODS
     if options.all or options.methods:
         methods = dict.fromkeys(PRECISIONS, EVERY_METHOD if options.all else tuple(options.methods.split(",")))
-    results = run(options.out, options.images, methods)
     console = Console()
-    console.print(table(results), highlight=False, soft_wrap=True)
+    console.print(HEADER, highlight=False, soft_wrap=True)
+    run(options.out, options.images, methods, console)
     console.print(
         f"\nSQNR: predicted noise against float, over test timesteps. PSNR: final images against float. "
         f"{options.images} digits per row.\nlayers=default keeps the patch convolution and the final layer in float "
@@ -100,8 +101,17 @@ def quick(recipe: Recipe) -> Recipe:
     return recipe.with_options("reconstruct-blocks", **QUICK) if learns else recipe
 
 
-def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -> list[Result]:
-    """Quantize both models with all recipes; write pictures and figures into ``out``."""
+def run(
+    out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS, console: Console | None = None
+) -> list[Result]:
+    """Quantize both models with all recipes; write pictures and figures into ``out``.
+
+    Args:
+        out: Folder for pictures and figures.
+        count: Digits to generate with each model.
+        methods: Methods to compare, by precision.
+        console: Prints each row of the table as soon as it is measured, above the progress bar; none if None.
+    """
     pipe, classifier = load_pipeline(), load_classifier()
     real, _ = digits("held_back")
     real = (real + 1) / 2
@@ -112,7 +122,13 @@ def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -
     results: list[Result] = []
     shown: dict[str, dict[str, Tensor]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = console or Console(quiet=True)
+
+    def add(result: Result) -> None:
+        results.append(result)
+        console.print(row(result), highlight=False, soft_wrap=True)
+
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("float", total=len(models) * (len(jobs) + 1) + len(papers_setting))
         for name, model in models.items():
             progress.update(task, description=f"{name}: float")
@@ -121,9 +137,7 @@ def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -
             calls = test_calls(pipe, model)
             shown[name] = {"float": reference[:SHOWN]}
             figures = judge(reference, reference, labels, real, classifier)
-            results.append(
-                Result(name, "float", "", math.inf, math.inf, megabytes=checkpoint_megabytes(model), **figures)
-            )
+            add(Result(name, "float", "", math.inf, math.inf, megabytes=checkpoint_megabytes(model), **figures))
             progress.advance(task)
             # One model is enough to show the effect of the choice of layers.
             for recipe, layers in [*jobs, *(papers_setting if name == "plain" else [])]:
@@ -134,7 +148,7 @@ def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -
                 with transformer_of(pipe, quantized):
                     images = generate(pipe, labels, seed=SEED)
                 sqnr = noise_sqnr(quantized, model, calls)
-                results.append(
+                add(
                     Result(
                         name,
                         recipe,
@@ -156,27 +170,31 @@ def run(out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS) -
     return results
 
 
-def table(results: list[Result]) -> str:
-    """The results as text."""
-    rows = [
-        [
-            result.model,
-            result.recipe,
-            result.layers,
-            result.sqnr_db,
-            result.worst_db,
-            result.psnr_db,
-            result.frechet,
-            f"{100 * result.accuracy:.1f}%",
-            result.megabytes,
-            result.seconds or None,
-        ]
-        for result in results
-    ]
-    headers = [
-        "model", "recipe", "layers", "SQNR mean dB", "worst step dB", "PSNR dB", "Fréchet", "read as asked", "MB", "s",
-    ]  # fmt: skip
-    return tabulate(rows, headers=headers, floatfmt=("", "", "", ".1f", ".1f", ".1f", ".3f", "", ".2f", ".0f"))
+_COLUMNS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
+    ("model", "<7", lambda result: result.model),
+    ("recipe", "<24", lambda result: result.recipe),
+    ("layers", "<7", lambda result: result.layers),
+    ("SQNR mean dB", ">12", lambda result: _decibels(result.sqnr_db)),
+    ("worst step dB", ">13", lambda result: _decibels(result.worst_db)),
+    ("PSNR dB", ">7", lambda result: _decibels(result.psnr_db)),
+    ("Fréchet", ">7", lambda result: f"{result.frechet:.3f}"),
+    ("read as asked", ">13", lambda result: f"{100 * result.accuracy:.1f}%"),
+    ("MB", ">5", lambda result: f"{result.megabytes:.2f}"),
+    ("s", ">4", lambda result: f"{result.seconds:.0f}" if result.seconds else ""),
+)
+"""Title, alignment with width, and content of each column of the table."""
+
+HEADER = "  ".join(f"{title:{form}}" for title, form, _ in _COLUMNS)
+
+
+def row(result: Result) -> str:
+    """One result as a line of the table."""
+    return "  ".join(f"{content(result):{form}}" for _, form, content in _COLUMNS).rstrip()
+
+
+def _decibels(value: float) -> str:
+    """A dash where float is compared with itself."""
+    return "-" if math.isinf(value) else f"{value:.1f}"
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ class Calibration:
         tensors = [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
         if self.plan.timestep not in tensors:
             raise MissingTimestepError(
-                f"the model has no tensor input {self.plan.timestep!r}, which tells the denoising step. Its inputs "
-                f'are: {", ".join(tensors)}. Name the right one: fxquant.compile(..., timestep="...").'
+                f"the model has no tensor input {self.plan.timestep!r} for the timestep. Its inputs are: "
+                f'{", ".join(tensors)}. Name the input that holds the timestep: fxquant.compile(..., timestep="...").'
             )
         if self.original is not None:
             self.original.warm(leaves, structure, self.architecture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -92,16 +93,19 @@ def progress_bars() -> Iterator[Progress]:
         yield progress
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide messages of libraries that are meant for developers; fxquant's own warnings stay visible."""
-    import logging
-
+def quiet_imports() -> None:
+    """Hide what torchao, diffusers and transformers log when they are imported; call it before they are."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "diffusers", "torch.utils._pytree", "torch.utils.pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide messages of libraries that are meant for developers; fxquant's own warnings stay visible."""
+    quiet_imports()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"fxquant(\.|$)")
