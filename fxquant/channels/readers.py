@@ -9,6 +9,7 @@ from torch import fx
 
 from fxquant.channels.rules import Rule, outcome, shape_of
 from fxquant.channels.wants import Push, Want
+from fxquant.ir.names import qualified_name
 
 MANY = 2**20  # Limit of unread positions; above it, one variable for each would take too much memory for its benefit.
 _SHARERS = ("chunk", "split", "unbind")  # Ops whose result is a tuple of parts, each read separately.
@@ -25,7 +26,7 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a value's elements, not only its shape; for a chunk, the node of each of its parts."""
     found = []
     for user in node.users:
-        name = str(getattr(user.target, "_name", ""))
+        name = qualified_name(user.target)
         if name.startswith(_SHAPE_READERS) or (name.startswith(_LIKE_ANOTHER) and user.args[0] is not node):
             continue
         if any(sharer in name for sharer in _SHARERS):
@@ -42,7 +43,7 @@ def direct_user(node: fx.Node, reader: fx.Node) -> fx.Node:
 
 def identity_share(reader: fx.Node, node: fx.Node, rules: Mapping[Any, Rule]) -> Want | None:
     """The part of ``node`` that a reader without a request reads, as a want; None if it may read everything."""
-    name = str(getattr(reader.target, "_name", ""))
+    name = qualified_name(reader.target)
     shared = node not in reader.all_input_nodes  # Read through a chunk.
     if not shared and not name.startswith(_PART_READERS):
         return None
@@ -57,7 +58,7 @@ def with_tokens(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "placeholder":
             has_tokens = len(shape_of(node)) >= 3
         else:
-            name = str(getattr(node.target, "_name", ""))
+            name = qualified_name(node.target)
             read = [] if name.startswith(_SHAPE_READERS) else node.all_input_nodes
             if name == "aten::type_as":  # It reads only the dtype of the second.
                 read = read[:1]

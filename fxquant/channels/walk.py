@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxquant.channels.layouts import common_shape, repeated, settle_unread, spread_over_unread
 from fxquant.channels.readers import MANY, batch_hint, direct_user, identity_share, readers_of, size_hint, with_tokens
-from fxquant.channels.rules import op_name, outcome, shape_of
+from fxquant.channels.rules import outcome, shape_of
 from fxquant.channels.samples import Samples
 from fxquant.channels.solution import Edit, Grant, Request, Seed, Solution
 from fxquant.channels.wants import (
@@ -34,6 +34,7 @@ from fxquant.channels.wants import (
     Tie,
     Want,
 )
+from fxquant.ir.names import op_name
 from fxquant.ir.rewriter import place_of
 
 AFFINE = torch.ops.fxquant.channel_affine.default
@@ -170,7 +171,7 @@ class _Walk:
             found = min(found.ways, key=lambda way: self._price(node, way))
         if isinstance(found, Push):
             for left, right in found.ties:
-                self._tie(left, right, f"{op_name(node)} leaves part of it as it is")
+                self._tie(left, right, f"{op_name(node.target)} leaves part of it as it is")
             self.samples.follow(node, [source for source, _ in found.inputs])
             for source, pushed in found.inputs:
                 self.wants[source][node].append(pushed)

@@ -61,11 +61,11 @@ def _backends() -> list[tuple[str, str]]:
 
 def _rules() -> list[tuple[str, str]]:
     from fxquant.channels.rules import RULES
+    from fxquant.ir.names import base_name
 
     ops: dict[Any, list[str]] = {}
     for target, function in RULES.items():
-        name = str(getattr(target, "_name", None) or getattr(target, "__name__", target)).removeprefix("aten::")
-        short = name.partition(".")[0]
+        short = base_name(target)
         names = ops.setdefault(function, [])
         if short not in names:
             names.append(short)

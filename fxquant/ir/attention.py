@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.ir.meta import LAYER
+from fxquant.ir.names import base_name
 
 aten = torch.ops.aten
 
@@ -212,7 +213,7 @@ def _probabilities(node: fx.Node) -> tuple[fx.Node | None, str | None]:
     """The softmax that a value comes from through casts and views, and why it cannot be used; None for each if none."""
     why = None
     while node.target not in _SOFTMAX:
-        op, source = _op(node), node.args[0] if node.args else None
+        op, source = base_name(node.target), node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or op not in (*_CASTS, *_VIEWS):
             return None, None
         if op == "dropout" and node.args[2] is not False:
@@ -234,7 +235,7 @@ def _scores(node: Any) -> list[fx.Node]:
         seen.add(node)
         if node.target in _PRODUCTS:
             found[node] = None
-        elif _op(node) in _ON_SCORES:
+        elif base_name(node.target) in _ON_SCORES:
             todo += node.all_input_nodes
     return list(found)
 
@@ -246,9 +247,9 @@ def _other_reader(product: fx.Node, output: fx.Node) -> str | None:
     while todo:
         node = todo.pop()
         for user in node.users:
-            if user is output or user in behind or _op(user).startswith("sym_"):
+            if user is output or user in behind or base_name(user.target).startswith("sym_"):
                 continue
-            if user.target not in _SOFTMAX and _op(user) not in _ON_SCORES:
+            if user.target not in _SOFTMAX and base_name(user.target) not in _ON_SCORES:
                 return f"{node.name}, from its scores, is also read by {user.name}"
             behind.add(user)
             todo.append(user)
@@ -264,14 +265,11 @@ def _factor(node: fx.Node, side: int) -> fx.Node:
 def _behind_layers(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if LAYER in node.meta or (not _op(node).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)):
+        if LAYER in node.meta or (
+            not base_name(node.target).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)
+        ):
             found.add(node)
     return found
-
-
-def _op(node: fx.Node) -> str:
-    """Name of a node's op without its overload: ``softmax``."""
-    return str(getattr(node.target, "_name", "")).rpartition("::")[2].partition(".")[0]
 
 
 def _module_of(node: fx.Node) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.ir.names import base_name
+
 LAYER_OPS: dict[Any, int] = {
     torch.ops.aten.linear.default: 1,
     torch.ops.aten.conv1d.default: 1,
@@ -34,7 +36,7 @@ def stored_weight(node: fx.Node) -> fx.Node | None:
     """
     weight = node.args[LAYER_OPS[node.target]]
     while isinstance(weight, fx.Node) and weight.op == "call_function":
-        if str(getattr(weight.target, "_name", "")).removeprefix("aten::").partition(".")[0] not in _CASTS:
+        if base_name(weight.target) not in _CASTS:
             return None
         if not is_wide_float(weight):
             return None

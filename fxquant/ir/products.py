@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +15,7 @@ from torch import fx
 from fxquant.ir.attention import attention_products
 from fxquant.ir.layers import LAYER_OPS
 from fxquant.ir.meta import LAYER
+from fxquant.ir.names import base_name
 
 aten = torch.ops.aten
 
@@ -49,18 +49,18 @@ class Product:
 
 def find_products(graph: fx.Graph) -> list[Product]:
     """All products and convolutions that are neither layers nor part of an attention, in the order of the graph."""
-    products = [node for node in graph.nodes if LAYER not in node.meta and _op(node) in _PRODUCTS]
+    products = [node for node in graph.nodes if LAYER not in node.meta and base_name(node.target) in _PRODUCTS]
     attention = attention_products(graph) if products else set()
     inputs = _behind_inputs(graph) if products else set()
     return [
-        Product(_name(node), _op(node), _reason(node, inputs))
+        Product(_name(node), base_name(node.target), _reason(node, inputs))
         for node in products
-        if node not in attention and not (_op(node) == "einsum" and len(node.args[1]) < 2)
+        if node not in attention and not (base_name(node.target) == "einsum" and len(node.args[1]) < 2)
     ]
 
 
 def _reason(node: fx.Node, inputs: set[fx.Node]) -> str:
-    op = _op(node)
+    op = base_name(node.target)
     if node.target in LAYER_OPS:
         return "its weight is computed in the graph, so there is no weight to store in few bits"
     if "transpose" in op:
@@ -78,7 +78,7 @@ def _reason(node: fx.Node, inputs: set[fx.Node]) -> str:
 
 def _name(node: fx.Node) -> str:
     modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    place = f"{modules[-1]}.{_op(node)}" if modules and modules[-1] else _op(node)
+    place = f"{modules[-1]}.{base_name(node.target)}" if modules and modules[-1] else base_name(node.target)
     line = _line(node)
     return f"{place}:{line}" if line else place
 
@@ -99,12 +99,7 @@ def _behind_inputs(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or (
-            not _op(node).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)
+            not base_name(node.target).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)
         ):
             found.add(node)
     return found
-
-
-def _op(node: Any) -> str:
-    """Name of a node's op without its overload: ``matmul``."""
-    return str(getattr(node.target, "_name", "")).rpartition("::")[2].partition(".")[0]

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from fxquant.errors import VerificationError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.names import base_name
 from fxquant.ir.rewriter import fake_mode_of
 from fxquant.ir.tensors import get_tensor
 
@@ -256,7 +257,7 @@ def _check_matmul(node: fx.Node) -> None:
 def _moved(argument: Any) -> fx.Node:
     """The source of a value, behind ops that only change its layout."""
     assert isinstance(argument, fx.Node)
-    while str(getattr(argument.target, "_name", "")).removeprefix("aten::").partition(".")[0] in _LAYOUT:
+    while base_name(argument.target) in _LAYOUT:
         argument = argument.all_input_nodes[0]
     return argument
 

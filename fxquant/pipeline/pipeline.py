@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_che
 from torch import fx
 
 from fxquant.errors import ConfigurationError, FxquantError, PassError
+from fxquant.ir.names import qualified_name
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
@@ -260,12 +261,7 @@ def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, tota
 
 def count_ops(graph: fx.Graph) -> Counter[str]:
     """Number of nodes by op name, without parameters and inputs."""
-    return Counter(op_name(node) for node in graph.nodes if node.op == "call_function")
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of the op that a node calls, such as ``aten::linear`` or ``getitem``."""
-    return str(getattr(node.target, "_name", getattr(node.target, "__name__", node.target)))
+    return Counter(qualified_name(node.target) for node in graph.nodes if node.op == "call_function")
 
 
 class DumpGraphs:

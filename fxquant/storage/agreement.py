@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import CheckpointError
+from fxquant.ir.names import base_name
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
 from fxquant.numerics.packing import packed_size
 from fxquant.numerics.weights import group_count
@@ -266,7 +267,7 @@ def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int]]:
 def _looked_up(argument: Any) -> str | None:
     """The name of the tensor that an argument is, or is looked up in; None if there is no such tensor."""
     while isinstance(argument, fx.Node) and argument.op == "call_function":
-        name = str(getattr(argument.target, "_name", "")).removeprefix("aten::").partition(".")[0]
+        name = base_name(argument.target)
         if name not in _LOOKUPS:
             return None
         argument = argument.args[0]

@@ -12,7 +12,6 @@ from fxquant.channels.rules.table import (
     argument,
     cannot_broadcast,
     elementwise,
-    op_name,
     rule,
     shape_of,
     source_of,
@@ -20,6 +19,7 @@ from fxquant.channels.rules.table import (
 )
 from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.names import op_name
 
 aten = torch.ops.aten
 
@@ -32,12 +32,12 @@ def add(node: fx.Node, want: Want) -> Outcome:
     left, right = node.args[0], node.args[1]
     if isinstance(right, (int, float)):
         if not math.isfinite(right) or not math.isfinite(sign):
-            return Barrier(f"{op_name(node)} adds a number that is not finite")
+            return Barrier(f"{op_name(node.target)} adds a number that is not finite")
         want = Want(want.scale, want.offset + sign * right)
         pushed = elementwise(node, left, want)
         return Push(pushed) if pushed else cannot_broadcast(node)
     if not _is_tensor(left) or not _is_tensor(right):
-        return Barrier(f"{op_name(node)} adds a number that the graph computes")
+        return Barrier(f"{op_name(node.target)} adds a number that the graph computes")
     if want.offset.any():
         # One side takes the whole shift, which comes from the constants that the request has passed so far.
         return _shift_to_one_side(node, want)
@@ -62,12 +62,14 @@ def _same_for_all_tokens(node: fx.Node, want: Want) -> Outcome | None:
         if lacking and not any(want.varies(axis) for axis in range(want.scale.ndim) if axis not in lacking):
             return None
         axes |= lacking
-    return tied(want, sorted(axes), f"{op_name(node)} adds the same to all tokens, which have to share their factors")
+    return tied(
+        want, sorted(axes), f"{op_name(node.target)} adds the same to all tokens, which have to share their factors"
+    )
 
 
 def _shift_to_one_side(node: fx.Node, want: Want) -> Outcome:
     if node.target is not aten.add.Tensor or node.kwargs:
-        return Barrier(f"{op_name(node)} cannot take a constant shift")
+        return Barrier(f"{op_name(node.target)} cannot take a constant shift")
     plain = Want.of(want.scale)
     ways = []
     for taker, other in ((0, 1), (1, 0)):
@@ -119,7 +121,7 @@ def channel_affine(node: fx.Node, want: Want) -> Outcome:
 def positively_homogeneous(node: fx.Node, want: Want) -> Outcome:
     """relu, leaky_relu, neg, a > 0: (a, 0) passes."""
     if want.offset.any():
-        return Barrier(f"a constant shift cannot pass {op_name(node)}")
+        return Barrier(f"a constant shift cannot pass {op_name(node.target)}")
     return Push([(source_of(node), want)])
 
 
@@ -134,4 +136,4 @@ def positively_homogeneous(node: fx.Node, want: Want) -> Outcome:
 )
 def nonlinear(node: fx.Node, want: Want) -> Outcome:
     """Barrier: gelu, silu, sigmoid, tanh, exp, pow do not commute with a factor."""
-    return Barrier(f"{op_name(node)} is nonlinear")
+    return Barrier(f"{op_name(node.target)} is nonlinear")

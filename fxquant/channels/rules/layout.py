@@ -16,7 +16,6 @@ from fxquant.channels.rules.table import (
     axis_of,
     cannot_broadcast,
     elementwise,
-    op_name,
     rule,
     shape_of,
     source_of,
@@ -25,6 +24,7 @@ from fxquant.channels.rules.table import (
 from fxquant.channels.wants import Barrier, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 from fxquant.ir.layers import is_wide_float
+from fxquant.ir.names import op_name
 
 aten = torch.ops.aten
 
@@ -47,7 +47,7 @@ def same(node: fx.Node, want: Want) -> Outcome:
     if not source_of(node).meta["val"].is_floating_point():
         return Barrier("the value is not floating-point before this cast")
     if not is_wide_float(node) or not is_wide_float(source_of(node)):
-        return Barrier(f"{op_name(node)} rounds to 8 bits")
+        return Barrier(f"{op_name(node.target)} rounds to 8 bits")
     return Push([(source_of(node), want)])
 
 
@@ -111,7 +111,7 @@ def getitem(node: fx.Node, want: Want) -> Outcome:
     parts, number = source_of(node), node.args[1]
     takes_apart = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
     if parts.target not in (aten.unbind.int, *takes_apart):
-        return Barrier(f"{op_name(parts)} has no channel rule")
+        return Barrier(f"{op_name(parts.target)} has no channel rule")
     assert isinstance(number, int)
     number %= len(parts.meta["val"])
     source = source_of(parts)
@@ -257,7 +257,7 @@ def along_tokens(node: fx.Node, want: Want) -> Outcome:
     axes = argument(node, 2 if node.target is aten.roll.default else 1, "dims", ())
     moved = {axis_of(node, axis) for axis in axes} if axes else set(range(want.scale.ndim))
     if any(want.varies(axis) for axis in moved):
-        return Barrier(f"{op_name(node)} moves the channels")
+        return Barrier(f"{op_name(node.target)} moves the channels")
     return Push([(source_of(node), want)])
 
 

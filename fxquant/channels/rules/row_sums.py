@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.channels.layouts import static
-from fxquant.channels.rules.table import argument, axis_of, node_of, op_name, shape_of
+from fxquant.channels.rules.table import argument, axis_of, node_of, shape_of
 from fxquant.ir.layers import is_wide_float
+from fxquant.ir.names import base_name
 
 aten = torch.ops.aten
 
@@ -126,7 +127,7 @@ def _bounds(node: fx.Node) -> Interval | None:
 
 def _bounds_by_op(node: fx.Node) -> Interval | None:
     target: Any = node.target
-    name = op_name(node).partition(".")[0]
+    name = base_name(node.target)
     if name in ("ones", "ones_like", "new_ones"):
         return 1.0, 1.0
     if name in ("zeros", "zeros_like", "new_zeros"):

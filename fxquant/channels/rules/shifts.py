@@ -20,7 +20,6 @@ from fxquant.channels.rules.table import (
     cannot_broadcast,
     elementwise,
     node_of,
-    op_name,
     shape_of,
     shift_rule,
     tied,
@@ -28,6 +27,7 @@ from fxquant.channels.rules.table import (
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.ir.histories import digest, made_from
 from fxquant.ir.layers import parameter_of
+from fxquant.ir.names import op_name
 from fxquant.ir.time_tables import TimeTable, add_rows, plus_rows, read_table, replace_rows
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def add(node: fx.Node, want: Want) -> Outcome:
 )
 def product(node: fx.Node, want: Want) -> Outcome:
     """Barrier: a shift cannot pass a product, a quotient, relu or neg."""
-    return Barrier(f"a shift cannot pass {op_name(node)}")
+    return Barrier(f"a shift cannot pass {op_name(node.target)}")
 
 
 @shift_rule(aten.dropout.default)

@@ -15,6 +15,7 @@ from fxquant.channels.layouts import broadcast_back
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.errors import DuplicateNameError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.names import op_name
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Node, Want], Outcome]
@@ -81,7 +82,7 @@ def outcome(node: fx.Node, want: Want, rules: Mapping[Any, Rule] = RULES) -> Out
     key = node.target if node.op == "call_function" else node.op
     found = rules.get(key)
     if found is None:
-        return Barrier(f"{op_name(node)} has no channel rule")
+        return Barrier(f"{op_name(node.target)} has no channel rule")
     result = found(node, want)
     if isinstance(result, Choose):
         ways = [way for way in result.ways if _meets_every_use(node, way)]
@@ -107,7 +108,7 @@ def _arguments(node: fx.Node) -> list[fx.Node]:
 
 def _read_twice(node: fx.Node) -> Barrier:
     names = ", ".join(source.name for source, uses in Counter(_arguments(node)).items() if uses > 1)
-    return Barrier(f"{op_name(node)} reads {names} more than once")
+    return Barrier(f"{op_name(node.target)} reads {names} more than once")
 
 
 def tied(want: Want, axes: Iterable[int], reason: str) -> Tie | Barrier | None:
@@ -121,12 +122,6 @@ def tied(want: Want, axes: Iterable[int], reason: str) -> Tie | Barrier | None:
     if (want.offset != one.offset).any():
         return Barrier(reason)
     return Tie(one, [(want.scale, np.broadcast_to(one.scale, want.scale.shape))], reason)
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of a node's op, for reasons."""
-    target = node.target
-    return str(getattr(target, "_name", None) or getattr(target, "__name__", target)).removeprefix("aten::")
 
 
 def elementwise(node: fx.Node, operand: Any, want: Want) -> list[tuple[fx.Node, Want]] | None:
@@ -166,4 +161,4 @@ def source_of(node: fx.Node) -> fx.Node:
 
 def cannot_broadcast(node: fx.Node) -> Barrier:
     """The barrier for an operand that has one element for all channels."""
-    return Barrier(f"an operand of {op_name(node)} is broadcast along the channels")
+    return Barrier(f"an operand of {op_name(node.target)} is broadcast along the channels")

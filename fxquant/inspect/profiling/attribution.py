@@ -14,7 +14,7 @@ from torch import fx
 
 from fxquant.inspect.profiling.kinds import kind_of
 from fxquant.ir.meta import LAYER, PROVENANCE
-from fxquant.pipeline.pipeline import op_name
+from fxquant.ir.names import qualified_name
 
 _LIGHT = ("quantize", "layout", "pointwise")
 
@@ -56,8 +56,8 @@ def attribute(lowered: fx.Graph, original: fx.Graph) -> Attribution:
     """
     floats = {node.name: node for node in _called(original)}
     original_places = {name: _own_place(node) for name, node in floats.items()}
-    kept = {node.name: op_name(node) for node in _called(lowered)}
-    gone = {name for name, node in floats.items() if kept.get(name) != op_name(node)}
+    kept = {node.name: qualified_name(node.target) for node in _called(lowered)}
+    gone = {name for name, node in floats.items() if kept.get(name) != qualified_name(node.target)}
     places = {node.name: _place(node, gone, original_places) for node in _called(lowered)}
     found = Attribution(places, original_places)
     _follow(found, lowered, gone)

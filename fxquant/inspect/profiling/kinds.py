@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from fxquant.pipeline.pipeline import op_name
+from fxquant.ir.names import qualified_name
 
 _WORDS = {
     "linear": r"q?linear|addmm",
@@ -31,5 +31,5 @@ def kind_of(node: fx.Node) -> str:
     The first kind that matches counts: a linear that quantizes its result is ``linear``, and a norm that quantizes its
     result is ``norm``. Products of two activations and softmax are ``attention``; casts are ``layout``.
     """
-    name = op_name(node).rpartition("::")[2].partition(".")[0]
+    name = qualified_name(node.target).rpartition("::")[2].partition(".")[0]
     return next((kind for kind, pattern in _PATTERNS.items() if pattern.search(name)), POINTWISE)

@@ -11,7 +11,7 @@ from torch import fx
 from fxquant.inspect.profiling.kinds import KINDS, kind_of
 from fxquant.inspect.profiling.roofline import Roofline
 from fxquant.inspect.profiling.timing import Times, total
-from fxquant.pipeline.pipeline import op_name
+from fxquant.ir.names import qualified_name
 from fxquant.text import name_of_all, pattern_of
 
 FLOAT, QUANTIZED = "float", "quantized"
@@ -42,7 +42,7 @@ class NodeTime:
     @classmethod
     def of(cls, graph: str, node: fx.Node, layer: str, times: Times) -> NodeTime:
         """The entry of a node."""
-        return cls(graph, node.name, op_name(node), kind_of(node), layer, times)
+        return cls(graph, node.name, qualified_name(node.target), kind_of(node), layer, times)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxquant.inspect.profiling.kinds import kind_of
 from fxquant.inspect.profiling.roofline import timed
 from fxquant.ir.meta import LAYER
-from fxquant.pipeline.pipeline import op_name
+from fxquant.ir.names import qualified_name
 from fxquant.planning.plan import Plan
 
 
@@ -104,7 +104,7 @@ class Watch(fx.Interpreter):
         if kind in ("linear", "convolution") and layer is not None:
             return Work(2 * numel * layer.shape[1], traffic)
         if kind == "attention":
-            return Work(_products(op_name(node), args, numel), traffic)
+            return Work(_products(qualified_name(node.target), args, numel), traffic)
         return Work()
 
 
