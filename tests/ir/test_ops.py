@@ -465,7 +465,7 @@ class TestBadInput:
     def test_conv2d(self, fake: bool) -> None:
         arguments = list(conv_arguments())
         arguments[0] = codes(2, 3, 9, 8)
-        with pytest.raises(ConfigurationError, match=r"reads \[batch, 4, height, width\], not \(2, 3, 9, 8\)"):
+        with pytest.raises(ConfigurationError, match=r"input of shape \[batch, 4, height, width\], not \(2, 3, 9, 8\)"):
             self.call(OPS.conv2d.default, arguments, fake)
 
     @pytest.mark.parametrize("fake", [False, True])

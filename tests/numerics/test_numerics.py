@@ -123,7 +123,7 @@ class TestActivationRange:
         assert activation_range(samples, -1.0, 50.0, 4, "minmax")[1] == 50.0
 
     def test_bad_input(self) -> None:
-        with pytest.raises(ConfigurationError, match="there are none"):
+        with pytest.raises(ConfigurationError, match="needs samples, but got none"):
             activation_range(torch.empty(0), -1.0, 1.0, 8, "mse")
         with pytest.raises(ConfigurationError, match=r"'best'.*minmax, percentile, mse"):
             activation_range(torch.ones(3), -1.0, 1.0, 8, "best")  # type: ignore[arg-type]
