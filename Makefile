@@ -28,7 +28,7 @@ LINKS := build/links
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test fuzz fuzz-load storm zoo-calls check format coverage bench bench-cpu bench-gpu clean distclean
+.PHONY: help setup demo compare test test-all fuzz fuzz-load storm zoo-calls check format coverage bench bench-cpu bench-gpu clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -42,6 +42,9 @@ compare: $(STAMP) ## the demo with every available method, in twice the time
 	$(PY) -m examples.digits.demo --all --out $(OUT)
 
 test: check ## run the checks, then the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not exhaustive"
+
+test-all: check ## run the checks, then the tests and every combination that `make test` samples
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 
 fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, different ones each time, and compare

@@ -273,7 +273,9 @@ def compiled(recipe: str, backend: object) -> fxquant.GraphModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["rtn-w8a8", "htg-w8a8", "rtn-w4a8"])
+@pytest.mark.parametrize(
+    "recipe", [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("rtn-w8a8", "htg-w8a8")), "rtn-w4a8"]
+)
 def test_a_model_of_8_bit_floats(recipe: str, tmp_path: Path) -> None:
     """They round values to four bits, the plan's codes to eight."""
     ours, oracle = compiled(recipe, Native("triton", products="fp8")), compiled(recipe, "fake-quant")
