@@ -131,7 +131,7 @@ def test_values_that_are_not_read_are_not_held() -> None:
 def test_what_is_never_held(body: Body) -> None:
     """A graph for each timestep would be one for each step; what the model computes is not known when it is traced."""
     model = Masked(body).eval()
-    with pytest.raises(CaptureError, match=r"(?s)test_tracing.py.*choose with torch.where"):
+    with pytest.raises(CaptureError, match=r"(?s)test_known_values.py.*choose with torch.where"):
         trace(model)(**call() | {"timestep": torch.tensor([1, 2])})
 
 

@@ -223,6 +223,10 @@ def run(seed: int) -> None:
             except fxquant.errors.CalibrationError:
                 assert kind not in calibrated  # This kind runs layers that no calibration call ran.
                 continue
+            except fxquant.errors.CaptureError as refusal:
+                # It needs another fold of a tensor, and the float weights are gone.
+                assert kind not in calibrated and "another form of it" in str(refusal)
+                continue
             found = error([actual], [right])
             assert found <= most, (
                 f"{sorted(kind)} among {[sorted(k) for k in order]}, {seen} calibrated: off by {found:.1e}"
