@@ -35,6 +35,7 @@ SHARD = 50
 SECONDS, MEGABYTES = 5.0, 200
 """Limits of a refusal: CPU seconds (or three times the CPU time of loading, on a busy machine), and megabytes."""
 
+
 @pytest.fixture(scope="module", autouse=True)
 def shared_traces() -> Iterator[None]:
     """Trace each model once per call: most damage changes neither, and tracing takes most of the time of a load.

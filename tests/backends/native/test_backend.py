@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,24 @@ INTERPRETED = pytest.mark.skipif(NOT_INTERPRETED is not None, reason=f"not inter
 KINDS = [
     pytest.param("float", marks=OWN),
     pytest.param("bf16", marks=OWN),
-    "onednn",
+    pytest.param("onednn"),
     pytest.param("triton", marks=INTERPRETED),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 # What is not about kernels of a GPU is not run in their interpreter, which takes a second for a call.
 on_processors = pytest.mark.parametrize("kind", KINDS[:-1])
+
+
+def sampled(values: Sequence[Any], always: Collection[Any] = ()) -> list[Any]:
+    """Every pair of a value and a kind: one kind per value, by turns, and all kinds of some; the rest is exhaustive."""
+    pairs = []
+    for number, value in enumerate(values):
+        for place, kind in enumerate(KINDS):
+            (name,) = kind.values
+            rest = () if value in always or place == number % len(KINDS) else (pytest.mark.exhaustive,)
+            case = f"{getattr(value, 'id', value)}-{name}"
+            pairs.append(pytest.param(value, name, marks=[*kind.marks, *rest], id=case))
+    return pairs
 
 
 def runner(kind: str) -> str | Native:
@@ -82,8 +95,7 @@ def sample(model: nn.Module, call: dict[str, Tensor]) -> Tensor:
     return found
 
 
-@each_kind
-@pytest.mark.parametrize("recipe", NAMES)
+@pytest.mark.parametrize(("recipe", "kind"), sampled(NAMES, ["rtn-w8a8", "ptq4dit-w4a8"]))
 def test_every_recipe_is_the_oracle(recipe: str, kind: str) -> None:
     ours, oracle = shared(recipe, kind), shared(recipe, "oracle")
     for call in (mixed(), inputs(1, seed=2), inputs(4, timestep=100, seed=3)):
@@ -149,8 +161,9 @@ def test_other_dtypes(dtype: torch.dtype, kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("entry", [e for e in CAPTURED if e.name in ZOO and not e.variant], ids=lambda entry: entry.id)
-@each_kind
+@pytest.mark.parametrize(
+    ("entry", "kind"), sampled([entry for entry in CAPTURED if entry.name in ZOO and not entry.variant])
+)
 def test_models_of_the_zoo(kind: str, entry: Entry) -> None:
     found = []
     for side in (kind, "oracle"):
