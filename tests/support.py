@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from fxquant.channels.solution import Grant, Request, Seed, Solution
 from fxquant.channels.walk import solve
 from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER
+from fxquant.ir.printing import graph_text as text
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.ir.tensors import bind, weights_of
@@ -68,42 +68,9 @@ def layer_node(module: fx.GraphModule, name: str) -> fx.Node:
 # --- golden text ----------------------------------------------------------------------------------------------------
 
 
-def text(module: fx.GraphModule) -> str:
-    """The graph, one line per node: ``name: dtype[shape] = op(arguments)``; parameters and free batch sizes by name."""
-    lines = []
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            shown = [_argument(argument) for argument in node.args]
-            shown += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
-            name = str(getattr(node.target, "_name", getattr(node.target, "__name__", node.target)))
-            name = name.removeprefix("aten::").removesuffix(".default")
-            lines.append(f"{node.name}{_type(node)} = {name}({', '.join(shown)})")
-        elif node.op == "output":
-            lines.append(f"return {', '.join(_argument(leaf) for leaf in node.args[0])}")
-        elif node.op == "placeholder":
-            lines.append(f"{node.name}{_type(node)}")
-    return "\n".join(lines)
-
-
 def golden(body: str) -> str:
     """A text in the body of a test, without its indentation."""
     return textwrap.dedent(body).strip()
-
-
-def _argument(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return f"@{value.target}" if value.op == "get_attr" else value.name
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_argument, value)) + "]"
-    return str(value).removeprefix("torch.")
-
-
-def _type(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return ""
-    shape = ", ".join(re.sub(r"s\d+", "B", str(size)) for size in value.shape)
-    return f": {str(value.dtype).removeprefix('torch.')}[{shape}]"
 
 
 # --- factors --------------------------------------------------------------------------------------------------------

@@ -81,9 +81,7 @@ def quantize(
     measure: Annotated[
         int, typer.Option(min=0, help="Number of calibration calls on which the output error is measured; 0 for none.")
     ] = 8,
-    dump_graphs: Annotated[
-        Path | None, typer.Option(help="Folder for the graph after every pass, as readable code.")
-    ] = None,
+    dump_graphs: Annotated[Path | None, typer.Option(help="Folder for the graph after every pass, as text.")] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Folder in which block reconstruction keeps finished blocks, to resume from there."),

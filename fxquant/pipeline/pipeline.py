@@ -22,6 +22,7 @@ from torch import fx
 
 from fxquant.errors import ConfigurationError, FxquantError, PassError
 from fxquant.ir.names import qualified_name
+from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
@@ -265,10 +266,10 @@ def count_ops(graph: fx.Graph) -> Counter[str]:
 
 
 class DumpGraphs:
-    """Instrument that writes the graph as readable code after each pass that changed it.
+    """Instrument that writes the graph as text (:mod:`fxquant.ir.printing`) after each pass that changed it.
 
     Args:
-        folder: Where the files go; they are named ``00-captured.py``, ``01-balance-channels.py`` and so on.
+        folder: Where the files go; they are named ``00-captured.txt``, ``01-balance-channels.txt`` and so on.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -277,8 +278,8 @@ class DumpGraphs:
         self._number = 0
 
     def _write(self, name: str, module: fx.GraphModule) -> None:
-        path = self.folder / f"{self._number:02d}-{name}.py"
-        path.write_text(module.print_readable(print_output=False) + "\n", encoding="utf-8")
+        path = self.folder / f"{self._number:02d}-{name}.txt"
+        path.write_text(graph_text(module, notes=True) + "\n", encoding="utf-8")
         self._number += 1
 
     def before(self, step: Pass, module: fx.GraphModule) -> None:
