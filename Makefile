@@ -42,10 +42,10 @@ compare: $(STAMP) ## the demo with every available method, in twice the time
 	$(PY) -m examples.digits.demo --all --out $(OUT)
 
 test: check ## run the checks, then the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not exhaustive"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup -m "not exhaustive"
 
 test-all: check ## run the checks, then the tests and every combination that `make test` samples
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
 
 fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, different ones each time, and compare
 	FXQUANT_FUZZ=$(GRAPHS) OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz -v -n $(JOBS) -rA

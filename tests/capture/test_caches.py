@@ -93,7 +93,9 @@ def compiled(model: nn.Module, *tokens: int) -> fxquant.GraphModel:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("called", [(3,), (5, 7), (3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "called", [(3,), *(pytest.param(sizes, marks=pytest.mark.exhaustive) for sizes in ((5, 7), (3, 4)))], ids=str
+)
 def test_a_model_that_was_called_is_saved_and_loaded(way: str, called: tuple[int, ...], tmp_path: Path) -> None:
     model, other = Cached(way).eval(), Cached(way).eval()
     with torch.no_grad():

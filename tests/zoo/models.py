@@ -885,4 +885,10 @@ ENTRIES += [replace(entry, variant="-fused", after=_fuse) for entry in (_SD3, _F
 REFUSED = {"HiDreamImageTransformer2DModel": "transformer_hidream_image.py"}
 """Models that branch on computed values, which a graph cannot do: names, and the files with the branches."""
 
+SAMPLE = {
+    *("DiT2D", "PixArt2D-Sigma", "SD32D", "Flux2D", "AuraFlow2D", "HunyuanDiT2D", "Sana2D", "Lumina22D", "CogVideoX3D"),
+    *("LTXVideo3D", "Wan3D", "OmniGen2D", "QwenImage2D", "Latte3D", "StableAudioDiT", "OwnDiT", "OwnDiT-gated"),
+}
+"""Identifiers of the models with which ``make test`` runs tests that ``make test-all`` runs with all models."""
+
 CAPTURED = [entry for entry in ENTRIES if entry.name + entry.variant not in REFUSED]

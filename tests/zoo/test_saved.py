@@ -70,7 +70,7 @@ def batches() -> list[object]:
     slow = [rest[start : start + _BATCH] for start in range(0, len(rest), _BATCH)]
     return [
         pytest.param(quick, id="a few"),
-        *(pytest.param(entries, id=f"{entries[0].id} and on", marks=pytest.mark.slow) for entries in slow),
+        *(pytest.param(entries, id=f"{entries[0].id} and on", marks=pytest.mark.exhaustive) for entries in slow),
     ]
 
 
