@@ -36,19 +36,22 @@ SECONDS, MEGABYTES = 5.0, 200
 """Limits of a refusal: CPU seconds (or three times the CPU time of loading, on a busy machine), and megabytes."""
 
 
+_TRACE = Architecture.capture_spec
+
+
 @pytest.fixture(scope="module", autouse=True)
 def shared_traces() -> Iterator[None]:
     """Trace each model once per call: most damage changes neither, and tracing takes most of the time of a load.
 
     Passes, comparisons and kernels run again for each case, on a copy of the graph.
     """
-    trace, traced = Architecture.capture_spec, dict[str, CapturedGraph]()
+    traced = dict[str, CapturedGraph]()
 
     def capture_spec(self: Architecture, call: CallSpec, device: torch.device, *numbers: Any) -> CapturedGraph:
         shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in weights_and_buffers(self.skeleton)]
         key = repr((type(self.skeleton), self.skeleton.config, shapes, call, device, numbers))
         if key not in traced:
-            traced[key] = trace(self, call, device, *numbers)
+            traced[key] = _TRACE(self, call, device, *numbers)
         found = traced[key]
         module = copy_graph(found.module)
         module.meta.update(found.module.meta)
@@ -136,9 +139,12 @@ def one_case(wholes: dict[Path, Tensor], scratch: Path, seed: str, load: Callabl
 
 
 def _seconds_to_load(whole: Path, load: Callable[[Path], torch.nn.Module]) -> float:
-    began = time.process_time()
-    load(whole)
-    return time.process_time() - began
+    """CPU seconds of a whole load, its trace included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Architecture, "capture_spec", _TRACE)
+        began = time.process_time()
+        load(whole)
+        return time.process_time() - began
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
