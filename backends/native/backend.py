@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from fxquant.backends import onednn_products
 from fxquant.backends.native import compiled, gpu, library, machine, onednn
 from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
@@ -122,7 +123,7 @@ class Native(Backend):
         if kernels is Kernels.TRITON:
             return gpu.refuse(layer)
         own = kernels is Kernels.COMPILED
-        if not own and not machine.has_kernels():
+        if not own and not onednn_products.has_kernels():
             return f"this build of torch has no oneDNN quantized linear; install a CPU build for x86, or {_ELSE}"
         if layer.group_size:
             return (
@@ -185,7 +186,7 @@ class Native(Backend):
             return "fxquant::conv2d (reference, float)"
         if own:
             return f"native vnni u8 x {self._weight(layer)}"
-        return "onednn qlinear u8 x s8" + ("" if machine.sums_exactly() else ", in two halves (no VNNI)")
+        return "onednn qlinear u8 x s8" + ("" if onednn_products.sums_exactly() else ", in two halves (no VNNI)")
 
     def attention_kernel(self, attention: AttentionPlan) -> str:
         """The kernel of the products, or the reference op."""
@@ -209,7 +210,7 @@ class Native(Backend):
 def _tell_what_is_lost() -> None:
     reason = machine.missing_kernels()
     lost = f"The fastest kernels are not used, because {reason}. Results are correct; oneDNN and ATen run the model"
-    if machine.has_kernels() and not machine.sums_exactly():
+    if onednn_products.has_kernels() and not onednn_products.sums_exactly():
         lost += (
             ", and without VNNI instructions every integer product is computed in two halves, at half the speed; "
             "float may be as fast"

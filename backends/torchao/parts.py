@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fxquant.backends.native.machine import has_kernels, sums_exactly
+from fxquant.backends.onednn_products import has_kernels, sums_exactly
 from fxquant.errors import BackendError
 
 OLDEST = (0, 18)

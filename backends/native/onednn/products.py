@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxquant.backends.native.machine import sums_exactly
 from fxquant.backends.native.onednn.weights import MIDDLE
+from fxquant.backends.onednn_products import sums_exactly
 
 _NONE = torch.zeros(1, dtype=torch.int64)  # Zero points of the weight. It has none, and the kernel does not read them.
 

@@ -12,16 +12,17 @@ import pytest
 import torch
 
 import fxquant
+from fxquant.backends import onednn_products
 from fxquant.backends.native import Native, machine
-from fxquant.backends.native.machine import sums_exactly
+from fxquant.backends.onednn_products import sums_exactly
 from fxquant.errors import BackendError
 from tests.tiny import calibrate, make_dit, run
 
 SCRIPT = """
 import warnings
 import fxquant
-from fxquant.backends.native.machine import sums_exactly
-from fxquant.numerics.grids import sqnr_db
+from fxquant.backends.onednn_products import sums_exactly
+from fxquant.numerics.sqnr import sqnr_db
 from tests.tiny import calibrate, make_dit, run
 
 made = {}
@@ -73,7 +74,7 @@ def test_threads_stay_as_the_user_set_them() -> None:
 
 
 def test_a_torch_without_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "has_kernels", lambda: False)
+    monkeypatch.setattr(onednn_products, "has_kernels", lambda: False)
     model = make_dit()
     with pytest.raises(BackendError, match=r"no oneDNN quantized linear.*fake-quant"):
         fxquant.compile(model, recipe="rtn-w8a8", backend=Native("onednn"), calibrate=calibrate(model), measure=0)
