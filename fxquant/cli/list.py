@@ -61,11 +61,11 @@ def _backends() -> list[tuple[str, str]]:
 
 def _rules() -> list[tuple[str, str]]:
     from fxquant.channels.rules import RULES
-    from fxquant.ir.names import base_name
+    from fxquant.ir.names import op_name
 
     ops: dict[Any, list[str]] = {}
     for target, function in RULES.items():
-        short = base_name(target)
+        short = op_name(target).partition(".")[0]  # Rules of inputs and parameters have names as keys.
         names = ops.setdefault(function, [])
         if short not in names:
             names.append(short)
