@@ -419,5 +419,5 @@ def test_layouts_that_no_backend_writes() -> None:
     class Backend(fxquant.pipeline.backend.Backend):
         name = "none"
 
-    with pytest.raises(BackendError, match="does not say how"):
+    with pytest.raises(BackendError, match="does not define how"):
         Backend.to_plain(Backend, torch.ones(2, 2).to_mkldnn())
