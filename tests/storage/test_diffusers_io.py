@@ -21,7 +21,7 @@ from diffusers import (
 from torch import nn
 
 import fxquant
-from fxquant.calibration.pipeline_calls import calibration_call, generate, steps_watched
+from fxquant.calibration.pipeline_calls import calibration_call, generate, num_batches, steps_watched
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.runtime.model import GraphModel
 from fxquant.storage import diffusers_io
@@ -290,7 +290,10 @@ class TestParts:
         assert loaded.text_encoder is None
         assert torch.equal(run_wan(loaded.transformer), run_wan(first))
         assert type(loaded.transformer_2) is type(other)
-        assert other is None or torch.equal(run_wan(loaded.transformer_2), run_wan(other))
+        if other is not None:
+            assert all(map(torch.equal, loaded.transformer_2.state_dict().values(), other.state_dict().values()))
+            # Float products of some processors depend on the alignment of weights, which files map differently.
+            torch.testing.assert_close(run_wan(loaded.transformer_2), run_wan(other))
 
 
 def make_wan():
@@ -452,7 +455,7 @@ def test_steps_are_watched(tiny_pipeline):
     ticks = []
     with steps_watched(tiny_pipeline, lambda: ticks.append(1)):
         generate(tiny_pipeline, labels=list(range(10)), steps=3)
-    assert len(ticks) == 3 * diffusers_io.num_batches(10) == 6
+    assert len(ticks) == 3 * num_batches(10) == 6
     assert "step" not in tiny_pipeline.scheduler.__dict__
 
 
