@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
+from fxquant.ir.tensors import copy_graph
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from fxquant.capture.threads import autocast_dtype
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
 from fxquant.ir.ops import recording
-from fxquant.ir.tensors import bind, weights_of
+from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Instrument, Pass, Pipeline, parse_pass
 from fxquant.planning.decisions import LayerPlan
@@ -337,8 +336,3 @@ def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, floa
         reference, actual = (torch.cat(side) for side in zip(*by_step[step], strict=True))
         found[step] = sqnr_db(reference, actual)
     return found
-
-
-def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A new graph module with a copy of the graph and the same tensors."""
-    return fx.GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)

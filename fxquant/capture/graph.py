@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxquant.capture.calls import CallSpec
+from fxquant.ir.tensors import copy_graph
 
 
 @dataclass
@@ -40,6 +41,10 @@ class CapturedGraph:
     def inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
         """The tensor leaves of a call, in the order of the graph's placeholders."""
         return self.call.inputs(leaves)
+
+    def copy(self) -> CapturedGraph:
+        """The same with a copy of the graph, over the same tensors."""
+        return replace(self, module=copy_graph(self.module))
 
     def output(self, leaves: Sequence[Any]) -> Any:
         """The model's own output, from the leaves that the graph returned."""

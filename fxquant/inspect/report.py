@@ -25,6 +25,7 @@ from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import PLAN_FILE, Plan
 from fxquant.runtime.devices import usable_device
+from fxquant.runtime.wrappers import unwrapped
 from fxquant.text import (
     decimal,
     fitted,
@@ -238,9 +239,7 @@ def _plan_of(model: nn.Module | Plan | str | Path) -> Plan:
         return model
     if isinstance(model, (str, Path)):
         return Plan.load(checkpoint_folder(model))
-    plan = getattr(model, "plan", None)
-    if plan is None and isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # From torch.compile.
-        plan = getattr(inner, "plan", None)
+    plan = getattr(unwrapped(model), "plan", None)
     if not isinstance(plan, Plan):
         raise ConfigurationError(
             f"report takes a quantized model, a plan or the folder of a checkpoint, not a {type(model).__name__}"
@@ -281,7 +280,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
 
 
 def _backend_of(model: object, plan: Plan, device: str | torch.device | None) -> Backend | None:
-    backend = getattr(getattr(model, "_orig_mod", model), "backend", None)
+    backend = getattr(unwrapped(model), "backend", None)
     if isinstance(backend, Backend):  # It has the options that it was made with.
         if device is not None:
             raise ConfigurationError("a model has its device already; give a device only for a plan or a folder")
@@ -330,7 +329,7 @@ def _attentions_left(model: object) -> dict[str, str]:
     A plan does not show this: backends find attentions by patterns, and an unusual mask may prevent a match.
     """
     found: dict[str, str] = {}
-    for graph in getattr(getattr(model, "_orig_mod", model), "graphs", ()):
+    for graph in getattr(unwrapped(model), "graphs", ()):
         for node in graph.graph.nodes:
             kernel = _LEFT.get(str(node.target))
             paths = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]

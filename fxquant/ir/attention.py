@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.ir.dataflow import reached
 from fxquant.ir.meta import LAYER
 from fxquant.ir.names import base_name
 
@@ -143,7 +144,7 @@ def _candidates(graph: fx.Graph) -> Iterator[tuple[fx.Node, _Match]]:
 def _matches(graph: fx.Graph) -> tuple[dict[fx.Node, _Match], set[fx.Node]]:
     matches: dict[fx.Node, _Match] = {}
     scores: set[fx.Node] = set()
-    activations = _behind_layers(graph)
+    activations = reached(graph, lambda node: LAYER in node.meta)
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             matches[node] = _fused(node)
@@ -259,16 +260,6 @@ def _other_reader(product: fx.Node, output: fx.Node) -> str | None:
 def _factor(node: fx.Node, side: int) -> fx.Node:
     found = node.args[_PRODUCTS[node.target][side]]
     assert isinstance(found, fx.Node)
-    return found
-
-
-def _behind_layers(graph: fx.Graph) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if LAYER in node.meta or (
-            not base_name(node.target).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)
-        ):
-            found.add(node)
     return found
 
 

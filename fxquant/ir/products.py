@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxquant.ir.attention import attention_products
+from fxquant.ir.dataflow import reached
 from fxquant.ir.layers import LAYER_OPS
 from fxquant.ir.meta import LAYER
 from fxquant.ir.names import base_name
@@ -51,7 +52,7 @@ def find_products(graph: fx.Graph) -> list[Product]:
     """All products and convolutions that are neither layers nor part of an attention, in the order of the graph."""
     products = [node for node in graph.nodes if LAYER not in node.meta and base_name(node.target) in _PRODUCTS]
     attention = attention_products(graph) if products else set()
-    inputs = _behind_inputs(graph) if products else set()
+    inputs = reached(graph, lambda node: node.op == "placeholder") if products else set()
     return [
         Product(_name(node), base_name(node.target), _reason(node, inputs))
         for node in products
@@ -92,14 +93,3 @@ def _line(node: fx.Node) -> int | None:
             frames.append((file.strip('"'), int(rest.partition(",")[0])))
     own = [number for file, number in frames if not Path(file).is_relative_to(Path(torch.__file__).parent)]
     return own[-1] if own else None
-
-
-def _behind_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on more of the model's inputs than their sizes."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or (
-            not base_name(node.target).startswith("sym_") and not found.isdisjoint(node.all_input_nodes)
-        ):
-            found.add(node)
-    return found

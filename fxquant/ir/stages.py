@@ -19,8 +19,8 @@ from torch.fx.node import map_arg
 
 from fxquant.errors import VerificationError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.ir.dataflow import behind
 from fxquant.ir.meta import LAYER, PROVENANCE
-from fxquant.ir.names import base_name
 from fxquant.ir.rewriter import fake_mode_of
 from fxquant.ir.tensors import get_tensor
 
@@ -256,10 +256,9 @@ def _check_matmul(node: fx.Node) -> None:
 
 def _moved(argument: Any) -> fx.Node:
     """The source of a value, behind ops that only change its layout."""
-    assert isinstance(argument, fx.Node)
-    while base_name(argument.target) in _LAYOUT:
-        argument = argument.all_input_nodes[0]
-    return argument
+    source = behind(argument, _LAYOUT)
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def _check_affine(node: fx.Node) -> None:

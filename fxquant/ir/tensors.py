@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import CheckpointError
+from fxquant.ir.meta import NAMES
 
 CONSTANT = "constant_"
 """Prefix of the names of tensors that came from the code of a model and not from its weights."""
@@ -94,3 +96,11 @@ def is_constant_name(target: str) -> bool:
     Code that fills a cache at its first call yields such a tensor if the cache is full, and computes the value if not.
     """
     return target.rpartition(".")[2].startswith(CONSTANT)
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A new graph module with a copy of the graph, the same tensors and the names that the model uses."""
+    made = fx.GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)
+    if NAMES in module.meta:  # Other entries are about the compilation of one module.
+        made.meta[NAMES] = module.meta[NAMES]
+    return made

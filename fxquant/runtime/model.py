@@ -24,6 +24,7 @@ from fxquant.planning.plan import Plan
 from fxquant.runtime.devices import retarget
 from fxquant.runtime.drop_in import DropIn, changes, hand_on, let_pipelines_save, refusal, refuse_streaming
 from fxquant.runtime.forward import forward_of_graphs
+from fxquant.runtime.wrappers import unwrapped
 
 _WATCHED_CALLS = 64  # Number of calls whose timesteps are checked on a GPU.
 
@@ -361,7 +362,7 @@ def quantized_model(model: Any, taker: str) -> tuple[GraphModel, Plan]:
     Raises:
         ConfigurationError: If it is not a quantized model.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if not isinstance(model, GraphModel):
         raise ConfigurationError(f"{taker} takes a model that fxquant.compile made, not a {type(model).__name__}")
     if model.plan is None:

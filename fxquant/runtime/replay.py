@@ -26,7 +26,7 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_of
 from fxquant.pipeline.backend import Backend
-from fxquant.pipeline.pipeline import Instrument, PassRecord, Pipeline
+from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.planning.uses import adopt_names, settle
@@ -50,14 +50,11 @@ def convert(
         instruments: They watch the passes.
     """
     plan = calibration.plan
-    pipeline = Pipeline(recipe.convert, instruments)
     quantized = GraphModel(calibration.architecture, dtype, plan, further_graph(recipe, backend), backend)
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):
         plan.inputs = calibration.inputs_of(number)
-        records = pipeline.run(captured.module, plan)
-        plan.shared.settle_names(captured.module)
-        captured.digest = graph_digest(captured.module.graph)
+        records = _rewrite(captured, plan, recipe.convert, instruments)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [log_entry(record) for record in records]
         quantized.add(captured)
@@ -122,9 +119,7 @@ def convert_graph(
 
     The graph needs no real weights if other graphs hold them.
     """
-    records = Pipeline([*recipe.prepare, *recipe.convert], instruments).run(captured.module, plan)
-    plan.shared.settle_names(captured.module)
-    captured.digest = graph_digest(captured.module.graph)
+    records = _rewrite(captured, plan, [*recipe.prepare, *recipe.convert], instruments)
     backend.finish(captured.module, plan, held)
     return records
 
@@ -166,6 +161,16 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
     return make_graph
 
 
+def _rewrite(
+    captured: CapturedGraph, plan: Plan, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()
+) -> list[PassRecord]:
+    """Run passes on a graph, and record what the graph is before a backend lowers it."""
+    records = Pipeline(passes, instruments).run(captured.module, plan)
+    plan.shared.settle_names(captured.module)
+    captured.digest = graph_digest(captured.module.graph)
+    return records
+
+
 def model_from_plan(
     architecture: Architecture, plan: Plan, backend: Backend, dtype: torch.dtype, device: torch.device
 ) -> GraphModel:
@@ -191,9 +196,7 @@ def model_from_plan(
                 f"the model that is built for it runs more than was quantized: {error}. The plan belongs to another "
                 "model, or to another version of its class"
             ) from error
-        Pipeline([*recipe.prepare, *recipe.convert]).run(captured.module, plan)
-        plan.shared.settle_names(captured.module)
-        captured.digest = graph_digest(captured.module.graph)
+        _rewrite(captured, plan, [*recipe.prepare, *recipe.convert])
         quantized.add(captured)
     return quantized
 

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import CheckpointError
-from fxquant.ir.names import base_name
+from fxquant.ir.dataflow import behind
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
 from fxquant.numerics.packing import packed_size
 from fxquant.numerics.weights import group_count
@@ -266,12 +266,8 @@ def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int]]:
 
 def _looked_up(argument: Any) -> str | None:
     """The name of the tensor that an argument is, or is looked up in; None if there is no such tensor."""
-    while isinstance(argument, fx.Node) and argument.op == "call_function":
-        name = base_name(argument.target)
-        if name not in _LOOKUPS:
-            return None
-        argument = argument.args[0]
-    return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+    source = behind(argument, _LOOKUPS)
+    return str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None
 
 
 def infinite_in(tensors: Mapping[str, Tensor]) -> list[str]:

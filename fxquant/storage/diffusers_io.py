@@ -21,6 +21,7 @@ from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.wrappers import unwrapped
 from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
 from fxquant.storage.aot.package import is_package_file, load_package
 from fxquant.storage.checkpoint import FILES as CHECKPOINT_FILES
@@ -304,7 +305,7 @@ def _is_of_part(name: str, beside: Collection[str]) -> bool:
 def _parts(pipe: Any) -> dict[str, Any]:
     """The parts that a pipeline has, without ``torch.compile`` wrappers."""
     parts = {name: part for name, part in pipe.components.items() if part is not None and _is_part(pipe, name)}
-    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
+    return {name: unwrapped(part) for name, part in parts.items()}
 
 
 def _is_part(pipe: Any, name: str) -> bool:

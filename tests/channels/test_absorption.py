@@ -11,9 +11,9 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
+from fxquant.ir.tensors import copy_graph
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics

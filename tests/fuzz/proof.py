@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.ir.ops import recording
 from fxquant.ir.stages import Stage
-from fxquant.ir.tensors import read_tensors, set_tensor
+from fxquant.ir.tensors import copy_graph, read_tensors, set_tensor
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics

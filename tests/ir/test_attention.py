@@ -16,12 +16,13 @@ from torch.utils import _pytree as pytree
 
 import fxquant
 from fxquant.backends.fake_quant import FakeQuant
-from fxquant.calibration.calibrate import Calibration, copy_graph, run_calibration
+from fxquant.calibration.calibrate import Calibration, run_calibration
 from fxquant.capture.trace import Architecture
 from fxquant.errors import BackendError, CalibrationError, ConfigurationError
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, StageSpec
+from fxquant.ir.tensors import copy_graph
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.pipeline.pipeline import Pipeline

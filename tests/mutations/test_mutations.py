@@ -12,7 +12,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 import fxquant
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
@@ -52,10 +50,7 @@ def shared_traces() -> Iterator[None]:
         key = repr((type(self.skeleton), self.skeleton.config, shapes, call, device, numbers))
         if key not in traced:
             traced[key] = _TRACE(self, call, device, *numbers)
-        found = traced[key]
-        module = copy_graph(found.module)
-        module.meta.update(found.module.meta)
-        return replace(found, module=module)
+        return traced[key].copy()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Architecture, "capture_spec", capture_spec)

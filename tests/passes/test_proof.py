@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import ConfigurationError
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
-from fxquant.ir.tensors import read_tensors
+from fxquant.ir.tensors import copy_graph, read_tensors
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.ops import recording
+from fxquant.ir.tensors import copy_graph
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.quantize_attention import QuantizeAttention

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.channels.walk import solve
@@ -19,7 +18,7 @@ from fxquant.channels.wants import Cost
 from fxquant.ir.meta import LAYER
 from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
-from fxquant.ir.tensors import bind, get_tensor, weights_of
+from fxquant.ir.tensors import bind, copy_graph, get_tensor, weights_of
 from fxquant.passes._seeds import seeds_to_transform
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.plan import Plan

@@ -10,7 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxquant
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
@@ -126,7 +125,7 @@ def errors(entry: Entry, kind: Kind) -> dict[str, float | str]:
             found = capture(self, names, leaves, structure, *others)
             without_float32(found.module)
             traced.append(found)
-        return replace(found, module=copy_graph(found.module))
+        return found.copy()
 
     def calls(which: str, batch: int = 3, seed: int = 0, step: float | None = None) -> dict[str, Any]:
         usual = entry.call(batch, seed=seed, step=step, dtype=torch.float64)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fxquant.calibration.calibrate import copy_graph
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from tests.zoo.models import Entry
@@ -32,6 +30,6 @@ def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         if found is None:
             found = capture(self, names, leaves, structure, *others)
             TRACED[entry].append(found)
-        return replace(found, module=copy_graph(found.module))
+        return found.copy()
 
     monkeypatch.setattr(Architecture, "capture", shared)

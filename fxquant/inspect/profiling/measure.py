@@ -18,6 +18,7 @@ from fxquant.inspect.profiling.timing import Times, Watch, Work, total
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.plan import Plan
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.wrappers import unwrapped
 
 _WARM_UP = 2
 
@@ -103,7 +104,7 @@ def _quantized(
         return load(checkpoint_folder(model), backend=runner, device="cpu" if device is None else device)
     if backend is not None or device is not None:
         raise ConfigurationError("a model has its backend and device already; give the folder that fxquant.save wrote")
-    inner = getattr(model, "_orig_mod", model)  # From torch.compile.
+    inner = unwrapped(model)
     if not isinstance(inner, GraphModel) or inner.plan is None:
         raise ConfigurationError(
             f"profile takes a quantized model or the folder of one, not a {type(model).__name__}; "
