@@ -168,17 +168,12 @@ def compile(
     run_calibration(calibration, model, calibrate)
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
-    made.statistics = calibration.statistics
-    if made.statistics.transient:
-        made.statistics.seal()
-    made.workspace = None if resume is None else Path(resume)
+    if calibration.statistics.transient:
+        calibration.statistics.seal()
     made.bytes_before = tensor_bytes(weights)
-    try:
-        with without_autocast(device.type):
-            quantized = convert(calibration, chosen, runner, dtype_of(model), instruments)
-    finally:
-        made.statistics = made.inputs = made.workspace = None
-        made.codes.clear()
+    workspace = None if resume is None else Path(resume)
+    with without_autocast(device.type):
+        quantized = convert(calibration, chosen, runner, dtype_of(model), instruments, workspace)
     made.bytes_after = tensor_bytes(quantized.tensors())
     made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples())
     _warn_if_poor(made)

@@ -24,8 +24,9 @@ from fxquant.numerics.rounding.adaround import adaround
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import QuantizedWeight, quantize_weight
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange, LayerPlan
-from fxquant.planning.evidence import evidence, moments
+from fxquant.planning.layer_inputs import layer_input, moments
 from fxquant.planning.plan import Plan
 from fxquant.planning.uses import unnumbered
 
@@ -59,7 +60,7 @@ class Rounder(Protocol):
     """A rounding method that uses more than the values of the weight itself."""
 
     def quantize(
-        self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+        self, name: str, values: Tensor, context: PassContext, rewriter: Rewriter, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
         """Round the weight of a layer.
 
@@ -76,31 +77,31 @@ class GPTQ:
     activation_order: bool
 
     def quantize(
-        self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+        self, name: str, values: Tensor, context: PassContext, rewriter: Rewriter, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
         """See :class:`Rounder`."""
-        layer = plan.layer(name)
+        layer = context.plan.layer(name)
         assert layer.weight_bits is not None
         return gptq(
             values,
-            self._feedback(name, plan, rewriter),
+            self._feedback(name, context, rewriter),
             bits=layer.weight_bits,
             group_size=layer.group_size,
             symmetric=symmetric,
             method=method.value,
         )
 
-    def _feedback(self, name: str, plan: Plan, rewriter: Rewriter) -> ErrorFeedback:
+    def _feedback(self, name: str, context: PassContext, rewriter: Rewriter) -> ErrorFeedback:
         """Error feedback of the layer's input. It is large, so only that of the latest input is kept."""
-        key = plan.layer(name).observed or name
-        kept, feedback = rewriter.memo.get("feedback", (None, None))
+        key = context.plan.layer(name).observed or name
+        kept, feedback = context.memo.get("feedback", (None, None))
         if kept != key:
-            rewriter.memo.pop("feedback", None)
+            context.memo.pop("feedback", None)
             try:
-                feedback = ErrorFeedback.of(_moments(name, plan, "GPTQ"), self.damping, self.activation_order)
+                feedback = ErrorFeedback.of(_moments(name, context, "GPTQ"), self.damping, self.activation_order)
             except NonFiniteError as error:
                 raise NonFiniteError(f"layer {name}: {error}") from None
-            rewriter.memo["feedback"] = key, feedback
+            context.memo["feedback"] = key, feedback
         assert isinstance(feedback, ErrorFeedback)
         return feedback
 
@@ -110,15 +111,15 @@ class AdaRound:
     """Learns how to round weights from second moments of inputs; see :mod:`fxquant.numerics.rounding.adaround`."""
 
     def quantize(
-        self, name: str, values: Tensor, plan: Plan, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+        self, name: str, values: Tensor, context: PassContext, rewriter: Rewriter, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
         """See :class:`Rounder`."""
-        layer = plan.layer(name)
+        layer = context.plan.layer(name)
         assert layer.weight_bits is not None
         try:
             return adaround(
                 values,
-                _moments(name, plan, "AdaRound"),
+                _moments(name, context, "AdaRound"),
                 bits=layer.weight_bits,
                 group_size=layer.group_size,
                 symmetric=symmetric,
@@ -128,9 +129,9 @@ class AdaRound:
             raise NonFiniteError(f"layer {name}: {error}") from None
 
 
-def _moments(name: str, plan: Plan, method: str) -> Tensor:
-    plan.evidence(plan.layer(name).observed or name, f"layer {name!r} is rounded by {method}")
-    together = moments(plan, name)
+def _moments(name: str, context: PassContext, method: str) -> Tensor:
+    context.observed(context.plan.layer(name).observed or name, f"layer {name!r} is rounded by {method}")
+    together = moments(context, name)
     if together is None:
         raise CalibrationError(
             f"layer {name!r} is rounded by {method} and there are no second moments of its input; let calibration "
@@ -139,19 +140,19 @@ def _moments(name: str, plan: Plan, method: str) -> Tensor:
     return together
 
 
-def _drop_used_moments(name: str, plan: Plan) -> None:
+def _drop_used_moments(name: str, context: PassContext) -> None:
     """Free second moments that no layer needs any more. Those of a whole model are as large as its weights."""
-    if len(plan.calls) > 1:  # A further graph may fold other factors into the weight and round it again.
+    if len(context.plan.calls) > 1:  # A further graph may fold other factors into the weight and round it again.
         return
-    key = plan.layer(name).observed
-    readers = (other for other, layer in plan.layers.items() if layer.observed == key)
-    if key and plan.statistics is not None and plan.statistics.transient and plan.codes.keys() >= set(readers):
-        plan.statistics[key].moments = None
+    key = context.plan.layer(name).observed
+    readers = (other for other, layer in context.plan.layers.items() if layer.observed == key)
+    if key and context.statistics is not None and context.statistics.transient and context.codes.keys() >= set(readers):
+        context.statistics[key].moments = None
 
 
 def quantized_weight(
     node: fx.Node,
-    plan: Plan,
+    context: PassContext,
     rewriter: Rewriter,
     method: RangeSearch,
     symmetric: bool,
@@ -167,7 +168,7 @@ def quantized_weight(
         ConfigurationError: If the group size does not divide the number of weight columns.
     """
     name = node.meta[LAYER]
-    layer = plan.layer(name)
+    layer = context.plan.layer(name)
     weight = stored_weight(node)
     assert weight is not None and layer.weight_bits is not None
     key = (weight, layer.weight_bits, layer.group_size)
@@ -181,28 +182,28 @@ def quantized_weight(
     search = RangeSearch.MINMAX if isinstance(values, FakeTensor) else method
     history = rewriter.history(weight)
     # False if the codes in the plan were made for another fold of the weight, in a graph that does not share it.
-    own = plan.shared.is_rounded_here(name, history)
-    if isinstance(values, FakeTensor) or (rounder is None and not (own and name in plan.codes)):
+    own = context.shared.is_rounded_here(name, history)
+    if isinstance(values, FakeTensor) or (rounder is None and not (own and name in context.codes)):
         quantized = quantize_weight(
             values,
             bits=layer.weight_bits,
             group_size=layer.group_size,
             symmetric=symmetric,
             method=search.value,
-            importance=None if search is RangeSearch.MINMAX else importance_of(name, plan, values.device),
+            importance=None if search is RangeSearch.MINMAX else importance_of(name, context, values.device),
         )
     elif not own:
         assert rounder is not None
-        quantized = rounder.quantize(name, values, plan, rewriter, method, symmetric)
+        quantized = rounder.quantize(name, values, context, rewriter, method, symmetric)
     else:
-        if name not in plan.codes:  # Neither learned before nor rounded for another graph of the model.
+        if name not in context.codes:  # Neither learned before nor rounded for another graph of the model.
             assert rounder is not None
-            plan.codes[name] = rounder.quantize(name, values, plan, rewriter, method, symmetric)
-            _drop_used_moments(name, plan)
-        quantized = plan.codes[name]
+            context.codes[name] = rounder.quantize(name, values, context, rewriter, method, symmetric)
+            _drop_used_moments(name, context)
+        quantized = context.codes[name]
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
-    owner = _owner_of_codes(name, str(weight.target), plan)
+    owner = _owner_of_codes(name, str(weight.target), context.plan)
     made = made_from("codes", history, str(layer.weight_bits), str(layer.group_size))
     codes = (
         rewriter.constant(f"{owner}_packed", quantized.packed, [weight], made),
@@ -238,15 +239,15 @@ def _reads_alone(layer: fx.Node, weight: fx.Node) -> bool:
     return True
 
 
-def importance_of(name: str, plan: Plan, device: torch.device) -> Tensor | None:
+def importance_of(name: str, context: PassContext, device: torch.device) -> Tensor | None:
     """How much an error in each weight column matters to the layer's output: the mean square of that input channel.
 
     It is kept in the plan, so that a replay of the plan finds the same ranges. None if the input was not observed.
     """
-    layer, key = plan.layer(name), f"{name}.importance"
-    if key not in plan.vectors and plan.statistics is not None and layer.kind == "linear" and layer.observed:
-        plan.vectors[key] = torch.cat(evidence(plan, name).rows).double().square().mean(dim=0)
-    importance = plan.vectors.get(key)
+    layer, key = context.plan.layer(name), f"{name}.importance"
+    if key not in context.plan.vectors and context.statistics is not None and layer.kind == "linear" and layer.observed:
+        context.plan.vectors[key] = torch.cat(layer_input(context, name).rows).double().square().mean(dim=0)
+    importance = context.plan.vectors.get(key)
     return None if importance is None else importance.to(device)
 
 
@@ -258,7 +259,7 @@ def is_quantized(weight: Any) -> bool:
 
 
 def quantized_input(
-    node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: InputRange
+    node: fx.Node, x: Any, context: PassContext, rewriter: Rewriter, method: InputRange
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Quantize the input of a layer; returns nodes of its codes, its scale and its zero point.
 
@@ -266,10 +267,10 @@ def quantized_input(
         CalibrationError: If the plan has no range for the input and calibration never reached the layer.
     """
     name = node.meta[LAYER]
-    layer = plan.layer(name)
+    layer = context.plan.layer(name)
     bits = layer.activation_bits
     assert isinstance(x, fx.Node) and bits is not None
-    decide_range(node, x, plan, rewriter, method)
+    decide_range(node, x, context, rewriter, method)
     assert layer.activation is not None
     if layer.activation.method == InputRange.DYNAMIC.value:
         return _codes_by_token(x, bits, rewriter)
@@ -283,7 +284,7 @@ def quantized_input(
                 rewriter.constant(target, part, [x]) for target, part in zip(names, (scale, zero_point), strict=True)
             )
         else:
-            timestep, rank = timestep_input(rewriter.graph, plan.timestep), x.meta["val"].dim()
+            timestep, rank = timestep_input(rewriter.graph, context.plan.timestep), x.meta["val"].dim()
             tables = [TimeTable(timestep, layer.boundaries, part[:, None]) for part in (scale, zero_point)]
             grid = tuple(
                 rows_at(rewriter, table, rank, target, [x]) for target, table in zip(names, tables, strict=True)
@@ -299,17 +300,17 @@ def quantized_input(
     return codes, scale, zero_point
 
 
-def decide_range(node: fx.Node, x: Any, plan: Plan, rewriter: Rewriter, method: InputRange) -> None:
+def decide_range(node: fx.Node, x: Any, context: PassContext, rewriter: Rewriter, method: InputRange) -> None:
     """Write the range of a layer's input into the plan, if it has none. Layers that read the same value share it."""
     name = node.meta[LAYER]
-    layer = plan.layer(name)
+    layer = context.plan.layer(name)
     if layer.activation is not None:
         return
-    decided = rewriter.memo.setdefault(("range", x, layer.activation_bits, layer.observed), name)
+    decided = context.memo.setdefault(("range", x, layer.activation_bits, layer.observed), name)
     if decided == name:
-        _decide_range(name, plan, method)
+        _decide_range(name, context, method)
     else:
-        first = plan.layer(decided)
+        first = context.plan.layer(decided)
         layer.activation = copy.copy(first.activation)
         layer.spread, layer.activation_sqnr_db = copy.copy(first.spread), first.activation_sqnr_db
 
@@ -338,12 +339,12 @@ def _codes_by_token(x: fx.Node, bits: int, rewriter: Rewriter) -> tuple[fx.Node,
     return codes, scale, zero_point
 
 
-def _decide_range(name: str, plan: Plan, method: InputRange) -> None:
+def _decide_range(name: str, context: PassContext, method: InputRange) -> None:
     """Write the range of a layer's input, and its SQNR on the sampled rows, into the plan."""
-    layer = plan.layer(name)
+    layer = context.plan.layer(name)
     assert layer.activation_bits is not None
     if method is InputRange.DYNAMIC:
-        seen = evidence(plan, name)
+        seen = layer_input(context, name)
         rows = torch.cat(seen.rows)
         layer.activation = ActivationRange(float(seen.minimum.min()), float(seen.maximum.max()), method.value)
         grid = affine_parameters(*torch.aminmax(rows, dim=-1, keepdim=True), layer.activation_bits)
@@ -354,7 +355,7 @@ def _decide_range(name: str, plan: Plan, method: InputRange) -> None:
     bits, count = layer.activation_bits, len(layer.boundaries) + 1
     ranges, exact, coded = [], [], []
     for number in range(count):
-        seen = evidence(plan, name, number if count > 1 else None)
+        seen = layer_input(context, name, number if count > 1 else None)
         rows = torch.cat(seen.rows)
         ranges.append(activation_range(rows, float(seen.minimum.min()), float(seen.maximum.max()), bits, method.value))
         exact.append(rows)
@@ -364,6 +365,6 @@ def _decide_range(name: str, plan: Plan, method: InputRange) -> None:
         layer.activation = ActivationRange(lows[0], highs[0], method.value)
     else:
         layer.activation = ActivationRange(lows, highs, method.value)
-    tops = evidence(plan, name).absmax.amax(dim=1)
+    tops = layer_input(context, name).absmax.amax(dim=1)
     layer.spread = [float(tops.min()), float(tops.max())]
     layer.activation_sqnr_db = sqnr_db(torch.cat(exact), torch.cat(coded))

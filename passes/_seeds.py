@@ -16,6 +16,7 @@ from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import Balance, LayerPlan, Shift
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import ROLES
@@ -46,7 +47,7 @@ def parse_cost(text: str) -> Cost:
         raise ConfigurationError(f"{text!r} is not a cost; choose free, vector or tokens") from None
 
 
-def seeds_to_transform(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> list[Seed]:
+def seeds_to_transform(graph: fx.Graph, context: PassContext, roles: Sequence[str]) -> list[Seed]:
     """Values that linears to transform read, each with all linears that read it, those to transform first.
 
     The other readers, for example linears kept in float, undo the factor in their weights too. Otherwise they would
@@ -60,8 +61,8 @@ def seeds_to_transform(graph: fx.Graph, plan: Plan, roles: Sequence[str]) -> lis
                 readers.setdefault(value, []).append(node)
     seeds = []
     for value, nodes in readers.items():
-        nodes.sort(key=lambda node: not is_target(node, plan, roles))  # Stable: keeps the graph's order.
-        if is_target(nodes[0], plan, roles):
+        nodes.sort(key=lambda node: not is_target(node, context, roles))  # Stable: keeps the graph's order.
+        if is_target(nodes[0], context, roles):
             seeds.append(Seed(nodes[0].meta[LAYER], value, tuple(nodes)))
     return seeds
 
@@ -85,15 +86,15 @@ class Part:
         return Seed(self.readers[0].meta[LAYER], of.value, self.readers)
 
 
-def parts_of(seed: Seed, plan: Plan, roles: Sequence[str], suffix: str = "") -> list[Part]:
+def parts_of(seed: Seed, context: PassContext, roles: Sequence[str], suffix: str = "") -> list[Part]:
     """Group the readers of a value by the factors or shifts that they undo.
 
     A linear undoes the same in every graph of a model, whichever other layers read its input there, so that the graphs
     share its weight. Linears without an entry in the plan, such as those kept in float, undo the same as in the first
     graph.
     """
-    shared = plan.shared
-    own = {node: _decided(node, plan, suffix) for node in seed.readers if is_target(node, plan, roles)}
+    shared = context.shared
+    own = {node: _decided(node, context.plan, suffix) for node in seed.readers if is_target(node, context, roles)}
     default = next((found for found in own.values() if found is not None), None)
     parts: dict[tuple[bytes, tuple[float, ...]], tuple[Tensor, tuple[float, ...], list[fx.Node]]] = {}
     for node in seed.readers:
@@ -107,7 +108,7 @@ def parts_of(seed: Seed, plan: Plan, roles: Sequence[str], suffix: str = "") -> 
     return [Part(tuple(nodes), vector, boundaries) for vector, boundaries, nodes in parts.values()]
 
 
-def seeds_undone_before(graph: fx.Graph, plan: Plan, seeds: Sequence[Seed], suffix: str = "") -> list[Seed]:
+def seeds_undone_before(graph: fx.Graph, context: PassContext, seeds: Sequence[Seed], suffix: str = "") -> list[Seed]:
     """Values that no linear to transform reads, but a linear whose weight undoes a change because of another graph."""
     known = {reader for seed in seeds for reader in seed.readers}
     found = []
@@ -115,7 +116,7 @@ def seeds_undone_before(graph: fx.Graph, plan: Plan, seeds: Sequence[Seed], suff
         if node.target is not torch.ops.aten.linear.default or node in known:
             continue
         value, weight = node_of(node.args[0]), parameter_of(node_of(node.args[1]))
-        if (node.meta.get(LAYER), suffix) in plan.shared.columns and weight.op == "get_attr":
+        if (node.meta.get(LAYER), suffix) in context.shared.columns and weight.op == "get_attr":
             found.append(Seed(node.meta[LAYER], value, (node,)))
     return found
 
@@ -161,16 +162,16 @@ def is_transformed(layer: LayerPlan, roles: Sequence[str]) -> bool:
     return layer.kind == "linear" and layer.role in roles
 
 
-def is_target(node: fx.Node, plan: Plan, roles: Sequence[str]) -> bool:
+def is_target(node: fx.Node, context: PassContext, roles: Sequence[str]) -> bool:
     """Whether a linear is to be transformed: it has one of these roles, and its weight is quantized."""
-    layer = plan.layer(node.meta[LAYER])
+    layer = context.plan.layer(node.meta[LAYER])
     if not is_transformed(layer, roles) or layer.weight_bits is None:
         return False
     # An older plan has no decisions about linears with float activations; these linears then do not change.
     decided = (layer.balance, layer.shift, layer.timesteps) != (None, None, None)
-    return layer.activation_bits is not None or decided or plan.statistics is not None
+    return layer.activation_bits is not None or decided or context.statistics is not None
 
 
-def targets_of(seed: Seed, plan: Plan, roles: Sequence[str]) -> list[str]:
+def targets_of(seed: Seed, context: PassContext, roles: Sequence[str]) -> list[str]:
     """Names of the layers that read a value and are to be transformed."""
-    return [node.meta[LAYER] for node in seed.readers if is_target(node, plan, roles)]
+    return [node.meta[LAYER] for node in seed.readers if is_target(node, context, roles)]

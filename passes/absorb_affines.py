@@ -19,7 +19,7 @@ from fxquant.ir.rewriter import Rewriter, place_of
 from fxquant.ir.shared import Fold, parameters_of, read_stored
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
-from fxquant.planning.plan import Plan
+from fxquant.planning.context import PassContext
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 
@@ -54,12 +54,12 @@ class AbsorbAffines(Pass):
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         before, folds = parameters_of(rewriter.module), _Folds()
         while self._absorb(graph, rewriter, folds):  # Of several affines on one path, the first is absorbed first.
             pass
         before |= {copy: before[source] for copy, source in folds.copies.items()}
-        for node, stored, fold in plan.shared.unstored(rewriter.module, before, folds.made):
+        for node, stored, fold in context.shared.unstored(rewriter.module, before, folds.made):
             _correct(read_stored(node, stored, rewriter), fold, rewriter)
 
     def _absorb(self, graph: fx.Graph, rewriter: Rewriter, folds: _Folds) -> bool:

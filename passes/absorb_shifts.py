@@ -18,6 +18,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import TimeTable, add_rows, read_table, rows_at, timestep_input
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
@@ -48,11 +49,11 @@ class AbsorbShifts(Pass):
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        affines = _shifts(graph, plan, rewriter)
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        affines = _shifts(graph, context.plan, rewriter)
         if not affines:
             return
-        timestep = timestep_input(graph, plan.timestep)
+        timestep = timestep_input(graph, context.plan.timestep)
         request = Request.STATIC_SHIFT if all(table.static for table in affines.values()) else Request.SHIFT
         seeds = [Seed(node.name, node.all_input_nodes[0], (node,)) for node in affines]
         tables = {node.name: table for node, table in affines.items()}

@@ -20,6 +20,7 @@ from fxquant.ir.products import find_products
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision, entries_of, overridden, precision_of, roles
@@ -67,7 +68,8 @@ class AssignPrecision(Pass):
     def __post_init__(self) -> None:
         precision_of("", "block", Precision.parse(self.precision), self.layers, self.overrides)
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        plan = context.plan
         default = Precision.parse(self.precision)
         role_of = roles(graph)
         for product in find_products(graph):

@@ -37,9 +37,9 @@ from fxquant.passes._seeds import (
     seeds_undone_before,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import Balance, LayerPlan
-from fxquant.planning.evidence import evidence
-from fxquant.planning.plan import Plan
+from fxquant.planning.layer_inputs import layer_input
 
 
 class Salience(enum.Enum):
@@ -130,21 +130,21 @@ class BalanceChannels(Pass):
     def wants_statistics(self, layer: LayerPlan) -> bool:
         return is_transformed(layer, self.roles.split("+"))
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
-        seeds = seeds_to_transform(graph, plan, roles)
+        seeds = seeds_to_transform(graph, context, roles)
         solution = solve(graph, seeds, parse_cost(self.dearest))
         for group in solution.groups():
             grants = [solution.grants[name] for name in group]
-            targets = [[node for node in grant.seed.readers if is_target(node, plan, roles)] for grant in grants]
+            targets = [[node for node in grant.seed.readers if is_target(node, context, roles)] for grant in grants]
             layers = [[node.meta[LAYER] for node in nodes] for nodes in targets]
-            if all(plan.layer(name).balance is None for names in layers for name in names):
+            if all(context.plan.layer(name).balance is None for names in layers for name in names):
                 weights = [[_weight(node, rewriter) for node in nodes] for nodes in targets]
-                self._decide(grants, layers, weights, plan)
+                self._decide(grants, layers, weights, context)
             else:
-                follow("balance", layers, plan)
-        for seed in [*seeds, *seeds_undone_before(graph, plan, seeds)]:
-            for part in parts_of(seed, plan, roles):
+                follow("balance", layers, context.plan)
+        for seed in [*seeds, *seeds_undone_before(graph, context, seeds)]:
+            for part in parts_of(seed, context, roles):
                 if not self._is_done(part.readers):
                     _balance(part.seed(seed), part.vector, rewriter)
 
@@ -159,10 +159,10 @@ class BalanceChannels(Pass):
         grants: Sequence[Grant],
         layers: list[list[str]],
         weights: Sequence[Sequence[Tensor]],
-        plan: Plan,
+        context: PassContext,
     ) -> None:
         """Write the factors of one group into the plan."""
-        activation = [evidence(plan, names[0]).absmax.numpy() for names in layers]
+        activation = [layer_input(context, names[0]).absmax.numpy() for names in layers]
         classes = np.concatenate([grant.classes for grant in grants])
         sx, sw = np.concatenate(activation, axis=1), np.concatenate([_weight_salience(own) for own in weights])
         combined = combine_timesteps(sx, sw, self.salience, self.momentum)
@@ -182,12 +182,12 @@ class BalanceChannels(Pass):
         factors = factors_for(self.exponent)
         if self.search and any(grant.granted.any() for grant in grants):
             candidates = [factors_for(exponent) for exponent in np.linspace(0, 1, self.search)]
-            factors = min(candidates, key=lambda b: _error(layers, weights, b, plan))
+            factors = min(candidates, key=lambda b: _error(layers, weights, b, context))
         start = 0
         for grant, names in zip(grants, layers, strict=True):
             channels = grant.seed.channels
             for name in names:
-                plan.layer(name).balance = Balance(
+                context.plan.layer(name).balance = Balance(
                     cost=str(grant.cost),
                     into=list(grant.into),
                     channels=int(grant.granted.sum()),
@@ -195,7 +195,7 @@ class BalanceChannels(Pass):
                     reason=grant.reason,
                 )
                 if grant.granted.any():
-                    plan.vectors[name] = factors[start : start + channels].clone()
+                    context.plan.vectors[name] = factors[start : start + channels].clone()
             start += channels
 
 
@@ -268,15 +268,17 @@ def _weight_salience(weights: Sequence[Tensor]) -> npt.NDArray[np.float64]:
     return np.asarray(torch.stack(tops).amax(dim=0).double().cpu().numpy())
 
 
-def _error(layers: list[list[str]], weights: Sequence[Sequence[Tensor]], factors: Tensor, plan: Plan) -> float:
+def _error(
+    layers: list[list[str]], weights: Sequence[Sequence[Tensor]], factors: Tensor, context: PassContext
+) -> float:
     """Relative error of the products of sampled rows and weights, rounded with these factors, summed over layers."""
     total, start = 0.0, 0
     for names, own in zip(layers, weights, strict=True):
-        rows = torch.cat(evidence(plan, names[0]).rows)
+        rows = torch.cat(layer_input(context, names[0]).rows)
         b = factors[start : start + rows.shape[1]].float()
         start += rows.shape[1]
         for name, weight in zip(names, own, strict=True):
-            layer = plan.layer(name)
+            layer = context.plan.layer(name)
             assert layer.weight_bits is not None
             x, w = rows.to(weight.device), weight.float()
             scaled = x / b.to(x.device)

@@ -18,10 +18,10 @@ from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import boundaries_between, timestep_input, unfit
 from fxquant.passes._seeds import is_transformed, parse_cost, parse_roles, seeds_to_transform, targets_of
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan, TimestepGroups
-from fxquant.planning.evidence import evidence
 from fxquant.planning.grouping import best_segments, check_groups, cut, merge_neighbours
-from fxquant.planning.plan import Plan
+from fxquant.planning.layer_inputs import layer_input
 
 
 class Grouping(enum.Enum):
@@ -71,24 +71,24 @@ class GroupTimesteps(Pass):
     def wants_statistics(self, layer: LayerPlan) -> bool:
         return is_transformed(layer, self.roles.split("+"))
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
-        seeds = seeds_to_transform(graph, plan, roles)
+        seeds = seeds_to_transform(graph, context, roles)
         if not seeds:
             return
-        timestep = timestep_input(graph, plan.timestep)
+        timestep = timestep_input(graph, context.plan.timestep)
         solution = solve(graph, seeds, parse_cost(self.dearest), Request.SHIFT, timestep)
         for names in solution.groups():
             group = [solution.grants[name].seed for name in names]
-            layers = [targets_of(seed, plan, roles) for seed in group]
-            if all(plan.layer(name).timesteps is None for targets in layers for name in targets):
+            layers = [targets_of(seed, context, roles) for seed in group]
+            if all(context.plan.layer(name).timesteps is None for targets in layers for name in targets):
                 reason = next((why for seed in group if (why := unfit(timestep, seed.value.meta["val"]))), None)
-                found = self._decide(plan, [targets[0] for targets in layers], reason)
+                found = self._decide(context, [targets[0] for targets in layers], reason)
                 for name in (name for targets in layers for name in targets):
-                    plan.layer(name).timesteps = found
+                    context.plan.layer(name).timesteps = found
 
-    def _decide(self, plan: Plan, names: Sequence[str], reason: str | None) -> TimestepGroups:
-        seen = [evidence(plan, name) for name in names]
+    def _decide(self, context: PassContext, names: Sequence[str], reason: str | None) -> TimestepGroups:
+        seen = [layer_input(context, name) for name in names]
         steps = seen[0].timesteps
         if reason is None and any(other.timesteps != steps for other in seen):
             reason = "calibration saw the layers that are shifted together at different timesteps"

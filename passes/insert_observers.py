@@ -14,6 +14,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import timestep_input
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 
 _OBSERVE = torch.ops.fxquant.observe.default
@@ -51,7 +52,8 @@ class InsertObservers(Pass):
 
     weight_only: str = ""
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        plan = context.plan
         weight_only = set(self.weight_only.split(";"))
         observers: dict[tuple[fx.Node, int], fx.Node] = {}
         keys: dict[fx.Node, str] = {}

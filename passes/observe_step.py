@@ -11,7 +11,7 @@ from fxquant.errors import ConfigurationError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
-from fxquant.planning.plan import Plan
+from fxquant.planning.context import PassContext
 
 
 @register_pass
@@ -39,5 +39,5 @@ class ObserveStep(Pass):
         if self.step < 0:
             raise ConfigurationError(f"observe-step: step {self.step} is negative; choose 0 or more")
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        plan.observed_step = self.step
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        context.plan.observed_step = self.step

@@ -13,6 +13,7 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.ir.attention import ATTENTION, SIDES, Attention, changes_of, find_attentions
 from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.shared import SharedTensors
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import bin_of
 from fxquant.numerics.grids import affine_parameters, fake_quantize
@@ -20,8 +21,8 @@ from fxquant.numerics.ranges import activation_range
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes._quantization import InputRange
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange, AttentionPlan
-from fxquant.planning.plan import Plan
 
 aten = torch.ops.aten
 _MATMUL = torch.ops.fxquant.matmul.default
@@ -77,9 +78,9 @@ class QuantizeAttention(Pass):
                 f"quantize-attention: {self.softmax_bits} bits for the softmax; 2 to 8 are possible"
             )
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for found in find_attentions(graph):
-            entry = plan.attentions.get(found.name)
+            entry = context.plan.attentions.get(found.name)
             if entry is None or entry.bits is None:
                 continue
             if found.reason is not None:
@@ -89,17 +90,17 @@ class QuantizeAttention(Pass):
                 )
             for side in SIDES:
                 if side not in entry.ranges and entry.bits is not None:
-                    self._decide(found, side, entry, plan)
+                    self._decide(found, side, entry, context)
             if entry.bits is not None:
-                _refuse_other_values(found, plan)
+                _refuse_other_values(found, context.shared)
                 entry.softmax_bits = entry.softmax_bits or self.softmax_bits
                 _quantize(found, entry, rewriter)
 
-    def _decide(self, found: Attention, side: str, entry: AttentionPlan, plan: Plan) -> None:
+    def _decide(self, found: Attention, side: str, entry: AttentionPlan, context: PassContext) -> None:
         """Write the range of q, k or v, and its SQNR on the sampled rows, into the plan."""
         assert entry.bits is not None
         key = entry.observed.get(side, f"{found.name}:{side}")
-        seen = plan.evidence(key, f"attention {found.name!r} needs ranges of q, k and v")
+        seen = context.observed(key, f"attention {found.name!r} needs ranges of q, k and v")
         low, high, rows = seen.minimum.double(), seen.maximum.double(), [row.double() for row in seen.rows_by_timestep]
         if side == "q":
             low, high, rows = low * found.scale, high * found.scale, [row * found.scale for row in rows]
@@ -128,7 +129,7 @@ class QuantizeAttention(Pass):
         entry.sqnr_db[side] = sqnr_db(samples, fake_quantize(samples, *grid, entry.bits))
 
 
-def _refuse_other_values(found: Attention, plan: Plan) -> None:
+def _refuse_other_values(found: Attention, shared: SharedTensors) -> None:
     """Refuse a graph whose v is balanced or shifted differently than in the graph for which its range was found.
 
     Raises:
@@ -137,7 +138,7 @@ def _refuse_other_values(found: Attention, plan: Plan) -> None:
     changes = changes_of(found.operands["v"].reader)
     parts = [part for each in changes for part in (each.factor, each.shift, str(each.boundaries))]
     now = digest(*parts)
-    if plan.shared.values.setdefault(found.name, now) != now:
+    if shared.values.setdefault(found.name, now) != now:
         raise CalibrationError(
             f"the v of attention {found.name!r} takes other factors in this kind of call than in the one for which "
             "its range was found, because other parts of the model read v here; set this attention to float in the "

@@ -15,6 +15,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import InputRange, RangeSearch, is_quantized, quantized_input, quantized_weight
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 
 aten = torch.ops.aten
@@ -62,20 +63,20 @@ class QuantizeConvolutions(Pass):
             if LAYER in node.meta and plan.layer(node.meta[LAYER]).activation_bits is not None:
                 _refuse(node, plan)
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
             if LAYER not in node.meta or "conv" not in str(node.target) or "fxquant" in str(node.target):
                 continue
-            layer = plan.layer(node.meta[LAYER])
+            layer = context.plan.layer(node.meta[LAYER])
             if layer.weight_bits is None or is_quantized(node.args[1]):
                 continue
             weight = node.args[1]
             kernel = [int(size) for size in weight.meta["val"].shape[1:]]
             dtype = node.meta["val"].dtype
             if layer.activation_bits is not None:
-                _refuse(node, plan)
+                _refuse(node, context.plan)
             with rewriter.before(node):
-                packed = quantized_weight(node, plan, rewriter, self.weight_range, self.symmetric)
+                packed = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric)
                 if layer.activation_bits is None:
                     arguments = (*packed, layer.weight_bits, 0, layer.shape[1], dtype)
                     values = rewriter.call(torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node])
@@ -87,7 +88,7 @@ class QuantizeConvolutions(Pass):
                 if node.target in _ONE_DIMENSION:  # An image of one row.
                     x = rewriter.call(aten.unsqueeze.default, (x, -2), [node])
                     kernel.insert(1, 1)
-                codes, scale, zero_point = quantized_input(node, x, plan, rewriter, self.activation_range)
+                codes, scale, zero_point = quantized_input(node, x, context, rewriter, self.activation_range)
                 new = rewriter.call(
                     torch.ops.fxquant.conv2d.default,
                     (codes, scale, zero_point, *packed, options["bias"], layer.weight_bits, kernel,

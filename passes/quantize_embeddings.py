@@ -14,7 +14,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes._quantization import RangeSearch, quantized_weight
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
-from fxquant.planning.plan import Plan
+from fxquant.planning.context import PassContext
 
 aten = torch.ops.aten
 
@@ -42,11 +42,11 @@ class QuantizeEmbeddings(Pass):
     requires: ClassVar[Stage] = Stage.QUANTIZED
     establishes: ClassVar[Stage] = Stage.QUANTIZED
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
             if node.target is not aten.embedding.default or LAYER not in node.meta:
                 continue
-            layer = plan.layer(node.meta[LAYER])
+            layer = context.plan.layer(node.meta[LAYER])
             if layer.weight_bits is None:
                 continue
             if node.args[1].meta["val"].dim() != 1:
@@ -54,7 +54,7 @@ class QuantizeEmbeddings(Pass):
                     f"layer {node.meta[LAYER]}: a table is stored in few bits only where each sample looks up one row; "
                     "keep it float"
                 )
-            packed = quantized_weight(node, plan, rewriter, RangeSearch.MINMAX, symmetric=False)
+            packed = quantized_weight(node, context, rewriter, RangeSearch.MINMAX, symmetric=False)
             with rewriter.before(node):
                 rows = [rewriter.call(aten.embedding.default, (table, node.args[1]), [node]) for table in packed]
                 for row in rows:

@@ -25,8 +25,8 @@ from fxquant.passes._quantization import (
     quantized_weight,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
-from fxquant.planning.plan import Plan
 
 
 @register_pass
@@ -83,25 +83,25 @@ class QuantizeLinears(Pass):
         """Whether GPTQ or AdaRound needs second moments: not for layers that only store their weight in 8 bits."""
         return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and is_rounded(layer)
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
             if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:
                 continue
-            layer = plan.layer(node.meta[LAYER])
+            layer = context.plan.layer(node.meta[LAYER])
             if layer.weight_bits is None or is_quantized(node.args[1]):
                 continue
             x, weight = node.args[0], node.args[1]
             bias = node.args[2] if len(node.args) > 2 else None
             total = plus_rows(node) if bias is None and layer.activation_bits is not None else None
             dtype = node.meta["val"].dtype
-            packed = quantized_weight(node, plan, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
+            packed = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
             with rewriter.before(node if total is None else total):
                 if layer.activation_bits is None:
                     arguments = (*packed, layer.weight_bits, layer.group_size, layer.shape[1], dtype)
                     values = rewriter.call(torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node])
                     rewriter.redirect(node, weight, values)
                     continue
-                codes, scale, zero_point = quantized_input(node, x, plan, rewriter, self.activation_range)
+                codes, scale, zero_point = quantized_input(node, x, context, rewriter, self.activation_range)
                 if total is not None:
                     bias = total.args[1]
                 new = rewriter.call(

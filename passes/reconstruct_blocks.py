@@ -19,6 +19,7 @@ from fxquant.numerics.rounding.soft import Hardening, SoftWeight
 from fxquant.numerics.weights import weight_grid
 from fxquant.passes._quantization import InputRange, RangeSearch, decide_range, importance_of, is_rounded
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.reconstruction.engine import reconstruct
 from fxquant.reconstruction.learn import Settings
@@ -84,25 +85,25 @@ class ReconstructBlocks(Pass):
         """The number of samples to learn from."""
         return self.samples
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        layers = [node for node in graph.nodes if _is_learned(node, plan)]
-        if is_replayed(rewriter.module) or all(node.meta[LAYER] in plan.codes for node in layers):
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        layers = [node for node in graph.nodes if _is_learned(node, context.plan)]
+        if is_replayed(rewriter.module) or all(node.meta[LAYER] in context.codes for node in layers):
             return
-        if not plan.inputs:
+        if not context.inputs:
             raise CalibrationError(
                 f"{self.name} learns from calibration calls, and there are no calls of this kind; pass calibrate= to "
                 "fxquant.compile. A plan does not hold these calls; to use what was learned, load the checkpoint"
             )
         soft: dict[fx.Node, Callable[[], SoftWeight]] = {}
         for node in layers:
-            if plan.layer(node.meta[LAYER]).activation_bits is not None:
-                decide_range(node, node.args[0], plan, rewriter, self.activation_range)
-            soft[node] = partial(self._soft_weight, node, plan, rewriter)
-        reconstruct(rewriter.module, plan, soft, self._settings(), str(self), rewriter.progress)
+            if context.plan.layer(node.meta[LAYER]).activation_bits is not None:
+                decide_range(node, node.args[0], context, rewriter, self.activation_range)
+            soft[node] = partial(self._soft_weight, node, context, rewriter)
+        reconstruct(rewriter.module, context, soft, self._settings(), str(self))
 
-    def _soft_weight(self, node: fx.Node, plan: Plan, rewriter: Rewriter) -> SoftWeight:
+    def _soft_weight(self, node: fx.Node, context: PassContext, rewriter: Rewriter) -> SoftWeight:
         name = node.meta[LAYER]
-        layer, weight = plan.layer(name), rewriter.tensor(node.args[1]).detach().to(torch.float32)
+        layer, weight = context.plan.layer(name), rewriter.tensor(node.args[1]).detach().to(torch.float32)
         require_finite(weight, f"the weight of layer {name}")
         assert layer.weight_bits is not None
         searched = self.weight_range is not RangeSearch.MINMAX
@@ -112,7 +113,7 @@ class ReconstructBlocks(Pass):
             group_size=layer.group_size,
             symmetric=self.symmetric,
             method=self.weight_range.value,
-            importance=importance_of(name, plan, weight.device) if searched else None,
+            importance=importance_of(name, context, weight.device) if searched else None,
         )
         return SoftWeight(weight, scale, zero_point, layer.weight_bits, layer.group_size)
 

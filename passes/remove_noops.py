@@ -11,7 +11,7 @@ from torch import fx
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
-from fxquant.planning.plan import Plan
+from fxquant.planning.context import PassContext
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ class RemoveNoOps(Pass):
     requires: ClassVar[Stage] = Stage.LOWERED
     establishes: ClassVar[Stage] = Stage.CAPTURED
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
             if node.op == "call_function" and _returns_input(node):
                 source = node.args[0]

@@ -32,9 +32,9 @@ from fxquant.passes._seeds import (
     targets_of,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan, Shift
-from fxquant.planning.evidence import evidence
-from fxquant.planning.plan import Plan
+from fxquant.planning.layer_inputs import layer_input
 
 
 @register_pass
@@ -74,24 +74,24 @@ class ShiftChannels(Pass):
     def wants_statistics(self, layer: LayerPlan) -> bool:
         return is_transformed(layer, self.roles.split("+"))
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
-        seeds = seeds_to_transform(graph, plan, roles)
-        others = seeds_undone_before(graph, plan, seeds, ".shift")
+        seeds = seeds_to_transform(graph, context, roles)
+        others = seeds_undone_before(graph, context, seeds, ".shift")
         if not seeds and not others:
             return
-        timestep = timestep_input(graph, plan.timestep)
-        layers = {seed.name: targets_of(seed, plan, roles) for seed in seeds}
-        moving = any(plan.layer(name).boundaries for names in layers.values() for name in names)
+        timestep = timestep_input(graph, context.plan.timestep)
+        layers = {seed.name: targets_of(seed, context, roles) for seed in seeds}
+        moving = any(context.plan.layer(name).boundaries for names in layers.values() for name in names)
         request = Request.SHIFT if moving else Request.STATIC_SHIFT
         solution = solve(graph, seeds, parse_cost(self.dearest), request, timestep)
         for group in solution.groups():
-            if all(plan.layer(name).shift is None for seed in group for name in layers[seed]):
-                self._decide(solution, {seed: layers[seed] for seed in group}, plan)
+            if all(context.plan.layer(name).shift is None for seed in group for name in layers[seed]):
+                self._decide(solution, {seed: layers[seed] for seed in group}, context)
             else:
-                follow("shift", [layers[seed] for seed in group], plan)
+                follow("shift", [layers[seed] for seed in group], context.plan)
         for seed in [*seeds, *others]:
-            for part in parts_of(seed, plan, roles, ".shift"):
+            for part in parts_of(seed, context, roles, ".shift"):
                 if not self._is_done(part.readers):
                     _shift(part.seed(seed), TimeTable(timestep, part.boundaries, part.vector), rewriter)
 
@@ -101,19 +101,19 @@ class ShiftChannels(Pass):
         changed += [parameter_of(bias) for reader in readers for bias in reader.all_input_nodes[2:]]
         return any(origin.pass_name == self.name for node in changed for origin in node.meta.get(PROVENANCE, ()))
 
-    def _decide(self, solution: Solution, layers: Mapping[str, Sequence[str]], plan: Plan) -> None:
+    def _decide(self, solution: Solution, layers: Mapping[str, Sequence[str]], context: PassContext) -> None:
         """Write the shifts of one group of seeds into the plan. Channels of one class share their mean shift."""
         every = [name for targets in layers.values() for name in targets]
-        if len({plan.layer(name).boundaries for name in every}) > 1:
+        if len({context.plan.layer(name).boundaries for name in every}) > 1:
             raise ConfigurationError(
                 f"{self.name}: layers {', '.join(every)} are shifted together but have different groups of timesteps; "
                 "give group-timesteps the same dearest= and roles=, or edit the plan"
             )
         middles = {}
         for seed, names in layers.items():
-            seen = evidence(plan, names[0])
+            seen = layer_input(context, names[0])
             middle = (seen.minimum + seen.maximum) / 2
-            bins = range(len(plan.layer(names[0]).boundaries) + 1)
+            bins = range(len(context.plan.layer(names[0]).boundaries) + 1)
             middles[seed] = torch.stack([middle[seen.bins == number].mean(dim=0) for number in bins]).nan_to_num()
         classes = np.concatenate([solution.grants[seed].classes for seed in layers])
         numbers, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
@@ -128,9 +128,9 @@ class ShiftChannels(Pass):
             z = mean[:, torch.from_numpy(inverse[start : start + grant.seed.channels])]
             start += grant.seed.channels
             for name in names:
-                plan.layer(name).shift = _entry(grant, balanced=name in plan.vectors)
+                context.plan.layer(name).shift = _entry(grant, balanced=name in context.plan.vectors)
                 if grant.granted.any():
-                    plan.vectors[f"{name}.shift"] = z.clone()
+                    context.plan.vectors[f"{name}.shift"] = z.clone()
 
 
 def _entry(grant: Grant, balanced: bool) -> Shift:

@@ -23,6 +23,7 @@ from fxquant.ir.tensors import bind, weights_of
 from fxquant.passes.absorb_affines import AbsorbAffines
 from fxquant.passes.absorb_shifts import AbsorbShifts
 from fxquant.pipeline.pipeline import PassRecord, Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 
 AFFINE = torch.ops.fxquant.channel_affine.default
@@ -241,7 +242,9 @@ def refused(result: Absorbed, reason: str) -> None:
     assert result.left == len(result.grants)
 
 
-def rewritten(model: nn.Module, passes: str, plan: Plan | None = None, **inputs: Tensor) -> tuple[str, str]:
+def rewritten(
+    model: nn.Module, passes: str, plan: PassContext | Plan | None = None, **inputs: Tensor
+) -> tuple[str, str]:
     """Text of the graph before and after a pipeline."""
     module = captured(model, **inputs).module
     before = text(module)

@@ -13,6 +13,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import copy_graph
 from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import captured, outputs, relative_error
@@ -56,13 +57,14 @@ def rewritten(steps: list[Tensor]) -> tuple[Block, CapturedGraph, Plan]:
     model = Block().double().eval()
     found, plan = captured(model, **dict(zip(("x", "timestep"), call(steps[0]), strict=True))), Plan("", "", "timestep")
     Pipeline.parse("assign-precision").run(found.module, plan)
-    observed, plan.statistics = copy_graph(found.module), Statistics(num_rows=8)
+    observed, statistics = copy_graph(found.module), Statistics(num_rows=8)
+    context = PassContext(plan, statistics)
     Pipeline.parse("insert-observers").run(observed, plan)
-    with recording(plan.statistics.record), torch.no_grad():
+    with recording(statistics.record), torch.no_grad():
         for seed, step in enumerate(steps):
             observed(*call(step, seed))
-    Pipeline.parse(PASSES).run(found.module, plan)
-    return model, found, plan
+    Pipeline.parse(PASSES).run(found.module, context)
+    return model, found, context
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from torch import nn
 
 from fxquant.disk.folders import no_folder
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
-from fxquant.inspect.rows import COSTS, AttentionReport, LayerReport, PassReport, Totals
+from fxquant.inspect.decisions import decision_rows, decision_tables
+from fxquant.inspect.rows import COSTS, AttentionReport, DecisionReport, LayerReport, PassReport, Totals
 from fxquant.inspect.tables import layer_row, reasons, sections, span_of
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
@@ -60,6 +61,7 @@ class Report:
         attentions: One row per attention, in the order of the graph.
         products: For each matrix product or convolution that is neither a layer nor part of an attention: the reason
             why it stays float, by the path of its module, its op and its line.
+        decisions: What passes recorded in rooms of their own (:mod:`fxquant.planning.rooms`).
     """
 
     model_class: str
@@ -73,11 +75,14 @@ class Report:
     passes: tuple[PassReport, ...]
     attentions: tuple[AttentionReport, ...] = ()
     products: Mapping[str, str] = field(default_factory=dict)
+    decisions: tuple[DecisionReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values. Numbers that are not finite, such as the SQNR of a lossless layer, are strings."""
         data = asdict(self)
         data["output_sqnr_db"] = [[step, db] for step, db in self.output_sqnr_db.items()]
+        if not self.decisions:
+            del data["decisions"]
         values = json_values(data)
         assert isinstance(values, dict)
         return values
@@ -100,6 +105,7 @@ class Report:
             parts.append(text)
         if self.attentions:
             parts.append(self._attention_table(every))
+        parts += decision_tables(self.decisions, every)
         if self.output_sqnr_db:
             parts.append(self._output_table())
         if self.passes:
@@ -231,6 +237,7 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
             for name, entry in plan.attentions.items()
         ),
         products=dict(plan.products),
+        decisions=decision_rows(plan.rooms),
     )
 
 

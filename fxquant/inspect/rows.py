@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 COSTS = ("free", "vector", "tokens", "not")
 """What balancing a layer costs at run time, cheapest first; ``not`` means that the layer was not balanced."""
@@ -81,6 +82,21 @@ class AttentionReport:
     ranges: Mapping[str, tuple[float, float]]
     sqnr_db: Mapping[str, float]
     reason: str | None
+
+
+@dataclass(frozen=True)
+class DecisionReport:
+    """One entry of a pass's room in the plan.
+
+    Attributes:
+        of: Name of the pass.
+        name: What the decision is about, such as a layer.
+        values: What was decided, by field; of a tensor its dtype and shape, such as ``float32[64, 64]``.
+    """
+
+    of: str
+    name: str
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

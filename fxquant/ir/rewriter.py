@@ -41,8 +41,7 @@ class Rewriter:
         module: The graph module being rewritten.
         pass_name: Recorded as provenance.
         edits: Number of changes made so far; 0 means that the pass did not match.
-        memo: Results that the pass may use again, by keys that the pass chooses.
-        progress: Called as ``progress(what, done, total)`` by passes that take long; None if progress is not shown.
+        memo: Nodes that the pass has made and may use again, by keys that the pass chooses.
     """
 
     def __init__(self, module: fx.GraphModule, pass_name: str) -> None:
@@ -50,7 +49,6 @@ class Rewriter:
         self.pass_name = pass_name
         self.edits = 0
         self.memo: dict[Any, Any] = {}
-        self.progress: Callable[[str, int, int], object] | None = None
         self._mode: FakeTensorMode | None = None
         self._taken: Counter[str] | None = None
 

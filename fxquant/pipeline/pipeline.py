@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_checkable
@@ -28,6 +28,7 @@ from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
 from fxquant.pipeline.options import read_named
 from fxquant.pipeline.registry import Registry
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 
@@ -56,8 +57,14 @@ class Pass(ABC):
     """The stage of the graph after the pass; a graph that was at a later stage before stays at that stage."""
 
     @abstractmethod
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
-        """Rewrite the graph through ``rewriter``: carry out what the plan holds; decide and add to it what it lacks."""
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        """Rewrite the graph through ``rewriter``: carry out what the plan holds; decide and add to it what it lacks.
+
+        Args:
+            graph: The graph.
+            context: The plan, and the data from which the pass decides what the plan lacks.
+            rewriter: Makes all edits.
+        """
 
     def wants_statistics(self, layer: LayerPlan) -> bool:
         """Whether the pass needs input statistics of a linear whose activations stay float; other linears have them."""
@@ -68,7 +75,7 @@ class Pass(ABC):
         return False
 
     def wants_samples(self) -> int:
-        """How many samples of calibration calls the pass has to run again; it reads them from ``plan.inputs``."""
+        """How many samples of calibration calls the pass runs again; it reads them from ``context.inputs``."""
         return 0
 
     def check_graph(self, graph: fx.Graph, plan: Plan) -> None:  # noqa: B027  (most can carry out everything)
@@ -203,8 +210,15 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(str(step) for step in self.passes)
 
-    def run(self, module: fx.GraphModule, plan: Plan, stage: Stage = Stage.CAPTURED) -> list[PassRecord]:
+    def run(
+        self, module: fx.GraphModule, context: PassContext | Plan, stage: Stage = Stage.CAPTURED
+    ) -> list[PassRecord]:
         """Run all passes on ``module`` in place.
+
+        Args:
+            module: The graph.
+            context: The plan with what passes decide from, or a plan alone.
+            stage: The stage of the graph.
 
         Raises:
             PassError: If a pass raises an error that is not an :class:`FxquantError`; the message names the pass.
@@ -213,25 +227,26 @@ class Pipeline:
         for step in self.passes:
             if stage > step.requires:
                 raise ConfigurationError(f"{step.name} works on {step.requires} graphs, this one is {stage} already")
+        if isinstance(context, Plan):
+            context = PassContext(context)
         verify(module, SPECS[stage])
         records = []
         for number, step in enumerate(self.passes, 1):
             stage = max(stage, step.establishes)
-            record = self._run_one(step, module, plan, SPECS[stage])
+            record = self._run_one(step, module, context, SPECS[stage])
             log.info("%d/%d %s", number, len(self.passes), record)
             records.append(record)
         return records
 
-    def _run_one(self, step: Pass, module: fx.GraphModule, plan: Plan, spec: StageSpec) -> PassRecord:
+    def _run_one(self, step: Pass, module: fx.GraphModule, context: PassContext, spec: StageSpec) -> PassRecord:
         for instrument in self.instruments:
             instrument.before(step, module)
         began, ops = time.perf_counter(), count_ops(module.graph)
         rewriter = Rewriter(module, step.name)
         shown = [instrument for instrument in self.instruments if isinstance(instrument, ShowsProgress)]
-        if shown:
-            rewriter.progress = partial(_show, shown, step)
+        own = replace(context, memo={}, progress=partial(_show, shown, step) if shown else None)
         try:
-            step.run(module.graph, plan, rewriter)
+            step.run(module.graph, own, rewriter)
             if rewriter.edits:
                 module.graph.eliminate_dead_code()
                 drop_unread_tensors(module)

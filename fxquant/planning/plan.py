@@ -21,13 +21,10 @@ from fxquant.capture.calls import CallSpec
 from fxquant.disk.files import blaming, load_tensors, share
 from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
-from fxquant.ir.shared import SharedTensors
-from fxquant.numerics.weights import QuantizedWeight
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
+from fxquant.planning.rooms import D, Rooms, same_tensors
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.plan import PlanFile
-from fxquant.statistics.channels import ChannelStatistics
-from fxquant.statistics.collection import Statistics
 
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
@@ -55,6 +52,7 @@ class Plan:
         vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is
             subtracted from the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance``
             the mean squares of the input channels, if a search of weight ranges needed them.
+        rooms: Decisions of passes for which the plan has no field (:meth:`room`).
         timesteps: The calibrated timesteps.
         output_sqnr_db: Output SQNR against float by timestep, in dB, as measured on calibration inputs.
         bytes_before: Size of the float model's tensors.
@@ -62,16 +60,8 @@ class Plan:
         passes: What the pipeline did, one entry per pass.
         observed_step: Number of the one denoising step that calibration observes, counted from 0; None for all steps.
         reconstruction: SQNR of each block's output in dB, first rounded to nearest, then as learned.
-        statistics: What calibration recorded; present only while passes decide, never saved.
         naming: Version of the rules that name layers. The rules of version 1 named layers with a shared weight after
             one of the weight's owners, and layers whose weight is cast after their node.
-        inputs: Tensor inputs of calibration calls, for passes that run the graph again; present as long as the
-            statistics are.
-        workspace: Folder for finished results of such passes, or None; never saved.
-        codes: Weights whose rounding depended on more than their own values, by layer, for further graphs of the model;
-            never saved, because the checkpoint holds them.
-        shared: What the graphs of the model that carries out the plan decided about the tensors that they share; never
-            saved, because replaying the plan finds it again.
     """
 
     recipe: str
@@ -90,12 +80,8 @@ class Plan:
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
+    rooms: Rooms = field(default_factory=Rooms, repr=False)
     naming: int = NAMING
-    inputs: list[list[Tensor]] | None = field(default=None, repr=False, compare=False)
-    workspace: Path | None = field(default=None, repr=False, compare=False)
-    statistics: Statistics | None = field(default=None, repr=False, compare=False)
-    codes: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False, compare=False)
-    shared: SharedTensors = field(default_factory=SharedTensors, repr=False, compare=False)
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of one layer.
@@ -117,23 +103,34 @@ class Plan:
             raise CalibrationError(f"the plan knows no attention {name!r}")
         return self.attentions[name]
 
-    def evidence(self, key: str, why: str | None = None) -> ChannelStatistics:
-        """Calibration statistics of one value.
+    def room(self, kind: type[D]) -> dict[str, D]:
+        """What one pass decided, by name, such as that of a layer. Whoever changes the dict changes the plan.
 
         Args:
-            key: Name of the value.
-            why: What the statistics are needed for, for the message.
+            kind: Type of the decisions; it names the pass (:mod:`fxquant.planning.rooms`).
 
         Raises:
-            CalibrationError: If there are no statistics, because no calibration ran or it never reached the layer.
+            ConfigurationError: If the type cannot be stored, or the room holds another type.
+            CheckpointError: If an entry that was read from a file does not fit the type.
         """
-        if self.statistics is None:
-            raise CalibrationError(
-                f"{why or f'layer {key!r} needs an activation range'}, but there are no calibration statistics; "
-                "pass calibrate= to fxquant.compile, or pass plan= with the statistics= that calibration recorded",
-                reason=f"the plan does not hold what was decided: {why or f'layer {key!r} needs an activation range'}",
-            )
-        return self.statistics[key]
+        return self.rooms.room(kind)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two plans hold the same decisions and measurements. How long passes took does not count."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return self._comparable() == other._comparable() and same_tensors(self.tensors(), other.tensors())
+
+    __hash__ = None  # type: ignore[assignment]  # A plan changes while passes decide.
+
+    def _comparable(self) -> str:
+        data = self.to_json()
+        data["passes"] = [{**entry, "seconds": None} for entry in data["passes"]]
+        return json.dumps(data, sort_keys=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The vectors, and the tensors of the rooms."""
+        return {**self.vectors, **self.rooms.tensors()}
 
     def undecided(self, recipe: str) -> Plan:
         """A copy in which only bit widths are decided; another recipe decides the rest from the same statistics.
@@ -200,6 +197,9 @@ class Plan:
         data["layers"] = {name: asdict(layer) for name, layer in self.layers.items()}
         data["attentions"] = {name: asdict(attention) for name, attention in self.attentions.items()}
         data["output_sqnr_db"] = [[t, db] for t, db in self.output_sqnr_db.items()]
+        data["rooms"] = self.rooms.to_json()
+        if not data["rooms"]:  # Most plans have none; their files stay as earlier versions read them.
+            del data["rooms"]
         return {"format": FORMAT, **data}
 
     @classmethod
@@ -228,7 +228,10 @@ class Plan:
             attentions = data.get("attentions", {})
             values["attentions"] = {name: _attention_from_json(entry) for name, entry in attentions.items()}
             values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
-            return cls(**values, vectors=dict(vectors))
+            tensors = dict(vectors)
+            values["rooms"] = Rooms.from_json(data.get("rooms", {}), tensors)
+            _refuse_integers(tensors)
+            return cls(**values, vectors=tensors)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan cannot be read: {error!r}") from error
 
@@ -247,7 +250,8 @@ class Plan:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            save_file({name: vector.contiguous() for name, vector in self.vectors.items()}, folder / VECTORS_FILE)
+            tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
+            save_file(tensors, folder / VECTORS_FILE)
             share(folder / VECTORS_FILE)
 
     @classmethod
@@ -266,8 +270,8 @@ class Plan:
             return cls.from_json(data, read_vectors(folder / VECTORS_FILE))
 
 
-_NOT_IN_JSON = ("vectors", "statistics", "codes", "inputs", "workspace", "shared")
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming"})
+_NOT_IN_JSON = ("vectors",)
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming", "rooms"})
 """Entries that earlier plans of this format lack."""
 
 
@@ -288,16 +292,22 @@ def _attention_from_json(data: Mapping[str, Any]) -> AttentionPlan:
 
 
 def read_vectors(path: Path) -> dict[str, Tensor]:
-    """The vectors of a plan.
+    """The tensors of a plan.
 
     Raises:
         CheckpointError: If they cannot be read, or one holds NaN or infinity.
     """
     vectors = load_tensors(path, torch.device("cpu"))
     for name, vector in vectors.items():
-        if not vector.is_floating_point() or not vector.isfinite().all():
+        if vector.is_floating_point() and not vector.double().isfinite().all():
             raise CheckpointError(f"{path}: vector {name!r} should hold finite numbers; copy the checkpoint again")
     return vectors
+
+
+def _refuse_integers(vectors: Mapping[str, Tensor]) -> None:
+    for name, vector in vectors.items():
+        if not vector.is_floating_point():
+            raise CheckpointError(f"vector {name!r} should hold finite numbers; copy the checkpoint again")
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -15,8 +15,8 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import get_tensor
 from fxquant.numerics.rounding.soft import SoftWeight
 from fxquant.numerics.sqnr import snr_db
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange
-from fxquant.planning.plan import Plan
 from fxquant.reconstruction.cache import Values, drop_unused, share_alike
 from fxquant.reconstruction.learn import Settings, Simulation, as_codes, learn
 from fxquant.reconstruction.segments import Segment, segments
@@ -28,27 +28,26 @@ log = logging.getLogger(__name__)
 
 def reconstruct(
     module: fx.GraphModule,
-    plan: Plan,
+    context: PassContext,
     layers: Mapping[fx.Node, Callable[[], SoftWeight]],
     settings: Settings,
     text: str,
-    progress: Callable[[str, int, int], object] | None = None,
 ) -> None:
     """Learn the codes and input ranges of linears, and write them into the plan.
 
     Args:
         module: A float graph; it does not change.
-        plan: Holds the calls to learn from in ``inputs``, and the ranges that learning begins with.
+        context: Holds the calls to learn from in ``inputs``, and in its plan the ranges that learning begins with.
+            Receives the codes. If it shows no progress, a bar on the terminal does.
         layers: For each linear to learn, a function that makes its soft weight.
         settings: How a segment is learned.
-        text: Identifies the settings of the results that are kept in ``plan.workspace``.
-        progress: Called as ``progress(block, done, total)``; a bar on the terminal if None.
+        text: Identifies the settings of the results that are kept in ``context.workspace``.
     """
-    engine = _Engine(module, plan, layers, settings, text)
+    engine = _Engine(module, context, layers, settings, text)
     learned = [part for part in engine.parts if any(node in layers for node in part.nodes)]
     iterations = settings.hardening.iterations
     total = iterations * len(learned)
-    with _bar() if progress is None else nullcontext(progress) as show:
+    with _bar() if context.progress is None else nullcontext(context.progress) as show:
         for number, part in enumerate(engine.parts):
             before = iterations * sum(done in learned for done in engine.parts[:number])
             engine.step(number, lambda iteration, part=part, before=before: show(part.name, before + iteration, total))  # type: ignore[misc]
@@ -66,19 +65,20 @@ class _Engine:
     def __init__(
         self,
         module: fx.GraphModule,
-        plan: Plan,
+        context: PassContext,
         layers: Mapping[fx.Node, Callable[[], SoftWeight]],
         settings: Settings,
         text: str,
     ) -> None:
-        self.module, self.plan, self.layers, self.settings = module, plan, layers, settings
+        self.module, self.context, self.layers, self.settings = module, context, layers, settings
+        self.plan = context.plan
         self.parts = segments(module.graph)
         self.needed = {node: number for number, part in enumerate(self.parts) for node in part.inputs}
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-        calls = [dict(zip(inputs, tensors, strict=True)) for tensors in plan.inputs or ()]
-        time = next(node for node in inputs if node.target == plan.timestep)
+        calls = [dict(zip(inputs, tensors, strict=True)) for tensors in context.inputs]
+        time = next(node for node in inputs if node.target == self.plan.timestep)
         self.timesteps = [_by_sample(call[time], call[inputs[0]]) for call in calls]
-        self.store = Store(plan.workspace)
+        self.store = Store(context.workspace)
         self.fingerprint = digest(text, (tensor for call in calls for tensor in call.values()))
         share_alike(calls, inputs)
         self.exact: list[Values] = calls
@@ -110,8 +110,8 @@ class _Engine:
         for node in (node for node in part.nodes if node in self.layers):
             name = str(node.meta[LAYER])
             layer, (value, weight) = self.plan.layer(name), node.all_input_nodes[:2]
-            if name in self.plan.codes:  # Learned in an earlier segment, or for another graph.
-                found.weights[node] = self.plan.codes[name].dequantize(torch.float32)
+            if name in self.context.codes:  # Learned in an earlier segment, or for another graph.
+                found.weights[node] = self.context.codes[name].dequantize(torch.float32)
             else:
                 if weight not in soft:
                     soft[weight] = self.layers[node]()
@@ -155,7 +155,7 @@ class _Engine:
         self._adopt(simulation, named, learned)
 
     def _adopt(self, simulation: Simulation, named: Mapping[fx.Node, str], learned: Learned) -> None:
-        self.plan.codes.update(learned.codes)
+        self.context.codes.update(learned.codes)
         for node, name in named.items():
             if name in learned.codes:
                 simulation.weights[node] = learned.codes[name].dequantize(torch.float32)

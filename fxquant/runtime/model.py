@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
+from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import read_tensors, set_tensor, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
@@ -47,6 +48,7 @@ class GraphModel(DropIn):
         captured: The same graphs with the calls that they serve.
         plan: What was decided; None for a model that was only traced.
         backend: What runs the graphs; None for a model that was only traced.
+        shared: What the graphs decided about the tensors that they share.
         weights: For a model that was only traced: the original's, which graphs of later calls read. Otherwise empty.
     """
 
@@ -61,6 +63,7 @@ class GraphModel(DropIn):
         make_graph: MakeGraph,
         backend: Backend | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
+        shared: SharedTensors | None = None,
     ) -> None:
         super().__init__()
         self.graphs = _Graphs()
@@ -69,6 +72,7 @@ class GraphModel(DropIn):
         self.captured: list[CapturedGraph] = []
         self._make_graph = make_graph
         self.weights = {} if weights is None else weights
+        self.shared = SharedTensors() if shared is None else shared
         self._dtype = dtype
         self._watched = 0
         # Not a submodule, to hide its fake parameters. From here on, attributes of the original cannot be set.
@@ -273,7 +277,9 @@ class GraphModel(DropIn):
         )
 
     def __copy__(self) -> GraphModel:
-        clone = GraphModel(self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights)
+        clone = GraphModel(
+            self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights, self.shared
+        )
         for captured in self.captured:
             clone.add(captured)
         return clone
@@ -333,7 +339,8 @@ class GraphModel(DropIn):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
         plan, weights = copy.deepcopy(self.plan, memo), copy.deepcopy(self.weights, memo)
-        clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, weights)
+        shared = copy.deepcopy(self.shared, memo)
+        clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, weights, shared)
         clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
             for name, tensor in read_tensors(captured.module).items():

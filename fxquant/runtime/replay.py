@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ from fxquant.errors import CalibrationError, CaptureError, CheckpointError, Conf
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.meta import LAYER
-from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_of
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline
 from fxquant.pipeline.recipes import Recipe
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.planning.uses import adopt_names, settle
 from fxquant.runtime.float_model import device_of, dtype_of
@@ -38,7 +39,12 @@ from fxquant.statistics.collection import Statistics
 
 
 def convert(
-    calibration: Calibration, recipe: Recipe, backend: Backend, dtype: torch.dtype, instruments: Sequence[Instrument]
+    calibration: Calibration,
+    recipe: Recipe,
+    backend: Backend,
+    dtype: torch.dtype,
+    instruments: Sequence[Instrument] = (),
+    workspace: Path | None = None,
 ) -> GraphModel:
     """Make a quantized model of the graphs that were calibrated.
 
@@ -48,13 +54,15 @@ def convert(
         backend: What the graphs are lowered to.
         dtype: Dtype of the float model.
         instruments: They watch the passes.
+        workspace: Folder in which slow passes keep finished results, or None.
     """
     plan = calibration.plan
     quantized = GraphModel(calibration.architecture, dtype, plan, further_graph(recipe, backend), backend)
+    context = PassContext(plan, calibration.statistics, workspace=workspace, shared=quantized.shared)
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):
-        plan.inputs = calibration.inputs_of(number)
-        records = _rewrite(captured, plan, recipe.convert, instruments)
+        context.inputs = calibration.inputs_of(number)
+        records = _rewrite(captured, context, recipe.convert, instruments)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [log_entry(record) for record in records]
         quantized.add(captured)
@@ -79,11 +87,11 @@ def replay(
     plan.backend = backend.name
     for layer in plan.layers.values():
         layer.weight_sqnr_db = None  # Measured again, because the bits may have been edited.
-    plan.shared = SharedTensors()
     weights = weights_of(model)
     warn_if_not_rebuilt(model, plan.timestep)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(model), plan, further_graph(recipe, backend), backend)
+    context = PassContext(plan, statistics, shared=quantized.shared)
     device, original = device_of(model), Original(model, plan.timestep)
     for call in plan.calls:
         original.warm(example(call, device), call.structure, architecture)
@@ -95,11 +103,7 @@ def replay(
             raise ConfigurationError(
                 f"the plan was made for another model, {plan.model_class}, or for calls that run less of it: {error}"
             ) from error
-        plan.statistics = statistics
-        try:
-            records = convert_graph(captured, plan, recipe, backend, quantized.tensors(), instruments)
-        finally:
-            plan.statistics = None
+        records = convert_graph(captured, context, recipe, backend, quantized.tensors(), instruments)
         plan.passes = plan.passes or [log_entry(record) for record in records]
         quantized.add(captured)
     plan.bytes_before = tensor_bytes(weights)
@@ -109,7 +113,7 @@ def replay(
 
 def convert_graph(
     captured: CapturedGraph,
-    plan: Plan,
+    context: PassContext,
     recipe: Recipe,
     backend: Backend,
     held: Mapping[str, Tensor],
@@ -119,8 +123,8 @@ def convert_graph(
 
     The graph needs no real weights if other graphs hold them.
     """
-    records = _rewrite(captured, plan, [*recipe.prepare, *recipe.convert], instruments)
-    backend.finish(captured.module, plan, held)
+    records = _rewrite(captured, context, [*recipe.prepare, *recipe.convert], instruments)
+    backend.finish(captured.module, context.plan, held)
     return records
 
 
@@ -146,7 +150,6 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
         assert owner.plan is not None
         captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # Decisions for a further call must not change the plan of calibration.
-        plan.shared = owner.plan.shared.without_weights()
         settle(captured.module.graph, plan)
         try:
             refuse_unknown_layers(captured, plan)
@@ -155,18 +158,19 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
                 f"{error}: this call of the model runs more than any calibration call did. Calibrate with calls like "
                 f"it: {captured.call}"
             ) from error
-        convert_graph(captured, plan, recipe, backend, owner.tensors())
+        context = PassContext(plan, shared=owner.shared.without_weights())
+        convert_graph(captured, context, recipe, backend, owner.tensors())
         return bound_graph(captured, owner.tensors())
 
     return make_graph
 
 
 def _rewrite(
-    captured: CapturedGraph, plan: Plan, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()
+    captured: CapturedGraph, context: PassContext, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()
 ) -> list[PassRecord]:
     """Run passes on a graph, and record what the graph is before a backend lowers it."""
-    records = Pipeline(passes, instruments).run(captured.module, plan)
-    plan.shared.settle_names(captured.module)
+    records = Pipeline(passes, instruments).run(captured.module, context)
+    context.shared.settle_names(captured.module)
     captured.digest = graph_digest(captured.module.graph)
     return records
 
@@ -184,8 +188,8 @@ def model_from_plan(
     if not plan.calls:
         raise CheckpointError("the plan records no call of the model")
     recipe = Recipe.parse(plan.recipe)
-    plan.shared = SharedTensors()
     quantized = GraphModel(architecture, dtype, plan, further_graph(recipe, backend), backend)
+    context = PassContext(plan, shared=quantized.shared)
     for call in plan.calls:
         with at_most(len(plan.layers)):
             captured = architecture.capture_spec(call, device)
@@ -196,7 +200,7 @@ def model_from_plan(
                 f"the model that is built for it runs more than was quantized: {error}. The plan belongs to another "
                 "model, or to another version of its class"
             ) from error
-        _rewrite(captured, plan, [*recipe.prepare, *recipe.convert])
+        _rewrite(captured, context, [*recipe.prepare, *recipe.convert])
         quantized.add(captured)
     return quantized
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,7 @@ from fxquant.schemas.common import (
 _MOST_PASSES = 200
 _MOST_CALLS = 256
 Side = Literal["q", "k", "v"]
+Room = Annotated[dict[Name, dict[Name, Any]], Field(max_length=100_000)]
 Bound = Finite | Annotated[list[Finite], Field(fail_fast=True, min_length=1, max_length=10_001)]
 
 
@@ -147,6 +148,7 @@ class PlanFile(Schema):
     reconstruction: Annotated[dict[Name, list[float]], Field(max_length=20_000)] = Field(default_factory=dict)
     attentions: Annotated[dict[Name, Attention], Field(max_length=20_000)] = Field(default_factory=dict)
     products: Annotated[dict[Name, Text], Field(max_length=20_000)] = Field(default_factory=dict)
+    rooms: Annotated[dict[Name, Room], Field(max_length=_MOST_PASSES)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agrees(self) -> PlanFile:

@@ -15,6 +15,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import copy_graph
 from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import AFFINE, captured, count, outputs, relative_error
@@ -119,12 +120,12 @@ def balanced(
     arguments = {batch: call_inputs(found, inputs(batch)) for batch in (2, 3)}
     expected = {batch: outputs(module, *tensors) for batch, tensors in arguments.items()}
     Pipeline.parse(f"remove-no-ops,assign-precision{{layers={layers} overrides={overrides}}}").run(module, plan)
-    observed, plan.statistics = copy_graph(module), Statistics()
+    observed, context = copy_graph(module), PassContext(plan, Statistics())
     Pipeline.parse("insert-observers").run(observed, plan)
-    with recording(plan.statistics.record):
+    with recording(context.statistics.record):
         for batch in (2, 3):
             outputs(observed, *call_inputs(found, inputs(batch)))
-    Pipeline.parse(f"{first}balance-channels{{dearest={dearest} roles={roles}}},absorb-affines").run(module, plan)
+    Pipeline.parse(f"{first}balance-channels{{dearest={dearest} roles={roles}}},absorb-affines").run(module, context)
     for batch, tensors in arguments.items():
         assert relative_error(outputs(module, *tensors), expected[batch]) < 1e-12
     assert plan.vectors

@@ -15,6 +15,7 @@ from fxquant.ir.ops import recording
 from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import copy_graph, read_tensors, set_tensor
 from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.fuzz.builder import Builder
@@ -96,9 +97,9 @@ def prove(
         raise SenselessError("the outputs have no digits to compare")
     census.ill += max(bars) > BAR
     census.ops.update(node.target if node.op == "call_function" else node.op for node in module.graph.nodes)
-    plan = calibrated(b, before)
+    context = calibrated(b, before)
     original = copy_graph(module) if replayed else None
-    records = parsed(passes).run(module, plan)
+    records = parsed(passes).run(module, context)
     for record in records:
         census.edits[record.text.partition("{")[0]] += record.edits
     census.graphs += 1
@@ -106,12 +107,11 @@ def prove(
     for tensors, right, most in zip(calls, expected, bars, strict=True):
         assert error(computed(module, tensors), right) <= most
     held = {name: tensor.clone() for name, tensor in read_tensors(module).items()}
-    again = parsed(passes).run(module, plan, Stage.TRANSFORMED)
+    again = parsed(passes).run(module, context, Stage.TRANSFORMED)
     assert not any(record.edits for record in again), f"a second run makes edits: {[str(r) for r in again if r.edits]}"
     assert all(torch.equal(tensor, held[name]) for name, tensor in read_tensors(module).items())
     if original is not None:
-        plan.statistics = None
-        parsed(passes).run(original, plan)
+        parsed(passes).run(original, PassContext(context.plan, shared=context.shared))
         assert original.code == module.code, "carrying out the plan makes another graph"
         assert all(map(torch.equal, computed(original, calls[0]), computed(module, calls[0])))
 
@@ -122,23 +122,23 @@ def computed(module: fx.GraphModule, tensors: list[Tensor]) -> list[Tensor]:
     return outputs(module, *tensors)
 
 
-def calibrated(b: Builder, before: str) -> Plan:
+def calibrated(b: Builder, before: str) -> PassContext:
     """A plan with statistics of a few timesteps, after the passes before calibration."""
     plan = Plan("", "", "timestep")
     parsed(before).run(b.module, plan)
-    observed, plan.statistics = copy_graph(b.module), Statistics(num_rows=8)
+    observed, statistics = copy_graph(b.module), Statistics(num_rows=8)
     layers = plan.layers.items()
     weight_only = ";".join(name for name, layer in layers if layer.weight_bits and layer.activation_bits is None)
     parsed(f"insert-observers{{weight_only={weight_only}}}" if weight_only else "insert-observers").run(observed, plan)
     try:
-        with recording(plan.statistics.record), torch.no_grad():
+        with recording(statistics.record), torch.no_grad():
             for step in CALIBRATED:
                 observed(*b.inputs(step))
     except CalibrationError as refusal:
         raise SenselessError("not all that is observed has the batch in front") from refusal
     except NonFiniteError as refusal:
         raise SenselessError("a linear reads what float32 cannot hold") from refusal
-    return plan
+    return PassContext(plan, statistics)
 
 
 def perturbed(module: fx.GraphModule) -> fx.GraphModule:

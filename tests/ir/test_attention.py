@@ -27,6 +27,7 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.pipeline.pipeline import Pipeline
 from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import AttentionPlan
 from fxquant.planning.plan import Plan
 from fxquant.runtime.model import GraphModel
@@ -78,12 +79,12 @@ def test_the_range_of_v_is_that_of_the_balanced_v(name: str, recipe: str) -> Non
         model,
         lambda: [run(model, one.call(step=s, seed=i, dtype=torch.float64)) for i, s in enumerate(STEPS)],
     )
-    plan.statistics = calibration.statistics
+    context = PassContext(plan, calibration.statistics)
     (captured,) = calibration.prepared
     first = next(number for number, step in enumerate(chosen.convert) if step.name.startswith("quantize"))
-    Pipeline(chosen.convert[:first]).run(captured.module, plan)
+    Pipeline(chosen.convert[:first]).run(captured.module, context)
     now = watched(calibration, [one.call(step=s, seed=i, dtype=torch.float64) for i, s in enumerate(STEPS)])
-    Pipeline.parse("quantize-attention").run(captured.module, plan, Stage.TRANSFORMED)
+    Pipeline.parse("quantize-attention").run(captured.module, context, Stage.TRANSFORMED)
     assert plan.attentions
     changed = False
     for attention in plan.attentions.values():
@@ -92,7 +93,7 @@ def test_the_range_of_v_is_that_of_the_balanced_v(name: str, recipe: str) -> Non
             ends, seen = attention.ranges[side], now[attention.observed[side]]
             bounds = min(float(seen.minimum.min()), 0.0), max(float(seen.maximum.max()), 0.0)
             assert (ends.low, ends.high) == pytest.approx(bounds, rel=1e-5)
-        before = plan.statistics[attention.observed["v"]].maximum.max()
+        before = calibration.statistics[attention.observed["v"]].maximum.max()
         changed = changed or abs(float(before) - attention.ranges["v"].high) > 1e-3
     assert changed, "nothing changed v, so this proves nothing"
 
@@ -103,7 +104,7 @@ def watched(calibration: Calibration, calls: list[dict[str, Any]]) -> Statistics
     module, statistics = copy_graph(captured.module), Statistics()
     other = Plan("", "", plan.timestep, attentions={name: AttentionPlan(8) for name in plan.attentions})
     other.layers = {name: replace(layer, activation_bits=None) for name, layer in plan.layers.items()}
-    InsertObservers().run(module.graph, other, Rewriter(module, "watch"))
+    InsertObservers().run(module.graph, PassContext(other), Rewriter(module, "watch"))
     module.recompile()
     for call in calls:
         _, leaves, _ = calibration.architecture.canonical((), call)

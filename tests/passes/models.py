@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange, LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
@@ -84,23 +85,23 @@ TIMED = {
 }
 
 
-def seen(plan: Plan, name: str, ranges: dict[float, Sequence[tuple[float, float]]]) -> Plan:
+def seen(context: PassContext, name: str, ranges: dict[float, Sequence[tuple[float, float]]]) -> PassContext:
     """Let calibration have seen a layer's input: at each timestep the extremes of each channel."""
-    plan.statistics = plan.statistics or Statistics(num_rows=4)
+    context.statistics = context.statistics or Statistics(num_rows=4)
     for step, channels in ranges.items():
         rows = torch.tensor(channels).T[None]
-        plan.statistics.record(name, rows, torch.tensor([step]), -1)
-    return plan
+        context.statistics.record(name, rows, torch.tensor([step]), -1)
+    return context
 
 
 MIDDLES = {900.0: 8.0, 800.0: 7.0, 500.0: 0.0, 100.0: -4.0}
 """Timesteps, and the middle of the first channel of q's input there."""
 
 
-def moving(**layers: tuple[str, list[int], int | None, int | None, int]) -> Plan:
-    """A plan for :class:`Timed`; the input of q moves with time in two channels, that of out stands still."""
-    plan = planned(**(TIMED | layers))
-    seen(plan, "q", {t: [(m - 1, m + 1), (m / 2, m / 2 + 2), (-1, 1), (2, 4)] for t, m in MIDDLES.items()})
-    seen(plan, "out", {t: [(0, 2), (-1, 1), (-3, -1), (5, 5)] for t in MIDDLES})
-    plan.layers["q"].observed = plan.layers["k"].observed = "q"
-    return plan
+def moving(**layers: tuple[str, list[int], int | None, int | None, int]) -> PassContext:
+    """For :class:`Timed`; the input of q moves with time in two channels, that of out stands still."""
+    context = PassContext(planned(**(TIMED | layers)))
+    seen(context, "q", {t: [(m - 1, m + 1), (m / 2, m / 2 + 2), (-1, 1), (2, 4)] for t, m in MIDDLES.items()})
+    seen(context, "out", {t: [(0, 2), (-1, 1), (-3, -1), (5, 5)] for t in MIDDLES})
+    context.plan.layers["q"].observed = context.plan.layers["k"].observed = "q"
+    return context

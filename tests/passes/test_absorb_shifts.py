@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fxquant.ir.stages import Stage
 from fxquant.passes.absorb_shifts import AbsorbShifts
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from tests.passes.models import Timed, moving, planned, seen, timed
 from tests.support import captured, golden, rewritten, text
@@ -62,13 +63,13 @@ def test_before_and_after() -> None:
 
 @pytest.mark.parametrize("passes", [ONE, TWO])
 def test_the_shift_goes_into_beta_and_leaves_gamma_and_the_weight_alone(passes: str) -> None:
-    model, plan = Timed(), moving(out=NO_OUT)
+    model, context = Timed(), moving(out=NO_OUT)
     weight, bias = model.time.weight.detach().clone(), model.time.bias.detach().clone()
     module = captured(model, **timed()).module
-    Pipeline.parse(passes).run(module, plan)
+    Pipeline.parse(passes).run(module, context)
     rows = (module.get_parameter("time.bias")[None] if passes == ONE else module.get_parameter("time.rows")).view(-1, 8)
     torch.testing.assert_close(rows[:, :4], bias[:4].expand(len(rows), 4), rtol=0, atol=0)
-    torch.testing.assert_close(rows[:, 4:], (bias[4:].double() - plan.vectors["q.shift"]).float())
+    torch.testing.assert_close(rows[:, 4:], (bias[4:].double() - context.plan.vectors["q.shift"]).float())
     assert torch.equal(module.get_parameter("time.weight"), weight)
 
 
@@ -91,22 +92,22 @@ class Behind(nn.Module):
 def test_must_not_fire(kind: str, rows: int) -> None:
     """A shift that is asked for all the same, by an edited plan, stays at run time, and the function with it."""
     layer = ("linear", [4, 4], 8, 8, 0)
-    plan = planned(a=("linear", [4, 4], None, None, 0), q=layer, k=layer)
+    context = PassContext(planned(a=("linear", [4, 4], None, None, 0), q=layer, k=layer))
     inputs = {"x": torch.randn(2, 3, 4).double(), "timestep": torch.tensor([100.0, 900.0]).double()}
     for step in (1.0, 500.0, 999.0):
-        seen(plan, "q", {step: [(0.0, 1.0)] * 4})
-    plan.layers["k"].observed = "q"
+        seen(context, "q", {step: [(0.0, 1.0)] * 4})
+    context.plan.layers["k"].observed = "q"
     first = f"group-timesteps{{groups={rows}}},shift-channels"
     model = Behind(kind).double()
     module = captured(model, **inputs).module
     expected = model(*inputs.values())
-    Pipeline.parse(first).run(module, plan)
-    assert not plan.vectors  # Nothing can take a shift, so nothing is shifted; now somebody wants one.
-    plan.vectors["q.shift"] = torch.arange(4.0 * rows).double().reshape(rows, 4)
-    Pipeline.parse("shift-channels").run(module, plan, Stage.TRANSFORMED)
+    Pipeline.parse(first).run(module, context)
+    assert not context.plan.vectors  # Nothing can take a shift, so nothing is shifted; now somebody wants one.
+    context.plan.vectors["q.shift"] = torch.arange(4.0 * rows).double().reshape(rows, 4)
+    Pipeline.parse("shift-channels").run(module, context, Stage.TRANSFORMED)
     before = text(module)
     assert "channel_affine" in before
-    (record,) = Pipeline.parse("absorb-shifts").run(module, plan, Stage.TRANSFORMED)
+    (record,) = Pipeline.parse("absorb-shifts").run(module, context, Stage.TRANSFORMED)
     assert (record.edits, text(module)) == (0, before)
     for actual, right in zip(module(*inputs.values()), expected, strict=True):
         torch.testing.assert_close(actual, right)
@@ -129,14 +130,13 @@ def test_affines_that_scale_are_not_its_business() -> None:
 
 
 def test_a_second_run_changes_nothing_and_a_plan_is_carried_out_again() -> None:
-    plan = moving()
+    context = moving()
     module = captured(Timed(), **timed()).module
-    Pipeline.parse(TWO).run(module, plan)
+    Pipeline.parse(TWO).run(module, context)
     once = text(module)
-    assert [record.edits for record in Pipeline.parse(TWO).run(module, plan, Stage.TRANSFORMED)] == [0, 0, 0]
+    assert [record.edits for record in Pipeline.parse(TWO).run(module, context, Stage.TRANSFORMED)] == [0, 0, 0]
     assert text(module) == once
-    plan.statistics = None
-    assert rewritten(Timed(), TWO, plan, **timed())[1] == once
+    assert rewritten(Timed(), TWO, context.plan, **timed())[1] == once
 
 
 def test_it_has_no_options() -> None:

@@ -19,6 +19,7 @@ from fxquant.passes.balance_channels import (
     spearman_weights,
 )
 from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import Balance
 from fxquant.planning.plan import Plan
 from tests import tiny
@@ -136,13 +137,15 @@ class Behind(nn.Module):
     [("shared", "also read by sigmoid"), ("gelu", "gelu is nonlinear"), ("residual", "also read by add")],
 )
 def test_must_not_fire(kind: str, reason: str) -> None:
-    plan = planned(a=("linear", [4, 4], None, None, 0), q=Q)
-    seen(plan, "q", {step: [(0, 1), (0, 2), (0, 8), (-4, 4)] for step in (100.0, 900.0)})
-    before, after = rewritten(Behind(kind), "balance-channels", plan, x=torch.randn(2, 3, 4), timestep=torch.zeros(2))
+    context = PassContext(planned(a=("linear", [4, 4], None, None, 0), q=Q))
+    seen(context, "q", {step: [(0, 1), (0, 2), (0, 8), (-4, 4)] for step in (100.0, 900.0)})
+    before, after = rewritten(
+        Behind(kind), "balance-channels", context, x=torch.randn(2, 3, 4), timestep=torch.zeros(2)
+    )
     assert after == before
-    assert not plan.vectors
-    assert plan.layers["q"].balance.cost == "not"
-    assert reason in plan.layers["q"].balance.reason
+    assert not context.plan.vectors
+    assert context.plan.layers["q"].balance.cost == "not"
+    assert reason in context.plan.layers["q"].balance.reason
 
 
 def test_a_wrong_axis_gets_one_factor_for_all() -> None:
@@ -156,10 +159,10 @@ def test_a_wrong_axis_gets_one_factor_for_all() -> None:
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
             return self.q(self.a(x + timestep[:, None, None]).transpose(1, 2))
 
-    plan = planned(a=("linear", [4, 4], None, None, 0), q=("linear", [4, 3], 8, 8, 0))
-    seen(plan, "q", {500.0: [(0, 2), (1, 5), (4, 60)]})
-    rewritten(Transposed(), "balance-channels", plan, x=torch.randn(2, 3, 4), timestep=torch.zeros(2))
-    factors = plan.vectors["q"].tolist()
+    context = PassContext(planned(a=("linear", [4, 4], None, None, 0), q=("linear", [4, 3], 8, 8, 0)))
+    seen(context, "q", {500.0: [(0, 2), (1, 5), (4, 60)]})
+    rewritten(Transposed(), "balance-channels", context, x=torch.randn(2, 3, 4), timestep=torch.zeros(2))
+    factors = context.plan.vectors["q"].tolist()
     assert factors == [factors[0]] * 3
 
 

@@ -6,18 +6,19 @@ import torch
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.passes.group_timesteps import Grouping, GroupTimesteps
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import TimestepGroups
 from fxquant.planning.plan import Plan
 from tests.passes.models import TIMED, AdaLN, Timed, adaln, moving, planned, seen, timed
 from tests.support import captured, rewritten
 
 
-def grouped(options: str, plan: Plan | None = None) -> Plan:
+def grouped(options: str, context: PassContext | None = None) -> Plan:
     """The plan after the pass, which leaves the graph as it is."""
-    plan = plan or moving()
-    before, after = rewritten(Timed(), f"group-timesteps{{{options}}}", plan, **timed())
+    context = context or moving()
+    before, after = rewritten(Timed(), f"group-timesteps{{{options}}}", context, **timed())
     assert after == before
-    return plan
+    return context.plan
 
 
 def test_what_the_plan_says() -> None:
@@ -44,43 +45,44 @@ def test_a_tenth_by_default_is_one_group_here() -> None:
 
 def test_greedy_and_optimal_part_ways() -> None:
     # Greedy merges 4 and 7 first, then that with 10.5, and is left with {0} {4, 7, 10.5}; the best halves are even.
-    plan = planned(q=("linear", [4, 4], 8, 8, 0))
+    context = PassContext(planned(q=("linear", [4, 4], 8, 8, 0)))
     for step, middle in zip((100.0, 200.0, 300.0, 400.0), (0.0, 4.0, 7.0, 10.5), strict=True):
-        seen(plan, "q", {step: [(middle, middle)] * 4})
+        seen(context, "q", {step: [(middle, middle)] * 4})
     found = {}
     for method in Grouping:
         own = planned(
             q=("linear", [4, 4], 8, 8, 0), k=("linear", [2, 4], 8, 8, 0), out=("linear", [3, 4], None, None, 0)
         )
         own.layers["time"] = planned(time=("linear", [8, 4], None, None, 0)).layers["time"]
-        own.statistics, own.layers["k"].observed = plan.statistics, "q"
-        found[method] = grouped(f"groups=2 method={method.value}", own).layers["q"].boundaries
+        own.layers["k"].observed = "q"
+        with_statistics = PassContext(own, context.statistics)
+        found[method] = grouped(f"groups=2 method={method.value}", with_statistics).layers["q"].boundaries
     assert found == {Grouping.GREEDY: (150.0,), Grouping.OPTIMAL: (250.0,)}
 
 
 def test_what_the_plan_says_already_stays() -> None:
-    plan = moving()
+    context = moving()
     for name in ("q", "k"):
-        plan.layers[name].timesteps = TimestepGroups([123.0])
-    grouped("groups=3", plan)
-    assert plan.layers["q"].boundaries == plan.layers["k"].boundaries == (123.0,)
-    before = str(plan.layers)
-    grouped("groups=2", plan)
-    assert str(plan.layers) == before
+        context.plan.layers[name].timesteps = TimestepGroups([123.0])
+    grouped("groups=3", context)
+    assert context.plan.layers["q"].boundaries == context.plan.layers["k"].boundaries == (123.0,)
+    before = str(context.plan.layers)
+    grouped("groups=2", context)
+    assert str(context.plan.layers) == before
 
 
 def test_layers_with_float_weights_or_of_other_roles_have_none() -> None:
-    plan = moving(out=("linear", [3, 4], None, None, 0))
-    plan.layers["q"].role = plan.layers["k"].role = "final"
-    grouped("groups=2", plan)
-    assert all(layer.timesteps is None for layer in plan.layers.values())
+    context = moving(out=("linear", [3, 4], None, None, 0))
+    context.plan.layers["q"].role = context.plan.layers["k"].role = "final"
+    grouped("groups=2", context)
+    assert all(layer.timesteps is None for layer in context.plan.layers.values())
 
 
 def test_a_timestep_that_is_not_one_number_a_sample_has_one_bin_and_a_reason() -> None:
-    plan = planned(q=("linear", [4, 4], 8, 8, 0), time=("linear", [8, 4], None, None, 0))
-    seen(plan, "q", {step: [(0.0, step)] * 4 for step in (1.0, 2.0, 3.0)})
-    rewritten(AdaLN(), "group-timesteps{groups=2}", plan, **adaln())
-    groups = plan.layers["q"].timesteps
+    context = PassContext(planned(q=("linear", [4, 4], 8, 8, 0), time=("linear", [8, 4], None, None, 0)))
+    seen(context, "q", {step: [(0.0, step)] * 4 for step in (1.0, 2.0, 3.0)})
+    rewritten(AdaLN(), "group-timesteps{groups=2}", context, **adaln())
+    groups = context.plan.layers["q"].timesteps
     assert groups is not None and groups.boundaries == []
     assert (
         groups.reason == "the timestep has shape [2, 4], not one number a sample" or "not one number" in groups.reason
@@ -88,24 +90,23 @@ def test_a_timestep_that_is_not_one_number_a_sample_has_one_bin_and_a_reason() -
 
 
 def test_what_cannot_be_grouped_changes_nothing() -> None:
-    plan = moving()
+    context = moving()
     with pytest.raises(ConfigurationError, match=r"5 groups.*saw 4.*at most as many"):
-        grouped("groups=5", plan)
-    one = planned(**TIMED)
+        grouped("groups=5", context)
+    one = PassContext(planned(**TIMED))
     for name in ("q", "out"):
         seen(one, name, {500.0: [(0.0, 1.0)] * 4})
-    one.layers["k"].observed = "q"
+    one.plan.layers["k"].observed = "q"
     with pytest.raises(CalibrationError, match="one timestep only"):
         grouped("groups=1", one)
-    for failed in (plan, one):
-        assert all(layer.timesteps is None for layer in failed.layers.values())
+    for failed in (context, one):
+        assert all(layer.timesteps is None for layer in failed.plan.layers.values())
 
 
 def test_without_calibration_nothing_can_be_decided() -> None:
-    plan = moving()
-    plan.statistics = None
+    context = PassContext(moving().plan)
     with pytest.raises(CalibrationError, match="no calibration statistics"):
-        grouped("groups=2", plan)
+        grouped("groups=2", context)
 
 
 def test_options_round_trip_and_bad_ones_are_refused_at_once() -> None:
@@ -123,13 +124,12 @@ def test_options_round_trip_and_bad_ones_are_refused_at_once() -> None:
 
 
 def test_calibration_in_any_order() -> None:
-    plan = moving()
-    backwards = planned()
+    context = moving()
+    backwards = PassContext(planned())
     for name in ("q", "out"):
-        held = plan.statistics[name]
+        held = context.statistics[name]
         for i, step in reversed([*enumerate(held.timesteps.tolist())]):
             seen(backwards, name, {step: torch.stack([held.minimum[i], held.maximum[i]], dim=1).tolist()})
-    again = moving()
-    again.statistics = backwards.statistics
+    again = PassContext(moving().plan, backwards.statistics)
     Pipeline.parse("group-timesteps{groups=3}").run(captured(Timed(), **timed()).module, again)
-    assert again.layers["q"].timesteps == grouped("groups=3", plan).layers["q"].timesteps
+    assert again.plan.layers["q"].timesteps == grouped("groups=3", context).layers["q"].timesteps

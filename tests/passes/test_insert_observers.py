@@ -9,6 +9,7 @@ from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.passes.models import Patches, patches, planned
@@ -66,7 +67,8 @@ def test_a_value_with_its_tokens_first_is_observed_by_sample() -> None:
         assert torch.equal(module(x, timestep)[0], expected)
     assert statistics.timesteps.tolist() == [1.0, 2.0]
     torch.testing.assert_close(statistics["q"].absmax, x.abs().amax(dim=1))
-    InsertObservers().run(module.graph, plan, Rewriter(module, "test"))  # A pipeline takes captured graphs alone.
+    # A pipeline takes captured graphs alone.
+    InsertObservers().run(module.graph, PassContext(plan), Rewriter(module, "test"))
     assert text(module) == before, "a second run changed the graph"
 
 

@@ -25,6 +25,7 @@ from fxquant.ir.tensors import copy_graph, read_tensors
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import captured, count, outputs, relative_error, text
@@ -80,40 +81,40 @@ class Example:
 
     before: str = ""
     options: str = ""
-    prepare: Callable[[CapturedGraph, Plan], None] = lambda found, plan: None
+    prepare: Callable[[CapturedGraph, PassContext], None] = lambda found, context: None
     stage: Stage = Stage.CAPTURED
     run_with: str = ""
 
 
-def calibrated(found: CapturedGraph, plan: Plan) -> None:
+def calibrated(found: CapturedGraph, context: PassContext) -> None:
     observed = copy_graph(found.module)
-    Pipeline.parse("insert-observers").run(observed, plan)
-    plan.statistics = Statistics()
+    Pipeline.parse("insert-observers").run(observed, context.plan)
+    context.statistics = Statistics()
     dtype = next(iter(read_tensors(found.module).values())).dtype
-    with recording(plan.statistics.record):
+    with recording(context.statistics.record):
         outputs(observed, *inputs(dtype, 2))
         outputs(observed, *inputs(dtype, 3))
 
 
-def with_calls(found: CapturedGraph, plan: Plan) -> None:
-    calibrated(found, plan)
+def with_calls(found: CapturedGraph, context: PassContext) -> None:
+    calibrated(found, context)
     dtype = next(iter(read_tensors(found.module).values())).dtype
-    plan.inputs = [list(inputs(dtype, 2)), list(inputs(dtype, 3))]
+    context.inputs = [list(inputs(dtype, 2)), list(inputs(dtype, 3))]
 
 
-def balanced(found: CapturedGraph, plan: Plan) -> None:
-    calibrated(found, plan)
-    Pipeline.parse("balance-channels").run(found.module, plan)
+def balanced(found: CapturedGraph, context: PassContext) -> None:
+    calibrated(found, context)
+    Pipeline.parse("balance-channels").run(found.module, context)
 
 
-def grouped(found: CapturedGraph, plan: Plan) -> None:
-    calibrated(found, plan)
-    Pipeline.parse("group-timesteps{groups=3}").run(found.module, plan)
+def grouped(found: CapturedGraph, context: PassContext) -> None:
+    calibrated(found, context)
+    Pipeline.parse("group-timesteps{groups=3}").run(found.module, context)
 
 
-def shifted(found: CapturedGraph, plan: Plan) -> None:
-    grouped(found, plan)
-    Pipeline.parse("shift-channels").run(found.module, plan)
+def shifted(found: CapturedGraph, context: PassContext) -> None:
+    grouped(found, context)
+    Pipeline.parse("shift-channels").run(found.module, context)
 
 
 EXAMPLES: dict[str, Example] = {
@@ -145,17 +146,17 @@ WEIGHT_ONLY = {
 }
 
 
-def run(name: str, example: Example, dtype: torch.dtype) -> tuple[CapturedGraph, Plan, list[Tensor], Pass]:
-    """The graph after the pass, the plan, the outputs of the captured graph, and the pass."""
+def run(name: str, example: Example, dtype: torch.dtype) -> tuple[CapturedGraph, PassContext, list[Tensor], Pass]:
+    """The graph after the pass, the context, the outputs of the captured graph, and the pass."""
     found = captured(Block().to(dtype), **dict(zip(("sample", "timestep", "labels"), inputs(dtype), strict=True)))
-    plan = Plan("", "", "timestep")
+    context = PassContext(Plan("", "", "timestep"))
     expected = outputs(found.module, *inputs(dtype))
-    Pipeline.parse(example.before).run(found.module, plan)
-    example.prepare(found, plan)
+    Pipeline.parse(example.before).run(found.module, context)
+    example.prepare(found, context)
     names = {node.name for node in found.module.graph.nodes}
     before = text(found.module)
     step = parse_pass(f"{name}{{{example.run_with}}}")
-    (record,) = Pipeline([step]).run(found.module, plan, example.stage)
+    (record,) = Pipeline([step]).run(found.module, context, example.stage)
     assert bool(record.edits) == (name not in PLAN_ONLY), "the pass did not match"
     assert (text(found.module) != before) == bool(record.edits)
     for node in found.module.graph.nodes:
@@ -163,7 +164,7 @@ def run(name: str, example: Example, dtype: torch.dtype) -> tuple[CapturedGraph,
             assert node.meta[PROVENANCE][-1].pass_name == name, node
     stage = max(example.stage, step.establishes)
     verify(found.module, SPECS[stage])
-    return found, plan, expected, step
+    return found, context, expected, step
 
 
 def test_every_pass_has_an_example() -> None:
@@ -174,7 +175,7 @@ def test_every_pass_has_an_example() -> None:
 def test_proof(name: str) -> None:
     tier = PASSES[name].tier
     dtype = torch.float64 if tier is Tier.ALGEBRAIC else torch.float32
-    found, plan, expected, _ = run(name, EXAMPLES[name], dtype)
+    found, context, expected, _ = run(name, EXAMPLES[name], dtype)
     with recording(lambda *_: None):
         actual = outputs(found.module, *inputs(dtype))
     if tier is Tier.EXACT:
@@ -182,13 +183,13 @@ def test_proof(name: str) -> None:
     elif tier is Tier.ALGEBRAIC:
         assert relative_error(actual, expected) < 1e-12
     else:
-        _within_bound(found, plan, actual, expected)
+        _within_bound(found, context.plan, actual, expected)
 
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_proof_for_float_activations(name: str) -> None:
-    found, plan, expected, _ = run(name, WEIGHT_ONLY[name], torch.float32)
-    _within_bound(found, plan, outputs(found.module, *inputs(torch.float32)), expected)
+    found, context, expected, _ = run(name, WEIGHT_ONLY[name], torch.float32)
+    _within_bound(found, context.plan, outputs(found.module, *inputs(torch.float32)), expected)
 
 
 def _within_bound(found: CapturedGraph, plan: Plan, actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -211,18 +212,19 @@ def _within_bound(found: CapturedGraph, plan: Plan, actual: list[Tensor], expect
 @pytest.mark.parametrize("name", PASSES)
 def test_a_second_run_changes_nothing(name: str) -> None:
     example = EXAMPLES[name]
-    found, plan, _, step = run(name, example, torch.float32)
+    found, context, _, step = run(name, example, torch.float32)
+    plan = context.plan
     before, decided, vectors = text(found.module), str((plan.layers, plan.attentions)), dict(plan.vectors)
     tensors = {target: tensor.clone() for target, tensor in read_tensors(found.module).items()}
     stage = max(example.stage, step.establishes)
     if stage > step.requires:
         with pytest.raises(ConfigurationError, match=f"this one is {stage} already"):
-            Pipeline([step]).run(found.module, plan, stage)
+            Pipeline([step]).run(found.module, context, stage)
         rewriter = Rewriter(found.module, name)
-        step.run(found.module.graph, plan, rewriter)
+        step.run(found.module.graph, context, rewriter)
         edits = rewriter.edits
     else:
-        edits = Pipeline([step]).run(found.module, plan, stage)[0].edits
+        edits = Pipeline([step]).run(found.module, context, stage)[0].edits
     assert edits == 0
     assert text(found.module) == before
     assert str((plan.layers, plan.attentions)) == decided
@@ -233,9 +235,9 @@ def test_a_second_run_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_a_second_run_with_float_activations_changes_nothing(name: str) -> None:
-    found, plan, _, step = run(name, WEIGHT_ONLY[name], torch.float32)
+    found, context, _, step = run(name, WEIGHT_ONLY[name], torch.float32)
     before = text(found.module)
-    (record,) = Pipeline([step]).run(found.module, plan, Stage.QUANTIZED)
+    (record,) = Pipeline([step]).run(found.module, context, Stage.QUANTIZED)
     assert (record.edits, text(found.module)) == (0, before)
 
 

@@ -19,6 +19,7 @@ from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.quantize_attention import QuantizeAttention
 from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import captured, count, golden, outputs, text
@@ -58,11 +59,11 @@ def attended(
     Pipeline.parse(f"assign-precision{{{precision} attention=quantized}}").run(module, plan)
     observed = copy_graph(module)
     Pipeline.parse("insert-observers").run(observed, plan)
-    plan.statistics = Statistics()
-    with recording(plan.statistics.record):
+    context = PassContext(plan, Statistics())
+    with recording(context.statistics.record):
         seen = outputs(observed, *inputs.values())
     assert all(map(torch.equal, seen, outputs(module, *inputs.values())))
-    Pipeline.parse(f"quantize-attention{options}").run(module, plan)
+    Pipeline.parse(f"quantize-attention{options}").run(module, context)
     return module, plan, before
 
 
@@ -335,9 +336,8 @@ def test_without_statistics_there_are_no_ranges() -> None:
     module, plan = captured(Attend(F.scaled_dot_product_attention), **values()).module, Plan("", "", "timestep")
     with pytest.raises(CalibrationError, match="attention 'attention' needs ranges of q, k and v"):
         Pipeline.parse("assign-precision{attention=quantized},quantize-attention").run(module, plan)
-    plan.statistics = Statistics()
     with pytest.raises(CalibrationError, match="calibration never reached layer 'attention:q'"):
-        Pipeline.parse("quantize-attention").run(module, plan)
+        Pipeline.parse("quantize-attention").run(module, PassContext(plan, Statistics()))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
 from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.reconstruction import engine
 from fxquant.runtime.model import GraphModel
@@ -73,7 +74,7 @@ def test_what_it_simulates_is_what_the_quantized_graph_computes(
             if simulation.segment.name == "transformer_blocks.1":
                 (node,) = (node for node in simulation.segment.outputs if node.name.startswith("add"))
                 made = simulation.run(inputs[0], self.timesteps[0], engine.as_codes)
-                seen.append((self.plan.inputs[0], node.name, made[node]))
+                seen.append((self.context.inputs[0], node.name, made[node]))
 
     monkeypatch.setattr(engine, "_Engine", Watched)
     quantized = compiled(model, recipe(name, "blocks", iterations=5))
@@ -163,17 +164,18 @@ def test_where_learning_makes_it_worse_nearest_stays(model: nn.Module) -> None:
 def test_what_was_learned_for_one_graph_stays_for_the_next() -> None:
     tensors = dict(zip(("sample", "timestep", "labels"), test_proof.inputs(torch.float32), strict=True))
     found, plan = captured(test_proof.Block(), **tensors), Plan("", "", "timestep")
+    context = PassContext(plan)
     Pipeline.parse("assign-precision{precision=w4a8}").run(found.module, plan)
-    test_proof.with_calls(found, plan)
+    test_proof.with_calls(found, context)
     step = Pipeline.parse("reconstruct-blocks{iterations=10 step-rate=0.01}")
-    step.run(found.module, plan)
+    step.run(found.module, context)
     learned = {name: layer.activation for name, layer in plan.layers.items() if layer.activation}
-    codes = dict(plan.codes)
-    del plan.codes["blocks.0.out"]  # As if only this layer had not been in the first graph.
-    step.run(found.module, plan)
+    codes = dict(context.codes)
+    del context.codes["blocks.0.out"]  # As if only this layer had not been in the first graph.
+    step.run(found.module, context)
     assert any(activation.method == "learned" for activation in learned.values())
     assert {name: layer.activation for name, layer in plan.layers.items() if layer.activation} == learned
-    assert all(plan.codes[name] is codes[name] for name in codes if name != "blocks.0.out")
+    assert all(context.codes[name] is codes[name] for name in codes if name != "blocks.0.out")
 
 
 def test_the_model_stays_as_it_was(model: nn.Module) -> None:

@@ -9,8 +9,8 @@ from fxquant.errors import ConfigurationError
 from fxquant.ir.stages import Stage
 from fxquant.passes.shift_channels import ShiftChannels
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import Shift
-from fxquant.planning.plan import Plan
 from tests.passes.models import Timed, moving, planned, seen, timed
 from tests.support import captured, golden, outputs, relative_error, rewritten, text
 
@@ -19,8 +19,8 @@ ONE = "group-timesteps{groups=1},shift-channels"
 
 
 def test_before_and_after() -> None:
-    plan = moving(out=("linear", [3, 4], None, None, 0))
-    before, after = rewritten(Timed(), TWO, plan, **timed())
+    context = moving(out=("linear", [3, 4], None, None, 0))
+    before, after = rewritten(Timed(), TWO, context, **timed())
     assert before.splitlines()[-5:] == [
         "add_2: float32[B, 3, 4] = add.Tensor(mul, getitem_1)",
         "linear_1: float32[B, 3, 4] = linear(add_2, @q.weight, @q.bias)",
@@ -57,8 +57,8 @@ def test_before_and_after() -> None:
 
 
 def test_with_one_bin_the_shift_is_a_constant_and_the_bias_stays_one() -> None:
-    plan = moving(out=("linear", [3, 4], None, None, 0))
-    before, after = rewritten(Timed(), ONE, plan, **timed())
+    context = moving(out=("linear", [3, 4], None, None, 0))
+    before, after = rewritten(Timed(), ONE, context, **timed())
     assert after.splitlines()[: len(before.splitlines()) - 4] == before.splitlines()[:-4]
     assert after.splitlines()[-5:] == [
         "add_2_shifted: float32[B, 3, 4] = fxquant::channel_affine(add_2, @q.one, @q.shift)",
@@ -70,14 +70,14 @@ def test_with_one_bin_the_shift_is_a_constant_and_the_bias_stays_one() -> None:
 
 
 def test_what_the_plan_says() -> None:
-    plan = moving()
-    rewritten(Timed(), TWO, plan, **timed())
+    context = moving()
+    rewritten(Timed(), TWO, context, **timed())
     # Middles of the first channel 8, 7 | 0, -4 and of the second half of that plus 1.
-    assert plan.vectors["q.shift"].tolist() == [[-2.0, 0.0, 0.0, 3.0], [7.5, 4.75, 0.0, 3.0]]
-    assert torch.equal(plan.vectors["k.shift"], plan.vectors["q.shift"])
-    assert plan.layers["q"].shift == Shift("free", ["time"], 4) == plan.layers["k"].shift
-    assert plan.layers["out"].shift == Shift("free", ["q"], 4)
-    assert plan.layers["time"].shift is None
+    assert context.plan.vectors["q.shift"].tolist() == [[-2.0, 0.0, 0.0, 3.0], [7.5, 4.75, 0.0, 3.0]]
+    assert torch.equal(context.plan.vectors["k.shift"], context.plan.vectors["q.shift"])
+    assert context.plan.layers["q"].shift == Shift("free", ["time"], 4) == context.plan.layers["k"].shift
+    assert context.plan.layers["out"].shift == Shift("free", ["q"], 4)
+    assert context.plan.layers["time"].shift is None
 
 
 @pytest.mark.parametrize("passes", [ONE, TWO])
@@ -87,12 +87,12 @@ def test_the_bias_takes_what_the_shift_gives(passes: str) -> None:
     module = captured(model, **inputs).module
     expected = outputs(module, *inputs.values())
     own = model.q.bias.detach().clone()
-    plan = moving()
-    Pipeline.parse(passes).run(module, plan)
+    context = moving()
+    Pipeline.parse(passes).run(module, context)
     assert relative_error(outputs(module, *inputs.values()), expected) < 1e-14
     rows = module.get_parameter("q.bias")[None] if passes == ONE else module.get_parameter("q.rows")
     torch.testing.assert_close(
-        rows.reshape(-1, 4), own + plan.vectors["q.shift"] @ model.q.weight.T, rtol=0, atol=1e-14
+        rows.reshape(-1, 4), own + context.plan.vectors["q.shift"] @ model.q.weight.T, rtol=0, atol=1e-14
     )
 
 
@@ -115,14 +115,14 @@ def test_must_not_fire(passes: str) -> None:
     inputs = {"x": torch.randn(2, 4, 4), "timestep": torch.zeros(2)}
     layer = ("linear", [4, 4], 8, 8, 0)
     producers = dict.fromkeys("ab", ("linear", [4, 4], None, None, 0))
-    plan = planned(**producers, shared=layer, gelu=layer)
+    context = PassContext(planned(**producers, shared=layer, gelu=layer))
     for name in ("shared", "gelu"):
-        seen(plan, name, {step: [(0.0, step)] * 4 for step in (1.0, 2.0, 3.0)})
-    before, after = rewritten(Shared(), passes, plan, **inputs)
+        seen(context, name, {step: [(0.0, step)] * 4 for step in (1.0, 2.0, 3.0)})
+    before, after = rewritten(Shared(), passes, context, **inputs)
     assert after == before
-    assert not plan.vectors
-    reasons = {name: plan.layers[name].shift.reason for name in ("shared", "gelu")}
-    assert all(plan.layers[name].shift == Shift("not", [], 0, reason) for name, reason in reasons.items())
+    assert not context.plan.vectors
+    reasons = {name: context.plan.layers[name].shift.reason for name in ("shared", "gelu")}
+    assert all(context.plan.layers[name].shift == Shift("not", [], 0, reason) for name, reason in reasons.items())
     assert "also read by sigmoid" in reasons["shared"]
     assert reasons["gelu"] == "gelu is nonlinear"
 
@@ -138,39 +138,39 @@ def test_a_wrong_axis_gets_one_shift_for_all() -> None:
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
             return self.q(self.a(x + timestep[:, None, None]).transpose(1, 2))
 
-    plan = planned(a=("linear", [4, 4], None, None, 0), q=("linear", [4, 3], 8, 8, 0))
-    seen(plan, "q", {500.0: [(0.0, 2.0), (1.0, 5.0), (4.0, 6.0)], 100.0: [(1.0, 1.0)] * 3})
-    rewritten(Transposed(), ONE, plan, x=torch.randn(2, 3, 4), timestep=torch.zeros(2))
-    assert plan.vectors["q.shift"].tolist() == [[2.0, 2.0, 2.0]]  # Means of 1 and 1, 3 and 1, 5 and 1, and of these.
+    context = PassContext(planned(a=("linear", [4, 4], None, None, 0), q=("linear", [4, 3], 8, 8, 0)))
+    seen(context, "q", {500.0: [(0.0, 2.0), (1.0, 5.0), (4.0, 6.0)], 100.0: [(1.0, 1.0)] * 3})
+    rewritten(Transposed(), ONE, context, x=torch.randn(2, 3, 4), timestep=torch.zeros(2))
+    # Means of 1 and 1, 3 and 1, 5 and 1, and of these.
+    assert context.plan.vectors["q.shift"].tolist() == [[2.0, 2.0, 2.0]]
 
 
 def test_layers_with_float_weights_or_of_other_roles_stay() -> None:
     for change in ("role", "weight_bits"):
-        plan = moving()
+        context = moving()
         for name in ("q", "k", "out"):
-            setattr(plan.layers[name], change, "final" if change == "role" else None)
-        before, after = rewritten(Timed(), TWO, plan, **timed())
+            setattr(context.plan.layers[name], change, "final" if change == "role" else None)
+        before, after = rewritten(Timed(), TWO, context, **timed())
         assert after == before
 
 
 def test_a_second_run_changes_nothing_and_a_plan_is_carried_out_again() -> None:
-    plan = moving()
+    context = moving()
     module = captured(Timed(), **timed()).module
-    Pipeline.parse(TWO).run(module, plan)
+    Pipeline.parse(TWO).run(module, context)
     once = text(module)
-    assert [record.edits for record in Pipeline.parse(TWO).run(module, plan, Stage.TRANSFORMED)] == [0, 0]
+    assert [record.edits for record in Pipeline.parse(TWO).run(module, context, Stage.TRANSFORMED)] == [0, 0]
     assert text(module) == once
-    plan.statistics = None
-    assert rewritten(Timed(), TWO, plan, **timed())[1] == once
+    assert rewritten(Timed(), TWO, context.plan, **timed())[1] == once
 
 
 def test_layers_that_are_shifted_together_have_to_be_grouped_together() -> None:
-    plan = moving()
-    rewritten(Timed(), "group-timesteps{groups=2}", plan, **timed())
-    plan.layers["k"].timesteps = None
+    context = moving()
+    rewritten(Timed(), "group-timesteps{groups=2}", context, **timed())
+    context.plan.layers["k"].timesteps = None
     with pytest.raises(ConfigurationError, match=r"layers q, k are shifted together.*same dearest= and roles="):
-        rewritten(Timed(), "shift-channels", plan, **timed())
-    assert not plan.vectors and plan.layers["q"].shift is None
+        rewritten(Timed(), "shift-channels", context, **timed())
+    assert not context.plan.vectors and context.plan.layers["q"].shift is None
 
 
 def test_options_round_trip_and_bad_ones_are_refused_at_once() -> None:
@@ -185,7 +185,6 @@ def test_options_round_trip_and_bad_ones_are_refused_at_once() -> None:
 
 
 def test_a_plan_without_statistics_says_so() -> None:
-    plan: Plan = moving()
-    plan.statistics = None
+    plan = moving().plan
     with pytest.raises(Exception, match="no calibration statistics"):
         rewritten(Timed(), "shift-channels", plan, **timed())

@@ -22,6 +22,7 @@ from fxquant.ir.stages import Stage
 from fxquant.passes.balance_channels import BalanceChannels, Salience
 from fxquant.passes.remove_noops import RemoveNoOps
 from fxquant.pipeline.pipeline import DumpGraphs, Pass, PassRecord, Pipeline, Reproducer, Tier, parse_pass
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from tests.passes.models import Patches, patches
 from tests.support import captured, nodes_of, text
@@ -37,7 +38,7 @@ class Step(Pass):
     establishes: ClassVar[Stage] = Stage.CAPTURED
     way: str = "nothing"
 
-    def run(self, graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> None:
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         node = nodes_of(rewriter.module, torch.ops.aten.transpose.int)[0]
         if self.way == "double":
             with rewriter.after(node):

@@ -21,6 +21,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import bind, copy_graph, get_tensor, weights_of
 from fxquant.passes._seeds import seeds_to_transform
 from fxquant.pipeline.pipeline import Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.zoo.models import Entry
@@ -60,13 +61,13 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
     expected = [outputs(found, tensors) for tensors in inputs]
     plan = Plan("", "", entry.timestep)
     Pipeline.parse("remove-no-ops,assign-precision").run(found.module, plan)
-    observed, plan.statistics = copy_graph(found.module), Statistics()
+    observed, statistics = copy_graph(found.module), Statistics()
     Pipeline.parse("insert-observers").run(observed, plan)
-    with recording(plan.statistics.record), torch.no_grad():
+    with recording(statistics.record), torch.no_grad():
         for tensors in inputs:
             observed(*tensors)
     tokens = balanced_on_tokens(found.module.graph, plan)
-    Pipeline.parse(passes).run(found.module, plan)
+    Pipeline.parse(passes).run(found.module, PassContext(plan, statistics))
     actual = [outputs(found, tensors) for tensors in inputs]
     error = max(
         float((a - e).abs().max() / e.abs().max())

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant.ir.meta import LAYER
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan, Shift, TimestepGroups
-from fxquant.planning.evidence import evidence, moments
+from fxquant.planning.layer_inputs import layer_input, moments
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests import tiny
@@ -34,19 +35,20 @@ def test_the_order_of_shift_and_balance_is_kept(balanced: bool) -> None:
         statistics.record("q", rows(step), torch.tensor(step))
     layer = LayerPlan("linear", "block", [4, 3], 8, 8, shift=Shift("free", balanced=balanced))
     layer.timesteps = TimestepGroups([500.0])
-    plan.layers["q"], plan.vectors["q"], plan.vectors["q.shift"], plan.statistics = layer, B, Z, statistics
+    plan.layers["q"], plan.vectors["q"], plan.vectors["q.shift"] = layer, B, Z
+    context = PassContext(plan, statistics)
 
     def read(step: float) -> Tensor:
         x, z = rows(step).double().flatten(0, 1), Z[int(step > 500)]
         return x / B - z if balanced else (x - z) / B
 
-    seen = evidence(plan, "q")
+    seen = layer_input(context, "q")
     for number, step in enumerate(STEPS):
         torch.testing.assert_close(seen.minimum[number], read(step).amin(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(seen.maximum[number], read(step).amax(0), rtol=1e-12, atol=1e-12)
         assert torch.allclose(seen.rows[number].double().sum(0), read(step).sum(0), atol=1e-4)
     together = torch.cat([read(step) for step in STEPS])
-    torch.testing.assert_close(moments(plan, "q"), together.T @ together / len(together), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments(context, "q"), together.T @ together / len(together), rtol=1e-5, atol=1e-4)
 
 
 class Watch(fx.Interpreter):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class LayerInput:
     """A layer's input at T timesteps, ascending.
 
     Attributes:
@@ -34,11 +35,11 @@ class Evidence:
         return torch.maximum(self.minimum.abs(), self.maximum.abs())
 
 
-def evidence(plan: Plan, name: str, bin_: int | None = None) -> Evidence:
+def layer_input(context: PassContext, name: str, bin_: int | None = None) -> LayerInput:
     """Calibration statistics of a layer's input, shifted and balanced, in either order, as far as the plan has decided.
 
     Args:
-        plan: The plan.
+        context: The plan and the statistics.
         name: The layer.
         bin_: Take only the timesteps of this bin and one neighbour on either side, all with the shift of this bin.
             Another schedule can have timesteps up to the boundaries of the bin, and the neighbours are the nearest
@@ -47,7 +48,8 @@ def evidence(plan: Plan, name: str, bin_: int | None = None) -> Evidence:
     Raises:
         CalibrationError: There are no statistics, or calibration never reached the layer.
     """
-    seen = plan.evidence(plan.layer(name).observed or name)
+    plan = context.plan
+    seen = context.observed(plan.layer(name).observed or name)
     steps = seen.timesteps
     bins = plan.layer(name).bins(steps)
     samples, low, high = seen.rows_by_timestep, seen.minimum, seen.maximum
@@ -62,12 +64,13 @@ def evidence(plan: Plan, name: str, bin_: int | None = None) -> Evidence:
     low, high = ((bound.double() - shift) / divisor for bound in (low, high))
     moved = zip(samples, shift.expand(len(steps), -1), strict=True)
     rows = [((sample.double() - z) / divisor).float() for sample, z in moved]
-    return Evidence(steps.tolist(), low, high, rows, bins)
+    return LayerInput(steps.tolist(), low, high, rows, bins)
 
 
-def moments(plan: Plan, name: str) -> Tensor | None:
+def moments(context: PassContext, name: str) -> Tensor | None:
     """Second moments E[x x^T] of a layer's input, shifted and balanced: float64 ``[C, C]``; None if not recorded."""
-    seen = plan.evidence(plan.layer(name).observed or name)
+    plan = context.plan
+    seen = context.observed(plan.layer(name).observed or name)
     if seen.moments is None:
         return None
     shift = _shift(plan, name)

@@ -1,0 +1,225 @@
+"""Decisions of passes for which the plan has no field of its own: one room per pass, with entries of the pass's type.
+
+A pass outside of this package defines a type and asks the plan for its room::
+
+    @dataclass
+    class Rotation(Decision, of="rotate-inputs"):
+        seed: int
+        matrix: Tensor
+
+    rotations = context.plan.room(Rotation)  # dict[str, Rotation], by any name, such as that of a layer
+    if name not in rotations:
+        rotations[name] = Rotation(seed=0, matrix=...)
+
+The plan saves, loads, compares, copies and reports what a room holds. It does not need the pass for that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+import torch
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from torch import Tensor
+
+from fxquant.errors import CheckpointError, ConfigurationError
+
+_TENSOR = "tensor"
+
+
+class Decision:
+    """Base of the types that rooms hold. A subclass is a dataclass, and names its pass: ``class A(Decision, of="a")``.
+
+    Fields may be tensors, and whatever pydantic can write as JSON and read back: numbers, text, enums, None, lists,
+    tuples, dicts and dataclasses of these. A field that holds a tensor or None has the type ``Tensor | None``.
+    """
+
+    of: ClassVar[str]
+    """Name of the pass."""
+
+    def __init_subclass__(cls, *, of: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if of is not None:
+            cls.of = of
+        elif not hasattr(cls, "of"):
+            raise ConfigurationError(
+                f"{cls.__name__} names no pass; write class {cls.__name__}(Decision, of='my-pass')"
+            )
+
+
+D = TypeVar("D", bound=Decision)
+
+
+@dataclass
+class Stored:
+    """An entry as it was read from a file: JSON values and tensors, by field. A pass that asks for it gives it a type.
+
+    Attributes:
+        values: The fields that are not tensors.
+        tensors: The fields that are tensors.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Rooms:
+    """All rooms of a plan."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, dict[str, Any]] = {}
+
+    def room(self, kind: type[D]) -> dict[str, D]:
+        """The entries of one pass, by name; whoever changes the dict changes the plan.
+
+        Raises:
+            ConfigurationError: If the type is not a dataclass, has a field that cannot be stored, or if the room holds
+                another type.
+            CheckpointError: If an entry that was read from a file does not fit the type.
+        """
+        adapters = _adapters(kind)
+        entries = self._rooms.setdefault(kind.of, {})
+        for name, entry in entries.items():
+            if isinstance(entry, Stored):
+                entries[name] = _read(kind, adapters, name, entry)
+            elif not isinstance(entry, kind):
+                raise ConfigurationError(
+                    f"the decisions of {kind.of} are {type(entry).__name__}s, not {kind.__name__}s; one pass has one "
+                    "type of decision"
+                )
+        return entries
+
+    def stored(self) -> Iterator[tuple[str, str, Stored]]:
+        """Every entry with the name of its pass and its own name, as files hold it."""
+        for of, entries in self._rooms.items():
+            for name, entry in entries.items():
+                yield of, name, entry if isinstance(entry, Stored) else _written(of, name, entry)
+
+    def to_json(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The entries by pass and name; a tensor is written as ``{"tensor": key}``, with its key in :meth:`tensors`."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for of, name, entry in self.stored():
+            keys = {option: {_TENSOR: _key(of, name, option)} for option in entry.tensors}
+            found.setdefault(of, {})[name] = {**entry.values, **keys}
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all entries."""
+        return {
+            _key(of, name, option): tensor
+            for of, name, entry in self.stored()
+            for option, tensor in entry.tensors.items()
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Mapping[str, Mapping[str, Any]]], tensors: dict[str, Tensor]) -> Rooms:
+        """Read entries back.
+
+        Args:
+            data: What :meth:`to_json` returned.
+            tensors: The tensors by key; those that entries hold are removed.
+
+        Raises:
+            CheckpointError: If a tensor is missing.
+        """
+        rooms = cls()
+        for of, entries in data.items():
+            for name, values in entries.items():
+                entry = Stored()
+                for option, value in values.items():
+                    key = _key(of, name, option)
+                    if value != {_TENSOR: key}:
+                        entry.values[option] = value
+                    elif key in tensors:
+                        entry.tensors[option] = tensors.pop(key)
+                    else:
+                        raise CheckpointError(f"the decision {name!r} of {of} lacks its tensor {key!r}")
+                rooms._rooms.setdefault(of, {})[name] = entry
+        return rooms
+
+
+def _key(of: str, name: str, option: str) -> str:
+    return f"{of}:{name}.{option}"
+
+
+def _adapters(kind: Any) -> dict[str, TypeAdapter[Any] | None]:
+    """For each field what writes and reads it; None for a field that holds a tensor."""
+    if not is_dataclass(kind):
+        raise ConfigurationError(f"{kind.__name__} is not a dataclass; decorate it with @dataclass")
+    hints = get_type_hints(kind)
+    found: dict[str, TypeAdapter[Any] | None] = {}
+    for option in fields(kind):
+        hint = hints[option.name]
+        try:
+            found[option.name] = None if hint in (Tensor, Tensor | None) else TypeAdapter(hint)
+        except PydanticSchemaGenerationError as error:
+            raise ConfigurationError(
+                f"the field {option.name!r} of {kind.__name__} is a {hint}, which a plan cannot store: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    return found
+
+
+def _written(of: str, name: str, entry: Any) -> Stored:
+    """An entry as files hold it.
+
+    Raises:
+        ConfigurationError: If a field does not hold what its type says.
+    """
+    if not isinstance(entry, Decision):
+        raise ConfigurationError(f"the decision {name!r} of {of} is a {type(entry).__name__}, not a Decision")
+    found = Stored()
+    for option, adapter in _adapters(type(entry)).items():
+        value = getattr(entry, option)
+        if adapter is None:
+            if isinstance(value, Tensor):
+                found.tensors[option] = value.detach().clone()  # Files hold no two tensors that share their memory.
+            elif value is None:
+                found.values[option] = None
+            else:
+                raise _misfit(of, name, option, f"it is a {type(value).__name__}, not a tensor")
+        else:
+            try:
+                found.values[option] = adapter.dump_python(value, mode="json", warnings="error")
+                adapter.validate_json(json.dumps(found.values[option]), strict=True)
+            except ValidationError as error:
+                raise _misfit(of, name, option, error.errors()[0]["msg"]) from error
+            except ValueError as error:  # pydantic's errors of serialization, and values that JSON does not have.
+                raise _misfit(of, name, option, str(error).splitlines()[0]) from error
+    return found
+
+
+def _misfit(of: str, name: str, option: str, why: str) -> ConfigurationError:
+    return ConfigurationError(f"the decision {name!r} of {of} cannot be stored: {option}: {why}")
+
+
+def _read(kind: type[D], adapters: Mapping[str, TypeAdapter[Any] | None], name: str, entry: Stored) -> D:
+    """Give an entry its type."""
+    values: dict[str, Any] = {}
+    for option, value in (*entry.values.items(), *entry.tensors.items()):
+        if option not in adapters:
+            raise CheckpointError(f"the decision {name!r} of {kind.of} has {option!r}, which {kind.__name__} does not")
+        adapter = adapters[option]
+        if (adapter is None) != (isinstance(value, Tensor) or value is None) and not (adapter and value is None):
+            wanted = "a tensor" if adapter is None else "not a tensor"
+            raise CheckpointError(f"the decision {name!r} of {kind.of}: {option} should be {wanted}")
+        try:
+            values[option] = value if adapter is None else adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            why = error.errors(include_url=False)[0]["msg"]
+            raise CheckpointError(f"the decision {name!r} of {kind.of}: {option}: {why[:1].lower()}{why[1:]}") from None
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise CheckpointError(f"the decision {name!r} of {kind.of} does not fit {kind.__name__}: {error}") from error
+
+
+def same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two mappings hold the same tensors: names, dtypes, shapes and values."""
+    return left.keys() == right.keys() and all(
+        tensor.dtype == right[name].dtype and torch.equal(tensor, right[name].to(tensor.device))
+        for name, tensor in left.items()
+    )

@@ -1,0 +1,293 @@
+"""Rooms: decisions of a pass from outside are saved, loaded, compared, copied and reported."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+import fxquant
+from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.ir.meta import LAYER
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.pipeline.pipeline import PASSES, Pass, Tier, register_pass
+from fxquant.pipeline.recipes import make_recipe
+from fxquant.planning.context import PassContext
+from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
+from fxquant.planning.rooms import Decision
+from tests import tiny
+
+
+class Kind(enum.Enum):
+    HADAMARD = "hadamard"
+    RANDOM = "random"
+
+
+@dataclass
+class Size:
+    rows: int
+    columns: int
+
+
+@dataclass
+class Rotation(Decision, of="rotate-inputs"):
+    seed: int
+    matrix: Tensor
+    kind: Kind = Kind.RANDOM
+    permutation: Tensor | None = None
+    sizes: tuple[Size, ...] = ()
+    sqnr_db: float | None = None
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def rotation(seed: int = 0) -> Rotation:
+    matrix = torch.randn(3, 3, generator=torch.Generator().manual_seed(seed))
+    return Rotation(seed, matrix, Kind.HADAMARD, torch.arange(3), (Size(1, 2),), float("inf"), {"a": ["b"]})
+
+
+def planned() -> Plan:
+    plan = Plan("", "", "timestep")
+    plan.vectors["q"] = torch.ones(3)
+    plan.room(Rotation)["blocks.0.q"] = rotation()
+    plan.room(Rotation)["blocks.1.q"] = replace(rotation(1), permutation=None)
+    return plan
+
+
+def test_a_room_is_saved_and_loaded(tmp_path: Path) -> None:
+    plan = planned()
+    plan.save(tmp_path)
+    assert load_file(tmp_path / VECTORS_FILE).keys() == {
+        "q",
+        "rotate-inputs:blocks.0.q.matrix",
+        "rotate-inputs:blocks.0.q.permutation",
+        "rotate-inputs:blocks.1.q.matrix",
+    }
+    loaded = Plan.load(tmp_path)
+    assert loaded == plan and loaded.vectors.keys() == {"q"}
+    found = loaded.room(Rotation)
+    assert list(found) == ["blocks.0.q", "blocks.1.q"]
+    one, own = found["blocks.0.q"], rotation()
+    assert torch.equal(one.matrix, own.matrix) and torch.equal(one.permutation, own.permutation)
+    assert one.permutation.dtype is torch.int64
+    assert (one.seed, one.kind, one.sizes, one.sqnr_db, one.notes) == (
+        0,
+        Kind.HADAMARD,
+        (Size(1, 2),),
+        float("inf"),
+        {"a": ["b"]},
+    )
+    assert found["blocks.1.q"].permutation is None
+    assert loaded == plan
+    (tmp_path / "again").mkdir()
+    loaded.save(tmp_path / "again")  # Also if no pass has asked for the room.
+    Plan.load(tmp_path / "again").save(tmp_path / "third")
+    assert (tmp_path / "third" / PLAN_FILE).read_text() == (tmp_path / PLAN_FILE).read_text()
+
+
+def test_a_plan_without_rooms_has_no_such_entry() -> None:
+    plan = Plan("", "", None)
+    assert not plan.room(Rotation)
+    assert "rooms" not in plan.to_json()
+
+
+def changed(change: str) -> Plan:
+    plan = planned()
+    first = plan.room(Rotation)["blocks.0.q"]
+    if change == "field":
+        first.seed = 5
+    elif change == "tensor":
+        first.matrix[0, 0] += 1
+    elif change == "dtype":
+        first.matrix = first.matrix.double()
+    elif change == "entry":
+        del plan.room(Rotation)["blocks.1.q"]
+    elif change == "vector":
+        plan.vectors["q"][0] = 2
+    elif change == "bits":
+        plan.bytes_after = 1
+    return plan
+
+
+@pytest.mark.parametrize("change", ["field", "tensor", "dtype", "entry", "vector", "bits"])
+def test_plans_are_compared(change: str) -> None:
+    assert planned() == planned()
+    assert changed(change) != planned()
+    assert planned() != "plan"
+
+
+def test_how_long_passes_took_does_not_count() -> None:
+    plan, other = planned(), planned()
+    plan.passes = [{"pass": "a", "seconds": 1.0, "edits": 1, "ops": {}}]
+    other.passes = [{"pass": "a", "seconds": 2.0, "edits": 1, "ops": {}}]
+    assert plan == other
+    other.passes[0]["edits"] = 2
+    assert plan != other
+
+
+def test_a_copy_is_its_own() -> None:
+    plan = planned()
+    other = copy.deepcopy(plan)
+    assert other == plan
+    other.room(Rotation)["blocks.0.q"].matrix.zero_()
+    assert other != plan and plan == planned()
+
+
+def test_the_report_shows_rooms() -> None:
+    report = fxquant.report(planned())
+    lines = report.table(every=True).splitlines()
+    start = lines.index("decisions of rotate-inputs")
+    assert [word for word in lines[start + 1].split() if word] == [
+        "of", "seed", "kind", "sizes", "sqnr_db", "notes", "matrix", "permutation"
+    ]  # fmt: skip
+    assert lines[start + 3].split()[:3] == ["blocks.0.q", "0", "hadamard"] and "float32[3, 3]" in lines[start + 3]
+    assert report.to_json()["decisions"][0]["values"]["permutation"] == "int64[3]"
+    assert "decisions" not in fxquant.report(Plan("", "", None)).to_json()
+
+
+def test_entries_that_differ_in_numbers_share_a_row() -> None:
+    plan = Plan("", "", "timestep")
+    for number in range(3):
+        plan.room(Rotation)[f"blocks.{number}.q"] = Rotation(number, torch.zeros(2, 2), sqnr_db=10.0 + number)
+    lines = fxquant.report(plan).table().splitlines()
+    (row,) = (line for line in lines if line.startswith("blocks."))
+    assert "0..2" in row.split() and "10.0..12.0" in row
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry.pop("seed"), r"'blocks.0.q' of rotate-inputs does not fit Rotation.*seed"),
+        (lambda entry: entry.update(seed="five"), r"rotate-inputs: seed: input should be a valid integer"),
+        (lambda entry: entry.update(kind="wild"), r"rotate-inputs: kind: input should be 'hadamard' or 'random'"),
+        (lambda entry: entry.update(other=1), r"rotate-inputs has 'other', which Rotation does not"),
+        (lambda entry: entry.update(matrix=[1.0]), r"rotate-inputs: matrix should be a tensor"),
+        (lambda entry: entry.update(seed={"tensor": "rotate-inputs:blocks.0.q.seed"}), r"lacks its tensor"),
+    ],
+)
+def test_a_damaged_entry_is_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
+    planned().save(tmp_path)
+    data = json.loads((tmp_path / PLAN_FILE).read_text())
+    change(data["rooms"]["rotate-inputs"]["blocks.0.q"])
+    (tmp_path / PLAN_FILE).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=message):
+        Plan.load(tmp_path).room(Rotation)
+
+
+def test_a_lost_or_infinite_tensor_is_refused(tmp_path: Path) -> None:
+    planned().save(tmp_path)
+    tensors = load_file(tmp_path / VECTORS_FILE)
+    key = "rotate-inputs:blocks.0.q.matrix"
+    save_file(tensors | {key: tensors[key] * float("inf")}, tmp_path / VECTORS_FILE)
+    with pytest.raises(CheckpointError, match="should hold finite numbers"):
+        Plan.load(tmp_path)
+    del tensors[key]
+    save_file(tensors, tmp_path / VECTORS_FILE)
+    with pytest.raises(CheckpointError, match=rf"lacks its tensor '{key}'"):
+        Plan.load(tmp_path)
+    save_file(tensors | {"other": torch.arange(3)}, tmp_path / VECTORS_FILE)
+    with pytest.raises(CheckpointError):
+        Plan.load(tmp_path)
+
+
+def test_types_that_cannot_be_stored_are_refused_at_once() -> None:
+    @dataclass
+    class Held(Decision, of="hold"):
+        module: torch.nn.Module
+
+    class Bare(Decision, of="bare"):
+        pass
+
+    @dataclass
+    class Other(Decision, of="rotate-inputs"):
+        seed: int
+
+    plan = planned()
+    with pytest.raises(ConfigurationError, match=r"field 'module' of Held is a .*Module.*cannot store"):
+        plan.room(Held)
+    with pytest.raises(ConfigurationError, match="Bare is not a dataclass"):
+        plan.room(Bare)
+    with pytest.raises(ConfigurationError, match="decisions of rotate-inputs are Rotations, not Others"):
+        plan.room(Other)
+    with pytest.raises(ConfigurationError, match="names no pass"):
+        type("Nameless", (Decision,), {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": "five"}, "'q' of rotate-inputs cannot be stored: seed"),
+        ({"matrix": [[1.0]]}, "'q' of rotate-inputs cannot be stored: matrix: it is a list, not a tensor"),
+        ({"notes": {"a": object()}}, "'q' of rotate-inputs cannot be stored: notes"),
+        ({"sizes": torch.ones(2)}, "'q' of rotate-inputs cannot be stored: sizes"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_when_saving(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    plan = planned()
+    plan.room(Rotation)["q"] = replace(rotation(), **values)
+    with pytest.raises(ConfigurationError, match=message):
+        plan.save(tmp_path / "plan")
+    assert not (tmp_path / "plan" / PLAN_FILE).exists()
+
+
+@dataclass
+class Gain(Decision, of="scale-nothing"):
+    mean: float
+    channels: Tensor
+
+
+@dataclass(frozen=True)
+class ScaleNothing(Pass):
+    """Decides the mean of each layer's input and changes nothing."""
+
+    name: ClassVar[str] = "scale-nothing"
+    tier: ClassVar[Tier] = Tier.EXACT
+    requires: ClassVar[Stage] = Stage.TRANSFORMED
+    establishes: ClassVar[Stage] = Stage.CAPTURED
+
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        gains = context.plan.room(Gain)
+        for node in graph.nodes:
+            name = node.meta.get(LAYER)
+            layer = context.plan.layers.get(name)
+            if layer is None or layer.observed is None or name in gains:
+                continue
+            seen = context.observed(layer.observed)
+            gains[name] = Gain(float(seen.maximum.mean()), seen.maximum.amax(0).double())
+
+
+@pytest.fixture
+def registered() -> Any:
+    register_pass(ScaleNothing)
+    yield
+    del PASSES._objects[ScaleNothing.name]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_pass_from_outside_decides_saves_and_replays(tmp_path: Path) -> None:
+    chosen = make_recipe("rtn-w8a8")
+    chosen = replace(chosen, convert=(ScaleNothing(), *chosen.convert))
+    model = tiny.make_dit()
+    quantized = fxquant.compile(model, recipe=chosen, calibrate=tiny.calibrate(model))
+    again = fxquant.compile(model, recipe=chosen, calibrate=tiny.calibrate(model))
+    gains = quantized.plan.room(Gain)
+    assert gains and all(name in quantized.plan.layers for name in gains)
+    assert again.plan == quantized.plan
+    fxquant.save(quantized, tmp_path / "saved")
+    loaded = fxquant.load(tmp_path / "saved")
+    assert loaded.plan.rooms.to_json() == quantized.plan.rooms.to_json()
+    assert torch.equal(tiny.run(loaded), tiny.run(quantized))
+    replayed = fxquant.compile(model, plan=quantized.plan)  # Without statistics: all is decided.
+    assert replayed.plan.room(Gain).keys() == gains.keys()
+    assert torch.equal(tiny.run(replayed), tiny.run(quantized))
+    assert "decisions of scale-nothing" in str(fxquant.report(tmp_path / "saved"))
+    tiny.run(quantized, size=4)  # A further kind of call decides on a copy.
+    assert quantized.plan == again.plan
