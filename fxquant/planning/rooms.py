@@ -147,8 +147,9 @@ def _key(of: str, name: str, option: str) -> str:
 
 def _adapters(kind: Any) -> dict[str, TypeAdapter[Any] | None]:
     """For each field what writes and reads it; None for a field that holds a tensor."""
+    called = kind.__name__
     if not is_dataclass(kind):
-        raise ConfigurationError(f"{kind.__name__} is not a dataclass; decorate it with @dataclass")
+        raise ConfigurationError(f"{called} is not a dataclass; decorate it with @dataclass")
     hints = get_type_hints(kind)
     found: dict[str, TypeAdapter[Any] | None] = {}
     for option in fields(kind):
@@ -157,7 +158,7 @@ def _adapters(kind: Any) -> dict[str, TypeAdapter[Any] | None]:
             found[option.name] = None if hint in (Tensor, Tensor | None) else TypeAdapter(hint)
         except PydanticSchemaGenerationError as error:
             raise ConfigurationError(
-                f"the field {option.name!r} of {kind.__name__} is a {hint}, which a plan cannot store: "
+                f"the field {option.name!r} of {called} is a {hint}, which a plan cannot store: "
                 f"{str(error).splitlines()[0]}"
             ) from error
     return found
