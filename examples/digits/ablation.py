@@ -17,7 +17,7 @@ import fxquant
 from fxquant.passes.balance_channels import spearman_weights
 from fxquant.statistics.collection import Statistics
 
-from .compare import calibration, noise_sqnr, test_calls
+from .compare import calibration, noise_sqnr, predicted_noise, test_calls
 from .generator import load_pipeline
 from .salience import plant_salience
 
@@ -41,6 +41,7 @@ def main() -> None:
     rows, weights = [], []
     for name, model in models.items():
         calls = test_calls(pipe, model)
+        noise = predicted_noise(model, calls)
         statistics = Statistics()
         for precision in ("w8a8", "w4a8"):
             for variant, balance in track(VARIANTS.items(), f"{name} {precision}", transient=True):
@@ -50,7 +51,7 @@ def main() -> None:
                     model, recipe=fxquant.Recipe.parse(recipe), calibrate=calibration(pipe, model), measure=0,
                     statistics=statistics,
                 )  # fmt: skip
-                sqnr = noise_sqnr(quantized, model, calls)
+                sqnr = noise_sqnr(quantized, noise, calls)
                 rows.append([name, precision, variant, float(np.mean(sqnr)), min(sqnr)])
         weights += [[name, place, *spread] for place, spread in _ssc_weights(model, statistics).items()]
     print(tabulate(rows, headers=["model", "precision", "balancing", "SQNR mean dB", "worst step dB"], floatfmt=".2f"))

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.pipeline.recipes import Recipe
+from fxquant.passes.assign_precision import AssignPrecision
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.plan import Plan
+from fxquant.planning.precision import Precision
+from fxquant.statistics.collection import Statistics
 
 from .generator import GUIDANCE, generate
 from .judge import DigitClassifier
@@ -47,7 +51,7 @@ class Result:
         frechet: Fréchet distance to held-back real digits in the classifier's features.
         accuracy: Share of images that the classifier reads as the requested digit.
         megabytes: Size of the transformer's checkpoint on disk.
-        seconds: Seconds from the float model to the quantized one, including calibration.
+        seconds: Seconds of the conversion, without a calibration that several recipes share.
     """
 
     model: str
@@ -101,9 +105,14 @@ def test_calls(pipe: DiTPipeline, transformer: DiTTransformer2DModel, guidance: 
 
 
 @torch.no_grad()
-def noise_sqnr(quantized: nn.Module, transformer: nn.Module, calls: Sequence[Call]) -> list[float]:
-    """SQNR in dB of the predicted noise against the float model's, one value per call."""
-    return [sqnr_db(transformer(*args, **kwargs).sample, quantized(*args, **kwargs).sample) for args, kwargs in calls]
+def predicted_noise(transformer: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """The noise that a transformer predicts, one tensor per call."""
+    return [transformer(*args, **kwargs).sample for args, kwargs in calls]
+
+
+def noise_sqnr(quantized: nn.Module, reference: Sequence[Tensor], calls: Sequence[Call]) -> list[float]:
+    """SQNR in dB of the predicted noise against the float model's (:func:`predicted_noise`), one value per call."""
+    return [sqnr_db(*pair) for pair in zip(reference, predicted_noise(quantized, calls), strict=True)]
 
 
 def quantize(pipe: DiTPipeline, transformer: nn.Module, recipe: Recipe, **options: Any) -> tuple[nn.Module, float]:
@@ -113,6 +122,50 @@ def quantize(pipe: DiTPipeline, transformer: nn.Module, recipe: Recipe, **option
         transformer, recipe=recipe, calibrate=calibration(pipe, transformer), measure=0, **options
     )
     return quantized, time.perf_counter() - began
+
+
+class Calibrated:
+    """A transformer and what one calibration of it recorded, from which several recipes decide.
+
+    Args:
+        pipe: The pipeline that runs the transformer.
+        transformer: The float transformer.
+        layers: Which layers the recipes quantize.
+
+    Attributes:
+        seconds: Seconds that the calibration took, including one conversion.
+    """
+
+    def __init__(self, pipe: DiTPipeline, transformer: nn.Module, layers: str) -> None:
+        self.pipe, self.transformer = pipe, transformer
+        self.statistics = Statistics()
+        recipe = make_recipe("rtn-gptq-w8a8", layers)  # GPTQ needs what the others need, and second moments besides.
+        self._prepare = recipe.prepare
+        quantized, self.seconds = quantize(pipe, transformer, recipe, statistics=self.statistics)
+        self._plan = quantized.plan
+
+    def quantize(self, recipe: Recipe) -> tuple[nn.Module, float]:
+        """The transformer quantized by a recipe, and the seconds that this took.
+
+        A recipe that observes something else, or that runs calibration calls again, calibrates for itself.
+        """
+        names = [step.name for step in recipe.convert]
+        kept = [step for step in recipe.prepare if step.name != "assign-precision"]
+        if kept != [step for step in self._prepare if step.name != "assign-precision"] or "reconstruct-blocks" in names:
+            return quantize(self.pipe, self.transformer, recipe)
+        began = time.perf_counter()
+        quantized = fxquant.compile(self.transformer, plan=self._plan_of(recipe), statistics=self.statistics)
+        return quantized, time.perf_counter() - began
+
+    def _plan_of(self, recipe: Recipe) -> Plan:
+        """The plan with the bit widths of a recipe, and nothing else decided."""
+        plan = self._plan.undecided(str(recipe))
+        (assign,) = (step for step in recipe.prepare if isinstance(step, AssignPrecision))
+        precision = Precision.parse(assign.precision)
+        for layer in plan.layers.values():
+            if layer.weight_bits is not None and layer.activation_bits is not None:
+                layer.weight_bits = precision.weight_bits
+        return plan
 
 
 def checkpoint_megabytes(model: nn.Module) -> float:

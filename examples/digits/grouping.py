@@ -21,7 +21,7 @@ from fxquant.planning.grouping import within
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 
-from .compare import CALIBRATION_STEPS, calibration, noise_sqnr, test_calls
+from .compare import CALIBRATION_STEPS, calibration, noise_sqnr, predicted_noise, test_calls
 from .generator import load_pipeline
 from .salience import plant_salience
 
@@ -70,13 +70,14 @@ def main() -> None:
     rows = []
     for name, model in models.items():
         calls = test_calls(pipe, model)
+        noise = predicted_noise(model, calls)
         calibrated = {precision: calibrate(pipe, model, precision) for precision in PRECISIONS}
         for groups, method in track(variants, name, transient=True):
             row = [name, groups, method if 1 < groups < GROUPS[-1] else "either", 0.0]
             for precision, (first, statistics) in calibrated.items():
                 plan = first.undecided(str(recipe(precision, groups, method)))
                 quantized = fxquant.compile(model, plan=plan, statistics=statistics)
-                sqnr = noise_sqnr(quantized, model, calls)
+                sqnr = noise_sqnr(quantized, noise, calls)
                 row[3] = distances(quantized, statistics)
                 row += [float(np.mean(sqnr)), min(sqnr)]
             rows.append(row)

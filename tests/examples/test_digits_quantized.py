@@ -68,6 +68,7 @@ def sqnr(pipe: DiTPipeline, planted: DiTTransformer2DModel) -> Callable[[str, st
     """Mean SQNR in dB of the predicted noise, by model and recipe."""
     models = {"plain": pipe.transformer, "planted": planted}
     calls = {name: compare.test_calls(pipe, model) for name, model in models.items()}
+    noise = {name: compare.predicted_noise(model, calls[name]) for name, model in models.items()}
     known: dict[tuple[str, str], float] = {}
 
     def measure(name: str, recipe: str) -> float:
@@ -77,7 +78,7 @@ def sqnr(pipe: DiTPipeline, planted: DiTTransformer2DModel) -> Callable[[str, st
             quantized = fxquant.compile(
                 model, recipe=made, calibrate=compare.calibration(pipe, model), measure=0
             )  # fmt: skip
-            values = compare.noise_sqnr(quantized, model, calls[name])
+            values = compare.noise_sqnr(quantized, noise[name], calls[name])
             known[name, recipe] = sum(values) / len(values)
         return known[name, recipe]
 
