@@ -66,6 +66,10 @@ class VerificationError(FxquantError, RuntimeError):
     """A graph breaks the specification of its stage; the message names the node and the pass."""
 
 
+class ArgumentError(FxquantError, AttributeError):
+    """A node does not have the argument that was asked for, or the argument is of another kind."""
+
+
 class PassError(FxquantError, RuntimeError):
     """A pass failed or was used out of order; the message names the pass."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import CalibrationError, NonFiniteError
+from fxquant.ir.arguments import args
 from fxquant.ir.histories import made_from
 from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER
@@ -251,15 +252,15 @@ def importance_of(name: str, context: PassContext, device: torch.device) -> Tens
     return None if importance is None else importance.to(device)
 
 
-def is_quantized(weight: Any) -> bool:
+def is_quantized(weight: fx.Node) -> bool:
     """Whether a weight is dequantized from codes in the graph, as weights of layers with float activations are."""
     if weight.target is torch.ops.aten.view.default:
-        weight = weight.args[0]
+        weight = args(weight).node("self")
     return weight.target is torch.ops.fxquant.dequantize_weight.default
 
 
 def quantized_input(
-    node: fx.Node, x: Any, context: PassContext, rewriter: Rewriter, method: InputRange
+    node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewriter, method: InputRange
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Quantize the input of a layer; returns nodes of its codes, its scale and its zero point.
 
@@ -269,7 +270,7 @@ def quantized_input(
     name = node.meta[LAYER]
     layer = context.plan.layer(name)
     bits = layer.activation_bits
-    assert isinstance(x, fx.Node) and bits is not None
+    assert bits is not None
     decide_range(node, x, context, rewriter, method)
     assert layer.activation is not None
     if layer.activation.method == InputRange.DYNAMIC.value:
@@ -300,7 +301,7 @@ def quantized_input(
     return codes, scale, zero_point
 
 
-def decide_range(node: fx.Node, x: Any, context: PassContext, rewriter: Rewriter, method: InputRange) -> None:
+def decide_range(node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewriter, method: InputRange) -> None:
     """Write the range of a layer's input into the plan, if it has none. Layers that read the same value share it."""
     name = node.meta[LAYER]
     layer = context.plan.layer(name)

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from fxquant.channels.rules.table import node_of
 from fxquant.channels.solution import Seed
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER
 from fxquant.planning.context import PassContext
@@ -56,7 +56,7 @@ def seeds_to_transform(graph: fx.Graph, context: PassContext, roles: Sequence[st
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if LAYER in node.meta and node.target is torch.ops.aten.linear.default:
-            value, weight = node_of(node.args[0]), node_of(node.args[1])
+            value, weight = args(node).node("input"), args(node).node("weight")
             if parameter_of(weight).op == "get_attr":  # Otherwise a cast of the weight has other readers.
                 readers.setdefault(value, []).append(node)
     seeds = []
@@ -115,7 +115,7 @@ def seeds_undone_before(graph: fx.Graph, context: PassContext, seeds: Sequence[S
     for node in graph.nodes:
         if node.target is not torch.ops.aten.linear.default or node in known:
             continue
-        value, weight = node_of(node.args[0]), parameter_of(node_of(node.args[1]))
+        value, weight = args(node).node("input"), parameter_of(args(node).node("weight"))
         if (node.meta.get(LAYER), suffix) in context.shared.columns and weight.op == "get_attr":
             found.append(Seed(node.meta[LAYER], value, (node,)))
     return found

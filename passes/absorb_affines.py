@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxquant.channels.solution import Edit, Seed, Solution
 from fxquant.channels.walk import solve
 from fxquant.channels.wants import Cost
+from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter, place_of
@@ -87,11 +88,14 @@ def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx
     """The affines with a constant positive factor per channel and without shift, and these factors, float64."""
     affines, factors = {}, {}
     for node in graph.nodes:
-        if node.target is not _AFFINE or node.args[1].op != "get_attr" or node.args[2] is not None:
+        if node.target is not _AFFINE or args(node).shift is not None:
+            continue
+        scale = args(node).node("scale")
+        if scale.op != "get_attr":
             continue
         if not node.meta["val"].dim():  # A scalar, which has no channels; the factor reached it on its way.
             continue
-        factor, channels = rewriter.tensor(node.args[1]).double(), node.meta["val"].shape[-1]
+        factor, channels = rewriter.tensor(scale).double(), node.meta["val"].shape[-1]
         if (
             isinstance(channels, int)
             and factor.numel() in (1, channels)

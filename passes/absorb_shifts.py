@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxquant.channels.solution import Edit, Request, Seed, Solution
 from fxquant.channels.walk import solve
 from fxquant.channels.wants import Cost
+from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
@@ -73,10 +74,13 @@ def _shifts(graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> dict[fx.Node, Ti
     """The affines that only shift, by a constant or by a row of a table."""
     found = {}
     for node in graph.nodes:
-        if node.target is _AFFINE and node.args[1].op == "get_attr" and isinstance(node.args[2], fx.Node):
-            table = read_table(node.args[2], timestep_input(graph, plan.timestep), rewriter)
+        if node.target is not _AFFINE or args(node).shift is None:
+            continue
+        scale, shift = args(node).node("scale"), args(node).node("shift")
+        if scale.op == "get_attr":
+            table = read_table(shift, timestep_input(graph, plan.timestep), rewriter)
             channels = node.meta["val"].shape[-1]
-            if table is not None and table.rows[0].numel() == channels and (rewriter.tensor(node.args[1]) == 1).all():
+            if table is not None and table.rows[0].numel() == channels and (rewriter.tensor(scale) == 1).all():
                 found[node] = table.map(lambda rows: rows.flatten(1).double())
     return found
 

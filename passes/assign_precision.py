@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxquant.errors import ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.attention import Attention, find_attentions, not_by_sample
 from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER, NAMES
@@ -83,7 +84,7 @@ class AssignPrecision(Pass):
             assert weight is not None
             chosen = precision_of(name, role_of[name], default, self.layers, self.overrides)
             if kind == "embedding":  # The papers keep tables in float; 8-bit rows only save memory.
-                one_row_a_sample = node.args[1].meta["val"].dim() == 1
+                one_row_a_sample = args(node).node("indices").meta["val"].dim() == 1
                 asked = overridden(name, self.overrides) or (Precision(8, None) if self.layers == "default" else FLOAT)
                 chosen = Precision(asked.weight_bits, None) if one_row_a_sample else FLOAT
             shape = weight.meta["val"].shape

@@ -15,10 +15,10 @@ from scipy.special import softmax
 from scipy.stats import spearmanr
 from torch import Tensor, fx
 
-from fxquant.channels.rules.table import node_of
 from fxquant.channels.solution import Grant, Seed
 from fxquant.channels.walk import solve
 from fxquant.errors import ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import Rewriter
@@ -150,7 +150,7 @@ class BalanceChannels(Pass):
 
     def _is_done(self, readers: Sequence[fx.Node]) -> bool:
         """Whether this pass has balanced the weights of these linears already."""
-        weights = [parameter_of(node_of(reader.args[1])) for reader in readers]
+        weights = [parameter_of(args(reader).node("weight")) for reader in readers]
         origins = (origin for weight in weights for origin in weight.meta.get(PROVENANCE, ()))
         return any(origin.pass_name == self.name for origin in origins)
 
@@ -256,7 +256,7 @@ def of_salient_channels(
 
 
 def _weight(reader: fx.Node, rewriter: Rewriter) -> Tensor:
-    weight = rewriter.tensor(parameter_of(node_of(reader.args[1])))
+    weight = rewriter.tensor(parameter_of(args(reader).node("weight")))
     require_finite(weight, f"the weight of layer {reader.meta[LAYER]}")
     return weight
 
@@ -305,4 +305,4 @@ def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, seed.value, balanced)
-        rewriter.fold(reader, 1, lambda w: w * b.to(w.device), by=("columns", b))  # In float64, like b.
+        rewriter.fold(reader, "weight", lambda w: w * b.to(w.device), by=("columns", b))  # In float64, like b.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.attention import SIDES, Attention, find_attentions
 from fxquant.ir.meta import ITEM, LAYER
 from fxquant.ir.rewriter import Rewriter
@@ -63,8 +64,8 @@ class InsertObservers(Pass):
             layer = plan.layer(node.meta[LAYER])
             if layer.activation_bits is None and node.meta[LAYER] not in weight_only:
                 continue
-            value, axis = node.args[0], 1 if layer.kind == "conv" else -1
-            if _OBSERVE in (value.target, value.target is _TRANSPOSE and value.args[0].target):
+            value, axis = source_of(node), 1 if layer.kind == "conv" else -1
+            if _OBSERVE in (value.target, value.target is _TRANSPOSE and source_of(value).target):
                 continue  # Observed already, directly or transposed with the samples first.
             observer = observers.get((value, axis))
             if observer is None:
@@ -84,11 +85,11 @@ class InsertObservers(Pass):
     def _observe_operand(self, found: Attention, side: str, plan: Plan, rewriter: Rewriter) -> None:
         operand = found.operands[side]
         value, observed = operand.value, plan.attention(found.name).observed
-        source: Any = value  # An observer over all heads is two views away.
+        source = value  # An observer over all heads is two views away.
         for _ in range(2):
-            source = source.args[0] if source.target in (_TRANSPOSE, _UNFLATTEN) and side == "v" else source
+            source = source_of(source) if source.target in (_TRANSPOSE, _UNFLATTEN) and side == "v" else source
         if source.target is torch.ops.fxquant.observe.default:
-            observed[side] = str(source.args[2])
+            observed[side] = str(args(source).key)
             return
         timestep, shape = timestep_input(rewriter.graph, plan.timestep), value.meta["val"].shape
         together = side == "v" and len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.ir.attention import ATTENTION, SIDES, Attention, changes_of, find_attentions
+from fxquant.ir.arguments import args
+from fxquant.ir.attention import ATTENTION, SIDES, Attention, changes_of, factors_of, find_attentions
 from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.shared import SharedTensors
@@ -211,9 +212,7 @@ class _Lowering:
             if product.target is aten.baddbmm.default:
                 scores = self._added(product, scores)
         self.rewriter.replace(product, scores)
-        position = self.found.operands["v"].position
-        probabilities = output.args[position - 1]
-        assert isinstance(probabilities, fx.Node)
+        probabilities = factors_of(output)[0]
         with self.rewriter.before(output):
             coded = self.probabilities(probabilities)
             result = self.call(_MATMUL, *coded, *self.operand("v"), output.meta["val"].dtype)
@@ -233,31 +232,31 @@ class _Lowering:
 
     def _added(self, product: fx.Node, result: fx.Node) -> fx.Node:
         """The result of ``baddbmm`` from its product: ``beta * input + alpha * product``."""
-        alpha, beta = product.kwargs.get("alpha", 1), product.kwargs.get("beta", 1)
+        alpha, beta = args(product).alpha, args(product).beta
         if alpha != 1:
             result = self.call(aten.mul.Tensor, result, alpha)
         if beta == 0:
             return result
-        added = product.args[0] if beta == 1 else self.call(aten.mul.Tensor, product.args[0], beta)
+        added = args(product).node("self")
+        if beta != 1:
+            added = self.call(aten.mul.Tensor, added, beta)
         return self.call(aten.add.Tensor, result, added)
 
     def fused(self) -> None:
         """Write out the definition of ``scaled_dot_product_attention``."""
-        node = self.found.output
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        node, given = self.found.output, args(self.found.output)
         dtype = node.meta["val"].dtype
         inner = torch.float64 if dtype == torch.float64 else torch.float32
         with self.rewriter.before(node):
-            q = given["query"]
+            q = given.node("query")
             if self.found.scale != 1:
                 q = self.call(aten.mul.Tensor, q, self.found.scale)
             left, (keys, *key_grid), (values, *value_grid) = self.operand("q", q), self.operand("k"), self.operand("v")
-            if given.get("enable_gqa"):
-                keys, values = (self._for_all_heads(part, given["query"]) for part in (keys, values))
+            if given.enable_gqa:
+                keys, values = (self._for_all_heads(part, given.node("query")) for part in (keys, values))
             keys = self.call(aten.transpose.int, keys, -2, -1)
             scores = self.call(_MATMUL, *left, keys, *key_grid, inner)
-            masked = self._masked(scores, given.get("attn_mask"), bool(given.get("is_causal")))
+            masked = self._masked(scores, given.attn_mask, bool(given.is_causal))
             # A row without any key is 0, not NaN, as in the op itself.
             softmax = aten.softmax.int if masked is scores else aten._safe_softmax.default
             coded = self.probabilities(self.call(softmax, masked, -1))

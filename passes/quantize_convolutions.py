@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
@@ -68,9 +69,9 @@ class QuantizeConvolutions(Pass):
             if LAYER not in node.meta or "conv" not in str(node.target) or "fxquant" in str(node.target):
                 continue
             layer = context.plan.layer(node.meta[LAYER])
-            if layer.weight_bits is None or is_quantized(node.args[1]):
+            weight = args(node).node("weight")
+            if layer.weight_bits is None or is_quantized(weight):
                 continue
-            weight = node.args[1]
             kernel = [int(size) for size in weight.meta["val"].shape[1:]]
             dtype = node.meta["val"].dtype
             if layer.activation_bits is not None:
@@ -106,7 +107,7 @@ def _refuse(node: fx.Node, plan: Plan) -> None:
     why = None
     if node.target in (aten.conv3d.default, aten.conv3d.padding):
         why = "quantized activations are only supported for conv1d and conv2d, not for conv3d"
-    elif node.args[0].meta["val"].dim() < node.args[1].meta["val"].dim():  # type: ignore[union-attr]
+    elif args(node).node("input").meta["val"].dim() < args(node).node("weight").meta["val"].dim():
         why = "its input has no batch axis, which quantized activations need"
     if why is not None:
         raise ConfigurationError(
@@ -117,17 +118,14 @@ def _refuse(node: fx.Node, plan: Plan) -> None:
 
 def _padded(node: fx.Node, pad: list[int], rewriter: Rewriter) -> fx.Node:
     """The input of a convolution, with the zeros that only one side needs. Zero has an exact code."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = args(node).node("input")
     return rewriter.call(aten.constant_pad_nd.default, (x, pad), [node]) if any(pad) else x
 
 
 def _options(node: fx.Node) -> dict[str, Any]:
     """Arguments of a convolution as conv2d arguments, by name; ``pad`` is for ``constant_pad_nd`` on the input."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    found = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | given
-    sizes = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+    found = args(node).by_name()
+    sizes = found["weight"].meta["val"].shape[2:]
     rank = len(sizes)
     for name in ("stride", "dilation"):
         found[name] = _each(found[name], rank)

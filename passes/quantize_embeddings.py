@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
@@ -49,14 +50,15 @@ class QuantizeEmbeddings(Pass):
             layer = context.plan.layer(node.meta[LAYER])
             if layer.weight_bits is None:
                 continue
-            if node.args[1].meta["val"].dim() != 1:
+            indices = args(node).node("indices")
+            if indices.meta["val"].dim() != 1:
                 raise ConfigurationError(
                     f"layer {node.meta[LAYER]}: a table is stored in few bits only where each sample looks up one row; "
                     "keep it float"
                 )
             packed = quantized_weight(node, context, rewriter, RangeSearch.MINMAX, symmetric=False)
             with rewriter.before(node):
-                rows = [rewriter.call(aten.embedding.default, (table, node.args[1]), [node]) for table in packed]
+                rows = [rewriter.call(aten.embedding.default, (table, indices), [node]) for table in packed]
                 for row in rows:
                     del row.meta[LAYER]  # These look up parts of the table; they are not the layer.
                 new = rewriter.call(

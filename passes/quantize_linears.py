@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
@@ -88,10 +89,9 @@ class QuantizeLinears(Pass):
             if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:
                 continue
             layer = context.plan.layer(node.meta[LAYER])
-            if layer.weight_bits is None or is_quantized(node.args[1]):
+            x, weight, bias = args(node).node("input"), args(node).node("weight"), args(node).bias
+            if layer.weight_bits is None or is_quantized(weight):
                 continue
-            x, weight = node.args[0], node.args[1]
-            bias = node.args[2] if len(node.args) > 2 else None
             total = plus_rows(node) if bias is None and layer.activation_bits is not None else None
             dtype = node.meta["val"].dtype
             packed = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
@@ -103,7 +103,7 @@ class QuantizeLinears(Pass):
                     continue
                 codes, scale, zero_point = quantized_input(node, x, context, rewriter, self.activation_range)
                 if total is not None:
-                    bias = total.args[1]
+                    bias = args(total).other
                 new = rewriter.call(
                     torch.ops.fxquant.linear.default,
                     (codes, scale, zero_point, *packed, bias, layer.weight_bits, layer.group_size, dtype),

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
@@ -97,13 +98,13 @@ class ReconstructBlocks(Pass):
         soft: dict[fx.Node, Callable[[], SoftWeight]] = {}
         for node in layers:
             if context.plan.layer(node.meta[LAYER]).activation_bits is not None:
-                decide_range(node, node.args[0], context, rewriter, self.activation_range)
+                decide_range(node, args(node).node("input"), context, rewriter, self.activation_range)
             soft[node] = partial(self._soft_weight, node, context, rewriter)
         reconstruct(rewriter.module, context, soft, self._settings(), str(self))
 
     def _soft_weight(self, node: fx.Node, context: PassContext, rewriter: Rewriter) -> SoftWeight:
         name = node.meta[LAYER]
-        layer, weight = context.plan.layer(name), rewriter.tensor(node.args[1]).detach().to(torch.float32)
+        layer, weight = context.plan.layer(name), rewriter.tensor(args(node).weight).detach().to(torch.float32)
         require_finite(weight, f"the weight of layer {name}")
         assert layer.weight_bits is not None
         searched = self.weight_range is not RangeSearch.MINMAX
@@ -125,5 +126,4 @@ class ReconstructBlocks(Pass):
 def _is_learned(node: fx.Node, plan: Plan) -> bool:
     if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:
         return False
-    weight = node.args[1]
-    return isinstance(weight, fx.Node) and weight.op == "get_attr" and is_rounded(plan.layer(node.meta[LAYER]))
+    return args(node).node("weight").op == "get_attr" and is_rounded(plan.layer(node.meta[LAYER]))

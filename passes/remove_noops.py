@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
@@ -45,31 +46,31 @@ class RemoveNoOps(Pass):
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
             if node.op == "call_function" and _returns_input(node):
-                source = node.args[0]
+                source = source_of(node)
                 if str(source.meta["val"].shape) == str(node.meta["val"].shape):
                     rewriter.replace(node, source)
 
 
 def _returns_input(node: fx.Node) -> bool:
-    args: tuple[Any, ...] = node.args
-    if not args or not isinstance(args[0], fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+    source, after = next(iter(node.args), None), node.meta.get("val")
+    if not isinstance(source, fx.Node) or not isinstance(after, torch.Tensor):
         return False
-    before = args[0].meta.get("val")
-    if not isinstance(before, torch.Tensor) or before.dtype != node.meta["val"].dtype:
+    before = source.meta.get("val")
+    if not isinstance(before, torch.Tensor) or before.dtype != after.dtype:
         return False
     if node.target is aten.slice.Tensor:
         return True  # The caller compares the shapes.
     if node.target in _CASTS:  # Return their input if dtype and device are the same and no other option is set.
-        names = (argument.name for argument in node.target._schema.arguments)
-        given: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(node.kwargs)
+        given = args(node).by_name()
         more = (given.get(name) for name in ("copy", "memory_format", "pin_memory"))
-        return (before.device, before.layout) == (node.meta["val"].device, node.meta["val"].layout) and not any(more)
+        return (before.device, before.layout) == (after.device, after.layout) and not any(more)
     if node.target in (aten.detach.default, aten.alias.default):
-        return args[0].op == "get_attr"
+        return source.op == "get_attr"
     if node.target is aten.contiguous.default:
-        return args[0].op == "get_attr" and before.is_contiguous() and not args[1:] and not node.kwargs
+        return source.op == "get_attr" and before.is_contiguous() and not args(node).gives("memory_format")
     if node.target is aten.dropout.default:
-        return args[2] is False
+        return args(node).train is False
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        return isinstance(args[1], (int, float)) and args[1] == 1
+        other = args(node).other
+        return isinstance(other, (int, float)) and other == 1
     return False

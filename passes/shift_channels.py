@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.channels.rules.shifts import shift_output
-from fxquant.channels.rules.table import node_of
 from fxquant.channels.solution import Grant, Request, Seed, Solution
 from fxquant.channels.walk import solve
 from fxquant.errors import ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.histories import digest
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import PROVENANCE
@@ -139,8 +139,7 @@ def _entry(grant: Grant, balanced: bool) -> Shift:
 
 def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
     # Not seed.value: if that is the output of a linear that was shifted, its readers read the sum with the rows.
-    (value,) = {reader.args[0] for reader in seed.readers}
-    assert isinstance(value, fx.Node)
+    (value,) = {args(reader).node("input") for reader in seed.readers}
     with rewriter.before(min(seed.readers)):
         # Float64 for every model dtype, like the factors of balancing.
         rows = rows_at(rewriter, z.map(Tensor.neg), value.meta["val"].dim(), f"{seed.name}.shift", [value])
@@ -153,7 +152,7 @@ def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, value, shifted)
-        parameter = parameter_of(node_of(reader.args[1]))
+        parameter = parameter_of(args(reader).node("weight"))
         weight = rewriter.tensor(parameter).double()
         table = z.map(lambda rows, weight=weight: rows.to(weight.device) @ weight.T)  # type: ignore[misc]
         follows = digest("product", z.origin, rewriter.history(parameter).digest)

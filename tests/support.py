@@ -169,7 +169,7 @@ def absorb_shift(model: nn.Module, *args: Any, at: str = "last", **kwargs: Any) 
         shifted = rewriter.call(AFFINE, (seed.value, one, rows), [seed.value], name="shifted")
     rewriter.redirect(reader, seed.value, shifted)
     weight = rewriter.tensor(reader.args[1])
-    rewriter.fold(reader, 2, lambda bias: bias - weight @ shift)
+    rewriter.fold(reader, "bias", lambda bias: bias - weight @ shift)
     module.recompile()
     (record,) = Pipeline([AbsorbShifts()]).run(module, Plan("", "", "timestep"), Stage.TRANSFORMED)
     torch.manual_seed(0)
@@ -211,7 +211,7 @@ def request(module: fx.GraphModule, seeds: Sequence[Seed], factors: Mapping[str,
             scaled = rewriter.call(AFFINE, (seed.value, scale, None), [seed.value], name=f"{seed.value.name}_scaled")
         for reader in seed.readers:
             rewriter.redirect(reader, seed.value, scaled)
-            rewriter.fold(reader, 1, lambda w, factor=factor: w.double() / factor)  # type: ignore[misc]
+            rewriter.fold(reader, "weight", lambda w, factor=factor: w.double() / factor)  # type: ignore[misc]
     module.recompile()
 
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.tensors import only_reader
+from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
@@ -17,7 +18,7 @@ aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_n
 TO_VALUES = (1, 2)
 """Axes to swap in the kernels' result, which has tokens before heads."""
 
-_HIGHEST = {native.quantize.default: 3, reference.quantize.default: 4}  # Position of the highest code.
+_QUANTIZE = (native.quantize.default, reference.quantize.default)
 
 
 def lower_codes(
@@ -34,29 +35,25 @@ def lower_codes(
         read: An op with one argument that is applied to q, k and v first; None for no op.
         most_channels: The most channels per head that the op takes; None for any number.
     """
-    probabilities, p_scale, p_zero_point, v, v_scale, v_zero_point, dtype = node.args
-    if not isinstance(probabilities, fx.Node) or probabilities.target not in _HIGHEST:
+    mixed = args(node)
+    probabilities, v, dtype = mixed.node("aq"), mixed.node("bq"), mixed.out_dtype
+    if probabilities.target not in _QUANTIZE or dtype not in FLOATS or not _has_heads(v):
         return
-    if dtype not in FLOATS or not _has_heads(v):
+    softmax = args(probabilities).node("x")
+    if softmax.target not in (aten.softmax.int, aten._safe_softmax.default):
         return
-    softmax, qmax = probabilities.args[0], probabilities.args[_HIGHEST[probabilities.target]]
-    if not (_is_call(softmax, aten.softmax.int) or _is_call(softmax, aten._safe_softmax.default)):
+    if args(softmax).dim not in (-1, 3) or not _private(softmax, probabilities):
         return
-    assert isinstance(softmax, fx.Node)
-    if softmax.args[1] not in (-1, 3) or not _private(softmax, probabilities):
+    scores, mask, negated = _unmasked(args(softmax).node("self"))
+    if scores.target is not reference.matmul.default or not is_mask(mask):
         return
-    scores, mask, negated = _unmasked(softmax.args[0])
-    if not _is_call(scores, reference.matmul.default) or not is_mask(mask):
+    scored = args(scores)
+    q, turned = scored.node("aq"), scored.node("bq")
+    if not _has_heads(q) or scored.out_dtype == torch.float64 or turned.target is not aten.transpose.int:
         return
-    assert isinstance(scores, fx.Node)
-    q, q_scale, q_zero_point, turned, k_scale, k_zero_point, inner = scores.args
-    if not _has_heads(q) or inner == torch.float64 or not _is_call(turned, aten.transpose.int):
+    if {axis % 4 for axis in (args(turned).dim0, args(turned).dim1)} != {2, 3}:
         return
-    assert isinstance(turned, fx.Node)
-    axes: tuple[Any, ...] = turned.args[1:]
-    if {axis % 4 for axis in axes} != {2, 3}:
-        return
-    parts: list[Any] = [q, turned.args[0], v]
+    parts = [q, args(turned).node("self"), v]
     if most_channels is not None and any(part.meta["val"].shape[-1] > most_channels for part in parts):
         return
     with rewriter.before(node):
@@ -67,9 +64,10 @@ def lower_codes(
         if read is not None:
             parts = [rewriter.call(read, (part,), [part]) for part in parts]
         q, k, v = parts
-        grids = (q, q_scale, q_zero_point, k, k_scale, k_zero_point, v, v_scale, v_zero_point)
-        rest = (mask, p_scale, p_zero_point, qmax, None, None, 255, dtype)
-        new = rewriter.call(op, (*grids, *rest), [node])
+        left, right = (q, scored.a_scale, scored.a_zero_point), (k, scored.b_scale, scored.b_zero_point)
+        softmaxed = (mixed.a_scale, mixed.a_zero_point, args(probabilities).qmax)
+        grids = (*left, *right, v, mixed.b_scale, mixed.b_zero_point, mask, *softmaxed)
+        new = rewriter.call(op, (*grids, None, None, 255, dtype), [node])
         result = rewriter.call(aten.transpose.int, (new, *TO_VALUES), [node])
     replace(node, result, rewriter)
 
@@ -81,18 +79,20 @@ def replace(node: fx.Node, result: fx.Node, rewriter: Rewriter) -> None:
     rewriter.replace(node, result)
 
 
-def _unmasked(node: Any) -> tuple[Any, Any, bool]:
+def _unmasked(node: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
     """Scores, their mask, and whether the mask is true for keys that are not seen."""
-    if _is_call(node, aten.masked_fill.Scalar) and node.args[2] == -math.inf and only_reader(node) is not None:
-        return node.args[0], node.args[1], True
-    if _is_call(node, aten.add.Tensor) and not node.kwargs and only_reader(node) is not None:
-        scores, mask = node.args
-        if isinstance(mask, fx.Node) and mask.meta["val"].is_floating_point():
+    if only_reader(node) is None:
+        return node, None, False
+    if node.target is aten.masked_fill.Scalar and args(node).value == -math.inf:
+        return args(node).node("self"), args(node).node("mask"), True
+    if node.target is aten.add.Tensor and args(node).alpha == 1:
+        scores, mask = args(node).self, args(node).other
+        if isinstance(scores, fx.Node) and isinstance(mask, fx.Node) and mask.meta["val"].is_floating_point():
             return scores, mask, False
     return node, None, False
 
 
-def is_mask(mask: Any) -> bool:
+def is_mask(mask: fx.Node | None) -> bool:
     """Whether kernels take this mask: None, a bool mask of the seen keys, or a float mask added to the scores."""
     if mask is None:
         return True
@@ -100,12 +100,8 @@ def is_mask(mask: Any) -> bool:
     return value.dim() <= 4 and (value.dtype == torch.bool or value.is_floating_point())
 
 
-def _has_heads(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.meta["val"].dim() == 4
-
-
-def _is_call(node: Any, target: object) -> bool:
-    return isinstance(node, fx.Node) and node.target is target
+def _has_heads(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dim() == 4)
 
 
 def _private(*nodes: fx.Node) -> bool:

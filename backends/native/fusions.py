@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.tensors import by_sample, derived, only_reader
+from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 
 aten = torch.ops.aten
@@ -31,8 +32,6 @@ _VIEWS = frozenset(
         aten.contiguous.default,
     }
 )
-# Positions of the arguments of the linear.
-_L_ACTIVATION, _L_GATE, _L_RESIDUAL, _L_SCALE, _L_ZERO_POINT, _L_QMAX, _L_DTYPE = range(10, 17)
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Kernels:
         linear: The product and the ops that follow it.
         norm_quantize: Norm, modulation and quantization.
         quantize: Codes of values; its arguments after the highest code are also those of ``norm_quantize``.
-        attentions: Attentions that can write codes, with the position of the scale among their arguments.
+        attentions: Attentions that can write codes.
         bf16_attention: The attention that multiplies in bfloat16, whatever dtype it reads.
         quantize_tokens: Codes of values on grids that each row finds itself; its arguments are ``(x, qmax, ...)``.
         norm_quantize_tokens: ``norm_quantize`` with such grids.
@@ -52,21 +51,21 @@ class Kernels:
     linear: Any
     norm_quantize: Any
     quantize: Any
-    attentions: Mapping[Any, int] = field(default_factory=dict)
+    attentions: tuple[Any, ...] = ()
     bf16_attention: Any = None
     quantize_tokens: Any = None
     norm_quantize_tokens: Any = None
 
     @property
-    def out_grid(self) -> dict[Any, int]:
-        """For each op that can write codes, the position of their scale among its arguments."""
-        return {self.linear: _L_SCALE, **self.attentions}
+    def with_codes(self) -> tuple[Any, ...]:
+        """The ops that can write codes, on the grid ``out_scale`` and ``out_zero_point``."""
+        return (self.linear, *self.attentions)
 
     @property
-    def read_dense(self) -> dict[Any, tuple[int, ...]]:
+    def read_dense(self) -> dict[Any, tuple[str, ...]]:
         """Arguments that kernels read as contiguous. Each kernel would copy an argument that is not contiguous."""
-        found = {self.linear: (0, _L_RESIDUAL), self.norm_quantize: (0,)}
-        return found if self.norm_quantize_tokens is None else {**found, self.norm_quantize_tokens: (0,)}
+        found = {self.linear: ("xq", "residual"), self.norm_quantize: ("x",)}
+        return found if self.norm_quantize_tokens is None else {**found, self.norm_quantize_tokens: ("x",)}
 
 
 def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> None:
@@ -86,7 +85,7 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernel
             _fuse_activation(node, rewriter)
     for node in list(graph.nodes):
         if node.target is kernels.quantize:
-            if not _fuse_quantize(node, rewriter, held, kernels) and by_sample(node.args[1]):
+            if not _fuse_quantize(node, rewriter, held, kernels) and by_sample(args(node).node("scale")):
                 _fuse_norm(node, rewriter, kernels.norm_quantize)
         elif kernels.quantize_tokens is not None and node.target is kernels.quantize_tokens:
             _fuse_norm(node, rewriter, kernels.norm_quantize_tokens)
@@ -96,59 +95,56 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernel
         elif kernels.bf16_attention is not None and node.target is kernels.bf16_attention:
             _read_bf16(node, rewriter, kernels)
     for node in list(graph.nodes):
-        for position in kernels.read_dense.get(node.target, ()):
-            _read_dense(node, position, rewriter)
+        for name in kernels.read_dense.get(node.target, ()):
+            _read_dense(node, getattr(args(node), name), rewriter)
 
 
 def _fuse_activation(node: fx.Node, rewriter: Rewriter) -> None:
     reader = only_reader(node)
     if reader is None:
         return
-    if reader.target is aten.gelu.default and reader.kwargs.get("approximate") == "tanh":
+    if reader.target is aten.gelu.default and args(reader).approximate == "tanh":
         name = "gelu_tanh"
     elif reader.target is aten.silu.default:
         name = "silu"
     else:
         return
-    _remake(node, {_L_ACTIVATION: name}, reader, rewriter)
+    _remake(node, reader, rewriter, activation=name)
 
 
 def _fuse_gate_and_residual(node: fx.Node, rewriter: Rewriter) -> None:
-    if node.args[_L_SCALE] is not None:
+    if args(node).out_scale is not None:
         return
     reader = only_reader(node)
     if reader is not None and reader.target is aten.mul.Tensor:
         gate = _other(reader, node)
         if gate is None or not _is_vector(gate, node):
             return
-        node = _remake(node, {_L_GATE: gate}, reader, rewriter)
+        node = _remake(node, reader, rewriter, gate=gate)
         reader = only_reader(node)
-    if reader is not None and reader.target is aten.add.Tensor and not reader.kwargs:
+    if reader is not None and reader.target is aten.add.Tensor and args(reader).alpha == 1:
         residual = _other(reader, node)
         if residual is not None and _alike(residual, node):
-            _remake(node, {_L_RESIDUAL: residual}, reader, rewriter)
+            _remake(node, reader, rewriter, residual=residual)
 
 
 def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> bool:
-    x, scale, zero_point, qmax = node.args[:4]
-    assert isinstance(scale, fx.Node)
+    scale = args(node).node("scale")
     if not by_sample(scale):
         return False
-    views, factor, source = _through_views(x, scale)
-    if source is None or source.target not in kernels.out_grid or not _writes(source, node, kernels):
+    views, factor, source = _through_views(args(node).x, scale)
+    if source is None or source.target not in kernels.with_codes or not _writes(source, node, kernels):
         return False
-    position = kernels.out_grid[source.target]
-    if source.args[position] is not None:
+    if args(source).out_scale is not None:
         return False
-    if source.target is kernels.linear and (source.args[_L_GATE] or source.args[_L_RESIDUAL]):
+    if source.target is kernels.linear and (args(source).gate or args(source).residual):
         return False
     if factor != 1.0:
         grid = scale
         divided = derived(grid, f"_{factor:.6g}{DIVIDED}", rewriter, held, lambda: rewriter.tensor(grid) / factor)
         assert divided is not None
         scale = divided
-    arguments = list(source.args)
-    arguments[position : position + 3] = [scale, zero_point, qmax]
+    arguments = args(source).replaced(out_scale=scale, out_zero_point=args(node).zero_point, qmax=args(node).qmax)
     with rewriter.before(node):  # The grid, perhaps computed from the timestep, is known here.
         codes = _rebuild(source, arguments, views, rewriter)
     rewriter.replace(node, codes)
@@ -161,38 +157,36 @@ def _writes(source: fx.Node, codes: fx.Node, kernels: Kernels) -> bool:
     """Whether a kernel can write codes of this dtype. A linear writes the dtype that it multiplies."""
     dtype = codes.meta["val"].dtype
     if source.target is kernels.linear:
-        return bool(source.args[0].meta["val"].dtype == dtype)  # type: ignore[union-attr]
+        return bool(args(source).node("xq").meta["val"].dtype == dtype)
     return not dtype.is_floating_point
 
 
 def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
     """Halve the memory between linears and an attention that rounds its inputs to bfloat16 anyway."""
-    found = [_through_views(x, None) for x in node.args[:3]]
-    for _, _, source in found:
+    found: list[tuple[list[fx.Node], fx.Node]] = []
+    for x in (args(node).q, args(node).k, args(node).v):
+        views, _, source = _through_views(x, None)
         if source is None or source.target is not kernels.linear:
             return
-        if source.args[_L_DTYPE] != torch.float32 or source.args[_L_SCALE] is not None:
+        if args(source).out_dtype != torch.float32 or args(source).out_scale is not None:
             return
-    if node.args[kernels.out_grid[node.target]] is None:  # Its result has the dtype of its inputs.
+        found.append((views, source))
+    if args(node).out_scale is None:  # Its result has the dtype of its inputs.
         return
-    read = []
     with rewriter.before(node):
-        for views, _, source in found:
-            assert source is not None
-            arguments = [*source.args]
-            arguments[_L_DTYPE] = torch.bfloat16
-            read.append(_rebuild(source, arguments, views, rewriter))
-        new = rewriter.call(node.target, (*read, *node.args[3:]), [node])
+        q, k, v = (
+            _rebuild(source, args(source).replaced(out_dtype=torch.bfloat16), views, rewriter)
+            for views, source in found
+        )
+        new = rewriter.call(node.target, args(node).replaced(q=q, k=k, v=v), [node])
     rewriter.replace(node, new)
-    for views, _, source in found:
+    for views, source in found:
         for view in (*views, source):
-            assert view is not None
             rewriter.erase(view)
 
 
-def _read_dense(node: fx.Node, position: int, rewriter: Rewriter) -> None:
+def _read_dense(node: fx.Node, value: Any, rewriter: Rewriter) -> None:
     """Make one copy for all kernels that read a value that is not contiguous, for example after a convolution."""
-    value = node.args[position]
     if not isinstance(value, fx.Node) or value.meta["val"].is_contiguous():
         return
     key = "dense", value
@@ -202,12 +196,12 @@ def _read_dense(node: fx.Node, position: int, rewriter: Rewriter) -> None:
     rewriter.redirect(node, value, rewriter.memo[key])
 
 
-def _rebuild(source: fx.Node, arguments: list[Any], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
+def _rebuild(source: fx.Node, arguments: tuple[Any, ...], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
     """Rebuild a node with other arguments, and the views after it (last view first) without constant factors."""
-    value = rewriter.call(source.target, tuple(arguments), [source])
+    value = rewriter.call(source.target, arguments, [source])
     for view in reversed(views):
         if view.target is not aten.mul.Tensor:
-            value = rewriter.call(view.target, (value, *view.args[1:]), [view])
+            value = rewriter.call(view.target, args(view).replaced(self=value), [view])
     return value
 
 
@@ -225,45 +219,43 @@ def _through_views(x: Any, scale: fx.Node | None) -> tuple[list[fx.Node], float,
         if node.target in _VIEWS:
             if scale is not None and scale.meta["val"].numel() != 1 and not _keeps_samples(node):
                 return [], 1.0, None
-        elif node.target is aten.mul.Tensor and isinstance(node.args[1], float) and node.args[1] > 0:
+        elif node.target is aten.mul.Tensor and isinstance(args(node).other, float) and args(node).other > 0:
             if scale is None or scale.op != "get_attr":
                 return [], 1.0, None
-            factor *= node.args[1]
+            factor *= args(node).other
         else:
             return views, factor, node
         views.append(node)
-        node = node.args[0]
+        node = args(node).self
     return [], 1.0, None
 
 
 def _keeps_samples(view: fx.Node) -> bool:
     """Whether a view keeps the first axis in place."""
-    arguments: tuple[Any, ...] = view.args
-    source = arguments[0]
+    source = args(view).node("self")
     if str(source.meta["val"].shape[0]) != str(view.meta["val"].shape[0]):
         return False
     rank = source.meta["val"].dim()
     if view.target is aten.transpose.int:
-        return all(axis % rank for axis in arguments[1:])
+        return bool(args(view).dim0 % rank and args(view).dim1 % rank)
     if view.target is aten.permute.default:
-        return bool(arguments[1][0] % rank == 0)
+        return bool(args(view).dims[0] % rank == 0)
     return view.target is not aten.unsqueeze.default
 
 
 def _fuse_norm(node: fx.Node, rewriter: Rewriter, op: Any) -> None:
-    x, *rest = node.args
-    assert isinstance(x, fx.Node)
+    x, rest = args(node).node("x"), node.args[1:]
     passed: list[fx.Node] = []
     shift, factor, plus = None, None, 0.0
-    if x.target is aten.add.Tensor and not x.kwargs and only_reader(x) is node:
-        for value, added in (x.args[:2], x.args[1::-1]):
+    if x.target is aten.add.Tensor and args(x).alpha == 1 and only_reader(x) is node:
+        for value, added in _both_ways(x):
             if isinstance(value, fx.Node) and value.target in (aten.mul.Tensor, *_NORMS) and _is_vector(added, x):
                 passed, shift, x = [x], added, value
                 break
         else:
             return
     if x.target is aten.mul.Tensor and only_reader(x) is not None:
-        for value, multiplied in (x.args[:2], x.args[1::-1]):
+        for value, multiplied in _both_ways(x):
             if isinstance(value, fx.Node) and value.target in _NORMS and _is_vector(multiplied, x):
                 passed, factor, x = [*passed, x], multiplied, value
                 break
@@ -271,17 +263,15 @@ def _fuse_norm(node: fx.Node, rewriter: Rewriter, op: Any) -> None:
             return
     if x.target not in _NORMS or only_reader(x) is None or not _is_norm_of_channels(x):
         return
-    if isinstance(factor, fx.Node) and factor.target is aten.add.Tensor and not factor.kwargs:
-        inner, one = factor.args
+    if isinstance(factor, fx.Node) and factor.target is aten.add.Tensor and args(factor).alpha == 1:
+        inner, one = args(factor).self, args(factor).other
         if isinstance(one, (int, float)) and isinstance(inner, fx.Node):
             factor, plus = inner, float(one)
-    centered = x.target is aten.layer_norm.default
-    names = ("input", "normalized_shape", "weight", "bias", "eps") if centered else ("input", "shape", "weight", "eps")
-    given: dict[str, Any] = dict(zip(names, x.args, strict=False)) | dict(x.kwargs)
-    eps = given.get("eps", 1e-5 if centered else None)
-    if not isinstance(eps, float):
+    centered, norm = x.target is aten.layer_norm.default, args(x)
+    if not isinstance(norm.eps, float):
         return
-    arguments = (given["input"], centered, eps, given.get("weight"), given.get("bias"), factor, plus, shift)
+    bias = norm.bias if centered else None
+    arguments = (norm.input, centered, norm.eps, norm.weight, bias, factor, plus, shift)
     with rewriter.before(node):
         new = rewriter.call(op, (*arguments, *rest), [x, *reversed(passed), node])
     rewriter.replace(node, new)
@@ -293,19 +283,18 @@ _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 def _is_norm_of_channels(norm: fx.Node) -> bool:
-    source, shape = norm.args[:2]
-    assert isinstance(source, fx.Node)
-    if source.meta["val"].dtype not in FLOATS or len(shape) != 1:  # type: ignore[arg-type]
+    dtype = args(norm).node("input").meta["val"].dtype
+    if dtype not in FLOATS or len(args(norm).normalized_shape) != 1:
         return False
-    dtypes = {part.meta["val"].dtype for part in norm.args[2:4] if isinstance(part, fx.Node)}
-    return dtypes <= {source.meta["val"].dtype}
+    names = ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",)
+    given = [name for name in names if getattr(args(norm), name) is not None]
+    return all(args(norm).node(name).meta["val"].dtype == dtype for name in given)
 
 
-def _remake(node: fx.Node, changed: Mapping[int, Any], reader: fx.Node, rewriter: Rewriter) -> fx.Node:
-    """Replace a linear and its reader by one linear that does both."""
-    arguments = [changed.get(position, argument) for position, argument in enumerate(node.args)]
+def _remake(node: fx.Node, reader: fx.Node, rewriter: Rewriter, **changed: Any) -> fx.Node:
+    """Replace a linear and its reader by one linear with other arguments that does both."""
     with rewriter.before(reader):
-        new = rewriter.call(node.target, tuple(arguments), [reader, node])
+        new = rewriter.call(node.target, args(node).replaced(**changed), [reader, node])
     rewriter.replace(reader, new)
     rewriter.erase(node)
     return new
@@ -313,9 +302,15 @@ def _remake(node: fx.Node, changed: Mapping[int, Any], reader: fx.Node, rewriter
 
 def _other(reader: fx.Node, node: fx.Node) -> fx.Node | None:
     """The other operand of a binary op; None if it is a number or the same node."""
-    left, right = reader.args[:2]
+    left, right = args(reader).self, args(reader).other
     other = right if left is node else left
     return other if isinstance(other, fx.Node) and other is not node else None
+
+
+def _both_ways(node: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The operands of a binary op in both orders."""
+    left, right = args(node).self, args(node).other
+    return (left, right), (right, left)
 
 
 def _is_vector(value: Any, like: fx.Node) -> bool:

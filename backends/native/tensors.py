@@ -33,9 +33,8 @@ def derived(
     return node
 
 
-def by_sample(scale: object) -> bool:
+def by_sample(scale: fx.Node) -> bool:
     """Whether there is one grid for all samples or one per sample, not one per token."""
-    assert isinstance(scale, fx.Node)
     return scale.op == "get_attr" or reads_rows(scale)
 
 

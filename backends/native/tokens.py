@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxquant.backends.native.library import FLOATS
+from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 
 aten, reference = torch.ops.aten, torch.ops.fxquant
@@ -35,17 +36,16 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
         op: The kernel; its first results are codes, scales and zero points.
         rest: Arguments of the kernel after the highest code.
     """
-    x, scale, zero_point, _, qmax, _ = node.args
-    assert isinstance(x, fx.Node) and isinstance(scale, fx.Node) and isinstance(zero_point, fx.Node)
+    x, scale, zero_point = (args(node).node(name) for name in ("x", "scale", "zero_point"))
     grids = {_grid_of(x, scale, 0), _grid_of(x, zero_point, 1)}
     if None in grids or len(grids) != 1 or x.meta["val"].dtype not in FLOATS:
         return
-    if not all(reader.target is reference.linear.default and reader.args[0] is node for reader in node.users):
+    if not all(reader.target is reference.linear.default and args(reader).xq is node for reader in node.users):
         return
     if not {*scale.users, *zero_point.users} <= {node, *node.users}:
         return
     with rewriter.before(node):
-        found = rewriter.call(op, (x, qmax, *rest), [scale, zero_point, node])
+        found = rewriter.call(op, (x, args(node).qmax, *rest), [scale, zero_point, node])
         parts = [rewriter.call(operator.getitem, (found, number), [node]) for number in range(3)]
     for old, part in zip((node, scale, zero_point), parts, strict=True):
         rewriter.replace(old, part)
@@ -53,8 +53,7 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
 
 def _grid_of(x: fx.Node, part: fx.Node, number: int) -> fx.Node | None:
     """The grid of the rows of `x` that contains this scale or zero point; None if it is not from such a grid."""
-    if part.target is not aten.select.int or part.args[1:] != (0, number):
+    if part.target is not aten.select.int or (args(part).dim, args(part).index) != (0, number):
         return None
-    grid = part.args[0]
-    assert isinstance(grid, fx.Node)
-    return grid if grid.target is reference.token_grid.default and grid.args[0] is x else None
+    grid = args(part).node("self")
+    return grid if grid.target is reference.token_grid.default and args(grid).x is x else None

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxquant.backends.native.library import FLOATS
+from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 
 aten, reference = torch.ops.aten, torch.ops.fxquant
@@ -30,20 +31,17 @@ def lower_linear(
         fits: Whether the kernel takes weights with this many inputs per group; 0 means one group.
         hold: Makes the weight that the kernel reads, from packed codes, zero points, bits, inputs and inputs per group.
     """
-    x, weight, *rest = node.args
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    x, weight, bias = args(node).node("input"), args(node).node("weight"), args(node).bias
     if weight.target is not reference.dequantize_weight.default or len(weight.users) != 1:
         return
-    packed, scale, zero_point, bits, group_size, in_features, dtype = weight.args
-    assert isinstance(packed, fx.Node) and isinstance(zero_point, fx.Node)
-    assert isinstance(bits, int) and isinstance(in_features, int) and isinstance(group_size, int)
-    bias = rest[0] if rest else None
-    if dtype not in FLOATS or packed.op != "get_attr" or not fits(group_size):
+    held_as = args(weight)
+    packed, zero_point, bits, group_size = held_as.node("wq"), held_as.zero_point, held_as.bits, held_as.group_size
+    if held_as.dtype not in FLOATS or packed.op != "get_attr" or not fits(group_size):
         return
     out = int(packed.meta["val"].shape[0])
     with rewriter.before(node):
-        held = hold(packed, zero_point, bits, in_features, group_size)
-        arguments = (x, held, scale, zero_point, bias, bits, group_size, out)
+        held = hold(packed, zero_point, bits, held_as.in_features, group_size)
+        arguments = (x, held, held_as.scale, zero_point, bias, bits, group_size, out)
         new = rewriter.call(op, arguments, [weight, node])
     rewriter.replace(node, new)
     rewriter.erase(weight)
@@ -53,17 +51,17 @@ def lower_linear(
 
 def lower_lookup(node: fx.Node, rewriter: Rewriter) -> None:
     """Dequantize looked-up rows of a table of 8-bit codes with ops that can be fused."""
-    codes, scale, zero_point, bits, group_size, _, dtype = node.args
-    assert isinstance(codes, fx.Node)
-    if codes.op == "get_attr" or bits != 8 or group_size or dtype not in FLOATS:
+    given = args(node)
+    codes, dtype = given.node("wq"), given.dtype
+    if codes.op == "get_attr" or given.bits != 8 or given.group_size or dtype not in FLOATS:
         return
 
     def call(op: torch._ops.OpOverload, *arguments: Any) -> fx.Node:
         return rewriter.call(op, arguments, [node])
 
     with rewriter.before(node):
-        real, zero = (call(aten.to.dtype, value, torch.float32) for value in (codes, zero_point))
-        new = call(aten.mul.Tensor, call(aten.sub.Tensor, real, zero), scale)
+        real, zero = (call(aten.to.dtype, value, torch.float32) for value in (codes, given.zero_point))
+        new = call(aten.mul.Tensor, call(aten.sub.Tensor, real, zero), given.scale)
         if dtype != torch.float32:
             new = call(aten.to.dtype, new, dtype)
     rewriter.replace(node, new)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant.backends.torchao import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.torchao import weights
 from fxquant.backends.torchao.held import Held, Weight
+from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors
 
@@ -71,8 +72,9 @@ class Lowering:
     # --- inputs ---
 
     def _quantize(self, node: fx.Node) -> None:
-        x, scale, zero_point, qmin, qmax, dtype = _arguments(node)
-        assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
+        given = args(node)
+        x, scale, zero_point, qmax = given.node("x"), given.node("scale"), given.node("zero_point"), given.qmax
+        assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
         x_dtype = x.meta["val"].dtype
         with self.rewriter.before(node):
             if not _is_static(scale, x_dtype):
@@ -95,12 +97,13 @@ class Lowering:
     # --- layers of quantized inputs ---
 
     def _linear(self, node: fx.Node) -> None:
-        codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, bias, bits, _, dtype = _arguments(node)
-        weight = Weight(packed, w_scale, w_zero_point, bits, int(codes.meta["val"].shape[-1]))
+        given, codes = args(node), args(node).node("xq")
+        x_scale, x_zero_point = given.node("x_scale"), given.node("x_zero_point")
+        weight = _weight(node, int(codes.meta["val"].shape[-1]))
         with self.rewriter.before(node):
-            if not _is_static(x_scale, dtype):
-                held = self.held.int8(weight), w_scale, self.held.sums(weight), self.held.excess(weight)
-                arguments = (codes, x_scale, x_zero_point, *held, bias, dtype)
+            if not _is_static(x_scale, given.out_dtype):
+                held = self.held.int8(weight), weight.scale, self.held.sums(weight), self.held.excess(weight)
+                arguments = (codes, x_scale, x_zero_point, *held, given.bias, given.out_dtype)
                 new = self._call(ours.linear_rows.default, *arguments, of=node)
             else:
                 grid = self._grid(x_scale, x_zero_point)
@@ -109,14 +112,16 @@ class Lowering:
         self._forget(weight)
 
     def _conv2d(self, node: fx.Node) -> None:
-        _, x_scale, x_zero_point, packed, w_scale, w_zero_point, _, bits, kernel, *geometry, dtype = _arguments(node)
-        if not _is_static(x_scale, dtype):
+        given = args(node)
+        x_scale, x_zero_point, kernel = given.node("x_scale"), given.node("x_zero_point"), given.kernel
+        if not _is_static(x_scale, given.out_dtype):
             return  # It stays the reference op.
-        weight = Weight(packed, w_scale, w_zero_point, bits, math.prod(kernel), tuple(kernel))
+        weight = _weight(node, math.prod(kernel), tuple(kernel))
         grid = self._grid(x_scale, x_zero_point)
+        geometry = given.stride, given.padding, given.dilation, given.groups
         sums = ours.window_sums.default, (kernel, *geometry, weight.out_features)
         with self.rewriter.before(node):
-            new = self._layer(node, aten.conv2d.default, tuple(geometry), grid, weight, sums)
+            new = self._layer(node, aten.conv2d.default, geometry, grid, weight, sums)
         self.rewriter.replace(node, new)
         self._forget(weight)
 
@@ -130,7 +135,7 @@ class Lowering:
         sums: tuple[Any, tuple[Any, ...]],
     ) -> fx.Node:
         """A product of dequantized factors, which the fusions know, minus the part of the held weight's excess."""
-        codes, bias, dtype = node.args[0], node.args[6], node.args[-1]
+        codes, bias, dtype = args(node).node("xq"), args(node).bias, args(node).out_dtype
         excess = self.held.excess(weight)
         vector = bias if isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1 else None
         # A value that is added to or subtracted from stays in 32 bits until then.
@@ -163,24 +168,25 @@ class Lowering:
     # --- layers of float inputs ---
 
     def _dequantize_weight(self, node: fx.Node) -> None:
-        packed, scale, zero_point, bits, group_size, in_features, dtype = _arguments(node)
+        given, packed, bits, in_features = args(node), args(node).node("wq"), args(node).bits, args(node).in_features
+        scale, zero_point = given.node("scale"), given.node("zero_point")
         if packed.op != "get_attr":
             return  # Rows of a table; they are dequantized when they are looked up.
         weight = Weight(packed, scale, zero_point, bits, in_features)
         device = packed.meta["val"].device.type
         halves = {torch.bfloat16, torch.float16} if device == "cpu" else {torch.bfloat16}
         group = None
-        if bits <= 4 and dtype in halves:
-            group = weights.group_of_four_bits(weight.out_features, in_features, group_size, device)
+        if bits <= 4 and given.dtype in halves:
+            group = weights.group_of_four_bits(weight.out_features, in_features, given.group_size, device)
         for reader in list(node.users):
             if reader.target is not aten.linear.default:
                 continue
-            x, _, bias = (*_arguments(reader), None)[:3]
+            x, bias = args(reader).input, args(reader).bias
             with self.rewriter.before(reader):
                 if group is not None:
                     grid = scale, zero_point, bits, group
                     new = self._call(ours.linear_of_nibbles.default, x, self.held.int4(weight), *grid, bias, of=reader)
-                elif not group_size:
+                elif not given.group_size:
                     held = self.held.int8(weight), scale, self.held.excess(weight)
                     new = self._call(ours.linear_of_bytes.default, x, *held, bias, of=reader)
                 else:
@@ -193,8 +199,8 @@ class Lowering:
 
     # --- nodes ---
 
-    def _call(self, target: Any, *args: Any, of: Any, name: str | None = None) -> fx.Node:
-        return self.rewriter.call(target, args, [of], name=name)
+    def _call(self, target: Any, *arguments: Any, of: Any, name: str | None = None) -> fx.Node:
+        return self.rewriter.call(target, arguments, [of], name=name)
 
     def _cast(self, node: fx.Node, dtype: Any, of: fx.Node) -> fx.Node:
         return node if node.meta["val"].dtype == dtype else self._call(aten.to.dtype, node, dtype, of=of)
@@ -205,8 +211,10 @@ class Lowering:
             self.rewriter.forget(weight.packed)
 
 
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
+def _weight(node: fx.Node, in_features: int, kernel: tuple[int, ...] = ()) -> Weight:
+    """The weight of a quantized linear or convolution."""
+    given = args(node)
+    return Weight(given.node("wq"), given.node("w_scale"), given.node("w_zero_point"), given.bits, in_features, kernel)
 
 
 def _is_static(scale: fx.Node, dtype: torch.dtype) -> bool:

@@ -26,6 +26,7 @@ from fxquant.capture.state import OWN, detached, frozen, is_equal
 from fxquant.capture.threads import uncompiled, without_autocast
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError
+from fxquant.ir.arguments import args
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 
 log = logging.getLogger(__name__)
@@ -312,8 +313,8 @@ def _draws(captured: CapturedGraph) -> str | None:
 def _draws_nothing(node: fx.Node) -> bool:
     """Whether an op that can apply dropout drops no elements."""
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return bool((node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) == 0)
-    return node.target is torch.ops.aten.dropout.default and (node.args[2] is False or bool(node.args[1] == 0))
+        return bool(args(node).dropout_p == 0)
+    return node.target is torch.ops.aten.dropout.default and (args(node).train is False or bool(args(node).p == 0))
 
 
 # --- attributes -----------------------------------------------------------------------------------------------------

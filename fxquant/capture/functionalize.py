@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from fxquant.errors import CaptureError
+from fxquant.ir.arguments import source_of
 
 aten = torch.ops.aten
 
@@ -111,7 +112,7 @@ class _Walk:
             if writes(node):
                 if not node.target._schema.arguments[0].is_write or not isinstance(node.args[0], fx.Node):
                     return False  # It writes into an out= argument, or into a list of tensors (torch._foreach_add_).
-                node.replace_all_uses_with(node.args[0])  # It returns the tensor that it writes into.
+                node.replace_all_uses_with(source_of(node))  # It returns the tensor that it writes into.
                 if _name(node) == "aten::detach_":
                     self.graph.erase_node(node)
             elif node.op == "call_function" and (memory := _memory(node)) is not None and _name(node) != _FRESH:
@@ -123,7 +124,7 @@ class _Walk:
         every = [node for node in self.graph.nodes if writes(node)]
         if not all(map(self._can_write, every)):
             return False
-        self.written = {self._owner(node.args[0]): 0 for node in every}
+        self.written = {self._owner(source_of(node)): 0 for node in every}
         if any(self._owner(node) in self.written for node in lost):
             return False
         for node in list(self.graph.nodes):
@@ -137,8 +138,7 @@ class _Walk:
 
     def _can_write(self, node: fx.Node) -> bool:
         """Whether the op has a form that does not write, and each view up to the owner can be put into its source."""
-        part = node.args[0]
-        assert isinstance(part, fx.Node)
+        part = source_of(node)
         while part in self.source:
             if part.target not in _SCATTERS and not _is_same(part):
                 return False
@@ -162,8 +162,7 @@ class _Walk:
 
     def _write(self, node: fx.Node, target: fx.Node) -> None:
         """Write into ``target``, a value of the model's code, and into every value that ``target`` is a part of."""
-        owner, old = self._owner(target), node.args[0]
-        assert isinstance(old, fx.Node)
+        owner, old = self._owner(target), source_of(node)
         self.written[owner] += 1
         new = self._call(_functional(node), node.args, node.kwargs, node)
         if new.meta["val"].dtype != old.meta["val"].dtype:

@@ -11,6 +11,7 @@ from torch.fx.graph import CodeGen
 
 from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
 from fxquant.errors import CaptureError
+from fxquant.ir.arguments import args, item_of
 from fxquant.ir.meta import ITEM
 from fxquant.ir.tensors import get_tensor, set_tensor
 
@@ -61,7 +62,7 @@ def inline_regions(module: fx.GraphModule) -> None:
             results: Any = module.graph.graph_copy(body.graph, values)
         if isinstance(results, (list, tuple)):
             for user in list(node.users):
-                user.replace_all_uses_with(results[user.args[1]])
+                user.replace_all_uses_with(results[item_of(user)])
                 module.graph.erase_node(user)
         else:
             node.replace_all_uses_with(results)
@@ -108,7 +109,7 @@ def loosen_views(graph: fx.Graph) -> None:
         if convolved or not loose.isdisjoint(node.all_input_nodes):
             loose.add(node)
         if node.target is torch.ops.aten.view.default:
-            source = node.args[0]
+            source = args(node).node("self")
             if source in loose or not source.meta["val"].is_contiguous():
                 node.target = torch.ops.aten.reshape.default
 

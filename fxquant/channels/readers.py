@@ -9,6 +9,7 @@ from torch import fx
 
 from fxquant.channels.rules import Rule, outcome, shape_of
 from fxquant.channels.wants import Push, Want
+from fxquant.ir.arguments import source_of
 from fxquant.ir.names import qualified_name
 
 MANY = 2**20  # Limit of unread positions; above it, one variable for each would take too much memory for its benefit.
@@ -27,7 +28,7 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
     found = []
     for user in node.users:
         name = qualified_name(user.target)
-        if name.startswith(_SHAPE_READERS) or (name.startswith(_LIKE_ANOTHER) and user.args[0] is not node):
+        if name.startswith(_SHAPE_READERS) or (name.startswith(_LIKE_ANOTHER) and source_of(user) is not node):
             continue
         if any(sharer in name for sharer in _SHARERS):
             found += list(user.users)

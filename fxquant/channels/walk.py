@@ -34,16 +34,17 @@ from fxquant.channels.wants import (
     Tie,
     Want,
 )
+from fxquant.ir.arguments import args
 from fxquant.ir.names import op_name
 from fxquant.ir.rewriter import place_of
 
 AFFINE = torch.ops.fxquant.channel_affine.default
 _MIXED = {
-    torch.ops.aten.scaled_dot_product_attention.default: 2,
-    torch.ops.aten.matmul.default: 1,
-    torch.ops.aten.bmm.default: 1,
+    torch.ops.aten.scaled_dot_product_attention.default: "value",
+    torch.ops.aten.matmul.default: "other",
+    torch.ops.aten.bmm.default: "mat2",
 }
-"""Ops that mix the tokens of a value, and the position of that value among their arguments."""
+"""Ops that mix the tokens of a value, and the name of that value among their arguments."""
 
 
 def solve(
@@ -175,7 +176,7 @@ class _Walk:
             self.samples.follow(node, [source for source, _ in found.inputs])
             for source, pushed in found.inputs:
                 self.wants[source][node].append(pushed)
-                if node.target in _MIXED and source is node.args[_MIXED[node.target]]:
+                if node.target in _MIXED and source is args(node).node(_MIXED[node.target]):
                     self.mixed[node] = settle_unread(pushed)
         elif isinstance(found, End):
             self.edits.append(Edit(node, want, Cost.FREE, found, users))

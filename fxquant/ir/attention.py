@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import reached
 from fxquant.ir.meta import LAYER
 from fxquant.ir.names import base_name
@@ -29,12 +30,12 @@ _CHANGES = "fxquant_value_changes"
 
 SIDES = ("q", "k", "v")
 
-_PRODUCTS: dict[Any, tuple[int, int]] = {
-    aten.matmul.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.baddbmm.default: (1, 2),
+_PRODUCTS: dict[Any, tuple[str, str]] = {
+    aten.matmul.default: ("self", "other"),
+    aten.bmm.default: ("self", "mat2"),
+    aten.baddbmm.default: ("batch1", "batch2"),
 }
-"""Matrix products, and the positions of their factors among the arguments."""
+"""Matrix products, and the names of their factors among the arguments."""
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _CASTS = ("to", "_to_copy", "type_as", "clone", "contiguous", "dropout", "detach", "alias")
@@ -51,20 +52,18 @@ class Operand:
 
     Attributes:
         reader: The op that reads the value.
-        position: Position of the value among the arguments of that op.
+        argument: Name of the value among the arguments of that op.
         axis: Channel axis of the value: the last axis, or the second-to-last for transposed keys.
     """
 
     reader: fx.Node
-    position: int
+    argument: str
     axis: int = -1
 
     @property
     def value(self) -> fx.Node:
         """The value."""
-        found = self.reader.args[self.position]
-        assert isinstance(found, fx.Node)
-        return found
+        return args(self.reader).node(self.argument)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +148,12 @@ def _matches(graph: fx.Graph) -> tuple[dict[fx.Node, _Match], set[fx.Node]]:
         if node.target is aten.scaled_dot_product_attention.default:
             matches[node] = _fused(node)
         elif node.target in _PRODUCTS:
-            softmax, why = _probabilities(_factor(node, 0))
+            factors = factors_of(node)
+            softmax, why = _probabilities(factors[0])
             if softmax is not None:
                 matches[node], used = _explicit(node, softmax, why)
                 scores |= used
-            elif all(_factor(node, side) in activations for side in (0, 1)):
+            elif activations.issuperset(factors):
                 matches[node] = {}, 1.0, "it is a product of two activations, but no softmax attention"
         elif node.target is aten.einsum.default and sum(part in activations for part in node.all_input_nodes) > 1:
             matches[node] = (
@@ -167,33 +167,33 @@ def _matches(graph: fx.Graph) -> tuple[dict[fx.Node, _Match], set[fx.Node]]:
 
 
 def _fused(node: fx.Node) -> _Match:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    shapes = [given[name].meta["val"].shape for name in names[:3]]
-    scale = given.get("scale")
+    given = args(node)
+    values = ("query", "key", "value")
+    shapes = [given.node(name).meta["val"].shape for name in values]
+    scale = given.scale
     reason = None
-    if given.get("dropout_p", 0.0) != 0:
-        reason = f"it drops out a share of {given['dropout_p']} of its probabilities"
+    if given.dropout_p != 0:
+        reason = f"it drops out a share of {given.dropout_p} of its probabilities"
     elif min(map(len, shapes)) < 3:
         reason = "its values have fewer than three axes, so none of them is the batch"
     elif not isinstance(shapes[0][-1], int) or not isinstance(scale, (int, float, type(None))):
         reason = "its scale is not known before it runs"
-    elif given.get("is_causal") and not all(isinstance(shape[-2], int) for shape in shapes[:2]):
+    elif given.is_causal and not all(isinstance(shape[-2], int) for shape in shapes[:2]):
         reason = "it is causal over a number of tokens that is not known before it runs"
-    elif given.get("enable_gqa") and not all(isinstance(shape[-3], int) for shape in shapes):
+    elif given.enable_gqa and not all(isinstance(shape[-3], int) for shape in shapes):
         reason = "the number of its heads is not known before it runs"
     if reason is not None:
         return {}, 1.0, reason
-    operands = {side: Operand(node, position) for position, side in enumerate(SIDES)}
+    operands = {side: Operand(node, name) for side, name in zip(SIDES, values, strict=True)}
     return operands, float(1 / math.sqrt(shapes[0][-1]) if scale is None else scale), None
 
 
 def _explicit(node: fx.Node, softmax: fx.Node, why: str | None) -> tuple[_Match, set[fx.Node]]:
     """The match, and the products that make its scores."""
-    products = _scores(softmax.args[0])
+    products = _scores(args(softmax).node("self"))
     rank = softmax.meta["val"].dim()
-    if softmax.args[1] not in (-1, rank - 1):
-        why = f"its softmax runs over axis {softmax.args[1]}, not over the keys"
+    if args(softmax).dim not in (-1, rank - 1):
+        why = f"its softmax runs over axis {args(softmax).dim}, not over the keys"
     elif why is None and len(products) != 1:
         why = f"its scores come from {len(products)} matrix products that are known, not from one"
     elif why is None:
@@ -217,18 +217,18 @@ def _probabilities(node: fx.Node) -> tuple[fx.Node | None, str | None]:
         op, source = base_name(node.target), node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or op not in (*_CASTS, *_VIEWS):
             return None, None
-        if op == "dropout" and node.args[2] is not False:
-            why = f"it drops out a share of {node.args[1]} of its probabilities"
+        if op == "dropout" and args(node).train is not False:
+            why = f"it drops out a share of {args(node).p} of its probabilities"
         if str(source.meta["val"].shape[-1:]) != str(node.meta["val"].shape[-1:]):
             why = "its probabilities are laid out anew between the softmax and the product"
         node = source
     return node, why
 
 
-def _scores(node: Any) -> list[fx.Node]:
+def _scores(value: fx.Node) -> list[fx.Node]:
     """The matrix products that a value comes from through ops on single elements."""
     found: dict[fx.Node, None] = {}
-    todo, seen = [node], set()
+    todo, seen = [value], set()
     while todo:
         node = todo.pop()
         if node in seen:
@@ -257,10 +257,10 @@ def _other_reader(product: fx.Node, output: fx.Node) -> str | None:
     return None
 
 
-def _factor(node: fx.Node, side: int) -> fx.Node:
-    found = node.args[_PRODUCTS[node.target][side]]
-    assert isinstance(found, fx.Node)
-    return found
+def factors_of(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The factors of a matrix product."""
+    left, right = _PRODUCTS[product.target]
+    return args(product).node(left), args(product).node(right)
 
 
 def _module_of(node: fx.Node) -> str:

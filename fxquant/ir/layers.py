@@ -7,19 +7,22 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.names import base_name
 
-LAYER_OPS: dict[Any, int] = {
-    torch.ops.aten.linear.default: 1,
-    torch.ops.aten.conv1d.default: 1,
-    torch.ops.aten.conv2d.default: 1,
-    torch.ops.aten.conv3d.default: 1,
-    torch.ops.aten.conv1d.padding: 1,
-    torch.ops.aten.conv2d.padding: 1,
-    torch.ops.aten.conv3d.padding: 1,
-    torch.ops.aten.embedding.default: 0,
-}
-"""The ops that are layers if their weight is stored, and the position of that weight among their arguments."""
+LAYER_OPS = frozenset[Any](
+    {
+        torch.ops.aten.linear.default,
+        torch.ops.aten.conv1d.default,
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.conv3d.default,
+        torch.ops.aten.conv1d.padding,
+        torch.ops.aten.conv2d.padding,
+        torch.ops.aten.conv3d.padding,
+        torch.ops.aten.embedding.default,
+    }
+)
+"""The ops that are layers if their weight is stored: their argument ``weight``."""
 
 
 _CASTS = ("to", "_to_copy", "type_as", "detach", "alias", "contiguous", "clone")
@@ -34,28 +37,26 @@ def stored_weight(node: fx.Node) -> fx.Node | None:
 
     A cast to integers or to 8 bits counts as computing the weight, whatever the result is cast to afterwards.
     """
-    weight = node.args[LAYER_OPS[node.target]]
+    weight = args(node).weight
     while isinstance(weight, fx.Node) and weight.op == "call_function":
         if base_name(weight.target) not in _CASTS:
             return None
         if not is_wide_float(weight):
             return None
-        weight = weight.args[0]
+        weight = source_of(weight)
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def is_cast(node: fx.Node) -> bool:
     """Whether a node casts to another dtype or device and does nothing else: no rounding to integers or to 8 bits."""
-    source = node.args[0] if node.target in _CAST_OPS else None
+    source = args(node).self if node.target in _CAST_OPS else None
     return isinstance(source, fx.Node) and is_wide_float(node) and is_wide_float(source)
 
 
 def parameter_of(node: fx.Node) -> fx.Node:
     """The source behind casts that have one reader each; the node itself if it is not such a cast."""
     while is_cast(node) and len(node.users) == 1:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
+        node = source_of(node)
     return node
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from fxquant.ir.arguments import args
 from fxquant.ir.attention import attention_products
 from fxquant.ir.dataflow import reached
 from fxquant.ir.layers import LAYER_OPS
@@ -56,7 +57,7 @@ def find_products(graph: fx.Graph) -> list[Product]:
     return [
         Product(_name(node), base_name(node.target), _reason(node, inputs))
         for node in products
-        if node not in attention and not (base_name(node.target) == "einsum" and len(node.args[1]) < 2)
+        if node not in attention and not (base_name(node.target) == "einsum" and len(args(node).tensors) < 2)
     ]
 
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
 from fxquant.errors import NonFiniteError, PassError
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
 from fxquant.ir.tensors import get_tensor, set_tensor
@@ -69,16 +70,16 @@ class Rewriter:
         return history_of(self.module, attribute)
 
     def fold(
-        self, node: fx.Node, position: int, function: Callable[[Tensor], Tensor], by: Sequence[Tensor | str] = ()
+        self, node: fx.Node, name: str, function: Callable[[Tensor], Tensor], by: Sequence[Tensor | str] = ()
     ) -> None:
-        """Replace the parameter in one argument of ``node`` by ``function(parameter)``; other readers keep the old one.
+        """Replace a parameter, such as ``weight``, by ``function(parameter)``; other readers keep the old one.
 
         The function receives the parameter in its own dtype and may return another dtype (float64). The result is cast
         back once, here.
 
         Args:
             node: The reader.
-            position: Position of the parameter among the reader's arguments.
+            name: Name of the parameter among the reader's arguments.
             function: Computes the new parameter from the old one.
             by: Everything that the function depends on besides the parameter: factors, and a text that identifies the
                 function. The graphs of a model share a parameter only if what was folded into it is equal. If ``by`` is
@@ -87,12 +88,9 @@ class Rewriter:
         Raises:
             NonFiniteError: If the result does not fit the parameter's dtype.
         """
-        attribute = node.args[position]
-        assert isinstance(attribute, fx.Node)
+        attribute = args(node).node(name)
         while attribute.op != "get_attr":  # The node reads the parameter through a cast.
-            node, source = attribute, attribute.args[0]
-            assert isinstance(source, fx.Node)
-            attribute = source
+            node, attribute = attribute, source_of(attribute)
         if set(attribute.users) != {node}:
             attribute = self._private(attribute, [node])
         self.fold_attribute(attribute, function, by=by)
@@ -150,17 +148,21 @@ class Rewriter:
         self._note(node, sources)
         return node
 
-    def give(self, node: fx.Node, position: int, name: str, value: Tensor, history: History | None = None) -> None:
+    def give(self, node: fx.Node, name: str, value: Tensor, history: History | None = None) -> None:
         """Give ``node`` a parameter that it lacked, in the dtype of its result; ``history`` as in :meth:`constant`."""
         attribute = self.constant(f"{place_of(node)}.{name}", value.to(node.meta["val"].dtype), [node], history)
-        self.set_argument(node, position, attribute)
+        self.set_argument(node, name, attribute)
 
-    def set_argument(self, node: fx.Node, position: int, value: fx.Node | None) -> None:
-        """Set an argument of ``node`` to ``value``, whether the argument was not given or was another node."""
-        args = list(node.args)
-        args += [None] * (position + 1 - len(args))
-        args[position] = value
-        node.args = tuple(args)
+    def set_argument(self, node: fx.Node, name: str, value: Any) -> None:
+        """Set an argument of ``node``, whether or not it was given before.
+
+        Raises:
+            ArgumentError: If the op has no argument of the name.
+        """
+        if name in node.kwargs or args(node).is_keyword(name):
+            node.kwargs = {**node.kwargs, name: value}
+        else:
+            node.args = args(node).replaced(**{name: value})
         self._note(node, [node])
 
     def read(self, name: str, history: History, like: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
@@ -199,16 +201,18 @@ class Rewriter:
         with self.graph.inserting_after(node):
             yield
 
-    def call(self, target: Any, args: tuple[Any, ...], sources: Sequence[fx.Node], name: str | None = None) -> fx.Node:
+    def call(
+        self, target: Any, arguments: tuple[Any, ...], sources: Sequence[fx.Node], name: str | None = None
+    ) -> fx.Node:
         """Add a call of ``target``; its shape and dtype are computed on fake tensors.
 
         Args:
             target: An overload of an op.
-            args: Its arguments, which may contain nodes.
+            arguments: Its arguments, which may contain nodes.
             sources: The nodes that the new one is made from. It inherits the layer name of the last one that has one.
             name: A readable name for the node.
         """
-        node = self.graph.call_function(target, args, name=name)
+        node = self.graph.call_function(target, arguments, name=name)
         node.meta["val"] = self.infer(node)
         for source in sources:
             for key in (LAYER, "nn_module_stack", "stack_trace"):
@@ -246,9 +250,9 @@ class Rewriter:
 
     def infer(self, node: fx.Node) -> Any:
         """The fake value of a node, computed from the fake values of its inputs."""
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        values, named = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         with self._fake_mode(), torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return node.target(*values, **named)  # type: ignore[operator]
 
     # --- inside ---
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import CaptureError
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.histories import History, history_of
 from fxquant.ir.layers import is_cast, parameter_of
 from fxquant.ir.meta import LAYER
@@ -27,19 +28,19 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-_PARAMETERS: dict[Any, tuple[int, ...]] = {
-    aten.linear.default: (1, 2),
-    aten.conv1d.default: (1, 2),
-    aten.conv2d.default: (1, 2),
-    aten.conv3d.default: (1, 2),
-    aten.conv1d.padding: (1, 2),
-    aten.conv2d.padding: (1, 2),
-    aten.conv3d.padding: (1, 2),
-    aten.layer_norm.default: (2, 3),
-    aten.rms_norm.default: (2,),
-    aten.embedding.default: (0,),
+_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    aten.linear.default: ("weight", "bias"),
+    aten.conv1d.default: ("weight", "bias"),
+    aten.conv2d.default: ("weight", "bias"),
+    aten.conv3d.default: ("weight", "bias"),
+    aten.conv1d.padding: ("weight", "bias"),
+    aten.conv2d.padding: ("weight", "bias"),
+    aten.conv3d.padding: ("weight", "bias"),
+    aten.layer_norm.default: ("weight", "bias"),
+    aten.rms_norm.default: ("weight",),
+    aten.embedding.default: ("weight",),
 }
-"""Ops whose result scales and shifts with their parameters, and the positions of these among the arguments."""
+"""Ops whose result scales and shifts with their parameters, and the names of these among the arguments."""
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
@@ -208,19 +209,7 @@ def attributes_of(node: fx.Node) -> tuple[fx.Node | None, ...]:
         bare = isinstance(value, Tensor) and value.is_floating_point()
         bare = bare and any(_is_read_as_value(node, user) for user in node.users)
         return (node,) if bare else ()
-    return tuple(_attribute(parameter_at(node, position)) for position in positions_of(node))
-
-
-def positions_of(node: fx.Node) -> tuple[int, ...]:
-    """The positions of an op's parameters among its arguments."""
-    return _PARAMETERS.get(node.target, ())
-
-
-def parameter_at(node: fx.Node, position: int) -> Any:
-    """A parameter of an op, given by position or by name."""
-    if position < len(node.args):
-        return node.args[position]
-    return node.kwargs.get("weight" if position == positions_of(node)[0] else "bias")
+    return tuple(_attribute(getattr(args(node), name)) for name in _PARAMETERS.get(node.target, ()))
 
 
 def read_stored(node: fx.Node, stored: Stored, rewriter: Rewriter) -> fx.Node:
@@ -242,14 +231,14 @@ def read_stored(node: fx.Node, stored: Stored, rewriter: Rewriter) -> fx.Node:
         for user in [user for user in node.users if _is_read_as_value(node, user)]:
             rewriter.redirect(user, node, found)
         return found
-    for position, old, new in zip(positions_of(node), own, read, strict=True):
-        reader, argument = node, parameter_at(node, position)
+    for parameter, old, new in zip(_PARAMETERS[node.target], own, read, strict=True):
+        reader, argument = node, getattr(args(node), parameter)
         while old is not None and argument is not old:
-            reader, argument = argument, argument.args[0]
+            reader, argument = argument, source_of(argument)
         if old is not None and new is not None:
             rewriter.redirect(reader, old, new)
         elif old is not new:
-            rewriter.set_argument(node, position, new)
+            rewriter.set_argument(node, parameter, new)
     return node
 
 
@@ -262,7 +251,7 @@ def _is_read_as_value(attribute: fx.Node, user: fx.Node) -> bool:
     """Whether an op reads a parameter, through a cast or not, other than as its weight or bias."""
     if is_cast(user) and len(user.users) == 1:
         return _is_read_as_value(attribute, next(iter(user.users)))
-    return all(_attribute(parameter_at(user, position)) is not attribute for position in positions_of(user))
+    return all(_attribute(getattr(args(user), name)) is not attribute for name in _PARAMETERS.get(user.target, ()))
 
 
 def _form(module: fx.GraphModule, attributes: tuple[fx.Node | None, ...]) -> tuple[tuple[str | None, ...], Histories]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from fxquant.errors import VerificationError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import behind
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import fake_mode_of
@@ -129,9 +130,9 @@ def _check_value(node: fx.Node) -> None:
         raise _broken(node, "its shape and dtype are not recorded")
     if _Proof(node).same_as(node.meta.get(_PROVEN)):
         return
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    values, named = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
-        actual = node.target(*args, **kwargs)  # type: ignore[operator]
+        actual = node.target(*values, **named)  # type: ignore[operator]
     except Exception as error:
         raise _broken(node, f"its arguments do not fit: {error}") from error
     # Sizes that depend on values (u0) get a new name each time they are computed.
@@ -189,32 +190,29 @@ def _text(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(size) for size in value.shape)}]"
 
 
-def _value(node: fx.Node, position: int) -> Tensor:
-    argument = node.args[position]
-    assert isinstance(argument, fx.Node)
-    value = argument.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
+def _values(node: fx.Node, *names: str) -> Iterator[Tensor]:
+    return (args(node).node(name).meta["val"] for name in names)
 
 
 def _check_quantize(node: fx.Node) -> None:
-    scale, zero_point = _value(node, 1), _value(node, 2)
-    qmin, qmax, dtype = node.args[3], node.args[4], node.args[5]
+    scale, zero_point = _values(node, "scale", "zero_point")
+    qmin, qmax, dtype = args(node).qmin, args(node).qmax, args(node).dtype
     if scale.shape != zero_point.shape:
         raise _broken(node, f"scale {_text(scale)} and zero point {_text(zero_point)} differ in shape")
     if not scale.is_floating_point():
         raise _broken(node, f"the scale is {_text(scale)}, not floating-point")
-    limits = torch.iinfo(dtype)  # type: ignore[arg-type]
-    if not limits.min <= qmin < qmax <= limits.max:  # type: ignore[operator]
+    limits = torch.iinfo(dtype)
+    if not limits.min <= qmin < qmax <= limits.max:
         raise _broken(node, f"codes {qmin}..{qmax} do not fit {dtype}")
 
 
 def _check_linear(node: fx.Node) -> None:
-    codes, x_scale, x_zero_point, weight, scale, zero_point = (_value(node, i) for i in range(6))
-    bits, group = node.args[7], node.args[8]
+    codes, x_scale, x_zero_point = _values(node, "xq", "x_scale", "x_zero_point")
+    weight, scale, zero_point = _values(node, "wq", "w_scale", "w_zero_point")
+    bits, group = args(node).bits, args(node).group_size
     features = int(codes.shape[-1])
-    groups = 1 if group == 0 else features // group  # type: ignore[operator]
-    if group and features % group:  # type: ignore[operator]
+    groups = 1 if group == 0 else features // group
+    if group and features % group:
         raise _broken(node, f"groups of {group} do not divide {features} input channels")
     if codes.is_floating_point():
         raise _broken(node, f"its input is {_text(codes)}, not integer codes")
@@ -224,9 +222,9 @@ def _check_linear(node: fx.Node) -> None:
             f"weight scale {_text(scale)} and zero point {_text(zero_point)} are not one each for "
             f"{weight.shape[0]} output channels x {groups} groups",
         )
-    source = node.args[0]
-    if isinstance(source, fx.Node) and str(source.target) == "fxquant.quantize.default":
-        if (source.args[1], source.args[2]) != (node.args[1], node.args[2]):
+    source = args(node).node("xq")
+    if source.target is torch.ops.fxquant.quantize.default:
+        if (args(source).scale, args(source).zero_point) != (args(node).x_scale, args(node).x_zero_point):
             raise _broken(node, f"its input scale and zero point are not those that {source.name} quantized with")
     elif x_scale.shape != x_zero_point.shape:
         raise _broken(node, "input scale and zero point differ in shape")
@@ -239,30 +237,24 @@ _LAYOUT = ("transpose", "permute", "expand", "view", "reshape", "unsqueeze", "cl
 
 
 def _check_matmul(node: fx.Node) -> None:
-    for what, position in (("left", 0), ("right", 3)):
-        codes, scale, zero_point = (_value(node, position + i) for i in range(3))
+    for what, side in (("left", "a"), ("right", "b")):
+        names = (f"{side}q", f"{side}_scale", f"{side}_zero_point")
+        codes, scale, zero_point = _values(node, *names)
         if codes.is_floating_point():
             raise _broken(node, f"its {what} factor is {_text(codes)}, not integer codes")
         if not scale.is_floating_point():
             raise _broken(node, f"the {what} scale is {_text(scale)}, not floating-point")
         if scale.shape != zero_point.shape:
             raise _broken(node, f"the {what} scale and zero point differ in shape")
-        source = _moved(node.args[position])
-        if source.target is torch.ops.fxquant.quantize.default:
-            grid = [_moved(node.args[position + i]) for i in (1, 2)]
-            if grid != [_moved(source.args[i]) for i in (1, 2)]:
-                raise _broken(node, f"its {what} scale and zero point are not those that {source.name} quantized with")
-
-
-def _moved(argument: Any) -> fx.Node:
-    """The source of a value, behind ops that only change its layout."""
-    source = behind(argument, _LAYOUT)
-    assert isinstance(source, fx.Node)
-    return source
+        source, *grid = (behind(args(node).node(name), _LAYOUT) for name in names)
+        if source.target is not torch.ops.fxquant.quantize.default:
+            continue
+        if grid != [behind(args(source).node(name), _LAYOUT) for name in ("scale", "zero_point")]:
+            raise _broken(node, f"its {what} scale and zero point are not those that {source.name} quantized with")
 
 
 def _check_affine(node: fx.Node) -> None:
-    x, scale = _value(node, 0), _value(node, 1)
+    x, scale = _values(node, "x", "scale")
     try:
         shape = torch.broadcast_shapes(x.shape, scale.shape)
     except RuntimeError as error:

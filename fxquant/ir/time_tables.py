@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from fxquant.errors import MissingTimestepError
+from fxquant.ir.arguments import args
 from fxquant.ir.histories import History, digest, has_content, made_from
 from fxquant.ir.meta import LAYER
 
@@ -154,24 +155,23 @@ def reads_rows(node: object) -> bool:
     """Whether a node is one that :func:`rows_at` made for a table of several bins."""
     if not isinstance(node, fx.Node) or node.target is not aten.view.default:
         return False
-    picked = node.args[0]
-    return isinstance(picked, fx.Node) and picked.target is aten.index_select.default and _is_bin(picked.args[2])
+    picked = args(node).node("self")
+    return picked.target is aten.index_select.default and _is_bin(args(picked).index)
 
 
 def plus_rows(node: fx.Node) -> fx.Node | None:
     """The sum of a linear and its sample's row, ``linear(x, W) + table[bin]``, if nothing else reads the linear."""
     user = next(iter(node.users), None)
-    if len(node.users) != 1 or user is None or user.target is not aten.add.Tensor or user.kwargs:
+    if len(node.users) != 1 or user is None or user.target is not aten.add.Tensor or args(user).alpha != 1:
         return None
-    return user if user.args[0] is node and reads_rows(user.args[1]) else None
+    return user if args(user).self is node and reads_rows(args(user).other) else None
 
 
 def replace_rows(rewriter: Rewriter, total: fx.Node, table: TimeTable) -> None:
     """Make a sum from :func:`add_rows` add the rows of another table."""
-    old, value = total.args[1], total.meta["val"]
-    assert isinstance(old, fx.Node)
+    old, value = args(total).node("other"), total.meta["val"]
     with rewriter.before(total):
-        name = str(old.args[0].args[0].target)  # type: ignore[union-attr]
+        name = str(_picked_from(old).target)
         rows = rows_at(rewriter, table.map(lambda r: r.to(value.dtype)), value.dim(), name, [total])
     rewriter.redirect(total, old, rows)
 
@@ -185,17 +185,24 @@ def read_table(node: fx.Node, timestep: fx.Node, rewriter: Rewriter) -> TimeTabl
         return TimeTable(timestep, (), value.reshape(1, *value.shape[1:]), _followed(node, rewriter))
     if not reads_rows(node):
         return None
-    held, _, bins = node.args[0].args  # type: ignore[union-attr]
-    boundaries = rewriter.tensor(bins.args[0].args[1])  # type: ignore[union-attr]
+    held, bins = _picked_from(node), args(args(node).node("self")).node("index")
+    boundaries = rewriter.tensor(args(args(bins).node("self")).boundaries)
     return TimeTable(timestep, tuple(boundaries.tolist()), rewriter.tensor(held), _followed(held, rewriter))
 
 
-def _followed(held: Any, rewriter: Rewriter) -> str | None:
+def _picked_from(rows: fx.Node) -> fx.Node:
+    """The table of rows that :func:`rows_at` selects."""
+    return args(args(rows).node("self")).node("self")
+
+
+def _followed(held: fx.Node, rewriter: Rewriter) -> str | None:
     return None if has_content(held) else rewriter.history(held).digest
 
 
 def _is_bin(node: object) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.args[0], fx.Node) and node.args[0].target is _BUCKETIZE
+    if not isinstance(node, fx.Node) or node.target is not aten.view.default:
+        return False
+    return args(node).node("self").target is _BUCKETIZE
 
 
 _BUCKETIZE = aten.bucketize.Tensor
@@ -205,7 +212,7 @@ def _bin(rewriter: Rewriter, table: TimeTable) -> fx.Node:
     """The bin of each sample, ``[batch]`` or ``[1]``: one node for all tables with these boundaries."""
     for user in table.timestep.users:
         for found in user.users if user.target is aten.to.dtype else ():
-            held = found.args[1] if found.target is _BUCKETIZE else None
+            held = args(found).boundaries if found.target is _BUCKETIZE else None
             if isinstance(held, fx.Node) and held.meta.get(_BOUNDARIES) == table.boundaries:
                 return next(iter(found.users))
     boundaries = rewriter.constant(

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 
 ROLES = ("block", "adaln", "embedder", "patch", "final")
@@ -192,11 +193,11 @@ def _block_modules(graph: fx.Graph, sample: set[fx.Node], layers: Mapping[fx.Nod
 
 def _is_residual(node: fx.Node, sample: set[fx.Node], layers: Mapping[fx.Node, str]) -> bool:
     """Whether an addition adds a value to the result of layers that read this value."""
-    left, right = node.args[:2]
+    left, right = args(node).self, args(node).other
     if not (left in sample and right in sample):
         return False
     for start, end in ((left, right), (right, left)):
-        between = _reached(start)  # type: ignore[arg-type]
+        between = _reached(start)
         todo, seen = [end], set()
         while todo:
             part = todo.pop()
@@ -204,7 +205,7 @@ def _is_residual(node: fx.Node, sample: set[fx.Node], layers: Mapping[fx.Node, s
                 if part in layers:
                     return True
                 seen.add(part)
-                todo += part.all_input_nodes  # type: ignore[union-attr]
+                todo += part.all_input_nodes
     return False
 
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from torch import fx
 
 from fxquant.errors import CalibrationError
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.layers import LAYER_OPS, layer_name
 from fxquant.ir.meta import ITEM, LAYER
@@ -57,7 +58,7 @@ def adopt_names(graph: fx.Graph, plan: Plan) -> None:
     for node in graph.nodes:
         if plan.naming > 1 or node.target not in LAYER_OPS:
             continue
-        weight = node.args[LAYER_OPS[node.target]]
+        weight = args(node).node("weight")
         name = layer_name(str(weight.target)) if weight.op == "get_attr" else node.name
         seen[name] += 1
         earlier = name if seen[name] == 1 else f"{name}@{seen[name]}"
@@ -157,7 +158,7 @@ def _by_base(entries: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 def _are_of_items(nodes: Sequence[fx.Node]) -> bool:
     """Whether each use of a layer reads a different item of one list; a longer list then has more such uses."""
-    read = [_items_behind(node.args[0]) for node in nodes]
+    read = [_items_behind(source_of(node)) for node in nodes]
     lists = {of.meta[ITEM] for items in read for of in items}
     for name in lists:
         own = [[item for item in items if item.meta[ITEM] == name] for items in read]

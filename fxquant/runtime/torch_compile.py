@@ -24,6 +24,7 @@ from torch._dynamo.decorators import mark_static, mark_unbacked
 from fxquant.capture.calls import BATCH
 from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import SpeedWarning
+from fxquant.ir.arguments import args
 from fxquant.ir.ops.definition import define
 from fxquant.pipeline.backend import Backend
 
@@ -137,7 +138,7 @@ def begin_again(call: Call, error: Exception) -> Call:
 
 def _quantizes_convolutions(graph: fx.Graph) -> bool:
     """Whether the graph computes the weights of ATen convolutions; fusions of a backend need these convolutions."""
-    return any(node.target in _CONVOLUTIONS and node.args[1].op != "get_attr" for node in graph.nodes)
+    return any(node.target in _CONVOLUTIONS and args(node).node("weight").op != "get_attr" for node in graph.nodes)
 
 
 def _trains(module: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
@@ -159,16 +160,16 @@ def keep_layouts(graph: fx.Graph) -> None:
     """Replace convolutions, whose kernels choose the layout of the result, by ones with contiguous results."""
     for node in graph.nodes:
         if node.target in _CONVOLUTIONS:
-            node.args = _normal(node.args, _CONVOLUTIONS[node.target])
+            node.args, node.kwargs = _normal(node, _CONVOLUTIONS[node.target]), {}
             node.target = torch.ops.fxquant.convolution.default
 
 
-def _normal(args: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
+def _normal(node: fx.Node, dims: int) -> tuple[Any, ...]:
     """The arguments of a convolution with all defaults filled in, and a number for each axis."""
-    defaults: tuple[Any, ...] = (None, 1, 0, 1, 1)
-    x, weight, bias, stride, padding, dilation, groups = args + defaults[len(args) - 2 :]
-    each = [list(value) if isinstance(value, (list, tuple)) else [value] for value in (stride, padding, dilation)]
-    return (x, weight, bias, *[value * (dims // len(value)) for value in each], groups)
+    given = args(node)
+    sizes = given.stride, given.padding, given.dilation
+    each = [list(value) if isinstance(value, (list, tuple)) else [value] for value in sizes]
+    return (given.input, given.weight, given.bias, *[value * (dims // len(value)) for value in each], given.groups)
 
 
 # While torch's own convolution is traced, it reports the layout that the kernel for this batch size gives its result.

@@ -24,7 +24,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import CheckpointError
+from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import behind
+from fxquant.ir.names import qualified_name
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
 from fxquant.numerics.packing import packed_size
 from fxquant.numerics.weights import group_count
@@ -248,19 +250,18 @@ def check_grids(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
 
 def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int]]:
     """Yield each scale and zero point that an op reads from a tensor: which of the two, its name, the largest code."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not str(schema.name).startswith("fxquant::"):
+    if not qualified_name(node.target).startswith("fxquant::"):
         return
-    given: dict[str, Any] = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
+    given = args(node).by_name()
     bits, top = given.get("bits"), given.get("qmax")
     for name, argument in given.items():
         held = _looked_up(argument)
         if held is None:
             continue
-        if name.endswith("scale") and "channel_affine" not in str(schema.name):
+        if name.endswith("scale") and "channel_affine" not in str(node.target):
             yield "scale", held, 0
         elif name.endswith("zero_point"):
-            weight = name.startswith("w_") or "dequantize_weight" in str(schema.name)
+            weight = name.startswith("w_") or "dequantize_weight" in str(node.target)
             yield "zero point", held, 2**bits - 1 if weight and bits is not None else (255 if top is None else top)
 
 

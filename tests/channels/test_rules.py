@@ -427,7 +427,7 @@ def test_only_positive_factors_pass(factor: float) -> None:
         held = rewriter.constant("factor", factors, [seed.value])
         scaled = rewriter.call(AFFINE, (seed.value, held, None), [seed.value])
     rewriter.redirect(reader, seed.value, scaled)
-    rewriter.fold(reader, 1, lambda w: torch.where(factors != 0, w / factors, w))
+    rewriter.fold(reader, "weight", lambda w: torch.where(factors != 0, w / factors, w))
     module.recompile()
     expected = outputs(module, value) if factor == 0 else expected
     (record,) = Pipeline([AbsorbAffines()]).run(module, Plan("", "", None), Stage.TRANSFORMED)

@@ -82,11 +82,11 @@ def test_a_node_that_is_read_cannot_be_erased(module: fx.GraphModule, rewriter: 
 def test_folding_a_shared_weight_leaves_the_other_reader_alone(module: fx.GraphModule, rewriter: Rewriter) -> None:
     first, second = layer_node(module, "a"), nodes_of(module, aten.linear.default)[1]
     old = rewriter.tensor(first.args[1]).clone()
-    rewriter.fold(second, 1, lambda w: w.double() * 2)
+    rewriter.fold(second, "weight", lambda w: w.double() * 2)
     assert torch.equal(rewriter.tensor(first.args[1]), old)
     assert torch.equal(rewriter.tensor(second.args[1]), old * 2)
     assert rewriter.tensor(second.args[1]).dtype == torch.float32
-    rewriter.fold(second, 1, lambda w: w.double() * 2)  # It is private by now.
+    rewriter.fold(second, "weight", lambda w: w.double() * 2)  # It is private by now.
     assert torch.equal(rewriter.tensor(second.args[1]), old * 4)
     assert len({str(node.target) for node in module.graph.nodes if node.op == "get_attr"}) == 3
 
@@ -95,13 +95,13 @@ def test_folding_never_writes_into_the_model(module: fx.GraphModule, rewriter: R
     node = layer_node(module, "a")
     held = rewriter.tensor(node.args[2])
     old = held.clone()
-    rewriter.fold(node, 2, lambda b: b + 1)
+    rewriter.fold(node, "bias", lambda b: b + 1)
     assert torch.equal(held, old)
 
 
 def test_a_fold_that_overflows_is_refused_by_name(module: fx.GraphModule, rewriter: Rewriter) -> None:
     with pytest.raises(NonFiniteError, match=r"a.weight_of_a does not fit torch.float32 after test"):
-        rewriter.fold(layer_node(module, "a"), 1, lambda w: w.double() * 1e300)
+        rewriter.fold(layer_node(module, "a"), "weight", lambda w: w.double() * 1e300)
 
 
 def test_names_of_constants_do_not_collide(module: fx.GraphModule, rewriter: Rewriter) -> None:
@@ -121,7 +121,7 @@ def test_a_parameter_that_was_lacking_is_given(rewriter: Rewriter, module: fx.Gr
             return self.a(x)
 
     module = captured(NoBias(), x=torch.randn(2, 4)).module
-    Rewriter(module, "test").give(layer_node(module, "a"), 2, "bias", torch.ones(4, dtype=torch.float64))
+    Rewriter(module, "test").give(layer_node(module, "a"), "bias", torch.ones(4, dtype=torch.float64))
     module.recompile()
     verify(module, SPECS[Stage.CAPTURED])
     assert module.get_parameter("a.bias").dtype == torch.float32
@@ -153,7 +153,7 @@ def test_what_is_given_has_one_name_in_all_graphs_of_a_model() -> None:
         bind(found.module, weights_of(model))
         rewriter = Rewriter(found.module, "test")
         for node in nodes_of(found.module, aten.layer_norm.default):
-            rewriter.give(node, 2, "weight", torch.ones(4))
+            rewriter.give(node, "weight", torch.ones(4))
         for node in nodes_of(found.module, aten.mul.Tensor)[-1:]:
             rewriter.fold_attribute(node.args[1], lambda p: p * 2, [node])
         names.append({name for name in read_tensors(found.module) if name != "row"})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import fx
 
 from fxquant.backends.native.attention import TO_VALUES, is_mask, lower_codes, replace
 from fxquant.backends.native.library import FLOATS
+from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
@@ -25,22 +25,20 @@ def lower(graph: fx.Graph, rewriter: Rewriter, floats: bool) -> None:
 
 
 def _lower_floats(node: fx.Node, rewriter: Rewriter) -> None:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    given = args(node)
+    q, k, v, mask = given.node("query"), given.node("key"), given.node("value"), given.attn_mask
     values = [part.meta["val"] for part in (q, k, v)]
     if any(value.dim() != 4 or value.dtype != values[0].dtype for value in values) or values[0].dtype not in FLOATS:
         return
-    if given.get("dropout_p", 0.0) or not is_mask(mask):
+    if given.dropout_p or not is_mask(mask):
         return
-    scale = given.get("scale")
-    scale = 1 / math.sqrt(int(values[0].shape[-1])) if scale is None else scale
+    scale = 1 / math.sqrt(int(values[0].shape[-1])) if given.scale is None else given.scale
     if not isinstance(scale, float):
         return
     with rewriter.before(node):
         if mask is not None and mask.meta["val"].dtype != torch.bool:
             mask = rewriter.call(aten.to.dtype, (mask, torch.float32), [node])
-        arguments = (q, k, v, mask, bool(given.get("is_causal")), scale, None, None, 255)
+        arguments = (q, k, v, mask, bool(given.is_causal), scale, None, None, 255)
         new = rewriter.call(native.bf16_attention.default, arguments, [node])
         result = rewriter.call(aten.transpose.int, (new, *TO_VALUES), [node])
     replace(node, result, rewriter)

@@ -15,6 +15,7 @@ from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registe
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
 from fxquant.backends.native.tensors import derived
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 from fxquant.runtime.devices import give_back_memory
@@ -26,7 +27,7 @@ _KERNELS = fusions.Kernels(
     native.vnni_linear.default,
     native.norm_quantize.default,
     native.quantize.default,
-    {native.bf16_attention.default: 6, native.int8_attention.default: 13},
+    (native.bf16_attention.default, native.int8_attention.default),
     native.bf16_attention.default,
 )
 _PANELS = "_panels"
@@ -92,41 +93,37 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     """The tensors of a lowered graph, with packed codes in place of panels and without derived tensors."""
     found = read_tensors(module)
     for node in module.graph.nodes:
-        if node.target is native.vnni_linear.default:
-            (x, *_), held, bits = node.args, node.args[3], node.args[8]
-        elif node.target is native.weight_only_linear.default:
-            x, held, bits = node.args[0], node.args[1], node.args[5]
-        else:
+        if node.target not in (native.vnni_linear.default, native.weight_only_linear.default):
             continue
-        name = str(held.target)
+        given, inner = args(node), int(source_of(node).meta["val"].shape[-1])
+        name = str(given.node("weight").target)
         if name in found:
-            out, inner = node.args[9 if node.target is native.vnni_linear.default else 7], int(x.meta["val"].shape[-1])
             packed = name.removesuffix(_PANELS)
-            found[packed] = weights.unpacked(found.pop(name), bits, out, inner)
+            found[packed] = weights.unpacked(found.pop(name), given.bits, given.out_features, inner)
             found.pop(f"{packed}{_SUMS}", None)
     return {name: tensor for name, tensor in found.items() if not name.endswith(fusions.DIVIDED)}
 
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
-    x, scale, zero_point, qmin, qmax, dtype = node.args
-    assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
+    given = args(node)
+    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
+    arguments = (given.x, given.scale, given.zero_point, given.qmax)
     with rewriter.before(node):
-        new = rewriter.call(native.quantize.default, (x, scale, zero_point, qmax), [node], name=node.name)
+        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name)
     rewriter.replace(node, new)
 
 
 def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
-    codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, bias, bits, _, dtype = node.args
-    assert isinstance(codes, fx.Node) and isinstance(packed, fx.Node)
-    assert isinstance(bits, int) and isinstance(dtype, torch.dtype)
+    given = args(node)
+    codes, packed, bits, dtype = given.node("xq"), given.node("wq"), given.bits, given.out_dtype
     weight = _panels(packed, bits, int(codes.meta["val"].shape[-1]), rewriter, held, options)
     sums = rewriter.memo[f"{packed.target}{_SUMS}"]
     out = int(packed.meta["val"].shape[0])
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
-    arguments = (codes, x_scale, x_zero_point, weight, w_scale, w_zero_point, sums, bias, bits, out, "none")
+    factors = (codes, given.x_scale, given.x_zero_point, weight, given.w_scale, given.w_zero_point)
+    arguments = (*factors, sums, given.bias, bits, out, "none", None, None, None, None, 255, kernel_dtype)
     with rewriter.before(node):
-        nothing = (None, None, None, None, 255, kernel_dtype)
-        new = rewriter.call(native.vnni_linear.default, (*arguments, *nothing), [node])
+        new = rewriter.call(native.vnni_linear.default, arguments, [node])
         if kernel_dtype != dtype:
             new = rewriter.call(aten.to.dtype, (new, dtype), [node])
     rewriter.replace(node, new)
@@ -137,7 +134,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
 def _bytes_of_weight(node: fx.Node) -> int:
     if node.target not in (reference.linear.default, reference.dequantize_weight.default):
         return 0
-    value = node.args[3 if node.target is reference.linear.default else 0].meta["val"]  # type: ignore[union-attr]
+    value = args(node).node("wq").meta["val"]
     return int(value.numel()) if isinstance(value.shape[0], int) else 0
 
 

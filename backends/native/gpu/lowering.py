@@ -22,6 +22,7 @@ from fxquant.backends.native.sharing import share
 from fxquant.backends.native.tensors import derived
 from fxquant.backends.native.tokens import lower_tokens
 from fxquant.errors import BackendError
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 from fxquant.planning.decisions import LayerPlan
@@ -32,9 +33,14 @@ _KERNELS = fusions.Kernels(
     native.triton_linear.default,
     native.triton_norm_quantize.default,
     native.triton_quantize.default,
-    {native.triton_attention.default: 13},
+    (native.triton_attention.default,),
     quantize_tokens=native.triton_quantize_tokens.default,
     norm_quantize_tokens=native.triton_norm_quantize_tokens.default,
+)
+_LINEARS = (
+    native.triton_linear.default,
+    native.triton_linear_sums.default,
+    native.triton_weight_only_linear.default,
 )
 _WITH_SUMS = {
     native.triton_linear.default: native.triton_linear_sums.default,
@@ -118,22 +124,19 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     """
     found = read_tensors(module)
     for node in module.graph.nodes:
-        if node.target in (native.triton_linear.default, native.triton_linear_sums.default):
-            x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 3, 5, 8, 17))
-        elif node.target is native.triton_weight_only_linear.default:
-            x, held, zero_point, bits, group_size = (node.args[position] for position in (0, 1, 3, 5, 6))
-        else:
+        if node.target not in _LINEARS:
             continue
-        name = str(held.target)
+        given = args(node)
+        name = str(given.node("weight").target)
         if name.endswith(_FLOATS):
             raise BackendError(
                 f"{name.removesuffix(_FLOATS)} is stored as 8-bit floats, which cannot be converted back to codes; "
                 "save the model from another backend or with products='int8', then load it with products='fp8'"
             )
         if name in found:
-            packed, inner = name.removesuffix(_ROWS), int(x.meta["val"].shape[-1])
-            zeros = found[str(zero_point.target)]
-            found[packed] = weights.unpacked(found.pop(name), zeros, bits, inner, group_size)
+            packed, inner = name.removesuffix(_ROWS), int(source_of(node).meta["val"].shape[-1])
+            zeros = found[str(given.node("w_zero_point").target)]
+            found[packed] = weights.unpacked(found.pop(name), zeros, given.bits, inner, given.group_size)
             for suffix in (_SUMS, _OFFSET):
                 found.pop(f"{packed}{suffix}", None)
     return {name: tensor for name, tensor in found.items() if not name.endswith(fusions.DIVIDED)}
@@ -176,9 +179,9 @@ def _weight_name(bits: int, group_size: int, options: Options) -> str:
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:
     """Make signed codes for linears, and reference codes for all other readers."""
-    x, scale, zero_point, qmin, qmax, dtype = node.args
-    assert isinstance(x, fx.Node)
-    assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes that start at 0"
+    given = args(node)
+    x, qmax, grid = given.node("x"), given.qmax, (given.scale, given.zero_point)
+    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes that start at 0"
     linears = [reader for reader in node.users if _multiplies(reader, node)]
     signed = [reader for reader in node.users if reader.target is native.signed.default]
     others = len(linears) < len(node.users)
@@ -190,24 +193,23 @@ def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None
         if linears or signed:
             if x.meta["val"].dtype not in FLOATS:
                 x = rewriter.call(aten.to.dtype, (x, torch.float32), [node])
-            codes = rewriter.call(native.triton_quantize.default, (x, scale, zero_point, qmax, held), [node])
+            codes = rewriter.call(native.triton_quantize.default, (x, *grid, qmax, held), [node])
             for reader in linears:
                 rewriter.redirect(reader, node, codes)
             for reader in signed:
                 rewriter.replace(reader, codes)
         if node.users:
-            rewriter.replace(node, rewriter.call(native.quantize.default, (*node.args[:3], qmax), [node]))
+            rewriter.replace(node, rewriter.call(native.quantize.default, (given.x, *grid, qmax), [node]))
 
 
 def _multiplies(reader: fx.Node, codes: fx.Node) -> bool:
-    return reader.target is reference.linear.default and reader.args[0] is codes
+    return reader.target is reference.linear.default and args(reader).xq is codes
 
 
 def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
-    codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, bias, bits, group_size, dtype = node.args
-    assert isinstance(codes, fx.Node) and isinstance(packed, fx.Node)
-    assert isinstance(w_scale, fx.Node) and isinstance(w_zero_point, fx.Node)
-    assert isinstance(bits, int) and isinstance(group_size, int) and isinstance(dtype, torch.dtype)
+    given = args(node)
+    codes, packed, w_scale, w_zero_point = (given.node(name) for name in ("xq", "wq", "w_scale", "w_zero_point"))
+    bits, group_size, dtype = given.bits, given.group_size, given.out_dtype
     out, inner = int(packed.meta["val"].shape[0]), int(codes.meta["val"].shape[-1])
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
 
@@ -218,7 +220,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
 
     def grid() -> tuple[Tensor, Tensor, Tensor, int, int, int]:
         tensors = (rewriter.tensor(part) for part in (packed, w_scale, w_zero_point))
-        return (*tensors, bits, inner, group_size)  # type: ignore[return-value]
+        return (*tensors, bits, inner, group_size)
 
     x_sums, offset = None, None
     with rewriter.before(node):
@@ -235,9 +237,10 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
             offset = derived(packed, _OFFSET, rewriter, held, lambda: weights.offset(zeros, bits))
             if offset is not None:
                 x_sums = _sums_of(codes, rewriter)
-        arguments = (codes, x_scale, x_zero_point, weight, w_scale, w_zero_point, sums, bias, bits, out, "none")
+        factors = (codes, given.x_scale, given.x_zero_point, weight, w_scale, w_zero_point)
         nothing = (None, None, None, None, 255, kernel_dtype, group_size, offset, x_sums)
-        new = rewriter.call(native.triton_linear.default, (*arguments, *nothing), [node])
+        arguments = (*factors, sums, given.bias, bits, out, "none", *nothing)
+        new = rewriter.call(native.triton_linear.default, arguments, [node])
         if kernel_dtype != dtype:
             new = rewriter.call(aten.to.dtype, (new, dtype), [node])
     rewriter.replace(node, new)
@@ -275,11 +278,9 @@ def _sums_of(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
 
 def _fuse_row_sums(node: fx.Node, rewriter: Rewriter) -> None:
     """Let the kernel that makes codes also sum them; a separate kernel would read them once more."""
-    codes = node.args[0]
-    assert isinstance(codes, fx.Node)
+    codes = args(node).node("xq")
     if codes.target is operator.getitem:
-        source = codes.args[0]
-        assert isinstance(source, fx.Node)
+        source = source_of(codes)
         if source.target in (_KERNELS.quantize_tokens, _KERNELS.norm_quantize_tokens):
             with rewriter.before(node):
                 rewriter.replace(node, rewriter.call(operator.getitem, (source, _TOKEN_SUMS), [node]))

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fxquant.backends.native.onednn import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.onednn import weights
 from fxquant.backends.native.tensors import by_sample, derived, only_reader
+from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 
@@ -59,48 +60,48 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     for node in module.graph.nodes:
         if node.target not in (native.linear.default, native.linear_gelu.default):
             continue
-        held, zero_point = (str(node.args[position].target) for position in (3, 5))
+        held, zero_point = (str(args(node).node(name).target) for name in ("weight", "w_zero_point"))
         if held in found:
-            bits = node.args[8 if node.target is native.linear.default else 7]
             packed = held.removesuffix(_HELD)
-            found[packed] = weights.unpacked(found.pop(held), found[zero_point], bits)
+            found[packed] = weights.unpacked(found.pop(held), found[zero_point], args(node).bits)
             found.pop(f"{packed}{_SUMS}", None)
             found.pop(f"{packed}{_OFFSET}", None)
     return found
 
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
-    x, scale, zero_point, qmin, qmax, dtype = node.args
-    assert (qmin, dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
+    given = args(node)
+    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
+    arguments = (given.x, given.scale, given.zero_point, given.qmax)
     with rewriter.before(node):
-        new = rewriter.call(native.quantize.default, (x, scale, zero_point, qmax), [node], name=node.name)
+        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name)
     rewriter.replace(node, new)
 
 
 def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]) -> None:
-    codes, x_scale, x_zero_point, packed, w_scale, w_zero_point, bias, bits, _, dtype = node.args
-    assert isinstance(codes, fx.Node) and isinstance(packed, fx.Node) and isinstance(bits, int)
-    in_features = int(codes.meta["val"].shape[-1])
-    grid = rewriter.tensor(packed), rewriter.tensor(w_zero_point), bits, in_features
+    given = args(node)
+    codes, packed, bits = given.node("xq"), given.node("wq"), given.bits
+    grid = rewriter.tensor(packed), rewriter.tensor(given.w_zero_point), bits, int(codes.meta["val"].shape[-1])
     weight = derived(packed, _HELD, rewriter, held, lambda: weights.prepacked(*grid))
     assert weight is not None
     summed = None
-    if not by_sample(x_scale):
+    if not by_sample(given.node("x_scale")):
         summed = derived(packed, _SUMS, rewriter, held, lambda: weights.sums(*grid))
     offset = derived(
-        packed, _OFFSET, rewriter, held, lambda: weights.missing_offset(rewriter.tensor(w_scale), grid[1], bits)
+        packed, _OFFSET, rewriter, held, lambda: weights.missing_offset(rewriter.tensor(given.w_scale), grid[1], bits)
     )
-    arguments = (codes, x_scale, x_zero_point, weight, w_scale, w_zero_point, summed, bias, bits)
+    left = codes, given.x_scale, given.x_zero_point
+    arguments = (*left, weight, given.w_scale, given.w_zero_point, summed, given.bias, bits)
     with rewriter.before(node):
         if offset is None:
-            new = rewriter.call(native.linear.default, (*arguments, dtype), [node])
+            new = rewriter.call(native.linear.default, (*arguments, given.out_dtype), [node])
         else:
             product = rewriter.call(native.linear.default, (*arguments, torch.float32), [node])
-            key = "sums", codes, x_scale, x_zero_point
+            key = "sums", *left
             if key not in rewriter.memo:
-                sums = rewriter.call(native.input_sums.default, (codes, x_scale, x_zero_point), [codes])
-                rewriter.memo[key] = sums
-            new = rewriter.call(native.add_missing.default, (product, rewriter.memo[key], offset, dtype), [node])
+                rewriter.memo[key] = rewriter.call(native.input_sums.default, left, [codes])
+            corrected = (product, rewriter.memo[key], offset, given.out_dtype)
+            new = rewriter.call(native.add_missing.default, corrected, [node])
     rewriter.replace(node, new)
     if not packed.users:
         rewriter.forget(packed)  # So that a model never holds both forms of all weights.
@@ -111,18 +112,15 @@ def _fuse_gelu(node: fx.Node, rewriter: Rewriter) -> None:
     codes = None if gelu is None else only_reader(gelu)
     if gelu is None or codes is None or gelu.target is not aten.gelu.default:
         return
-    if codes.target is not native.quantize.default or gelu.kwargs.get("approximate") != "tanh":
+    if codes.target is not native.quantize.default or args(gelu).approximate != "tanh":
         return
-    if node.args[6] is not None:
+    given, out = args(node), args(codes)
+    if given.w_sums is not None or not by_sample(out.node("scale")):
         return
-    _, scale, zero_point, qmax = codes.args
-    if not by_sample(scale):
-        return
-    *grid, bias, bits, _ = node.args[:6] + node.args[7:]
+    factors = (given.xq, given.x_scale, given.x_zero_point, given.weight, given.w_scale, given.w_zero_point)
+    arguments = (*factors, given.bias, given.bits, out.scale, out.zero_point, out.qmax)
     with rewriter.before(codes):
-        new = rewriter.call(
-            native.linear_gelu.default, (*grid, bias, bits, scale, zero_point, qmax), [codes, gelu, node]
-        )
+        new = rewriter.call(native.linear_gelu.default, arguments, [codes, gelu, node])
     rewriter.replace(codes, new)
     rewriter.erase(gelu)
     rewriter.erase(node)

@@ -9,16 +9,15 @@ from torch import Tensor, fx
 
 from fxquant.channels.layouts import static
 from fxquant.channels.rules.table import (
-    argument,
     cannot_broadcast,
     elementwise,
     rule,
     shape_of,
-    source_of,
     tied,
 )
 from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.names import op_name
 
 aten = torch.ops.aten
@@ -28,8 +27,8 @@ aten = torch.ops.aten
 def add(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) to both sides; a constant k moves into the offset: (a, (a - 1) k + c) to the other side."""
     sign = -1.0 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1.0
-    sign *= float(argument(node, 2, "alpha", 1))
-    left, right = node.args[0], node.args[1]
+    sign *= float(args(node).alpha)
+    left, right = args(node).self, args(node).other
     if isinstance(right, (int, float)):
         if not math.isfinite(right) or not math.isfinite(sign):
             return Barrier(f"{op_name(node.target)} adds a number that is not finite")
@@ -54,9 +53,8 @@ def _is_tensor(operand: object) -> bool:
 def _same_for_all_tokens(node: fx.Node, want: Want) -> Outcome | None:
     """The request with one factor along the axes on which an operand is broadcast; None if no channels are left."""
     axes = set()
-    for operand in node.args[:2]:
-        assert isinstance(operand, fx.Node)
-        shape = shape_of(operand)
+    for name in ("self", "other"):
+        shape = shape_of(args(node).node(name))
         sizes = [1] * (want.scale.ndim - len(shape)) + [static(size) or 0 for size in shape]
         lacking = {axis for axis, size in enumerate(sizes) if size == 1 and want.varies(axis)}
         if lacking and not any(want.varies(axis) for axis in range(want.scale.ndim) if axis not in lacking):
@@ -68,12 +66,13 @@ def _same_for_all_tokens(node: fx.Node, want: Want) -> Outcome | None:
 
 
 def _shift_to_one_side(node: fx.Node, want: Want) -> Outcome:
-    if node.target is not aten.add.Tensor or node.kwargs:
+    if node.target is not aten.add.Tensor or args(node).alpha != 1:
         return Barrier(f"{op_name(node.target)} cannot take a constant shift")
     plain = Want.of(want.scale)
     ways = []
-    for taker, other in ((0, 1), (1, 0)):
-        first, second = elementwise(node, node.args[taker], want), elementwise(node, node.args[other], plain)
+    left, right = args(node).self, args(node).other
+    for taker, other in ((left, right), (right, left)):
+        first, second = elementwise(node, taker, want), elementwise(node, other, plain)
         if first and second:
             ways.append(Push([*first, *second]))
     return Choose(ways) if ways else cannot_broadcast(node)
@@ -84,7 +83,8 @@ def mul(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) to ONE side, the cheaper; an offset is not pushed through."""
     if want.offset.any():
         return Barrier("a constant shift cannot pass a product")
-    ways = [Push(pushed) for side in node.args[:2] if (pushed := elementwise(node, side, want))]
+    sides = args(node).self, args(node).other
+    ways = [Push(pushed) for side in sides if (pushed := elementwise(node, side, want))]
     if not ways:
         return cannot_broadcast(node)
     return Choose(ways) if len(ways) > 1 else ways[0]
@@ -95,7 +95,8 @@ def addcmul(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) to the summand and to ONE factor, the cheaper."""
     if want.offset.any():
         return Barrier("a constant shift cannot pass addcmul")
-    summand, *factors = (elementwise(node, operand, want) for operand in node.args[:3])
+    operands = args(node).self, args(node).tensor1, args(node).tensor2
+    summand, *factors = (elementwise(node, operand, want) for operand in operands)
     ways = [Push([*summand, *factor]) for factor in factors if summand and factor]
     return Choose(ways) if ways else cannot_broadcast(node)
 
@@ -105,14 +106,14 @@ def div(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) to the numerator."""
     if want.offset.any():
         return Barrier("a constant shift cannot pass a quotient")
-    pushed = elementwise(node, node.args[0], want)
+    pushed = elementwise(node, args(node).self, want)
     return Push(pushed) if pushed else cannot_broadcast(node)
 
 
 @rule(torch.ops.fxquant.channel_affine.default)
 def channel_affine(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) passes a factor per channel, and c passes one without shift."""
-    if want.offset.any() or argument(node, 2, "shift") is not None:
+    if want.offset.any() or args(node).shift is not None:
         return Barrier("a constant shift cannot pass a factor")
     return Push([(source_of(node), want)])
 

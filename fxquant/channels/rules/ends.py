@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.channels.rules.table import argument, node_of, rule, shape_of, tied
+from fxquant.channels.rules.table import rule, shape_of, tied
 from fxquant.channels.wants import Barrier, End, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.arguments import args
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.rewriter import Rewriter, place_of
 
@@ -19,7 +21,7 @@ aten = torch.ops.aten
 @rule(aten.linear.default)
 def linear(node: fx.Node, want: Want) -> Outcome:
     """End: W <- diag(a) W, b <- a b + c."""
-    if len(shape_of(node_of(node.args[1]))) < 2:
+    if len(shape_of(args(node).node("weight"))) < 2:
         return Barrier(f"the weight of {node.name} is a vector, so its outputs are not channels")
     reason = "a linear's outputs cannot be scaled differently from token to token"
     return tied(want, range(want.scale.ndim - 1), reason) or _rows_end(node, want)
@@ -31,33 +33,32 @@ def linear(node: fx.Node, want: Want) -> Outcome:
 )
 def convolution(node: fx.Node, want: Want) -> Outcome:
     """End: the same, for output channels."""
-    channels = want.scale.ndim - len(shape_of(node_of(node.args[1]))) + 1  # An unbatched input has its channels first.
+    spatial = len(shape_of(args(node).node("weight"))) - 2
+    channels = want.scale.ndim - 1 - spatial  # An unbatched input has its channels first.
     reason = "a convolution's outputs cannot be scaled differently from place to place"
     return tied(want, (axis for axis in range(want.scale.ndim) if axis != channels), reason) or _rows_end(node, want)
 
 
 def _rows_end(node: fx.Node, want: Want) -> Outcome:
-    if not are_parameters(node, 1, 2):
+    if not are_parameters(node, "weight", "bias"):
         return Barrier(f"the weight of {node.name} is computed in the graph")
     return End(partial(_fold_rows, node, bool(want.offset.any())), into=layer_of(node))
 
 
 def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
-    out_features = shape_of(node_of(node.args[1]))[0]
+    out_features = shape_of(args(node).node("weight"))[0]
     rows, shift = a.flatten().expand(out_features), c.flatten().expand(out_features)
-    rewriter.fold(node, 1, lambda w: w.double() * rows.reshape(-1, *[1] * (w.dim() - 1)), by=("rows", rows))
-    if argument(node, 2, "bias") is not None:
-        rewriter.fold(node, 2, lambda b: b.double() * rows + shift, by=("affine", rows, shift))
+    rewriter.fold(node, "weight", lambda w: w.double() * rows.reshape(-1, *[1] * (w.dim() - 1)), by=("rows", rows))
+    if args(node).bias is not None:
+        rewriter.fold(node, "bias", lambda b: b.double() * rows + shift, by=("affine", rows, shift))
     elif shifted:
-        rewriter.give(node, 2, "bias", shift)
+        rewriter.give(node, "bias", shift)
 
 
-def are_parameters(node: fx.Node, *positions: int) -> bool:
+def are_parameters(node: fx.Node, *names: str) -> bool:
     """Whether these arguments are parameters of the model, or not given."""
-    if {"weight", "bias"} & node.kwargs.keys():  # Folds address arguments by position, as capture writes them.
-        return False
-    given = (node.args[position] if len(node.args) > position else None for position in positions)
-    return all(argument is None or parameter_of(node_of(argument)).op == "get_attr" for argument in given)
+    given = [name for name in names if getattr(args(node), name) is not None]
+    return all(parameter_of(args(node).node(name)).op == "get_attr" for name in given)
 
 
 def layer_of(node: fx.Node) -> str:
@@ -68,56 +69,57 @@ def layer_of(node: fx.Node) -> str:
 @rule(aten.layer_norm.default)
 def layer_norm(node: fx.Node, want: Want) -> Outcome:
     """End: weight <- a weight, bias <- a bias + c; a norm without weights is given them."""
-    return _norm(node, want, weight=2, bias=3)
+    return _norm(node, want, "weight", "bias")
 
 
 @rule(aten.rms_norm.default)
 def rms_norm(node: fx.Node, want: Want) -> Outcome:
     """End: weight <- a weight; a norm without a weight is given one. (a, 0) to a weight that is computed."""
-    return _norm(node, want, weight=2, bias=None)
+    return _norm(node, want, "weight")
 
 
-def _norm(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
-    normalized = len(node.args[1])  # type: ignore[arg-type]
-    if not all(isinstance(size, int) for size in node.args[1]):  # type: ignore[union-attr]
+def _norm(node: fx.Node, want: Want, *parameters: str) -> Outcome:
+    shape = args(node).normalized_shape
+    if not all(isinstance(size, int) for size in shape):
         return Barrier(f"{node.name} normalizes over the batch")
     found = tied(
-        want, range(want.scale.ndim - normalized), "a norm's outputs cannot be scaled differently from token to token"
+        want, range(want.scale.ndim - len(shape)), "a norm's outputs cannot be scaled differently from token to token"
     )
     if found is not None:
         return found
-    if bias is None and want.offset.any():
+    if "bias" not in parameters and want.offset.any():
         return Barrier("an RMS norm cannot take a constant shift")
-    if not are_parameters(node, weight, *([] if bias is None else [bias])):
-        return _to_operands(node, want, weight, bias)
-    given = argument(node, weight, "weight") is not None
-    fold = partial(_fold_norm, node, weight, bias, bool(want.offset.any()))
+    if not are_parameters(node, *parameters):
+        return _to_operands(node, want, parameters)
+    given = args(node).weight is not None
+    fold = partial(_fold_norm, node, parameters, bool(want.offset.any()))
     return End(fold, into=node.name, operands=0 if given else 1)
 
 
-def _to_operands(node: fx.Node, want: Want, weight: int, bias: int | None) -> Outcome:
+def _to_operands(node: fx.Node, want: Want, parameters: Sequence[str]) -> Outcome:
     """Push the request to a weight and bias that are computed in the graph, such as ``1 + w``."""
-    given = [argument(node, position, name) for position, name in ((weight, "weight"), (bias, "bias")) if position]
-    if not all(isinstance(operand, fx.Node) for operand in given) or want.offset.any():
+    given = [getattr(args(node), name) for name in parameters]
+    operands = [operand for operand in given if isinstance(operand, fx.Node)]
+    if len(operands) < len(given) or want.offset.any():
         return Barrier(f"the weight of {node.name} is computed in the graph")
-    rank = len(shape_of(node_of(given[0])))
+    rank = len(shape_of(operands[0]))
     moved = want.map(lambda array: array.reshape(array.shape[array.ndim - rank :]))
-    return Push([(node_of(operand), moved) for operand in given])
+    return Push([(operand, moved) for operand in operands])
 
 
 def _fold_norm(
-    node: fx.Node, weight: int, bias: int | None, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor
+    node: fx.Node, parameters: Sequence[str], shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor
 ) -> None:
-    shape = list(node.args[1])  # type: ignore[arg-type]
+    shape = list(args(node).normalized_shape)
     a, c = (t.reshape(t.shape[t.dim() - len(shape) :]).expand(shape) for t in (a, c))
-    if argument(node, weight, "weight") is None:
-        rewriter.give(node, weight, "weight", a)
+    if args(node).weight is None:
+        rewriter.give(node, "weight", a)
     else:
-        rewriter.fold(node, weight, lambda w: w.double() * a, by=("affine", a))
-    if bias is not None and argument(node, bias, "bias") is not None:
-        rewriter.fold(node, bias, lambda b: b.double() * a + c, by=("affine", a, c))
-    elif bias is not None and shifted:
-        rewriter.give(node, bias, "bias", c)
+        rewriter.fold(node, "weight", lambda w: w.double() * a, by=("affine", a))
+    if "bias" in parameters and args(node).bias is not None:
+        rewriter.fold(node, "bias", lambda b: b.double() * a + c, by=("affine", a, c))
+    elif "bias" in parameters and shifted:
+        rewriter.give(node, "bias", c)
 
 
 @rule(aten.embedding.default)
@@ -128,13 +130,13 @@ def embedding(node: fx.Node, want: Want) -> Outcome:
     )
     if found is not None:
         return found
-    if not are_parameters(node, 0):
+    if not are_parameters(node, "weight"):
         return Barrier(f"the table of {node.name} is computed in the graph")
     return End(partial(_fold_table, node), into=layer_of(node))
 
 
 def _fold_table(node: fx.Node, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
-    rewriter.fold(node, 0, lambda table: table.double() * a.flatten() + c.flatten(), by=("columns", a, c))
+    rewriter.fold(node, "weight", lambda table: table.double() * a.flatten() + c.flatten(), by=("columns", a, c))
 
 
 @rule("get_attr")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +11,16 @@ from torch import fx
 from fxquant.channels.layouts import compress, embed, reshape_back, static, stretch
 from fxquant.channels.rules.row_sums import drops_out
 from fxquant.channels.rules.table import (
-    argument,
     axis_of,
     cannot_broadcast,
     elementwise,
     rule,
     shape_of,
-    source_of,
     tied,
 )
 from fxquant.channels.wants import Barrier, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.arguments import args, item_of, source_of
 from fxquant.ir.layers import is_wide_float
 from fxquant.ir.names import op_name
 
@@ -80,18 +78,17 @@ def reshape(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.movedim.int, shifts=True)
 def permute(node: fx.Node, want: Want) -> Outcome:
     """permute, transpose, t, mT, movedim: the same, in the new layout."""
-    arguments: tuple[Any, ...] = node.args
     rank = want.scale.ndim
     if rank < 2:
         return Push([(source_of(node), want)])
     order = list(range(rank))
     if node.target is aten.permute.default:
-        order = [axis % rank for axis in arguments[1]]
+        order = [axis % rank for axis in args(node).dims]
     elif node.target is aten.movedim.int:
-        start, end = (axis % rank for axis in arguments[1:3])
+        start, end = args(node).source % rank, args(node).destination % rank
         order.insert(end, order.pop(start))
     else:
-        axes = arguments[1:3] if node.target is aten.transpose.int else (-2, -1)
+        axes = (args(node).dim0, args(node).dim1) if node.target is aten.transpose.int else (-2, -1)
         first, second = (axis % rank for axis in axes)
         order[first], order[second] = order[second], order[first]
     inverse = np.argsort(order)
@@ -108,45 +105,42 @@ def expand(node: fx.Node, want: Want) -> Outcome:
 @rule(operator.getitem, shifts=True)
 def getitem(node: fx.Node, want: Want) -> Outcome:
     """The same part of what chunk, split or unbind took apart; the other parts stay."""
-    parts, number = source_of(node), node.args[1]
+    parts = source_of(node)
     takes_apart = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
     if parts.target not in (aten.unbind.int, *takes_apart):
         return Barrier(f"{op_name(parts.target)} has no channel rule")
-    assert isinstance(number, int)
-    number %= len(parts.meta["val"])
+    number = item_of(node) % len(parts.meta["val"])
     source = source_of(parts)
+    axis = axis_of(source, args(parts).dim)
     if parts.target is aten.unbind.int:
-        axis = axis_of(source, argument(parts, 1, "dim", 0))
         whole = static(shape_of(source)[axis])
         if whole is None:
             return Barrier("the batch is taken apart")
         return Push([(source, embed(want.map(lambda array: np.expand_dims(array, axis)), axis, number, 1, whole))])
-    axis = axis_of(source, argument(parts, 2, "dim", 0))
-    lengths = [static(part.shape[axis]) for part in parts.meta["val"]]
+    lengths = [length for part in parts.meta["val"] if (length := static(part.shape[axis])) is not None]
     whole = static(shape_of(source)[axis])
-    if whole is None or None in lengths:
+    if whole is None or len(lengths) < len(parts.meta["val"]):
         return Barrier("the batch is taken apart")
-    start = sum(length for length in lengths[:number] if length is not None)
-    length = lengths[number]
-    assert length is not None
-    return Push([(source, embed(stretch(want, axis, length), axis, start, 1, whole))])
+    start = sum(lengths[:number])
+    return Push([(source, embed(stretch(want, axis, lengths[number]), axis, start, 1, whole))])
 
 
 @rule(aten.slice.Tensor, aten.select.int, aten.narrow.default, shifts=True)
 def part(node: fx.Node, want: Want) -> Outcome:
     """slice, select, narrow: the same part of the source; the other parts stay."""
     source = source_of(node)
-    axis = axis_of(source, argument(node, 1, "dim", 0))
+    axis = axis_of(source, args(node).dim)
     whole = static(shape_of(source)[axis])
     if node.target is aten.select.int:
         if whole is None:
             return Barrier("one sample is selected from the batch")
-        if not isinstance(node.args[2], int):
+        index = args(node).index
+        if not isinstance(index, int):
             return Barrier("what is selected depends on the input")
-        index = node.args[2] % whole
+        index %= whole
         return Push([(source, embed(want.map(lambda array: np.expand_dims(array, axis)), axis, index, 1, whole))])
-    start = argument(node, 2, "start", 0) or 0
-    step = argument(node, 4, "step", 1) if node.target is aten.slice.Tensor else 1
+    start = args(node).start or 0
+    step = args(node).step if node.target is aten.slice.Tensor else 1
     length = shape_of(node)[axis]
     if str(length) == str(shape_of(source)[axis]):
         return Push([(source, want)])
@@ -159,7 +153,7 @@ def part(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.repeat_interleave.self_int, shifts=True)
 def repeat_interleave(node: fx.Node, want: Want) -> Outcome:
     """The same; copies of one channel, as grouped-query heads make them, share theirs."""
-    times, axis = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    times, axis = args(node).repeats, args(node).dim
     if axis is None:
         return Barrier("a repetition mixes the channels with the batch")
     axis = axis_of(source_of(node), axis)
@@ -179,7 +173,7 @@ def repeat_interleave(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.where.self)
 def where(node: fx.Node, want: Want) -> Outcome:
     """To both values."""
-    sides = [elementwise(node, side, want) for side in node.args[1:3]]
+    sides = [elementwise(node, side, want) for side in (args(node).self, args(node).other)]
     if any(not side for side in sides):
         return cannot_broadcast(node)
     return Push([pair for side in sides if side for pair in side])
@@ -188,9 +182,8 @@ def where(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(node: fx.Node, want: Want) -> Outcome:
     """The inner part of the source; what is padded with other values than 0 stays as it is."""
-    mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
-    value = argument(node, 3, "value") if node.target is aten.pad.default else argument(node, 2, "value", 0)
-    amounts = argument(node, 1, "pad")
+    mode = args(node).mode if node.target is aten.pad.default else "constant"
+    value, amounts = args(node).value, args(node).pad
     if mode != "constant":
         return Barrier(f"padding of mode {mode} has no channel rule")
     if want.offset.any():
@@ -219,9 +212,9 @@ def pad(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.stack.default, shifts=True)
 def stack(node: fx.Node, want: Want) -> Outcome:
     """To each operand its part."""
-    axis = axis_of(node, argument(node, 1, "dim", 0))
+    axis = axis_of(node, args(node).dim)
     pushed = []
-    for number, operand in enumerate(node.args[0]):  # type: ignore[arg-type]
+    for number, operand in enumerate(args(node).tensors):
         position = number if want.varies(axis) else 0
         pushed.append((operand, want.map(lambda array, position=position: np.take(array, position, axis=axis))))  # type: ignore[misc]
     return Push(pushed)
@@ -231,7 +224,7 @@ def stack(node: fx.Node, want: Want) -> Outcome:
 def repeat(node: fx.Node, want: Want) -> Outcome:
     """repeat, tile: the same; copies of one channel, as grouped-query heads make them, share theirs."""
     source = source_of(node)
-    times: Any = argument(node, 1, "repeats" if node.target is aten.repeat.default else "dims")
+    times = args(node).repeats if node.target is aten.repeat.default else args(node).dims
     rank = len(shape_of(source))
     times = [1] * (want.scale.ndim - len(times)) + list(times)
     sizes = [1] * (want.scale.ndim - rank) + list(shape_of(source))
@@ -254,7 +247,7 @@ def repeat(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.roll.default, aten.flip.default, shifts=True)
 def along_tokens(node: fx.Node, want: Want) -> Outcome:
     """roll, flip: the same, where the want does not differ along what they move."""
-    axes = argument(node, 2 if node.target is aten.roll.default else 1, "dims", ())
+    axes = args(node).dims
     moved = {axis_of(node, axis) for axis in axes} if axes else set(range(want.scale.ndim))
     if any(want.varies(axis) for axis in moved):
         return Barrier(f"{op_name(node.target)} moves the channels")
@@ -264,7 +257,7 @@ def along_tokens(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.masked_fill.Scalar)
 def masked_fill(node: fx.Node, want: Want) -> Outcome:
     """masked_fill with 0: (a, 0) passes."""
-    if want.offset.any() or node.args[2] != 0:
+    if want.offset.any() or args(node).value != 0:
         return Barrier("what is filled in would have to be scaled too")
     pushed = elementwise(node, source_of(node), want)  # The mask may have more axes.
     return Push(pushed) if pushed else cannot_broadcast(node)
@@ -273,7 +266,7 @@ def masked_fill(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.index_select.default)
 def index_select(node: fx.Node, want: Want) -> Outcome:
     """index_select: the same for every row of the table, where rows are not told apart."""
-    axis = axis_of(node, _int(node.args[1]))
+    axis = axis_of(node, args(node).dim)
     if want.varies(axis):
         return Barrier("rows that are picked by an index cannot be told apart")
     return Push([(source_of(node), want)])
@@ -283,7 +276,7 @@ def index_select(node: fx.Node, want: Want) -> Outcome:
 def index(node: fx.Node, want: Want) -> Outcome:
     """x[..., i, ...]: the same, for all that the indices may pick alike."""
     rank = len(shape_of(source_of(node)))
-    picked = [(axis, i) for axis, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type]
+    picked = [(axis, i) for axis, i in enumerate(args(node).indices) if i is not None]
     masks = any(i.meta["val"].dtype in (torch.bool, torch.uint8) and i.meta["val"].dim() > 1 for _, i in picked)
     axes = [axis for axis, _ in picked]
     if masks or axes != list(range(axes[0], axes[0] + len(axes))):
@@ -304,20 +297,13 @@ def index(node: fx.Node, want: Want) -> Outcome:
     )
 
 
-def _int(value: Any) -> int:
-    assert isinstance(value, int)
-    return value
-
-
 @rule(aten.cat.default, aten.concat.default, shifts=True)
 def cat(node: fx.Node, want: Want) -> Outcome:
     """Along tokens to every operand, along channels to each its part."""
-    operands = node.args[0]
-    axis = axis_of(node, argument(node, 1, "dim", 0))
+    axis = axis_of(node, args(node).dim)
     pushed = []
     start = 0
-    for operand in operands:  # type: ignore[union-attr]
-        assert isinstance(operand, fx.Node)
+    for operand in args(node).tensors:
         if shape_of(operand) == (0,) and want.scale.ndim > 1:  # cat ignores it, whatever the rank of the others.
             continue
         length = static(shape_of(operand)[axis])

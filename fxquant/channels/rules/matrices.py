@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import fx
 
 from fxquant.channels.layouts import static
 from fxquant.channels.rules.row_sums import attention_drops, product_drops
-from fxquant.channels.rules.table import cannot_broadcast, elementwise, node_of, rule, shape_of, tied
+from fxquant.channels.rules.table import cannot_broadcast, elementwise, rule, shape_of, tied
 from fxquant.channels.wants import Barrier, Choose, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
+from fxquant.ir.arguments import args
+from fxquant.ir.attention import factors_of
 
 aten = torch.ops.aten
 
@@ -26,7 +29,7 @@ def attention(node: fx.Node, want: Want) -> Outcome:
     found = tied(want, [want.scale.ndim - 2], "attention mixes tokens, which have to share their factors")
     if found is not None:
         return found
-    value = node_of(node.args[2])
+    value = args(node).node("value")
     heads, kv_heads = (shape_of(n)[-3] if len(shape_of(n)) >= 3 else 1 for n in (node, value))
     if str(heads) == str(kv_heads) or want.scale.ndim < 3 or not want.varies(want.scale.ndim - 3):
         pushed = elementwise(node, value, want)  # The batch may be broadcast.
@@ -46,7 +49,7 @@ def attention(node: fx.Node, want: Want) -> Outcome:
 @rule(aten.matmul.default, aten.bmm.default)
 def matmul(node: fx.Node, want: Want) -> Outcome:
     """(a, 0) to the right operand's columns, with c behind a softmax, or to the left one's rows."""
-    left, right = node_of(node.args[0]), node_of(node.args[1])
+    left, right = factors_of(node)
     if want.offset.any() and (reason := product_drops(left)) is not None:
         return Barrier(reason)
     rows = min(len(shape_of(left)), len(shape_of(right))) >= 2 and want.varies(want.scale.ndim - 2)
@@ -70,7 +73,7 @@ def einsum(node: fx.Node, want: Want) -> Outcome:
     if (letters := letters_of(node)) is None:
         return Barrier("an einsum with dots, repeated letters or no result has no channel rule")
     *names, result = letters
-    operands: list[fx.Node] = list(node.args[1])  # type: ignore[arg-type]
+    operands: Sequence[fx.Node] = args(node).tensors
     varied = {letter for axis, letter in enumerate(result) if want.varies(axis)}
     if want.offset.any():
         if (reason := einsum_drops(operands, letters)) is not None:
@@ -92,7 +95,7 @@ def einsum(node: fx.Node, want: Want) -> Outcome:
 
 def letters_of(node: fx.Node) -> list[str] | None:
     """The letters of each factor of an einsum, and those of its result; None for forms that rules do not know."""
-    equation = str(node.args[0]).replace(" ", "")
+    equation = str(args(node).equation).replace(" ", "")
     left, arrow, result = equation.partition("->")
     names = [*left.split(","), result]
     if not arrow or "." in equation or any(len(set(own)) < len(own) for own in names):
@@ -100,7 +103,7 @@ def letters_of(node: fx.Node) -> list[str] | None:
     return names
 
 
-def einsum_drops(operands: list[fx.Node], letters: list[str]) -> str | None:
+def einsum_drops(operands: Sequence[fx.Node], letters: list[str]) -> str | None:
     """Why a shift of the second factor of an einsum does not reach the result unchanged, or None if it does."""
     if len(operands) != 2:
         return "a constant shift cannot pass a matrix product"

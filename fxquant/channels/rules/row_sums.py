@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.channels.layouts import static
-from fxquant.channels.rules.table import argument, axis_of, node_of, shape_of
+from fxquant.channels.rules.table import axis_of, shape_of
+from fxquant.ir.arguments import args, source_of
 from fxquant.ir.layers import is_wide_float
 from fxquant.ir.names import base_name
 
@@ -38,12 +39,12 @@ Interval = tuple[float, float]
 
 def attention_drops(node: fx.Node) -> str | None:
     """Why the rows of a ``scaled_dot_product_attention`` may not sum to 1, or None if they do."""
-    if argument(node, 4, "dropout_p", 0.0) != 0.0:
+    if args(node).dropout_p != 0.0:
         return "attention drops out some of its probabilities, so a constant shift cannot pass it"
-    if shape_of(node_of(node.args[1]))[-2] == 0:
+    if shape_of(args(node).node("key"))[-2] == 0:
         return "attention to no key at all yields 0, so a constant shift cannot pass it"
-    mask = argument(node, 3, "attn_mask")  # Causal attention sees the first key in every row.
-    if mask is None or _sees(node_of(mask), len(shape_of(node_of(mask))) - 1):
+    mask = args(node).attn_mask  # Causal attention sees the first key in every row.
+    if mask is None or _sees(mask, len(shape_of(mask)) - 1):
         return None
     return f"a row whose keys are all masked yields 0, which the mask {mask.name} allows: a constant shift cannot pass"
 
@@ -58,8 +59,8 @@ def product_drops(left: fx.Node) -> str | None:
             return "attention drops out some of its probabilities, so a constant shift cannot pass it"
         if not is_wide_float(left):
             break
-        left = node_of(left.args[0])
-    over = argument(left, 1, "dim") if left.target in _SOFTMAX else None
+        left = source_of(left)
+    over = args(left).dim if left.target in _SOFTMAX else None
     if over is None or axis_of(left, over) != len(shape_of(left)) - 1 or shape_of(left)[-1] == 0:
         return "a constant shift cannot pass a matrix product"
     return None
@@ -67,7 +68,7 @@ def product_drops(left: fx.Node) -> str | None:
 
 def drops_out(node: fx.Node) -> bool:
     """Whether a node is a dropout that is active."""
-    return node.target is aten.dropout.default and node.args[2] is not False and bool(node.args[1] != 0)
+    return node.target is aten.dropout.default and args(node).train is not False and bool(args(node).p != 0)
 
 
 def _sees(mask: fx.Node, axis: int) -> bool:
@@ -78,17 +79,17 @@ def _sees(mask: fx.Node, axis: int) -> bool:
     if bounds is not None and _lets_through(bounds, mask.meta["val"].dtype):
         return True
     if mask.target in _CASTS or mask.target is aten.slice.Tensor:
-        source = node_of(mask.args[0])
+        source = args(mask).node("self")
         same = str(shape_of(source)) == str(shape_of(mask)) and source.meta["val"].dtype == mask.meta["val"].dtype
         return same and _sees(source, axis)
     if mask.target is aten.cat.default:
-        found = [_sees(part, axis) for part in mask.args[0]]  # type: ignore[union-attr, arg-type]
-        return any(found) if axis_of(mask, argument(mask, 1, "dim", 0)) == axis else all(found)
+        found = [_sees(part, axis) for part in args(mask).tensors]
+        return any(found) if axis_of(mask, args(mask).dim) == axis else all(found)
     if mask.target is aten.unsqueeze.default:
-        new = axis_of(mask, mask.args[1])  # type: ignore[arg-type]
-        return new != axis and _sees(node_of(mask.args[0]), axis - (new < axis))
+        new = axis_of(mask, args(mask).dim)
+        return new != axis and _sees(args(mask).node("self"), axis - (new < axis))
     if mask.target is aten.expand.default:
-        source = node_of(mask.args[0])
+        source = args(mask).node("self")
         own = axis - (len(shape_of(mask)) - len(shape_of(source)))
         return own >= 0 and _sees(source, own)
     if mask.target in (aten.logical_or.default, aten.bitwise_or.Tensor):
@@ -133,29 +134,29 @@ def _bounds_by_op(node: fx.Node) -> Interval | None:
     if name in ("zeros", "zeros_like", "new_zeros"):
         return 0.0, 0.0
     if name in ("full", "full_like", "new_full", "scalar_tensor"):
-        return _number(node.args[0 if name == "scalar_tensor" else 2 if name == "new_full" else 1])
+        return _number(args(node).s if name == "scalar_tensor" else args(node).fill_value)
     if target in _CASTS or target in _MOVES:
-        sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
-        found = _hull([_bounds(node_of(source)) for source in sources])
+        sources = args(node).tensors if name in ("cat", "stack") else [source_of(node)]
+        found = _hull([_bounds(source) for source in sources])
         if node.meta["val"].dtype == torch.bool:  # A cast makes True of everything that is not 0.
             return (1.0, 1.0) if found is not None and (found[0] > 0 or found[1] < 0) else (0.0, 1.0)
         return found
     if target in _SUMS:
-        left, right = _operand(node.args[0]), _operand(node.args[1])
-        if left is None or right is None or node.kwargs or len(node.args) > 2:
+        left, right = _operand(args(node).self), _operand(args(node).other)
+        if left is None or right is None or args(node).alpha != 1:
             return None
         if name == "add":
             return left[0] + right[0], left[1] + right[1]
         left, right = (right, left) if name == "rsub" else (left, right)
         return left[0] - right[1], left[1] - right[0]
     if target in (aten.mul.Tensor, aten.mul.Scalar):
-        left, right = _operand(node.args[0]), _operand(node.args[1])
+        left, right = _operand(args(node).self), _operand(args(node).other)
         products = [] if left is None or right is None else [one * other for one in left for other in right]
         return (min(products), max(products)) if products else None
     if target is aten.masked_fill.Scalar:
-        return _hull([_operand(node.args[0]), _operand(node.args[2])])
+        return _hull([_operand(args(node).self), _operand(args(node).value)])
     if name == "where":
-        return _hull([_operand(node.args[1]), _operand(node.args[2])])
+        return _hull([_operand(args(node).self), _operand(args(node).other)])
     return None
 
 

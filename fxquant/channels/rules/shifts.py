@@ -16,15 +16,15 @@ from fxquant.channels.rules.layout import same
 from fxquant.channels.rules.row_sums import attention_drops, drops_out, product_drops
 from fxquant.channels.rules.table import (
     STATIC_SHIFTS,
-    argument,
     cannot_broadcast,
     elementwise,
-    node_of,
     shape_of,
     shift_rule,
     tied,
 )
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
+from fxquant.ir.arguments import args
+from fxquant.ir.attention import factors_of
 from fxquant.ir.histories import digest, made_from
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.names import op_name
@@ -39,14 +39,14 @@ aten = torch.ops.aten
 @shift_rule(aten.linear.default)
 def linear(node: fx.Node, want: Want) -> Outcome:
     """End: the bias becomes a table with a row for each bin of timesteps."""
-    if len(shape_of(node_of(node.args[1]))) < 2:
+    if len(shape_of(args(node).node("weight"))) < 2:
         return Barrier(f"the weight of {node.name} is a vector, so its outputs are not channels")
     found = tied(
         want, range(want.scale.ndim - 1), "a linear's outputs cannot be shifted differently from token to token"
     )
     if found is not None:
         return found
-    if not are_parameters(node, 2):
+    if not are_parameters(node, "bias"):
         return Barrier(f"the bias of {node.name} is computed in the graph")
     return End(partial(_fold_bias, node), into=layer_of(node))
 
@@ -57,22 +57,22 @@ def _fold_bias(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
 
 def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
     """Make a linear yield ``y + row``: its bias moves into the rows ``[bins, out]``."""
-    bias = argument(node, 2, "bias")
+    bias = args(node).bias
     total = plus_rows(node)
     if total is not None:  # It has rows already: one table holds both.
-        held = read_table(node_of(total.args[1]), table.timestep, rewriter)
+        held = read_table(args(total).node("other"), table.timestep, rewriter)
         assert held is not None
         replace_rows(rewriter, total, held.map(lambda rows: rows.double()).plus(table))
-    elif not are_parameters(node, 2):  # A bias that is computed in the graph stays, and the rows are added.
+    elif not are_parameters(node, "bias"):  # A bias that is computed in the graph stays, and the rows are added.
         add_rows(rewriter, node, table, [node], list(node.users))
     elif table.static and bias is not None:
-        rewriter.fold(node, 2, lambda b: b.double() + table.rows[0].to(b.device), by=("shift", table.origin))
+        rewriter.fold(node, "bias", lambda b: b.double() + table.rows[0].to(b.device), by=("shift", table.origin))
     elif table.static:
         given = None if table.follows is None else made_from("bias", table.origin)
-        rewriter.give(node, 2, "bias", table.rows[0], given)
+        rewriter.give(node, "bias", table.rows[0], given)
     else:
         if bias is not None:
-            parameter = parameter_of(node_of(bias))
+            parameter = parameter_of(bias)
             own = rewriter.tensor(parameter).double()
             follows = digest(table.origin, rewriter.history(parameter).digest)
             table = replace(table.map(lambda rows: rows.to(own.device) + own), follows=follows)
@@ -84,9 +84,9 @@ def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
 @shift_rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 def add(node: fx.Node, want: Want) -> Outcome:
     """To ONE side, the cheaper."""
-    sides = [node.args[0]]
-    if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-        sides.append(node.args[1])
+    sides = [args(node).self]
+    if node.target is aten.add.Tensor and args(node).alpha == 1:
+        sides.append(args(node).other)
     ways = [Push(pushed) for side in sides if (pushed := elementwise(node, side, want))]
     if not ways:
         return cannot_broadcast(node)
@@ -124,7 +124,7 @@ def attention(node: fx.Node, want: Want) -> Outcome:
 @shift_rule(aten.matmul.default, aten.bmm.default)
 def matmul(node: fx.Node, want: Want) -> Outcome:
     """To the right operand's columns, if the left one is a softmax, whose rows sum to 1."""
-    left, right = node_of(node.args[0]), node_of(node.args[1])
+    left, right = factors_of(node)
     if (reason := product_drops(left)) is not None:
         return Barrier(reason)
     if len(shape_of(left)) < 2 or len(shape_of(right)) < 2:
@@ -140,7 +140,7 @@ def matmul(node: fx.Node, want: Want) -> Outcome:
 def einsum(node: fx.Node, want: Want) -> Outcome:
     """To the second factor, if the first is a softmax over what is summed."""
     letters = matrices.letters_of(node)
-    operands = list(node.args[1])  # type: ignore[arg-type]
+    operands = args(node).tensors
     reason = "a shift cannot pass an einsum" if letters is None else matrices.einsum_drops(operands, letters)
     if reason is not None:
         return Barrier(reason)
@@ -162,26 +162,26 @@ def moving(node: fx.Node, want: Want) -> Outcome:
 @shift_rule(aten.layer_norm.default, table=STATIC_SHIFTS)
 def layer_norm(node: fx.Node, want: Want) -> Outcome:
     """End: bias <- bias + c; a norm without bias is given one."""
-    normalized = len(node.args[1])  # type: ignore[arg-type]
-    if not all(isinstance(size, int) for size in node.args[1]):  # type: ignore[union-attr]
+    shape = args(node).normalized_shape
+    if not all(isinstance(size, int) for size in shape):
         return Barrier(f"{node.name} normalizes over the batch")
-    axes = range(want.scale.ndim - normalized)
+    axes = range(want.scale.ndim - len(shape))
     found = tied(want, axes, "a norm's outputs cannot be shifted differently from token to token")
     if found is not None:
         return found
-    if not are_parameters(node, 2, 3):
+    if not are_parameters(node, "weight", "bias"):
         return Barrier(f"the bias of {node.name} is computed in the graph")
-    given = argument(node, 3, "bias") is not None
+    given = args(node).bias is not None
     return End(partial(_fold_norm, node), into=node.name, operands=0 if given else 1)
 
 
 def _fold_norm(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
-    shape: Any = list(node.args[1])  # type: ignore[arg-type]
+    shape = list(args(node).normalized_shape)
     c = table.rows[0].reshape(table.rows.shape[-len(shape) :]).expand(shape)
-    if argument(node, 3, "bias") is not None:
-        rewriter.fold(node, 3, lambda b: b.double() + c.to(b.device), by=("shift", c))
+    if args(node).bias is not None:
+        rewriter.fold(node, "bias", lambda b: b.double() + c.to(b.device), by=("shift", c))
     else:
-        rewriter.give(node, 3, "bias", c)
+        rewriter.give(node, "bias", c)
 
 
 @shift_rule("get_attr", table=STATIC_SHIFTS)

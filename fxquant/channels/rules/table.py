@@ -141,24 +141,6 @@ def axis_of(node: fx.Node, axis: int) -> int:
     return axis % max(len(shape_of(node)), 1)  # Most ops accept axis 0 for a value without axes.
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a node, given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def node_of(argument: Any) -> fx.Node:
-    """An argument that is a node."""
-    assert isinstance(argument, fx.Node)
-    return argument
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    """The first argument, which is a node."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 def cannot_broadcast(node: fx.Node) -> Barrier:
     """The barrier for an operand that has one element for all channels."""
     return Barrier(f"an operand of {op_name(node.target)} is broadcast along the channels")
