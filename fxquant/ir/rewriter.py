@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
+from fxquant.ir.proofs import prove
 from fxquant.ir.tensors import get_tensor, set_tensor
 
 
@@ -212,6 +213,7 @@ class Rewriter:
         """
         node = self.graph.call_function(target, args, name=name)
         node.meta["val"] = self.infer(node)
+        prove(node)
         for source in sources:
             for key in (LAYER, "nn_module_stack", "stack_trace"):
                 if key in source.meta:
