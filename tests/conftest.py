@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from tests.tiny import make_dit, make_pipeline
+from tests.traces import traced_once
 
 
 @pytest.fixture
@@ -35,3 +36,10 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 def tiny_pipeline() -> DiTPipeline:
     """A fresh pipeline around a tiny DiT."""
     return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def shared_traces() -> Iterator[None]:
+    """For modules of tests whose subject is not tracing; see :mod:`tests.traces`."""
+    with traced_once():
+        yield

@@ -21,6 +21,7 @@ from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
+from fxquant.ir.proofs import prove
 from fxquant.ir.tensors import get_tensor, set_tensor
 
 
@@ -214,6 +215,7 @@ class Rewriter:
         """
         node = self.graph.call_function(target, arguments, name=name)
         node.meta["val"] = self.infer(node)
+        prove(node)
         for source in sources:
             for key in (LAYER, "nn_module_stack", "stack_trace"):
                 if key in source.meta:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,11 @@ from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import behind
 from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.proofs import is_proven, prove
 from fxquant.ir.rewriter import fake_mode_of
 from fxquant.ir.tensors import get_tensor
 
-_PROVEN = "fxquant_proven"  # Key of ``node.meta``: the latest proof of the node's value.
 _UNBACKED = re.compile(r"\bu\d+\b")
-_PLAIN = (int, float, str, torch.device)
 
 
 class Stage(enum.IntEnum):
@@ -128,7 +127,7 @@ def _check_value(node: fx.Node) -> None:
     recorded = node.meta.get("val")
     if recorded is None and node.users:
         raise _broken(node, "its shape and dtype are not recorded")
-    if _Proof(node).same_as(node.meta.get(_PROVEN)):
+    if is_proven(node):
         return
     values, named = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
@@ -138,50 +137,7 @@ def _check_value(node: fx.Node) -> None:
     # Sizes that depend on values (u0) get a new name each time they are computed.
     if isinstance(recorded, Tensor) and _UNBACKED.sub("u", _text(actual)) != _UNBACKED.sub("u", _text(recorded)):
         raise _broken(node, f"it yields {_text(actual)}, but is recorded as {_text(recorded)}")
-    node.meta[_PROVEN] = _Proof(node)
-
-
-class _Proof:
-    """Proof that an op yields a value from its inputs. It is valid as long as op, inputs and value are the same.
-
-    A proof holds the inputs and the value from the metadata, not nodes, so it stays valid in a copy of the graph. It
-    also holds sizes, because an op that works in place may change the sizes of a value that stays the same object.
-    """
-
-    __slots__ = ("leaves", "target")
-
-    def __init__(self, node: fx.Node) -> None:
-        self.target = node.target
-        self.leaves: list[Any] = []
-        self._take((node.args, node.kwargs, node.meta.get("val")))
-
-    def _take(self, value: Any) -> None:
-        if isinstance(value, fx.Node):
-            value = value.meta["val"]
-        if isinstance(value, (tuple, list)):
-            self.leaves.append(len(value))
-            for item in value:
-                self._take(item)
-        elif isinstance(value, Mapping):
-            self._take([*value, *value.values()])
-        else:
-            self.leaves.append(value)
-            if isinstance(value, Tensor):
-                # Symbolic sizes are kept as their nodes: comparing them as numbers would fix the open batch size.
-                self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
-
-    def same_as(self, other: _Proof | None) -> bool:
-        """Whether there is another proof, and it is of the same facts."""
-        return (
-            other is not None
-            and self.target is other.target
-            and len(self.leaves) == len(other.leaves)
-            and all(map(_same, self.leaves, other.leaves))
-        )
-
-
-def _same(mine: Any, theirs: Any) -> bool:
-    return mine is theirs or (type(mine) is type(theirs) and isinstance(mine, _PLAIN) and mine == theirs)
+    prove(node)
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant.ir.layers import stored_weight
 from fxquant.ir.meta import LAYER
-from fxquant.ir.stages import _PROVEN, _Proof
+from fxquant.ir.proofs import prove
 from fxquant.ir.tensors import set_tensor
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ class Builder:
             value = target(*fakes[0], **fakes[1])
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = value
-        node.meta[_PROVEN] = _Proof(node)  # Saves verification from running the op again.
+        prove(node)  # Saves verification from running the op again.
         if isinstance(value, Tensor) and value.is_floating_point():
             held = all(source in self.parameters for source in node.all_input_nodes)
             if held or value.dim() >= 2:

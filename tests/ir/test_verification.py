@@ -130,3 +130,14 @@ def test_parameters_of_one_shape_leave_proofs_standing(module):
     (weight,) = nodes(module, "linear.weight")
     Rewriter(module, "test").put(weight, torch.zeros(6, 8))
     assert counted(module) == 0
+
+
+def test_what_the_rewriter_made_is_proven_until_it_changes(module):
+    (mul,) = nodes(module, "mul")
+    rewriter = Rewriter(module, "test")
+    with rewriter.after(mul):
+        made = rewriter.call(torch.ops.aten.neg.default, (mul,), [mul])
+    assert counted(module) == 0
+    made.meta["val"] = made.meta["val"].half()
+    with pytest.raises(VerificationError):
+        check(module)

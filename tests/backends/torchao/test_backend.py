@@ -28,6 +28,7 @@ from tests.zoo.audit import STEPS as ZOO_STEPS
 from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run as run_zoo
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
 FLOOR = 45.0  # dB against the oracle.
 FLOOR_BF16 = 38.0
 WIDE = {"num_attention_heads": 4}  # Of 32 inputs a head and more, as the 4-bit kernel wants them.

@@ -1,0 +1,65 @@
+"""Proofs that an op yields the recorded shape and dtype, so that no op runs twice on the same fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_PROVEN = "fxquant_proven"  # Key of ``node.meta``: the latest proof of the node's value.
+_PLAIN = (int, float, str, torch.device)
+
+
+def prove(node: fx.Node) -> None:
+    """Record that the op of ``node``, run on the fake values of its inputs, gave a value like the recorded one."""
+    node.meta[_PROVEN] = _Proof(node)
+
+
+def is_proven(node: fx.Node) -> bool:
+    """Whether op, inputs and value of ``node`` are those of its latest proof."""
+    return _Proof(node).same_as(node.meta.get(_PROVEN))
+
+
+class _Proof:
+    """Proof that an op yields a value from its inputs. It is valid as long as op, inputs and value are the same.
+
+    A proof holds the inputs and the value from the metadata, not nodes, so it stays valid in a copy of the graph. It
+    also holds sizes, because an op that works in place may change the sizes of a value that stays the same object.
+    """
+
+    __slots__ = ("leaves", "target")
+
+    def __init__(self, node: fx.Node) -> None:
+        self.target = node.target
+        self.leaves: list[Any] = []
+        self._take((node.args, node.kwargs, node.meta.get("val")))
+
+    def _take(self, value: Any) -> None:
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, (tuple, list)):
+            self.leaves.append(len(value))
+            for item in value:
+                self._take(item)
+        elif isinstance(value, Mapping):
+            self._take([*value, *value.values()])
+        else:
+            self.leaves.append(value)
+            if isinstance(value, Tensor):
+                # Symbolic sizes are kept as their nodes: comparing them as numbers would fix the open batch size.
+                self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
+
+    def same_as(self, other: _Proof | None) -> bool:
+        """Whether there is another proof, and it is of the same facts."""
+        return (
+            other is not None
+            and self.target is other.target
+            and len(self.leaves) == len(other.leaves)
+            and all(map(_same, self.leaves, other.leaves))
+        )
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    return mine is theirs or (type(mine) is type(theirs) and isinstance(mine, _PLAIN) and mine == theirs)
