@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.calibration.samples import Spread, some_samples
+from fxquant.calibration.kept_calls import Spread, some_samples
 from fxquant.capture.describe import warn_of_many
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph

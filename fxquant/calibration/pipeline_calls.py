@@ -22,7 +22,7 @@ STEPS = 25
 SAMPLES = 32
 """Samples of a calibration, as in PTQ4DiT; with guidance, this many with the condition and this many without it."""
 
-BATCH = 8
+SAMPLES_AT_ONCE = 8
 """Samples that go through the pipeline at once."""
 
 
@@ -102,7 +102,7 @@ def _check_seed(seed: int) -> None:
 
 def num_batches(samples: int) -> int:
     """How many times :func:`calibration_call` and :func:`generate` run the pipeline for this many samples."""
-    return -(-samples // BATCH)
+    return -(-samples // SAMPLES_AT_ONCE)
 
 
 @contextmanager
@@ -206,8 +206,8 @@ def _bound_call(
             kwargs["output_type"] = output_type
         elif "output_type" in names:
             kwargs["output_type"] = "pt"
-        for start in range(0, len(values), BATCH):
-            yield pipe(**{condition: values[start : start + BATCH]}, generator=generator, **kwargs)
+        for start in range(0, len(values), SAMPLES_AT_ONCE):
+            yield pipe(**{condition: values[start : start + SAMPLES_AT_ONCE]}, generator=generator, **kwargs)
 
     return run
 

@@ -19,6 +19,9 @@ from fxquant.errors import CheckpointError
 BATCH = "batch"
 """Stands in a shape for the batch dimension of a call."""
 
+TRACED_BATCH = 2
+"""Batch size of calls that graphs are traced with: 0 and 1 are special to torch.export; others leave the batch open."""
+
 Constant = Any
 """An input that is a constant of the graph: one of the kinds that :mod:`fxquant.capture.constants` writes to a file."""
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.capture.caches import Caches, Places, put
-from fxquant.capture.calls import CallSpec, TensorSpec
+from fxquant.capture.calls import TRACED_BATCH, CallSpec, TensorSpec
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.state import OWN, detached, frozen, is_equal
 from fxquant.capture.threads import uncompiled, without_autocast
@@ -32,7 +32,6 @@ from fxquant.ir.tensors import read_tensors, weights_and_buffers
 log = logging.getLogger(__name__)
 
 _OWN = OWN - {"_buffers"}
-_EXAMPLE_BATCH = 2
 _MISSING = object()
 
 State = dict[tuple[str, str], Any]
@@ -147,7 +146,7 @@ def example(call: CallSpec, device: torch.device) -> list[Any]:
         if spec.number:
             zero = 0.0 if spec.dtype.is_floating_point else 0
             return zero if spec.values is None else spec.values[0]
-        shape = spec.concrete(_EXAMPLE_BATCH)
+        shape = spec.concrete(TRACED_BATCH)
         drawn = torch.rand(shape, generator=generator) if spec.dtype.is_floating_point else torch.zeros(shape)
         return drawn.to(device, spec.dtype)
 

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
+from fxquant.capture.calls import BATCH, TRACED_BATCH, CallSpec, TensorSpec
 from fxquant.capture.constants import is_plain
 from fxquant.capture.describe import canonical_call, changed_leaves, describe_call
 from fxquant.capture.explain import explained, quietly
@@ -55,7 +55,6 @@ _SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, n
 """Modules that compute the same in training mode. diffusers leaves the linears that it fuses in training mode."""
 
 _MOST_TRIED = 4  # If not all Python numbers can be inputs of a graph, up to this many are made constant one by one.
-_TRACED_BATCH = 2  # Sizes 0 and 1 are special to torch.export; any larger one leaves the batch open.
 
 
 class Architecture:
@@ -251,7 +250,7 @@ class Architecture:
         """
         with tracing_alone(), without_autocast(device.type):
             here = self.on(device)
-            batch = _TRACED_BATCH if call.batched else 1
+            batch = TRACED_BATCH if call.batched else 1
             tracing = Tracing()
             program = here._export(call, device, batch, call.batched, tracing, numbers)
             read = {name: number for name, number in (numbers or {}).items() if name in tracing.read}

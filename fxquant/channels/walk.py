@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fxquant.channels.layouts import common_shape, repeated, settle_unread, spread_over_unread
 from fxquant.channels.readers import MANY, batch_hint, direct_user, identity_share, readers_of, size_hint, with_tokens
 from fxquant.channels.rules import outcome, shape_of
-from fxquant.channels.samples import Samples
+from fxquant.channels.sample_order import SampleOrder
 from fxquant.channels.solution import Edit, Grant, Request, Seed, Solution
 from fxquant.channels.wants import (
     IDENTITY,
@@ -75,7 +75,7 @@ class _Walk:
         self.graph = graph
         self.request = request
         self.rules = request.rules
-        self.samples = Samples(timestep if request is Request.SHIFT else None, self.rules)
+        self.sample_order = SampleOrder(timestep if request is Request.SHIFT else None, self.rules)
         self.seeds = seeds
         self.dearest = dearest
         self.batch = batch_hint(graph)
@@ -95,7 +95,7 @@ class _Walk:
             shape = [1] * len(shape_of(seed.value))
             shape[seed.axis] = seed.channels
             ids = np.arange(first, first + seed.channels, dtype=np.int64).reshape(shape)
-            self.samples.start(seed.value)
+            self.sample_order.start(seed.value)
             for reader in seed.readers:
                 self.wants[seed.value][reader].append(Want.of(ids))
             total = max(total, first + seed.channels)
@@ -166,14 +166,14 @@ class _Walk:
                 self._tie(left, right, found.reason)
             want = found.want
             found = outcome(node, want, self.rules)
-        if isinstance(found, End) and (reason := self.samples.unfit(node)) is not None:
+        if isinstance(found, End) and (reason := self.sample_order.unfit(node)) is not None:
             found = Barrier(reason)
         if isinstance(found, Choose):
             found = min(found.ways, key=lambda way: self._price(node, way))
         if isinstance(found, Push):
             for left, right in found.ties:
                 self._tie(left, right, f"{op_name(node.target)} leaves part of it as it is")
-            self.samples.follow(node, [source for source, _ in found.inputs])
+            self.sample_order.follow(node, [source for source, _ in found.inputs])
             for source, pushed in found.inputs:
                 self.wants[source][node].append(pushed)
                 if node.target in _MIXED and source is args(node).node(_MIXED[node.target]):
@@ -257,7 +257,7 @@ class _Walk:
             else:
                 elements *= size_hint(size)
         if self.request is not Request.FACTOR and (
-            node.op == "get_attr" or not value.dim() or want.varies(0) or self.samples.unfit(node) is not None
+            node.op == "get_attr" or not value.dim() or want.varies(0) or self.sample_order.unfit(node) is not None
         ):
             return Cost.NOT
         vector = elements <= self.batch and (axes <= 1 or node not in self.tokens)

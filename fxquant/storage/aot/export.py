@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.calls import BATCH
+from fxquant.capture.calls import BATCH, TRACED_BATCH
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import config_text
 from fxquant.capture.threads import tracing_alone, without_autocast
@@ -42,7 +42,6 @@ from fxquant.storage.checkpoint import load
 from fxquant.storage.diffusers_io import INDEX_FILE, parts_of, refuse_input
 
 Progress = Callable[[int, int, float | None], None]
-_BATCH = 2  # Batch size of the inputs to compile with; any size from 2 on leaves the batch open.
 _OPTIONS = {"cpp.dynamic_threads": True}  # Use the number of threads at run time, not at compile time.
 
 
@@ -213,7 +212,7 @@ def _arguments(captured: CapturedGraph) -> tuple[tuple[Tensor, ...], tuple[dict[
     """The inputs to compile a lifted graph with, and which of their dimensions are open."""
     inputs, shapes = [], []
     for _, spec in captured.call.tensors:
-        inputs.append(torch.zeros(spec.concrete(_BATCH), dtype=spec.dtype))
+        inputs.append(torch.zeros(spec.concrete(TRACED_BATCH), dtype=spec.dtype))
         shapes.append({dim: Dim.DYNAMIC for dim, size in enumerate(spec.shape) if size == BATCH} or None)
     for tensor in read_tensors(captured.module).values():
         # While they are traced, ops that read a layout of a kernel need only its shape.

@@ -20,7 +20,7 @@ from fxquant.channels.wants import IDENTITY, UNREAD, Barrier, Choose, Push, Want
 from fxquant.ir.time_tables import unfit
 
 
-class Samples:
+class SampleOrder:
     """The places of the samples in the values that a walk has reached so far.
 
     Args:

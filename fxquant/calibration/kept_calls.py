@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Spread(Generic[T]):
     """Keeps some items of a stream of unknown length, spread evenly over the stream.
 
-    Every n-th item is kept. When twice the wanted number is held, every second held item is dropped and n doubles.
+    Every n-th item is kept. When twice the wanted number is kept, every second one is dropped and n doubles.
 
     Args:
         wanted: Number of items to choose at the end, 0 for none.
@@ -25,7 +25,7 @@ class Spread(Generic[T]):
 
     def __init__(self, wanted: int) -> None:
         self.wanted = wanted
-        self.held: list[T] = []
+        self.kept: list[T] = []
         self._stride = 1
         self._seen = 0
 
@@ -35,21 +35,21 @@ class Spread(Generic[T]):
         self._seen += 1
         if not self.wanted or number % self._stride:
             return False
-        if len(self.held) >= 2 * self.wanted:
-            self.held = self.held[::2]
+        if len(self.kept) >= 2 * self.wanted:
+            self.kept = self.kept[::2]
             self._stride *= 2
             return not number % self._stride
         return True
 
     def keep(self, item: T) -> None:
         """Keep the item that :meth:`wants_next` asked for."""
-        self.held.append(item)
+        self.kept.append(item)
 
     def chosen(self) -> list[T]:
-        """The wanted number of items, or all held items if there are fewer."""
-        if len(self.held) <= self.wanted:
-            return list(self.held)
-        return [self.held[number * len(self.held) // self.wanted] for number in range(self.wanted)]
+        """The wanted number of items, or all kept items if there are fewer."""
+        if len(self.kept) <= self.wanted:
+            return list(self.kept)
+        return [self.kept[number * len(self.kept) // self.wanted] for number in range(self.wanted)]
 
 
 def some_samples(captured: CapturedGraph, leaves: Sequence[Any], most: int) -> tuple[list[Any], Tensor | None]:
