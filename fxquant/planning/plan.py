@@ -22,7 +22,7 @@ from fxquant.disk.files import blaming, load_tensors, share
 from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
-from fxquant.planning.rooms import D, Rooms, same_tensors
+from fxquant.planning.rooms import D, Rooms, is_of_room, same_tensors
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.plan import PlanFile
 
@@ -230,7 +230,9 @@ class Plan:
             values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
             tensors = dict(vectors)
             values["rooms"] = Rooms.from_json(data.get("rooms", {}), tensors)
-            _refuse_integers(tensors)
+            for name in tensors:
+                if is_of_room(name):
+                    raise CheckpointError(f"tensor {name!r} belongs to no decision of the plan")
             return cls(**values, vectors=tensors)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan cannot be read: {error!r}") from error
@@ -295,19 +297,15 @@ def read_vectors(path: Path) -> dict[str, Tensor]:
     """The tensors of a plan.
 
     Raises:
-        CheckpointError: If they cannot be read, or one holds NaN or infinity.
+        CheckpointError: If they cannot be read, or a vector of a layer holds NaN or infinity.
     """
     vectors = load_tensors(path, torch.device("cpu"))
     for name, vector in vectors.items():
-        if vector.is_floating_point() and not vector.double().isfinite().all():
+        if is_of_room(name):  # The pass that defines it decides what it may hold.
+            continue
+        if not vector.is_floating_point() or not vector.isfinite().all():
             raise CheckpointError(f"{path}: vector {name!r} should hold finite numbers; copy the checkpoint again")
     return vectors
-
-
-def _refuse_integers(vectors: Mapping[str, Tensor]) -> None:
-    for name, vector in vectors.items():
-        if not vector.is_floating_point():
-            raise CheckpointError(f"vector {name!r} should hold finite numbers; copy the checkpoint again")
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -145,6 +145,11 @@ def _key(of: str, name: str, option: str) -> str:
     return f"{of}:{name}.{option}"
 
 
+def is_of_room(key: str) -> bool:
+    """Whether a key is that of a room's tensor; names of layers have no colon."""
+    return ":" in key
+
+
 def _adapters(kind: Any) -> dict[str, TypeAdapter[Any] | None]:
     """For each field what writes and reads it; None for a field that holds a tensor."""
     called = kind.__name__
@@ -219,8 +224,12 @@ def _read(kind: type[D], adapters: Mapping[str, TypeAdapter[Any] | None], name: 
 
 
 def same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether two mappings hold the same tensors: names, dtypes, shapes and values."""
-    return left.keys() == right.keys() and all(
-        tensor.dtype == right[name].dtype and torch.equal(tensor, right[name].to(tensor.device))
-        for name, tensor in left.items()
-    )
+    """Whether two mappings hold the same tensors: names, dtypes, shapes and values, bit for bit."""
+    return left.keys() == right.keys() and all(_same(tensor, right[name]) for name, tensor in left.items())
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    bytes_of = [one.detach().cpu().contiguous().flatten().view(torch.uint8) for one in (left, right)]
+    return torch.equal(*bytes_of)

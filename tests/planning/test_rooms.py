@@ -169,7 +169,7 @@ def test_entries_that_differ_in_numbers_share_a_row() -> None:
         (lambda entry: entry.update(seed="five"), r"rotate-inputs: seed: input should be a valid integer"),
         (lambda entry: entry.update(kind="wild"), r"rotate-inputs: kind: input should be 'hadamard' or 'random'"),
         (lambda entry: entry.update(other=1), r"rotate-inputs has 'other', which Rotation does not"),
-        (lambda entry: entry.update(matrix=[1.0]), r"rotate-inputs: matrix should be a tensor"),
+        (lambda entry: entry.update(matrix=[1.0]), r"'rotate-inputs:blocks.0.q.matrix' belongs to no decision"),
         (lambda entry: entry.update(seed={"tensor": "rotate-inputs:blocks.0.q.seed"}), r"lacks its tensor"),
     ],
 )
@@ -182,20 +182,39 @@ def test_a_damaged_entry_is_refused_by_name(tmp_path: Path, change: Any, message
         Plan.load(tmp_path).room(Rotation)
 
 
-def test_a_lost_or_infinite_tensor_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
     planned().save(tmp_path)
-    tensors = load_file(tmp_path / VECTORS_FILE)
+    data = json.loads((tmp_path / PLAN_FILE).read_text())
+    data["rooms"]["rotate-inputs"]["blocks.1.q"]["permutation"] = [0, 1, 2]
+    (tmp_path / PLAN_FILE).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="'blocks.1.q' of rotate-inputs: permutation should be a tensor"):
+        Plan.load(tmp_path).room(Rotation)
+
+
+def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    planned().save(tmp_path)
+    whole = load_file(tmp_path / VECTORS_FILE)
     key = "rotate-inputs:blocks.0.q.matrix"
-    save_file(tensors | {key: tensors[key] * float("inf")}, tmp_path / VECTORS_FILE)
-    with pytest.raises(CheckpointError, match="should hold finite numbers"):
-        Plan.load(tmp_path)
-    del tensors[key]
-    save_file(tensors, tmp_path / VECTORS_FILE)
-    with pytest.raises(CheckpointError, match=rf"lacks its tensor '{key}'"):
-        Plan.load(tmp_path)
-    save_file(tensors | {"other": torch.arange(3)}, tmp_path / VECTORS_FILE)
-    with pytest.raises(CheckpointError):
-        Plan.load(tmp_path)
+    for tensors, message in (
+        ({name: tensor for name, tensor in whole.items() if name != key}, rf"lacks its tensor '{key}'"),
+        (whole | {"other:q.matrix": torch.ones(3)}, "tensor 'other:q.matrix' belongs to no decision of the plan"),
+        (whole | {"q": whole["q"] * float("inf")}, "vector 'q' should hold finite numbers"),
+        (whole | {"q": torch.arange(3)}, "vector 'q' should hold finite numbers"),
+    ):
+        save_file(tensors, tmp_path / VECTORS_FILE)
+        with pytest.raises(CheckpointError, match=message):
+            Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.float64])
+def test_a_tensor_of_a_room_may_hold_anything(tmp_path: Path, dtype: torch.dtype) -> None:
+    plan = Plan("", "", None)
+    matrix = torch.tensor([[1.0, float("inf")], [float("nan"), 0.0]]).to(dtype)
+    plan.room(Rotation)["q"] = Rotation(0, matrix, permutation=matrix)
+    plan.save(tmp_path)
+    loaded = Plan.load(tmp_path)
+    assert loaded == plan
+    assert loaded.room(Rotation)["q"].matrix.dtype is dtype
 
 
 def test_types_that_cannot_be_stored_are_refused_at_once() -> None:
