@@ -295,6 +295,7 @@ def quantized_input(
             (x, *grid, 0, 2**bits - 1, torch.uint8),
             sources=[x],
             name=f"{x.name}_codes",
+            layer=True,
         )
         rewriter.memo[key] = (codes, *grid)
     codes, scale, zero_point = rewriter.memo[key]
@@ -326,7 +327,7 @@ def _codes_by_token(x: fx.Node, bits: int, rewriter: Rewriter) -> tuple[fx.Node,
     if key not in rewriter.memo:
 
         def call(op: Any, *arguments: Any, name: str) -> fx.Node:
-            return rewriter.call(op, arguments, sources=[x], name=f"{x.name}_{name}")
+            return rewriter.call(op, arguments, sources=[x], name=f"{x.name}_{name}", layer=True)
 
         grid = call(torch.ops.fxquant.token_grid.default, x, bits, name="grid")
         scale, zero_point = (

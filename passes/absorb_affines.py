@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxquant.channels.apply import agreed, fold_into_parameters
 from fxquant.channels.solution import Edit, Seed, Solution
-from fxquant.channels.walk import solve
-from fxquant.channels.wants import Cost
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
-from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter, place_of
 from fxquant.ir.shared import Fold, parameters_of, read_stored
 from fxquant.ir.stages import Stage
@@ -66,10 +62,11 @@ class AbsorbAffines(Pass):
     def _absorb(self, graph: fx.Graph, rewriter: Rewriter, folds: _Folds) -> bool:
         affines, factors = _constant_affines(graph, rewriter)
         seeds = [
-            Seed(name, node.all_input_nodes[0], (node,), alike=tuple(factors[name].tolist()))
+            Seed(name, args(node).node("x"), (node,), alike=tuple(factors[name].tolist()))
             for name, node in affines.items()
         ]
-        solution, chosen = _agreed(graph, seeds, factors)
+        solution = agreed(graph, seeds, {name: factor.tolist() for name, factor in factors.items()})
+        chosen = {name: factors[name] for name in solution.grants}
         stuck = {name for name in chosen if _stays(solution, name, factors[name])}
         for edit, a in solution.factors(chosen):
             if edit.end is None and edit.readers == tuple(n for n in edit.readers if n.name in stuck):
@@ -107,30 +104,6 @@ def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx
     return affines, factors
 
 
-def _agreed(
-    graph: fx.Graph, seeds: Sequence[Seed], factors: Mapping[str, Tensor]
-) -> tuple[Solution, dict[str, Tensor]]:
-    """A solution in which all channels of a class have the same factor. Seeds that prevent this are left out."""
-    kept = list(seeds)
-    while True:
-        solution = solve(graph, kept, Cost.VECTOR)
-        chosen: dict[str, Tensor] = {}
-        spoilers = set()
-        value_of = np.full(solution.classes, np.nan)  # Per class, the factor of the first channel that has one.
-        for seed in kept:
-            factor = factors[seed.name]
-            chosen[seed.name] = factor
-            grant = solution.grants[seed.name]
-            classes, values = grant.classes[grant.granted], factor.cpu().numpy()[grant.granted]
-            new = np.isnan(value_of[classes])
-            value_of[classes[new][::-1]] = values[new][::-1]
-            if (value_of[classes] != values).any():
-                spoilers.add(seed.name)
-        if not spoilers:
-            return solution, chosen
-        kept = [seed for seed in kept if seed.name not in spoilers]
-
-
 def _stays(solution: Solution, name: str, factor: Tensor) -> bool:
     """Whether absorbing an affine would leave it unchanged or put an equal affine in its place."""
     granted = solution.grants[name].granted
@@ -154,22 +127,14 @@ class _Folds:
 
 def _carry_out(edit: Edit, a: Tensor, rewriter: Rewriter, folds: _Folds) -> None:
     c = (a - 1) * torch.from_numpy(edit.want.offset.copy())
-    if edit.end is not None and edit.node.op == "get_attr":
-
-        def folded(p: Tensor) -> Tensor:
-            return p.double() * a.to(p.device) + c.to(p.device)
-
-        own = rewriter.fold_attribute(edit.node, folded, edit.readers, by=("affine", a, c))
-        folds.add(own, a, c, edit.node)
-    elif edit.end is not None:
-        edit.end.fold(rewriter, a, c)
-        folds.add(edit.node, a, c)
+    if edit.end is not None:
+        folds.add(fold_into_parameters(edit, edit.end, rewriter, a, c), a, c, edit.node)
     else:
         source = edit.node
         with rewriter.after(source):
             scale = rewriter.constant(f"{place_of(source)}_factor", a, [source])
             shift = rewriter.constant(f"{place_of(source)}_shift", c, [source]) if edit.want.offset.any() else None
-            scaled = rewriter.call(_AFFINE, (source, scale, shift), [source], name=f"{source.name}_scaled")
+            scaled = rewriter.call(_AFFINE, (source, scale, shift), [source], name=f"{source.name}_scaled", layer=True)
         for reader in edit.readers:
             rewriter.redirect(reader, source, scaled)
 
@@ -178,11 +143,10 @@ def _remove(affine: fx.Node, factor: Tensor, solution: Solution, rewriter: Rewri
     granted = torch.from_numpy(solution.grants[affine.name].granted)
     left = torch.where(granted, 1.0, factor)
     if (left == 1).all():
-        rewriter.replace(affine, affine.all_input_nodes[0])
+        rewriter.replace(affine, args(affine).node("x"))
     else:  # Factors of some channels could not be absorbed; they are applied at run time.
-        source, old = affine.all_input_nodes
-        scale = rewriter.constant(f"{old.target}_left", left, [affine])
-        affine.args = (source, scale, None)
+        old = args(affine).node("scale")
+        rewriter.redirect(affine, old, rewriter.constant(f"{old.target}_left", left, [affine]))
 
 
 def _correct(node: fx.Node, fold: Fold, rewriter: Rewriter) -> None:
@@ -194,6 +158,5 @@ def _correct(node: fx.Node, fold: Fold, rewriter: Rewriter) -> None:
         scale = rewriter.constant(f"{place_of(node)}_correction", fold.scale, [node])
         shift = rewriter.constant(f"{place_of(node)}_correction_shift", fold.shift, [node])
         corrected = rewriter.call(_AFFINE, (node, scale, shift), [node], name=f"{node.name}_corrected")
-    corrected.meta.pop(LAYER, None)
     for user in users:
         rewriter.redirect(user, node, corrected)

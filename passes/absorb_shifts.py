@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.channels.solution import Edit, Request, Seed, Solution
-from fxquant.channels.walk import solve
-from fxquant.channels.wants import Cost
+from fxquant.channels.apply import agreed, fold_into_parameters
+from fxquant.channels.solution import Edit, Request, Seed
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
 from fxquant.ir.rewriter import Rewriter
@@ -56,9 +53,10 @@ class AbsorbShifts(Pass):
             return
         timestep = timestep_input(graph, context.plan.timestep)
         request = Request.STATIC_SHIFT if all(table.static for table in affines.values()) else Request.SHIFT
-        seeds = [Seed(node.name, node.all_input_nodes[0], (node,)) for node in affines]
+        seeds = [Seed(node.name, args(node).node("x"), (node,)) for node in affines]
         tables = {node.name: table for node, table in affines.items()}
-        solution = _agreed(graph, seeds, tables, request, timestep)
+        shifts = {name: _by_channel(table) for name, table in tables.items()}
+        solution = agreed(graph, seeds, shifts, request, timestep)
         chosen = {name: tables[name] for name in solution.grants}
         for edit, table in solution.shifts(chosen):
             if (table.rows != 0).any():
@@ -85,47 +83,24 @@ def _shifts(graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> dict[fx.Node, Ti
     return found
 
 
-def _agreed(
-    graph: fx.Graph,
-    seeds: Sequence[Seed],
-    tables: Mapping[str, TimeTable],
-    request: Request,
-    timestep: fx.Node,
-) -> Solution:
-    """A solution in which all channels of a class have the same shift. Seeds that prevent this are left out."""
-    kept = list(seeds)
-    while True:
-        solution = solve(graph, kept, Cost.VECTOR, request, timestep)
-        first: dict[int, tuple[object, ...]] = {}
-        spoilers = set()
-        for seed in kept:
-            table, grant = tables[seed.name], solution.grants[seed.name]
-            columns = table.rows.T.cpu().numpy()
-            for channel in np.flatnonzero(grant.granted):
-                mine = (table.boundaries, columns[channel].tobytes())
-                if first.setdefault(int(grant.classes[channel]), mine) != mine:
-                    spoilers.add(seed.name)
-        if not spoilers:
-            return solution
-        kept = [seed for seed in kept if seed.name not in spoilers]
+def _by_channel(table: TimeTable) -> list[tuple[object, ...]]:
+    """What identifies the shift of each channel."""
+    return [(table.boundaries, column.tobytes()) for column in table.rows.T.cpu().numpy()]
 
 
 def _carry_out(edit: Edit, table: TimeTable, rewriter: Rewriter) -> None:
     if edit.end is None:
         add_rows(rewriter, edit.node, table.map(lambda rows: rows.squeeze(1)), [edit.node], edit.readers)
-    elif edit.node.op == "get_attr":
-        shift = table.rows[0]
-        rewriter.fold_attribute(edit.node, lambda p: p.double() + shift.to(p.device), edit.readers, ("shift", shift))
     else:
-        edit.end.fold(rewriter, table)
+        fold_into_parameters(edit, edit.end, rewriter, table)
 
 
 def _remove(affine: fx.Node, table: TimeTable, granted: Tensor, rewriter: Rewriter) -> None:
     left = table.map(lambda rows: torch.where(granted.to(rows.device), 0.0, rows))
     if not (left.rows != 0).any():
-        rewriter.replace(affine, affine.all_input_nodes[0])
+        rewriter.replace(affine, args(affine).node("x"))
     elif (left.rows != table.rows).any():  # Some shifts could not be absorbed; they are applied at run time.
-        source, one = affine.all_input_nodes[:2]
+        rank = args(affine).node("x").meta["val"].dim()
         with rewriter.before(affine):
-            rows = rows_at(rewriter, left, source.meta["val"].dim(), f"{affine.name}_left", [affine])
-        affine.args = (source, one, rows)
+            rows = rows_at(rewriter, left, rank, f"{affine.name}_left", [affine])
+        rewriter.redirect(affine, args(affine).node("shift"), rows)

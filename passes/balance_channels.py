@@ -302,6 +302,7 @@ def _balance(seed: Seed, b: Tensor, rewriter: Rewriter) -> None:
             (seed.value, scale, None),
             sources=[*seed.readers],
             name=f"{seed.value.name}_balanced",
+            layer=True,
         )
     for reader in seed.readers:
         rewriter.redirect(reader, seed.value, balanced)

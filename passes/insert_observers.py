@@ -96,9 +96,7 @@ class InsertObservers(Pass):
         observed[side] = f"{found.name}:{side}"
 
         def call(op: Any, *arguments: Any, name: str) -> fx.Node:
-            node = rewriter.call(op, arguments, sources=[value], name=f"{value.name}_{name}")
-            node.meta.pop(LAYER, None)
-            return node
+            return rewriter.call(op, arguments, sources=[value], name=f"{value.name}_{name}")
 
         with rewriter.before(operand.reader):
             if not together:
@@ -118,7 +116,9 @@ def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, a
     timestep = _time_of(rewriter, value, timestep)
 
     def swapped(of: fx.Node) -> fx.Node:
-        return rewriter.call(torch.ops.aten.transpose.int, (of, 0, batch), sources=[value], name=f"{of.name}_swapped")
+        return rewriter.call(
+            torch.ops.aten.transpose.int, (of, 0, batch), sources=[value], name=f"{of.name}_swapped", layer=True
+        )
 
     seen = swapped(value) if batch else value
     observer = rewriter.call(
@@ -126,6 +126,7 @@ def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, a
         (seen, timestep, key, axis),
         sources=[value],
         name=f"{value.name}_observed",
+        layer=True,
     )
     return swapped(observer) if batch else observer
 
@@ -136,9 +137,7 @@ def _time_of(rewriter: Rewriter, value: fx.Node, timestep: fx.Node) -> fx.Node:
     lists = any(ITEM in node.meta for node in rewriter.graph.nodes if node.op == "placeholder")
     if not lists or len(steps) != 1 or not isinstance(steps[0], int) or leading in (1, steps[0]):
         return timestep
-    together = rewriter.call(torch.ops.aten.unsqueeze.default, (timestep, 0), sources=[timestep], name="timesteps")
-    together.meta.pop(LAYER, None)
-    return together
+    return rewriter.call(torch.ops.aten.unsqueeze.default, (timestep, 0), sources=[timestep], name="timesteps")
 
 
 def _batch_axis(value: fx.Node, timestep: fx.Node) -> int:

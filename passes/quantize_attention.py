@@ -182,7 +182,7 @@ class _Lowering:
     rewriter: Rewriter
 
     def call(self, op: Any, *arguments: Any) -> fx.Node:
-        return self.rewriter.call(op, arguments, sources=[self.found.output])
+        return self.rewriter.call(op, arguments, sources=[self.found.output], layer=True)
 
     def codes(self, x: fx.Node, low: float, high: float, bits: int, name: str) -> _Codes:
         device = x.meta["val"].device

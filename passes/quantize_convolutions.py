@@ -80,24 +80,25 @@ class QuantizeConvolutions(Pass):
                 packed = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric)
                 if layer.activation_bits is None:
                     arguments = (*packed, layer.weight_bits, 0, layer.shape[1], dtype)
-                    values = rewriter.call(torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node])
-                    shaped = rewriter.call(aten.view.default, (values, [layer.shape[0], *kernel]), [weight])
+                    values = rewriter.call(
+                        torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node], layer=True
+                    )
+                    shaped = rewriter.call(aten.view.default, (values, [layer.shape[0], *kernel]), [weight], layer=True)
                     rewriter.redirect(node, weight, shaped)
                     continue
                 options = _options(node)
                 x = _padded(node, options["pad"], rewriter)
                 if node.target in _ONE_DIMENSION:  # An image of one row.
-                    x = rewriter.call(aten.unsqueeze.default, (x, -2), [node])
+                    x = rewriter.call(aten.unsqueeze.default, (x, -2), [node], layer=True)
                     kernel.insert(1, 1)
                 codes, scale, zero_point = quantized_input(node, x, context, rewriter, self.activation_range)
                 new = rewriter.call(
                     torch.ops.fxquant.conv2d.default,
                     (codes, scale, zero_point, *packed, options["bias"], layer.weight_bits, kernel,
                      options["stride"], options["padding"], options["dilation"], options["groups"], dtype),
-                    sources=[node],
-                )  # fmt: skip
+                    sources=[node], layer=True)  # fmt: skip
                 if node.target in _ONE_DIMENSION:
-                    new = rewriter.call(aten.squeeze.dim, (new, -2), [node])
+                    new = rewriter.call(aten.squeeze.dim, (new, -2), [node], layer=True)
             rewriter.replace(node, new)
 
 
@@ -119,7 +120,7 @@ def _refuse(node: fx.Node, plan: Plan) -> None:
 def _padded(node: fx.Node, pad: list[int], rewriter: Rewriter) -> fx.Node:
     """The input of a convolution, with the zeros that only one side needs. Zero has an exact code."""
     x = args(node).node("input")
-    return rewriter.call(aten.constant_pad_nd.default, (x, pad), [node]) if any(pad) else x
+    return rewriter.call(aten.constant_pad_nd.default, (x, pad), [node], layer=True) if any(pad) else x
 
 
 def _options(node: fx.Node) -> dict[str, Any]:

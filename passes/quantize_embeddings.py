@@ -59,11 +59,10 @@ class QuantizeEmbeddings(Pass):
             packed = quantized_weight(node, context, rewriter, RangeSearch.MINMAX, symmetric=False)
             with rewriter.before(node):
                 rows = [rewriter.call(aten.embedding.default, (table, indices), [node]) for table in packed]
-                for row in rows:
-                    del row.meta[LAYER]  # These look up parts of the table; they are not the layer.
                 new = rewriter.call(
                     torch.ops.fxquant.dequantize_weight.default,
                     (*rows, layer.weight_bits, 0, layer.shape[1], node.meta["val"].dtype),
                     sources=[node],
+                    layer=True,
                 )
             rewriter.replace(node, new)

@@ -98,7 +98,9 @@ class QuantizeLinears(Pass):
             with rewriter.before(node if total is None else total):
                 if layer.activation_bits is None:
                     arguments = (*packed, layer.weight_bits, layer.group_size, layer.shape[1], dtype)
-                    values = rewriter.call(torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node])
+                    values = rewriter.call(
+                        torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node], layer=True
+                    )
                     rewriter.redirect(node, weight, values)
                     continue
                 codes, scale, zero_point = quantized_input(node, x, context, rewriter, self.activation_range)
@@ -108,6 +110,7 @@ class QuantizeLinears(Pass):
                     torch.ops.fxquant.linear.default,
                     (codes, scale, zero_point, *packed, bias, layer.weight_bits, layer.group_size, dtype),
                     sources=[node],
+                    layer=True,
                 )
             rewriter.replace(node if total is None else total, new)
             if total is not None:

@@ -149,6 +149,7 @@ def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
             (value, one, rows),
             sources=[value],
             name=f"{value.name}_shifted",
+            layer=True,
         )
     for reader in seed.readers:
         rewriter.redirect(reader, value, shifted)

@@ -58,17 +58,17 @@ def lower_codes(
         return
     with rewriter.before(node):
         if negated:
-            mask = rewriter.call(aten.logical_not.default, (mask,), [node])
+            mask = rewriter.call(aten.logical_not.default, (mask,), [node], layer=True)
         elif mask is not None:
-            mask = rewriter.call(aten.to.dtype, (mask, torch.float32), [node])
+            mask = rewriter.call(aten.to.dtype, (mask, torch.float32), [node], layer=True)
         if read is not None:
-            parts = [rewriter.call(read, (part,), [part]) for part in parts]
+            parts = [rewriter.call(read, (part,), [part], layer=True) for part in parts]
         q, k, v = parts
         left, right = (q, scored.a_scale, scored.a_zero_point), (k, scored.b_scale, scored.b_zero_point)
         softmaxed = (mixed.a_scale, mixed.a_zero_point, args(probabilities).qmax)
         grids = (*left, *right, v, mixed.b_scale, mixed.b_zero_point, mask, *softmaxed)
-        new = rewriter.call(op, (*grids, None, None, 255, dtype), [node])
-        result = rewriter.call(aten.transpose.int, (new, *TO_VALUES), [node])
+        new = rewriter.call(op, (*grids, None, None, 255, dtype), [node], layer=True)
+        result = rewriter.call(aten.transpose.int, (new, *TO_VALUES), [node], layer=True)
     replace(node, result, rewriter)
 
 

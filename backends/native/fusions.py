@@ -178,7 +178,7 @@ def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
             _rebuild(source, args(source).replaced(out_dtype=torch.bfloat16), views, rewriter)
             for views, source in found
         )
-        new = rewriter.call(node.target, args(node).replaced(q=q, k=k, v=v), [node])
+        new = rewriter.call(node.target, args(node).replaced(q=q, k=k, v=v), [node], layer=True)
     rewriter.replace(node, new)
     for views, source in found:
         for view in (*views, source):
@@ -192,16 +192,16 @@ def _read_dense(node: fx.Node, value: Any, rewriter: Rewriter) -> None:
     key = "dense", value
     if key not in rewriter.memo:
         with rewriter.after(value):
-            rewriter.memo[key] = rewriter.call(aten.contiguous.default, (value,), [value])
+            rewriter.memo[key] = rewriter.call(aten.contiguous.default, (value,), [value], layer=True)
     rewriter.redirect(node, value, rewriter.memo[key])
 
 
 def _rebuild(source: fx.Node, arguments: tuple[Any, ...], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
     """Rebuild a node with other arguments, and the views after it (last view first) without constant factors."""
-    value = rewriter.call(source.target, arguments, [source])
+    value = rewriter.call(source.target, arguments, [source], layer=True)
     for view in reversed(views):
         if view.target is not aten.mul.Tensor:
-            value = rewriter.call(view.target, args(view).replaced(self=value), [view])
+            value = rewriter.call(view.target, args(view).replaced(self=value), [view], layer=True)
     return value
 
 
@@ -273,7 +273,7 @@ def _fuse_norm(node: fx.Node, rewriter: Rewriter, op: Any) -> None:
     bias = norm.bias if centered else None
     arguments = (norm.input, centered, norm.eps, norm.weight, bias, factor, plus, shift)
     with rewriter.before(node):
-        new = rewriter.call(op, (*arguments, *rest), [x, *reversed(passed), node])
+        new = rewriter.call(op, (*arguments, *rest), [x, *reversed(passed), node], layer=True)
     rewriter.replace(node, new)
     for part in (*passed, x):
         rewriter.erase(part)
@@ -294,7 +294,7 @@ def _is_norm_of_channels(norm: fx.Node) -> bool:
 def _remake(node: fx.Node, reader: fx.Node, rewriter: Rewriter, **changed: Any) -> fx.Node:
     """Replace a linear and its reader by one linear with other arguments that does both."""
     with rewriter.before(reader):
-        new = rewriter.call(node.target, args(node).replaced(**changed), [reader, node])
+        new = rewriter.call(node.target, args(node).replaced(**changed), [reader, node], layer=True)
     rewriter.replace(reader, new)
     rewriter.erase(node)
     return new

@@ -45,8 +45,8 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
     if not {*scale.users, *zero_point.users} <= {node, *node.users}:
         return
     with rewriter.before(node):
-        found = rewriter.call(op, (x, args(node).qmax, *rest), [scale, zero_point, node])
-        parts = [rewriter.call(operator.getitem, (found, number), [node]) for number in range(3)]
+        found = rewriter.call(op, (x, args(node).qmax, *rest), [scale, zero_point, node], layer=True)
+        parts = [rewriter.call(operator.getitem, (found, number), [node], layer=True) for number in range(3)]
     for old, part in zip((node, scale, zero_point), parts, strict=True):
         rewriter.replace(old, part)
 

@@ -42,7 +42,7 @@ def lower_linear(
     with rewriter.before(node):
         held = hold(packed, zero_point, bits, held_as.in_features, group_size)
         arguments = (x, held, held_as.scale, zero_point, bias, bits, group_size, out)
-        new = rewriter.call(op, arguments, [weight, node])
+        new = rewriter.call(op, arguments, [weight, node], layer=True)
     rewriter.replace(node, new)
     rewriter.erase(weight)
     if not packed.users:
@@ -57,7 +57,7 @@ def lower_lookup(node: fx.Node, rewriter: Rewriter) -> None:
         return
 
     def call(op: torch._ops.OpOverload, *arguments: Any) -> fx.Node:
-        return rewriter.call(op, arguments, [node])
+        return rewriter.call(op, arguments, [node], layer=True)
 
     with rewriter.before(node):
         real, zero = (call(aten.to.dtype, value, torch.float32) for value in (codes, given.zero_point))

@@ -200,7 +200,7 @@ class Lowering:
     # --- nodes ---
 
     def _call(self, target: Any, *arguments: Any, of: Any, name: str | None = None) -> fx.Node:
-        return self.rewriter.call(target, arguments, [of], name=name)
+        return self.rewriter.call(target, arguments, [of], name=name, layer=True)
 
     def _cast(self, node: fx.Node, dtype: Any, of: fx.Node) -> fx.Node:
         return node if node.meta["val"].dtype == dtype else self._call(aten.to.dtype, node, dtype, of=of)

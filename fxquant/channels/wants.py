@@ -124,12 +124,13 @@ class End:
 
     Attributes:
         fold: Rewrites the parameters. It is called with the rewriter, ``a`` and ``c`` (float64, in the layout of the
-            want); for a shift, with the rewriter and a table of rows in the layout of the want.
+            want); for a shift, with the rewriter and a table of rows in the layout of the want. The fold of a parameter
+            also takes ``readers``, those that are to read the folded one, and returns the node that they read.
         into: What absorbs the factor, for the report.
         operands: Number of run-time operands that the fold adds; folds that add none are preferred.
     """
 
-    fold: Callable[..., None] = field(repr=False)
+    fold: Callable[..., fx.Node | None] = field(repr=False)
     into: str
     operands: int = 0
 

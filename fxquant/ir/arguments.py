@@ -99,6 +99,18 @@ class Arguments:
             found[position] = value
         return tuple(found)
 
+    def without(self, name: str) -> tuple[Any, ...]:
+        """The positional arguments with one left to its default.
+
+        Raises:
+            ArgumentError: If the schema has no argument of the name, or no default for it.
+        """
+        position, default = _place(self._node, name)
+        if default is _REQUIRED:
+            raise ArgumentError(f"argument {name!r} of {_signature(self._node)} has no default")
+        given = self._node.args
+        return given[:position] if position + 1 >= len(given) else self.replaced(**{name: default})
+
 
 def source_of(node: fx.Node) -> fx.Node:
     """The first argument, which is a node, of any op. Most ops compute their result from it.

@@ -24,6 +24,8 @@ from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
 from fxquant.ir.proofs import prove
 from fxquant.ir.tensors import get_tensor, set_tensor
 
+_PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -166,6 +168,16 @@ class Rewriter:
             node.args = args(node).replaced(**{name: value})
         self._note(node, [node])
 
+    def leave_out(self, node: fx.Node, name: str) -> None:
+        """Make ``node`` not give an argument, which then has its default.
+
+        Raises:
+            ArgumentError: If the op has no argument of the name, or no default for it.
+        """
+        node.args = args(node).without(name)
+        node.kwargs = {other: value for other, value in node.kwargs.items() if other != name}
+        self.edits += 1
+
     def read(self, name: str, history: History, like: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
         """Add a node that reads a tensor that another graph of the model stored under ``name``.
 
@@ -203,21 +215,28 @@ class Rewriter:
             yield
 
     def call(
-        self, target: Any, arguments: tuple[Any, ...], sources: Sequence[fx.Node], name: str | None = None
+        self,
+        target: Any,
+        arguments: tuple[Any, ...],
+        sources: Sequence[fx.Node],
+        name: str | None = None,
+        layer: bool = False,
     ) -> fx.Node:
         """Add a call of ``target``; its shape and dtype are computed on fake tensors.
 
         Args:
             target: An overload of an op.
             arguments: Its arguments, which may contain nodes.
-            sources: The nodes that the new one is made from. It inherits the layer name of the last one that has one.
+            sources: The nodes that the new one is made from.
             name: A readable name for the node.
+            layer: Whether the new node does work of the layer of its sources. It then gets the layer name of the last
+                source that has one.
         """
         node = self.graph.call_function(target, arguments, name=name)
         node.meta["val"] = self.infer(node)
         prove(node)
         for source in sources:
-            for key in (LAYER, "nn_module_stack", "stack_trace"):
+            for key in (*_PLACE, LAYER) if layer else _PLACE:
                 if key in source.meta:
                     node.meta[key] = source.meta[key]
         self._note(node, sources)

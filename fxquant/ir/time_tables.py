@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from fxquant.errors import MissingTimestepError
 from fxquant.ir.arguments import args
 from fxquant.ir.histories import History, digest, has_content, made_from
-from fxquant.ir.meta import LAYER
 
 if TYPE_CHECKING:
     from fxquant.ir.rewriter import Rewriter
@@ -127,10 +126,7 @@ def rows_at(rewriter: Rewriter, table: TimeTable, rank: int, name: str, sources:
         return rewriter.constant(name, table.rows.reshape(1, *shape), sources, table.history)
     held = rewriter.constant(name, table.rows, sources, table.history)
     rows = rewriter.call(aten.index_select.default, (held, 0, _bin(rewriter, table)), sources, name="row")
-    rows.meta.pop(LAYER, None)
-    shaped = rewriter.call(aten.view.default, (rows, [-1, *shape]), sources, name="rows")
-    shaped.meta.pop(LAYER, None)
-    return shaped
+    return rewriter.call(aten.view.default, (rows, [-1, *shape]), sources, name="rows")
 
 
 def add_rows(
@@ -145,7 +141,6 @@ def add_rows(
     with rewriter.before(behind.next):
         rows = rows_at(rewriter, table.map(lambda r: r.to(value.dtype)), value.dim(), f"{place_of(node)}.rows", sources)
         total = rewriter.call(aten.add.Tensor, (node, rows), sources, name=f"{node.name}_shifted")
-    total.meta.pop(LAYER, None)
     for reader in readers:
         rewriter.redirect(reader, node, total)
     return total

@@ -89,3 +89,21 @@ def test_source_and_item_need_no_schema() -> None:
 def test_replaced_takes_an_argument_named_self() -> None:
     graph, x, w = nodes()
     assert args(graph.call_function(aten.mul.Tensor, (x, 2.0))).replaced(self=w) == (w, 2.0)
+
+
+def test_without_leaves_an_argument_to_its_default() -> None:
+    graph, x, w = nodes()
+    linear = graph.call_function(aten.linear.default, (x, w, x))
+    norm = graph.call_function(aten.layer_norm.default, (x, [4], w, x))
+    assert args(linear).without("bias") == (x, w)
+    assert args(norm).without("weight") == (x, [4], None, x)
+    assert args(norm).without("eps") == (x, [4], w, x)
+    with pytest.raises(ArgumentError, match=r"'weight' of aten::linear.* has no default"):
+        args(linear).without("weight")
+
+
+def test_gives_tells_arguments_from_defaults() -> None:
+    graph, x, w = nodes()
+    linear = graph.call_function(aten.linear.default, (x,), {"weight": w})
+    assert args(linear).gives("weight") and not args(linear).gives("bias")
+    assert args(linear).by_name() == {"input": x, "weight": w, "bias": None}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxquant.capture.trace import Architecture
-from fxquant.errors import NonFiniteError, PassError
+from fxquant.errors import ArgumentError, NonFiniteError, PassError
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import Origin, Rewriter, place_of
 from fxquant.ir.stages import SPECS, Stage, verify
@@ -39,7 +39,7 @@ def rewriter(module: fx.GraphModule) -> Rewriter:
 def test_a_new_node_has_shape_layer_and_provenance(module: fx.GraphModule, rewriter: Rewriter) -> None:
     relu, last = nodes_of(module, aten.relu.default)[0], layer_node(module, "a@2")
     with rewriter.before(last):
-        node = rewriter.call(aten.mul.Tensor, (relu, 2.0), sources=[relu, last], name="twice")
+        node = rewriter.call(aten.mul.Tensor, (relu, 2.0), sources=[relu, last], name="twice", layer=True)
     rewriter.redirect(last, relu, node)
     assert (node.meta["val"].shape[1], node.meta["val"].dtype) == (4, torch.float32)
     assert str(node.meta["val"].shape[0]) == str(relu.meta["val"].shape[0])
@@ -48,6 +48,49 @@ def test_a_new_node_has_shape_layer_and_provenance(module: fx.GraphModule, rewri
     assert str(node.meta[PROVENANCE][0]) == "test(relu, linear_1)"
     assert rewriter.edits == 2
     module.recompile()
+    verify(module, SPECS[Stage.CAPTURED])
+
+
+def test_the_name_of_a_layer_is_handed_on_only_where_asked(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    first, last = layer_node(module, "a"), layer_node(module, "a@2")
+    with rewriter.after(last):
+        plain = rewriter.call(aten.neg.default, (last,), [first, last])
+        own = rewriter.call(aten.neg.default, (last,), [first, last], layer=True)
+    assert LAYER not in plain.meta and plain.meta["nn_module_stack"] == last.meta["nn_module_stack"]
+    assert own.meta[LAYER] == "a@2"
+    with rewriter.after(own):
+        assert LAYER not in rewriter.call(aten.neg.default, (own,), [plain], layer=True).meta
+
+
+def test_an_argument_is_set_by_name(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    node, relu = layer_node(module, "a@2"), nodes_of(module, aten.relu.default)[0]
+    with rewriter.before(node):
+        bias = rewriter.call(aten.sum.default, (relu,), [relu])
+        total = rewriter.call(aten.add.Tensor, (relu, relu), [relu])
+    old, before = node.args, rewriter.edits
+    rewriter.set_argument(node, "bias", bias)
+    assert node.args == (*old[:2], bias)
+    assert node.meta[PROVENANCE][-1] == Origin("test", (node.name,))
+    rewriter.set_argument(total, "alpha", 2)
+    assert (total.args, total.kwargs) == ((relu, relu), {"alpha": 2})
+    assert rewriter.edits == before + 2
+    with pytest.raises(ArgumentError, match="no argument 'gamma'"):
+        rewriter.set_argument(node, "gamma", bias)
+
+
+def test_an_argument_is_left_out(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    node = layer_node(module, "a")
+    weight, bias = node.args[1:]
+    rewriter.leave_out(node, "bias")
+    assert node.args == (node.args[0], weight) and node not in bias.users
+    node.kwargs = {"bias": bias}
+    rewriter.leave_out(node, "bias")
+    assert node.kwargs == {} and len(node.args) == 2
+    assert PROVENANCE not in node.meta and rewriter.edits == 2
+    with pytest.raises(ArgumentError, match="has no default"):
+        rewriter.leave_out(node, "weight")
+    module.recompile()
+    module.graph.eliminate_dead_code()
     verify(module, SPECS[Stage.CAPTURED])
 
 

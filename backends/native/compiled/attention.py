@@ -37,8 +37,8 @@ def _lower_floats(node: fx.Node, rewriter: Rewriter) -> None:
         return
     with rewriter.before(node):
         if mask is not None and mask.meta["val"].dtype != torch.bool:
-            mask = rewriter.call(aten.to.dtype, (mask, torch.float32), [node])
+            mask = rewriter.call(aten.to.dtype, (mask, torch.float32), [node], layer=True)
         arguments = (q, k, v, mask, bool(given.is_causal), scale, None, None, 255)
-        new = rewriter.call(native.bf16_attention.default, arguments, [node])
-        result = rewriter.call(aten.transpose.int, (new, *TO_VALUES), [node])
+        new = rewriter.call(native.bf16_attention.default, arguments, [node], layer=True)
+        result = rewriter.call(aten.transpose.int, (new, *TO_VALUES), [node], layer=True)
     replace(node, result, rewriter)

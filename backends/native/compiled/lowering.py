@@ -109,7 +109,7 @@ def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
     assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
     arguments = (given.x, given.scale, given.zero_point, given.qmax)
     with rewriter.before(node):
-        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name)
+        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name, layer=True)
     rewriter.replace(node, new)
 
 
@@ -123,9 +123,9 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
     factors = (codes, given.x_scale, given.x_zero_point, weight, given.w_scale, given.w_zero_point)
     arguments = (*factors, sums, given.bias, bits, out, "none", None, None, None, None, 255, kernel_dtype)
     with rewriter.before(node):
-        new = rewriter.call(native.vnni_linear.default, arguments, [node])
+        new = rewriter.call(native.vnni_linear.default, arguments, [node], layer=True)
         if kernel_dtype != dtype:
-            new = rewriter.call(aten.to.dtype, (new, dtype), [node])
+            new = rewriter.call(aten.to.dtype, (new, dtype), [node], layer=True)
     rewriter.replace(node, new)
     if not packed.users:
         rewriter.forget(packed)  # So that a model never holds both forms of all weights.

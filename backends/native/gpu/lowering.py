@@ -192,14 +192,14 @@ def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None
     with rewriter.before(node):
         if linears or signed:
             if x.meta["val"].dtype not in FLOATS:
-                x = rewriter.call(aten.to.dtype, (x, torch.float32), [node])
-            codes = rewriter.call(native.triton_quantize.default, (x, *grid, qmax, held), [node])
+                x = rewriter.call(aten.to.dtype, (x, torch.float32), [node], layer=True)
+            codes = rewriter.call(native.triton_quantize.default, (x, *grid, qmax, held), [node], layer=True)
             for reader in linears:
                 rewriter.redirect(reader, node, codes)
             for reader in signed:
                 rewriter.replace(reader, codes)
         if node.users:
-            rewriter.replace(node, rewriter.call(native.quantize.default, (given.x, *grid, qmax), [node]))
+            rewriter.replace(node, rewriter.call(native.quantize.default, (given.x, *grid, qmax), [node], layer=True))
 
 
 def _multiplies(reader: fx.Node, codes: fx.Node) -> bool:
@@ -230,7 +230,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
             sums, group_size = w_scale, 0  # Products of floats need no sums; any tensor serves.
         else:
             if codes.meta["val"].dtype != torch.int8:
-                codes = rewriter.call(native.signed.default, (codes,), [node])
+                codes = rewriter.call(native.signed.default, (codes,), [node], layer=True)
             weight = _rows(packed, w_zero_point, bits, inner, group_size, rewriter, held, options)
             sums = make(_SUMS, lambda: weights.sums(*grid()))
             zeros = rewriter.tensor(w_zero_point)
@@ -240,9 +240,9 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
         factors = (codes, given.x_scale, given.x_zero_point, weight, w_scale, w_zero_point)
         nothing = (None, None, None, None, 255, kernel_dtype, group_size, offset, x_sums)
         arguments = (*factors, sums, given.bias, bits, out, "none", *nothing)
-        new = rewriter.call(native.triton_linear.default, arguments, [node])
+        new = rewriter.call(native.triton_linear.default, arguments, [node], layer=True)
         if kernel_dtype != dtype:
-            new = rewriter.call(aten.to.dtype, (new, dtype), [node])
+            new = rewriter.call(aten.to.dtype, (new, dtype), [node], layer=True)
     rewriter.replace(node, new)
     if not packed.users:
         rewriter.forget(packed)  # So that memory never holds both forms of all weights of a model.
@@ -271,7 +271,7 @@ def _sums_of(codes: fx.Node, rewriter: Rewriter) -> fx.Node:
     key = "row sums", codes
     if key not in rewriter.memo:
         with rewriter.after(codes):
-            rewriter.memo[key] = rewriter.call(native.triton_row_sums.default, (codes,), [codes])
+            rewriter.memo[key] = rewriter.call(native.triton_row_sums.default, (codes,), [codes], layer=True)
     node: fx.Node = rewriter.memo[key]
     return node
 
@@ -283,10 +283,10 @@ def _fuse_row_sums(node: fx.Node, rewriter: Rewriter) -> None:
         source = source_of(codes)
         if source.target in (_KERNELS.quantize_tokens, _KERNELS.norm_quantize_tokens):
             with rewriter.before(node):
-                rewriter.replace(node, rewriter.call(operator.getitem, (source, _TOKEN_SUMS), [node]))
+                rewriter.replace(node, rewriter.call(operator.getitem, (source, _TOKEN_SUMS), [node], layer=True))
     elif codes.target in _WITH_SUMS:
         with rewriter.before(codes):
-            both = rewriter.call(_WITH_SUMS[codes.target], codes.args, [codes])
-            made, sums = (rewriter.call(operator.getitem, (both, number), [codes]) for number in range(2))
+            both = rewriter.call(_WITH_SUMS[codes.target], codes.args, [codes], layer=True)
+            made, sums = (rewriter.call(operator.getitem, (both, number), [codes], layer=True) for number in range(2))
         rewriter.replace(node, sums)
         rewriter.replace(codes, made)

@@ -74,7 +74,7 @@ def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
     assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
     arguments = (given.x, given.scale, given.zero_point, given.qmax)
     with rewriter.before(node):
-        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name)
+        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name, layer=True)
     rewriter.replace(node, new)
 
 
@@ -94,14 +94,14 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor])
     arguments = (*left, weight, given.w_scale, given.w_zero_point, summed, given.bias, bits)
     with rewriter.before(node):
         if offset is None:
-            new = rewriter.call(native.linear.default, (*arguments, given.out_dtype), [node])
+            new = rewriter.call(native.linear.default, (*arguments, given.out_dtype), [node], layer=True)
         else:
-            product = rewriter.call(native.linear.default, (*arguments, torch.float32), [node])
+            product = rewriter.call(native.linear.default, (*arguments, torch.float32), [node], layer=True)
             key = "sums", *left
             if key not in rewriter.memo:
-                rewriter.memo[key] = rewriter.call(native.input_sums.default, left, [codes])
+                rewriter.memo[key] = rewriter.call(native.input_sums.default, left, [codes], layer=True)
             corrected = (product, rewriter.memo[key], offset, given.out_dtype)
-            new = rewriter.call(native.add_missing.default, corrected, [node])
+            new = rewriter.call(native.add_missing.default, corrected, [node], layer=True)
     rewriter.replace(node, new)
     if not packed.users:
         rewriter.forget(packed)  # So that a model never holds both forms of all weights.
@@ -120,7 +120,7 @@ def _fuse_gelu(node: fx.Node, rewriter: Rewriter) -> None:
     factors = (given.xq, given.x_scale, given.x_zero_point, given.weight, given.w_scale, given.w_zero_point)
     arguments = (*factors, given.bias, given.bits, out.scale, out.zero_point, out.qmax)
     with rewriter.before(codes):
-        new = rewriter.call(native.linear_gelu.default, arguments, [codes, gelu, node])
+        new = rewriter.call(native.linear_gelu.default, arguments, [codes, gelu, node], layer=True)
     rewriter.replace(codes, new)
     rewriter.erase(gelu)
     rewriter.erase(node)

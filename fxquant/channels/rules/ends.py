@@ -144,10 +144,16 @@ def parameter(node: fx.Node, want: Want) -> Outcome:
     """End: fold into (a private copy of) the parameter."""
     if not node.meta["val"].is_floating_point():
         return Barrier(f"{node.target} is not a floating-point tensor")
-    return End(
-        lambda rewriter, a, c: rewriter.fold_attribute(node, lambda p: p.double() * a + c, by=("affine", a, c)),
-        into=str(node.target),
-    )
+    return End(partial(_fold_parameter, node), into=str(node.target))
+
+
+def _fold_parameter(
+    node: fx.Node, rewriter: Rewriter, a: Tensor, c: Tensor, readers: Sequence[fx.Node] | None = None
+) -> fx.Node:
+    def folded(parameter: Tensor) -> Tensor:
+        return parameter.double() * a.to(parameter.device) + c.to(parameter.device)
+
+    return rewriter.fold_attribute(node, folded, readers, by=("affine", a, c))
 
 
 @rule("placeholder")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -76,8 +77,7 @@ def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
             own = rewriter.tensor(parameter).double()
             follows = digest(table.origin, rewriter.history(parameter).digest)
             table = replace(table.map(lambda rows: rows.to(own.device) + own), follows=follows)
-            node.args = tuple(node.args[:2])
-            node.kwargs = {}
+            rewriter.leave_out(node, "bias")
         add_rows(rewriter, node, table, [node], list(node.users))
 
 
@@ -192,6 +192,8 @@ def parameter(node: fx.Node, want: Want) -> Outcome:
     return End(partial(_fold_parameter, node), into=str(node.target))
 
 
-def _fold_parameter(node: fx.Node, rewriter: Rewriter, table: TimeTable, readers: Any = None) -> None:
+def _fold_parameter(
+    node: fx.Node, rewriter: Rewriter, table: TimeTable, readers: Sequence[fx.Node] | None = None
+) -> fx.Node:
     shift = table.rows[0]
-    rewriter.fold_attribute(node, lambda p: p.double() + shift.to(p.device), readers, by=("shift", shift))
+    return rewriter.fold_attribute(node, lambda p: p.double() + shift.to(p.device), readers, by=("shift", shift))
