@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,44 +18,100 @@ from fxquant.backends.onednn_products import sums_exactly
 from fxquant.errors import BackendError
 from tests.tiny import calibrate, make_dit, run
 
-SCRIPT = """
+pytestmark = [pytest.mark.usefixtures("shared_traces"), pytest.mark.xdist_group("native machine")]
+
+REPORT = """
 import warnings
+import torch
 import fxquant
+from fxquant.backends.native import Native  # Imported before processes are made of this one.
 from fxquant.backends.onednn_products import sums_exactly
+from fxquant.capture.trace import Architecture
 from fxquant.numerics.sqnr import sqnr_db
-from tests.tiny import calibrate, make_dit, run
+from tests.tiny import calibrate, inputs, make_dit, run
+from tests.traces import traced_once
 
-made = {}
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for backend in ("native", "fake-quant"):
-        model = make_dit()
-        made[backend] = fxquant.compile(
-            model, recipe="htg-w8a8", backend=backend, calibrate=calibrate(model), measure=0
-        )
-print(sums_exactly())
-print([str(w.message) for w in caught if issubclass(w.category, fxquant.SpeedWarning)])
-print({layer.kernel for layer in fxquant.report(made["native"]).layers if layer.precision == "w8a8"})
-print(sqnr_db(run(made["fake-quant"], timestep=None), run(made["native"], timestep=None)))
+def report():
+    made = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for backend in ("native", "fake-quant"):
+            model = make_dit()
+            made[backend] = fxquant.compile(
+                model, recipe="htg-w8a8", backend=backend, calibrate=calibrate(model), measure=0
+            )
+    print(sums_exactly())
+    print([str(w.message) for w in caught if issubclass(w.category, fxquant.SpeedWarning)])
+    print({layer.kernel for layer in fxquant.report(made["native"]).layers if layer.precision == "w8a8"})
+    print(sqnr_db(run(made["fake-quant"], timestep=None), run(made["native"], timestep=None)), flush=True)
 """
+ONE = (
+    REPORT
+    + """
+with traced_once():
+    report()
+"""
+)
+FORKED = (
+    REPORT
+    + """
+import json, os, sys
+
+environments = json.loads(sys.argv[1])
+with traced_once():
+    # Tracing computes nothing: what libraries find out about the processor, each process finds out for itself.
+    architecture = Architecture.of(make_dit(), "timestep")
+    architecture.capture(*architecture.canonical((), inputs()))
+    for environment in environments:
+        print("=====", flush=True)
+        child = os.fork()
+        if child == 0:
+            os.environ.update(environment)
+            try:
+                report()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0, environment
+"""
+)
+ISAS = ["AVX2", "AVX512_CORE", "SSE41"]
 
 
-@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "SSE41"])
-def test_right_without_vnni_and_says_what_is_lost(isa: str) -> None:
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+def run_script(script: str, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    exact, told, kernel, db = done.stdout.splitlines()[-4:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What models tell in processes with limited oneDNN, and in one without a compiler. Imported and traced once."""
+    folder = str(tmp_path_factory.mktemp("none"))
+    environments = {isa: {"ONEDNN_MAX_CPU_ISA": isa} for isa in ISAS}
+    environments["no compiler"] = {"CXX": f"{folder}/none", "FXQUANT_CACHE": folder}
+    _, *parts = run_script(FORKED, json.dumps([*environments.values()])).split("=====\n")
+    return dict(zip(environments, parts, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_right_without_vnni_and_says_what_is_lost(isa: str, told: dict[str, str]) -> None:
+    exact, said, kernel, db = told[isa].splitlines()[-4:]
     lost = "The fastest kernels are not used, because this processor has no (VNNI|AVX-512)"
-    assert re.search(lost, told) or exact == "True"
+    assert re.search(lost, said) or exact == "True"
     if exact == "False":
-        assert "without VNNI" in told
-        assert "half the speed" in told
+        assert "without VNNI" in said
+        assert "half the speed" in said
         assert "in two halves (no VNNI)" in kernel
     elif machine.missing_kernels() is None:
-        assert told == "[]"
+        assert said == "[]"
     assert isa != "AVX2" or exact == "False"
     assert float(db) > 45.0
 
@@ -85,30 +141,17 @@ def test_this_machine_sums_exactly_if_it_has_the_instructions() -> None:
         assert sums_exactly()
 
 
-def run_script(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_without_a_compiler_another_path_runs_and_says_so(tmp_path: Path) -> None:
-    told = run_script(SCRIPT, CXX=str(tmp_path / "none"), FXQUANT_CACHE=str(tmp_path))
-    assert "The fastest kernels are not used" in told
-    assert "onednn qlinear u8 x s8" in told
-    assert float(told.splitlines()[-1]) > 45.0
+def test_without_a_compiler_another_path_runs_and_says_so(told: dict[str, str]) -> None:
+    said = told["no compiler"]
+    assert "The fastest kernels are not used" in said
+    assert "onednn qlinear u8 x s8" in said
+    assert float(said.splitlines()[-1]) > 45.0
 
 
 def test_without_wide_instructions_another_path_runs_and_says_so() -> None:
-    told = run_script(SCRIPT, ATEN_CPU_CAPABILITY="avx2")
-    assert "no AVX-512 instructions" in told
-    assert float(told.splitlines()[-1]) > 45.0
+    said = run_script(ONE, ATEN_CPU_CAPABILITY="avx2")
+    assert "no AVX-512 instructions" in said
+    assert float(said.splitlines()[-1]) > 45.0
 
 
 def test_compiled_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

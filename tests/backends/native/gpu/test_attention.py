@@ -17,6 +17,7 @@ from fxquant.backends.native.gpu import machine
 from fxquant.backends.native.gpu.attention_ops import Cut, choose, int8_attention, parts
 from fxquant.errors import BackendError
 from fxquant.numerics.sqnr import sqnr_db
+from tests.sampling import covering
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MISSING = machine.missing(DEVICE)
@@ -96,9 +97,11 @@ def attend(q: Coded, k: Coded, v: Coded, mask: Tensor | None = None, **more: Any
 
 
 @runs
-@pytest.mark.parametrize("mask", ["none", "float", "bool", "padding"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_of_codes(shape: tuple[int, ...], mask: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "mask"), covering(range(len(SHAPES)), ["none", "float", "bool", "padding"], together=1)
+)
+def test_of_codes(number: int, mask: str) -> None:
+    shape = SHAPES[number]
     q, k, v = inputs(*shape)
     given = masks(mask, shape[0], shape[3], shape[4])
     right, certain = expected(q, k, v, given, 1 / 255, 255)

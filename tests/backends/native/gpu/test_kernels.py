@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fxquant.errors import BackendError
 from fxquant.numerics import grids
 from fxquant.numerics.packing import pack
 from fxquant.numerics.sqnr import sqnr_db
+from tests.sampling import covering
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MISSING = machine.missing(DEVICE)
@@ -83,9 +85,9 @@ def expected(codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Weight) -
 SHAPES = [(1, 4, 1), (13, 72, 40), (70, 301, 65), (2, 1152, 96)]
 
 
-@pytest.mark.parametrize("grid", ["one", "sample", "row"])
-@pytest.mark.parametrize("bits", [2, 4, 6, 8])
-@pytest.mark.parametrize(("tokens", "inner", "out"), SHAPES)
+@pytest.mark.parametrize(
+    ("tokens", "inner", "out", "bits", "grid"), covering(SHAPES, [2, 4, 6, 8], ["one", "sample", "row"])
+)
 def test_products_are_exact(tokens: int, inner: int, out: int, bits: int, grid: str) -> None:
     torch.manual_seed(0)
     codes = torch.randint(0, 256, (3, tokens, inner), dtype=torch.uint8)
@@ -99,9 +101,14 @@ def test_products_are_exact(tokens: int, inner: int, out: int, bits: int, grid: 
             assert torch.equal(found, expected(codes, scale, zero_point, weight).float())
 
 
-@pytest.mark.parametrize("group", [32, 64, 96, 128])
-@pytest.mark.parametrize(("bits", "halves"), [(2, True), (4, True), (4, False), (6, False)])
-@pytest.mark.parametrize(("tokens", "inner", "out"), [(1, 32, 4), (13, 300, 65), (70, 256, 40)])
+@pytest.mark.parametrize(
+    ("tokens", "inner", "out", "bits", "halves", "group"),
+    covering(
+        [(1, 32, 4), (13, 300, 65), (70, 256, 40)],
+        [(2, True), (4, True), (4, False), (6, False)],
+        [32, 64, 96, 128],
+    ),
+)
 def test_groups(tokens: int, inner: int, out: int, bits: int, halves: bool, group: int) -> None:
     torch.manual_seed(0)
     codes = torch.randint(0, 256, (tokens, inner), dtype=torch.uint8)
@@ -122,7 +129,7 @@ def test_saturating_codes_are_exact(inner: int, code: int, held: int, zero_point
 @pytest.mark.parametrize("halves", [False, True])
 def test_every_way_to_cut_a_product(halves: bool) -> None:
     torch.manual_seed(0)
-    codes, weight = torch.randint(0, 256, (150, 300), dtype=torch.uint8), Weight(270, 300, 4)
+    codes, weight = torch.randint(0, 256, (150, 140), dtype=torch.uint8), Weight(270, 140, 4)
     grid = torch.ones(()), torch.tensor(3, dtype=torch.uint8)
     right = expected(codes, *grid, weight).float()
     kind = "int4" if halves else "int8"
@@ -131,25 +138,30 @@ def test_every_way_to_cut_a_product(halves: bool) -> None:
         assert torch.equal(linear(codes, *grid, weight, halves, config=config), right), config
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bias_gate_and_residual(dtype: torch.dtype) -> None:
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bias_gate_and_residual(dtype: torch.dtype, every: bool) -> None:
+    """Every combination with every dtype, or each with one dtype."""
     torch.manual_seed(0)
     codes, weight = torch.randint(0, 256, (2, 17, 40), dtype=torch.uint8), Weight(40, 40, 8)
     grid = torch.rand(2, 1, 1) * 1e-3, torch.randint(0, 256, (2, 1, 1), dtype=torch.uint8)
     product = expected(codes, *grid, weight)
     residual, gates = torch.randn(2, 17, 40).to(dtype), torch.randn(2, 3, 40).to(dtype)
     gate = gates[:, 1:2]  # Vectors of samples that do not follow one another in memory.
-    for bias in (None, torch.randn(40), torch.randn(2, 1, 40)):
-        for factor in (None, gate, gate[:1, 0, :], gate[0, 0]):
-            for added in (None, residual):
-                found = linear(codes, *grid, weight, bias=bias, gate=factor, residual=added, dtype=dtype)
-                right = product if bias is None else product + bias
-                right = right if factor is None else right * factor.double()
-                right = right if added is None else right + added.double()
-                assert found.dtype == dtype
-                torch.testing.assert_close(
-                    found, right.to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-4
-                )
+    biases = (None, torch.randn(40), torch.randn(2, 1, 40))
+    factors = (None, gate, gate[:1, 0, :], gate[0, 0])
+    for number, (bias, factor, added) in enumerate(itertools.product(biases, factors, (None, residual))):
+        if not every and number % 3 != FLOATS.index(dtype):
+            continue
+        found = linear(codes, *grid, weight, bias=bias, gate=factor, residual=added, dtype=dtype)
+        right = product if bias is None else product + bias
+        right = right if factor is None else right * factor.double()
+        right = right if added is None else right + added.double()
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, right.to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu"])
@@ -241,10 +253,10 @@ def test_rows_lead_back(out: int, inner: int, group: int, halves: bool) -> None:
 # --- float activations ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group", [0, 32, 96])
-@pytest.mark.parametrize(("bits", "halves"), [(8, False), (6, False), (4, True)])
-@pytest.mark.parametrize(("rows", "inner", "out"), [(1, 64, 40), (70, 301, 65)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "out", "bits", "halves", "group", "dtype"),
+    covering([(1, 64, 40), (70, 301, 65)], [(8, False), (6, False), (4, True)], [0, 32, 96], FLOATS),
+)
 def test_products_of_float_activations(
     rows: int, inner: int, out: int, bits: int, halves: bool, group: int, dtype: torch.dtype
 ) -> None:
@@ -284,9 +296,7 @@ def test_float_activations_that_do_not_fit_are_refused() -> None:
 # --- rows of activations --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("channels", [1, 16, 75, 1152])
+@pytest.mark.parametrize(("channels", "centered", "dtype"), covering([1, 16, 75, 1152], [True, False], FLOATS))
 def test_norms(dtype: torch.dtype, centered: bool, channels: int) -> None:
     torch.manual_seed(0)
     x = (torch.randn(2, 5, channels) * 3 + 1).to(dtype)
