@@ -29,6 +29,9 @@ from fxquant.planning.plan import Plan
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline, run
+from tests.traces import traced_anew
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
 
 IMAGES: dict[str, Any] = {"class_labels": [1, 7], "num_inference_steps": 3, "output_type": "np"}
 
@@ -426,6 +429,7 @@ def test_a_poor_result_is_said(model: DiTTransformer2DModel) -> None:
 # --- the float model ---
 
 
+@traced_anew()
 def test_the_float_model_is_shared_and_unchanged(tiny_dit: DiTTransformer2DModel) -> None:
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tiny_dit.state_dict().items()}
     output = run(tiny_dit)
@@ -439,6 +443,7 @@ def test_the_float_model_is_shared_and_unchanged(tiny_dit: DiTTransformer2DModel
     assert kept.data_ptr() == tiny_dit.pos_embed.proj.weight.data_ptr()
 
 
+@traced_anew()
 def test_float_weights_are_freed(tiny_dit: DiTTransformer2DModel) -> None:
     made = fxquant.compile(tiny_dit, recipe="ptq4dit-w4a8", calibrate=calibrate(tiny_dit))
     shapes = {tuple(layer.shape) for _, layer in made.plan.quantized()}
@@ -504,6 +509,7 @@ def test_a_model_compiled_in_place(tiny_dit: DiTTransformer2DModel, path: str) -
     assert torch.equal(run(fxquant.trace(tiny_dit)), expected)
 
 
+@traced_anew()
 def test_a_new_shape_under_autocast_is_captured_without(tiny_dit: DiTTransformer2DModel) -> None:
     made = fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), measure=0)
     other = copy.deepcopy(made)
@@ -562,6 +568,7 @@ def test_torch_compile_and_a_call_of_another_size(quantized: GraphModel, other_s
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/runtime/test_torch_compile.py compiles other recipes with inductor.
 def test_inductor(quantized: GraphModel) -> None:
     made = torch.compile(copy.deepcopy(quantized), fullgraph=True)
     with torch.no_grad():

@@ -27,6 +27,9 @@ from fxquant.pipeline.pipeline import parse_pass
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
+from tests.traces import traced_anew
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
 
 
 def snapshot(model: nn.Module) -> Any:
@@ -94,6 +97,7 @@ def test_calibrate_runs_another_model(tiny_dit: DiTTransformer2DModel) -> None:
         fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=lambda: run(other))
 
 
+@traced_anew()
 def test_calibrate_raises(tiny_dit: DiTTransformer2DModel) -> None:
     def broken() -> None:
         run(tiny_dit)
@@ -112,6 +116,7 @@ def test_calibrate_is_interrupted(tiny_dit: DiTTransformer2DModel, interrupt: ty
         fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=interrupted)
 
 
+@traced_anew()
 def test_a_failure_that_calibrate_swallows_is_not_forgotten(tiny_dit: DiTTransformer2DModel) -> None:
     def careless() -> None:
         run(tiny_dit)
@@ -133,6 +138,7 @@ def test_calibration_within_a_calibration(tiny_dit: DiTTransformer2DModel) -> No
         fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=nested)
 
 
+@traced_anew()
 def test_calibration_of_one_model_in_two_threads(tiny_dit: DiTTransformer2DModel) -> None:
     began, go_on, errors = threading.Event(), threading.Event(), []
 
@@ -386,8 +392,15 @@ def test_one_step_of_samples_at_several(tiny_dit: DiTTransformer2DModel) -> None
         fxquant.compile(tiny_dit, recipe="single-step-w8a8", calibrate=lambda: run(tiny_dit, timestep=None))
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("group", [0, 4, 16])
+@pytest.mark.parametrize(
+    ("group", "bits"),
+    [
+        # Each number of bits with one size of group, by turns; the rest is exhaustive.
+        pytest.param(group, bits, marks=[pytest.mark.exhaustive] * (bits % 3 != number))
+        for number, group in enumerate((0, 4, 16))
+        for bits in range(2, 9)
+    ],
+)
 def test_single_step_of_all_bits_and_groups_that_divide(bits: int, group: int) -> None:
     model = make_dit()
     name = f"single-step-w{bits}a8" + (f"-g{group}" if group else "")

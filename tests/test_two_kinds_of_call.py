@@ -7,6 +7,7 @@ each kind of call gives what the model gives: calibrated in any order or not at 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import fxquant
 from fxquant.errors import CalibrationError, CaptureError
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
 
 C = 16
 DECIDE = "remove-no-ops,assign-precision{precision=w8a8} ; "
@@ -105,11 +108,13 @@ def call(kind: str, batch: int = 2, seed: int = 0, step: float | None = None) ->
     return made
 
 
-def compiled(model: nn.Module, recipe: Any, order: str) -> GraphModel:
+def compiled(model: nn.Module, recipe: Any, order: str, calibrated: str = "int64") -> GraphModel:
+    """Calibrated with calls whose timesteps are of this dtype; those of :func:`error` are int64."""
+
     def calibrate() -> None:
         for kind in order:
-            for seed, step in enumerate((900.0, 600.0, 300.0, 20.0)):
-                model(**call(kind, seed=seed, step=step))
+            for seed, step in enumerate((900, 600, 300, 20)):
+                model(**call(kind, seed=seed, step=float(step) if calibrated == "float32" else step))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -131,6 +136,8 @@ CASES += [
     (kind, order, "shifted by timestep") for kind in ("norm", "modulated", "value", "layer") for order in ("pe", "p")
 ]
 CASES += [("norm", "pe", "shifted"), ("elsewhere", "pe", "shifted"), ("elsewhere", "e", "balanced")]
+FLOAT = {("norm", "pe", "balanced"), ("modulated", "pe", "shifted by timestep"), ("layer", "p", "balanced")}
+"""Cases of which `make test` also runs the one where every call is of another dtype than those of the calibration."""
 
 
 _LAYER = (
@@ -158,10 +165,25 @@ REFUSED = {
 """Calls of a kind that was not calibrated and cannot be served: kind of model, order, recipe, kind of call."""
 
 
-@pytest.mark.parametrize(("kind", "order", "recipe"), CASES)
-def test_every_kind_of_call_is_that_of_the_model(kind: str, order: str, recipe: str, tmp_path: Path) -> None:
+def in_both_dtypes(cases: Sequence[tuple[str, ...]], sample: Collection[tuple[str, ...]]) -> list[Any]:
+    """The cases, each calibrated with either dtype of timesteps; those of float32 are exhaustive outside the sample.
+
+    One process runs all cases of a kind of model, and they share traces.
+    """
+    found = []
+    for dtype in ("int64", "float32"):
+        for case in cases:
+            rest = [pytest.mark.exhaustive] * (dtype == "float32" and case not in sample)
+            found.append(pytest.param(*case, dtype, marks=[pytest.mark.xdist_group(f"two kinds, {case[0]}"), *rest]))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "order", "recipe", "calibrated"), in_both_dtypes(CASES, FLOAT))
+def test_every_kind_of_call_is_that_of_the_model(
+    kind: str, order: str, recipe: str, calibrated: str, tmp_path: Path
+) -> None:
     model = Two(kind)
-    made = compiled(model, fxquant.Recipe.parse(RECIPES[recipe]), order)
+    made = compiled(model, fxquant.Recipe.parse(RECIPES[recipe]), order, calibrated)
     assert any(layer.balance is not None for layer in made.plan.layers.values())
     fxquant.save(made, tmp_path / "made")
     loaded = fxquant.load(tmp_path / "made", model=model)
@@ -176,19 +198,20 @@ def test_every_kind_of_call_is_that_of_the_model(kind: str, order: str, recipe: 
             assert str(refused.value) == message
 
 
-@pytest.mark.parametrize(
-    ("kind", "recipe"),
-    [
-        ("norm", "ptq4dit-gptq-w4a8"),
-        ("value", "ptq4dit-gptq-w4a8"),
-        ("elsewhere", "ptq4dit-w8a8"),
-        ("modulated", "htg-w8a8"),
-    ],
-)
-def test_quantized_both_kinds_are_as_good(kind: str, recipe: str, tmp_path: Path) -> None:
+QUANTIZED = [
+    ("norm", "ptq4dit-gptq-w4a8"),
+    ("value", "ptq4dit-gptq-w4a8"),
+    ("elsewhere", "ptq4dit-w8a8"),
+    ("modulated", "htg-w8a8"),
+]
+
+
+@pytest.mark.parametrize(("kind", "recipe", "calibrated"), in_both_dtypes(QUANTIZED, QUANTIZED[:1]))
+def test_quantized_both_kinds_are_as_good(kind: str, recipe: str, calibrated: str, tmp_path: Path) -> None:
     """Neither kind of call is worse than in a model that was calibrated with that kind alone."""
     model = Two(kind)
-    made, alone = compiled(model, recipe, "pe"), {calls: compiled(model, recipe, calls) for calls in "pe"}
+    made = compiled(model, recipe, "pe", calibrated)
+    alone = {calls: compiled(model, recipe, calls, calibrated) for calls in "pe"}
     fxquant.save(made, tmp_path / "made")
     loaded = fxquant.load(tmp_path / "made", model=model)
     for calls in "pe":

@@ -26,6 +26,8 @@ from fxquant.pipeline.recipes import make_recipe
 from fxquant.storage import diffusers_io
 from tests.tiny import make_pipeline
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 FAST = ("--samples", "2", "--steps", "2")
 
 

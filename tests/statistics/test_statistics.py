@@ -299,10 +299,10 @@ def test_sample_needs_a_row(kind):
 # The sample
 
 
-def test_every_row_is_sampled_equally_often():
+@pytest.mark.parametrize("trials", [1000, pytest.param(4000, marks=pytest.mark.exhaustive)])
+def test_every_row_is_sampled_equally_often(trials):
     # 40 rows that come in calls of 1, 24, 3 and 12; a fifth of them is kept.
     calls = torch.arange(40.0).reshape(1, 40, 1).split([1, 24, 3, 12], dim=1)
-    trials = 4000
     hits = np.zeros(40)
     for seed in range(trials):
         kept = recorded([(call, 1) for call in calls], seed=seed, num_rows=8).rows().reshape(-1).int().numpy()
@@ -313,9 +313,9 @@ def test_every_row_is_sampled_equally_often():
     assert deviation.std() == pytest.approx(1, abs=0.35)
 
 
-def test_pairs_of_rows_are_sampled_equally_often():
+@pytest.mark.parametrize("trials", [1000, pytest.param(3000, marks=pytest.mark.exhaustive)])
+def test_pairs_of_rows_are_sampled_equally_often(trials):
     calls = torch.arange(6.0).reshape(1, 6, 1).split([2, 4], dim=1)
-    trials = 3000
     hits = dict.fromkeys(itertools.combinations(range(6), 2), 0)
     for seed in range(trials):
         hits[tuple(sorted(recorded([(c, 1) for c in calls], seed=seed, num_rows=2).rows().reshape(-1).tolist()))] += 1
@@ -324,10 +324,10 @@ def test_pairs_of_rows_are_sampled_equally_often():
     assert chi_square < 36  # 14 degrees of freedom: exceeded once in a thousand
 
 
-def test_merged_runs_sample_each_row_equally_often():
+@pytest.mark.parametrize("trials", [1000, pytest.param(3000, marks=pytest.mark.exhaustive)])
+def test_merged_runs_sample_each_row_equally_often(trials):
     # A run of 30 rows and one of 10: the bigger has three quarters of the sample.
     big, small = torch.arange(30.0).reshape(1, 30, 1), torch.arange(30.0, 40).reshape(1, 10, 1)
-    trials = 3000
     share = 0.0
     for seed in range(trials):
         both = merged(recorded([(big, 1)], seed=2 * seed), recorded([(small, 1)], seed=2 * seed + 1))

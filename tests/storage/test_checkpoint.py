@@ -41,6 +41,9 @@ from fxquant.planning.plan import FORMAT
 from fxquant.runtime.model import GraphModel
 from fxquant.storage import checkpoint
 from tests.tiny import calibrate, inputs, make_dit, run
+from tests.traces import traced_anew
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
 
 FILES = ("config.json", "plan.json", "model.safetensors", "plan.safetensors")
 
@@ -61,9 +64,10 @@ def saved(quantized: GraphModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def most_seconds(saved: Path) -> float:
     """What a refusal may take: 5 s, or where the processor has other work too, thrice what it takes to load."""
-    fxquant.load(saved)  # The first time imports what it needs.
-    began = time.process_time()
-    fxquant.load(saved)
+    with traced_anew():
+        fxquant.load(saved)  # The first time imports what it needs.
+        began = time.process_time()
+        fxquant.load(saved)
     return max(5.0, 3 * (time.process_time() - began))
 
 
@@ -173,7 +177,7 @@ def test_load_makes_no_float_weights(quantized: GraphModel, saved: Path) -> None
     with RealTensors() as seen:
         make_dit()
     assert shapes <= seen.shapes  # The watch sees float weights where they are made.
-    with RealTensors() as seen:
+    with RealTensors() as seen, traced_anew():
         fxquant.load(saved)
     assert not shapes & seen.shapes
 

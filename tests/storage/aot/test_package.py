@@ -42,9 +42,21 @@ from fxquant.storage.diffusers_io import load_pipeline, save_pipeline
 from tests.support import count
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 
-pytestmark = pytest.mark.slow  # Two backends, three graphs: as many runs of the C++ compiler.
+pytestmark = [
+    pytest.mark.slow,  # Two backends, four graphs: as many runs of the C++ compiler.
+    pytest.mark.usefixtures("shared_traces"),
+]
 
-BACKENDS = ("fake-quant", "native", "onednn")
+FAKE_QUANT, NATIVE, ONEDNN = (
+    pytest.mark.xdist_group(f"packages, {name}") for name in ("fake-quant", "native", "onednn")
+)
+"""Each package is compiled in one process, which runs all tests of it."""
+
+BACKENDS = (
+    pytest.param("fake-quant", marks=FAKE_QUANT),
+    pytest.param("native", marks=NATIVE),
+    pytest.param("onednn", marks=ONEDNN),
+)
 Made = tuple[GraphModel, Path]
 
 
@@ -89,17 +101,22 @@ def opaque(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return quantized, folder
 
 
-@pytest.fixture(scope="module")
-def made(pipeline: Made, several: Made, opaque: Made) -> dict[str, Made]:
-    return {"native": (pipeline[0], pipeline[1] / "transformer"), "fake-quant": several, "onednn": opaque}
+@pytest.fixture
+def made(request: pytest.FixtureRequest, backend: str) -> Made:
+    """The quantized model and the package of a backend."""
+    if backend == "native":
+        quantized, folder = request.getfixturevalue("pipeline")
+        return quantized, folder / "transformer"
+    found: Made = request.getfixturevalue("opaque" if backend == "onednn" else "several")
+    return found
 
 
 # --- what it does ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_outputs_are_the_models(made: dict[str, Made], backend: str) -> None:
-    quantized, folder = made[backend]
+def test_outputs_are_the_models(made: Made) -> None:
+    quantized, folder = made
     packaged = fxquant.load_package(folder)
     for batch in (1, 2, 3, 8):
         call = {"batch": batch, "timestep": None, "seed": batch}
@@ -107,6 +124,7 @@ def test_outputs_are_the_models(made: dict[str, Made], backend: str) -> None:
         assert sqnr_db(run(quantized, **call), run(packaged, **call)) > 100.0
 
 
+@FAKE_QUANT
 def test_every_graph_is_there(several: Made) -> None:
     quantized, folder = several
     packaged = fxquant.load_package(folder)
@@ -115,8 +133,8 @@ def test_every_graph_is_there(several: Made) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_it_is_a_drop_in(made: dict[str, Made], backend: str) -> None:
-    quantized, folder = made[backend]
+def test_it_is_a_drop_in(made: Made) -> None:
+    quantized, folder = made
     packaged = fxquant.load_package(folder)
     assert (packaged.dtype, packaged.device, packaged.training) == (torch.float32, torch.device("cpu"), False)
     assert dict(packaged.config) == {k: v for k, v in quantized.config.items() if k != "_name_or_path"}
@@ -136,8 +154,8 @@ def test_it_is_a_drop_in(made: dict[str, Made], backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inputs_may_lie_in_memory_as_they_like(made: dict[str, Made], backend: str) -> None:
-    packaged = fxquant.load_package(made[backend][1])
+def test_inputs_may_lie_in_memory_as_they_like(made: Made) -> None:
+    packaged = fxquant.load_package(made[1])
     call = inputs()
     odd = {
         "hidden_states": call["hidden_states"].to(memory_format=torch.channels_last),
@@ -149,6 +167,7 @@ def test_inputs_may_lie_in_memory_as_they_like(made: dict[str, Made], backend: s
         assert torch.equal(packaged(**odd).sample, packaged(**call).sample)
 
 
+@FAKE_QUANT
 def test_signs_that_are_not_in_memory(several: Made) -> None:
     packaged, call = fxquant.load_package(several[1]), inputs()
     lazy = {**call, "hidden_states": torch._neg_view(-call["hidden_states"])}
@@ -156,6 +175,7 @@ def test_signs_that_are_not_in_memory(several: Made) -> None:
     assert torch.equal(packaged(**lazy).sample, packaged(**call).sample)
 
 
+@NATIVE
 def test_a_pipeline_takes_it(pipeline: Made) -> None:
     quantized, folder = pipeline
     expected, actual = make_pipeline(quantized), load_pipeline(folder, trust_packages=True)
@@ -165,6 +185,7 @@ def test_a_pipeline_takes_it(pipeline: Made) -> None:
     assert [image.tobytes() for image in images[0]] == [image.tobytes() for image in images[1]]
 
 
+@NATIVE
 def test_it_loads_in_a_new_process_without_tracing(pipeline: Made, tmp_path: Path) -> None:
     quantized, folder = pipeline
     code = f"""
@@ -179,6 +200,7 @@ torch.save(model(**torch.load({str(tmp_path / "call.pt")!r})).sample, {str(tmp_p
     assert sqnr_db(run(quantized), torch.load(tmp_path / "out.pt")) > 100.0
 
 
+@FAKE_QUANT
 def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: object, **kwargs: object) -> None:
         raise AssertionError("traced or compiled while a package was loaded")
@@ -191,12 +213,14 @@ def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 
+@FAKE_QUANT
 def test_it_is_no_float_model(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(AlreadyCompiledError, match="made by fxquant; give the original float model"):
         fxquant.trace(packaged)
 
 
+@FAKE_QUANT
 def test_it_has_no_training_mode(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(ConfigurationError, match="no training mode"):
@@ -204,6 +228,7 @@ def test_it_has_no_training_mode(several: Made) -> None:
     assert packaged.eval() is packaged
 
 
+@FAKE_QUANT
 def test_a_call_that_was_not_packaged(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(CaptureError) as caught:
@@ -218,6 +243,7 @@ def test_a_call_that_was_not_packaged(several: Made) -> None:
         packaged(unknown=1)
 
 
+@FAKE_QUANT
 def test_other_dtypes_and_devices(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     for move in (lambda: packaged.to(torch.bfloat16), lambda: packaged.to("meta")):
@@ -225,6 +251,7 @@ def test_other_dtypes_and_devices(several: Made) -> None:
             move()
 
 
+@FAKE_QUANT
 @pytest.mark.parametrize(
     ("move", "found"),
     [
@@ -241,6 +268,7 @@ def test_memory_that_compiled_code_cannot_read(several: Made, move: Callable[[Te
         packaged(**{**call, "hidden_states": move(call["hidden_states"])})
 
 
+@FAKE_QUANT
 def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
     packaged = fxquant.load_package(several[1])
     for save in (
@@ -253,12 +281,14 @@ def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@FAKE_QUANT
 @pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
 def test_it_is_not_pickled(several: Made, write: Callable[[Any], Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"cannot be pickled.*fxquant\.load_package\(folder\)"):
         write(fxquant.load_package(several[1]))
 
 
+@FAKE_QUANT
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 def test_copies_run_the_same_code(several: Made, duplicate: Callable[[Any], Any]) -> None:
     packaged = fxquant.load_package(several[1])
@@ -269,11 +299,13 @@ def test_copies_run_the_same_code(several: Made, duplicate: Callable[[Any], Any]
     assert torch.equal(run(twin), expected)
 
 
+@FAKE_QUANT
 def test_a_pipeline_does_not_leave_it_out(several: Made, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="not saved but copied"):
         make_pipeline(fxquant.load_package(several[1])).save_pretrained(tmp_path)
 
 
+@FAKE_QUANT
 def test_what_is_read_is_not_replaced(several: Made, tmp_path: Path) -> None:
     quantized, _ = several
     save_pipeline(make_pipeline(quantized), tmp_path / "a" / "q")
@@ -288,6 +320,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+@FAKE_QUANT
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "graph-0.pt2", "graph-1.pt2", "package.json"])
 @pytest.mark.parametrize("harm", [damage, Path.unlink], ids=["damaged", "missing"])
 def test_files_that_are_not_whole(several: Made, tmp_path: Path, name: str, harm: Callable[[Path], Any]) -> None:
@@ -297,6 +330,7 @@ def test_files_that_are_not_whole(several: Made, tmp_path: Path, name: str, harm
         fxquant.load_package(folder)
 
 
+@FAKE_QUANT
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -321,6 +355,7 @@ def test_a_package_for_another_machine_or_of_another_format(
         fxquant.load_package(folder)
 
 
+@FAKE_QUANT
 def test_a_description_that_is_not_whole(several: Made, tmp_path: Path) -> None:
     folder = shutil.copytree(several[1], tmp_path / "package")
     info = json.loads((folder / "package.json").read_text())
@@ -331,6 +366,7 @@ def test_a_description_that_is_not_whole(several: Made, tmp_path: Path) -> None:
         fxquant.load_package(folder)
 
 
+@FAKE_QUANT
 def test_a_graph_without_a_digest(several: Made, tmp_path: Path) -> None:
     folder = shutil.copytree(several[1], tmp_path / "package")
     info = json.loads((folder / "package.json").read_text())
@@ -341,6 +377,7 @@ def test_a_graph_without_a_digest(several: Made, tmp_path: Path) -> None:
         fxquant.load_package(folder)
 
 
+@FAKE_QUANT
 def test_folders_of_the_other_kind(several: Made, tmp_path: Path) -> None:
     quantized, folder = several
     with pytest.raises(CheckpointError, match=r"fxquant\.load_package reads it"):
@@ -356,6 +393,7 @@ def test_folders_of_the_other_kind(several: Made, tmp_path: Path) -> None:
         fxquant.export_aot(quantized, tmp_path / "checkpoint", overwrite=True)
 
 
+@FAKE_QUANT
 def test_what_cannot_be_exported(several: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized, _ = several
     with pytest.raises(ConfigurationError, match=r"fxquant\.compile made"):
@@ -371,6 +409,7 @@ def test_what_cannot_be_exported(several: Made, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+@FAKE_QUANT
 def test_the_command_says_what_is_wrong(several: Made, tmp_path: Path) -> None:
     for arguments, message in (
         (("export", tmp_path / "nothing", tmp_path / "out", "--aot"), "there is no folder"),
@@ -385,6 +424,7 @@ def test_the_command_says_what_is_wrong(several: Made, tmp_path: Path) -> None:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
+@FAKE_QUANT
 def test_lifted_graphs_hold_no_tensors_and_say_the_same(several: Made) -> None:
     quantized, _ = several
     captured = quantized.captured[0]
