@@ -187,7 +187,7 @@ def test_what_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
     data = json.loads((tmp_path / PLAN_FILE).read_text())
     data["rooms"]["rotate-inputs"]["blocks.1.q"]["permutation"] = [0, 1, 2]
     (tmp_path / PLAN_FILE).write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match="'blocks.1.q' of rotate-inputs: permutation should be a tensor"):
+    with pytest.raises(CheckpointError, match=r"'blocks.1.q' of rotate-inputs: permutation should be a tensor"):
         Plan.load(tmp_path).room(Rotation)
 
 
