@@ -23,7 +23,7 @@ class FakeQuant(Backend):
         """Every bit width and granularity runs."""
         return None
 
-    def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
+    def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
         """Do nothing: the quantized graph is the lowered graph."""
 
     def kernel(self, layer: LayerPlan) -> str:

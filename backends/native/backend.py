@@ -134,17 +134,17 @@ class Native(Backend):
             return f"sums over {layer.shape[1]} inputs do not fit 32 bits; keep the layer float, or {_ELSE}"
         return None
 
-    def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
+    def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
         """Lower linears and attention, with the ops around them, to the kernels."""
         if self.kernels is Kernels.TRITON:
-            gpu.lower(module, held, gpu.Options(self._packed, self._fp8))
+            gpu.lower(module, others, gpu.Options(self._packed, self._fp8))
             return
         if self.kernels is Kernels.COMPILED:
-            compiled.lower(module, held, compiled.Options(self._packed, self._uses_bf16()))
+            compiled.lower(module, others, compiled.Options(self._packed, self._uses_bf16()))
             return
         if self._asked is Kernels.AUTO and not machine.has_tiles():
             _tell_what_is_lost()
-        onednn.lower(module, held)
+        onednn.lower(module, others)
 
     def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
         """Packed codes in place of the kernels' weights."""

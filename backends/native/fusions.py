@@ -68,7 +68,7 @@ class Kernels:
         return found if self.norm_quantize_tokens is None else {**found, self.norm_quantize_tokens: ("x",)}
 
 
-def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> None:
+def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kernels: Kernels) -> None:
     """Fuse the ops around kernels into these kernels.
 
     These ops are fused:
@@ -85,7 +85,7 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, held: Mapping[str, Tensor], kernel
             _fuse_activation(node, rewriter)
     for node in list(graph.nodes):
         if node.target is kernels.quantize:
-            if not _fuse_quantize(node, rewriter, held, kernels) and by_sample(args(node).node("scale")):
+            if not _fuse_quantize(node, rewriter, others, kernels) and by_sample(args(node).node("scale")):
                 _fuse_norm(node, rewriter, kernels.norm_quantize)
         elif kernels.quantize_tokens is not None and node.target is kernels.quantize_tokens:
             _fuse_norm(node, rewriter, kernels.norm_quantize_tokens)
@@ -128,7 +128,7 @@ def _fuse_gate_and_residual(node: fx.Node, rewriter: Rewriter) -> None:
             _remake(node, reader, rewriter, residual=residual)
 
 
-def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], kernels: Kernels) -> bool:
+def _fuse_quantize(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor], kernels: Kernels) -> bool:
     scale = args(node).node("scale")
     if not by_sample(scale):
         return False
@@ -141,7 +141,7 @@ def _fuse_quantize(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]
         return False
     if factor != 1.0:
         grid = scale
-        divided = derived(grid, f"_{factor:.6g}{DIVIDED}", rewriter, held, lambda: rewriter.tensor(grid) / factor)
+        divided = derived(grid, f"_{factor:.6g}{DIVIDED}", rewriter, others, lambda: rewriter.tensor(grid) / factor)
         assert divided is not None
         scale = divided
     arguments = args(source).replaced(out_scale=scale, out_zero_point=args(node).zero_point, qmax=args(node).qmax)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.backends.derived_tensors import shared_or_made
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.time_tables import reads_rows
 
 
 def derived(
-    source: fx.Node, suffix: str, rewriter: Rewriter, held: Mapping[str, Tensor], make: Callable[[], Tensor | None]
+    source: fx.Node, suffix: str, rewriter: Rewriter, others: Mapping[str, Tensor], make: Callable[[], Tensor | None]
 ) -> fx.Node | None:
     """The node of a tensor derived from another tensor, of another graph or made here; None if there is none.
 
@@ -20,14 +20,12 @@ def derived(
         source: Node that reads the original tensor.
         suffix: Appended to the name of the source; the result is the name of the new tensor.
         rewriter: The rewriter of the graph.
-        held: Tensors that other graphs of the model read, by name.
+        others: Tensors that other graphs of the model read, by name.
         make: Makes the new tensor; returns None if there is none.
     """
     name = f"{source.target}{suffix}"
     if name not in rewriter.memo:
-        # A fake tensor has no values to derive from. Then the other graphs show whether there is such a tensor.
-        without = isinstance(rewriter.tensor(source), FakeTensor)
-        value = held.get(name) if without or name in held else make()
+        value = shared_or_made(name, rewriter.tensor(source), others, make)
         rewriter.memo[name] = None if value is None else rewriter.constant(name, value, [source])
     node: fx.Node | None = rewriter.memo[name]
     return node

@@ -27,21 +27,26 @@ def lower_linear(
     Args:
         node: An ``aten.linear``.
         rewriter: The rewriter of the graph.
-        op: The kernel: ``op(x, held, scale, zero_point, bias, bits, group_size, out_features)``.
+        op: The kernel: ``op(x, weight, scale, zero_point, bias, bits, group_size, out_features)``.
         fits: Whether the kernel takes weights with this many inputs per group; 0 means one group.
         hold: Makes the weight that the kernel reads, from packed codes, zero points, bits, inputs and inputs per group.
     """
     x, weight, bias = args(node).node("input"), args(node).node("weight"), args(node).bias
     if weight.target is not reference.dequantize_weight.default or len(weight.users) != 1:
         return
-    held_as = args(weight)
-    packed, zero_point, bits, group_size = held_as.node("wq"), held_as.zero_point, held_as.bits, held_as.group_size
-    if held_as.dtype not in FLOATS or packed.op != "get_attr" or not fits(group_size):
+    dequantized = args(weight)
+    packed, zero_point, bits, group_size = (
+        dequantized.node("wq"),
+        dequantized.zero_point,
+        dequantized.bits,
+        dequantized.group_size,
+    )
+    if dequantized.dtype not in FLOATS or packed.op != "get_attr" or not fits(group_size):
         return
     out = int(packed.meta["val"].shape[0])
     with rewriter.before(node):
-        held = hold(packed, zero_point, bits, held_as.in_features, group_size)
-        arguments = (x, held, held_as.scale, zero_point, bias, bits, group_size, out)
+        codes = hold(packed, zero_point, bits, dequantized.in_features, group_size)
+        arguments = (x, codes, dequantized.scale, zero_point, bias, bits, group_size, out)
         new = rewriter.call(op, arguments, [weight, node], layer=True)
     rewriter.replace(node, new)
     rewriter.erase(weight)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.torchao import parts, weights
-from fxquant.backends.torchao.held import stored
+from fxquant.backends.torchao.tensors import stored
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
 from fxquant.pipeline.backend import Backend
@@ -55,7 +55,7 @@ class TorchAO(Backend):
             return f"sums over {layer.shape[1]} inputs do not fit 32 bits; keep the layer float, or {_ELSE}"
         return None if torch.cuda.is_available() else parts.unfit()
 
-    def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
+    def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
         """Lower to the ops that torchao's fusions know and to the ops that its tensor subclasses run."""
         parts.register_fusions()
         from fxquant.backends.torchao.lowering import Lowering  # It names ops that torchao defines.
@@ -65,7 +65,7 @@ class TorchAO(Backend):
         reason = parts.unfit()
         if on_cpu and integer and reason is not None:
             raise BackendError(f"backend 'torchao' cannot run {', '.join(integer[:3])} ...: {reason}")
-        lowering = Lowering(module, held)
+        lowering = Lowering(module, others)
         lowering.run()
         if lowering.slow:
             value = lowering.slow[0].meta["val"]

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.backends.torchao import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.torchao import weights
-from fxquant.backends.torchao.held import Held, Weight
+from fxquant.backends.torchao.tensors import DerivedTensors, Weight
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors
@@ -29,9 +29,9 @@ class Lowering:
         slow: Layers whose weights are dequantized on each call, because no kernel takes the weights in their dtype.
     """
 
-    def __init__(self, module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: fx.GraphModule, others: Mapping[str, Tensor]) -> None:
         self.rewriter = Rewriter(module, "lower to torchao")
-        self.held = Held(self.rewriter, held)
+        self.derived = DerivedTensors(self.rewriter, others)
         self.slow: list[fx.Node] = []
 
     def run(self) -> None:
@@ -84,7 +84,7 @@ class Lowering:
                     x = self._cast(x, torch.float32, node)
                 arguments = (x, *self._grid(scale, zero_point), 0, 255, torch.uint8)
                 new = self._call(pt2e.quantize_per_tensor.default, *arguments, of=node, name=node.name)
-                self.held.keep(new, [scale, zero_point])
+                self.derived.keep(new, [scale, zero_point])
                 if qmax != 255:  # The fusions assume that the highest code is 255.
                     new = self._call(aten.clamp_max.default, new, qmax, of=node)
         self.rewriter.replace(node, new)
@@ -102,8 +102,8 @@ class Lowering:
         weight = _weight(node, int(codes.meta["val"].shape[-1]))
         with self.rewriter.before(node):
             if not _is_static(x_scale, given.out_dtype):
-                held = self.held.int8(weight), weight.scale, self.held.sums(weight), self.held.excess(weight)
-                arguments = (codes, x_scale, x_zero_point, *held, given.bias, given.out_dtype)
+                parts = self.derived.int8(weight), weight.scale, self.derived.sums(weight), self.derived.excess(weight)
+                arguments = (codes, x_scale, x_zero_point, *parts, given.bias, given.out_dtype)
                 new = self._call(ours.linear_rows.default, *arguments, of=node)
             else:
                 grid = self._grid(x_scale, x_zero_point)
@@ -134,15 +134,15 @@ class Lowering:
         weight: Weight,
         sums: tuple[Any, tuple[Any, ...]],
     ) -> fx.Node:
-        """A product of dequantized factors, which the fusions know, minus the part of the held weight's excess."""
+        """A product of dequantized factors, which the fusions know, minus the symmetric weight's excess."""
         codes, bias, dtype = args(node).node("xq"), args(node).bias, args(node).out_dtype
-        excess = self.held.excess(weight)
+        excess = self.derived.excess(weight)
         vector = bias if isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1 else None
         # A value that is added to or subtracted from stays in 32 bits until then.
         inner = dtype if dtype == torch.bfloat16 and excess is None and bias is vector else torch.float32
         x = self._call(pt2e.dequantize_per_tensor.default, codes, *grid, 0, 255, torch.uint8, of=node)
         steps = self._call(aten.view.default, weight.scale, [-1], of=weight.scale)
-        arguments = (self.held.int8(weight), steps, self.held.zeros(weight), 0, -128, 127, torch.int8)
+        arguments = (self.derived.int8(weight), steps, self.derived.zeros(weight), 0, -128, 127, torch.int8)
         values = self._call(pt2e.dequantize_per_channel.default, *arguments, of=node)
         factors = [self._cast(value, inner, node) for value in (x, values)]
         vector = None if vector is None else self._cast(vector, inner, node)
@@ -185,10 +185,12 @@ class Lowering:
             with self.rewriter.before(reader):
                 if group is not None:
                     grid = scale, zero_point, bits, group
-                    new = self._call(ours.linear_of_nibbles.default, x, self.held.int4(weight), *grid, bias, of=reader)
+                    new = self._call(
+                        ours.linear_of_nibbles.default, x, self.derived.int4(weight), *grid, bias, of=reader
+                    )
                 elif not given.group_size:
-                    held = self.held.int8(weight), scale, self.held.excess(weight)
-                    new = self._call(ours.linear_of_bytes.default, x, *held, bias, of=reader)
+                    parts = self.derived.int8(weight), scale, self.derived.excess(weight)
+                    new = self._call(ours.linear_of_bytes.default, x, *parts, bias, of=reader)
                 else:
                     self.slow.append(reader)
                     continue

@@ -46,7 +46,7 @@ class Backend(ABC):
         """Why this backend cannot run a layer as planned, and what works instead; None if it can."""
 
     @abstractmethod
-    def lower(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor]) -> None:
+    def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
         """Rewrite a quantized graph in place to the ops of :attr:`spec`.
 
         A backend may keep tensors in another form and under other names than the quantized graph; :meth:`stored`
@@ -55,7 +55,7 @@ class Backend(ABC):
         Args:
             module: A quantized graph with its tensors. A graph that was made for a later call has fake tensors.
             plan: What was decided.
-            held: The tensors that the model's other graphs already read, by name. The graph shares these tensors
+            others: The tensors that the model's other graphs already read, by name. The graph shares these tensors
                 instead of making them again. A graph of fake tensors has no other real tensors.
         """
 
@@ -165,12 +165,12 @@ class Backend(ABC):
             ]
             raise BackendError(f"backend {self.name!r} cannot run this plan:\n" + "\n".join(lines))
 
-    def finish(self, module: fx.GraphModule, plan: Plan, held: Mapping[str, Tensor] | None = None) -> None:
-        """Check the plan and the device, lower the graph, and verify the result; ``held`` as for :meth:`lower`."""
+    def finish(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor] | None = None) -> None:
+        """Check the plan and the device, lower the graph, and verify the result; ``others`` as for :meth:`lower`."""
         self.check(plan)
         for device in {tensor.device for tensor in read_tensors(module).values()}:
             self.check_device(device)
-        self.lower(module, plan, held or {})
+        self.lower(module, plan, others or {})
         module.recompile()
         verify(module, self.spec)
 

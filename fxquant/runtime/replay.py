@@ -116,7 +116,7 @@ def convert_graph(
     context: PassContext,
     recipe: Recipe,
     backend: Backend,
-    held: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
     instruments: Sequence[Instrument] = (),
 ) -> list[PassRecord]:
     """Prepare, convert and lower one captured graph, as the plan says.
@@ -124,7 +124,7 @@ def convert_graph(
     The graph needs no real weights if other graphs hold them.
     """
     records = _rewrite(captured, context, [*recipe.prepare, *recipe.convert], instruments)
-    backend.finish(captured.module, context.plan, held)
+    backend.finish(captured.module, context.plan, others)
     return records
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.native import fusions, weight_only
+from fxquant.backends.native.activations import lower_quantize
 from fxquant.backends.native.compiled import attention, weights
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.library import FLOATS
@@ -47,7 +48,7 @@ class Options:
     bf16_attention: bool = True
 
 
-def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) -> None:
+def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options) -> None:
     """Rewrite a quantized graph in place.
 
     Before::
@@ -74,17 +75,17 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
             lowered = 0
         lowered += _bytes_of_weight(node)
         if node.target is reference.quantize.default:
-            _lower_quantize(node, rewriter)
+            lower_quantize(node, rewriter)
         elif node.target is reference.linear.default:
-            _lower_linear(node, rewriter, held, options)
+            _lower_linear(node, rewriter, others, options)
         elif node.target is aten.linear.default:
-            hold = functools.partial(_unsummed_panels, rewriter=rewriter, held=held, options=options)
+            hold = functools.partial(_unsummed_panels, rewriter=rewriter, others=others, options=options)
             weight_only.lower_linear(node, rewriter, native.weight_only_linear.default, fits, hold)
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
     attention.lower(module.graph, rewriter, options.bf16_attention)
     module.graph.eliminate_dead_code()
-    fusions.fuse(module.graph, rewriter, held, _KERNELS)
+    fusions.fuse(module.graph, rewriter, others, _KERNELS)
     module.graph.eliminate_dead_code()
     drop_unread_tensors(module)
 
@@ -104,19 +105,10 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if not name.endswith(fusions.DIVIDED)}
 
 
-def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
-    given = args(node)
-    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
-    arguments = (given.x, given.scale, given.zero_point, given.qmax)
-    with rewriter.before(node):
-        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name, layer=True)
-    rewriter.replace(node, new)
-
-
-def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
+def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor], options: Options) -> None:
     given = args(node)
     codes, packed, bits, dtype = given.node("xq"), given.node("wq"), given.bits, given.out_dtype
-    weight = _panels(packed, bits, int(codes.meta["val"].shape[-1]), rewriter, held, options)
+    weight = _panels(packed, bits, int(codes.meta["val"].shape[-1]), rewriter, others, options)
     sums = rewriter.memo[f"{packed.target}{_SUMS}"]
     out = int(packed.meta["val"].shape[0])
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
@@ -150,10 +142,10 @@ def _unsummed_panels(
     in_features: int,
     group_size: int,
     rewriter: Rewriter,
-    held: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
     options: Options,
 ) -> fx.Node:
-    return _panels(packed, bits, in_features, rewriter, held, options, with_sums=False)
+    return _panels(packed, bits, in_features, rewriter, others, options, with_sums=False)
 
 
 def _panels(
@@ -161,14 +153,14 @@ def _panels(
     bits: int,
     in_features: int,
     rewriter: Rewriter,
-    held: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
     options: Options,
     with_sums: bool = True,
 ) -> fx.Node:
     codes = rewriter.tensor(packed)
     halves = weights.in_halves(bits, options.packed)
-    node = derived(packed, _PANELS, rewriter, held, lambda: weights.panels(codes, bits, in_features, halves))
+    node = derived(packed, _PANELS, rewriter, others, lambda: weights.panels(codes, bits, in_features, halves))
     if with_sums:
-        derived(packed, _SUMS, rewriter, held, lambda: weights.sums(codes, bits, in_features))
+        derived(packed, _SUMS, rewriter, others, lambda: weights.sums(codes, bits, in_features))
     assert node is not None
     return node

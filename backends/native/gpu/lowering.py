@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.native import fusions, weight_only
+from fxquant.backends.native.activations import lower_tokens
 from fxquant.backends.native.attention import lower_codes
 from fxquant.backends.native.gpu import attention_ops, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
@@ -20,7 +21,6 @@ from fxquant.backends.native.gpu.weight_only import fits
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
 from fxquant.backends.native.tensors import derived
-from fxquant.backends.native.tokens import lower_tokens
 from fxquant.errors import BackendError
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
@@ -65,7 +65,7 @@ class Options:
     fp8: bool = False
 
 
-def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) -> None:
+def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options) -> None:
     """Rewrite a quantized graph in place.
 
     Before::
@@ -101,14 +101,14 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor], options: Options) 
     module.graph.eliminate_dead_code()
     for node in list(module.graph.nodes):
         if node.target is reference.linear.default:
-            _lower_linear(node, rewriter, held, options)
+            _lower_linear(node, rewriter, others, options)
         elif node.target is aten.linear.default:
-            hold = functools.partial(_rows, rewriter=rewriter, held=held, options=options)
+            hold = functools.partial(_rows, rewriter=rewriter, others=others, options=options)
             weight_only.lower_linear(node, rewriter, native.triton_weight_only_linear.default, fits, hold)
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
     module.graph.eliminate_dead_code()
-    fusions.fuse(module.graph, rewriter, held, _KERNELS)
+    fusions.fuse(module.graph, rewriter, others, _KERNELS)
     for node in list(module.graph.nodes):
         if node.target is native.triton_row_sums.default:
             _fuse_row_sums(node, rewriter)
@@ -173,8 +173,8 @@ def weight_only_kernel(layer: LayerPlan, options: Options) -> str:
 
 
 def _weight_name(bits: int, group_size: int, options: Options) -> str:
-    held = "u4" if weights.in_halves(bits, options.packed) else "s8"
-    return f"{held} in groups of {group_size}" if group_size else held
+    stored = "u4" if weights.in_halves(bits, options.packed) else "s8"
+    return f"{stored} in groups of {group_size}" if group_size else stored
 
 
 def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:
@@ -184,16 +184,16 @@ def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None
     assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes that start at 0"
     linears = [reader for reader in node.users if _multiplies(reader, node)]
     signed = [reader for reader in node.users if reader.target is native.signed.default]
-    others = len(linears) < len(node.users)
-    held = FP8 if options.fp8 and qmax == 255 and not others else torch.int8
-    lower_tokens(node, rewriter, _KERNELS.quantize_tokens, held)
+    read_otherwise = len(linears) < len(node.users)
+    dtype = FP8 if options.fp8 and qmax == 255 and not read_otherwise else torch.int8
+    lower_tokens(node, rewriter, _KERNELS.quantize_tokens, dtype)
     if not node.users:
         return
     with rewriter.before(node):
         if linears or signed:
             if x.meta["val"].dtype not in FLOATS:
                 x = rewriter.call(aten.to.dtype, (x, torch.float32), [node], layer=True)
-            codes = rewriter.call(native.triton_quantize.default, (x, *grid, qmax, held), [node], layer=True)
+            codes = rewriter.call(native.triton_quantize.default, (x, *grid, qmax, dtype), [node], layer=True)
             for reader in linears:
                 rewriter.redirect(reader, node, codes)
             for reader in signed:
@@ -206,7 +206,7 @@ def _multiplies(reader: fx.Node, codes: fx.Node) -> bool:
     return reader.target is reference.linear.default and args(reader).xq is codes
 
 
-def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor], options: Options) -> None:
+def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor], options: Options) -> None:
     given = args(node)
     codes, packed, w_scale, w_zero_point = (given.node(name) for name in ("xq", "wq", "w_scale", "w_zero_point"))
     bits, group_size, dtype = given.bits, given.group_size, given.out_dtype
@@ -214,7 +214,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
 
     def make(suffix: str, value: Any) -> fx.Node:
-        made = derived(packed, suffix, rewriter, held, value)
+        made = derived(packed, suffix, rewriter, others, value)
         assert made is not None
         return made
 
@@ -231,10 +231,10 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor],
         else:
             if codes.meta["val"].dtype != torch.int8:
                 codes = rewriter.call(native.signed.default, (codes,), [node], layer=True)
-            weight = _rows(packed, w_zero_point, bits, inner, group_size, rewriter, held, options)
+            weight = _rows(packed, w_zero_point, bits, inner, group_size, rewriter, others, options)
             sums = make(_SUMS, lambda: weights.sums(*grid()))
             zeros = rewriter.tensor(w_zero_point)
-            offset = derived(packed, _OFFSET, rewriter, held, lambda: weights.offset(zeros, bits))
+            offset = derived(packed, _OFFSET, rewriter, others, lambda: weights.offset(zeros, bits))
             if offset is not None:
                 x_sums = _sums_of(codes, rewriter)
         factors = (codes, given.x_scale, given.x_zero_point, weight, w_scale, w_zero_point)
@@ -255,13 +255,15 @@ def _rows(
     inner: int,
     group_size: int,
     rewriter: Rewriter,
-    held: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
     options: Options,
 ) -> fx.Node:
     """The weight in the form that kernels read."""
     halves = weights.in_halves(bits, options.packed)
     tensors = rewriter.tensor(packed), rewriter.tensor(zero_point)
-    node = derived(packed, _ROWS, rewriter, held, lambda: weights.held(*tensors, bits, inner, halves, group_size))
+    node = derived(
+        packed, _ROWS, rewriter, others, lambda: weights.kernel_codes(*tensors, bits, inner, halves, group_size)
+    )
     assert node is not None
     return node
 

@@ -54,7 +54,9 @@ def in_halves(bits: int, packed: bool) -> bool:
     return packed and bits <= 4
 
 
-def held(packed: Tensor, zero_point: Tensor, bits: int, in_features: int, halves: bool, group_size: int) -> Tensor:
+def kernel_codes(
+    packed: Tensor, zero_point: Tensor, bits: int, in_features: int, halves: bool, group_size: int
+) -> Tensor:
     """The stored weight: int8 `[out, in]`, or uint8 `[out, held_width]` with two codes per byte.
 
     Args:
@@ -74,7 +76,7 @@ def held(packed: Tensor, zero_point: Tensor, bits: int, in_features: int, halves
 
 
 def unpacked(weight: Tensor, zero_point: Tensor, bits: int, in_features: int, group_size: int) -> Tensor:
-    """Undo :func:`held`."""
+    """Undo :func:`kernel_codes`."""
     if weight.dtype == torch.uint8:
         runs = weight.unflatten(1, (-1, half_of(group_size)))
         return pack(torch.stack([runs & 15, runs >> 4], 2).flatten(1)[:, :in_features].contiguous(), bits)

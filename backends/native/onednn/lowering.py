@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from fxquant.backends.native.activations import lower_quantize
 from fxquant.backends.native.onednn import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.onednn import weights
 from fxquant.backends.native.tensors import by_sample, derived, only_reader
@@ -16,12 +17,12 @@ from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 
 aten, native = torch.ops.aten, torch.ops.fxquant_native
 
-_HELD = "_int8"
+_PREPACKED = "_int8"
 _SUMS = "_sums"
 _OFFSET = "_missing_offset"
 
 
-def lower(module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
+def lower(module: fx.GraphModule, others: Mapping[str, Tensor]) -> None:
     """Rewrite a quantized graph in place.
 
     Before::
@@ -34,7 +35,7 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
         codes = fxquant_native.quantize(x, s, z, 255)
         y = fxquant_native.linear(codes, s, z, W_int8, W_scale, W_zero_point, None, bias, bits, dtype)
 
-    and, where the held weight lacks a part of the weight (:mod:`fxquant.backends.native.onednn.weights`)::
+    and, where the int8 weight lacks a part of the weight (:mod:`fxquant.backends.native.onednn.weights`)::
 
         y = fxquant_native.add_missing(y, fxquant_native.input_sums(codes, s, z), W_missing_offset, dtype)
 
@@ -44,9 +45,9 @@ def lower(module: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
     rewriter = Rewriter(module, "lower to native")
     for node in list(module.graph.nodes):
         if node.target is torch.ops.fxquant.quantize.default:
-            _lower_quantize(node, rewriter)
+            lower_quantize(node, rewriter)
         elif node.target is torch.ops.fxquant.linear.default:
-            _lower_linear(node, rewriter, held)
+            _lower_linear(node, rewriter, others)
     for node in list(module.graph.nodes):
         if node.target is native.linear.default:
             _fuse_gelu(node, rewriter)
@@ -60,35 +61,26 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     for node in module.graph.nodes:
         if node.target not in (native.linear.default, native.linear_gelu.default):
             continue
-        held, zero_point = (str(args(node).node(name).target) for name in ("weight", "w_zero_point"))
-        if held in found:
-            packed = held.removesuffix(_HELD)
-            found[packed] = weights.unpacked(found.pop(held), found[zero_point], args(node).bits)
+        weight, zero_point = (str(args(node).node(name).target) for name in ("weight", "w_zero_point"))
+        if weight in found:
+            packed = weight.removesuffix(_PREPACKED)
+            found[packed] = weights.unpacked(found.pop(weight), found[zero_point], args(node).bits)
             found.pop(f"{packed}{_SUMS}", None)
             found.pop(f"{packed}{_OFFSET}", None)
     return found
 
 
-def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
-    given = args(node)
-    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
-    arguments = (given.x, given.scale, given.zero_point, given.qmax)
-    with rewriter.before(node):
-        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name, layer=True)
-    rewriter.replace(node, new)
-
-
-def _lower_linear(node: fx.Node, rewriter: Rewriter, held: Mapping[str, Tensor]) -> None:
+def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor]) -> None:
     given = args(node)
     codes, packed, bits = given.node("xq"), given.node("wq"), given.bits
     grid = rewriter.tensor(packed), rewriter.tensor(given.w_zero_point), bits, int(codes.meta["val"].shape[-1])
-    weight = derived(packed, _HELD, rewriter, held, lambda: weights.prepacked(*grid))
+    weight = derived(packed, _PREPACKED, rewriter, others, lambda: weights.prepacked(*grid))
     assert weight is not None
     summed = None
     if not by_sample(given.node("x_scale")):
-        summed = derived(packed, _SUMS, rewriter, held, lambda: weights.sums(*grid))
+        summed = derived(packed, _SUMS, rewriter, others, lambda: weights.sums(*grid))
     offset = derived(
-        packed, _OFFSET, rewriter, held, lambda: weights.missing_offset(rewriter.tensor(given.w_scale), grid[1], bits)
+        packed, _OFFSET, rewriter, others, lambda: weights.missing_offset(rewriter.tensor(given.w_scale), grid[1], bits)
     )
     left = codes, given.x_scale, given.x_zero_point
     arguments = (*left, weight, given.w_scale, given.w_zero_point, summed, given.bias, bits)

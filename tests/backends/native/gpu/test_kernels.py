@@ -39,8 +39,10 @@ class Weight:
         self.zero_point = middle if symmetric else torch.randint(0, 2**bits, shape, dtype=torch.uint8)
         self.scale = torch.rand(shape) + 0.5 if group else torch.ones(shape)
 
-    def held(self, halves: bool) -> Tensor:
-        return weights.held(pack(self.codes, self.bits), self.zero_point, self.bits, self.inner, halves, self.group)
+    def kernel_codes(self, halves: bool) -> Tensor:
+        return weights.kernel_codes(
+            pack(self.codes, self.bits), self.zero_point, self.bits, self.inner, halves, self.group
+        )
 
     def real(self) -> Tensor:
         each = self.group or self.inner
@@ -71,7 +73,7 @@ def linear(codes: Tensor, scale: Tensor, zero_point: Tensor, weight: Weight, hal
     xq = native.signed(codes).to(DEVICE)
     offset = weights.offset(weight.zero_point, weight.bits)
     row_sums = None if offset is None else native.triton_row_sums(xq)
-    grid = (xq, scale, zero_point, weight.held(halves), weight.scale, weight.zero_point, sums)
+    grid = (xq, scale, zero_point, weight.kernel_codes(halves), weight.scale, weight.zero_point, sums)
     arguments = [*grid, *(rest | more).values(), offset, row_sums]
     moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]
     out = op(*moved) if config is None else linear_of_config(*moved, config=config)
@@ -244,7 +246,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_rows_lead_back(out: int, inner: int, group: int, halves: bool) -> None:
     for bits in range(2, 5 if halves else 8 if group else 9):
         weight = Weight(out, inner, bits, group)
-        rows = weight.held(halves)
+        rows = weight.kernel_codes(halves)
         assert rows.dtype == (torch.uint8 if halves else torch.int8)
         assert rows.shape == (out, weights.held_width(inner, halves, group))
         assert torch.equal(weights.unpacked(rows, weight.zero_point, bits, inner, group), pack(weight.codes, bits))
@@ -264,7 +266,7 @@ def test_products_of_float_activations(
     weight = Weight(out, inner, bits, group)
     x, bias = torch.randn(rows, inner).to(dtype), torch.randn(out).to(dtype)
     for added in (None, bias):
-        arguments = (x, weight.held(halves), weight.scale, weight.zero_point, added, bits, group, out)
+        arguments = (x, weight.kernel_codes(halves), weight.scale, weight.zero_point, added, bits, group, out)
         moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]
         found = native.triton_weight_only_linear(*moved).cpu()
         right = x.double() @ weight.real().t() + (0.0 if added is None else added.double())
@@ -275,7 +277,7 @@ def test_products_of_float_activations(
 
 def test_float_activations_that_do_not_fit_are_refused() -> None:
     weight = Weight(40, 64, 8)
-    x, held, grid = torch.zeros(2, 64), weight.held(False), (weight.scale, weight.zero_point)
+    x, held, grid = torch.zeros(2, 64), weight.kernel_codes(False), (weight.scale, weight.zero_point)
 
     def call(*arguments: Any) -> Tensor:
         moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]

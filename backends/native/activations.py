@@ -1,4 +1,4 @@
-"""Dynamic quantization in one kernel: each row finds its grid from its own values."""
+"""Quantization of activations: with a given grid, or in one kernel in which each row finds its own grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from fxquant.backends.native.library import FLOATS
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 
-aten, reference = torch.ops.aten, torch.ops.fxquant
+aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
+
+
+def lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
+    """Replace ``fxquant.quantize`` by the kernel that makes uint8 codes from 0."""
+    given = args(node)
+    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
+    arguments = (given.x, given.scale, given.zero_point, given.qmax)
+    with rewriter.before(node):
+        new = rewriter.call(native.quantize.default, arguments, [node], name=node.name, layer=True)
+    rewriter.replace(node, new)
 
 
 def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None:

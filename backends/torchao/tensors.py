@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.backends.derived_tensors import shared_or_made
 from fxquant.backends.torchao import weights
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import read_tensors
@@ -50,7 +50,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to recover the packed codes of a weight from the held tensor."""
+    """How to recover the packed codes of a weight from the tensor of the kernel."""
 
     packed: str
     zero_point: str
@@ -60,7 +60,7 @@ class _Recipe:
     in_features: int
 
 
-class Held:
+class DerivedTensors:
     """Makes the tensors that kernels read for a weight, once for all graphs of a model.
 
     Args:
@@ -129,9 +129,7 @@ class Held:
         """The node of a tensor derived from a weight, of another graph or made here; None if there is none."""
         rewriter, name = self._rewriter, f"{weight.packed.target}{suffix}"
         if name not in rewriter.memo:
-            # A fake tensor has no values to derive from. Then the other graphs show whether there is such a tensor.
-            without = isinstance(rewriter.tensor(weight.packed), FakeTensor)
-            value = self._others.get(name) if without or name in self._others else make()
+            value = shared_or_made(name, rewriter.tensor(weight.packed), self._others, make)
             node = None if value is None else rewriter.constant(name, value, [weight.packed])
             if node is not None and suffix in (_INT8, _INT4):
                 node.meta[_STORED] = _Recipe(
@@ -155,12 +153,12 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
         if isinstance(kept, dict):
             found |= kept
         elif isinstance(kept, _Recipe):
-            held = found.pop(str(node.target))
+            tensor = found.pop(str(node.target))
             found[kept.zero_point] = kept.zero_points
             if str(node.target).endswith(_INT4):
-                found[kept.packed] = weights.from_four_bits(held, kept.out_features, kept.in_features, kept.bits)
+                found[kept.packed] = weights.from_four_bits(tensor, kept.out_features, kept.in_features, kept.bits)
             else:
-                found[kept.packed] = weights.unsigned(held, kept.zero_points, kept.bits)
+                found[kept.packed] = weights.unsigned(tensor, kept.zero_points, kept.bits)
             for suffix in (_SUMS, _EXCESS):
                 found.pop(f"{kept.packed}{suffix}", None)
     return {name: tensor for name, tensor in found.items() if not name.startswith(_ZEROS)}
