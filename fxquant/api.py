@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxquant.calibration.calibrate import Calibration, output_sqnr, run_calibration
+from fxquant.capture.calls import Call
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import warn_if_not_rebuilt
@@ -65,15 +66,15 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     # in a different order, and the last bits differ.
     weights = dict(weights_and_buffers(model))
 
-    def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
-        original.warm(leaves, structure)
-        captured = architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
+    def make_graph(owner: GraphModel, call: Call) -> CapturedGraph:
+        original.warm(call)
+        captured = architecture.capture(call, [graph.call for graph in owner.captured])
         bind(captured.module, {**owner.weights, **owner.tensors()})
-        for leaf in leaves:
+        for leaf in call.leaves:
             if isinstance(leaf, Tensor):  # The original weights stay on the device where the model was traced.
                 captured.module.to(leaf.device)
                 break
-        original.compare(captured, leaves, structure)
+        original.compare(captured, call)
         return captured
 
     return GraphModel(architecture, dtype_of(model), None, make_graph, weights=weights)

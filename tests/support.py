@@ -33,7 +33,7 @@ def captured(model: nn.Module, *args: Any, timestep_name: str | None = None, **k
     """The graph of ``model`` for this call, bound to the model's own tensors."""
     model = model.eval()
     architecture = Architecture.of(model, timestep_name)
-    found = architecture.capture(*architecture.canonical(args, kwargs))
+    found = architecture.capture(architecture.canonical(args, kwargs))
     bind(found.module, weights_of(model))
     return found
 

@@ -594,8 +594,8 @@ def test_dispatch_is_short(quantized: GraphModel) -> None:
 
     sys.setprofile(counted)
     try:
-        names, leaves, structure = quantized.architecture.canonical((), call)
-        quantized.find(names, leaves, structure).inputs(leaves)
+        given = quantized.architecture.canonical((), call)
+        quantized.find(given).inputs(given.leaves)
     finally:
         sys.setprofile(None)
     assert 0 < count < 600
@@ -609,7 +609,7 @@ def test_capture_on_another_device() -> None:
             return super().forward(x).relu()
 
     architecture = Architecture.of(Plain(4, 4).eval(), "timestep")
-    call = describe_call(*architecture.canonical((torch.ones(3, 4), torch.ones(3)), {}))
+    call = describe_call(architecture.canonical((torch.ones(3, 4), torch.ones(3)), {}))
     for device in (torch.device("cpu"), torch.device("cuda", 0), torch.device("cpu")):
         captured = architecture.capture_spec(call, device)
         assert captured.static_batch is None

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.calibration.kept_calls import Spread, some_samples
+from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
@@ -116,13 +117,14 @@ class Calibration:
                 raise
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        names, leaves, structure = self.architecture.canonical(args, kwargs)
+        call = self.architecture.canonical(args, kwargs)
+        leaves = call.leaves
         _refuse_autocast(leaves)
-        number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(names, leaves, structure)), None)
+        number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(call)), None)
         if number is None:
-            number = self._capture(names, leaves, structure)
+            number = self._capture(call)
         captured = self.prepared[number]
-        late = 0 if self.plan.observed_step is None else self._step(names, leaves) - self.plan.observed_step
+        late = 0 if self.plan.observed_step is None else self._step(call) - self.plan.observed_step
         if late > 0 and number in self._last and self._last[number][0] == captured.call.batch_size(leaves):
             return captured.output(self._last[number][1])  # After the observed step, the sampler gets this output.
         with recording(self.statistics.record), torch.no_grad():
@@ -130,15 +132,15 @@ class Calibration:
         if self.plan.observed_step is not None:
             self._last[number] = captured.call.batch_size(leaves), output
         if late <= 0:
-            self._keep_sample(captured, names, leaves, structure, output)
+            self._keep_sample(captured, call, output)
         if not late:
             self._keep_inputs(number, leaves)
         self.calls += 1
         return captured.output(output)
 
-    def _step(self, names: tuple[str, ...], leaves: Sequence[Any]) -> int:
+    def _step(self, call: Call) -> int:
         """Number of the denoising step of a call: how many other timesteps came before its own."""
-        values = leaves[names.index(str(self.plan.timestep))].flatten().tolist()
+        values = call.leaf(str(self.plan.timestep)).flatten().tolist()
         if len(set(values)) > 1:
             raise CalibrationError(
                 "one denoising step is to be observed, but the samples of a call are at several timesteps: "
@@ -174,19 +176,19 @@ class Calibration:
         self.weights = {}
         self.original = None
 
-    def _capture(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> int:
-        tensors = [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
+    def _capture(self, call: Call) -> int:
+        tensors = [name for name, leaf in call.named if isinstance(leaf, Tensor)]
         if self.plan.timestep not in tensors:
             raise MissingTimestepError(
                 f"the model has no tensor input {self.plan.timestep!r} for the timestep. Its inputs are: "
                 f'{", ".join(tensors)}. Name the input that holds the timestep: fxquant.compile(..., timestep="...").'
             )
         if self.original is not None:
-            self.original.warm(leaves, structure, self.architecture)
-        captured = self.architecture.capture(names, leaves, structure, [graph.call for graph in self.prepared])
+            self.original.warm(call, self.architecture)
+        captured = self.architecture.capture(call, [graph.call for graph in self.prepared])
         bind(captured.module, self.weights)
         if self.original is not None:
-            self.original.compare(captured, leaves, structure)
+            self.original.compare(captured, call)
         self.prepare.run(captured.module, self.plan)
         for step in (*self.prepare.passes, *self.convert):
             step.check_graph(captured.module.graph, self.plan)
@@ -205,31 +207,24 @@ class Calibration:
         self.prepared.append(captured)
         self._inputs.append(Spread(-(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)))
         self._observed.append(observed)
-        warn_of_many(names, leaves, [graph.call for graph in self.prepared])
+        warn_of_many(call, [graph.call for graph in self.prepared])
         return len(self.prepared) - 1
 
     def _wants_float_input(self, layer: LayerPlan) -> bool:
         wanted = any(step.wants_statistics(layer) or step.wants_moments(layer) for step in self.convert)
         return wanted and layer.kind == "linear" and layer.activation_bits is None
 
-    def _keep_sample(
-        self,
-        captured: CapturedGraph,
-        names: tuple[str, ...],
-        leaves: Sequence[Any],
-        structure: Any,
-        output: Sequence[Any],
-    ) -> None:
+    def _keep_sample(self, captured: CapturedGraph, call: Call, output: Sequence[Any]) -> None:
         if not self._samples.wants_next():
             return
-        kept, chosen = some_samples(captured, leaves, _KEPT_SAMPLES)
+        leaves, chosen = some_samples(captured, call.leaves, _KEPT_SAMPLES)
+        kept = call.with_leaves(leaves)
         first = next(leaf for leaf in output if isinstance(leaf, Tensor))
-        if chosen is not None and first.dim() and first.shape[0] == captured.call.batch_size(leaves):
+        if chosen is not None and first.dim() and first.shape[0] == captured.call.batch_size(call.leaves):
             first = first.index_select(0, chosen.to(first.device))
-        step = kept[names.index(str(self.plan.timestep))]
-        arguments = pytree.tree_map(lambda position: kept[position], structure)
+        step = kept.leaf(str(self.plan.timestep))
         number = float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
-        self._samples.keep(Sample(number, arguments, first.clone()))
+        self._samples.keep(Sample(number, kept.arguments(), first.clone()))
 
     def _keep_inputs(self, number: int, leaves: Sequence[Any]) -> None:
         kept = self._inputs[number]

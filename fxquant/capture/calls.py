@@ -1,7 +1,8 @@
-"""How a model is called: the inputs' structure, shapes and dtypes, with the batch left open.
+"""How a model is called: one call, and the structure, shapes and dtypes of all calls like it, with the batch left open.
 
-A :class:`CallSpec` describes the calls that a captured graph was traced for. Later calls are compared with it. It
-serializes to JSON, so that a checkpoint can capture its graphs again from shapes alone.
+A :class:`Call` holds the inputs of one call. A :class:`CallSpec` describes the calls that a captured graph was traced
+for. Later calls are compared with it. It serializes to JSON, so that a checkpoint can capture its graphs again from
+shapes alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,44 @@ TRACED_BATCH = 2
 
 Constant = Any
 """An input that is a constant of the graph: one of the kinds that :mod:`fxquant.capture.constants` writes to a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The inputs of one call, in a form that does not depend on how the call was written.
+
+    Attributes:
+        names: One readable name per leaf, such as ``hidden_states`` or ``added_cond_kwargs.resolution``.
+        leaves: The leaves: tensors and plain constants.
+        structure: The dict of the arguments, with the number of each leaf in its place.
+    """
+
+    names: tuple[str, ...]
+    leaves: Sequence[Any]
+    structure: Any
+
+    @property
+    def named(self) -> list[tuple[str, Any]]:
+        """Name and leaf of each input."""
+        return list(zip(self.names, self.leaves, strict=True))
+
+    def leaf(self, name: str) -> Any:
+        """The leaf of a name, which must exist."""
+        return self.leaves[self.names.index(name)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first tensor; the CPU if there is none."""
+        return next((leaf.device for leaf in self.leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the call."""
+        filled: dict[str, Any] = pytree.tree_map(lambda number: self.leaves[number], self.structure)
+        return filled
+
+    def with_leaves(self, leaves: Sequence[Any]) -> Call:
+        """The same call with other leaves."""
+        return replace(self, leaves=leaves)
 
 
 @dataclass(frozen=True)
@@ -199,20 +238,18 @@ class CallSpec:
                     "without torch.compile to capture a graph for each value, or compile after a call with this value",
                 )
 
-    def fits(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, values: bool = True) -> bool:
-        """Whether a call with these leaves can run the graph that was captured for this spec.
+    def fits(self, call: Call, values: bool = True) -> bool:
+        """Whether a call can run the graph that was captured for this spec.
 
         Args:
-            names: Names of the leaves.
-            leaves: The leaves.
-            structure: Nested containers of the leaf numbers. A list, a tuple and a dict can hold leaves of the same
-                names, or no leaves.
+            call: The call. Its structure counts too: a list, a tuple and a dict can hold leaves of the same names, or
+                no leaves.
             values: Whether the inputs must have the values that the spec holds.
         """
-        if names != self.names or structure != self.structure:
+        if call.names != self.names or call.structure != self.structure:
             return False
-        batch = self.batch_size(leaves)
-        for spec, leaf in zip(self.leaves, leaves, strict=True):
+        batch = self.batch_size(call.leaves)
+        for spec, leaf in zip(self.leaves, call.leaves, strict=True):
             if not (spec.fits(leaf, batch, values) if isinstance(spec, TensorSpec) else is_same(leaf, spec)):
                 return False
         return True

@@ -15,20 +15,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxquant.capture import constants
-from fxquant.capture.calls import BATCH, CallSpec, TensorSpec, is_same, lists_of
+from fxquant.capture.calls import BATCH, Call, CallSpec, TensorSpec, is_same, lists_of
 from fxquant.errors import CaptureError, SpeedWarning
 
 
 def canonical_call(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], timestep: str | None
-) -> tuple[tuple[str, ...], list[Any], Any]:
+) -> Call:
     """Bring a call into one form, however it was written.
 
     Positional and keyword arguments are bound to the signature, and defaults are filled in. A timestep given as a
     Python number becomes a tensor: a number would be a constant of the graph, and every step would need its own graph.
-
-    Returns:
-        Leaf names, leaf values and the structure that holds the leaf numbers.
 
     Raises:
         TypeError: As Python raises it, if the arguments do not fit the signature.
@@ -65,7 +62,7 @@ def canonical_call(
     structure = pytree.tree_unflatten(list(range(len(leaves))), spec)
     for name, part in structure.items():
         _check_containers(name, part)
-    return names, leaves, structure
+    return Call(names, leaves, structure)
 
 
 def _check_containers(name: str, structure: Any) -> None:
@@ -92,24 +89,18 @@ def _check_containers(name: str, structure: Any) -> None:
         _check_containers(f"{name}.{key}", part)
 
 
-def describe_call(
-    names: tuple[str, ...],
-    leaves: Sequence[Any],
-    structure: Any,
-    timestep: str | None = None,
-    changing: Collection[str] = (),
-) -> CallSpec:
+def describe_call(call: Call, timestep: str | None = None, changing: Collection[str] = ()) -> CallSpec:
     """The spec of a call. A leading dimension is the batch if it equals that of the first tensor of rank 2 or more.
 
     There is no batch if that tensor is an item of a list with as many items as there are timesteps. Each item is then
     one sample without a batch axis, as the code of Wan and Z-Image takes it. Python floats are left open, and so are
     integers whose names are in ``changing``. Other integers are constants, as they usually count or name things.
     """
-    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2), None)
-    batch = None if first is None else leaves[first].shape[0]
-    step = leaves[names.index(timestep)] if timestep in names else None
+    first = next((i for i, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor) and leaf.dim() >= 2), None)
+    batch = None if first is None else call.leaves[first].shape[0]
+    step = call.leaf(timestep) if timestep is not None and timestep in call.names else None
     samples = len(step) if isinstance(step, torch.Tensor) and step.dim() == 1 else batch
-    if samples != batch and any(first in numbers and len(numbers) == samples for numbers in lists_of(structure)):
+    if samples != batch and any(first in numbers and len(numbers) == samples for numbers in lists_of(call.structure)):
         batch = None
     specs = tuple(
         TensorSpec(_open_batch(tuple(leaf.shape), batch), leaf.dtype)
@@ -117,17 +108,17 @@ def describe_call(
         else TensorSpec.of_number(leaf)
         if type(leaf) is float or (type(leaf) is int and name in changing)
         else leaf
-        for name, leaf in zip(names, leaves, strict=True)
+        for name, leaf in call.named
     )
-    return CallSpec(names, specs, structure)
+    return CallSpec(call.names, specs, call.structure)
 
 
-def changed_leaves(names: tuple[str, ...], leaves: Sequence[Any], call: CallSpec) -> list[str] | None:
+def changed_leaves(call: Call, other: CallSpec) -> list[str] | None:
     """Names of the constants and numbers that differ between a call and a spec; None if anything else differs."""
-    if names != call.names:
+    if call.names != other.names:
         return None
-    batch, found = call.batch_size(leaves), []
-    for name, spec, leaf in zip(names, call.leaves, leaves, strict=True):
+    batch, found = other.batch_size(call.leaves), []
+    for name, spec, leaf in zip(call.names, other.leaves, call.leaves, strict=True):
         if isinstance(spec, TensorSpec) and not spec.number:
             if not spec.fits(leaf, batch, values=False):
                 return None
@@ -141,19 +132,18 @@ def changed_leaves(names: tuple[str, ...], leaves: Sequence[Any], call: CallSpec
 _MANY = 8  # Warn at this many graphs for calls that differ only in constants and numbers.
 
 
-def warn_of_many(names: tuple[str, ...], leaves: Sequence[Any], calls: Sequence[CallSpec]) -> None:
+def warn_of_many(call: Call, specs: Sequence[CallSpec]) -> None:
     """Warn, once, if a call's graph is one of many that differ only in constants and numbers.
 
     Args:
-        names: Names of the leaves of the call.
-        leaves: The leaves.
-        calls: Specs of the calls that the graphs serve, including the spec of this call.
+        call: The call.
+        specs: Specs of the calls that the graphs serve, including the spec of this call.
     """
-    differences = [changed for call in calls if (changed := changed_leaves(names, leaves, call)) is not None]
+    differences = [changed for spec in specs if (changed := changed_leaves(call, spec)) is not None]
     changing = {name for changed in differences for name in changed}
     if sum(map(bool, differences)) != _MANY - 1:
         return
-    shown = ", ".join(f"{name}={leaf!r}" for name, leaf in zip(names, leaves, strict=True) if name in changing)
+    shown = ", ".join(f"{name}={leaf!r}" for name, leaf in call.named if name in changing)
     warnings.warn(
         f"{_MANY} graphs were captured for calls that differ in constants alone, the last for {shown}. Each graph "
         "takes the time of a capture. If the model computes with what changes, give it as a tensor. If the model "

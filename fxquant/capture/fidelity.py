@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant.capture.caches import Caches, Places, put
-from fxquant.capture.calls import TRACED_BATCH, CallSpec, TensorSpec
+from fxquant.capture.calls import TRACED_BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.state import OWN, detached, frozen, is_equal
 from fxquant.capture.threads import uncompiled, without_autocast
@@ -52,27 +52,25 @@ class Original:
         self._caches: Caches | None = None
         self._timestep = timestep
 
-    def warm(self, leaves: Sequence[Any], structure: Any, architecture: Architecture | None = None) -> None:
+    def warm(self, call: Call, architecture: Architecture | None = None) -> None:
         """Run a call once before it is traced.
 
         This fills tables that the code keeps outside of the model, in ``functools.lru_cache`` or a global, with
         tensors. A trace would fill them with fake tensors, which the model would read in all later calls.
 
         Args:
-            leaves: The leaves of the call.
-            structure: Nested containers of the leaf numbers.
+            call: The call.
             architecture: Its caches that the call fills again are emptied; see :mod:`fxquant.capture.caches`.
         """
         # The weights were moved or converted since, so the call is not one of the model as it was.
         if _places(self._model) != self._weights:
             return
-        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
 
         def run(change: Places) -> tuple[nn.Module, list[Any]]:
             model = _twin(self._model)
             put(model, change)
-            with _alike(device):
-                return model, pytree.tree_leaves(_call(model, leaves, structure))
+            with _alike(call.device):
+                return model, pytree.tree_leaves(_run(model, call))
 
         try:
             called, output = run({})
@@ -83,15 +81,14 @@ class Original:
         except Exception as error:  # The capture fails too, and its error says where.
             log.info("the model does not accept the call: %s", error)
 
-    def compare(self, captured: CapturedGraph, leaves: Sequence[Any], structure: Any) -> None:
+    def compare(self, captured: CapturedGraph, call: Call) -> None:
         """Compare a graph whose weights are bound with the model.
 
         This costs one call of the graph and one of the model, or two of each if the first call changes attributes.
 
         Args:
             captured: The graph.
-            leaves: The leaves of the call that it was captured from.
-            structure: Nested containers of the leaf numbers.
+            call: The call that it was captured from.
 
         Raises:
             CaptureError: If the model keeps state between calls, or its output differs from that of the graph.
@@ -101,12 +98,12 @@ class Original:
             log.info("the graph is not compared with the model, whose weights were moved or converted since")
             return
         before = _state(model)
-        first = self._compare_once(model, captured, leaves, structure, 1)
+        first = self._compare_once(model, captured, call, 1)
         changed = _changed(before, _state(model))
         if changed:
             before = _state(model)
             with _watching(model, changed) as carried:
-                first = self._compare_once(model, captured, leaves, structure, 2) or first
+                first = self._compare_once(model, captured, call, 2) or first
             kept = [key for key in _changed(before, _state(model)) if key in carried]
             if kept:
                 names = ", ".join(repr(f"{path}.{name}".removeprefix(".")) for path, name in kept[:4])
@@ -118,40 +115,38 @@ class Original:
         if first is not None:
             raise CaptureError(first)
 
-    def _compare_once(
-        self, model: nn.Module, captured: CapturedGraph, leaves: Sequence[Any], structure: Any, seed: int
-    ) -> str | None:
+    def _compare_once(self, model: nn.Module, captured: CapturedGraph, call: Call, seed: int) -> str | None:
         """A description of the difference, or None if there is none."""
-        tried = _others(captured.call, leaves, self._timestep, seed)
-        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
-        with _alike(device):
+        tried = call.with_leaves(_others(captured.call, call.leaves, self._timestep, seed))
+        with _alike(call.device):
             try:
-                expected = _call(model, tried, structure)
+                expected = _run(model, tried)
             except Exception as error:  # An error on inputs that the user did not give is not the graph's.
                 log.info("the model does not accept inputs like those of the call (%s); the call's own are used", error)
-                tried = list(leaves)
-                expected = _call(model, tried, structure)
-        with _alike(device):
-            actual = captured.module(*captured.inputs(tried))
+                tried = call
+                expected = _run(model, tried)
+        with _alike(call.device):
+            actual = captured.module(*captured.inputs(tried.leaves))
         return _difference(type(self._model).__name__, captured, model, pytree.tree_leaves(expected), actual)
 
 
-def example(call: CallSpec, device: torch.device) -> list[Any]:
-    """Leaves of a call that a spec describes. Open float tensors are random; open numbers and integer tensors are 0."""
+def example(spec: CallSpec, device: torch.device) -> Call:
+    """A call that a spec describes. Open float tensors are random; open numbers and integer tensors are 0."""
     generator = torch.Generator().manual_seed(0)
 
-    def value(name: str, spec: TensorSpec) -> Any:
-        if name in call.held:
-            return call.held[name].to(device)
-        if spec.number:
-            zero = 0.0 if spec.dtype.is_floating_point else 0
-            return zero if spec.values is None else spec.values[0]
-        shape = spec.concrete(TRACED_BATCH)
-        drawn = torch.rand(shape, generator=generator) if spec.dtype.is_floating_point else torch.zeros(shape)
-        return drawn.to(device, spec.dtype)
+    def value(name: str, leaf: TensorSpec) -> Any:
+        if name in spec.held:
+            return spec.held[name].to(device)
+        if leaf.number:
+            zero = 0.0 if leaf.dtype.is_floating_point else 0
+            return zero if leaf.values is None else leaf.values[0]
+        shape = leaf.concrete(TRACED_BATCH)
+        drawn = torch.rand(shape, generator=generator) if leaf.dtype.is_floating_point else torch.zeros(shape)
+        return drawn.to(device, leaf.dtype)
 
-    given = zip(call.names, call.leaves, strict=True)
-    return [value(name, leaf) if isinstance(leaf, TensorSpec) else leaf for name, leaf in given]
+    given = zip(spec.names, spec.leaves, strict=True)
+    leaves = [value(name, leaf) if isinstance(leaf, TensorSpec) else leaf for name, leaf in given]
+    return Call(spec.names, leaves, spec.structure)
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -172,9 +167,8 @@ def _shares_weights(captured: CapturedGraph, model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _call(model: nn.Module, leaves: Sequence[Any], structure: Any) -> Any:
-    arguments = pytree.tree_map(lambda number: leaves[number], structure)
-    return model(**arguments)
+def _run(model: nn.Module, call: Call) -> Any:
+    return model(**call.arguments())
 
 
 @contextmanager

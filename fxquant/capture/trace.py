@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.calls import BATCH, TRACED_BATCH, CallSpec, TensorSpec
+from fxquant.capture.calls import BATCH, TRACED_BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.constants import is_plain
 from fxquant.capture.describe import canonical_call, changed_leaves, describe_call
 from fxquant.capture.explain import explained, quietly
@@ -137,13 +137,11 @@ class Architecture:
         there.original = self.original
         return there
 
-    def canonical(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Any], Any]:
-        """Leaf names, leaves and structure of a call; see :func:`fxquant.capture.describe.canonical_call`."""
+    def canonical(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """A call in the form that does not depend on how it was written; see :func:`canonical_call`."""
         return canonical_call(self.signature, args, kwargs, self.timestep)
 
-    def capture(
-        self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, others: Sequence[CallSpec] = ()
-    ) -> CapturedGraph:
+    def capture(self, call: Call, others: Sequence[CallSpec] = ()) -> CapturedGraph:
         """Trace the graph for calls like this one, with the batch size left open wherever the model allows.
 
         If the model's code branches on values of integer or boolean inputs, such as the lengths of prompts in a mask,
@@ -152,38 +150,28 @@ class Architecture:
         branches on such a number, the graph is valid only for the number of this call.
 
         Args:
-            names: Names of the leaves.
-            leaves: The leaves.
-            structure: Nested containers of the leaf numbers.
+            call: The call.
             others: Specs of the calls that already have a graph.
 
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model; the message shows the line of the model.
         """
-        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        with tracing_alone(), without_autocast(device.type):
-            return self._capture(names, leaves, structure, device, others)
+        with tracing_alone(), without_autocast(call.device.type):
+            return self._capture(call, others)
 
-    def _capture(
-        self,
-        names: tuple[str, ...],
-        leaves: Sequence[Any],
-        structure: Any,
-        device: torch.device,
-        others: Sequence[CallSpec],
-    ) -> CapturedGraph:
-        changing = {name for other in others for name in changed_leaves(names, leaves, other) or ()}
-        call = describe_call(names, leaves, structure, self.timestep, changing)
+    def _capture(self, call: Call, others: Sequence[CallSpec]) -> CapturedGraph:
+        changing = {name for other in others for name in changed_leaves(call, other) or ()}
+        spec, leaves, device = describe_call(call, self.timestep, changing), call.leaves, call.device
         try:
-            return self._capture_call(call, leaves, device)
+            return self._capture_call(spec, leaves, device)
         except CaptureError:
-            if not call.numbers:
+            if not spec.numbers:
                 raise
         # Some code accepts only true Python numbers. The numbers of other inputs may still be left open.
-        closed = self._capture_call(call.with_constants(call.numbers, leaves), leaves, device)
-        for name in call.numbers if 1 < len(call.numbers) <= _MOST_TRIED else ():
+        closed = self._capture_call(spec.with_constants(spec.numbers, leaves), leaves, device)
+        for name in spec.numbers if 1 < len(spec.numbers) <= _MOST_TRIED else ():
             with suppress(CaptureError):
-                return self._capture_call(call.with_constants([name], leaves), leaves, device)
+                return self._capture_call(spec.with_constants([name], leaves), leaves, device)
         return closed
 
     def _capture_call(self, call: CallSpec, leaves: Sequence[Any], device: torch.device) -> CapturedGraph:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
@@ -26,11 +27,11 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     """Run the graph that serves a call; capture one if none exists yet."""
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
         # This call is inside a larger function that is being compiled.
-        names, leaves, structure = self.architecture.canonical(args, kwargs)
-        captured = self.find_compiling(names, leaves, structure)
+        given = self.architecture.canonical(args, kwargs)
+        captured = self.find_compiling(given)
         if captured is None:
-            captured = _capture(self, names, leaves, structure)
-        inputs = captured.inputs(leaves)
+            captured = _capture(self, given)
+        inputs = captured.inputs(given.leaves)
         return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
     if (compiler := torch_compile.callback()) not in (None, False):  # Compilation would begin at this call.
         call = _begin(self, args, kwargs)
@@ -52,12 +53,12 @@ torch_compile.leave_alone(forward_of_graphs.__code__)
 
 def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
     """Return the graph that serves a call, captured now if none exists yet, and its inputs."""
-    names, leaves, structure = self.architecture.canonical(args, kwargs)
-    captured = self.find(names, leaves, structure)
-    self.watch(names, leaves)
+    call = self.architecture.canonical(args, kwargs)
+    captured = self.find(call)
+    self.watch(call)
     if captured is None:
-        captured = _capture(self, names, leaves, structure)
-    return captured, captured.inputs(leaves)
+        captured = _capture(self, call)
+    return captured, captured.inputs(call.leaves)
 
 
 @torch.compiler.disable
@@ -83,13 +84,13 @@ def _end(call: torch_compile.Call, leaves: Sequence[Any]) -> Any:
 
 
 @torch.compiler.disable
-def _capture(self: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+def _capture(self: GraphModel, call: Call) -> CapturedGraph:
     with tracing_alone(), without_autocast(self.device.type):
-        if (made := self.find(names, leaves, structure)) is not None:  # Captured by another thread in the meantime.
+        if (made := self.find(call)) is not None:  # Captured by another thread in the meantime.
             return made
-        captured = self._make_graph(self, names, leaves, structure)
+        captured = self._make_graph(self, call)
         self.add(captured)
-    warn_of_many(names, leaves, [graph.call for graph in self.captured])
+    warn_of_many(call, [graph.call for graph in self.captured])
     held = [graph for graph in self.captured if graph.call.held]
     if captured.call.held and len(held) == _MANY_HELD:
         warnings.warn(

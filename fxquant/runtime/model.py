@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.capture.calls import Call
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
@@ -29,7 +30,7 @@ from fxquant.runtime.wrappers import unwrapped
 
 _WATCHED_CALLS = 64  # Number of calls whose timesteps are checked on a GPU.
 
-MakeGraph = Callable[["GraphModel", tuple[str, ...], Sequence[Any], Any], CapturedGraph]
+MakeGraph = Callable[["GraphModel", Call], CapturedGraph]
 
 
 class GraphModel(DropIn):
@@ -135,27 +136,27 @@ class GraphModel(DropIn):
                 found.setdefault(target, tensor)
         return found
 
-    def find(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph | None:
-        """The graph that serves a call with these leaves, if one was captured."""
-        return next((captured for captured in self.captured if captured.call.fits(names, leaves, structure)), None)
+    def find(self, call: Call) -> CapturedGraph | None:
+        """The graph that serves a call, if one was captured."""
+        return next((captured for captured in self.captured if captured.call.fits(call)), None)
 
-    def find_compiling(self, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph | None:
+    def find_compiling(self, call: Call) -> CapturedGraph | None:
         """Like ``find``, within ``torch.compile``: values are unknown there, so the compiled graph checks them."""
         if self.backend is not None:
             self.backend.compiling()
-        fitting = [captured for captured in self.captured if captured.call.fits(names, leaves, structure, values=False)]
+        fitting = [captured for captured in self.captured if captured.call.fits(call, values=False)]
         if len(fitting) != 1:
-            return self.find(names, leaves, structure)
-        fitting[0].call.assert_held(leaves)
+            return self.find(call)
+        fitting[0].call.assert_held(call.leaves)
         return fitting[0]
 
-    def watch(self, names: tuple[str, ...], leaves: Sequence[Any]) -> None:
+    def watch(self, call: Call) -> None:
         """Warn once of a timestep far from all calibrated ones. It is treated as the nearest calibrated timestep."""
         known = self.plan.timesteps if self.plan else []
         name = self.plan.timestep if self.plan else None
-        if len(known) < 2 or self._watched >= _WATCHED_CALLS or name not in names:
+        if len(known) < 2 or self._watched >= _WATCHED_CALLS or name not in call.names:
             return
-        step = leaves[names.index(name)]
+        step = call.leaf(name)
         if not isinstance(step, torch.Tensor) or isinstance(step, FakeTensor) or not step.numel():
             return
         # Reading a tensor on a GPU waits for its computation, so on a GPU only the first calls are checked.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.calibration.calibrate import Calibration
+from fxquant.capture.calls import Call
 from fxquant.capture.fidelity import Original, example
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.known_values import at_most
@@ -94,7 +95,7 @@ def replay(
     context = PassContext(plan, statistics, shared=quantized.shared)
     device, original = device_of(model), Original(model, plan.timestep)
     for call in plan.calls:
-        original.warm(example(call, device), call.structure, architecture)
+        original.warm(example(call, device), architecture)
         captured = architecture.capture_spec(call, device)
         bind(captured.module, weights)
         try:
@@ -146,9 +147,9 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
 def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGraph]:
     """Return the function that makes a graph for a call that fits none: trace, replay the plan, share the tensors."""
 
-    def make_graph(owner: GraphModel, names: tuple[str, ...], leaves: Sequence[Any], structure: Any) -> CapturedGraph:
+    def make_graph(owner: GraphModel, call: Call) -> CapturedGraph:
         assert owner.plan is not None
-        captured = owner.architecture.capture(names, leaves, structure, [graph.call for graph in owner.captured])
+        captured = owner.architecture.capture(call, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # Decisions for a further call must not change the plan of calibration.
         settle(captured.module.graph, plan)
         try:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
+from fxquant.capture.calls import BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.describe import canonical_call, describe_call
 from fxquant.errors import CaptureError, CheckpointError
 
@@ -22,16 +22,16 @@ def forward(
 ) -> None: ...
 
 
-def canonical(*args: Any, **kwargs: Any) -> tuple[tuple[str, ...], list[Any], Any]:
+def canonical(*args: Any, **kwargs: Any) -> Call:
     return canonical_call(inspect.signature(forward), args, kwargs, "timestep")
 
 
 def described(*args: Any, **kwargs: Any) -> CallSpec:
-    return describe_call(*canonical(*args, **kwargs))
+    return describe_call(canonical(*args, **kwargs))
 
 
 def fits(call: CallSpec, *args: Any, **kwargs: Any) -> bool:
-    return call.fits(*canonical(*args, **kwargs))
+    return call.fits(canonical(*args, **kwargs))
 
 
 X = torch.zeros(2, 5, 4)
@@ -39,27 +39,36 @@ X = torch.zeros(2, 5, 4)
 
 def test_one_form_however_it_was_written() -> None:
     ways = [canonical(X, 3), canonical(sample=X, timestep=3), canonical(X, timestep=3, scale=1.0, added=None)]
-    for names, leaves, structure in ways:
-        assert names == ("sample", "timestep", "labels", "added", "scale")
-        assert leaves[0] is X
-        assert leaves[2:] == [None, None, 1.0]
-        assert structure == {"sample": 0, "timestep": 1, "labels": 2, "added": 3, "scale": 4}
+    for call in ways:
+        assert call.names == ("sample", "timestep", "labels", "added", "scale")
+        assert call.leaves[0] is X
+        assert call.leaves[2:] == [None, None, 1.0]
+        assert call.structure == {"sample": 0, "timestep": 1, "labels": 2, "added": 3, "scale": 4}
 
 
 @pytest.mark.parametrize(("number", "dtype"), [(3, torch.int64), (0.5, torch.float32)])
 def test_a_timestep_given_as_a_number_becomes_a_tensor(number: float, dtype: torch.dtype) -> None:
-    _, leaves, _ = canonical(X, number)
+    leaves = canonical(X, number).leaves
     assert (leaves[1].dtype, leaves[1].shape, leaves[1].item()) == (dtype, (), number)
-    _, leaves, _ = canonical(X, True)
-    assert leaves[1] is True
+    assert canonical(X, True).leaves[1] is True
 
 
 def test_nested_inputs_have_readable_names() -> None:
-    names, leaves, structure = canonical(X, 1, added={"size": (1, X), "mode": "a"}, extra=[X])
-    assert names[3:] == ("added.size.0", "added.size.1", "added.mode", "scale", "extra.0")
-    assert leaves[5] == "a"
-    assert structure["added"] == {"size": (3, 4), "mode": 5}
-    assert structure["extra"] == [7]
+    call = canonical(X, 1, added={"size": (1, X), "mode": "a"}, extra=[X])
+    assert call.names[3:] == ("added.size.0", "added.size.1", "added.mode", "scale", "extra.0")
+    assert call.leaves[5] == "a" and call.leaf("added.mode") == "a"
+    assert call.structure["added"] == {"size": (3, 4), "mode": 5}
+    assert call.structure["extra"] == [7]
+
+
+def test_a_call_gives_its_arguments_back() -> None:
+    call = canonical(X, 3, added={"size": (1, X)}, extra=[X])
+    arguments = call.arguments()
+    assert arguments["sample"] is X and arguments["added"] == {"size": (1, X)} and arguments["extra"] == [X]
+    assert fits(describe_call(call), **arguments)
+    assert call.device == torch.device("cpu") == canonical("name").device
+    doubled = call.with_leaves([leaf * 2 if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
+    assert doubled.names == call.names and doubled.leaf("timestep") == 6
 
 
 def test_what_cannot_be_captured_is_named() -> None:
@@ -95,7 +104,7 @@ def test_the_leading_size_of_the_sample_is_the_batch() -> None:
     ],
 )
 def test_a_list_of_samples_has_no_batch_axis(sample: Any, steps: int, batched: bool) -> None:
-    call = describe_call(*canonical(sample, torch.zeros(steps)), "timestep")
+    call = describe_call(canonical(sample, torch.zeros(steps)), "timestep")
     assert call.batched == batched
     assert call.items == ({f"sample.{i}": "sample" for i in range(len(sample))} if isinstance(sample, list) else {})
 
@@ -117,8 +126,8 @@ def test_which_calls_a_graph_serves() -> None:
 
 def test_the_batch_size_of_a_call() -> None:
     call = described(X, 1)
-    assert call.batch_size(canonical(torch.zeros(9, 5, 4), 1)[1]) == 9
-    assert described(torch.tensor(1.0)).batch_size(canonical(torch.tensor(1.0))[1]) == 0
+    assert call.batch_size(canonical(torch.zeros(9, 5, 4), 1).leaves) == 9
+    assert described(torch.tensor(1.0)).batch_size(canonical(torch.tensor(1.0)).leaves) == 0
 
 
 plain = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5)
@@ -175,10 +184,10 @@ def test_a_call_survives_json(value: Any) -> None:
     assert str(read) == str(call)
     assert fits(read, X, 1, added=value)
     made = read.arguments(lambda name, spec: 0.5 if spec.number else torch.zeros(spec.concrete(2), dtype=spec.dtype))
-    names, leaves, structure = canonical(**made)
-    assert names == call.names
-    assert structure == call.structure
-    assert call.fits(names, leaves, structure)
+    given = canonical(**made)
+    assert given.names == call.names
+    assert given.structure == call.structure
+    assert call.fits(given)
 
 
 @pytest.mark.parametrize("data", [{}, {"names": [], "leaves": [{"shape": [1]}], "structure": {}}, {"names": 1}])

@@ -292,7 +292,7 @@ def test_a_table_that_only_a_trace_filled_is_named() -> None:
 
     TABLES.clear()
     architecture = Architecture.of(Model(cached).eval(), "timestep")
-    architecture.capture(*architecture.canonical(call(), {}))
+    architecture.capture(architecture.canonical(call(), {}))
     with pytest.raises(CaptureError, match=r"reads a table that its code keeps outside of the model.*Empty it"):
-        architecture.capture(*architecture.canonical(call(), {}))
+        architecture.capture(architecture.canonical(call(), {}))
     TABLES.clear()

@@ -91,7 +91,7 @@ BODIES = [rotary, views, through_views, results, casts, itself]
 def captured(model: nn.Module) -> CapturedGraph:
     architecture = Architecture.of(model, "timestep")
     call = {"x": torch.randn(2, 3, 4), "timestep": torch.arange(2.0)}
-    found = architecture.capture(*architecture.canonical((), call))
+    found = architecture.capture(architecture.canonical((), call))
     bind(found.module, weights_of(model))
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.api import trace
-from fxquant.capture.calls import CallSpec, TensorSpec
+from fxquant.capture.calls import Call, CallSpec, TensorSpec
 from fxquant.capture.known_values import Tracing, at_most
 from fxquant.errors import CaptureError, CheckpointError
 from fxquant.ir.tensors import read_tensors
@@ -159,8 +159,8 @@ def test_a_spec_with_values_is_written_and_read() -> None:
     again = CallSpec.from_json(spec.to_json())
     assert again == spec
     assert again.fixed == "because"
-    assert again.fits(("mask",), [torch.tensor([[True, False], [True, True]])], {"mask": 0})
-    assert not again.fits(("mask",), [torch.tensor([[True, True], [True, True]])], {"mask": 0})
+    assert again.fits(Call(("mask",), [torch.tensor([[True, False], [True, True]])], {"mask": 0}))
+    assert not again.fits(Call(("mask",), [torch.tensor([[True, True], [True, True]])], {"mask": 0}))
     assert torch.equal(again.held["mask"], torch.tensor([[True, False], [True, True]]))
 
 

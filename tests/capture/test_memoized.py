@@ -89,10 +89,10 @@ def test_a_graph_is_the_same_whether_caches_are_full(full: bool) -> None:
     if full:
         model(*call())
     architecture = Architecture.of(model, "timestep")
-    code = architecture.capture(*architecture.canonical(call(), {})).code
+    code = architecture.capture(architecture.canonical(call(), {})).code
     assert any("linspace" in line for line in code)
     assert not bounded.cache_info().currsize
-    assert architecture.capture(*architecture.canonical(call(), {})).code == code
+    assert architecture.capture(architecture.canonical(call(), {})).code == code
 
 
 _OTHER_PROCESS = """

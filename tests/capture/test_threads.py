@@ -88,7 +88,7 @@ def test_what_other_threads_run_is_no_part_of_a_graph() -> None:
     thread = threading.Thread(target=meanwhile)
     thread.start()
     architecture = Architecture.of(Slow().eval(), "timestep")
-    found = architecture.capture(*architecture.canonical(call(), {}))
+    found = architecture.capture(architecture.canonical(call(), {}))
     ((elsewhere, output, number),) = seen
     assert elsewhere
     assert number == 3
@@ -96,7 +96,7 @@ def test_what_other_threads_run_is_no_part_of_a_graph() -> None:
     plain = Architecture.of(other, "timestep")
     targets = [
         [node.target for node in graph.module.graph.nodes]
-        for graph in (found, plain.capture(*plain.canonical(call(), {})))
+        for graph in (found, plain.capture(plain.canonical(call(), {})))
     ]
     assert targets[0] == targets[1]
 

@@ -477,11 +477,11 @@ def test_a_linear_does_the_same_in_training_mode() -> None:
 def test_weights_of_another_model_are_refused() -> None:
     model = Model().eval()
     architecture = Architecture.of(model, "timestep")
-    found = architecture.capture(*architecture.canonical((sample(2), 1), {}))
+    found = architecture.capture(architecture.canonical((sample(2), 1), {}))
     weights = weights_of(model)
     with pytest.raises(CheckpointError, match=r"'out.weight' has shape \(4, 4\), the model needs \(4, 8\)"):
         bind(found.module, weights | {"out.weight": torch.zeros(4, 4)})
     del weights["into.bias"]
-    found = architecture.capture(*architecture.canonical((sample(2), 1), {}))
+    found = architecture.capture(architecture.canonical((sample(2), 1), {}))
     with pytest.raises(CheckpointError, match=r"no tensor 'into.bias'"):
         bind(found.module, weights)

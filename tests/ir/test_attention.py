@@ -107,7 +107,7 @@ def watched(calibration: Calibration, calls: list[dict[str, Any]]) -> Statistics
     InsertObservers().run(module.graph, PassContext(other), Rewriter(module, "watch"))
     module.recompile()
     for call in calls:
-        _, leaves, _ = calibration.architecture.canonical((), call)
+        leaves = calibration.architecture.canonical((), call).leaves
         with recording(statistics.record), torch.no_grad():
             module(*captured.inputs(leaves))
     return statistics

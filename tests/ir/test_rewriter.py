@@ -192,7 +192,7 @@ def test_what_is_given_has_one_name_in_all_graphs_of_a_model() -> None:
     architecture = Architecture.of(model, None)
     names = []
     for extra in (False, True):
-        found = architecture.capture(*architecture.canonical((torch.randn(2, 4), extra), {}))
+        found = architecture.capture(architecture.canonical((torch.randn(2, 4), extra), {}))
         bind(found.module, weights_of(model))
         rewriter = Rewriter(found.module, "test")
         for node in nodes_of(found.module, aten.layer_norm.default):

@@ -27,7 +27,7 @@ class Model(nn.Module):
 
 def captured() -> CapturedGraph:
     architecture = Architecture.of(Model().eval(), "timestep")
-    return architecture.capture(*architecture.canonical((torch.randn(2, 4, 8), torch.zeros(2)), {}))
+    return architecture.capture(architecture.canonical((torch.randn(2, 4, 8), torch.zeros(2)), {}))
 
 
 def check(module: fx.GraphModule) -> None:

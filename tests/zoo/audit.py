@@ -54,10 +54,10 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
         architecture = Architecture.of(model, entry.timestep)
         calls = [entry.call(3, seed=seed, step=step, dtype=torch.float64) for seed, step in enumerate(STEPS)]
         calls.append(entry.call(3, seed=9, dtype=torch.float64))
-        found = architecture.capture(*architecture.canonical((), calls[0]))
+        found = architecture.capture(architecture.canonical((), calls[0]))
     bind(found.module, weights_of(model))
     without_float32(found.module)
-    inputs = [found.inputs(architecture.canonical((), call)[1]) for call in calls]
+    inputs = [found.inputs(architecture.canonical((), call).leaves) for call in calls]
     expected = [outputs(found, tensors) for tensors in inputs]
     plan = Plan("", "", entry.timestep)
     Pipeline.parse("remove-no-ops,assign-precision").run(found.module, plan)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxquant
+from fxquant.capture.calls import Call
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
@@ -117,12 +118,10 @@ def errors(entry: Entry, kind: Kind) -> dict[str, float | str]:
     traced: list[CapturedGraph] = []
     capture = Architecture.capture
 
-    def once(
-        self: Architecture, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, *others: Any
-    ) -> CapturedGraph:
-        found = next((graph for graph in traced if graph.call.fits(names, leaves, structure)), None)
+    def once(self: Architecture, call: Call, *others: Any) -> CapturedGraph:
+        found = next((graph for graph in traced if graph.call.fits(call)), None)
         if found is None:
-            found = capture(self, names, leaves, structure, *others)
+            found = capture(self, call, *others)
             without_float32(found.module)
             traced.append(found)
         return found.copy()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from fxquant.capture.calls import Call
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.ir.stages import SPECS, Stage, verify
@@ -24,12 +24,10 @@ def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return
     capture = Architecture.capture
 
-    def shared(
-        self: Architecture, names: tuple[str, ...], leaves: Sequence[Any], structure: Any, *others: Any
-    ) -> CapturedGraph:
-        found = next((graph for graph in TRACED[entry] if graph.call.fits(names, leaves, structure)), None)
+    def shared(self: Architecture, call: Call, *others: Any) -> CapturedGraph:
+        found = next((graph for graph in TRACED[entry] if graph.call.fits(call)), None)
         if found is None:
-            found = capture(self, names, leaves, structure, *others)
+            found = capture(self, call, *others)
             verify(found.module, SPECS[Stage.CAPTURED])  # Its copies keep the proofs.
             TRACED[entry].append(found)
         return found.copy()

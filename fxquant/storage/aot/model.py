@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.calls import CallSpec
+from fxquant.capture.calls import Call, CallSpec
 from fxquant.capture.describe import canonical_call, describe_call
 from fxquant.capture.trace import Architecture
 from fxquant.disk.files import blaming, dtype_of_name
@@ -179,27 +179,27 @@ class PackagedModel(DropIn):
 
 @torch.compiler.disable
 def _forward(self: PackagedModel, *args: Any, **kwargs: Any) -> Any:
-    names, leaves, structure = canonical_call(self._signature, args, kwargs, self.info["timestep"])
+    call = canonical_call(self._signature, args, kwargs, self.info["timestep"])
     for graph in self._graphs:
-        if graph.call.fits(names, leaves, structure):
-            _refuse_unreadable(names, leaves)
-            return graph(leaves)
-    packaged = "".join(f"\n  {call}" for call in self.calls)
-    here = describe_call(names, leaves, structure)
-    here = here.at_batch(here.batch_size(leaves), None)
+        if graph.call.fits(call):
+            _refuse_unreadable(call)
+            return graph(call.leaves)
+    packaged = "".join(f"\n  {spec}" for spec in self.calls)
+    here = describe_call(call)
+    here = here.at_batch(here.batch_size(call.leaves), None)
     raise CaptureError(
         f"this call fits no graph of the package: {here}\nThe package has graphs for{packaged}\n"
         "Make a call like this one during calibration, or with the quantized model before you export it."
     )
 
 
-def _refuse_unreadable(names: Sequence[str], leaves: Sequence[Any]) -> None:
+def _refuse_unreadable(call: Call) -> None:
     """Refuse tensors whose memory compiled code cannot read. Compiled code does not check this itself.
 
     Raises:
         ConfigurationError: Names the input.
     """
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in call.named:
         if not isinstance(leaf, Tensor):
             continue
         fake, plain = isinstance(leaf, FakeTensor), leaf.layout is torch.strided
