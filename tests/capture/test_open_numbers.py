@@ -195,6 +195,7 @@ def test_compiled_within_something_larger(quantized: GraphModel) -> None:
     assert len(traced.graphs) == 1
 
 
+@pytest.mark.exhaustive  # One run of the C++ compiler.
 def test_a_package_takes_them(tmp_path: Path) -> None:
     model = Numbered(COMPUTING["times"])
     quantized = fxquant.compile(
