@@ -57,7 +57,7 @@ def compiled(recipe: str) -> GraphModel:
 def traced() -> CapturedGraph:
     """The graph of the model, which all recipes share: all calls are alike."""
     architecture = Architecture.of(make_dit(), "timestep")
-    found = architecture.capture(*architecture.canonical((), inputs()))
+    found = architecture.capture(architecture.canonical((), inputs()))
     verify(found.module, SPECS[Stage.CAPTURED])  # Its copies keep the proofs.
     return found
 

@@ -59,7 +59,7 @@ def _codes(kind: _Kind, shape: Shape, device: torch.device) -> Case:
     halves = weights.in_halves(kind.bits, packed=True)
     x = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8, device=device)
     x_scale, x_zero_point = _grid(device)
-    held = weights.held(packed, zero_point, kind.bits, inputs, halves, kind.group_size)
+    held = weights.kernel_codes(packed, zero_point, kind.bits, inputs, halves, kind.group_size)
     sums = weights.sums(packed, scale, zero_point, kind.bits, inputs, kind.group_size)
     offset = weights.offset(zero_point, kind.bits)
     # Made beforehand: in a model, layers that read the same value share these sums.
@@ -82,7 +82,7 @@ def _weights_alone(kind: _Kind, shape: Shape, device: torch.device) -> Case:
     rows, inputs, outputs = shape
     packed, scale, zero_point = _weight(shape, kind, device)
     halves = weights.in_halves(kind.bits, packed=True)
-    held = weights.held(packed, zero_point, kind.bits, inputs, halves, kind.group_size)
+    held = weights.kernel_codes(packed, zero_point, kind.bits, inputs, halves, kind.group_size)
     x = torch.randn(rows, inputs, device=device).to(torch.bfloat16)
     bias = torch.randn(outputs, device=device).to(torch.bfloat16)
     arguments = (x, held, scale, zero_point, bias, kind.bits, kind.group_size, outputs)

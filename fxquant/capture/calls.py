@@ -87,7 +87,7 @@ class TensorSpec:
         """The spec of an input that is a Python number of the same type."""
         return cls((), torch.float64 if isinstance(number, float) else torch.int64, number=True)
 
-    def holding(self, tensor: torch.Tensor | float) -> TensorSpec:
+    def knowing(self, tensor: torch.Tensor | float) -> TensorSpec:
         """The same spec, valid only for the values of ``tensor``."""
         if not isinstance(tensor, torch.Tensor):
             return replace(self, values=(tensor,))
@@ -113,8 +113,8 @@ class TensorSpec:
     def __str__(self) -> str:
         if self.number:
             return "any number" if self.values is None else f"{self.values[0]}"
-        held = " of these values" if self.values is not None else ""
-        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]{held}"
+        note = " of these values" if self.values is not None else ""
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]{note}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class CallSpec:
         return [name for name, spec in self.tensors if spec.number]
 
     @property
-    def held_numbers(self) -> dict[str, float]:
+    def known_numbers(self) -> dict[str, float]:
         """Values of the Python numbers that the model's code branches on, by name."""
         return {name: spec.values[0] for name, spec in self.tensors if spec.number and spec.values is not None}
 
@@ -168,7 +168,7 @@ class CallSpec:
         return any(BATCH in spec.shape for _, spec in self.tensors)
 
     @property
-    def held(self) -> dict[str, torch.Tensor]:
+    def known(self) -> dict[str, torch.Tensor]:
         """Values of the tensor inputs that the model's code branches on, by name."""
         return {
             name: torch.tensor(spec.values, dtype=spec.dtype).reshape(spec.concrete(1))
@@ -176,14 +176,14 @@ class CallSpec:
             if spec.values is not None and not spec.number
         }
 
-    def holding(self, names: Iterable[str], leaves: Sequence[Any]) -> CallSpec:
+    def knowing(self, names: Iterable[str], leaves: Sequence[Any]) -> CallSpec:
         """The same spec, valid only for the values that these inputs have in the call with these leaves."""
         chosen = set(names)
-        held = tuple(
-            spec.holding(leaf) if name in chosen and isinstance(spec, TensorSpec) else spec
+        known = tuple(
+            spec.knowing(leaf) if name in chosen and isinstance(spec, TensorSpec) else spec
             for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True)
         )
-        return replace(self, leaves=held)
+        return replace(self, leaves=known)
 
     def at_batch(self, batch: int, reason: str | None) -> CallSpec:
         """The same spec, valid only for this batch size, with the reason for it."""
@@ -198,13 +198,13 @@ class CallSpec:
         given = zip(self.names, self.leaves, leaves, strict=True)
         return replace(self, leaves=tuple(leaf if name in chosen else spec for name, spec, leaf in given))
 
-    def holding_numbers(self, numbers: Mapping[str, float]) -> CallSpec:
+    def knowing_numbers(self, numbers: Mapping[str, float]) -> CallSpec:
         """The same spec, valid only for these values of Python numbers, given by name."""
-        held = tuple(
-            leaf.holding(numbers[name]) if name in numbers and isinstance(leaf, TensorSpec) else leaf
+        leaves = tuple(
+            leaf.knowing(numbers[name]) if name in numbers and isinstance(leaf, TensorSpec) else leaf
             for name, leaf in zip(self.names, self.leaves, strict=True)
         )
-        return replace(self, leaves=held)
+        return replace(self, leaves=leaves)
 
     def batch_size(self, leaves: Sequence[Any]) -> int:
         """The batch size of a call with these leaves: the length of the first input that has a batch dimension."""
@@ -227,13 +227,13 @@ class CallSpec:
         )
         return replace(self, leaves=fixed)
 
-    def assert_held(self, leaves: Sequence[Any]) -> None:
+    def assert_known(self, leaves: Sequence[Any]) -> None:
         """Raise, also from within a compiled graph, unless the inputs have the values that this spec holds."""
         for name, spec, leaf in zip(self.names, self.leaves, leaves, strict=True):
             if isinstance(spec, TensorSpec) and spec.values is not None and not spec.number:
-                held = torch.tensor(list(spec.values), dtype=leaf.dtype, device=leaf.device)
+                known = torch.tensor(list(spec.values), dtype=leaf.dtype, device=leaf.device)
                 torch._assert_async(
-                    (leaf.flatten() == held).all(),
+                    (leaf.flatten() == known).all(),
                     f"the compiled graph is right for one value of {name}, and this call has another; call the model "
                     "without torch.compile to capture a graph for each value, or compile after a call with this value",
                 )

@@ -135,8 +135,8 @@ def example(spec: CallSpec, device: torch.device) -> Call:
     generator = torch.Generator().manual_seed(0)
 
     def value(name: str, leaf: TensorSpec) -> Any:
-        if name in spec.held:
-            return spec.held[name].to(device)
+        if name in spec.known:
+            return spec.known[name].to(device)
         if leaf.number:
             zero = 0.0 if leaf.dtype.is_floating_point else 0
             return zero if leaf.values is None else leaf.values[0]

@@ -109,7 +109,7 @@ class Tracing(TorchFunctionMode):
             call: The inputs of the traced call. The values that this spec holds are known.
             numbers: Values of Python numbers among the inputs, by name. The code gets them as numbers.
         """
-        values, numbers = call.held, {**numbers, **call.held_numbers}
+        values, numbers = call.known, {**numbers, **call.known_numbers}
 
         def enter(name: str, spec: Any, leaf: Any) -> Any:
             if not isinstance(spec, TensorSpec):

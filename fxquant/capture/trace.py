@@ -122,15 +122,15 @@ class Architecture:
 
     def on(self, device: torch.device) -> Architecture:
         """The same architecture with its weightless parameters on another device."""
-        held = [tensor for _, tensor in weights_and_buffers(self.skeleton)]
-        if all(tensor.device == device for tensor in held):
+        tensors = [tensor for _, tensor in weights_and_buffers(self.skeleton)]
+        if all(tensor.device == device for tensor in tensors):
             return self
         with FakeTensorMode(allow_non_fake_inputs=True):
             moved: dict[int, Any] = {
                 id(tensor): torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-                for tensor in held
+                for tensor in tensors
             }
-        for tensor in held:
+        for tensor in tensors:
             if isinstance(tensor, nn.Parameter):
                 moved[id(tensor)] = nn.Parameter(moved[id(tensor)], requires_grad=False)
         there = Architecture(copy.deepcopy(self.skeleton, moved), self.timestep)
@@ -213,13 +213,13 @@ class Architecture:
         tracing, here = Tracing(), self.on(device)
         known += call.numbers
         try:
-            program = here._export(call.holding(known, leaves), device, 1, False, tracing)
+            program = here._export(call.knowing(known, leaves), device, 1, False, tracing)
         except CaptureError as error:
             raise error from first
         read = tracing.read.difference(call.numbers)
         reason = f"the model's own code branches on the values of {', '.join(sorted(read))}"
-        held = call.holding(tracing.read, leaves)
-        return here._finish(program, replace(held, fixed=reason if read else call.fixed), 1)
+        known = call.knowing(tracing.read, leaves)
+        return here._finish(program, replace(known, fixed=reason if read else call.fixed), 1)
 
     def capture_spec(
         self, call: CallSpec, device: torch.device, numbers: Mapping[str, float] | None = None
@@ -242,7 +242,7 @@ class Architecture:
             tracing = Tracing()
             program = here._export(call, device, batch, call.batched, tracing, numbers)
             read = {name: number for name, number in (numbers or {}).items() if name in tracing.read}
-            return here._finish(program, call.holding_numbers(read), batch)
+            return here._finish(program, call.knowing_numbers(read), batch)
 
     def _export(
         self,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fxquant.runtime.model import GraphModel
 
 
-_MANY_HELD = 8  # Number of graphs for fixed input values at which to warn.
+_MANY_VALUES = 8  # Number of graphs for fixed input values at which to warn.
 
 
 def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
@@ -91,10 +91,10 @@ def _capture(self: GraphModel, call: Call) -> CapturedGraph:
         captured = self._make_graph(self, call)
         self.add(captured)
     warn_of_many(call, [graph.call for graph in self.captured])
-    held = [graph for graph in self.captured if graph.call.held]
-    if captured.call.held and len(held) == _MANY_HELD:
+    known = [graph for graph in self.captured if graph.call.known]
+    if captured.call.known and len(known) == _MANY_VALUES:
         warnings.warn(
-            f"{len(held)} graphs were captured, one for each new value: {captured.static_batch}. Each capture "
+            f"{len(known)} graphs were captured, one for each new value: {captured.static_batch}. Each capture "
             "takes time; let calls share values where possible, for example by padding prompts to a few lengths.",
             stacklevel=4,
         )

@@ -147,7 +147,7 @@ class GraphModel(DropIn):
         fitting = [captured for captured in self.captured if captured.call.fits(call, values=False)]
         if len(fitting) != 1:
             return self.find(call)
-        fitting[0].call.assert_held(call.leaves)
+        fitting[0].call.assert_known(call.leaves)
         return fitting[0]
 
     def watch(self, call: Call) -> None:

@@ -161,7 +161,7 @@ def test_a_spec_with_values_is_written_and_read() -> None:
     assert again.fixed == "because"
     assert again.fits(Call(("mask",), [torch.tensor([[True, False], [True, True]])], {"mask": 0}))
     assert not again.fits(Call(("mask",), [torch.tensor([[True, True], [True, True]])], {"mask": 0}))
-    assert torch.equal(again.held["mask"], torch.tensor([[True, False], [True, True]]))
+    assert torch.equal(again.known["mask"], torch.tensor([[True, False], [True, True]]))
 
 
 def test_layers_are_counted_for_each_trace_of_a_call() -> None:
@@ -190,7 +190,7 @@ def test_compiled_within_something_larger_it_checks_the_values_as_it_runs() -> N
     traced = trace(Masked(positions).eval().requires_grad_(False))
     x, timestep, mask = torch.randn(2, 3, 4), torch.ones(2), torch.ones(2, 3, dtype=torch.int64)
     expected = traced(x, timestep, mask)
-    assert traced.captured[0].call.held
+    assert traced.captured[0].call.known
     compiled = torch.compile(lambda *call: traced(*call) + 0, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, timestep, mask), expected)
     with pytest.raises(RuntimeError, match="right for one value of mask, and this call has another"):

@@ -148,7 +148,7 @@ def quantized() -> GraphModel:
 
 def test_options_that_change_with_the_step_share_graphs(quantized: GraphModel) -> None:
     assert len(quantized.graphs) == 2  # The first one is for one step: integers name and count things as a rule.
-    held = quantized.captured[1].call.held_numbers
+    held = quantized.captured[1].call.known_numbers
     assert held == {"options.guidance": 0.5}
     model = Optioned()
     for made in (*steps(), call(3) | {"options": options(17)}):
