@@ -218,8 +218,8 @@ class Architecture:
             raise error from first
         read = tracing.read.difference(call.numbers)
         reason = f"the model's own code branches on the values of {', '.join(sorted(read))}"
-        known = call.knowing(tracing.read, leaves)
-        return here._finish(program, replace(known, fixed=reason if read else call.fixed), 1)
+        narrowed = call.knowing(tracing.read, leaves)
+        return here._finish(program, replace(narrowed, fixed=reason if read else call.fixed), 1)
 
     def capture_spec(
         self, call: CallSpec, device: torch.device, numbers: Mapping[str, float] | None = None

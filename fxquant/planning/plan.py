@@ -220,8 +220,8 @@ class Plan:
             )
         check(PlanFile, data, "the plan")
         try:
-            held = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
-            values = {name: data[name] for name in held}
+            given = [f.name for f in fields(cls) if f.name not in (*_NOT_IN_JSON, *(_NEW_IN_JSON - data.keys()))]
+            values = {name: data[name] for name in given}
             values.setdefault("naming", 1)
             values["calls"] = [CallSpec.from_json(call) for call in data["calls"]]
             values["layers"] = {name: _layer_from_json(layer) for name, layer in data["layers"].items()}
