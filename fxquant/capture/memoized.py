@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 Memo: TypeAlias = "functools._lru_cache_wrapper[Any]"
 
+_FUNCTIONS = frozenset({functools._lru_cache_wrapper, staticmethod, classmethod})
+
 
 class Memos:
     """The caches of functions in this process, as they were when this object was made."""
@@ -48,14 +50,23 @@ def _all() -> list[Memo]:
     These threads then raise SystemError.
     """
     found: dict[int, Memo] = {}
-    for name, module in list(sys.modules.items()):
-        for value in list(vars(module).values()) if isinstance(module, types.ModuleType) else ():
-            own = type(value) is type and value.__module__ == name
-            for one in [value, *list(vars(value).values())] if own else [value]:
-                # Types are compared because isinstance would access __class__ of arbitrary objects.
+
+    def attributes(holder: types.ModuleType | type) -> list[Any]:
+        """The attributes of a module or class. Those that are caches are added to ``found``."""
+        values = list(vars(holder).values())
+        # Types are compared because isinstance would access __class__ of arbitrary objects. All are compared at once
+        # because a process has hundreds of thousands of attributes.
+        if not _FUNCTIONS.isdisjoint(map(type, values)):
+            for one in values:
                 function = one.__func__ if type(one) in (staticmethod, classmethod) else one
                 if type(function) is functools._lru_cache_wrapper:
                     found[id(function)] = function
+        return values
+
+    for name, module in list(sys.modules.items()):
+        for value in attributes(module) if isinstance(module, types.ModuleType) else ():
+            if type(value) is type and value.__module__ == name:
+                attributes(value)
     return list(found.values())
 
 
