@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Collection
 
 import pytest
 import torch
 from torch import Tensor
 
 import fxquant
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.trace import Architecture
+from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.pipeline.recipes import RECIPES, ROUNDINGS, make_recipe
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 
 PRECISIONS = ("w8a8", "w4a8-g8")
-NAMES = [f"{name}-{bits}" for name in RECIPES for bits in PRECISIONS]
-NAMES += [f"ptq4dit-{rounding}-w4a8-g8" for rounding in ROUNDINGS]  # Other weights, no other graph.
-NAMES += ["ptq4dit-dynamic-gptq-w4a8-g8", "htg-w4a16-g8"]
+NAMES = {f"{name}-{bits}": name for name in RECIPES for bits in PRECISIONS}
+NAMES |= {f"ptq4dit-{rounding}-w4a8-g8": "ptq4dit" for rounding in ROUNDINGS}  # Other weights, no other graph.
+NAMES |= {"ptq4dit-dynamic-gptq-w4a8-g8": "ptq4dit", "htg-w4a16-g8": "htg"}
+"""The recipes with bits and rounding, each with its name alone."""
 
-every_recipe = pytest.mark.parametrize("recipe", NAMES)
+SAMPLE = [f"{name}-{PRECISIONS[number % 2]}" for number, name in enumerate(RECIPES)] + ["htg-w4a16-g8"]
+"""Every recipe once: ``make test`` compiles and exports these."""
+
+
+def every_recipe(sample: Collection[str] = tuple(NAMES)) -> pytest.MarkDecorator:
+    """Parametrizes a test with all recipes, exhaustive outside of the sample. One process compiles those of a name."""
+    return pytest.mark.parametrize(
+        "recipe",
+        [
+            pytest.param(
+                recipe,
+                marks=[pytest.mark.xdist_group(name), *([] if recipe in sample else [pytest.mark.exhaustive])],
+            )
+            for recipe, name in NAMES.items()
+        ],
+    )
 
 
 @functools.cache
@@ -27,10 +47,22 @@ def compiled(recipe: str) -> GraphModel:
     model, made = make_dit(), make_recipe(recipe)
     if any(step.name == "reconstruct-blocks" for step in made.convert):
         made = made.with_options("reconstruct-blocks", iterations=3)
-    return fxquant.compile(model, recipe=made, calibrate=calibrate(model), measure=0)
+    shared = traced()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Architecture, "capture", lambda *_: shared.copy())
+        return fxquant.compile(model, recipe=made, calibrate=calibrate(model), measure=0)
 
 
-@every_recipe
+@functools.cache
+def traced() -> CapturedGraph:
+    """The graph of the model, which all recipes share: all calls are alike."""
+    architecture = Architecture.of(make_dit(), "timestep")
+    found = architecture.capture(*architecture.canonical((), inputs()))
+    verify(found.module, SPECS[Stage.CAPTURED])  # Its copies keep the proofs.
+    return found
+
+
+@every_recipe(SAMPLE)
 def test_it_compiles_without_a_graph_break_and_exports(recipe: str) -> None:
     quantized = compiled(recipe)
     call = inputs(timestep=None, seed=5)
@@ -45,7 +77,7 @@ def test_it_compiles_without_a_graph_break_and_exports(recipe: str) -> None:
         assert torch.equal(program.module()(*tensors)[0], expected)
 
 
-@every_recipe
+@every_recipe()
 def test_a_mixed_batch_is_as_each_sample_alone(recipe: str) -> None:
     quantized = compiled(recipe)
     call = inputs(5, timestep=None, seed=6) | {"timestep": torch.tensor([999, 700, 500, 300, 0])}
@@ -60,7 +92,7 @@ def test_a_mixed_batch_is_as_each_sample_alone(recipe: str) -> None:
     assert len(quantized.graphs) == 1
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RECIPES])
 def test_fewer_bits_cost_quality_and_none_cost_all_of_it(name: str) -> None:
     reference = run(make_dit(), seed=9)
     errors = [float((run(compiled(f"{name}-{bits}"), seed=9) - reference).norm()) for bits in PRECISIONS]

@@ -195,6 +195,7 @@ def test_compiled_within_something_larger(quantized: GraphModel) -> None:
     assert len(traced.graphs) == 1
 
 
+@pytest.mark.exhaustive  # One run of the C++ compiler.
 def test_a_package_takes_them(tmp_path: Path) -> None:
     model = Numbered(COMPUTING["times"])
     quantized = fxquant.compile(
@@ -231,8 +232,18 @@ def test_a_model_that_fails_with_any_number_says_so_once() -> None:
         trace(Numbered(failing))(**call(), number=0.5)
 
 
-@pytest.mark.parametrize("compiling", [False, True], ids=["at calls", "at calibration"])
-@pytest.mark.parametrize("values", [[n / 10 for n in range(10)], list("abcdefghij")], ids=["floats", "strings"])
+FLOATS, STRINGS = [n / 10 for n in range(10)], list("abcdefghij")
+
+
+@pytest.mark.parametrize(
+    ("values", "compiling"),
+    [
+        pytest.param(FLOATS, False, id="floats-at calls"),
+        pytest.param(STRINGS, True, id="strings-at calibration"),
+        pytest.param(FLOATS, True, id="floats-at calibration", marks=pytest.mark.exhaustive),
+        pytest.param(STRINGS, False, id="strings-at calls", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_graph_for_each_value_is_told_once(values: list[Any], compiling: bool) -> None:
     model = Numbered(lambda x, s, n: x * {0.1: 3.0, "b": 3.0}.get(s, 1.0))
 
