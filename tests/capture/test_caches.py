@@ -94,18 +94,26 @@ def compiled(model: nn.Module, *tokens: int) -> fxquant.GraphModel:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "called", [(3,), *(pytest.param(sizes, marks=pytest.mark.exhaustive) for sizes in ((5, 7), (3, 4)))], ids=str
+    ("called", "sizes", "further"),
+    [
+        ((3,), (3,), (4,)),
+        *(pytest.param(called, (3, 4), (6, 7), marks=pytest.mark.exhaustive) for called in ((3,), (5, 7), (3, 4))),
+    ],
+    ids=str,
 )
-def test_a_model_that_was_called_is_saved_and_loaded(way: str, called: tuple[int, ...], tmp_path: Path) -> None:
+def test_a_model_that_was_called_is_saved_and_loaded(
+    way: str, called: tuple[int, ...], sizes: tuple[int, ...], further: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Called with some sizes, calibrated with others, and then called with further ones."""
     model, other = Cached(way).eval(), Cached(way).eval()
     with torch.no_grad():
         for tokens in called:
             model(*call(tokens))
         kept = vars(model).copy()
-        quantized, expected = compiled(model, 3, 4), compiled(other, 3, 4)
+        quantized, expected = compiled(model, *sizes), compiled(other, *sizes)
         fxquant.save(quantized, tmp_path / "model")
         loaded = fxquant.load(tmp_path / "model", model=Cached)
-        for made in (call(3), call(4, 5), call(6), call(7)):
+        for made in (call(3), *(call(size, 5) for size in sizes), *map(call, further)):
             assert torch.equal(quantized(*made), expected(*made))
             assert torch.equal(quantized(*made), loaded(*made))
     assert all(vars(model)[key] is value for key, value in kept.items())

@@ -119,7 +119,7 @@ def z_image(model: nn.Module, batch: int = 1, prompt: int = 6, step: float = 0.5
     return torch.stack(model(**inputs, return_dict=False)[0])
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_z_image_is_saved_and_loaded_and_takes_more_samples(full: bool, tmp_path: Path) -> None:
     """Also one whose cache a call has filled, which its class makes empty."""
     model = make_z_image()

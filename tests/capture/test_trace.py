@@ -45,7 +45,7 @@ def sample(batch: int, tokens: int = 3) -> Tensor:
     return torch.randn(batch, tokens, 4)
 
 
-@pytest.mark.parametrize("first", [1, 2, 4])
+@pytest.mark.parametrize("first", [1, *(pytest.param(size, marks=pytest.mark.exhaustive) for size in (2, 4))])
 def test_dit_is_bit_exact_at_any_batch_size(first: int) -> None:
     model = make_dit(layers=2)
     traced = trace(model)

@@ -10,6 +10,7 @@ import pytest
 
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
+from fxquant.ir.stages import SPECS, Stage, verify
 from tests.zoo.models import Entry
 
 TRACED: dict[Entry, list[CapturedGraph]] = defaultdict(list)
@@ -29,6 +30,7 @@ def traced_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         found = next((graph for graph in TRACED[entry] if graph.call.fits(names, leaves, structure)), None)
         if found is None:
             found = capture(self, names, leaves, structure, *others)
+            verify(found.module, SPECS[Stage.CAPTURED])  # Its copies keep the proofs.
             TRACED[entry].append(found)
         return found.copy()
 

@@ -17,7 +17,7 @@ from fxquant.errors import CaptureError
 from tests.zoo.audit import STEPS, audit
 from tests.zoo.coverage import HEAD, exceptions, row, summary, title
 from tests.zoo.kinds import KINDS
-from tests.zoo.models import CAPTURED, ENTRIES, REFUSED, SAMPLE, Entry
+from tests.zoo.models import CAPTURED, ENTRIES, QUANTIZED_SAMPLE, REFUSED, SAMPLE, Entry
 
 COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 
@@ -35,7 +35,7 @@ def sqnr(actual: Tensor, expected: Tensor) -> float:
     return float(10 * torch.log10(expected.square().sum() / (actual - expected).square().sum()))
 
 
-def params(sample: Collection[str] | None = None) -> list[Any]:
+def params(sample: Collection[str]) -> list[Any]:
     """All models, exhaustive outside of the sample. One process runs all tests of a model, and they share traces."""
     return [
         pytest.param(
@@ -43,14 +43,14 @@ def params(sample: Collection[str] | None = None) -> list[Any]:
             id=entry.id,
             marks=[
                 pytest.mark.xdist_group(entry.id),
-                *([] if sample is None or entry.id in sample else [pytest.mark.exhaustive]),
+                *([] if entry.id in sample else [pytest.mark.exhaustive]),
             ],
         )
         for entry in CAPTURED
     ]
 
 
-@pytest.mark.parametrize("entry", params())
+@pytest.mark.parametrize("entry", params(SAMPLE))
 def test_absorption_is_exact_and_covers_what_the_page_says(entry: Entry) -> None:
     found = audit(entry)
     assert found.error < 1e-12
@@ -72,7 +72,7 @@ def quantize(entry: Entry, model: nn.Module, recipe: str) -> fxquant.GraphModel:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("entry", params(SAMPLE))
+@pytest.mark.parametrize("entry", params(QUANTIZED_SAMPLE))
 def test_quantizes_and_runs_at_other_sizes(entry: Entry) -> None:
     model = entry.model()
     quantized = quantize(entry, model, "ptq4dit-w8a8")
