@@ -1,4 +1,4 @@
-"""What a report shows of the decisions that passes keep in rooms of their own (:mod:`fxquant.planning.rooms`)."""
+"""What a report shows of decisions that passes of other packages made (:mod:`fxquant.planning.pass_decisions`)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from fxquant.inspect.rows import DecisionReport
 from fxquant.inspect.tables import span_of
-from fxquant.planning.rooms import Rooms
+from fxquant.planning.pass_decisions import PassDecisions
 from fxquant.text import fitted, name_of_all, pattern_of
 
 
-def decision_rows(rooms: Rooms) -> tuple[DecisionReport, ...]:
+def decision_rows(decisions: PassDecisions) -> tuple[DecisionReport, ...]:
     """One row per decision, in the order in which the passes made them."""
     return tuple(
         DecisionReport(of, name, {**entry.values, **{option: _described(one) for option, one in entry.tensors.items()}})
-        for of, name, entry in rooms.stored()
+        for of, name, entry in decisions.stored()
     )
 
 

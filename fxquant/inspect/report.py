@@ -61,7 +61,7 @@ class Report:
         attentions: One row per attention, in the order of the graph.
         products: For each matrix product or convolution that is neither a layer nor part of an attention: the reason
             why it stays float, by the path of its module, its op and its line.
-        decisions: What passes recorded in rooms of their own (:mod:`fxquant.planning.rooms`).
+        decisions: What passes decided that has no field above (:mod:`fxquant.planning.pass_decisions`).
     """
 
     model_class: str
@@ -237,7 +237,7 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
             for name, entry in plan.attentions.items()
         ),
         products=dict(plan.products),
-        decisions=decision_rows(plan.rooms),
+        decisions=decision_rows(plan.pass_decisions),
     )
 
 

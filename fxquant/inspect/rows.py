@@ -86,7 +86,7 @@ class AttentionReport:
 
 @dataclass(frozen=True)
 class DecisionReport:
-    """One entry of a pass's room in the plan.
+    """One decision of a pass for which the plan has no field of its own.
 
     Attributes:
         of: Name of the pass.

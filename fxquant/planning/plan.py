@@ -22,7 +22,7 @@ from fxquant.disk.files import blaming, load_tensors, share
 from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
-from fxquant.planning.rooms import D, Rooms, is_of_room, same_tensors
+from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.plan import PlanFile
 
@@ -52,7 +52,7 @@ class Plan:
         vectors: Balance factors per input channel, float64 ``[in]``, by layer; under ``<layer>.shift`` what is
             subtracted from the channels in each bin of timesteps, float64 ``[bins, in]``; under ``<layer>.importance``
             the mean squares of the input channels, if a search of weight ranges needed them.
-        rooms: Decisions of passes for which the plan has no field (:meth:`room`).
+        pass_decisions: Decisions for which the plan has no field of its own (:meth:`decisions_of`).
         timesteps: The calibrated timesteps.
         output_sqnr_db: Output SQNR against float by timestep, in dB, as measured on calibration inputs.
         bytes_before: Size of the float model's tensors.
@@ -80,7 +80,7 @@ class Plan:
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
-    rooms: Rooms = field(default_factory=Rooms, repr=False)
+    pass_decisions: PassDecisions = field(default_factory=PassDecisions, repr=False)
     naming: int = NAMING
 
     def layer(self, name: str) -> LayerPlan:
@@ -103,17 +103,17 @@ class Plan:
             raise CalibrationError(f"the plan knows no attention {name!r}")
         return self.attentions[name]
 
-    def room(self, kind: type[D]) -> dict[str, D]:
+    def decisions_of(self, kind: type[D]) -> dict[str, D]:
         """What one pass decided, by name, such as that of a layer. Whoever changes the dict changes the plan.
 
         Args:
-            kind: Type of the decisions; it names the pass (:mod:`fxquant.planning.rooms`).
+            kind: Type of the decisions; it names the pass (:mod:`fxquant.planning.pass_decisions`).
 
         Raises:
-            ConfigurationError: If the type cannot be stored, or the room holds another type.
+            ConfigurationError: If the type cannot be stored, or the pass has decisions of another type.
             CheckpointError: If an entry that was read from a file does not fit the type.
         """
-        return self.rooms.room(kind)
+        return self.pass_decisions.decisions_of(kind)
 
     def __eq__(self, other: object) -> bool:
         """Whether two plans hold the same decisions and measurements. How long passes took does not count."""
@@ -129,8 +129,8 @@ class Plan:
         return json.dumps(data, sort_keys=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The vectors, and the tensors of the rooms."""
-        return {**self.vectors, **self.rooms.tensors()}
+        """The vectors, and the tensors of passes' decisions."""
+        return {**self.vectors, **self.pass_decisions.tensors()}
 
     def undecided(self, recipe: str) -> Plan:
         """A copy in which only bit widths are decided; another recipe decides the rest from the same statistics.
@@ -197,9 +197,9 @@ class Plan:
         data["layers"] = {name: asdict(layer) for name, layer in self.layers.items()}
         data["attentions"] = {name: asdict(attention) for name, attention in self.attentions.items()}
         data["output_sqnr_db"] = [[t, db] for t, db in self.output_sqnr_db.items()]
-        data["rooms"] = self.rooms.to_json()
-        if not data["rooms"]:  # Most plans have none; their files stay as earlier versions read them.
-            del data["rooms"]
+        data["pass_decisions"] = self.pass_decisions.to_json()
+        if not data["pass_decisions"]:  # Most plans have none; their files stay as earlier versions read them.
+            del data["pass_decisions"]
         return {"format": FORMAT, **data}
 
     @classmethod
@@ -229,9 +229,9 @@ class Plan:
             values["attentions"] = {name: _attention_from_json(entry) for name, entry in attentions.items()}
             values["output_sqnr_db"] = {float(t): float(db) for t, db in data["output_sqnr_db"]}
             tensors = dict(vectors)
-            values["rooms"] = Rooms.from_json(data.get("rooms", {}), tensors)
+            values["pass_decisions"] = PassDecisions.from_json(data.get("pass_decisions", {}), tensors)
             for name in tensors:
-                if is_of_room(name):
+                if is_of_pass(name):
                     raise CheckpointError(f"tensor {name!r} belongs to no decision of the plan")
             return cls(**values, vectors=tensors)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -273,7 +273,7 @@ class Plan:
 
 
 _NOT_IN_JSON = ("vectors",)
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming", "rooms"})
+_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming", "pass_decisions"})
 """Entries that earlier plans of this format lack."""
 
 
@@ -301,7 +301,7 @@ def read_vectors(path: Path) -> dict[str, Tensor]:
     """
     vectors = load_tensors(path, torch.device("cpu"))
     for name, vector in vectors.items():
-        if is_of_room(name):  # The pass that defines it decides what it may hold.
+        if is_of_pass(name):  # The pass that defines it decides what it may hold.
             continue
         if not vector.is_floating_point() or not vector.isfinite().all():
             raise CheckpointError(f"{path}: vector {name!r} should hold finite numbers; copy the checkpoint again")

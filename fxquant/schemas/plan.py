@@ -24,7 +24,7 @@ from fxquant.schemas.common import (
 _MOST_PASSES = 200
 _MOST_CALLS = 256
 Side = Literal["q", "k", "v"]
-Room = Annotated[dict[Name, dict[Name, Any]], Field(max_length=100_000)]
+DecisionsOfPass = Annotated[dict[Name, dict[Name, Any]], Field(max_length=100_000)]
 Bound = Finite | Annotated[list[Finite], Field(fail_fast=True, min_length=1, max_length=10_001)]
 
 
@@ -148,7 +148,7 @@ class PlanFile(Schema):
     reconstruction: Annotated[dict[Name, list[float]], Field(max_length=20_000)] = Field(default_factory=dict)
     attentions: Annotated[dict[Name, Attention], Field(max_length=20_000)] = Field(default_factory=dict)
     products: Annotated[dict[Name, Text], Field(max_length=20_000)] = Field(default_factory=dict)
-    rooms: Annotated[dict[Name, Room], Field(max_length=_MOST_PASSES)] = Field(default_factory=dict)
+    pass_decisions: Annotated[dict[Name, DecisionsOfPass], Field(max_length=_MOST_PASSES)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agrees(self) -> PlanFile:

@@ -1,17 +1,17 @@
-"""Decisions of passes for which the plan has no field of its own: one room per pass, with entries of the pass's type.
+"""Decisions for which the plan has no field of its own, by pass and name, each of a type that the pass defines.
 
-A pass outside of this package defines a type and asks the plan for its room::
+A pass of another package defines a type and asks the plan for its decisions::
 
     @dataclass
     class Rotation(Decision, of="rotate-inputs"):
         seed: int
         matrix: Tensor
 
-    rotations = context.plan.room(Rotation)  # dict[str, Rotation], by any name, such as that of a layer
+    rotations = context.plan.decisions_of(Rotation)  # dict[str, Rotation], by any name, such as that of a layer
     if name not in rotations:
         rotations[name] = Rotation(seed=0, matrix=...)
 
-The plan saves, loads, compares, copies and reports what a room holds. It does not need the pass for that.
+The plan saves, loads, compares, copies and reports them. It does not need the pass for that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TENSOR = "tensor"
 
 
 class Decision:
-    """Base of the types that rooms hold. A subclass is a dataclass, and names its pass: ``class A(Decision, of="a")``.
+    """Base of the types of decisions. A subclass is a dataclass, and names its pass: ``class A(Decision, of="a")``.
 
     Fields may be tensors, and whatever pydantic can write as JSON and read back: numbers, text, enums, None, lists,
     tuples, dicts and dataclasses of these. A field that holds a tensor or None has the type ``Tensor | None``.
@@ -66,22 +66,22 @@ class Stored:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Rooms:
-    """All rooms of a plan."""
+class PassDecisions:
+    """The decisions of all passes that have no fields in the plan."""
 
     def __init__(self) -> None:
-        self._rooms: dict[str, dict[str, Any]] = {}
+        self._passes: dict[str, dict[str, Any]] = {}
 
-    def room(self, kind: type[D]) -> dict[str, D]:
+    def decisions_of(self, kind: type[D]) -> dict[str, D]:
         """The entries of one pass, by name; whoever changes the dict changes the plan.
 
         Raises:
-            ConfigurationError: If the type is not a dataclass, has a field that cannot be stored, or if the room holds
-                another type.
+            ConfigurationError: If the type is not a dataclass or has a field that cannot be stored, or if the pass has
+                decisions of another type.
             CheckpointError: If an entry that was read from a file does not fit the type.
         """
         adapters = _adapters(kind)
-        entries = self._rooms.setdefault(kind.of, {})
+        entries = self._passes.setdefault(kind.of, {})
         for name, entry in entries.items():
             if isinstance(entry, Stored):
                 entries[name] = _read(kind, adapters, name, entry)
@@ -94,7 +94,7 @@ class Rooms:
 
     def stored(self) -> Iterator[tuple[str, str, Stored]]:
         """Every entry with the name of its pass and its own name, as files hold it."""
-        for of, entries in self._rooms.items():
+        for of, entries in self._passes.items():
             for name, entry in entries.items():
                 yield of, name, entry if isinstance(entry, Stored) else _written(of, name, entry)
 
@@ -115,7 +115,9 @@ class Rooms:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Mapping[str, Mapping[str, Any]]], tensors: dict[str, Tensor]) -> Rooms:
+    def from_json(
+        cls, data: Mapping[str, Mapping[str, Mapping[str, Any]]], tensors: dict[str, Tensor]
+    ) -> PassDecisions:
         """Read entries back.
 
         Args:
@@ -125,7 +127,7 @@ class Rooms:
         Raises:
             CheckpointError: If a tensor is missing.
         """
-        rooms = cls()
+        found = cls()
         for of, entries in data.items():
             for name, values in entries.items():
                 entry = Stored()
@@ -137,16 +139,16 @@ class Rooms:
                         entry.tensors[option] = tensors.pop(key)
                     else:
                         raise CheckpointError(f"the decision {name!r} of {of} lacks its tensor {key!r}")
-                rooms._rooms.setdefault(of, {})[name] = entry
-        return rooms
+                found._passes.setdefault(of, {})[name] = entry
+        return found
 
 
 def _key(of: str, name: str, option: str) -> str:
     return f"{of}:{name}.{option}"
 
 
-def is_of_room(key: str) -> bool:
-    """Whether a key is that of a room's tensor; names of layers have no colon."""
+def is_of_pass(key: str) -> bool:
+    """Whether a key is that of a tensor of a decision; names of layers have no colon."""
     return ":" in key
 
 

@@ -1,4 +1,4 @@
-"""Rooms: decisions of a pass from outside are saved, loaded, compared, copied and reported."""
+"""PassDecisions: decisions of a pass from outside are saved, loaded, compared, copied and reported."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import PASSES, Pass, Tier, register_pass
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning.context import PassContext
+from fxquant.planning.pass_decisions import Decision
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
-from fxquant.planning.rooms import Decision
 from tests import tiny
 
 
@@ -57,12 +57,12 @@ def rotation(seed: int = 0) -> Rotation:
 def planned() -> Plan:
     plan = Plan("", "", "timestep")
     plan.vectors["q"] = torch.ones(3)
-    plan.room(Rotation)["blocks.0.q"] = rotation()
-    plan.room(Rotation)["blocks.1.q"] = replace(rotation(1), permutation=None)
+    plan.decisions_of(Rotation)["blocks.0.q"] = rotation()
+    plan.decisions_of(Rotation)["blocks.1.q"] = replace(rotation(1), permutation=None)
     return plan
 
 
-def test_a_room_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_decisions_are_saved_and_loaded(tmp_path: Path) -> None:
     plan = planned()
     plan.save(tmp_path)
     assert load_file(tmp_path / VECTORS_FILE).keys() == {
@@ -73,7 +73,7 @@ def test_a_room_is_saved_and_loaded(tmp_path: Path) -> None:
     }
     loaded = Plan.load(tmp_path)
     assert loaded == plan and loaded.vectors.keys() == {"q"}
-    found = loaded.room(Rotation)
+    found = loaded.decisions_of(Rotation)
     assert list(found) == ["blocks.0.q", "blocks.1.q"]
     one, own = found["blocks.0.q"], rotation()
     assert torch.equal(one.matrix, own.matrix) and torch.equal(one.permutation, own.permutation)
@@ -88,20 +88,20 @@ def test_a_room_is_saved_and_loaded(tmp_path: Path) -> None:
     assert found["blocks.1.q"].permutation is None
     assert loaded == plan
     (tmp_path / "again").mkdir()
-    loaded.save(tmp_path / "again")  # Also if no pass has asked for the room.
+    loaded.save(tmp_path / "again")  # Also if no pass has asked for them.
     Plan.load(tmp_path / "again").save(tmp_path / "third")
     assert (tmp_path / "third" / PLAN_FILE).read_text() == (tmp_path / PLAN_FILE).read_text()
 
 
-def test_a_plan_without_rooms_has_no_such_entry() -> None:
+def test_a_plan_without_them_has_no_such_entry() -> None:
     plan = Plan("", "", None)
-    assert not plan.room(Rotation)
-    assert "rooms" not in plan.to_json()
+    assert not plan.decisions_of(Rotation)
+    assert "pass_decisions" not in plan.to_json()
 
 
 def changed(change: str) -> Plan:
     plan = planned()
-    first = plan.room(Rotation)["blocks.0.q"]
+    first = plan.decisions_of(Rotation)["blocks.0.q"]
     if change == "field":
         first.seed = 5
     elif change == "tensor":
@@ -109,7 +109,7 @@ def changed(change: str) -> Plan:
     elif change == "dtype":
         first.matrix = first.matrix.double()
     elif change == "entry":
-        del plan.room(Rotation)["blocks.1.q"]
+        del plan.decisions_of(Rotation)["blocks.1.q"]
     elif change == "vector":
         plan.vectors["q"][0] = 2
     elif change == "bits":
@@ -137,11 +137,11 @@ def test_a_copy_is_its_own() -> None:
     plan = planned()
     other = copy.deepcopy(plan)
     assert other == plan
-    other.room(Rotation)["blocks.0.q"].matrix.zero_()
+    other.decisions_of(Rotation)["blocks.0.q"].matrix.zero_()
     assert other != plan and plan == planned()
 
 
-def test_the_report_shows_rooms() -> None:
+def test_the_report_shows_them() -> None:
     report = fxquant.report(planned())
     lines = report.table(every=True).splitlines()
     start = lines.index("decisions of rotate-inputs")
@@ -156,7 +156,7 @@ def test_the_report_shows_rooms() -> None:
 def test_entries_that_differ_in_numbers_share_a_row() -> None:
     plan = Plan("", "", "timestep")
     for number in range(3):
-        plan.room(Rotation)[f"blocks.{number}.q"] = Rotation(number, torch.zeros(2, 2), sqnr_db=10.0 + number)
+        plan.decisions_of(Rotation)[f"blocks.{number}.q"] = Rotation(number, torch.zeros(2, 2), sqnr_db=10.0 + number)
     lines = fxquant.report(plan).table().splitlines()
     (row,) = (line for line in lines if line.startswith("blocks."))
     assert "0..2" in row.split() and "10.0..12.0" in row
@@ -176,19 +176,19 @@ def test_entries_that_differ_in_numbers_share_a_row() -> None:
 def test_a_damaged_entry_is_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
     planned().save(tmp_path)
     data = json.loads((tmp_path / PLAN_FILE).read_text())
-    change(data["rooms"]["rotate-inputs"]["blocks.0.q"])
+    change(data["pass_decisions"]["rotate-inputs"]["blocks.0.q"])
     (tmp_path / PLAN_FILE).write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=message):
-        Plan.load(tmp_path).room(Rotation)
+        Plan.load(tmp_path).decisions_of(Rotation)
 
 
 def test_what_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
     planned().save(tmp_path)
     data = json.loads((tmp_path / PLAN_FILE).read_text())
-    data["rooms"]["rotate-inputs"]["blocks.1.q"]["permutation"] = [0, 1, 2]
+    data["pass_decisions"]["rotate-inputs"]["blocks.1.q"]["permutation"] = [0, 1, 2]
     (tmp_path / PLAN_FILE).write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"'blocks.1.q' of rotate-inputs: permutation should be a tensor"):
-        Plan.load(tmp_path).room(Rotation)
+        Plan.load(tmp_path).decisions_of(Rotation)
 
 
 def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.bool, torch.float64])
-def test_a_tensor_of_a_room_may_hold_anything(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_tensor_may_hold_anything(tmp_path: Path, dtype: torch.dtype) -> None:
     plan = Plan("", "", None)
     matrix = torch.tensor([[1.0, float("inf")], [float("nan"), 0.0]]).to(dtype)
-    plan.room(Rotation)["q"] = Rotation(0, matrix, permutation=matrix)
+    plan.decisions_of(Rotation)["q"] = Rotation(0, matrix, permutation=matrix)
     plan.save(tmp_path)
     loaded = Plan.load(tmp_path)
     assert loaded == plan
-    assert loaded.room(Rotation)["q"].matrix.dtype is dtype
+    assert loaded.decisions_of(Rotation)["q"].matrix.dtype is dtype
 
 
 def test_types_that_cannot_be_stored_are_refused_at_once() -> None:
@@ -231,11 +231,11 @@ def test_types_that_cannot_be_stored_are_refused_at_once() -> None:
 
     plan = planned()
     with pytest.raises(ConfigurationError, match=r"field 'module' of Held is a .*Module.*cannot store"):
-        plan.room(Held)
+        plan.decisions_of(Held)
     with pytest.raises(ConfigurationError, match="Bare is not a dataclass"):
-        plan.room(Bare)
+        plan.decisions_of(Bare)
     with pytest.raises(ConfigurationError, match="decisions of rotate-inputs are Rotations, not Others"):
-        plan.room(Other)
+        plan.decisions_of(Other)
     with pytest.raises(ConfigurationError, match="names no pass"):
         type("Nameless", (Decision,), {})
 
@@ -251,7 +251,7 @@ def test_types_that_cannot_be_stored_are_refused_at_once() -> None:
 )
 def test_values_that_do_not_fit_are_refused_when_saving(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     plan = planned()
-    plan.room(Rotation)["q"] = replace(rotation(), **values)
+    plan.decisions_of(Rotation)["q"] = replace(rotation(), **values)
     with pytest.raises(ConfigurationError, match=message):
         plan.save(tmp_path / "plan")
     assert not (tmp_path / "plan" / PLAN_FILE).exists()
@@ -273,7 +273,7 @@ class ScaleNothing(Pass):
     establishes: ClassVar[Stage] = Stage.CAPTURED
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
-        gains = context.plan.room(Gain)
+        gains = context.plan.decisions_of(Gain)
         for node in graph.nodes:
             name = node.meta.get(LAYER)
             layer = context.plan.layers.get(name)
@@ -297,15 +297,15 @@ def test_a_pass_from_outside_decides_saves_and_replays(tmp_path: Path) -> None:
     model = tiny.make_dit()
     quantized = fxquant.compile(model, recipe=chosen, calibrate=tiny.calibrate(model))
     again = fxquant.compile(model, recipe=chosen, calibrate=tiny.calibrate(model))
-    gains = quantized.plan.room(Gain)
+    gains = quantized.plan.decisions_of(Gain)
     assert gains and all(name in quantized.plan.layers for name in gains)
     assert again.plan == quantized.plan
     fxquant.save(quantized, tmp_path / "saved")
     loaded = fxquant.load(tmp_path / "saved")
-    assert loaded.plan.rooms.to_json() == quantized.plan.rooms.to_json()
+    assert loaded.plan.pass_decisions.to_json() == quantized.plan.pass_decisions.to_json()
     assert torch.equal(tiny.run(loaded), tiny.run(quantized))
     replayed = fxquant.compile(model, plan=quantized.plan)  # Without statistics: all is decided.
-    assert replayed.plan.room(Gain).keys() == gains.keys()
+    assert replayed.plan.decisions_of(Gain).keys() == gains.keys()
     assert torch.equal(tiny.run(replayed), tiny.run(quantized))
     assert "decisions of scale-nothing" in str(fxquant.report(tmp_path / "saved"))
     tiny.run(quantized, size=4)  # A further kind of call decides on a copy.
