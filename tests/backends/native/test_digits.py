@@ -13,17 +13,33 @@ from fxquant.backends.native import Native, machine
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 MISSING = machine.missing_kernels()
 OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")
-RUNNERS = [
-    pytest.param(Native("compiled", attention="float"), 45.0, marks=OWN, id="float"),
-    pytest.param(Native("compiled"), 38.0, marks=OWN, id="bf16"),
-    pytest.param(Native("onednn"), 45.0, id="onednn"),
-]
+RUNNERS = {
+    "float": (Native("compiled", attention="float"), 45.0),
+    "bf16": (Native("compiled"), 38.0),
+    "onednn": (Native("onednn"), 45.0),
+}
+"""Kernels, each with the least SQNR in dB of the noise against the oracle's."""
+
+RECIPES = {"float": ("ptq4dit-w8a8", "default"), "onednn": ("htg-w8a8", "all"), "bf16": ("ptq4dit-w4a8", "default")}
+"""Recipe and layers with which `make test` runs each of the kernels."""
 
 
-@pytest.fixture(scope="module", params=[("ptq4dit-w8a8", "default"), ("htg-w8a8", "all"), ("ptq4dit-w4a8", "default")])
+def cases() -> list[object]:
+    """Every recipe on all kernels; exhaustive outside of the sample."""
+    found = []
+    for recipe in RECIPES.values():
+        for runner in RUNNERS:
+            marks = [] if runner == "onednn" else [OWN]
+            marks += [] if RECIPES[runner] == recipe else [pytest.mark.exhaustive]
+            found.append(pytest.param(recipe, runner, marks=marks, id=f"{recipe[0]}-{runner}"))
+    return found
+
+
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe, layers = request.param
     pipe, folder = load_pipeline(), tmp_path_factory.mktemp("digits") / "made"
@@ -38,8 +54,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "floor"), RUNNERS)
-def test_noise_and_images_are_those_of_the_oracle(checkpoint: Path, backend: Native, floor: float) -> None:
+@pytest.mark.parametrize(("checkpoint", "runner"), cases(), indirect=["checkpoint"])
+def test_noise_and_images_are_those_of_the_oracle(checkpoint: Path, runner: str) -> None:
+    backend, floor = RUNNERS[runner]
     pipe, classifier = load_pipeline(), load_classifier()
     oracle, mine = fxquant.load(checkpoint, backend="fake-quant"), fxquant.load(checkpoint, backend=backend)
     call = {
