@@ -38,8 +38,8 @@ setup: $(STAMP) ## make the virtual environment
 demo: $(STAMP) ## quantize a small diffusion transformer; write pictures and figures into $(OUT)/
 	$(PY) -m examples.digits.demo --out $(OUT)
 
-compare: $(STAMP) ## the demo with every available method, in twice the time
-	$(PY) -m examples.digits.demo --all --out $(OUT)
+compare: $(STAMP) ## the demo with every available method and more images, in five times the time
+	$(PY) -m examples.digits.demo --all --images 100 --out $(OUT)
 
 test: check ## run the checks, then the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup -m "not exhaustive"

@@ -49,7 +49,7 @@ EVERY_METHOD = (
     *("rtn", "dynamic", "single-step", "smoothquant", "smoothquant-search", "repq", "q-diffusion"),
     *("htg", "ptq4dit", "ptq4dit-dynamic", "ptq4dit-gptq", "ptq4dit-dynamic-gptq"),
 )
-"""Methods that ``--all`` compares; it takes twice the time."""
+"""Methods that ``--all`` compares."""
 
 GROUPED = ("single-step",)
 """Methods whose weights are quantized in groups of 64 input channels, as in their paper."""
@@ -57,7 +57,7 @@ GROUPED = ("single-step",)
 QUICK = {"iterations": 100, "rounding_rate": 0.05, "step_rate": 1e-3, "samples": 128}
 """Settings with which block reconstruction takes seconds; the papers use 20,000 iterations."""
 
-IMAGES = 100
+IMAGES = 40
 SHOWN = 10
 PICTURED = ("rtn", "smoothquant-w", "htg", "ptq4dit")
 SEED = 0
