@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +29,8 @@ def canonical_call(
 
     Raises:
         TypeError: As Python raises it, if the arguments do not fit the signature.
-        CaptureError: If an input is neither a tensor nor a plain constant, or is in a container that is not a dict,
-            list or tuple.
+        CaptureError: If an input is neither a tensor nor a plain constant, is in a container that is not a dict, list
+            or tuple, or has the name of another input.
     """
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -51,6 +51,9 @@ def canonical_call(
         arguments[timestep] = torch.tensor(number, dtype=torch.float32 if isinstance(number, float) else torch.int64)
     flat, spec = pytree.tree_flatten_with_path(arguments)
     names = tuple(_readable(path) for path, _ in flat)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise CaptureError(f"two inputs are called {twice!r}; a key of a dict among the inputs holds a dot: rename it")
     leaves = [leaf if isinstance(leaf, torch.Tensor) else constants.plain(leaf) for _, leaf in flat]
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, torch.Tensor) and not constants.is_constant(leaf):

@@ -12,6 +12,8 @@ from fxquant.inspect.tables import span_of
 from fxquant.planning.pass_decisions import PassDecisions
 from fxquant.text import fitted, name_of_all, pattern_of
 
+_LARGEST = 1e300  # Larger integers are not converted to floats, which could not hold them.
+
 
 def decision_rows(decisions: PassDecisions) -> tuple[DecisionReport, ...]:
     """One row per decision, in the order in which the passes made them."""
@@ -52,7 +54,9 @@ def _is_number(value: Any) -> bool:
 def _cell(group: Sequence[DecisionReport], column: str) -> str:
     """A number, the range of several, or a value that the whole group shares."""
     values = [row.values[column] for row in group if column in row.values]
-    if all(map(_is_number, values)):
+    if not values:
+        return ""
+    if all(_is_number(value) and abs(value) < _LARGEST for value in values):
         if all(isinstance(value, int) for value in values):
             return "..".join(dict.fromkeys(map(str, (min(values), max(values)))))
         return span_of(iter(values))

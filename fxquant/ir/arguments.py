@@ -45,6 +45,8 @@ class Arguments:
         if position < len(given):
             return given[position]
         value = node.kwargs.get(name, default)
+        if value is default and isinstance(default, list):
+            return list(default)  # The schema's own list is shared by all nodes.
         if value is _REQUIRED:
             raise ArgumentError(f"node {node.name} lacks the argument {name!r} of {_signature(node)}")
         return value
@@ -82,6 +84,14 @@ class Arguments:
             ArgumentError: If the schema has no argument of the name.
         """
         return _place(self._node, name)[0] == sys.maxsize
+
+    def is_positional(self, name: str) -> bool:
+        """Whether the node gives an argument by its position.
+
+        Raises:
+            ArgumentError: If the schema has no argument of the name.
+        """
+        return _place(self._node, name)[0] < len(self._node.args)
 
     def replaced(self, /, **values: Any) -> tuple[Any, ...]:
         """The positional arguments with other values for some of them.

@@ -49,6 +49,7 @@ class _Proof:
             self.leaves.append(value)
             if isinstance(value, Tensor):
                 # Symbolic sizes are kept as their nodes: comparing them as numbers would fix the open batch size.
+                self.leaves.append(value.dtype)
                 self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
 
     def same_as(self, other: _Proof | None) -> bool:

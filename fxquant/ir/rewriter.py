@@ -6,6 +6,7 @@ of a parameter that other nodes still read. It records on each node which pass m
 
 from __future__ import annotations
 
+import keyword
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.arguments import args, source_of
@@ -166,6 +168,7 @@ class Rewriter:
             node.kwargs = {**node.kwargs, name: value}
         else:
             node.args = args(node).replaced(**{name: value})
+            node.kwargs = {other: kept for other, kept in node.kwargs.items() if not args(node).is_positional(other)}
         self._note(node, [node])
 
     def leave_out(self, node: fx.Node, name: str) -> None:
@@ -231,7 +234,12 @@ class Rewriter:
             name: A readable name for the node.
             layer: Whether the new node does work of the layer of its sources. It then gets the layer name of the last
                 source that has one.
+
+        Raises:
+            PassError: If an argument is a tensor, which a graph can only read by name.
         """
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments)):
+            raise PassError(f"{self.pass_name}: an argument of {target} is a tensor; add it by Rewriter.constant first")
         node = self.graph.call_function(target, arguments, name=name)
         node.meta["val"] = self.infer(node)
         prove(node)
@@ -308,6 +316,9 @@ class Rewriter:
         for end in range(len(path) - 1, 0, -1):
             if model.get(".".join(path[:end])):  # A parameter, which cannot contain another one.
                 name = ".".join(path[:end]) + "_" + "_".join(path[end:])
+        first = path[0]
+        if keyword.iskeyword(first) or hasattr(fx.GraphModule, first) or first in ("meta", *vars(nn.Module())):
+            name = f"tensor_{name}"  # Under its own name it would replace an attribute of the graph module.
         target, number = name, 2
         while self._taken[target] or target in model:
             target, number = f"{name}_{number}", number + 1

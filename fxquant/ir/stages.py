@@ -135,12 +135,15 @@ def _check_value(node: fx.Node) -> None:
     except Exception as error:
         raise _broken(node, f"its arguments do not fit: {error}") from error
     # Sizes that depend on values (u0) get a new name each time they are computed.
-    if isinstance(recorded, Tensor) and _UNBACKED.sub("u", _text(actual)) != _UNBACKED.sub("u", _text(recorded)):
+    same = _UNBACKED.sub("u", _text(actual)) == _UNBACKED.sub("u", _text(recorded))
+    if isinstance(recorded, (Tensor, list, tuple)) and not same:
         raise _broken(node, f"it yields {_text(actual)}, but is recorded as {_text(recorded)}")
     prove(node)
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_text, value))}]"
     if not isinstance(value, Tensor):
         return repr(value)
     return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(size) for size in value.shape)}]"

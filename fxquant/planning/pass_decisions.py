@@ -16,25 +16,31 @@ The plan saves, loads, compares, copies and reports them. It does not need the p
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
-from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import CheckpointError, ConfigurationError
 
 _TENSOR = "tensor"
+_LONGEST_NAME = 500  # As in fxquant.schemas.common.
 
 
 class Decision:
     """Base of the types of decisions. A subclass is a dataclass, and names its pass: ``class A(Decision, of="a")``.
 
-    Fields may be tensors, and whatever pydantic can write as JSON and read back: numbers, text, enums, None, lists,
-    tuples, dicts and dataclasses of these. A field that holds a tensor or None has the type ``Tensor | None``.
+    Fields may be tensors, and whatever pydantic writes as JSON and reads back unchanged: numbers, text, enums, None,
+    lists, tuples, dicts and dataclasses of these. A field that holds a tensor or None has the type ``Tensor | None``.
     """
 
     of: ClassVar[str]
@@ -48,6 +54,8 @@ class Decision:
             raise ConfigurationError(
                 f"{cls.__name__} names no pass; write class {cls.__name__}(Decision, of='my-pass')"
             )
+        if not re.fullmatch(r"[\w-]+", cls.of):
+            raise ConfigurationError(f"{cls.__name__}: {cls.of!r} is not a name of a pass; write it as my-pass")
 
 
 D = TypeVar("D", bound=Decision)
@@ -85,7 +93,11 @@ class PassDecisions:
         for name, entry in entries.items():
             if isinstance(entry, Stored):
                 entries[name] = _read(kind, adapters, name, entry)
-            elif not isinstance(entry, kind):
+            elif type(entry) is kind:
+                continue
+            elif _path(type(entry)) == _path(kind):  # Defined again, as a cell of a notebook that runs twice does.
+                entries[name] = _read(kind, adapters, name, _written(kind.of, name, entry))
+            else:
                 raise ConfigurationError(
                     f"the decisions of {kind.of} are {type(entry).__name__}s, not {kind.__name__}s; one pass has one "
                     "type of decision"
@@ -97,6 +109,13 @@ class PassDecisions:
         for of, entries in self._passes.items():
             for name, entry in entries.items():
                 yield of, name, entry if isinstance(entry, Stored) else _written(of, name, entry)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassDecisions:
+        """A copy whose tensors have no history of gradients. Entries get their type again when a pass asks for them."""
+        copied = PassDecisions()
+        for of, name, entry in self.stored():
+            copied._passes.setdefault(of, {})[name] = Stored(copy.deepcopy(entry.values), dict(entry.tensors))
+        return copied
 
     def to_json(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The entries by pass and name; a tensor is written as ``{"tensor": key}``, with its key in :meth:`tensors`."""
@@ -144,60 +163,110 @@ class PassDecisions:
 
 
 def _key(of: str, name: str, option: str) -> str:
-    return f"{of}:{name}.{option}"
+    return f".{of}:{name}.{option}"
 
 
 def is_of_pass(key: str) -> bool:
-    """Whether a key is that of a tensor of a decision; names of layers have no colon."""
-    return ":" in key
+    """Whether a key is that of a tensor of a decision; the name of a layer does not start with a dot."""
+    return key.startswith(".")
+
+
+def _path(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def _adapters(kind: Any) -> dict[str, TypeAdapter[Any] | None]:
     """For each field what writes and reads it; None for a field that holds a tensor."""
+    return _made_adapters(kind)
+
+
+@functools.cache
+def _made_adapters(kind: Any) -> dict[str, TypeAdapter[Any] | None]:
+    if not isinstance(kind, type) or not issubclass(kind, Decision):
+        raise ConfigurationError(f"{kind!r} is not a subclass of Decision")
     called = kind.__name__
-    if not is_dataclass(kind):
+    if not hasattr(kind, "__dataclass_fields__"):
         raise ConfigurationError(f"{called} is not a dataclass; decorate it with @dataclass")
-    hints = get_type_hints(kind)
+    options = [*inspect.signature(kind).parameters]
+    if set(options) != {option.name for option in fields(kind)}:  # type: ignore[arg-type]
+        raise ConfigurationError(f"{called} should be made from its fields alone, without init=False and InitVar")
+    try:
+        hints = get_type_hints(kind)
+    except NameError as error:
+        raise ConfigurationError(
+            f"the types of the fields of {called} cannot be found: {error}; define them at the top of a module"
+        ) from error
     found: dict[str, TypeAdapter[Any] | None] = {}
-    for option in fields(kind):
-        hint = hints[option.name]
+    for option in options:
+        hint = hints[option]
         try:
-            found[option.name] = None if hint in (Tensor, Tensor | None) else TypeAdapter(hint)
-        except PydanticSchemaGenerationError as error:
+            found[option] = None if hint in (Tensor, Tensor | None) else TypeAdapter(hint)
+        except (PydanticSchemaGenerationError, PydanticUserError) as error:
             raise ConfigurationError(
-                f"the field {option.name!r} of {called} is a {hint}, which a plan cannot store: "
-                f"{str(error).splitlines()[0]}"
+                f"the field {option!r} of {called} is a {hint}, which a plan cannot store: {str(error).splitlines()[0]}"
             ) from error
     return found
 
 
-def _written(of: str, name: str, entry: Any) -> Stored:
+def _written(of: str, name: Any, entry: Any) -> Stored:
     """An entry as files hold it.
 
     Raises:
-        ConfigurationError: If a field does not hold what its type says.
+        ConfigurationError: If a field does not hold what its type says, or would be read back as something else.
     """
     if not isinstance(entry, Decision):
         raise ConfigurationError(f"the decision {name!r} of {of} is a {type(entry).__name__}, not a Decision")
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+        raise ConfigurationError(
+            f"a decision of {of} is called {str(name)[:60]!r}; names are printable text of at most {_LONGEST_NAME} "
+            "characters"
+        )
     found = Stored()
     for option, adapter in _adapters(type(entry)).items():
         value = getattr(entry, option)
         if adapter is None:
-            if isinstance(value, Tensor):
-                found.tensors[option] = value.detach().clone()  # Files hold no two tensors that share their memory.
-            elif value is None:
+            if value is None:
                 found.values[option] = None
             else:
-                raise _misfit(of, name, option, f"it is a {type(value).__name__}, not a tensor")
-        else:
-            try:
-                found.values[option] = adapter.dump_python(value, mode="json", warnings="error")
-                adapter.validate_json(json.dumps(found.values[option]), strict=True)
-            except ValidationError as error:
-                raise _misfit(of, name, option, error.errors()[0]["msg"]) from error
-            except ValueError as error:  # pydantic's errors of serialization, and values that JSON does not have.
-                raise _misfit(of, name, option, str(error).splitlines()[0]) from error
+                found.tensors[option] = _storable(of, name, option, value)
+            continue
+        try:
+            text = json.dumps(adapter.dump_python(value, mode="json", warnings="error"))
+            back = adapter.validate_json(text, strict=True)
+            found.values[option] = adapter.dump_python(back, mode="json")  # An int of a float field becomes a float.
+        except ValidationError as error:
+            raise _misfit(of, name, option, error.errors()[0]["msg"]) from error
+        except (TypeError, ValueError, RecursionError) as error:  # Of serialization.
+            raise _misfit(of, name, option, str(error).splitlines()[0]) from error
+        if not _alike(value, back):
+            raise _misfit(
+                of, name, option, f"{value!r} would be read back as {back!r}; use a type that tells them apart"
+            )
     return found
+
+
+def _storable(of: str, name: str, option: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise _misfit(of, name, option, f"it is a {type(value).__name__}, not a tensor")
+    plain = value.layout is torch.strided and value.device.type != "meta" and not isinstance(value, FakeTensor)
+    if not plain or value.is_complex() or value.is_quantized:
+        raise _misfit(of, name, option, "only dense tensors of real numbers with values can be stored")
+    return value.detach().clone()  # Files hold no two tensors that share their memory.
+
+
+def _alike(value: Any, back: Any) -> bool:
+    """Whether a value was read back as it was, apart from ints that became floats. NaN is NaN."""
+    if isinstance(value, float) and isinstance(back, float):
+        return value == back or (value != value and back != back)
+    if isinstance(value, (list, tuple)) and type(value) is type(back):
+        return len(value) == len(back) and all(map(_alike, value, back))
+    if isinstance(value, dict) and type(value) is type(back):
+        keys = len(value) == len(back) and all(map(_alike, value, back))
+        return keys and all(map(_alike, value.values(), back.values()))
+    if is_dataclass(value) and not isinstance(value, type) and type(value) is type(back):
+        return all(_alike(getattr(value, one.name), getattr(back, one.name)) for one in fields(value))
+    number = type(value) is int and type(back) is float
+    return bool((number or type(value) is type(back)) and value == back)
 
 
 def _misfit(of: str, name: str, option: str, why: str) -> ConfigurationError:
@@ -221,7 +290,7 @@ def _read(kind: type[D], adapters: Mapping[str, TypeAdapter[Any] | None], name: 
             raise CheckpointError(f"the decision {name!r} of {kind.of}: {option}: {why[:1].lower()}{why[1:]}") from None
     try:
         return kind(**values)
-    except TypeError as error:
+    except Exception as error:  # Whatever the type's own code raises.
         raise CheckpointError(f"the decision {name!r} of {kind.of} does not fit {kind.__name__}: {error}") from error
 
 

@@ -23,7 +23,7 @@ from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
-from fxquant.schemas.common import check, read_json
+from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.plan import PlanFile
 
 FORMAT = 1
@@ -242,6 +242,7 @@ class Plan:
 
         Raises:
             CheckpointError: If the folder holds a checkpoint, which has its own plan.
+            ConfigurationError: If the plan holds what :meth:`load` would refuse.
             WriteError: If the files cannot be written.
         """
         folder = Path(folder)
@@ -249,11 +250,23 @@ class Plan:
             raise CheckpointError(
                 f"{folder} holds a checkpoint, which another plan would make useless; choose another folder"
             )
+        data, tensors = self.to_json(), self.tensors()
+        text = json.dumps(data, indent=1) + "\n"
+        try:
+            check(PlanFile, data, "the plan")
+        except CheckpointError as error:
+            raise ConfigurationError(str(error)) from None
+        if len(text.encode()) > LARGEST_FILE:
+            raise ConfigurationError(
+                f"the plan takes {len(text.encode())} bytes of JSON; at most {LARGEST_FILE} are read back. Keep long "
+                "lists as tensors"
+            )
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / PLAN_FILE).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
-            save_file(tensors, folder / VECTORS_FILE)
+            (folder / PLAN_FILE).write_text(text, encoding="utf-8")
+            whole = torch.contiguous_format  # Files hold no two tensors that share their memory.
+            copies = {name: tensor.detach().clone(memory_format=whole) for name, tensor in tensors.items()}
+            save_file(copies, folder / VECTORS_FILE)
             share(folder / VECTORS_FILE)
 
     @classmethod

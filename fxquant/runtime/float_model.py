@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import keyword
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         AlreadyCompiledError: If fxquant made it.
-        ConfigurationError: If it is not a module, went through ``torch.compile``, has hooks or is being calibrated.
+        ConfigurationError: If it is not a module, went through ``torch.compile``, has hooks or is being calibrated, or
+            if a module is called like a keyword of Python.
     """
     if isinstance(model, DropIn):
         raise AlreadyCompiledError("this model was made by fxquant; give the original float model")
@@ -57,6 +59,13 @@ def check_model(model: Any) -> None:
             f"{f'module {compiled!r}' if compiled else 'this model'} went through torch.compile; give the original "
             "to fxquant, and the result of fxquant to torch.compile. In the other order fxquant cannot see a graph"
         )
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        part = next(filter(keyword.iskeyword, name.split(".")), None)
+        if part is not None:
+            raise ConfigurationError(
+                f"{name!r} holds {part!r}, a keyword of Python, and the code of a graph could not read it; rename the "
+                "module"
+            )
     refuse_hooks(model)
     refuse_redirected(model)
 

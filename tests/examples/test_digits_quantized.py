@@ -12,6 +12,7 @@ import fxquant
 from examples.digits import compare, generate, plant_salience
 from fxquant.channels.wants import Cost
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
 BALANCED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
 AFFINE = torch.ops.fxquant.channel_affine.default
 
@@ -69,15 +70,12 @@ def sqnr(pipe: DiTPipeline, planted: DiTTransformer2DModel) -> Callable[[str, st
     models = {"plain": pipe.transformer, "planted": planted}
     calls = {name: compare.test_calls(pipe, model) for name, model in models.items()}
     noise = {name: compare.predicted_noise(model, calls[name]) for name, model in models.items()}
+    calibrated = {name: compare.Calibrated(pipe, model, "default") for name, model in models.items()}
     known: dict[tuple[str, str], float] = {}
 
     def measure(name: str, recipe: str) -> float:
         if (name, recipe) not in known:
-            model = models[name]
-            made = recipe if " ; " not in recipe else fxquant.Recipe.parse(recipe)
-            quantized = fxquant.compile(
-                model, recipe=made, calibrate=compare.calibration(pipe, model), measure=0
-            )  # fmt: skip
+            quantized, _ = calibrated[name].quantize(fxquant.make_recipe(recipe))
             values = compare.noise_sqnr(quantized, noise[name], calls[name])
             known[name, recipe] = sum(values) / len(values)
         return known[name, recipe]

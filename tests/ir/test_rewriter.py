@@ -207,3 +207,36 @@ def test_what_is_given_has_one_name_in_all_graphs_of_a_model() -> None:
 def test_place_of(module: fx.GraphModule) -> None:
     assert place_of(layer_node(module, "a")) == "a"
     assert place_of(nodes_of(module, aten.relu.default)[0]) == "relu"
+
+
+@pytest.mark.parametrize("name", ["meta", "training", "code", "graph", "class", "forward.weight"])
+def test_a_constant_replaces_no_attribute_of_the_module(name: str) -> None:
+    module = captured(nn.Linear(4, 4), torch.randn(3, 4)).module
+    meta, code, training, rewriter = module.meta, module.code, module.training, Rewriter(module, "test")
+    node = rewriter.constant(name, torch.ones(4), [])
+    assert module.meta is meta and module.code == code and module.training is training
+    assert torch.equal(rewriter.tensor(node), torch.ones(4))
+    with rewriter.after(node):
+        total = rewriter.call(aten.add.Tensor, (node, 1.0), [node])
+    next(iter(reversed(module.graph.nodes))).args = ((total,),)
+    module.recompile()
+    assert torch.equal(module(torch.randn(3, 4))[0], torch.full((4,), 2.0))
+
+
+def test_a_tensor_among_the_arguments_is_refused() -> None:
+    module = captured(nn.Linear(4, 4), torch.randn(3, 4)).module
+    linear = nodes_of(module, aten.linear.default)[0]
+    with pytest.raises(PassError, match=r"an argument of aten.add.Tensor is a tensor; add it by Rewriter.constant"):
+        Rewriter(module, "test").call(aten.add.Tensor, (linear, torch.ones(4)), [linear])
+
+
+def test_an_argument_is_given_once() -> None:
+    module = captured(nn.Linear(4, 4), torch.randn(3, 4)).module
+    linear = nodes_of(module, aten.linear.default)[0]
+    rewriter = Rewriter(module, "test")
+    node = module.graph.call_function(aten.add.Tensor, (linear,), {"other": 2.0, "alpha": 3})
+    rewriter.set_argument(node, "other", 4.0)
+    assert (node.args, node.kwargs) == ((linear,), {"other": 4.0, "alpha": 3})
+    given = module.graph.call_function(aten.layer_norm.default, (linear,), {"normalized_shape": [4], "eps": 1e-3})
+    rewriter.set_argument(given, "weight", None)
+    assert not set(given.kwargs) & {"normalized_shape", "weight"} and given.args == (linear, [4], None)

@@ -67,9 +67,9 @@ def test_decisions_are_saved_and_loaded(tmp_path: Path) -> None:
     plan.save(tmp_path)
     assert load_file(tmp_path / VECTORS_FILE).keys() == {
         "q",
-        "rotate-inputs:blocks.0.q.matrix",
-        "rotate-inputs:blocks.0.q.permutation",
-        "rotate-inputs:blocks.1.q.matrix",
+        ".rotate-inputs:blocks.0.q.matrix",
+        ".rotate-inputs:blocks.0.q.permutation",
+        ".rotate-inputs:blocks.1.q.matrix",
     }
     loaded = Plan.load(tmp_path)
     assert loaded == plan and loaded.vectors.keys() == {"q"}
@@ -169,8 +169,8 @@ def test_entries_that_differ_in_numbers_share_a_row() -> None:
         (lambda entry: entry.update(seed="five"), r"rotate-inputs: seed: input should be a valid integer"),
         (lambda entry: entry.update(kind="wild"), r"rotate-inputs: kind: input should be 'hadamard' or 'random'"),
         (lambda entry: entry.update(other=1), r"rotate-inputs has 'other', which Rotation does not"),
-        (lambda entry: entry.update(matrix=[1.0]), r"'rotate-inputs:blocks.0.q.matrix' belongs to no decision"),
-        (lambda entry: entry.update(seed={"tensor": "rotate-inputs:blocks.0.q.seed"}), r"lacks its tensor"),
+        (lambda entry: entry.update(matrix=[1.0]), r"'.rotate-inputs:blocks.0.q.matrix' belongs to no decision"),
+        (lambda entry: entry.update(seed={"tensor": ".rotate-inputs:blocks.0.q.seed"}), r"lacks its tensor"),
     ],
 )
 def test_a_damaged_entry_is_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
@@ -194,10 +194,10 @@ def test_what_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
 def test_tensors_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     planned().save(tmp_path)
     whole = load_file(tmp_path / VECTORS_FILE)
-    key = "rotate-inputs:blocks.0.q.matrix"
+    key = ".rotate-inputs:blocks.0.q.matrix"
     for tensors, message in (
         ({name: tensor for name, tensor in whole.items() if name != key}, rf"lacks its tensor '{key}'"),
-        (whole | {"other:q.matrix": torch.ones(3)}, "tensor 'other:q.matrix' belongs to no decision of the plan"),
+        (whole | {".other:q.matrix": torch.ones(3)}, "tensor '.other:q.matrix' belongs to no decision of the plan"),
         (whole | {"q": whole["q"] * float("inf")}, "vector 'q' should hold finite numbers"),
         (whole | {"q": torch.arange(3)}, "vector 'q' should hold finite numbers"),
     ):
@@ -310,3 +310,159 @@ def test_a_pass_from_outside_decides_saves_and_replays(tmp_path: Path) -> None:
     assert "decisions of scale-nothing" in str(fxquant.report(tmp_path / "saved"))
     tiny.run(quantized, size=4)  # A further kind of call decides on a copy.
     assert quantized.plan == again.plan
+
+
+class Other(enum.Enum):
+    A = "a"
+
+
+@dataclass
+class Left:
+    a: int
+
+
+@dataclass
+class Right:
+    a: int
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (Any, float("nan")), (Other | str, Other.A), (Left | Right, Right(1)), (dict, {1: 2}), (Any, (1, 2)),
+        (dict[str | None, int], {None: 1}), (int, True), (object, Left(1)),
+    ],
+)  # fmt: skip
+def test_what_would_be_read_back_as_something_else_is_refused(tmp_path: Path, hint: Any, value: Any) -> None:
+    kind = dataclass(type("Held", (Decision,), {"__annotations__": {"v": hint}, "__module__": __name__}, of="hold"))
+    plan = Plan("", "", None)
+    plan.decisions_of(kind)["q"] = kind(value)
+    try:
+        plan.save(tmp_path)
+    except ConfigurationError as error:
+        assert "'q' of hold cannot be stored: v" in str(error)
+        return
+    back = Plan.load(tmp_path).decisions_of(kind)["q"].v
+    assert type(back) is type(value) and (back == value or value != value)
+
+
+def test_an_int_of_a_float_field_is_a_float() -> None:
+    plan = Plan("", "", None)
+    plan.decisions_of(Rotation)["q"] = replace(rotation(), sqnr_db=1)
+    other = copy.deepcopy(plan)
+    assert other == plan
+    assert type(other.decisions_of(Rotation)["q"].sqnr_db) is float
+    assert other == plan
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 501, 1])
+def test_names_that_cannot_be_read_back_are_refused(tmp_path: Path, name: Any) -> None:
+    plan = Plan("first", "", None)
+    plan.save(tmp_path)
+    plan.recipe = "second"
+    plan.decisions_of(Rotation)[name] = rotation()
+    with pytest.raises(ConfigurationError, match="a decision of rotate-inputs is called"):
+        plan.save(tmp_path)
+    assert Plan.load(tmp_path).recipe == "first"
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(2, dtype=torch.complex128), torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")],
+    ids=["complex", "sparse", "meta"],
+)
+def test_tensors_that_cannot_be_stored_are_refused(tmp_path: Path, tensor: Tensor) -> None:
+    Plan("first", "", None).save(tmp_path)
+    plan = Plan("second", "", None)
+    plan.decisions_of(Rotation)["q"] = Rotation(0, tensor)
+    with pytest.raises(ConfigurationError, match="matrix: only dense tensors of real numbers"):
+        plan.save(tmp_path)
+    assert Plan.load(tmp_path).recipe == "first"
+
+
+def test_a_plan_too_large_to_be_read_is_refused(tmp_path: Path) -> None:
+    plan = Plan("", "", None)
+    for number in range(3):
+        plan.decisions_of(Rotation)[f"b.{number}.q"] = replace(rotation(), notes={"a": ["x" * 5_000_000]})
+    with pytest.raises(ConfigurationError, match="Keep long lists as tensors"):
+        plan.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_learned_tensor_is_copied_without_its_history() -> None:
+    weight = torch.ones(3, 3, requires_grad=True)
+    plan = Plan("", "", None)
+    plan.decisions_of(Rotation)["q"] = Rotation(0, weight * 2)
+    other = copy.deepcopy(plan)
+    assert other == plan and not other.decisions_of(Rotation)["q"].matrix.requires_grad
+
+
+def test_types_that_cannot_be_read_back_are_refused_at_once() -> None:
+    class Mode(enum.Enum):
+        A = 1
+
+    @dataclass
+    class Local(Decision, of="local"):
+        mode: Mode
+
+    @dataclass
+    class Derived(Decision, of="derived"):
+        a: int
+        b: int = field(init=False, default=0)
+
+    @dataclass
+    class Plain:
+        a: int
+
+    plan = Plan("", "", None)
+    for kind, message in (
+        (Local, "types of the fields of Local cannot be found"),
+        (Derived, "Derived should be made from its fields alone"),
+        (Plain, "is not a subclass of Decision"),
+        ("rotate-inputs", "is not a subclass of Decision"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            plan.decisions_of(kind)
+    with pytest.raises(ConfigurationError, match="'a:b' is not a name of a pass"):
+        type("Colon", (Decision,), {}, of="a:b")
+
+
+@dataclass
+class Positive(Decision, of="positive"):
+    a: int
+
+    def __post_init__(self) -> None:
+        if self.a < 0:
+            raise ValueError("a is negative")
+
+
+@dataclass
+class MorePositive(Positive):
+    b: int = 0
+
+
+def test_a_type_may_refuse_values(tmp_path: Path) -> None:
+    plan = Plan("", "", None)
+    plan.decisions_of(Positive)["q"] = Positive(1)
+    plan.save(tmp_path)
+    path = tmp_path / PLAN_FILE
+    path.write_text(path.read_text().replace('"a": 1', '"a": -1'))
+    with pytest.raises(CheckpointError, match="'q' of positive does not fit Positive: a is negative"):
+        Plan.load(tmp_path).decisions_of(Positive)
+
+
+def test_one_pass_has_one_type() -> None:
+    plan = Plan("", "", None)
+    plan.decisions_of(Positive)["q"] = MorePositive(1, 2)
+    with pytest.raises(ConfigurationError, match="decisions of positive are MorePositives, not Positives"):
+        plan.decisions_of(Positive)
+    rows = [("a.q", Positive(1)), ("b.k", MorePositive(1, 2))]
+    plan.decisions_of(MorePositive).update(rows)
+    assert "decisions of positive" in str(fxquant.report(plan))
+
+
+def test_a_type_that_is_defined_again_takes_its_entries() -> None:
+    body = {"__annotations__": {"a": int}, "__module__": __name__}
+    plan, made = Plan("", "", None), [dataclass(type("D", (Decision,), dict(body), of="d")) for _ in range(2)]
+    plan.decisions_of(made[0])["q"] = made[0](1)
+    assert plan.decisions_of(made[1])["q"] == made[1](1)
