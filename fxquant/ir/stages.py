@@ -136,7 +136,7 @@ def _check_value(node: fx.Node) -> None:
         raise _broken(node, f"its arguments do not fit: {error}") from error
     # Sizes that depend on values (u0) get a new name each time they are computed.
     same = _UNBACKED.sub("u", _text(actual)) == _UNBACKED.sub("u", _text(recorded))
-    if isinstance(recorded, (Tensor, list, tuple)) and not same:
+    if isinstance(recorded, (Tensor, list, tuple, int, float, torch.SymInt)) and not same:
         raise _broken(node, f"it yields {_text(actual)}, but is recorded as {_text(recorded)}")
     prove(node)
 

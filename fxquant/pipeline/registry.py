@@ -40,7 +40,8 @@ class Registry(Generic[T]):
         def decorate(item: T) -> T:
             known = self._objects.get(name)
             entry = self._entries().get(name)
-            if known is not None or (entry is not None and not _defines(entry, item)):
+            again = known is not None and _path(known) == _path(item)  # As a cell of a notebook that runs twice does.
+            if not again and (known is not None or (entry is not None and not _defines(entry, item))):
                 holder = known if known is not None else entry
                 raise DuplicateNameError(f"{self.kind} {name!r} is already registered by {holder!r}")
             self._objects[name] = item
@@ -77,6 +78,12 @@ class Registry(Generic[T]):
                     )
             self._pending = found
         return self._pending
+
+
+def _path(item: object) -> tuple[str, str] | object:
+    """Where an item is defined; for what has no such place, the item itself."""
+    found = getattr(item, "__module__", None), getattr(item, "__qualname__", None)
+    return item if None in found else found
 
 
 def _defines(entry: EntryPoint, item: object) -> bool:
