@@ -20,6 +20,8 @@ from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import AFFINE, captured, count, outputs, relative_error
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 Example = tuple[nn.Module, Callable[[int], dict[str, Tensor]]]
 
 

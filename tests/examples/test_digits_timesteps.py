@@ -13,6 +13,8 @@ import fxquant
 from examples.digits import compare, generate
 from fxquant.runtime.model import GraphModel
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 RECIPES = pytest.mark.parametrize("recipe", ["htg-w8a8", "rtn-w8a8"])
 
 

@@ -36,6 +36,8 @@ from tests import tiny
 from tests.support import count
 from tests.zoo.models import CAPTURED, Entry
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 MATMUL = torch.ops.fxquant.matmul.default
 STEPS = (900.0, 500.0, 100.0)
 
