@@ -66,8 +66,9 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
     with recording(statistics.record), torch.no_grad():
         for tensors in inputs:
             observed(*tensors)
-    tokens = balanced_on_tokens(found.module.graph, plan)
-    Pipeline.parse(passes).run(found.module, PassContext(plan, statistics))
+    context = PassContext(plan, statistics)
+    tokens = balanced_on_tokens(found.module.graph, context)
+    Pipeline.parse(passes).run(found.module, context)
     actual = [outputs(found, tensors) for tensors in inputs]
     error = max(
         float((a - e).abs().max() / e.abs().max())
@@ -77,9 +78,9 @@ def audit(entry: Entry, passes: str = "balance-channels,absorb-affines") -> Audi
     return Audit(found, plan, error, tokens)
 
 
-def balanced_on_tokens(graph: fx.Graph, plan: Plan) -> frozenset[str]:
+def balanced_on_tokens(graph: fx.Graph, context: PassContext) -> frozenset[str]:
     """Layers of blocks that can be scaled in all channels with ``dearest=tokens``, at that cost."""
-    seeds = seeds_to_transform(graph, plan, ["block"])
+    seeds = seeds_to_transform(graph, context, ["block"])
     grants = solve(graph, seeds, Cost.TOKENS).grants.values()
     dear = (grant for grant in grants if grant.cost is Cost.TOKENS and grant.granted.all())
     return frozenset(reader.meta[LAYER] for grant in dear for reader in grant.seed.readers if LAYER in reader.meta)
