@@ -53,8 +53,8 @@ def call(step: Tensor, seed: int = 0, batch: int = 3) -> tuple[Tensor, Tensor]:
     return x, step
 
 
-def rewritten(steps: list[Tensor]) -> tuple[Block, CapturedGraph, Plan]:
-    """The model, its graph after all passes, and the plan, calibrated with these timesteps."""
+def rewritten(steps: list[Tensor]) -> tuple[Block, CapturedGraph, PassContext]:
+    """The model, its graph after all passes, and the context, calibrated with these timesteps."""
     model = Block().double().eval()
     found, plan = captured(model, **dict(zip(("x", "timestep"), call(steps[0]), strict=True))), Plan("", "", "timestep")
     Pipeline.parse("assign-precision").run(found.module, plan)
@@ -69,7 +69,7 @@ def rewritten(steps: list[Tensor]) -> tuple[Block, CapturedGraph, Plan]:
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Block, CapturedGraph, Plan]:
+def made() -> tuple[Block, CapturedGraph, PassContext]:
     return rewritten([torch.full((3,), step, dtype=torch.float64) for step in reversed(STEPS)])
 
 
@@ -97,8 +97,8 @@ def by_hand(model: Block, place: int, weights: list[Tensor]) -> tuple[list[list[
     return groups, z_g, np.sqrt(m / top)
 
 
-def test_groups_shifts_and_scales(made: tuple[Block, CapturedGraph, Plan]) -> None:
-    _, _, plan = made
+def test_groups_shifts_and_scales(made: tuple[Block, CapturedGraph, PassContext]) -> None:
+    plan = made[2].plan
     model, name = Block().double(), "blocks.0."
     for place, layers in enumerate((("q", "k", "v"), ("out",))):
         groups, z, s = by_hand(model, place, [model.blocks[0][layer].weight for layer in layers])
@@ -109,8 +109,8 @@ def test_groups_shifts_and_scales(made: tuple[Block, CapturedGraph, Plan]) -> No
             np.testing.assert_allclose(plan.vectors[name + layer].numpy(), s, rtol=1e-12)
 
 
-def test_what_weights_and_biases_become(made: tuple[Block, CapturedGraph, Plan]) -> None:
-    _, found, plan = made
+def test_what_weights_and_biases_become(made: tuple[Block, CapturedGraph, PassContext]) -> None:
+    found, plan = made[1], made[2].plan
     model = Block().double()
     own, get = model.blocks[0], found.module.get_parameter
     z, s = plan.vectors["blocks.0.q.shift"], plan.vectors["blocks.0.q"]
@@ -139,8 +139,8 @@ def edges(plan: Plan) -> list[float]:
     return sorted({*on, *(edge + 1 for edge in on), *STEPS, 0.0, 999.0})
 
 
-def test_boundaries_and_mixed_batches(made: tuple[Block, CapturedGraph, Plan]) -> None:
-    model, found, plan = Block().double(), made[1], made[2]
+def test_boundaries_and_mixed_batches(made: tuple[Block, CapturedGraph, PassContext]) -> None:
+    model, found, plan = Block().double(), made[1], made[2].plan
     steps = torch.tensor(edges(plan), dtype=torch.float64)
     inputs = call(steps, 7, len(steps))
     assert relative_error(outputs(found.module, *inputs), [model(*inputs)]) < 1e-12
@@ -152,23 +152,25 @@ def test_boundaries_and_mixed_batches(made: tuple[Block, CapturedGraph, Plan]) -
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
 def test_shapes_and_dtypes_of_the_timestep(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    model, found, plan = rewritten([torch.full(shape, step).to(dtype) for step in STEPS])
+    model, found, context = rewritten([torch.full(shape, step).to(dtype) for step in STEPS])
     model = Block().double()
-    for step in edges(plan):
+    for step in edges(context.plan):
         inputs = call(torch.full(shape, step).to(dtype), 7)
         assert relative_error(outputs(found.module, *inputs), [model(*inputs)]) < 1e-12, step
 
 
-def test_calibration_in_any_order_and_with_mixed_batches(made: tuple[Block, CapturedGraph, Plan]) -> None:
-    *_, plan = made
+def test_calibration_in_any_order_and_with_mixed_batches(made: tuple[Block, CapturedGraph, PassContext]) -> None:
+    *_, context = made
     shuffled = rewritten([torch.tensor(steps, dtype=torch.float64) for steps in (
         (400.0, 900.0, 100.0), (650.0, 800.0, 350.0))])[2]  # fmt: skip
-    layer = shuffled.layers["blocks.0.q"]
+    layer = shuffled.plan.layers["blocks.0.q"]
     assert len(layer.boundaries) == GROUPS - 1 and shuffled.statistics.timesteps.tolist() == sorted(STEPS)
-    assert plan.statistics.timesteps.tolist() == sorted(STEPS)  # Calibrated from the last denoising step to the first.
+    assert context.statistics.timesteps.tolist() == sorted(
+        STEPS
+    )  # Calibrated from the last denoising step to the first.
     low, high = (torch.stack([getattr(shuffled.statistics["blocks.0.q"], end)[i] for i in range(6)]) for end in (
         "minimum", "maximum"))  # fmt: skip
     middle = (low.double() + high.double()) / 2
     bins = layer.bins(torch.tensor(sorted(STEPS)))
     for number in range(GROUPS):
-        torch.testing.assert_close(shuffled.vectors["blocks.0.q.shift"][number], middle[bins == number].mean(0))
+        torch.testing.assert_close(shuffled.plan.vectors["blocks.0.q.shift"][number], middle[bins == number].mean(0))

@@ -172,8 +172,10 @@ class TestAttribution:
         rewriter = Rewriter(module, "fuse")
         weight = rewriter.constant("both", torch.randn(16, 8), [q.args[1], k.args[1]])
         with rewriter.before(k):
-            both = rewriter.call(aten.linear.default, (q.args[0], weight), [q, k])
-            parts = [rewriter.call(aten.slice.Tensor, (both, -1, start, start + 8), [both]) for start in (0, 8)]
+            both = rewriter.call(aten.linear.default, (q.args[0], weight), [q, k], layer=True)
+            parts = [
+                rewriter.call(aten.slice.Tensor, (both, -1, start, start + 8), [both], layer=True) for start in (0, 8)
+            ]
         rewriter.replace(k, parts[1])
         rewriter.replace(q, parts[0])
         found = attribute(module.graph, original.graph)

@@ -61,7 +61,7 @@ environments = json.loads(sys.argv[1])
 with traced_once():
     # Tracing computes nothing: what libraries find out about the processor, each process finds out for itself.
     architecture = Architecture.of(make_dit(), "timestep")
-    architecture.capture(*architecture.canonical((), inputs()))
+    architecture.capture(architecture.canonical((), inputs()))
     for environment in environments:
         print("=====", flush=True)
         child = os.fork()
