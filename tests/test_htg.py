@@ -165,7 +165,8 @@ def test_calibration_in_any_order_and_with_mixed_batches(made: tuple[Block, Capt
         (400.0, 900.0, 100.0), (650.0, 800.0, 350.0))])[2]  # fmt: skip
     layer = shuffled.plan.layers["blocks.0.q"]
     assert len(layer.boundaries) == GROUPS - 1 and shuffled.statistics.timesteps.tolist() == sorted(STEPS)
-    assert context.statistics.timesteps.tolist() == sorted(
+    # Calibrated from the last denoising step to the first.
+    assert context.statistics.timesteps.tolist() == sorted(STEPS)
         STEPS
     )  # Calibrated from the last denoising step to the first.
     low, high = (torch.stack([getattr(shuffled.statistics["blocks.0.q"], end)[i] for i in range(6)]) for end in (
