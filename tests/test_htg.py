@@ -167,8 +167,6 @@ def test_calibration_in_any_order_and_with_mixed_batches(made: tuple[Block, Capt
     assert len(layer.boundaries) == GROUPS - 1 and shuffled.statistics.timesteps.tolist() == sorted(STEPS)
     # Calibrated from the last denoising step to the first.
     assert context.statistics.timesteps.tolist() == sorted(STEPS)
-        STEPS
-    )  # Calibrated from the last denoising step to the first.
     low, high = (torch.stack([getattr(shuffled.statistics["blocks.0.q"], end)[i] for i in range(6)]) for end in (
         "minimum", "maximum"))  # fmt: skip
     middle = (low.double() + high.double()) / 2
