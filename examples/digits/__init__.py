@@ -1,5 +1,7 @@
 """A small, real diffusion transformer on handwritten digits: the model that examples and tests quantize by default."""
 
+from . import quiet  # noqa: F401  # isort: skip  (before torchao and diffusers are imported)
+
 from .data import digits
 from .generator import generate, load_pipeline
 from .judge import DigitClassifier, load_classifier

@@ -8,8 +8,6 @@ function with planted salient channels, which large diffusion transformers have.
 
 from __future__ import annotations
 
-from . import quiet  # noqa: F401  # isort: skip  (before torchao and diffusers are imported)
-
 import argparse
 import json
 import math
@@ -57,7 +55,7 @@ GROUPED = ("single-step",)
 QUICK = {"iterations": 100, "rounding_rate": 0.05, "step_rate": 1e-3, "samples": 128}
 """Settings with which block reconstruction takes seconds; the papers use 20,000 iterations."""
 
-IMAGES = 40
+IMAGES = 70
 SHOWN = 10
 PICTURED = ("rtn", "smoothquant-w", "htg", "ptq4dit")
 SEED = 0

@@ -1,5 +1,9 @@
 """The data: shapes, ranges, and a split that keeps the held-back digits back."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,3 +28,9 @@ def test_augmentation_is_seeded_and_mild() -> None:
     assert torch.equal(first, again)
     assert first.min() >= -1 and first.max() <= 1
     assert 0 < (first - images[:64]).abs().mean() < 0.3
+
+
+def test_importing_the_demo_prints_nothing() -> None:
+    command = [sys.executable, "-c", "import examples.digits.demo"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
