@@ -31,9 +31,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.schemas.common import Name
 
 _TENSOR = "tensor"
-_LONGEST_NAME = 500  # As in fxquant.schemas.common.
+_NAME = TypeAdapter[str](Name)
 
 
 class Decision:
@@ -114,7 +115,8 @@ class PassDecisions:
         """A copy whose tensors have no history of gradients. Entries get their type again when a pass asks for them."""
         copied = PassDecisions()
         for of, name, entry in self.stored():
-            copied._passes.setdefault(of, {})[name] = Stored(copy.deepcopy(entry.values), dict(entry.tensors))
+            tensors = {option: tensor.clone() for option, tensor in entry.tensors.items()}
+            copied._passes.setdefault(of, {})[name] = Stored(copy.deepcopy(entry.values), tensors)
         return copied
 
     def to_json(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -216,11 +218,12 @@ def _written(of: str, name: Any, entry: Any) -> Stored:
     """
     if not isinstance(entry, Decision):
         raise ConfigurationError(f"the decision {name!r} of {of} is a {type(entry).__name__}, not a Decision")
-    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+    try:
+        _NAME.validate_python(name, strict=True)
+    except ValidationError as error:
         raise ConfigurationError(
-            f"a decision of {of} is called {str(name)[:60]!r}; names are printable text of at most {_LONGEST_NAME} "
-            "characters"
-        )
+            f"a decision of {of} is called {str(name)[:60]!r}; {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from error
     found = Stored()
     for option, adapter in _adapters(type(entry)).items():
         value = getattr(entry, option)
@@ -251,7 +254,7 @@ def _storable(of: str, name: str, option: str, value: Any) -> Tensor:
     plain = value.layout is torch.strided and value.device.type != "meta" and not isinstance(value, FakeTensor)
     if not plain or value.is_complex() or value.is_quantized:
         raise _misfit(of, name, option, "only dense tensors of real numbers with values can be stored")
-    return value.detach().clone()  # Files hold no two tensors that share their memory.
+    return value.detach()
 
 
 def _alike(value: Any, back: Any) -> bool:

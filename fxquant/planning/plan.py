@@ -190,6 +190,19 @@ class Plan:
 
     # --- files ---
 
+    def checked_json(self) -> dict[str, Any]:
+        """The same as :meth:`to_json`, if :meth:`load` would read it.
+
+        Raises:
+            ConfigurationError: Names the first entry that it would refuse, and says why.
+        """
+        data = self.to_json()
+        try:
+            check(PlanFile, data, "the plan")
+        except CheckpointError as error:
+            raise ConfigurationError(str(error)) from None
+        return data
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, without the vectors."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_JSON}
@@ -250,12 +263,8 @@ class Plan:
             raise CheckpointError(
                 f"{folder} holds a checkpoint, which another plan would make useless; choose another folder"
             )
-        data, tensors = self.to_json(), self.tensors()
-        text = json.dumps(data, indent=1) + "\n"
-        try:
-            check(PlanFile, data, "the plan")
-        except CheckpointError as error:
-            raise ConfigurationError(str(error)) from None
+        tensors = self.tensors()
+        text = json.dumps(self.checked_json(), indent=1) + "\n"
         if len(text.encode()) > LARGEST_FILE:
             raise ConfigurationError(
                 f"the plan takes {len(text.encode())} bytes of JSON; at most {LARGEST_FILE} are read back. Keep long "

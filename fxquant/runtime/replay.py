@@ -34,8 +34,6 @@ from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.planning.uses import adopt_names, settle
 from fxquant.runtime.float_model import device_of, dtype_of
 from fxquant.runtime.model import GraphModel
-from fxquant.schemas.common import check
-from fxquant.schemas.plan import PlanFile
 from fxquant.statistics.collection import Statistics
 
 
@@ -44,8 +42,8 @@ def convert(
     recipe: Recipe,
     backend: Backend,
     dtype: torch.dtype,
-    instruments: Sequence[Instrument] = (),
-    workspace: Path | None = None,
+    instruments: Sequence[Instrument],
+    workspace: Path | None,
 ) -> GraphModel:
     """Make a quantized model of the graphs that were calibrated.
 
@@ -80,10 +78,7 @@ def replay(
         )
     recipe = Recipe.parse(plan.recipe)
     plan.check()
-    try:
-        check(PlanFile, plan.to_json(), "the plan")
-    except CheckpointError as error:
-        raise ConfigurationError(str(error)) from None
+    plan.checked_json()
     backend.check(plan)
     plan.backend = backend.name
     for layer in plan.layers.values():

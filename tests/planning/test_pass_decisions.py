@@ -139,6 +139,10 @@ def test_a_copy_is_its_own() -> None:
     assert other == plan
     other.decisions_of(Rotation)["blocks.0.q"].matrix.zero_()
     assert other != plan and plan == planned()
+    untyped = copy.deepcopy(plan)  # Its entries have no type until a pass asks for them.
+    again = copy.deepcopy(untyped)
+    again.decisions_of(Rotation)["blocks.0.q"].matrix.zero_()
+    assert untyped == plan
 
 
 def test_the_report_shows_them() -> None:
