@@ -1,25 +1,32 @@
-"""Tensors in the form that kernels read, derived from tensors of the quantized graph."""
+"""Tensors in the form that kernels read, derived from those of the quantized graph, once for all graphs of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.ir.rewriter import Rewriter
 
-def shared_or_made(
-    name: str, source: Tensor, others: Mapping[str, Tensor], make: Callable[[], Tensor | None]
-) -> Tensor | None:
-    """The derived tensor that another graph of the model holds, or one made here; None if there is none.
+
+def derived(
+    source: fx.Node, suffix: str, rewriter: Rewriter, others: Mapping[str, Tensor], make: Callable[[], Tensor | None]
+) -> fx.Node | None:
+    """The node of a tensor derived from another tensor, of another graph or made here; None if there is none.
 
     Args:
-        name: Name of the derived tensor.
-        source: The tensor that it is derived from.
+        source: Node that reads the original tensor.
+        suffix: Appended to the name of the source; the result is the name of the new tensor.
+        rewriter: The rewriter of the graph.
         others: Tensors that other graphs of the model read, by name.
-        make: Makes the tensor; returns None if there is none.
+        make: Makes the new tensor; returns None if there is none.
     """
-    if name in others:
-        return others[name]
-    # A fake tensor has no values to derive from. The other graphs have shown that there is no such tensor.
-    return None if isinstance(source, FakeTensor) else make()
+    name = f"{source.target}{suffix}"
+    if name not in rewriter.memo:
+        # A fake tensor has no values to derive from. Then the other graphs show whether there is such a tensor.
+        without = isinstance(rewriter.tensor(source), FakeTensor)
+        value = others.get(name) if without or name in others else make()
+        rewriter.memo[name] = None if value is None else rewriter.constant(name, value, [source])
+    node: fx.Node | None = rewriter.memo[name]
+    return node

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 import fxquant
-from fxquant.capture.graph import CapturedGraph
-from fxquant.capture.trace import Architecture
-from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.pipeline.recipes import RECIPES, ROUNDINGS, make_recipe
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
 
 PRECISIONS = ("w8a8", "w4a8-g8")
 NAMES = {f"{name}-{bits}": name for name in RECIPES for bits in PRECISIONS}
@@ -47,19 +46,7 @@ def compiled(recipe: str) -> GraphModel:
     model, made = make_dit(), make_recipe(recipe)
     if any(step.name == "reconstruct-blocks" for step in made.convert):
         made = made.with_options("reconstruct-blocks", iterations=3)
-    shared = traced()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Architecture, "capture", lambda *_: shared.copy())
-        return fxquant.compile(model, recipe=made, calibrate=calibrate(model), measure=0)
-
-
-@functools.cache
-def traced() -> CapturedGraph:
-    """The graph of the model, which all recipes share: all calls are alike."""
-    architecture = Architecture.of(make_dit(), "timestep")
-    found = architecture.capture(architecture.canonical((), inputs()))
-    verify(found.module, SPECS[Stage.CAPTURED])  # Its copies keep the proofs.
-    return found
+    return fxquant.compile(model, recipe=made, calibrate=calibrate(model), measure=0)
 
 
 @every_recipe(SAMPLE)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native.library import FLOATS
-from fxquant.backends.native.tensors import by_sample, derived, only_reader
+from fxquant.backends.native.tensors import by_sample, only_reader
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.backends.derived_tensors import shared_or_made
+from fxquant.backends.derived_tensors import derived
 from fxquant.backends.torchao import weights
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import read_tensors
@@ -127,22 +127,17 @@ class DerivedTensors:
 
     def _node(self, weight: Weight, suffix: str, make: Callable[[], Tensor | None]) -> fx.Node | None:
         """The node of a tensor derived from a weight, of another graph or made here; None if there is none."""
-        rewriter, name = self._rewriter, f"{weight.packed.target}{suffix}"
-        if name not in rewriter.memo:
-            value = shared_or_made(name, rewriter.tensor(weight.packed), self._others, make)
-            node = None if value is None else rewriter.constant(name, value, [weight.packed])
-            if node is not None and suffix in (_INT8, _INT4):
-                node.meta[_STORED] = _Recipe(
-                    str(weight.packed.target),
-                    str(weight.zero_point.target),
-                    rewriter.tensor(weight.zero_point),
-                    weight.bits,
-                    weight.out_features,
-                    weight.in_features,
-                )
-            rewriter.memo[name] = node
-        found: fx.Node | None = rewriter.memo[name]
-        return found
+        node = derived(weight.packed, suffix, self._rewriter, self._others, make)
+        if node is not None and suffix in (_INT8, _INT4) and _STORED not in node.meta:
+            node.meta[_STORED] = _Recipe(
+                str(weight.packed.target),
+                str(weight.zero_point.target),
+                self._rewriter.tensor(weight.zero_point),
+                weight.bits,
+                weight.out_features,
+                weight.in_features,
+            )
+        return node
 
 
 def stored(module: fx.GraphModule) -> dict[str, Tensor]:

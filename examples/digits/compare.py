@@ -131,9 +131,6 @@ class Calibrated:
         pipe: The pipeline that runs the transformer.
         transformer: The float transformer.
         layers: Which layers the recipes quantize.
-
-    Attributes:
-        seconds: Seconds that the calibration took, including one conversion.
     """
 
     def __init__(self, pipe: DiTPipeline, transformer: nn.Module, layers: str) -> None:
@@ -141,7 +138,7 @@ class Calibrated:
         self.statistics = Statistics()
         recipe = make_recipe("rtn-gptq-w8a8", layers)  # GPTQ needs what the others need, and second moments besides.
         self._prepare = recipe.prepare
-        quantized, self.seconds = quantize(pipe, transformer, recipe, statistics=self.statistics)
+        quantized, _ = quantize(pipe, transformer, recipe, statistics=self.statistics)
         self._plan = quantized.plan
 
     def quantize(self, recipe: Recipe) -> tuple[nn.Module, float]:

@@ -71,7 +71,7 @@ class Arguments:
         Raises:
             ArgumentError: If the schema has no argument of the name.
         """
-        return name in self._node.kwargs or _place(self._node, name)[0] < len(self._node.args)
+        return self.is_positional(name) or name in self._node.kwargs
 
     def by_name(self) -> dict[str, Any]:
         """All arguments that have a value, in the order of the schema."""

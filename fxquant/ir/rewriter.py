@@ -29,6 +29,10 @@ from fxquant.ir.tensors import get_tensor, set_tensor
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 
 
+_ATTRIBUTES = frozenset({*dir(fx.GraphModule), *vars(nn.Module()), "meta"})
+"""Attributes of a graph module, which no tensor may replace."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a node comes from: the pass that made it, and the nodes that it was made from."""
@@ -317,7 +321,7 @@ class Rewriter:
             if model.get(".".join(path[:end])):  # A parameter, which cannot contain another one.
                 name = ".".join(path[:end]) + "_" + "_".join(path[end:])
         first = path[0]
-        if keyword.iskeyword(first) or hasattr(fx.GraphModule, first) or first in ("meta", *vars(nn.Module())):
+        if keyword.iskeyword(first) or first in _ATTRIBUTES:
             name = f"tensor_{name}"  # Under its own name it would replace an attribute of the graph module.
         target, number = name, 2
         while self._taken[target] or target in model:

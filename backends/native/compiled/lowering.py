@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.activations import lower_quantize
 from fxquant.backends.native.compiled import attention, weights
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
-from fxquant.backends.native.tensors import derived
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors

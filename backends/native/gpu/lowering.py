@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.activations import lower_tokens
 from fxquant.backends.native.attention import lower_codes
@@ -20,7 +21,6 @@ from fxquant.backends.native.gpu.arguments import FP8
 from fxquant.backends.native.gpu.weight_only import fits
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
-from fxquant.backends.native.tensors import derived
 from fxquant.errors import BackendError
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter

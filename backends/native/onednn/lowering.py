@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native.activations import lower_quantize
 from fxquant.backends.native.onednn import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.onednn import weights
-from fxquant.backends.native.tensors import by_sample, derived, only_reader
+from fxquant.backends.native.tensors import by_sample, only_reader
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
