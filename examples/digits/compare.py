@@ -15,12 +15,15 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.disk.files import write_tensors
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.assign_precision import AssignPrecision
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import Precision
+from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
+from fxquant.storage.checkpoint import TENSORS_FILE
 
 from .generator import GUIDANCE, generate
 from .judge import DigitClassifier
@@ -166,11 +169,17 @@ class Calibrated:
 
 
 def checkpoint_megabytes(model: nn.Module) -> float:
-    """Size on disk of a model's saved weights, in units of 10**6 bytes."""
+    """Size on disk of a model's saved weights, in units of 10**6 bytes.
+
+    Of a quantized model this writes only the tensors of its checkpoint, without the check that it can be loaded.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "transformer"
-        model.save_pretrained(target)
-        return sum(file.stat().st_size for file in target.glob("*.safetensors")) / 1e6
+        if isinstance(model, GraphModel):
+            write_tensors(model.tensors(), Path(folder) / TENSORS_FILE)
+            model.plan.save(folder)
+        else:
+            model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
 
 
 def judge(

@@ -15,28 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
 
-from fxquant.pipeline.recipes import Recipe, make_recipe
-
-from .compare import (
-    Calibrated,
-    Result,
-    checkpoint_megabytes,
-    judge,
-    noise_sqnr,
-    predicted_noise,
-    test_calls,
-    transformer_of,
-)
-from .data import digits
-from .generator import generate, load_pipeline
-from .judge import load_classifier
-from .pictures import draw_salience, draw_samples
-from .salience import plant_salience
+from .compare import Result
+from .pictures import draw_samples
+from .rows import MODELS, QUICK, Job, Measured, measure_all
 
 PRECISIONS = ("w8a8", "w4a8")
 PLAIN = ("rtn", "smoothquant", "htg", "ptq4dit")
@@ -52,15 +36,8 @@ EVERY_METHOD = (
 GROUPED = ("single-step",)
 """Methods whose weights are quantized in groups of 64 input channels, as in their paper."""
 
-QUICK = {"iterations": 100, "rounding_rate": 0.05, "step_rate": 1e-3, "samples": 128}
-"""Settings with which block reconstruction takes seconds; the papers use 20,000 iterations."""
-
 IMAGES = 70
-SHOWN = 10
 PICTURED = ("rtn", "smoothquant-w", "htg", "ptq4dit")
-SEED = 0
-BLOCK = 4
-"""The block whose activations ``salience.png`` shows."""
 
 
 def main() -> None:
@@ -101,80 +78,47 @@ def recipe_name(method: str, precision: str) -> str:
     return f"{method}-{precision}-g64" if method in GROUPED else f"{method}-{precision}"
 
 
-def quick(recipe: Recipe) -> Recipe:
-    """The recipe with a short block reconstruction if it has one; the full one takes hours."""
-    learns = any(step.name == "reconstruct-blocks" for step in recipe.convert)
-    return recipe.with_options("reconstruct-blocks", **QUICK) if learns else recipe
+def jobs_of(model: str, methods: Mapping[str, Sequence[str]]) -> list[Job]:
+    """What is measured of a model: the float model, each method at each precision, and the papers' choice of layers."""
+    jobs = [Job(model, "float", "")]
+    jobs += [
+        Job(model, recipe_name(name, precision), "default") for precision in methods for name in methods[precision]
+    ]
+    if model == "plain":  # One model is enough to show the effect of the choice of layers.
+        jobs += [Job(model, f"ptq4dit-{precision}", "all") for precision in PRECISIONS]
+    return jobs
 
 
 def run(
     out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS, console: Console | None = None
 ) -> list[Result]:
-    """Quantize both models with all recipes; write pictures and figures into ``out``.
+    """Quantize both models with all recipes, each model in a process; write pictures and figures into ``out``.
 
     Args:
         out: Folder for pictures and figures.
         count: Digits to generate with each model.
         methods: Methods to compare, by precision.
-        console: Prints each row of the table as soon as it is measured, above the progress bar; none if None.
+        console: Prints each row of the table as soon as it and those above it are measured; nothing if None.
     """
-    pipe, classifier = load_pipeline(), load_classifier()
-    real, _ = digits("held_back")
-    real = (real + 1) / 2
-    labels = torch.arange(count) % 10
-    models: dict[str, nn.Module] = {"plain": pipe.transformer, "planted": plant_salience(pipe.transformer)}
-    jobs = [(recipe_name(method, precision), "default") for precision, names in methods.items() for method in names]
-    papers_setting = [(f"ptq4dit-{precision}", "all") for precision in PRECISIONS]
-    results: list[Result] = []
-    shown: dict[str, dict[str, Tensor]] = {}
+    jobs = {model: jobs_of(model, methods) for model in MODELS}
+    order = sorted((job for each in jobs.values() for job in each), key=lambda job: jobs[job.model].index(job))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = console or Console(quiet=True)
-
-    def add(result: Result) -> None:
-        results.append(result)
-        console.print(row(result), highlight=False, soft_wrap=True)
-
+    measured: dict[Job, Measured] = {}
+    waiting = list(order)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("float", total=len(models) * (len(jobs) + 1) + len(papers_setting))
-        for name, model in models.items():
-            progress.update(task, description=f"{name}: float")
-            with transformer_of(pipe, model):
-                reference = generate(pipe, labels, seed=SEED)
-            calls = test_calls(pipe, model)
-            noise = predicted_noise(model, calls)
-            calibrated: dict[str, Calibrated] = {}
-            shown[name] = {"float": reference[:SHOWN]}
-            figures = judge(reference, reference, labels, real, classifier)
-            add(Result(name, "float", "", math.inf, math.inf, megabytes=checkpoint_megabytes(model), **figures))
+        task = progress.add_task("measuring", total=len(order))
+        for job, found in measure_all(jobs, count, out):
+            measured[job] = found
+            while waiting and waiting[0] in measured:
+                console.print(row(measured[waiting.pop(0)].result), highlight=False, soft_wrap=True)
             progress.advance(task)
-            # One model is enough to show the effect of the choice of layers.
-            for recipe, layers in [*jobs, *(papers_setting if name == "plain" else [])]:
-                if layers not in calibrated:
-                    progress.update(task, description=f"{name}: calibration")
-                    calibrated[layers] = Calibrated(pipe, model, layers)
-                progress.update(task, description=f"{name}: {recipe}" + (" (all layers)" if layers == "all" else ""))
-                quantized, seconds = calibrated[layers].quantize(quick(make_recipe(recipe, layers)))
-                with transformer_of(pipe, quantized):
-                    images = generate(pipe, labels, seed=SEED)
-                sqnr = noise_sqnr(quantized, noise, calls)
-                add(
-                    Result(
-                        name,
-                        recipe,
-                        layers,
-                        sum(sqnr) / len(sqnr),
-                        min(sqnr),
-                        megabytes=checkpoint_megabytes(quantized),
-                        seconds=seconds,
-                        **judge(images, reference, labels, real, classifier),
-                    )
-                )
-                if recipe.startswith(PICTURED):
-                    shown[name][recipe if layers == "default" else f"{recipe}, all layers"] = images[:SHOWN]
-                if name == "planted" and recipe == "ptq4dit-w8a8" and layers == "default":
-                    draw_salience(calibrated[layers].statistics, quantized.plan, BLOCK, out / "salience.png")
-                progress.advance(task)
+    shown = {
+        model: {job.title: measured[job].images for job in each if job.recipe.startswith(("float", *PICTURED))}
+        for model, each in jobs.items()
+    }
     draw_samples(shown, out / "samples.png")
+    results = [measured[job].result for job in order]
     (out / "results.json").write_text(json.dumps([result.to_json() for result in results], indent=1) + "\n")
     return results
 
