@@ -23,7 +23,7 @@ from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, M
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.pipeline.pipeline import Instrument, Pass, Pipeline, parse_pass
+from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, Pipeline
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
@@ -195,7 +195,7 @@ class Calibration:
         self._check()
         observed = copy_graph(captured.module)
         weight_only = ";".join(name for name, layer in self.plan.quantized() if self._wants_float_input(layer))
-        Pipeline([parse_pass(f"insert-observers{{weight-only={weight_only}}}")]).run(observed, self.plan)
+        Pipeline([PASSES["insert-observers"](weight_only=weight_only)]).run(observed, self.plan)
         for name, key in keys_in(self.plan, captured.module.graph):
             self._keys.setdefault(name, {})[key] = None
         self.statistics.wants_moments = frozenset(

@@ -1,8 +1,9 @@
 """Passes and the pipeline that runs them.
 
 A pass is a frozen dataclass whose fields are its options; it prints as ``balance-channels{exponent=0.5}`` and parses
-from that text. The pipeline, not the pass, checks the order before anything runs, verifies the graph before and after
-every pass against the specification of its stage, removes dead code, recompiles and keeps the log.
+from that text (:mod:`fxquant.pipeline.options`). The pipeline, not the pass, checks the order before anything runs,
+verifies the graph before and after every pass against the specification of its stage, removes dead code, recompiles
+and keeps the log.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import fx
 
@@ -26,8 +27,9 @@ from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
-from fxquant.pipeline.options import read_named
+from fxquant.pipeline.options import option_types, print_value, read_named, read_options
 from fxquant.pipeline.registry import Registry
+from fxquant.pipeline.syntax import Reader
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
@@ -98,7 +100,7 @@ class Pass(ABC):
             value = getattr(self, option.name)
             default = option.default_factory() if option.default_factory is not MISSING else option.default
             if value != default:
-                shown.append(f"{option.name.replace('_', '-')}={_print_value(value)}")
+                shown.append(f"{option.name.replace('_', '-')}={_print_value(type(self), option.name, value)}")
         return f"{self.name}{{{' '.join(shown)}}}" if shown else self.name
 
 
@@ -109,7 +111,19 @@ P = TypeVar("P", bound=type[Pass])
 
 
 def register_pass(cls: P) -> P:
-    """Class decorator: make a pass known under its ``name``."""
+    """Class decorator: make a pass known under its ``name``.
+
+    Raises:
+        ConfigurationError: If the pass lacks one of the attributes of a pass, or has an option of a type that cannot be
+            printed and parsed (:mod:`fxquant.pipeline.options`); the message names the option.
+        DuplicateNameError: If another pass has the name.
+    """
+    for attribute, kind in (("name", str), ("tier", Tier), ("requires", Stage), ("establishes", Stage)):
+        if not isinstance(getattr(cls, attribute, None), kind):
+            raise ConfigurationError(
+                f"the pass {cls.__name__} does not say its {attribute}; add a class attribute of type {kind.__name__}"
+            )
+    option_types(cls)
     PASSES.register(cls.name)(cls)
     return cls
 
@@ -125,14 +139,43 @@ def parse_pass(text: str) -> Pass:
     return PASSES[name](**options)
 
 
+def parse_passes(reader: Reader, end: str = "") -> list[Pass]:
+    """Make passes from the text of a reader, separated by commas, up to a character of ``end``; see :func:`parse_pass`.
+
+    Raises:
+        UnknownNameError: If there is no such pass.
+        ConfigurationError: If the text or an option cannot be read.
+    """
+    return [PASSES[item.name](**read_options(item, reader, _options_of)) for item in reader.items(end)]
+
+
+def check_text(step: Pass) -> None:
+    """Check that the text of a pass stands for the pass: that it would be read back as an equal one.
+
+    Raises:
+        ConfigurationError: If the pass has an option that cannot be printed and parsed.
+    """
+    cls = type(step)
+    try:
+        _, options = read_named(str(step), "pass", lambda _: option_types(cls))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"pass {step.name} cannot be written as text and read back: {error}") from error
+    if cls(**options) != step:
+        raise ConfigurationError(
+            f"pass {step} would be read back from this text as {cls(**options)!r}, not as {step!r}; its options should "
+            "be compared by their values"
+        )
+
+
 def _options_of(name: str) -> dict[str, Any]:
-    cls = PASSES[name]
-    types = get_type_hints(cls)
-    return {option.name: types[option.name] for option in fields(cls)}  # type: ignore[arg-type]
+    return option_types(PASSES[name])
 
 
-def _print_value(value: Any) -> str:
-    return value.value if isinstance(value, enum.Enum) else str(value)
+def _print_value(cls: type[Pass], option: str, value: Any) -> str:
+    try:
+        return print_value(value, option_types(cls)[option])
+    except ConfigurationError as error:
+        raise ConfigurationError(f"pass {cls.name}: option {option}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -185,7 +228,8 @@ class Pipeline:
         instruments: Observers of the run.
 
     Raises:
-        ConfigurationError: If an earlier pass brings the graph to a stage that a later pass does not accept.
+        ConfigurationError: If an earlier pass brings the graph to a stage that a later pass does not accept, or a pass
+            has an option that its text cannot stand for.
     """
 
     def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
@@ -193,6 +237,7 @@ class Pipeline:
         self.instruments = tuple(instruments)
         stage, maker = Stage.CAPTURED, None
         for step in self.passes:
+            check_text(step)
             if stage > step.requires:
                 raise ConfigurationError(
                     f"{step.name} works on {step.requires} graphs but comes after {maker}, which makes them {stage}; "
@@ -204,8 +249,8 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str, instruments: Sequence[Instrument] = ()) -> Pipeline:
-        """Make a pipeline from text, passes separated by commas."""
-        return cls([parse_pass(part) for part in text.split(",") if part.strip()], instruments)
+        """Make a pipeline from text, passes separated by commas; errors as for :func:`parse_pass`."""
+        return cls(parse_passes(Reader(text, "pass")), instruments)
 
     def __str__(self) -> str:
         return ",".join(str(step) for step in self.passes)

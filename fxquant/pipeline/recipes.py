@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxquant.errors import ConfigurationError, UnknownNameError
-from fxquant.pipeline.pipeline import Pass, Pipeline, parse_pass
+from fxquant.pipeline.options import convert, option_types
+from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, parse_pass, parse_passes
 from fxquant.pipeline.registry import Registry
+from fxquant.pipeline.syntax import Reader
 from fxquant.planning.precision import Precision
 
 
@@ -37,7 +39,14 @@ class Recipe:
     convert: tuple[Pass, ...]
 
     def __post_init__(self) -> None:
-        Pipeline([*self.prepare, *self.convert])  # Refuses an impossible order.
+        passes = [*self.prepare, *self.convert]
+        Pipeline(passes)  # Refuses an impossible order, and options that cannot be written as text.
+        for step in passes:  # A plan keeps the text of the recipe, from which the passes are made again.
+            if step.name not in PASSES:
+                raise ConfigurationError(
+                    f"pass {step.name} is not registered, so the recipe could not be read back from a plan; decorate "
+                    f"{type(step).__name__} with @register_pass"
+                )
 
     def __str__(self) -> str:
         return ",".join(map(str, self.prepare)) + " ; " + ",".join(map(str, self.convert))
@@ -56,10 +65,17 @@ class Recipe:
         if pass_name not in names:
             raise ConfigurationError(f"the recipe has no pass {pass_name!r}; its passes: {', '.join(names)}")
 
-        told = " ".join(f"{name.replace('_', '-')}={getattr(value, 'value', value)}" for name, value in options.items())
-        parsed = parse_pass(f"{pass_name}{{{told}}}")
-
-        changed: dict[str, Any] = {name: getattr(parsed, name) for name in options}
+        types = option_types(PASSES[pass_name])
+        changed: dict[str, Any] = {}
+        for name, value in options.items():
+            if name not in types:
+                shown = ", ".join(sorted(option.replace("_", "-") for option in types)) or "none"
+                given = f"{name.replace('_', '-')}={value}"
+                raise ConfigurationError(f"pass {pass_name!r} has no option {given!r}. Its options: {shown}.")
+            try:
+                changed[name] = convert(value, types[name])
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{pass_name}: {name}={value!r} {error}") from None
 
         def change(step: Any) -> Any:
             return replace(step, **changed) if step.name == pass_name else step
@@ -73,13 +89,14 @@ class Recipe:
         Raises:
             ConfigurationError: If the text cannot be read.
         """
-        before, semicolon, after = text.partition(" ; ")
-        if not semicolon:
+        reader = Reader(text, "pass")
+        prepare = parse_passes(reader, ";")
+        if reader.at == len(text):
             raise ConfigurationError(
                 f"{text!r} is not a recipe; write the passes before and after calibration like this: a,b ; c,d"
             )
-        prepare, convert = ([parse_pass(part) for part in half.split(",") if part.strip()] for half in (before, after))
-        return cls(tuple(prepare), tuple(convert))
+        reader.at += 1
+        return cls(tuple(prepare), tuple(parse_passes(reader)))
 
 
 RecipeMaker = Callable[[Precision, str], Recipe]
