@@ -21,12 +21,16 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.arguments import args, source_of
+from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
 from fxquant.ir.proofs import prove
 from fxquant.ir.tensors import get_tensor, set_tensor
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
+
+
+_FEWEST_EDITS, _EDITS_PER_NODE = 20_000, 100  # A pass that makes more edits is taken to loop for ever.
 
 
 _ATTRIBUTES = frozenset({*dir(fx.GraphModule), *vars(nn.Module()), "meta"})
@@ -50,14 +54,18 @@ class Rewriter:
     Attributes:
         module: The graph module being rewritten.
         pass_name: Recorded as provenance.
-        edits: Number of changes made so far; 0 means that the pass did not match.
+        edits: Number of changes made so far; 0 means that the pass did not match. A pass that makes very many raises a
+            PassError, because it most likely loops for ever.
+        fingerprint: Receives every edit, so that the pipeline finds edits that were made in another way; or None.
         memo: Nodes that the pass has made and may use again, by keys that the pass chooses.
     """
 
     def __init__(self, module: fx.GraphModule, pass_name: str) -> None:
         self.module = module
         self.pass_name = pass_name
-        self.edits = 0
+        self.fingerprint: Fingerprint | None = None
+        self._edits = 0
+        self._most_edits = max(_FEWEST_EDITS, _EDITS_PER_NODE * len(module.graph.nodes))
         self.memo: dict[Any, Any] = {}
         self._mode: FakeTensorMode | None = None
         self._taken: Counter[str] | None = None
@@ -66,6 +74,21 @@ class Rewriter:
     def graph(self) -> fx.Graph:
         """The graph being rewritten."""
         return self.module.graph
+
+    @property
+    def edits(self) -> int:
+        """Number of changes made so far."""
+        return self._edits
+
+    @edits.setter
+    def edits(self, number: int) -> None:
+        if number > self._most_edits:
+            raise PassError(
+                f"{self.pass_name}: stopped after {self._most_edits} edits, {_EDITS_PER_NODE} or more per node of the "
+                "graph; a pass that walks over nodes that it adds never ends: walk over list(graph.nodes), and skip "
+                "what is rewritten already"
+            )
+        self._edits = number
 
     # --- tensors ---
 
@@ -137,6 +160,8 @@ class Rewriter:
         """Drop the values of a parameter that is about to lose its last reader; its shape and dtype remain."""
         with self._fake_mode():
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
+        if self.fingerprint is not None:
+            self.fingerprint.forget(str(attribute.target))
         self._note(attribute, [attribute])
 
     def constant(self, name: str, value: Tensor, sources: Sequence[fx.Node], history: History | None = None) -> fx.Node:
@@ -183,7 +208,7 @@ class Rewriter:
         """
         node.args = args(node).without(name)
         node.kwargs = {other: value for other, value in node.kwargs.items() if other != name}
-        self.edits += 1
+        self._count(node)
 
     def read(self, name: str, history: History, like: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
         """Add a node that reads a tensor that another graph of the model stored under ``name``.
@@ -256,8 +281,9 @@ class Rewriter:
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Make all readers of ``node`` read ``new`` instead, and erase ``node``."""
+        readers = [user for user in node.users if user is not new]
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self.edits += 1
+        self._count(*readers)
         if not node.users:
             self._drop(node)
 
@@ -272,7 +298,7 @@ class Rewriter:
                 f"{self.pass_name}: {reader.name} cannot be redirected from {old.name}, which it does not read"
             )
         reader.replace_input_with(old, new)
-        self.edits += 1
+        self._count(reader)
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nothing reads."""
@@ -331,6 +357,8 @@ class Rewriter:
 
     def _drop(self, node: fx.Node) -> None:
         self.graph.erase_node(node)
+        if self.fingerprint is not None:
+            self.fingerprint.erase(node)
         if node.op == "get_attr" and self._taken is not None:
             self._taken[str(node.target)] -= 1
 
@@ -340,7 +368,14 @@ class Rewriter:
             inherited += [origin for origin in source.meta.get(PROVENANCE, ()) if origin not in inherited]
         origin = Origin(self.pass_name, tuple(source.name for source in sources))
         node.meta[PROVENANCE] = (*(o for o in inherited if o != origin), origin)
+        self._count(node)
+
+    def _count(self, *changed: fx.Node) -> None:
+        """Count one edit, which made or changed these nodes."""
         self.edits += 1
+        if self.fingerprint is not None:
+            for node in changed:
+                self.fingerprint.update(node)
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from torch import fx
 
 from fxquant.errors import ConfigurationError, FxquantError, PassError
+from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.names import qualified_name
 from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Rewriter
@@ -266,7 +267,10 @@ class Pipeline:
             stage: The stage of the graph.
 
         Raises:
-            PassError: If a pass raises an error that is not an :class:`FxquantError`; the message names the pass.
+            PassError: If a pass raises an error that is not an :class:`FxquantError`, edits the graph other than
+                through its rewriter, changes the inputs or outputs of the graph, or never ends; the message names the
+                pass. The graph is then what it was before the pass, but for weights that the pass already dropped
+                (:meth:`Rewriter.forget`) or changed in place. The same holds for the other errors.
             FxquantError: If a pass or the verification raises one; a note names the pass.
         """
         for step in self.passes:
@@ -287,11 +291,13 @@ class Pipeline:
         for instrument in self.instruments:
             instrument.before(step, module)
         began, ops = time.perf_counter(), count_ops(module.graph)
-        rewriter = Rewriter(module, step.name)
+        rewriter, fingerprint = Rewriter(module, step.name), Fingerprint(module)
+        rewriter.fingerprint = fingerprint
         shown = [instrument for instrument in self.instruments if isinstance(instrument, ShowsProgress)]
         own = replace(context, memo={}, progress=partial(_show, shown, step) if shown else None)
         try:
             step.run(module.graph, own, rewriter)
+            fingerprint.check(str(step))
             if rewriter.edits:
                 module.graph.eliminate_dead_code()
                 drop_unread_tensors(module)
@@ -300,6 +306,9 @@ class Pipeline:
         except Exception as error:
             for instrument in self.instruments:
                 instrument.failed(step, module, error)
+            lost = fingerprint.restore()
+            if lost:
+                error.add_note(f"the graph is as it was before, without the values of {', '.join(lost[:3])}, ...")
             if isinstance(error, FxquantError):
                 error.add_note(f"in pass {step}")
                 raise

@@ -1,0 +1,234 @@
+"""What a graph was before a pass, so that edits past the rewriter are found, and a failed pass can be undone.
+
+A fingerprint is cheap: it holds the argument tuples, targets and tensors of a graph by reference. The rewriter reports
+each edit to it (:meth:`Fingerprint.update`), and :meth:`Fingerprint.check` compares the graph with what was reported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from fxquant.errors import PassError
+from fxquant.ir.meta import LAYER
+from fxquant.ir.tensors import get_tensor, weights_and_buffers
+
+_Call = tuple[Any, Any, Any]  # Target, arguments and keyword arguments of a node.
+
+
+class Fingerprint:
+    """The state of a graph before a pass, and the state that the rewriter has made of it since.
+
+    Args:
+        module: The graph module.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        graph = module.graph
+        self._codegen, self._tracer = graph._codegen, graph._tracer_cls
+        self._nodes = [(node, node.name, node.type, dict(node.meta)) for node in graph.nodes]
+        self._before: dict[fx.Node, _Call] = {node: _call(node) for node in graph.nodes}
+        self._expected = dict(self._before)
+        self._names = {name for name, _ in weights_and_buffers(module)}
+        self._tensors: dict[str, Tensor] = {}
+        self._held: dict[str, tuple[Tensor, int]] = {}
+        for node in graph.nodes:
+            if node.op == "get_attr" and (tensor := _tensor(module, node)) is not None:
+                self._tensors[str(node.target)] = tensor
+                self._held[str(node.target)] = tensor, _version(tensor)
+        self._signature = _signature(graph)
+        self._forgotten: list[str] = []
+
+    # --- what the rewriter reports ---
+
+    def update(self, node: fx.Node) -> None:
+        """Take the present state of a node that the rewriter made or changed, and of the tensor that it reads."""
+        self._expected[node] = _call(node)
+        if node.op == "get_attr" and (tensor := _tensor(self.module, node)) is not None:
+            self._held[str(node.target)] = tensor, _version(tensor)
+
+    def erase(self, node: fx.Node) -> None:
+        """Take note that the rewriter erases a node."""
+        self._expected.pop(node, None)
+
+    def forget(self, target: str) -> None:
+        """Let go of the values of a tensor, which the rewriter drops to free memory; they cannot be restored."""
+        if self._tensors.pop(target, None) is not None:
+            self._forgotten.append(target)
+
+    # --- checks ---
+
+    def check(self, pass_name: str) -> None:
+        """Refuse edits that the rewriter did not report, and a changed signature.
+
+        Raises:
+            PassError: Names the pass, the node or tensor, and the method to use instead.
+        """
+        self._check_nodes(pass_name)
+        self._check_tensors(pass_name)
+        self._check_signature(pass_name)
+
+    def _check_nodes(self, pass_name: str) -> None:
+        left = dict(self._expected)
+        for node in self.module.graph.nodes:
+            expected = left.pop(node, None)
+            if expected is None:
+                raise PassError(
+                    f"{pass_name}: {_shown(node)} was added to the graph past the rewriter, so its shape and its pass "
+                    "are not recorded; make it by rewriter.call(op, arguments, sources), a tensor by rewriter.constant"
+                )
+            if not _same(expected, _call(node)):
+                raise PassError(
+                    f"{pass_name}: {_shown(node)} was changed past the rewriter: {_difference(expected, node)}; use "
+                    "rewriter.set_argument, rewriter.redirect or rewriter.replace, which keep shapes and provenance"
+                )
+        for node in left:
+            raise PassError(
+                f"{pass_name}: {_shown(node)} was erased past the rewriter; use rewriter.erase or rewriter.replace. A "
+                "node that nothing reads any more is removed by the pipeline"
+            )
+
+    def _check_tensors(self, pass_name: str) -> None:
+        for node in self.module.graph.nodes:
+            if node.op != "get_attr" or (tensor := _tensor(self.module, node)) is None:
+                continue
+            held, version = self._held.get(str(node.target), (None, 0))
+            if tensor is not held:
+                raise PassError(
+                    f"{pass_name}: the tensor {node.target} was set past the rewriter; use rewriter.put or "
+                    "rewriter.fold, which know the other readers and graphs that share the tensor"
+                )
+            if _version(tensor) != version:
+                raise PassError(
+                    f"{pass_name}: the values of the tensor {node.target} were changed in place. The model's own "
+                    "weight may be the same memory, and it stays changed: load the model again. Use rewriter.fold("
+                    "node, name, function), whose function returns a new tensor"
+                )
+
+    def _check_signature(self, pass_name: str) -> None:
+        before, after = self._signature, _signature(self.module.graph)
+        for what, old, new in zip(("inputs", "outputs"), before, after, strict=True):
+            if old != new:
+                raise PassError(
+                    f"{pass_name}: the {what} of the graph were {_listed(old)} and are now {_listed(new)}; a pass "
+                    f"keeps the number, order, shapes and dtypes of {what}, because the model is called as before"
+                )
+
+    # --- restoration ---
+
+    def restore(self) -> list[str]:
+        """Make the graph what it was before the pass, of new nodes over the same tensors.
+
+        Returns:
+            Names of tensors that were dropped to free memory and cannot be restored.
+        """
+        graph = fx.Graph(tracer_cls=self._tracer)
+        graph._codegen = self._codegen
+        made: dict[fx.Node, fx.Node] = {}
+        for node, name, kind, meta in self._nodes:
+            target, arguments, named = map_arg(self._before[node], made.__getitem__)
+            new = graph.create_node(node.op, target, arguments, named, name, kind)
+            new.meta = meta
+            made[node] = new
+        for name in [name for name, _ in weights_and_buffers(self.module) if name not in self._names]:
+            _remove(self.module, name)
+        for target, tensor in self._tensors.items():
+            _put_back(self.module, target, tensor)
+        self.module.graph = graph  # Which recompiles it.
+        return [target for target in self._forgotten if target in self._names]
+
+
+def _call(node: fx.Node) -> _Call:
+    return node.target, node.args, node.kwargs
+
+
+def _same(expected: _Call, actual: _Call) -> bool:
+    # Assigning arguments always makes new tuples, so most comparisons end with identity.
+    if all(one is other for one, other in zip(expected, actual, strict=True)):
+        return True
+    return expected[0] is actual[0] and _alike(expected[1], actual[1]) and _alike(expected[2], actual[2])
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether arguments are equal. Symbolic numbers are compared by identity: comparing values would fix the batch."""
+    left, right = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return left[1] == right[1] and all(
+        a is b or (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b)
+        for a, b in zip(left[0], right[0], strict=True)
+    )
+
+
+def _difference(expected: _Call, node: fx.Node) -> str:
+    target, arguments, named = expected
+    if target is not node.target:
+        return f"it was {target} and is now {node.target}"
+    if not _alike(arguments, node.args):
+        return f"its arguments were {arguments} and are now {node.args}"
+    return f"its keyword arguments were {named} and are now {node.kwargs}"
+
+
+def _shown(node: fx.Node) -> str:
+    layer = f" (layer {node.meta[LAYER]})" if LAYER in node.meta else ""
+    return f"node {node.name}{layer}"
+
+
+def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    try:
+        return get_tensor(module, str(node.target))
+    except AttributeError:  # Verification reports it.
+        return None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often values of a tensor were written in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _signature(graph: fx.Graph) -> tuple[list[str], list[str]]:
+    inputs = [f"{node.target}{_type(node)}" for node in graph.nodes if node.op == "placeholder"]
+    outputs = [node for node in graph.nodes if node.op == "output"]
+    leaves = [leaf for node in outputs for leaf in pytree.tree_leaves(node.args)]
+    return inputs, [_type(leaf) if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves]
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ""
+    return f" {str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+
+
+def _listed(entries: list[str]) -> str:
+    return f"({'; '.join(entry.strip() for entry in entries)})"
+
+
+def _put_back(module: nn.Module, target: str, tensor: Tensor) -> None:
+    *path, name = target.split(".")
+    holder = module
+    for part in path:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    if getattr(holder, name, None) is tensor:
+        return
+    if hasattr(holder, name):
+        delattr(holder, name)
+    if isinstance(tensor, nn.Parameter):
+        holder.register_parameter(name, tensor)
+    else:
+        holder.register_buffer(name, tensor)
+
+
+def _remove(module: nn.Module, target: str) -> None:
+    """Delete a tensor, and the modules along its path that become empty."""
+    path, _, leaf = target.rpartition(".")
+    holder = module.get_submodule(path)
+    delattr(holder, leaf)
+    while path and not holder._parameters and not holder._buffers and not holder._modules:
+        path, _, leaf = path.rpartition(".")
+        holder = module.get_submodule(path)
+        delattr(holder, leaf)
