@@ -23,7 +23,7 @@ from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, M
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, Pipeline
+from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
@@ -65,6 +65,7 @@ class Calibration:
 
     Attributes:
         prepared: The captured graphs, after the passes that come before calibration; one per kind of call.
+        records: What these passes did to the first of these graphs.
         statistics: What the observers recorded.
         calls: Number of calls of the model so far.
         steps: The timesteps seen so far, in order. Recorded only if a single denoising step is observed.
@@ -91,6 +92,7 @@ class Calibration:
         self.weights = weights_of(model)
         self.original: Original | None = Original(model, plan.timestep)
         self.prepared: list[CapturedGraph] = []
+        self.records: list[PassRecord] = []
         self.statistics = Statistics(transient=True) if statistics is None else statistics
         self._samples: Spread[Sample] = Spread(keep)
         self._inputs: list[Spread[list[Tensor]]] = []
@@ -189,7 +191,8 @@ class Calibration:
         bind(captured.module, self.weights)
         if self.original is not None:
             self.original.compare(captured, call)
-        self.prepare.run(captured.module, self.plan)
+        records = self.prepare.run(captured.module, self.plan)
+        self.records = self.records or records
         for step in (*self.prepare.passes, *self.convert):
             step.check_graph(captured.module.graph, self.plan)
         self._check()

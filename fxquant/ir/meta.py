@@ -13,3 +13,6 @@ ITEM = "fxquant_item"
 
 PROVENANCE = "fxquant_provenance"
 """Key of ``node.meta`` for a tuple of :class:`Origin`, the oldest first."""
+
+ROLE = "fxquant_role"
+"""Key of ``node.meta`` for what the node does in layers: a dict from layer name to role (:mod:`fxquant.ir.roles`)."""

@@ -21,11 +21,12 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.arguments import args, source_of
+from fxquant.ir.edits import EditLog, NodeEdit, TensorEdit
 from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
 from fxquant.ir.proofs import prove
-from fxquant.ir.tensors import get_tensor, set_tensor
+from fxquant.ir.tensors import are_alike, get_tensor, is_finite, set_tensor
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 
@@ -58,6 +59,7 @@ class Rewriter:
             PassError, because it most likely loops for ever.
         fingerprint: Receives every edit, so that the pipeline finds edits that were made in another way; or None.
         memo: Nodes that the pass has made and may use again, by keys that the pass chooses.
+        log: The changes in order; see :mod:`fxquant.ir.edits`.
     """
 
     def __init__(self, module: fx.GraphModule, pass_name: str) -> None:
@@ -67,6 +69,7 @@ class Rewriter:
         self._edits = 0
         self._most_edits = max(_FEWEST_EDITS, _EDITS_PER_NODE * len(module.graph.nodes))
         self.memo: dict[Any, Any] = {}
+        self.log = EditLog()
         self._mode: FakeTensorMode | None = None
         self._taken: Counter[str] | None = None
 
@@ -115,7 +118,9 @@ class Rewriter:
             function: Computes the new parameter from the old one.
             by: Everything that the function depends on besides the parameter: factors, and a text that identifies the
                 function. The graphs of a model share a parameter only if what was folded into it is equal. If ``by`` is
-                empty, the pass is assumed to change the parameter in the same way in every graph.
+                empty, the pass is assumed to change the parameter in the same way in every graph. ``"columns"``,
+                ``"rows"`` or ``"affine"`` followed by factors, and maybe by what is added, and ``"shift"`` followed by
+                what is added, are also for the log, which then holds their ranges.
 
         Raises:
             NonFiniteError: If the result does not fit the parameter's dtype.
@@ -139,7 +144,7 @@ class Rewriter:
             attribute = self._private(attribute, readers)
         old = self.tensor(attribute)
         new = function(old).to(old.dtype)
-        if not isinstance(new, FakeTensor) and not _is_finite(new):
+        if not isinstance(new, FakeTensor) and not is_finite(new):
             raise NonFiniteError(
                 f"{attribute.target} does not fit {old.dtype} after {self.pass_name}; "
                 "convert the model to float32 first, or bound the factors of the pass"
@@ -152,8 +157,9 @@ class Rewriter:
         if not has_content(attribute):
             record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
         set_tensor(self.module, str(attribute.target), value)
-        if not _alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
+        if not are_alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
             attribute.meta["val"] = self._fake(value)
+        self.log.tensors.append(TensorEdit.folded(str(attribute.target), by))
         self._note(attribute, [attribute])
 
     def forget(self, attribute: fx.Node) -> None:
@@ -162,6 +168,7 @@ class Rewriter:
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         if self.fingerprint is not None:
             self.fingerprint.forget(str(attribute.target))
+        self.log.tensors.append(TensorEdit("dropped", str(attribute.target)))
         self._note(attribute, [attribute])
 
     def constant(self, name: str, value: Tensor, sources: Sequence[fx.Node], history: History | None = None) -> fx.Node:
@@ -179,7 +186,8 @@ class Rewriter:
             node = self.graph.get_attr(target)
         node.meta["val"] = self._fake(value)
         record(node, history)
-        self._note(node, sources)
+        self.log.tensors.append(TensorEdit("made", target))
+        self._made(node, sources)
         return node
 
     def give(self, node: fx.Node, name: str, value: Tensor, history: History | None = None) -> None:
@@ -198,6 +206,7 @@ class Rewriter:
         else:
             node.args = args(node).replaced(**{name: value})
             node.kwargs = {other: kept for other, kept in node.kwargs.items() if not args(node).is_positional(other)}
+        self.log.nodes.append(NodeEdit("rewired", node.name))
         self._note(node, [node])
 
     def leave_out(self, node: fx.Node, name: str) -> None:
@@ -208,7 +217,7 @@ class Rewriter:
         """
         node.args = args(node).without(name)
         node.kwargs = {other: value for other, value in node.kwargs.items() if other != name}
-        self._count(node)
+        self._rewired(node)
 
     def read(self, name: str, history: History, like: Tensor, sources: Sequence[fx.Node]) -> fx.Node:
         """Add a node that reads a tensor that another graph of the model stored under ``name``.
@@ -229,7 +238,7 @@ class Rewriter:
             self._taken[name] += 1
         node.meta["val"] = self._fake(like)
         record(node, history)
-        self._note(node, sources)
+        self._made(node, sources)
         return node
 
     # --- nodes ---
@@ -276,14 +285,13 @@ class Rewriter:
             for key in (*_PLACE, LAYER) if layer else _PLACE:
                 if key in source.meta:
                     node.meta[key] = source.meta[key]
-        self._note(node, sources)
+        self._made(node, sources)
         return node
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Make all readers of ``node`` read ``new`` instead, and erase ``node``."""
-        readers = [user for user in node.users if user is not new]
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self._count(*readers)
+        changed = node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self._rewired(*(user for user in changed if user is not new))
         if not node.users:
             self._drop(node)
 
@@ -298,7 +306,7 @@ class Rewriter:
                 f"{self.pass_name}: {reader.name} cannot be redirected from {old.name}, which it does not read"
             )
         reader.replace_input_with(old, new)
-        self._count(reader)
+        self._rewired(reader)
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nothing reads."""
@@ -319,6 +327,7 @@ class Rewriter:
         place = place_of(readers[0]).replace(".", "_")
         history = None if has_content(attribute) else self.history(attribute)
         copy = self.constant(f"{attribute.target}_of_{place}", self.tensor(attribute), [attribute], history)
+        self.log.tensors[-1] = TensorEdit("copied", str(copy.target), source=str(attribute.target))
         for reader in readers:
             self.redirect(reader, attribute, copy)
         return copy
@@ -355,7 +364,17 @@ class Rewriter:
         self._taken[target] += 1
         return target
 
+    def _made(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
+        self.log.nodes.append(NodeEdit("made", node.name))
+        self._note(node, sources)
+
+    def _rewired(self, *nodes: fx.Node) -> None:
+        """Count one edit of all these nodes."""
+        self.log.nodes += [NodeEdit("rewired", node.name) for node in nodes]
+        self._count(*nodes)
+
     def _drop(self, node: fx.Node) -> None:
+        self.log.nodes.append(NodeEdit("erased", node.name))
         self.graph.erase_node(node)
         if self.fingerprint is not None:
             self.fingerprint.erase(node)
@@ -376,20 +395,6 @@ class Rewriter:
         if self.fingerprint is not None:
             for node in changed:
                 self.fingerprint.update(node)
-
-
-def _is_finite(value: Tensor) -> bool:
-    # Any NaN or infinity shows in the extremes. Unlike isfinite(), they need no mask as large as the tensor.
-    return value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
-
-
-def _alike(recorded: Tensor, value: Tensor) -> bool:
-    return (recorded.shape, recorded.stride(), recorded.dtype, recorded.device) == (
-        value.shape,
-        value.stride(),
-        value.dtype,
-        value.device,
-    )
 
 
 def place_of(node: fx.Node) -> str:

@@ -104,3 +104,19 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     if NAMES in module.meta:  # Other entries are about the compilation of one module.
         made.meta[NAMES] = module.meta[NAMES]
     return made
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # Any NaN or infinity shows in the extremes. Unlike isfinite(), they need no mask as large as the tensor.
+    return value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
+
+
+def are_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors agree in shape, strides, dtype and device."""
+    return (left.shape, left.stride(), left.dtype, left.device) == (
+        right.shape,
+        right.stride(),
+        right.dtype,
+        right.device,
+    )

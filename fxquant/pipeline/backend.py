@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import BackendError
+from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import StageSpec, verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.options import read_named
@@ -172,6 +173,7 @@ class Backend(ABC):
             self.check_device(device)
         self.lower(module, plan, others or {})
         module.recompile()
+        assign_roles(module.graph)
         verify(module, self.spec)
 
 

@@ -22,10 +22,12 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from torch import fx
 
 from fxquant.errors import ConfigurationError, FxquantError, PassError
+from fxquant.ir.edits import EditLog
 from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.names import qualified_name
 from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
 from fxquant.pipeline.options import option_types, print_value, read_named, read_options
@@ -188,12 +190,14 @@ class PassRecord:
         seconds: Wall time, verification included.
         edits: Number of changes to the graph.
         ops: Change in the number of nodes by op.
+        log: The changes one by one.
     """
 
     text: str
     seconds: float
     edits: int
     ops: dict[str, int] = field(default_factory=dict)
+    log: EditLog = field(default_factory=EditLog, compare=False, repr=False)
 
     def __str__(self) -> str:
         changes = " ".join(f"{op}:{count:+d}" for op, count in sorted(self.ops.items()))
@@ -302,6 +306,7 @@ class Pipeline:
                 module.graph.eliminate_dead_code()
                 drop_unread_tensors(module)
                 module.recompile()
+                assign_roles(module.graph)
                 verify(module, spec)
         except Exception as error:
             for instrument in self.instruments:
@@ -318,7 +323,7 @@ class Pipeline:
             raise failure from error
         after = count_ops(module.graph)
         change = {op: after[op] - ops[op] for op in sorted({*ops, *after}) if after[op] != ops[op]}
-        record = PassRecord(str(step), time.perf_counter() - began, rewriter.edits, change)
+        record = PassRecord(str(step), time.perf_counter() - began, rewriter.edits, change, rewriter.log)
         for instrument in self.instruments:
             instrument.after(step, module, record)
         return record

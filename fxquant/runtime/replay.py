@@ -63,7 +63,7 @@ def convert(
         context.inputs = calibration.inputs_of(number)
         records = _rewrite(captured, context, recipe.convert, instruments)
         backend.finish(captured.module, plan, quantized.tensors())
-        plan.passes = plan.passes or [log_entry(record) for record in records]
+        plan.passes = plan.passes or [log_entry(record) for record in (*calibration.records, *records)]
         quantized.add(captured)
     return quantized
 
@@ -235,7 +235,8 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
 
 def log_entry(record: PassRecord) -> dict[str, Any]:
     """What the plan records about a pass that ran."""
-    return {"pass": record.text, "seconds": round(record.seconds, 3), "edits": record.edits, "ops": record.ops}
+    entry = {"pass": record.text, "seconds": round(record.seconds, 3), "edits": record.edits, "ops": record.ops}
+    return {**entry, "changes": record.log.counts()}
 
 
 def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) -> CapturedGraph:

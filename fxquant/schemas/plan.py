@@ -127,6 +127,7 @@ class LogEntry(Schema):
     seconds: float
     edits: Count
     ops: dict[Name, int]
+    changes: dict[Name, Count] = Field(default_factory=dict)  # Not in plans of earlier versions.
 
 
 class PlanFile(Schema):
