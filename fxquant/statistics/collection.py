@@ -11,26 +11,16 @@ the number of *different* timesteps, so calibrate on the sampler's own schedule 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fxquant.disk.files import share
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.statistics.channels import ChannelStatistics
-
-_FORMAT = "fxquant-statistics"
-_VERSION = 1
-_TENSORS = (
-    *("timesteps", "count", "minimum", "maximum", "rows", "priorities"),
-    *("moments", "moment_timesteps", "moment_sums", "moment_counts"),
-)
+from fxquant.statistics.file import read, write
+from fxquant.statistics.kept_calls import KeptCalls, Run
 
 
 class _NeverReachedError(CalibrationError, KeyError):
@@ -47,14 +37,25 @@ class Statistics(Mapping[str, ChannelStatistics]):
             :func:`~fxquant.statistics.channels.rows_to_sample` gives.
         seed: seed of the row samples. The same model, data and seed give identical statistics.
         transient: whether the statistics are not needed afterwards, so that large parts may be dropped after use.
+        keep_calls: the most calls of the model whose inputs are kept, 0 for none. They are spread evenly over the
+            timesteps, with at most 16 samples each. :func:`fxquant.attribute` runs them, and later conversions that
+            learn from calls.
 
     Raises:
-        ConfigurationError: ``num_rows`` is not positive.
+        ConfigurationError: ``num_rows`` is not positive, or ``keep_calls`` is negative.
     """
 
-    def __init__(self, *, num_rows: int | None = None, seed: int = 0, transient: bool = False) -> None:
+    def __init__(
+        self, *, num_rows: int | None = None, seed: int = 0, transient: bool = False, keep_calls: int = 0
+    ) -> None:
         if num_rows is not None and num_rows < 1:
             raise ConfigurationError(f"statistics need at least one sampled row per timestep, got num_rows={num_rows}")
+        if keep_calls < 0:
+            raise ConfigurationError(f"keep_calls={keep_calls} is not a number of calls; give 0 for none")
+        self.calls = KeptCalls(keep_calls, seed)
+        """The kinds of call that calibration saw, and the calls that are kept."""
+        self.run: Run | None = None
+        """What the statistics were recorded from; None as long as nothing was, and for files of earlier versions."""
         self.num_rows = num_rows
         self.seed = seed
         self.transient = transient
@@ -86,7 +87,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
     def __repr__(self) -> str:
         return (
             f"Statistics(keys={len(self)}, timesteps={len(self.timesteps)}, num_rows={self.num_rows}, "
-            f"nbytes={self.nbytes})"
+            f"calls={len(self.calls)}, nbytes={self.nbytes})"
         )
 
     def _new(self, key: str) -> ChannelStatistics:
@@ -109,14 +110,18 @@ class Statistics(Mapping[str, ChannelStatistics]):
 
         Raises:
             ConfigurationError: the runs sample different numbers of rows, or share a seed at a common timestep.
-            CalibrationError: the channels of a key differ, or the statistics of one are sealed.
+            CalibrationError: the channels of a key or the models differ, or the statistics of one are sealed.
         """
+        if self.run is not None and other.run is not None:
+            self.run.check_same(other.run, "the other run")
         merged = {key: self._by_key.get(key) or self._new(key) for key in other}
         for key, ours in merged.items():  # check all before merging any, so that an error leaves this run unchanged
             ours.check_mergeable(other[key])
         for key, ours in merged.items():
             ours.merge(other[key])
         self._by_key.update(merged)
+        self.run = self.run or other.run
+        self.calls.merge(other.calls)
 
     def combine(self, keys: Iterable[str], name: str) -> None:
         """Combine the statistics of several recorded values under a separate key.
@@ -149,24 +154,19 @@ class Statistics(Mapping[str, ChannelStatistics]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all keys together."""
-        return sum(statistics.nbytes for statistics in self._by_key.values())
+        """Bytes held by all keys and kept calls together."""
+        return sum(statistics.nbytes for statistics in self._by_key.values()) + self.calls.nbytes
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file, from which recording and merging can continue."""
-        tensors = {
-            f"{key}.{name}": tensor
-            for key, statistics in self._by_key.items()
-            for name, tensor in statistics._tensors().items()
-        }
-        header = {
-            "version": _VERSION,
-            "num_rows": self.num_rows,
-            "seed": self.seed,
-            "keys": {key: sorted(statistics.seeds) for key, statistics in self._by_key.items()},
-        }
-        save_file(tensors, path, metadata={_FORMAT: json.dumps(header)})
-        share(Path(path))
+        """Write everything to one safetensors file, from which recording and merging can continue.
+
+        The file is written completely or not at all. It holds no code and no weights.
+
+        Raises:
+            WriteError: the file cannot be written.
+            CalibrationError: second moments were reduced to what rounding needs.
+        """
+        write(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -175,24 +175,16 @@ class Statistics(Mapping[str, ChannelStatistics]):
         Raises:
             CheckpointError: the file is missing, damaged, not a file of statistics, or has a newer format.
         """
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                text = (file.metadata() or {}).get(_FORMAT)
-                if text is None:
-                    raise CheckpointError(f"{path} holds no fxquant statistics. Give the file that save() wrote.")
-                header: dict[str, Any] = json.loads(text)
-                if header["version"] > _VERSION:
-                    raise CheckpointError(
-                        f"{path} has statistics of format {header['version']}; this fxquant reads up to {_VERSION}. "
-                        "Upgrade fxquant, or calibrate again."
-                    )
-                loaded, held = cls(num_rows=header["num_rows"], seed=header["seed"]), set(file.keys())
-                for key, seeds in header["keys"].items():
-                    statistics = loaded._new(key)
-                    statistics.seeds = frozenset(seeds)
-                    names = [name for name in _TENSORS if f"{key}.{name}" in held]
-                    statistics._restore({name: file.get_tensor(f"{key}.{name}") for name in names})
-                    loaded._by_key[key] = statistics
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"cannot read statistics from {path}: {error}. Calibrate again.") from error
-        return loaded
+        return read(path)
+
+    def _put_back(self, key: str, seeds: Iterable[int], tensors: Mapping[str, Tensor]) -> None:
+        """Restore the statistics of one key from a file.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: the tensors do not fit together.
+        """
+        statistics = self._new(key)
+        statistics.seeds = frozenset(seeds)
+        statistics._restore(tensors)
+        self._by_key[key] = statistics

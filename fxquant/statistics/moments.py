@@ -171,19 +171,21 @@ class SecondMoments:
         yield "moment_counts", torch.tensor([*self.counts.values()], dtype=torch.int64)
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor]) -> SecondMoments:
-        """Make moments from the state that :meth:`tensors` gave.
+    def restore(cls, tensors: Mapping[str, Tensor], channels: int) -> SecondMoments:
+        """Make moments of ``channels`` channels from the state that :meth:`tensors` gave.
 
         Raises:
-            ValueError: Shapes or dtypes do not fit together.
+            ValueError: Shapes or dtypes do not fit together, or a sum is not finite.
         """
         sums, steps = tensors["moment_sums"], tensors["moment_timesteps"].tolist()
         counts = tensors["moment_counts"].tolist()
-        if sums.dim() != 2 or len(sums) != len(steps) or not sums.shape[1]:
+        # Compared before anything is allocated: sums of no timestep can state any number of channels.
+        held = sum(rows * columns for rows, columns in _shapes(channels))
+        if not steps or sums.shape != (len(steps), channels) or tensors["moments"].shape != (held,):
             raise ValueError("second moments and their sums do not fit together")
-        found = cls(sums.shape[1])
-        if tensors["moments"].shape != found._held.shape:
-            raise ValueError("second moments and their sums do not fit together")
+        if not (sums.isfinite().all() and tensors["moments"].isfinite().all() and min(counts, default=0) > 0):
+            raise ValueError("a second moment is not finite, or was summed over nothing")
+        found = cls(channels)
         if tensors["moments"].dtype not in (torch.float32, torch.float64):
             raise ValueError(f"second moments are {tensors['moments'].dtype}, not float32 or float64")
         found._held = tensors["moments"].clone()
