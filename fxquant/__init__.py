@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
+    from fxquant.inspect.history import History, rewrite_history
     from fxquant.inspect.profiling import Profile, profile
     from fxquant.inspect.report import Report, report
+    from fxquant.ir.roles import nodes_of
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.plan import Plan
     from fxquant.statistics.collection import Statistics
@@ -20,6 +22,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "FxquantError",
+    "History",
     "Plan",
     "Profile",
     "QualityWarning",
@@ -33,8 +36,10 @@ __all__ = [
     "load_package",
     "load_pipeline",
     "make_recipe",
+    "nodes_of",
     "profile",
     "report",
+    "rewrite_history",
     "save",
     "save_pipeline",
     "trace",
@@ -43,6 +48,7 @@ __all__ = [
 # Names are imported on first access, so that `fxquant --help` does not wait for torch.
 _HOMES = {
     "FxquantError": "errors",
+    "History": "inspect.history",
     "Plan": "planning.plan",
     "Profile": "inspect.profiling",
     "QualityWarning": "errors",
@@ -56,8 +62,10 @@ _HOMES = {
     "load_package": "storage.aot.package",
     "load_pipeline": "storage.diffusers_io",
     "make_recipe": "pipeline.recipes",
+    "nodes_of": "ir.roles",
     "profile": "inspect.profiling",
     "report": "inspect.report",
+    "rewrite_history": "inspect.history",
     "save": "storage.checkpoint",
     "save_pipeline": "storage.diffusers_io",
     "trace": "api",

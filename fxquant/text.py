@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from tabulate import tabulate
@@ -140,3 +141,11 @@ def json_values(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [json_values(item) for item in value]
     return value
+
+
+def nearest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
+    """The known names that are most like a name, for messages; all of them if none is similar or there are few."""
+    names = list(dict.fromkeys(known))
+    if len(names) <= 2 * count:
+        return names
+    return get_close_matches(name, names, n=count, cutoff=0.3) or names

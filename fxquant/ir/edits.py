@@ -7,7 +7,7 @@ pass (:class:`fxquant.pipeline.pipeline.PassRecord`). Plans hold only the counts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,10 @@ class EditLog:
 
     nodes: list[NodeEdit] = field(default_factory=list)
     tensors: list[TensorEdit] = field(default_factory=list)
+
+    def note_shift(self, shift: Tensor) -> None:
+        """Say what the latest fold added, if ``by`` held only a digest of it."""
+        self.tensors[-1] = replace(self.tensors[-1], shift=span_of(shift))
 
     def counts(self) -> dict[str, int]:
         """The number of changes of each kind that occurs, such as ``{"made": 3, "rewired": 2, "folded": 1}``.

@@ -7,7 +7,6 @@ product that stays float is reported.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import fx
@@ -18,6 +17,7 @@ from fxquant.ir.dataflow import reached
 from fxquant.ir.layers import LAYER_OPS
 from fxquant.ir.meta import LAYER
 from fxquant.ir.names import base_name
+from fxquant.ir.source_lines import source_line
 
 aten = torch.ops.aten
 
@@ -81,16 +81,5 @@ def _reason(node: fx.Node, inputs: set[fx.Node]) -> str:
 def _name(node: fx.Node) -> str:
     modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     place = f"{modules[-1]}.{base_name(node.target)}" if modules and modules[-1] else base_name(node.target)
-    line = _line(node)
-    return f"{place}:{line}" if line else place
-
-
-def _line(node: fx.Node) -> int | None:
-    """The line of the model's code that made a node: the last one outside of torch."""
-    frames = []
-    for line in str(node.meta.get("stack_trace") or "").splitlines():
-        if line.strip().startswith("File "):
-            file, _, rest = line.strip().removeprefix("File ").partition(", line ")
-            frames.append((file.strip('"'), int(rest.partition(",")[0])))
-    own = [number for file, number in frames if not Path(file).is_relative_to(Path(torch.__file__).parent)]
-    return own[-1] if own else None
+    line = source_line(node)
+    return f"{place}:{line.line}" if line else place

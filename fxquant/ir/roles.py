@@ -9,7 +9,6 @@ arguments. It knows no pass and no backend by name. The pipeline calls it after 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 import torch
 from torch import fx
@@ -20,6 +19,7 @@ from fxquant.ir.layers import is_cast
 from fxquant.ir.meta import LAYER, PROVENANCE, ROLE
 from fxquant.ir.names import base_name
 from fxquant.ir.time_tables import plus_rows, reads_rows
+from fxquant.text import nearest
 
 ROLES = {
     "product": "multiplies the input and the weight, or looks up rows of a table",
@@ -99,7 +99,7 @@ def nodes_of(graph: fx.Graph | fx.GraphModule, layer: str) -> list[fx.Node]:
     nodes = nodes or [node for node in found_graph.nodes if _is_inside(node, layer)]
     if not nodes:
         known = {name: None for node in found_graph.nodes for name in (*roles_of(node), *_modules(node)) if name}
-        raise UnknownNameError("layer", layer, get_close_matches(layer, known, n=5, cutoff=0.3) or known)
+        raise UnknownNameError("layer", layer, nearest(layer, known))
     return nodes
 
 

@@ -61,7 +61,7 @@ def convert(
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):
         context.inputs = calibration.inputs_of(number)
-        records = _rewrite(captured, context, recipe.convert, instruments)
+        records = rewrite_graph(captured, context, recipe.convert, instruments)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [log_entry(record) for record in (*calibration.records, *records)]
         quantized.add(captured)
@@ -119,7 +119,7 @@ def convert_graph(
 
     The graph needs no real weights if other graphs hold them.
     """
-    records = _rewrite(captured, context, [*recipe.prepare, *recipe.convert], instruments)
+    records = rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert], instruments)
     backend.finish(captured.module, context.plan, others)
     return records
 
@@ -161,10 +161,10 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
     return make_graph
 
 
-def _rewrite(
+def rewrite_graph(
     captured: CapturedGraph, context: PassContext, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()
 ) -> list[PassRecord]:
-    """Run passes on a graph, and record what the graph is before a backend lowers it."""
+    """Run passes on a captured graph, and record what the graph is before a backend lowers it."""
     records = Pipeline(passes, instruments).run(captured.module, context)
     context.shared.settle_names(captured.module)
     captured.digest = graph_digest(captured.module.graph)
@@ -196,7 +196,7 @@ def model_from_plan(
                 f"the model that is built for it runs more than was quantized: {error}. The plan belongs to another "
                 "model, or to another version of its class"
             ) from error
-        _rewrite(captured, context, [*recipe.prepare, *recipe.convert])
+        rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert])
         quantized.add(captured)
     return quantized
 

@@ -17,47 +17,38 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.capture.graph import CapturedGraph
-from fxquant.capture.rebuilding import class_of, config_text, is_rebuilt, rebuilt
-from fxquant.capture.state import kept_tensors, replace_kept_tensors
-from fxquant.capture.trace import Architecture
+from fxquant.capture.rebuilding import config_text, is_rebuilt, rebuilt
+from fxquant.capture.state import kept_tensors
 from fxquant.disk.files import (
     blaming,
     check_digests,
     digest,
     digest_of,
     dtype_name,
-    dtype_of_name,
-    is_text_of,
     load_tensors,
     refuse_to_replace,
     write_tensors,
 )
-from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
-from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError, QualityWarning
+from fxquant.disk.folders import whole_folder
+from fxquant.errors import CalibrationError, CaptureError, CheckpointError, QualityWarning
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend, resolve_backend
-from fxquant.planning.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
+from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.runtime.devices import give_back_memory, usable_device
-from fxquant.runtime.float_model import check_model
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
-from fxquant.schemas.common import LARGEST_FILE, check, read_json
+from fxquant.schemas.common import LARGEST_FILE, check
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
 from fxquant.storage.agreement import (
-    Header,
-    bounded,
-    check_config,
     check_finite,
     check_grids,
     check_headers,
-    check_skeleton,
     infinite_in,
-    read_headers,
 )
-from fxquant.storage.aot.model import CONFIG_FILE, PACKAGE_FILE
+from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.aot.package import TENSORS_FILE
-from fxquant.text import printable
+from fxquant.storage.skeleton import cast, description_of, read_plan
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
 FILES = (PLAN_FILE, *_DIGESTED)
@@ -118,7 +109,7 @@ def why_not_rebuilt(model: GraphModel) -> str | None:
         return None
     try:
         architecture = rebuilt(skeleton, model.architecture.timestep)
-        _cast(architecture.skeleton, model.dtype, _other_dtypes(model))
+        cast(architecture.skeleton, model.dtype, _other_dtypes(model))
         for captured in model.lasting:
             again = architecture.capture_spec(captured.call, model.device)
             difference = _other_kept(read_tensors(again.module), dict(kept_tensors(skeleton)))
@@ -223,29 +214,19 @@ def load(
     """
     folder, device = Path(folder), usable_device(device)
     runner = None if backend is None else resolve_backend(backend)
-    data = _read_plan(folder)
+    data = read_plan(folder)
     _refuse_pickles(folder)
     check_digests(folder, _DIGESTED, data.get("files"), PLAN_FILE)
+    found = description_of(folder, data)
+    plan, dtype = found.plan, found.dtype
     with blaming(folder / PLAN_FILE):
-        check(CheckpointFile, data, "the plan")
-        plan = Plan.from_json(data, read_vectors(folder / VECTORS_FILE))
-        plan.check()
-        dtype = dtype_of_name(data["dtype"])
-        dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
         runner = resolve_backend(plan.backend) if runner is None else runner
-        headers = read_headers(folder / TENSORS_FILE)
-        check_headers(plan, headers)
+        check_headers(plan, found.headers)
     runner = runner.on(device)
     plan.backend = runner.name
     runner.check(plan)
     runner.check_device(device)
-    if not isinstance(model, nn.Module) and data.get("needs_model") is not None:
-        raise CheckpointError(
-            f"{folder} is read with the float model, made as it was for fxquant.compile: fxquant.load(folder, "
-            f"model=...). Its class and config alone do not give it: {printable(data['needs_model'], 2000)}"
-        )
-    architecture = _architecture(plan, model, folder, headers)
-    _cast(architecture.skeleton, dtype, dtypes)
+    architecture = found.build(model)
     with blaming(folder / PLAN_FILE):
         try:
             quantized = model_from_plan(architecture, plan, runner, dtype, device)
@@ -311,79 +292,6 @@ def _other_model(plan: Plan, model: Any) -> str:
         f"the installed diffusers builds a {plan.model_class.partition(':')[2]} differently from the version that it "
         "was quantized with. Pass a model that is built as it was then: fxquant.load(folder, model=...)"
     )
-
-
-def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
-    if isinstance(model, nn.Module):
-        check_model(model)
-        architecture = Architecture.of(model, plan.timestep)
-        try:
-            check_skeleton(architecture.skeleton, plan)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder} belongs to another model than model=: {error}") from None
-        return architecture
-    if model is None:
-        model = _class_of(plan, folder)
-    elif not hasattr(model, "from_config"):
-        raise ConfigurationError(f"model={model!r} is neither a class with from_config nor a model; pass one of them")
-    _, config = read_json(folder / CONFIG_FILE, "checkpoint")
-    with blaming(folder / CONFIG_FILE):
-        check(Config, config, "the config")
-        check_config(config, headers)
-        with bounded(headers, plan.layers.values()):
-            architecture = Architecture.from_config(model, config, plan.timestep)
-        check_skeleton(architecture.skeleton, plan)
-        return architecture
-
-
-def _class_of(plan: Plan, folder: Path) -> Any:
-    with blaming(folder / PLAN_FILE):
-        module, _, name = plan.model_class.partition(":")
-        if module != "diffusers":  # Importing a module that a file names could run untrusted code.
-            raise CheckpointError(
-                f"{folder} holds a {name} from {module}, which is not a diffusers model; "
-                "pass its class or an instance: fxquant.load(folder, model=...)"
-            )
-        return class_of(plan.model_class)
-
-
-def _cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
-    """Give a skeleton the dtypes of the model that was compiled, whatever dtypes its class makes."""
-    replace_kept_tensors(
-        skeleton, lambda name, kept: kept.to(others.get(name, kept.dtype)) if kept.is_floating_point() else kept
-    )
-    cast: dict[int, Tensor] = {}
-    for name, tensor in weights_and_buffers(skeleton):
-        wanted = others.get(name, dtype)
-        if not tensor.is_floating_point() or tensor.dtype == wanted:
-            continue
-        path, _, leaf = name.rpartition(".")
-        owner = skeleton.get_submodule(path)
-        if id(tensor) not in cast:  # A tensor that has several names stays one tensor.
-            new = tensor.detach().to(wanted)
-            cast[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = cast[id(tensor)]  # type: ignore[assignment]
-
-
-def _read_plan(folder: Path) -> dict[str, Any]:
-    path = folder / PLAN_FILE
-    if not folder.is_dir():
-        raise no_folder(folder)
-    mention_leftovers(folder)
-    if (folder / PACKAGE_FILE).is_file():
-        raise CheckpointError(f"{folder} holds a model compiled ahead of time; fxquant.load_package reads it")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {folder} is not an fxquant checkpoint, or not all of it was copied")
-    text, data = read_json(path, "checkpoint")
-    if not isinstance(data, dict) or "format" not in data:
-        raise CheckpointError(f"{path} is not an fxquant plan")
-    # The text is compared too, because some damage does not change the parsed values.
-    if data["format"] == FORMAT and (data.get("digest") != digest_of(data) or not is_text_of(text, data)):
-        raise CheckpointError(
-            f"{path} does not match its digest: it is damaged or was edited. Copy the checkpoint again; to change a "
-            "plan, load it with fxquant.Plan.load, edit it and compile the float model with plan="
-        )
-    return data
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -68,6 +68,7 @@ def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
         add_rows(rewriter, node, table, [node], list(node.users))
     elif table.static and bias is not None:
         rewriter.fold(node, "bias", lambda b: b.double() + table.rows[0].to(b.device), by=("shift", table.origin))
+        rewriter.log.note_shift(table.rows[0])
     elif table.static:
         given = None if table.follows is None else made_from("bias", table.origin)
         rewriter.give(node, "bias", table.rows[0], given)
