@@ -93,6 +93,7 @@ def compile(
     statistics: Statistics | None = None,
     instruments: Sequence[Instrument] = (),
     resume: str | Path | None = None,
+    prove: bool = False,
 ) -> GraphModel:
     """Quantize a diffusion transformer. As ``torch.compile`` does, it takes a module and returns a drop-in module.
 
@@ -116,6 +117,10 @@ def compile(
         instruments: They watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`).
         resume: Folder in which slow passes (block reconstruction) keep finished results. The same call with the same
             folder continues from them. Results learned from other weights, inputs or options are ignored.
+        prove: Run the graph before and after each pass on calibration calls, and refuse a pass that does not keep its
+            tier: the same bits for an exact pass, the same outputs in float64 to a relative 1e-12 for an algebraic one.
+            For those who write passes. It costs several calls of the model per pass, and memory for its weights in
+            float64; without that memory the model's own dtype is used, with a tolerance for rounding.
 
     Returns:
         The quantized model, to put in the pipeline in place of ``model``.
@@ -130,6 +135,7 @@ def compile(
         CaptureError: If the model cannot be traced.
         NonFiniteError: If a weight or activation holds NaN or infinity.
         BackendError: If the backend cannot run what the recipe requires.
+        PassError: If a pass fails; with ``prove`` a ProofError if it does not keep its tier.
     """
     check_model(model)
     refuse_adapters(model)
@@ -141,6 +147,8 @@ def compile(
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
+        if prove:
+            raise ConfigurationError("passes are proved on calibration calls; give a recipe with calibrate, not a plan")
         check_weights(model)
         with without_autocast(device.type):
             return replay(model, copy.deepcopy(plan), runner, instruments, statistics)
@@ -164,7 +172,7 @@ def compile(
         runner.check(made)
 
     calibration = Calibration(
-        model, architecture, made, chosen.prepare, chosen.convert, measure, instruments, statistics, check
+        model, architecture, made, chosen.prepare, chosen.convert, measure, instruments, statistics, check, prove
     )
     run_calibration(calibration, model, calibrate)
     made.calls = [captured.call for captured in calibration.prepared]

@@ -74,6 +74,22 @@ class PassError(FxquantError, RuntimeError):
     """A pass failed or was used out of order; the message names the pass."""
 
 
+class ProofError(PassError):
+    """A pass does not do what its tier says; the message names the pass, the tier, the error and a node.
+
+    Attributes:
+        pass_name: The pass with its options.
+        error: Largest relative error of an output, or None if something else than an output is wrong.
+        node: The first node on the way to the output whose value differs, or None.
+    """
+
+    def __init__(self, message: str, pass_name: str, error: float | None = None, node: str | None = None) -> None:
+        super().__init__(message)
+        self.pass_name = pass_name
+        self.error = error
+        self.node = node
+
+
 class BackendError(FxquantError, RuntimeError):
     """A backend cannot run what it was asked to; the message lists layers, reasons and what works instead."""
 

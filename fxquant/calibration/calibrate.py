@@ -24,12 +24,14 @@ from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline
+from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
 from fxquant.statistics.collection import Statistics
 
 _KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error.
+_PROVED = 2  # Calls that are kept to prove passes, if no pass asks for any.
 _ROWS = 16  # Samples of a call that are kept for passes that run the graph again.
 
 
@@ -62,6 +64,7 @@ class Calibration:
         statistics: Receives what the observers record.
         check: Called when bit widths are decided, before anything is observed; raises errors that would otherwise come
             only at the end.
+        prove: Whether passes are proved, for which calls are kept (:mod:`fxquant.pipeline.proving`).
 
     Attributes:
         prepared: The captured graphs, after the passes that come before calibration; one per kind of call.
@@ -83,11 +86,12 @@ class Calibration:
         instruments: Sequence[Instrument] = (),
         statistics: Statistics | None = None,
         check: Callable[[], None] = lambda: None,
+        prove: bool = False,
     ) -> None:
         self.architecture = architecture
         self._name = type(model).__name__
         self.plan = plan
-        self.prepare = Pipeline(prepare, instruments)
+        self.prepare = Pipeline(prepare, instruments, prove=prove)
         self.convert = convert
         self.weights = weights_of(model)
         self.original: Original | None = Original(model, plan.timestep)
@@ -191,7 +195,8 @@ class Calibration:
         bind(captured.module, self.weights)
         if self.original is not None:
             self.original.compare(captured, call)
-        records = self.prepare.run(captured.module, self.plan)
+        inputs = [captured.inputs(call.leaves)] if self.prepare.prove else []
+        records = self.prepare.run(captured.module, PassContext(self.plan, inputs=inputs))
         self.records = self.records or records
         for step in (*self.prepare.passes, *self.convert):
             step.check_graph(captured.module.graph, self.plan)
@@ -208,7 +213,8 @@ class Calibration:
             for key in self._keys.get(name, ())
         ).__contains__
         self.prepared.append(captured)
-        self._inputs.append(Spread(-(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)))
+        kept = -(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)
+        self._inputs.append(Spread(kept or (_PROVED if self.prepare.prove else 0)))
         self._observed.append(observed)
         warn_of_many(call, [graph.call for graph in self.prepared])
         return len(self.prepared) - 1

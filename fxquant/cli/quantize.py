@@ -86,6 +86,10 @@ def quantize(
         Path | None,
         typer.Option(help="Folder in which block reconstruction keeps finished blocks, to resume from there."),
     ] = None,
+    prove: Annotated[
+        bool,
+        typer.Option("--prove", help="Check on calibration calls that each pass keeps what its tier promises; slow."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     debug: Debug = False,
@@ -139,6 +143,7 @@ def quantize(
                     measure=measure,
                     instruments=instruments,
                     resume=resume,
+                    prove=prove,
                 )
             watch.done()
         with status(f"writing {out_folder}"):

@@ -31,6 +31,7 @@ from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
 from fxquant.pipeline.options import option_types, print_value, read_named, read_options
+from fxquant.pipeline.proving import Proof, Prover
 from fxquant.pipeline.registry import Registry
 from fxquant.pipeline.syntax import Reader
 from fxquant.planning.context import PassContext
@@ -191,6 +192,7 @@ class PassRecord:
         edits: Number of changes to the graph.
         ops: Change in the number of nodes by op.
         log: The changes one by one.
+        proof: What was measured, if the pipeline proves its passes.
     """
 
     text: str
@@ -198,6 +200,7 @@ class PassRecord:
     edits: int
     ops: dict[str, int] = field(default_factory=dict)
     log: EditLog = field(default_factory=EditLog, compare=False, repr=False)
+    proof: Proof | None = None
 
     def __str__(self) -> str:
         changes = " ".join(f"{op}:{count:+d}" for op, count in sorted(self.ops.items()))
@@ -231,14 +234,17 @@ class Pipeline:
     Args:
         passes: The passes in order.
         instruments: Observers of the run.
+        prove: Run the graph before and after each exact and algebraic pass on ``context.inputs``, and refuse a pass
+            that does not keep its tier (:mod:`fxquant.pipeline.proving`).
 
     Raises:
         ConfigurationError: If an earlier pass brings the graph to a stage that a later pass does not accept, or a pass
             has an option that its text cannot stand for.
     """
 
-    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = (), *, prove: bool = False) -> None:
         self.passes = tuple(passes)
+        self.prove = prove
         self.instruments = tuple(instruments)
         stage, maker = Stage.CAPTURED, None
         for step in self.passes:
@@ -275,6 +281,7 @@ class Pipeline:
                 through its rewriter, changes the inputs or outputs of the graph, or never ends; the message names the
                 pass. The graph is then what it was before the pass, but for weights that the pass already dropped
                 (:meth:`Rewriter.forget`) or changed in place. The same holds for the other errors.
+            ProofError: If a pass does not keep its tier, with ``prove``.
             FxquantError: If a pass or the verification raises one; a note names the pass.
         """
         for step in self.passes:
@@ -282,6 +289,10 @@ class Pipeline:
                 raise ConfigurationError(f"{step.name} works on {step.requires} graphs, this one is {stage} already")
         if isinstance(context, Plan):
             context = PassContext(context)
+        if self.prove and not context.inputs:
+            raise ConfigurationError(
+                "prove=True needs calls to compare the graph on; give PassContext(plan, inputs=[[tensor, ...], ...])"
+            )
         verify(module, SPECS[stage])
         records = []
         for number, step in enumerate(self.passes, 1):
@@ -298,6 +309,9 @@ class Pipeline:
         rewriter, fingerprint = Rewriter(module, step.name), Fingerprint(module)
         rewriter.fingerprint = fingerprint
         shown = [instrument for instrument in self.instruments if isinstance(instrument, ShowsProgress)]
+        proof, prover = None, None
+        if self.prove and step.tier is not Tier.LOSSY:
+            prover = Prover(step, module, context)
         own = replace(context, memo={}, progress=partial(_show, shown, step) if shown else None)
         try:
             step.run(module.graph, own, rewriter)
@@ -308,6 +322,7 @@ class Pipeline:
                 module.recompile()
                 assign_roles(module.graph)
                 verify(module, spec)
+                proof = None if prover is None else prover.check(module, rewriter.edits)
         except Exception as error:
             for instrument in self.instruments:
                 instrument.failed(step, module, error)
@@ -323,7 +338,7 @@ class Pipeline:
             raise failure from error
         after = count_ops(module.graph)
         change = {op: after[op] - ops[op] for op in sorted({*ops, *after}) if after[op] != ops[op]}
-        record = PassRecord(str(step), time.perf_counter() - began, rewriter.edits, change, rewriter.log)
+        record = PassRecord(str(step), time.perf_counter() - began, rewriter.edits, change, rewriter.log, proof)
         for instrument in self.instruments:
             instrument.after(step, module, record)
         return record

@@ -61,7 +61,7 @@ def convert(
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):
         context.inputs = calibration.inputs_of(number)
-        records = rewrite_graph(captured, context, recipe.convert, instruments)
+        records = rewrite_graph(captured, context, recipe.convert, instruments, calibration.prepare.prove)
         backend.finish(captured.module, plan, quantized.tensors())
         plan.passes = plan.passes or [log_entry(record) for record in (*calibration.records, *records)]
         quantized.add(captured)
@@ -162,10 +162,14 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
 
 
 def rewrite_graph(
-    captured: CapturedGraph, context: PassContext, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()
+    captured: CapturedGraph,
+    context: PassContext,
+    passes: Sequence[Pass],
+    instruments: Sequence[Instrument] = (),
+    prove: bool = False,
 ) -> list[PassRecord]:
     """Run passes on a captured graph, and record what the graph is before a backend lowers it."""
-    records = Pipeline(passes, instruments).run(captured.module, context)
+    records = Pipeline(passes, instruments, prove=prove).run(captured.module, context)
     context.shared.settle_names(captured.module)
     captured.digest = graph_digest(captured.module.graph)
     return records

@@ -41,9 +41,7 @@ def write(statistics: Statistics, path: str | Path) -> None:
         CalibrationError: If second moments were reduced to what rounding needs.
     """
     tensors = {
-        f"{key}.{name}": tensor
-        for key, channels in statistics.items()
-        for name, tensor in channels._tensors().items()
+        f"{key}.{name}": tensor for key, channels in statistics.items() for name, tensor in channels._tensors().items()
     }
     numbers: dict[int, str] = {}
     calls = []

@@ -164,9 +164,7 @@ class KeptCalls:
         for call in other:
             pooled = tuple(self._pooled(tensor) for tensor in call.inputs)
             if self.most:
-                self._add(
-                    KeptCall(numbers[call.kind], call.timestep, self._seen + call.number, call.priority, pooled)
-                )
+                self._add(KeptCall(numbers[call.kind], call.timestep, self._seen + call.number, call.priority, pooled))
         self._seen += other._seen
 
     def _add(self, call: KeptCall) -> None:
