@@ -31,8 +31,6 @@ from fxquant.statistics.collection import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline, run
 from tests.traces import traced_anew
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 IMAGES: dict[str, Any] = {"class_labels": [1, 7], "num_inference_steps": 3, "output_type": "np"}
 
 

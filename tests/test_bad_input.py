@@ -29,8 +29,6 @@ from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 from tests.traces import traced_anew
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 def snapshot(model: nn.Module) -> Any:
     """Everything about a model that a failed compile might have touched."""

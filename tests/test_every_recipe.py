@@ -15,8 +15,6 @@ from fxquant.pipeline.recipes import RECIPES, ROUNDINGS, make_recipe
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 PRECISIONS = ("w8a8", "w4a8-g8")
 NAMES = {f"{name}-{bits}": name for name in RECIPES for bits in PRECISIONS}
 NAMES |= {f"ptq4dit-{rounding}-w4a8-g8": "ptq4dit" for rounding in ROUNDINGS}  # Other weights, no other graph.

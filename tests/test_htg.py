@@ -18,7 +18,6 @@ from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import captured, outputs, relative_error
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 C, HEADS, GROUPS = 8, 2, 3
 STEPS = (900.0, 800.0, 650.0, 400.0, 350.0, 100.0)
 PASSES = (

@@ -21,8 +21,6 @@ from fxquant.errors import CalibrationError, CaptureError
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 C = 16
 DECIDE = "remove-no-ops,assign-precision{precision=w8a8} ; "
 BALANCE = DECIDE + "balance-channels,absorb-affines"

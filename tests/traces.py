@@ -1,13 +1,16 @@
 """Lets tests share traces: tracing takes most of the time of a conversion, of a save and of a load of a small model.
 
-Passes, comparisons, verification and kernels run again in each test, on a copy of the traced graph. Tests of tracing
-itself do not use this.
+Passes, comparisons, verification and kernels run again in each test, on a copy of the traced graph. The fixtures in
+``tests/conftest.py`` do this in all tests except those of tracing itself, in ``tests/capture``.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,22 +18,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture import known_values
+from fxquant.capture import known_values, memoized
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.known_values import Tracing
 from fxquant.capture.state import OWN
 from fxquant.capture.threads import tracing_alone
 from fxquant.capture.trace import Architecture
-from fxquant.errors import VerificationError
+from fxquant.errors import CaptureError, VerificationError
 from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.ir.tensors import weights_and_buffers
 
-_TRACED: dict[Hashable, tuple[CapturedGraph, int]] = {}
-"""Graphs, each with the number of layers that its trace ran."""
+_TRACED: OrderedDict[Hashable, tuple[CapturedGraph | CaptureError, int]] = OrderedDict()
+"""Graphs or why there are none, each with the number of layers that its trace ran; least recently used first."""
 
+_MOST = 200  # Graphs that are kept.
 _TRACE = Architecture.capture_spec
-_DEEP = 3  # Levels of objects in attributes that a key describes.
+_DEEP = 4  # Levels of objects in attributes that a key describes.
 
 
 def shared(self: Architecture, call: CallSpec, device: torch.device, numbers: Any = None) -> CapturedGraph:
@@ -42,13 +46,28 @@ def shared(self: Architecture, call: CallSpec, device: torch.device, numbers: An
     key += (torch.get_default_dtype(), torch.export.export, Architecture._export, Architecture._finish)
     if key not in _TRACED:
         with tracing_alone(), _counted() as products:
-            graph = _TRACE(self, call, device, numbers)
-        with suppress(VerificationError):  # Pipelines verify each copy, and raise it then.
-            verify(graph.module, SPECS[Stage.CAPTURED])  # The copies share the proofs.
-        _TRACED[key] = graph, max(products, default=0)
-    graph, layers = _TRACED[key]
+            found = _traced(self, call, device, numbers)
+        _TRACED[key] = found, max(products, default=0)
+        if len(_TRACED) > _MOST:
+            _TRACED.popitem(last=False)
+    _TRACED.move_to_end(key)
+    found, layers = _TRACED[key]
     most = known_values._most_products.get()
-    return graph.copy() if most is None or layers <= most else _TRACE(self, call, device, numbers)  # Which refuses it.
+    if most is not None and layers > most:
+        return _TRACE(self, call, device, numbers)  # Refuses it.
+    if isinstance(found, CaptureError):
+        raise found.with_traceback(None)
+    return found.copy()
+
+
+def _traced(self: Architecture, call: CallSpec, device: torch.device, numbers: Any) -> CapturedGraph | CaptureError:
+    try:
+        graph = _TRACE(self, call, device, numbers)
+    except CaptureError as error:
+        return error
+    with suppress(VerificationError):  # Pipelines verify each copy, and raise it then.
+        verify(graph.module, SPECS[Stage.CAPTURED])  # The copies share the proofs.
+    return graph
 
 
 @contextmanager
@@ -78,18 +97,38 @@ def _described(model: nn.Module) -> Hashable | None:
     return tuple(found)
 
 
+class _Same:
+    """An object that equals only itself. The key keeps it alive, so no other object gets its address."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device, type, types.FunctionType, types.BuiltinFunctionType)
+
+
 def _value(value: Any, depth: int = 0) -> Hashable:
-    if isinstance(value, (int, float, str, type(None), torch.dtype, torch.device, type, types.FunctionType)):
+    if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
         return value.shape, value.dtype
+    if isinstance(value, types.MethodType):
+        return types.MethodType, value.__func__, _value(value.__self__, depth + 1)
+    if isinstance(value, functools.partial):
+        return functools.partial, _value((value.func, value.args, value.keywords), depth + 1)
     if depth == _DEEP:
-        return type(value)
+        return _Same(value)
     if isinstance(value, Mapping):
         return type(value), tuple((str(key), _value(entry, depth + 1)) for key, entry in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return type(value), tuple(_value(entry, depth + 1) for entry in value)
-    return type(value), _value(getattr(value, "__dict__", {}), depth + 1)
+    return (type(value), _value(vars(value), depth + 1)) if hasattr(value, "__dict__") else _Same(value)
 
 
 @contextmanager
@@ -97,13 +136,6 @@ def traced_once() -> Iterator[None]:
     """Within this context, equal models are traced once per process and kind of call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Architecture, "capture_spec", shared)
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared_traces() -> Iterator[None]:
-    """Equal models are traced once per process and kind of call, in the whole module that uses this."""
-    with traced_once():
         yield
 
 
@@ -115,4 +147,29 @@ def traced_anew() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Architecture, "capture_spec", _TRACE)
+        yield
+
+
+ALL_MEMOS = memoized._all
+_MEMOS: dict[int, list[memoized.Memo]] = {}
+_NO_TENSORS = ("sympy.", "transformers.utils.", "torch._dynamo.", "torch._inductor.")
+
+
+def known_memos() -> list[memoized.Memo]:
+    """In place of ``memoized._all``, which looks at the attributes of thousands of modules in each trace.
+
+    It looks again when a module was imported, and leaves out what holds no tensors. For a model of one layer, that is
+    half of the time of a trace.
+    """
+    if (number := len(sys.modules)) not in _MEMOS:
+        _MEMOS.clear()
+        _MEMOS[number] = [memo for memo in ALL_MEMOS() if not str(memo.__module__).startswith(_NO_TENSORS)]
+    return _MEMOS[number]
+
+
+@contextmanager
+def memos(find: Callable[[], list[memoized.Memo]]) -> Iterator[None]:
+    """Within this context, traces find caches of functions in this way: by ``known_memos`` or by ``ALL_MEMOS``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memoized, "_all", find)
         yield

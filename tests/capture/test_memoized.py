@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fxquant
 from fxquant.capture.memoized import Memos
 from fxquant.capture.trace import Architecture
+from tests.traces import ALL_MEMOS, memos
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +67,8 @@ def compiled(model: nn.Module) -> fxquant.GraphModel:
 def empty() -> Iterator[None]:
     for function in (bounded, unbounded, by_values):
         function.cache_clear()
-    yield
+    with memos(ALL_MEMOS):
+        yield
     for function in (bounded, unbounded, by_values):
         function.cache_clear()
 

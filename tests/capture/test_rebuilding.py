@@ -8,7 +8,7 @@ import functools
 import math
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,17 @@ from fxquant.capture.rebuilding import obstacle
 from fxquant.errors import CheckpointError, ConfigurationError, DropInError, PortabilityWarning, QualityWarning
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
+from tests.traces import traced_once
 from tests.zoo.models import ENTRIES
 
 X, T = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 9.0])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_traces() -> Iterator[None]:
+    """Unlike other tests of this folder, these compare traces of models that differ in what identifies a trace."""
+    with traced_once():
+        yield
 
 
 class Configured(diffusers.ModelMixin, diffusers.ConfigMixin):

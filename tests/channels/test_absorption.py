@@ -20,8 +20,6 @@ from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import AFFINE, captured, count, outputs, relative_error
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 Example = tuple[nn.Module, Callable[[int], dict[str, Tensor]]]
 
 

@@ -26,8 +26,6 @@ from fxquant.pipeline.recipes import make_recipe
 from fxquant.storage import diffusers_io
 from tests.tiny import make_pipeline
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 FAST = ("--samples", "2", "--steps", "2")
 
 

@@ -1,7 +1,7 @@
 """The trained model, traced, balanced and quantized: what the README says of it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ import fxquant
 from examples.digits import compare, generate, plant_salience
 from fxquant.channels.wants import Cost
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 BALANCED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
 AFFINE = torch.ops.fxquant.channel_affine.default
 
@@ -64,8 +63,20 @@ def test_absorption_is_free_and_exact_in_float64(pipe: DiTPipeline, kind: str) -
     assert not [node for node in rewritten.graphs[0].graph.nodes if node.target is AFFINE]
 
 
+FEW = {"CALIBRATION_STEPS": 10, "CALIBRATION_SAMPLES": 8, "TEST_STEPS": 6, "TEST_SAMPLES": 8}
+
+
+@pytest.fixture(scope="module", params=["few samples", pytest.param("as the demo", marks=pytest.mark.exhaustive)])
+def numbers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How many timesteps and samples models are calibrated and compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in FEW.items() if request.param == "few samples" else ():
+            patch.setattr(compare, name, number)
+        yield
+
+
 @pytest.fixture(scope="module")
-def sqnr(pipe: DiTPipeline, planted: DiTTransformer2DModel) -> Callable[[str, str], float]:
+def sqnr(pipe: DiTPipeline, planted: DiTTransformer2DModel, numbers: None) -> Callable[[str, str], float]:
     """Mean SQNR in dB of the predicted noise, by model and recipe."""
     models = {"plain": pipe.transformer, "planted": planted}
     calls = {name: compare.test_calls(pipe, model) for name, model in models.items()}

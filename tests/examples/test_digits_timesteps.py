@@ -13,8 +13,6 @@ import fxquant
 from examples.digits import compare, generate
 from fxquant.runtime.model import GraphModel
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 RECIPES = pytest.mark.parametrize("recipe", ["htg-w8a8", "rtn-w8a8"])
 
 
@@ -23,20 +21,30 @@ def quantized(pipe: DiTPipeline) -> functools._lru_cache_wrapper[GraphModel]:
     @functools.cache
     def make(recipe: str) -> GraphModel:
         return fxquant.compile(
-            pipe.transformer, recipe=recipe, calibrate=lambda: generate(pipe, [3, 1, 4], steps=20), measure=0
+            pipe.transformer, recipe=recipe, calibrate=lambda: generate(pipe, [3, 1, 4], steps=10), measure=0
         )
 
     return make
 
 
-@RECIPES
-def test_one_graph_serves_10_50_and_250_steps(pipe: DiTPipeline, quantized, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "numbers"),
+    [
+        ("htg-w8a8", (10, 50)),
+        pytest.param("htg-w8a8", (10, 50, 250), marks=pytest.mark.exhaustive),
+        ("rtn-w8a8", (10,)),
+        pytest.param("rtn-w8a8", (10, 50, 250), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_one_graph_serves_all_numbers_of_steps(
+    pipe: DiTPipeline, quantized, recipe: str, numbers: tuple[int, ...]
+) -> None:
     model = quantized(recipe)
     calls: list[float] = []
     hook = model.graphs[0].register_forward_pre_hook(lambda _, args: calls.append(float(args[1].flatten()[0])))
     try:
         with compare.transformer_of(pipe, model):
-            for steps in (10, 50, 250):
+            for steps in numbers:
                 calls.clear()
                 image = generate(pipe, [7], steps=steps)
                 assert len(set(calls)) == len(calls) == steps

@@ -27,7 +27,6 @@ from tests.support import captured
 from tests.tiny import calibrate, make_dit
 
 aten = torch.ops.aten
-pytestmark = pytest.mark.usefixtures("shared_traces")
 
 
 def symmetric(layers: str = "blocks"):

@@ -16,8 +16,6 @@ from fxquant.planning.decisions import ActivationRange, Balance, LayerPlan
 from fxquant.planning.plan import Plan
 from tests.tiny import calibrate, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 @pytest.fixture(scope="module")
 def quantized():

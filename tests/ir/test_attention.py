@@ -36,8 +36,6 @@ from tests import tiny
 from tests.support import count
 from tests.zoo.models import CAPTURED, Entry
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 MATMUL = torch.ops.fxquant.matmul.default
 STEPS = (900.0, 500.0, 100.0)
 
@@ -115,7 +113,11 @@ def watched(calibration: Calibration, calls: list[dict[str, Any]]) -> Statistics
     return statistics
 
 
-MODELS = ["OwnDiT", "SD32D", "PixArt2D-Sigma", "Flux2D"]
+MODELS = [
+    "OwnDiT",
+    "SD32D",
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("PixArt2D-Sigma", "Flux2D")),
+]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,8 +16,6 @@ from fxquant.pipeline.recipes import Recipe
 from fxquant.runtime.model import GraphModel
 from tests.tiny import inputs, make_dit, make_pipeline, run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 CALIBRATED = (900.0, 700.0, 500.0, 300.0, 100.0)
 HTG = (
     "remove-no-ops,assign-precision{precision=w8a8} ; group-timesteps{groups=3},shift-channels,absorb-shifts,"

@@ -11,50 +11,23 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import fxquant
-from fxquant.capture.calls import CallSpec
-from fxquant.capture.graph import CapturedGraph
-from fxquant.capture.trace import Architecture
 from fxquant.errors import FxquantError
-from fxquant.ir.tensors import weights_and_buffers
 from tests.mutations.damage import damage
 from tests.tiny import calibrate, make_dit, run
+from tests.traces import traced_anew
 
 ASKED = int(os.environ.get("FXQUANT_FUZZ_LOAD", "0"))
 SHARD = 50
 SECONDS, MEGABYTES = 5.0, 200
 """Limits of a refusal: CPU seconds (or three times the CPU time of loading, on a busy machine), and megabytes."""
-
-
-_TRACE = Architecture.capture_spec
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    """Trace each model once per call: most damage changes neither, and tracing takes most of the time of a load.
-
-    Passes, comparisons and kernels run again for each case, on a copy of the graph.
-    """
-    traced = dict[str, CapturedGraph]()
-
-    def capture_spec(self: Architecture, call: CallSpec, device: torch.device, *numbers: Any) -> CapturedGraph:
-        shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in weights_and_buffers(self.skeleton)]
-        key = repr((type(self.skeleton), self.skeleton.config, shapes, call, device, numbers))
-        if key not in traced:
-            traced[key] = _TRACE(self, call, device, *numbers)
-        return traced[key].copy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Architecture, "capture_spec", capture_spec)
-        yield
 
 
 RECIPES = ("ptq4dit-w4a8", "htg-w4a8", "dynamic-w8a8", "smoothquant-w4a16-g4")
@@ -135,8 +108,7 @@ def one_case(wholes: dict[Path, Tensor], scratch: Path, seed: str, load: Callabl
 
 def _seconds_to_load(whole: Path, load: Callable[[Path], torch.nn.Module]) -> float:
     """CPU seconds of a whole load, its trace included."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Architecture, "capture_spec", _TRACE)
+    with traced_anew():
         began = time.process_time()
         load(whole)
         return time.process_time() - began

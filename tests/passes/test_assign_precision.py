@@ -13,8 +13,6 @@ from fxquant.planning.plan import Plan
 from tests.passes.test_proof import Block, inputs
 from tests.support import rewritten
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 def assigned(options: str = "", plan: Plan | None = None) -> dict[str, str]:
     plan = plan or Plan("", "", "timestep")

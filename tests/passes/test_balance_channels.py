@@ -26,7 +26,6 @@ from tests import tiny
 from tests.passes.models import AdaLN, adaln, planned, seen
 from tests.support import captured, rewritten
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 Q = ("linear", [4, 4], 8, 8, 0)
 TIME = ("linear", [8, 4], None, None, 0)
 FACTORS = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)

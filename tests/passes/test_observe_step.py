@@ -13,8 +13,6 @@ from tests.passes.models import Timed, timed
 from tests.support import captured, text
 from tests.tiny import STEPS, calibrate, inputs, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 def test_the_plan_says_which_step_and_the_graph_stays() -> None:
     module, plan = captured(Timed(), **timed()).module, Plan("", "", "timestep")

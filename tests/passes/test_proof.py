@@ -30,7 +30,6 @@ from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from tests.support import captured, count, outputs, relative_error, text
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 C = 16
 PLAN_ONLY = ("assign-precision", "group-timesteps", "observe-step", "reconstruct-blocks")
 """Passes that decide and leave the graph as it is."""

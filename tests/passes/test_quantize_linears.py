@@ -14,7 +14,6 @@ from tests import tiny
 from tests.passes.models import Patches, patches, planned
 from tests.support import captured, count, golden, rewritten
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 CONV = ("conv", [4, 8], None, None, 0)
 
 

@@ -14,8 +14,6 @@ import fxquant
 from fxquant.errors import CalibrationError
 from tests.support import relative_error
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 class Model(nn.Module):
     """A shared embedding for the sample, and for references before and after it."""

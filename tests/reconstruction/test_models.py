@@ -10,8 +10,6 @@ from tests.zoo.audit import STEPS
 from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run, sqnr
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 NAMES = ("PixArt2D-Sigma", "SD32D", "Wan3D", "Latte3D", "Mochi3D")
 ENTRIES = [entry for entry in CAPTURED if entry.id in NAMES]
 

@@ -18,8 +18,6 @@ from fxquant.errors import ConfigurationError, DropInError
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 @pytest.fixture(scope="module")
 def quantized() -> GraphModel:

@@ -15,8 +15,6 @@ from fxquant.pipeline.backend import Backend
 from fxquant.runtime.nans import with_nans
 from tests.tiny import calibrate, inputs, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 BACKENDS = ["fake-quant", "native", Native(kernels="onednn")]
 
 

@@ -43,8 +43,6 @@ from fxquant.storage import checkpoint
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.traces import traced_anew
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 FILES = ("config.json", "plan.json", "model.safetensors", "plan.safetensors")
 
 

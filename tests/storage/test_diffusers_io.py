@@ -29,8 +29,6 @@ from fxquant.storage.aot.model import PackagedModel
 from fxquant.storage.diffusers_io import load_pipeline, save_pipeline
 from tests.tiny import make_dit, make_pipeline
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 @pytest.fixture(scope="module")
 def pipe():

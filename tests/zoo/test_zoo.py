@@ -36,16 +36,9 @@ def sqnr(actual: Tensor, expected: Tensor) -> float:
 
 
 def params(sample: Collection[str]) -> list[Any]:
-    """All models, exhaustive outside of the sample. One process runs all tests of a model, and they share traces."""
+    """All models, exhaustive outside of the sample."""
     return [
-        pytest.param(
-            entry,
-            id=entry.id,
-            marks=[
-                pytest.mark.xdist_group(entry.id),
-                *([] if entry.id in sample else [pytest.mark.exhaustive]),
-            ],
-        )
+        pytest.param(entry, id=entry.id, marks=[] if entry.id in sample else [pytest.mark.exhaustive])
         for entry in CAPTURED
     ]
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxquant
 from fxquant.backends.native import Native, machine
@@ -36,6 +37,8 @@ ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DMo
        "WanTransformer3DModel", "HunyuanDiT2DModel", "Flux2Transformer2DModel", "AuraFlowTransformer2DModel",
        "CogVideoXTransformer3DModel", "CogView4Transformer2DModel", "LTXVideoTransformer3DModel")  # fmt: skip
 
+ZOO_SAMPLE = ("Flux2D", "SD32D", "HunyuanDiT2D", "LTXVideo3D")
+"""Identifiers of the models that ``make test`` runs, each with other kernels; other tests of the zoo share traces."""
 
 MISSING = machine.missing_kernels()
 OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")
@@ -48,7 +51,6 @@ KINDS = [
     pytest.param("triton", marks=INTERPRETED),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS)
-pytestmark = pytest.mark.usefixtures("shared_traces")
 # What is not about kernels of a GPU is not run in their interpreter, which takes a second for a call.
 on_processors = pytest.mark.parametrize("kind", KINDS[:-1])
 
@@ -177,10 +179,23 @@ def test_other_dtypes(dtype: torch.dtype, kind: str) -> None:
     assert sqnr_db(found[1].double(), found[0].double()) > (38.0 if dtype == torch.bfloat16 else FLOOR[kind])
 
 
+def zoo() -> list[Any]:
+    """The models of the sample with one kind each; all others, and other kinds, are exhaustive."""
+    entries = [entry for entry in CAPTURED if entry.name in ZOO and not entry.variant]
+    sample = sampled([entry for entry in entries if entry.id in ZOO_SAMPLE])
+    rest = [
+        pytest.param(
+            entry, *kind.values, marks=[*kind.marks, pytest.mark.exhaustive], id=f"{entry.id}-{kind.values[0]}"
+        )
+        for entry in entries
+        if entry.id not in ZOO_SAMPLE
+        for kind in KINDS
+    ]
+    return [*sample, *rest]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("entry", "kind"), sampled([entry for entry in CAPTURED if entry.name in ZOO and not entry.variant])
-)
+@pytest.mark.parametrize(("entry", "kind"), zoo())
 def test_models_of_the_zoo(kind: str, entry: Entry) -> None:
     found = []
     for side in (kind, "oracle"):
@@ -303,24 +318,28 @@ def test_groups_of_inputs_are_refused_before_anything_runs() -> None:
 # --- under torch.compile --------------------------------------------------------------------------------------------
 
 
+def compilers() -> list[Any]:
+    """Every recipe and kind with both compilers. `make test` runs inductor once, as one compilation takes so long."""
+    found = []
+    for pair in sampled(["htg-w8a8", "rtn-w8a8", "ptq4dit-w4a8"], kinds=KINDS[-2::-1]):
+        for compiler in ("inductor", "aot_eager"):
+            quick = compiler == "aot_eager" or pair.id == "rtn-w8a8-bf16"
+            marks = [*pair.marks, *(() if quick else (pytest.mark.exhaustive,))]
+            found.append(pytest.param(*pair.values, compiler, marks=marks, id=f"{pair.id}-{compiler}"))
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "kind"), sampled(["htg-w8a8", "rtn-w8a8", "ptq4dit-w4a8"], kinds=KINDS[-2::-1]))
-def test_torch_compile_serves_eight_batch_sizes_at_once(recipe: str, kind: str) -> None:
+@pytest.mark.parametrize(("recipe", "kind", "compiler"), compilers())
+def test_torch_compile_serves_eight_batch_sizes_at_once(recipe: str, kind: str, compiler: str) -> None:
     ours = copy.deepcopy(shared(recipe, kind))
-    graphs = []
-
-    def backend(module: torch.fx.GraphModule, example: list[Tensor]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        graphs.append(module)
-        return compile_fx(module, example)
-
+    counter = CompileCounterWithBackend(compiler)
     torch._dynamo.reset()
-    made = torch.compile(ours, backend=backend, fullgraph=True, dynamic=True)
+    made = torch.compile(ours, backend=counter, fullgraph=True, dynamic=True)
     for batch in range(1, 9):
         call = inputs(batch, timestep=None, seed=batch)
         assert sqnr_db(sample(ours, call), sample(made, call)) > FLOOR[kind]
-    assert len(graphs) == 1
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(("recipe", "kind"), sampled(SAVED, ["rtn-w8a8"]))

@@ -13,7 +13,6 @@ from fxquant.backends.native import Native, machine
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.model import GraphModel
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 MISSING = machine.missing_kernels()
 OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")

@@ -28,7 +28,6 @@ from tests.zoo.audit import STEPS as ZOO_STEPS
 from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run as run_zoo
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 FLOOR = 45.0  # dB against the oracle.
 FLOOR_BF16 = 38.0
 WIDE = {"num_attention_heads": 4}  # Of 32 inputs a head and more, as the 4-bit kernel wants them.
@@ -104,7 +103,14 @@ def test_all_linears_and_the_convolution() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("entry", [e for e in CAPTURED if e.name in ZOO and not e.variant], ids=lambda entry: entry.id)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.id, marks=[] if entry.id == "Flux2D" else [pytest.mark.exhaustive])
+        for entry in CAPTURED
+        if entry.name in ZOO and not entry.variant
+    ],
+)
 def test_models_of_the_zoo(entry: Entry) -> None:
     found = []
     for backend in ("torchao", "fake-quant"):

@@ -11,7 +11,6 @@ import fxquant
 from examples.digits import compare, generate, load_classifier, load_pipeline
 from fxquant.numerics.sqnr import sqnr_db
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 

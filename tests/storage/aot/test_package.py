@@ -44,7 +44,6 @@ from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 
 pytestmark = [
     pytest.mark.slow,  # Two backends, four graphs: as many runs of the C++ compiler.
-    pytest.mark.usefixtures("shared_traces"),
 ]
 
 FAKE_QUANT, NATIVE, ONEDNN = (

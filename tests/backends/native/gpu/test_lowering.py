@@ -27,7 +27,6 @@ CPU = torch.device("cpu")
 MISSING = machine.missing(CPU)
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"no interpreter: {MISSING}"),
-    pytest.mark.usefixtures("shared_traces"),
 ]
 native, reference = torch.ops.fxquant_native, torch.ops.fxquant
 
