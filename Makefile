@@ -21,14 +21,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
-# For mypy and import-linter: links that give passes/ and backends/ their installed locations.
+# For mypy, import-linter and the API reference: links that give passes/ and backends/ their installed locations.
 LINKS := build/links
+# Made when the packages of `make docs` are installed.
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # Threads that spin while they wait for each other run many times slower on cores that other processes also use.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-all fuzz fuzz-load storm zoo-calls check format coverage bench bench-cpu bench-gpu clean distclean
+.PHONY: help setup demo compare test test-all fuzz fuzz-load storm zoo-calls check links docs format coverage bench bench-cpu bench-gpu clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -59,14 +61,20 @@ storm: $(STAMP) ## kill and race saves at random times, $(STORMS) of each
 zoo-calls: $(STAMP) ## test every zoo model with each optional input on and off, in every order, in float64
 	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.calls
 
-check: $(STAMP) ## check lint, format, types and import directions
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	@# mypy supports neither package-dir nor the import hook of an editable install, so links give it the installed layout.
+# mypy and griffe support neither package-dir nor the import hook of an editable install.
+links:
 	@rm -rf $(LINKS)/fxquant && mkdir -p $(LINKS)/fxquant
 	@ln -s "$(CURDIR)"/fxquant/* "$(CURDIR)/passes" "$(CURDIR)/backends" $(LINKS)/fxquant
+
+check: $(STAMP) links ## check lint, format, types and import directions
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	cd $(LINKS) && "$(abspath $(PY))" -m mypy --config-file "$(CURDIR)/pyproject.toml"
 	cd $(LINKS) && "$(abspath $(VENV))/bin/lint-imports" "$(CURDIR)/pyproject.toml" --no-cache
+
+docs: $(DOCS_STAMP) links ## build the documentation site into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo 'The site is in build/site; open build/site/index.html, or run: $(PY) -m http.server --directory build/site'
 
 format: $(STAMP) ## fix what ruff can fix
 	$(PY) -m ruff check --fix .
@@ -108,4 +116,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
 	$(PIP) install --quiet --constraint constraints.txt setuptools
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 	@touch $@
