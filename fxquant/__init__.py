@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
+    from fxquant.inspect.explain import Explanation, explain
     from fxquant.inspect.history import History, rewrite_history
     from fxquant.inspect.profiling import Profile, profile
     from fxquant.inspect.report import Report, report
+    from fxquant.ir.origins import origin
     from fxquant.ir.roles import nodes_of
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.plan import Plan
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Explanation",
     "FxquantError",
     "History",
     "Plan",
@@ -31,12 +34,14 @@ __all__ = [
     "SpeedWarning",
     "Statistics",
     "compile",
+    "explain",
     "export_aot",
     "load",
     "load_package",
     "load_pipeline",
     "make_recipe",
     "nodes_of",
+    "origin",
     "profile",
     "report",
     "rewrite_history",
@@ -47,6 +52,7 @@ __all__ = [
 
 # Names are imported on first access, so that `fxquant --help` does not wait for torch.
 _HOMES = {
+    "Explanation": "inspect.explain",
     "FxquantError": "errors",
     "History": "inspect.history",
     "Plan": "planning.plan",
@@ -57,12 +63,14 @@ _HOMES = {
     "SpeedWarning": "errors",
     "Statistics": "statistics.collection",
     "compile": "api",
+    "explain": "inspect.explain",
     "export_aot": "storage.aot.export",
     "load": "storage.checkpoint",
     "load_package": "storage.aot.package",
     "load_pipeline": "storage.diffusers_io",
     "make_recipe": "pipeline.recipes",
     "nodes_of": "ir.roles",
+    "origin": "ir.origins",
     "profile": "inspect.profiling",
     "report": "inspect.report",
     "rewrite_history": "inspect.history",

@@ -95,7 +95,7 @@ class AssignPrecision(Pass):
                 weight_bits=chosen.weight_bits,
                 activation_bits=chosen.activation_bits,
                 group_size=chosen.group_size if kind == "linear" else 0,  # Groups are along a linear's input channels.
-                reason=self._reason(name, kind, role_of[name]) if chosen.weight_bits is None else None,
+                reason=self._why_float(name, kind, role_of[name], chosen),
             )
         timestep = next((n for n in graph.nodes if n.op == "placeholder" and n.target == plan.timestep), None)
         for found in find_attentions(graph):
@@ -139,8 +139,21 @@ class AssignPrecision(Pass):
                     f"override {pattern!r} fits no layer and no attention of the model; {nearest(pattern, plan)}"
                 )
 
-    def _reason(self, name: str, kind: str, role: str) -> str:
-        """Why a layer is kept in float."""
+    def _why_float(self, name: str, kind: str, role: str, chosen: Precision) -> str | None:
+        """Why a layer, or its activations, are kept in float; None if nothing is."""
+        if chosen.weight_bits is None:
+            return self._why_float_weight(name, kind, role)
+        if chosen.activation_bits is not None:
+            return None
+        if kind == "embedding":
+            return "a table has no activations to quantize; its rows are stored in few bits"
+        if overridden(name, self.overrides) is not None:
+            return f"an override, {chosen}, keeps its activations in float"
+        if self.layers == "default" and role == "embedder":
+            return "layers=default stores the weights of embedders in 8 bits and keeps their activations in float"
+        return f"the recipe's precision, {chosen}, keeps activations in float"
+
+    def _why_float_weight(self, name: str, kind: str, role: str) -> str:
         if overridden(name, self.overrides) == FLOAT:
             return "an override keeps it in float"
         if kind == "embedding":

@@ -18,7 +18,7 @@ _LARGEST = 1e300  # Larger integers are not converted to floats, which could not
 def decision_rows(decisions: PassDecisions) -> tuple[DecisionReport, ...]:
     """One row per decision, in the order in which the passes made them."""
     return tuple(
-        DecisionReport(of, name, {**entry.values, **{option: _described(one) for option, one in entry.tensors.items()}})
+        DecisionReport(of, name, {**entry.values, **{option: described(one) for option, one in entry.tensors.items()}})
         for of, name, entry in decisions.stored()
     )
 
@@ -63,5 +63,6 @@ def _cell(group: Sequence[DecisionReport], column: str) -> str:
     return "" if values[0] is None else str(values[0])
 
 
-def _described(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
+    """Dtype and shape of a tensor, such as ``float32[64, 64]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -21,6 +21,7 @@ from fxquant.disk.folders import no_folder
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
 from fxquant.inspect.decisions import decision_rows, decision_tables
 from fxquant.inspect.rows import COSTS, AttentionReport, DecisionReport, LayerReport, PassReport, Totals
+from fxquant.inspect.sizes import dtype_of_plan, weight_bytes
 from fxquant.inspect.tables import layer_row, reasons, sections, span_of
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
@@ -147,7 +148,7 @@ class Report:
     def _layer_table(self, every: bool) -> str:
         kernels = Counter(layer.kernel for layer in self.layers)
         letters = {kernel: letter(number) for number, kernel in enumerate(kernels)}
-        header = ["layer", "role", "bits", "kernel", "balance", "range", "max|x|", "W dB", "x dB"]
+        header = ["layer", "role", "bits", "size", "kernel", "balance", "range", "max|x|", "W dB", "x dB"]
         rows = []
         for title, groups in sections(self.layers, every):
             indent = ""
@@ -159,7 +160,7 @@ class Report:
             return "no layers"
         legend = [[letters[kernel], kernel, f"{count} layers"] for kernel, count in kernels.items()]
         legend_text = tabulate(legend, ["kernel", "", ""], tablefmt="simple", disable_numparse=True)
-        return fitted(header, rows, {0: 46, 4: 34}) + "\n\n" + legend_text
+        return fitted(header, rows, {0: 46, 5: 34}, right=(3,)) + "\n\n" + legend_text
 
     def _attention_table(self, every: bool) -> str:
         groups: dict[tuple[Any, ...], list[AttentionReport]] = {}
@@ -217,9 +218,10 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
         BackendError: If the backend does not run on that device.
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
-    plan = _plan_of(model)
+    plan = plan_of(model)
     backend, left = _backend_of(model, plan, device), _attentions_left(model)
-    layers = tuple(_layer_report(name, layer, backend) for name, layer in plan.layers.items())
+    dtype = dtype_of_plan(plan)
+    layers = tuple(_layer_report(name, layer, backend, dtype) for name, layer in plan.layers.items())
     return Report(
         model_class=plan.model_class,
         recipe=plan.recipe,
@@ -241,7 +243,13 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
     )
 
 
-def _plan_of(model: nn.Module | Plan | str | Path) -> Plan:
+def plan_of(model: nn.Module | Plan | str | Path) -> Plan:
+    """The plan of a quantized model or of a checkpoint, or the plan itself.
+
+    Raises:
+        ConfigurationError: If it is something else.
+        CheckpointError: If the folder holds no checkpoint, or a damaged one.
+    """
     if isinstance(model, Plan):
         return model
     if isinstance(model, (str, Path)):
@@ -303,8 +311,9 @@ def _backend_of(model: object, plan: Plan, device: str | torch.device | None) ->
     return found.on(place)
 
 
-def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> LayerReport:
+def _layer_report(name: str, layer: LayerPlan, backend: Backend | None, dtype: torch.dtype) -> LayerReport:
     balance, activation = layer.balance, layer.activation
+    before, after = weight_bytes(layer, dtype)
     return LayerReport(
         name=name,
         kind=layer.kind,
@@ -327,6 +336,8 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None) -> Layer
         weight_sqnr_db=layer.weight_sqnr_db,
         activation_sqnr_db=layer.activation_sqnr_db,
         float_because=layer.reason if layer.weight_bits is None else None,
+        bytes_before=before,
+        bytes_after=after,
     )
 
 

@@ -36,6 +36,8 @@ class LayerReport:
         weight_sqnr_db: Signal to quantization noise of the weight, in dB.
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
         float_because: Why its weight stays float, or None.
+        bytes_before: Bytes of its weight in the float model.
+        bytes_after: Bytes of its weight as checkpoints store it, with scales and zero points.
     """
 
     name: str
@@ -59,6 +61,8 @@ class LayerReport:
     weight_sqnr_db: float | None
     activation_sqnr_db: float | None
     float_because: str | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
 
 
 @dataclass(frozen=True)

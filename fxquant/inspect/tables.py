@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fxquant.inspect.rows import LayerReport
-from fxquant.text import block_numbers, decimal, pattern_of, without_numbers, wrapped
+from fxquant.text import block_numbers, decimal, pattern_of, size, without_numbers, wrapped
 
 _BLOCK = re.compile(r"(.*?)\.\d+\.")
 
@@ -56,6 +56,7 @@ def layer_row(indent: str, group: Sequence[LayerReport], letters: Mapping[str, s
         indent + (_BLOCK.sub("", first.name, count=1) if indent else first.name),
         first.role,
         first.precision,
+        size(sum(layer.bytes_after for layer in group)),
         letters[first.kernel],
         _balance(first, len(group) > 1),
         f"{min(lows):.3g}..{max(highs):.3g}" if lows else "",

@@ -88,7 +88,8 @@ class LayerPlan:
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
         timesteps: The bins of timesteps that its shift and its range depend on; None for one bin.
         shift: How its input was shifted.
-        reason: Why its weight stays float, or None.
+        reason: Why its weight, or its activations, stay float; None if neither does. Plans of earlier versions give
+            reasons for weights only.
     """
 
     kind: str

@@ -39,7 +39,7 @@ from fxquant.errors import (
 )
 from fxquant.planning.plan import FORMAT
 from fxquant.runtime.model import GraphModel
-from fxquant.storage import checkpoint
+from fxquant.storage import skeleton
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.traces import traced_anew
 
@@ -501,7 +501,7 @@ def test_codes_of_another_size_than_the_plan_says_are_found_before_the_model_is_
     name = f"{TO_Q}.weight_packed"
     names = [name, *(f"{name}_{number + 2}" for number in range(further))]
     forge(folder, lambda tensors: tensors.update({name: torch.zeros(3, 5, dtype=torch.uint8) for name in names}))
-    monkeypatch.setattr(checkpoint, "_architecture", None)
+    monkeypatch.setattr(skeleton, "_architecture", None)
     with pytest.raises(CheckpointError, match=rf"tensor '{names[-1]}' has shape \(3, 5\), and by the plan it has"):
         fxquant.load(folder)
 

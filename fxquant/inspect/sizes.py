@@ -1,0 +1,55 @@
+"""How many bytes layers take: from snapshots of their nodes, or, without a graph, from the plan."""
+
+from __future__ import annotations
+
+import torch
+
+from fxquant.disk.files import dtype_of_name
+from fxquant.inspect.snapshots import NodeState, Snapshot
+from fxquant.numerics.packing import packed_size
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.plan import Plan
+
+_GRID = 5  # Bytes of one scale, float32, and one zero point, uint8.
+
+
+def weight_bytes(layer: LayerPlan, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a layer's weight before and after, with scales and zero points, as checkpoints store it.
+
+    Args:
+        layer: The layer.
+        dtype: Dtype of the float model.
+    """
+    rows, columns = layer.shape
+    before = rows * columns * dtype.itemsize
+    if layer.weight_bits is None:
+        return before, before
+    groups = -(-columns // layer.group_size) if layer.group_size > 0 else 1  # A plan may be edited by hand.
+    return before, rows * (packed_size(columns, min(max(layer.weight_bits, 2), 8)) + groups * _GRID)
+
+
+def dtype_of_plan(plan: Plan) -> torch.dtype:
+    """Dtype of the float model, as its recorded calls show it: that of the first floating-point input."""
+    specs = (spec for call in plan.calls for _, spec in call.tensors)
+    return next((spec.dtype for spec in specs if spec.dtype.is_floating_point), torch.float32)
+
+
+def bytes_of(nodes: Snapshot, layer: str) -> int:
+    """Bytes of the stored tensors that belong to a layer, also of those that other layers read too."""
+    return sum(_size(state) for state in nodes if state.kind == "tensor" and layer in state.roles)
+
+
+def shared_with(nodes: Snapshot, layer: str) -> tuple[str, ...]:
+    """The other layers that read some of the same stored tensors."""
+    found: dict[str, None] = {}
+    for state in nodes:
+        if state.kind == "tensor" and layer in state.roles:
+            found.update(dict.fromkeys(state.roles))
+    return tuple(name for name in found if name != layer)
+
+
+def _size(state: NodeState) -> int:
+    count = 1
+    for size in state.shape or ():
+        count *= size if isinstance(size, int) else 0
+    return count * dtype_of_name(state.dtype or "").itemsize
