@@ -26,7 +26,7 @@ from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
 from fxquant.ir.proofs import prove
-from fxquant.ir.tensors import are_alike, get_tensor, is_finite, set_tensor
+from fxquant.ir.tensors import are_alike, contiguous, get_tensor, is_finite, set_tensor
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 
@@ -153,7 +153,8 @@ class Rewriter:
         return attribute
 
     def put(self, attribute: fx.Node, value: Tensor, by: Sequence[Tensor | str] = ()) -> None:
-        """Make ``value`` the tensor of a ``get_attr`` node; ``by`` as in :meth:`fold`."""
+        """Make ``value`` the tensor of a ``get_attr`` node, contiguous in memory; ``by`` as in :meth:`fold`."""
+        value = contiguous(value)
         if not has_content(attribute):
             record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
         set_tensor(self.module, str(attribute.target), value)
@@ -176,11 +177,11 @@ class Rewriter:
 
         Args:
             name: Name of the tensor.
-            value: The tensor.
+            value: The tensor; it is stored contiguous in memory.
             sources: The nodes that the new one is made from.
             history: The tensor's history, if it is derived from weights; see :func:`fxquant.ir.histories.made_from`.
         """
-        target = self._free_target(name)
+        target, value = self._free_target(name), contiguous(value)
         set_tensor(self.module, target, value)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(target)

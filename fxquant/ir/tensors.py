@@ -120,3 +120,8 @@ def are_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
         right.dtype,
         right.device,
     )
+
+
+def contiguous(value: torch.Tensor) -> torch.Tensor:
+    """A tensor in the order of memory in which files store it; tensors in layouts of kernels stay as they are."""
+    return value.contiguous() if value.layout is torch.strided else value

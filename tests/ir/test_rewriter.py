@@ -240,3 +240,18 @@ def test_an_argument_is_given_once() -> None:
     given = module.graph.call_function(aten.layer_norm.default, (linear,), {"normalized_shape": [4], "eps": 1e-3})
     rewriter.set_argument(given, "weight", None)
     assert not set(given.kwargs) & {"normalized_shape", "weight"} and given.args == (linear, [4], None)
+
+
+def test_tensors_are_contiguous_as_files_store_them() -> None:
+    module = captured(nn.Linear(4, 4), torch.randn(3, 4)).module
+    linear, rewriter = nodes_of(module, aten.linear.default)[0], Rewriter(module, "test")
+    expanded, transposed = torch.randn(1).expand(4), torch.randn(4, 4).t()
+    rewriter.fold(linear, "weight", lambda _: transposed)
+    node = rewriter.constant("row", expanded, [linear])
+    rewriter.set_argument(linear, "bias", node)
+    for attribute, value in ((linear.args[1], transposed), (node, expanded)):
+        held, recorded = rewriter.tensor(attribute), attribute.meta["val"]
+        assert torch.equal(held, value)
+        assert held.is_contiguous() and recorded.stride() == held.stride()
+    module.recompile()
+    verify(module, SPECS[Stage.CAPTURED])

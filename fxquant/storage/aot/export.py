@@ -215,9 +215,10 @@ def _arguments(captured: CapturedGraph) -> tuple[tuple[Tensor, ...], tuple[dict[
         inputs.append(torch.zeros(spec.concrete(TRACED_BATCH), dtype=spec.dtype))
         shapes.append({dim: Dim.DYNAMIC for dim, size in enumerate(spec.shape) if size == BATCH} or None)
     for tensor in read_tensors(captured.module).values():
-        # While they are traced, ops that read a layout of a kernel need only its shape.
+        # While they are traced, ops that read a layout of a kernel need only its shape. Machine code is made for the
+        # strides of its inputs, and the file from which the package reads them stores contiguous tensors.
         plain = tensor.layout is torch.strided
-        inputs.append(tensor.detach() if plain else torch.empty(tensor.shape, dtype=tensor.dtype))
+        inputs.append(tensor.detach().contiguous() if plain else torch.empty(tensor.shape, dtype=tensor.dtype))
         shapes.append(None)
     return tuple(inputs), tuple(shapes)
 
