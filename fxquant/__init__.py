@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
+    from fxquant.inspect.difference import Difference, diff
     from fxquant.inspect.explain import Explanation, explain
     from fxquant.inspect.history import History, rewrite_history
     from fxquant.inspect.profiling import Profile, profile
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Difference",
     "Explanation",
     "FxquantError",
     "History",
@@ -34,6 +36,7 @@ __all__ = [
     "SpeedWarning",
     "Statistics",
     "compile",
+    "diff",
     "explain",
     "export_aot",
     "load",
@@ -52,6 +55,7 @@ __all__ = [
 
 # Names are imported on first access, so that `fxquant --help` does not wait for torch.
 _HOMES = {
+    "Difference": "inspect.difference",
     "Explanation": "inspect.explain",
     "FxquantError": "errors",
     "History": "inspect.history",
@@ -63,6 +67,7 @@ _HOMES = {
     "SpeedWarning": "errors",
     "Statistics": "statistics.collection",
     "compile": "api",
+    "diff": "inspect.difference",
     "explain": "inspect.explain",
     "export_aot": "storage.aot.export",
     "load": "storage.checkpoint",

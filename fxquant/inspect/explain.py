@@ -13,7 +13,7 @@ from fxquant.inspect.choices import Choice, choices_of
 from fxquant.inspect.history import History, rewrite_history
 from fxquant.inspect.report import plan_of, report
 from fxquant.inspect.sizes import bytes_of, dtype_of_plan, shared_with, weight_bytes
-from fxquant.inspect.sources import Source
+from fxquant.inspect.sources import Source, plan_if_alone
 from fxquant.inspect.story import Event, belongs, events_of
 from fxquant.ir.time_tables import bin_of
 from fxquant.planning.decisions import ActivationRange
@@ -180,6 +180,7 @@ def explain(
         ConfigurationError: If the source is none of these, or the layer has no range and a timestep is given.
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
+    source = plan_if_alone(source)
     plan = plan_of(source)
     known = [*plan.layers, *plan.attentions, *plan.products]
     if layer not in known:

@@ -88,6 +88,16 @@ def graphs_of(source: Source, model: nn.Module | type[nn.Module] | None = None) 
     return Graphs(inner.plan, inner.architecture, inner.backend, inner.device, lowered)
 
 
+def plan_if_alone(source: Source) -> Source:
+    """The plan in place of a folder that holds nothing but a plan (:meth:`Plan.save`); anything else is unchanged."""
+    if not isinstance(source, (str, Path)):
+        return source
+    from fxquant.storage.aot.model import CONFIG_FILE
+
+    folder = checkpoint_folder(source)
+    return source if (folder / CONFIG_FILE).is_file() else Plan.load(folder)
+
+
 def _of_folder(folder: Path, model: nn.Module | type[nn.Module] | None) -> Graphs:
     from fxquant.storage.skeleton import description_of, read_plan
 
