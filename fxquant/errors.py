@@ -102,6 +102,10 @@ class CheckpointError(FxquantError, RuntimeError):
     """A checkpoint is damaged, incomplete, unsafe or of a newer format; the message names the file."""
 
 
+class MissingPackageError(FxquantError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
 class DropInError(FxquantError, AttributeError):
     """Something was asked of a captured model that only the float model can do; the message says what to do instead.
 

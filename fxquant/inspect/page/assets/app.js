@@ -79,7 +79,7 @@ class App {
 
   _title() {
     const {model} = this;
-    byId('title').textContent = [model.model_class.split(':').pop(), model.recipe_name, model.backend].filter(Boolean).join(' · ');
+    byId('title').textContent = [model.model_class.split(':').pop(), model.name, model.backend].filter(Boolean).join(' · ');
   }
 
   // --- light and dark ---

@@ -26,7 +26,7 @@ function comparePanel(panel, app) {
   });
   const differing = rows.filter((row) => row.found.length);
   const totals = [
-    ['recipe', (model) => model.recipe_name], ['backend', (model) => model.backend],
+    ['backend', (model) => model.backend],
     ['size', (model) => bytes(model.totals.bytes_after)], ['mean output SQNR', (model) => model.totals.mean_sqnr_db !== null ? `${db(model.totals.mean_sqnr_db)} dB` : 'not measured'],
     ['worst output SQNR', (model) => model.totals.worst_sqnr_db !== null ? `${db(model.totals.worst_sqnr_db)} dB at t = ${num(model.totals.worst_timestep)}` : 'not measured'],
     ['layers', (model) => Object.entries(model.totals.layers_by_precision).map(([precision, count]) => `${count} ${precision}`).join(', ')],

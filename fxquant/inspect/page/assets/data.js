@@ -30,23 +30,23 @@ class Graph {
   /** One version of a node; equal versions are the same object. */
   _node(index) {
     if (this._nodes[index]) return this._nodes[index];
-    const [name, op, module, layer, role, shape, dtype, source, code, inputs, tensors, args, provenance] = this.data.nodes[index];
+    const [name, op, module, layer, role, shape, dtype, source, inputs, tensors, args, provenance] = this.data.nodes[index];
     const texts = (list) => list.map((entry) => this._text(entry));
     const made = provenance.map(([pass, sources]) => ({pass: this._text(pass), sources: texts(sources)}));
     this._nodes[index] = {
       name: this._text(name), op: this._text(op), module: this._text(module), layer: this._text(layer),
       role: this._text(role), shape: this._text(shape), dtype: this._text(dtype), source: this._text(source),
-      code: this._text(code), inputs: texts(inputs), tensors: texts(tensors), args: texts(args), provenance: made,
+      inputs: texts(inputs), tensors: texts(tensors), args: texts(args), provenance: made,
     };
     return this._nodes[index];
   }
 
   _tensor(index) {
     if (this._tensors[index]) return this._tensors[index];
-    const [name, shape, dtype, size, passes, change] = this.data.tensors[index];
+    const [name, shape, dtype, size, passes, layers] = this.data.tensors[index];
+    const texts = (list) => list.map((entry) => this._text(entry));
     this._tensors[index] = {
-      name: this._text(name), shape: this._text(shape), dtype: this._text(dtype), bytes: size,
-      passes: passes.map((entry) => this._text(entry)), change: this._text(change),
+      name: this._text(name), shape: this._text(shape), dtype: this._text(dtype), bytes: size, passes: texts(passes), layers: texts(layers),
     };
     return this._tensors[index];
   }
@@ -78,18 +78,24 @@ class Graph {
     const found = this.steps[step].found;
     if (found) return found;
     const [before, after] = [this.snapshot(step - 1), this.snapshot(step)];
+    const changed = this.changedTensors(step);
     const changes = new Map();
     for (const [name, node] of after.nodes) {
       const old = before.nodes.get(name);
       if (!old) changes.set(name, 'added');
       else if (old.op !== node.op || String(old.inputs) !== String(node.inputs)) changes.set(name, 'rewired');
       else if (String(old.tensors) !== String(node.tensors)) changes.set(name, 'tensor');
-      else if (node.tensors.some((tensor) => before.tensors.get(tensor) !== after.tensors.get(tensor))) changes.set(name, 'tensor');
+      else if (node.tensors.some((tensor) => changed.has(tensor))) changes.set(name, 'tensor');
       else if (String(old.args) !== String(node.args)) changes.set(name, 'rewired');
     }
     for (const name of before.nodes.keys()) if (!after.nodes.has(name)) changes.set(name, 'removed');
     this.steps[step].found = changes;
     return changes;
+  }
+
+  /** The tensors that a pass changed: name -> what it did. */
+  changedTensors(step) {
+    return new Map(this.steps[step].changed);
   }
 
   /** The nodes to draw after a pass, with those that it removed: name -> {node, change}. */
@@ -105,17 +111,13 @@ class Graph {
     return drawn;
   }
 
-  /** Bytes of the tensors that the nodes of each layer read after a pass: layer -> bytes. A shared tensor counts once. */
+  /** Bytes of the tensors of each layer after a pass: layer -> bytes. */
   layerBytes(step) {
-    const {nodes, tensors} = this.snapshot(step);
-    const seen = new Map();
-    for (const node of nodes.values()) {
-      if (node.layer === null) continue;
-      if (!seen.has(node.layer)) seen.set(node.layer, new Set());
-      node.tensors.forEach((name) => seen.get(node.layer).add(name));
+    const found = new Map();
+    for (const {bytes: size, layers} of this.snapshot(step).tensors.values()) {
+      for (const layer of layers) found.set(layer, (found.get(layer) ?? 0) + (size ?? 0));
     }
-    const size = (names) => [...names].reduce((sum, name) => sum + (tensors.get(name)?.bytes ?? 0), 0);
-    return new Map([...seen].map(([layer, names]) => [layer, size(names)]));
+    return found;
   }
 }
 

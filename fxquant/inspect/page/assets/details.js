@@ -65,7 +65,7 @@ class Details {
         ['layer', node.layer && el('code', {}, node.layer)], ['role', node.role],
         ['module', node.module && el('code', {}, node.module)]]),
       section('Made by', made.length ? made : el('p', {}, 'The model itself; no pass changed this node.')),
-      node.source && section('Line of the model', el('p', {}, el('code', {}, node.source)), node.code && el('p', {}, el('code', {}, node.code))),
+      node.source && section('Line of the model', el('p', {}, el('code', {}, node.source))),
       section('Inputs', this._links(node.inputs)),
       section('Read by', this._links(at.readers.get(name) ?? [])),
       section('Tensors', node.tensors.map((tensor) => this._tensor(at.tensors.get(tensor), tensor))),
@@ -79,12 +79,12 @@ class Details {
   _tensor(tensor, name) {
     if (!tensor) return el('p', {}, el('code', {}, name));
     const {graph, step} = this.app;
-    const before = step > 0 ? graph.snapshot(step - 1).tensors.get(name) : tensor;
-    const isChanged = before && before !== tensor;
+    const change = graph.changedTensors(step).get(name);
+    const isNew = step > 0 && !graph.snapshot(step - 1).tensors.has(name);
     const facts = [`${tensor.dtype}[${tensor.shape}]`, bytes(tensor.bytes)].join(' · ');
-    return el('p', {}, el('code', {class: isChanged ? 'tensor' : !before && step > 0 ? 'added' : ''}, name), el('br'), facts,
+    return el('p', {}, el('code', {class: change ? 'tensor' : isNew ? 'added' : ''}, name), el('br'), facts,
       tensor.passes.length ? [el('br'), `by ${tensor.passes.join(', ')}`] : null,
-      tensor.change ? [el('br'), el('span', {class: 'tensor'}, tensor.change)] : null);
+      change || isNew ? [el('br'), el('span', {class: change ? 'tensor' : 'added'}, `this pass: ${change ?? 'made'}`)] : null);
   }
 
   /** What the plan says about a layer. */
@@ -155,16 +155,17 @@ class Details {
     fill(this.element, el('h1', {}, at.name),
       at.name !== at.pass && el('p', {}, el('code', {}, at.pass)),
       el('p', {}, step === 0 ? 'The graph as it was captured from the model, before any pass.'
-        : `Pass ${step} of ${graph.steps.length - 1}: ${plural(at.edits, 'edit')} in ${num(at.seconds, 3)} s.`),
-      at.about && el('p', {}, at.about),
+        : at.phase === 'lower' ? 'The graph as the backend runs it: every node that it replaced is new.'
+          : `${plural(at.edits, 'edit')}${at.seconds === null ? '' : ` in ${num(at.seconds, 3)} s`}, ${at.phase === 'prepare' ? 'before' : 'after'} calibration.`),
       step > 0 && at.edits === 0 && el('p', {}, 'This pass left the graph as it was. It may have written decisions into the plan.'),
       counts.size ? section('Nodes', pairs([...counts].map(([kind, count]) => [el('span', {class: kind}, `${MARKS[kind]} ${kind}`), count]))) : null,
       ops.length ? section('Ops', pairs(ops.map(([op, change]) => [el('code', {}, op), change > 0 ? `+${change}` : `−${-change}`]))) : null,
-      at.tensors_changed?.length ? section('Tensors changed', at.tensors_changed.slice(0, 40).map(([name, what]) =>
+      at.changed.length ? section('Tensors changed', at.changed.slice(0, 40).map(([name, what]) =>
         el('p', {}, el('code', {class: 'tensor'}, name), what ? [el('br'), what] : null)),
-      at.tensors_changed.length > 40 ? el('p', {}, `and ${at.tensors_changed.length - 40} more`) : null) : null,
-      section('Model', pairs([['class', model.model_class.split(':').pop()], ['recipe', el('code', {}, model.recipe_name)], ['backend', model.backend],
+      at.changed.length > 40 ? el('p', {}, `and ${at.changed.length - 40} more`) : null) : null,
+      section('Model', pairs([['class', model.model_class.split(':').pop()], ['name', model.name], ['backend', model.backend],
         ['call', el('code', {}, graph.call)], ['nodes', graph.snapshot(step).nodes.size]])),
+      section('Recipe', el('p', {}, el('code', {}, model.recipe))),
       el('p', {class: 'hint'}, 'Select a node or a module to see everything about it.'));
   }
 }

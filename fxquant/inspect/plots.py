@@ -1,0 +1,218 @@
+"""Pictures for papers: the plots of the inspector page as figures of matplotlib, to be saved as PNG, SVG or PDF.
+
+They need matplotlib: ``pip install 'fxquant[plots]'``. Every function returns a ``matplotlib.figure.Figure``, which can
+be changed before :func:`save_figure` writes it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fxquant.disk.files import writing
+from fxquant.errors import ConfigurationError, MissingPackageError
+from fxquant.inspect.salience import salience
+from fxquant.planning.plan import Plan
+from fxquant.statistics.collection import Statistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.6, "svg.fonttype": "none", "savefig.dpi": 200}
+
+
+def salience_figure(
+    plan: Plan, statistics: Statistics, layer: str, weights: Mapping[str, Tensor] | None = None
+) -> Figure:
+    """Largest magnitude of each input channel of a layer at every timestep, before and after balancing.
+
+    With weights, a second row shows the columns of the weight. Figures 3 and 4 of PTQ4DiT (arXiv 2405.16005).
+
+    Args:
+        plan: What was decided.
+        statistics: Statistics of the calibration.
+        layer: Name of a linear whose input was observed.
+        weights: What :func:`fxquant.inspect.salience.weight_salience` returns.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        CalibrationError: If the plan has no such layer, or calibration never reached its input.
+    """
+    found = salience(plan, statistics, layer, weights)
+    rows: list[list[tuple[str, Tensor]]] = [[("input", found.before)]]
+    if found.after is not None:
+        rows[0] = [("input, before balancing", found.before), ("input, after balancing", found.after)]
+    if found.weight_before is not None:
+        rows.append([("weight", found.weight_before)])
+    if found.weight_before is not None and found.weight_after is not None:
+        rows[1] = [("weight, before", found.weight_before), ("weight, after", found.weight_after)]
+    figure, axes = _figure(3.4 * len(rows[0]), 1.9 * len(rows), len(rows), len(rows[0]))
+    colours = _colours()
+    for line, row in zip(axes, rows, strict=True):
+        for axis, (title, values) in zip(line, row, strict=False):
+            curves = values if values.dim() == 2 else values[None]
+            last = max(len(curves) - 1, 1)
+            for number, curve in enumerate(curves):
+                axis.plot(curve.numpy(), color=colours(number / last) if len(curves) > 1 else "C0", linewidth=0.7)
+            axis.set(title=title, ylim=(0, None), xlim=(0, max(curves.shape[1] - 1, 1)))
+            axis.set_ylabel("max |W|" if title.startswith("weight") else "max |x|")
+        for axis in line[len(row) :]:
+            axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("input channel")
+    if len(found.timesteps) > 1:
+        _colour_bar(figure, axes[0], found.timesteps[0], found.timesteps[-1], "timestep")
+    figure.suptitle(layer, fontsize=8)
+    return figure
+
+
+def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any, unit: str = "SQNR in dB") -> Figure:
+    """A heat map of errors, one row per layer and one column per timestep.
+
+    Args:
+        layers: Names of the layers.
+        timesteps: The timesteps, ascending.
+        values: ``[layers, timesteps]``; NaN or None where nothing was measured.
+        unit: What the numbers are.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        ConfigurationError: If there are no values, or not one for each layer and timestep.
+    """
+    rows = [[math.nan if value is None else float(value) for value in row] for row in values]
+    if not rows or len(rows) != len(layers) or any(len(row) != len(timesteps) for row in rows):
+        raise ConfigurationError(
+            f"a heat map of {len(layers)} layers and {len(timesteps)} timesteps needs that many rows and columns of values"
+        )
+    figure, axes = _figure(2.4 + 0.28 * len(timesteps), 0.8 + 0.16 * len(layers))
+    axis = axes[0][0]
+    shown = axis.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.set_yticks(range(len(layers)), list(layers), fontsize=6)
+    every = max(1, len(timesteps) // 12)
+    axis.set_xticks(range(0, len(timesteps), every), [f"{step:g}" for step in timesteps[::every]])
+    axis.set_xlabel("timestep")
+    figure.colorbar(shown, ax=axis, label=unit, pad=0.02)
+    return figure
+
+
+def output_figure(plans: Mapping[str, Plan]) -> Figure:
+    """SQNR of the output against float by timestep, one curve per plan.
+
+    Args:
+        plans: Plans by the names in the legend.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        ConfigurationError: If none of the plans holds measurements.
+    """
+    measured = {name: sorted(plan.output_sqnr_db.items()) for name, plan in plans.items() if plan.output_sqnr_db}
+    if not measured:
+        raise ConfigurationError("the output error was not measured; compile the model with measure=True")
+    figure, axes = _figure(3.4, 2.2)
+    for name, values in measured.items():
+        axes[0][0].plot(*zip(*values, strict=True), marker=".", linewidth=1, label=name)
+    axes[0][0].set(xlabel="timestep", ylabel="output SQNR in dB")
+    axes[0][0].legend(frameon=False)
+    return figure
+
+
+def timesteps_figure(plan: Plan, layer: str) -> Figure:
+    """The dendrogram of the timesteps of a layer, with the boundaries of its groups.
+
+    Args:
+        plan: What was decided.
+        layer: Name of a layer whose timesteps were grouped.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        CalibrationError: If the plan has no such layer.
+        ConfigurationError: If its timesteps were not grouped.
+    """
+    groups = plan.layer(layer).timesteps
+    if groups is None or not groups.dendrogram:
+        raise ConfigurationError(
+            f"the timesteps of {layer} were not grouped; a recipe with the pass group-timesteps, such as htg-w4a8, does"
+        )
+    figure, axes = _figure(5.0, 2.4)
+    axis, steps = axes[0][0], sorted(plan.timesteps)
+    for x, y, bin_ in dendrogram_lines(steps, groups.dendrogram, groups.boundaries):
+        axis.plot(x, y, color="0.6" if bin_ is None else f"C{bin_ % 10}", linewidth=1)
+    for boundary in groups.boundaries:
+        axis.axvline(sum(step <= boundary for step in steps) - 0.5, color="tab:red", linestyle="--", linewidth=0.8)
+    every = max(1, len(steps) // 12)
+    axis.set_xticks(range(0, len(steps), every), [f"{step:g}" for step in steps[::every]])
+    axis.set(xlabel="timestep", ylabel="squared distance", title=layer, ylim=(0, None))
+    return figure
+
+
+def dendrogram_lines(
+    timesteps: Sequence[float], merges: Sequence[Sequence[float]], boundaries: Sequence[float]
+) -> list[tuple[list[float], list[float], int | None]]:
+    """The bars of a dendrogram: coordinates of a polyline, and the group that it lies in; None between groups.
+
+    Args:
+        timesteps: The timesteps, ascending; timestep number i is at x = i.
+        merges: First timesteps of the two groups that were merged, and their distance; the closest pair first.
+        boundaries: Boundaries between the groups, ascending.
+    """
+    heads = {step: (float(number), 0.0, [step]) for number, step in enumerate(timesteps)}
+    lines = []
+    for left, right, distance in merges:
+        if left not in heads or right not in heads:
+            continue
+        (x, y, members), (other_x, other_y, others) = heads[left], heads.pop(right)
+        top = max(distance, y, other_y)
+        bins = {sum(step > boundary for boundary in boundaries) for step in (*members, *others)}
+        lines.append(([x, x, other_x, other_x], [y, top, top, other_y], bins.pop() if len(bins) == 1 else None))
+        heads[left] = ((x + other_x) / 2, top, [*members, *others])
+    return lines
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure; the suffix of the path decides the format.
+
+    Raises:
+        ConfigurationError: If the suffix is not that of a known format.
+        WriteError: If the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigurationError(f"{path}: pictures are written as {', '.join(SUFFIXES)}; choose one of these suffixes")
+    import matplotlib
+
+    with writing(path), matplotlib.rc_context(_STYLE):
+        figure.savefig(path, bbox_inches="tight")
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of a size in inches, not known to pyplot, and its axes by row."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPackageError("pictures need matplotlib, which is not installed: pip install 'fxquant[plots]'")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes.tolist()
+
+
+def _colours() -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"]
+
+
+def _colour_bar(figure: Figure, axes: Sequence[Axes], low: float, high: float, label: str) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    figure.colorbar(ScalarMappable(Normalize(low, high), _colours()), ax=list(axes), label=label, pad=0.02)
