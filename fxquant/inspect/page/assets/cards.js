@@ -109,9 +109,15 @@ function drawCard(context, card, theme, fitter, scale, {isSelected, isNear, capt
   if (scale < 0.22) return;
   const left = card.x + 14;
   const room = card.width - 20;
-  context.textBaseline = 'alphabetic';
   context.textAlign = 'left';
   context.fillStyle = theme.ink;
+  if (scale < 0.5) {  // From afar: only the op, in large letters.
+    context.textBaseline = 'middle';
+    context.font = `600 ${Math.min(21, 9.5 / scale)}px ${FONT}`;
+    context.fillText(fitter.fit(context, caption.title, room), left, top + height / 2);
+    return;
+  }
+  context.textBaseline = 'alphabetic';
   context.font = `600 12px ${FONT}`;
   const mark = tone ? 16 : 0;
   context.fillText(fitter.fit(context, caption.title, room - mark), left, top + 15);
@@ -122,7 +128,6 @@ function drawCard(context, card, theme, fitter, scale, {isSelected, isNear, capt
     context.fillText(MARKS[card.change], card.x + card.width - 7, top + 15);
     context.textAlign = 'left';
   }
-  if (scale < 0.42) return;
   context.font = `10.5px ${FONT}`;
   context.fillStyle = theme.soft;
   context.fillText(fitter.fit(context, caption.place, room, true), left, top + 28);
@@ -154,7 +159,7 @@ function drawBox(context, entry, theme, fitter, scale, isSelected) {
   context.textAlign = 'left';
   context.textBaseline = 'alphabetic';
   context.fillStyle = theme.ink;
-  const big = scale < 0.4 ? 15 : 12.5;
+  const big = Math.min(24, Math.max(12.5, 8.5 / scale));
   context.font = `600 ${big}px ${FONT}`;
   context.fillText(fitter.fit(context, `${isOpen ? '▾' : '▸'} ${title}`, width - (isOpen ? 120 : 20), true), x + 10, y + 20);
   if (scale < 0.3) return;

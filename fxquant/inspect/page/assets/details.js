@@ -64,25 +64,26 @@ class Details {
       pairs([['node', el('code', {}, name)], ['value', valueOf(node) && el('code', {}, valueOf(node))],
         ['layer', node.layer && el('code', {}, node.layer)], ['role', node.role],
         ['module', node.module && el('code', {}, node.module)]]),
+      node.layer !== null && this._layer(node.layer),
+      this._attention(node),
       section('Made by', made.length ? made : el('p', {}, 'The model itself; no pass changed this node.')),
       node.source && section('Line of the model', el('p', {}, el('code', {}, node.source))),
       section('Inputs', this._links(node.inputs)),
       section('Read by', this._links(at.readers.get(name) ?? [])),
-      section('Tensors', node.tensors.map((tensor) => this._tensor(at.tensors.get(tensor), tensor))),
-      node.layer !== null && this._layer(node.layer),
-      this._attention(node),
+      section('Tensors', node.tensors.map((tensor) => this._tensor(at.tensors.get(tensor), tensor, node.layer))),
       args.length ? section('Arguments', pairs(args)) : null,
     );
     return undefined;
   }
 
-  _tensor(tensor, name) {
+  /** A stored tensor; the name of the layer is left out of its name. */
+  _tensor(tensor, name, layer) {
     if (!tensor) return el('p', {}, el('code', {}, name));
     const {graph, step} = this.app;
     const change = graph.changedTensors(step).get(name);
     const isNew = step > 0 && !graph.snapshot(step - 1).tensors.has(name);
     const facts = [`${tensor.dtype}[${tensor.shape}]`, bytes(tensor.bytes)].join(' · ');
-    return el('p', {}, el('code', {class: change ? 'tensor' : isNew ? 'added' : ''}, name), el('br'), facts,
+    return el('p', {}, el('code', {class: change ? 'tensor' : isNew ? 'added' : '', title: name}, layer && name.startsWith(`${layer}.`) ? name.slice(layer.length + 1) : name), el('br'), facts,
       tensor.passes.length ? [el('br'), `by ${tensor.passes.join(', ')}`] : null,
       change || isNew ? [el('br'), el('span', {class: change ? 'tensor' : 'added'}, `this pass: ${change ?? 'made'}`)] : null);
   }

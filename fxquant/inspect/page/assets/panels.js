@@ -105,14 +105,14 @@ function saliencePanel(panel, app, chosen = null) {
       + (layer.pooled > 1 ? ` Each point is the largest of ${layer.pooled} neighbouring channels.` : '')),
     layerChoice(names, name, (next) => saliencePanel(panel, app, next)),
     el('div', {class: 'row'}, colourScale(num(layer.timesteps[0]), num(layer.timesteps[layer.timesteps.length - 1]), 'timestep'),
-      el('span', {}, layer.balanced ? `${plural(layer.channels, 'channel')}, balanced` : `${plural(layer.channels, 'channel')}, not balanced`)),
+      el('span', {}, `${plural(layer.channels, 'channel')}, ${layer.after ? '' : 'not '}balanced${layer.readers.length ? `; also the input of ${layer.readers.join(', ')}` : ''}`)),
     el('div', {class: 'cols'}, places));
   const theme = colours();
   const x = Array.from({length: layer.points}, (_, i) => i * layer.pooled);
   const span = layer.timesteps.length - 1 || 1;
   const lines = (all) => all.map((series, i) => ({label: `t = ${num(layer.timesteps[i])}`, values: decoded(series), colour: viridis(i / span), width: 1}));
   const common = {x, xLabel: 'input channel', legend: false};
-  curves(places[0], {...common, title: `Input, before${layer.balanced ? ' balancing' : ''}`, yLabel: 'max |x|', series: lines(layer.before)});
+  curves(places[0], {...common, title: `Input, before${layer.after ? ' balancing' : ''}`, yLabel: 'max |x|', series: lines(layer.before)});
   if (layer.after) curves(places[1], {...common, title: 'Input, after balancing', yLabel: 'max |x|', series: lines(layer.after)});
   if (layer.weight_before) {
     curves(places[2], {...common, title: 'Weight, before', yLabel: 'max |W|', series: [{label: 'max |W|', values: decoded(layer.weight_before), colour: theme.accent}]});

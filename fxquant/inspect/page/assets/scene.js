@@ -9,7 +9,8 @@ const CLOSED = {width: 210, height: 52};
 const PORT = {width: 96, height: 18};
 const PAD = {side: 14, top: 34, bottom: 14};
 const FEW = 7;  // Modules of so few nodes, such as a linear, are not boxes of their own.
-const MANY = 6;  // A value that more boxes than this read is named at its readers, without lines.
+const MANY = 6;  // A value that more items than this read is named at its readers, without lines.
+const SIZE = /sym_size/;  // Sizes of shapes are read everywhere and say little; lines to them are left out.
 
 /** The tree of modules over the drawn nodes. A box has `path`, `parent`, `children` (boxes and names of nodes), `size`. */
 function moduleTree(drawn) {
@@ -99,7 +100,7 @@ function levels(tree, drawn, isOpen) {
   for (const [reader, {node, change}] of drawn) {
     const down = chain(tree.homes.get(reader));
     for (const source of node.inputs) {
-      if (!drawn.has(source)) continue;
+      if (!drawn.has(source) || SIZE.test(drawn.get(source).node.op)) continue;
       const up = chain(tree.homes.get(source));
       let common = 0;
       while (common + 1 < up.length && common + 1 < down.length && up[common + 1] === down[common + 1]) common++;
@@ -122,12 +123,12 @@ function levels(tree, drawn, isOpen) {
   return found;
 }
 
-/** Replace the lines from a value that very many items read, and from sizes, by its name at each reader. */
+/** Replace the lines from a value that very many items read by its name at each of them. */
 function nameCommonValues(level) {
   const readers = new Map();
   for (const edge of level.edges.values()) readers.set(edge.from, (readers.get(edge.from) ?? 0) + 1);
   for (const [key, edge] of level.edges) {
-    if (readers.get(edge.from) <= MANY && !edge.sources.every((source) => /^sym_size/.test(source))) continue;
+    if (readers.get(edge.from) <= MANY) continue;
     level.edges.delete(key);
     level.named.set(edge.to, [...(level.named.get(edge.to) ?? []), ...edge.sources]);
   }

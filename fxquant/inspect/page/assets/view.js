@@ -58,7 +58,7 @@ class GraphView {
     const item = this.picture.byKey.get(key) ?? {x: 0, y: 0, width: this.picture.width, height: this.picture.height};
     const [width, height] = this._size();
     const across = (width - 40) / item.width;
-    this.scale = Math.min(1.15, wide ? Math.max(across, 0.45) : Math.min(across, (height - 40) / item.height));
+    this.scale = Math.min(1.15, wide ? Math.max(across, 0.34) : Math.min(across, (height - 40) / item.height));
     this.x = width / 2 - (item.x + item.width / 2) * this.scale;
     this.y = wide ? 24 - item.y * this.scale : height / 2 - (item.y + item.height / 2) * this.scale;
     this.draw();

@@ -1,0 +1,100 @@
+"""``fxquant.inspect_page``: write the page of one or two quantized models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxquant.disk.folders import writing
+from fxquant.errors import ConfigurationError
+from fxquant.inspect.history import rewrite_history
+from fxquant.inspect.page.build import page_html
+from fxquant.inspect.page.data import model_data, page_data
+from fxquant.inspect.page.graphs import graph_data
+from fxquant.inspect.report import report
+from fxquant.inspect.salience import weight_salience
+from fxquant.inspect.sources import Source, graphs_of
+from fxquant.planning.plan import Plan
+from fxquant.statistics.collection import Statistics
+
+_FEW_GRAPHS = 4
+"""The most kinds of calls whose graphs a page shows."""
+
+
+def inspect_page(
+    source: Source,
+    path: str | Path,
+    *,
+    against: Source | None = None,
+    model: nn.Module | type[nn.Module] | None = None,
+    statistics: Statistics | None = None,
+    errors: Mapping[str, Any] | None = None,
+    names: Sequence[str] = (),
+) -> Path:
+    """Write one HTML file that shows a quantized model: every pass, every node, every decision.
+
+    The file loads nothing from the network and opens from a disk. A second model is shown beside the first one.
+
+    Args:
+        source: What ``fxquant.compile`` or ``fxquant.load`` returned, the folder of a checkpoint or of a pipeline with
+            one, or a plan.
+        path: The file to write; an existing file is replaced.
+        against: A second model to compare with.
+        model: For a plan: the float model that it was made for. For a checkpoint of a model that is not from diffusers:
+            its class, or an instance.
+        statistics: Statistics of the calibration of ``source``, for the salience of channels.
+        errors: Errors of ``source`` by layer and timestep; see :mod:`fxquant.inspect.page.data`.
+        names: Names of the models in the page; by default those of their folders or classes.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigurationError: If a source is none of these, or the number of names is wrong.
+        CheckpointError: If a folder holds no checkpoint, or a damaged one.
+        WriteError: If the file cannot be written.
+    """
+    sources = [source] if against is None else [source, against]
+    if names and len(names) != len(sources):
+        raise ConfigurationError(f"{len(names)} names for {len(sources)} models; give one for each")
+    shown = list(names) or _names(sources)
+    models = [
+        _model(name, one, model, statistics if number == 0 else None, errors if number == 0 else None)
+        for number, (name, one) in enumerate(zip(shown, sources, strict=True))
+    ]
+    text = page_html(page_data(models), " and ".join(shown))
+    path = Path(path)
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _model(
+    name: str,
+    source: Source,
+    model: nn.Module | type[nn.Module] | None,
+    statistics: Statistics | None,
+    errors: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    plan = graphs_of(source, model).plan
+    calls = range(min(len(plan.calls), _FEW_GRAPHS))
+    graphs = [graph_data(rewrite_history(source, model=model, graph=number)) for number in calls]
+    weights = None
+    if statistics is not None:
+        holder = model if isinstance(source, Plan) else source
+        weights = weight_salience(holder, plan) if isinstance(holder, (nn.Module, str, Path)) else None
+    return model_data(name, plan, report(source), graphs, statistics, weights, errors)
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    names = []
+    for source in sources:
+        if isinstance(source, (str, Path)):
+            names.append(Path(source).resolve().name)
+        else:
+            plan = source if isinstance(source, Plan) else getattr(source, "plan", None)
+            names.append(plan.model_class.rpartition(":")[2] if isinstance(plan, Plan) else type(source).__name__)
+    return [f"{name} ({'AB'[number]})" if names.count(name) > 1 else name for number, name in enumerate(names)]
