@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,11 +62,11 @@ def run(model: nn.Module, **options: Any) -> Tensor:
     return sample
 
 
-def calibrate(model: nn.Module, **options: Any) -> Any:
+def calibrate(model: nn.Module, steps: Sequence[float] = STEPS, **options: Any) -> Any:
     """A calibration function with one call per step."""
 
     def calibration() -> None:
-        for seed, step in enumerate(STEPS):
+        for seed, step in enumerate(steps):
             run(model, timestep=step, seed=seed, **options)
 
     return calibration

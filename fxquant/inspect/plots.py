@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from fxquant.disk.files import writing
+from fxquant.disk.folders import writing
 from fxquant.errors import ConfigurationError, MissingPackageError
 from fxquant.inspect.salience import salience
 from fxquant.planning.plan import Plan
@@ -90,7 +89,7 @@ def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any
     rows = [[math.nan if value is None else float(value) for value in row] for row in values]
     if not rows or len(rows) != len(layers) or any(len(row) != len(timesteps) for row in rows):
         raise ConfigurationError(
-            f"a heat map of {len(layers)} layers and {len(timesteps)} timesteps needs that many rows and columns of values"
+            f"a heat map of {len(layers)} layers and {len(timesteps)} timesteps needs as many rows and columns"
         )
     figure, axes = _figure(2.4 + 0.28 * len(timesteps), 0.8 + 0.16 * len(layers))
     axis = axes[0][0]

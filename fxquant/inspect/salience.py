@@ -1,7 +1,7 @@
 """Salience of channels before and after balancing: the largest magnitudes of inputs and weights, over timesteps.
 
-PTQ4DiT (arXiv 2405.16005) shows these figures. Inputs come from the statistics of a calibration; weights from a quantized
-model, a checkpoint or the float model.
+PTQ4DiT (arXiv 2405.16005) shows these figures. Inputs come from the statistics of a calibration; weights from a
+quantized model, a checkpoint or the float model.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class Salience:
     weight_after: Tensor | None
 
 
-def salience(
-    plan: Plan, statistics: Statistics, layer: str, weights: Mapping[str, Tensor] | None = None
-) -> Salience:
+def salience(plan: Plan, statistics: Statistics, layer: str, weights: Mapping[str, Tensor] | None = None) -> Salience:
     """The salience of one layer's channels.
 
     Args:
@@ -96,7 +94,7 @@ def weight_salience(source: nn.Module | str | Path, plan: Plan) -> dict[str, Ten
 
     Args:
         source: A quantized model, the folder of a checkpoint, or the float model that was quantized. The weights of the
-            float model are balanced here; those of the others are what their codes stand for, error of rounding included.
+            float model are balanced here; those of the others are what their codes stand for, rounded.
         plan: What was decided.
 
     Raises:

@@ -62,6 +62,8 @@ _ALL_POINTS = 45_000
 _TIMESTEPS = 8
 """The most timesteps whose curves are shown."""
 
+_FROM_REPORT = ("model_class", "recipe", "backend", "totals", "attentions", "products", "passes")
+
 NO_STATISTICS = (
     "There are no statistics of the calibration. Keep them when you quantize, and give them here: "
     "fxquant inspect DIR --statistics FILE, or inspect_page(model, path, statistics=statistics)."
@@ -103,7 +105,9 @@ def model_data(
     layers = [{**row, **_layer(row["name"], plan)} for row in told["layers"]]
     return {
         "name": name,
-        **{key: told[key] for key in ("model_class", "recipe", "backend", "totals", "attentions", "products", "passes")},
+        **{
+            key: told[key] for key in ("model_class", "recipe", "backend", "totals", "attentions", "products", "passes")
+        },
         "decisions": told.get("decisions", []),
         "timesteps": sorted(plan.timesteps),
         "output_sqnr_db": sorted(told["output_sqnr_db"]),
@@ -176,9 +180,7 @@ def _curves(found: Salience, most: int) -> dict[str, Any]:
         "overall": {
             "timesteps": found.timesteps,
             "before": [float(f"{value:.4g}") for value in found.before.amax(1).tolist()],
-            "after": None
-            if found.after is None
-            else [float(f"{value:.4g}") for value in found.after.amax(1).tolist()],
+            "after": None if found.after is None else [float(f"{value:.4g}") for value in found.after.amax(1).tolist()],
         },
     }
 

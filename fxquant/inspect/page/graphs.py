@@ -30,8 +30,8 @@ import torch
 from fxquant.inspect.history import History, Step
 from fxquant.inspect.snapshots import NodeState, order_of
 
-_CHANGED = ("folded", "replaced", "dropped", "copied")
-"""What a pass does to a tensor that was there before, or to a copy of one."""
+_CHANGED = ("folded", "replaced", "copied")
+"""What a pass does to the numbers of a tensor; one that is dropped has only lost its reader."""
 
 
 def graph_data(history: History) -> dict[str, Any]:
