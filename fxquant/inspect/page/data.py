@@ -17,8 +17,7 @@ The format, as :func:`page_data` returns it::
         groups_reason  why there is only one group, or null
         balance        {cost, into, channels, group, reason, factors: [least, median, largest] or null}, or null
         shift          {cost, into, channels, reason, balanced}, or null
-      errors                                                 {layers, timesteps, values, unit, about}: one row of
-                                                             `values` per layer, null where nothing was measured
+      errors                                                 see fxquant.inspect.page.errors
       salience                                               {layers: {name: CURVES}}
       graphs                                                 see fxquant.inspect.page.graphs
 
@@ -47,6 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxquant.inspect.page.errors import errors_data
 from fxquant.inspect.report import Report
 from fxquant.inspect.salience import Salience, layers_with_salience, salience
 from fxquant.planning.decisions import ActivationRange, LayerPlan
@@ -69,8 +69,8 @@ NO_STATISTICS = (
     "fxquant inspect DIR --statistics FILE, or inspect_page(model, path, statistics=statistics)."
 )
 NO_ERRORS = (
-    "The errors of the layers were not measured. Measure them, and make the page again: "
-    "fxquant inspect DIR --errors FILE, or inspect_page(model, path, errors=...)."
+    "The errors of the layers were not measured. Measure them with fxquant.attribute(quantized, model, statistics), "
+    "save the model, and make the page again."
 )
 
 
@@ -99,7 +99,7 @@ def model_data(
         graphs: What :func:`fxquant.inspect.page.graphs.graph_data` returns, for each kind of call.
         statistics: Statistics of the calibration, for the salience.
         weights: Salience of weights; see :func:`fxquant.inspect.salience.weight_salience`.
-        errors: Errors by layer and timestep, in the form of the module's docstring.
+        errors: Errors by layer and timestep; see :mod:`fxquant.inspect.page.errors`.
     """
     told = report.to_json()
     layers = [{**row, **_layer(row["name"], plan)} for row in told["layers"]]
@@ -112,7 +112,7 @@ def model_data(
         "timesteps": sorted(plan.timesteps),
         "output_sqnr_db": sorted(told["output_sqnr_db"]),
         "layers": layers,
-        "errors": errors or {"missing": NO_ERRORS},
+        "errors": {"missing": NO_ERRORS} if errors is None else errors_data(errors),
         "salience": _saliences(plan, statistics, weights),
         "graphs": list(graphs),
     }

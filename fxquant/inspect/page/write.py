@@ -46,7 +46,8 @@ def inspect_page(
         model: For a plan: the float model that it was made for. For a checkpoint of a model that is not from diffusers:
             its class, or an instance.
         statistics: Statistics of the calibration of ``source``, for the salience of channels.
-        errors: Errors of ``source`` by layer and timestep; see :mod:`fxquant.inspect.page.data`.
+        errors: Errors of ``source`` by layer and timestep (:mod:`fxquant.inspect.page.errors`); by default those that
+            its plan holds.
         names: Names of the models in the page; by default those of their folders or classes.
 
     Returns:
@@ -80,6 +81,9 @@ def _model(
     errors: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     plan = graphs_of(source, model).plan
+    attribution = getattr(plan, "attribution", None)
+    if errors is None and attribution is not None:
+        errors = attribution.to_json()
     calls = range(min(len(plan.calls), _FEW_GRAPHS))
     graphs = [graph_data(rewrite_history(source, model=model, graph=number)) for number in calls]
     weights = None

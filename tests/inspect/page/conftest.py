@@ -122,13 +122,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def errors(plan: fxquant.Plan) -> dict[str, Any]:
-    """Errors by layer and timestep, made up; the first was not measured."""
-    layers, timesteps = list(plan.layers), sorted(plan.timesteps)
-    values: list[list[float | None]] = [
-        [10.0 + row + column for column in range(len(timesteps))] for row in range(len(layers))
-    ]
-    values[0][0] = None
-    return {"layers": layers, "timesteps": timesteps, "values": values, "unit": "dB", "about": "SQNR of each layer."}
+    """Errors by layer and timestep in the form of an attribution, made up; the first was not measured."""
+    layers, steps = list(plan.layers), sorted(plan.timesteps, reverse=True)
+    local: list[list[float | None]] = [[0.001 * (row + 1 + t) for t in range(len(steps))] for row in range(len(layers))]
+    local[0][0] = None
+    nothing = [[None] * len(steps) for _ in layers]
+    return {
+        "method": "made up",
+        "layers": layers,
+        "timesteps": steps,
+        "output": [0.01] * len(steps),
+        "local": local,
+        "estimated": [[value and value / 10 for value in row] for row in local],
+        "measured": nothing,
+        "weights": local,
+        "inputs": nothing,
+    }
 
 
 def data_of(path: Path) -> Any:

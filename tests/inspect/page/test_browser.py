@@ -135,7 +135,9 @@ class TestTabs:
         page.run("page.show('timesteps')")
         assert page.run("document.querySelectorAll('#panel canvas').length") == 2
         page.run("page.show('errors')")
-        assert "SQNR of each layer" in page.text("#panel")
+        assert "made up" in page.text("#panel")
+        kinds = page.run("[...document.querySelectorAll('#panel .row option')].map((entry) => entry.text)")
+        assert len(kinds) == 3 and "weight" in kinds[2]  # Of the inputs nothing was measured.
         page.run("page.show('layers')")
         page.run("document.querySelectorAll('#panel th')[10].click()")  # By the SQNR of the weight.
         values = page.run("[...document.querySelectorAll('#panel tbody tr')].map((row) => row.cells[10].innerText)")
@@ -144,7 +146,12 @@ class TestTabs:
 
     def test_without_statistics_and_errors_the_tabs_say_how_to_get_them(self, page, folder):
         page.open(folder / "bare.html")
-        advice = {"salience": "--statistics", "errors": "--errors", "timesteps": "htg", "absorption": "nothing"}
+        advice = {
+            "salience": "statistics",
+            "errors": "fxquant.attribute",
+            "timesteps": "htg",
+            "absorption": "nothing",
+        }
         for tab, text in advice.items():
             page.run("page.show(arguments[0])", tab)
             assert text in page.text("#panel .missing")

@@ -118,3 +118,4 @@ class App {
 }
 
 const page = new App(JSON.parse(byId('data').textContent));
+requestAnimationFrame(() => { page.ready = performance.now(); });  // Milliseconds from opening the file to the first picture.

@@ -65,7 +65,7 @@ function errorsPanel(panel, app) {
   fill(panel, el('h1', {}, 'Errors'), el('h2', {}, 'Output against float, by timestep'),
     measured.length ? curve : missing('The error of the output was not measured: this plan was not made with calibration inputs at hand.'),
     el('h2', {}, 'Error by layer and timestep'),
-    errors.missing ? missing(errors.missing) : [lead(errors.about), el('div', {class: 'row'}), map]);
+    errors.missing ? missing(errors.missing) : [lead(`How these were found: ${errors.about}.`), el('div', {class: 'row'}), map]);
   if (measured.length) {
     const x = [...new Set(measured.flatMap((other) => other.output_sqnr_db.map(([t]) => t)))].sort((a, b) => a - b);
     const theme = colours();
@@ -75,18 +75,26 @@ function errorsPanel(panel, app) {
     })});
   }
   if (errors.missing) return;
-  const finite = errors.values.flat().filter((value) => typeof value === 'number');
+  const row = panel.querySelector('.row');
+  const choice = el('select', {'aria-label': 'Kind of error', onchange: () => draw()},
+    errors.tables.map((table, i) => el('option', {value: i}, `${table.title} ${table.about}`)));
+  const sort = el('input', {type: 'checkbox', onchange: () => draw()});
+  const legend = el('span');
+  append(row, [choice, el('label', {}, sort, ' worst layer first'), legend]);
+  const draw = () => errorMap(map, legend, app, errors, errors.tables[choice.value || 0].values, sort.checked);
+  draw();
+}
+
+/** The heat map of one kind of error, in dB. */
+function errorMap(place, legend, app, errors, values, worstFirst) {
+  const finite = values.flat().filter((value) => typeof value === 'number');
   const [low, high] = [Math.min(...finite), Math.max(...finite)];
   const worst = (row) => Math.min(...row.filter((value) => typeof value === 'number'));
-  const draw = (byError) => {
-    const order = errors.layers.map((_, i) => i);
-    if (byError) order.sort((a, b) => worst(errors.values[a]) - worst(errors.values[b]));
-    heatMap(map, {rows: order.map((i) => errors.layers[i]), values: order.map((i) => errors.values[i]), columns: errors.timesteps,
-      unit: errors.unit, low, high, onpick: (name) => app.goLayer(name)});
-  };
-  const sort = el('input', {type: 'checkbox', onchange: () => draw(sort.checked)});
-  append(panel.querySelector('.row'), [el('label', {}, sort, ' worst layer first'), colourScale(num(low), num(high), errors.unit)]);
-  draw(false);
+  const order = errors.layers.map((_, i) => i);
+  if (worstFirst) order.sort((a, b) => worst(values[a]) - worst(values[b]));
+  heatMap(place, {rows: order.map((i) => errors.layers[i]), values: order.map((i) => values[i]), columns: errors.timesteps,
+    unit: 'dB', low, high, onpick: (name) => app.goLayer(name)});
+  fill(legend, colourScale(num(low), num(high), 'SQNR in dB'));
 }
 
 function saliencePanel(panel, app, chosen = null) {
