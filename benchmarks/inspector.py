@@ -2,7 +2,8 @@
 
     python -m benchmarks.inspector --layers 28 --recipe ptq4dit-w4a8 --page out/dit-xl.html
 
-The page has the statistics of the calibration; an attribution of errors would add little. Milliseconds are those of ``performance.now()`` in the page, medians of several tries:
+The page has the statistics of the calibration; an attribution of errors would add little. Milliseconds are those of
+``performance.now()`` in the page, medians of several tries:
 
 * ready: from opening the file to the first picture, with one block open.
 * search: from a key to the list of results.
