@@ -5,10 +5,11 @@ from fxquant.cli.generate import generate  # isort: skip
 from fxquant.cli.export import export  # isort: skip
 from fxquant.cli.report import report  # isort: skip
 from fxquant.cli.profile import profile  # isort: skip
+from fxquant.cli.plot import plot  # isort: skip
 from fxquant.cli.list import list_  # isort: skip
 from fxquant.cli.app import app
 
-__all__ = ["app", "export", "generate", "list_", "main", "profile", "quantize", "report"]
+__all__ = ["app", "export", "generate", "list_", "main", "plot", "profile", "quantize", "report"]
 
 
 def main() -> None:

@@ -6,16 +6,19 @@ be changed before :func:`save_figure` writes it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from torch import Tensor
 
 from fxquant.disk.folders import writing
 from fxquant.errors import ConfigurationError, MissingPackageError
+from fxquant.inspect.drawing import changes_of, draw_nodes, layered, nodes_inside
+from fxquant.inspect.history import History
 from fxquant.inspect.salience import salience
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
@@ -24,10 +27,47 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+P = ParamSpec("P")
 SUFFIXES = (".png", ".svg", ".pdf")
-_STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.6, "svg.fonttype": "none", "savefig.dpi": 200}
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "figure.titlesize": 8,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "savefig.dpi": 200,
+}
 
 
+def _for_papers(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorator: draw with the fonts and lines of papers, if matplotlib is there."""
+
+    @functools.wraps(function)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise MissingPackageError("pictures need matplotlib, which is not installed: pip install 'fxquant[plots]'")
+        import matplotlib
+
+        with matplotlib.rc_context(_STYLE):
+            return function(*args, **kwargs)
+
+    return draw
+
+
+def check_suffix(path: str | Path) -> Path:
+    """Return the path if a picture can be written there.
+
+    Raises:
+        ConfigurationError: If the suffix is not that of a known format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigurationError(f"{path}: pictures are written as {', '.join(SUFFIXES)}; choose one of these suffixes")
+    return path
+
+
+@_for_papers
 def salience_figure(
     plan: Plan, statistics: Statistics, layer: str, weights: Mapping[str, Tensor] | None = None
 ) -> Figure:
@@ -69,10 +109,11 @@ def salience_figure(
         axis.set_xlabel("input channel")
     if len(found.timesteps) > 1:
         _colour_bar(figure, axes[0], found.timesteps[0], found.timesteps[-1], "timestep")
-    figure.suptitle(layer, fontsize=8)
+    figure.suptitle(layer)
     return figure
 
 
+@_for_papers
 def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any, unit: str = "SQNR in dB") -> Figure:
     """A heat map of errors, one row per layer and one column per timestep.
 
@@ -102,6 +143,7 @@ def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any
     return figure
 
 
+@_for_papers
 def output_figure(plans: Mapping[str, Plan]) -> Figure:
     """SQNR of the output against float by timestep, one curve per plan.
 
@@ -123,6 +165,7 @@ def output_figure(plans: Mapping[str, Plan]) -> Figure:
     return figure
 
 
+@_for_papers
 def timesteps_figure(plan: Plan, layer: str) -> Figure:
     """The dendrogram of the timesteps of a layer, with the boundaries of its groups.
 
@@ -149,6 +192,36 @@ def timesteps_figure(plan: Plan, layer: str) -> Figure:
     every = max(1, len(steps) // 12)
     axis.set_xticks(range(0, len(steps), every), [f"{step:g}" for step in steps[::every]])
     axis.set(xlabel="timestep", ylabel="squared distance", title=layer, ylim=(0, None))
+    return figure
+
+
+@_for_papers
+def block_figure(history: History, module: str, step: str) -> Figure:
+    """The nodes of a module before and after a pass, side by side; what the pass changed is coloured.
+
+    Green: added. Red: removed. Amber: reads other inputs or arguments. Purple: reads a tensor that the pass changed.
+
+    Args:
+        history: What :func:`fxquant.inspect.history.rewrite_history` returns.
+        module: Path of the module, such as ``transformer_blocks.3``; empty for the whole model.
+        step: Name of a step, such as ``quantize-linears``.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        UnknownNameError: If there is no such step or module.
+    """
+    chosen = history.step(step)
+    number = max(history.steps.index(chosen), 1)
+    removed, changed = changes_of(history.steps[number])
+    titles = (f"before {history.steps[number].name}", f"after {history.steps[number].name}")
+    sides = [nodes_inside(entry.nodes, module) for entry in history.steps[number - 1 : number + 1]]
+    layouts = [layered(nodes) for nodes in sides]
+    sizes = [layout.size for layout in layouts]
+    width, height = sum(wide for wide, _ in sizes), max(high for _, high in sizes)
+    figure, axes = _figure(width, height + 0.4, 1, 2, width_ratios=[wide for wide, _ in sizes])
+    for axis, nodes, layout, changes, title in zip(axes[0], sides, layouts, (removed, changed), titles, strict=True):
+        draw_nodes(axis, nodes, layout, changes, module)
+        axis.set_title(f"{module or history.model_class}, {title}")
     return figure
 
 
@@ -182,25 +255,21 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         ConfigurationError: If the suffix is not that of a known format.
         WriteError: If the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigurationError(f"{path}: pictures are written as {', '.join(SUFFIXES)}; choose one of these suffixes")
+    path = check_suffix(path)
     import matplotlib
 
     with writing(path), matplotlib.rc_context(_STYLE):
         figure.savefig(path, bbox_inches="tight")
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[list[Axes]]]:
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, width_ratios: Sequence[float] | None = None
+) -> tuple[Figure, list[list[Axes]]]:
     """A figure of a size in inches, not known to pyplot, and its axes by row."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackageError("pictures need matplotlib, which is not installed: pip install 'fxquant[plots]'")
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios)
     return figure, axes.tolist()
 
 
