@@ -1,7 +1,7 @@
 """Draws the nodes of a module, before and after a pass, as a figure of matplotlib.
 
-The layout is layered: a node is below everything that it reads, and nodes of one layer are ordered so that few lines
-cross. It suits blocks of up to a few hundred nodes.
+The layout is layered: a node is below everything that it reads, and near what it reads and what reads it. It suits
+blocks of up to a few hundred nodes.
 """
 
 from __future__ import annotations
@@ -87,14 +87,8 @@ def layered(nodes: Sequence[NodeState]) -> Layout:
     centres = {name: (place[name], number * (HEIGHT + GAP)) for name, number in rank.items()}
     lines = {}
     for (source, reader), path in chains.items():
-        ends = [
-            (centres[path[0]][0], centres[path[0]][1] + HEIGHT / 2),
-            (centres[path[-1]][0], centres[path[-1]][1] - HEIGHT / 2),
-        ]
-        middle = [
-            (centres[entry][0], centres[entry][1] + side) for entry in path[1:-1] for side in (-HEIGHT / 2, HEIGHT / 2)
-        ]
-        lines[source, reader] = [ends[0], *middle, ends[1]]
+        points = [(centres[entry][0], centres[entry][1] + side) for entry in path for side in (-HEIGHT / 2, HEIGHT / 2)]
+        lines[source, reader] = points[1:-1]  # From the bottom of the one to the top of the other.
     return Layout({state.name: centres[state.name] for state in nodes}, lines)
 
 
@@ -163,5 +157,6 @@ def draw_nodes(axis: Axes, nodes: Sequence[NodeState], layout: Layout, changes: 
         axis.text(x, y + 0.1, f"{place} {value}"[-42:], ha="center", va="center", fontsize=4.5, color="0.35")
     axis.set_axis_off()
     axis.set_aspect("equal")
+    axis.set_anchor("N")
     axis.invert_yaxis()
     axis.autoscale_view()

@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 SUFFIXES = (".png", ".svg", ".pdf")
 _STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "figure.titlesize": 8,
-    "axes.labelsize": 8,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize", "legend.fontsize"), 8),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7),
     "axes.linewidth": 0.6,
     "svg.fonttype": "none",
     "savefig.dpi": 200,

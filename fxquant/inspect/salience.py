@@ -94,7 +94,8 @@ def weight_salience(source: nn.Module | str | Path, plan: Plan) -> dict[str, Ten
 
     Args:
         source: A quantized model, the folder of a checkpoint, or the float model that was quantized. The weights of the
-            float model are balanced here; those of the others are what their codes stand for, rounded.
+            float model are balanced here; those of the others are what their codes stand for, rounded. Those also hold
+            the factors that the rows of a weight absorbed for another layer.
         plan: What was decided.
 
     Raises:
