@@ -148,7 +148,7 @@ class GraphTab {
   closeAll() {
     this.open = new Set(['']);
     this.refresh();
-    this.view.fit();
+    this.view.fit(null, true);
   }
 
   choose(key) {

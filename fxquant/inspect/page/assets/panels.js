@@ -18,6 +18,20 @@ function layerChoice(names, chosen, change) {
     el('button', {type: 'button', onclick: () => move(1)}, 'next →'));
 }
 
+/** A table of layers under a field that filters it by words. */
+function filteredTable(columns, rows, onrow) {
+  const place = el('div');
+  const show = (text) => {
+    const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    const all = (row) => [row.name, row.role, row.precision, row.kernel].join(' ').toLowerCase();
+    fill(place, sortedTable(columns, rows.filter((row) => words.every((word) => all(row).includes(word))), {onrow}));
+  };
+  const input = el('input', {type: 'search', placeholder: 'Filter by words, such as to_q w4a8', 'aria-label': 'Filter',
+    style: {width: '280px'}, oninput: () => show(input.value)});
+  show('');
+  return [el('div', {class: 'row'}, input), place];
+}
+
 function overviewTiles(model) {
   const totals = model.totals;
   return el('div', {class: 'tiles'},
@@ -50,8 +64,8 @@ function layersPanel(panel, app) {
   ];
   const products = Object.entries(model.products);
   fill(panel, el('h1', {}, 'Layers'), overviewTiles(model),
-    lead('One row per layer. A click on a head sorts, a click on a row shows the layer in the graph.'),
-    sortedTable(columns, model.layers, {onrow: (row) => app.goLayer(row.name)}),
+    lead('One row per layer. A click on a title sorts, a click on a row shows the layer in the graph.'),
+    filteredTable(columns, model.layers, (row) => app.goLayer(row.name)),
     products.length ? [el('h2', {}, 'Matrix products that stay float'), sortedTable([
       {title: 'product', cell: (row) => row[0], class: 'mono'}, {title: 'reason', cell: (row) => row[1]}], products)] : null);
 }
