@@ -1,10 +1,8 @@
-"""The code that the documentation shows runs, and does what the page says."""
+"""Examples of the documentation do what their page says."""
 
 from __future__ import annotations
 
-import re
 import sys
-from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -14,14 +12,13 @@ from torch import Tensor, nn
 from fxquant.channels.rules import RULES
 from fxquant.pipeline.pipeline import PASSES, Pipeline
 from fxquant.planning.plan import Plan
+from tests.docs.pages import blocks_of
 from tests.support import absorb, captured, count, proved
-
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def blocks(page: str) -> list[str]:
     """The Python blocks of a page."""
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.S)
+    return [block.code for block in blocks_of(f"docs/{page}", "python")]
 
 
 def test_the_rule_of_the_page_is_a_rule() -> None:

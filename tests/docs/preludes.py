@@ -1,0 +1,32 @@
+"""Names that the code of a page uses and does not define: what the page says in words."""
+
+from __future__ import annotations
+
+_MODEL = """
+import copy
+import fxquant
+import torch
+from tests.tiny import calibrate as calibration, make_dit, make_pipeline
+model = make_dit()
+calibrate = calibration(model)
+"""
+
+_PIPE = """
+pipe = make_pipeline(model)
+calibrate = lambda: pipe(class_labels=[1, 2], num_inference_steps=3)
+"""
+
+PRELUDES = {
+    "docs/architecture.md": f"{_MODEL}\nquantized = fxquant.compile(model, recipe='rtn-w8a8', calibrate=calibrate)\n",
+    "docs/channel-rules.md": "",
+    "docs/passes.md": f"""{_MODEL}
+from types import SimpleNamespace
+from fxquant import Plan
+context, name, channels = SimpleNamespace(plan=Plan("", "", None)), "to_q", 8
+orthogonal = lambda size: torch.linalg.qr(torch.randn(size, size))[0]
+""",
+    "docs/usage.md": f"""{_MODEL}{_PIPE}
+fxquant.save(fxquant.compile(model, recipe='rtn-w4a8', calibrate=calibrate), "dit-w4a8")
+""",
+}
+"""Code that runs before the blocks of a page, by page; pages without an entry define all names themselves."""

@@ -1,0 +1,71 @@
+"""Every Python block of the documentation runs, in the order of its page, in an empty folder."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+from diffusers import DiTPipeline
+
+import fxquant
+from fxquant.channels.rules import RULES
+from fxquant.pipeline.backend import BACKENDS
+from fxquant.pipeline.pipeline import PASSES
+from fxquant.pipeline.recipes import RECIPES
+from tests.docs.pages import ROOT, Block, blocks_of, pages
+from tests.docs.preludes import PRELUDES
+from tests.tiny import make_pipeline
+
+WITH_CODE = [page for page in pages() if blocks_of(page, "python")]
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiTPipeline, "from_pretrained", lambda *_, **__: make_pipeline())
+    module = ModuleType("page")  # Dataclasses look up the module that they stand in.
+    monkeypatch.setitem(sys.modules, "page", module)
+    with registries_kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(PRELUDES.get(page, ""), vars(module))
+        for block in blocks_of(page, "python"):
+            if block.not_run is None:
+                run(block, module)
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_code_that_is_not_run_uses_names_that_exist(page: str) -> None:
+    for block in blocks_of(page, "python"):
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fxquant":
+                assert hasattr(fxquant, node.attr), f"{page}:{block.line} uses fxquant.{node.attr}"
+
+
+def test_preludes_belong_to_pages() -> None:
+    assert set(PRELUDES) <= set(WITH_CODE)
+
+
+def run(block: Block, module: ModuleType) -> None:
+    """Run a block; tracebacks show its line on the page."""
+    code = compile("\n" * (block.line - 1) + block.code, str(ROOT / block.page), "exec", dont_inherit=True)
+    exec(code, vars(module))
+
+
+@contextmanager
+def registries_kept() -> Iterator[None]:
+    """Within this context code may register passes, recipes, backends and rules; afterwards they are gone."""
+    held: list[dict[Any, Any]] = [PASSES._objects, RECIPES._objects, BACKENDS._objects, RULES]
+    with ExitStack() as stack:
+        for objects in held:
+            stack.enter_context(mock.patch.dict(objects))
+        yield
