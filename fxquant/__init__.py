@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
     from fxquant.inspect.difference import Difference, diff
+    from fxquant.inspect.errors import attribute
     from fxquant.inspect.explain import Explanation, explain
     from fxquant.inspect.history import History, rewrite_history
     from fxquant.inspect.profiling import Profile, profile
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from fxquant.ir.origins import origin
     from fxquant.ir.roles import nodes_of
     from fxquant.pipeline.recipes import Recipe, make_recipe
+    from fxquant.planning.attribution import Attribution
     from fxquant.planning.plan import Plan
     from fxquant.statistics.collection import Statistics
     from fxquant.storage.aot.export import export_aot
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Attribution",
     "Difference",
     "Explanation",
     "FxquantError",
@@ -35,6 +38,7 @@ __all__ = [
     "Report",
     "SpeedWarning",
     "Statistics",
+    "attribute",
     "compile",
     "diff",
     "explain",
@@ -57,6 +61,7 @@ __all__ = [
 _HOMES = {
     "Difference": "inspect.difference",
     "Explanation": "inspect.explain",
+    "Attribution": "planning.attribution",
     "FxquantError": "errors",
     "History": "inspect.history",
     "Plan": "planning.plan",
@@ -66,6 +71,7 @@ _HOMES = {
     "Report": "inspect.report",
     "SpeedWarning": "errors",
     "Statistics": "statistics.collection",
+    "attribute": "inspect.errors",
     "compile": "api",
     "diff": "inspect.difference",
     "explain": "inspect.explain",

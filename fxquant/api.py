@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fxquant.calibration.calibrate import Calibration, output_sqnr, run_calibration
+from fxquant.calibration.recorded import calibrate_from_statistics
 from fxquant.capture.calls import Call
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
@@ -35,10 +37,12 @@ from fxquant.runtime.float_model import (
     device_of,
     dtype_of,
     refuse_adapters,
+    weights_digest,
 )
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.replay import convert, replay
 from fxquant.statistics.collection import Statistics
+from fxquant.statistics.kept_calls import Run
 
 _POOR_DB = 10.0
 
@@ -105,15 +109,17 @@ def compile(
         model: A diffusion transformer in evaluation mode, such as ``pipe.transformer``.
         recipe: A name with a precision, such as ``"ptq4dit-w4a8"``, or a :class:`~fxquant.pipeline.recipes.Recipe`.
         backend: ``"fake-quant"``, another registered name, or a backend.
-        calibrate: Any callable that runs the model the way it will be used.
+        calibrate: Any callable that runs the model the way it will be used. It can be left out if ``statistics`` are
+            those of an earlier calibration of the same model that observed what this recipe needs.
         plan: Replaces recipe and calibration: a plan from an earlier run, edited or not, to apply again. The quantized
             model gets a copy of it.
         layers: ``"default"`` (transformer blocks; embedders with float arithmetic and 8-bit weights), ``"blocks"``
             (embedders entirely float) or ``"all"``.
         timestep: Name of the ``forward`` argument that holds the timestep.
         measure: Number of calibration calls on which the output error is measured afterwards; 0 for none.
-        statistics: Receives what the observers record, for inspection or to merge runs; a new object if None. With a
-            plan: the statistics recorded when the plan was made, for roundings that use more than the weights (GPTQ).
+        statistics: Receives what the observers record, for inspection, for later conversions or to merge runs; a new
+            object if None. With a plan, or without ``calibrate``: the statistics of an earlier calibration, from which
+            the recipe decides. Roundings that use more than the weights (GPTQ, reconstruction) need them with a plan.
         instruments: They watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`).
         resume: Folder in which slow passes (block reconstruction) keep finished results. The same call with the same
             folder continues from them. Results learned from other weights, inputs or options are ignored.
@@ -144,6 +150,10 @@ def compile(
     device = device_of(model)
     runner = resolve_backend(backend).on(device)
     runner.check_device(device)
+    name = timestep if plan is None else plan.timestep
+    run = Run(class_path(model), weights_digest(model), name)
+    if statistics is not None and statistics.run is not None:
+        statistics.run.check_same(run, "this model")
     if plan is not None:
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
@@ -155,7 +165,7 @@ def compile(
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
-    if calibrate is None:
+    if calibrate is None and not statistics:
         raise CalibrationError(
             "static activation ranges come from calibration, and the graph from its first call; pass calibrate=, "
             "a function that runs the model, such as lambda: pipe(class_labels=labels, num_inference_steps=25)"
@@ -174,7 +184,12 @@ def compile(
     calibration = Calibration(
         model, architecture, made, chosen.prepare, chosen.convert, measure, instruments, statistics, check, prove
     )
-    run_calibration(calibration, model, calibrate)
+    if calibrate is None:
+        with without_autocast(device.type):
+            calibrate_from_statistics(calibration, device)
+    else:
+        run_calibration(calibration, model, calibrate)
+    calibration.statistics.run = replace(run, step=made.observed_step)
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
     if calibration.statistics.transient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import fx
 
 from fxquant.channels.solution import Request
 from fxquant.channels.walk import solve
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import boundaries_between, timestep_input, unfit
@@ -22,6 +23,8 @@ from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan, TimestepGroups
 from fxquant.planning.grouping import best_segments, check_groups, cut, merge_neighbours
 from fxquant.planning.layer_inputs import layer_input
+
+_FEWEST_FOR_TWO = 11  # Timesteps of which a tenth, rounded up, is more than one.
 
 
 class Grouping(enum.Enum):
@@ -45,7 +48,8 @@ class GroupTimesteps(Pass):
     closest group.
 
     Attributes:
-        groups: Number of groups; 0 for a tenth of the calibrated timesteps, rounded up.
+        groups: Number of groups; 0 for a tenth of the calibrated timesteps, rounded up. If that is one group, the plan
+            holds the reason and a QualityWarning says so.
         method: ``greedy``, as in the paper, or ``optimal``.
         roles: Roles of the layers, joined by ``+``.
         dearest: The highest cost that :class:`~fxquant.passes.shift_channels.ShiftChannels` will be allowed. It
@@ -97,7 +101,26 @@ class GroupTimesteps(Pass):
         middles = np.concatenate([((one.minimum + one.maximum) / 2).numpy() for one in seen], axis=1)
         count = check_groups(self.groups, len(steps))
         merges = merge_neighbours(middles)
+        reason = self._why_one(count, len(steps), context)
         starts = cut(merges, len(steps), count) if self.method is Grouping.GREEDY else best_segments(middles, count)
         groups = [steps[start:stop] for start, stop in zip(starts, [*starts[1:], len(steps)], strict=True)]
         tree = [[steps[merge.left], steps[merge.right], merge.distance] for merge in merges]
-        return TimestepGroups(boundaries_between(groups), tree)
+        return TimestepGroups(boundaries_between(groups), tree, reason)
+
+    def _why_one(self, count: int, timesteps: int, context: PassContext) -> str | None:
+        """Why all timesteps are one group although nobody asked for one group; it is said once, as a warning."""
+        if count > 1 or self.groups == 1:
+            return None
+        reason = (
+            f"the {timesteps} calibrated timesteps make one group, because groups=0 stands for a tenth of them, "
+            f"rounded up; {_FEWEST_FOR_TWO} timesteps are the fewest for two groups"
+        )
+        if "warned" not in context.memo:
+            context.memo["warned"] = True
+            warnings.warn(
+                f"{self.name}: {reason}. Calibrate with {_FEWEST_FOR_TWO} or more steps, or choose the number: "
+                f"{self.name}{{groups=2}}",
+                QualityWarning,
+                stacklevel=2,
+            )
+        return reason

@@ -30,9 +30,9 @@ from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
 from fxquant.statistics.collection import Statistics
 
-_KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error.
+KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error.
 _PROVED = 2  # Calls that are kept to prove passes, if no pass asks for any.
-_ROWS = 16  # Samples of a call that are kept for passes that run the graph again.
+_ROWS = 16  # Samples of a call that are kept to run the graph again.
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Calibration:
         prepared: The captured graphs, after the passes that come before calibration; one per kind of call.
         records: What these passes did to the first of these graphs.
         statistics: What the observers recorded.
+        most_samples: Number of calls on which the output error is measured.
         calls: Number of calls of the model so far.
         steps: The timesteps seen so far, in order. Recorded only if a single denoising step is observed.
         failure: The first error of a call, which the user's code may have swallowed.
@@ -98,6 +99,7 @@ class Calibration:
         self.prepared: list[CapturedGraph] = []
         self.records: list[PassRecord] = []
         self.statistics = Statistics(transient=True) if statistics is None else statistics
+        self.most_samples = keep
         self._samples: Spread[Sample] = Spread(keep)
         self._inputs: list[Spread[list[Tensor]]] = []
         self.calls = 0
@@ -106,6 +108,7 @@ class Calibration:
         self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
         self._lock = threading.Lock()  # Capture and statistics handle one call at a time.
         self._observed: list[fx.GraphModule] = []
+        self._kinds: list[int] = []  # By number of the graph: the number of its kind of call in the statistics.
         self._keys: dict[str, dict[str, None]] = {}  # See fxquant.planning.uses.
         self._check = check
 
@@ -141,6 +144,7 @@ class Calibration:
             self._keep_sample(captured, call, output)
         if not late:
             self._keep_inputs(number, leaves)
+            self._keep_call(captured, self._kinds[number], call)
         self.calls += 1
         return captured.output(output)
 
@@ -164,6 +168,13 @@ class Calibration:
     def inputs_of(self, number: int) -> list[list[Tensor]]:
         """Inputs of calls of one captured graph, for passes that run it again."""
         return self._inputs[number].chosen()
+
+    def recall(self, number: int, inputs: Sequence[list[Tensor]], samples: Sequence[Sample]) -> None:
+        """Take inputs of calls of a captured graph, and samples, from an earlier calibration in place of new calls."""
+        for kept, items in ((self._inputs[number], inputs), (self._samples, samples)):
+            for item in items:
+                if kept.wants_next():  # type: ignore[attr-defined]
+                    kept.keep(item)  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         """Combine what several graphs of the model recorded for the same layer. Called after the last call.
@@ -195,9 +206,30 @@ class Calibration:
         bind(captured.module, self.weights)
         if self.original is not None:
             self.original.compare(captured, call)
-        inputs = [captured.inputs(call.leaves)] if self.prepare.prove else []
-        records = self.prepare.run(captured.module, PassContext(self.plan, inputs=inputs))
+        number = self.adopt(captured, [captured.inputs(call.leaves)] if self.prepare.prove else [])
+        warn_of_many(call, [graph.call for graph in self.prepared])
+        return number
+
+    def adopt(self, captured: CapturedGraph, inputs: Sequence[list[Tensor]] = ()) -> int:
+        """Prepare a captured graph whose weights are bound, and make the graph that observes; returns its number.
+
+        Args:
+            captured: The graph.
+            inputs: Inputs of calls on which passes are proved.
+
+        Raises:
+            CalibrationError: If the statistics hold another denoising step than the recipe observes.
+        """
+        records = self.prepare.run(captured.module, PassContext(self.plan, inputs=list(inputs)))
         self.records = self.records or records
+        if self.statistics.run is not None and self.statistics.run.step != self.plan.observed_step:
+            held, wanted = (
+                "all steps" if step is None else f"step {step}"
+                for step in (self.statistics.run.step, self.plan.observed_step)
+            )
+            raise CalibrationError(
+                f"the statistics hold {held} of the sampler, and the recipe observes {wanted}; calibrate with this recipe"
+            )
         for step in (*self.prepare.passes, *self.convert):
             step.check_graph(captured.module.graph, self.plan)
         self._check()
@@ -213,10 +245,9 @@ class Calibration:
             for key in self._keys.get(name, ())
         ).__contains__
         self.prepared.append(captured)
-        kept = -(-max((step.wants_samples() for step in self.convert), default=0) // _ROWS)
-        self._inputs.append(Spread(kept or (_PROVED if self.prepare.prove else 0)))
+        self._kinds.append(self.statistics.calls.kind(captured.call.to_json()))
+        self._inputs.append(Spread(calls_wanted(self.convert) or (_PROVED if self.prepare.prove else 0)))
         self._observed.append(observed)
-        warn_of_many(call, [graph.call for graph in self.prepared])
         return len(self.prepared) - 1
 
     def _wants_float_input(self, layer: LayerPlan) -> bool:
@@ -226,20 +257,35 @@ class Calibration:
     def _keep_sample(self, captured: CapturedGraph, call: Call, output: Sequence[Any]) -> None:
         if not self._samples.wants_next():
             return
-        leaves, chosen = some_samples(captured, call.leaves, _KEPT_SAMPLES)
+        leaves, chosen = some_samples(captured, call.leaves, KEPT_SAMPLES)
         kept = call.with_leaves(leaves)
         first = next(leaf for leaf in output if isinstance(leaf, Tensor))
         if chosen is not None and first.dim() and first.shape[0] == captured.call.batch_size(call.leaves):
             first = first.index_select(0, chosen.to(first.device))
-        step = kept.leaf(str(self.plan.timestep))
-        number = float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
-        self._samples.keep(Sample(number, kept.arguments(), first.clone()))
+        self._samples.keep(Sample(timestep_of(kept, self.plan.timestep), kept.arguments(), first.clone()))
+
+    def _keep_call(self, captured: CapturedGraph, kind: int, call: Call) -> None:
+        timestep, calls = timestep_of(call, self.plan.timestep), self.statistics.calls
+        priority = calls.wants(kind, timestep)
+        if priority is not None:
+            calls.keep(kind, timestep, priority, captured.inputs(some_samples(captured, call.leaves, _ROWS)[0]))
 
     def _keep_inputs(self, number: int, leaves: Sequence[Any]) -> None:
         kept = self._inputs[number]
         if kept.wants_next():
             captured = self.prepared[number]
             kept.keep(captured.inputs(some_samples(captured, leaves, _ROWS)[0]))
+
+
+def calls_wanted(passes: Sequence[Pass]) -> int:
+    """The number of calls to keep for passes that run graphs again."""
+    return -(-max((step.wants_samples() for step in passes), default=0) // _ROWS)
+
+
+def timestep_of(call: Call, name: str | None) -> float:
+    """The timestep of the first sample of a call. If each token has a timestep, that of the noisiest token."""
+    step = call.leaf(str(name))
+    return float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fxquant.capture.calls import BATCH, TensorSpec
+from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
 from fxquant.capture.graph import CapturedGraph
 
 T = TypeVar("T")
@@ -66,3 +66,16 @@ def some_samples(captured: CapturedGraph, leaves: Sequence[Any], most: int) -> t
         return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
     return [take(leaf, spec) for leaf, spec in zip(leaves, captured.call.leaves, strict=True)], chosen
+
+
+def first_samples(spec: CallSpec, inputs: Sequence[Tensor], most: int) -> list[Tensor]:
+    """The inputs of a graph with at most ``most`` samples, spread over the batch. Fixed batches stay whole."""
+    batch = next((tensor.shape[leaf.shape.index(BATCH)] for (_, leaf), tensor in zip(spec.tensors, inputs, strict=True)
+                  if BATCH in leaf.shape), 0)  # fmt: skip
+    if batch <= most:
+        return list(inputs)
+    chosen = torch.linspace(0, batch - 1, most, dtype=torch.float32).long()
+    return [
+        tensor.index_select(leaf.shape.index(BATCH), chosen.to(tensor.device)) if BATCH in leaf.shape else tensor
+        for (_, leaf), tensor in zip(spec.tensors, inputs, strict=True)
+    ]

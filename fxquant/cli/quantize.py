@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fxquant.pipeline.pipeline import Pass, PassRecord
     from fxquant.pipeline.recipes import Recipe
+    from fxquant.statistics.collection import Statistics
 
 
 class Layers(StrEnum):
@@ -90,6 +91,36 @@ def quantize(
         bool,
         typer.Option("--prove", help="Check on calibration calls that each pass keeps what its tier promises; slow."),
     ] = False,
+    keep_statistics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File for what calibration observed, with some of its calls.",
+            rich_help_panel="Statistics",
+        ),
+    ] = None,
+    keep_calls: Annotated[
+        int, typer.Option(min=0, max=10_000, help="Calls to keep in that file.", rich_help_panel="Statistics")
+    ] = 32,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What [bold]--keep-statistics[/] wrote, in place of a calibration.",
+            rich_help_panel="Statistics",
+        ),
+    ] = None,
+    attribute: Annotated[
+        bool,
+        typer.Option(
+            "--attribute",
+            help="Find out which layers cause the output error, as [bold]fxquant attribute[/] does.",
+            rich_help_panel="Statistics",
+        ),
+    ] = False,
+    budget: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for --attribute.", rich_help_panel="Statistics")
+    ] = 600.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     debug: Debug = False,
@@ -115,6 +146,7 @@ def quantize(
         prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
         for option, folder in (("--dump-graphs", dump_graphs), ("--resume", resume)):
             _check_folder(option, folder, out_folder)
+        recorded = _statistics(statistics, keep_statistics, keep_calls, attribute, out_folder)
         chosen = make_recipe(recipe, layers.value)
         place = usable_device(device)
         runner = resolve_backend(backend).on(place)
@@ -126,26 +158,45 @@ def quantize(
             if not hasattr(pipe, "transformer"):
                 raise ConfigurationError(f"{type(pipe).__name__} has no transformer; fxquant quantizes transformers")
             pipe.set_progress_bar_config(disable=True)
-            calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines)
+            calibrate = None
+            if statistics is None:
+                calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines)
         with progress_bars() as progress:
             watch = _PassProgress(progress, chosen)
             instruments: list[Instrument] = [watch]
             if dump_graphs is not None:
                 instruments.append(DumpGraphs(dump_graphs))
-            task = progress.add_task(f"calibrate: {samples} samples, {steps} steps", total=num_batches(samples) * steps)
+            told = f"calibrate: {samples} samples, {steps} steps" if calibrate else "calibrated before"
+            task = progress.add_task(told, total=num_batches(samples) * steps if calibrate else 0)
             with steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):
+                original = pipe.transformer
                 pipe.transformer = fxquant.compile(
-                    pipe.transformer,
+                    original,
                     recipe=chosen,
                     backend=runner,
                     calibrate=calibrate,
                     layers=layers.value,
                     measure=measure,
+                    statistics=recorded,
                     instruments=instruments,
                     resume=resume,
                     prove=prove,
                 )
             watch.done()
+            if attribute and recorded is not None:
+                bar = progress.add_task("attribute errors", total=None)
+                fxquant.attribute(
+                    pipe.transformer,
+                    original,
+                    recorded,
+                    budget=budget,
+                    progress=lambda what, done, total: progress.update(
+                        bar, description=f"errors: {what}", completed=done, total=total
+                    ),
+                )
+        if keep_statistics is not None and recorded is not None:
+            with status(f"writing {keep_statistics}"):
+                recorded.save(keep_statistics)
         with status(f"writing {out_folder}"):
             _save(pipe, out_folder, overwrite)
         _mention_float_transformers(pipe)
@@ -154,7 +205,29 @@ def quantize(
         print_json(found.to_json())
     else:
         print_plain(found.summary())
+        if found.attribution is not None:
+            print_plain(f"\n{found.attribution.table()}")
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
+
+
+def _statistics(
+    given: Path | None, keep: Path | None, calls: int, attribute: bool, out_folder: Path
+) -> Statistics | None:
+    """The statistics to read or to record; None if they are not needed afterwards."""
+    import fxquant
+
+    if given is not None and keep is not None:
+        raise ConfigurationError("give --statistics to use a file, or --keep-statistics to write one, not both")
+    if given is not None:
+        return fxquant.Statistics.load(given)
+    if attribute and not calls:
+        raise ConfigurationError("--attribute runs kept calls again, so --keep-calls cannot be 0")
+    if keep is None:
+        return fxquant.Statistics(keep_calls=calls, transient=True) if attribute else None
+    _check_folder("--keep-statistics", keep.resolve().parent, out_folder)
+    if keep.is_dir():
+        raise ConfigurationError(f"--keep-statistics {keep} is a folder; give the name of a file")
+    return fxquant.Statistics(keep_calls=calls)
 
 
 def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:

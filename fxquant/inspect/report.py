@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fxquant.inspect.rows import COSTS, AttentionReport, DecisionReport, LayerRe
 from fxquant.inspect.sizes import dtype_of_plan, weight_bytes
 from fxquant.inspect.tables import layer_row, reasons, sections, span_of
 from fxquant.pipeline.backend import Backend, resolve_backend
+from fxquant.planning.attribution import Attribution
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import PLAN_FILE, Plan
 from fxquant.runtime.devices import usable_device
@@ -63,6 +64,7 @@ class Report:
         products: For each matrix product or convolution that is neither a layer nor part of an attention: the reason
             why it stays float, by the path of its module, its op and its line.
         decisions: What passes decided that has no field above (:mod:`fxquant.planning.pass_decisions`).
+        attribution: Where the output error comes from, if :func:`fxquant.attribute` measured it.
     """
 
     model_class: str
@@ -77,13 +79,17 @@ class Report:
     attentions: tuple[AttentionReport, ...] = ()
     products: Mapping[str, str] = field(default_factory=dict)
     decisions: tuple[DecisionReport, ...] = ()
+    attribution: Attribution | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values. Numbers that are not finite, such as the SQNR of a lossless layer, are strings."""
-        data = asdict(self)
+        data = asdict(replace(self, attribution=None))
+        if self.attribution is not None:
+            data["attribution"] = {**self.attribution.to_json(), "worst": self.attribution.rows()}
         data["output_sqnr_db"] = [[step, db] for step, db in self.output_sqnr_db.items()]
-        if not self.decisions:
-            del data["decisions"]
+        for optional in ("decisions", "attribution"):
+            if not data[optional]:
+                del data[optional]
         values = json_values(data)
         assert isinstance(values, dict)
         return values
@@ -104,11 +110,15 @@ class Report:
         kept = [(layer.name, layer.float_because) for layer in self.layers]
         if text := reasons("layers and matrix products in float, and why", [*kept, *self.products.items()]):
             parts.append(text)
+        if text := reasons("timesteps in one group, and why", [(one.name, one.one_bin_because) for one in self.layers]):
+            parts.append(text)
         if self.attentions:
             parts.append(self._attention_table(every))
         parts += decision_tables(self.decisions, every)
         if self.output_sqnr_db:
             parts.append(self._output_table())
+        if self.attribution is not None:
+            parts.append(f"where the output error comes from\n{self.attribution.table()}")
         if self.passes:
             parts.append(self._pass_table())
         return "\n\n".join(parts)
@@ -133,6 +143,9 @@ class Report:
             )
         else:
             lines.append(("output SQNR", "not measured"))
+        worst = None if self.attribution is None else self.attribution.worst_cell()
+        if worst is not None:
+            lines.append(("worst layer", f"{worst[0]} at timestep {worst[1]:g}"))
         lines.append(("layers", ", ".join(f"{count} {name}" for name, count in totals.layers_by_precision.items())))
         targets = sum(totals.balance_by_cost.values())
         if targets:
@@ -240,6 +253,7 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
         ),
         products=dict(plan.products),
         decisions=decision_rows(plan.pass_decisions),
+        attribution=plan.attribution,
     )
 
 
@@ -338,6 +352,7 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None, dtype: t
         float_because=layer.reason if layer.weight_bits is None else None,
         bytes_before=before,
         bytes_after=after,
+        one_bin_because=layer.timesteps.reason if layer.timesteps else None,
     )
 
 

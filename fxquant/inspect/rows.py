@@ -38,6 +38,7 @@ class LayerReport:
         float_because: Why its weight stays float, or None.
         bytes_before: Bytes of its weight in the float model.
         bytes_after: Bytes of its weight as checkpoints store it, with scales and zero points.
+        one_bin_because: Why all timesteps share one bin although they were to be grouped, or None.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LayerReport:
     float_because: str | None = None
     bytes_before: int = 0
     bytes_after: int = 0
+    one_bin_because: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.capture.calls import CallSpec
-from fxquant.disk.files import blaming, load_tensors, share
+from fxquant.disk.files import blaming, digest_of, load_tensors, share
 from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.planning.attribution import Attribution
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
@@ -60,6 +61,7 @@ class Plan:
         passes: What the pipeline did, one entry per pass.
         observed_step: Number of the one denoising step that calibration observes, counted from 0; None for all steps.
         reconstruction: SQNR of each block's output in dB, first rounded to nearest, then as learned.
+        attribution: Where the output error comes from, if :func:`fxquant.attribute` measured it; ``==`` ignores it.
         naming: Version of the rules that name layers. The rules of version 1 named layers with a shared weight after
             one of the weight's owners, and layers whose weight is cast after their node.
     """
@@ -82,6 +84,7 @@ class Plan:
     products: dict[str, str] = field(default_factory=dict)
     pass_decisions: PassDecisions = field(default_factory=PassDecisions, repr=False)
     naming: int = NAMING
+    attribution: Attribution | None = field(default=None, repr=False)
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of one layer.
@@ -127,6 +130,11 @@ class Plan:
         data = self.to_json()
         data["passes"] = [{**entry, "seconds": None} for entry in data["passes"]]
         return json.dumps(data, sort_keys=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the recipe and of what was decided for layers and attentions."""
+        data = self.to_json()
+        return digest_of({name: data[name] for name in ("recipe", "layers", "attentions")})
 
     def tensors(self) -> dict[str, Tensor]:
         """The vectors, and the tensors of passes' decisions."""
@@ -253,6 +261,8 @@ class Plan:
     def save(self, folder: str | Path) -> None:
         """Write ``plan.json`` and ``plan.safetensors`` into a folder, which is created if it does not exist.
 
+        If errors were attributed to layers, ``errors.json`` is written too.
+
         Raises:
             CheckpointError: If the folder holds a checkpoint, which has its own plan.
             ConfigurationError: If the plan holds what :meth:`load` would refuse.
@@ -277,6 +287,8 @@ class Plan:
             copies = {name: tensor.detach().clone(memory_format=whole) for name, tensor in tensors.items()}
             save_file(copies, folder / VECTORS_FILE)
             share(folder / VECTORS_FILE)
+        if self.attribution is not None:
+            self.attribution.save(folder, self.fingerprint())
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
@@ -291,10 +303,12 @@ class Plan:
                 raise CheckpointError(f"{folder / name} is missing; a plan consists of {PLAN_FILE} and {VECTORS_FILE}")
         _, data = read_json(folder / PLAN_FILE, "plan")
         with blaming(folder / PLAN_FILE):
-            return cls.from_json(data, read_vectors(folder / VECTORS_FILE))
+            plan = cls.from_json(data, read_vectors(folder / VECTORS_FILE))
+        plan.attribution = Attribution.load(folder, plan.fingerprint())
+        return plan
 
 
-_NOT_IN_JSON = ("vectors",)
+_NOT_IN_JSON = ("vectors", "attribution")
 _NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming", "pass_decisions"})
 """Entries that earlier plans of this format lack."""
 

@@ -43,7 +43,7 @@ def run_segment(module: fx.GraphModule, segment: Segment, values: Mapping[fx.Nod
         args, kwargs = map_arg(node.args, value_of), map_arg(dict(node.kwargs), value_of)
         value = replace(node, args)
         if value is NotImplemented:
-            function: Any = _DIFFERENTIABLE.get(node.target, node.target)
+            function: Any = DIFFERENTIABLE.get(node.target, node.target)
             value = function(*args, **kwargs)
         held[node] = value
         for source in node.all_input_nodes:
@@ -66,7 +66,7 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     return (y if shift is None else y + shift).to(x.dtype)
 
 
-_DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {_AFFINE: _affine, torch.ops.aten.copy.default: _copy}
+DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {_AFFINE: _affine, torch.ops.aten.copy.default: _copy}
 """Ops without a derivative, and for each a function that computes the same with ops that have one."""
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.calibration.calibrate import Calibration
+from fxquant.calibration.recorded import kept_inputs
 from fxquant.capture.calls import Call
 from fxquant.capture.fidelity import Original, example
 from fxquant.capture.graph import CapturedGraph
@@ -81,6 +82,7 @@ def replay(
     plan.checked_json()
     backend.check(plan)
     plan.backend = backend.name
+    plan.attribution = None  # Of the model that the plan was made for, which may have had other bits.
     for layer in plan.layers.values():
         layer.weight_sqnr_db = None  # Measured again, because the bits may have been edited.
     weights = weights_of(model)
@@ -99,6 +101,7 @@ def replay(
             raise ConfigurationError(
                 f"the plan was made for another model, {plan.model_class}, or for calls that run less of it: {error}"
             ) from error
+        context.inputs = kept_inputs(captured, statistics, recipe.convert, device)
         records = convert_graph(captured, context, recipe, backend, quantized.tensors(), instruments)
         plan.passes = plan.passes or [log_entry(record) for record in records]
         quantized.add(captured)

@@ -21,6 +21,7 @@ from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.file import read, write
 from fxquant.statistics.kept_calls import KeptCalls, Run
+from fxquant.statistics.table import ObservedRow, rows_of, summary_of, text_of
 
 
 class _NeverReachedError(CalibrationError, KeyError):
@@ -156,6 +157,23 @@ class Statistics(Mapping[str, ChannelStatistics]):
     def nbytes(self) -> int:
         """Bytes held by all keys and kept calls together."""
         return sum(statistics.nbytes for statistics in self._by_key.values()) + self.calls.nbytes
+
+    def rows(self, layer: str | None = None) -> list[ObservedRow]:
+        """What was recorded, one row per observed value; for one value, one row for all timesteps and one for each.
+
+        Raises:
+            UnknownNameError: nothing was recorded under the key ``layer``; the message names similar keys.
+        """
+        return rows_of(self, layer)
+
+    def table(self, layer: str | None = None) -> str:
+        """The same as :meth:`rows`, as text of at most 140 columns.
+
+        ``median|x|`` and ``max|x|`` are the median and the largest of the channels' maximum magnitudes; a large ratio
+        shows outlier channels. ``moves`` is by what factor the maximum changes over the timesteps.
+        """
+        summary = summary_of(self, len(self.timesteps), len(self.calls), self.nbytes)
+        return text_of(self, self.rows(layer), summary)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, from which recording and merging can continue.

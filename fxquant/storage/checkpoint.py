@@ -33,6 +33,7 @@ from fxquant.disk.folders import whole_folder
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, QualityWarning
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend, resolve_backend
+from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.runtime.devices import give_back_memory, usable_device
 from fxquant.runtime.model import GraphModel, quantized_model
@@ -51,8 +52,8 @@ from fxquant.storage.aot.package import TENSORS_FILE
 from fxquant.storage.skeleton import cast, description_of, read_plan
 
 _DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
-FILES = (PLAN_FILE, *_DIGESTED)
-"""The files of a checkpoint."""
+FILES = (PLAN_FILE, *_DIGESTED, ATTRIBUTION_FILE)
+"""The files of a checkpoint; the last one is optional and has a digest of its own."""
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 

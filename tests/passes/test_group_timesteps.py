@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError, QualityWarning
+from fxquant.inspect.report import report
 from fxquant.passes.group_timesteps import Grouping, GroupTimesteps
 from fxquant.pipeline.pipeline import Pipeline, parse_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import TimestepGroups
 from fxquant.planning.plan import Plan
+from fxquant.statistics.collection import Statistics
 from tests.passes.models import TIMED, AdaLN, Timed, adaln, moving, planned, seen, timed
 from tests.support import captured, rewritten
 
@@ -39,8 +43,36 @@ def test_three_groups_cut_the_same_dendrogram() -> None:
     assert three.layers["q"].bins(torch.tensor([0, 300, 301, 650, 651, 999])).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_tenth_by_default_is_one_group_here() -> None:
-    assert grouped("").layers["q"].boundaries == ()
+def test_a_tenth_by_default_is_one_group_here_and_says_why() -> None:
+    with pytest.warns(
+        QualityWarning, match=r"4 calibrated timesteps make one group.*11 or more steps.*groups=2"
+    ) as said:
+        plan = grouped("")
+    assert len(said) == 1
+    groups = plan.layers["q"].timesteps
+    assert groups is not None and groups.boundaries == []
+    assert groups.reason is not None and "a tenth of them, rounded up; 11 timesteps" in groups.reason
+    assert "timesteps in one group, and why" in report(plan).table()
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(10, True), (11, False)])
+def test_eleven_timesteps_make_two_groups(steps: int, warned: bool) -> None:
+    context = moving()
+    statistics = Statistics()
+    for name in ("q", "out"):
+        for step in range(steps):
+            statistics.record(name, torch.full((1, 1, 4), float(step)), torch.tensor(step * 10.0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plan = grouped("", PassContext(context.plan, statistics))
+    assert len(plan.layers["q"].boundaries) == (0 if warned else 1)
+    assert [entry.category for entry in said] == [QualityWarning] * warned
+
+
+def test_one_group_on_request_is_no_reason_to_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert grouped("groups=1").layers["q"].timesteps.reason is None
 
 
 def test_greedy_and_optimal_part_ways() -> None:

@@ -1,0 +1,170 @@
+"""The graphs that errors are measured with: the quantized graph as passes left it, and the float weights of its layers.
+
+A backend lowers graphs to kernels, in which layers are fused. So the quantized graph is made again from the plan and
+bound to the model's own codes, and the float model gives the weights that the codes were rounded from: with the factors
+of balancing folded in.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.capture.calls import CallSpec
+from fxquant.capture.fidelity import Original, example
+from fxquant.capture.trace import Architecture
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.ir.layers import LAYER_OPS, stored_weight
+from fxquant.ir.meta import LAYER
+from fxquant.ir.stages import Stage
+from fxquant.ir.tensors import bind, get_tensor, weights_of
+from fxquant.numerics.sqnr import sqnr_db
+from fxquant.numerics.weights import dequantize_weight
+from fxquant.pipeline.backend import resolve_backend
+from fxquant.pipeline.pipeline import Pass, Pipeline
+from fxquant.pipeline.recipes import Recipe
+from fxquant.planning.context import PassContext
+from fxquant.planning.plan import Plan
+from fxquant.runtime.model import GraphModel
+from fxquant.runtime.replay import bind_all, model_from_plan, refuse_unknown_layers
+
+_FAR = 3.0  # dB between the SQNR of a weight and what the plan says, in more than half of the layers.
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One kind of call.
+
+    Attributes:
+        call: The inputs that the graph serves.
+        quantized: The quantized graph, not lowered.
+        weights: The float weight of each layer, with what passes folded into it, by name.
+    """
+
+    call: CallSpec
+    quantized: fx.GraphModule
+    weights: Mapping[str, Tensor]
+
+
+def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec]) -> list[Pair]:
+    """Make the graphs for some kinds of call.
+
+    Args:
+        quantized: The quantized model, on any backend.
+        model: The float model that it was made from.
+        kinds: The kinds of call, which the plan records.
+
+    Raises:
+        ConfigurationError: If ``model`` is another model, or a kind of call is not one that was calibrated.
+    """
+    plan = copy.deepcopy(quantized.plan)
+    assert plan is not None
+    device, wanted = quantized.device, list(kinds)
+    numbers = [plan.calls.index(kind) if kind in plan.calls else None for kind in wanted]
+    if None in numbers:
+        kind = wanted[numbers.index(None)]
+        raise ConfigurationError(
+            f"the model was not calibrated with calls of this kind: {kind}; keep statistics of the calibration that "
+            "quantized it"
+        )
+    twin = model_from_plan(quantized.architecture, plan, resolve_backend("fake-quant"), quantized.dtype, device)
+    bind_all(twin, _stored(quantized))
+    weights = _float_weights(
+        model, copy.deepcopy(plan), [plan.calls[number] for number in numbers if number is not None]
+    )
+    pairs = []
+    for number, found in zip(numbers, weights, strict=True):
+        assert number is not None
+        captured = twin.captured[number]
+        captured.module.requires_grad_(False)
+        pairs.append(Pair(captured.call, captured.module, found))
+    _refuse_other_model(pairs, plan)
+    return pairs
+
+
+def _stored(quantized: GraphModel) -> dict[str, Tensor]:
+    """The tensors of the model in the form of a checkpoint."""
+    assert quantized.backend is not None
+    tensors: dict[str, Tensor] = {}
+    for captured in quantized.lasting:
+        for name, tensor in quantized.backend.stored(captured.module).items():
+            tensors.setdefault(name, tensor.detach())
+    return tensors
+
+
+def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> list[dict[str, Tensor]]:
+    """For each call: the weights of the layers just before they are quantized, by layer."""
+    recipe = Recipe.parse(plan.recipe)
+    passes = [*recipe.prepare, *itertools.takewhile(_keeps_float, recipe.convert)]
+    # Passes that learn from calls have decided; they change the plan and not the graph.
+    passes = [step for step in passes if not step.wants_samples()]
+    tensors, architecture = weights_of(model), Architecture.of(model, plan.timestep)
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    original, context, found = Original(model, plan.timestep), PassContext(plan), []
+    for call in calls:
+        try:
+            original.warm(example(call, device), architecture)
+            captured = architecture.capture_spec(call, device)
+            bind(captured.module, tensors)
+            refuse_unknown_layers(captured, plan)
+        except (CalibrationError, CheckpointError) as error:
+            raise ConfigurationError(
+                f"the float model is another one than the one that was quantized: {error}"
+            ) from error
+        Pipeline(passes).run(captured.module, context)
+        context.shared.settle_names(captured.module)
+        own = {}
+        for node in captured.module.graph.nodes:
+            if LAYER in node.meta and node.target in LAYER_OPS:
+                weight = stored_weight(node)
+                if weight is not None and plan.layer(node.meta[LAYER]).weight_bits is not None:
+                    own[str(node.meta[LAYER])] = get_tensor(captured.module, str(weight.target)).detach()
+        found.append(own)
+    return found
+
+
+def _keeps_float(step: Pass) -> bool:
+    return step.establishes < Stage.QUANTIZED
+
+
+def _refuse_other_model(pairs: Iterable[Pair], plan: Plan) -> None:
+    """Compare weights with their codes: those of another model, such as a fine-tuned one, are farther from the codes.
+
+    Raises:
+        ConfigurationError: If most layers are farther from their codes than the plan says.
+    """
+    far = []
+    for pair in pairs:
+        for node in pair.quantized.graph.nodes:
+            codes = codes_of(node)
+            layer = plan.layers.get(node.meta.get(LAYER, ""))
+            if codes is None or layer is None or layer.weight_sqnr_db is None or node.meta[LAYER] not in pair.weights:
+                continue
+            exact = pair.weights[node.meta[LAYER]].flatten(1)
+            tensors = [get_tensor(pair.quantized, str(code.target)) for code in codes]
+            if tensors[0].shape[0] != exact.shape[0] or layer.weight_bits is None:
+                continue
+            rounded = dequantize_weight(*tensors, layer.weight_bits, layer.group_size, exact.shape[1], torch.float32)
+            far.append(sqnr_db(exact, rounded) < layer.weight_sqnr_db - _FAR)
+    if far and sum(far) > len(far) / 2:
+        raise ConfigurationError(
+            "the weights of the float model are not those that were quantized, in "
+            f"{sum(far)} of {len(far)} layers; pass the model that was compiled"
+        )
+
+
+def codes_of(node: fx.Node) -> list[fx.Node] | None:
+    """Nodes of the packed codes, scales and zero points that a layer reads; None for nodes that read none."""
+    ops = torch.ops.fxquant
+    first = {ops.linear.default: 3, ops.conv2d.default: 3, ops.dequantize_weight.default: 0}.get(node.target)
+    if first is None:
+        return None
+    found = list(node.args[first : first + 3])
+    if not all(isinstance(part, fx.Node) and part.op == "get_attr" for part in found):
+        return None
+    return found  # type: ignore[return-value]

@@ -1,0 +1,292 @@
+"""One call: a float run forward, then block by block backward, with the errors of all layers.
+
+Let e be the error of a layer's output if this layer alone is quantized, and J the derivative of the model's output with
+respect to that value. To first order the layer changes the output by J e. For a random vector v of signs, the
+expectation of ``(v^T J e)^2`` is ``|J e|^2`` (M. F. Hutchinson, "A stochastic estimator of the trace", 1990). One
+backward pass gives ``v^T J`` for all layers at once, so a few passes estimate the contribution of every layer. The
+estimate has a relative standard deviation of at most ``sqrt(2 / n)`` for n vectors and samples.
+
+Only the values between blocks are kept. A block is computed again, with gradients, when the backward pass comes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.inspect.errors.graphs import Pair
+from fxquant.inspect.errors.units import LocalError, Unit, float_value, units_of
+from fxquant.ir.tensors import get_tensor
+from fxquant.reconstruction.segments import segments
+from fxquant.reconstruction.simulate import DIFFERENTIABLE
+
+Values = dict[fx.Node, Any]
+Hook = Callable[[Unit, tuple[Any, ...], Tensor, Callable[[fx.Node], Any]], Tensor]
+"""Gets a unit, the arguments of its output node, its float value and a lookup; returns the value to go on with."""
+
+
+@dataclass
+class Energies:
+    """Sums over samples of squares: of the float output of a layer, of its errors, and of the model's output.
+
+    Attributes:
+        signal: Of the float value.
+        both: Of the error with a quantized weight and input.
+        weights: With a quantized weight only; None if there is none.
+        inputs: What a quantized input adds to that; None if it stays float.
+        estimated: Of the error of the model's output, estimated; None without probes.
+        measured: The same, measured; None if it was not.
+    """
+
+    signal: float = 0.0
+    both: float = 0.0
+    weights: float | None = None
+    inputs: float | None = None
+    estimated: float | None = None
+    measured: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A run of neighbouring nodes; ``inputs`` are the values that it reads and does not make."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    last_use: Mapping[fx.Node, fx.Node]
+
+
+@dataclass(eq=False)
+class Sweep:
+    """Measures calls of one kind.
+
+    Args:
+        pair: The graphs.
+    """
+
+    pair: Pair
+    units: dict[fx.Node, Unit] = field(init=False)
+    _parts: list[_Part] = field(init=False)
+    _saved: list[Values] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.units = units_of(self.pair)
+        graph = self.pair.quantized.graph
+        self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        returned = next(node for node in graph.nodes if node.op == "output")
+        self._output = next(
+            leaf for leaf in pytree.tree_leaves(returned.args[0])
+            if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor)
+        )  # fmt: skip
+        self._parts = self._split(graph)
+        self.names = {unit.name: unit for unit in self.units.values()}
+        self._part_of = {node: number for number, part in enumerate(self._parts) for node in part.nodes}
+
+    def forward(self, inputs: list[Tensor]) -> None:
+        """Run the float model, and keep the values between blocks for the other methods.
+
+        Raises:
+            NonFiniteError: If the float output holds NaN or infinity.
+        """
+        held: Values = dict(zip(self._inputs, inputs, strict=True))
+        self._saved = []
+        with torch.no_grad():
+            for part in self._parts:
+                self._saved.append({node: held[node] for node in part.inputs})
+                held.update(self._run(part, self._saved[-1], None))
+            self.exact = held[self._output].detach()
+            self._batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 0
+        if not self.exact.isfinite().all():
+            raise NonFiniteError(
+                "the float model's output holds NaN or infinity in a kept call; calibrate in a dtype in which the "
+                "model is finite (bfloat16 or float32)"
+            )
+
+    @property
+    def signal(self) -> float:
+        """Energy of the float output."""
+        return _energy(self.exact)
+
+    def whole_error(self, inputs: list[Tensor]) -> float:
+        """Energy of the error of the whole quantized model's output."""
+        with torch.no_grad():
+            outputs = pytree.tree_leaves(self.pair.quantized(*inputs))
+        found = next(leaf for leaf in outputs if isinstance(leaf, Tensor))
+        return _energy(found - self.exact)
+
+    def backward(self, probes: int, seed: int) -> dict[str, Energies]:
+        """Local errors of all units, and with ``probes`` random vectors estimates of their contributions.
+
+        Raises:
+            ConfigurationError: If an op of the graph has no derivative.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        signs = [torch.randint(0, 2, self.exact.shape, generator=generator) * 2 - 1 for _ in range(probes)]
+        gradients = {self._output: [sign.to(self.exact) for sign in signs]} if probes else {}
+        found: dict[str, Energies] = {}
+        for part, saved in zip(reversed(self._parts), reversed(self._saved), strict=True):
+            errors: dict[Unit, LocalError] = {}
+            values: dict[Unit, Tensor] = {}
+
+            hook = _recorder(found, errors, values, estimated=probes > 0)
+            ends = [node for node in part.outputs if node in gradients]
+            if not ends:
+                with torch.no_grad():
+                    self._run(part, saved, hook)
+                continue
+            with torch.inference_mode(False), torch.enable_grad():
+                self._pull(part, saved, ends, gradients, hook, errors, values, found)
+        return found
+
+    def measure(self, name: str) -> float:
+        """Energy of the error of the model's output if only this unit is quantized."""
+        unit = self.names[name]
+
+        def hook(other: Unit, args: tuple[Any, ...], y: Tensor, value: Callable[[fx.Node], Any]) -> Tensor:
+            return y + unit.error(args, value).both.to(y.dtype) if other is unit else y
+
+        number = self._part_of[unit.output]
+        with torch.no_grad():
+            changed = self._run(self._parts[number], self._saved[number], hook)
+            for part, saved in zip(self._parts[number + 1 :], self._saved[number + 1 :], strict=True):
+                if any(node in changed for node in part.inputs):
+                    changed |= self._run(part, {node: changed.get(node, old) for node, old in saved.items()}, None)
+        if self._output not in changed:
+            return 0.0
+        return _energy(changed[self._output] - self.exact)
+
+    def _pull(
+        self, part: _Part, saved: Values, ends: list[fx.Node], gradients: dict[fx.Node, list[Tensor]], hook: Hook,
+        errors: Mapping[Unit, LocalError], values: Mapping[Unit, Tensor], found: Mapping[str, Energies],
+    ) -> None:  # fmt: skip
+        """Run a part with gradients, and turn the gradients of its outputs into those of its inputs."""
+        given = {node: _leaf(value) for node, value in saved.items()}
+        made = self._run(part, given, hook)
+        ends = [node for node in ends if isinstance(made[node], Tensor) and made[node].requires_grad]
+        sources = [node for node, value in given.items() if isinstance(value, Tensor) and value.requires_grad]
+        units, probes = list(values), len(next(iter(gradients.values())))
+        sums: dict[fx.Node, list[Tensor]] = {}
+        for probe in range(probes if ends else 0):
+            try:
+                pulled = torch.autograd.grad(
+                    [made[node] for node in ends],
+                    [*(given[node] for node in sources), *(values[unit] for unit in units)],
+                    [gradients[node][probe] for node in ends],
+                    retain_graph=probe + 1 < probes,
+                    allow_unused=True,
+                )
+            except (NotImplementedError, RuntimeError) as error:
+                raise ConfigurationError(
+                    f"an op of the graph has no derivative ({str(error).splitlines()[0]}), so contributions cannot be "
+                    "estimated; measure them instead: probes=0, measure=None"
+                ) from error
+            for node, gradient in zip(sources, pulled, strict=False):  # Those of units follow.
+                kept = sums.setdefault(node, [])
+                kept.append(torch.zeros_like(given[node]) if gradient is None else gradient)
+            for unit, gradient in zip(units, pulled[len(sources) :], strict=True):
+                entry = found[unit.name]
+                entry.estimated = (entry.estimated or 0.0) + self._dot(gradient, errors[unit].both) / probes
+        for node in part.outputs:
+            gradients.pop(node, None)
+        for node, own in sums.items():
+            old = gradients.get(node)
+            gradients[node] = own if old is None else [a + b for a, b in zip(old, own, strict=True)]
+
+    def _dot(self, gradient: Tensor | None, error: Tensor) -> float:
+        """Sum over samples of the squared products of gradient and error."""
+        if gradient is None:
+            return 0.0
+        together = gradient * error.to(gradient.dtype)
+        apart = together.dim() > 1 and together.shape[0] == self._batch == self.exact.shape[0]
+        rows = together.flatten(1) if apart else together.reshape(1, -1)
+        return float(rows.sum(1, dtype=torch.float64).square().sum())
+
+    def _run(self, part: _Part, values: Mapping[fx.Node, Any], hook: Hook | None) -> Values:
+        """Run the nodes of a part as the float model; returns the values that later parts read."""
+        held: Values = dict(values)
+        module = self.pair.quantized
+
+        def look(node: fx.Node) -> Any:
+            return get_tensor(module, str(node.target)) if node.op == "get_attr" else held[node]
+
+        for node in part.nodes:
+            args, kwargs = map_arg(node.args, look), map_arg(dict(node.kwargs), look)
+            value = float_value(node, args, self.pair, look)
+            if value is NotImplemented:
+                function: Any = DIFFERENTIABLE.get(node.target, node.target)
+                value = function(*args, **kwargs)
+            if hook is not None and node in self.units:
+                value = hook(self.units[node], args, value, look)
+            held[node] = value
+            for source in (*node.all_input_nodes, *self._reads(node)):
+                if part.last_use[source] is node and source not in part.outputs:
+                    held.pop(source, None)
+        return {node: held[node] for node in part.outputs}
+
+    def _reads(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return self.units[node].reads if node in self.units else ()
+
+    def _split(self, graph: fx.Graph) -> list[_Part]:
+        """The blocks of the graph and what is between them, with what units look up among their inputs."""
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            for source in (*node.all_input_nodes, *self._reads(node)):
+                readers.setdefault(source, []).append(node)
+        parts = []
+        for segment in segments(graph):
+            own = set(segment.nodes)
+            sources = dict.fromkeys(n for node in segment.nodes for n in (*node.all_input_nodes, *self._reads(node)))
+            last = {n: node for node in segment.nodes for n in (*node.all_input_nodes, *self._reads(node))}
+            inputs = tuple(node for node in sources if node not in own and node.op != "get_attr")
+            outputs = tuple(node for node in segment.nodes if any(user not in own for user in readers.get(node, ())))
+            parts.append(_Part(segment.nodes, inputs, outputs, last))
+        return parts
+
+
+def _recorder(
+    found: dict[str, Energies], errors: dict[Unit, LocalError], values: dict[Unit, Tensor], estimated: bool
+) -> Hook:
+    """A hook that records the local error of each unit, and makes its value one that gradients can be asked for."""
+
+    def hook(unit: Unit, args: tuple[Any, ...], y: Tensor, value: Callable[[fx.Node], Any]) -> Tensor:
+        with torch.no_grad():
+            error = unit.error(pytree.tree_map(_detached, args), lambda node: _detached(value(node)))
+        found[unit.name] = _local(y.detach(), error)
+        found[unit.name].estimated = 0.0 if estimated else None
+        errors[unit] = error
+        values[unit] = y if y.requires_grad or not torch.is_grad_enabled() else y.detach().requires_grad_()
+        return values[unit]
+
+    return hook
+
+
+def _local(y: Tensor, error: LocalError) -> Energies:
+    return Energies(
+        _energy(y),
+        _energy(error.both),
+        None if error.weights is None else _energy(error.weights),
+        None if error.inputs is None else _energy(error.inputs),
+    )
+
+
+def _energy(x: Tensor) -> float:
+    wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    return float(wide.square().sum(dtype=torch.float64))
+
+
+def _leaf(value: Any) -> Any:
+    """A value that gradients can be asked for, if it is a float tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.is_floating_point())
+    return value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

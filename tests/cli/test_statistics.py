@@ -1,0 +1,51 @@
+"""Statistics on the command line: kept, used by a second conversion, and shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.cli.test_cli import FAST, float_folder, refused, run  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
+
+@pytest.fixture(scope="module")
+def kept(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("kept")
+    options = ("--recipe", "rtn-w8a8", "--out", folder / "first", "--keep-statistics", folder / "file", *FAST)
+    result = run("quantize", float_folder, *options)
+    assert result.exit_code == 0, result.output
+    return folder / "file"
+
+
+def test_a_second_conversion(float_folder: Path, kept: Path, tmp_path: Path) -> None:  # noqa: F811
+    recipe = ("--recipe", "ptq4dit-w4a8")
+    result = run("quantize", float_folder, *recipe, "--out", tmp_path / "second", "--statistics", kept)
+    assert result.exit_code == 0, result.output
+    direct = run("quantize", float_folder, *recipe, "--out", tmp_path / "direct", *FAST)
+    assert direct.exit_code == 0, direct.output
+    left, right = (load_file(tmp_path / name / "transformer" / "model.safetensors") for name in ("second", "direct"))
+    assert left.keys() == right.keys()
+    assert all(left[name].equal(right[name]) for name in left)
+
+
+def test_it_is_shown(kept: Path) -> None:
+    text = run("statistics", kept).stdout
+    assert "observed values" in text and "transformer_blocks.0.attn1.to_q" in text
+    rows = json.loads(run("statistics", kept, "transformer_blocks.0.attn1.to_q", "--json").stdout)
+    assert rows[0]["timestep"] is None and len(rows) == 1 + rows[0]["timesteps"]
+    assert "transformer_blocks.0.attn1.to_q" in refused("statistics", kept, "transformer_blocks.0.attn1.to_x")
+
+
+def test_refusals(float_folder: Path, kept: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = ("quantize", float_folder, "--out", tmp_path / "out")
+    assert "not both" in refused(*command, "--statistics", kept, "--keep-statistics", tmp_path / "other")
+    assert "lies in --out" in refused(*command, "--keep-statistics", tmp_path / "out" / "file")
+    assert "is a folder" in refused(*command, "--keep-statistics", tmp_path)
+    assert "cannot read statistics" in refused(*command, "--statistics", tmp_path / "nothing")
+    assert "second moments" in refused(*command, "--recipe", "ptq4dit-gptq-w4a8", "--statistics", kept)
+    assert not (tmp_path / "out").exists()
