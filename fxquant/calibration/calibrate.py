@@ -228,7 +228,8 @@ class Calibration:
                 for step in (self.statistics.run.step, self.plan.observed_step)
             )
             raise CalibrationError(
-                f"the statistics hold {held} of the sampler, and the recipe observes {wanted}; calibrate with this recipe"
+                f"the statistics hold {held} of the sampler, and the recipe observes {wanted}; calibrate with this "
+                "recipe"
             )
         for step in (*self.prepare.passes, *self.convert):
             step.check_graph(captured.module.graph, self.plan)

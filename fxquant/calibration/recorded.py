@@ -58,7 +58,7 @@ def calibrate_from_statistics(calibration: Calibration, device: torch.device) ->
         inputs = [inputs_on(call, captured, device) for call in kept]
         calibration.adopt(captured, inputs[:1] if calibration.prepare.prove else [])
         most = calibration.most_samples
-        stride = -(-len(kept) // most) if most else 1
+        stride = max(1, -(-len(kept) // most)) if most else 1
         samples = [_sample(captured, call) for call in kept[::stride]] if most else []
         calibration.recall(number, inputs, samples)
     calibration.finish()

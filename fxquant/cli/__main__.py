@@ -1,10 +1,27 @@
 """The entry point of the command line. Help lists the commands in the order of these imports."""
 
+from fxquant.cli.quantize import quantize  # isort: skip
+from fxquant.cli.generate import generate  # isort: skip
+from fxquant.cli.export import export  # isort: skip
+from fxquant.cli.report import report  # isort: skip
+from fxquant.cli.attribute import attribute  # isort: skip
 from fxquant.cli.statistics import statistics  # isort: skip
+from fxquant.cli.profile import profile  # isort: skip
+from fxquant.cli.plot import plot  # isort: skip
+from fxquant.cli.list import list_  # isort: skip
 from fxquant.cli.app import app
 
 __all__ = [
-    *("app", "attribute", "export", "generate", "list_", "main", "plot", "profile", "quantize", "report"),
+    "app",
+    "attribute",
+    "export",
+    "generate",
+    "list_",
+    "main",
+    "plot",
+    "profile",
+    "quantize",
+    "report",
     "statistics",
 ]
 

@@ -133,16 +133,10 @@ class Report:
         if totals.ratio is not None:
             before, after = map(size, (totals.bytes_before, totals.bytes_after))
             lines.append(("size", f"{before} -> {after}, {totals.ratio:.2f} times smaller"))
-        if totals.mean_sqnr_db is not None and totals.worst_sqnr_db is not None:
-            lines.append(
-                (
-                    "output SQNR",
-                    f"mean {totals.mean_sqnr_db:.1f} dB, worst {totals.worst_sqnr_db:.1f} dB "
-                    f"at timestep {totals.worst_timestep:g}",
-                )
-            )
-        else:
-            lines.append(("output SQNR", "not measured"))
+        mean, low, said = totals.mean_sqnr_db, totals.worst_sqnr_db, "not measured"
+        if mean is not None and low is not None:
+            said = f"mean {mean:.1f} dB, worst {low:.1f} dB at timestep {totals.worst_timestep:g}"
+        lines.append(("output SQNR", said))
         worst = None if self.attribution is None else self.attribution.worst_cell()
         if worst is not None:
             lines.append(("worst layer", f"{worst[0]} at timestep {worst[1]:g}"))

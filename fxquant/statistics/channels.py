@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
-from fxquant.statistics.entry import Entry
+from fxquant.statistics.entry import Entry, check_values
 from fxquant.statistics.moments import ROWS_PER_CALL, SecondMoments
 
 _FEWEST_ROWS = 8
@@ -383,7 +383,7 @@ class ChannelStatistics:
         for name, (shape, dtype) in expected.items():
             if tensors[name].shape != shape or tensors[name].dtype != dtype:
                 raise ValueError(f"{name} is {list(tensors[name].shape)} {tensors[name].dtype}, not {shape} {dtype}")
-        self._check_values(tensors)
+        check_values(tensors)
         for i, moment in enumerate(timesteps.tolist()):
             self._entries[moment] = Entry(
                 minimum=minimum[i].clone(),
@@ -394,25 +394,3 @@ class ChannelStatistics:
             )
         if "moments" in tensors:
             self.moments = SecondMoments.restore(tensors, channels)
-
-    @staticmethod
-    def _check_values(tensors: Mapping[str, Tensor]) -> None:
-        """Check values that no recording produces.
-
-        Raises:
-            ValueError: the message says which.
-        """
-        steps, low, high = tensors["timesteps"], tensors["minimum"], tensors["maximum"]
-        held = tensors["priorities"].isfinite()
-        wrong = {
-            "there is no timestep or no channel": not low.numel(),
-            "timesteps are not ascending numbers": not (steps.isfinite().all() and (steps.diff() > 0).all()),
-            "a count is not positive": bool((tensors["count"] < 1).any()),
-            "a minimum or maximum is not finite": not (low.isfinite().all() and high.isfinite().all()),
-            "a minimum is above its maximum": bool((low > high).any()),
-            "a priority is negative or not a number": not bool((tensors["priorities"] >= 0).all()),
-            "a sampled row is not finite": not tensors["rows"][held].isfinite().all(),
-        }
-        found = next((reason for reason, present in wrong.items() if present), None)
-        if found is not None:
-            raise ValueError(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,3 +80,25 @@ class Entry:
         """The sampled rows ``[n, C]``, n <= R, in order of priority, whatever order they were recorded in."""
         order = np.argsort(self.priorities, kind="stable")
         return self.rows[torch.from_numpy(order[: np.count_nonzero(np.isfinite(self.priorities))])]
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Check the tensors of one key in a file for values that no recording produces.
+
+    Raises:
+        ValueError: the message says which.
+    """
+    steps, low, high = tensors["timesteps"], tensors["minimum"], tensors["maximum"]
+    held = tensors["priorities"].isfinite()
+    wrong = {
+        "there is no timestep or no channel": not low.numel(),
+        "timesteps are not ascending numbers": not (steps.isfinite().all() and (steps.diff() > 0).all()),
+        "a count is not positive": bool((tensors["count"] < 1).any()),
+        "a minimum or maximum is not finite": not (low.isfinite().all() and high.isfinite().all()),
+        "a minimum is above its maximum": bool((low > high).any()),
+        "a priority is negative or not a number": not bool((tensors["priorities"] >= 0).all()),
+        "a sampled row is not finite": not tensors["rows"][held].isfinite().all(),
+    }
+    found = next((reason for reason, present in wrong.items() if present), None)
+    if found is not None:
+        raise ValueError(found)
