@@ -171,10 +171,12 @@ class Calibration:
 
     def recall(self, number: int, inputs: Sequence[list[Tensor]], samples: Sequence[Sample]) -> None:
         """Take inputs of calls of a captured graph, and samples, from an earlier calibration in place of new calls."""
-        for kept, items in ((self._inputs[number], inputs), (self._samples, samples)):
-            for item in items:
-                if kept.wants_next():  # type: ignore[attr-defined]
-                    kept.keep(item)  # type: ignore[attr-defined]
+        for one in inputs:
+            if self._inputs[number].wants_next():
+                self._inputs[number].keep(one)
+        for sample in samples:
+            if self._samples.wants_next():
+                self._samples.keep(sample)
 
     def finish(self) -> None:
         """Combine what several graphs of the model recorded for the same layer. Called after the last call.

@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -149,7 +150,9 @@ def _refuse_other_model(pairs: Iterable[Pair], plan: Plan) -> None:
             tensors = [get_tensor(pair.quantized, str(code.target)) for code in codes]
             if tensors[0].shape[0] != exact.shape[0] or layer.weight_bits is None:
                 continue
-            rounded = dequantize_weight(*tensors, layer.weight_bits, layer.group_size, exact.shape[1], torch.float32)
+            packed, scale, zero_point = tensors
+            bits, group, width = layer.weight_bits, layer.group_size, exact.shape[1]
+            rounded = dequantize_weight(packed, scale, zero_point, bits, group, width, torch.float32)
             far.append(sqnr_db(exact, rounded) < layer.weight_sqnr_db - _FAR)
     if far and sum(far) > len(far) / 2:
         raise ConfigurationError(
@@ -161,7 +164,8 @@ def _refuse_other_model(pairs: Iterable[Pair], plan: Plan) -> None:
 def codes_of(node: fx.Node) -> list[fx.Node] | None:
     """Nodes of the packed codes, scales and zero points that a layer reads; None for nodes that read none."""
     ops = torch.ops.fxquant
-    first = {ops.linear.default: 3, ops.conv2d.default: 3, ops.dequantize_weight.default: 0}.get(node.target)
+    starts: dict[Any, int] = {ops.linear.default: 3, ops.conv2d.default: 3, ops.dequantize_weight.default: 0}
+    first = starts.get(node.target)
     if first is None:
         return None
     found = list(node.args[first : first + 3])

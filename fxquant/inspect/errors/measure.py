@@ -210,24 +210,24 @@ class _Job:
     def result(self) -> Attribution:
         """What was found so far."""
         steps = tuple(step for step in self.timesteps if step in self.found)
+        whole = [self.found[step][""] for step in steps]
         layers = {}
         for name in self.names:
-            cells = [self.found[step].get(name) for step in steps]
-            signals = [self.found[step][""].signal for step in steps]
+            cells = [self.found[step].get(name) or Energies() for step in steps]
+            own, outputs = [cell.signal for cell in cells], [one.signal for one in whole]
             layers[name] = LayerErrors(
                 name,
                 steps,
-                local=tuple(_ratio(cell and cell.both, cell and cell.signal) for cell in cells),
-                weights=tuple(_ratio(cell and cell.weights, cell and cell.signal) for cell in cells),
-                inputs=tuple(_ratio(cell and cell.inputs, cell and cell.signal) for cell in cells),
-                estimated=tuple(_ratio(cell and cell.estimated, s) for cell, s in zip(cells, signals, strict=True)),
-                measured=tuple(_ratio(cell and cell.measured, s) for cell, s in zip(cells, signals, strict=True)),
+                local=_ratios([cell.both for cell in cells], own),
+                weights=_ratios([cell.weights for cell in cells], own),
+                inputs=_ratios([cell.inputs for cell in cells], own),
+                estimated=_ratios([cell.estimated for cell in cells], outputs),
+                measured=_ratios([cell.measured for cell in cells], outputs),
             )
-        whole = [self.found[step][""] for step in steps]
         return Attribution(
             method=self._method(len(steps)),
             timesteps=steps,
-            output=tuple(_ratio(one.both, one.signal) for one in whole),
+            output=_ratios([one.both for one in whole], [one.signal for one in whole]),
             layers=layers,
             samples=self.samples,
             probes=self.probes,
@@ -330,11 +330,13 @@ def _add(found: dict[str, Energies], name: str, new: Energies) -> None:
     if old is None:
         found[name] = new
         return
-    pairs = ((getattr(old, part), getattr(new, part)) for part in vars(new))
-    found[name] = Energies(*(None if None in pair else sum(pair) for pair in pairs))
+    old.signal, old.both = old.signal + new.signal, old.both + new.both
+    for part in ("weights", "inputs", "estimated", "measured"):
+        left, right = getattr(old, part), getattr(new, part)
+        setattr(old, part, None if left is None or right is None else left + right)
 
 
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    if part is None or whole is None:
-        return None
-    return part / whole if whole > 0 else (0.0 if part == 0 else None)
+def _ratios(parts: Sequence[float | None], wholes: Sequence[float]) -> tuple[float | None, ...]:
+    """Each energy relative to its signal; None where nothing was measured, or where there is no signal."""
+    pairs = zip(parts, wholes, strict=True)
+    return tuple(None if part is None or whole <= 0 else part / whole for part, whole in pairs)

@@ -44,17 +44,19 @@ class LocalError:
 
 
 class Unit(Protocol):
-    """A layer or attention.
+    """A layer or attention."""
 
-    Attributes:
-        name: Its name in the plan.
-        output: The node whose value it makes.
-        reads: Nodes whose values :meth:`error` looks up.
-    """
+    @property
+    def name(self) -> str:
+        """Its name in the plan."""
 
-    name: str
-    output: fx.Node
-    reads: tuple[fx.Node, ...]
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value it makes."""
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """Nodes whose values :meth:`error` looks up."""
 
     def error(self, args: tuple[Any, ...], value: Lookup) -> LocalError:
         """The error of the output if this unit alone is quantized, given the arguments of the output node."""
@@ -212,7 +214,7 @@ def float_weight(node: fx.Node, pair: Pair) -> Tensor:
 def _rounded_weight(node: fx.Node, pair: Pair, exact: Tensor) -> Tensor:
     codes = codes_of(node)
     assert codes is not None
-    tensors = [get_tensor(pair.quantized, str(code.target)) for code in codes]
+    packed, scale, zero_point = (get_tensor(pair.quantized, str(code.target)) for code in codes)
     if node.target is ours.linear.default:
         bits, group = node.args[7], node.args[8]
     elif node.target is ours.conv2d.default:
@@ -220,7 +222,7 @@ def _rounded_weight(node: fx.Node, pair: Pair, exact: Tensor) -> Tensor:
     else:
         bits, group = node.args[3], node.args[4]
     assert isinstance(bits, int) and isinstance(group, int)
-    return dequantize_weight(*tensors, bits, group, exact.shape[1], exact.dtype)
+    return dequantize_weight(packed, scale, zero_point, bits, group, exact.shape[1], exact.dtype)
 
 
 def _fake_quantized(quantize: fx.Node, args: Sequence[Any]) -> Tensor:
