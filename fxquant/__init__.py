@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fxquant.inspect.errors import attribute
     from fxquant.inspect.explain import Explanation, explain
     from fxquant.inspect.history import History, rewrite_history
+    from fxquant.inspect.page.write import inspect_page
     from fxquant.inspect.profiling import Profile, profile
     from fxquant.inspect.report import Report, report
     from fxquant.ir.origins import origin
@@ -43,6 +44,7 @@ __all__ = [
     "diff",
     "explain",
     "export_aot",
+    "inspect_page",
     "load",
     "load_package",
     "load_pipeline",
@@ -76,6 +78,7 @@ _HOMES = {
     "diff": "inspect.difference",
     "explain": "inspect.explain",
     "export_aot": "storage.aot.export",
+    "inspect_page": "inspect.page.write",
     "load": "storage.checkpoint",
     "load_package": "storage.aot.package",
     "load_pipeline": "storage.diffusers_io",
