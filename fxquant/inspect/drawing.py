@@ -64,7 +64,7 @@ class Layout:
 
 def layered(nodes: Sequence[NodeState]) -> Layout:
     """Place nodes in layers, and lead long lines past the nodes in between."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[Any] = nx.DiGraph()
     names = {state.name for state in nodes}
     for state in nodes:
         graph.add_node(state.name)
@@ -92,7 +92,7 @@ def layered(nodes: Sequence[NodeState]) -> Layout:
     return Layout({state.name: centres[state.name] for state in nodes}, lines)
 
 
-def _ordered(graph: nx.DiGraph, layers: Sequence[list[Any]]) -> dict[Any, float]:
+def _ordered(graph: nx.DiGraph[Any], layers: Sequence[list[Any]]) -> dict[Any, float]:
     """The x of each entry: near the mean of those above and below it, in several sweeps."""
     place = {name: number * WIDTH for layer in layers for number, name in enumerate(layer)}
     for sweep in range(_SWEEPS):

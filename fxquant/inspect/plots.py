@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 SUFFIXES = (".png", ".svg", ".pdf")
-_STYLE = {
+_STYLE: Any = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize", "legend.fontsize"), 8),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7),
     "axes.linewidth": 0.6,
