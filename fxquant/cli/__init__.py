@@ -1,4 +1,4 @@
-"""The command line: quantize a pipeline, generate images, export, report, profile, and show what there is.
+"""The command line: quantize, generate, export; report, inspect, explain, compare, attribute errors; profile and list.
 
 Each command has its own file. Module level imports only what the help needs; torch and diffusers are imported when a
 command runs.

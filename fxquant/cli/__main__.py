@@ -6,6 +6,11 @@ from fxquant.cli.export import export  # isort: skip
 from fxquant.cli.report import report  # isort: skip
 from fxquant.cli.attribute import attribute  # isort: skip
 from fxquant.cli.statistics import statistics  # isort: skip
+from fxquant.cli.inspect import inspect  # isort: skip
+from fxquant.cli.explain import explain  # isort: skip
+from fxquant.cli.diff import diff  # isort: skip
+from fxquant.cli.graph import graph  # isort: skip
+from fxquant.cli.opt import opt  # isort: skip
 from fxquant.cli.profile import profile  # isort: skip
 from fxquant.cli.plot import plot  # isort: skip
 from fxquant.cli.list import list_  # isort: skip
@@ -14,10 +19,15 @@ from fxquant.cli.app import app
 __all__ = [
     "app",
     "attribute",
+    "diff",
+    "explain",
     "export",
     "generate",
+    "graph",
+    "inspect",
     "list_",
     "main",
+    "opt",
     "plot",
     "profile",
     "quantize",

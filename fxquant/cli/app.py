@@ -77,6 +77,11 @@ Guidance = Annotated[
     float | None,
     typer.Option(help="Guidance scale; by default that of the pipeline.", rich_help_panel="Sampling"),
 ]
+Graph = Annotated[
+    int, typer.Option("--graph", min=0, help="Number of the graph, if calibration captured several kinds of call.")
+]
+Block = Annotated[str | None, typer.Option("--block", help="Only this block: its number, or its path.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Only this layer, or the module of this path.")]
 Device = Annotated[str, typer.Option("--device", "-d", help="Device to run on, such as cpu, cuda or cuda:1.")]
 
 

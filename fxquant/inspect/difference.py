@@ -281,10 +281,19 @@ def _op(state: NodeState) -> str:
 
 
 def _recipe_of(given: Compared) -> Recipe | None:
-    """The recipe, if a text names one; folders come first."""
+    """The recipe, if a text names one; folders come first.
+
+    Raises:
+        ConfigurationError: If the text is neither a folder nor a recipe.
+    """
     if isinstance(given, Recipe):
         return given
-    return make_recipe(given) if isinstance(given, str) and not Path(given).is_dir() and _is_recipe(given) else None
+    if not isinstance(given, str) or Path(given).is_dir() or not _is_recipe(given):
+        return None
+    try:
+        return make_recipe(given)
+    except UnknownNameError as error:
+        raise ConfigurationError(f"{given!r} is neither a folder nor a recipe: {error}") from None
 
 
 def _is_recipe(text: str) -> bool:

@@ -28,7 +28,7 @@ from fxquant.pipeline.pipeline import Pass, PassRecord, count_ops
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.context import PassContext
 from fxquant.runtime.replay import refuse_unknown_layers, rewrite_graph
-from fxquant.text import json_values, nearest
+from fxquant.text import fitted, json_values, nearest
 
 FORMAT = 1
 """Version of what :meth:`History.to_json` returns. It grows if an entry changes its meaning or goes away."""
@@ -139,6 +139,33 @@ class History:
             if name in (step.name, step.text):
                 return step
         raise UnknownNameError("step", name, nearest(name, [step.name for step in self.steps]))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """The steps as text: stage, time, edits, nodes added, removed and rewired, tensors changed, change in ops."""
+        head = [
+            ("model", f"{self.model_class.rpartition(':')[2]} on {self.backend}"),
+            ("graph", f"{self.graph} of {self.graphs}, for calls {self.call}"),
+            ("nodes", f"{len(self.steps[0].nodes)} captured, {len(self.steps[-1].nodes)} at the end"),
+        ]
+        rows = [
+            [
+                step.text if step.phase != "lower" else f"lower to {step.text}",
+                step.phase,
+                step.stage,
+                "" if step.seconds is None else f"{step.seconds:.2f}",
+                step.edits or "",
+                f"+{len(step.change.added)} -{len(step.change.removed)} ~{len(step.change.rewired)}",
+                sum(change.what != "made" for change in step.tensors) or "",
+                " ".join(f"{op.removeprefix('aten::')}:{count:+d}" for op, count in step.ops.items()),
+            ]
+            for step in self.steps[1:]
+        ]
+        header = ["pass", "phase", "stage", "seconds", "edits", "nodes", "tensors", "change in ops"]
+        table = fitted(header, rows, {0: 44, 7: 44}, right=(3, 4, 6))
+        return "\n".join(f"{title:<6} {text}" for title, text in head) + f"\n\n{table}"
 
     def to_json(self) -> dict[str, Any]:
         """The history as JSON values.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -100,3 +101,19 @@ def made_from(kind: str, *sources: History | Tensor | Sequence[str] | str) -> Hi
         else:
             parts.append(digest(*source))
     return History(kind, (digest(*parts),))
+
+
+def recorded(node: fx.Node) -> bool:
+    """Whether a history was recorded for a tensor; else it belongs to the captured model."""
+    return _HISTORY in node.meta
+
+
+def to_json(node: fx.Node) -> list[Any] | None:
+    """The recorded history of a tensor as JSON values."""
+    found = node.meta[_HISTORY]
+    return None if found is None else [found.root, list(found.steps)]
+
+
+def from_json(data: list[Any] | None) -> History | None:
+    """Read what :func:`to_json` returned."""
+    return None if data is None else History(str(data[0]), tuple(map(str, data[1])))

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+BOUNDARIES = "fxquant_boundaries"
+"""Key of ``node.meta`` for the values of a table of boundaries, to find it again."""
+
 
 @dataclass(frozen=True, eq=False)
 class TimeTable:
@@ -208,19 +211,16 @@ def _bin(rewriter: Rewriter, table: TimeTable) -> fx.Node:
     for user in table.timestep.users:
         for found in user.users if user.target is aten.to.dtype else ():
             held = args(found).boundaries if found.target is _BUCKETIZE else None
-            if isinstance(held, fx.Node) and held.meta.get(_BOUNDARIES) == table.boundaries:
+            if isinstance(held, fx.Node) and held.meta.get(BOUNDARIES) == table.boundaries:
                 return next(iter(found.users))
     boundaries = rewriter.constant(
         "timestep_boundaries", torch.tensor(table.boundaries, dtype=torch.float32), [table.timestep]
     )
-    boundaries.meta[_BOUNDARIES] = table.boundaries
+    boundaries.meta[BOUNDARIES] = table.boundaries
     with rewriter.before(table.timestep.next if table.timestep.next.op != "placeholder" else _after_inputs(rewriter)):
         number = rewriter.call(aten.to.dtype, (table.timestep, torch.float32), [table.timestep], name="timestep_number")
         bins = rewriter.call(_BUCKETIZE, (number, boundaries), [table.timestep], name="timestep_bins")
         return rewriter.call(aten.view.default, (bins, [-1]), [table.timestep], name="timestep_bin")
-
-
-_BOUNDARIES = "fxquant_boundaries"  # Key of ``node.meta``: the values of a table of boundaries, to find it again.
 
 
 def _after_inputs(rewriter: Rewriter) -> fx.Node:

@@ -70,8 +70,8 @@ def test_tensors_name_the_pass_and_the_factor(four: GraphModel, eight: GraphMode
 def test_before_and_after_a_pass(four: GraphModel) -> None:
     found = diff(four, step="absorb-affines", block=1)
     assert found.nodes.added == () and len(found.nodes.removed) == 6
-    changed = ("attn1.to_v.weight", "attn1.to_v.bias", "norm1.linear.weight", "norm1.linear.bias")
-    assert {one.tensor for one in found.tensors} == {f"transformer_blocks.1.{name}" for name in changed}
+    names = [f"{layer}.{part}" for layer in ("attn1.to_v", "norm1.linear") for part in ("weight", "bias")]
+    assert {one.tensor for one in found.tensors} == {f"transformer_blocks.1.{name}" for name in names}
     assert "transformer_blocks.1.norm1.linear.weight: absorb-affines: folded times" in str(found)
     assert diff(four, step="absorb-affines", block="transformer_blocks.1") == found
 

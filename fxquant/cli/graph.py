@@ -1,0 +1,68 @@
+"""The command ``fxquant graph``."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from fxquant.cli.app import Block, Debug, Graph, Layer, app
+from fxquant.cli.output import err, print_plain, quiet, status
+from fxquant.cli.report import check_is_folder
+
+
+class Format(StrEnum):
+    """How a graph is written."""
+
+    text = "text"
+    dot = "dot"
+    json = "json"
+    networkx = "networkx"
+    model_explorer = "model-explorer"
+
+
+_GRAPH_EXAMPLES = """[bold]Examples[/]
+
+  fxquant graph dit-w4a8 --layer transformer_blocks.3.attn1.to_q
+
+  fxquant graph dit-w4a8 --block 3 --after balance-channels --format dot -o block.dot && dot -Tsvg -O block.dot
+
+  fxquant graph dit-w4a8 --format model-explorer -o dit.json
+"""
+
+
+@app.command(epilog=_GRAPH_EXAMPLES, no_args_is_help=True)
+def graph(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    block: Block = None,
+    layer: Layer = None,
+    after: Annotated[
+        str | None, typer.Option(help="Step: captured, a pass, or lower. By default the last one.")
+    ] = None,
+    form: Annotated[
+        Format,
+        typer.Option("--format", "-f", help="networkx: node-link JSON; model-explorer: JSON for Model Explorer."),
+    ] = Format.text,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write, in place of the terminal.")] = None,
+    number: Graph = 0,
+    debug: Debug = False,
+) -> None:
+    """Print a graph or a part of it after any pass: as text, for Graphviz, networkx or Model Explorer."""
+    with quiet(), status("tracing and running the passes again"):
+        check_is_folder(folder)
+        import fxquant
+        from fxquant.inspect.graph_formats import FORMATS, part_of
+
+        history = fxquant.rewrite_history(folder, graph=number, lower=after in (None, "lower"))
+        text = FORMATS[form.value](part_of(history, after, block, layer))
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+        err.print(Text(f"written to {out}"))
+    elif form is Format.text:
+        print_plain(text.removesuffix("\n"))
+    else:
+        sys.stdout.write(text)
