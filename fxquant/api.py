@@ -26,6 +26,7 @@ from fxquant.errors import (
 )
 from fxquant.ir.tensors import bind, weights_and_buffers, weights_of
 from fxquant.pipeline.backend import Backend, resolve_backend
+from fxquant.pipeline.dumps import with_dumps
 from fxquant.pipeline.pipeline import Instrument
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.plan import Plan, tensor_bytes
@@ -120,7 +121,8 @@ def compile(
         statistics: Receives what the observers record, for inspection, for later conversions or to merge runs; a new
             object if None. With a plan, or without ``calibrate``: the statistics of an earlier calibration, from which
             the recipe decides. Roundings that use more than the weights (GPTQ, reconstruction) need them with a plan.
-        instruments: They watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`).
+        instruments: They watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`). The
+            environment variable ``FXQUANT_DUMP`` names a folder for dumps of all graphs after every change.
         resume: Folder in which slow passes (block reconstruction) keep finished results. The same call with the same
             folder continues from them. Results learned from other weights, inputs or options are ignored.
         prove: Run the graph before and after each pass on calibration calls, and refuse a pass that does not keep its
@@ -143,6 +145,7 @@ def compile(
         BackendError: If the backend cannot run what the recipe requires.
         PassError: If a pass fails; with ``prove`` a ProofError if it does not keep its tier.
     """
+    instruments = with_dumps(instruments)
     check_model(model)
     refuse_adapters(model)
     _check_options(recipe, backend, plan, measure, statistics)

@@ -82,7 +82,14 @@ def quantize(
     measure: Annotated[
         int, typer.Option(min=0, help="Number of calibration calls on which the output error is measured; 0 for none.")
     ] = 8,
-    dump_graphs: Annotated[Path | None, typer.Option(help="Folder for the graph after every pass, as text.")] = None,
+    dump: Annotated[
+        Path | None,
+        typer.Option(
+            "--dump",
+            "--dump-graphs",
+            help="Folder for the graph after every change, as text and for [bold]fxquant opt[/].",
+        ),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Folder in which block reconstruction keeps finished blocks, to resume from there."),
@@ -136,7 +143,8 @@ def quantize(
         from fxquant.disk.files import dtype_of_name
         from fxquant.disk.folders import prepare
         from fxquant.pipeline.backend import resolve_backend
-        from fxquant.pipeline.pipeline import DumpGraphs, Instrument
+        from fxquant.pipeline.dumps import DumpGraphs
+        from fxquant.pipeline.pipeline import Instrument
         from fxquant.pipeline.recipes import make_recipe
         from fxquant.runtime.devices import usable_device
         from fxquant.storage.diffusers_io import load_pipeline, refuse_existing, refuse_input
@@ -144,7 +152,7 @@ def quantize(
         # Invalid options are refused before any slow step.
         refuse_input(out_folder, Path(model))
         prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
-        for option, folder in (("--dump-graphs", dump_graphs), ("--resume", resume)):
+        for option, folder in (("--dump", dump), ("--resume", resume)):
             _check_folder(option, folder, out_folder)
         recorded = _statistics(statistics, keep_statistics, keep_calls, attribute, out_folder)
         chosen = make_recipe(recipe, layers.value)
@@ -164,8 +172,8 @@ def quantize(
         with progress_bars() as progress:
             watch = _PassProgress(progress, chosen)
             instruments: list[Instrument] = [watch]
-            if dump_graphs is not None:
-                instruments.append(DumpGraphs(dump_graphs))
+            if dump is not None:
+                instruments.append(DumpGraphs(dump))
             told = f"calibrate: {samples} samples, {steps} steps" if calibrate else "calibrated before"
             task = progress.add_task(told, total=num_batches(samples) * steps if calibrate else 0)
             with steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):

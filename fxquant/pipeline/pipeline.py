@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import fx
@@ -25,7 +24,6 @@ from fxquant.errors import ConfigurationError, FxquantError, PassError
 from fxquant.ir.edits import EditLog
 from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.names import qualified_name
-from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
@@ -221,6 +219,22 @@ class Instrument(Protocol):
 
 
 @runtime_checkable
+class ReadsContext(Protocol):
+    """An instrument that also gets what passes decide from."""
+
+    def enter(self, step: Pass, context: PassContext, stage: Stage) -> None:
+        """Called before :meth:`Instrument.before`, with the stage of the graph before the pass."""
+
+
+@runtime_checkable
+class WatchesLowering(Protocol):
+    """An instrument that is also called after a backend lowered a graph."""
+
+    def lowered(self, backend: str, module: fx.GraphModule) -> None:
+        """Called with the name of the backend and the verified graph."""
+
+
+@runtime_checkable
 class ShowsProgress(Protocol):
     """An instrument that also shows the progress of long passes; without one, such a pass draws a bar itself."""
 
@@ -296,6 +310,9 @@ class Pipeline:
         verify(module, SPECS[stage])
         records = []
         for number, step in enumerate(self.passes, 1):
+            for instrument in self.instruments:
+                if isinstance(instrument, ReadsContext):
+                    instrument.enter(step, context, stage)
             stage = max(stage, step.establishes)
             record = self._run_one(step, module, context, SPECS[stage])
             log.info("%d/%d %s", number, len(self.passes), record)
@@ -352,61 +369,3 @@ def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, tota
 def count_ops(graph: fx.Graph) -> Counter[str]:
     """Number of nodes by op name, without parameters and inputs."""
     return Counter(qualified_name(node.target) for node in graph.nodes if node.op == "call_function")
-
-
-class DumpGraphs:
-    """Instrument that writes the graph as text (:mod:`fxquant.ir.printing`) after each pass that changed it.
-
-    Args:
-        folder: Where the files go; they are named ``00-captured.txt``, ``01-balance-channels.txt`` and so on.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._number = 0
-
-    def _write(self, name: str, module: fx.GraphModule) -> None:
-        path = self.folder / f"{self._number:02d}-{name}.txt"
-        path.write_text(graph_text(module, notes=True) + "\n", encoding="utf-8")
-        self._number += 1
-
-    def before(self, step: Pass, module: fx.GraphModule) -> None:
-        """Write the graph that the first pass gets."""
-        if self._number == 0:
-            self._write("captured", module)
-
-    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
-        """Write the graph if the pass changed it."""
-        if record.edits:
-            self._write(step.name, module)
-
-    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
-        """Write the graph as the failing pass left it."""
-        self._write(f"{step.name}-failed", module)
-
-
-class Reproducer:
-    """Instrument that, when a pass fails, writes the graph just before it and the pipeline text that failed.
-
-    Args:
-        folder: Where the file goes; created only when a pass fails.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._graph = ""
-
-    def before(self, step: Pass, module: fx.GraphModule) -> None:
-        """Remember the graph."""
-        self._graph = module.print_readable(print_output=False)
-
-    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
-        """Nothing to do."""
-
-    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
-        """Write the reproducer and say where it is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{step.name}.py"
-        path.write_text(f"# pipeline: {step}\n# failed with: {error!r}\n{self._graph}\n", encoding="utf-8")
-        error.add_note(f"the graph just before the pass is in {path}")

@@ -28,7 +28,7 @@ from fxquant.ir.digest import graph_digest
 from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_of
 from fxquant.pipeline.backend import Backend
-from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline
+from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline, WatchesLowering
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan, tensor_bytes
@@ -64,6 +64,7 @@ def convert(
         context.inputs = calibration.inputs_of(number)
         records = rewrite_graph(captured, context, recipe.convert, instruments, calibration.prepare.prove)
         backend.finish(captured.module, plan, quantized.tensors())
+        _tell_lowered(backend, captured, instruments)
         plan.passes = plan.passes or [log_entry(record) for record in (*calibration.records, *records)]
         quantized.add(captured)
     return quantized
@@ -124,7 +125,14 @@ def convert_graph(
     """
     records = rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert], instruments)
     backend.finish(captured.module, context.plan, others)
+    _tell_lowered(backend, captured, instruments)
     return records
+
+
+def _tell_lowered(backend: Backend, captured: CapturedGraph, instruments: Sequence[Instrument]) -> None:
+    for instrument in instruments:
+        if isinstance(instrument, WatchesLowering):
+            instrument.lowered(backend.name, captured.module)
 
 
 def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -21,7 +20,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.passes.balance_channels import BalanceChannels, Salience
 from fxquant.passes.remove_noops import RemoveNoOps
-from fxquant.pipeline.pipeline import DumpGraphs, Pass, PassRecord, Pipeline, Reproducer, Tier, parse_pass
+from fxquant.pipeline.pipeline import Pass, PassRecord, Pipeline, Tier, parse_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from tests.passes.models import Patches, patches
@@ -192,28 +191,3 @@ class TestRun:
         del graph.q.bias
         with pytest.raises(FxquantError, match=r"there is no tensor 'q.bias'"):
             Pipeline([Step()]).run(graph, plan())
-
-
-def test_graphs_are_dumped_after_each_change(tmp_path: Path) -> None:
-    folder = tmp_path / "graphs"
-    with pytest.raises(PassError):
-        Pipeline([Step(), Step("double"), Step("crash")], [DumpGraphs(folder)]).run(module(), plan())
-    assert sorted(path.name for path in folder.iterdir()) == ["00-captured.txt", "01-step.txt", "02-step-failed.txt"]
-    assert "clone(" not in (folder / "00-captured.txt").read_text()
-    assert "= clone(transpose)  # by step" in (folder / "01-step.txt").read_text()
-
-
-def test_a_failing_pass_leaves_a_reproducer(tmp_path: Path) -> None:
-    folder = tmp_path / "failures"
-    pipeline = Pipeline([Step("double"), Step("crash")], [Reproducer(folder)])
-    with pytest.raises(PassError) as error:
-        pipeline.run(module(), plan())
-    written = (folder / "step.py").read_text()
-    assert written.startswith("# pipeline: step{way=crash}\n# failed with: ZeroDivisionError('one by zero')\n")
-    assert "torch.ops.aten.clone.default(transpose)" in written  # The graph just before it.
-    assert str(folder / "step.py") in "".join(getattr(error.value, "__notes__", [])) + str(error.value)
-
-
-def test_a_pipeline_that_works_leaves_none(tmp_path: Path) -> None:
-    Pipeline([Step("double")], [Reproducer(tmp_path / "failures")]).run(module(), plan())
-    assert not (tmp_path / "failures").exists()
