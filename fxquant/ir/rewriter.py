@@ -252,8 +252,8 @@ class Rewriter:
 
     @contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
-        """Insert new nodes after ``node``."""
-        with self.graph.inserting_after(node):
+        """Insert new nodes after ``node``, in the order in which they are made."""
+        with self.graph.inserting_before(node.next):  # inserting_after would put the second node before the first one.
             yield
 
     def call(

@@ -349,7 +349,8 @@ class Pipeline:
             if isinstance(error, FxquantError):
                 error.add_note(f"in pass {step}")
                 raise
-            failure = PassError(f"pass {step} failed: {type(error).__name__}: {error}")
+            told = str(error).partition("\ngraph():")[0]  # The lint of torch appends the whole graph.
+            failure = PassError(f"pass {step} failed: {type(error).__name__}: {told}")
             for note in getattr(error, "__notes__", ()):  # A note says where an instrument wrote its reproducer.
                 failure.add_note(note)
             raise failure from error

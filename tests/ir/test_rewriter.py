@@ -103,6 +103,17 @@ def test_provenance_is_inherited(module: fx.GraphModule) -> None:
     assert [origin.pass_name for origin in two.meta[PROVENANCE]] == ["first", "second"]
 
 
+def test_nodes_after_a_node_have_the_order_in_which_they_are_made(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    node = layer_node(module, "a")
+    with rewriter.after(node):
+        made = [rewriter.call(aten.neg.default, (node,), [node])]
+        made += [rewriter.call(aten.neg.default, (made[0],), [node])]
+    order = list(module.graph.nodes)
+    place = order.index(node)
+    assert order[place + 1 : place + 3] == made
+    module.graph.lint()
+
+
 def test_replace_erases_what_is_left_unread(module: fx.GraphModule, rewriter: Rewriter) -> None:
     relu = nodes_of(module, aten.relu.default)[0]
     rewriter.replace(relu, relu.args[0])

@@ -44,6 +44,11 @@ class Step(Pass):
                 new = rewriter.call(torch.ops.aten.clone.default, (node,), [node])
             for user in [user for user in node.users if user is not new]:
                 rewriter.redirect(user, node, new)
+        elif self.way == "early":
+            with rewriter.before(node):
+                new = rewriter.call(torch.ops.aten.clone.default, (node,), [node])
+            for user in [user for user in node.users if user is not new]:
+                rewriter.redirect(user, node, new)
         elif self.way == "unread":
             with rewriter.after(node):
                 rewriter.call(torch.ops.aten.clone.default, (node,), [node])
@@ -173,6 +178,11 @@ class TestRun:
             Pipeline([Step("crash")], [watcher]).run(module(), plan())
         assert isinstance(error.value.__cause__, ZeroDivisionError)
         assert watcher.seen[-1] == ("failed", "step{way=crash}", ZeroDivisionError)
+
+    def test_the_message_of_a_broken_order_does_not_hold_the_whole_graph(self) -> None:
+        with pytest.raises(PassError, match="used before it has been defined") as error:
+            Pipeline([Step("early")]).run(module(), plan())
+        assert len(str(error.value).splitlines()) == 1
 
     def test_a_typed_error_keeps_its_type_and_names_the_pass_in_a_note(self) -> None:
         with pytest.raises(CalibrationError, match="no statistics") as error:
