@@ -14,6 +14,7 @@ from fxquant.cli.opt import opt  # isort: skip
 from fxquant.cli.profile import profile  # isort: skip
 from fxquant.cli.plot import plot  # isort: skip
 from fxquant.cli.list import list_  # isort: skip
+from fxquant.cli.new_pass import new_pass  # isort: skip
 from fxquant.cli.app import app
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "inspect",
     "list_",
     "main",
+    "new_pass",
     "opt",
     "plot",
     "profile",

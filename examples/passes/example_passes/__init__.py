@@ -1,0 +1,1 @@
+"""Four passes outside of fxquant, written with its public names only."""

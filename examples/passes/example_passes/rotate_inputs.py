@@ -1,0 +1,97 @@
+"""Hadamard rotation of the inputs of linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from scipy.linalg import hadamard
+from torch import Tensor, fx
+
+from fxquant.authoring import (
+    Decision,
+    Pass,
+    PassContext,
+    Rewriter,
+    Stage,
+    Tier,
+    args,
+    changed_by,
+    linears_to_quantize,
+    register_pass,
+    stored_weight,
+)
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Rotation(Decision, of="rotate-inputs"):
+    """The rotation of the input of one layer, in blocks of ``size`` channels; a size of 1 means none."""
+
+    size: int
+
+
+@register_pass
+@dataclass(frozen=True)
+class RotateInputs(Pass):
+    """Rotate the inputs of linears, so that no channel stands out and one range fits all channels.
+
+    Before::
+
+        y = linear(x, W, bias)
+
+    After, with a symmetric orthogonal matrix H, so that ``(x H) (W H)^T = x W^T``::
+
+        y = linear(x H, W H, bias)
+
+    H consists of equal Hadamard matrices along its diagonal, whose size is the largest power of two that divides the
+    number of channels (QuaRot, arXiv 2404.00456). ``x H`` is computed at run time, once for all linears that read x.
+    Run it before calibration, which then observes ``x H``.
+
+    Attributes:
+        least: Inputs that allow only smaller blocks are left alone.
+    """
+
+    name: ClassVar[str] = "rotate-inputs"
+    tier: ClassVar[Tier] = Tier.ALGEBRAIC
+    requires: ClassVar[Stage] = Stage.TRANSFORMED
+    establishes: ClassVar[Stage] = Stage.CAPTURED
+
+    least: int = 16
+
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        rotations = context.plan.decisions_of(Rotation)
+        for name, node, layer in linears_to_quantize(graph, context.plan):
+            channels = layer.shape[1]
+            largest = channels & -channels  # The largest power of two that divides it.
+            size = rotations.setdefault(name, Rotation(largest if largest >= self.least else 1)).size
+            if size == 1 or changed_by(stored_weight(node), self.name):
+                continue
+            x = args(node).node("input")
+            with rewriter.before(node):
+                rotated = _rotated(x, size, rewriter)
+            h = matrix(size)
+            rewriter.fold(node, "weight", lambda w, h=h: rotate(w.double(), h), by=("hadamard", str(size)))
+            rewriter.redirect(node, x, rotated)
+
+
+def _rotated(x: fx.Node, size: int, rewriter: Rewriter) -> fx.Node:
+    if (x, size) not in rewriter.memo:
+        if size not in rewriter.memo:
+            rewriter.memo[size] = rewriter.constant(f"hadamard_{size}", matrix(size).to(x.meta["val"].dtype), [x])
+        blocks = rewriter.call(aten.unflatten.int, (x, -1, [-1, size]), [x])
+        turned = rewriter.call(aten.matmul.default, (blocks, rewriter.memo[size]), [x])
+        rewriter.memo[x, size] = rewriter.call(aten.flatten.using_ints, (turned, -2), [x], name=f"{x.name}_rotated")
+    return rewriter.memo[x, size]
+
+
+def matrix(size: int) -> Tensor:
+    """The Hadamard matrix divided by the root of its size: float64 ``[size, size]``, symmetric and orthogonal."""
+    return torch.from_numpy(hadamard(size)).double() / size**0.5
+
+
+def rotate(rows: Tensor, h: Tensor) -> Tensor:
+    """Rotate rows ``[..., channels]`` in blocks of the size of ``h``."""
+    return (rows.unflatten(-1, (-1, len(h))) @ h).flatten(-2)

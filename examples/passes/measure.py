@@ -1,0 +1,61 @@
+"""Measure the passes on the digits model: ``PYTHONPATH=.:examples/passes python examples/passes/measure.py``.
+
+Prints the mean SQNR of the noise prediction in dB, without and with each pass. One calibration serves all recipes, but
+for passes that change what is observed or that run calibration calls again.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import example_passes.choose_bits
+import example_passes.float8
+import example_passes.low_rank_branch
+import example_passes.rotate_inputs  # noqa: F401  (each registers its pass)
+
+from examples.digits import load_pipeline, plant_salience
+from examples.digits.compare import Calibrated, noise_sqnr, predicted_noise, quantize, test_calls
+from fxquant import Recipe, make_recipe
+
+ROWS = (
+    ("ptq4dit-w4a8", "low-rank-branch"),
+    ("ptq4dit-w4a4", "low-rank-branch"),
+    ("rtn-w4a4", "low-rank-branch"),
+    ("rtn-w4a4", "rotate-inputs"),
+    ("rtn-w8a8", "rotate-inputs"),
+    ("ptq4dit-w5a8", "choose-bits"),
+    ("rtn-w8a8", "quantize-e4m3"),
+)
+
+
+def with_pass(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with one of the passes: before calibration if it changes what is observed, else before rounding."""
+    text = str(recipe)
+    if name == "rotate-inputs":
+        return Recipe.parse(text.replace(" ; ", f",{name} ; "))
+    return Recipe.parse(text.replace("quantize-linears", f"{name},quantize-linears", 1))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--planted", action="store_true", help="the model with planted salient channels")
+    planted = parser.parse_args().planted
+    pipe = load_pipeline()
+    model = plant_salience(pipe.transformer) if planted else pipe.transformer
+    calls = test_calls(pipe, model)
+    noise = predicted_noise(model, calls)
+    calibrated = Calibrated(pipe, model, "default")
+    for base, name in ROWS:
+        plain = make_recipe(base)
+        recipe, found = with_pass(plain, name), []
+        for each in (plain, recipe):
+            anew = each is recipe and name in ("rotate-inputs", "choose-bits")
+            quantized, _ = quantize(pipe, model, each) if anew else calibrated.quantize(each)
+            sqnr = noise_sqnr(quantized, noise, calls)
+            found.append(sum(sqnr) / len(sqnr))
+        print(f"{base:14} {name:16} {found[0]:5.1f} dB -> {found[1]:5.1f} dB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The pass my-pass for fxquant."""
