@@ -164,7 +164,7 @@ class Calibrated:
         precision = Precision.parse(assign.precision)
         for layer in plan.layers.values():
             if layer.weight_bits is not None and layer.activation_bits is not None:
-                layer.weight_bits = precision.weight_bits
+                layer.weight_bits, layer.activation_bits = precision.weight_bits, precision.activation_bits
         return plan
 
 
