@@ -30,6 +30,10 @@ class DuplicateNameError(FxquantError, ValueError):
     """Two objects were registered under one name."""
 
 
+class PluginError(FxquantError, ImportError):
+    """Another package offers a pass, recipe or backend that cannot be imported; the message names the package."""
+
+
 class CaptureError(FxquantError, RuntimeError):
     """The model could not be traced into a graph, or a call does not fit what was traced.
 
@@ -88,6 +92,18 @@ class ProofError(PassError):
         self.pass_name = pass_name
         self.error = error
         self.node = node
+
+
+class LifecycleError(FxquantError, AssertionError):
+    """A pass does not survive what a quantized model goes through; the message names each step that failed.
+
+    Attributes:
+        failures: What went wrong, by step.
+    """
+
+    def __init__(self, message: str, failures: dict[str, str]) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 class BackendError(FxquantError, RuntimeError):

@@ -10,26 +10,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
-STEPS = (900.0, 500.0, 100.0)
+from fxquant.testing import STEPS, tiny_dit
+
+__all__ = ["STEPS", "calibrate", "inputs", "make_dit", "make_pipeline", "run"]
 
 
 def make_dit(layers: int = 1, **options: Any) -> DiTTransformer2DModel:
     """A DiT for 8 x 8 latents of 4 channels. Its adaLN layers have nonzero weights, unlike after initialization."""
-    torch.manual_seed(0)
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": layers,
-        "sample_size": 8,
-        "patch_size": 2,
-        "num_embeds_ada_norm": 1000,  # DiTPipeline uses class 1000 as the null class.
-    }
-    model = DiTTransformer2DModel(**config | options).eval()
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
+    model = tiny_dit(layers, **options)
+    assert isinstance(model, DiTTransformer2DModel)
     return model
 
 

@@ -17,7 +17,9 @@ class FakeQuant(Backend):
     """Runs the reference ops themselves: lowering does not change the graph."""
 
     name: ClassVar[str] = "fake-quant"
-    spec: ClassVar[StageSpec] = StageSpec("lowered to fake-quant", SPECS[Stage.QUANTIZED].ops)
+    spec: ClassVar[StageSpec] = StageSpec(
+        "lowered to fake-quant", SPECS[Stage.QUANTIZED].ops, registered=Stage.QUANTIZED
+    )
 
     def refuse(self, layer: LayerPlan) -> str | None:
         """Every bit width and granularity runs."""

@@ -117,7 +117,7 @@ class Original:
 
     def _compare_once(self, model: nn.Module, captured: CapturedGraph, call: Call, seed: int) -> str | None:
         """A description of the difference, or None if there is none."""
-        tried = call.with_leaves(_others(captured.call, call.leaves, self._timestep, seed))
+        tried = call.with_leaves(other_values(captured.call, call.leaves, self._timestep, seed))
         with _alike(call.device):
             try:
                 expected = _run(model, tried)
@@ -228,7 +228,7 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _others(call: CallSpec, leaves: Sequence[Any], timestep: str | None, seed: int) -> list[Any]:
+def other_values(call: CallSpec, leaves: Sequence[Any], timestep: str | None, seed: int) -> list[Any]:
     """Inputs like those of a call, with other values: floats and the timestep move up to a quarter closer to 0.
 
     So they stay in the range that the model accepts. Integers, which name things, and values that the graph holds do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def list_(
 def _recipes() -> list[tuple[str, str]]:
     from fxquant.pipeline.recipes import DYNAMIC, RECIPES, ROUNDINGS
 
-    plain = [(f"{name}-w<bits>a<bits>", _summary(RECIPES[name])) for name in RECIPES]
+    plain = [(f"{name}-w<bits>a<bits>", _described(RECIPES, name, _summary)) for name in RECIPES]
     by_token = f"<recipe>-{DYNAMIC}-w<bits>a<bits>", "every token that a linear reads gets its range at run time"
     return [*plain, by_token, *((f"<recipe>-{name}-w<bits>a<bits>", said) for name, said in ROUNDINGS.items())]
 
@@ -43,7 +44,7 @@ def _recipes() -> list[tuple[str, str]]:
 def _passes() -> list[tuple[str, str]]:
     from fxquant.pipeline.pipeline import PASSES
 
-    return [(name, f"[{PASSES[name].tier.value}] {_summary(PASSES[name])}") for name in PASSES]
+    return [(name, _described(PASSES, name, lambda step: f"[{step.tier.value}] {_summary(step)}")) for name in PASSES]
 
 
 def _backends() -> list[tuple[str, str]]:
@@ -70,6 +71,14 @@ def _rules() -> list[tuple[str, str]]:
         if short not in names:
             names.append(short)
     return [(" ".join(names), _summary(function)) for function, names in ops.items()]
+
+
+def _described(registry: Any, name: str, describe: Callable[[Any], str]) -> str:
+    """What an object is; for that of a package that cannot be imported, why."""
+    try:
+        return describe(registry[name])
+    except ImportError as error:
+        return f"not available: {error}"
 
 
 def _summary(item: Any) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from fxquant.ir.arguments import args, source_of
+from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.names import base_name
+
+if TYPE_CHECKING:
+    from fxquant.ir.rewriter import Origin
 
 LAYER_OPS = frozenset[Any](
     {
@@ -64,6 +68,17 @@ def is_wide_float(node: fx.Node) -> bool:
     """Whether a value has a floating-point dtype of 16 bits or more."""
     dtype = node.meta["val"].dtype
     return bool(dtype.is_floating_point and dtype.itemsize > 1)
+
+
+def layer_of(node: fx.Node) -> str | None:
+    """The name of the layer whose work a node does, such as ``transformer_blocks.0.attn1.to_q``; None if of none."""
+    name = node.meta.get(LAYER)
+    return None if name is None else str(name)
+
+
+def provenance_of(node: fx.Node) -> tuple[Origin, ...]:
+    """Which passes made a node, and from which nodes; the oldest first. Empty for a node of the captured graph."""
+    return tuple(node.meta.get(PROVENANCE, ()))
 
 
 def layer_name(target: str) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import keyword
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from fxquant.ir.arguments import args, source_of
 from fxquant.ir.edits import EditLog, NodeEdit, TensorEdit
 from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.histories import History, has_content, history_of, record
+from fxquant.ir.inlining import infer_again, inline
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
 from fxquant.ir.proofs import prove
 from fxquant.ir.tensors import are_alike, contiguous, get_tensor, is_finite, set_tensor
@@ -70,6 +71,7 @@ class Rewriter:
         self._most_edits = max(_FEWEST_EDITS, _EDITS_PER_NODE * len(module.graph.nodes))
         self.memo: dict[Any, Any] = {}
         self.log = EditLog()
+        self._tails: list[fx.Node | None] = []  # Of each insert point after a node: the node that was made there last.
         self._mode: FakeTensorMode | None = None
         self._taken: Counter[str] | None = None
 
@@ -199,14 +201,18 @@ class Rewriter:
     def set_argument(self, node: fx.Node, name: str, value: Any) -> None:
         """Set an argument of ``node``, whether or not it was given before.
 
+        The shape and dtype of its result, and of the values computed from it, are inferred again.
+
         Raises:
             ArgumentError: If the op has no argument of the name.
+            PassError: If the op does not accept the value.
         """
         if name in node.kwargs or args(node).is_keyword(name):
             node.kwargs = {**node.kwargs, name: value}
         else:
             node.args = args(node).replaced(**{name: value})
             node.kwargs = {other: kept for other, kept in node.kwargs.items() if not args(node).is_positional(other)}
+        infer_again(self, node)
         self.log.nodes.append(NodeEdit("rewired", node.name))
         self._note(node, [node])
 
@@ -246,15 +252,23 @@ class Rewriter:
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
-        """Insert new nodes before ``node``."""
+        """Insert new nodes before ``node``, in the order in which they are made."""
+        self._tails.append(None)
         with self.graph.inserting_before(node):
-            yield
+            try:
+                yield
+            finally:
+                self._tails.pop()
 
     @contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
         """Insert new nodes after ``node``, in the order in which they are made."""
-        with self.graph.inserting_before(node.next):  # inserting_after would put the second node before the first one.
-            yield
+        self._tails.append(node)  # FX alone would insert each new node before the earlier ones.
+        with self.graph.inserting_after(node):
+            try:
+                yield
+            finally:
+                self._tails.pop()
 
     def call(
         self,
@@ -263,6 +277,7 @@ class Rewriter:
         sources: Sequence[fx.Node],
         name: str | None = None,
         layer: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> fx.Node:
         """Add a call of ``target``; its shape and dtype are computed on fake tensors.
 
@@ -273,13 +288,19 @@ class Rewriter:
             name: A readable name for the node.
             layer: Whether the new node does work of the layer of its sources. It then gets the layer name of the last
                 source that has one.
+            kwargs: Its arguments by name.
 
         Raises:
             PassError: If an argument is a tensor, which a graph can only read by name.
         """
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments)):
+        named = dict(kwargs or {})
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((arguments, named))):
             raise PassError(f"{self.pass_name}: an argument of {target} is a tensor; add it by Rewriter.constant first")
-        node = self.graph.call_function(target, arguments, name=name)
+        tail = self._tails[-1] if self._tails else None
+        with nullcontext() if tail is None or tail._erased else self.graph.inserting_after(tail):
+            node = self.graph.call_function(target, arguments, named, name=name)
+        if tail is not None:
+            self._tails[-1] = node
         node.meta["val"] = self.infer(node)
         prove(node)
         for source in sources:
@@ -288,6 +309,12 @@ class Rewriter:
                     node.meta[key] = source.meta[key]
         self._made(node, sources)
         return node
+
+    def inline(
+        self, function: Callable[..., Any], arguments: Sequence[Any], sources: Sequence[fx.Node], layer: bool = False
+    ) -> Any:
+        """Add the ops of a small function of tensors; see :func:`fxquant.ir.inlining.inline`."""
+        return inline(self, function, arguments, sources, layer)
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Make all readers of ``node`` read ``new`` instead, and erase ``node``."""

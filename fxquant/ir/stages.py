@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
-from fxquant.errors import VerificationError
+from fxquant.errors import ConfigurationError, DuplicateNameError, VerificationError
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import behind
@@ -50,11 +50,13 @@ class StageSpec:
         name: For messages.
         ops: Names of the fxquant ops that may occur.
         namespaces: Namespaces whose ops may all occur.
+        registered: The latest stage of which ops of other packages may occur (:func:`register_op`); None for none.
     """
 
     name: str
     ops: frozenset[str] = frozenset()
     namespaces: frozenset[str] = frozenset({"aten"})
+    registered: Stage | None = None
 
     def allows(self, node: fx.Node) -> bool:
         """Whether the op of a ``call_function`` node may occur."""
@@ -62,7 +64,50 @@ class StageSpec:
         if schema is None:  # Python's own arithmetic on sizes, and getitem.
             return getattr(node.target, "__module__", "") in ("_operator", "operator", "math", "torch", "builtins")
         namespace, _, name = str(schema.name).partition("::")
+        if self.registered is not None and _REGISTERED.get(str(schema.name), Stage.LOWERED) <= self.registered:
+            return True
         return namespace in self.namespaces or (namespace == "fxquant" and name in self.ops)
+
+
+_REGISTERED: dict[str, Stage] = {}
+"""Ops of other packages by qualified name, each with the earliest stage of the graphs that may hold it."""
+
+
+def register_op(stage: Stage, op: Any) -> None:
+    """Let graphs hold an op of another package, from a stage on.
+
+    The backend fake-quant runs the op's own kernel. Other backends refuse it by name, unless they lower it themselves
+    and declare what they lower it to. The op needs a fake kernel (:func:`torch.library.register_fake`), which gives
+    shapes, and it must not write into its arguments.
+
+    Args:
+        stage: ``TRANSFORMED`` or ``QUANTIZED``: the earliest stage of a graph that may hold the op.
+        op: The op, ``torch.ops.my_package.my_op``, or an overload of it. All its overloads are registered.
+
+    Raises:
+        ConfigurationError: If this is not an op, or one that graphs cannot hold.
+        DuplicateNameError: If it is registered for another stage.
+    """
+    packet = getattr(op, "overloadpacket", op)
+    name = str(getattr(packet, "_qualified_op_name", ""))
+    if not name or not hasattr(packet, "overloads"):
+        raise ConfigurationError(f"{op!r} is not an op; give torch.ops.my_package.my_op, defined by torch.library")
+    if name.partition("::")[0] in ("aten", "fxquant", "prim"):
+        raise ConfigurationError(
+            f"{name} belongs to {name.partition('::')[0]}; register ops of your own namespace only"
+        )
+    if stage not in (Stage.TRANSFORMED, Stage.QUANTIZED):
+        raise ConfigurationError(f"{name}: ops can be registered for transformed and for quantized graphs, not {stage}")
+    for overload in packet.overloads():
+        if getattr(packet, overload)._schema.is_mutable:
+            raise ConfigurationError(f"{name} writes into an argument, which other nodes may read; return a new tensor")
+    if _REGISTERED.setdefault(name, stage) is not stage:
+        raise DuplicateNameError(f"op {name} is registered for {_REGISTERED[name]} graphs already")
+
+
+def is_registered(op: Any) -> bool:
+    """Whether an op is one of another package that :func:`register_op` knows."""
+    return str(getattr(getattr(op, "_schema", None), "name", "")) in _REGISTERED
 
 
 _TRANSFORMED = frozenset({"channel_affine"})
@@ -71,8 +116,8 @@ _QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "matm
 SPECS: dict[Stage, StageSpec] = {
     Stage.CAPTURED: StageSpec("captured"),
     Stage.OBSERVED: StageSpec("observed", frozenset({"observe"})),
-    Stage.TRANSFORMED: StageSpec("transformed", _TRANSFORMED),
-    Stage.QUANTIZED: StageSpec("quantized", _QUANTIZED),
+    Stage.TRANSFORMED: StageSpec("transformed", _TRANSFORMED, registered=Stage.TRANSFORMED),
+    Stage.QUANTIZED: StageSpec("quantized", _QUANTIZED, registered=Stage.QUANTIZED),
 }
 """The specification of each stage except the last. Each backend declares its own specification of the last stage."""
 

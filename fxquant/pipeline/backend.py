@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.errors import BackendError
+from fxquant.ir.layers import layer_of, provenance_of
 from fxquant.ir.roles import assign_roles
-from fxquant.ir.stages import StageSpec, verify
+from fxquant.ir.stages import StageSpec, is_registered, verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.options import read_named
 from fxquant.pipeline.registry import Registry
@@ -174,7 +175,29 @@ class Backend(ABC):
         self.lower(module, plan, others or {})
         module.recompile()
         assign_roles(module.graph)
+        self._refuse_ops_of_others(module)
         verify(module, self.spec)
+
+    def _refuse_ops_of_others(self, module: fx.GraphModule) -> None:
+        """Refuse ops that other packages registered and this backend does not run.
+
+        Raises:
+            BackendError: Names the op, the layers and the pass that made it, and what works instead.
+        """
+        found: dict[str, list[fx.Node]] = {}
+        for node in module.graph.nodes:
+            if node.op == "call_function" and is_registered(node.target) and not self.spec.allows(node):
+                found.setdefault(str(node.target._schema.name), []).append(node)
+        for op, nodes in found.items():
+            names = [*dict.fromkeys(layer_of(node) or node.name for node in nodes)]
+            makers = dict.fromkeys(origin.pass_name for node in nodes for origin in provenance_of(node)[-1:])
+            made = f", made by {', '.join(makers)}" if makers else ""
+            shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            raise BackendError(
+                f"backend {self.name!r} cannot run the op {op} of {len(names)} layers ({shown}){made}; use backend "
+                "'fake-quant', which runs every registered op, or leave these layers to the recipe's own passes, or "
+                "write a backend that declares the op"
+            )
 
 
 BACKENDS: Registry[type[Backend]] = Registry("backend", "fxquant.backends")

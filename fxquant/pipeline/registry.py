@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from fxquant.errors import DuplicateNameError, UnknownNameError
+from fxquant.errors import DuplicateNameError, PluginError, UnknownNameError
 
 T = TypeVar("T")
+
+OWN = "fxquant."
+"""Modules of fxquant itself begin with this."""
 
 
 class Registry(Generic[T]):
@@ -54,9 +57,34 @@ class Registry(Generic[T]):
             entry = self._entries().get(name)
             if entry is None:
                 raise UnknownNameError(self.kind, name, self)
-            loaded = entry.load()  # Importing may run the decorator, which then has registered the object already.
+            try:
+                loaded = entry.load()  # Importing may run the decorator, which then has registered the object already.
+            except Exception as error:  # Whatever the code of another package raises.
+                if self.module_of(name).startswith(OWN):
+                    raise
+                package = f" of the package {entry.dist.name}" if entry.dist is not None else ""
+                raise PluginError(
+                    f"the {self.kind} {name!r}{package} cannot be imported from {entry.value}: "
+                    f"{type(error).__name__}: {error}; repair or uninstall the package, or use another {self.kind}"
+                ) from error
             self._objects.setdefault(name, loaded)
         return self._objects[name]
+
+    def module_of(self, name: str) -> str:
+        """The module in which an object is defined; nothing is imported.
+
+        Raises:
+            UnknownNameError: If there is no object of the name.
+        """
+        if name in self._objects:
+            return str(getattr(self._objects[name], "__module__", ""))
+        if name not in self._entries():
+            raise UnknownNameError(self.kind, name, self)
+        return self._entries()[name].module
+
+    def own(self) -> list[str]:
+        """Names of the objects that belong to fxquant itself, sorted; without those of other packages and scripts."""
+        return [name for name in self if self.module_of(name).startswith(OWN)]
 
     def __contains__(self, name: object) -> bool:
         return name in self._objects or name in self._entries()

@@ -6,7 +6,8 @@ import pytest
 
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.passes._quantization import InputRange, RangeSearch, Rounding
-from fxquant.pipeline.recipes import DYNAMIC, RECIPES, ROUNDINGS, Recipe, make_recipe
+from fxquant.pipeline.recipes import DYNAMIC, ROUNDINGS, Recipe, make_recipe
+from fxquant.testing import own_recipes
 
 
 def step(recipe: Recipe, name: str) -> object:
@@ -15,14 +16,14 @@ def step(recipe: Recipe, name: str) -> object:
 
 
 @pytest.mark.parametrize("rounding", ["", *(f"-{rounding}" for rounding in ROUNDINGS)])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", own_recipes())
 def test_every_name_with_every_rounding_parses_back_from_its_text(name: str, rounding: str) -> None:
     made = make_recipe(f"{name}{rounding}-w4a8-g16")
     assert Recipe.parse(str(made)) == made
 
 
 @pytest.mark.parametrize("rounding", ["", *(f"-{rounding}" for rounding in ROUNDINGS)])
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != DYNAMIC])
+@pytest.mark.parametrize("name", [name for name in own_recipes() if name != DYNAMIC])
 def test_ranges_of_tokens_are_a_choice_of_every_recipe(name: str, rounding: str) -> None:
     made, plain = make_recipe(f"{name}-dynamic{rounding}-w4a8"), make_recipe(f"{name}{rounding}-w4a8")
     assert Recipe.parse(str(made)) == made
@@ -48,7 +49,7 @@ def test_another_spelling_of_a_precision(name: str, right: str) -> None:
         make_recipe(name)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", own_recipes())
 def test_rounding_is_a_choice_of_every_recipe(name: str) -> None:
     assert step(make_recipe(f"{name}-gptq-w4a8"), "quantize-linears").rounding is Rounding.GPTQ
     assert step(make_recipe(f"{name}-adaround-w4a8"), "quantize-linears").rounding is Rounding.ADAROUND

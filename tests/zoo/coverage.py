@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fxquant.planning.kinds import KINDS, kinds
 from tests.zoo.audit import Audit
-from tests.zoo.kinds import KINDS, kinds
 from tests.zoo.models import CAPTURED, REFUSED, Entry
 
 HEAD = """\

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 import fxquant
 from fxquant.errors import CaptureError
+from fxquant.planning.kinds import KINDS
 from tests.zoo.audit import STEPS, audit
 from tests.zoo.coverage import HEAD, exceptions, row, summary, title
-from tests.zoo.kinds import KINDS
 from tests.zoo.models import CAPTURED, ENTRIES, QUANTIZED_SAMPLE, REFUSED, SAMPLE, Entry
 
 COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"

@@ -22,8 +22,9 @@ from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, ConfigurationError
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.pipeline.recipes import RECIPES, Recipe, make_recipe
+from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.runtime.model import GraphModel
+from fxquant.testing import own_recipes
 from tests.support import count
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.zoo.audit import STEPS
@@ -31,7 +32,7 @@ from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run as run_zoo
 
 FLOOR = {"float": 45.0, "onednn": 45.0, "bf16": 38.0, "triton": 45.0}  # dB against the oracle.
-NAMES = [f"{name}-{bits}" for name in RECIPES for bits in ("w8a8", "w4a8")]
+NAMES = [f"{name}-{bits}" for name in own_recipes() for bits in ("w8a8", "w4a8")]
 NAMES += ["rtn-w6a6", "rtn-w8a16", "rtn-w4a16-g8", "ptq4dit-gptq-w4a8"]
 ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel",
        "WanTransformer3DModel", "HunyuanDiT2DModel", "Flux2Transformer2DModel", "AuraFlowTransformer2DModel",

@@ -12,9 +12,9 @@ from torch import Tensor
 import fxquant
 from fxquant.backends.native import Native
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.pipeline.recipes import RECIPES as KNOWN
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.runtime.model import GraphModel
+from fxquant.testing import own_recipes
 from tests.tiny import calibrate, inputs, make_dit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -39,7 +39,7 @@ def mixed() -> dict[str, Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", [f"{name}-{bits}" for name in KNOWN for bits in ("w8a8", "w4a8")])
+@pytest.mark.parametrize("recipe", [f"{name}-{bits}" for name in own_recipes() for bits in ("w8a8", "w4a8")])
 def test_every_recipe_is_the_oracle(recipe: str, tmp_path: Path) -> None:
     made = make_recipe(recipe)
     if any(step.name == "reconstruct-blocks" for step in made.convert):

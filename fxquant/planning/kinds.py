@@ -1,4 +1,4 @@
-"""Finds the purpose of each linear of a block from the graph, without names of modules or a table of models."""
+"""Finds the purpose of each layer from the graph, without names of modules or a table of models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
+from fxquant.errors import PassError
 from fxquant.ir.meta import LAYER
+from fxquant.planning.precision import roles
 
 aten = torch.ops.aten
 
@@ -19,6 +21,7 @@ QKV, OUTPUT, FIRST, SECOND, OTHER = (
     "other",
 )
 KINDS = (QKV, OUTPUT, FIRST, SECOND, OTHER)
+"""The kinds of linears of transformer blocks."""
 
 _ATTENTION = (
     aten.scaled_dot_product_attention.default,
@@ -45,6 +48,30 @@ def kinds(graph: fx.Graph) -> dict[str, str]:
             after = [other for user in node.users for other in _reach(user, lambda other: list(other.users))]
             found[node.meta[LAYER]] = _kind(before, after)
     return found
+
+
+def layer_kinds(graph: fx.Graph) -> dict[str, str]:
+    """The kind of every layer of a float graph, by its name.
+
+    Linears of blocks have one of :data:`KINDS`, as :func:`kinds` finds it. Other layers have their role: ``adaln`` for
+    a linear that makes modulation vectors from the condition, ``embedder``, ``patch`` or ``final``; a convolution in a
+    block has the kind ``other``.
+    """
+    linears = kinds(graph)
+    return {name: linears.get(name, OTHER) if role == "block" else role for name, role in roles(graph).items()}
+
+
+def layer_kind(node: fx.Node) -> str:
+    """The kind of one layer; for many layers call :func:`layer_kinds` once.
+
+    Raises:
+        PassError: If the node is not a layer.
+    """
+    if LAYER not in node.meta:
+        raise PassError(
+            f"node {node.name} is not a layer; layers are linears, convolutions and embeddings with a weight"
+        )
+    return layer_kinds(node.graph)[str(node.meta[LAYER])]
 
 
 def _kind(before: Iterable[fx.Node], after: Iterable[fx.Node]) -> str:

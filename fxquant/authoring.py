@@ -1,0 +1,105 @@
+"""Everything that a pass of another package needs, under one name: ``from fxquant.authoring import Pass, args``.
+
+These names stay when modules move. What they do is described where they are defined.
+
+==========================  ==========================================================================================
+to write a pass             ``Pass``, ``Tier``, ``Stage``, ``register_pass``, ``PassContext``, ``Rewriter``, ``Plan``,
+                            ``LayerPlan``, ``Decision`` (what the pass decides and keeps in the plan)
+to run and print passes     ``Pipeline``, ``PassRecord``, ``Instrument``, ``parse_pass``, ``Recipe``, ``make_recipe``,
+                            ``register_recipe``, ``graph_text``
+to read a graph             ``args(node).weight``, ``source_of``, ``layer_of``, ``layer_kind``, ``layer_kinds``,
+                            ``stored_weight``, ``provenance_of``, ``find_attentions``, ``Attention``, ``behind``,
+                            ``reached``
+what calibration saw        ``Statistics``, ``ChannelStatistics``, ``layer_input`` (a layer's input as the plan has
+                            shifted and balanced it so far), ``LayerInput``, ``moments``
+to quantize                 ``quantize_weight``, ``dequantize_weight``, ``QuantizedWeight``, ``gptq``,
+                            ``ErrorFeedback``, ``Precision``, ``FLOAT``, ``activation_range``, ``weight_range``,
+                            ``affine_parameters``, ``fake_quantize``, ``sqnr_db``
+to derive tensors           ``History``, ``made_from``: what a tensor is made from, so that graphs share it
+ops                         ``register_op``: let graphs hold an op of yours
+errors                      ``PassError``, ``ConfigurationError``, ``CalibrationError``, ``ProofError``
+==========================  ==========================================================================================
+"""
+
+from fxquant.errors import CalibrationError, ConfigurationError, PassError, ProofError
+from fxquant.ir.arguments import args, item_of, source_of
+from fxquant.ir.attention import Attention, find_attentions
+from fxquant.ir.dataflow import behind, reached
+from fxquant.ir.histories import History, made_from
+from fxquant.ir.layers import layer_of, provenance_of, stored_weight
+from fxquant.ir.printing import graph_text
+from fxquant.ir.rewriter import Origin, Rewriter
+from fxquant.ir.stages import Stage, register_op
+from fxquant.numerics.grids import affine_parameters, fake_quantize
+from fxquant.numerics.ranges import activation_range, weight_range
+from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
+from fxquant.numerics.sqnr import sqnr_db
+from fxquant.numerics.weights import QuantizedWeight, dequantize_weight, quantize_weight
+from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline, Tier, parse_pass, register_pass
+from fxquant.pipeline.recipes import Recipe, make_recipe, register_recipe
+from fxquant.planning.context import PassContext
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.kinds import layer_kind, layer_kinds
+from fxquant.planning.layer_inputs import LayerInput, layer_input, moments
+from fxquant.planning.pass_decisions import Decision
+from fxquant.planning.plan import Plan
+from fxquant.planning.precision import FLOAT, Precision
+from fxquant.statistics.channels import ChannelStatistics
+from fxquant.statistics.collection import Statistics
+
+__all__ = [
+    "FLOAT",
+    "Attention",
+    "CalibrationError",
+    "ChannelStatistics",
+    "ConfigurationError",
+    "Decision",
+    "ErrorFeedback",
+    "History",
+    "Instrument",
+    "LayerInput",
+    "LayerPlan",
+    "Origin",
+    "Pass",
+    "PassContext",
+    "PassError",
+    "PassRecord",
+    "Pipeline",
+    "Plan",
+    "Precision",
+    "ProofError",
+    "QuantizedWeight",
+    "Recipe",
+    "Rewriter",
+    "Stage",
+    "Statistics",
+    "Tier",
+    "activation_range",
+    "affine_parameters",
+    "args",
+    "behind",
+    "dequantize_weight",
+    "fake_quantize",
+    "find_attentions",
+    "gptq",
+    "graph_text",
+    "item_of",
+    "layer_input",
+    "layer_kind",
+    "layer_kinds",
+    "layer_of",
+    "made_from",
+    "make_recipe",
+    "moments",
+    "parse_pass",
+    "provenance_of",
+    "quantize_weight",
+    "reached",
+    "register_op",
+    "register_pass",
+    "register_recipe",
+    "source_of",
+    "sqnr_db",
+    "stored_weight",
+    "weight_range",
+]
