@@ -9,7 +9,8 @@ to run and print passes     ``Pipeline``, ``PassRecord``, ``Instrument``, ``pars
                             ``register_recipe``, ``graph_text``
 to read a graph             ``args(node).weight``, ``source_of``, ``layer_of``, ``layer_kind``, ``layer_kinds``,
                             ``stored_weight``, ``provenance_of``, ``find_attentions``, ``Attention``, ``behind``,
-                            ``reached``
+                            ``reached``, ``linears_to_quantize``, ``changed_by`` (what the pass has rewritten already),
+                            ``run_with`` (runs a graph with other tensors)
 what calibration saw        ``Statistics``, ``ChannelStatistics``, ``layer_input`` (a layer's input as the plan has
                             shifted and balanced it so far), ``LayerInput``, ``moments``
 to quantize                 ``quantize_weight``, ``dequantize_weight``, ``QuantizedWeight``, ``gptq``,
@@ -29,6 +30,7 @@ from fxquant.ir.histories import History, made_from
 from fxquant.ir.layers import layer_of, provenance_of, stored_weight
 from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Origin, Rewriter
+from fxquant.ir.running import run_with
 from fxquant.ir.stages import Stage, register_op
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.ranges import activation_range, weight_range
@@ -41,6 +43,7 @@ from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.kinds import layer_kind, layer_kinds
 from fxquant.planning.layer_inputs import LayerInput, layer_input, moments
+from fxquant.planning.linears import changed_by, linears_to_quantize
 from fxquant.planning.pass_decisions import Decision
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision
@@ -78,6 +81,7 @@ __all__ = [
     "affine_parameters",
     "args",
     "behind",
+    "changed_by",
     "dequantize_weight",
     "fake_quantize",
     "find_attentions",
@@ -88,6 +92,7 @@ __all__ = [
     "layer_kind",
     "layer_kinds",
     "layer_of",
+    "linears_to_quantize",
     "made_from",
     "make_recipe",
     "moments",
@@ -98,6 +103,7 @@ __all__ = [
     "register_op",
     "register_pass",
     "register_recipe",
+    "run_with",
     "source_of",
     "sqnr_db",
     "stored_weight",

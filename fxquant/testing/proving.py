@@ -16,7 +16,7 @@ from fxquant.calibration.calibrate import Calibration, run_calibration
 from fxquant.capture.fidelity import other_values
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
-from fxquant.errors import FxquantError, ProofError
+from fxquant.errors import ConfigurationError, FxquantError, ProofError
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.printing import graph_text
 from fxquant.ir.stages import Stage
@@ -110,7 +110,7 @@ def try_pass(
         FxquantError: Whatever a pass raises.
     """
     step = parse_pass(step) if isinstance(step, str) else step
-    recipe = before if isinstance(before, Recipe) else Recipe.parse(before if ";" in before else f"{before} ; ")
+    recipe = before if isinstance(before, Recipe) else _recipe_of(before)
     calls = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(call) for call in inputs]
     architecture = Architecture.of(model, timestep)
     plan = Plan(str(recipe), class_path(model), timestep)
@@ -143,6 +143,14 @@ def try_pass(
     (record,) = Pipeline([step]).run(captured.module, context, stage)
     decided = plan != earlier
     return Trial(step, prover.before, captured.module, context, record.edits, decided, graph_inputs, prover, replays)
+
+
+def _recipe_of(text: str) -> Recipe:
+    """A recipe from its text, or from that of its passes before calibration alone; options may hold semicolons too."""
+    try:
+        return Recipe.parse(text)
+    except ConfigurationError:
+        return Recipe.parse(f"{text} ; ")
 
 
 def prove(

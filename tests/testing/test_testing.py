@@ -151,6 +151,13 @@ class TestProve:
         assert trial.context.observed("transformer_blocks.0.ff.net.0.proj").timesteps.tolist() == [100, 500, 900]
 
 
+def test_the_passes_before_may_have_options_with_semicolons() -> None:
+    model = tiny_dit()
+    before = "assign-precision{overrides=*ff.net.2=w4a8;*=float}"
+    trial = try_pass("remove-no-ops", model, example_call(model), before=before, timestep=None)
+    assert {str(layer.precision) for layer in trial.plan.layers.values()} == {"w4a8", "float"}
+
+
 class TestNotFired:
     def test_it_did_not(self) -> None:
         model = tiny_dit()

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from fxquant.authoring import (
     Decision,
@@ -22,8 +23,6 @@ from fxquant.authoring import (
     register_pass,
     stored_weight,
 )
-
-linear, add = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
 
 
 @dataclass
@@ -75,11 +74,14 @@ class LowRankBranch(Pass):
             ]
             rewriter.fold(node, "weight", lambda w, a=left, b=right: w.double() - a.double() @ b.double(), source[1:])
             with rewriter.after(node):
-                inner = rewriter.call(linear, (args(node).input, factors[1]), [node])
-                outer = rewriter.call(linear, (inner, factors[0]), [node])
-                total = rewriter.call(add, (node, outer), [node])
+                total = rewriter.inline(add_branch, [node, args(node).input, *factors], [node])
             for reader in [reader for reader in node.users if reader is not total]:
                 rewriter.redirect(reader, node, total)
+
+
+def add_branch(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The result of the layer plus that of the branch."""
+    return y + functional.linear(functional.linear(x, right), left)
 
 
 def best_approximation(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,6 @@ from fxquant.authoring import (
     stored_weight,
 )
 
-aten = torch.ops.aten
-
 
 @dataclass
 class Rotation(Decision, of="rotate-inputs"):
@@ -69,22 +67,14 @@ class RotateInputs(Pass):
             size = rotations.setdefault(name, Rotation(largest if largest >= self.least else 1)).size
             if size == 1 or changed_by(stored_weight(node), self.name):
                 continue
-            x = args(node).node("input")
-            with rewriter.before(node):
-                rotated = _rotated(x, size, rewriter)
-            h = matrix(size)
+            x, h = args(node).node("input"), matrix(size)
+            if size not in rewriter.memo:
+                rewriter.memo[size] = rewriter.constant(f"hadamard_{size}", h.to(x.meta["val"].dtype), [x])
+            if (x, size) not in rewriter.memo:
+                with rewriter.before(node):
+                    rewriter.memo[x, size] = rewriter.inline(rotate, [x, rewriter.memo[size]], [x])
             rewriter.fold(node, "weight", lambda w, h=h: rotate(w.double(), h), by=("hadamard", str(size)))
-            rewriter.redirect(node, x, rotated)
-
-
-def _rotated(x: fx.Node, size: int, rewriter: Rewriter) -> fx.Node:
-    if (x, size) not in rewriter.memo:
-        if size not in rewriter.memo:
-            rewriter.memo[size] = rewriter.constant(f"hadamard_{size}", matrix(size).to(x.meta["val"].dtype), [x])
-        blocks = rewriter.call(aten.unflatten.int, (x, -1, [-1, size]), [x])
-        turned = rewriter.call(aten.matmul.default, (blocks, rewriter.memo[size]), [x])
-        rewriter.memo[x, size] = rewriter.call(aten.flatten.using_ints, (turned, -2), [x], name=f"{x.name}_rotated")
-    return rewriter.memo[x, size]
+            rewriter.redirect(node, x, rewriter.memo[x, size])
 
 
 def matrix(size: int) -> Tensor:
