@@ -26,8 +26,11 @@ context, name, channels = SimpleNamespace(plan=Plan("", "", None)), "to_q", 8
 orthogonal = lambda size: torch.linalg.qr(torch.randn(size, size))[0]
 """,
     "docs/questions.md": f"{_MODEL}{_PIPE}",
-    "docs/usage.md": f"""{_MODEL}{_PIPE}
+    "docs/speed.md": f"""{_MODEL}{_PIPE}
 fxquant.save(fxquant.compile(model, recipe='rtn-w4a8', calibrate=calibrate), "dit-w4a8")
+""",
+    "docs/usage.md": f"""{_MODEL}{_PIPE}
+pipe.transformer = fxquant.compile(model, recipe="rtn-w4a8", calibrate=calibrate)
 """,
 }
 """Code that runs before the blocks of a page, by page; pages without an entry define all names themselves."""
