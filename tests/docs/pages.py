@@ -68,7 +68,7 @@ def commands_of(page: str, program: str) -> Iterator[list[str]]:
     """The words of each command of a program, such as ``fxquant``, in blocks of the shell and in indented blocks."""
     shown = [block.code for block in blocks_of(page) if block.language in ("console", "bash", "sh", "")]
     rest = _FENCE.sub("", text_of(page))
-    shown += re.findall(r"^ {4}.*$", rest, flags=re.M)
+    shown += re.findall(r"(?:^ {4}.*\n)+", rest, flags=re.M)
     for code in shown:
         for line in code.replace("\\\n", " ").splitlines():
             command = line.strip().removeprefix("$ ")
