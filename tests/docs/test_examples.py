@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.channels.rules import RULES
+from fxquant.numerics.sqnr import sqnr_db
+from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.pipeline import PASSES, Pipeline
 from fxquant.planning.plan import Plan
 from tests.docs.pages import blocks_of
 from tests.support import absorb, captured, count, proved
+from tests.tiny import calibrate, make_dit, run
 
 
 def blocks(page: str) -> list[str]:
@@ -56,3 +64,36 @@ def test_the_pass_of_the_page_is_a_pass() -> None:
         assert count(module, torch.ops.aten.neg.default) == 0
     finally:
         PASSES._objects.pop("fuse-double-negation", None)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    """The backend of the page, from its blocks that define it."""
+    page = ModuleType("page")
+    with mock.patch.dict(sys.modules, page=page):
+        for code in blocks("write-a-backend.md")[:2]:
+            exec(compile(code, "write-a-backend.md", "exec", dont_inherit=True), vars(page))
+        yield page.Int8Storage()
+
+
+@pytest.mark.usefixtures("shared_traces")
+@pytest.mark.parametrize("recipe", ["ptq4dit-w3a6", "dynamic-w4a8", "htg-w8a8"])
+def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, recipe: str) -> None:
+    model = make_dit()
+    mine = fxquant.compile(model, recipe=recipe, layers="all", calibrate=calibrate(model), backend=backend)
+    reference = fxquant.compile(model, plan=mine.plan)
+    assert count(mine.graphs[0], torch.ops.fxquant.linear.default) == 0
+    for options in ({}, {"size": 4}, {"batch": 1}):  # The second one captures another graph.
+        assert sqnr_db(run(reference, **options), run(mine, **options)) > 90
+    assert torch.equal(run(copy.deepcopy(mine)), run(mine))
+
+
+@pytest.mark.usefixtures("shared_traces")
+def test_the_backend_of_the_page_lowers_loaded_models(backend: Backend, tmp_path: Path) -> None:
+    model = make_dit()
+    mine = fxquant.compile(model, recipe="htg-w4a8", calibrate=calibrate(model), backend=backend)
+    fxquant.save(mine, tmp_path / "dit")
+    loaded = fxquant.load(tmp_path / "dit", backend=backend)
+    assert torch.equal(run(loaded), run(mine))
+    assert torch.equal(run(loaded, size=4), run(mine, size=4))
+    assert all(tensor.dtype == torch.int8 for name, tensor in loaded.tensors().items() if name.endswith("_int8"))
