@@ -74,7 +74,7 @@ check: $(STAMP) links ## check lint, format, types and import directions
 
 docs: $(DOCS_STAMP) links ## build the documentation site into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
-	@echo 'The site is in build/site; open build/site/index.html, or run: $(PY) -m http.server --directory build/site'
+	@echo 'Open build/site/index.html. The search needs a server: $(PY) -m http.server --directory build/site'
 
 format: $(STAMP) ## fix what ruff can fix
 	$(PY) -m ruff check --fix .
