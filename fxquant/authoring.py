@@ -28,8 +28,9 @@ from fxquant.ir.attention import Attention, find_attentions
 from fxquant.ir.dataflow import behind, reached
 from fxquant.ir.histories import History, made_from
 from fxquant.ir.layers import layer_of, provenance_of, stored_weight
+from fxquant.ir.places import Origin
 from fxquant.ir.printing import graph_text
-from fxquant.ir.rewriter import Origin, Rewriter
+from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.running import run_with
 from fxquant.ir.stages import Stage, register_op
 from fxquant.numerics.grids import affine_parameters, fake_quantize

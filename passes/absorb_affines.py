@@ -12,7 +12,8 @@ from fxquant.channels.apply import agreed, fold_into_parameters
 from fxquant.channels.solution import Edit, Seed, Solution
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
-from fxquant.ir.rewriter import Rewriter, place_of
+from fxquant.ir.places import place_of
+from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.shared import Fold, parameters_of, read_stored
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass

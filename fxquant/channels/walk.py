@@ -36,7 +36,7 @@ from fxquant.channels.wants import (
 )
 from fxquant.ir.arguments import args
 from fxquant.ir.names import op_name
-from fxquant.ir.rewriter import place_of
+from fxquant.ir.places import place_of
 
 AFFINE = torch.ops.fxquant.channel_affine.default
 _MIXED = {

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from fxquant.ir.proofs import prove
-from fxquant.ir.rewriter import Rewriter, fake_mode_of
-from fxquant.ir.tensors import copy_graph, get_tensor, read_tensors, set_tensor
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.tensors import copy_graph, fake_mode_of, get_tensor, read_tensors, set_tensor
 
 _NARROWER = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -27,8 +27,8 @@ from fxquant.errors import CheckpointError, PassError
 from fxquant.ir import histories
 from fxquant.ir.attention import ValueChange, changes_of, note_change
 from fxquant.ir.meta import ITEM, LAYER, NAMES, PROVENANCE
+from fxquant.ir.places import Origin
 from fxquant.ir.proofs import prove
-from fxquant.ir.rewriter import Origin
 from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.ir.time_tables import BOUNDARIES
 from fxquant.schemas.common import read_json

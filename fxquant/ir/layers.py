@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,9 +10,7 @@ from torch import fx
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.names import base_name
-
-if TYPE_CHECKING:
-    from fxquant.ir.rewriter import Origin
+from fxquant.ir.places import Origin
 
 LAYER_OPS = frozenset[Any](
     {

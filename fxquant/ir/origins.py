@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxquant.ir.meta import PROVENANCE
-from fxquant.ir.rewriter import Origin
+from fxquant.ir.places import Origin
 from fxquant.ir.roles import module_path, roles_of
 from fxquant.ir.source_lines import SourceLine, source_line
 

@@ -6,15 +6,13 @@ of a parameter that other nodes still read. It records on each node which pass m
 
 from __future__ import annotations
 
-import keyword
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -26,28 +24,12 @@ from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.inlining import infer_again, inline
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
+from fxquant.ir.places import Origin, place_of
 from fxquant.ir.proofs import prove
-from fxquant.ir.tensors import are_alike, contiguous, get_tensor, is_finite, set_tensor
+from fxquant.ir.tensors import allowed_name, are_alike, contiguous, fake_mode_of, get_tensor, is_finite, set_tensor
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
-
-
 _FEWEST_EDITS, _EDITS_PER_NODE = 20_000, 100  # A pass that makes more edits is taken to loop for ever.
-
-
-_ATTRIBUTES = frozenset({*dir(fx.GraphModule), *vars(nn.Module()), "meta"})
-"""Attributes of a graph module, which no tensor may replace."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a node comes from: the pass that made it, and the nodes that it was made from."""
-
-    pass_name: str
-    sources: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.pass_name}({', '.join(self.sources)})"
 
 
 class Rewriter:
@@ -379,13 +361,7 @@ class Rewriter:
             self._taken = Counter(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
         # Names that the model itself uses are taken too, even if this graph does not read them: graphs share names.
         model = self.module.meta.get(NAMES, {})
-        path = name.split(".")
-        for end in range(len(path) - 1, 0, -1):
-            if model.get(".".join(path[:end])):  # A parameter, which cannot contain another one.
-                name = ".".join(path[:end]) + "_" + "_".join(path[end:])
-        first = path[0]
-        if keyword.iskeyword(first) or first in _ATTRIBUTES:
-            name = f"tensor_{name}"  # Under its own name it would replace an attribute of the graph module.
+        name = allowed_name(name, model)
         target, number = name, 2
         while self._taken[target] or target in model:
             target, number = f"{name}_{number}", number + 1
@@ -423,28 +399,3 @@ class Rewriter:
         if self.fingerprint is not None:
             for node in changed:
                 self.fingerprint.update(node)
-
-
-def place_of(node: fx.Node) -> str:
-    """The place of a node in the model: its layer, or its module and op.
-
-    Unlike node names, places agree between the graphs of a model, one per kind of call. These graphs share their
-    tensors by name, so a tensor's name must not depend on how many nodes came before it.
-    """
-    if LAYER in node.meta:
-        return str(node.meta[LAYER])
-    modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    op = str(getattr(node.target, "_name", node.name)).partition("::")[2].partition(".")[0] or node.name
-    op += "_" * hasattr(nn.Module, op)  # An attribute of modules, such as ``to``, cannot hold a tensor.
-    return f"{modules[-1]}.{op}" if modules and modules[-1] else op
-
-
-def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The mode under which the graph's fake values were made: the mode of its inputs, which knows the open batch."""
-    for node in graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if isinstance(value, FakeTensor):
-            mode = value.fake_mode
-            assert isinstance(mode, FakeTensorMode)
-            return mode
-    raise PassError("the graph has no shapes; capture it with fxquant or run shape propagation first")

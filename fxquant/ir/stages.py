@@ -23,8 +23,7 @@ from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import behind
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.proofs import is_proven, prove
-from fxquant.ir.rewriter import fake_mode_of
-from fxquant.ir.tensors import get_tensor
+from fxquant.ir.tensors import fake_mode_of, get_tensor
 
 _UNBACKED = re.compile(r"\bu\d+\b")
 

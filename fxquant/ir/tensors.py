@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import keyword
 import operator
 from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fxquant.errors import CheckpointError
+from fxquant.errors import CheckpointError, PassError
 from fxquant.ir.meta import NAMES
 
 CONSTANT = "constant_"
@@ -125,3 +126,34 @@ def are_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
 def contiguous(value: torch.Tensor) -> torch.Tensor:
     """A tensor in the order of memory in which files store it; tensors in layouts of kernels stay as they are."""
     return value.contiguous() if value.layout is torch.strided else value
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The mode under which the graph's fake values were made: the mode of its inputs, which knows the open batch."""
+    for node in graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        if isinstance(value, FakeTensor):
+            mode = value.fake_mode
+            assert isinstance(mode, FakeTensorMode)
+            return mode
+    raise PassError("the graph has no shapes; capture it with fxquant or run shape propagation first")
+
+
+_ATTRIBUTES = frozenset({*dir(fx.GraphModule), *vars(nn.Module()), "meta"})
+"""Attributes of a graph module, which no tensor may replace."""
+
+
+def allowed_name(name: str, model: Mapping[str, bool]) -> str:
+    """The name itself or a similar one, under which a tensor can be an attribute of a graph module or of its modules.
+
+    Args:
+        name: The name, such as ``blocks.0.to_q.weight.scale``.
+        model: The names that the model itself uses; see :data:`fxquant.ir.meta.NAMES`.
+    """
+    path = name.split(".")
+    for end in range(len(path) - 1, 0, -1):
+        if model.get(".".join(path[:end])):  # A parameter, which cannot contain another one.
+            name = ".".join(path[:end]) + "_" + "_".join(path[end:])
+    if keyword.iskeyword(path[0]) or path[0] in _ATTRIBUTES:
+        name = f"tensor_{name}"  # Under its own name it would replace an attribute of the graph module.
+    return name

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxquant.errors import MissingTimestepError
 from fxquant.ir.arguments import args
 from fxquant.ir.histories import History, digest, has_content, made_from
+from fxquant.ir.places import place_of
 
 if TYPE_CHECKING:
     from fxquant.ir.rewriter import Rewriter
@@ -136,8 +137,6 @@ def add_rows(
     rewriter: Rewriter, node: fx.Node, table: TimeTable, sources: Sequence[fx.Node], readers: Sequence[fx.Node]
 ) -> fx.Node:
     """Make some readers of a value read the value plus its sample's row of a table ``[bins, ...]``; returns the sum."""
-    from fxquant.ir.rewriter import place_of
-
     value = node.meta["val"]
     # The bins are computed before the first op, but after all inputs: rows for an input must come after the bins.
     behind = _bin(rewriter, table) if node.op == "placeholder" and not table.static else node

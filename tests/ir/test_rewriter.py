@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ArgumentError, NonFiniteError, PassError
 from fxquant.ir.meta import LAYER, PROVENANCE
-from fxquant.ir.rewriter import Origin, Rewriter, place_of
+from fxquant.ir.places import Origin, place_of
+from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.ir.tensors import bind, read_tensors, weights_of
 from tests.support import captured, golden, layer_node, nodes_of, text

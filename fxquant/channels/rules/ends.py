@@ -13,7 +13,8 @@ from fxquant.channels.wants import Barrier, End, Outcome, Push, Want
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops that rules are for)
 from fxquant.ir.arguments import args
 from fxquant.ir.layers import parameter_of
-from fxquant.ir.rewriter import Rewriter, place_of
+from fxquant.ir.places import place_of
+from fxquant.ir.rewriter import Rewriter
 
 aten = torch.ops.aten
 
