@@ -51,6 +51,7 @@ class AbsorbAffines(Pass):
     tier: ClassVar[Tier] = Tier.ALGEBRAIC
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
+    keeps_inputs: ClassVar[bool] = True
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         before, folds = parameters_of(rewriter.module), _Folds()

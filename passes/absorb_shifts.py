@@ -46,6 +46,7 @@ class AbsorbShifts(Pass):
     tier: ClassVar[Tier] = Tier.ALGEBRAIC
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
+    keeps_inputs: ClassVar[bool] = True
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         affines = _shifts(graph, context.plan, rewriter)

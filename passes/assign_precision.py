@@ -60,6 +60,7 @@ class AssignPrecision(Pass):
     tier: ClassVar[Tier] = Tier.EXACT
     requires: ClassVar[Stage] = Stage.OBSERVED
     establishes: ClassVar[Stage] = Stage.CAPTURED
+    keeps_inputs: ClassVar[bool] = True
 
     precision: str = "w8a8"
     layers: str = "default"

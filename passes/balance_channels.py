@@ -104,6 +104,7 @@ class BalanceChannels(Pass):
     tier: ClassVar[Tier] = Tier.ALGEBRAIC
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
+    keeps_inputs: ClassVar[bool] = True
 
     exponent: float = 0.5
     search: int = 0

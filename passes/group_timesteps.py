@@ -60,6 +60,7 @@ class GroupTimesteps(Pass):
     tier: ClassVar[Tier] = Tier.EXACT
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.CAPTURED
+    keeps_inputs: ClassVar[bool] = True
 
     groups: int = 0
     method: Grouping = Grouping.GREEDY

@@ -50,6 +50,7 @@ class InsertObservers(Pass):
     tier: ClassVar[Tier] = Tier.EXACT
     requires: ClassVar[Stage] = Stage.CAPTURED
     establishes: ClassVar[Stage] = Stage.OBSERVED
+    keeps_inputs: ClassVar[bool] = True
 
     weight_only: str = ""
 

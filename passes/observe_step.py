@@ -32,6 +32,7 @@ class ObserveStep(Pass):
     tier: ClassVar[Tier] = Tier.EXACT
     requires: ClassVar[Stage] = Stage.OBSERVED
     establishes: ClassVar[Stage] = Stage.CAPTURED
+    keeps_inputs: ClassVar[bool] = True
 
     step: int = 0
 

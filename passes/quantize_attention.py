@@ -64,6 +64,7 @@ class QuantizeAttention(Pass):
     tier: ClassVar[Tier] = Tier.LOSSY
     requires: ClassVar[Stage] = Stage.QUANTIZED
     establishes: ClassVar[Stage] = Stage.QUANTIZED
+    keeps_inputs: ClassVar[bool] = True
 
     activation_range: InputRange = InputRange.MINMAX
     softmax_bits: int = 8

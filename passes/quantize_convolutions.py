@@ -47,6 +47,7 @@ class QuantizeConvolutions(Pass):
     tier: ClassVar[Tier] = Tier.LOSSY
     requires: ClassVar[Stage] = Stage.QUANTIZED
     establishes: ClassVar[Stage] = Stage.QUANTIZED
+    keeps_inputs: ClassVar[bool] = True
 
     weight_range: RangeSearch = RangeSearch.MINMAX
     activation_range: InputRange = InputRange.MINMAX

@@ -42,6 +42,7 @@ class QuantizeEmbeddings(Pass):
     tier: ClassVar[Tier] = Tier.LOSSY
     requires: ClassVar[Stage] = Stage.QUANTIZED
     establishes: ClassVar[Stage] = Stage.QUANTIZED
+    keeps_inputs: ClassVar[bool] = True
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):

@@ -72,6 +72,7 @@ class QuantizeLinears(Pass):
     tier: ClassVar[Tier] = Tier.LOSSY
     requires: ClassVar[Stage] = Stage.QUANTIZED
     establishes: ClassVar[Stage] = Stage.QUANTIZED
+    keeps_inputs: ClassVar[bool] = True
 
     weight_range: RangeSearch = RangeSearch.MINMAX
     activation_range: InputRange = InputRange.MINMAX

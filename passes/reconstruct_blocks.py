@@ -63,6 +63,7 @@ class ReconstructBlocks(Pass):
     tier: ClassVar[Tier] = Tier.EXACT
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.CAPTURED
+    keeps_inputs: ClassVar[bool] = True
 
     iterations: int = 20_000
     samples: int = 256

@@ -42,6 +42,7 @@ class RemoveNoOps(Pass):
     tier: ClassVar[Tier] = Tier.EXACT
     requires: ClassVar[Stage] = Stage.LOWERED
     establishes: ClassVar[Stage] = Stage.CAPTURED
+    keeps_inputs: ClassVar[bool] = True
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):

@@ -63,6 +63,7 @@ class ShiftChannels(Pass):
     tier: ClassVar[Tier] = Tier.ALGEBRAIC
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
+    keeps_inputs: ClassVar[bool] = True
 
     dearest: str = "vector"
     roles: str = "block"

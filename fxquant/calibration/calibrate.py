@@ -31,7 +31,7 @@ from fxquant.planning.uses import combine, keys_in
 from fxquant.statistics.collection import Statistics
 
 KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error.
-_PROVED = 2  # Calls that are kept to prove passes, if no pass asks for any.
+_COMPARED = 2  # Calls that are kept to run graphs before and after a pass, if no pass asks for any.
 _ROWS = 16  # Samples of a call that are kept to run the graph again.
 
 
@@ -249,7 +249,8 @@ class Calibration:
         ).__contains__
         self.prepared.append(captured)
         self._kinds.append(self.statistics.calls.kind(captured.call.to_json()))
-        self._inputs.append(Spread(calls_wanted(self.convert) or (_PROVED if self.prepare.prove else 0)))
+        compared = self.prepare.prove or not all(step.keeps_inputs for step in self.convert)
+        self._inputs.append(Spread(calls_wanted(self.convert) or (_COMPARED if compared else 0)))
         self._observed.append(observed)
         return len(self.prepared) - 1
 

@@ -28,6 +28,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
+from fxquant.pipeline.input_changes import InputWatch
 from fxquant.pipeline.options import option_types, print_value, read_named, read_options
 from fxquant.pipeline.proving import Proof, Prover
 from fxquant.pipeline.registry import Registry
@@ -59,6 +60,8 @@ class Pass(ABC):
     """The latest stage of a graph that the pass accepts; it also accepts earlier stages."""
     establishes: ClassVar[Stage]
     """The stage of the graph after the pass; a graph that was at a later stage before stays at that stage."""
+    keeps_inputs: ClassVar[bool] = False
+    """Whether layers read the same as before, but for factors and shifts in the plan. If not said, it is measured."""
 
     @abstractmethod
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
@@ -329,6 +332,9 @@ class Pipeline:
         proof, prover = None, None
         if self.prove and step.tier is not Tier.LOSSY:
             prover = Prover(step, module, context)
+        watch = None
+        if context.statistics is not None and not step.keeps_inputs:
+            watch = InputWatch(step, module, context)
         own = replace(context, memo={}, progress=partial(_show, shown, step) if shown else None)
         try:
             step.run(module.graph, own, rewriter)
@@ -340,6 +346,8 @@ class Pipeline:
                 assign_roles(module.graph)
                 verify(module, spec)
                 proof = None if prover is None else prover.check(module, rewriter.edits)
+                if watch is not None:
+                    watch.check(module)
         except Exception as error:
             for instrument in self.instruments:
                 instrument.failed(step, module, error)

@@ -91,6 +91,7 @@ class Prover:
         self.context = context
         self.before = copy_graph(module)
         self._shared = copy.deepcopy(context.shared)
+        self._transforms = {name: list(found) for name, found in context.transforms.items()}
 
     def check(self, module: fx.GraphModule, edits: int, inputs: Inputs | None = None) -> Proof:
         """Compare the graph after the pass with the graph before.
@@ -127,8 +128,8 @@ class Prover:
     def _again(self, before: fx.GraphModule) -> fx.GraphModule:
         """The graph after the pass carried out its decisions on another graph."""
         after = copy_graph(before)
-        plan = copy.deepcopy(self.context.plan)
-        context = replace(self.context, plan=plan, shared=copy.deepcopy(self._shared), memo={}, progress=None)
+        context = replace(self.context.for_trial(), shared=copy.deepcopy(self._shared), progress=None)
+        context.transforms = {name: list(found) for name, found in self._transforms.items()}
         try:
             rewrite(self.step, after, context)
         except FxquantError as error:

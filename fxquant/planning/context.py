@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, PassError
 from fxquant.ir.shared import SharedTensors
 from fxquant.numerics.weights import QuantizedWeight
+from fxquant.planning.input_transforms import InputTransform, Rows
 from fxquant.planning.plan import Plan
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.collection import Statistics
@@ -32,6 +34,8 @@ class PassContext:
         codes: Weights that are rounded already, by layer. ``quantize-linears`` takes them from here.
         shared: What the graphs of the model decided about the tensors that they share.
         memo: Decisions that a pass may use again within one graph, by keys that the pass chooses.
+        transforms: How passes changed the inputs of layers since calibration, by layer (:meth:`transform_input`).
+        changed: Layers whose input a pass changed without saying how, each with that pass.
         progress: Called as ``progress(what, done, total)`` by passes that take long; None if progress is not shown.
     """
 
@@ -42,7 +46,56 @@ class PassContext:
     codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     shared: SharedTensors = field(default_factory=SharedTensors)
     memo: dict[Any, Any] = field(default_factory=dict)
+    transforms: dict[str, list[InputTransform]] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
     progress: Callable[[str, int, int], object] | None = None
+
+    def transform_input(self, layer: str, function: Rows) -> None:
+        """Declare how a pass changes the input of a layer, other than by channel factors and shifts in the plan.
+
+        What later passes read of the layer's calibration statistics is then transformed in the same way: rows, ranges
+        (of the sampled rows) and second moments. Call it in every run of the pass, also if it carries out a decision
+        that the plan holds already. The pipeline compares the function with what the graph computes.
+
+        ::
+
+            matrix = context.plan.decisions_of(Rotation)[name].matrix
+            context.transform_input(name, lambda rows: rows @ matrix.double())
+
+        Args:
+            layer: Name of the layer.
+            function: Maps rows of the input ``[n, C]``, float64, to rows ``[n, C']``, each row by itself.
+        """
+        after = {"factor": layer, "shift": f"{layer}.shift"}
+        known = frozenset(kind for kind, key in after.items() if key in self.plan.vectors)
+        self.transforms.setdefault(layer, []).append(InputTransform(function, known))
+
+    def forget_inputs(self) -> None:
+        """Forget how passes changed the inputs of layers, because a graph begins in which no pass has."""
+        self.transforms.clear()
+        self.changed.clear()
+
+    def for_trial(self) -> PassContext:
+        """A context with copies of the plan and of all that a pass changes, to run a pass without consequences."""
+        transforms = {name: list(found) for name, found in self.transforms.items()}
+        plan, shared = copy.deepcopy(self.plan), copy.deepcopy(self.shared)
+        changed = dict(self.changed)
+        return replace(
+            self, plan=plan, shared=shared, transforms=transforms, changed=changed, memo={}, codes=dict(self.codes)
+        )
+
+    def refuse_changed(self, layer: str) -> None:
+        """Refuse to hand out statistics of an input that a pass changed without saying how.
+
+        Raises:
+            PassError: Names the layer and the pass, and says what to do.
+        """
+        if layer in self.changed:
+            raise PassError(
+                f"layer {layer!r} no longer reads what calibration saw: the pass {self.changed[layer]} changed its "
+                "input and did not declare how. Call context.transform_input(layer, function) in that pass; or let the "
+                "pass run before calibration, left of the semicolon of the recipe"
+            )
 
     def observed(self, key: str, why: str | None = None) -> ChannelStatistics:
         """Calibration statistics of one value.

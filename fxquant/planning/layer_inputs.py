@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fxquant.planning.context import PassContext
+from fxquant.planning.input_transforms import Rows, checked, in_order, transformed_moments
 from fxquant.planning.plan import Plan
 
 
@@ -21,6 +23,8 @@ class LayerInput:
         maximum: Exact maximum of each channel, float64 ``[T, C]``.
         rows: Sampled rows at each timestep, T tensors float32 ``[n, C]``.
         bins: Bin of each timestep, int64 ``[T]``; all 0 for a layer without timestep groups.
+        exact: Whether minimum and maximum are exact. If a pass transformed the input, they are those of the sampled
+            rows, and rarer values may lie outside.
     """
 
     timesteps: list[float]
@@ -28,6 +32,7 @@ class LayerInput:
     maximum: Tensor
     rows: list[Tensor]
     bins: Tensor
+    exact: bool = True
 
     @property
     def absmax(self) -> Tensor:
@@ -36,7 +41,10 @@ class LayerInput:
 
 
 def layer_input(context: PassContext, name: str, bin_: int | None = None) -> LayerInput:
-    """Calibration statistics of a layer's input, shifted and balanced, in either order, as far as the plan has decided.
+    """Calibration statistics of a layer's input as the layer reads it now.
+
+    It is shifted and balanced, in either order, as far as the plan has decided, and transformed as passes declared
+    (:meth:`PassContext.transform_input`).
 
     Args:
         context: The plan and the statistics.
@@ -47,9 +55,11 @@ def layer_input(context: PassContext, name: str, bin_: int | None = None) -> Lay
 
     Raises:
         CalibrationError: There are no statistics, or calibration never reached the layer.
+        PassError: A pass changed the input and did not declare how.
     """
     plan = context.plan
     seen = context.observed(plan.layer(name).observed or name)
+    context.refuse_changed(name)
     steps = seen.timesteps
     bins = plan.layer(name).bins(steps)
     samples, low, high = seen.rows_by_timestep, seen.minimum, seen.maximum
@@ -58,6 +68,10 @@ def layer_input(context: PassContext, name: str, bin_: int | None = None) -> Lay
         part = slice(max(inside[0] - 1, 0), inside[-1] + 2)
         steps, samples, low, high = steps[part], samples[part], low[part], high[part]
         bins = torch.full_like(bins[part], bin_)
+    if name in context.transforms:
+        rows = [_transformed(context, name, sample, int(number)) for sample, number in zip(samples, bins, strict=True)]
+        low, high = torch.stack([row.amin(0) for row in rows]), torch.stack([row.amax(0) for row in rows])
+        return LayerInput(steps.tolist(), low, high, [row.float() for row in rows], bins, exact=False)
     table, factor = _shift(plan, name), plan.vectors.get(name)
     shift = torch.zeros(1, 1, dtype=torch.float64) if table is None else table[bins]
     divisor = torch.ones(1, dtype=torch.float64) if factor is None else factor.double()
@@ -68,17 +82,51 @@ def layer_input(context: PassContext, name: str, bin_: int | None = None) -> Lay
 
 
 def moments(context: PassContext, name: str) -> Tensor | None:
-    """Second moments E[x x^T] of a layer's input, shifted and balanced: float64 ``[C, C]``; None if not recorded."""
+    """Second moments E[x x^T] of a layer's input, shifted and balanced: float64 ``[C, C]``; None if not recorded.
+
+    If a pass transformed the input by a linear function, they follow from what was recorded; for other functions, and
+    with shifts, they are those of the sampled rows.
+
+    Raises:
+        PassError: A pass changed the input and did not declare how.
+    """
     plan = context.plan
     seen = context.observed(plan.layer(name).observed or name)
+    context.refuse_changed(name)
     if seen.moments is None:
         return None
+    if name in context.transforms:
+        steps = list(_changes(context, name, 0))
+        found = transformed_moments(seen.moments, steps, shifts=f"{name}.shift" in plan.vectors)
+        if found is None:
+            rows = torch.cat([row.double() for row in layer_input(context, name).rows])
+            found = rows.T @ rows / len(rows)
+        return found
     shift = _shift(plan, name)
     shifts = None
     if shift is not None:
         steps = torch.tensor(list(seen.moments.sums), dtype=torch.float64)
         shifts = dict(zip(steps.tolist(), shift[plan.layer(name).bins(steps)], strict=True))
     return seen.moments.of(plan.vectors.get(name), shifts)
+
+
+def _changes(context: PassContext, name: str, bin_: int) -> Iterator[tuple[str, Rows]]:
+    """Every change of a layer's input in one bin of timesteps, in the order in which passes made them."""
+    plan = context.plan
+    factor, table, decided = plan.vectors.get(name), plan.vectors.get(f"{name}.shift"), plan.layer(name).shift
+    return in_order(
+        context.transforms[name],
+        decided is not None and decided.balanced,
+        None if factor is None else lambda rows: rows / factor.double(),
+        None if table is None else lambda rows: rows - table[bin_].double(),
+    )
+
+
+def _transformed(context: PassContext, name: str, sample: Tensor, bin_: int) -> Tensor:
+    rows = sample.double()
+    for _, function in _changes(context, name, bin_):
+        rows = checked(function, rows, name)
+    return rows
 
 
 def _shift(plan: Plan, name: str) -> Tensor | None:

@@ -26,6 +26,7 @@ from fxquant.errors import CalibrationError, CaptureError, CheckpointError, Conf
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.meta import LAYER
+from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_of
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline, WatchesLowering
@@ -62,6 +63,7 @@ def convert(
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):
         context.inputs = calibration.inputs_of(number)
+        context.forget_inputs()
         records = rewrite_graph(captured, context, recipe.convert, instruments, calibration.prepare.prove)
         backend.finish(captured.module, plan, quantized.tensors())
         _tell_lowered(backend, captured, instruments)
@@ -123,7 +125,9 @@ def convert_graph(
 
     The graph needs no real weights if other graphs hold them.
     """
-    records = rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert], instruments)
+    records = Pipeline(recipe.prepare, instruments).run(captured.module, context)
+    context.forget_inputs()  # Calibration saw what layers read after these passes.
+    records += rewrite_graph(captured, context, recipe.convert, instruments, stage=Pipeline(recipe.prepare).stage)
     backend.finish(captured.module, context.plan, others)
     _tell_lowered(backend, captured, instruments)
     return records
@@ -178,9 +182,10 @@ def rewrite_graph(
     passes: Sequence[Pass],
     instruments: Sequence[Instrument] = (),
     prove: bool = False,
+    stage: Stage = Stage.CAPTURED,
 ) -> list[PassRecord]:
     """Run passes on a captured graph, and record what the graph is before a backend lowers it."""
-    records = Pipeline(passes, instruments, prove=prove).run(captured.module, context)
+    records = Pipeline(passes, instruments, prove=prove).run(captured.module, context, stage)
     context.shared.settle_names(captured.module)
     captured.digest = graph_digest(captured.module.graph)
     return records

@@ -222,11 +222,11 @@ def assert_not_fired(
 
 def _check_second_run(trial: Trial) -> str:
     step, before = trial.step, graph_text(trial.after)
-    plan = copy.deepcopy(trial.plan)
-    edits = rewrite(step, trial.after, replace(trial.context, plan=plan, memo={}))
+    context = trial.context.for_trial()
+    edits = rewrite(step, trial.after, context)
     if edits or graph_text(trial.after) != before:
         raise _refused(step, f"a second run on the same graph makes {edits} edits; skip what is rewritten already")
-    if plan != trial.plan:
+    if context.plan != trial.plan:
         raise _refused(step, "a second run changes the plan; decide only what the plan does not hold")
     return "a second run changes nothing"
 
