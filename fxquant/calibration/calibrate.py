@@ -237,8 +237,8 @@ class Calibration:
             step.check_graph(captured.module.graph, self.plan)
         self._check()
         observed = copy_graph(captured.module)
-        weight_only = ";".join(name for name, layer in self.plan.quantized() if self._wants_float_input(layer))
-        Pipeline([PASSES["insert-observers"](weight_only=weight_only)]).run(observed, self.plan)
+        options = {"weight_only": ";".join(n for n, layer in self.plan.quantized() if self._wants_float_input(layer))}
+        Pipeline([PASSES["insert-observers"](**options)]).run(observed, self.plan)
         for name, key in keys_in(self.plan, captured.module.graph):
             self._keys.setdefault(name, {})[key] = None
         self.statistics.wants_moments = frozenset(

@@ -32,7 +32,7 @@ def in_float64(module: fx.GraphModule) -> fx.GraphModule:
     mode, rewriter = fake_mode_of(made.graph), Rewriter(made, "float64")
     for node in made.graph.nodes:
         if node.op == "call_function":
-            node.args, node.kwargs = map_aggregate(node.args, _wider), map_aggregate(node.kwargs, _wider)  # type: ignore[assignment]
+            node.args, node.kwargs = map_aggregate(node.args, _wider), map_aggregate(node.kwargs, _wider)
             node.meta["val"] = rewriter.infer(node)
             prove(node)
         elif node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):

@@ -96,8 +96,8 @@ def moments(context: PassContext, name: str) -> Tensor | None:
     if seen.moments is None:
         return None
     if name in context.transforms:
-        steps = list(_changes(context, name, 0))
-        found = transformed_moments(seen.moments, steps, shifts=f"{name}.shift" in plan.vectors)
+        made = list(_changes(context, name, 0))
+        found = transformed_moments(seen.moments, made, shifts=f"{name}.shift" in plan.vectors)
         if found is None:
             rows = torch.cat([row.double() for row in layer_input(context, name).rows])
             found = rows.T @ rows / len(rows)

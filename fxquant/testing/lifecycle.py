@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def check_lifecycle(
         "other shape": run.another_shape,
         "plan replay": run.replay,
         "torch.compile": run.torch_compile,
-        **{f"backend {name}": (lambda name=name: run.backend(name)) for name in backends},
+        **{f"backend {name}": partial(run.backend, name) for name in backends},
     }
     if other_shape is None:
         del steps["other shape"]

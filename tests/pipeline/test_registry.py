@@ -4,7 +4,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from fxquant.errors import DuplicateNameError, UnknownNameError
+from fxquant.errors import DuplicateNameError, PluginError, UnknownNameError
 from fxquant.pipeline import registry
 from fxquant.pipeline.pipeline import PASSES
 from fxquant.pipeline.registry import Registry
@@ -63,7 +63,7 @@ def test_entry_points_are_loaded_when_asked_for(installed: list[EntryPoint]) -> 
     assert list(found) == ["broken", "ordered"]  # Nothing is imported to list them.
     assert "broken" in found
     assert found["ordered"].__name__ == "OrderedDict"
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+    with pytest.raises(PluginError, match="no_such_module"):
         found["broken"]
 
 
