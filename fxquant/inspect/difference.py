@@ -151,10 +151,10 @@ def diff(
         if step is None:
             raise ConfigurationError("name a second plan, model or recipe to compare with, or a pass (step=)")
         return _of_step(rewrite_history(_source(left), model=model, graph=graph), step, *part)
-    recipes = _recipe_of(left), _recipe_of(right)
-    if recipes[0] is not None and recipes[1] is not None:
-        return Difference(str(recipes[0]), str(recipes[1]), passes=_passes(*recipes))
-    if (recipes[0] is None) != (recipes[1] is None):
+    first, second = _recipe_of(left), _recipe_of(right)
+    if first is not None and second is not None:
+        return Difference(str(first), str(second), passes=_passes(first, second))
+    if first is not None or second is not None:
         raise ConfigurationError("a recipe can be compared with another recipe only, not with a plan or a model")
     sources = _source(left), _source(right)
     plans = plan_of(sources[0]), plan_of(sources[1])

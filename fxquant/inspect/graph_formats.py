@@ -75,12 +75,12 @@ def _shown(value: Any, targets: Mapping[str, str]) -> str:
     return targets.get(value, value.removeprefix("%")) if isinstance(value, str) else str(value)
 
 
-def to_networkx(nodes: Snapshot) -> nx.MultiDiGraph:
+def to_networkx(nodes: Snapshot) -> nx.MultiDiGraph[str]:
     """The graph for networkx: node attributes are those of :class:`NodeState`, and an edge names the argument.
 
     Nodes outside of the part that it reads are nodes with the attribute ``outside``.
     """
-    graph = nx.MultiDiGraph()
+    graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     for state in nodes:
         graph.add_node(state.name, **state.to_json())
     for state in nodes:
@@ -121,8 +121,8 @@ def to_dot(nodes: Snapshot) -> str:
             lines.append("  }")
     graph = to_networkx(nodes)
     lines += [f"  {_quoted(name)} [style=dashed];" for name, outside in graph.nodes(data="outside") if outside]
-    for source, target, argument in graph.edges(data="argument"):
-        lines.append(f"  {_quoted(source)} -> {_quoted(target)} [label={_quoted(argument)} fontsize=8];")
+    for source, target, facts in graph.edges(data=True):
+        lines.append(f"  {_quoted(source)} -> {_quoted(target)} [label={_quoted(facts['argument'])} fontsize=8];")
     return "\n".join([*lines, "}"]) + "\n"
 
 

@@ -111,16 +111,16 @@ def _modules_by_path(graph: fx.Graph) -> dict[str, str]:
 
 def _state(node: fx.Node, modules: Mapping[str, str]) -> NodeState:
     path = _owner(node, modules) if node.op == "get_attr" else module_path(node)
-    value, line = node.meta.get("val"), source_line(node)
-    is_tensor = isinstance(value, Tensor)
+    line, recorded = source_line(node), node.meta.get("val")
+    value = recorded if isinstance(recorded, Tensor) else None
     return NodeState(
         name=node.name,
         kind=_KINDS.get(node.op, node.op),
         target=qualified_name(node.target) if node.op == "call_function" else str(node.target),
         arguments=_arguments(node),
         inputs=tuple(read.name for read in node.all_input_nodes),
-        shape=tuple(_size(size) for size in value.shape) if is_tensor else None,
-        dtype=str(value.dtype).removeprefix("torch.") if is_tensor else None,
+        shape=None if value is None else tuple(_size(size) for size in value.shape),
+        dtype=None if value is None else str(value.dtype).removeprefix("torch."),
         layer=None if LAYER not in node.meta else str(node.meta[LAYER]),
         roles=dict(roles_of(node)),
         module=path,
