@@ -35,7 +35,7 @@ class GraphTab {
       caption: captionOf,
       onselect: (key) => { this._focus(which); this.choose(key); },
       ontoggle: (path) => { this._focus(which); this.toggle(path); },
-      onmove: (from) => this.views.forEach((other) => other !== from && other.follow(from)),
+      onmove: (from, move) => this.views.forEach((other) => other !== from && move(other)),
     });
     canvas.addEventListener('keydown', (event) => this._key(event));
     return view;
@@ -148,7 +148,7 @@ class GraphTab {
   closeAll() {
     this.open = new Set(['']);
     this.refresh();
-    this.view.fit(null, true);
+    this.views.forEach((view) => view.fit(null, true));
   }
 
   choose(key) {
@@ -171,8 +171,7 @@ class GraphTab {
       this.refresh(null);
     }
     this.choose(key);
-    this.view.reveal(key);
-    this.views.forEach((other) => other !== this.view && other.follow(this.view));
+    this.views.forEach((view) => view.reveal(key));
   }
 
   go(name) { this.reach(`n:${name}`); }
@@ -200,13 +199,14 @@ class GraphTab {
       const second = el('div', {class: 'view'}, canvas);
       byId('views').insertBefore(second, byId('tools'));
       this.views.push(this._view(canvas, 1));
-      this.views[1].follow(this.views[0]);
     }
     byId('views').querySelectorAll('.view').forEach((node, i) => {
       node.querySelector('.label')?.remove();
       if (isSplit) node.append(el('span', {class: 'label'}, this.models[i].name));
     });
     this.refresh();
+    const openBlock = [...this.open].find((path) => path);
+    this.views.forEach((view) => view.fit(openBlock ? `b:${openBlock}` : null, true));
   }
 
   retheme() { this.views.forEach((view) => view.retheme()); }

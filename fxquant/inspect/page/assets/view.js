@@ -58,13 +58,14 @@ class GraphView {
     const item = this.picture.byKey.get(key) ?? {x: 0, y: 0, width: this.picture.width, height: this.picture.height};
     const [width, height] = this._size();
     const across = (width - 40) / item.width;
-    this.scale = Math.min(1.15, wide ? Math.max(across, 0.34) : Math.min(across, (height - 40) / item.height));
+    this.scale = Math.min(1.15, wide ? Math.max(across, 0.25) : Math.min(across, (height - 40) / item.height));
     this.x = width / 2 - (item.x + item.width / 2) * this.scale;
     this.y = wide ? 24 - item.y * this.scale : height / 2 - (item.y + item.height / 2) * this.scale;
     this.draw();
   }
 
-  zoom(factor, x = null, y = null) {
+  /** Zoom around a point of the canvas, its middle by default; `onmove` is told, so that another view can do the same. */
+  zoom(factor, x = null, y = null, isTold = true) {
     const [width, height] = this._size();
     const [atX, atY] = [x ?? width / 2, y ?? height / 2];
     const scale = Math.min(3, Math.max(0.03, this.scale * factor));
@@ -72,20 +73,14 @@ class GraphView {
     this.y = atY - ((atY - this.y) * scale) / this.scale;
     this.scale = scale;
     this.draw();
-    this.onmove(this);
+    if (isTold) this.onmove(this, (other) => other.zoom(factor, x, y, false));
   }
 
-  pan(x, y) {
+  pan(x, y, isTold = true) {
     this.x += x;
     this.y += y;
     this.draw();
-    this.onmove(this);
-  }
-
-  /** Take over scale and place of another view. */
-  follow(other) {
-    [this.scale, this.x, this.y] = [other.scale, other.x, other.y];
-    this.draw();
+    if (isTold) this.onmove(this, (other) => other.pan(x, y, false));
   }
 
   retheme() {
