@@ -19,7 +19,7 @@ _PLOT_EXAMPLES = """[bold]Examples[/]
 
   fxquant plot dit-w4a8 output -o output.svg
 
-  fxquant plot dit-w4a8 salience --layer transformer_blocks.3.attn1.to_q --statistics statistics.safetensors -o s.pdf
+  fxquant plot dit-w4a8 salience --layer transformer_blocks.3.attn1.to_q --statistics dit.statistics -o salience.pdf
 
   fxquant plot dit-w4a8 block --layer transformer_blocks.3 --step quantize-linears -o block.png
 """
@@ -51,7 +51,7 @@ def plot(
     ] = None,
     step: Annotated[str, typer.Option(help="For a block: the pass.")] = "quantize-linears",
     statistics: Annotated[
-        Path | None, typer.Option(help="For salience: the statistics of the calibration, a .safetensors file.")
+        Path | None, typer.Option(help="For salience: what [bold]--keep-statistics[/] wrote.", metavar="FILE")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -81,10 +81,9 @@ def _figure(folder: Path, kind: Kind, layer: str | None, step: str, statistics: 
     if kind is Kind.OUTPUT:
         return plots.output_figure({folder.resolve().name: plan})
     if kind is Kind.ERRORS:
-        attribution = getattr(plan, "attribution", None)
-        if attribution is None:
-            raise ConfigurationError(f"the errors of the layers of {folder} were not measured; see fxquant.attribute")
-        found = errors_data(attribution.to_json())
+        if plan.attribution is None:
+            raise ConfigurationError(f"the errors of the layers of {folder} were not measured; see fxquant attribute")
+        found = errors_data(plan.attribution.to_json())
         return plots.errors_figure(found["layers"], found["timesteps"], found["tables"][0]["values"])
     if layer is None:
         raise ConfigurationError(f"a picture of {kind.value} shows one layer; name it with --layer")

@@ -41,6 +41,9 @@ def profile(
     ] = True,
     top: Annotated[int, typer.Option(min=1, help="Number of rows to show, slowest first.")] = 20,
     every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write the time of each op as a Chrome trace.", metavar="FILE")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -62,6 +65,10 @@ def profile(
             compiled=compiled,
             against_float=against_float,
         )
+    if trace is not None:
+        from fxquant.inspect.trace_events import save_trace, trace_of_profile
+
+        save_trace(trace_of_profile(found), trace)
     if as_json:
         print_json(found.to_json())
     else:

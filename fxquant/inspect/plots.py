@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from torch import Tensor
 
-from fxquant.disk.folders import writing
+from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError, MissingPackageError
 from fxquant.inspect.drawing import changes_of, draw_nodes, layered, nodes_inside
 from fxquant.inspect.history import History
@@ -256,8 +256,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     path = check_suffix(path)
     import matplotlib
 
-    with writing(path), matplotlib.rc_context(_STYLE):
-        figure.savefig(path, bbox_inches="tight")
+    with whole_file(path) as written, matplotlib.rc_context(_STYLE):
+        figure.savefig(written, format=path.suffix.lower()[1:], bbox_inches="tight")
 
 
 def _figure(

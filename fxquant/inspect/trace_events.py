@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fxquant.disk.folders import writing
+from fxquant.disk.whole_file import whole_file
 from fxquant.inspect.profiling.results import Profile
 from fxquant.inspect.rows import PassReport
 from fxquant.text import json_values
@@ -49,9 +49,8 @@ def save_trace(trace: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         WriteError: If the file cannot be written.
     """
-    path = Path(path)
-    with writing(path):
-        path.write_text(json.dumps(json_values(trace)) + "\n", encoding="utf-8")
+    with whole_file(path) as written:
+        written.write_text(json.dumps(json_values(trace)) + "\n", encoding="utf-8")
 
 
 def _trace(lines: Mapping[str, Iterable[Event]]) -> dict[str, Any]:

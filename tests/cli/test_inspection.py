@@ -116,3 +116,26 @@ def test_opt_refuses(folders: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text("[]")
     assert "is not a dump" in bad("opt", tmp_path / "odd", "--passes", "remove-no-ops")
     assert "cannot be imported" in bad("opt", tmp_path / "odd", "--passes", "a", "--import", "no_such_module_here")
+
+
+def test_inspect_writes_a_page_and_a_trace(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    page, trace = tmp_path / "page.html", tmp_path / "trace.json"
+    assert good("inspect", folders[0], "-o", page, "--against", folders[1], "--trace", trace).count("wrote") == 2
+    text = page.read_text()
+    assert text.startswith("<!doctype html>") and "four" in text and "eight" in text
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert "absorb-affines" in names
+    assert "name its file too" in bad("inspect", folders[0], "--against", folders[1])
+    assert "no folder" in bad("inspect", folders[0], "-o", page, "--against", tmp_path / "nothing")
+
+
+def test_plot(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "block.svg"
+    assert "wrote" in good("plot", folders[0], "block", "--layer", "transformer_blocks.0", "-o", out)
+    assert "quantize" in out.read_text()
+    assert "not measured" in bad("plot", folders[0], "output", "-o", out)
+    assert "fxquant attribute" in bad("plot", folders[0], "errors", "-o", out)
+    assert "--layer" in bad("plot", folders[0], "timesteps", "-o", out)
+    assert "group-timesteps" in bad("plot", folders[0], "timesteps", "--layer", VALUE, "-o", out)
+    assert "--statistics" in bad("plot", folders[0], "salience", "--layer", VALUE, "-o", out)
+    assert ".svg" in bad("plot", folders[0], "output", "-o", tmp_path / "picture.gif")

@@ -151,8 +151,9 @@ class TestFiles:
         figure = plots.timesteps_figure(grouped(), "a")
         with pytest.raises(ConfigurationError, match=r"\.svg"):
             plots.save_figure(figure, tmp_path / "picture.gif")
-        with pytest.raises(WriteError, match="nowhere"):
-            plots.save_figure(figure, tmp_path / "nowhere" / "picture.png")
+        (tmp_path / "folder.png").mkdir()
+        with pytest.raises(WriteError, match="is a folder"):
+            plots.save_figure(figure, tmp_path / "folder.png")
 
     def test_without_matplotlib_the_error_says_how_to_install_it(self, monkeypatch):
         find = importlib.util.find_spec

@@ -65,12 +65,13 @@ _TIMESTEPS = 8
 _FROM_REPORT = ("model_class", "recipe", "backend", "totals", "attentions", "products", "passes")
 
 NO_STATISTICS = (
-    "There are no statistics of the calibration. Keep them when you quantize, and give them here: "
-    "fxquant inspect DIR --statistics FILE, or inspect_page(model, path, statistics=statistics)."
+    "There are no statistics of the calibration. Keep them when you quantize, with fxquant quantize --keep-statistics "
+    "FILE, and give them to the page: fxquant inspect DIR --statistics FILE -o page.html, or "
+    "fxquant.inspect_page(model, path, statistics=statistics)."
 )
 NO_ERRORS = (
-    "The errors of the layers were not measured. Measure them with fxquant.attribute(quantized, model, statistics), "
-    "save the model, and make the page again."
+    "The errors of the layers were not measured. Measure them with fxquant attribute, or fxquant.attribute(quantized, "
+    "model, statistics) and fxquant.save, and make the page again."
 )
 
 

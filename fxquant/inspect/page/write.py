@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fxquant.disk.folders import writing
+from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError
 from fxquant.inspect.history import rewrite_history
 from fxquant.inspect.page.build import page_html
@@ -67,10 +67,9 @@ def inspect_page(
         for number, (name, one) in enumerate(zip(shown, sources, strict=True))
     ]
     text = page_html(page_data(models), " and ".join(shown))
-    path = Path(path)
-    with writing(path):
-        path.write_text(text, encoding="utf-8")
-    return path
+    with whole_file(path) as written:
+        written.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def _model(
@@ -81,9 +80,8 @@ def _model(
     errors: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     plan = graphs_of(source, model).plan
-    attribution = getattr(plan, "attribution", None)
-    if errors is None and attribution is not None:
-        errors = attribution.to_json()
+    if errors is None and plan.attribution is not None:
+        errors = plan.attribution.to_json()
     calls = range(min(len(plan.calls), _FEW_GRAPHS))
     graphs = [graph_data(rewrite_history(source, model=model, graph=number)) for number in calls]
     weights = None

@@ -129,6 +129,10 @@ def errors(plan: fxquant.Plan) -> dict[str, Any]:
     nothing = [[None] * len(steps) for _ in layers]
     return {
         "method": "made up",
+        "samples": 1,
+        "probes": 8,
+        "seconds": 1.0,
+        "left_out": {},
         "layers": layers,
         "timesteps": steps,
         "output": [0.01] * len(steps),

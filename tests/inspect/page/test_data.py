@@ -16,6 +16,7 @@ from fxquant.inspect.page.data import _pooled, model_data, page_data, series_of
 from fxquant.inspect.page.errors import MOST_DB, errors_data
 from fxquant.inspect.page.graphs import graph_data
 from fxquant.inspect.page.write import inspect_page
+from fxquant.planning.attribution import Attribution
 from tests.inspect.page.conftest import data_of, errors
 from tests.tiny import calibrate, make_dit
 
@@ -144,14 +145,22 @@ class TestFile:
         ]
         assert pages[0] == pages[1]
 
+    def test_shows_the_errors_that_the_plan_holds(self, made, tmp_path):
+        quantized, _ = made
+        quantized.plan.attribution = Attribution.from_json(errors(quantized.plan))
+        fxquant.save(quantized, tmp_path / "model")
+        quantized.plan.attribution = None
+        data = data_of(inspect_page(tmp_path / "model", tmp_path / "p.html"))
+        assert data["models"][0]["errors"] == errors_data(errors(quantized.plan))
+
     def test_bad_input(self, made, tmp_path):
         quantized, _ = made
         with pytest.raises(ConfigurationError, match="1 names for 2 models"):
             inspect_page(quantized, tmp_path / "p.html", against=quantized, names=["x"])
         with pytest.raises(CheckpointError, match="there is no folder"):
             inspect_page(tmp_path / "nothing", tmp_path / "p.html")
-        with pytest.raises(WriteError, match="cannot be written"):
-            inspect_page(quantized, tmp_path / "nowhere" / "p.html")
+        with pytest.raises(WriteError, match="is a folder"):
+            inspect_page(quantized, tmp_path)
         with pytest.raises(ConfigurationError):
             inspect_page(make_dit(), tmp_path / "p.html")
         assert not (tmp_path / "p.html").exists()
