@@ -19,6 +19,7 @@ calibrate = lambda: pipe(class_labels=[1, 2], num_inference_steps=3)
 PRELUDES = {
     "docs/architecture.md": f"{_MODEL}\nquantized = fxquant.compile(model, recipe='rtn-w8a8', calibrate=calibrate)\n",
     "docs/channel-rules.md": "",
+    "docs/inspector.md": _MODEL,
     "docs/passes.md": f"""{_MODEL}
 from types import SimpleNamespace
 from fxquant import Plan
