@@ -34,7 +34,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 def dit() -> Example:
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(num_layers=2, num_attention_heads=16, attention_head_dim=72, sample_size=8)
+    model = DiTTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=8, sample_size=8)
 
     def inputs(batch: int) -> dict[str, Tensor]:
         return {

@@ -15,6 +15,11 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_traces() -> None:
+    """In place of the fixture of other tests: these change values in place that copies of a graph share."""
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
