@@ -8,10 +8,11 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = (
@@ -33,6 +34,8 @@ _LINK = re.compile(r"(\]\()([^)#:\s]+)(?=[)#])")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the files from outside."""
+    from mkdocs.structure.files import File
+
     for path in OUTSIDE:
         files.append(File(path, str(ROOT), config["site_dir"], config["use_directory_urls"]))
     return files

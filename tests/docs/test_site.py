@@ -115,3 +115,21 @@ def test_pictures_show_the_rewrites(tmp_path: Path) -> None:
     assert all("gelu" in text and "attention" in text for text in drawn.values())
     shown = sorted(path.name for path in (ROOT / "docs" / "pictures").glob("block-*.svg"))
     assert shown == sorted(path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("here", "target", "expected"),
+    [
+        ("usage.md", "results.md", "results.md"),
+        ("usage.md", "../benchmarks/results/cpu.md", "benchmarks/results/cpu.md"),
+        ("start.md", "../README.md", "index.md"),
+        ("reference/index.md", "../../CHANGELOG.md", "../CHANGELOG.md"),
+        ("CONTRIBUTING.md", "docs/passes.md", "passes.md"),
+        ("examples/digits/README.md", "samples.png", "samples.png"),
+        ("benchmarks/README.md", "../docs/results.md", "../results.md"),
+    ],
+)
+def test_links_of_the_repository_become_links_of_the_site(here: str, target: str, expected: str) -> None:
+    from docs.tools.outside import site_link
+
+    assert site_link(here, target) == expected
