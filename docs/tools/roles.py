@@ -1,4 +1,7 @@
-"""Extension of griffe: the Sphinx roles of docstrings become links, and their literal blocks become blocks of code."""
+"""Extension of griffe: makes Markdown of docstrings.
+
+Sphinx roles become links. Literal blocks and tables become blocks of code.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from griffe import AliasResolutionError, Extension, Module, NameResolutionError, Object
 
 _ROLE = re.compile(r":(?:mod|class|func|meth|attr|data|exc|obj):`(?P<short>~?)(?P<name>[\w.]+)`")
+_TABLE = re.compile(r"^=+  [= ]+$\n(.*?)^=+  [= ]+$\n?", flags=re.M | re.S)
 _LITERAL = re.compile(r"::(?=\n\s*\n)")
 
 
@@ -21,10 +25,14 @@ class Roles(Extension):
     def _walk(self, item: Object) -> None:
         if item.docstring is not None:
             text = _ROLE.sub(lambda role: _link(item, role), item.docstring.value)
-            item.docstring.value = _LITERAL.sub(":", text)
+            item.docstring.value = _TABLE.sub(_block, _LITERAL.sub(":", text))
         for member in item.members.values():
             if not member.is_alias:
                 self._walk(member)
+
+
+def _block(table: re.Match[str]) -> str:
+    return f"```text\n{table[1].replace('``', '')}```\n"
 
 
 def _link(item: Object, role: re.Match[str]) -> str:
