@@ -331,8 +331,6 @@ class Rewriter:
         with self._fake_mode(), torch.no_grad():
             return node.target(*values, **named)  # type: ignore[operator]
 
-    # --- inside ---
-
     def _private(self, attribute: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
         place = place_of(readers[0]).replace(".", "_")
         history = None if has_content(attribute) else self.history(attribute)
