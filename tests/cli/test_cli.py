@@ -65,7 +65,10 @@ class TestHelp:
     def test_version(self):
         assert run("--version").stdout == f"fxquant {fxquant.__version__}\n"
 
-    @pytest.mark.parametrize("command", [[], ["quantize"], ["generate"], ["export"], ["report"], ["profile"], ["list"]])
+    @pytest.mark.parametrize(
+        "command",
+        [[], ["quantize"], ["generate"], ["export"], ["report"], ["attribute"], ["statistics"], ["profile"], ["list"]],
+    )
     def test_help(self, command):
         result = run(*command, "--help")
         assert result.exit_code == 0
