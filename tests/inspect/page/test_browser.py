@@ -237,6 +237,43 @@ class TestHostileText:
 
 
 @pytest.mark.usefixtures("shared_traces")
+def test_each_kind_of_call_has_its_graph(page, tmp_path):
+    import torch
+    from torch import nn
+
+    import fxquant
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:
+            y = self.first(x) * timestep.view(-1, 1)
+            return y if more is None else y + self.second(more)
+
+    torch.manual_seed(0)
+    model = Two().eval()
+    every = fxquant.make_recipe("rtn-w8a8").with_options("assign-precision", layers="all")
+
+    def run() -> None:
+        for step in (900.0, 100.0):
+            model(torch.randn(2, 8), torch.full((2,), step))
+            model(torch.randn(2, 8), torch.full((2,), step), torch.randn(2, 8))
+
+    quantized = fxquant.compile(model, recipe=every, calibrate=run)
+    page.open(inspect_page(quantized, tmp_path / "two.html"))
+    assert page.run("document.querySelectorAll('#pickers option').length") == 2
+    layers = "[...page.graphTab.drawn.values()].map(({node}) => node.layer)"
+    seen = []
+    for number in (0, 1):
+        page.run("page.graphTab.setGraph(arguments[0])", number)
+        seen.append("second" in page.run(layers))
+        assert page.painted() > 3
+    assert sorted(seen) == [False, True]
+
+
+@pytest.mark.usefixtures("shared_traces")
 def test_a_model_of_one_layer(page, tmp_path):
     import torch
     from torch import nn

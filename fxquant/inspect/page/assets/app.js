@@ -79,7 +79,7 @@ class App {
 
   _title() {
     const {model} = this;
-    byId('title').textContent = [model.model_class.split(':').pop(), model.name, model.backend].filter(Boolean).join(' · ');
+    byId('title').textContent = [...new Set([model.model_class.split(':').pop(), model.name, model.backend])].join(' · ');
   }
 
   // --- light and dark ---

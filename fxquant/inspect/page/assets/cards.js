@@ -25,18 +25,24 @@ const KINDS = {
   other: 'everything else',
 };
 
+/** The beginning and the end of a text, `length` characters together. */
+function middleCut(text, length) {
+  const head = Math.floor(length * 0.35);
+  return `${text.slice(0, head)}…${text.slice(text.length - (length - head))}`;
+}
+
 /** Shortens text to a width, with an ellipsis; remembers what it measured. */
 class Fitter {
   constructor() {
     this.known = new Map();
   }
 
-  /** `keepEnd`: leave out the beginning, because the end of a path says more. */
-  fit(context, text, width, keepEnd = false) {
-    const key = `${context.font}|${width}|${keepEnd}|${text}`;
+  /** `isPath`: leave out the middle, because the end of a path says most and its beginning tells lists apart. */
+  fit(context, text, width, isPath = false) {
+    const key = `${context.font}|${width}|${isPath}|${text}`;
     const found = this.known.get(key);
     if (found !== undefined) return found;
-    const cut = (length) => (keepEnd ? `…${text.slice(text.length - length)}` : `${text.slice(0, length)}…`);
+    const cut = (length) => (isPath ? middleCut(text, length) : `${text.slice(0, length)}…`);
     let shown = text;
     if (context.measureText(text).width > width) {
       let [low, high] = [0, text.length];

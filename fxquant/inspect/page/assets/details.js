@@ -22,6 +22,7 @@ const valueOf = (node) => (node.shape === null && node.dtype === null ? '' : `${
 
 /** The captions of a node's card in the box `home`: the op, where it is inside the box, what it gives. */
 function captionOf(node, home) {
+  if (node.op === 'input' || node.op === 'output') return {title: node.name, place: `${node.op} of the model`, value: valueOf(node)};
   const title = node.op.replace(/^\w+::/, '').replace(/\.(Tensor|int|default|using_ints)$/, '');
   const path = node.layer ?? node.module;
   const inside = path === home ? '' : home && path.startsWith(`${home}.`) ? path.slice(home.length + 1) : path;

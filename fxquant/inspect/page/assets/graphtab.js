@@ -234,13 +234,20 @@ class GraphTab {
         rows.push(el('button', {type: 'button', title: child.path, class: this.selected === `b:${child.path}` ? 'selected' : '',
           style: {paddingLeft: `${4 + 12 * (child.depth - 1)}px`},
           onclick: () => this.reach(`b:${child.path}`)},
-        el('span', {}, this.open.has(child.path) ? '▾' : '▸'), el('span', {class: 'path'}, el('bdi', {}, child.path.slice(up.length))),
+        el('span', {}, this.open.has(child.path) ? '▾' : '▸'), el('span', {class: 'path'}, this._short(child.path.slice(up.length), counts)),
         ['added', 'removed', 'rewired', 'tensor'].filter((kind) => counts?.[kind]).map((kind) => el('small', {class: kind}, `${MARKS[kind]}${counts[kind]}`))));
         if (this.open.has(child.path)) walk(child);
       }
     };
     walk(this.picture.tree.root);
     fill(byId('tree'), rows.length ? rows : el('small', {}, 'No modules to fold.'));
+  }
+
+  /** The name of a module, short enough for the tree beside the counts of changes. */
+  _short(name, counts) {
+    const kinds = Object.values(counts ?? {}).filter(Boolean).length;
+    const room = 24 - 4 * kinds;
+    return name.length > room ? middleCut(name, room) : name;
   }
 
   _tools() {
