@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 SUFFIXES = (".png", ".svg", ".pdf")
+_SPAN = 60.0
+"""Decibels that the colours of a heat map tell apart, from the worst; the rest has the last colour."""
 _STYLE: Any = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize", "legend.fontsize"), 8),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7),
@@ -132,12 +134,15 @@ def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any
         )
     figure, axes = _figure(2.4 + 0.28 * len(timesteps), 0.8 + 0.16 * len(layers))
     axis = axes[0][0]
-    shown = axis.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+    low = min((value for row in rows for value in row if not math.isnan(value)), default=0.0)
+    high = max((value for row in rows for value in row if not math.isnan(value)), default=1.0)
+    bounds = (low, min(high, low + _SPAN))
+    shown = axis.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", clim=bounds)
     axis.set_yticks(range(len(layers)), list(layers), fontsize=6)
     every = max(1, len(timesteps) // 12)
     axis.set_xticks(range(0, len(timesteps), every), [f"{step:g}" for step in timesteps[::every]])
     axis.set_xlabel("timestep")
-    figure.colorbar(shown, ax=axis, label=unit, pad=0.02)
+    figure.colorbar(shown, ax=axis, label=unit, pad=0.02, extend="max" if bounds[1] < high else "neither")
     return figure
 
 

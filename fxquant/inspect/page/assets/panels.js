@@ -99,16 +99,20 @@ function errorsPanel(panel, app) {
   draw();
 }
 
+const SPAN = 60;  // Decibels that the colours of the heat map tell apart, from the worst.
+
 /** The heat map of one kind of error, in dB. */
 function errorMap(place, legend, app, errors, values, worstFirst) {
   const finite = values.flat().filter((value) => typeof value === 'number');
-  const [low, high] = [Math.min(...finite), Math.max(...finite)];
+  const low = Math.min(...finite);
+  const most = Math.max(...finite);
+  const high = Math.min(most, low + SPAN);
   const worst = (row) => Math.min(...row.filter((value) => typeof value === 'number'));
   const order = errors.layers.map((_, i) => i);
   if (worstFirst) order.sort((a, b) => worst(values[a]) - worst(values[b]));
   heatMap(place, {rows: order.map((i) => errors.layers[i]), values: order.map((i) => values[i]), columns: errors.timesteps,
     unit: 'dB', low, high, onpick: (name) => app.goLayer(name)});
-  fill(legend, colourScale(num(low), num(high), 'SQNR in dB'));
+  fill(legend, colourScale(num(low), `${high < most ? '≥ ' : ''}${num(high)}`, 'SQNR in dB'));
 }
 
 function saliencePanel(panel, app, chosen = null) {
