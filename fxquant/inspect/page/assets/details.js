@@ -107,12 +107,12 @@ class Details {
       ['balanced', balance && `${plural(balance.channels, 'channel')}, ${balance.cost}`],
       ['absorbed in', balance?.into.length ? balance.into.map((into) => el('div', {}, el('code', {}, into))) : ''],
       ['not balanced', balance?.reason], ['shifted', shift && `${plural(shift.channels, 'channel')}, ${shift.cost}`],
-    ]), this._ranges(layer.range, layer.boundaries),
+    ]), this.ranges(layer.range, layer.boundaries),
     el('p', {}, el('button', {type: 'button', class: 'go', onclick: () => this.app.openLayer(name)}, 'Show its salience and timesteps')));
   }
 
   /** One range per group of timesteps. */
-  _ranges(range, boundaries) {
+  ranges(range, boundaries) {
     if (!range) return null;
     const rows = range.low.map((low, i) => [BIN(boundaries, i), num(low), num(range.high[i])]);
     return [el('p', {}, `Range of the input (${range.method})`), el('table', {class: 'data small'},

@@ -166,7 +166,7 @@ function timestepsPanel(panel, app, chosen = null) {
     layer.groups_reason ? el('p', {}, layer.groups_reason) : null,
     layer.dendrogram.length ? tree : null, layer.range ? ranges : null,
     el('p', {}, el('button', {type: 'button', onclick: () => app.goLayer(layer.name)}, 'Show the layer in the graph')),
-    layer.range ? el('div', {style: {maxWidth: '420px'}}, app.details._ranges(layer.range, layer.boundaries)) : null]);
+    layer.range ? el('div', {style: {maxWidth: '420px'}}, app.details.ranges(layer.range, layer.boundaries)) : null]);
   const steps = app.model.timesteps;
   if (layer.dendrogram.length) dendrogram(tree, {timesteps: steps, merges: layer.dendrogram, boundaries: layer.boundaries});
   if (layer.range && steps.length > 1) {
