@@ -133,3 +133,33 @@ def test_links_of_the_repository_become_links_of_the_site(here: str, target: str
     from docs.tools.outside import site_link
 
     assert site_link(here, target) == expected
+
+
+def test_docstrings_become_markdown(tmp_path: Path) -> None:
+    griffe = pytest.importorskip("griffe")
+    from docs.tools.roles import Roles
+
+    (tmp_path / "small.py").write_text(
+        '''"""Uses :class:`~small.Thing` and :func:`make`.
+
+Before::
+
+    y = linear(x)
+
+======  ===========
+to read  ``args``,
+         ``item``
+======  ===========
+"""
+
+class Thing: ...
+
+def make(): ...
+'''.replace("======  ===", "=======  ===")
+    )
+    loaded = griffe.load("small", search_paths=[tmp_path], extensions=griffe.load_extensions(Roles))
+    text = loaded.docstring.value
+    assert '<autoref identifier="small.Thing" optional><code>Thing</code></autoref>' in text
+    assert '<autoref identifier="small.make" optional><code>make</code></autoref>' in text
+    assert "Before:\n\n    y = linear(x)" in text
+    assert "| to read | ``args``, ``item`` |" in text
