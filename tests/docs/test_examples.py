@@ -18,6 +18,7 @@ from fxquant.channels.rules import RULES
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.pipeline import PASSES, Pipeline
+from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning.plan import Plan
 from tests.docs.pages import blocks_of
 from tests.support import absorb, captured, count, proved
@@ -77,10 +78,12 @@ def backend() -> Iterator[Backend]:
 
 
 @pytest.mark.usefixtures("shared_traces")
-@pytest.mark.parametrize("recipe", ["ptq4dit-w3a6", "dynamic-w4a8", "htg-w8a8"])
+@pytest.mark.parametrize("recipe", ["rtn-w3a6", "dynamic-w4a8", "htg-w8a8"])
 def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, recipe: str) -> None:
-    model = make_dit()
-    mine = fxquant.compile(model, recipe=recipe, layers="all", calibrate=calibrate(model), backend=backend)
+    model, chosen = make_dit(), make_recipe(recipe, "all")
+    if recipe.startswith("htg"):
+        chosen = chosen.with_options("group-timesteps", groups=2)
+    mine = fxquant.compile(model, recipe=chosen, calibrate=calibrate(model), backend=backend)
     reference = fxquant.compile(model, plan=mine.plan)
     assert count(mine.graphs[0], torch.ops.fxquant.linear.default) == 0
     for options in ({}, {"size": 4}, {"batch": 1}):  # The second one captures another graph.
@@ -91,7 +94,8 @@ def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, rec
 @pytest.mark.usefixtures("shared_traces")
 def test_the_backend_of_the_page_lowers_loaded_models(backend: Backend, tmp_path: Path) -> None:
     model = make_dit()
-    mine = fxquant.compile(model, recipe="htg-w4a8", calibrate=calibrate(model), backend=backend)
+    recipe = make_recipe("htg-w4a8").with_options("group-timesteps", groups=2)
+    mine = fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), backend=backend)
     fxquant.save(mine, tmp_path / "dit")
     loaded = fxquant.load(tmp_path / "dit", backend=backend)
     assert torch.equal(run(loaded), run(mine))
