@@ -26,6 +26,7 @@ OUTSIDE = (
     "benchmarks/results/cpu.md",
     "examples/digits/README.md",
     "examples/digits/samples.png",
+    "examples/passes/README.md",
 )
 """Paths in the repository of the pages, and of the files that they link to."""
 

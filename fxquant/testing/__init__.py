@@ -2,7 +2,8 @@
 
 ``prove`` proves the tier of a pass, ``check_lifecycle`` runs a recipe through saving, loading, other shapes and
 backends, ``assert_golden`` compares graphs with files, ``assert_not_fired`` holds where a pass must leave a graph
-alone, and ``tiny_dit`` and its sisters make small models of every layout of adaLN. ``docs/passes.md`` has examples.
+alone, and ``tiny_dit`` and its sisters make small models of every layout of adaLN. ``docs/write-a-pass.md`` has
+examples.
 """
 
 from fxquant.errors import LifecycleError, ProofError

@@ -46,7 +46,12 @@ class Block:
 def pages() -> list[str]:
     """Paths of all pages in the repository, ``README.md`` first."""
     found = sorted((ROOT / "docs").rglob("*.md"))
-    return ["README.md", *(path.relative_to(ROOT).as_posix() for path in found), "examples/digits/README.md"]
+    return [
+        "README.md",
+        *(path.relative_to(ROOT).as_posix() for path in found),
+        "examples/digits/README.md",
+        "examples/passes/README.md",
+    ]
 
 
 def text_of(page: str) -> str:

@@ -23,12 +23,6 @@ PRELUDES = {
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")
 """,
     "docs/inspector.md": _MODEL,
-    "docs/passes.md": f"""{_MODEL}
-from types import SimpleNamespace
-from fxquant import Plan
-context, name, channels = SimpleNamespace(plan=Plan("", "", None)), "to_q", 8
-orthogonal = lambda size: torch.linalg.qr(torch.randn(size, size))[0]
-""",
     "docs/questions.md": f"{_MODEL}{_PIPE}",
     "docs/speed.md": f"""{_MODEL}{_PIPE}
 fxquant.save(fxquant.compile(model, recipe='rtn-w4a8', calibrate=calibrate), "dit-w4a8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import sys
 from collections.abc import Iterator
@@ -17,11 +18,9 @@ import fxquant
 from fxquant.channels.rules import RULES
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.backend import Backend
-from fxquant.pipeline.pipeline import PASSES, Pipeline
 from fxquant.pipeline.recipes import make_recipe
-from fxquant.planning.plan import Plan
-from tests.docs.pages import blocks_of
-from tests.support import absorb, captured, count, proved
+from tests.docs.pages import ROOT, blocks_of
+from tests.support import absorb, count, proved
 from tests.tiny import calibrate, make_dit, run
 
 
@@ -50,21 +49,21 @@ def test_the_rule_of_the_page_is_a_rule() -> None:
         RULES.pop(target, None)
 
 
-def test_the_pass_of_the_page_is_a_pass() -> None:
-    class Twice(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.neg().neg() + 1
+def test_the_pass_of_the_page_is_that_of_the_examples() -> None:
+    """Line by line, so that the page shows what the tests of the package prove and measure."""
+    shown = "\n".join(blocks("write-a-pass.md"))
+    package = ROOT / "examples" / "passes" / "example_passes" / "low_rank_branch.py"
+    source = package.read_text(encoding="utf-8")
+    parts = [ast.get_source_segment(source, part) or "" for part in ast.parse(source).body[2:]]
+    assert len(parts) > 6
+    for part in parts:
+        assert part in shown, part
 
-    module = captured(Twice(), torch.randn(3, 4)).module
-    page = ModuleType("page")  # Dataclasses look up the module that they stand in.
-    try:
-        with mock.patch.dict(sys.modules, page=page):
-            exec(compile(blocks("passes.md")[0], "passes.md", "exec", dont_inherit=True), vars(page))
-        (record,) = Pipeline.parse("fuse-double-negation").run(module, Plan("", "", None))
-        assert record.edits == 1
-        assert count(module, torch.ops.aten.neg.default) == 0
-    finally:
-        PASSES._objects.pop("fuse-double-negation", None)
+
+def test_the_golden_text_of_the_page_is_that_of_the_examples() -> None:
+    golden = (ROOT / "examples" / "passes" / "tests" / "low_rank_branch.txt").read_text(encoding="utf-8")
+    (text,) = [block.code for block in blocks_of("docs/write-a-pass.md", "text") if "low_rank_in" in block.code]
+    assert text in golden
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_pictures_show_the_rewrites(tmp_path: Path) -> None:
         ("usage.md", "../benchmarks/results/cpu.md", "benchmarks/results/cpu.md"),
         ("start.md", "../README.md", "index.md"),
         ("reference/index.md", "../../CHANGELOG.md", "../CHANGELOG.md"),
-        ("CONTRIBUTING.md", "docs/passes.md", "passes.md"),
+        ("CONTRIBUTING.md", "docs/write-a-pass.md", "write-a-pass.md"),
         ("examples/digits/README.md", "samples.png", "samples.png"),
         ("benchmarks/README.md", "../docs/results.md", "../results.md"),
     ],

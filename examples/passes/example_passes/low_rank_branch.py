@@ -75,8 +75,7 @@ class LowRankBranch(Pass):
             rewriter.fold(node, "weight", lambda w, a=left, b=right: w.double() - a.double() @ b.double(), source[1:])
             with rewriter.after(node):
                 total = rewriter.inline(add_branch, [node, args(node).input, *factors], [node])
-            for reader in [reader for reader in node.users if reader is not total]:
-                rewriter.redirect(reader, node, total)
+            rewriter.replace(node, total)  # For all readers but ``total`` itself.
 
 
 def add_branch(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:

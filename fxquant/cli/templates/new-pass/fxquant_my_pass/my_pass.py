@@ -66,5 +66,4 @@ class MyPass(Pass):
                     rewriter.fold(node, parameter, lambda w, f=factor: w.double() / f, by=("divided", str(factor)))
             with rewriter.after(node):
                 scaled = rewriter.call(torch.ops.aten.mul.Tensor, (node, factor), [node])
-            for reader in [reader for reader in node.users if reader is not scaled]:
-                rewriter.redirect(reader, node, scaled)
+            rewriter.replace(node, scaled)  # For all readers but ``scaled`` itself.
