@@ -9,8 +9,8 @@ to run and print passes     ``Pipeline``, ``PassRecord``, ``Instrument``, ``pars
                             ``register_recipe``, ``graph_text``
 to read a graph             ``args(node).weight``, ``source_of``, ``layer_of``, ``layer_kind``, ``layer_kinds``,
                             ``stored_weight``, ``provenance_of``, ``find_attentions``, ``Attention``, ``behind``,
-                            ``reached``, ``linears_to_quantize``, ``changed_by`` (what the pass has rewritten already),
-                            ``run_with`` (runs a graph with other tensors)
+                            ``reached``, ``linears_to_quantize``, ``FloatLinear``, ``changed_by`` (what a pass has
+                            rewritten already), ``run_with`` (runs a graph with other tensors)
 what calibration saw        ``Statistics``, ``ChannelStatistics``, ``layer_input`` (a layer's input as the plan has
                             shifted and balanced it so far), ``LayerInput``, ``moments``
 to quantize                 ``quantize_weight``, ``dequantize_weight``, ``QuantizedWeight``, ``gptq``,
@@ -44,7 +44,7 @@ from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.kinds import layer_kind, layer_kinds
 from fxquant.planning.layer_inputs import LayerInput, layer_input, moments
-from fxquant.planning.linears import changed_by, linears_to_quantize
+from fxquant.planning.linears import FloatLinear, changed_by, linears_to_quantize
 from fxquant.planning.pass_decisions import Decision
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision
@@ -59,6 +59,7 @@ __all__ = [
     "ConfigurationError",
     "Decision",
     "ErrorFeedback",
+    "FloatLinear",
     "History",
     "Instrument",
     "LayerInput",

@@ -7,6 +7,7 @@ for passes that change what is observed or that run calibration calls again.
 from __future__ import annotations
 
 import argparse
+import functools
 
 import example_passes.choose_bits
 import example_passes.float8
@@ -18,14 +19,15 @@ from examples.digits.compare import Calibrated, noise_sqnr, predicted_noise, qua
 from fxquant import Recipe, make_recipe
 
 ROWS = (
-    ("ptq4dit-w4a8", "low-rank-branch"),
     ("ptq4dit-w4a4", "low-rank-branch"),
-    ("rtn-w4a4", "low-rank-branch"),
-    ("rtn-w4a4", "rotate-inputs"),
-    ("rtn-w8a8", "rotate-inputs"),
     ("ptq4dit-w5a8", "choose-bits"),
+    ("rtn-w4a4", "rotate-inputs"),
     ("rtn-w8a8", "quantize-e4m3"),
+    ("ptq4dit-w4a8", "low-rank-branch"),
+    ("rtn-w8a8", "rotate-inputs"),
 )
+ANEW = ("rotate-inputs", "choose-bits")
+"""Passes that change what is observed, or that run calibration calls again."""
 
 
 def with_pass(recipe: Recipe, name: str) -> Recipe:
@@ -46,15 +48,17 @@ def main() -> None:
     calls = test_calls(pipe, model)
     noise = predicted_noise(model, calls)
     calibrated = Calibrated(pipe, model, "default")
+
+    @functools.cache
+    def mean_sqnr(recipe: Recipe, anew: bool = False) -> float:
+        quantized, _ = quantize(pipe, model, recipe) if anew else calibrated.quantize(recipe)
+        found = noise_sqnr(quantized, noise, calls)
+        return sum(found) / len(found)
+
     for base, name in ROWS:
         plain = make_recipe(base)
-        recipe, found = with_pass(plain, name), []
-        for each in (plain, recipe):
-            anew = each is recipe and name in ("rotate-inputs", "choose-bits")
-            quantized, _ = quantize(pipe, model, each) if anew else calibrated.quantize(each)
-            sqnr = noise_sqnr(quantized, noise, calls)
-            found.append(sum(sqnr) / len(sqnr))
-        print(f"{base:14} {name:16} {found[0]:5.1f} dB -> {found[1]:5.1f} dB", flush=True)
+        before, after = mean_sqnr(plain), mean_sqnr(with_pass(plain, name), name in ANEW)
+        print(f"{base:14} {name:16} {before:5.1f} dB -> {after:5.1f} dB", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from fxquant.ir.layers import stored_weight
-from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.arguments import args
+from fxquant.ir.layers import layer_of, provenance_of, stored_weight
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 
 
-def linears_to_quantize(
-    graph: fx.Graph, plan: Plan, decided: Container[str] = ()
-) -> list[tuple[str, fx.Node, LayerPlan]]:
+@dataclass(frozen=True, eq=False)
+class FloatLinear:
+    """A linear that is still float: ``aten.linear(input, weight, bias)``.
+
+    Attributes:
+        name: Its name in the plan, such as ``transformer_blocks.0.attn1.to_q``.
+        node: The node of the op.
+        weight: The ``get_attr`` node of its stored weight, ``[out, in]``.
+        plan: What was decided for it so far.
+    """
+
+    name: str
+    node: fx.Node
+    weight: fx.Node
+    plan: LayerPlan
+
+    @property
+    def input(self) -> fx.Node:
+        """The value that it reads."""
+        return args(self.node).node("input")
+
+
+def linears_to_quantize(graph: fx.Graph, plan: Plan, decided: Container[str] = ()) -> list[FloatLinear]:
     """The linears whose weight and input the plan quantizes and that are float so far, in the order of the graph.
 
     Args:
@@ -24,18 +45,17 @@ def linears_to_quantize(
         decided: Names of linears that are listed whatever their bit widths: those that the pass took over before.
 
     Returns:
-        For each: its name in the plan, its node ``aten.linear(input, weight, bias)``, and its plan. The weight is
-        stored: ``stored_weight(node)`` is its ``get_attr`` node. The list does not change while the graph does.
+        The linears. The list does not change while the graph does.
     """
     found = []
     for node in graph.nodes:
-        if node.target is not torch.ops.aten.linear.default or stored_weight(node) is None:
+        weight = stored_weight(node) if node.target is torch.ops.aten.linear.default else None
+        name = layer_of(node)
+        if weight is None or name is None or name not in plan.layers:
             continue
-        layer = plan.layers.get(node.meta.get(LAYER, ""))
-        if layer is None:
-            continue
-        if node.meta[LAYER] in decided or (layer.weight_bits is not None and layer.activation_bits is not None):
-            found.append((str(node.meta[LAYER]), node, layer))
+        layer = plan.layers[name]
+        if name in decided or (layer.weight_bits is not None and layer.activation_bits is not None):
+            found.append(FloatLinear(name, node, weight, layer))
     return found
 
 
@@ -43,7 +63,7 @@ def changed_by(node: fx.Node, pass_name: str) -> bool:
     """Whether a pass made a node, or changed the tensor that it reads: so a pass finds what it has rewritten already.
 
     Args:
-        node: A node; the weight of a layer is ``stored_weight(layer)``.
+        node: A node; for a layer, the node of its weight.
         pass_name: ``name`` of the pass.
     """
-    return any(origin.pass_name == pass_name for origin in node.meta.get(PROVENANCE, ()))
+    return any(origin.pass_name == pass_name for origin in provenance_of(node))

@@ -28,8 +28,10 @@ def test_those_with_quantized_weight_and_input() -> None:
     bits = {"a": (4, 8), "b": (4, None), "c": (None, None)}  # The plan does not know d.
     plan.layers = {name: LayerPlan("linear", "block", [4, 4], *each) for name, each in bits.items()}
     found = linears_to_quantize(module.graph, plan)
-    assert found == [("a", layer_node(module, "a"), plan.layers["a"])]
-    assert [name for name, _, _ in linears_to_quantize(module.graph, plan, {"c", "d"})] == ["a", "c"]
+    (linear,) = found
+    assert (linear.name, linear.node, linear.plan) == ("a", layer_node(module, "a"), plan.layers["a"])
+    assert (linear.weight.target, linear.input.target) == ("a.weight", "x")
+    assert [each.name for each in linears_to_quantize(module.graph, plan, {"c", "d"})] == ["a", "c"]
 
 
 def test_what_a_pass_changed() -> None:

@@ -21,7 +21,6 @@ from fxquant.authoring import (
     register_pass,
     run_with,
     sqnr_db,
-    stored_weight,
 )
 from fxquant.errors import CalibrationError
 
@@ -68,11 +67,11 @@ class ChooseBits(Pass):
         if not context.inputs:
             raise CalibrationError(f"{self.name} measures on calibration calls; give a recipe and calibrate=")
         noise, sizes, exact = {}, {}, _outputs(context, rewriter, {})
-        for name, node, layer in linears_to_quantize(graph, context.plan):
-            weight = rewriter.tensor(stored_weight(node))
-            rounded = quantize_weight(weight, bits=LEVELS[0], group_size=layer.group_size).dequantize(weight.dtype)
-            disturbed = _outputs(context, rewriter, {stored_weight(node): rounded})
-            noise[name], sizes[name] = 10 ** (-sqnr_db(exact, disturbed) / 10), weight.numel()
+        for layer in linears_to_quantize(graph, context.plan):
+            weight = rewriter.tensor(layer.weight)
+            rounded = quantize_weight(weight, bits=LEVELS[0], group_size=layer.plan.group_size).dequantize(weight.dtype)
+            disturbed = _outputs(context, rewriter, {layer.weight: rounded})
+            noise[layer.name], sizes[layer.name] = 10 ** (-sqnr_db(exact, disturbed) / 10), weight.numel()
         for name, bits in choose(noise, sizes, self.mean).items():
             decided[name] = Sensitivity(noise[name], bits)
             context.plan.layer(name).weight_bits = bits

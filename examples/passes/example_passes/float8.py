@@ -21,7 +21,6 @@ from fxquant.authoring import (
     made_from,
     register_op,
     register_pass,
-    stored_weight,
 )
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
@@ -59,8 +58,9 @@ def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.view(E4M3).to(scale.dtype).mul(scale).to(dtype)
 
 
-for op in (torch.ops.example_passes.round_e4m3.default, torch.ops.example_passes.decode_e4m3.default):
-    register_op(Stage.QUANTIZED, op)
+ops = torch.ops.example_passes
+register_op(Stage.QUANTIZED, ops.round_e4m3)
+register_op(Stage.QUANTIZED, ops.decode_e4m3)
 
 
 @dataclass
@@ -94,12 +94,12 @@ class QuantizeE4M3(Pass):
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         decided = context.plan.decisions_of(Float8)
-        for name, node, layer in linears_to_quantize(graph, context.plan, decided):
+        for layer in linears_to_quantize(graph, context.plan, decided):
+            name, node, x, weight = layer.name, layer.node, layer.input, layer.weight
             if name not in decided:
                 decided[name] = Float8(float(layer_input(context, name).absmax.max().clamp(min=1e-30)) / LARGEST)
-                layer.weight_bits = layer.activation_bits = None
-                layer.reason = f"{self.name} rounds its weight and its input to e4m3"
-            x, weight, dtype = args(node).node("input"), stored_weight(node), node.meta["val"].dtype
+                layer.plan.weight_bits = layer.plan.activation_bits = None
+                layer.plan.reason = f"{self.name} rounds its weight and its input to e4m3"
             values, history = rewriter.tensor(weight), rewriter.history(weight)
             scale = values.double().abs().amax(1, keepdim=True).clamp(min=1e-30).div(LARGEST).float()
             packed = [
@@ -109,7 +109,7 @@ class QuantizeE4M3(Pass):
             with rewriter.before(node):
                 key = (x, decided[name].input_scale)
                 if key not in rewriter.memo:
-                    rewriter.memo[key] = rewriter.call(torch.ops.example_passes.round_e4m3.default, key, [x])
-                decoded = rewriter.call(torch.ops.example_passes.decode_e4m3.default, (*packed, dtype), [weight])
+                    rewriter.memo[key] = rewriter.call(ops.round_e4m3.default, key, [x])
+                decoded = rewriter.call(ops.decode_e4m3.default, (*packed, node.meta["val"].dtype), [weight])
             rewriter.redirect(node, args(node).node("weight"), decoded)
             rewriter.redirect(node, x, rewriter.memo[key])

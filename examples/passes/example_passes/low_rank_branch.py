@@ -16,12 +16,10 @@ from fxquant.authoring import (
     Rewriter,
     Stage,
     Tier,
-    args,
     changed_by,
     linears_to_quantize,
     made_from,
     register_pass,
-    stored_weight,
 )
 
 
@@ -61,20 +59,20 @@ class LowRankBranch(Pass):
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         branches = context.plan.decisions_of(Branch)
-        for name, node, layer in linears_to_quantize(graph, context.plan):
-            weight = stored_weight(node)
-            if 4 * self.rank > min(layer.shape) or changed_by(weight, self.name):
+        for layer in linears_to_quantize(graph, context.plan):
+            node, weight = layer.node, layer.weight
+            if 4 * self.rank > min(layer.plan.shape) or changed_by(weight, self.name):
                 continue
-            rank = branches.setdefault(name, Branch(self.rank)).rank
+            rank = branches.setdefault(layer.name, Branch(self.rank)).rank
             left, right = best_approximation(rewriter.tensor(weight), rank)
             source = (rewriter.history(weight), str(rank))
             factors = [
-                rewriter.constant(f"{name}.{side}", factor, [weight], made_from(side, *source))
+                rewriter.constant(f"{layer.name}.{side}", factor, [weight], made_from(side, *source))
                 for side, factor in (("low_rank_out", left), ("low_rank_in", right))
             ]
             rewriter.fold(node, "weight", lambda w, a=left, b=right: w.double() - a.double() @ b.double(), source[1:])
             with rewriter.after(node):
-                total = rewriter.inline(add_branch, [node, args(node).input, *factors], [node])
+                total = rewriter.inline(add_branch, [node, layer.input, *factors], [node])
             rewriter.replace(node, total)  # For all readers but ``total`` itself.
 
 

@@ -16,11 +16,9 @@ from fxquant.authoring import (
     Rewriter,
     Stage,
     Tier,
-    args,
     changed_by,
     linears_to_quantize,
     register_pass,
-    stored_weight,
 )
 
 
@@ -61,13 +59,13 @@ class RotateInputs(Pass):
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         rotations = context.plan.decisions_of(Rotation)
-        for name, node, layer in linears_to_quantize(graph, context.plan):
-            channels = layer.shape[1]
+        for layer in linears_to_quantize(graph, context.plan):
+            channels = layer.plan.shape[1]
             largest = channels & -channels  # The largest power of two that divides it.
-            size = rotations.setdefault(name, Rotation(largest if largest >= self.least else 1)).size
-            if size == 1 or changed_by(stored_weight(node), self.name):
+            size = rotations.setdefault(layer.name, Rotation(largest if largest >= self.least else 1)).size
+            if size == 1 or changed_by(layer.weight, self.name):
                 continue
-            x, h = args(node).node("input"), matrix(size)
+            node, x, h = layer.node, layer.input, matrix(size)
             if size not in rewriter.memo:
                 rewriter.memo[size] = rewriter.constant(f"hadamard_{size}", h.to(x.meta["val"].dtype), [x])
             if (x, size) not in rewriter.memo:

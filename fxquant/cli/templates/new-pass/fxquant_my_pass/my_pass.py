@@ -19,7 +19,6 @@ from fxquant.authoring import (
     changed_by,
     linears_to_quantize,
     register_pass,
-    stored_weight,
 )
 
 
@@ -57,10 +56,11 @@ class MyPass(Pass):
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         """Rewrite a graph: carry out what the plan holds; decide and add to it what it lacks."""
         decided = context.plan.decisions_of(Scaling)
-        for name, node, _ in linears_to_quantize(graph, context.plan):
-            if changed_by(stored_weight(node), self.name):  # A second run changes nothing.
+        for layer in linears_to_quantize(graph, context.plan):
+            node = layer.node
+            if changed_by(layer.weight, self.name):  # A second run changes nothing.
                 continue
-            factor = decided.setdefault(name, Scaling(self.factor)).factor
+            factor = decided.setdefault(layer.name, Scaling(self.factor)).factor
             for parameter in ("weight", "bias"):
                 if getattr(args(node), parameter) is not None:
                     rewriter.fold(node, parameter, lambda w, f=factor: w.double() / f, by=("divided", str(factor)))
