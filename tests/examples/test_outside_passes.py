@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,20 @@ def test_the_tests_of_the_package_pass() -> None:
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     ran = subprocess.run(command, cwd=PACKAGE, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_pip_installs_it_with_its_entry_points(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
+    built = subprocess.run([*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("fxquant_example_passes-*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        names = set(files.namelist())
+        (table,) = (name for name in names if name.endswith("/entry_points.txt"))
+        text = files.read(table).decode()
+    assert {f"example_passes/{name}.py" for name in ("__init__", *LONGEST)} <= names
+    assert not any(name.startswith("tests/") for name in names)
+    assert "[fxquant.passes]" in text and "low-rank-branch = example_passes.low_rank_branch:LowRankBranch" in text
+    assert "[fxquant.recipes]" in text
