@@ -44,7 +44,8 @@ class RotateInputs(Pass):
 
     H consists of equal Hadamard matrices along its diagonal, whose size is the largest power of two that divides the
     number of channels (QuaRot, arXiv 2404.00456). ``x H`` is computed at run time, once for all linears that read x.
-    Run it before calibration, which then observes ``x H``.
+    Before calibration, which then observes ``x H``, the ranges are exact. After calibration, and then best after
+    ``absorb-affines``, the ranges are those of the sampled rows, rotated.
 
     Attributes:
         least: Inputs that allow only smaller blocks are left alone.
@@ -73,6 +74,7 @@ class RotateInputs(Pass):
                     rewriter.memo[x, size] = rewriter.inline(rotate, [x, rewriter.memo[size]], [x])
             rewriter.fold(node, "weight", lambda w, h=h: rotate(w.double(), h), by=("hadamard", str(size)))
             rewriter.redirect(node, x, rewriter.memo[x, size])
+            context.transform_input(layer.name, lambda rows, h=h: rotate(rows, h))
 
 
 def matrix(size: int) -> Tensor:

@@ -33,15 +33,17 @@ def test_what_is_left_alone(toy, calls) -> None:
     assert_not_fired(RotateInputs(least=32), toy, calls, before=BEFORE)
 
 
-def test_lifecycle(toy, calls, longer) -> None:
-    recipe = "assign-precision{precision=w4a4 layers=all},rotate-inputs ; quantize-linears"
+@pytest.mark.parametrize("order", [",rotate-inputs ; ", " ; rotate-inputs,"])
+def test_lifecycle(order, toy, calls, longer) -> None:
+    recipe = f"assign-precision{{precision=w4a4 layers=all}}{order}quantize-linears"
     check_lifecycle(recipe, toy, calls, other_shape=longer, backends=["fake-quant", "native"])
 
 
-def test_the_range_is_that_of_the_rotated_input(toy, calls) -> None:
+@pytest.mark.parametrize("order", [",rotate-inputs ; ", " ; rotate-inputs,"])
+def test_the_range_is_that_of_the_rotated_input(order, toy, calls) -> None:
     quantized = fxquant.compile(
         toy,
-        recipe="assign-precision{precision=w8a8 layers=all},rotate-inputs ; quantize-linears",
+        recipe=f"assign-precision{{precision=w8a8 layers=all}}{order}quantize-linears",
         calibrate=lambda: [toy(**call) for call in calls],
     )
     found = quantized.plan.layers["first"].activation
