@@ -44,10 +44,10 @@ compare: $(STAMP) ## the demo with every available method and more images, in fi
 	$(PY) -m examples.digits.demo --all --images 100 --out $(OUT)
 
 test: check ## run the checks, then the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup -m "not exhaustive"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not exhaustive"
 
 test-all: check ## run the checks, then the tests and every combination that `make test` samples
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, different ones each time, and compare
 	FXQUANT_FUZZ=$(GRAPHS) OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz -v -n $(JOBS) -rA

@@ -21,15 +21,6 @@ from tests.tiny import make_dit, make_pipeline
 from tests.traces import known_memos, memos, traced_once
 
 
-@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the marks.
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process of pytest-xdist run all tests of a module, or of a zoo model, so that they share traces."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            entry = item.callspec.params.get("entry") if hasattr(item, "callspec") else None
-            item.add_marker(pytest.mark.xdist_group(getattr(entry, "id", item.nodeid.partition("::")[0])))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _known_memos() -> Iterator[None]:
     """Traces look for caches of functions once for all tests; see ``tests.traces``."""
