@@ -16,6 +16,7 @@ from fxquant.inspect.sizes import bytes_of, dtype_of_plan, shared_with, weight_b
 from fxquant.inspect.sources import Source, plan_if_alone
 from fxquant.inspect.story import Event, belongs, events_of
 from fxquant.ir.time_tables import bin_of
+from fxquant.planning.attribution import LayerErrors, to_db
 from fxquant.planning.decisions import ActivationRange
 from fxquant.planning.plan import Plan
 from fxquant.text import decimal, json_values, nearest, size, wrapped
@@ -75,6 +76,8 @@ class Explanation:
         bin: Number of the bin of that timestep, or None.
         module_class: Class of the module, such as ``torch.nn.modules.linear.Linear``.
         source: The line of the model's code that runs it, or None if that is not known.
+        errors: Errors of this layer alone at each timestep, if ``fxquant attribute`` measured them.
+        share: Its part of the sum of the contributions of all layers to the output error, 0 to 1; None if not known.
         events: What each pass did to its nodes and tensors. Empty for a plan alone, which has no graph.
         nodes: Its nodes in the lowered graph, as ``name = op (role)``.
     """
@@ -97,6 +100,8 @@ class Explanation:
     bin: int | None = None
     module_class: str = ""
     source: str | None = None
+    errors: LayerErrors | None = None
+    share: float | None = None
     events: tuple[Event, ...] = ()
     nodes: tuple[str, ...] = ()
 
@@ -107,7 +112,9 @@ class Explanation:
         return values
 
     def __str__(self) -> str:
-        return "\n\n".join(filter(None, [self._head(), self._decisions(), self._ranges(), self._story()]))
+        return "\n\n".join(
+            filter(None, [self._head(), self._decisions(), self._ranges(), self._errors(), self._story()])
+        )
 
     def _head(self) -> str:
         of = "" if self.shape is None else f" {self.shape[1]} -> {self.shape[0]}"
@@ -144,6 +151,18 @@ class Explanation:
         for one in shown:
             seen = f", calibrated at {_listed(one.timesteps)}" if one.timesteps else ""
             lines += wrapped(f"{one.of}: {one.low:.4g}..{one.high:.4g}  bin {one.number}: {one.interval}{seen}")
+        return "\n".join(lines)
+
+    def _errors(self) -> str:
+        if self.errors is None:
+            return ""
+        share = "" if self.share is None else f"; {100 * self.share:.1f} % of the contributions of all layers"
+        lines = [f"errors of this layer alone{share}"]
+        steps, asked = self.errors.timesteps, self.timestep
+        shown = steps if asked is None else (min(steps, key=lambda known: abs(known - asked)),)
+        for step, local, output in zip(steps, self.errors.local, self.errors.contribution, strict=True):
+            if step in shown:
+                lines.append(f"  timestep {step:g}: its output {_db(local)}, the model's output {_db(output)}")
         return "\n".join(lines)
 
     def _story(self) -> str:
@@ -203,7 +222,7 @@ def _from_plan(source: Source, plan: Plan, name: str, timestep: float | None) ->
         bits = "float" if entry.bits is None else f"a{entry.bits}, softmax {entry.softmax_bits}"
         ranges = tuple(one for side, held in entry.ranges.items() for one in _bins(side, held, (), plan))
         found = Explanation(name, "attention", "", bits, None, own.kernel, entry.reason, choices, ranges)
-        return replace(found, sqnr_db=dict(entry.sqnr_db), timestep=timestep)
+        return replace(found, sqnr_db=dict(entry.sqnr_db), timestep=timestep, **_measured(plan, name))
     layer = plan.layers[name]
     (row,) = (row for row in rows.layers if row.name == name)
     ranges = () if layer.activation is None else tuple(_bins("input", layer.activation, layer.boundaries, plan))
@@ -234,7 +253,21 @@ def _from_plan(source: Source, plan: Plan, name: str, timestep: float | None) ->
         bytes_after=after,
         timestep=timestep,
         bin=number,
+        **_measured(plan, name),
     )
+
+
+def _measured(plan: Plan, name: str) -> dict[str, Any]:
+    """The errors of a layer, if they were measured."""
+    known = plan.attribution
+    if known is None or name not in known.layers:
+        return {}
+    return {"errors": known.of(name), "share": known.share(name)}
+
+
+def _db(error: float | None) -> str:
+    db = to_db(error)
+    return "not measured" if db is None else f"{decimal(db)} dB"
 
 
 def _bins(of: str, held: ActivationRange, boundaries: tuple[float, ...], plan: Plan) -> list[BinRange]:

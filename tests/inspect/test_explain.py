@@ -11,6 +11,7 @@ import fxquant
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.inspect.choices import Choice
 from fxquant.inspect.explain import Explanation, explain
+from fxquant.planning.attribution import Attribution, LayerErrors
 from fxquant.runtime.model import GraphModel
 from tests.inspect.test_report import hand_made
 from tests.tiny import calibrate, make_dit
@@ -125,6 +126,21 @@ def test_decisions_of_other_passes_and_unreadable_recipes() -> None:
     found = explain(plan, "blocks.1.attn.to_q")
     assert choice(found, "balance").pass_text == "balance-channels"
     assert "code" in str(found) and "not known from a plan alone" in str(found)
+
+
+def test_measured_errors() -> None:
+    plan, name = hand_made(), "blocks.1.attn.to_q"
+    cells = (0.01, None)
+    errors = LayerErrors(name, (900.0, 100.0), cells, cells, cells, (0.001, 0.1), (None, None))
+    plan.attribution = Attribution("estimated", (900.0, 100.0), (0.1, 0.1), {name: errors}, 1, 8, 1.0)
+    found = explain(plan, name)
+    assert (found.errors, found.share) == (errors, 1.0)
+    assert "errors of this layer alone; 100.0 % of the contributions of all layers" in str(found)
+    assert "timestep 900: its output 20.0 dB, the model's output 30.0 dB" in str(found)
+    assert "timestep 100: its output not measured, the model's output 10.0 dB" in str(found)
+    plan.layers[name].activation.low, plan.layers[name].activation.high = -1.0, 1.0
+    assert "timestep 900" not in str(explain(plan, name, timestep=90))
+    assert json.loads(json.dumps(found.to_json()))["errors"]["local"] == [0.01, None]
 
 
 def test_it_is_json(quantized: GraphModel, out: Explanation) -> None:
