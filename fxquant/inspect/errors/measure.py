@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxquant.calibration.kept_calls import first_samples
-from fxquant.calibration.recorded import record_calls
+from fxquant.calibration.recorded import arguments_of, record_calls
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
@@ -32,6 +33,9 @@ TIMESTEPS = 10
 """Timesteps that are measured unless the caller says otherwise."""
 
 _CALLS_PER_TIMESTEP = 4  # Calls that are kept per timestep when a function runs the model.
+
+_APART = 0.1  # Part of the error that may belong to no layer before the result says so.
+_TINY = 1e-30
 
 Progress = Callable[[str, int, int], object]
 
@@ -100,6 +104,7 @@ def attribute(
             sweeps = {number: Sweep(pair) for number, pair in zip(used, pairs, strict=True)}
             for name in (name for sweep in sweeps.values() for name in sweep.names):
                 job.names.setdefault(name)
+            job.model = model
             job.run(sweeps, quantized.device, resume, key, progress or (lambda what, done, total: None))
     plan.attribution = job.result()
     return plan.attribution
@@ -122,6 +127,8 @@ class _Job:
     names: dict[str, None] = field(default_factory=dict)
     earlier: float = 0.0
     short: list[float] = field(default_factory=list)
+    model: nn.Module | None = None
+    apart: float = 0.0
 
     def left(self) -> list[float]:
         """The timesteps to measure, in an order whose beginning covers the schedule evenly, whatever its length."""
@@ -171,6 +178,9 @@ class _Job:
         inputs = first_samples(spec, given, self.samples)
         sweep.forward(inputs)
         output = Energies(sweep.signal, sweep.whole_error(inputs))
+        if self.model is not None:  # Once: this costs a call of the float model.
+            self.apart = _distance(self.model, spec, inputs, sweep.exact) / max(output.both, _TINY)
+            self.model = None
         errors = sweep.backward(self.probes, self.seed + self.timesteps.index(step))
         took = time.monotonic() - start
         _add(found, "", output)
@@ -253,6 +263,11 @@ class _Job:
         if self.short:
             steps = ", ".join(f"{step:g}" for step in self.short)
             out["some contributions"] = f"the budget allowed estimates only at timesteps {steps}"
+        if self.apart > _APART:
+            out["what belongs to no layer"] = (
+                "without quantized layers the graph still differs from the float model, by an error of "
+                f"{self.apart:.0%} of the whole: a pass of another package quantizes, or the dtype rounds that much"
+            )
         products = [name for name, layer in self.plan.layers.items() if layer.weight_bits and name not in self.names]
         if self.found and products:
             out[f"{len(products)} layers, such as {products[0]}"] = (
@@ -262,6 +277,14 @@ class _Job:
 
     def _spent(self) -> float:
         return time.monotonic() - self.began
+
+
+def _distance(model: nn.Module, spec: CallSpec, inputs: Sequence[Tensor], found: Tensor) -> float:
+    """Energy of the difference between the output of the float model and another one."""
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(model(**arguments_of(spec, inputs)))
+    exact = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return float((found.double() - exact.double()).square().sum())
 
 
 def _calls(plan: Plan, model: nn.Module, inputs: Statistics | Callable[[], Any], most: int) -> KeptCalls:

@@ -203,6 +203,21 @@ def test_another_backend_and_a_loaded_model(one_bad: Made, found: Attribution, t
     assert again.matrix() == found.matrix()
 
 
+def test_an_error_that_belongs_to_no_layer_is_said(one_bad: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a pass of another package had changed what the graph computes without quantized layers."""
+    assert "what belongs to no layer" not in fxquant.attribute(*one_bad, timesteps=1, probes=0, measure=0).left_out
+    pairs = measuring.make_pairs
+
+    def changed(*args: Any) -> Any:
+        made = pairs(*args)
+        made[0].weights[BAD] = made[0].weights[BAD] * 2
+        return made
+
+    monkeypatch.setattr(measuring, "make_pairs", changed)
+    found = fxquant.attribute(*one_bad, timesteps=1, probes=0, measure=0)
+    assert "differs from the float model" in found.left_out["what belongs to no layer"]
+
+
 class TestBudget:
     def test_what_does_not_fit_is_listed(self, one_bad: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = iter(range(0, 10**6, 10))
