@@ -19,6 +19,7 @@ class Graph {
     this.steps = data.steps;
     this._strings = data.strings;
     this._snapshots = new Map();
+    this._drawn = new Map();
     this._nodes = new Array(data.nodes.length);
     this._tensors = new Array(data.tensors.length);
   }
@@ -100,8 +101,11 @@ class Graph {
 
   /** The nodes to draw after a pass, with those that it removed: name -> {node, change}. */
   drawn(step, withRemoved) {
+    const key = `${step} ${withRemoved}`;
+    if (this._drawn.has(key)) return this._drawn.get(key);
     const changes = this.changes(step);
     const drawn = new Map();
+    this._drawn.set(key, drawn);
     for (const [name, node] of this.snapshot(step).nodes) drawn.set(name, {node, change: changes.get(name) ?? null});
     if (withRemoved && step > 0) {
       for (const [name, node] of this.snapshot(step - 1).nodes) {

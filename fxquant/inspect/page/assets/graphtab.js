@@ -86,7 +86,8 @@ class GraphTab {
       if (draw) view.show(picture, anchor);
       else view.picture = picture;
     });
-    this.search.entries = entriesOf(this.picture.tree, this.drawn);
+    const {picture, drawn} = this;
+    this.search.use(() => entriesOf(picture.tree, drawn));
     this._steps();
     this._tree();
     this.timings.refresh = performance.now() - began;
@@ -171,7 +172,7 @@ class GraphTab {
       this.refresh(null);
     }
     this.choose(key);
-    this.views.forEach((view) => view.reveal(key));
+    this.views.forEach((view) => (key.startsWith('b:') ? view.fit(key, true) : view.reveal(key)));
   }
 
   go(name) { this.reach(`n:${name}`); }

@@ -10,6 +10,8 @@ const PORT = {width: 96, height: 18};
 const PAD = {side: 14, top: 34, bottom: 14};
 const FEW = 7;  // Modules of so few nodes, such as a linear, are not boxes of their own.
 const MANY = 6;  // A value that more items than this read is named at its readers, without lines.
+const GAP = 26;  // Distance between items below each other.
+const LARGE = 40;  // From so many items on, chains of items are placed as one, which is faster.
 const SIZE = /sym_size/;  // Sizes of shapes are read everywhere and say little; lines to them are left out.
 
 /** The tree of modules over the drawn nodes. A box has `path`, `parent`, `children` (boxes and names of nodes), `size`. */
@@ -51,6 +53,14 @@ function moduleTree(drawn) {
     homes.set(name, home);
   }
   return {root, boxes, homes};
+}
+
+const TREES = new WeakMap();
+
+/** The tree of modules, computed once for the same nodes. */
+function treeOf(drawn) {
+  if (!TREES.has(drawn)) TREES.set(drawn, moduleTree(drawn));
+  return TREES.get(drawn);
 }
 
 /** `a.b.c` -> `a`, `a.b`, `a.b.c`. */
@@ -144,28 +154,63 @@ class Layouts {
   /** Place items of the given sizes: {width, height, at: [[x, y], ...] (centres), lines: [[[x, y], ...], ...]}. */
   place(sizes, edges) {
     const key = JSON.stringify([sizes, edges]);
-    if (this.known.has(key)) return this.known.get(key);
-    this.runs++;
-    const graph = new dagre.graphlib.Graph({multigraph: false});
-    graph.setGraph({ranksep: 26, nodesep: 18, edgesep: 8, marginx: 0, marginy: 0,
-      ranker: sizes.length > 60 ? 'longest-path' : 'network-simplex'});
-    sizes.forEach(([width, height], i) => graph.setNode(String(i), {width, height}));
-    edges.forEach(([from, to]) => graph.setEdge(String(from), String(to), {}));
-    dagre.layout(graph);
-    const at = sizes.map((_, i) => [graph.node(String(i)).x, graph.node(String(i)).y]);
-    const heights = ranks(at, sizes);
-    const placed = {
-      width: Math.max(0, graph.graph().width || 0),
-      height: Math.max(0, graph.graph().height || 0),
-      at,
-      lines: edges.map(([from, to]) => {
-        const points = graph.edge(String(from), String(to)).points.map(({x, y}) => [x, y]);
-        return route(points.slice(1, -1), [at[from], sizes[from]], [at[to], sizes[to]], heights);
-      }),
-    };
-    this.known.set(key, placed);
-    return placed;
+    if (!this.known.has(key)) {
+      this.runs++;
+      this.known.set(key, layOut(sizes, edges, sizes.length > LARGE ? chainsOf(sizes.length, edges) : sizes.map((_, i) => [i])));
+    }
+    return this.known.get(key);
   }
+}
+
+/** Items in groups: those of a chain, in which each has one reader that reads nothing else, are one group. */
+function chainsOf(count, edges) {
+  const [readers, sources] = [Array.from({length: count}, () => []), Array.from({length: count}, () => [])];
+  for (const [from, to] of edges) {
+    readers[from].push(to);
+    sources[to].push(from);
+  }
+  const next = (i) => (readers[i].length === 1 && sources[readers[i][0]].length === 1 ? readers[i][0] : null);
+  const chains = [];
+  for (let i = 0; i < count; i++) {
+    if (sources[i].length === 1 && next(sources[i][0]) === i) continue;  // Inside of a chain.
+    const chain = [];
+    for (let at = i; at !== null; at = next(at)) chain.push(at);
+    chains.push(chain);
+  }
+  return chains;
+}
+
+/** Run dagre on groups of items that stand below each other. */
+function layOut(sizes, edges, groups) {
+  const graph = new dagre.graphlib.Graph({multigraph: false});
+  graph.setGraph({ranksep: GAP, nodesep: 18, edgesep: 8, marginx: 0, marginy: 0});
+  const groupOf = [];
+  const boxes = groups.map((group, g) => {
+    group.forEach((i) => { groupOf[i] = g; });
+    const width = Math.max(...group.map((i) => sizes[i][0]));
+    const height = group.reduce((sum, i) => sum + sizes[i][1], GAP * (group.length - 1));
+    graph.setNode(String(g), {width, height});
+    return [width, height];
+  });
+  for (const [from, to] of edges) if (groupOf[from] !== groupOf[to]) graph.setEdge(String(groupOf[from]), String(groupOf[to]), {});
+  dagre.layout(graph);
+  const at = [];
+  const centres = groups.map((group, g) => {
+    const {x, y} = graph.node(String(g));
+    let top = y - boxes[g][1] / 2;
+    for (const i of group) {
+      at[i] = [x, top + sizes[i][1] / 2];
+      top += sizes[i][1] + GAP;
+    }
+    return [x, y];
+  });
+  const heights = ranks(centres, boxes);
+  const lines = edges.map(([from, to]) => {
+    const isInside = groupOf[from] === groupOf[to];
+    const points = isInside ? [] : graph.edge(String(groupOf[from]), String(groupOf[to])).points.slice(1, -1);
+    return route(points.map(({x, y}) => [x, y]), [at[from], sizes[from]], [at[to], sizes[to]], heights);
+  });
+  return {width: Math.max(0, graph.graph().width || 0), height: Math.max(0, graph.graph().height || 0), at, lines};
 }
 
 /** Top and bottom of each rank of items, by the height of its centre. */
@@ -197,7 +242,7 @@ function route(middle, [[fromX, fromY], [fromWide, fromHigh]], [[toX, toY], [toW
 
 /** The picture: rectangles in absolute coordinates, and lines. `isOpen(path)` tells which boxes are open. */
 function scene(drawn, isOpen, layouts) {
-  const tree = moduleTree(drawn);
+  const tree = treeOf(drawn);
   const shown = levels(tree, drawn, isOpen);
   const counts = changeCounts(tree, drawn);
   const placed = new Map();

@@ -36,14 +36,22 @@ class Search {
   /** `choose(key)` is called with the entry that the user picks. */
   constructor(input, list, choose) {
     Object.assign(this, {input, list, choose});
-    this.entries = [];
+    this.source = () => [];  // Makes what can be found, when it is first needed.
     this.found = [];
     this.at = 0;
+    this.entries = null;
     input.addEventListener('input', () => this.run());
     input.addEventListener('keydown', (event) => this._key(event));
   }
 
+  /** Search in other entries from now on. */
+  use(source) {
+    this.source = source;
+    this.entries = null;
+  }
+
   run() {
+    this.entries ??= this.source();
     const {found, total} = searchEntries(this.entries, this.input.value);
     this.found = found;
     this.at = 0;
