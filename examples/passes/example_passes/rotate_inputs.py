@@ -66,14 +66,15 @@ class RotateInputs(Pass):
             size = rotations.setdefault(layer.name, Rotation(largest if largest >= self.least else 1)).size
             if size == 1 or changed_by(layer.weight, self.name):
                 continue
-            node, x, h = layer.node, layer.input, matrix(size)
-            if size not in rewriter.memo:
-                rewriter.memo[size] = rewriter.constant(f"hadamard_{size}", h.to(x.meta["val"].dtype), [x])
-            if (x, size) not in rewriter.memo:
+            node, x, h, made = layer.node, layer.input, matrix(size), rewriter.memo
+            key = (size, x.meta["val"].dtype, x.meta["val"].device)
+            if key not in made:
+                made[key] = rewriter.constant(f"hadamard_{size}", h.to(key[2], key[1]), [x])
+            if (x, size) not in made:
                 with rewriter.before(node):
-                    rewriter.memo[x, size] = rewriter.inline(rotate, [x, rewriter.memo[size]], [x])
-            rewriter.fold(node, "weight", lambda w, h=h: rotate(w.double(), h), by=("hadamard", str(size)))
-            rewriter.redirect(node, x, rewriter.memo[x, size])
+                    made[x, size] = rewriter.inline(rotate, [x, made[key]], [x])
+            rewriter.fold(node, "weight", lambda w, h=h: rotate(w.double(), h.to(w.device)), by=("hadamard", str(size)))
+            rewriter.redirect(node, x, made[x, size])
             context.transform_input(layer.name, lambda rows, h=h: rotate(rows, h))
 
 
