@@ -54,7 +54,7 @@ class ChooseBits(Pass):
     establishes: ClassVar[Stage] = Stage.CAPTURED
 
     mean: float = 5.0
-    samples: int = 16
+    samples: int = 64
 
     def wants_samples(self) -> int:
         """Calls that the pass runs again."""
