@@ -82,7 +82,7 @@ def _model(
     plan = graphs_of(source, model).plan
     if errors is None and plan.attribution is not None:
         errors = plan.attribution.to_json()
-    calls = range(min(len(plan.calls), _FEW_GRAPHS))
+    calls = range(min(max(len(plan.calls), 1), _FEW_GRAPHS))  # Without a call, the first graph is refused.
     graphs = [graph_data(rewrite_history(source, model=model, graph=number)) for number in calls]
     weights = None
     if statistics is not None:

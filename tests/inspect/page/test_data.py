@@ -163,6 +163,9 @@ class TestFile:
             inspect_page(quantized, tmp_path)
         with pytest.raises(ConfigurationError):
             inspect_page(make_dit(), tmp_path / "p.html")
+        plan = fxquant.Plan(quantized.plan.recipe, quantized.plan.model_class, "timestep")
+        with pytest.raises(ConfigurationError, match="captured none"):
+            inspect_page(plan, tmp_path / "p.html", model=make_dit())
         assert not (tmp_path / "p.html").exists()
 
 
