@@ -140,7 +140,7 @@ def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any
     shown = axis.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", clim=bounds)
     axis.set_yticks(range(len(layers)), list(layers), fontsize=6)
     every = max(1, len(timesteps) // 12)
-    axis.set_xticks(range(0, len(timesteps), every), [f"{step:g}" for step in timesteps[::every]])
+    axis.set_xticks(range(0, len(timesteps), every), [f"{step:g}" for step in timesteps[::every]], rotation=90)
     axis.set_xlabel("timestep")
     figure.colorbar(shown, ax=axis, label=unit, pad=0.02, extend="max" if bounds[1] < high else "neither")
     return figure
