@@ -59,3 +59,7 @@ def test_the_size_is_that_of_a_checkpoint(pipe: DiTPipeline, tmp_path: Path) -> 
     quantized.save_pretrained(tmp_path / "checkpoint")
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").glob("*.safetensors"))
     assert compare.checkpoint_megabytes(quantized) == size / 1e6
+    # The bits of activations are those of the recipe too, not those of the shared calibration.
+    plan = calibrated._plan_of(make_recipe("ptq4dit-w6a4"))
+    assert {(layer.weight_bits, layer.activation_bits) for layer in plan.layers.values()} >= {(6, 4)}
+    assert not any(layer.activation_bits == 8 for layer in plan.layers.values())
