@@ -43,7 +43,7 @@ def opt(
 ) -> None:
     """Run passes on a graph in a file, and print the result: for reproducers and golden cases."""
     with quiet(), status("importing torch"):
-        from fxquant.ir.dumps import Dump, dump_of, module_of
+        from fxquant.ir.dumps import Dump, dump_of, load_dump
         from fxquant.ir.printing import graph_text
         from fxquant.ir.stages import Stage
         from fxquant.pipeline.backend import resolve_backend
@@ -52,11 +52,11 @@ def opt(
 
         for module_name in imports or ():
             _import(module_name)
-        found = Dump.read(dump)
-        if backend := found.facts.get("backend"):
+        if backend := Dump.read(dump).facts.get("backend"):
             resolve_backend(str(backend))  # Registers the ops of a lowered graph.
         pipeline = Pipeline.parse(passes)
-        module, stage = module_of(found), Stage[found.stage.upper()]
+        found, module = load_dump(dump)
+        stage = Stage[found.stage.upper()]
         context = _context(dump, plan, statistics)
         if stage is Stage.LOWERED and pipeline.passes:
             raise ConfigurationError(

@@ -11,7 +11,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from fxquant.ir.attention import ValueChange, changes_of, note_change
 from fxquant.ir.meta import ITEM, LAYER, NAMES, PROVENANCE
 from fxquant.ir.places import Origin
 from fxquant.ir.proofs import prove
+from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.ir.time_tables import BOUNDARIES
-from fxquant.schemas.common import read_json
+from fxquant.schemas.common import check, read_json
+from fxquant.schemas.dump import DumpFile
 
 FORMAT = 1
 """Version of the format of dumps; a newer one is refused."""
@@ -104,6 +106,10 @@ class Dump:
             raise CheckpointError(f"{file} is not a dump of a graph; fxquant quantize --dump writes such files")
         if data["format"] != FORMAT:
             raise CheckpointError(f"{file} has format {data['format']!r}, this fxquant reads format {FORMAT}")
+        check(DumpFile, data, f"{file}")
+        if data["stage"].upper() not in Stage.__members__:
+            known = ", ".join(map(str, Stage))
+            raise CheckpointError(f"{file} holds a graph of an unknown stage, {data['stage'][:40]!r}. Known: {known}")
         tensors = load_tensors(stem.with_name(f"{stem.name}.safetensors"), torch.device("cpu"))
         rest = {name: data.get(name, {}) for name in ("names", "facts")}
         return cls(data["stage"], data["nodes"], data["shapes"], tensors, **rest)
@@ -140,7 +146,11 @@ def module_of(dump: Dump) -> fx.GraphModule:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     root, graph = nn.Module(), fx.Graph()
     for name, (dtype, shape) in dump.shapes.items():
-        set_tensor(root, name, dump.tensors.get(name, _fake(mode, shape, dtype_of_name(dtype))))
+        stated = _fake(mode, shape, dtype_of_name(dtype))
+        tensor = dump.tensors.get(name, stated)
+        if (tensor.dtype, tensor.shape) != (stated.dtype, stated.shape):
+            raise CheckpointError(f"the tensor {name!r} is not {dtype} of shape {shape}")
+        set_tensor(root, name, tensor)
     made: dict[str, fx.Node] = {}
     sizes: dict[str, torch.SymInt] = {}
     for entry in dump.nodes:
@@ -165,7 +175,12 @@ def load_dump(path: str | Path) -> tuple[Dump, fx.GraphModule]:
     """
     dump = Dump.read(path)
     with blaming(Path(path)):
-        return dump, module_of(dump)
+        module = module_of(dump)
+        module.graph.lint()
+        returned = list(module.graph.nodes)[-1].args
+        if len(returned) != 1 or not isinstance(returned[0], (list, tuple)):
+            raise CheckpointError("the output of the graph is not a list of its values")
+        return dump, module
 
 
 def _node(node: fx.Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -214,12 +229,13 @@ def _target(text: str) -> Any:
     match = _OP.fullmatch(text)
     if match is not None and not text.startswith("aten::from_file"):  # The only op that opens files.
         namespace, name, overload = match.groups()
-        try:
-            return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
-        except AttributeError:
+        packet = getattr(getattr(torch.ops, namespace, None), name, None)
+        found = getattr(packet, overload or "default", None)
+        if not isinstance(found, torch._ops.OpOverload):  # Other attributes of torch.ops load and run code.
             raise CheckpointError(
                 f"op {text} is not registered here; import the package that defines it first (--import)"
-            ) from None
+            )
+        return found
     if text not in _FUNCTIONS:
         raise CheckpointError(f"{text!r} is neither an op nor arithmetic; a dump may call nothing else")
     return _FUNCTIONS[text]
@@ -315,6 +331,17 @@ def _open(mode: FakeTensorMode, size: int | str, sizes: dict[str, torch.SymInt])
     return sizes[name] * int(times or 1)
 
 
+def _refuse_large(node: fx.Node, values: Sequence[Any]) -> None:
+    """Refuse arithmetic whose result would fill the memory: a graph computes sizes only."""
+    if node.target in _FUNCTIONS.values() and node.target is not operator.getitem:
+        for value in values:
+            if isinstance(value, (str, list, tuple)) or (isinstance(value, int) and abs(value) >= 2**63):
+                raise CheckpointError(f"node {node.name}: {node.target.__name__} of what is not a size")
+        powers = values[1:] if node.target in (operator.pow, math.pow) else ()
+        if any(isinstance(exponent, int) and exponent > 64 for exponent in powers):
+            raise CheckpointError(f"node {node.name}: a power above 64")
+
+
 def _infer(module: fx.GraphModule, mode: FakeTensorMode) -> None:
     """Compute the fake value of every node."""
     tensors = read_tensors(module)
@@ -325,6 +352,7 @@ def _infer(module: fx.GraphModule, mode: FakeTensorMode) -> None:
             node.meta["val"] = value if same else mode.from_tensor(value, static_shapes=True)
         elif node.op == "call_function":
             values, named = map_arg((node.args, dict(node.kwargs)), lambda read: read.meta["val"])
+            _refuse_large(node, values)
             try:
                 with mode, torch.no_grad():
                     node.meta["val"] = node.target(*values, **named)

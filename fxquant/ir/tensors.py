@@ -62,7 +62,11 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
         if not hasattr(holder, part):
             holder.add_module(part, nn.Module())
         holder = getattr(holder, part)
+        if not isinstance(holder, nn.Module):
+            raise PassError(f"a tensor cannot be called {target!r}: {part!r} is an attribute of every module")
     if hasattr(holder, name):
+        if not isinstance(getattr(holder, name), (torch.Tensor, type(None))):
+            raise PassError(f"a tensor cannot be called {target!r}: {name!r} is another attribute of its module")
         delattr(holder, name)
     if value.is_floating_point():
         trained = isinstance(value, nn.Parameter) and value.requires_grad

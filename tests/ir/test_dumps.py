@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +113,15 @@ def test_the_batch_stays_open() -> None:
     assert outputs(module, *inputs(batch=3).values())[0].shape[0] == 3
 
 
+def rename(data: Any, name: str) -> None:
+    data["shapes"][name] = data["shapes"].pop("weight")
+    data["nodes"][0]["target"] = name
+
+
+def power(base: object, exponent: int) -> dict[str, Any]:
+    return {"name": "p", "op": "call_function", "target": "operator.pow", "args": [base, exponent]}
+
+
 class TestRefusals:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
@@ -149,6 +160,51 @@ class TestRefusals:
             load_dump(path)
         with pytest.raises(CheckpointError, match="cannot be read"):
             load_dump(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda data, code: data["nodes"][2].update(target=f"x={code}"),
+            lambda data, code: data["nodes"][-2].update(kwargs={f"a={code}, b": 1}),
+            lambda data, code: rename(data, f'a")\n{code}\ndef g(self):\n  ("'),
+            lambda data, code: data["nodes"][-2].update(target="import_module::__func__.__call__", args=["", "this"]),
+            lambda data, code: data["nodes"][-2].update(target="aten::__class__.__subclasses__", args=[]),
+            lambda data, code: data["shapes"].update({"__class__.table": ["float32", [4]]}),
+        ],
+        ids=["input", "keyword", "tensor", "import", "class", "attribute of all modules"],
+    )
+    def test_code_where_a_name_should_be(self, path: Path, tmp_path: Path, change: Callable[..., Any]) -> None:
+        made = tmp_path / "made"
+        self.changed(path, lambda data: change(data, f"open({str(made)!r},'w')"))
+        with pytest.raises(CheckpointError, match=r"dump\.json"):
+            load_dump(path)
+        assert not made.exists() and not hasattr(nn.Module, "table")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda data: data["nodes"][-2].update(args=[{"node": data["nodes"][-2]["name"]}]),
+            lambda data: data["nodes"][1].update(name=data["nodes"][0]["name"]),
+            lambda data: data["nodes"][-2].update(op="call_method"),
+            lambda data: data["nodes"][-1].update(args=[5]),
+            lambda data: data["nodes"].pop(),
+            lambda data: data["nodes"].insert(0, 1),
+            lambda data: data["nodes"].insert(0, power(9, 10**9)),
+            lambda data: data["nodes"].insert(0, power("abc", 10**10)),
+            lambda data: data["nodes"][0].update(history=5),
+            lambda data: data["nodes"][-2].update(changes=[["../../etc/passwd", [1]]]),
+            lambda data: data["shapes"].update(weight=["float32", [-1, 4]]),
+            lambda data: data["shapes"].update(weight=["float32", [7, 7]]),
+            lambda data: data["shapes"].pop("weight"),
+            lambda data: data.update(stage="nowhere"),
+            lambda data: data.update(stage=5),
+            lambda data: data.update(facts=[1]),
+        ],
+    )
+    def test_what_is_no_graph(self, path: Path, change: Callable[..., Any]) -> None:
+        self.changed(path, change)
+        with pytest.raises(CheckpointError, match=r"dump\.json"):
+            load_dump(path)
 
     def test_an_argument_without_a_form(self) -> None:
         module = captured(nn.Linear(4, 4), torch.randn(2, 4)).module
