@@ -1,14 +1,18 @@
 """What a graph was before a pass, so that edits past the rewriter are found, and a failed pass can be undone.
 
-A fingerprint is cheap: it holds the argument tuples, targets and tensors of a graph by reference. The rewriter reports
-each edit to it (:meth:`Fingerprint.update`), and :meth:`Fingerprint.check` compares the graph with what was reported.
+A fingerprint is cheap: it holds the argument tuples, targets and tensors of a graph by reference, and some values of
+each tensor. The rewriter reports each edit to it (:meth:`Fingerprint.update`), and :meth:`Fingerprint.check` compares
+the graph with what was reported.
 """
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -17,6 +21,8 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
 
 _Call = tuple[Any, Any, Any]  # Target, arguments and keyword arguments of a node.
+_SAMPLED = 64  # Elements of each tensor that are compared, because writes through ``.data`` count no version.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fingerprint:
@@ -24,10 +30,12 @@ class Fingerprint:
 
     Args:
         module: The graph module.
+        thorough: Compare all values of each tensor, not only some; this reads all weights.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, *, thorough: bool = False) -> None:
         self.module = module
+        self._thorough = thorough
         graph = module.graph
         self._codegen, self._tracer = graph._codegen, graph._tracer_cls
         self._nodes = [(node, node.name, node.type, dict(node.meta)) for node in graph.nodes]
@@ -35,11 +43,12 @@ class Fingerprint:
         self._expected = dict(self._before)
         self._names = {name for name, _ in weights_and_buffers(module)}
         self._tensors: dict[str, Tensor] = {}
-        self._held: dict[str, tuple[Tensor, int]] = {}
+        self._held: dict[str, tuple[Tensor, tuple[Any, ...]]] = {}
+        self._attributes = _attributes_of(module)
         for node in graph.nodes:
             if node.op == "get_attr" and (tensor := _tensor(module, node)) is not None:
                 self._tensors[str(node.target)] = tensor
-                self._held[str(node.target)] = tensor, _version(tensor)
+                self._held[str(node.target)] = tensor, self._state(tensor)
         self._signature = _signature(graph)
         self._forgotten: list[str] = []
 
@@ -49,7 +58,9 @@ class Fingerprint:
         """Take the present state of a node that the rewriter made or changed, and of the tensor that it reads."""
         self._expected[node] = _call(node)
         if node.op == "get_attr" and (tensor := _tensor(self.module, node)) is not None:
-            self._held[str(node.target)] = tensor, _version(tensor)
+            held = self._held.get(str(node.target))
+            if held is None or held[0] is not tensor:
+                self._held[str(node.target)] = tensor, self._state(tensor)
 
     def erase(self, node: fx.Node) -> None:
         """Take note that the rewriter erases a node."""
@@ -62,15 +73,26 @@ class Fingerprint:
 
     # --- checks ---
 
-    def check(self, pass_name: str) -> None:
+    def check(self, pass_name: str, edits: int = 0) -> None:
         """Refuse edits that the rewriter did not report, and a changed signature.
+
+        Args:
+            pass_name: The pass, for messages.
+            edits: Number of edits that the rewriter counted; without any, shapes and dtypes have to be as before.
 
         Raises:
             PassError: Names the pass, the node or tensor, and the method to use instead.
         """
         self._check_nodes(pass_name)
+        self._check_places(pass_name, edits)
         self._check_tensors(pass_name)
         self._check_signature(pass_name)
+        for what, (before, after) in _pairs(self._attributes, _attributes_of(self.module)):
+            if before != after:
+                raise PassError(
+                    f"{pass_name}: {what} of the graph module changed. What a graph computes is in its nodes alone, "
+                    "and only these are saved; add nodes by rewriter.call or rewriter.inline"
+                )
 
     def _check_nodes(self, pass_name: str) -> None:
         left = dict(self._expected)
@@ -92,17 +114,42 @@ class Fingerprint:
                 "node that nothing reads any more is removed by the pipeline"
             )
 
+    def _check_places(self, pass_name: str, edits: int) -> None:
+        """Compare the order of the nodes that are left, their layers and, if nothing was edited, their shapes."""
+        known = {node: meta for node, _, _, meta in self._nodes}
+        names = {node: name for node, name, _, _ in self._nodes}
+        left = [node for node in self.module.graph.nodes if node in known]
+        remaining = set(left)
+        for node, expected in zip(left, (node for node in known if node in remaining), strict=True):
+            if node is not expected:
+                raise PassError(
+                    f"{pass_name}: {_shown(node)} was moved past the rewriter; make a new node where it is needed, and "
+                    "replace the old one by it"
+                )
+            if node.name != names[node] or any(node not in read.users for read in node.all_input_nodes):
+                raise PassError(
+                    f"{pass_name}: the name or the readers of node {names[node]} were set past the rewriter"
+                )
+            before, after = known[node].get(LAYER), node.meta.get(LAYER)
+            if before != after:
+                raise PassError(
+                    f"{pass_name}: node {node.name} was of layer {before} and is now of layer {after}; the plan and "
+                    "statistics find layers by this name, so a pass keeps it"
+                )
+            if not edits and known[node].get("val") is not node.meta.get("val"):
+                raise PassError(f"{pass_name}: the recorded shape or dtype of {_shown(node)} was set past the rewriter")
+
     def _check_tensors(self, pass_name: str) -> None:
         for node in self.module.graph.nodes:
             if node.op != "get_attr" or (tensor := _tensor(self.module, node)) is None:
                 continue
-            held, version = self._held.get(str(node.target), (None, 0))
+            held, state = self._held.get(str(node.target), (None, ()))
             if tensor is not held:
                 raise PassError(
                     f"{pass_name}: the tensor {node.target} was set past the rewriter; use rewriter.put or "
                     "rewriter.fold, which know the other readers and graphs that share the tensor"
                 )
-            if _version(tensor) != version:
+            if self._state(tensor) != state:
                 raise PassError(
                     f"{pass_name}: the values of the tensor {node.target} were changed in place. The model's own "
                     "weight may be the same memory, and it stays changed: load the model again. Use rewriter.fold("
@@ -117,6 +164,12 @@ class Fingerprint:
                     f"{pass_name}: the {what} of the graph were {_listed(old)} and are now {_listed(new)}; a pass "
                     f"keeps the number, order, shapes and dtypes of {what}, because the model is called as before"
                 )
+
+    def _state(self, tensor: Tensor) -> tuple[Any, ...]:
+        """What changes if the values of a tensor are written in place."""
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            return (None,)
+        return _version(tensor), tensor.data_ptr() if _is_plain(tensor) else None, _values(tensor, self._thorough)
 
     # --- restoration ---
 
@@ -138,6 +191,11 @@ class Fingerprint:
             _remove(self.module, name)
         for target, tensor in self._tensors.items():
             _put_back(self.module, target, tensor)
+        if self._attributes["the forward"] is None:
+            vars(self.module).pop("forward", None)
+        for hooks in _HOOKS:
+            for key in set(getattr(self.module, hooks)) - set(self._attributes[hooks]):
+                del getattr(self.module, hooks)[key]
         self.module.graph = graph  # Which recompiles it.
         return [target for target in self._forgotten if target in self._names]
 
@@ -186,6 +244,31 @@ def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
 def _version(tensor: Tensor) -> int:
     """How often values of a tensor were written in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+
+
+def _values(tensor: Tensor, thorough: bool) -> bytes | int | None:
+    """Some values of a tensor, or a checksum of all of them."""
+    if not _is_plain(tensor) or tensor.numel() == 0 or tensor.is_quantized:
+        return None
+    flat = tensor.detach()
+    flat = flat.view(-1) if flat.is_contiguous() else flat[(0,) * (flat.dim() - 1)].reshape(-1)
+    found = flat if thorough else flat[:: max(1, flat.numel() // _SAMPLED)]
+    data = found.cpu().contiguous().view(torch.uint8).numpy()
+    return zlib.crc32(data) if thorough else data.tobytes()
+
+
+def _attributes_of(module: fx.GraphModule) -> dict[str, Any]:
+    """What a graph module runs besides its graph."""
+    hooks = {name: tuple(getattr(module, name)) for name in _HOOKS}
+    return {"the forward": vars(module).get("forward"), "the code generation": module.graph._codegen, **hooks}
+
+
+def _pairs(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, tuple[Any, Any]]]:
+    return [(name, (one[name], other[name])) for name in one]
 
 
 def _signature(graph: fx.Graph) -> tuple[list[str], list[str]]:

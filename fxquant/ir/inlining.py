@@ -61,10 +61,9 @@ def inline(
         traced = make_fx(of_tensors, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)(
             *(node.meta["val"] for node in nodes)
         )
-    except Exception as error:  # Whatever the function raises.
-        raise PassError(
-            f"{rewriter.pass_name}: {called} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # Whatever the function raises, maybe without a word.
+        why = ": ".join((type(error).__name__, *str(error).splitlines()[:1]))
+        raise PassError(f"{rewriter.pass_name}: {called} cannot be traced: {why}") from error
     made: dict[fx.Node, Any] = {}
     inputs = iter(nodes)
     result: list[Any] = []

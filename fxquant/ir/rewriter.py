@@ -38,8 +38,8 @@ class Rewriter:
     Attributes:
         module: The graph module being rewritten.
         pass_name: Recorded as provenance.
-        edits: Number of changes made so far; 0 means that the pass did not match. A pass that makes very many raises a
-            PassError, because it most likely loops for ever.
+        edits: Number of changes made so far, which only grows; 0 means that the pass did not match. Very many raise a
+            PassError: the pass most likely loops for ever.
         fingerprint: Receives every edit, so that the pipeline finds edits that were made in another way; or None.
         memo: Nodes that the pass has made and may use again, by keys that the pass chooses.
         log: The changes in order; see :mod:`fxquant.ir.edits`.
@@ -63,12 +63,13 @@ class Rewriter:
         return self.module.graph
 
     @property
-    def edits(self) -> int:
-        """Number of changes made so far."""
+    def edits(self) -> int:  # noqa: D102  (an attribute, described above)
         return self._edits
 
     @edits.setter
     def edits(self, number: int) -> None:
+        if number < self._edits:
+            raise PassError(f"{self.pass_name}: the number of edits only grows; without edits, nothing is verified")
         if number > self._most_edits:
             raise PassError(
                 f"{self.pass_name}: stopped after {self._most_edits} edits, {_EDITS_PER_NODE} or more per node of the "

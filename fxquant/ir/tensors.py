@@ -154,7 +154,10 @@ def allowed_name(name: str, model: Mapping[str, bool]) -> str:
         name: The name, such as ``blocks.0.to_q.weight.scale``.
         model: The names that the model itself uses; see :data:`fxquant.ir.meta.NAMES`.
     """
-    path = name.split(".")
+    # FX writes names into code between double quotes, as they are.
+    name = "".join(char if char.isprintable() and char not in "\"'\\" else "_" for char in name)
+    path = [part or "_" for part in name.split(".")]
+    name = ".".join(path)
     for end in range(len(path) - 1, 0, -1):
         if model.get(".".join(path[:end])):  # A parameter, which cannot contain another one.
             name = ".".join(path[:end]) + "_" + "_".join(path[end:])

@@ -28,6 +28,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
+from fxquant.pipeline.conduct import check_conduct
 from fxquant.pipeline.input_changes import InputWatch
 from fxquant.pipeline.options import option_types, print_value, read_named, read_options
 from fxquant.pipeline.proving import Proof, Prover
@@ -296,8 +297,8 @@ class Pipeline:
         Raises:
             PassError: If a pass raises an error that is not an :class:`FxquantError`, edits the graph other than
                 through its rewriter, changes the inputs or outputs of the graph, or never ends; the message names the
-                pass. The graph is then what it was before the pass, but for weights that the pass already dropped
-                (:meth:`Rewriter.forget`) or changed in place. The same holds for the other errors.
+                pass. The graph and the plan are then what they were before the pass, but for weights that the pass
+                already dropped (:meth:`Rewriter.forget`) or changed in place. The same holds for the other errors.
             ProofError: If a pass does not keep its tier, with ``prove``.
             FxquantError: If a pass or the verification raises one; a note names the pass.
         """
@@ -326,7 +327,7 @@ class Pipeline:
         for instrument in self.instruments:
             instrument.before(step, module)
         began, ops = time.perf_counter(), count_ops(module.graph)
-        rewriter, fingerprint = Rewriter(module, step.name), Fingerprint(module)
+        rewriter, fingerprint = Rewriter(module, step.name), Fingerprint(module, thorough=self.prove)
         rewriter.fingerprint = fingerprint
         shown = [instrument for instrument in self.instruments if isinstance(instrument, ShowsProgress)]
         proof, prover = None, None
@@ -336,9 +337,11 @@ class Pipeline:
         if context.statistics is not None and not step.keeps_inputs:
             watch = InputWatch(step, module, context)
         own = replace(context, memo={}, progress=partial(_show, shown, step) if shown else None)
+        earlier, text = context.for_trial(), str(step)
         try:
-            step.run(module.graph, own, rewriter)
-            fingerprint.check(str(step))
+            found = step.run(module.graph, own, rewriter)  # type: ignore[func-returns-value]
+            check_conduct(text, str(step), found)
+            fingerprint.check(text, rewriter.edits)
             if rewriter.edits:
                 module.graph.eliminate_dead_code()
                 drop_unread_tensors(module)
@@ -348,10 +351,15 @@ class Pipeline:
                 proof = None if prover is None else prover.check(module, rewriter.edits)
                 if watch is not None:
                     watch.check(module)
-        except Exception as error:
-            for instrument in self.instruments:
-                instrument.failed(step, module, error)
-            lost = fingerprint.restore()
+        except BaseException as error:
+            try:
+                if isinstance(error, Exception):
+                    self._tell(step, module, error)
+            finally:
+                lost = fingerprint.restore()
+                context.take_back(earlier)
+            if not isinstance(error, Exception):  # KeyboardInterrupt, for example.
+                raise
             if lost:
                 error.add_note(f"the graph is as it was before, without the values of {', '.join(lost[:3])}, ...")
             if isinstance(error, FxquantError):
@@ -368,6 +376,14 @@ class Pipeline:
         for instrument in self.instruments:
             instrument.after(step, module, record)
         return record
+
+    def _tell(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
+        """Tell the instruments of a failure; if one of them fails too, the error of the pass is what counts."""
+        for instrument in self.instruments:
+            try:
+                instrument.failed(step, module, error)
+            except Exception as other:
+                error.add_note(f"the instrument {type(instrument).__name__} failed as well: {other!r}")
 
 
 def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, total: int) -> None:

@@ -105,13 +105,20 @@ class Prover:
             ProofError: If the outputs differ by more than the tier allows.
         """
         inputs = self.context.inputs if inputs is None else inputs
-        before, after = self.before, module
-        tier, dtype = self.step.tier.value, _dtype_of(before)
-        if tier == "algebraic" and _fits_in_memory(before):
-            before = in_float64(self.before)
-            after = self._again(before)
-            inputs, dtype = [[as_float64(tensor) for tensor in call] for call in inputs], torch.float64
-        error, worst = 0.0, math.inf
+        own = _dtype_of(self.before)
+        if self.step.tier.value != "algebraic" or not _fits_in_memory(self.before):
+            return self._compare(self.before, module, inputs, own, edits)
+        before = in_float64(self.before)
+        wide = [[as_float64(tensor) for tensor in call] for call in inputs]
+        proof = self._compare(before, self._again(before), wide, torch.float64, edits)
+        # That graph was made from the plan. The one that the pass itself made is compared as far as its dtype allows.
+        self._compare(self.before, module, inputs, own, edits)
+        return proof
+
+    def _compare(
+        self, before: fx.GraphModule, after: fx.GraphModule, inputs: Inputs, dtype: torch.dtype, edits: int
+    ) -> Proof:
+        error, worst, tier = 0.0, math.inf, self.step.tier.value
         for call in inputs:
             expected, actual = run_graph(before, call), run_graph(after, call)
             error = max([error, *map(relative_error, actual, expected)])
@@ -176,16 +183,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference against the largest element, 0 only if all bits are equal; infinite if NaNs differ."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return math.inf
-    if torch.equal(actual, expected):
-        return 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64
     one, other = actual.detach().to(wide), expected.detach().to(wide)
     finite = other.isfinite()
-    if not torch.equal(finite, one.isfinite()):
+    same = torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num())
+    if not torch.equal(finite, one.isfinite()) or not same:
         return math.inf
     difference = (one - other)[finite].abs()
     if not difference.numel() or not difference.any():  # NaNs at the same places.
-        return 0.0
+        signs = one.is_complex() or torch.equal(one.signbit()[finite], other.signbit()[finite])
+        return 0.0 if signs else torch.finfo(torch.float64).tiny  # 0 and -0 are not the same bits.
     return float(difference.max() / other[finite].abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 

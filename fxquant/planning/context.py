@@ -84,6 +84,15 @@ class PassContext:
             self, plan=plan, shared=shared, transforms=transforms, changed=changed, memo={}, codes=dict(self.codes)
         )
 
+    def take_back(self, earlier: PassContext) -> None:
+        """Undo what a pass that failed changed: ``earlier`` is what :meth:`for_trial` gave before the pass."""
+        vars(self.plan).update(vars(earlier.plan))
+        vars(self.shared).update(vars(earlier.shared))
+        for name in ("codes", "transforms", "changed"):
+            held = getattr(self, name)
+            held.clear()
+            held.update(getattr(earlier, name))
+
     def refuse_changed(self, layer: str) -> None:
         """Refuse to hand out statistics of an input that a pass changed without saying how.
 

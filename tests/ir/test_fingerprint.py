@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from fxquant.errors import FxquantError, PassError
 from fxquant.ir import rewriter as rewriting
 from fxquant.ir.arguments import args, source_of
+from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import read_tensors, set_tensor
@@ -124,6 +126,51 @@ def buffer_in_place(graph: fx.Graph, rewriter: Rewriter) -> None:
     rewriter.module.table.add_(1)
 
 
+def through_data(graph: fx.Graph, rewriter: Rewriter) -> None:
+    rewriter.tensor(up(graph)).data.mul_(1.1)
+
+
+def other_data(graph: fx.Graph, rewriter: Rewriter) -> None:
+    rewriter.tensor(up(graph)).data = torch.zeros(8, 4)
+
+
+def through_numpy(graph: fx.Graph, rewriter: Rewriter) -> None:
+    rewriter.tensor(up(graph)).detach().numpy()[...] = 7
+
+
+def moved(graph: fx.Graph, rewriter: Rewriter) -> None:
+    gelu(graph).append(layer_node(rewriter.module, "up"))
+
+
+def of_no_layer(graph: fx.Graph, rewriter: Rewriter) -> None:
+    del layer_node(rewriter.module, "down").meta[LAYER]
+
+
+def other_shape(graph: fx.Graph, rewriter: Rewriter) -> None:
+    gelu(graph).meta["val"] = gelu(graph).meta["val"].double()
+
+
+def renamed(graph: fx.Graph, rewriter: Rewriter) -> None:
+    gelu(graph).name = "linear"
+
+
+def without_readers(graph: fx.Graph, rewriter: Rewriter) -> None:
+    gelu(graph).users.clear()
+
+
+def other_forward(graph: fx.Graph, rewriter: Rewriter) -> None:
+    rewriter.module.forward = lambda x, y: (x,)
+
+
+def hooked(graph: fx.Graph, rewriter: Rewriter) -> None:
+    rewriter.module.register_forward_hook(lambda module, given, found: (found[0] * 2,))
+
+
+def uncounted(graph: fx.Graph, rewriter: Rewriter) -> None:
+    rewriter.replace(gelu(graph), source_of(gelu(graph)))
+    rewriter.edits = 0
+
+
 def added_and_removed(graph: fx.Graph, rewriter: Rewriter) -> None:
     with rewriter.after(gelu(graph)):
         rewriter.call(aten.neg.default, (gelu(graph),), [gelu(graph)])
@@ -172,6 +219,17 @@ def no_y(graph: fx.Graph, rewriter: Rewriter) -> None:
         (in_place, r"does: the values of the tensor up.weight were changed in place.*rewriter.fold"),
         (through_a_view, r"the values of the tensor up.weight were changed in place"),
         (buffer_in_place, r"the values of the tensor table were changed in place"),
+        (through_data, r"the values of the tensor up.weight were changed in place"),
+        (other_data, r"the values of the tensor up.weight were changed in place"),
+        (through_numpy, r"the values of the tensor up.weight were changed in place"),
+        (moved, r"does: node gelu was moved past the rewriter|does: node linear .*was moved past the rewriter"),
+        (of_no_layer, r"node linear_1 was of layer down and is now of layer None"),
+        (other_shape, r"the recorded shape or dtype of node gelu was set past the rewriter"),
+        (renamed, r"the name or the readers of node gelu were set past the rewriter"),
+        (without_readers, r"the name or the readers of node linear_1 were set past"),
+        (other_forward, r"the forward of the graph module changed"),
+        (hooked, r"_forward_hooks of the graph module changed"),
+        (uncounted, r"the number of edits only grows"),
         (with_input, r"node z was added to the graph past the rewriter"),
         (
             fewer_outputs,
@@ -193,7 +251,7 @@ def test_an_edit_that_is_refused_and_undone(edit: Edit, message: str) -> None:
     assert {name: id(tensor) for name, tensor in read_tensors(graph).items()} == {
         name: id(tensor) for name, tensor in tensors.items()
     }
-    if edit not in (in_place, through_a_view, buffer_in_place):
+    if edit not in (in_place, through_a_view, buffer_in_place, through_data, other_data, through_numpy):
         assert torch.equal(outputs(graph, *inputs)[0], expected[0])
     run(graph, lambda graph, rewriter: rewriter.replace(gelu(graph), source_of(gelu(graph))))  # It can be edited.
     assert count(graph, aten.gelu.default) == 0
@@ -214,6 +272,86 @@ def test_any_failure_restores_the_graph() -> None:
     assert text(graph) == before
     assert all(read_tensors(graph)[name] is tensor for name, tensor in tensors.items())
     assert not hasattr(graph, "new")
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_restores_the_graph_and_the_plan(interruption: type[BaseException]) -> None:
+    graph, plan = module(), Plan("", "", None)
+    before = text(graph)
+
+    def interrupted(of: fx.Graph, rewriter: Rewriter) -> None:
+        rewriter.replace(gelu(of), source_of(gelu(of)))
+        plan.vectors["up"] = torch.ones(4)
+        raise interruption
+
+    step = type("Does", (Does,), {"edit": staticmethod(interrupted)})()
+    with pytest.raises(interruption):
+        Pipeline([step]).run(graph, plan)
+    assert text(graph) == before and not plan.vectors
+
+
+def test_an_instrument_that_fails_at_a_failure_does_not_hide_it() -> None:
+    class Full:
+        def before(self, *_: Any) -> None: ...
+        def after(self, *_: Any) -> None: ...
+        def failed(self, *_: Any) -> None:
+            raise OSError("the disk is full")
+
+    graph = module()
+    before = text(graph)
+
+    def crashes(of: fx.Graph, rewriter: Rewriter) -> None:
+        rewriter.replace(gelu(of), source_of(gelu(of)))
+        raise ZeroDivisionError
+
+    step = type("Does", (Does,), {"edit": staticmethod(crashes)})()
+    with pytest.raises(PassError, match="ZeroDivisionError") as error:
+        Pipeline([step], [Full()]).run(graph, Plan("", "", None))
+    assert text(graph) == before
+    assert "the instrument Full failed as well: OSError('the disk is full')" in error.value.__notes__
+
+
+def test_one_value_written_past_versions_is_found_by_a_proof() -> None:
+    def one_value(of: fx.Graph, rewriter: Rewriter) -> None:
+        rewriter.tensor(next(node for node in of.nodes if node.target == "wide.weight")).data[3, 7] += 1
+
+    step, inputs = type("Does", (Does,), {"edit": staticmethod(one_value)})(), torch.randn(2, 64)
+    graph = captured(nn.Sequential(OrderedDict(wide=nn.Linear(64, 64))), inputs).module
+    with pytest.raises(PassError, match=r"the values of the tensor wide.weight were changed in place"):
+        Pipeline([step], prove=True).run(graph, PassContext(Plan("", "", None), inputs=[[inputs]]))
+
+
+def test_a_pass_that_returns_something_or_changes_its_options_is_refused() -> None:
+    class Returns(Does):
+        def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> Any:
+            yield
+
+    class Itself(Does):
+        def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+            object.__setattr__(self, "rank", 5)
+
+    Itself.__annotations__["rank"] = int
+    Itself.rank = 3
+    with pytest.raises(PassError, match=r"run\(\) returned a generator, which nothing reads"):
+        Pipeline([Returns()]).run(module(), Plan("", "", None))
+    with pytest.raises(PassError, match=r"pass does changed its own options to does\{rank=5\} while it ran"):
+        Pipeline([dataclass(frozen=True)(Itself)()]).run(module(), Plan("", "", None))
+
+
+def test_names_of_tensors_do_not_become_code() -> None:
+    graph = module()
+
+    def names(of: fx.Graph, rewriter: Rewriter) -> None:
+        for name in ('x"); print("made', "a..b", "", "a\nb"):
+            made = rewriter.constant(name, torch.zeros(8), [gelu(of)])
+            with rewriter.before(layer_node(graph, "down")):
+                node = source_of(layer_node(graph, "down"))
+                total = rewriter.call(aten.add.Tensor, (node, made), [node])
+            rewriter.redirect(layer_node(graph, "down"), node, total)
+
+    run(graph, names)
+    assert {"x_); print(_made", "a._.b", "_", "a_b"} <= set(read_tensors(graph))
+    outputs(graph, torch.randn(2, 4), torch.randn(2, 4))
 
 
 def test_a_graph_that_does_not_verify_is_restored() -> None:

@@ -193,3 +193,26 @@ def test_a_conversion_refuses_a_pass_that_does_not_keep_its_tier(monkeypatch: py
     with pytest.raises(ConfigurationError, match="passes are proved on calibration calls"):
         fxquant.compile(model, plan=Plan(str(recipe), "", "timestep"), prove=True)
     assert all(LAYER not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error"),
+    [(0.0, -0.0, 1e-300), (float("inf"), float("-inf"), 1e308), (float("nan"), float("inf"), 1e308)],
+)
+def test_values_that_compare_as_equal_or_not_at_all(before: float, after: float, error: float) -> None:
+    one, other = torch.tensor([1.0, before]), torch.tensor([1.0, after])
+    assert proving.relative_error(other, one) > 0 and proving.relative_error(other, one) >= error * 1e-10
+    assert proving.relative_error(one, one.clone()) == 0
+
+
+def test_the_graph_itself_is_compared_not_only_what_the_plan_makes_of_it() -> None:
+    class First(Scales):
+        """Is right only when it carries out what it has decided before."""
+
+        def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+            node, known = layer_node(rewriter.module, "last"), "last" in context.plan.vectors
+            context.plan.vectors["last"] = torch.ones(8)
+            rewriter.fold(node, "weight", lambda w: w * (1.0 if known else 1.1))
+
+    with pytest.raises(ProofError, match=r"not algebraic: in float32 an output is off"):
+        run(First(), prove=True)

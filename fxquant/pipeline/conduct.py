@@ -1,0 +1,28 @@
+"""What a pass does besides its edits: it returns nothing, and keeps its options."""
+
+from __future__ import annotations
+
+from fxquant.errors import PassError
+
+
+def check_conduct(before: str, after: str, returned: object) -> None:
+    """Refuse a pass that returned something, or that has other options than before it ran.
+
+    Args:
+        before: Text of the pass before it ran.
+        after: Text of the pass afterwards.
+        returned: What its ``run`` returned.
+
+    Raises:
+        PassError: Names the pass.
+    """
+    if returned is not None:
+        raise PassError(
+            f"pass {before}: run() returned a {type(returned).__name__}, which nothing reads: a pass edits the graph "
+            "by its rewriter and returns nothing (a function with yield does not run)"
+        )
+    if before != after:
+        raise PassError(
+            f"pass {before} changed its own options to {after} while it ran, so the recipe in the plan does not stand "
+            "for it; decorate the class with @dataclass(frozen=True), and put decisions into the plan"
+        )
