@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import shlex
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -43,7 +44,8 @@ def new_pass(
         check_name(name)
         write_package(name, folder)
     print_plain(
-        f"{folder} holds a pass whose tests pass. Go on with:\n\n  cd {folder}\n  pip install -e '.[test]'\n  pytest"
+        f"{folder} holds a pass whose tests pass. Go on with:\n\n"
+        f"  cd {shlex.quote(str(folder))}\n  pip install -e '.[test]'\n  pytest"
     )
 
 
@@ -85,10 +87,21 @@ def write_package(name: str, folder: Path) -> None:
     words = {
         "my-pass": name,
         "my_pass": name.replace("-", "_"),
-        "MyPass": "".join(word.capitalize() for word in name.split("-")),
+        "MyPass": class_name(name),
     }
     with whole_folder(folder.resolve(), refuse_existing) as scratch:
-        _copy(files("fxquant.cli") / "templates" / "new-pass", scratch, words)
+        _copy(_template(), scratch, words)
+
+
+def class_name(name: str) -> str:
+    """The class of a pass: a name that neither Python nor the code of the template uses otherwise."""
+    found = "".join(word.capitalize() for word in name.split("-"))
+    code = (_template() / "fxquant_my_pass" / "my_pass.py").read_text(encoding="utf-8")
+    return f"{found}Pass" if keyword.iskeyword(found) or re.search(rf"\b{found}\b", code) else found
+
+
+def _template() -> Traversable:
+    return files("fxquant.cli") / "templates" / "new-pass"
 
 
 def _copy(source: Traversable, target: Path, words: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ import enum
 import functools
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from fxquant.errors import ConfigurationError
-from fxquant.pipeline.syntax import Item, Reader, Value, is_plain, quoted
+from fxquant.pipeline.syntax import Item, Reader, Value, is_plain, quoted, shortened
 
 _SCALARS = (bool, int, float, str)
 
@@ -49,6 +50,9 @@ def read_options(item: Item, reader: Reader, types_of: Callable[[str], Mapping[s
     values: dict[str, Any] = {}
     for option in item.options:
         key = option.key.replace("-", "_")
+        if key in wanted and option.value is None:
+            message = f"{kind} {name!r}: the option {option.key!r} has no value; write {option.key}=value"
+            raise reader.error(option.at, "this one", message)
         if key not in wanted or option.value is None:
             shown = ", ".join(sorted(k.replace("_", "-") for k in wanted)) or "none"
             given = option.key if option.value is None else f"{option.key}={option.value.text}"
@@ -59,7 +63,9 @@ def read_options(item: Item, reader: Reader, types_of: Callable[[str], Mapping[s
         try:
             values[key] = read_value(option.value, wanted[key])
         except ConfigurationError as error:
-            raise reader.error(option.value.at, "this value", f"{name}: {key}={option.value.text!r} {error}") from None
+            raise reader.error(
+                option.value.at, "this value", f"{name}: {key}={shortened(option.value.text)!r} {error}"
+            ) from None
     return values
 
 
@@ -111,6 +117,10 @@ def print_value(value: Any, hint: Any) -> str:
         ConfigurationError: If the value is not of the type, or would be read back as another one.
     """
     base, _ = _without_none(hint)
+    if isinstance(value, str) and not _is_text(value):
+        raise ConfigurationError(f"{value!r} holds half of a character (a surrogate), which no file can store")
+    if base is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
     if value is not None and _is_tuple(base):
         try:
             texts = [
@@ -119,7 +129,10 @@ def print_value(value: Any, hint: Any) -> str:
         except (ValueError, TypeError):  # It is not a tuple, or has items of other types.
             texts = []
     else:
-        plain = str(value.value if isinstance(value, enum.Enum) else value)
+        try:
+            plain = str(value.value if isinstance(value, enum.Enum) else value)
+        except ValueError as error:  # An integer of very many digits.
+            raise ConfigurationError(f"the value cannot be written: {error}") from error
         texts = [plain] if is_plain(plain) else []
         if isinstance(value, (str, PurePath, enum.Enum)):
             texts.append(quoted(plain))
@@ -130,9 +143,24 @@ def print_value(value: Any, hint: Any) -> str:
             back = read_value(given, hint)
         except ConfigurationError:
             continue
-        if type(back) is type(value) and back == value:
+        if alike(value, back):
             return text
     raise ConfigurationError(f"{value!r} is not a value of type {shown_type(hint)} that can be written and read back")
+
+
+def alike(value: Any, back: Any) -> bool:
+    """Whether two values of an option are the same to a pass: equal, of equal types, and with the same sign of zero.
+
+    An int in a tuple may have become a float.
+    """
+    if isinstance(value, tuple) and isinstance(back, tuple):
+        return len(value) == len(back) and all(
+            alike(float(one) if type(one) is int and isinstance(other, float) else one, other)
+            for one, other in zip(value, back, strict=True)
+        )
+    if type(value) is not type(back) or value != back:
+        return False
+    return not isinstance(value, float) or math.copysign(1, value) == math.copysign(1, back)
 
 
 @functools.cache
@@ -206,6 +234,14 @@ def _is_supported(base: Any) -> bool:
         parts = [part for part in get_args(base) if part is not Ellipsis]
         return bool(parts) and all(_is_supported(_without_none(part)[0]) for part in parts)
     return False
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_tuple(base: Any) -> bool:

@@ -30,7 +30,7 @@ from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
 from fxquant.pipeline.conduct import check_conduct
 from fxquant.pipeline.input_changes import InputWatch
-from fxquant.pipeline.options import option_types, print_value, read_named, read_options
+from fxquant.pipeline.options import alike, option_types, print_value, read_named, read_options
 from fxquant.pipeline.proving import Proof, Prover
 from fxquant.pipeline.registry import Registry
 from fxquant.pipeline.syntax import Reader
@@ -105,12 +105,25 @@ class Pass(ABC):
         for option in fields(self):  # type: ignore[arg-type]  # (subclasses are dataclasses)
             value = getattr(self, option.name)
             default = option.default_factory() if option.default_factory is not MISSING else option.default
-            if value != default:
+            if not alike((value,), (default,)):  # An int may stand for a float.
                 shown.append(f"{option.name.replace('_', '-')}={_print_value(type(self), option.name, value)}")
         return f"{self.name}{{{' '.join(shown)}}}" if shown else self.name
 
 
-PASSES: Registry[type[Pass]] = Registry("pass", "fxquant.passes")
+def _check_pass(name: str, cls: Any) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise ConfigurationError(f"{cls!r} is not a subclass of fxquant.authoring.Pass")
+    for attribute, kind in (("name", str), ("tier", Tier), ("requires", Stage), ("establishes", Stage)):
+        if not isinstance(getattr(cls, attribute, None), kind):
+            raise ConfigurationError(
+                f"the pass {cls.__name__} does not say its {attribute}; add a class attribute of type {kind.__name__}"
+            )
+    if cls.name != name:
+        raise ConfigurationError(f"the pass {cls.__name__} is called {cls.name!r}, and its entry point {name!r}")
+    option_types(cls)
+
+
+PASSES: Registry[type[Pass]] = Registry("pass", "fxquant.passes", _check_pass)
 """All known passes by name."""
 
 P = TypeVar("P", bound=type[Pass])
@@ -124,12 +137,7 @@ def register_pass(cls: P) -> P:
             printed and parsed (:mod:`fxquant.pipeline.options`); the message names the option.
         DuplicateNameError: If another pass has the name.
     """
-    for attribute, kind in (("name", str), ("tier", Tier), ("requires", Stage), ("establishes", Stage)):
-        if not isinstance(getattr(cls, attribute, None), kind):
-            raise ConfigurationError(
-                f"the pass {cls.__name__} does not say its {attribute}; add a class attribute of type {kind.__name__}"
-            )
-    option_types(cls)
+    _check_pass(getattr(cls, "name", ""), cls)
     PASSES.register(cls.name)(cls)
     return cls
 
@@ -330,14 +338,11 @@ class Pipeline:
         rewriter, fingerprint = Rewriter(module, step.name), Fingerprint(module, thorough=self.prove)
         rewriter.fingerprint = fingerprint
         shown = [instrument for instrument in self.instruments if isinstance(instrument, ShowsProgress)]
-        proof, prover = None, None
-        if self.prove and step.tier is not Tier.LOSSY:
-            prover = Prover(step, module, context)
-        watch = None
-        if context.statistics is not None and not step.keeps_inputs:
-            watch = InputWatch(step, module, context)
+        prover = Prover(step, module, context) if self.prove and step.tier is not Tier.LOSSY else None
+        watched = context.statistics is not None and not step.keeps_inputs
+        watch = InputWatch(step, module, context) if watched else None
         own = replace(context, memo={}, progress=partial(_show, shown, step) if shown else None)
-        earlier, text = context.for_trial(), str(step)
+        earlier, text, proof = context.for_trial(), str(step), None
         try:
             found = step.run(module.graph, own, rewriter)  # type: ignore[func-returns-value]
             check_conduct(text, str(step), found)
@@ -358,11 +363,9 @@ class Pipeline:
             finally:
                 lost = fingerprint.restore()
                 context.take_back(earlier)
-            if not isinstance(error, Exception):  # KeyboardInterrupt, for example.
-                raise
             if lost:
                 error.add_note(f"the graph is as it was before, without the values of {', '.join(lost[:3])}, ...")
-            if isinstance(error, FxquantError):
+            if isinstance(error, FxquantError) or not isinstance(error, Exception):  # KeyboardInterrupt, for example.
                 error.add_note(f"in pass {step}")
                 raise
             told = str(error).partition("\ngraph():")[0]  # The lint of torch appends the whole graph.

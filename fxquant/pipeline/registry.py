@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fxquant.errors import DuplicateNameError, PluginError, UnknownNameError
 
@@ -25,11 +25,14 @@ class Registry(Generic[T]):
     Args:
         kind: What the objects are, for messages ("pass", "recipe", "backend").
         group: Entry-point group to load lazily from, or None for a registry that only code fills.
+        check: Raises a ConfigurationError for an object that an entry point names and that is not of the kind; it gets
+            the name and the object.
     """
 
-    def __init__(self, kind: str, group: str | None = None) -> None:
+    def __init__(self, kind: str, group: str | None = None, check: Callable[[str, Any], None] | None = None) -> None:
         self.kind = kind
         self.group = group
+        self._check = check
         self._objects: dict[str, T] = {}
         self._pending: dict[str, EntryPoint] | None = None
 
@@ -59,7 +62,9 @@ class Registry(Generic[T]):
                 raise UnknownNameError(self.kind, name, self)
             try:
                 loaded = entry.load()  # Importing may run the decorator, which then has registered the object already.
-            except Exception as error:  # Whatever the code of another package raises.
+                if self._check is not None:
+                    self._check(name, loaded)
+            except (Exception, SystemExit) as error:  # Whatever the code of another package raises.
                 if self.module_of(name).startswith(OWN):
                     raise
                 package = f" of the package {entry.dist.name}" if entry.dist is not None else ""

@@ -10,6 +10,8 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len
+
 from fxquant.errors import ConfigurationError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -61,11 +63,17 @@ def point_at(text: str, at: int, what: str) -> str:
         at: Position of the character.
         what: The message.
     """
-    text = "".join(" " if char.isspace() else char for char in text)
+    # Control characters would move what follows, or change colours.
+    text = "".join(" " if char.isspace() else char if char.isprintable() else "?" for char in text)
     start = max(0, min(at - _SHOWN // 2, len(text) - _SHOWN))
     stop = start + _SHOWN
     before, after = "..." * (start > 0), "..." * (stop < len(text))
-    return f"  {before}{text[start:stop]}{after}\n  {' ' * (len(before) + at - start)}^ {what}"
+    return f"  {before}{text[start:stop]}{after}\n  {' ' * (len(before) + cell_len(text[start:at]))}^ {what}"
+
+
+def shortened(text: str) -> str:
+    """A text for a message; of a very long one, the beginning."""
+    return text if len(text) <= 5 * _SHOWN else f"{text[: 5 * _SHOWN]}..."
 
 
 def is_plain(text: str) -> bool:
@@ -100,7 +108,10 @@ class Reader:
             message: The first line; by default it says that the text is not such an object.
         """
         kind = self.kind
-        message = message or f"{self.text.strip()!r} is not a {kind}; write name or name{{option=value option=value}}"
+        message = (
+            message
+            or f"{shortened(self.text.strip())!r} is not a {kind}; write name or name{{option=value option=value}}"
+        )
         return ConfigurationError(f"{message}\n{point_at(self.text, at, what)}")
 
     def items(self, end: str = "") -> list[Item]:
@@ -163,7 +174,9 @@ class Reader:
         if self.text.startswith(('"', "["), at):
             try:
                 value, end = _DECODER.raw_decode(self.text, at)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
+                if not isinstance(error, json.JSONDecodeError):  # A very long number, or very many brackets.
+                    raise self.error(at, f"this list cannot be read: {str(error).partition(';')[0]}") from None
                 if self.text[at] == '"':
                     where = at if "Unterminated" in error.msg else error.pos
                     raise self.error(where, f"this text in quotes cannot be read: {error.msg}") from None

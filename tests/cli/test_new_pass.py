@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fxquant.cli.__main__ import app
-from fxquant.cli.new_pass import check_name, write_package
+from fxquant.cli.new_pass import check_name, class_name, write_package
 from fxquant.errors import ConfigurationError
 from fxquant.pipeline.pipeline import PASSES, parse_pass
 
@@ -56,6 +57,21 @@ def test_the_entry_point_names_the_pass(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(PASSES, "_objects", dict(PASSES._objects))
     monkeypatch.setattr(PASSES, "_pending", {**PASSES._entries(), name: EntryPoint(name, value, "fxquant.passes")})
     assert str(parse_pass("halve{factor=8.0}")) == "halve{factor=8.0}"
+
+
+@pytest.mark.parametrize("name", ["none", "true", "tier", "pass-context", "scaling", "my-pass", "halve"])
+def test_the_class_has_a_name_of_its_own(name: str, tmp_path: Path) -> None:
+    write_package(name, tmp_path / "made")
+    (file,) = (tmp_path / "made").glob("fxquant_*/[a-z]*.py")
+    made = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    imported = {
+        alias.name
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert [node.name for node in made] == ["Scaling", class_name(name)]
+    assert class_name(name) not in {"Scaling", *imported}
 
 
 @pytest.mark.parametrize(

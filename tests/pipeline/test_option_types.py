@@ -19,6 +19,7 @@ from fxquant.ir.stages import Stage
 from fxquant.pipeline.options import option_types, read_named
 from fxquant.pipeline.pipeline import Pass, Pipeline, Tier, check_text, register_pass
 from fxquant.pipeline.recipes import Recipe
+from fxquant.pipeline.syntax import point_at
 from fxquant.planning.context import PassContext
 
 
@@ -178,6 +179,50 @@ def test_values_that_would_be_read_back_as_others_are_refused_before_anything_ru
     (name,) = wrong
     with pytest.raises(ConfigurationError, match=f"pass test-options: option {name}: .* is not a value of type"):
         Pipeline([Many(**wrong)])
+
+
+class Speed(str, enum.Enum):  # noqa: UP042  (authors write it in this way too)
+    FAST = "fast"
+    SLOW = "slow"
+
+
+@dataclass(frozen=True)
+class Equal(Base):
+    """Options whose defaults are equal to values of other types."""
+
+    speed: Speed = Speed.FAST
+    count: int = 1
+    zero: float = 0.0
+    sizes: tuple[int, ...] = (1,)
+    words: str = ""
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"speed": "fast"}, {"count": True}, {"sizes": (True,)}, {"words": "\ud800"}, {"count": 10**5000}]
+)
+def test_a_value_that_only_equals_the_default_is_not_the_default(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"option {next(iter(wrong))}"):
+        Pipeline([Equal(**wrong)])
+
+
+def test_signs_of_zero_and_integers_for_floats() -> None:
+    assert str(Equal(zero=-0.0)) == "test-options{zero=-0.0}"
+    assert str(Pipeline([Equal(zero=0), Equal(zero=2)])) == "test-options,test-options{zero=2.0}"
+    assert read_back(Equal(zero=2)) == Equal(zero=2.0)
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "[" + "9" * 5000 + "]"])
+def test_a_list_that_json_cannot_read_is_a_typed_error(value: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        Pipeline.parse(f"remove-no-ops,assign-precision{{overrides={value}}}")
+    assert "^" in str(error.value) and len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize(("words", "cells"), [("日本", 4), ("e\u0301", 1), ("\t", 1), ("\x1b[31m", 5), ("ü", 1)])
+def test_the_mark_counts_columns_of_the_terminal(words: str, cells: int) -> None:
+    shown, mark = point_at(f"{words}!", len(words), "here").splitlines()
+    assert mark == f"  {' ' * cells}^ here"
+    assert shown.endswith("!") and "\x1b" not in shown
 
 
 def test_a_recipe_has_registered_passes_only() -> None:

@@ -39,7 +39,7 @@ def test_options_are_read_by_their_types() -> None:
         ("a b", "'a b' is not a thing; write name or name{option=value option=value}"),
         ("a{count=3", "is not a thing"),
         ("a{size=3}", "thing 'a' has no option 'size=3'. Its options: count, share, side, text-of-it, whole"),
-        ("a{count}", "has no option 'count'"),
+        ("a{count}", "the option 'count' has no value; write count=value"),
         ("a{count=few}", "a: count='few' cannot be read as int"),
         ("a{whole=yes}", "a: whole='yes' cannot be read as bool"),
         ("a{side=up}", r"a: side='up' cannot be read as Side \(left, right\)"),

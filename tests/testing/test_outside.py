@@ -35,6 +35,12 @@ class Idle(Pass):
     def run(self, graph, context, rewriter):
         pass
 
+class Plain:
+    pass
+
+class Unnamed(Idle):
+    tier = None
+
 def outside(precision, layers):
     '''The recipe of others.'''
     return make_recipe(f"rtn-{precision}", layers)
@@ -46,6 +52,11 @@ ENTRIES = """
 outside-idle = outside_of_fxquant:Idle
 outside-broken = outside_that_breaks:Broken
 outside-missing = outside_of_fxquant:Missing
+outside-exits = outside_that_exits:Exits
+outside-plain = outside_of_fxquant:Plain
+outside-module = outside_of_fxquant
+outside-untiered = outside_of_fxquant:Unnamed
+outside-renamed = outside_of_fxquant:Idle
 [fxquant.recipes]
 outside = outside_of_fxquant:outside
 [fxquant.backends]
@@ -58,6 +69,7 @@ def outsiders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of others with a pass, a recipe and parts that cannot be imported, as pip installs it."""
     (tmp_path / "outside_of_fxquant.py").write_text(SOURCE)
     (tmp_path / "outside_that_breaks.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "outside_that_exits.py").write_text("import sys\nsys.exit('no licence')\n")
     info = tmp_path / "outsiders-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(METADATA)
@@ -66,7 +78,7 @@ def outsiders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for known in (PASSES, RECIPES, BACKENDS):
         monkeypatch.setattr(known, "_objects", dict(known._objects))
         monkeypatch.setattr(known, "_pending", None)
-    for name in ("outside_of_fxquant", "outside_that_breaks"):
+    for name in ("outside_of_fxquant", "outside_that_breaks", "outside_that_exits"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -85,6 +97,11 @@ def test_they_are_known_and_kept_out_of_our_own_tests(outsiders: None) -> None:
     [
         ("outside-broken", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
         ("outside-missing", "AttributeError: .*has no attribute 'Missing'"),
+        ("outside-exits", "SystemExit: no licence"),
+        ("outside-plain", "ConfigurationError: .*Plain.* is not a subclass of fxquant.authoring.Pass"),
+        ("outside-module", "ConfigurationError: .*module 'outside_of_fxquant'.* is not a subclass"),
+        ("outside-untiered", "ConfigurationError: the pass Unnamed does not say its tier"),
+        ("outside-renamed", "the pass Idle is called 'outside-idle', and its entry point 'outside-renamed'"),
     ],
 )
 def test_one_that_cannot_be_imported_is_named_and_the_rest_works(outsiders: None, name: str, why: str) -> None:
