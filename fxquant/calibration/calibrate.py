@@ -23,6 +23,7 @@ from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, M
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.numerics.sqnr import sqnr_db
+from fxquant.pipeline.conduct import ask
 from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
@@ -185,7 +186,7 @@ class Calibration:
             ConfigurationError: If an option of a pass matches nothing in any of the graphs.
         """
         for step in (*self.prepare.passes, *self.convert):
-            step.check_plan(self.plan)
+            ask(step, "check_plan", self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
 
     def forget_observed(self) -> None:
@@ -234,7 +235,7 @@ class Calibration:
                 "recipe"
             )
         for step in (*self.prepare.passes, *self.convert):
-            step.check_graph(captured.module.graph, self.plan)
+            ask(step, "check_graph", captured.module.graph, self.plan)
         self._check()
         observed = copy_graph(captured.module)
         options = {"weight_only": ";".join(n for n, layer in self.plan.quantized() if self._wants_float_input(layer))}
@@ -244,7 +245,7 @@ class Calibration:
         self.statistics.wants_moments = frozenset(
             key
             for name, layer in self.plan.layers.items()
-            if any(step.wants_moments(layer) for step in self.convert)
+            if any(ask(step, "wants_moments", layer) for step in self.convert)
             for key in self._keys.get(name, ())
         ).__contains__
         self.prepared.append(captured)
@@ -255,7 +256,7 @@ class Calibration:
         return len(self.prepared) - 1
 
     def _wants_float_input(self, layer: LayerPlan) -> bool:
-        wanted = any(step.wants_statistics(layer) or step.wants_moments(layer) for step in self.convert)
+        wanted = any(ask(step, "wants_statistics", layer) or ask(step, "wants_moments", layer) for step in self.convert)
         return wanted and layer.kind == "linear" and layer.activation_bits is None
 
     def _keep_sample(self, captured: CapturedGraph, call: Call, output: Sequence[Any]) -> None:
@@ -283,7 +284,7 @@ class Calibration:
 
 def calls_wanted(passes: Sequence[Pass]) -> int:
     """The number of calls to keep for passes that run graphs again."""
-    return -(-max((step.wants_samples() for step in passes), default=0) // _ROWS)
+    return -(-max((ask(step, "wants_samples") for step in passes), default=0) // _ROWS)
 
 
 def timestep_of(call: Call, name: str | None) -> float:

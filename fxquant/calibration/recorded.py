@@ -24,6 +24,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, FxquantError
 from fxquant.ir.tensors import bind
+from fxquant.pipeline.conduct import ask
 from fxquant.pipeline.pipeline import Pass
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import KeptCall, KeptCalls
@@ -171,13 +172,13 @@ def _check_complete(calibration: Calibration) -> None:
             "layers; calibrate with this recipe, or quantize the same layers as it did"
         )
     for name, layer in plan.layers.items():
-        step = next((step for step in calibration.convert if step.wants_moments(layer)), None)
+        step = next((step for step in calibration.convert if ask(step, "wants_moments", layer)), None)
         if step is not None and layer.observed is not None and statistics[layer.observed].moments is None:
             raise CalibrationError(
                 f"{step.name} needs second moments of the input of layer {name!r}, and the recipe that recorded the "
                 "statistics needed none; calibrate with this recipe, or choose rounding=nearest"
             )
-    learner = next((step for step in calibration.convert if step.wants_samples()), None)
+    learner = next((step for step in calibration.convert if ask(step, "wants_samples")), None)
     if learner is not None and not len(statistics.calls):
         raise CalibrationError(
             f"{learner.name} learns from calibration calls, and the statistics keep none; record them with "

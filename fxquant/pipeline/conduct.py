@@ -1,8 +1,27 @@
-"""What a pass does besides its edits: it returns nothing, and keeps its options."""
+"""What a pass does besides its edits: it returns nothing, keeps its options, and answers what it is asked."""
 
 from __future__ import annotations
 
-from fxquant.errors import PassError
+from typing import TYPE_CHECKING, Any
+
+from fxquant.errors import FxquantError, PassError
+
+if TYPE_CHECKING:
+    from fxquant.pipeline.pipeline import Pass
+
+
+def ask(step: Pass, method: str, *arguments: Any) -> Any:
+    """Call a method of a pass, such as ``wants_moments``.
+
+    Raises:
+        PassError: If it raises an error that is not an :class:`FxquantError`; names the pass and the method.
+    """
+    try:
+        return getattr(step, method)(*arguments)
+    except FxquantError:
+        raise
+    except Exception as error:
+        raise PassError(f"pass {step}: its method {method} failed: {type(error).__name__}: {error}") from error
 
 
 def check_conduct(before: str, after: str, returned: object) -> None:

@@ -112,6 +112,8 @@ def try_pass(
     step = parse_pass(step) if isinstance(step, str) else step
     recipe = before if isinstance(before, Recipe) else _recipe_of(before)
     calls = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(call) for call in inputs]
+    if not calls:
+        raise ConfigurationError("a pass is tried on calls of the model, and there are none; give example_calls(model)")
     architecture = Architecture.of(model, timestep)
     plan = Plan(str(recipe), class_path(model), timestep)
     traced = architecture.capture(architecture.canonical((), calls[0]))

@@ -157,3 +157,12 @@ def test_what_cannot_be_registered(twice: object) -> None:
     register_op(Stage.QUANTIZED, twice)
     with pytest.raises(DuplicateNameError, match="is registered for quantized graphs already"):
         register_op(Stage.TRANSFORMED, twice)
+
+
+def test_a_function_that_fails_without_a_word() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError
+
+    _, rewriter, node = prepared()
+    with pytest.raises(PassError, match=r"test: fails cannot be traced: ValueError$"):
+        rewriter.inline(fails, [node], [node])

@@ -130,7 +130,7 @@ class TestText:
                 ConfigurationError,
                 "has no option 'power=1'. Its options: dearest, exponent",
             ),
-            ("balance-channels{exponent}", ConfigurationError, "has no option 'exponent'"),
+            ("balance-channels{exponent}", ConfigurationError, "the option 'exponent' has no value"),
             ("remove-no-ops{x=1}", ConfigurationError, "has no option 'x=1'. Its options: none"),
             ("balance-channels{exponent=half}", ConfigurationError, "exponent='half' cannot be read as float"),
             ("balance-channels{salience=min}", ConfigurationError, r"Salience \(spearman, mean, max, moving-average\)"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.errors import LifecycleError, ProofError
+from fxquant.errors import ConfigurationError, LifecycleError, PassError, ProofError
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
@@ -141,6 +141,22 @@ class TestProve:
         before = "remove-no-ops,assign-precision ; balance-channels"
         proof = prove("absorb-affines", model, example_calls(model), before=before)
         assert proof.edits > 0 and proof.error < 1e-12
+
+    def test_no_calls(self) -> None:
+        with pytest.raises(ConfigurationError, match="a pass is tried on calls of the model, and there are none"):
+            prove(Kit(), tiny_dit(), [])
+
+    @pytest.mark.parametrize(
+        "method", ["wants_statistics", "wants_moments", "wants_samples", "check_graph", "check_plan"]
+    )
+    def test_a_method_that_fails_is_not_blamed_on_the_calibration(self, method: str) -> None:
+        def fails(*_: Any) -> Any:
+            raise ZeroDivisionError
+
+        step = type("Fails", (Kit,), {method: fails})()
+        model = tiny_dit()
+        with pytest.raises(PassError, match=f"pass test-kit: its method {method} failed: ZeroDivisionError"):
+            try_pass(step, model, example_calls(model), before="assign-precision{precision=w4a16} ; ")
 
     def test_the_graphs_and_the_plan_of_a_trial(self) -> None:
         model = tiny_dit()
