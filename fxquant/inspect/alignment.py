@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fxquant.inspect.snapshots import GraphChange, NodeState, Rewired, Snapshot
@@ -111,10 +111,10 @@ def _is_in_block(place: str, block: str) -> bool:
 
 def blocks_of(nodes: Snapshot) -> list[str]:
     """Paths of the blocks of a graph, such as ``transformer_blocks.0``, for messages."""
-    found: dict[str, None] = {}
-    for state in nodes:
-        for place in _places(state):
-            match = _BLOCK.match(place)
-            if match:
-                found[place[: match.end(1)]] = None
-    return list(found)
+    return blocks_among(place for state in nodes for place in _places(state))
+
+
+def blocks_among(names: Iterable[str]) -> list[str]:
+    """Paths of the blocks that some layers or modules belong to."""
+    matches = [(name, _BLOCK.match(name)) for name in names]
+    return list(dict.fromkeys(name[: match.end(1)] for name, match in matches if match))

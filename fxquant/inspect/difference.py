@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxquant.errors import ConfigurationError, UnknownNameError
-from fxquant.inspect.alignment import blocks_of, differences, in_part, is_in_part
+from fxquant.inspect.alignment import blocks_among, blocks_of, differences, in_part, is_in_part
 from fxquant.inspect.history import History, Step, TensorChange, rewrite_history
 from fxquant.inspect.layer_changes import LayerChange, facts_of, grouped, layer_changes
 from fxquant.inspect.report import plan_of
@@ -143,6 +143,7 @@ def diff(
 
     Raises:
         ConfigurationError: If one of the two cannot be compared with the other.
+            A recipe has no parts, and a plan without ``model`` has no graph to compare after a step.
         UnknownNameError: If there is no such step, block or layer. The message names the nearest ones.
         CheckpointError: If a folder holds no checkpoint, or a damaged one.
     """
@@ -153,6 +154,10 @@ def diff(
         return _of_step(rewrite_history(_source(left), model=model, graph=graph), step, *part)
     first, second = _recipe_of(left), _recipe_of(right)
     if first is not None and second is not None:
+        if step is not None or block is not None or layer is not None:
+            raise ConfigurationError(
+                "recipes have no blocks, layers and graphs; compare them without step, block, layer"
+            )
         return Difference(str(first), str(second), passes=_passes(first, second))
     if first is not None or second is not None:
         raise ConfigurationError("a recipe can be compared with another recipe only, not with a plan or a model")
@@ -160,6 +165,12 @@ def diff(
     plans = plan_of(sources[0]), plan_of(sources[1])
     found = _of_plans(*plans, *part, labels=(_label(left), _label(right)))
     if model is None and any(isinstance(source, Plan) for source in sources):
+        if step is not None:
+            raise ConfigurationError(
+                f"a plan alone has no graph to compare after {step}; give the float model as well (model=), or two "
+                "checkpoints"
+            )
+        _check_part(plans, *part)
         return found
     histories = [rewrite_history(source, model=model, graph=graph) for source in sources]
     return _with_graphs(found, histories[0], histories[1], step, *part)
@@ -180,6 +191,19 @@ def _of_plans(left: Plan, right: Plan, block: str | None, layer: str | None, lab
         only_right=tuple(name for name in names[1] if name not in names[0]),
         layers=tuple(changes),
     )
+
+
+def _check_part(plans: tuple[Plan, Plan], block: str | None, layer: str | None) -> None:
+    """Refuse a part of the model that neither of two plans has.
+
+    Raises:
+        UnknownNameError: If there is no such block or layer. The message names the nearest ones.
+    """
+    names = list(dict.fromkeys(name for plan in plans for name in (*plan.layers, *plan.attentions)))
+    if block is not None and not any(is_in_part(name, block, None) for name in names):
+        raise UnknownNameError("block", block, nearest(block, blocks_among(names)))
+    if not any(is_in_part(name, block, layer) for name in names) and layer is not None:
+        raise UnknownNameError("layer", layer, nearest(layer, names))
 
 
 def _passes(left: Recipe | str, right: Recipe | str) -> tuple[tuple[str | None, str | None], ...]:

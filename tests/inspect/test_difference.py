@@ -136,3 +136,22 @@ class TestRefusals:
             diff(four, step="absorb-affines", layer="to_q")
         with pytest.raises(UnknownNameError, match=r"unknown step 'absorb'\. Known: .*absorb-affines"):
             diff(four, step="absorb")
+
+
+def test_a_part_that_neither_plan_has_is_refused_without_graphs_too(four: GraphModel, eight: GraphModel) -> None:
+    plans = four.plan, eight.plan
+    with pytest.raises(UnknownNameError, match=r"unknown block '9'.*transformer_blocks\.1"):
+        diff(*plans, block=9)
+    with pytest.raises(UnknownNameError, match=f"unknown layer.*{QUERY}"):
+        diff(*plans, layer=QUERY[:-1])
+    with pytest.raises(UnknownNameError, match="unknown layer"):
+        diff(*plans, block=1, layer=QUERY)
+    assert diff(*plans, block=1, layer="transformer_blocks.1.attn1").layers
+
+
+def test_what_cannot_be_compared_is_refused_and_not_left_out(four: GraphModel, eight: GraphModel) -> None:
+    with pytest.raises(ConfigurationError, match="a plan alone has no graph to compare after absorb-affines"):
+        diff(four.plan, eight, step="absorb-affines")
+    for part in ({"step": "absorb-affines"}, {"block": 3}, {"layer": QUERY}):
+        with pytest.raises(ConfigurationError, match="recipes have no blocks, layers and graphs"):
+            diff("ptq4dit-w4a8", "htg-w4a8", **part)
