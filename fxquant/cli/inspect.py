@@ -54,6 +54,11 @@ def inspect(
     """
     if out is None and (against is not None or statistics is not None):
         raise ConfigurationError("--against and --statistics are for the page; name its file too: --out page.html")
+    if (out is not None or trace is not None) and (as_json or graph):
+        raise ConfigurationError(
+            "--json and --graph are for the table on the terminal; a page shows the graphs of the first kinds of call. "
+            "Leave them out, or leave out --out and --trace"
+        )
     if out is not None or trace is not None:
         written = [path for path in (out, trace) if path is not None]
         _write(folder, out, against, statistics, trace)

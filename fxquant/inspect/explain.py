@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -196,9 +197,11 @@ def explain(
 
     Raises:
         UnknownNameError: If there is no such layer. The message names the nearest ones.
-        ConfigurationError: If the source is none of these, or the layer has no range and a timestep is given.
+        ConfigurationError: If the source is none of these, the timestep is not finite, or the layer has no range at it.
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
+    if timestep is not None and not math.isfinite(timestep):
+        raise ConfigurationError(f"timestep={timestep} is not a timestep; give a finite number")
     source = plan_if_alone(source)
     plan = plan_of(source)
     known = [*plan.layers, *plan.attentions, *plan.products]

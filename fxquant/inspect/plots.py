@@ -31,10 +31,13 @@ P = ParamSpec("P")
 SUFFIXES = (".png", ".svg", ".pdf")
 _SPAN = 60.0
 """Decibels that the colours of a heat map tell apart, from the worst; the rest has the last colour."""
+_NAME = 60
+"""The most characters of a layer's name beside a heat map; of a longer one the end is shown."""
 _STYLE: Any = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize", "legend.fontsize"), 8),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7),
     "axes.linewidth": 0.6,
+    "text.parse_math": False,  # Names of layers and folders are text, also with dollar signs.
     "svg.fonttype": "none",
     "savefig.dpi": 200,
 }
@@ -132,13 +135,18 @@ def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any
         raise ConfigurationError(
             f"a heat map of {len(layers)} layers and {len(timesteps)} timesteps needs as many rows and columns"
         )
-    figure, axes = _figure(2.4 + 0.28 * len(timesteps), 0.8 + 0.16 * len(layers))
+    names = min(max(map(len, layers)), _NAME)
+    figure, axes = _figure(1.4 + 0.05 * names + 0.28 * len(timesteps), 0.8 + 0.16 * len(layers))
     axis = axes[0][0]
     low = min((value for row in rows for value in row if not math.isnan(value)), default=0.0)
     high = max((value for row in rows for value in row if not math.isnan(value)), default=1.0)
     bounds = (low, min(high, low + _SPAN))
     shown = axis.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", clim=bounds)
-    axis.set_yticks(range(len(layers)), list(layers), fontsize=6)
+    axis.set_yticks(
+        range(len(layers)),
+        [_end_of(layer) for layer in layers],
+        fontsize=6,
+    )
     every = max(1, len(timesteps) // 12)
     axis.set_xticks(range(0, len(timesteps), every), [f"{step:g}" for step in timesteps[::every]], rotation=90)
     axis.set_xlabel("timestep")
@@ -162,7 +170,7 @@ def output_figure(plans: Mapping[str, Plan]) -> Figure:
         raise ConfigurationError("the output error was not measured; compile the model with measure=True")
     figure, axes = _figure(3.4, 2.2)
     for name, values in measured.items():
-        axes[0][0].plot(*zip(*values, strict=True), marker=".", linewidth=1, label=name)
+        axes[0][0].plot(*zip(*values, strict=True), marker=".", linewidth=1, label=_legend_text(name))
     axes[0][0].set(xlabel="timestep", ylabel="output SQNR in dB")
     axes[0][0].legend(frameon=False)
     return figure
@@ -263,6 +271,14 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
     with whole_file(path) as written, matplotlib.rc_context(_STYLE):
         figure.savefig(written, format=path.suffix.lower()[1:], bbox_inches="tight")
+
+
+def _end_of(name: str) -> str:
+    return name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+
+
+def _legend_text(name: str) -> str:
+    return f" {name}" if name.startswith("_") else name  # matplotlib leaves out what begins with an underscore.
 
 
 def _figure(

@@ -43,6 +43,7 @@ ROLES = {
 """All roles, and what a node with the role does."""
 
 _PRODUCTS = ("linear", "conv", "embedding", "matmul")  # Parts of the names of ops.
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export writes this for nodes that no module made.
 _LAYOUT = ("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "constant_pad_nd", "contiguous", "expand")
 _BY_ARGUMENT = {
     "weight": "weight",
@@ -109,7 +110,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def _modules(node: fx.Node) -> Iterator[str]:
-    return (str(path) for path, _ in node.meta.get("nn_module_stack", {}).values())
+    return (str(path) for path, _ in node.meta.get("nn_module_stack", {}).values() if path != _NO_MODULE)
 
 
 def _is_inside(node: fx.Node, module: str) -> bool:

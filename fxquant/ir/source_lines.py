@@ -13,6 +13,7 @@ from torch import fx
 _FRAME = re.compile(r'\s*File "(?P<path>.+)", line (?P<line>\d+), in (?P<function>.+)')
 _TORCH = Path(torch.__file__).parent
 _OWN = Path(__file__).parent.parent
+_SKIPPED = (_TORCH, _OWN, Path("torch"))  # torch.export names its own lines relative to its package.
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _line_of(trace: str) -> SourceLine | None:
     lines = trace.splitlines()
     for number, text in enumerate(lines):
         frame = _FRAME.match(text)
-        if frame is None or any(Path(frame["path"]).is_relative_to(root) for root in (_TORCH, _OWN)):
+        if frame is None or any(Path(frame["path"]).is_relative_to(root) for root in _SKIPPED):
             continue
         code = lines[number + 1].strip() if number + 1 < len(lines) and not _FRAME.match(lines[number + 1]) else ""
         found = SourceLine(frame["path"], int(frame["line"]), frame["function"], code)

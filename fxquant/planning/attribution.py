@@ -120,8 +120,10 @@ class Attribution:
         return self.layers[layer]
 
     def worst(self, most: int | None = None) -> list[LayerErrors]:
-        """The layers by their contribution to the output error, the largest first."""
-        found = sorted(self.layers.values(), key=lambda layer: -(layer.mean_contribution or 0.0))
+        """The layers by their contribution to the output error, the largest first; without any, by the local error."""
+        found = sorted(
+            self.layers.values(), key=lambda one: (-(one.mean_contribution or 0.0), -(_mean(one.local) or 0.0))
+        )
         return found[:most]
 
     def share(self, layer: str) -> float | None:

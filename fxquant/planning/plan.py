@@ -26,6 +26,7 @@ from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, 
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.plan import PlanFile
+from fxquant.text import nearest
 
 FORMAT = 1
 """Version of the plan's file format; a newer one is refused."""
@@ -93,7 +94,9 @@ class Plan:
             CalibrationError: If none of the graphs that this plan was made for had the layer.
         """
         if name not in self.layers:
-            raise CalibrationError(f"the plan knows no layer {name!r}")
+            raise CalibrationError(
+                f"the plan knows no layer {name!r}; it has {', '.join(nearest(name, self.layers)[:10]) or 'none'}"
+            )
         return self.layers[name]
 
     def attention(self, name: str) -> AttentionPlan:

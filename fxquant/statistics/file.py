@@ -81,6 +81,8 @@ def read(path: str | Path) -> Statistics:
     """
     from fxquant.statistics.collection import Statistics
 
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder; give the file of statistics that save() or --keep-statistics wrote")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = _header(path, (file.metadata() or {}).get(_FORMAT))

@@ -127,6 +127,8 @@ def test_inspect_writes_a_page_and_a_trace(folders: tuple[Path, Path], tmp_path:
     assert "absorb-affines" in names
     assert "name its file too" in bad("inspect", folders[0], "--against", folders[1])
     assert "no folder" in bad("inspect", folders[0], "-o", page, "--against", tmp_path / "nothing")
+    for option in (("--json",), ("--graph", 1)):
+        assert "--json and --graph are for the table" in bad("inspect", folders[0], "-o", page, *option)
 
 
 def test_plot(folders: tuple[Path, Path], tmp_path: Path) -> None:

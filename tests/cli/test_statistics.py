@@ -48,4 +48,5 @@ def test_refusals(float_folder: Path, kept: Path, tmp_path: Path) -> None:  # no
     assert "is a folder" in refused(*command, "--keep-statistics", tmp_path)
     assert "cannot read statistics" in refused(*command, "--statistics", tmp_path / "nothing")
     assert "second moments" in refused(*command, "--recipe", "ptq4dit-gptq-w4a8", "--statistics", kept)
+    assert "is a folder; give the file" in refused("statistics", tmp_path)
     assert not (tmp_path / "out").exists()

@@ -153,5 +153,5 @@ def test_what_cannot_be_compared_is_refused_and_not_left_out(four: GraphModel, e
     with pytest.raises(ConfigurationError, match="a plan alone has no graph to compare after absorb-affines"):
         diff(four.plan, eight, step="absorb-affines")
     for part in ({"step": "absorb-affines"}, {"block": 3}, {"layer": QUERY}):
-        with pytest.raises(ConfigurationError, match="recipes have no blocks, layers and graphs"):
+        with pytest.raises(ConfigurationError, match="recipes have no blocks"):
             diff("ptq4dit-w4a8", "htg-w4a8", **part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,11 @@ class TestRefusals:
     def test_unknown_layer(self, quantized: GraphModel) -> None:
         with pytest.raises(UnknownNameError, match=r"unknown layer 'transformer_blocks\.0\.attn1\.to_o'.*to_out\.0"):
             explain(quantized, "transformer_blocks.0.attn1.to_o")
+
+    @pytest.mark.parametrize("timestep", [math.nan, math.inf])
+    def test_a_timestep_that_is_not_a_number(self, quantized: GraphModel, timestep: float) -> None:
+        with pytest.raises(ConfigurationError, match="give a finite number"):
+            explain(quantized, KEY, timestep=timestep)
 
     def test_no_range_at_a_timestep(self, quantized: GraphModel) -> None:
         with pytest.raises(ConfigurationError, match="proj_out_2 has no range of its input, so none at timestep 500"):

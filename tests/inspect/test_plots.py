@@ -165,3 +165,24 @@ class TestFiles:
 def test_numbers_that_are_missing_are_nan():
     figure = plots.errors_figure(["a"], [1.0], [[None]])
     assert figure.axes[0].images[0].get_array().mask.all() or math.isnan(figure.axes[0].images[0].get_array()[0, 0])
+
+
+def test_names_are_text_and_not_mathematics(tmp_path):
+    plan = Plan("a ; b", "diffusers:Some", "timestep", output_sqnr_db={100.0: 20.0})
+    plots.save_figure(plots.output_figure({r"$\bad$": plan, "_hidden": plan}), tmp_path / "output.svg")
+    assert r"$\bad$" in (tmp_path / "output.svg").read_text()
+    assert "_hidden" in (tmp_path / "output.svg").read_text()
+    plots.save_figure(plots.errors_figure([r"$\bad$"], [1.0], [[3.0]]), tmp_path / "errors.svg")
+    assert r"$\bad$" in (tmp_path / "errors.svg").read_text()
+
+
+@pytest.mark.parametrize("length", [60, 3000])
+def test_long_names_leave_room_for_the_heat_map(length, tmp_path, recwarn):
+    figure = plots.errors_figure(["x" * length] * 3, [1.0, 2.0], [[1.0, 2.0]] * 3)
+    plots.save_figure(figure, tmp_path / "errors.png")
+    assert not [str(one.message) for one in recwarn if "layout" in str(one.message)]
+
+
+def test_an_unknown_layer_is_refused_with_the_nearest():
+    with pytest.raises(CalibrationError, match="knows no layer 'c'; it has a, b"):
+        plots.timesteps_figure(grouped(), "c")

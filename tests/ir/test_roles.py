@@ -9,9 +9,10 @@ from torch import fx
 import fxquant
 from fxquant.errors import UnknownNameError
 from fxquant.ir.meta import ROLE
-from fxquant.ir.roles import ROLES, assign_roles, nodes_of, roles_of
+from fxquant.ir.roles import ROLES, assign_roles, module_path, nodes_of, roles_of
 from fxquant.pipeline.pipeline import Pass
-from tests.tiny import calibrate, make_dit
+from tests.support import captured
+from tests.tiny import calibrate, inputs, make_dit
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
@@ -99,6 +100,13 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
     (graph,) = compiled("rtn-w8a8").graphs
     with pytest.raises(UnknownNameError, match=r"unknown layer 'transformer_blocks.0.attn.to_q'. Known: .*attn1.to_q"):
         nodes_of(graph, "transformer_blocks.0.attn.to_q")
+
+
+def test_nodes_that_torch_export_added_have_no_module() -> None:
+    module = captured(make_dit(), timestep_name="timestep", **inputs()).module
+    paths = {module_path(node) for node in module.graph.nodes}
+    assert "transformer_blocks.0.attn1" in paths
+    assert not any(path.startswith("_") for path in paths)
 
 
 def test_roles_are_assigned_anew() -> None:

@@ -36,6 +36,8 @@ _CALLS_PER_TIMESTEP = 4  # Calls that are kept per timestep when a function runs
 
 _APART = 0.1  # Part of the error that may belong to no layer before the result says so.
 _TINY = 1e-30
+_SHORT, _APART_FROM_LAYERS = "some contributions", "what belongs to no layer"  # Keys of ``left_out``.
+_ONLY_ESTIMATES = "the budget allowed estimates only at timesteps "
 
 Progress = Callable[[str, int, int], object]
 
@@ -126,9 +128,10 @@ class _Job:
     found: dict[float, dict[str, Energies]] = field(default_factory=dict)
     names: dict[str, None] = field(default_factory=dict)
     earlier: float = 0.0
-    short: list[float] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
     model: nn.Module | None = None
     apart: float = 0.0
+    apart_before: str = ""
 
     def left(self) -> list[float]:
         """The timesteps to measure, in an order whose beginning covers the schedule evenly, whatever its length."""
@@ -189,8 +192,8 @@ class _Job:
             before = time.monotonic()
             errors[name].measured = sweep.measure(name)
             if 2 * time.monotonic() - before > until:
-                if name != wanted[: self.measure][-1]:
-                    self.short.append(step)
+                if name != wanted[: self.measure][-1] and f"{step:g}" not in self.short:
+                    self.short.append(f"{step:g}")
                 break
         for name, energies in errors.items():
             _add(found, name, energies)
@@ -209,6 +212,9 @@ class _Job:
             return
         self.names |= dict.fromkeys(earlier.layers)
         self.earlier = earlier.seconds
+        if note := earlier.left_out.get(_SHORT):
+            self.short = note.removeprefix(_ONLY_ESTIMATES).split(", ")
+        self.apart_before = earlier.left_out.get(_APART_FROM_LAYERS, "")
         for number, step in enumerate(earlier.timesteps):
             self.found[step] = {"": Energies(1.0, earlier.output[number] or 0.0)}
             for name, layer in earlier.layers.items():
@@ -246,6 +252,8 @@ class _Job:
         )
 
     def _method(self, steps: int) -> str:
+        if not self.probes and self.measure == 0:
+            return "errors of the layers' own outputs only: contributions were neither estimated nor measured"
         if not self.probes:
             return "contributions measured by quantizing one layer at a time"
         cell = math.sqrt(2 / (self.probes * self.samples))
@@ -261,10 +269,11 @@ class _Job:
         if missing and self.budget is not None:
             out[f"timesteps {', '.join(missing)}"] = f"the budget of {self.budget:g} s was spent"
         if self.short:
-            steps = ", ".join(f"{step:g}" for step in self.short)
-            out["some contributions"] = f"the budget allowed estimates only at timesteps {steps}"
+            out[_SHORT] = _ONLY_ESTIMATES + ", ".join(self.short)
+        if self.apart_before:
+            out[_APART_FROM_LAYERS] = self.apart_before
         if self.apart > _APART:
-            out["what belongs to no layer"] = (
+            out[_APART_FROM_LAYERS] = (
                 "without quantized layers the graph still differs from the float model, by an error of "
                 f"{self.apart:.0%} of the whole: a pass of another package quantizes, or the dtype rounds that much"
             )

@@ -203,7 +203,9 @@ def test_another_backend_and_a_loaded_model(one_bad: Made, found: Attribution, t
     assert again.matrix() == found.matrix()
 
 
-def test_an_error_that_belongs_to_no_layer_is_said(one_bad: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_belongs_to_no_layer_is_said(
+    one_bad: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """As if a pass of another package had changed what the graph computes without quantized layers."""
     assert "what belongs to no layer" not in fxquant.attribute(*one_bad, timesteps=1, probes=0, measure=0).left_out
     pairs = measuring.make_pairs
@@ -214,8 +216,16 @@ def test_an_error_that_belongs_to_no_layer_is_said(one_bad: Made, monkeypatch: p
         return made
 
     monkeypatch.setattr(measuring, "make_pairs", changed)
-    found = fxquant.attribute(*one_bad, timesteps=1, probes=0, measure=0)
+    found = fxquant.attribute(*one_bad, timesteps=1, probes=0, measure=0, resume=tmp_path)
     assert "differs from the float model" in found.left_out["what belongs to no layer"]
+    again = fxquant.attribute(*one_bad, timesteps=1, probes=0, measure=0, resume=tmp_path)  # Nothing is left to run.
+    assert again.left_out == found.left_out
+
+
+def test_without_contributions_layers_are_sorted_by_their_own_errors(one_bad: Made) -> None:
+    found = fxquant.attribute(*one_bad, timesteps=1, probes=0, measure=0)
+    assert found.worst(1)[0].name == BAD and found.rows(1)[0]["layer"] == BAD
+    assert "neither estimated nor measured" in found.method
 
 
 class TestBudget:
@@ -226,6 +236,16 @@ class TestBudget:
         assert len(found.timesteps) == 1
         assert next(iter(found.left_out.values())) == "the budget of 60 s was spent"
         assert "500" in next(iter(found.left_out)) and "not measured: timesteps" in found.table()
+
+    def test_a_resumed_run_lists_what_the_first_one_left_out(
+        self, one_bad: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        clock = iter(range(0, 10**6, 10))
+        monkeypatch.setattr(measuring.time, "monotonic", lambda: float(next(clock)))
+        short = fxquant.attribute(*one_bad, timesteps=1, probes=1, measure=None, budget=1, resume=tmp_path)
+        again = fxquant.attribute(*one_bad, timesteps=1, probes=1, measure=None, budget=1, resume=tmp_path)
+        assert "estimates only at timesteps" in short.left_out["some contributions"]
+        assert again.left_out == short.left_out
 
     def test_the_order_is_even_at_any_time(self) -> None:
         steps = [float(step) for step in range(8, 0, -1)]
