@@ -211,7 +211,8 @@ def blaming(path: Path) -> Iterator[None]:
     except BackendError:
         raise
     except Exception as error:
-        if isinstance(error, CheckpointError) and str(path.parent if path.parent.name else path) in str(error):
+        folder = str(path.parent) if path.parent.is_absolute() else f"{path.parent}/"  # "d" alone is in any text.
+        if isinstance(error, CheckpointError) and (str(path) if path.parent == Path() else folder) in str(error):
             raise
         reason = getattr(error, "reason", str(error)) if isinstance(error, FxquantError) else repr(error)
         reason = printable(reason, _REASON)

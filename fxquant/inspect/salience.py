@@ -6,7 +6,7 @@ quantized model, a checkpoint or the float model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fxquant.disk.files import blaming
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.inspect.report import checkpoint_folder
 from fxquant.ir.tensors import weights_of
@@ -25,6 +26,7 @@ from fxquant.planning.uses import unnumbered
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.statistics.collection import Statistics
+from fxquant.storage.agreement import check_headers, read_headers
 from fxquant.storage.aot.package import TENSORS_FILE
 
 _CODES = ("weight_packed", "weight_scale", "weight_zero_point")
@@ -102,21 +104,23 @@ def weight_salience(source: nn.Module | str | Path, plan: Plan) -> dict[str, Ten
         CheckpointError: If the folder holds no checkpoint, or its tensors cannot be read.
         ConfigurationError: If the source is none of these.
     """
-    found = {}
-    for name, weight in _weights(source, plan):
-        found[name] = weight.detach().double().abs().amax(0).cpu()
-    return found
-
-
-def _weights(source: nn.Module | str | Path, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(source, (str, Path)):
-        path = checkpoint_folder(source) / TENSORS_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: not all of the checkpoint was copied")
+    if not isinstance(source, (str, Path)):
+        return _largest(_weights(source, plan))
+    path = checkpoint_folder(source) / TENSORS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: not all of the checkpoint was copied")
+    with blaming(path):
+        check_headers(plan, read_headers(path))
         with safe_open(path, "pt") as file:
             names = set(file.keys())
-            yield from _dequantized(plan, lambda name: file.get_tensor(name) if name in names else None)
-        return
+            return _largest(_dequantized(plan, lambda name: file.get_tensor(name) if name in names else None))
+
+
+def _largest(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: weight.detach().double().abs().amax(0).cpu() for name, weight in weights}
+
+
+def _weights(source: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     model = unwrapped(source)
     if isinstance(model, GraphModel):
         tensors: dict[str, Tensor] = {}

@@ -104,7 +104,7 @@ def read(path: str | Path) -> Statistics:
                 calls.append(KeptCall(call.kind, call.timestep, call.number, call.priority, inputs))
             found.calls.restore(calls)
     except CheckpointError as error:
-        if str(path) in str(error):
+        if str(path) in str(error).split():  # A short name would also be part of other words.
             raise
         raise CheckpointError(f"cannot read statistics from {path}: {error}. Calibrate again.") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -61,3 +61,11 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "t.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"t\.safetensors cannot be read as safetensors"):
         files.load_tensors(tmp_path / "t.safetensors", CPU)
+
+
+@pytest.mark.parametrize("path", ["d/plan.json", "plan.json", "/d/plan.json"])
+def test_an_error_names_the_file_also_in_a_folder_with_a_short_name(path: str) -> None:
+    with pytest.raises(CheckpointError, match="^" + path + ": the field is bad"), files.blaming(Path(path)):
+        raise CheckpointError("the field is bad")
+    with pytest.raises(CheckpointError, match="^" + path + " is bad"), files.blaming(Path(path)):
+        raise CheckpointError(path + " is bad")

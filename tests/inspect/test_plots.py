@@ -7,9 +7,17 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fxquant
-from fxquant.errors import CalibrationError, ConfigurationError, MissingPackageError, UnknownNameError, WriteError
+from fxquant.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigurationError,
+    MissingPackageError,
+    UnknownNameError,
+    WriteError,
+)
 from fxquant.inspect import plots
 from fxquant.inspect.history import rewrite_history
 from fxquant.inspect.salience import layers_with_salience, salience, weight_salience
@@ -186,3 +194,24 @@ def test_long_names_leave_room_for_the_heat_map(length, tmp_path, recwarn):
 def test_an_unknown_layer_is_refused_with_the_nearest():
     with pytest.raises(CalibrationError, match="knows no layer 'c'; it has a, b"):
         plots.timesteps_figure(grouped(), "c")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 100])
+def test_weights_that_cannot_be_read_are_refused_by_name(made, content, tmp_path):
+    quantized = made[1]
+    fxquant.save(quantized, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        weight_salience(tmp_path / "model", quantized.plan)
+
+
+def test_weights_of_another_shape_are_refused_by_name(made, tmp_path):
+    quantized = made[1]
+    fxquant.save(quantized, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{TO_Q}.weight_packed"] = tensors[f"{TO_Q}.weight_packed"][:3].clone()
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{TO_Q}"):
+        weight_salience(tmp_path / "model", quantized.plan)

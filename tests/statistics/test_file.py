@@ -124,3 +124,10 @@ def test_a_failed_save_leaves_the_earlier_file(file: Path, monkeypatch: pytest.M
 def test_a_folder_in_its_place(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="is a folder"):
         made().save(tmp_path)
+
+
+def test_an_error_names_the_file_also_if_its_name_is_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file({}, "e", metadata={"fxquant-statistics": "[]"})
+    with pytest.raises(CheckpointError, match="cannot read statistics from e: "):
+        Statistics.load("e")
