@@ -336,7 +336,7 @@ def _refuse_large(node: fx.Node, values: Sequence[Any]) -> None:
     if node.target in _FUNCTIONS.values() and node.target is not operator.getitem:
         for value in values:
             if isinstance(value, (str, list, tuple)) or (isinstance(value, int) and abs(value) >= 2**63):
-                raise CheckpointError(f"node {node.name}: {node.target.__name__} of what is not a size")
+                raise CheckpointError(f"node {node.name}: {_target_text(node)} of what is not a size")
         powers = values[1:] if node.target in (operator.pow, math.pow) else ()
         if any(isinstance(exponent, int) and exponent > 64 for exponent in powers):
             raise CheckpointError(f"node {node.name}: a power above 64")

@@ -257,8 +257,8 @@ def _values(tensor: Tensor, thorough: bool) -> bytes | int | None:
     flat = tensor.detach()
     flat = flat.view(-1) if flat.is_contiguous() else flat[(0,) * (flat.dim() - 1)].reshape(-1)
     found = flat if thorough else flat[:: max(1, flat.numel() // _SAMPLED)]
-    data = found.cpu().contiguous().view(torch.uint8).numpy()
-    return zlib.crc32(data) if thorough else data.tobytes()
+    data: Any = found.cpu().contiguous().view(torch.uint8).numpy()
+    return zlib.crc32(data) if thorough else bytes(data)
 
 
 def _attributes_of(module: fx.GraphModule) -> dict[str, Any]:

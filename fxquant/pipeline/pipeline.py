@@ -344,7 +344,7 @@ class Pipeline:
         own = replace(context, memo={}, progress=partial(_show, shown, step) if shown else None)
         earlier, text, proof = context.for_trial(), str(step), None
         try:
-            found = step.run(module.graph, own, rewriter)  # type: ignore[func-returns-value]
+            found = step.run(module.graph, own, rewriter)
             check_conduct(text, str(step), found)
             fingerprint.check(text, rewriter.edits)
             if rewriter.edits:

@@ -87,11 +87,12 @@ class PassContext:
     def take_back(self, earlier: PassContext) -> None:
         """Undo what a pass that failed changed: ``earlier`` is what :meth:`for_trial` gave before the pass."""
         vars(self.plan).update(vars(earlier.plan))
-        vars(self.shared).update(vars(earlier.shared))
-        for name in ("codes", "transforms", "changed"):
-            held = getattr(self, name)
-            held.clear()
-            held.update(getattr(earlier, name))
+        kept = [(vars(self.shared)[name], before) for name, before in vars(earlier.shared).items()]
+        kept += [(getattr(self, name), getattr(earlier, name)) for name in ("codes", "transforms", "changed")]
+        for held, before in kept:
+            if isinstance(held, (dict, set)):  # Other contexts may hold the same dict.
+                held.clear()
+                held.update(before)
 
     def refuse_changed(self, layer: str) -> None:
         """Refuse to hand out statistics of an input that a pass changed without saying how.
