@@ -36,6 +36,8 @@ from fxquant.runtime.replay import bind_all, model_from_plan, refuse_unknown_lay
 
 _FAR = 3.0  # dB between the SQNR of a weight and what the plan says, in more than half of the layers.
 
+_ROUNDED = 30.0  # dB; what passes fold into a weight rounds it in the model's dtype, at worst bfloat16.
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -83,8 +85,11 @@ def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec
         assert number is not None
         captured = twin.captured[number]
         captured.module.requires_grad_(False)
-        pairs.append(Pair(captured.call, captured.module, found))
+        quantizable = {name: weight for name, weight in found.items() if plan.layer(name).weight_bits is not None}
+        pairs.append(Pair(captured.call, captured.module, quantizable))
     _refuse_other_model(pairs, plan)
+    for pair, found in zip(pairs, weights, strict=True):
+        _refuse_other_layers(pair.quantized, found, plan)
     return pairs
 
 
@@ -99,7 +104,7 @@ def _stored(quantized: GraphModel) -> dict[str, Tensor]:
 
 
 def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> list[dict[str, Tensor]]:
-    """For each call: the weights of the layers just before they are quantized, by layer."""
+    """For each call: the weights of all layers, just before those with few bits are quantized, by layer."""
     recipe = Recipe.parse(plan.recipe)
     passes = [*recipe.prepare, *itertools.takewhile(_keeps_float, recipe.convert)]
     # Passes that learn from calls have decided; they change the plan and not the graph.
@@ -123,7 +128,7 @@ def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> l
         for node in captured.module.graph.nodes:
             if LAYER in node.meta and node.target in LAYER_OPS:
                 weight = stored_weight(node)
-                if weight is not None and plan.layer(node.meta[LAYER]).weight_bits is not None:
+                if weight is not None:
                     own[str(node.meta[LAYER])] = get_tensor(captured.module, str(weight.target)).detach()
         found.append(own)
     return found
@@ -159,6 +164,27 @@ def _refuse_other_model(pairs: Iterable[Pair], plan: Plan) -> None:
             "the weights of the float model are not those that were quantized, in "
             f"{sum(far)} of {len(far)} layers; pass the model that was compiled"
         )
+
+
+def _refuse_other_layers(module: fx.GraphModule, weights: Mapping[str, Tensor], plan: Plan) -> None:
+    """Compare the weights of layers that stayed float with those of the float model, as passes left both.
+
+    Raises:
+        ConfigurationError: If one differs by more than rounding.
+    """
+    for node in module.graph.nodes:
+        name = node.meta.get(LAYER, "")
+        if node.target not in LAYER_OPS or name not in weights or plan.layer(name).weight_bits is not None:
+            continue
+        weight = stored_weight(node)
+        held = None if weight is None else get_tensor(module, str(weight.target))
+        if held is None or held.shape != weights[name].shape:
+            continue
+        if sqnr_db(weights[name].to(held.device), held) < _ROUNDED:
+            raise ConfigurationError(
+                f"the weight of {name} in the float model is not that in the quantized one, where it stayed float; "
+                "pass the model that was compiled"
+            )
 
 
 def codes_of(node: fx.Node) -> list[fx.Node] | None:

@@ -278,6 +278,14 @@ class TestBudget:
 
 
 class TestRefusals:
+    def test_another_weight_of_a_layer_that_stayed_float(self, one_bad: Made) -> None:
+        quantized, model, _ = one_bad
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.get_parameter("proj_out_2.weight").mul_(2)
+        with pytest.raises(ConfigurationError, match="the weight of proj_out_2 in the float model is not"):
+            fxquant.attribute(quantized, other, calibrate(other))
+
     def test_another_model(self, one_bad: Made) -> None:
         quantized, _, statistics = one_bad
         other = make_dit(layers=2)
