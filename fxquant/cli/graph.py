@@ -55,12 +55,14 @@ def graph(
     with quiet(), status("tracing and running the passes again"):
         check_is_folder(folder)
         import fxquant
+        from fxquant.disk.whole_file import whole_file
         from fxquant.inspect.graph_formats import FORMATS, part_of
 
         history = fxquant.rewrite_history(folder, graph=number, lower=after in (None, "lower"))
         text = FORMATS[form.value](part_of(history, after, block, layer))
     if out is not None:
-        out.write_text(text, encoding="utf-8")
+        with whole_file(out) as written:
+            written.write_text(text, encoding="utf-8")
         err.print(Text(f"written to {out}"))
     elif form is Format.text:
         print_plain(text.removesuffix("\n"))

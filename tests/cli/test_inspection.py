@@ -111,6 +111,12 @@ def test_graph_of_a_block(folders: tuple[Path, Path]) -> None:
     assert "there is no graph 3" in bad("graph", folders[0], "--graph", 3)
 
 
+def test_a_graph_is_written_as_other_files_are(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "choose another name for the file" in bad("graph", folders[0], "--block", 1, "-o", tmp_path)
+    assert invoke("graph", folders[0], "--block", 1, "-o", tmp_path / "new" / "graph.txt").exit_code == 0
+    assert (tmp_path / "new" / "graph.txt").is_file()
+
+
 def test_opt_refuses(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert "cannot be read" in bad("opt", tmp_path / "nowhere", "--passes", "remove-no-ops")
     (tmp_path / "odd.json").write_text("[]")
