@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxquant
+from fxquant.authoring import LayerPlan, Pass, PassContext, Rewriter, Stage, Tier, register_pass
 from fxquant.disk.files import write_tensors
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.assign_precision import AssignPrecision
@@ -127,6 +128,24 @@ def quantize(pipe: DiTPipeline, transformer: nn.Module, recipe: Recipe, **option
     return quantized, time.perf_counter() - began
 
 
+@register_pass
+@dataclass(frozen=True)
+class RecordMoments(Pass):
+    """Change nothing, and let calibration record the second moments that GPTQ needs."""
+
+    name: ClassVar[str] = "record-moments"
+    tier: ClassVar[Tier] = Tier.EXACT
+    requires: ClassVar[Stage] = Stage.CAPTURED
+    establishes: ClassVar[Stage] = Stage.CAPTURED
+    keeps_inputs: ClassVar[bool] = True
+
+    def wants_moments(self, layer: LayerPlan) -> bool:
+        return layer.kind == "linear" and layer.weight_bits is not None and layer.activation_bits is not None
+
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        pass
+
+
 class Calibrated:
     """A transformer and what one calibration of it recorded, from which several recipes decide.
 
@@ -139,7 +158,8 @@ class Calibrated:
     def __init__(self, pipe: DiTPipeline, transformer: nn.Module, layers: str) -> None:
         self.pipe, self.transformer = pipe, transformer
         self.statistics = Statistics()
-        recipe = make_recipe("rtn-gptq-w8a8", layers)  # GPTQ needs what the others need, and second moments besides.
+        # All methods need what GPTQ needs or less. Nothing is quantized here.
+        recipe = Recipe(make_recipe("rtn-gptq-w8a8", layers).prepare, (RecordMoments(),))
         self._prepare = recipe.prepare
         quantized, _ = quantize(pipe, transformer, recipe, statistics=self.statistics)
         self._plan = quantized.plan
