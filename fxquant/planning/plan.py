@@ -95,7 +95,8 @@ class Plan:
         """
         if name not in self.layers:
             raise CalibrationError(
-                f"the plan knows no layer {name!r}; it has {', '.join(nearest(name, self.layers)[:10]) or 'none'}"
+                f"the plan knows no layer {name!r}; it has {', '.join(nearest(name, self.layers)[:10]) or 'none'}",
+                reason=f"the plan knows no layer {name!r}",
             )
         return self.layers[name]
 

@@ -102,7 +102,8 @@ def replay(
             refuse_unknown_layers(captured, plan)
         except CalibrationError as error:
             raise ConfigurationError(
-                f"the plan was made for another model, {plan.model_class}, or for calls that run less of it: {error}"
+                f"the plan was made for another model, {plan.model_class}, or for calls that run less of it: "
+                f"{error.reason}"
             ) from error
         context.inputs = kept_inputs(captured, statistics, recipe.convert, device)
         records = convert_graph(captured, context, recipe, backend, quantized.tensors(), instruments)
@@ -166,8 +167,8 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
             refuse_unknown_layers(captured, plan)
         except CalibrationError as error:
             raise CalibrationError(
-                f"{error}: this call of the model runs more than any calibration call did. Calibrate with calls like "
-                f"it: {captured.call}"
+                f"{error.reason}: this call of the model runs more than any calibration call did. Calibrate with calls "
+                f"like it: {captured.call}"
             ) from error
         context = PassContext(plan, shared=owner.shared.without_weights())
         convert_graph(captured, context, recipe, backend, owner.tensors())
@@ -213,8 +214,8 @@ def model_from_plan(
             refuse_unknown_layers(captured, plan)
         except CalibrationError as error:
             raise CheckpointError(
-                f"the model that is built for it runs more than was quantized: {error}. The plan belongs to another "
-                "model, or to another version of its class"
+                f"the model that is built for it runs more than was quantized: {error.reason}. The plan belongs to "
+                "another model, or to another version of its class"
             ) from error
         rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert])
         quantized.add(captured)

@@ -30,7 +30,6 @@ from fxquant.disk import folders
 from fxquant.disk.files import check_digests
 from fxquant.errors import CheckpointError, WriteError
 from fxquant.runtime.model import GraphModel
-from fxquant.storage.checkpoint import FILES
 from fxquant.storage.skeleton import read_plan
 from tests.tiny import calibrate, make_dit, run
 
@@ -100,7 +99,8 @@ class Storm:
         state = "nothing"
         if place.is_dir():
             state = ("old", "new")[self.contents.index(held(place))]
-            check_digests(place, FILES[1:], read_plan(place)["files"], "plan.json")
+            digests = read_plan(place)["files"]
+            check_digests(place, tuple(digests), digests, "plan.json")
         elif must_stand:
             (aside,) = [path for path in folders.leftovers(place) if ".replaced-" in path.name]
             assert self.contents.index(held(aside)) == 0
