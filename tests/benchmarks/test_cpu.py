@@ -223,6 +223,7 @@ def test_sqnr():
     assert sqnr_db(numpy.ones(4), numpy.full(4, 1.01)) == pytest.approx(40.0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_small_run(tmp_path, monkeypatch):
     command = ["benchmarks.cpu", "--model", "tiny:1", "--rounds", "1", "--threads", "1"]

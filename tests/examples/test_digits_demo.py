@@ -52,7 +52,7 @@ def test_the_float_row_compares_the_model_with_itself(pipe: DiTPipeline, tmp_pat
     assert demo.row(found.result).split()[2:4] == ["-", "-"]
 
 
-@pytest.mark.usefixtures("shared_traces")
+@pytest.mark.exhaustive
 def test_the_size_is_that_of_a_checkpoint(pipe: DiTPipeline, tmp_path: Path) -> None:
     calibrated = compare.Calibrated(pipe, pipe.transformer, "default")
     quantized, _ = calibrated.quantize(make_recipe("htg-w4a8"))

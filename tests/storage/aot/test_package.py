@@ -54,7 +54,7 @@ FAKE_QUANT, NATIVE, ONEDNN = (
 BACKENDS = (
     pytest.param("fake-quant", marks=FAKE_QUANT),
     pytest.param("native", marks=NATIVE),
-    pytest.param("onednn", marks=ONEDNN),
+    pytest.param("onednn", marks=(ONEDNN, pytest.mark.exhaustive)),
 )
 Made = tuple[GraphModel, Path]
 
