@@ -10,8 +10,9 @@ import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
-from queue import Queue
+from queue import Empty
 from typing import Any
 
 import torch
@@ -79,14 +80,18 @@ def measure_all(jobs: Mapping[str, Sequence[Job]], count: int, out: Path) -> Ite
     """
     spawn = multiprocessing.get_context("spawn")  # A process that torch's threads run in cannot be forked.
     threads = max(1, torch.get_num_threads() // len(jobs))
-    with spawn.Manager() as manager, ProcessPoolExecutor(len(jobs), spawn) as pool:
-        queue = manager.Queue()
-        running = [pool.submit(_measure_model, model, each, count, out, threads, queue) for model, each in jobs.items()]
-        for task in running:
-            task.add_done_callback(lambda _: queue.put(None))
+    queue = spawn.Queue()
+    with ProcessPoolExecutor(len(jobs), spawn, _begin, (queue, threads)) as pool:
+        running = [pool.submit(_measure_model, model, each, count, out) for model, each in jobs.items()]
         left = len(running)
         while left:
-            if (found := queue.get()) is None:
+            try:
+                found = queue.get(timeout=1)
+            except Empty:
+                if all(task.done() for task in running):  # A process was killed, and could not say that it ended.
+                    break
+                continue
+            if found is None:
                 left -= 1
             else:
                 yield found[0], Measured(found[1], torch.from_numpy(found[2]))
@@ -94,12 +99,22 @@ def measure_all(jobs: Mapping[str, Sequence[Job]], count: int, out: Path) -> Ite
             task.result()  # Raises what the process raised.
 
 
-def _measure_model(
-    model: str, jobs: Sequence[Job], count: int, out: Path, threads: int, queue: Queue[tuple[Job, Result, Any]]
-) -> None:
+_OF_PROCESS: dict[str, Queue[tuple[Job, Result, Any] | None]] = {}
+"""What a process was started with."""
+
+
+def _begin(queue: Queue[tuple[Job, Result, Any] | None], threads: int) -> None:
+    _OF_PROCESS["queue"] = queue
     torch.set_num_threads(threads)
-    for job, found in rows(load_pipeline(), model, jobs, count, out):
-        queue.put((job, found.result, found.images.numpy()))  # A tensor in a queue needs its process alive.
+
+
+def _measure_model(model: str, jobs: Sequence[Job], count: int, out: Path) -> None:
+    queue = _OF_PROCESS["queue"]
+    try:
+        for job, found in rows(load_pipeline(), model, jobs, count, out):
+            queue.put((job, found.result, found.images.numpy()))  # A tensor in a queue needs its process alive.
+    finally:
+        queue.put(None)
 
 
 def rows(pipe: DiTPipeline, name: str, jobs: Sequence[Job], count: int, out: Path) -> Iterator[tuple[Job, Measured]]:
