@@ -24,8 +24,8 @@ from .rows import MODELS, QUICK, Job, Measured, measure_all
 
 PRECISIONS = ("w8a8", "w4a8")
 PLAIN = ("rtn", "smoothquant", "htg", "ptq4dit")
-METHODS = {"w8a8": PLAIN, "w4a8": (*PLAIN, "ptq4dit-gptq")}
-"""Compared methods for each precision. 8 bits do not need GPTQ."""
+METHODS = {"w8a8": PLAIN, "w4a8": ("rtn", "smoothquant", "ptq4dit", "ptq4dit-gptq")}
+"""Compared methods for each precision. 8 bits do not need GPTQ; HTG at 4 bits is in `--all`."""
 
 EVERY_METHOD = (
     *("rtn", "dynamic", "single-step", "smoothquant", "smoothquant-search", "repq", "q-diffusion"),
