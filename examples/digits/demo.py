@@ -85,7 +85,8 @@ def jobs_of(model: str, methods: Mapping[str, Sequence[str]]) -> list[Job]:
         Job(model, recipe_name(name, precision), "default") for precision in methods for name in methods[precision]
     ]
     if model == "plain":  # One model is enough to show the effect of the choice of layers.
-        jobs += [Job(model, f"ptq4dit-{precision}", "all") for precision in PRECISIONS]
+        shown = ("w4a8",) if methods == METHODS else PRECISIONS
+        jobs += [Job(model, f"ptq4dit-{precision}", "all") for precision in shown]
     return jobs
 
 
