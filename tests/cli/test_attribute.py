@@ -11,8 +11,6 @@ import fxquant
 from tests.cli.test_cli import FAST, float_folder, refused, run  # noqa: F401  (a fixture)
 from tests.tiny import make_pipeline
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 BAD = "transformer_blocks.0.attn1.to_v"
 
 

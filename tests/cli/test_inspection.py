@@ -14,8 +14,6 @@ from fxquant.cli.__main__ import app
 from fxquant.storage.diffusers_io import save_pipeline
 from tests.tiny import calibrate, make_dit, make_pipeline
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 VALUE = "transformer_blocks.0.attn1.to_v"
 
 

@@ -10,8 +10,6 @@ from safetensors.torch import load_file
 
 from tests.cli.test_cli import FAST, float_folder, refused, run  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 @pytest.fixture(scope="module")
 def kept(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811

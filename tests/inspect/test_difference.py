@@ -15,8 +15,6 @@ from fxquant.runtime.model import GraphModel
 from tests.inspect.test_report import hand_made
 from tests.tiny import calibrate, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 QUERY = "transformer_blocks.0.attn1.to_q"
 VALUE = "transformer_blocks.0.attn1.to_v"
 

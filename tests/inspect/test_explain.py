@@ -17,8 +17,6 @@ from fxquant.runtime.model import GraphModel
 from tests.inspect.test_report import hand_made
 from tests.tiny import calibrate, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 OUT = "transformer_blocks.0.attn1.to_out.0"
 KEY = "transformer_blocks.0.attn1.to_k"
 EMBEDDER = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"

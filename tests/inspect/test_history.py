@@ -14,8 +14,6 @@ from fxquant.inspect.history import History, rewrite_history
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, make_dit, run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 OUT = "transformer_blocks.0.attn1.to_out.0"
 VALUE = "transformer_blocks.0.attn1.to_v"
 

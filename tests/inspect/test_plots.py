@@ -25,7 +25,6 @@ from fxquant.planning.decisions import LayerPlan, TimestepGroups
 from fxquant.planning.plan import Plan
 from tests.tiny import calibrate, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 TO_Q = "transformer_blocks.0.attn1.to_q"
 
 

@@ -24,8 +24,6 @@ from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 BAD = "transformer_blocks.1.attn1.to_v"
 Made = tuple[GraphModel, nn.Module, Statistics]
 EXACT: dict[str, Any] = {"samples": 4, "measure": None}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from fxquant.inspect.page.build import page_html
 from fxquant.inspect.page.write import inspect_page
 from tests.inspect.page.conftest import Page, data_of
@@ -236,7 +234,6 @@ class TestHostileText:
         assert all("Content Security Policy" in line for line in page.console())
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_each_kind_of_call_has_its_graph(page, tmp_path):
     import torch
     from torch import nn
@@ -273,7 +270,6 @@ def test_each_kind_of_call_has_its_graph(page, tmp_path):
     assert sorted(seen) == [False, True]
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_a_model_of_one_layer(page, tmp_path):
     import torch
     from torch import nn

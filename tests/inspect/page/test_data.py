@@ -20,8 +20,6 @@ from fxquant.planning.attribution import Attribution
 from tests.inspect.page.conftest import data_of, errors
 from tests.tiny import calibrate, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 @pytest.fixture(scope="module")
 def made():
