@@ -42,6 +42,11 @@ def pattern_of(name: str) -> str:
     return _NUMBER.sub("*", name, count=1) if "." in name else _NODE_NUMBER.sub(r"\1", name)
 
 
+def is_inside(name: str, module: str) -> bool:
+    """Whether a name is that of a module, or of a layer, tensor or other module in it."""
+    return name == module or name.startswith(f"{module}.")
+
+
 def without_numbers(reason: str | None) -> str | None:
     """A reason without the numbers of nodes, so that it reads the same for every block."""
     return None if reason is None else _NODE_NUMBER.sub(r"\1", reason)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from fxquant.errors import UnknownNameError
 from fxquant.inspect.snapshots import GraphChange, NodeState, Rewired, Snapshot
+from fxquant.text import is_inside, nearest
 
 _BLOCK = re.compile(r"[^.]+(?:\.[^.\d][^.]*)*\.(\d+)(?:\.|$)")
 Key = tuple[Any, ...]
@@ -74,25 +76,37 @@ def _named(value: Any, names: dict[str, Key]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
-def in_part(state: NodeState, block: str | None, layer: str | None) -> bool:
-    """Whether a node belongs to a part of the model.
+def part_of(nodes: Snapshot, block: str | None, layer: str | None) -> Snapshot:
+    """The nodes that belong to a part of the model.
 
     Args:
-        state: The node.
+        nodes: The graph.
         block: Number of a block, such as ``3``, or its path, such as ``transformer_blocks.3``; None for all blocks.
         layer: Name of a layer, or path of a module; None for all.
+
+    Raises:
+        UnknownNameError: If there are none. The message names the nearest blocks or layers.
     """
-    places = list(_places(state))
-    if block is not None and not any(_is_in_block(place, block) for place in places):
-        return False
-    return layer is None or any(place == layer or place.startswith(f"{layer}.") for place in places)
+    found = tuple(state for state in nodes if _are_in_part(list(_places(state)), block, layer))
+    if not found and block is not None:
+        places = (place for state in nodes for place in _places(state))
+        raise UnknownNameError("block", block, nearest(block, blocks_among(places)))
+    if not found and layer is not None:
+        known = (name for state in nodes for name in (*state.roles, state.module) if name)
+        raise UnknownNameError("layer", layer, nearest(layer, known))
+    return found
 
 
 def is_in_part(name: str, block: str | None, layer: str | None) -> bool:
-    """The same for the name of a layer or tensor."""
-    if block is not None and not _is_in_block(name, block):
+    """Whether a layer or tensor belongs to a part of the model, as :func:`part_of` takes it."""
+    return _are_in_part([name], block, layer)
+
+
+def _are_in_part(places: Sequence[str], block: str | None, layer: str | None) -> bool:
+    """Whether one of some names is in the block, and one in the layer or module."""
+    if block is not None and not any(_is_in_block(place, block) for place in places):
         return False
-    return layer is None or name == layer or name.startswith(f"{layer}.")
+    return layer is None or any(is_inside(place, layer) for place in places)
 
 
 def _places(state: NodeState) -> Iterator[str]:
@@ -104,17 +118,12 @@ def _places(state: NodeState) -> Iterator[str]:
 
 def _is_in_block(place: str, block: str) -> bool:
     if not block.isdigit():
-        return place == block or place.startswith(f"{block}.")
+        return is_inside(place, block)
     match = _BLOCK.match(place)
     return match is not None and match[1] == block
 
 
-def blocks_of(nodes: Snapshot) -> list[str]:
-    """Paths of the blocks of a graph, such as ``transformer_blocks.0``, for messages."""
-    return blocks_among(place for state in nodes for place in _places(state))
-
-
 def blocks_among(names: Iterable[str]) -> list[str]:
-    """Paths of the blocks that some layers or modules belong to."""
+    """Paths of the blocks that some layers or modules belong to, such as ``transformer_blocks.0``, for messages."""
     matches = [(name, _BLOCK.match(name)) for name in names]
     return list(dict.fromkeys(name[: match.end(1)] for name, match in matches if match))

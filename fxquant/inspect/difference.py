@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxquant.errors import ConfigurationError, UnknownNameError
-from fxquant.inspect.alignment import blocks_among, blocks_of, differences, in_part, is_in_part
+from fxquant.inspect.alignment import blocks_among, differences, is_in_part, part_of
 from fxquant.inspect.history import History, Step, TensorChange, rewrite_history
 from fxquant.inspect.layer_changes import LayerChange, facts_of, grouped, layer_changes
 from fxquant.inspect.report import plan_of
@@ -224,7 +224,7 @@ def _with_graphs(
     found: Difference, left: History, right: History, step: str | None, block: str | None, layer: str | None
 ) -> Difference:
     ends = [_until(history, step) for history in (left, right)]
-    nodes = [_part_of(steps[-1].nodes, block, layer) for steps in ends]
+    nodes = [part_of(steps[-1].nodes, block, layer) for steps in ends]
     changes = [_changes(steps) for steps in ends]
     tensors = dict.fromkeys([*changes[0], *changes[1]])
     other = tuple(
@@ -259,7 +259,7 @@ def _of_step(history: History, name: str, block: str | None, layer: str | None) 
     """The graph before and after one step."""
     step = history.step(name)
     before = history.steps[max(history.steps.index(step) - 1, 0)]
-    sides = _part_of(before.nodes, block, layer), _part_of(step.nodes, block, layer)
+    sides = part_of(before.nodes, block, layer), part_of(step.nodes, block, layer)
     names = {state.name for side in sides for state in side}
     change = GraphChange(
         tuple(one for one in step.change.added if one in names),
@@ -275,21 +275,6 @@ def _of_step(history: History, name: str, block: str | None, layer: str | None) 
     )
     labels = f"the graph before {step.text}", f"the graph after {step.text}"
     return Difference(*labels, nodes=change, ops=_ops(change, *sides), tensors=tensors)
-
-
-def _part_of(nodes: Snapshot, block: str | None, layer: str | None) -> Snapshot:
-    """The nodes of a block or layer.
-
-    Raises:
-        UnknownNameError: If there are none.
-    """
-    found = tuple(state for state in nodes if in_part(state, block, layer))
-    if not found and block is not None:
-        raise UnknownNameError("block", block, nearest(block, blocks_of(nodes)))
-    if not found and layer is not None:
-        known = (name for state in nodes for name in (*state.roles, state.module) if name)
-        raise UnknownNameError("layer", layer, nearest(layer, known))
-    return found
 
 
 def _ops(change: GraphChange, left: Snapshot, right: Snapshot) -> dict[str, str]:

@@ -15,6 +15,7 @@ import networkx as nx
 from fxquant.errors import UnknownNameError
 from fxquant.inspect.history import Step
 from fxquant.inspect.snapshots import NodeState
+from fxquant.text import is_inside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ def nodes_inside(nodes: Sequence[NodeState], module: str) -> list[NodeState]:
         UnknownNameError: If no node is inside; the message names modules.
     """
     calls = [state for state in nodes if state.kind != "tensor"]
-    inside = [state for state in calls if not module or state.module == module or state.module.startswith(f"{module}.")]
+    inside = [state for state in calls if not module or is_inside(state.module, module)]
     if not inside:
         known = dict.fromkeys(state.module.rpartition(".")[0] or state.module for state in calls if state.module)
         raise UnknownNameError("module", module, list(known)[:12])

@@ -8,11 +8,10 @@ from typing import Any
 
 import networkx as nx
 
-from fxquant.errors import UnknownNameError
-from fxquant.inspect.alignment import blocks_of, in_part
+from fxquant.inspect import alignment
 from fxquant.inspect.history import History
 from fxquant.inspect.snapshots import NodeState, Snapshot
-from fxquant.text import json_values, nearest
+from fxquant.text import json_values
 
 _COLOURS = {
     "product": "#c6dbef",
@@ -40,14 +39,7 @@ def part_of(
         UnknownNameError: If there is no such step, block or layer. The message names the nearest ones.
     """
     nodes = (history.steps[-1] if after is None else history.step(after)).nodes
-    wanted = None if block is None else str(block)
-    found = tuple(state for state in nodes if in_part(state, wanted, layer))
-    if not found and wanted is not None:
-        raise UnknownNameError("block", wanted, nearest(wanted, blocks_of(nodes)))
-    if not found and layer is not None:
-        known = (name for state in nodes for name in (*state.roles, state.module) if name)
-        raise UnknownNameError("layer", layer, nearest(layer, known))
-    return found
+    return alignment.part_of(nodes, None if block is None else str(block), layer)
 
 
 def to_text(nodes: Snapshot) -> str:

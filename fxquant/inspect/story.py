@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fxquant.inspect.history import History, Step, TensorChange
 from fxquant.inspect.snapshots import NodeState, Snapshot
+from fxquant.text import is_inside
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,7 @@ class Event:
 
 def belongs(state: NodeState, name: str) -> bool:
     """Whether a node belongs to a layer, or to a module or one of the layers in it."""
-    return name in state.roles or any(
-        owner == name or owner.startswith(f"{name}.") for owner in (state.module, *state.roles)
-    )
+    return any(is_inside(owner, name) for owner in (state.module, *state.roles))
 
 
 def events_of(history: History, name: str, absorbers: Collection[str] = ()) -> Iterator[Event]:
@@ -77,7 +76,7 @@ def _node(state: NodeState, name: str) -> str:
 
 
 def _touches(change: TensorChange, name: str) -> bool:
-    return any(owner == name or owner.startswith(f"{name}.") for owner in change.layers)
+    return any(is_inside(owner, name) for owner in change.layers)
 
 
 def _is_absorber(change: TensorChange, absorbers: Collection[str], nodes: Snapshot) -> bool:

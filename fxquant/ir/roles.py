@@ -19,7 +19,7 @@ from fxquant.ir.layers import is_cast
 from fxquant.ir.meta import LAYER, PROVENANCE, ROLE
 from fxquant.ir.names import base_name
 from fxquant.ir.time_tables import plus_rows, reads_rows
-from fxquant.text import nearest
+from fxquant.text import is_inside, nearest
 
 ROLES = {
     "product": "multiplies the input and the weight, or looks up rows of a table",
@@ -115,7 +115,7 @@ def _modules(node: fx.Node) -> Iterator[str]:
 
 def _is_inside(node: fx.Node, module: str) -> bool:
     names = (module_path(node), *roles_of(node))
-    return any(name == module or name.startswith(f"{module}.") for name in names)
+    return any(is_inside(name, module) for name in names)
 
 
 def _is_product(node: fx.Node) -> bool:
