@@ -11,7 +11,7 @@ from torch import nn
 
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.inspect.alignment import blocks_among, differences, is_in_part, part_of
-from fxquant.inspect.history import History, Step, TensorChange, rewrite_history
+from fxquant.inspect.history import History, Step, rewrite_history
 from fxquant.inspect.layer_changes import LayerChange, facts_of, grouped, layer_changes
 from fxquant.inspect.report import plan_of
 from fxquant.inspect.snapshots import GraphChange, NodeState, Snapshot
@@ -246,13 +246,9 @@ def _changes(steps: tuple[Step, ...]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for step in steps:
         for change in step.tensors:
-            if change.what in ("copied", "folded", "replaced"):
-                found.setdefault(change.tensor, []).append(_change_text(step, change))
+            if change.changes_numbers:
+                found.setdefault(change.tensor, []).append(f"{step.name}: {change.done}")
     return found
-
-
-def _change_text(step: Step, change: TensorChange) -> str:
-    return f"{step.name}: {str(change).removeprefix(f'{change.tensor}: ')}"
 
 
 def _of_step(history: History, name: str, block: str | None, layer: str | None) -> Difference:
@@ -268,7 +264,7 @@ def _of_step(history: History, name: str, block: str | None, layer: str | None) 
         {one: made for one, made in (step.change.replaced or {}).items() if one in names},
     )
     tensors = tuple(
-        TensorDifference(one.tensor, (), (_change_text(step, one),))
+        TensorDifference(one.tensor, (), (f"{step.name}: {one.done}",))
         for one in step.tensors
         if one.what != "made"
         if any(is_in_part(owner, block, layer) for owner in (one.tensor, *one.layers))

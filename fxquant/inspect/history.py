@@ -57,8 +57,15 @@ class TensorChange:
     shift: Span | None
     layers: tuple[str, ...]
 
-    def __str__(self) -> str:
-        text = f"{self.tensor}: {self.what}"
+    @property
+    def changes_numbers(self) -> bool:
+        """Whether the tensor is another one than before; one that is dropped has only lost its reader."""
+        return self.what in ("copied", "folded", "replaced")
+
+    @property
+    def done(self) -> str:
+        """What was done, without the name of the tensor, such as ``folded times 0.5..2 along its rows``."""
+        text = self.what
         if self.source:
             text += f" from {self.source}"
         for word, span in (("times", self.factor), ("plus", self.shift)):
@@ -66,6 +73,9 @@ class TensorChange:
                 low, high = (f"{end:.3g}" for end in span)
                 text += f" {word} {low}" + (f"..{high}" if high != low else "")
         return text + (f" along its {self.along}" if self.along in ("rows", "columns") else "")
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.done}"
 
 
 @dataclass(frozen=True)

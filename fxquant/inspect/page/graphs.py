@@ -30,9 +30,6 @@ import torch
 from fxquant.inspect.history import History, Step
 from fxquant.inspect.snapshots import NodeState, order_of
 
-_CHANGED = ("folded", "replaced", "copied")
-"""What a pass does to the numbers of a tensor; one that is dropped has only lost its reader."""
-
 
 def graph_data(history: History) -> dict[str, Any]:
     """The history of one graph as JSON values."""
@@ -90,8 +87,8 @@ class _Table:
 def _step(step: Step) -> dict[str, Any]:
     changed: dict[str, list[str]] = {}
     for change in step.tensors:
-        if change.what in _CHANGED:
-            changed.setdefault(change.tensor, []).append(str(change).removeprefix(f"{change.tensor}: "))
+        if change.changes_numbers:
+            changed.setdefault(change.tensor, []).append(change.done)
     return {
         "name": step.name,
         "pass": step.text if step.name != "captured" else step.name,
