@@ -153,9 +153,8 @@ def draw_nodes(axis: Axes, nodes: Sequence[NodeState], layout: Layout, changes: 
         )  # fmt: skip
         op = state.target.partition("::")[2] or state.target if state.kind == "call" else state.kind
         place = (state.layer or state.module or state.name).removeprefix(f"{module}.")
-        value = "" if state.dtype is None else f"{state.dtype}[{', '.join(map(str, state.shape or ()))}]"
         axis.text(x, y - 0.1, op.removesuffix(".default"), ha="center", va="center", fontsize=6.5, weight="bold")
-        axis.text(x, y + 0.1, f"{place} {value}"[-42:], ha="center", va="center", fontsize=4.5, color="0.35")
+        axis.text(x, y + 0.1, f"{place} {state.value}"[-42:], ha="center", va="center", fontsize=4.5, color="0.35")
     axis.set_axis_off()
     axis.set_aspect("equal")
     axis.set_anchor("N")

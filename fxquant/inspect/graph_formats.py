@@ -49,7 +49,7 @@ def to_text(nodes: Snapshot) -> str:
     for state in nodes:
         if state.kind == "tensor":
             continue
-        value = "" if state.dtype is None else f": {state.dtype}[{', '.join(map(str, state.shape or ()))}]"
+        value = f": {state.value}" if state.value else ""
         given = ", ".join(f"{name}={_shown(value, targets)}" for name, value in state.arguments.items())
         op = state.target.removeprefix("aten::")
         line = {"call": f"{state.name}{value} = {op}({given})", "input": f"{state.name}{value}"}
@@ -119,10 +119,9 @@ def to_dot(nodes: Snapshot) -> str:
 
 
 def _dot_attributes(state: NodeState) -> str:
-    value = "" if state.dtype is None else f"{state.dtype}[{', '.join(map(str, state.shape or ()))}]"
     bits = "" if state.bits is None else f"{state.bits} bits"
     roles = ", ".join(dict.fromkeys(state.roles.values()))
-    label = "\n".join(part for part in (state.target.removeprefix("aten::"), value, bits, roles) if part)
+    label = "\n".join(part for part in (state.target.removeprefix("aten::"), state.value, bits, roles) if part)
     colours = (_COLOURS[role] for role in state.roles.values() if role in _COLOURS)
     colour = "#eeeeee" if state.kind == "tensor" else next(colours, "white")
     return f"label={_quoted(label)} fillcolor={_quoted(colour)}"
@@ -155,9 +154,8 @@ def to_model_explorer(nodes: Snapshot, label: str = "fxquant") -> dict[str, Any]
             "attrs": [] if state is None else _attributes(state),
             "incomingEdges": edges,
         }
-        if state is not None and state.dtype is not None:
-            shape = f"{state.dtype}[{', '.join(map(str, state.shape or ()))}]"
-            entry["outputsMetadata"] = [{"id": "0", "attrs": [{"key": "tensor_shape", "value": shape}]}]
+        if state is not None and state.value:
+            entry["outputsMetadata"] = [{"id": "0", "attrs": [{"key": "tensor_shape", "value": state.value}]}]
         found.append(entry)
     return {"label": label, "graphs": [{"id": label, "nodes": found}]}
 

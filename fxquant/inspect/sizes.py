@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxquant.disk.files import dtype_of_name
-from fxquant.inspect.snapshots import NodeState, Snapshot
+from fxquant.inspect.snapshots import Snapshot
 from fxquant.numerics.packing import packed_size
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
@@ -36,7 +35,7 @@ def dtype_of_plan(plan: Plan) -> torch.dtype:
 
 def bytes_of(nodes: Snapshot, layer: str) -> int:
     """Bytes of the stored tensors that belong to a layer, also of those that other layers read too."""
-    return sum(_size(state) for state in nodes if state.kind == "tensor" and layer in state.roles)
+    return sum(state.num_bytes or 0 for state in nodes if state.kind == "tensor" and layer in state.roles)
 
 
 def shared_with(nodes: Snapshot, layer: str) -> tuple[str, ...]:
@@ -46,10 +45,3 @@ def shared_with(nodes: Snapshot, layer: str) -> tuple[str, ...]:
         if state.kind == "tensor" and layer in state.roles:
             found.update(dict.fromkeys(state.roles))
     return tuple(name for name in found if name != layer)
-
-
-def _size(state: NodeState) -> int:
-    count = 1
-    for size in state.shape or ():
-        count *= size if isinstance(size, int) else 0
-    return count * dtype_of_name(state.dtype or "").itemsize

@@ -5,6 +5,7 @@ Snapshots hold no tensors and no nodes. Nodes that did not change between two sn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.disk.files import dtype_of_name
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.names import qualified_name
@@ -67,6 +69,19 @@ class NodeState:
             return None
         low = self.arguments.get("qmin", self.arguments.get("quant_min", 0))
         return int(top - (low if isinstance(low, int) else 0)).bit_length()
+
+    @property
+    def value(self) -> str:
+        """Dtype and shape of its value as text, such as ``float32[B, 16]``; empty if the value is not one tensor."""
+        return "" if self.dtype is None else f"{self.dtype}[{', '.join(map(str, self.shape or ()))}]"
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of its value; None if a size is open, or the value is not one tensor."""
+        if self.dtype is None or self.shape is None:
+            return None
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        return dtype_of_name(self.dtype).itemsize * math.prod(sizes) if len(sizes) == len(self.shape) else None
 
     def reads_like(self, other: NodeState) -> bool:
         """Whether two nodes compute the same from nodes of the same names."""

@@ -25,8 +25,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from fxquant.inspect.history import History, Step
 from fxquant.inspect.snapshots import NodeState, order_of
 
@@ -135,22 +133,10 @@ def _tensor(state: NodeState, texts: _Texts) -> list[Any]:
         texts(state.target),
         texts(_size(state)),
         texts(state.dtype),
-        _bytes(state),
+        state.num_bytes,
         texts.all(dict.fromkeys(name for name, _ in state.made_by)),
         texts.all(state.roles),
     ]
-
-
-def _bytes(state: NodeState) -> int | None:
-    dtype = None if state.dtype is None else getattr(torch, state.dtype, None)
-    if not isinstance(dtype, torch.dtype) or state.shape is None:
-        return None
-    count = dtype.itemsize
-    for size in state.shape:
-        if not isinstance(size, int):
-            return None
-        count *= size
-    return count
 
 
 def _size(state: NodeState) -> str | None:
