@@ -274,7 +274,7 @@ def _db(error: float | None) -> str:
 
 
 def _bins(of: str, held: ActivationRange, boundaries: tuple[float, ...], plan: Plan) -> list[BinRange]:
-    lows, highs = (end if isinstance(end, list) else [end] for end in (held.low, held.high))
+    lows, highs = held.ends
     edges: list[float | None] = [None, *boundaries, None] if len(lows) > 1 else [None, None]
     steps = bin_of(boundaries, torch.tensor(plan.timesteps)).tolist() if len(lows) > 1 else [0] * len(plan.timesteps)
     return [

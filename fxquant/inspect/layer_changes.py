@@ -166,7 +166,7 @@ def _of_attention(entry: AttentionPlan) -> dict[str, str]:
 
 
 def _of_range(held: ActivationRange) -> str:
-    lows, highs = (end if isinstance(end, list) else [end] for end in (held.low, held.high))
+    lows, highs = held.ends
     bins = f", {len(lows)} bins" if len(lows) > 1 else ""
     return f"{min(lows):.4g}..{max(highs):.4g}{bins}"
 

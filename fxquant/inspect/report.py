@@ -8,7 +8,7 @@ the same :class:`Report`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -338,8 +338,8 @@ def _layer_report(name: str, layer: LayerPlan, backend: Backend | None, dtype: t
         reason=balance.reason if balance else None,
         shift_cost=layer.shift.cost if layer.shift else None,
         timestep_bins=len(layer.boundaries) + 1,
-        activation_low=_extreme(min, activation.low) if activation else None,
-        activation_high=_extreme(max, activation.high) if activation else None,
+        activation_low=min(activation.ends[0]) if activation else None,
+        activation_high=max(activation.ends[1]) if activation else None,
         spread=(layer.spread[0], layer.spread[1]) if layer.spread else None,
         weight_sqnr_db=layer.weight_sqnr_db,
         activation_sqnr_db=layer.activation_sqnr_db,
@@ -371,15 +371,10 @@ def _attention_report(name: str, entry: AttentionPlan, backend: Backend | None, 
         kernel=left or ("?" if backend is None else backend.attention_kernel(entry)),
         bits=entry.bits,
         softmax_bits=entry.softmax_bits,
-        ranges={side: (_extreme(min, found.low), _extreme(max, found.high)) for side, found in entry.ranges.items()},
+        ranges={side: (min(found.ends[0]), max(found.ends[1])) for side, found in entry.ranges.items()},
         sqnr_db=dict(entry.sqnr_db),
         reason=entry.reason,
     )
-
-
-def _extreme(choose: Callable[[list[float]], float], bound: float | list[float]) -> float:
-    """The outermost end of a layer's ranges. A layer has one range per bin of timesteps."""
-    return choose(bound) if isinstance(bound, list) else bound
 
 
 def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:

@@ -37,6 +37,12 @@ class ActivationRange:
     high: float | list[float]
     method: str
 
+    @property
+    def ends(self) -> tuple[list[float], list[float]]:
+        """The low and the high ends as lists, with one number for each bin that has a range of its own."""
+        low, high = (end if isinstance(end, list) else [end] for end in (self.low, self.high))
+        return low, high
+
 
 @dataclass
 class Shift:

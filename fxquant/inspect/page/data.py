@@ -143,7 +143,7 @@ def _shift(layer: LayerPlan) -> dict[str, Any] | None:
 def _range(found: ActivationRange | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    low, high = (bound if isinstance(bound, list) else [bound] for bound in (found.low, found.high))
+    low, high = found.ends
     return {"method": found.method, "low": low, "high": high}
 
 
