@@ -52,6 +52,11 @@ def without_numbers(reason: str | None) -> str | None:
     return None if reason is None else _NODE_NUMBER.sub(r"\1", reason)
 
 
+def of_any_block(text: str) -> str:
+    """A text about layers and nodes without the numbers of blocks and nodes."""
+    return _NUMBER.sub("*", _NODE_NUMBER.sub(r"\1", text))
+
+
 def letter(number: int) -> str:
     """A to Z, then A1 and so on."""
     return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")

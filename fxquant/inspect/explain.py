@@ -16,6 +16,7 @@ from fxquant.inspect.report import plan_of, report
 from fxquant.inspect.sizes import bytes_of, dtype_of_plan, shared_with, weight_bytes
 from fxquant.inspect.sources import Source, plan_if_alone
 from fxquant.inspect.story import Event, belongs, events_of
+from fxquant.inspect.tables import attention_bits
 from fxquant.ir.time_tables import bin_of
 from fxquant.planning.attribution import LayerErrors, to_db
 from fxquant.planning.decisions import ActivationRange
@@ -222,7 +223,7 @@ def _from_plan(source: Source, plan: Plan, name: str, timestep: float | None) ->
     if name in plan.attentions:
         (own,) = (row for row in rows.attentions if row.name == name)
         entry = plan.attentions[name]
-        bits = "float" if entry.bits is None else f"a{entry.bits}, softmax {entry.softmax_bits}"
+        bits = attention_bits(entry.bits, entry.softmax_bits)
         ranges = tuple(one for side, held in entry.ranges.items() for one in _bins(side, held, (), plan))
         found = Explanation(name, "attention", "", bits, None, own.kernel, entry.reason, choices, ranges)
         return replace(found, sqnr_db=dict(entry.sqnr_db), timestep=timestep, **_measured(plan, name))

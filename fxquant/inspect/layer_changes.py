@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fxquant.inspect.tables import span_of
+from fxquant.inspect.tables import attention_bits, span_of
 from fxquant.ir.edits import span_of as span_of_tensor
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift
 from fxquant.planning.pass_decisions import same_tensors
 from fxquant.planning.plan import Plan
-from fxquant.text import name_of_all, pattern_of, size, without_numbers
+from fxquant.text import name_of_all, of_any_block, pattern_of, size
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # The number of a block in the name of a layer.
 _MEASURED = ("weight dB", "input dB", "range", "max|x|", "factors", "shifts", "q", "k", "v", "q dB", "k dB", "v dB")
 """Numbers that differ from layer to layer; layers that differ only in them share a row."""
 
@@ -85,7 +83,7 @@ def grouped(changes: Sequence[LayerChange]) -> list[list[str]]:
     groups: dict[tuple[Any, ...], list[LayerChange]] = {}
     for change in changes:
         alike = tuple(
-            (key, *("" if key in _MEASURED else _of_any_block(side) for side in pair))
+            (key, *("" if key in _MEASURED else of_any_block(side) for side in pair))
             for key, pair in change.what.items()
         )
         groups.setdefault((pattern_of(change.name), alike), []).append(change)
@@ -96,17 +94,12 @@ def grouped(changes: Sequence[LayerChange]) -> list[list[str]]:
             sides = [list(dict.fromkeys(member.what[key][side] for member in members)) for side in (0, 1)]
             alone = len(members) == 1
             cells = [
-                _together(texts) if key in _MEASURED else texts[0] if alone else _of_any_block(texts[0])
+                _together(texts) if key in _MEASURED else texts[0] if alone else of_any_block(texts[0])
                 for texts in sides
             ]
             rows.append([title, key, *cells])
             title = ""
     return rows
-
-
-def _of_any_block(text: str) -> str:
-    """A text without the numbers of blocks and nodes."""
-    return _NUMBER.sub("*", without_numbers(text) or "")
 
 
 def _together(texts: Sequence[str]) -> str:
@@ -157,8 +150,7 @@ def _of_change(key: str, entry: Balance | Shift) -> dict[str, str]:
 
 
 def _of_attention(entry: AttentionPlan) -> dict[str, str]:
-    bits = "float" if entry.bits is None else f"a{entry.bits}, softmax {entry.softmax_bits}"
-    found = {"precision": bits}
+    found = {"precision": attention_bits(entry.bits, entry.softmax_bits)}
     if entry.reason is not None:
         found["reason"] = entry.reason
     found |= {side: _of_range(held) for side, held in entry.ranges.items()}

@@ -22,7 +22,7 @@ from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
 from fxquant.inspect.decisions import decision_rows, decision_tables
 from fxquant.inspect.rows import COSTS, AttentionReport, DecisionReport, LayerReport, PassReport, Totals
 from fxquant.inspect.sizes import dtype_of_plan, weight_bytes
-from fxquant.inspect.tables import layer_row, reasons, sections, span_of
+from fxquant.inspect.tables import attention_bits, layer_row, reasons, sections, span_of
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import Attribution
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
@@ -184,8 +184,7 @@ class Report:
         for group in groups.values():
             first = group[0]
             name = name_of_all([entry.name for entry in group])
-            bits = "float" if first.bits is None else f"a{first.bits}, softmax {first.softmax_bits}"
-            row = [name, bits, first.kernel]
+            row = [name, attention_bits(first.bits, first.softmax_bits), first.kernel]
             for side in ("q", "k", "v"):
                 ends = [entry.ranges[side] for entry in group if side in entry.ranges]
                 row.append(f"{min(low for low, _ in ends):.3g}..{max(high for _, high in ends):.3g}" if ends else "")

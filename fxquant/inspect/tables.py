@@ -84,6 +84,11 @@ def _balance(layer: LayerReport, several: bool) -> str:
     return f"{layer.cost}{part}: {', '.join(names)}" if names else f"{layer.cost}{part}"
 
 
+def attention_bits(bits: int | None, softmax_bits: int | None) -> str:
+    """Bits of the products of an attention, such as ``a8, softmax 8``."""
+    return "float" if bits is None else f"a{bits}, softmax {softmax_bits}"
+
+
 def span_of(values: Iterator[float | None]) -> str:
     """Text with the smallest and the largest of the known values."""
     known = [value for value in values if value is not None]
