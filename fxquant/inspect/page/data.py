@@ -49,7 +49,7 @@ from torch import Tensor
 from fxquant.inspect.page.errors import errors_data
 from fxquant.inspect.report import Report
 from fxquant.inspect.salience import Salience, layers_with_salience, salience
-from fxquant.planning.decisions import ActivationRange, LayerPlan
+from fxquant.planning.decisions import ActivationRange
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 from fxquant.text import json_values
@@ -106,9 +106,7 @@ def model_data(
     layers = [{**row, **_layer(row["name"], plan)} for row in told["layers"]]
     return {
         "name": name,
-        **{
-            key: told[key] for key in ("model_class", "recipe", "backend", "totals", "attentions", "products", "passes")
-        },
+        **{key: told[key] for key in _FROM_REPORT},
         "decisions": told.get("decisions", []),
         "timesteps": sorted(plan.timesteps),
         "output_sqnr_db": sorted(told["output_sqnr_db"]),
@@ -132,12 +130,8 @@ def _layer(name: str, plan: Plan) -> dict[str, Any]:
         "dendrogram": groups.dendrogram if groups else [],
         "groups_reason": groups.reason if groups else None,
         "balance": {**asdict(layer.balance), "factors": factors} if layer.balance else None,
-        "shift": _shift(layer),
+        "shift": asdict(layer.shift) if layer.shift else None,
     }
-
-
-def _shift(layer: LayerPlan) -> dict[str, Any] | None:
-    return asdict(layer.shift) if layer.shift else None
 
 
 def _range(found: ActivationRange | None) -> dict[str, Any] | None:

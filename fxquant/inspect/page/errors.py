@@ -7,13 +7,11 @@ energies of errors relative to that of the float value; null where nothing was m
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fxquant.errors import ConfigurationError
-
-Matrix = list[list[float | None]]
+from fxquant.planning.attribution import to_db
 
 _TABLES = {
     "contribution": ("error of the model's output", "if only this layer is quantized; measured, or else estimated"),
@@ -49,7 +47,11 @@ def errors_data(attribution: Mapping[str, Any]) -> dict[str, Any]:
     ]
     order = sorted(range(len(steps)), key=steps.__getitem__)
     tables = [
-        {"title": title, "about": about, "values": decibels(matrices[name], order)}
+        {
+            "title": title,
+            "about": about,
+            "values": [[_shown(row[number]) for number in order] for row in matrices[name]],
+        }
         for name, (title, about) in _TABLES.items()
         if any(value is not None for row in matrices[name] for value in row)
     ]
@@ -63,12 +65,7 @@ def errors_data(attribution: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def decibels(matrix: Sequence[Sequence[float | None]], order: Sequence[int]) -> Matrix:
-    """SQNR in dB of relative errors, the columns in the given order."""
-    return [[_decibels(row[number]) for number in order] for row in matrix]
-
-
-def _decibels(ratio: float | None) -> float | None:
-    if ratio is None:
-        return None
-    return MOST_DB if ratio <= 0 else round(min(-10 * math.log10(ratio), MOST_DB), 2)
+def _shown(ratio: float | None) -> float | None:
+    """SQNR in dB of a relative error, as far as it is told apart."""
+    db = to_db(ratio)
+    return None if db is None else round(min(db, MOST_DB), 2)
