@@ -123,11 +123,7 @@ def _largest(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def _weights(source: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     model = unwrapped(source)
     if isinstance(model, GraphModel):
-        tensors: dict[str, Tensor] = {}
-        for captured in model.lasting:
-            held = {} if model.backend is None else model.backend.stored(captured.module)
-            for name, tensor in held.items():
-                tensors.setdefault(name, tensor)
+        tensors = {} if model.backend is None else model.stored_tensors()
         yield from _dequantized(plan, tensors.get)
     elif isinstance(model, nn.Module):
         yield from _balanced(plan, weights_of(model))

@@ -136,6 +136,15 @@ class GraphModel(DropIn):
                 found.setdefault(target, tensor)
         return found
 
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the graphs captured in calibration, by name, as checkpoints store it."""
+        found: dict[str, torch.Tensor] = {}
+        for captured in self.lasting:
+            held = read_tensors(captured.module) if self.backend is None else self.backend.stored(captured.module)
+            for name, tensor in held.items():
+                found.setdefault(name, tensor)
+        return found
+
     def find(self, call: Call) -> CapturedGraph | None:
         """The graph that serves a call, if one was captured."""
         return next((captured for captured in self.captured if captured.call.fits(call)), None)

@@ -163,11 +163,7 @@ def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:
 
 def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None = None) -> None:
     (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
-    tensors: dict[str, Tensor] = {}
-    for captured in model.lasting:
-        held = read_tensors(captured.module) if model.backend is None else model.backend.stored(captured.module)
-        for name, tensor in held.items():
-            tensors.setdefault(name, tensor)
+    tensors = model.stored_tensors()
     check_finite(tensors, None)  # Loading would refuse NaN.
     write_tensors(tensors, folder / TENSORS_FILE)
     plan.save(folder)

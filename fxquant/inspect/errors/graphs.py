@@ -76,7 +76,7 @@ def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec
             "quantized it"
         )
     twin = model_from_plan(quantized.architecture, plan, resolve_backend("fake-quant"), quantized.dtype, device)
-    bind_all(twin, _stored(quantized))
+    bind_all(twin, {name: tensor.detach() for name, tensor in quantized.stored_tensors().items()})
     weights = _float_weights(
         model, copy.deepcopy(plan), [plan.calls[number] for number in numbers if number is not None]
     )
@@ -91,16 +91,6 @@ def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec
     for pair, found in zip(pairs, weights, strict=True):
         _refuse_other_layers(pair.quantized, found, plan)
     return pairs
-
-
-def _stored(quantized: GraphModel) -> dict[str, Tensor]:
-    """The tensors of the model in the form of a checkpoint."""
-    assert quantized.backend is not None
-    tensors: dict[str, Tensor] = {}
-    for captured in quantized.lasting:
-        for name, tensor in quantized.backend.stored(captured.module).items():
-            tensors.setdefault(name, tensor.detach())
-    return tensors
 
 
 def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> list[dict[str, Tensor]]:
