@@ -220,33 +220,47 @@ def rewrite_history(
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
         CalibrationError: If the model runs layers that the plan does not know.
     """
-    given = graphs_of(source, model)
-    call = given.call(graph)
+    (found,) = rewrite_histories(graphs_of(source, model), [graph], lower=lower)
+    return found
+
+
+def rewrite_histories(given: Graphs, numbers: Sequence[int], *, lower: bool = True) -> list[History]:
+    """The histories of several graphs of a model, by one replay; see :func:`rewrite_history`.
+
+    Args:
+        given: The model.
+        numbers: Numbers of the graphs, at least one.
+        lower: Whether to add the step of the backend.
+    """
+    calls = {number: given.call(number) for number in numbers}
     plan = copy.deepcopy(given.plan)
     recipe = Recipe.parse(plan.recipe)
     context = PassContext(plan)
-    watch = _Snapshots(recipe, given.plan.passes)
-    captured = None
-    for number in range(graph + 1):  # Earlier graphs decide about the tensors that the graphs share.
+    watched: dict[int, tuple[_Snapshots, fx.GraphModule]] = {}
+    for number in range(max(calls) + 1):  # Earlier graphs decide about the tensors that the graphs share.
         with at_most(len(plan.layers)):
             captured = given.architecture.capture_spec(given.call(number), given.device)
         refuse_unknown_layers(captured, plan)
-        own = number == graph
-        if own:
-            watch.start(captured.module, str(call))
-        rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert], [watch] if own else [])
-    assert captured is not None
+        watch = _Snapshots(recipe, given.plan.passes)
+        if number in calls:
+            watched[number] = watch, captured.module
+            watch.start(captured.module, str(calls[number]))
+        rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert], [watch] if number in calls else [])
     if lower:
-        watch.lowered(captured.module, given, graph)
-    return History(
-        model_class=plan.model_class,
-        recipe=plan.recipe,
-        backend=plan.backend,
-        graph=graph,
-        graphs=len(plan.calls),
-        call=str(call),
-        steps=tuple(watch.steps),
-    )
+        for number, (watch, module) in watched.items():
+            watch.lowered(module, given, number)
+    return [
+        History(
+            model_class=plan.model_class,
+            recipe=plan.recipe,
+            backend=plan.backend,
+            graph=number,
+            graphs=len(plan.calls),
+            call=str(call),
+            steps=tuple(watched[number][0].steps),
+        )
+        for number, call in calls.items()
+    ]
 
 
 class _Snapshots:

@@ -10,7 +10,8 @@ import torch
 
 import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
-from fxquant.inspect.history import History, rewrite_history
+from fxquant.inspect.history import History, rewrite_histories, rewrite_history
+from fxquant.inspect.sources import graphs_of
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, make_dit, run
 
@@ -140,6 +141,12 @@ def test_a_further_graph() -> None:
     assert (found.graph, found.graphs) == (1, 2)
     names = [node.name for node in quantized.graphs[1].graph.nodes]
     assert [state.name for state in found.steps[-2].nodes] == names
+    together = rewrite_histories(graphs_of(quantized), [0, 1])
+    for one, alone in zip(together, (rewrite_history(quantized), found), strict=True):
+        assert (one.graph, one.call) == (alone.graph, alone.call)
+        assert [(step.name, step.nodes, step.tensors) for step in one.steps] == [
+            (step.name, step.nodes, step.tensors) for step in alone.steps
+        ]
     with pytest.raises(ConfigurationError, match="there is no graph 2; calibration captured graphs 0 to 1"):
         rewrite_history(quantized, graph=2)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError
-from fxquant.inspect.history import rewrite_history
+from fxquant.inspect.history import rewrite_histories
 from fxquant.inspect.page.build import page_html
 from fxquant.inspect.page.data import model_data, page_data
 from fxquant.inspect.page.graphs import graph_data
@@ -79,11 +79,12 @@ def _model(
     statistics: Statistics | None,
     errors: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    plan = graphs_of(source, model).plan
+    given = graphs_of(source, model)
+    plan = given.plan
     if errors is None and plan.attribution is not None:
         errors = plan.attribution.to_json()
     calls = range(min(max(len(plan.calls), 1), _FEW_GRAPHS))  # Without a call, the first graph is refused.
-    graphs = [graph_data(rewrite_history(source, model=model, graph=number)) for number in calls]
+    graphs = [graph_data(history) for history in rewrite_histories(given, calls)]
     weights = None
     if statistics is not None:
         holder = model if isinstance(source, Plan) else source
