@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +69,8 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember_debug, is_eager=True, help="Show the traceback of an error.")
 ]
@@ -76,6 +79,10 @@ Seed = Annotated[int, typer.Option(help="Seed of the initial noise.", rich_help_
 Guidance = Annotated[
     float | None,
     typer.Option(help="Guidance scale; by default that of the pipeline.", rich_help_panel="Sampling"),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
 ]
 Graph = Annotated[
     int, typer.Option("--graph", min=0, help="Number of the graph, if calibration captured several kinds of call.")

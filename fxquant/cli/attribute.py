@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from fxquant.cli.app import Debug, Device, Guidance, Seed, app
+from fxquant.cli.app import Debug, Device, Folder, Guidance, Prompts, Seed, app
 from fxquant.cli.output import err, no_bars, print_json, print_plain, progress_bars, quiet, status
 from fxquant.cli.report import check_is_folder
 from fxquant.cli.running import blaming_the_pipeline, read_prompts
@@ -27,7 +27,7 @@ Budget = Annotated[float, typer.Option(min=1.0, help="Seconds; what does not fit
 
 @app.command(epilog=_ATTRIBUTE_EXAMPLES, no_args_is_help=True)
 def attribute(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    folder: Folder,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the float pipeline.")],
     statistics: Annotated[
         Path | None,
@@ -46,10 +46,7 @@ def attribute(
     device: Device = "cpu",
     seed: Seed = 0,
     guidance: Guidance = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
-    ] = None,
+    prompts: Prompts = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the result in DIR, for the report.")] = True,
     top: Annotated[int, typer.Option(min=1, help="Number of layers to show, the worst first.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was measured as JSON.")] = False,

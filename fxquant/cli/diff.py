@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.cli.app import Block, Debug, Graph, Layer, app
+from fxquant.cli.app import AsJson, Block, Debug, Graph, Layer, app
 from fxquant.cli.output import print_json, print_plain, quiet, status
 
 _DIFF_EXAMPLES = """[bold]Examples[/]
@@ -33,7 +33,7 @@ def diff(
     block: Block = None,
     layer: Layer = None,
     graph: Graph = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compare two quantized models, plans or recipes; or a graph before and after a pass.

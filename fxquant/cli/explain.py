@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.cli.app import Debug, Graph, app
+from fxquant.cli.app import AsJson, Debug, Graph, app
 from fxquant.cli.output import print_json, print_plain, quiet, status
 from fxquant.cli.report import check_is_folder
 
@@ -25,7 +25,7 @@ def explain(
     layer: Annotated[str, typer.Argument(metavar="LAYER", help="Name of a layer or attention, as reports show it.")],
     timestep: Annotated[float | None, typer.Option("--timestep", "-t", help="Show the range at this timestep.")] = None,
     graph: Graph = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Tell the whole story of one layer: every decision with its pass and reason, and what passes made of it."""

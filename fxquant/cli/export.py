@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.cli.app import Debug, app
+from fxquant.cli.app import Debug, Folder, app
 from fxquant.cli.output import err, print_plain, quiet, status
 from fxquant.errors import ConfigurationError
 
@@ -21,7 +21,7 @@ _EXPORT_EXAMPLES = """[bold]Examples[/]
 
 @app.command(epilog=_EXPORT_EXAMPLES, no_args_is_help=True)
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    folder: Folder,
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the compiled model to.")],
     aot: Annotated[
         bool,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from fxquant.cli.app import Block, Debug, Graph, Layer, app
+from fxquant.cli.app import Block, Debug, Folder, Graph, Layer, app
 from fxquant.cli.output import err, print_plain, quiet, status
 from fxquant.cli.report import check_is_folder
 
@@ -37,7 +37,7 @@ _GRAPH_EXAMPLES = """[bold]Examples[/]
 
 @app.command(epilog=_GRAPH_EXAMPLES, no_args_is_help=True)
 def graph(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    folder: Folder,
     block: Block = None,
     layer: Layer = None,
     after: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.cli.app import Debug, Graph, app
+from fxquant.cli.app import Debug, Folder, Graph, app
 from fxquant.cli.output import print_json, print_plain, quiet, status
 from fxquant.cli.report import check_is_folder
 from fxquant.errors import ConfigurationError
@@ -26,7 +26,7 @@ _INSPECT_EXAMPLES = """[bold]Examples[/]
 
 @app.command(epilog=_INSPECT_EXAMPLES, no_args_is_help=True)
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    folder: Folder,
     graph: Graph = 0,
     out: Annotated[
         Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxquant.cli.app import Debug, app
+from fxquant.cli.app import Debug, Folder, app
 from fxquant.cli.output import print_plain, quiet, status
 from fxquant.cli.report import check_is_folder
 
@@ -37,7 +37,7 @@ class Kind(enum.Enum):
 
 @app.command(epilog=_PLOT_EXAMPLES, no_args_is_help=True)
 def plot(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    folder: Folder,
     kind: Annotated[
         Kind,
         typer.Argument(

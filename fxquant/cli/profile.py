@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.cli.app import Debug, Device, app
+from fxquant.cli.app import Debug, Device, Folder, app
 from fxquant.cli.output import print_json, print_plain, quiet, status
 from fxquant.cli.report import check_is_folder
 
@@ -23,7 +23,7 @@ _PROFILE_EXAMPLES = """[bold]Examples[/]
 
 @app.command(epilog=_PROFILE_EXAMPLES, no_args_is_help=True)
 def profile(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    folder: Folder,
     backend: Annotated[
         str | None, typer.Option("--backend", "-b", help="Backend; by default the one it was quantized for.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from fxquant.cli.app import Debug, Device, Guidance, Seed, Steps, app
+from fxquant.cli.app import Debug, Device, Guidance, Prompts, Seed, Steps, app
 from fxquant.cli.output import err, no_bars, print_json, print_plain, progress_bars, quiet, show_warning, status
 from fxquant.cli.running import blaming_the_pipeline, kept_aside, read_prompts
 from fxquant.errors import CheckpointError, ConfigurationError, WriteError
@@ -75,10 +75,7 @@ def quantize(
     steps: Steps = 25,
     seed: Seed = 0,
     guidance: Guidance = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
-    ] = None,
+    prompts: Prompts = None,
     measure: Annotated[
         int, typer.Option(min=0, help="Number of calibration calls on which the output error is measured; 0 for none.")
     ] = 8,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.cli.app import Debug, app
+from fxquant.cli.app import AsJson, Debug, Folder, app
 from fxquant.cli.output import print_json, print_plain, quiet, status
 
 _REPORT_EXAMPLES = """[bold]Examples[/]
@@ -20,12 +20,12 @@ _REPORT_EXAMPLES = """[bold]Examples[/]
 
 @app.command(epilog=_REPORT_EXAMPLES, no_args_is_help=True)
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a quantized pipeline or checkpoint.")],
+    folder: Folder,
     every: Annotated[bool, typer.Option("--all", help="One row per layer, repeated blocks too.")] = False,
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Device whose kernels are named, such as cuda.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show what was done to every layer, what it costs and how much the output changed."""

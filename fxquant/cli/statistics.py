@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.cli.app import Debug, app
+from fxquant.cli.app import AsJson, Debug, app
 from fxquant.cli.output import print_json, print_plain, quiet, status
 
 _STATISTICS_EXAMPLES = """[bold]Examples[/]
@@ -22,7 +22,7 @@ _STATISTICS_EXAMPLES = """[bold]Examples[/]
 def statistics(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What [bold]--keep-statistics[/] wrote.")],
     layer: Annotated[str | None, typer.Argument(metavar="[LAYER]", help="One observed value, by timestep.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show what the observers recorded in calibration: ranges by layer and timestep."""
