@@ -9,9 +9,9 @@ import typer
 from rich.text import Text
 
 from fxquant.cli.app import Debug, Device, Folder, Guidance, Prompts, Seed, app
-from fxquant.cli.output import err, no_bars, print_json, print_plain, progress_bars, quiet, status
+from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, status
 from fxquant.cli.report import check_is_folder
-from fxquant.cli.running import blaming_the_pipeline, read_prompts
+from fxquant.cli.running import blaming_the_pipeline, open_pipeline, read_prompts
 
 _ATTRIBUTE_EXAMPLES = """[bold]Examples[/]
 
@@ -63,19 +63,16 @@ def attribute(
         from fxquant.calibration.pipeline_calls import calibration_call
         from fxquant.inspect.report import checkpoint_folder
         from fxquant.runtime.devices import usable_device
-        from fxquant.storage.diffusers_io import load_pipeline
 
         place = usable_device(device)
         checkpoint = checkpoint_folder(folder)
         inputs: Any = None if statistics is None else fxquant.Statistics.load(statistics)
         plan = fxquant.Plan.load(checkpoint)
-        no_bars()
-        pipe = load_pipeline(model, device=place)
-        pipe.set_progress_bar_config(disable=True)
+        quantized = fxquant.load(checkpoint, device=place, backend="fake-quant")
+        pipe = open_pipeline(model, device=place)
         part = getattr(pipe, checkpoint.name, None) if checkpoint != folder else None
         original = pipe.transformer if part is None else part
-        original = original.to(_dtype_of(checkpoint))
-        quantized = fxquant.load(checkpoint, device=place, backend="fake-quant")
+        original = original.to(quantized.dtype)
         if inputs is None:
             inputs = calibration_call(pipe, samples, steps, seed, guidance, lines)
     with quiet(), progress_bars() as bars:
@@ -101,14 +98,3 @@ def attribute(
         print_plain(found.table(top))
         if save:
             err.print(Text(f"kept in {checkpoint}; see fxquant report {folder}"))
-
-
-def _dtype_of(checkpoint: Path) -> Any:
-    """The dtype that a model was quantized in."""
-    from fxquant.disk.files import blaming, dtype_of_name
-    from fxquant.planning.plan import PLAN_FILE
-    from fxquant.schemas.common import read_json
-
-    _, data = read_json(checkpoint / PLAN_FILE, "checkpoint")
-    with blaming(checkpoint / PLAN_FILE):
-        return dtype_of_name(data.get("dtype", "float32"))

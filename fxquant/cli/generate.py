@@ -11,8 +11,8 @@ import typer
 from rich.text import Text
 
 from fxquant.cli.app import Debug, Device, Guidance, Seed, Steps, app
-from fxquant.cli.output import err, no_bars, progress_bars, quiet, status
-from fxquant.cli.running import blaming_the_pipeline, is_file, kept_aside, read_prompts
+from fxquant.cli.output import err, progress_bars, quiet, status
+from fxquant.cli.running import blaming_the_pipeline, is_file, kept_aside, open_pipeline, read_prompts
 from fxquant.errors import ConfigurationError, WriteError
 
 _IMAGES = 10_000  # The most images that one command makes.
@@ -58,11 +58,8 @@ def generate(
     with quiet():
         with status("importing torch and diffusers"):
             from fxquant.calibration import pipeline_calls
-            from fxquant.storage.diffusers_io import load_pipeline
         with status(f"reading {folder}"):
-            no_bars()
-            pipe = load_pipeline(folder, device=device, trust_packages=allow_packages)
-            pipe.set_progress_bar_config(disable=True)
+            pipe = open_pipeline(folder, device=device, trust_packages=allow_packages)
         with progress_bars() as progress:
             count = len(wanted or lines or ())
             task = progress.add_task(f"generate: {count} images", total=pipeline_calls.num_batches(count) * steps)

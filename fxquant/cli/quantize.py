@@ -10,8 +10,8 @@ import typer
 from rich.text import Text
 
 from fxquant.cli.app import Debug, Device, Guidance, Prompts, Seed, Steps, app
-from fxquant.cli.output import err, no_bars, print_json, print_plain, progress_bars, quiet, show_warning, status
-from fxquant.cli.running import blaming_the_pipeline, kept_aside, read_prompts
+from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, show_warning, status
+from fxquant.cli.running import blaming_the_pipeline, kept_aside, open_pipeline, read_prompts
 from fxquant.errors import CheckpointError, ConfigurationError, WriteError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def quantize(
         from fxquant.pipeline.pipeline import Instrument
         from fxquant.pipeline.recipes import make_recipe
         from fxquant.runtime.devices import usable_device
-        from fxquant.storage.diffusers_io import load_pipeline, refuse_existing, refuse_input
+        from fxquant.storage.diffusers_io import refuse_existing, refuse_input
 
         # Invalid options are refused before any slow step.
         refuse_input(out_folder, Path(model))
@@ -158,11 +158,9 @@ def quantize(
         runner.check_device(place)
     with quiet():
         with status(f"reading {model}"):
-            no_bars()
-            pipe = load_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value))
+            pipe = open_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value))
             if not hasattr(pipe, "transformer"):
                 raise ConfigurationError(f"{type(pipe).__name__} has no transformer; fxquant quantizes transformers")
-            pipe.set_progress_bar_config(disable=True)
             calibrate = None
             if statistics is None:
                 calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines)

@@ -1,4 +1,4 @@
-"""Run a pipeline from a command: its errors, prompts, and saving results that must not be lost."""
+"""Open and run a pipeline from a command: its errors, prompts, and saving results that must not be lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fxquant.cli.output import no_bars
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, FxquantError
+
+
+def open_pipeline(model: str, **options: Any) -> Any:
+    """Load a pipeline, without the progress bars of diffusers; options as for ``fxquant.load_pipeline``."""
+    from fxquant.storage.diffusers_io import load_pipeline
+
+    no_bars()
+    pipe = load_pipeline(model, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @contextmanager
