@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 import fxquant
-from tests.cli.test_cli import FAST, float_folder, refused, run  # noqa: F401  (a fixture)
+from tests.cli.test_cli import FAST, refused, run
 from tests.tiny import make_pipeline
 
 BAD = "transformer_blocks.0.attn1.to_v"
 
 
 @pytest.fixture(scope="module")
-def folder(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def folder(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline in which one layer has 2 bits, with its statistics; errors were attributed at conversion."""
     place = tmp_path_factory.mktemp("attributed")
     recipe = str(fxquant.make_recipe("rtn-w8a8").with_options("assign-precision", overrides=f"{BAD}=w2a8"))
@@ -34,7 +34,7 @@ def test_it_is_kept_and_reported(folder: Path) -> None:
 @pytest.mark.parametrize("with_statistics", [True, False])
 def test_one_command_names_the_worst_layer_and_timestep(
     folder: Path,
-    float_folder: Path,  # noqa: F811
+    float_folder: Path,
     with_statistics: bool,
 ) -> None:
     inputs = ("--statistics", folder / "file") if with_statistics else ()
@@ -48,7 +48,7 @@ def test_one_command_names_the_worst_layer_and_timestep(
     assert fxquant.load(folder / "dit" / "transformer").plan == plan
 
 
-def test_json_and_nothing_kept(folder: Path, float_folder: Path) -> None:  # noqa: F811
+def test_json_and_nothing_kept(folder: Path, float_folder: Path) -> None:
     kept = folder / "dit" / "transformer" / "errors.json"
     before = kept.read_bytes()
     options = ("--statistics", folder / "file", "--steps", "1", "--measure", "0", "--no-save", "--json")
@@ -58,7 +58,7 @@ def test_json_and_nothing_kept(folder: Path, float_folder: Path) -> None:  # noq
     assert kept.read_bytes() == before
 
 
-def test_refusals(folder: Path, float_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_refusals(folder: Path, float_folder: Path, tmp_path: Path) -> None:
     assert "there is no folder" in refused("attribute", tmp_path / "nothing", float_folder)
     assert "cannot read statistics" in refused(
         "attribute", folder / "dit", float_folder, "--statistics", tmp_path / "x"

@@ -24,7 +24,6 @@ from fxquant.disk.files import digest_of
 from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.storage import diffusers_io
-from tests.tiny import make_pipeline
 
 FAST = ("--samples", "2", "--steps", "2")
 
@@ -41,13 +40,6 @@ def refused(*arguments):
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     return result.stderr
-
-
-@pytest.fixture(scope="module")
-def float_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float") / "pipeline"
-    make_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

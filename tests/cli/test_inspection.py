@@ -7,11 +7,10 @@ from pathlib import Path
 
 import networkx as nx
 import pytest
-from typer.testing import CliRunner, Result
 
 import fxquant
-from fxquant.cli.__main__ import app
 from fxquant.storage.diffusers_io import save_pipeline
+from tests.cli.test_cli import run
 from tests.tiny import calibrate, make_dit, make_pipeline
 
 VALUE = "transformer_blocks.0.attn1.to_v"
@@ -30,18 +29,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return place / "four", place / "eight"
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def good(*arguments: object) -> str:
-    result = invoke(*arguments)
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def bad(*arguments: object) -> str:
-    result = invoke(*arguments)
+    result = run(*arguments)
     assert result.exit_code == 2, result.output
     return result.stderr.replace("\n", " ")
 
@@ -80,7 +75,7 @@ def test_diff(folders: tuple[Path, Path]) -> None:
 def test_graph(folders: tuple[Path, Path], form: str, tmp_path: Path) -> None:
     arguments = ("graph", folders[0], "--layer", VALUE, "--after", "balance-channels", "--format", form)
     text = good(*arguments)
-    assert invoke(*arguments, "--out", tmp_path / "graph").exit_code == 0
+    assert run(*arguments, "--out", tmp_path / "graph").exit_code == 0
     assert (tmp_path / "graph").read_text() == text
     assert f"{VALUE}.weight" in text
     if form == "text":
@@ -111,7 +106,7 @@ def test_graph_of_a_block(folders: tuple[Path, Path]) -> None:
 
 def test_a_graph_is_written_as_other_files_are(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert "choose another name for the file" in bad("graph", folders[0], "--block", 1, "-o", tmp_path)
-    assert invoke("graph", folders[0], "--block", 1, "-o", tmp_path / "new" / "graph.txt").exit_code == 0
+    assert run("graph", folders[0], "--block", 1, "-o", tmp_path / "new" / "graph.txt").exit_code == 0
     assert (tmp_path / "new" / "graph.txt").is_file()
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.test_cli import FAST, float_folder, refused, run  # noqa: F401  (a fixture)
+from tests.cli.test_cli import FAST, refused, run
 
 
 @pytest.fixture(scope="module")
-def kept(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def kept(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kept")
     options = ("--recipe", "rtn-w8a8", "--out", folder / "first", "--keep-statistics", folder / "file", *FAST)
     result = run("quantize", float_folder, *options)
@@ -20,7 +20,7 @@ def kept(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path: 
     return folder / "file"
 
 
-def test_a_second_conversion(float_folder: Path, kept: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_second_conversion(float_folder: Path, kept: Path, tmp_path: Path) -> None:
     recipe = ("--recipe", "ptq4dit-w4a8")
     result = run("quantize", float_folder, *recipe, "--out", tmp_path / "second", "--statistics", kept)
     assert result.exit_code == 0, result.output
@@ -39,7 +39,7 @@ def test_it_is_shown(kept: Path) -> None:
     assert "transformer_blocks.0.attn1.to_q" in refused("statistics", kept, "transformer_blocks.0.attn1.to_x")
 
 
-def test_refusals(float_folder: Path, kept: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_refusals(float_folder: Path, kept: Path, tmp_path: Path) -> None:
     command = ("quantize", float_folder, "--out", tmp_path / "out")
     assert "not both" in refused(*command, "--statistics", kept, "--keep-statistics", tmp_path / "other")
     assert "lies in --out" in refused(*command, "--keep-statistics", tmp_path / "out" / "file")
