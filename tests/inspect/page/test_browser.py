@@ -96,6 +96,19 @@ class TestGraph:
         page.run("page.graphTab.view.canvas.dispatchEvent(new WheelEvent('wheel', {deltaY: -200, cancelable: true}))")
         assert page.run("page.graphTab.view.scale") > scale
 
+    def test_a_click_on_a_port_selects_the_node_whose_value_it_is(self, page, folder):
+        page.open(folder / "full.html")
+        name = page.run(
+            "(() => { const view = page.graphTab.view; const port = view.picture.ports.find("
+            "({name}) => view.picture.byKey.has(`n:${name}`));"
+            "view.drag = {moved: false};"
+            "const [x, y] = [port.x + 40, port.y + 9];"
+            "view._release({offsetX: view.x + x * view.scale, offsetY: view.y + y * view.scale});"
+            "return port.name; })()"
+        )
+        assert page.run("page.graphTab.selected") == f"n:{name}"
+        assert name in page.text("#details")
+
     def test_identical_blocks_share_one_layout_and_one_is_open_at_a_time(self, page, folder):
         page.open(folder / "full.html")
         page.run("page.graphTab.toggle('transformer_blocks.1')")

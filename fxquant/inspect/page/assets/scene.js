@@ -93,7 +93,7 @@ function levels(tree, drawn, isOpen) {
     const key = `${isInput ? 'in' : 'out'}:${name}`;
     if (!at.index.has(key)) {
       at.index.set(key, at.items.length);
-      at.items.push({key, port: name, isInput});
+      at.items.push({key, port: name});
     }
     return key;
   };
@@ -282,7 +282,7 @@ function scene(drawn, isOpen, layouts) {
         picture.cards.push(found);
         picture.byKey.set(item.key, found);
       } else {
-        picture.ports.push({...found, name: item.port, isInput: item.isInput, box: box.path});
+        picture.ports.push({...found, name: item.port});
       }
     });
     let number = 0;

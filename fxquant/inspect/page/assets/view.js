@@ -188,7 +188,7 @@ class GraphView {
       this.ontoggle(item.box.path);
       return;
     }
-    this.onselect(item ? (item.name && item.key.startsWith('n:') ? item.key : item.box ? item.key : `n:${item.name}`) : null);
+    this.onselect(item ? (item.box ? item.key : `n:${item.name}`) : null);
   }
 
   /** Whether the pointer is on the triangle of a box. */
