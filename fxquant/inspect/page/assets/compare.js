@@ -46,11 +46,5 @@ function comparePanel(panel, app) {
       {title: left.name, cell: (row) => row.found.map(([, a]) => el('div', {}, a === '' ? '–' : a)), sort: (row) => row.found[0][1]},
       {title: right.name, cell: (row) => row.found.map(([, , b]) => el('div', {}, b === '' ? '–' : b)), sort: (row) => row.found[0][2]},
     ], differing, {onrow: (row) => app.goLayer(row.name)}) : missing('All layers have the same decisions.'));
-  if (!measured.length) return;
-  const x = [...new Set(measured.flatMap((model) => model.output_sqnr_db.map(([t]) => t)))].sort((a, b) => a - b);
-  const theme = colours();
-  curves(curve, {x, xLabel: 'timestep', yLabel: 'SQNR in dB', points: true, series: measured.map((model, i) => {
-    const found = new Map(model.output_sqnr_db);
-    return {label: model.name, values: x.map((t) => found.get(t) ?? null), colour: [theme.accent, theme.scale][i], width: 2};
-  })});
+  if (measured.length) outputCurves(curve, measured);
 }

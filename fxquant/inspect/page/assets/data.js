@@ -94,6 +94,12 @@ class Graph {
     return changes;
   }
 
+  /** How many nodes a pass changed, by kind, in the order of `MARKS`: [[kind, count], ...]. */
+  changeCounts(step) {
+    const kinds = [...this.changes(step).values()];
+    return Object.keys(MARKS).map((kind) => [kind, kinds.filter((other) => other === kind).length]).filter(([, count]) => count);
+  }
+
   /** The tensors that a pass changed: name -> what it did. */
   changedTensors(step) {
     return new Map(this.steps[step].changed);

@@ -31,7 +31,7 @@ function captionOf(node, home) {
 }
 
 class Details {
-  /** `app` gives `model`, `graph`, `step`, `go(name)` and `openLayer(name)`. */
+  /** `app` gives `model`, `graph`, `step`, `go(name)`, `goLayer(name)` and `openLayer(name)`. */
   constructor(element, app) {
     this.element = element;
     this.app = app;
@@ -151,8 +151,7 @@ class Details {
   pass() {
     const {graph, step, model} = this.app;
     const at = graph.steps[step];
-    const counts = new Map();
-    for (const change of graph.changes(step).values()) counts.set(change, (counts.get(change) ?? 0) + 1);
+    const counts = graph.changeCounts(step);
     const ops = Object.entries(at.ops ?? {}).sort((left, right) => left[0].localeCompare(right[0]));
     fill(this.element, el('h1', {}, at.name),
       at.name !== at.pass && el('p', {}, el('code', {}, at.pass)),
@@ -160,7 +159,7 @@ class Details {
         : at.phase === 'lower' ? 'The graph as the backend runs it: every node that it replaced is new.'
           : `${plural(at.edits, 'edit')}${at.seconds === null ? '' : ` in ${num(at.seconds, 3)} s`}, ${at.phase === 'prepare' ? 'before' : 'after'} calibration.`),
       step > 0 && at.edits === 0 && el('p', {}, 'This pass left the graph as it was. It may have written decisions into the plan.'),
-      counts.size ? section('Nodes', pairs([...counts].map(([kind, count]) => [el('span', {class: kind}, `${MARKS[kind]} ${kind}`), count]))) : null,
+      counts.length ? section('Nodes', pairs(counts.map(([kind, count]) => [el('span', {class: kind}, `${MARKS[kind]} ${kind}`), count]))) : null,
       ops.length ? section('Ops', pairs(ops.map(([op, change]) => [el('code', {}, op), change > 0 ? `+${change}` : `−${-change}`]))) : null,
       at.changed.length ? section('Tensors changed', at.changed.slice(0, 40).map(([name, what]) =>
         el('p', {}, el('code', {class: 'tensor'}, name), what ? [el('br'), what] : null)),

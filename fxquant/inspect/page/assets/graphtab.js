@@ -24,11 +24,16 @@ class GraphTab {
 
   get model() { return this.models[this.which]; }
 
-  get graph() { return this.model.graphs[Math.min(this.number, this.model.graphs.length - 1)]; }
+  get graph() { return this._graphOf(this.model); }
 
   get view() { return this.views[Math.min(this.which, this.views.length - 1)]; }
 
   get selected() { return this.view.selected; }
+
+  /** The modules of the graph after the step. */
+  get tree() { return treeOf(this.graph.drawn(this.step, this.showRemoved)); }
+
+  _graphOf(model) { return model.graphs[Math.min(this.number, model.graphs.length - 1)]; }
 
   _view(canvas, which) {
     const view = new GraphView(canvas, {
@@ -49,7 +54,6 @@ class GraphTab {
   /** Open on the last pass that changed the graph, with the first block open. */
   _start() {
     this.step = this._lastChange();
-    this.refresh(null, false);
     const first = this._firstBlock();
     if (first) this.open = new Set(['', ...this._withParts(first)]);
     this.refresh(null);
@@ -63,28 +67,26 @@ class GraphTab {
   }
 
   _firstBlock() {
-    const boxes = this.picture.tree.root.children.filter((child) => typeof child !== 'string');
+    const boxes = boxesIn(this.tree.root);
     return (boxes.find((box) => /\.0$/.test(box.path)) ?? boxes[0])?.path ?? null;
   }
 
   /** A box with the boxes directly inside it. */
   _withParts(path) {
-    const parts = this.picture.tree.boxes.get(path).children.filter((child) => typeof child !== 'string');
-    return [path, ...parts.map((child) => child.path)];
+    return [path, ...boxesIn(this.tree.boxes.get(path)).map((child) => child.path)];
   }
 
   /** Compute the picture anew and show it. */
-  refresh(anchor = null, draw = true) {
+  refresh(anchor = null) {
     const began = performance.now();
     this.views.forEach((view, i) => {
       const model = this.views.length > 1 ? this.models[i] : this.model;
-      const graph = model.graphs[Math.min(this.number, model.graphs.length - 1)];
-      const step = Math.min(this.step, graph.steps.length - 1);
-      const drawn = graph.drawn(this.views.length > 1 && model !== this.model ? this._sameStep(graph) : step, this.showRemoved);
+      const graph = this._graphOf(model);
+      const same = model === this.model ? this.step : this._sameStep(graph);
+      const drawn = graph.drawn(same >= 0 ? same : Math.min(this.step, graph.steps.length - 1), this.showRemoved);
       const picture = scene(drawn, (path) => this.open.has(path), this.layouts);
       if (model === this.model) [this.picture, this.drawn] = [picture, drawn];
-      if (draw) view.show(picture, anchor);
-      else view.picture = picture;
+      view.show(picture, anchor);
     });
     const {picture, drawn} = this;
     this.search.use(() => entriesOf(picture.tree, drawn));
@@ -93,20 +95,18 @@ class GraphTab {
     this.timings.refresh = performance.now() - began;
   }
 
-  /** The step of another model that shows the same pass as the step of this one. */
+  /** The step of the graph of another model that shows the same pass as the step of this one; -1 if there is none. */
   _sameStep(graph) {
     const name = passName(this.graph.steps[this.step].pass);
-    const found = graph.steps.findIndex((entry) => passName(entry.pass) === name);
-    return found >= 0 ? found : Math.min(this.step, graph.steps.length - 1);
+    return graph.steps.findIndex((entry) => passName(entry.pass) === name);
   }
 
-  setModel(which, draw = true) {
-    const name = this.graph.steps[this.step].pass;
+  /** Show another model; what is selected in it keeps its place, if `isAnchored`. */
+  setModel(which, isAnchored = true) {
+    const same = this._sameStep(this._graphOf(this.models[which]));
     this.which = which;
-    const same = this.graph.steps.findIndex((entry) => passName(entry.pass) === passName(name));
     this.step = same >= 0 ? same : this._lastChange();
-    if (draw) this.refresh(this.selected);
-    else this.refresh(null);
+    this.refresh(isAnchored ? this.selected : null);
     this.details.show(this.selected);
   }
 
@@ -136,7 +136,7 @@ class GraphTab {
       const box = this.picture.tree.boxes.get(path);
       if (!box) return;
       const above = chain(box).map((at) => at.path);
-      const beside = box.parent.children.filter((child) => typeof child !== 'string' && child !== box).map((child) => child.path);
+      const beside = boxesIn(box.parent).filter((child) => child !== box).map((child) => child.path);
       const isTop = box.parent.path === '';
       const kept = [...this.open].filter((other) => !isTop || !beside.some((path) => other === path || other.startsWith(`${path}.`)));
       this.open = new Set([...kept, ...above, ...this._withParts(path)]);
@@ -214,10 +214,7 @@ class GraphTab {
 
   _steps() {
     fill(byId('steps'), this.graph.steps.map((step, i) => {
-      const counts = new Map();
-      for (const change of this.graph.changes(i).values()) counts.set(change, (counts.get(change) ?? 0) + 1);
-      const marks = ['added', 'removed', 'rewired', 'tensor'].filter((kind) => counts.get(kind))
-        .map((kind) => el('span', {class: kind}, `${MARKS[kind]}${counts.get(kind)}`));
+      const marks = this.graph.changeCounts(i).map(([kind, count]) => el('span', {class: kind}, `${MARKS[kind]}${count}`));
       return el('button', {type: 'button', 'aria-pressed': i === this.step ? 'true' : 'false', class: i && !step.edits ? 'idle' : '',
         title: step.pass, onclick: () => this.setStep(i)},
       el('span', {}, `${i} ${step.name}`), el('small', {}, marks));
@@ -228,15 +225,14 @@ class GraphTab {
   _tree() {
     const rows = [];
     const walk = (box) => {
-      for (const child of box.children) {
-        if (typeof child === 'string') continue;
+      for (const child of boxesIn(box)) {
         const counts = this.picture.counts.get(child.path);
         const up = child.parent.path ? `${child.parent.path}.` : '';
         rows.push(el('button', {type: 'button', title: child.path, class: this.selected === `b:${child.path}` ? 'selected' : '',
           style: {paddingLeft: `${4 + 12 * (child.depth - 1)}px`},
           onclick: () => this.reach(`b:${child.path}`)},
         el('span', {}, this.open.has(child.path) ? '▾' : '▸'), el('span', {class: 'path'}, this._short(child.path.slice(up.length), counts)),
-        ['added', 'removed', 'rewired', 'tensor'].filter((kind) => counts?.[kind]).map((kind) => el('small', {class: kind}, `${MARKS[kind]}${counts[kind]}`))));
+        Object.keys(MARKS).filter((kind) => counts?.[kind]).map((kind) => el('small', {class: kind}, `${MARKS[kind]}${counts[kind]}`))));
         if (this.open.has(child.path)) walk(child);
       }
     };
@@ -264,7 +260,7 @@ class GraphTab {
       Object.entries(KINDS).map(([kind, text]) => el('div', {}, el('i', {style: {background: `var(--${kind})`}}), text)));
   }
 
-  /** Keys on the canvas; returns whether the key was used. */
+  /** Keys on the canvas. */
   _key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const pan = {ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]}[event.key];

@@ -70,6 +70,16 @@ function layersPanel(panel, app) {
       {title: 'product', cell: (row) => row[0], class: 'mono'}, {title: 'reason', cell: (row) => row[1]}], products)] : null);
 }
 
+/** Curves of the SQNR of the output by timestep, one per model. */
+function outputCurves(place, models) {
+  const x = [...new Set(models.flatMap((model) => model.output_sqnr_db.map(([t]) => t)))].sort((a, b) => a - b);
+  const theme = colours();
+  curves(place, {x, xLabel: 'timestep', yLabel: 'SQNR in dB', points: true, series: models.map((model, i) => {
+    const found = new Map(model.output_sqnr_db);
+    return {label: model.name, values: x.map((t) => found.get(t) ?? null), colour: [theme.accent, theme.scale][i], width: 2};
+  })});
+}
+
 function errorsPanel(panel, app) {
   const {model, models} = app;
   const curve = el('div', {class: 'chart'});
@@ -80,14 +90,7 @@ function errorsPanel(panel, app) {
     measured.length ? curve : missing('The error of the output was not measured: this plan was not made with calibration inputs at hand.'),
     el('h2', {}, 'Error by layer and timestep'),
     errors.missing ? missing(errors.missing) : [lead(`How these were found: ${errors.about}.`), el('div', {class: 'row'}), map]);
-  if (measured.length) {
-    const x = [...new Set(measured.flatMap((other) => other.output_sqnr_db.map(([t]) => t)))].sort((a, b) => a - b);
-    const theme = colours();
-    curves(curve, {x, xLabel: 'timestep', yLabel: 'SQNR in dB', points: true, series: measured.map((other, i) => {
-      const found = new Map(other.output_sqnr_db);
-      return {label: other.name, values: x.map((t) => found.get(t) ?? null), colour: [theme.accent, theme.scale][i], width: 2};
-    })});
-  }
+  if (measured.length) outputCurves(curve, measured);
   if (errors.missing) return;
   const row = panel.querySelector('.row');
   const choice = el('select', {'aria-label': 'Kind of error', onchange: () => draw()},

@@ -55,6 +55,9 @@ function moduleTree(drawn) {
   return {root, boxes, homes};
 }
 
+/** The boxes directly inside a box. */
+const boxesIn = (box) => box.children.filter((child) => typeof child !== 'string');
+
 const TREES = new WeakMap();
 
 /** The tree of modules, computed once for the same nodes. */
