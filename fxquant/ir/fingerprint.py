@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import PassError
 from fxquant.ir.meta import LAYER
+from fxquant.ir.places import label
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
 
 _Call = tuple[Any, Any, Any]  # Target, arguments and keyword arguments of a node.
@@ -100,17 +101,17 @@ class Fingerprint:
             expected = left.pop(node, None)
             if expected is None:
                 raise PassError(
-                    f"{pass_name}: {_shown(node)} was added to the graph past the rewriter, so its shape and its pass "
+                    f"{pass_name}: {label(node)} was added to the graph past the rewriter, so its shape and its pass "
                     "are not recorded; make it by rewriter.call(op, arguments, sources), a tensor by rewriter.constant"
                 )
             if not _same(expected, _call(node)):
                 raise PassError(
-                    f"{pass_name}: {_shown(node)} was changed past the rewriter: {_difference(expected, node)}; use "
+                    f"{pass_name}: {label(node)} was changed past the rewriter: {_difference(expected, node)}; use "
                     "rewriter.set_argument, rewriter.redirect or rewriter.replace, which keep shapes and provenance"
                 )
         for node in left:
             raise PassError(
-                f"{pass_name}: {_shown(node)} was erased past the rewriter; use rewriter.erase or rewriter.replace. A "
+                f"{pass_name}: {label(node)} was erased past the rewriter; use rewriter.erase or rewriter.replace. A "
                 "node that nothing reads any more is removed by the pipeline"
             )
 
@@ -123,7 +124,7 @@ class Fingerprint:
         for node, expected in zip(left, (node for node in known if node in remaining), strict=True):
             if node is not expected:
                 raise PassError(
-                    f"{pass_name}: {_shown(node)} was moved past the rewriter; make a new node where it is needed, and "
+                    f"{pass_name}: {label(node)} was moved past the rewriter; make a new node where it is needed, and "
                     "replace the old one by it"
                 )
             if node.name != names[node] or any(node not in read.users for read in node.all_input_nodes):
@@ -137,7 +138,7 @@ class Fingerprint:
                     "statistics find layers by this name, so a pass keeps it"
                 )
             if not edits and known[node].get("val") is not node.meta.get("val"):
-                raise PassError(f"{pass_name}: the recorded shape or dtype of {_shown(node)} was set past the rewriter")
+                raise PassError(f"{pass_name}: the recorded shape or dtype of {label(node)} was set past the rewriter")
 
     def _check_tensors(self, pass_name: str) -> None:
         for node in self.module.graph.nodes:
@@ -227,11 +228,6 @@ def _difference(expected: _Call, node: fx.Node) -> str:
     if not _alike(arguments, node.args):
         return f"its arguments were {arguments} and are now {node.args}"
     return f"its keyword arguments were {named} and are now {node.kwargs}"
-
-
-def _shown(node: fx.Node) -> str:
-    layer = f" (layer {node.meta[LAYER]})" if LAYER in node.meta else ""
-    return f"node {node.name}{layer}"
 
 
 def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor | None:

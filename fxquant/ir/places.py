@@ -20,6 +20,11 @@ class Origin:
         return f"{self.pass_name}({', '.join(self.sources)})"
 
 
+def label(node: fx.Node) -> str:
+    """A node for messages: its name, with its layer if it has one."""
+    return f"node {node.name} (layer {node.meta[LAYER]})" if LAYER in node.meta else f"node {node.name}"
+
+
 def place_of(node: fx.Node) -> str:
     """The place of a node in the model: its layer, or its module and op.
 

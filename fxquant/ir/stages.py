@@ -21,7 +21,8 @@ from fxquant.errors import ConfigurationError, DuplicateNameError, VerificationE
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import behind
-from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.meta import PROVENANCE
+from fxquant.ir.places import label
 from fxquant.ir.proofs import is_proven, prove
 from fxquant.ir.tensors import fake_mode_of, get_tensor
 
@@ -153,8 +154,7 @@ def verify(module: fx.GraphModule, spec: StageSpec) -> None:
 def _broken(node: fx.Node, what: str) -> VerificationError:
     origins = node.meta.get(PROVENANCE)
     made = f", made by {' <- '.join(str(origin) for origin in reversed(origins))}" if origins else ""
-    layer = f" (layer {node.meta[LAYER]})" if LAYER in node.meta else ""
-    return VerificationError(f"node {node.name}{layer}{made}: {what}")
+    return VerificationError(f"{label(node)}{made}: {what}")
 
 
 def _check_tensor(module: fx.GraphModule, node: fx.Node) -> None:

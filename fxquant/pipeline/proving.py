@@ -20,8 +20,9 @@ from torch import Tensor, fx
 
 from fxquant.errors import FxquantError, ProofError
 from fxquant.ir.doubles import as_float64, in_float64
-from fxquant.ir.meta import LAYER, PROVENANCE
+from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.ops import recording
+from fxquant.ir.places import label
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import copy_graph, drop_unread_tensors, read_tensors, set_tensor
 from fxquant.numerics.sqnr import sqnr_db
@@ -228,10 +229,9 @@ def first_difference(
 
 def describe(node: fx.Node, pass_name: str) -> str:
     """A node with its layer, its op and the tensors that the pass changed, for messages."""
-    layer = f" (layer {node.meta[LAYER]})" if LAYER in node.meta else ""
     changed = [f"@{read.target}" for read in node.all_input_nodes if read.op == "get_attr" and _made(read, pass_name)]
     reads = f", which reads {', '.join(changed)}, changed by the pass" if changed else ""
-    return f"node {node.name}{layer}, {node.target}{reads}"
+    return f"{label(node)}, {node.target}{reads}"
 
 
 def _touched(node: fx.Node, pass_name: str) -> bool:
