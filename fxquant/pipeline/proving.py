@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.disk.files import dtype_name
 from fxquant.errors import FxquantError, ProofError
 from fxquant.ir.doubles import as_float64, in_float64
 from fxquant.ir.meta import PROVENANCE
@@ -127,8 +128,7 @@ class Prover:
         allowed = {"exact": 0.0, "lossy": math.inf}.get(tier, ALGEBRAIC_ERROR)
         if tier == "algebraic" and error > allowed:
             allowed = max(ALGEBRAIC_ERROR, _NOISE * _rounding_noise(before, inputs[0]))
-        name = str(dtype).removeprefix("torch.")
-        proof = Proof(str(self.step), tier, edits, len(inputs), name, error, allowed, worst)
+        proof = Proof(str(self.step), tier, edits, len(inputs), dtype_name(dtype), error, allowed, worst)
         if error > allowed or (tier == "exact" and math.isnan(error)):
             raise self._refusal(proof, before, after, inputs)
         return proof
