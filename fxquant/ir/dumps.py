@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import map_arg
 
-from fxquant.disk.files import blaming, dtype_of_name, load_tensors, write_tensors
+from fxquant.disk.files import blaming, dtype_name, dtype_of_name, load_tensors, write_tensors
+from fxquant.disk.whole_file import whole_file
 from fxquant.errors import CheckpointError, PassError
 from fxquant.ir import histories
 from fxquant.ir.attention import ValueChange, changes_of, note_change
@@ -77,7 +78,7 @@ class Dump:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: str | Path) -> None:
-        """Write ``<path>.json`` and ``<path>.safetensors``; the folder must exist.
+        """Write ``<path>.json`` and ``<path>.safetensors``, each completely or not at all; their folder is created.
 
         Raises:
             WriteError: If the files cannot be written.
@@ -85,8 +86,10 @@ class Dump:
         path = Path(path)
         data = {name: getattr(self, name) for name in ("stage", "nodes", "shapes", "names", "facts")}
         text = json.dumps({"format": FORMAT, **data}, indent=None, separators=(",", ":"))
-        path.with_name(f"{path.name}.json").write_text(text.replace('{"name"', '\n{"name"') + "\n", encoding="utf-8")
-        write_tensors(self.tensors, path.with_name(f"{path.name}.safetensors"))
+        with whole_file(path.with_name(f"{path.name}.json")) as file:
+            file.write_text(text.replace('{"name"', '\n{"name"') + "\n", encoding="utf-8")
+        with whole_file(path.with_name(f"{path.name}.safetensors")) as file:
+            write_tensors(self.tensors, file)
 
     @classmethod
     def read(cls, path: str | Path) -> Dump:
@@ -129,7 +132,7 @@ def dump_of(module: fx.GraphModule, stage: object, *, largest: int | None = LARG
     """
     shapes, tensors = {}, {}
     for name, tensor in read_tensors(module).items():
-        shapes[name] = [str(tensor.dtype).removeprefix("torch."), list(map(int, tensor.shape))]
+        shapes[name] = [dtype_name(tensor.dtype), list(map(int, tensor.shape))]
         plain = tensor.layout is torch.strided and not isinstance(tensor, FakeTensor)
         if plain and (largest is None or tensor.numel() <= largest):
             tensors[name] = tensor.detach()
@@ -199,7 +202,7 @@ def _node(node: fx.Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
         entry |= {"boundaries": list(node.meta[BOUNDARIES])} if BOUNDARIES in node.meta else {}
     if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
         value = node.meta["val"]
-        entry["value"] = [str(value.dtype).removeprefix("torch."), [_size(size) for size in value.shape]]
+        entry["value"] = [dtype_name(value.dtype), [_size(size) for size in value.shape]]
         entry["device"] = str(value.device)
     for number, change in enumerate(changes_of(node)):
         stem = f"change.{node.name}.{number}"

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError
 from fxquant.ir.dumps import LARGEST, Dump, dump_of
 from fxquant.ir.printing import graph_text
@@ -76,8 +77,7 @@ class DumpGraphs:
 
     def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
         """Write the text of the graph as the failing pass left it."""
-        path = self._path(f"{step.name}-failed", module)
-        path.with_name(f"{path.name}.txt").write_text(graph_text(module, notes=True) + "\n", encoding="utf-8")
+        _write_text(self._path(f"{step.name}-failed", module), graph_text(module, notes=True))
 
     def lowered(self, backend: str, module: fx.GraphModule) -> None:
         """Write the lowered graph."""
@@ -91,24 +91,27 @@ class DumpGraphs:
         graph, number = numbers = self._numbers.setdefault(module, [len(self._numbers), 0])
         numbers[1] += 1
         folder = self.folder / f"graph-{graph}" if graph else self.folder
-        folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{number:02d}-{name}"
 
 
 def write_dump(path: Path, dump: Dump, text: str, plan: Plan | None) -> None:
-    """Write a graph as text and dump, and the plan if it can be read back; the folder must exist.
+    """Write a graph as text and dump, and the plan if it can be read back; the folder is created.
 
     Raises:
         WriteError: If the files cannot be written.
     """
-    path.with_name(f"{path.name}.txt").write_text(text + "\n", encoding="utf-8")
-    dump.write(path)
+    _write_text(path, text)
     if plan is not None:
         try:
             plan.save(path.with_name(f"{path.name}{PLAN_ENDING}"))
         except ConfigurationError as error:  # A pass that is being written may decide what no plan can hold.
             dump.facts["plan_left_out"] = str(error)
-            dump.write(path)
+    dump.write(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with whole_file(path.with_name(f"{path.name}.txt")) as file:
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 class Reproducer:
@@ -147,7 +150,6 @@ class Reproducer:
     def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
         """Write the reproducer, and say how to run it."""
         assert self._dump is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / step.name
         command = f"fxquant opt {shlex.quote(f'{path}.json')} --passes {shlex.quote(str(step))}"
         home = type(step).__module__

@@ -13,10 +13,11 @@ from typer.testing import CliRunner, Result
 
 import fxquant
 from fxquant.cli.__main__ import app
-from fxquant.errors import CalibrationError, PassError
-from fxquant.ir.dumps import load_dump
+from fxquant.errors import CalibrationError, PassError, WriteError
+from fxquant.ir.dumps import dump_of, load_dump
 from fxquant.ir.printing import graph_text
-from fxquant.pipeline.dumps import DumpGraphs, Reproducer
+from fxquant.ir.stages import Stage
+from fxquant.pipeline.dumps import DumpGraphs, Reproducer, write_dump
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.plan import Plan
@@ -46,6 +47,19 @@ def command(line: str) -> Result:
 
 def texts(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.txt"))
+
+
+def test_what_cannot_be_written_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    graph = module()
+    (tmp_path / "file").touch()
+    (tmp_path / "graph.json").mkdir()
+    for path, named in (("file/graph", "graph.txt"), ("graph", "graph.json")):
+        with pytest.raises(WriteError, match=named):
+            write_dump(tmp_path / path, dump_of(graph, Stage.CAPTURED), graph_text(graph), plan())
+    write_dump(tmp_path / "new" / "graph", dump_of(graph, Stage.CAPTURED), graph_text(graph), plan())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "graph.json", "graph.plan", "graph.safetensors", "graph.txt"
+    ]  # fmt: skip
 
 
 def test_graphs_are_dumped_after_each_change(tmp_path: Path) -> None:
