@@ -54,8 +54,8 @@ def checked(function: Rows, rows: Tensor, name: str) -> Tensor:
 
 def in_order(
     transforms: Sequence[InputTransform], balanced: bool, factor: Rows | None, shift: Rows | None
-) -> Iterator[tuple[str, Rows]]:
-    """Kind and function of each change of a layer's input, in the order in which passes made them.
+) -> Iterator[Rows]:
+    """Each change of a layer's input, in the order in which passes made them.
 
     Args:
         transforms: The transforms, in order.
@@ -65,15 +65,15 @@ def in_order(
     """
     left = {"factor": factor, "shift": shift} if balanced else {"shift": shift, "factor": factor}
 
-    def known(names: frozenset[str]) -> Iterator[tuple[str, Rows]]:
+    def known(names: frozenset[str]) -> Iterator[Rows]:
         for name in [name for name in left if name in names]:
             function = left.pop(name)
             if function is not None:
-                yield name, function
+                yield function
 
     for transform in transforms:
         yield from known(transform.after)
-        yield "transform", transform.function
+        yield transform.function
     yield from known(frozenset(left))
 
 
@@ -95,14 +95,14 @@ def as_matrix(transforms: Sequence[Rows], channels: int) -> Tensor | None:
     return matrix if bool(error <= _LINEAR * direct.abs().max().clamp_min(1e-300)) else None
 
 
-def transformed_moments(seen: SecondMoments, steps: Sequence[tuple[str, Rows]], shifts: bool) -> Tensor | None:
+def transformed_moments(seen: SecondMoments, steps: Sequence[Rows], shifts: bool) -> Tensor | None:
     """Second moments ``[C', C']`` of the transformed input; None if they do not follow from the recorded ones.
 
     They follow if no shift is involved and all transforms are linear.
     """
     if shifts:
         return None
-    matrix = as_matrix([function for _, function in steps], seen.channels)
+    matrix = as_matrix(steps, seen.channels)
     if matrix is None:
         return None
     recorded = seen.of()

@@ -110,7 +110,7 @@ def moments(context: PassContext, name: str) -> Tensor | None:
     return seen.moments.of(plan.vectors.get(name), shifts)
 
 
-def _changes(context: PassContext, name: str, bin_: int) -> Iterator[tuple[str, Rows]]:
+def _changes(context: PassContext, name: str, bin_: int) -> Iterator[Rows]:
     """Every change of a layer's input in one bin of timesteps, in the order in which passes made them."""
     plan = context.plan
     factor, table, decided = plan.vectors.get(name), plan.vectors.get(f"{name}.shift"), plan.layer(name).shift
@@ -124,7 +124,7 @@ def _changes(context: PassContext, name: str, bin_: int) -> Iterator[tuple[str, 
 
 def _transformed(context: PassContext, name: str, sample: Tensor, bin_: int) -> Tensor:
     rows = sample.double()
-    for _, function in _changes(context, name, bin_):
+    for function in _changes(context, name, bin_):
         rows = checked(function, rows, name)
     return rows
 
