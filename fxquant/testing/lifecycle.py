@@ -26,6 +26,7 @@ from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 from fxquant.storage.checkpoint import load, save
+from fxquant.testing.models import calibration
 from fxquant.testing.proving import Calls
 
 _ALIKE_DB = 40.0  # Outputs of two backends, or of two batch sizes, agree at least this well: sums in another order.
@@ -122,7 +123,7 @@ class _Run:
         self.quantized = quantize(
             self.model,
             recipe=self.recipe,
-            calibrate=self._calibrate,
+            calibrate=calibration(self.model, self.calls),
             statistics=self.statistics,
             timestep=self.timestep,
             measure=0,
@@ -131,11 +132,6 @@ class _Run:
         if not all(bool(output.isfinite().all()) for output in self.expected):
             raise AssertionError("the output is not finite")
         self.sqnr = sqnr_db(_output(self.model, self.calls[0]), self.expected[0])
-
-    @torch.no_grad()
-    def _calibrate(self) -> None:
-        for call in self.calls:
-            self.model(**call)
 
     def save_and_load(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxquant.calibration.calibrate import Calibration, run_calibration
@@ -19,7 +18,6 @@ from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, FxquantError, ProofError
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.printing import graph_text
-from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import bind, weights_of
 from fxquant.pipeline.pipeline import Pass, Pipeline, parse_pass
 from fxquant.pipeline.proving import Proof, Prover, rewrite
@@ -28,6 +26,7 @@ from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.runtime.float_model import class_path
 from fxquant.statistics.collection import Statistics
+from fxquant.testing import models
 
 Calls = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """Keyword arguments of one call of a model, or of several calls of one kind."""
@@ -125,13 +124,7 @@ def try_pass(
         calibration = Calibration(
             model, architecture, plan, recipe.prepare, (*recipe.convert, step), 0, statistics=Statistics()
         )
-
-        @torch.no_grad()
-        def calibrate() -> None:
-            for call in calls:
-                model(**call)
-
-        run_calibration(calibration, model, calibrate)
+        run_calibration(calibration, model, models.calibration(model, calls))
         plan.timesteps = calibration.statistics.timesteps.tolist()
         captured, statistics = calibration.prepared[0], calibration.statistics
     plan.calls = [captured.call]
@@ -139,10 +132,10 @@ def try_pass(
     leaves += [other_values(captured.call, leaves[0], timestep, seed) for seed in range(1, _OTHERS + 1)]
     graph_inputs = [captured.inputs(each) for each in leaves]
     context = PassContext(plan, statistics, inputs=graph_inputs[: len(calls)])
-    Pipeline(recipe.convert).run(captured.module, context)
-    stage = max(Pipeline(recipe.convert).stage, Stage.CAPTURED)
+    earlier_passes = Pipeline(recipe.convert)
+    earlier_passes.run(captured.module, context)
     prover, earlier = Prover(step, captured.module, context), copy.deepcopy(plan)
-    (record,) = Pipeline([step]).run(captured.module, context, stage)
+    (record,) = Pipeline([step]).run(captured.module, context, earlier_passes.stage)
     decided = plan != earlier
     return Trial(step, prover.before, captured.module, context, record.edits, decided, graph_inputs, prover, replays)
 
