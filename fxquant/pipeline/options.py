@@ -15,7 +15,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -54,10 +54,8 @@ def read_options(item: Item, reader: Reader, types_of: Callable[[str], Mapping[s
             message = f"{kind} {name!r}: the option {option.key!r} has no value; write {option.key}=value"
             raise reader.error(option.at, "this one", message)
         if key not in wanted or option.value is None:
-            shown = ", ".join(sorted(k.replace("_", "-") for k in wanted)) or "none"
             given = option.key if option.value is None else f"{option.key}={option.value.text}"
-            message = f"{kind} {name!r} has no option {given!r}. Its options: {shown}."
-            raise reader.error(option.at, "this one", message)
+            raise reader.error(option.at, "this one", no_option(kind, name, given, wanted))
         if key in values:
             raise reader.error(option.at, "here again", f"{kind} {name!r} is given {option.key!r} twice")
         try:
@@ -67,6 +65,12 @@ def read_options(item: Item, reader: Reader, types_of: Callable[[str], Mapping[s
                 option.value.at, "this value", f"{name}: {key}={shortened(option.value.text)!r} {error}"
             ) from None
     return values
+
+
+def no_option(kind: str, name: str, given: str, known: Iterable[str]) -> str:
+    """The message that an object, such as a pass, has no such option; it lists the options that it has."""
+    shown = ", ".join(sorted(option.replace("_", "-") for option in known)) or "none"
+    return f"{kind} {name!r} has no option {given!r}. Its options: {shown}."
 
 
 def read_value(value: Value, hint: Any) -> Any:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxquant.errors import ConfigurationError, UnknownNameError
-from fxquant.pipeline.options import convert, option_types
+from fxquant.pipeline.options import convert, no_option, option_types
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, parse_pass, parse_passes
 from fxquant.pipeline.registry import Registry
 from fxquant.pipeline.syntax import Reader
@@ -69,9 +69,8 @@ class Recipe:
         changed: dict[str, Any] = {}
         for name, value in options.items():
             if name not in types:
-                shown = ", ".join(sorted(option.replace("_", "-") for option in types)) or "none"
                 given = f"{name.replace('_', '-')}={value}"
-                raise ConfigurationError(f"pass {pass_name!r} has no option {given!r}. Its options: {shown}.")
+                raise ConfigurationError(no_option("pass", pass_name, given, types))
             try:
                 changed[name] = convert(value, types[name])
             except ConfigurationError as error:
