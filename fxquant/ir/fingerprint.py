@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import PassError
 from fxquant.ir.meta import LAYER
 from fxquant.ir.places import label
-from fxquant.ir.tensors import get_tensor, weights_and_buffers
+from fxquant.ir.tensors import get_tensor, holder_of, weights_and_buffers
 
 _Call = tuple[Any, Any, Any]  # Target, arguments and keyword arguments of a node.
 _SAMPLED = 64  # Elements of each tensor that are compared, because writes through ``.data`` count no version.
@@ -88,8 +88,9 @@ class Fingerprint:
         self._check_places(pass_name, edits)
         self._check_tensors(pass_name)
         self._check_signature(pass_name)
-        for what, (before, after) in _pairs(self._attributes, _attributes_of(self.module)):
-            if before != after:
+        attributes = _attributes_of(self.module)
+        for what, before in self._attributes.items():
+            if attributes[what] != before:
                 raise PassError(
                     f"{pass_name}: {what} of the graph module changed. What a graph computes is in its nodes alone, "
                     "and only these are saved; add nodes by rewriter.call or rewriter.inline"
@@ -263,10 +264,6 @@ def _attributes_of(module: fx.GraphModule) -> dict[str, Any]:
     return {"the forward": vars(module).get("forward"), "the code generation": module.graph._codegen, **hooks}
 
 
-def _pairs(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, tuple[Any, Any]]]:
-    return [(name, (one[name], other[name])) for name in one]
-
-
 def _signature(graph: fx.Graph) -> tuple[list[str], list[str]]:
     inputs = [f"{node.target}{_type(node)}" for node in graph.nodes if node.op == "placeholder"]
     outputs = [node for node in graph.nodes if node.op == "output"]
@@ -286,12 +283,8 @@ def _listed(entries: list[str]) -> str:
 
 
 def _put_back(module: nn.Module, target: str, tensor: Tensor) -> None:
-    *path, name = target.split(".")
-    holder = module
-    for part in path:
-        if not hasattr(holder, part):
-            holder.add_module(part, nn.Module())
-        holder = getattr(holder, part)
+    """Make the very same tensor an attribute again; ``set_tensor`` would make a new parameter of it."""
+    holder, name = holder_of(module, target)
     if getattr(holder, name, None) is tensor:
         return
     if hasattr(holder, name):

@@ -56,14 +56,7 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
     ``state_dict`` of the module mean what users expect. A parameter requires gradients only if ``value`` is a parameter
     that requires them.
     """
-    *path, name = target.split(".")
-    holder = module
-    for part in path:
-        if not hasattr(holder, part):
-            holder.add_module(part, nn.Module())
-        holder = getattr(holder, part)
-        if not isinstance(holder, nn.Module):
-            raise PassError(f"a tensor cannot be called {target!r}: {part!r} is an attribute of every module")
+    holder, name = holder_of(module, target)
     if hasattr(holder, name):
         if not isinstance(getattr(holder, name), (torch.Tensor, type(None))):
             raise PassError(f"a tensor cannot be called {target!r}: {name!r} is another attribute of its module")
@@ -73,6 +66,22 @@ def set_tensor(module: nn.Module, target: str, value: torch.Tensor) -> None:
         setattr(holder, name, nn.Parameter(value.detach(), requires_grad=trained))
     else:
         holder.register_buffer(name, value.detach())
+
+
+def holder_of(module: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """The module whose attribute a target is, and the name of the attribute; empty modules are added along the path.
+
+    Raises:
+        PassError: If something else than a module is in the path.
+    """
+    *path, name = target.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+        if not isinstance(module, nn.Module):
+            raise PassError(f"a tensor cannot be called {target!r}: {part!r} is an attribute of every module")
+    return module, name
 
 
 def read_tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
