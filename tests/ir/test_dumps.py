@@ -25,8 +25,6 @@ from fxquant.planning.plan import Plan
 from tests.support import captured, outputs
 from tests.tiny import calibrate, inputs, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 class Graphs:
     """Instrument: the graph after each pass, as a dump and as text."""

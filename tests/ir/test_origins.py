@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 import fxquant
 from fxquant.ir.meta import LAYER
 from tests.tiny import calibrate, make_dit
-
-pytestmark = pytest.mark.usefixtures("shared_traces")
 
 QUERY = "transformer_blocks.0.attn1.to_q"
 

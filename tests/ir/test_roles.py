@@ -14,8 +14,6 @@ from fxquant.pipeline.pipeline import Pass
 from tests.support import captured
 from tests.tiny import calibrate, inputs, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 QUERY = "transformer_blocks.0.attn1.to_q"
 
 

@@ -24,9 +24,6 @@ from fxquant.planning.plan import Plan
 from tests.pipeline.test_pipeline import Step, module, plan
 from tests.tiny import calibrate, make_dit, run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
-
 _FAILING = "tests.pipeline.failing"
 
 

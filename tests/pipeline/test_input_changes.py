@@ -34,7 +34,6 @@ from fxquant.statistics.collection import Statistics
 from fxquant.testing import calibration, check_lifecycle, example_call, example_calls, prove, tiny_dit, try_pass
 from tests.tiny import run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 aten = torch.ops.aten
 UP = "transformer_blocks.0.ff.net.0.proj"
 

@@ -27,7 +27,6 @@ from fxquant.planning.plan import Plan
 from tests.support import captured, layer_node, nodes_of, outputs, text
 from tests.tiny import calibrate, make_dit
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 aten = torch.ops.aten
 
 

@@ -34,7 +34,6 @@ from fxquant.testing import (
 )
 from tests.support import captured
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
 aten = torch.ops.aten
 
 

@@ -19,8 +19,6 @@ from fxquant.backends.onednn_products import sums_exactly
 from fxquant.errors import BackendError
 from tests.tiny import calibrate, make_dit, run
 
-pytestmark = pytest.mark.xdist_group("native machine")
-
 REPORT = """
 import warnings
 import torch
