@@ -12,8 +12,6 @@ from fxquant.errors import CalibrationError
 from fxquant.statistics.collection import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, run
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 LEARN = "reconstruct-blocks{iterations=20 samples=12 batch=4}"
 
 

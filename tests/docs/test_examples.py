@@ -76,7 +76,6 @@ def backend() -> Iterator[Backend]:
         yield page.Int8Storage()
 
 
-@pytest.mark.usefixtures("shared_traces")
 @pytest.mark.parametrize("recipe", ["rtn-w3a6", "dynamic-w4a8", "htg-w8a8"])
 def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, recipe: str) -> None:
     model, chosen = make_dit(), make_recipe(recipe, "all")
@@ -90,7 +89,6 @@ def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, rec
     assert torch.equal(run(copy.deepcopy(mine)), run(mine))
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_the_backend_of_the_page_lowers_loaded_models(backend: Backend, tmp_path: Path) -> None:
     model = make_dit()
     recipe = make_recipe("htg-w4a8").with_options("group-timesteps", groups=2)

@@ -26,8 +26,6 @@ from tests.tiny import make_pipeline
 
 WITH_CODE = [page for page in pages() if blocks_of(page, "python")]
 
-pytestmark = pytest.mark.usefixtures("shared_traces")
-
 
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,6 @@ def test_requirements_of_the_site_are_pinned() -> None:
     assert named <= pinned
 
 
-@pytest.mark.usefixtures("shared_traces")
 def test_pictures_show_the_rewrites(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from docs.tools.pictures import draw_block
