@@ -17,26 +17,19 @@ from fxquant.testing import own_recipes
 from tests.tiny import calibrate, inputs, make_dit, run
 
 PRECISIONS = ("w8a8", "w4a8-g8")
-NAMES = {f"{name}-{bits}": name for name in own_recipes() for bits in PRECISIONS}
-NAMES |= {f"ptq4dit-{rounding}-w4a8-g8": "ptq4dit" for rounding in ROUNDINGS}  # Other weights, no other graph.
-NAMES |= {"ptq4dit-dynamic-gptq-w4a8-g8": "ptq4dit", "htg-w4a16-g8": "htg"}
-"""The recipes with bits and rounding, each with its name alone."""
+NAMES = [f"{name}-{bits}" for name in own_recipes() for bits in PRECISIONS]
+NAMES += [f"ptq4dit-{rounding}-w4a8-g8" for rounding in ROUNDINGS]  # Other weights, no other graph.
+NAMES += ["ptq4dit-dynamic-gptq-w4a8-g8", "htg-w4a16-g8"]
 
 SAMPLE = [f"{name}-{PRECISIONS[number % 2]}" for number, name in enumerate(own_recipes())] + ["htg-w4a16-g8"]
 """Every recipe once: ``make test`` compiles and exports these."""
 
 
 def every_recipe(sample: Collection[str] = tuple(NAMES)) -> pytest.MarkDecorator:
-    """Parametrizes a test with all recipes, exhaustive outside of the sample. One process compiles those of a name."""
+    """Parametrizes a test with all recipes, exhaustive outside of the sample."""
     return pytest.mark.parametrize(
         "recipe",
-        [
-            pytest.param(
-                recipe,
-                marks=[pytest.mark.xdist_group(name), *([] if recipe in sample else [pytest.mark.exhaustive])],
-            )
-            for recipe, name in NAMES.items()
-        ],
+        [pytest.param(recipe, marks=[] if recipe in sample else pytest.mark.exhaustive) for recipe in NAMES],
     )
 
 
@@ -78,7 +71,7 @@ def test_a_mixed_batch_is_as_each_sample_alone(recipe: str) -> None:
     assert len(quantized.graphs) == 1
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in own_recipes()])
+@pytest.mark.parametrize("name", own_recipes())
 def test_fewer_bits_cost_quality_and_none_cost_all_of_it(name: str) -> None:
     reference = run(make_dit(), seed=9)
     errors = [float((run(compiled(f"{name}-{bits}"), seed=9) - reference).norm()) for bits in PRECISIONS]

@@ -164,15 +164,12 @@ REFUSED = {
 
 
 def in_both_dtypes(cases: Sequence[tuple[str, ...]], sample: Collection[tuple[str, ...]]) -> list[Any]:
-    """The cases, each calibrated with either dtype of timesteps; those of float32 are exhaustive outside the sample.
-
-    One process runs all cases of a kind of model, and they share traces.
-    """
+    """The cases, each calibrated with either dtype of timesteps; those of float32 are exhaustive outside the sample."""
     found = []
     for dtype in ("int64", "float32"):
         for case in cases:
             rest = [pytest.mark.exhaustive] * (dtype == "float32" and case not in sample)
-            found.append(pytest.param(*case, dtype, marks=[pytest.mark.xdist_group(f"two kinds, {case[0]}"), *rest]))
+            found.append(pytest.param(*case, dtype, marks=rest))
     return found
 
 

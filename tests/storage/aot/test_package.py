@@ -46,15 +46,10 @@ pytestmark = [
     pytest.mark.slow,  # Two backends, four graphs: as many runs of the C++ compiler.
 ]
 
-FAKE_QUANT, NATIVE, ONEDNN = (
-    pytest.mark.xdist_group(f"packages, {name}") for name in ("fake-quant", "native", "onednn")
-)
-"""Each package is compiled in one process, which runs all tests of it."""
-
 BACKENDS = (
-    pytest.param("fake-quant", marks=FAKE_QUANT),
-    pytest.param("native", marks=NATIVE),
-    pytest.param("onednn", marks=(ONEDNN, pytest.mark.exhaustive)),
+    "fake-quant",
+    "native",
+    pytest.param("onednn", marks=pytest.mark.exhaustive),
 )
 Made = tuple[GraphModel, Path]
 
@@ -123,7 +118,6 @@ def test_outputs_are_the_models(made: Made) -> None:
         assert sqnr_db(run(quantized, **call), run(packaged, **call)) > 100.0
 
 
-@FAKE_QUANT
 def test_every_graph_is_there(several: Made) -> None:
     quantized, folder = several
     packaged = fxquant.load_package(folder)
@@ -166,7 +160,6 @@ def test_inputs_may_lie_in_memory_as_they_like(made: Made) -> None:
         assert torch.equal(packaged(**odd).sample, packaged(**call).sample)
 
 
-@FAKE_QUANT
 def test_signs_that_are_not_in_memory(several: Made) -> None:
     packaged, call = fxquant.load_package(several[1]), inputs()
     lazy = {**call, "hidden_states": torch._neg_view(-call["hidden_states"])}
@@ -174,7 +167,6 @@ def test_signs_that_are_not_in_memory(several: Made) -> None:
     assert torch.equal(packaged(**lazy).sample, packaged(**call).sample)
 
 
-@NATIVE
 def test_a_pipeline_takes_it(pipeline: Made) -> None:
     quantized, folder = pipeline
     expected, actual = make_pipeline(quantized), load_pipeline(folder, trust_packages=True)
@@ -184,7 +176,6 @@ def test_a_pipeline_takes_it(pipeline: Made) -> None:
     assert [image.tobytes() for image in images[0]] == [image.tobytes() for image in images[1]]
 
 
-@NATIVE
 def test_it_loads_in_a_new_process_without_tracing(pipeline: Made, tmp_path: Path) -> None:
     quantized, folder = pipeline
     code = f"""
@@ -199,7 +190,6 @@ torch.save(model(**torch.load({str(tmp_path / "call.pt")!r})).sample, {str(tmp_p
     assert sqnr_db(run(quantized), torch.load(tmp_path / "out.pt")) > 100.0
 
 
-@FAKE_QUANT
 def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: object, **kwargs: object) -> None:
         raise AssertionError("traced or compiled while a package was loaded")
@@ -212,14 +202,12 @@ def test_loading_compiles_nothing(several: Made, monkeypatch: pytest.MonkeyPatch
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 
-@FAKE_QUANT
 def test_it_is_no_float_model(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(AlreadyCompiledError, match="made by fxquant; give the original float model"):
         fxquant.trace(packaged)
 
 
-@FAKE_QUANT
 def test_it_has_no_training_mode(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(ConfigurationError, match="no training mode"):
@@ -227,7 +215,6 @@ def test_it_has_no_training_mode(several: Made) -> None:
     assert packaged.eval() is packaged
 
 
-@FAKE_QUANT
 def test_a_call_that_was_not_packaged(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     with pytest.raises(CaptureError) as caught:
@@ -242,7 +229,6 @@ def test_a_call_that_was_not_packaged(several: Made) -> None:
         packaged(unknown=1)
 
 
-@FAKE_QUANT
 def test_other_dtypes_and_devices(several: Made) -> None:
     packaged = fxquant.load_package(several[1])
     for move in (lambda: packaged.to(torch.bfloat16), lambda: packaged.to("meta")):
@@ -250,7 +236,6 @@ def test_other_dtypes_and_devices(several: Made) -> None:
             move()
 
 
-@FAKE_QUANT
 @pytest.mark.parametrize(
     ("move", "found"),
     [
@@ -267,7 +252,6 @@ def test_memory_that_compiled_code_cannot_read(several: Made, move: Callable[[Te
         packaged(**{**call, "hidden_states": move(call["hidden_states"])})
 
 
-@FAKE_QUANT
 def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
     packaged = fxquant.load_package(several[1])
     for save in (
@@ -280,14 +264,12 @@ def test_it_is_not_saved(several: Made, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@FAKE_QUANT
 @pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
 def test_it_is_not_pickled(several: Made, write: Callable[[Any], Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"cannot be pickled.*fxquant\.load_package\(folder\)"):
         write(fxquant.load_package(several[1]))
 
 
-@FAKE_QUANT
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 def test_copies_run_the_same_code(several: Made, duplicate: Callable[[Any], Any]) -> None:
     packaged = fxquant.load_package(several[1])
@@ -298,13 +280,11 @@ def test_copies_run_the_same_code(several: Made, duplicate: Callable[[Any], Any]
     assert torch.equal(run(twin), expected)
 
 
-@FAKE_QUANT
 def test_a_pipeline_does_not_leave_it_out(several: Made, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="not saved but copied"):
         make_pipeline(fxquant.load_package(several[1])).save_pretrained(tmp_path)
 
 
-@FAKE_QUANT
 def test_what_is_read_is_not_replaced(several: Made, tmp_path: Path) -> None:
     quantized, _ = several
     save_pipeline(make_pipeline(quantized), tmp_path / "a" / "q")
@@ -319,7 +299,6 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-@FAKE_QUANT
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "graph-0.pt2", "graph-1.pt2", "package.json"])
 @pytest.mark.parametrize("harm", [damage, Path.unlink], ids=["damaged", "missing"])
 def test_files_that_are_not_whole(several: Made, tmp_path: Path, name: str, harm: Callable[[Path], Any]) -> None:
@@ -329,7 +308,6 @@ def test_files_that_are_not_whole(several: Made, tmp_path: Path, name: str, harm
         fxquant.load_package(folder)
 
 
-@FAKE_QUANT
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -354,7 +332,6 @@ def test_a_package_for_another_machine_or_of_another_format(
         fxquant.load_package(folder)
 
 
-@FAKE_QUANT
 def test_a_description_that_is_not_whole(several: Made, tmp_path: Path) -> None:
     folder = shutil.copytree(several[1], tmp_path / "package")
     info = json.loads((folder / "package.json").read_text())
@@ -365,7 +342,6 @@ def test_a_description_that_is_not_whole(several: Made, tmp_path: Path) -> None:
         fxquant.load_package(folder)
 
 
-@FAKE_QUANT
 def test_a_graph_without_a_digest(several: Made, tmp_path: Path) -> None:
     folder = shutil.copytree(several[1], tmp_path / "package")
     info = json.loads((folder / "package.json").read_text())
@@ -376,7 +352,6 @@ def test_a_graph_without_a_digest(several: Made, tmp_path: Path) -> None:
         fxquant.load_package(folder)
 
 
-@FAKE_QUANT
 def test_folders_of_the_other_kind(several: Made, tmp_path: Path) -> None:
     quantized, folder = several
     with pytest.raises(CheckpointError, match=r"fxquant\.load_package reads it"):
@@ -392,7 +367,6 @@ def test_folders_of_the_other_kind(several: Made, tmp_path: Path) -> None:
         fxquant.export_aot(quantized, tmp_path / "checkpoint", overwrite=True)
 
 
-@FAKE_QUANT
 def test_what_cannot_be_exported(several: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized, _ = several
     with pytest.raises(ConfigurationError, match=r"fxquant\.compile made"):
@@ -408,7 +382,6 @@ def test_what_cannot_be_exported(several: Made, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-@FAKE_QUANT
 def test_the_command_says_what_is_wrong(several: Made, tmp_path: Path) -> None:
     for arguments, message in (
         (("export", tmp_path / "nothing", tmp_path / "out", "--aot"), "there is no folder"),
@@ -423,7 +396,6 @@ def test_the_command_says_what_is_wrong(several: Made, tmp_path: Path) -> None:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-@FAKE_QUANT
 def test_lifted_graphs_hold_no_tensors_and_say_the_same(several: Made) -> None:
     quantized, _ = several
     captured = quantized.captured[0]
