@@ -28,7 +28,7 @@ from fxquant.errors import CheckpointError, WriteError
 
 _TRIES = 100  # Attempts at a step that another process can interfere with.
 _LONGEST = 200  # Bytes of a name before the suffixes below are added; most file systems allow 255.
-_SAVING, _REPLACED = "saving", "replaced"
+SAVING, _REPLACED = "saving", "replaced"
 
 Check = Callable[[Path], None]
 
@@ -51,7 +51,7 @@ def whole_folder(folder: Path, check: Check) -> Iterator[Path]:
         WriteError: If the folder cannot be written, or something that must stay has appeared in its place.
     """
     _ready(folder, check)
-    with writing(folder), _parents(folder):
+    with writing(folder), parents_of(folder):
         scratch = _Scratch(folder)
         try:
             with _blaming_sources(scratch.path):
@@ -161,7 +161,7 @@ def _blaming_sources(scratch: Path) -> Iterator[None]:
 
 def leftovers(folder: Path) -> list[Path]:
     """What interrupted saves of a folder left next to it, and what running saves are writing."""
-    starts = tuple(f".{_stem(folder)}.{kind}-" for kind in (_REPLACED, _SAVING))
+    starts = tuple(f".{_stem(folder)}.{kind}-" for kind in (_REPLACED, SAVING))
     try:
         return sorted(path for path in folder.parent.iterdir() if path.name.startswith(starts))
     except OSError:  # There is no such folder, or its files may be read but not listed.
@@ -205,7 +205,7 @@ class _Scratch:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for _ in range(_TRIES):
-            self.path = folder.parent / _beside(folder, _SAVING)
+            self.path = folder.parent / beside(folder, SAVING)
             self.path.mkdir()
             # Another process that tidies up may have considered the folder abandoned before it was locked.
             self.lock = Lock.of(self.path)
@@ -269,7 +269,7 @@ class _Scratch:
 
     def _set_aside(self) -> None:
         """Move away what is there, so that the next attempt can put this folder there."""
-        aside = self.folder.parent / _beside(self.folder, _REPLACED)
+        aside = self.folder.parent / beside(self.folder, _REPLACED)
         self.aside.append(aside)
         os.rename(self.folder, aside)
 
@@ -322,13 +322,13 @@ def _discard(old: Path, folder: Path, check: Check) -> None:
 
 def _remove(old: Path, folder: Path) -> None:
     """Remove what a save of a folder left, under a name which shows that it may be incomplete."""
-    doomed = folder.parent / _beside(folder, _SAVING)
+    doomed = folder.parent / beside(folder, SAVING)
     os.rename(old, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager
-def _parents(folder: Path) -> Iterator[None]:
+def parents_of(folder: Path) -> Iterator[None]:
     """Make the parents of a folder, and remove those that were made if the block raises."""
     made = []
     for parent in folder.parents:
@@ -370,5 +370,6 @@ def _stem(folder: Path) -> str:
     return f"{encoded[: _LONGEST - 20].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
-def _beside(folder: Path, kind: str) -> str:
+def beside(folder: Path, kind: str) -> str:
+    """A new name, next to a folder or file, for what is written or set aside."""
     return f".{_stem(folder)}.{kind}-{secrets.token_hex(4)}"

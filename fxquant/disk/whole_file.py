@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fxquant.disk.exchange import force
-from fxquant.disk.folders import writing
+from fxquant.disk.folders import SAVING, beside, parents_of, writing
 from fxquant.errors import WriteError
 
 
@@ -26,15 +25,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         WriteError: If the file cannot be written, or a folder is in its place.
     """
     path = Path(path)
-    with writing(path):
+    with writing(path), parents_of(path):
         if path.is_dir():
             raise WriteError(f"{path} is a folder; choose another name for the file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name[:200]}.saving-{secrets.token_hex(4)}")
+        unfinished = path.with_name(beside(path, SAVING))
         try:
             yield unfinished
             force(unfinished)
             os.replace(unfinished, path)
-            force(path.parent)
+            with suppress(PermissionError):  # The folder may be writable but not readable.
+                force(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
