@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.disk.files import share
+from fxquant.disk.whole_file import whole_file
 from fxquant.numerics.weights import QuantizedWeight
 
 log = logging.getLogger(__name__)
@@ -80,11 +80,14 @@ class Store:
         return Learned(codes, ranges, (before, after))
 
     def save(self, name: str, fingerprint: str, learned: Learned) -> None:
-        """Keep what was learned for a segment; the file is written completely or not at all."""
+        """Keep what was learned for a segment; the file is written completely or not at all.
+
+        Raises:
+            WriteError: If it cannot be written.
+        """
         path = self._path(name)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "fingerprint": fingerprint,
             "codes": {layer: [w.bits, w.group_size, w.in_features] for layer, w in learned.codes.items()},
@@ -96,10 +99,9 @@ class Store:
             for layer, weight in learned.codes.items()
             for part in _FIELDS
         }
-        unfinished = path.with_suffix(".part")
-        save_file(tensors, unfinished, metadata={_KEY: json.dumps(header)})
-        share(unfinished)
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata={_KEY: json.dumps(header)})
+            share(unfinished)
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name.replace('/', '_')}.safetensors"
