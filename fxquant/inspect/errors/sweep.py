@@ -182,7 +182,9 @@ class Sweep:
                     retain_graph=probe + 1 < probes,
                     allow_unused=True,
                 )
-            except (NotImplementedError, RuntimeError) as error:
+            except RuntimeError as error:
+                if not _lacks_derivative(error):
+                    raise
                 raise ConfigurationError(
                     f"an op of the graph has no derivative ({str(error).splitlines()[0]}), so contributions cannot be "
                     "estimated; measure them instead: probes=0, measure=None"
@@ -279,6 +281,11 @@ def _local(y: Tensor, error: LocalError) -> Energies:
 def _energy(x: Tensor) -> float:
     wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
     return float(wide.square().sum(dtype=torch.float64))
+
+
+def _lacks_derivative(error: RuntimeError) -> bool:
+    """Whether an error of a backward pass is about an op without a derivative, of torch or of another library."""
+    return isinstance(error, NotImplementedError) or "no autograd formula was registered" in str(error)
 
 
 def _leaf(value: Any) -> Any:

@@ -275,7 +275,34 @@ class TestBudget:
         assert len(rest) == 4  # Another seed: nothing is taken from the folder.
 
 
+@torch.library.custom_op("tests::no_formula", mutates_args=())
+def no_formula(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("op", [lambda x: torch.igamma(x.abs(), x.abs()), no_formula])
+    def test_an_op_without_a_derivative(self, one_bad: Made, monkeypatch: pytest.MonkeyPatch, op: Any) -> None:
+        """As if the graph held one: of torch, or of another library."""
+        grad = torch.autograd.grad
+
+        def through_op(*args: Any, **options: Any) -> Any:
+            x = torch.ones(2, requires_grad=True)
+            grad([op(x)], [x], [torch.ones(2)])
+            return grad(*args, **options)
+
+        monkeypatch.setattr(torch.autograd, "grad", through_op)
+        with pytest.raises(ConfigurationError, match=r"no derivative \(.*probes=0, measure=None"):
+            fxquant.attribute(*one_bad, timesteps=1, measure=0)
+
+    def test_too_little_memory_is_not_taken_for_that(self, one_bad: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: Any, **options: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(torch.autograd, "grad", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            fxquant.attribute(*one_bad, timesteps=1, measure=0)
+
     def test_another_weight_of_a_layer_that_stayed_float(self, one_bad: Made) -> None:
         quantized, model, _ = one_bad
         other = copy.deepcopy(model)
