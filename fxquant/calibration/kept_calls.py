@@ -58,24 +58,30 @@ def some_samples(captured: CapturedGraph, leaves: Sequence[Any], most: int) -> t
     The indices are None if the call has no batch.
     """
     batch = captured.call.batch_size(leaves)
-    chosen = torch.linspace(0, batch - 1, min(batch, most), dtype=torch.float32).long() if batch > 0 else None
+    chosen = _spread(batch, most) if batch > 0 else None
 
     def take(leaf: Any, spec: Any) -> Any:
         if isinstance(leaf, Tensor) and isinstance(spec, TensorSpec) and BATCH in spec.shape and chosen is not None:
-            return leaf.index_select(spec.shape.index(BATCH), chosen.to(leaf.device))
+            return _selected(leaf, spec, chosen)
         return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
     return [take(leaf, spec) for leaf, spec in zip(leaves, captured.call.leaves, strict=True)], chosen
 
 
-def first_samples(spec: CallSpec, inputs: Sequence[Tensor], most: int) -> list[Tensor]:
+def some_inputs(spec: CallSpec, inputs: Sequence[Tensor], most: int) -> list[Tensor]:
     """The inputs of a graph with at most ``most`` samples, spread over the batch. Fixed batches stay whole."""
-    batch = next((tensor.shape[leaf.shape.index(BATCH)] for (_, leaf), tensor in zip(spec.tensors, inputs, strict=True)
-                  if BATCH in leaf.shape), 0)  # fmt: skip
+    pairs = [(tensor, leaf) for tensor, (_, leaf) in zip(inputs, spec.tensors, strict=True)]
+    batch = next((tensor.shape[leaf.shape.index(BATCH)] for tensor, leaf in pairs if BATCH in leaf.shape), 0)
     if batch <= most:
         return list(inputs)
-    chosen = torch.linspace(0, batch - 1, most, dtype=torch.float32).long()
-    return [
-        tensor.index_select(leaf.shape.index(BATCH), chosen.to(tensor.device)) if BATCH in leaf.shape else tensor
-        for (_, leaf), tensor in zip(spec.tensors, inputs, strict=True)
-    ]
+    chosen = _spread(batch, most)
+    return [_selected(tensor, leaf, chosen) if BATCH in leaf.shape else tensor for tensor, leaf in pairs]
+
+
+def _spread(batch: int, most: int) -> Tensor:
+    """Indices of at most ``most`` samples, spread over a batch."""
+    return torch.linspace(0, batch - 1, min(batch, most), dtype=torch.float32).long()
+
+
+def _selected(tensor: Tensor, spec: TensorSpec, chosen: Tensor) -> Tensor:
+    return tensor.index_select(spec.shape.index(BATCH), chosen.to(tensor.device))

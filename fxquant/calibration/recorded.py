@@ -17,7 +17,7 @@ from fxquant.calibration.calibrate import (
     calls_wanted,
     timestep_of,
 )
-from fxquant.calibration.kept_calls import Spread, first_samples
+from fxquant.calibration.kept_calls import Spread, some_inputs
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.fidelity import example
 from fxquant.capture.graph import CapturedGraph
@@ -56,11 +56,12 @@ def calibrate_from_statistics(calibration: Calibration, device: torch.device) ->
         captured = calibration.architecture.capture_spec(spec, device)
         bind(captured.module, calibration.weights)
         kept = statistics.calls.of_kind(number)
-        inputs = [inputs_on(call, captured, device) for call in kept]
+        inputs = [inputs_on(call, captured.call, device) for call in kept]
         calibration.adopt(captured, inputs[:1] if calibration.prepare.prove else [])
         most = calibration.most_samples
         stride = max(1, -(-len(kept) // most)) if most else 1
-        samples = [_sample(captured, call) for call in kept[::stride]] if most else []
+        chosen = list(zip(kept, inputs, strict=True))[::stride] if most else []
+        samples = [_sample(captured, call.timestep, own) for call, own in chosen]
         calibration.recall(number, inputs, samples)
     calibration.finish()
     _check_complete(calibration)
@@ -94,7 +95,7 @@ def record_calls(
                 step = timestep_of(call, architecture.timestep)
                 priority = kept.wants(number, step)
                 if priority is not None:
-                    inputs = first_samples(spec, spec.inputs(call.leaves), KEPT_SAMPLES)
+                    inputs = some_inputs(spec, spec.inputs(call.leaves), KEPT_SAMPLES)
                     kept.keep(number, step, priority, inputs)
         return forward(*args, **kwargs)
 
@@ -126,13 +127,13 @@ def kept_inputs(
     for call in statistics.calls.of_kind(kinds.index(captured.call)):
         if chosen.wants_next():
             chosen.keep(call)
-    return [inputs_on(call, captured, device) for call in chosen.chosen()]
+    return [inputs_on(call, captured.call, device) for call in chosen.chosen()]
 
 
-def inputs_on(call: KeptCall, captured: CapturedGraph, device: torch.device) -> list[Tensor]:
+def inputs_on(call: KeptCall, spec: CallSpec, device: torch.device) -> list[Tensor]:
     """The inputs of a kept call on a device. Python numbers stay on the CPU, as graphs expect them."""
-    pairs = zip(call.inputs, captured.call.tensors, strict=True)
-    return [tensor if spec.number else tensor.to(device) for tensor, (_, spec) in pairs]
+    pairs = zip(call.inputs, spec.tensors, strict=True)
+    return [tensor if leaf.number else tensor.to(device) for tensor, (_, leaf) in pairs]
 
 
 def arguments_of(spec: CallSpec, inputs: Sequence[Tensor]) -> dict[str, Any]:
@@ -141,13 +142,12 @@ def arguments_of(spec: CallSpec, inputs: Sequence[Tensor]) -> dict[str, Any]:
     return spec.arguments(lambda name, leaf: values[name].item() if leaf.number else values[name])
 
 
-def _sample(captured: CapturedGraph, call: KeptCall) -> Sample:
+def _sample(captured: CapturedGraph, timestep: float, inputs: Sequence[Tensor]) -> Sample:
     """A few samples of a kept call, with the float output, which the float graph computes."""
-    device = next((tensor.device for tensor in captured.module.parameters()), torch.device("cpu"))
-    inputs = first_samples(captured.call, inputs_on(call, captured, device), KEPT_SAMPLES)
+    some = some_inputs(captured.call, inputs, KEPT_SAMPLES)
     with torch.no_grad():
-        output = next(leaf for leaf in captured.module(*inputs) if isinstance(leaf, Tensor))
-    return Sample(call.timestep, arguments_of(captured.call, inputs), output.clone())
+        output = next(leaf for leaf in captured.module(*some) if isinstance(leaf, Tensor))
+    return Sample(timestep, arguments_of(captured.call, some), output.clone())
 
 
 def _check_complete(calibration: Calibration) -> None:

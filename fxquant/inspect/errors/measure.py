@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.calibration.kept_calls import first_samples
-from fxquant.calibration.recorded import arguments_of, record_calls
+from fxquant.calibration.kept_calls import some_inputs
+from fxquant.calibration.recorded import arguments_of, inputs_on, record_calls
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
@@ -176,9 +176,7 @@ class _Job:
     ) -> float:
         """Measure one call; returns the seconds without the measured contributions."""
         start, spec = time.monotonic(), sweep.pair.call
-        named = zip(call.inputs, spec.tensors, strict=True)
-        given = [tensor if leaf.number else tensor.to(device) for tensor, (_, leaf) in named]
-        inputs = first_samples(spec, given, self.samples)
+        inputs = some_inputs(spec, inputs_on(call, spec, device), self.samples)
         sweep.forward(inputs)
         output = Energies(sweep.signal, sweep.whole_error(inputs))
         if self.model is not None:  # Once: this costs a call of the float model.
