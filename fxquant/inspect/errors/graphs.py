@@ -141,14 +141,9 @@ def _refuse_other_model(pairs: Iterable[Pair], plan: Plan) -> None:
             layer = plan.layers.get(node.meta.get(LAYER, ""))
             if codes is None or layer is None or layer.weight_sqnr_db is None or node.meta[LAYER] not in pair.weights:
                 continue
-            exact = pair.weights[node.meta[LAYER]].flatten(1)
-            tensors = [get_tensor(pair.quantized, str(code.target)) for code in codes]
-            if tensors[0].shape[0] != exact.shape[0] or layer.weight_bits is None:
-                continue
-            packed, scale, zero_point = tensors
-            bits, group, width = layer.weight_bits, layer.group_size, exact.shape[1]
-            rounded = dequantize_weight(packed, scale, zero_point, bits, group, width, torch.float32)
-            far.append(sqnr_db(exact, rounded) < layer.weight_sqnr_db - _FAR)
+            exact = pair.weights[node.meta[LAYER]].flatten(1).float()
+            if get_tensor(pair.quantized, str(codes[0].target)).shape[0] == exact.shape[0]:
+                far.append(sqnr_db(exact, rounded_weight(node, pair, exact)) < layer.weight_sqnr_db - _FAR)
     if far and sum(far) > len(far) / 2:
         raise ConfigurationError(
             "the weights of the float model are not those that were quantized, in "
@@ -188,3 +183,18 @@ def codes_of(node: fx.Node) -> list[fx.Node] | None:
     if not all(isinstance(part, fx.Node) and part.op == "get_attr" for part in found):
         return None
     return found  # type: ignore[return-value]
+
+
+def rounded_weight(node: fx.Node, pair: Pair, exact: Tensor) -> Tensor:
+    """The dequantized codes that a layer reads, ``[out, in]``, in the dtype of its float weight ``exact``."""
+    codes = codes_of(node)
+    assert codes is not None
+    packed, scale, zero_point = (get_tensor(pair.quantized, str(code.target)) for code in codes)
+    if node.target is torch.ops.fxquant.linear.default:
+        bits, group = node.args[7], node.args[8]
+    elif node.target is torch.ops.fxquant.conv2d.default:
+        bits, group = node.args[7], 0
+    else:
+        bits, group = node.args[3], node.args[4]
+    assert isinstance(bits, int) and isinstance(group, int)
+    return dequantize_weight(packed, scale, zero_point, bits, group, exact.shape[1], exact.dtype)

@@ -15,12 +15,10 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.nn import functional
 
-from fxquant.inspect.errors.graphs import Pair, codes_of
+from fxquant.inspect.errors.graphs import Pair, codes_of, rounded_weight
 from fxquant.ir.attention import ATTENTION
 from fxquant.ir.meta import LAYER
-from fxquant.ir.tensors import get_tensor
 from fxquant.numerics import grids
-from fxquant.numerics.weights import dequantize_weight
 
 aten, ours = torch.ops.aten, torch.ops.fxquant
 
@@ -74,7 +72,7 @@ class CodedLayer:
     def error(self, args: tuple[Any, ...], value: Lookup) -> LocalError:
         """See :class:`Unit`."""
         exact = float_weight(self.output, self.pair)
-        delta = _rounded_weight(self.output, self.pair, exact) - exact
+        delta = rounded_weight(self.output, self.pair, exact) - exact
         quantize = next(iter(self.output.all_input_nodes))
         x = args[0].to(exact.dtype)
         moved = _fake_quantized(quantize, (x, args[1], args[2])) - x
@@ -96,7 +94,7 @@ class StoredLayer:
     def error(self, args: tuple[Any, ...], value: Lookup) -> LocalError:
         """See :class:`Unit`."""
         exact = float_weight(self.source, self.pair)
-        delta = (_rounded_weight(self.source, self.pair, exact) - exact).to(args[1].dtype).reshape(args[1].shape)
+        delta = (rounded_weight(self.source, self.pair, exact) - exact).to(args[1].dtype).reshape(args[1].shape)
         target: Any = self.output.target
         error = target(args[0], delta, None, *args[3:])
         return LocalError(error, error, None)
@@ -209,20 +207,6 @@ def float_weight(node: fx.Node, pair: Pair) -> Tensor:
     """The float weight ``[out, in]`` of a layer, in the dtype in which its product is computed."""
     dtype = grids.compute_dtype(node.meta["val"].dtype)
     return pair.weights[str(node.meta[LAYER])].flatten(1).to(dtype)
-
-
-def _rounded_weight(node: fx.Node, pair: Pair, exact: Tensor) -> Tensor:
-    codes = codes_of(node)
-    assert codes is not None
-    packed, scale, zero_point = (get_tensor(pair.quantized, str(code.target)) for code in codes)
-    if node.target is ours.linear.default:
-        bits, group = node.args[7], node.args[8]
-    elif node.target is ours.conv2d.default:
-        bits, group = node.args[7], 0
-    else:
-        bits, group = node.args[3], node.args[4]
-    assert isinstance(bits, int) and isinstance(group, int)
-    return dequantize_weight(packed, scale, zero_point, bits, group, exact.shape[1], exact.dtype)
 
 
 def _fake_quantized(quantize: fx.Node, args: Sequence[Any]) -> Tensor:
