@@ -173,7 +173,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         shows outlier channels. ``moves`` is by what factor the maximum changes over the timesteps.
         """
         summary = summary_of(self, len(self.timesteps), len(self.calls), self.nbytes)
-        return text_of(self, self.rows(layer), summary)
+        return text_of(self.rows(layer), summary)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, from which recording and merging can continue.

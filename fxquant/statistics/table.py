@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from fxquant.errors import UnknownNameError
 from fxquant.statistics.channels import ChannelStatistics
-from fxquant.text import fitted, json_values, size
+from fxquant.text import fitted, json_values, nearest, size
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,12 @@ def rows_of(statistics: Mapping[str, ChannelStatistics], layer: str | None = Non
     if layer is None:
         return [_row(found, None) for found in statistics.values()]
     if layer not in statistics:
-        close = get_close_matches(layer, statistics, 5, 0.3)
-        raise UnknownNameError("observed value", layer, close or list(statistics)[:5])
+        raise UnknownNameError("observed value", layer, nearest(layer, statistics)[:10])
     found = statistics[layer]
     return [_row(found, None), *(_row(found, number) for number in range(len(found)))]
 
 
-def text_of(statistics: Mapping[str, ChannelStatistics], rows: list[ObservedRow], summary: str) -> str:
+def text_of(rows: list[ObservedRow], summary: str) -> str:
     """The rows as text of at most 140 columns."""
     one = any(row.timestep is not None for row in rows)
     header = ["timestep" if one else "value", "timesteps", "channels", "rows", "min", "max", "median|x|", "max|x|",

@@ -31,6 +31,7 @@ from fxquant.pipeline.pipeline import Pass, Pipeline
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
+from fxquant.runtime.float_model import device_of
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.replay import bind_all, model_from_plan, refuse_unknown_layers
 
@@ -68,21 +69,18 @@ def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec
     plan = copy.deepcopy(quantized.plan)
     assert plan is not None
     device, wanted = quantized.device, list(kinds)
-    numbers = [plan.calls.index(kind) if kind in plan.calls else None for kind in wanted]
-    if None in numbers:
-        kind = wanted[numbers.index(None)]
+    other = next((kind for kind in wanted if kind not in plan.calls), None)
+    if other is not None:
         raise ConfigurationError(
-            f"the model was not calibrated with calls of this kind: {kind}; keep statistics of the calibration that "
+            f"the model was not calibrated with calls of this kind: {other}; keep statistics of the calibration that "
             "quantized it"
         )
+    numbers = [plan.calls.index(kind) for kind in wanted]
     twin = model_from_plan(quantized.architecture, plan, resolve_backend("fake-quant"), quantized.dtype, device)
     bind_all(twin, {name: tensor.detach() for name, tensor in quantized.stored_tensors().items()})
-    weights = _float_weights(
-        model, copy.deepcopy(plan), [plan.calls[number] for number in numbers if number is not None]
-    )
+    weights = _float_weights(model, copy.deepcopy(plan), [plan.calls[number] for number in numbers])
     pairs = []
     for number, found in zip(numbers, weights, strict=True):
-        assert number is not None
         captured = twin.captured[number]
         captured.module.requires_grad_(False)
         quantizable = {name: weight for name, weight in found.items() if plan.layer(name).weight_bits is not None}
@@ -100,8 +98,7 @@ def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> l
     # Passes that learn from calls have decided; they change the plan and not the graph.
     passes = [step for step in passes if not step.wants_samples()]
     tensors, architecture = weights_of(model), Architecture.of(model, plan.timestep)
-    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-    original, context, found = Original(model, plan.timestep), PassContext(plan), []
+    device, original, context, found = device_of(model), Original(model, plan.timestep), PassContext(plan), []
     for call in calls:
         try:
             original.warm(example(call, device), architecture)
