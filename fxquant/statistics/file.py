@@ -85,14 +85,14 @@ def read(path: str | Path) -> Statistics:
         raise CheckpointError(f"{path} is a folder; give the file of statistics that save() or --keep-statistics wrote")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = _header(path, (file.metadata() or {}).get(_FORMAT))
+            header, kinds = _header(path, (file.metadata() or {}).get(_FORMAT))
             held = set(file.keys())
             found = Statistics(num_rows=header.num_rows, seed=header.seed, keep_calls=header.keep_calls)
             for key, seeds in header.keys.items():
                 names = [name for name in _TENSORS if f"{key}.{name}" in held]
                 found._put_back(key, seeds, {name: file.get_tensor(f"{key}.{name}") for name in names})
             found.run = None if header.run is None else Run(**header.run.model_dump())
-            found.calls.kinds = json.loads(file.metadata()[_FORMAT]).get("kinds", [])
+            found.calls.kinds = kinds
             pool: dict[str, Tensor] = {}
             calls = []
             for call in header.calls:
@@ -112,7 +112,8 @@ def read(path: str | Path) -> Statistics:
     return found
 
 
-def _header(path: str | Path, text: str | None) -> StatisticsFile:
+def _header(path: str | Path, text: str | None) -> tuple[StatisticsFile, list[dict[str, Any]]]:
+    """The header, and the kinds of call as they stand in it."""
     if text is None:
         raise CheckpointError(f"{path} holds no fxquant statistics. Give the file that save() wrote.")
     if len(text) > LARGEST_FILE:
@@ -127,7 +128,7 @@ def _header(path: str | Path, text: str | None) -> StatisticsFile:
             f"{path} has statistics of format {version}; this fxquant reads up to {_VERSION}. "
             "Upgrade fxquant, or calibrate again."
         )
-    return check(StatisticsFile, data, "the header")
+    return check(StatisticsFile, data, "the header"), data.get("kinds", [])
 
 
 def _check_inputs(inputs: tuple[Tensor, ...], leaves: list[Any]) -> None:
