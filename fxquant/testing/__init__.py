@@ -2,8 +2,8 @@
 
 ``prove`` proves the tier of a pass, ``check_lifecycle`` runs a recipe through saving, loading, other shapes and
 backends, ``assert_golden`` compares graphs with files, ``assert_not_fired`` holds where a pass must leave a graph
-alone, and ``tiny_dit`` and its sisters make small models of every layout of adaLN. ``docs/write-a-pass.md`` has
-examples.
+alone, ``tiny_dit`` and its sisters make small models of every layout of adaLN, and ``tiny_linears`` one whose graph is
+short. ``docs/write-a-pass.md`` has examples.
 """
 
 from fxquant.errors import LifecycleError, ProofError
@@ -19,6 +19,7 @@ from fxquant.testing.models import (
     example_calls,
     tiny_dit,
     tiny_flux,
+    tiny_linears,
     tiny_lumina2,
     tiny_pixart,
     tiny_sd3,
@@ -49,6 +50,7 @@ __all__ = [
     "prove",
     "tiny_dit",
     "tiny_flux",
+    "tiny_linears",
     "tiny_lumina2",
     "tiny_pixart",
     "tiny_sd3",

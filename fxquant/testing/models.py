@@ -11,6 +11,8 @@ tiny_wan        a table per block in float32, video, rotary embeddings, cross at
 tiny_lumina2    gates and scales without shifts behind RMS norms; grouped queries
 ==============  =======================================================================================
 
+``tiny_linears`` makes two linears, without adaLN: a model whose graph is short enough to be kept as golden text.
+
 All adaLN layers have nonzero weights, unlike after initialization: else no pass could change an output.
 """
 
@@ -98,6 +100,24 @@ TINY: dict[str, Callable[..., nn.Module]] = {
 """The constructors by name, to run a test on every layout."""
 
 
+class TinyLinears(nn.Module):
+    """``y = second(gelu(first(x))) + timestep``, with 16 channels; only the first linear has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """Tokens ``[batch, tokens, 16]`` from such tokens and one timestep from 0 to 1 per sample, ``[batch]``."""
+        return self.second(nn.functional.gelu(self.first(x))) + timestep[:, None, None]
+
+
+def tiny_linears() -> nn.Module:
+    """A :class:`TinyLinears`, for tests of a pass for linears and for golden texts."""
+    torch.manual_seed(0)
+    return TinyLinears().eval()
+
+
 def _made(name: str, config: dict[str, Any]) -> nn.Module:
     import diffusers
 
@@ -121,7 +141,7 @@ def example_call(
         batch: Number of samples.
         timestep: The timestep of all samples, 0 to 1000; None for a random one per sample. Models that take timesteps
             from 0 to 1 get a thousandth of it.
-        size: Height and width of the latents.
+        size: Height and width of the latents; the number of tokens of :func:`tiny_linears`.
         prompt: Length of the prompt.
         seed: Seed of the inputs.
 
@@ -168,6 +188,11 @@ def _dit(normal: Normal, steps: Tensor, size: int, prompt: int, generator: torch
     return {"hidden_states": latents, "timestep": steps, "class_labels": labels}
 
 
+def _linears(normal: Normal, steps: Tensor, size: int, prompt: int, generator: torch.Generator) -> dict[str, Any]:
+    tokens = normal(size, 16)
+    return {"x": tokens, "timestep": steps.to(tokens.dtype) / 1000}
+
+
 def _text(*latents: int, channels: int) -> Callable[..., dict[str, Any]]:
     def make(normal: Normal, steps: Tensor, size: int, prompt: int, generator: torch.Generator) -> dict[str, Any]:
         hidden = normal(*latents, size, size)
@@ -206,6 +231,7 @@ def _lumina2(normal: Normal, steps: Tensor, size: int, prompt: int, generator: t
 
 
 _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "TinyLinears": _linears,
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,

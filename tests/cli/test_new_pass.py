@@ -40,7 +40,6 @@ def test_every_file_has_the_name_of_the_pass(tmp_path: Path) -> None:
         "pyproject.toml",
         "fxquant_halve_my_weights/__init__.py",
         "fxquant_halve_my_weights/halve_my_weights.py",
-        "tests/conftest.py",
         "tests/halve_my_weights.txt",
         "tests/test_halve_my_weights.py",
     }

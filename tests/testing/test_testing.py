@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from fxquant.testing import (
     own_passes,
     prove,
     tiny_dit,
+    tiny_linears,
     try_pass,
 )
 from tests.support import captured
@@ -241,9 +242,9 @@ class TestLifecycle:
         assert list(error.value.failures) == ["compile"]
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_tiny_models_have_parts_that_all_affect_the_output(name: str) -> None:
-    model = TINY[name]()
+@pytest.mark.parametrize("make", [*TINY.values(), tiny_linears])
+def test_tiny_models_have_parts_that_all_affect_the_output(make: Callable[..., nn.Module]) -> None:
+    model = make()
     call = example_call(model, batch=3, timestep=None, seed=5)
     with torch.no_grad():
         first, second = (

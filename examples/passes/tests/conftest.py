@@ -1,38 +1,30 @@
-"""A model of two linears, small enough to read its graph."""
+"""The model and the calls of all tests."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-
-class Toy(nn.Module):
-    """``y = second(gelu(first(x))) + mean(timestep)``, 16 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        return self.second(nn.functional.gelu(self.first(x))) + timestep[:, None, None]
+from fxquant.testing import example_call, tiny_linears
 
 
 @pytest.fixture
-def toy() -> Toy:
-    """The model."""
-    return Toy().eval()
+def toy() -> nn.Module:
+    """Two linears."""
+    return tiny_linears()
 
 
 @pytest.fixture
 def calls() -> list[dict[str, Tensor]]:
-    """Calls of the model at three timesteps."""
+    """Calls of the model at three timesteps. Golden texts hold scales and noise that follow from these numbers."""
     torch.manual_seed(1)
     return [{"x": torch.randn(2, 5, 16), "timestep": torch.full((2,), step)} for step in (0.9, 0.5, 0.1)]
 
 
 @pytest.fixture
-def longer(calls: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def longer(toy: nn.Module) -> dict[str, Any]:
     """A call with more tokens, for which another graph is made."""
-    return {**calls[0], "x": torch.randn(2, 7, 16)}
+    return example_call(toy, size=7)
