@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
 from fxquant.reconstruction.cache import Values, minibatch, mixable
 from fxquant.reconstruction.segments import Segment
-from fxquant.reconstruction.simulate import LearnedSteps, TokenSteps, run_segment
+from fxquant.reconstruction.simulate import LearnedSteps, Lookup, TokenSteps, as_it_is, run_segment
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class Simulation:
         """
         made: dict[int, Tensor] = {}  # Layers may share a weight.
 
-        def replace(node: fx.Node, args: tuple[Any, ...]) -> Any:
+        def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Lookup) -> Any:
             weight = self.weights.get(node)
             if weight is None:
-                return NotImplemented
+                return as_it_is(node, args, kwargs, value)
             x = args[0]
             if (grid := self.steps.get(node)) is not None:
                 place = self.bins.get(node)
@@ -78,7 +78,7 @@ class Simulation:
                 weight = made[id(weight)]
             return F.linear(x, weight.to(x.dtype), args[2] if len(args) > 2 else None)
 
-        return run_segment(self.module, self.segment, values, replace)
+        return run_segment(self.module, self.segment, values, compute)
 
     def soft(self) -> list[SoftWeight]:
         """The weights that are learned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -23,19 +23,25 @@ class Segment:
         nodes: The nodes that compute, in order; inputs and parameters of the graph are in no segment.
         inputs: Values that it reads and does not make, without parameters.
         outputs: Values that it makes and that later nodes read.
+        freed: By node, the values that nothing reads any more when this node has run.
     """
 
     name: str
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    freed: Mapping[fx.Node, tuple[fx.Node, ...]]
 
 
-def segments(graph: fx.Graph) -> list[Segment]:
+def segments(graph: fx.Graph, also_read: Callable[[fx.Node], Iterable[fx.Node]] = lambda node: ()) -> list[Segment]:
     """The segments of a graph, in order; each of its ops is in exactly one.
 
     A segment is an interval of the graph, so nothing in it depends on what comes later. A block that occurs again has a
     segment for each occurrence, for example a block whose embedder is called once more after all blocks.
+
+    Args:
+        graph: The graph.
+        also_read: Earlier nodes whose values are needed when a node runs, besides its arguments.
     """
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     runs: list[tuple[str, int, int]] = []  # Name, first and last position.
@@ -56,10 +62,12 @@ def segments(graph: fx.Graph) -> list[Segment]:
         position = last + 1
     if position < len(nodes):
         found.append(("behind", nodes[position:]))
+    reads = {node: _unique((*node.all_input_nodes, *also_read(node))) for node in graph.nodes}
+    last_reader = {source: node for node, sources in reads.items() for source in sources}
     parts = []
     for name, own in found:
         seen[name] += 1
-        parts.append(_segment(name if seen[name] == 1 else f"{name}@{seen[name]}", own))
+        parts.append(_segment(name if seen[name] == 1 else f"{name}@{seen[name]}", own, reads, last_reader))
     return parts
 
 
@@ -70,12 +78,22 @@ def _block_of(node: fx.Node) -> str | None:
     return match[1] if match else None
 
 
-def _segment(name: str, nodes: Sequence[fx.Node]) -> Segment:
+def _segment(
+    name: str,
+    nodes: Sequence[fx.Node],
+    reads: Mapping[fx.Node, tuple[fx.Node, ...]],
+    last_reader: Mapping[fx.Node, fx.Node],
+) -> Segment:
+    """A segment, from what each node of the graph reads and from the last node that reads each value."""
     own = set(nodes)
-    sources = (source for node in nodes for source in node.all_input_nodes)
-    inputs = _unique(source for source in sources if source not in own and source.op != "get_attr")
-    outputs = tuple(node for node in nodes if any(user not in own for user in node.users))
-    return Segment(name, tuple(nodes), inputs, outputs)
+    sources = _unique(source for node in nodes for source in reads[node])
+    inputs = tuple(source for source in sources if source not in own and source.op != "get_attr")
+    outputs = tuple(node for node in nodes if node in last_reader and last_reader[node] not in own)
+    last_here = {source: node for node in nodes for source in reads[node] if source not in outputs}
+    freed: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for source, node in last_here.items():
+        freed[node] = (*freed.get(node, ()), source)
+    return Segment(name, tuple(nodes), inputs, outputs, freed)
 
 
 def _unique(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:

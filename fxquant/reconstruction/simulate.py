@@ -20,41 +20,38 @@ from fxquant.reconstruction.segments import Segment
 
 _AFFINE = torch.ops.fxquant.channel_affine.default
 
-Replace = Callable[[fx.Node, tuple[Any, ...]], Any]
-"""Takes a node and the values of its arguments; returns its value, or ``NotImplemented`` to run the node unchanged."""
+Lookup = Callable[[fx.Node], Any]
+"""Value of a node of the segment that runs, or of one of its inputs or parameters."""
+
+Compute = Callable[[fx.Node, tuple[Any, ...], dict[str, Any], Lookup], Any]
+"""Takes a node, the values of its arguments and a lookup of other values; returns the value of the node."""
 
 
-def run_segment(module: fx.GraphModule, segment: Segment, values: Mapping[fx.Node, Any], replace: Replace) -> Values:
+def run_segment(module: fx.GraphModule, segment: Segment, values: Mapping[fx.Node, Any], compute: Compute) -> Values:
     """Run the nodes of a segment; returns the values of its outputs.
 
     Args:
         module: Holds the parameters.
         segment: What to run.
         values: Values of its inputs.
-        replace: Runs some nodes differently.
+        compute: Runs one node: :func:`as_it_is`, or a function that runs some nodes differently.
     """
     held: Values = dict(values)
-    last_use = {source: node for node in segment.nodes for source in node.all_input_nodes}
 
     def value_of(node: fx.Node) -> Any:
         return get_tensor(module, str(node.target)) if node.op == "get_attr" else held[node]
 
     for node in segment.nodes:
-        args, kwargs = map_arg(node.args, value_of), map_arg(dict(node.kwargs), value_of)
-        value = replace(node, args)
-        if value is NotImplemented:
-            function: Any = DIFFERENTIABLE.get(node.target, node.target)
-            value = function(*args, **kwargs)
-        held[node] = value
-        for source in node.all_input_nodes:
-            if last_use[source] is node and source not in segment.outputs:
-                held.pop(source, None)
+        held[node] = compute(node, map_arg(node.args, value_of), map_arg(dict(node.kwargs), value_of), value_of)
+        for source in segment.freed.get(node, ()):
+            held.pop(source, None)
     return {node: held[node] for node in segment.outputs}
 
 
-def as_it_is(node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """Replace nothing."""
-    return NotImplemented
+def as_it_is(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Lookup) -> Any:
+    """Run a node unchanged."""
+    function: Any = _DIFFERENTIABLE.get(node.target, node.target)
+    return function(*args, **kwargs)
 
 
 def _copy(old: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -66,7 +63,7 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     return (y if shift is None else y + shift).to(x.dtype)
 
 
-DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {_AFFINE: _affine, torch.ops.aten.copy.default: _copy}
+_DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {_AFFINE: _affine, torch.ops.aten.copy.default: _copy}
 """Ops without a derivative, and for each a function that computes the same with ops that have one."""
 
 

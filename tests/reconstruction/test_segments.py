@@ -47,3 +47,23 @@ def test_run_one_after_the_other_they_give_the_same_bits() -> None:
             held |= run_segment(module, part, {node: held[node] for node in part.inputs}, as_it_is)
     (result,) = (node for node in module.graph.nodes if node.op == "output")
     assert all(map(torch.equal, (held[leaf] for leaf in result.args[0]), outputs(module, *tensors)))
+
+
+def test_a_value_that_is_also_read_later_is_an_output_and_held_until_then() -> None:
+    graph = dit().module.graph
+    plain = segments(graph)
+    early, late = plain[1].nodes[0], plain[3].nodes[-1]
+    assert early not in plain[1].outputs and early not in plain[3].inputs
+    parts = segments(graph, lambda node: (early,) if node is late else ())
+    assert early in parts[1].outputs and early in parts[3].inputs
+    assert [part for part in parts if early in part.freed.get(late, ())] == [parts[3]]
+    assert not any(early in freed for node, freed in parts[1].freed.items())
+
+
+def test_a_value_is_freed_by_its_last_reader_and_outputs_are_kept() -> None:
+    for part in segments(dit().module.graph):
+        own = {node: number for number, node in enumerate(part.nodes)}
+        freed = {source: node for node, sources in part.freed.items() for source in sources}
+        assert not freed.keys() & set(part.outputs)
+        for source, node in freed.items():
+            assert own[node] == max(own[user] for user in source.users if user in own)

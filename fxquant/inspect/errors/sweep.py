@@ -17,18 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import ConfigurationError, NonFiniteError
 from fxquant.inspect.errors.graphs import Pair
 from fxquant.inspect.errors.units import LocalError, Unit, float_value, units_of
-from fxquant.ir.tensors import get_tensor
-from fxquant.reconstruction.segments import segments
-from fxquant.reconstruction.simulate import DIFFERENTIABLE
+from fxquant.reconstruction.cache import Values
+from fxquant.reconstruction.segments import Segment, segments
+from fxquant.reconstruction.simulate import Lookup, as_it_is, run_segment
 
-Values = dict[fx.Node, Any]
-Hook = Callable[[Unit, tuple[Any, ...], Tensor, Callable[[fx.Node], Any]], Tensor]
+Hook = Callable[[Unit, tuple[Any, ...], Tensor, Lookup], Tensor]
 """Gets a unit, the arguments of its output node, its float value and a lookup; returns the value to go on with."""
 
 
@@ -53,16 +51,6 @@ class Energies:
     measured: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A run of neighbouring nodes; ``inputs`` are the values that it reads and does not make."""
-
-    nodes: tuple[fx.Node, ...]
-    inputs: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
-    last_use: Mapping[fx.Node, fx.Node]
-
-
 @dataclass(eq=False)
 class Sweep:
     """Measures calls of one kind.
@@ -73,7 +61,7 @@ class Sweep:
 
     pair: Pair
     units: dict[fx.Node, Unit] = field(init=False)
-    _parts: list[_Part] = field(init=False)
+    _parts: list[Segment] = field(init=False)
     _saved: list[Values] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -85,7 +73,7 @@ class Sweep:
             leaf for leaf in pytree.tree_leaves(returned.args[0])
             if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor)
         )  # fmt: skip
-        self._parts = self._split(graph)
+        self._parts = segments(graph, self._reads)
         self.names = {unit.name: unit for unit in self.units.values()}
         self._part_of = {node: number for number, part in enumerate(self._parts) for node in part.nodes}
 
@@ -149,7 +137,7 @@ class Sweep:
         """Energy of the error of the model's output if only this unit is quantized."""
         unit = self.names[name]
 
-        def hook(other: Unit, args: tuple[Any, ...], y: Tensor, value: Callable[[fx.Node], Any]) -> Tensor:
+        def hook(other: Unit, args: tuple[Any, ...], y: Tensor, value: Lookup) -> Tensor:
             return y + unit.error(args, value).both.to(y.dtype) if other is unit else y
 
         number = self._part_of[unit.output]
@@ -163,7 +151,7 @@ class Sweep:
         return _energy(changed[self._output] - self.exact)
 
     def _pull(
-        self, part: _Part, saved: Values, ends: list[fx.Node], gradients: dict[fx.Node, list[Tensor]], hook: Hook,
+        self, part: Segment, saved: Values, ends: list[fx.Node], gradients: dict[fx.Node, list[Tensor]], hook: Hook,
         errors: Mapping[Unit, LocalError], values: Mapping[Unit, Tensor], found: Mapping[str, Energies],
     ) -> None:  # fmt: skip
         """Run a part with gradients, and turn the gradients of its outputs into those of its inputs."""
@@ -210,46 +198,19 @@ class Sweep:
         rows = together.flatten(1) if apart else together.reshape(1, -1)
         return float(rows.sum(1, dtype=torch.float64).square().sum())
 
-    def _run(self, part: _Part, values: Mapping[fx.Node, Any], hook: Hook | None) -> Values:
+    def _run(self, part: Segment, values: Mapping[fx.Node, Any], hook: Hook | None) -> Values:
         """Run the nodes of a part as the float model; returns the values that later parts read."""
-        held: Values = dict(values)
-        module = self.pair.quantized
 
-        def look(node: fx.Node) -> Any:
-            return get_tensor(module, str(node.target)) if node.op == "get_attr" else held[node]
+        def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Lookup) -> Any:
+            found = float_value(node, args, self.pair, value)
+            if found is NotImplemented:
+                found = as_it_is(node, args, kwargs, value)
+            return found if hook is None or node not in self.units else hook(self.units[node], args, found, value)
 
-        for node in part.nodes:
-            args, kwargs = map_arg(node.args, look), map_arg(dict(node.kwargs), look)
-            value = float_value(node, args, self.pair, look)
-            if value is NotImplemented:
-                function: Any = DIFFERENTIABLE.get(node.target, node.target)
-                value = function(*args, **kwargs)
-            if hook is not None and node in self.units:
-                value = hook(self.units[node], args, value, look)
-            held[node] = value
-            for source in (*node.all_input_nodes, *self._reads(node)):
-                if part.last_use[source] is node and source not in part.outputs:
-                    held.pop(source, None)
-        return {node: held[node] for node in part.outputs}
+        return run_segment(self.pair.quantized, part, values, compute)
 
     def _reads(self, node: fx.Node) -> tuple[fx.Node, ...]:
         return self.units[node].reads if node in self.units else ()
-
-    def _split(self, graph: fx.Graph) -> list[_Part]:
-        """The blocks of the graph and what is between them, with what units look up among their inputs."""
-        readers: dict[fx.Node, list[fx.Node]] = {}
-        for node in graph.nodes:
-            for source in (*node.all_input_nodes, *self._reads(node)):
-                readers.setdefault(source, []).append(node)
-        parts = []
-        for segment in segments(graph):
-            own = set(segment.nodes)
-            sources = dict.fromkeys(n for node in segment.nodes for n in (*node.all_input_nodes, *self._reads(node)))
-            last = {n: node for node in segment.nodes for n in (*node.all_input_nodes, *self._reads(node))}
-            inputs = tuple(node for node in sources if node not in own and node.op != "get_attr")
-            outputs = tuple(node for node in segment.nodes if any(user not in own for user in readers.get(node, ())))
-            parts.append(_Part(segment.nodes, inputs, outputs, last))
-        return parts
 
 
 def _recorder(
@@ -257,7 +218,7 @@ def _recorder(
 ) -> Hook:
     """A hook that records the local error of each unit, and makes its value one that gradients can be asked for."""
 
-    def hook(unit: Unit, args: tuple[Any, ...], y: Tensor, value: Callable[[fx.Node], Any]) -> Tensor:
+    def hook(unit: Unit, args: tuple[Any, ...], y: Tensor, value: Lookup) -> Tensor:
         with torch.no_grad():
             error = unit.error(pytree.tree_map(_detached, args), lambda node: _detached(value(node)))
         found[unit.name] = _local(y.detach(), error)

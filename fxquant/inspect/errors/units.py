@@ -6,7 +6,7 @@ same graph computes the float model, and any single layer of it can be quantized
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,11 +19,9 @@ from fxquant.inspect.errors.graphs import Pair, codes_of, rounded_weight
 from fxquant.ir.attention import ATTENTION
 from fxquant.ir.meta import LAYER
 from fxquant.numerics import grids
+from fxquant.reconstruction.simulate import Lookup
 
 aten, ours = torch.ops.aten, torch.ops.fxquant
-
-Lookup = Callable[[fx.Node], Any]
-"""Value of a node in a float run."""
 
 
 @dataclass(frozen=True)
