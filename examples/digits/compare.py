@@ -18,10 +18,7 @@ import fxquant
 from fxquant.authoring import LayerPlan, Pass, PassContext, Rewriter, Stage, Tier, register_pass
 from fxquant.disk.files import write_tensors
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.passes.assign_precision import AssignPrecision
 from fxquant.pipeline.recipes import Recipe, make_recipe
-from fxquant.planning.plan import Plan
-from fxquant.planning.precision import Precision
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 from fxquant.storage.checkpoint import TENSORS_FILE
@@ -161,31 +158,20 @@ class Calibrated:
         # All methods need what GPTQ needs or less. Nothing is quantized here.
         recipe = Recipe(make_recipe("rtn-gptq-w8a8", layers).prepare, (RecordMoments(),))
         self._prepare = recipe.prepare
-        quantized, _ = quantize(pipe, transformer, recipe, statistics=self.statistics)
-        self._plan = quantized.plan
+        quantize(pipe, transformer, recipe, statistics=self.statistics)
 
     def quantize(self, recipe: Recipe) -> tuple[nn.Module, float]:
         """The transformer quantized by a recipe, and the seconds that this took.
 
         A recipe that observes something else, or that runs calibration calls again, calibrates for itself.
         """
-        names = [step.name for step in recipe.convert]
         kept = [step for step in recipe.prepare if step.name != "assign-precision"]
-        if kept != [step for step in self._prepare if step.name != "assign-precision"] or "reconstruct-blocks" in names:
+        alike = kept == [step for step in self._prepare if step.name != "assign-precision"]
+        if not alike or any(step.wants_samples() for step in recipe.convert):
             return quantize(self.pipe, self.transformer, recipe)
         began = time.perf_counter()
-        quantized = fxquant.compile(self.transformer, plan=self._plan_of(recipe), statistics=self.statistics)
+        quantized = fxquant.compile(self.transformer, recipe=recipe, statistics=self.statistics, measure=0)
         return quantized, time.perf_counter() - began
-
-    def _plan_of(self, recipe: Recipe) -> Plan:
-        """The plan with the bit widths of a recipe, and nothing else decided."""
-        plan = self._plan.undecided(str(recipe))
-        (assign,) = (step for step in recipe.prepare if isinstance(step, AssignPrecision))
-        precision = Precision.parse(assign.precision)
-        for layer in plan.layers.values():
-            if layer.weight_bits is not None and layer.activation_bits is not None:
-                layer.weight_bits, layer.activation_bits = precision.weight_bits, precision.activation_bits
-        return plan
 
 
 def checkpoint_megabytes(model: nn.Module) -> float:

@@ -37,6 +37,9 @@ GROUPED = ("single-step",)
 """Methods whose weights are quantized in groups of 64 input channels, as in their paper."""
 
 IMAGES = 70
+SHOWN_WITH_ALL_LAYERS = ("w4a8",)
+"""Precisions at which ``ptq4dit`` is also shown with the papers' choice of layers; ``--all`` shows it at each."""
+
 PICTURED = ("rtn", "smoothquant-w", "htg", "ptq4dit")
 
 
@@ -50,12 +53,13 @@ def main() -> None:
     options = parser.parse_args()
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    methods = METHODS
+    methods, all_layers = METHODS, SHOWN_WITH_ALL_LAYERS
     if options.all or options.methods:
+        all_layers = PRECISIONS
         methods = dict.fromkeys(PRECISIONS, EVERY_METHOD if options.all else tuple(options.methods.split(",")))
     console = Console()
     console.print(HEADER, highlight=False, soft_wrap=True)
-    run(options.out, options.images, methods, console)
+    run(options.out, options.images, methods, all_layers, console)
     console.print(
         f"\nSQNR: predicted noise against float, over test timesteps. PSNR: final images against float. "
         f"{options.images} digits per row.\nlayers=default keeps the patch convolution and the final layer in float "
@@ -78,20 +82,29 @@ def recipe_name(method: str, precision: str) -> str:
     return f"{method}-{precision}-g64" if method in GROUPED else f"{method}-{precision}"
 
 
-def jobs_of(model: str, methods: Mapping[str, Sequence[str]]) -> list[Job]:
-    """What is measured of a model: the float model, each method at each precision, and the papers' choice of layers."""
+def jobs_of(model: str, methods: Mapping[str, Sequence[str]], all_layers: Sequence[str]) -> list[Job]:
+    """What is measured of a model: the float model, each method at each precision, and the papers' choice of layers.
+
+    Args:
+        model: ``plain`` or ``planted``.
+        methods: Methods to compare, by precision.
+        all_layers: Precisions at which ``ptq4dit`` also quantizes all layers; of the plain model only.
+    """
     jobs = [Job(model, "float", "")]
     jobs += [
         Job(model, recipe_name(name, precision), "default") for precision in methods for name in methods[precision]
     ]
     if model == "plain":  # One model is enough to show the effect of the choice of layers.
-        shown = ("w4a8",) if methods == METHODS else PRECISIONS
-        jobs += [Job(model, f"ptq4dit-{precision}", "all") for precision in shown]
+        jobs += [Job(model, f"ptq4dit-{precision}", "all") for precision in all_layers]
     return jobs
 
 
 def run(
-    out: Path, count: int, methods: Mapping[str, Sequence[str]] = METHODS, console: Console | None = None
+    out: Path,
+    count: int,
+    methods: Mapping[str, Sequence[str]] = METHODS,
+    all_layers: Sequence[str] = SHOWN_WITH_ALL_LAYERS,
+    console: Console | None = None,
 ) -> list[Result]:
     """Quantize both models with all recipes, each model in a process; write pictures and figures into ``out``.
 
@@ -99,9 +112,10 @@ def run(
         out: Folder for pictures and figures.
         count: Digits to generate with each model.
         methods: Methods to compare, by precision.
+        all_layers: As for :func:`jobs_of`.
         console: Prints each row of the table as soon as it and those above it are measured; nothing if None.
     """
-    jobs = {model: jobs_of(model, methods) for model in MODELS}
+    jobs = {model: jobs_of(model, methods, all_layers) for model in MODELS}
     order = sorted((job for each in jobs.values() for job in each), key=lambda job: jobs[job.model].index(job))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = console or Console(quiet=True)

@@ -1,7 +1,8 @@
-"""Measure the passes on the digits model: ``PYTHONPATH=.:examples/passes python examples/passes/measure.py``.
+"""Measure the passes on the digits model: ``python -m examples.passes.measure``, from the root of the repository.
 
-Prints the mean SQNR of the noise prediction in dB, without and with each pass. One calibration serves all recipes but
-those with passes that run calibration calls again.
+Prints the mean SQNR of the noise prediction in dB, without and with each pass. The package must be installed, or its
+folder on ``PYTHONPATH``. One calibration serves all rows but those that observe something else, or that run calibration
+calls again.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ import example_passes.low_rank_branch
 import example_passes.rotate_inputs  # noqa: F401  (each registers its pass)
 
 from examples.digits import load_pipeline, plant_salience
-from examples.digits.compare import Calibrated, noise_sqnr, predicted_noise, quantize, test_calls
+from examples.digits.compare import Calibrated, noise_sqnr, predicted_noise, test_calls
 from fxquant import Recipe, make_recipe
 
 ROWS = (
-    ("ptq4dit-w4a4", "low-rank-branch"),
-    ("ptq4dit-w5a8", "choose-bits"),
-    ("rtn-w4a4", "rotate-inputs"),
-    ("rtn-w8a8", "quantize-e4m3"),
-    ("ptq4dit-w4a8", "low-rank-branch"),
+    ("ptq4dit-w4a4", "low-rank-branch", "before rounding"),
+    ("ptq4dit-w4a8", "low-rank-branch", "before rounding"),
+    ("ptq4dit-w5a8", "choose-bits", "before rounding"),
+    ("rtn-w4a4", "rotate-inputs", "before rounding"),
+    ("rtn-w4a4", "rotate-inputs", "before calibration"),
+    ("rtn-w8a8", "quantize-e4m3", "before rounding"),
 )
-ANEW = ("choose-bits",)
-"""Passes that run calibration calls again."""
+"""Recipe, pass, and where the pass is inserted."""
 
 
-def with_pass(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with one of the passes just before rounding."""
-    return Recipe.parse(str(recipe).replace("quantize-linears", f"{name},quantize-linears", 1))
+def with_pass(recipe: Recipe, name: str, place: str) -> Recipe:
+    """The recipe with one of the passes ``before calibration`` or ``before rounding``."""
+    text = str(recipe)
+    if place == "before calibration":
+        return Recipe.parse(text.replace(" ; ", f",{name} ; ", 1))
+    return Recipe.parse(text.replace("quantize-linears", f"{name},quantize-linears", 1))
 
 
 def main() -> None:
@@ -46,15 +50,15 @@ def main() -> None:
     calibrated = Calibrated(pipe, model, "default")
 
     @functools.cache
-    def mean_sqnr(recipe: Recipe, anew: bool = False) -> float:
-        quantized, _ = quantize(pipe, model, recipe) if anew else calibrated.quantize(recipe)
+    def mean_sqnr(recipe: Recipe) -> float:
+        quantized, _ = calibrated.quantize(recipe)
         found = noise_sqnr(quantized, noise, calls)
         return sum(found) / len(found)
 
-    for base, name in ROWS:
+    for base, name, place in ROWS:
         plain = make_recipe(base)
-        before, after = mean_sqnr(plain), mean_sqnr(with_pass(plain, name), name in ANEW)
-        print(f"{base:14} {name:16} {before:5.1f} dB -> {after:5.1f} dB", flush=True)
+        before, after = mean_sqnr(plain), mean_sqnr(with_pass(plain, name, place))
+        print(f"{base:14} {name:16} {place:19} {before:5.1f} dB -> {after:5.1f} dB", flush=True)
 
 
 if __name__ == "__main__":

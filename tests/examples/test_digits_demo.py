@@ -28,7 +28,8 @@ def test_rows_are_printed_in_order_whichever_is_measured_first(tmp_path: Path, m
 
     monkeypatch.setattr(demo, "measure_all", measured)
     text = StringIO()
-    results = demo.run(tmp_path, 2, {"w8a8": ("rtn", "ptq4dit")}, Console(file=text, width=200))
+    methods, console = {"w8a8": ("rtn", "ptq4dit")}, Console(file=text, width=200)
+    results = demo.run(tmp_path, 2, methods, demo.PRECISIONS, console)
     printed = [(line.split()[0], line.split()[1]) for line in text.getvalue().splitlines()]
     assert printed == [
         ("plain", "float"),
@@ -43,6 +44,12 @@ def test_rows_are_printed_in_order_whichever_is_measured_first(tmp_path: Path, m
     assert [(result.model, result.recipe) for result in results] == printed
     assert len(json.loads((tmp_path / "results.json").read_text())) == 8
     assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_the_demo_shows_each_method_once_and_the_choice_of_layers_on_one_model() -> None:
+    jobs = [job for model in rows.MODELS for job in demo.jobs_of(model, demo.METHODS, demo.SHOWN_WITH_ALL_LAYERS)]
+    assert len(jobs) == len(set(jobs)) == 19
+    assert [job for job in jobs if job.layers == "all"] == [Job("plain", "ptq4dit-w4a8", "all")]
 
 
 def test_the_float_row_compares_the_model_with_itself(pipe: DiTPipeline, tmp_path: Path) -> None:
@@ -60,6 +67,6 @@ def test_the_size_is_that_of_a_checkpoint(pipe: DiTPipeline, tmp_path: Path) -> 
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").glob("*.safetensors"))
     assert compare.checkpoint_megabytes(quantized) == size / 1e6
     # The bits of activations are those of the recipe too, not those of the shared calibration.
-    plan = calibrated._plan_of(make_recipe("ptq4dit-w6a4"))
+    plan = calibrated.quantize(make_recipe("ptq4dit-w6a4"))[0].plan
     assert {(layer.weight_bits, layer.activation_bits) for layer in plan.layers.values()} >= {(6, 4)}
     assert not any(layer.activation_bits == 8 for layer in plan.layers.values())
