@@ -163,3 +163,7 @@ class PortabilityWarning(UserWarning):
 
 class SpeedWarning(UserWarning):
     """The quantized model is slower than it could be; the message says why."""
+
+
+class DamagedFileWarning(UserWarning):
+    """An optional file of a checkpoint is damaged and was left out; the message names it and says what to do."""

@@ -8,7 +8,7 @@ the graph with what was reported.
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,13 @@ from fxquant.ir.tensors import get_tensor, holder_of, weights_and_buffers
 _Call = tuple[Any, Any, Any]  # Target, arguments and keyword arguments of a node.
 _SAMPLED = 64  # Elements of each tensor that are compared, because writes through ``.data`` count no version.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _State(NamedTuple):
+    """What changes if the values of a tensor are written in place, and what gradients do with it."""
+
+    values: tuple[Any, ...] = ()
+    gradients: tuple[bool, bool, int] = (False, False, 0)
 
 
 class Fingerprint:
@@ -44,11 +51,13 @@ class Fingerprint:
         self._expected = dict(self._before)
         self._names = {name for name, _ in weights_and_buffers(module)}
         self._tensors: dict[str, Tensor] = {}
-        self._held: dict[str, tuple[Tensor, tuple[Any, ...]]] = {}
+        self._trained: dict[str, bool] = {}
+        self._held: dict[str, tuple[Tensor, _State]] = {}
         self._attributes = _attributes_of(module)
         for node in graph.nodes:
             if node.op == "get_attr" and (tensor := _tensor(module, node)) is not None:
                 self._tensors[str(node.target)] = tensor
+                self._trained[str(node.target)] = tensor.requires_grad
                 self._held[str(node.target)] = tensor, self._state(tensor)
         self._signature = _signature(graph)
         self._forgotten: list[str] = []
@@ -145,13 +154,20 @@ class Fingerprint:
         for node in self.module.graph.nodes:
             if node.op != "get_attr" or (tensor := _tensor(self.module, node)) is None:
                 continue
-            held, state = self._held.get(str(node.target), (None, ()))
+            held, state = self._held.get(str(node.target), (None, _State()))
             if tensor is not held:
                 raise PassError(
                     f"{pass_name}: the tensor {node.target} was set past the rewriter; use rewriter.put or "
                     "rewriter.fold, which know the other readers and graphs that share the tensor"
                 )
-            if self._state(tensor) != state:
+            now = self._state(tensor)
+            if now.gradients != state.gradients:
+                what = "requires_grad" if now.gradients[0] != state.gradients[0] else "the gradient or a hook"
+                raise PassError(
+                    f"{pass_name}: {what} of the tensor {node.target} was set. The model's own weight may be the same "
+                    "tensor, and passes do not train; compute with a copy, tensor.detach().clone()"
+                )
+            if now.values != state.values:
                 raise PassError(
                     f"{pass_name}: the values of the tensor {node.target} were changed in place. The model's own "
                     "weight may be the same memory, and it stays changed: load the model again. Use rewriter.fold("
@@ -167,11 +183,13 @@ class Fingerprint:
                     f"keeps the number, order, shapes and dtypes of {what}, because the model is called as before"
                 )
 
-    def _state(self, tensor: Tensor) -> tuple[Any, ...]:
-        """What changes if the values of a tensor are written in place."""
+    def _state(self, tensor: Tensor) -> _State:
+        has_gradient = tensor.is_leaf and tensor.grad is not None
+        gradients = tensor.requires_grad, has_gradient, len(tensor._backward_hooks or ())
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-            return (None,)
-        return _version(tensor), tensor.data_ptr() if _is_plain(tensor) else None, _values(tensor, self._thorough)
+            return _State(gradients=gradients)
+        place = tensor.data_ptr() if _is_plain(tensor) else None
+        return _State((_version(tensor), place, _values(tensor, self._thorough)), gradients)
 
     # --- restoration ---
 
@@ -192,6 +210,8 @@ class Fingerprint:
         for name in [name for name, _ in weights_and_buffers(self.module) if name not in self._names]:
             _remove(self.module, name)
         for target, tensor in self._tensors.items():
+            if tensor.is_leaf and tensor.requires_grad != self._trained[target]:
+                tensor.requires_grad_(self._trained[target])  # Only values stay changed.
             _put_back(self.module, target, tensor)
         if self._attributes["the forward"] is None:
             vars(self.module).pop("forward", None)

@@ -1,10 +1,11 @@
-"""What a pass does besides its edits: it returns nothing, keeps its options, and answers what it is asked."""
+"""What a pass does besides its edits: it returns nothing, keeps its options, decides well, and answers questions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fxquant.errors import FxquantError, PassError
+from fxquant.errors import ConfigurationError, FxquantError, PassError
+from fxquant.planning.plan import Plan
 
 if TYPE_CHECKING:
     from fxquant.pipeline.pipeline import Pass
@@ -45,3 +46,23 @@ def check_conduct(before: str, after: str, returned: object) -> None:
             f"pass {before} changed its own options to {after} while it ran, so the recipe in the plan does not stand "
             "for it; decorate the class with @dataclass(frozen=True), and put decisions into the plan"
         )
+
+
+def check_decisions(text: str, plan: Plan, earlier: Plan) -> None:
+    """Refuse a pass that put a value into the plan that no plan can hold. Later passes would fail because of it.
+
+    Args:
+        text: Text of the pass.
+        plan: The plan after the pass.
+        earlier: A copy of the plan from before the pass, which could be saved.
+
+    Raises:
+        PassError: Names the pass and the entry of the plan.
+    """
+    try:
+        plan.check_changes(earlier)
+    except ConfigurationError as error:
+        raise PassError(
+            f"pass {text} put a value into the plan that cannot be saved: {error}. Let the pass write a value of the "
+            "type that the plan documents, for example float(x) for a tensor of one number"
+        ) from error

@@ -28,7 +28,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
 from fxquant.ir.tensors import drop_unread_tensors
-from fxquant.pipeline.conduct import check_conduct
+from fxquant.pipeline.conduct import check_conduct, check_decisions
 from fxquant.pipeline.input_changes import InputWatch
 from fxquant.pipeline.options import alike, option_types, print_value, read_named, read_options
 from fxquant.pipeline.proving import Proof, Prover
@@ -303,11 +303,12 @@ class Pipeline:
             stage: The stage of the graph.
 
         Raises:
-            PassError: If a pass raises an error that is not an :class:`FxquantError`, edits the graph other than
-                through its rewriter, changes the inputs or outputs of the graph, or never ends; the message names the
-                pass. The graph and the plan are then what they were before the pass, but for weights that the pass
+            PassError: If a pass raises an error that is not an :class:`FxquantError`, edits the graph past the
+                rewriter, changes its inputs or outputs, puts a value into the plan that no plan can hold, or never
+                ends; names the pass. Graph and plan are then what they were before the pass, but for weights that it
                 already dropped (:meth:`Rewriter.forget`) or changed in place. The same holds for the other errors.
             ProofError: If a pass does not keep its tier, with ``prove``.
+            ConfigurationError: If the plan is not valid before the first pass.
             FxquantError: If a pass or the verification raises one; a note names the pass.
         """
         for step in self.passes:
@@ -316,9 +317,9 @@ class Pipeline:
         if isinstance(context, Plan):
             context = PassContext(context)
         if self.prove and not context.inputs:
-            raise ConfigurationError(
-                "prove=True needs calls to compare the graph on; give PassContext(plan, inputs=[[tensor, ...], ...])"
-            )
+            wanted = "give PassContext(plan, inputs=[[tensor, ...], ...])"
+            raise ConfigurationError(f"prove=True needs calls to compare the graph on; {wanted}")
+        context.plan.checked_json()  # So that no pass is blamed for what it was given.
         verify(module, SPECS[stage])
         records = []
         for number, step in enumerate(self.passes, 1):
@@ -346,6 +347,7 @@ class Pipeline:
         try:
             found = step.run(module.graph, own, rewriter)
             check_conduct(text, str(step), found)
+            check_decisions(text, context.plan, earlier.plan)
             fingerprint.check(text, rewriter.edits)
             if rewriter.edits:
                 module.graph.eliminate_dead_code()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from fxquant.disk.files import blaming, digest_of
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, UnknownNameError
+from fxquant.errors import CheckpointError, DamagedFileWarning, UnknownNameError
 from fxquant.schemas.attribution import AttributionFile
 from fxquant.schemas.common import check, read_json
 from fxquant.text import decimal, fitted, json_values, printable
@@ -279,6 +280,26 @@ class Attribution:
             if data["digest"] != digest_of(data):
                 raise CheckpointError("it does not match its digest; remove it, or copy the checkpoint again")
             return cls.from_json(data) if data["plan"] == plan else None
+
+
+def kept_attribution(folder: str | Path, plan: str) -> Attribution | None:
+    """The same as :meth:`Attribution.load`, but a damaged file gives a warning and None: nothing depends on the file.
+
+    Args:
+        folder: The folder of a checkpoint or plan.
+        plan: Fingerprint of the plan.
+    """
+    try:
+        return Attribution.load(folder, plan)
+    except CheckpointError as error:
+        warnings.warn(
+            f"the errors by layer are left out, because their file cannot be read: {error}. Everything else is read "
+            f"as usual. Remove {Path(folder) / ATTRIBUTION_FILE}, and measure again with fxquant.attribute, or copy "
+            "the file again",
+            DamagedFileWarning,
+            stacklevel=1,  # One place, so that commands that read the plan several times show it once.
+        )
+        return None
 
 
 _MATRICES = ("local", "weights", "inputs", "estimated", "measured")

@@ -21,9 +21,10 @@ from fxquant.capture.calls import CallSpec
 from fxquant.disk.files import blaming, digest_of, load_tensors, share
 from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
-from fxquant.planning.attribution import Attribution
+from fxquant.planning.attribution import Attribution, kept_attribution
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
+from fxquant.planning.plan_types import changed, check_json, check_types, check_vectors
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
 from fxquant.schemas.plan import PlanFile
 from fxquant.text import nearest
@@ -203,17 +204,32 @@ class Plan:
     # --- files ---
 
     def checked_json(self) -> dict[str, Any]:
-        """The same as :meth:`to_json`, if :meth:`load` would read it.
+        """The same as :meth:`to_json`, if :meth:`load` would read it and the vectors.
 
         Raises:
             ConfigurationError: Names the first entry that it would refuse, and says why.
         """
-        data = self.to_json()
+        check_types(self)
         try:
+            data = self.to_json()
             check(PlanFile, data, "the plan")
+            check_json(data)
+            check_vectors(self.vectors)
         except CheckpointError as error:
             raise ConfigurationError(str(error)) from None
+        except (AttributeError, TypeError) as error:
+            raise ConfigurationError(f"the plan holds a value of a wrong type: {error}") from error
         return data
+
+    def check_changes(self, earlier: Plan) -> None:
+        """The same check as :meth:`checked_json`, which leaves out layers and attentions that are as they were.
+
+        Raises:
+            ConfigurationError: Names the first entry that :meth:`load` would refuse, and says why.
+        """
+        check_types(self)
+        layers, attentions = changed(self.layers, earlier.layers), changed(self.attentions, earlier.attentions)
+        replace(self, layers=layers, attentions=attentions).checked_json()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, without the vectors."""
@@ -308,7 +324,7 @@ class Plan:
         _, data = read_json(folder / PLAN_FILE, "plan")
         with blaming(folder / PLAN_FILE):
             plan = cls.from_json(data, read_vectors(folder / VECTORS_FILE))
-        plan.attribution = Attribution.load(folder, plan.fingerprint())
+        plan.attribution = kept_attribution(folder, plan.fingerprint())
         return plan
 
 
@@ -340,11 +356,10 @@ def read_vectors(path: Path) -> dict[str, Tensor]:
         CheckpointError: If they cannot be read, or a vector of a layer holds NaN or infinity.
     """
     vectors = load_tensors(path, torch.device("cpu"))
-    for name, vector in vectors.items():
-        if is_of_pass(name):  # The pass that defines it decides what it may hold.
-            continue
-        if not vector.is_floating_point() or not vector.isfinite().all():
-            raise CheckpointError(f"{path}: vector {name!r} should hold finite numbers; copy the checkpoint again")
+    try:  # The pass that defines a tensor decides what it may hold.
+        check_vectors({name: vector for name, vector in vectors.items() if not is_of_pass(name)})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; copy the checkpoint again") from None
     return vectors
 
 

@@ -20,7 +20,7 @@ from fxquant.disk.files import blaming, digest_of, dtype_of_name, is_text_of
 from fxquant.disk.folders import mention_leftovers, no_folder
 from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.ir.tensors import weights_and_buffers
-from fxquant.planning.attribution import Attribution
+from fxquant.planning.attribution import kept_attribution
 from fxquant.planning.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
 from fxquant.runtime.float_model import check_model
 from fxquant.schemas.common import check, read_json
@@ -87,7 +87,7 @@ def description_of(folder: Path, data: Mapping[str, Any]) -> Description:
         check(CheckpointFile, data, "the plan")
         plan = Plan.from_json(data, read_vectors(folder / VECTORS_FILE))
         plan.check()
-        plan.attribution = Attribution.load(folder, plan.fingerprint())
+        plan.attribution = kept_attribution(folder, plan.fingerprint())
         dtype = dtype_of_name(data["dtype"])
         dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
         return Description(folder, plan, dtype, dtypes, read_headers(folder / TENSORS_FILE), data.get("needs_model"))

@@ -138,6 +138,17 @@ def through_numpy(graph: fx.Graph, rewriter: Rewriter) -> None:
     rewriter.tensor(up(graph)).detach().numpy()[...] = 7
 
 
+def trained(graph: fx.Graph, rewriter: Rewriter) -> None:
+    weight = rewriter.tensor(up(graph))
+    weight.requires_grad_(not weight.requires_grad)
+
+
+def hooked_weight(graph: fx.Graph, rewriter: Rewriter) -> None:
+    trained(graph, rewriter)
+    rewriter.tensor(up(graph)).register_hook(lambda gradient: gradient * 2)
+    rewriter.tensor(up(graph)).detach_()
+
+
 def moved(graph: fx.Graph, rewriter: Rewriter) -> None:
     gelu(graph).append(layer_node(rewriter.module, "up"))
 
@@ -222,6 +233,8 @@ def no_y(graph: fx.Graph, rewriter: Rewriter) -> None:
         (through_data, r"the values of the tensor up.weight were changed in place"),
         (other_data, r"the values of the tensor up.weight were changed in place"),
         (through_numpy, r"the values of the tensor up.weight were changed in place"),
+        (trained, r"does: requires_grad of the tensor up.weight was set.*tensor.detach\(\).clone\(\)"),
+        (hooked_weight, r"does: the gradient or a hook of the tensor up.weight was set"),
         (moved, r"does: node gelu was moved past the rewriter|does: node linear .*was moved past the rewriter"),
         (of_no_layer, r"node linear_1 was of layer down and is now of layer None"),
         (other_shape, r"the recorded shape or dtype of node gelu was set past the rewriter"),
@@ -255,6 +268,14 @@ def test_an_edit_that_is_refused_and_undone(edit: Edit, message: str) -> None:
         assert torch.equal(outputs(graph, *inputs)[0], expected[0])
     run(graph, lambda graph, rewriter: rewriter.replace(gelu(graph), source_of(gelu(graph))))  # It can be edited.
     assert count(graph, aten.gelu.default) == 0
+
+
+def test_requires_grad_is_restored() -> None:
+    graph = module()
+    before = {name: tensor.requires_grad for name, tensor in read_tensors(graph).items()}
+    with pytest.raises(PassError, match="requires_grad"):
+        run(graph, trained)
+    assert {name: tensor.requires_grad for name, tensor in read_tensors(graph).items()} == before
 
 
 def test_any_failure_restores_the_graph() -> None:

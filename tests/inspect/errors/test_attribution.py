@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import fxquant
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, DamagedFileWarning, UnknownNameError
 from fxquant.inspect.errors import measure as measuring
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.weights import quantize_weight
@@ -396,6 +397,29 @@ class TestKept:
         with pytest.raises(CheckpointError, match=message) as caught:
             Attribution.load(tmp_path, "0" * 64)
         assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', None], ids=str)
+    def test_damage_leaves_the_checkpoint_usable(
+        self, one_bad: Made, found: Attribution, tmp_path: Path, text: str | None
+    ) -> None:
+        quantized = copy.deepcopy(one_bad[0])
+        assert quantized.plan is not None
+        quantized.plan.attribution = found
+        fxquant.save(quantized, tmp_path / "model")
+        path = tmp_path / "model" / "errors.json"
+        path.write_text(text if text is not None else path.read_text().replace('"samples": ', '"samples": 1'))
+        readers: list[Callable[[], Any]] = [
+            lambda: fxquant.load(tmp_path / "model").plan,
+            lambda: fxquant.Plan.load(tmp_path / "model"),
+            lambda: fxquant.report(tmp_path / "model"),
+            lambda: fxquant.rewrite_history(tmp_path / "model"),
+            lambda: fxquant.explain(tmp_path / "model", BAD),
+        ]
+        for read in readers if text == "" else readers[:3]:
+            with pytest.warns(DamagedFileWarning, match=f"left out.*{path}.*Remove .*measure again") as caught:
+                result = read()
+            assert len({str(warning.message) for warning in caught if warning.category is DamagedFileWarning}) == 1
+            assert getattr(result, "attribution", None) is None and getattr(result, "errors", None) is None
 
     def test_a_file_of_a_later_version_does_not_prevent_loading(self, found: Attribution, tmp_path: Path) -> None:
         found.save(tmp_path, "0" * 64)
