@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import posixpath
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import networkx as nx
@@ -11,7 +12,7 @@ import networkx as nx
 from fxquant.inspect import alignment
 from fxquant.inspect.history import History
 from fxquant.inspect.snapshots import NodeState, Snapshot
-from fxquant.text import json_values
+from fxquant.text import is_inside, json_values
 
 _COLOURS = {
     "product": "#c6dbef",
@@ -100,31 +101,63 @@ def to_json(nodes: Snapshot) -> dict[str, Any]:
 
 
 def to_dot(nodes: Snapshot) -> str:
-    """The graph for Graphviz, one cluster per module: ``dot -Tsvg graph.dot -o graph.svg``."""
-    lines = ["digraph {", '  node [shape=box style=filled fillcolor=white fontname="sans-serif" fontsize=10];']
+    """The graph for Graphviz, one cluster per module: ``dot -Tsvg graph.dot -o graph.svg``.
+
+    A node shows its op, dtype and shape, bits, its role in its layers, and the stored tensors that it reads. Paths are
+    relative to the innermost module that holds all nodes, which the graph is titled by. The tooltip, which SVG has,
+    is the node's line in :func:`to_text`.
+    """
+    stored = {state.name: state for state in nodes if state.kind == "tensor"}
+    read = {source for state in nodes if state.kind != "tensor" for source in state.inputs}
+    shown = [state for state in nodes if state.name not in stored or state.name not in read]
+    root = _common_module(shown)
     modules: dict[str, list[NodeState]] = {}
-    for state in nodes:
+    for state in shown:
         modules.setdefault(state.module, []).append(state)
+    lines = [
+        f'digraph {{ label={_quoted(root)}; labelloc=t; ranksep=0.25; fontname="sans-serif"; fontsize=12;',
+        '  node [shape=box style=filled fillcolor=white fontname="sans-serif" fontsize=10 height=0.3];',
+        '  edge [fontname="sans-serif" fontsize=8 arrowsize=0.6];',
+    ]
     for number, (module, states) in enumerate(modules.items()):
-        if module:
-            lines.append(f"  subgraph cluster_{number} {{ label={_quoted(module)}; color=gray;")
-        lines += [f"    {_quoted(state.name)} [{_dot_attributes(state)}];" for state in states]
-        if module:
+        title = _inside(module, root)
+        if title:
+            lines.append(f"  subgraph cluster_{number} {{ label={_quoted(title)}; color=gray;")
+        lines += [f"    {_quoted(state.name)} [{_dot_attributes(state, stored, root)}];" for state in states]
+        if title:
             lines.append("  }")
-    graph = to_networkx(nodes)
-    lines += [f"  {_quoted(name)} [style=dashed];" for name, outside in graph.nodes(data="outside") if outside]
-    for source, target, facts in graph.edges(data=True):
-        lines.append(f"  {_quoted(source)} -> {_quoted(target)} [label={_quoted(facts['argument'])} fontsize=8];")
+    drawn = {state.name for state in shown}
+    outside: dict[str, None] = {}
+    edges = []
+    for state in shown:
+        reads = [(source, argument) for source, argument in _reads(state) if source not in stored]
+        outside |= dict.fromkeys(source for source, _ in reads if source not in drawn)
+        for source, argument in reads:  # Names distinguish arguments; a single one needs none.
+            label = f" [label={_quoted(argument)}]" if len(reads) > 1 else ""
+            edges.append(f"  {_quoted(source)} -> {_quoted(state.name)}{label};")
+    lines += [f"  {_quoted(name)} [style=dashed];" for name in outside] + edges
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _dot_attributes(state: NodeState) -> str:
-    bits = "" if state.bits is None else f"{state.bits} bits"
-    roles = ", ".join(dict.fromkeys(state.roles.values()))
-    label = "\n".join(part for part in (state.target.removeprefix("aten::"), state.value, bits, roles) if part)
+def _common_module(nodes: Iterable[NodeState]) -> str:
+    paths = [state.module.replace(".", "/") for state in nodes if state.module]
+    return posixpath.commonpath(paths).replace("/", ".") if paths else ""
+
+
+def _inside(path: str, root: str) -> str:
+    """A path relative to a module that it is inside, or the path itself."""
+    return path[len(root) :].removeprefix(".") if root and is_inside(path, root) else path
+
+
+def _dot_attributes(state: NodeState, stored: Mapping[str, NodeState], root: str) -> str:
+    lines = [state.target.removeprefix("aten::"), state.value, "" if state.bits is None else f"{state.bits} bits"]
+    lines += [f"{role} of {_inside(layer, root) or layer}" for layer, role in state.roles.items()]
+    lines += [f"{name}: {stored[source].value}" for source, name in _reads(state) if source in stored]
     colours = (_COLOURS[role] for role in state.roles.values() if role in _COLOURS)
     colour = "#eeeeee" if state.kind == "tensor" else next(colours, "white")
-    return f"label={_quoted(label)} fillcolor={_quoted(colour)}"
+    tooltip = to_text((*stored.values(), state)) or state.name
+    label = "\n".join(filter(None, lines))
+    return f"label={_quoted(label)} fillcolor={_quoted(colour)} tooltip={_quoted(tooltip)}"
 
 
 def _quoted(text: str) -> str:

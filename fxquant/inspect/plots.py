@@ -1,7 +1,7 @@
 """Pictures for papers: the plots of the inspector page as figures of matplotlib, to be saved as PNG, SVG or PDF.
 
-They need matplotlib: ``pip install 'fxquant[plots]'``. Every function returns a ``matplotlib.figure.Figure``, which can
-be changed before :func:`save_figure` writes it.
+They need matplotlib: ``pip install 'fxquant[plots]'``. Every function but :func:`draw_graph`, which has Graphviz draw,
+returns a ``matplotlib.figure.Figure``, which can be changed before :func:`save_figure` writes it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -18,8 +20,10 @@ from torch import Tensor
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError, MissingPackageError
 from fxquant.inspect.drawing import changes_of, draw_nodes, layered, nodes_inside
+from fxquant.inspect.graph_formats import to_dot
 from fxquant.inspect.history import History
 from fxquant.inspect.salience import salience
+from fxquant.inspect.snapshots import Snapshot
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
 
@@ -234,6 +238,41 @@ def block_figure(history: History, module: str, step: str) -> Figure:
         draw_nodes(axis, nodes, layout, changes, module)
         axis.set_title(f"{module or history.model_class}, {title}")
     return figure
+
+
+def draw_graph(nodes: Snapshot, path: str | Path) -> None:
+    """Lay out a graph, or a part of it, by Graphviz, with modules as frames, and write the picture.
+
+    The picture is that of :func:`fxquant.inspect.graph_formats.to_dot`. It needs the program ``dot`` of Graphviz, and
+    not matplotlib.
+
+    Args:
+        nodes: The nodes, such as :func:`fxquant.inspect.graph_formats.part_of` returns.
+        path: The file; its suffix is ``.png``, ``.svg`` or ``.pdf``.
+
+    Raises:
+        ConfigurationError: If the suffix is not that of a known format, or Graphviz cannot draw the graph.
+        MissingPackageError: If Graphviz is not installed.
+        WriteError: If the file cannot be written.
+    """
+    path = check_suffix(path)
+    program = shutil.which("dot")
+    if program is None:
+        raise MissingPackageError(
+            "pictures of graphs need the program dot of Graphviz, which is not installed: apt-get install graphviz, "
+            "brew install graphviz, or https://graphviz.org/download. The format dot, the text that Graphviz reads, "
+            "needs nothing"
+        )
+    with whole_file(path) as written:
+        command = [program, f"-T{path.suffix.lower()[1:]}", "-o", str(written)]
+        done = subprocess.run(
+            command, input=to_dot(nodes), capture_output=True, text=True, encoding="utf-8", check=False
+        )
+        if done.returncode:
+            why = done.stderr.strip() or f"exit status {done.returncode}"
+            raise ConfigurationError(
+                f"{program} could not draw {len(nodes)} nodes: {why}; draw a smaller part, such as one block"
+            )
 
 
 def dendrogram_lines(

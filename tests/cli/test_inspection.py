@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import networkx as nx
@@ -94,6 +95,21 @@ def test_graph(folders: tuple[Path, Path], form: str, tmp_path: Path) -> None:
         assert node["namespace"] == VALUE.replace(".", "/")
         assert {edge["sourceNodeId"] for edge in node["incomingEdges"]} <= known
         assert all(isinstance(attr["value"], str) for node in graph["nodes"] for attr in node["attrs"])
+
+
+def test_graph_as_a_picture(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "dot"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\ncat > "$3"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    arguments = ("graph", folders[0], "--layer", VALUE, "--format")
+    assert "name it: --out graph.svg" in bad(*arguments, "svg")
+    assert "does not end in .svg" in bad(*arguments, "svg", "-o", tmp_path / "graph.png")
+    assert run(*arguments, "svg", "-o", tmp_path / "graph.svg").exit_code == 0
+    assert (tmp_path / "graph.svg").read_text() == good(*arguments, "dot")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "apt-get install graphviz" in bad(*arguments, "png", "-o", tmp_path / "graph.png")
 
 
 def test_graph_of_a_block(folders: tuple[Path, Path]) -> None:
