@@ -17,7 +17,8 @@ to quantize                 ``quantize_weight``, ``dequantize_weight``, ``Quanti
                             ``ErrorFeedback``, ``Precision``, ``FLOAT``, ``activation_range``, ``weight_range``,
                             ``affine_parameters``, ``fake_quantize``, ``sqnr_db``
 to derive tensors           ``History``, ``made_from``: what a tensor is made from, so that graphs share it
-ops                         ``register_op``: let graphs hold an op of yours
+ops and stages              ``register_op``: let graphs hold an op of yours; ``register_stage``: a stage of yours
+                            between two others; ``stage_named``, ``unregister_stage``
 errors                      ``PassError``, ``ConfigurationError``, ``CalibrationError``, ``ProofError``
 ==========================  ==========================================================================================
 """
@@ -32,7 +33,7 @@ from fxquant.ir.places import Origin
 from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.running import run_with
-from fxquant.ir.stages import Stage, register_op
+from fxquant.ir.stages import Stage, register_op, register_stage, stage_named, unregister_stage
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.ranges import activation_range, weight_range
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
@@ -105,9 +106,12 @@ __all__ = [
     "register_op",
     "register_pass",
     "register_recipe",
+    "register_stage",
     "run_with",
     "source_of",
     "sqnr_db",
+    "stage_named",
     "stored_weight",
+    "unregister_stage",
     "weight_range",
 ]

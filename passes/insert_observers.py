@@ -48,7 +48,7 @@ class InsertObservers(Pass):
 
     name: ClassVar[str] = "insert-observers"
     tier: ClassVar[Tier] = Tier.EXACT
-    requires: ClassVar[Stage] = Stage.CAPTURED
+    requires: ClassVar[Stage] = Stage.OBSERVED
     establishes: ClassVar[Stage] = Stage.OBSERVED
     keeps_inputs: ClassVar[bool] = True
 

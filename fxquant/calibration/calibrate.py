@@ -239,7 +239,7 @@ class Calibration:
         self._check()
         observed = copy_graph(captured.module)
         options = {"weight_only": ";".join(n for n, layer in self.plan.quantized() if self._wants_float_input(layer))}
-        Pipeline([PASSES["insert-observers"](**options)]).run(observed, self.plan)
+        Pipeline([PASSES["insert-observers"](**options)]).run(observed, self.plan, self.prepare.stage)
         for name, key in keys_in(self.plan, captured.module.graph):
             self._keys.setdefault(name, {})[key] = None
         self.statistics.wants_moments = frozenset(

@@ -20,16 +20,18 @@ class Kind(StrEnum):
     passes = "passes"
     backends = "backends"
     rules = "rules"
+    stages = "stages"
 
 
 @app.command("list", no_args_is_help=True)
 def list_(
-    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="recipes, passes, backends or rules.")],
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="recipes, passes, backends, rules or stages.")],
     debug: Debug = False,
 ) -> None:
-    """List recipes, passes, backends or channel rules, one line each."""
+    """List recipes, passes, backends, channel rules or stages of graphs, one line each."""
     with quiet(), status("importing torch"):
-        rows = {Kind.recipes: _recipes, Kind.passes: _passes, Kind.backends: _backends, Kind.rules: _rules}[kind]()
+        listed = {"recipes": _recipes, "passes": _passes, "backends": _backends, "rules": _rules, "stages": _stages}
+        rows = listed[kind]()
     print_rows(rows)
 
 
@@ -71,6 +73,25 @@ def _rules() -> list[tuple[str, str]]:
         if short not in names:
             names.append(short)
     return [(" ".join(names), _summary(function)) for function, names in ops.items()]
+
+
+def _stages() -> list[tuple[str, str]]:
+    from fxquant.ir.stages import SPECS, STAGES, in_order, is_own, neighbours
+
+    failed = []
+    for name in STAGES:
+        try:
+            STAGES[name]
+        except ImportError as error:
+            failed.append((name, f"not available: {error}"))
+    rows = []
+    for stage in in_order():
+        spec = SPECS.get(stage)
+        ops = "the ops of a backend" if spec is None else ", ".join(["ATen ops", *sorted({*spec.ops, *spec.others})])
+        start, end = (None, None) if is_own(stage) else neighbours(stage)
+        place = "" if start is None else f"after {start} and before {end}, of {stage.home}: "
+        rows.append((str(stage), place + ops))
+    return rows + failed
 
 
 def _described(registry: Any, name: str, describe: Callable[[Any], str]) -> str:

@@ -45,7 +45,7 @@ def opt(
     with quiet(), status("importing torch"):
         from fxquant.ir.dumps import Dump, dump_of, load_dump
         from fxquant.ir.printing import graph_text
-        from fxquant.ir.stages import Stage
+        from fxquant.ir.stages import Stage, stage_named
         from fxquant.pipeline.backend import resolve_backend
         from fxquant.pipeline.dumps import write_dump
         from fxquant.pipeline.pipeline import Pipeline
@@ -56,7 +56,7 @@ def opt(
             resolve_backend(str(backend))  # Registers the ops of a lowered graph.
         pipeline = Pipeline.parse(passes)
         found, module = load_dump(dump)
-        stage = Stage[found.stage.upper()]
+        stage = stage_named(found.stage)
         context = _context(dump, plan, statistics)
         if stage is Stage.LOWERED and pipeline.passes:
             raise ConfigurationError(
@@ -65,7 +65,7 @@ def opt(
         records = pipeline.run(module, context, stage) if pipeline.passes else []
         for record in records:
             err.print(Text(str(record)))
-        text, stage = graph_text(module, notes=notes), max(stage, pipeline.stage)
+        text, stage = graph_text(module, notes=notes), pipeline.stage_after(stage)
         result = dump_of(module, stage, largest=None)
         if out is not None:
             write_dump(out, result, graph_text(module, notes=True), context.plan)

@@ -22,10 +22,10 @@ from fxquant.errors import UnknownNameError
 from fxquant.inspect.snapshots import GraphChange, NodeState, Snapshot, change_between, order_of, snapshot
 from fxquant.inspect.sources import Graphs, Source, graphs_of
 from fxquant.ir.edits import Span, TensorEdit
-from fxquant.ir.stages import Stage
+from fxquant.ir.stages import Stage, later
 from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.pipeline.pipeline import Pass, PassRecord, count_ops
-from fxquant.pipeline.recipes import Recipe
+from fxquant.pipeline.recipes import Recipe, recipe_of
 from fxquant.planning.context import PassContext
 from fxquant.runtime.replay import refuse_unknown_layers, rewrite_graph
 from fxquant.text import fitted, json_values, nearest
@@ -234,7 +234,7 @@ def rewrite_histories(given: Graphs, numbers: Sequence[int], *, lower: bool = Tr
     """
     calls = {number: given.call(number) for number in numbers}
     plan = copy.deepcopy(given.plan)
-    recipe = Recipe.parse(plan.recipe)
+    recipe = recipe_of(plan)
     context = PassContext(plan)
     watched: dict[int, tuple[_Snapshots, fx.GraphModule]] = {}
     for number in range(max(calls) + 1):  # Earlier graphs decide about the tensors that the graphs share.
@@ -284,7 +284,7 @@ class _Snapshots:
 
     def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
         """Take a snapshot."""
-        self._stage = max(self._stage, step.establishes)
+        self._stage = later(self._stage, step.establishes)
         seconds = next((float(entry["seconds"]) for entry in self._log if entry["pass"] == record.text), None)
         self._add(
             module,

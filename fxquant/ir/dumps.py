@@ -24,13 +24,13 @@ from torch.fx.node import map_arg
 
 from fxquant.disk.files import blaming, dtype_name, dtype_of_name, load_tensors, write_tensors
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, PassError
+from fxquant.errors import CheckpointError, PassError, UnknownNameError
 from fxquant.ir import histories
 from fxquant.ir.attention import ValueChange, changes_of, note_change
 from fxquant.ir.meta import ITEM, LAYER, NAMES, PROVENANCE
 from fxquant.ir.places import Origin
 from fxquant.ir.proofs import prove
-from fxquant.ir.stages import Stage
+from fxquant.ir.stages import STAGES, Stage, is_own, stage_named
 from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.ir.time_tables import BOUNDARIES
 from fxquant.schemas.common import check, read_json
@@ -110,15 +110,28 @@ class Dump:
         if data["format"] != FORMAT:
             raise CheckpointError(f"{file} has format {data['format']!r}, this fxquant reads format {FORMAT}")
         check(DumpFile, data, f"{file}")
-        if data["stage"].upper() not in Stage.__members__:
-            known = ", ".join(map(str, Stage))
-            raise CheckpointError(f"{file} holds a graph of an unknown stage, {data['stage'][:40]!r}. Known: {known}")
+        _check_stage(data, file)
         tensors = load_tensors(stem.with_name(f"{stem.name}.safetensors"), torch.device("cpu"))
         rest = {name: data.get(name, {}) for name in ("names", "facts")}
         return cls(data["stage"], data["nodes"], data["shapes"], tensors, **rest)
 
 
-def dump_of(module: fx.GraphModule, stage: object, *, largest: int | None = LARGEST, **facts: Any) -> Dump:
+def _check_stage(data: Mapping[str, Any], file: Path) -> None:
+    """Refuse a dump of a stage that no installed package offers.
+
+    Raises:
+        CheckpointError: Names the stage, and the module that registered it where the dump was written.
+    """
+    try:
+        stage_named(data["stage"])
+    except UnknownNameError as error:
+        message = f"{file} holds a graph of an unknown stage, {data['stage'][:40]!r}. Known: {', '.join(STAGES)}."
+        if home := data.get("facts", {}).get("stage_module"):
+            message += f" {str(home)[:80]} defines it: install its package, or import the module first (--import)."
+        raise CheckpointError(message) from error
+
+
+def dump_of(module: fx.GraphModule, stage: Stage, *, largest: int | None = LARGEST, **facts: Any) -> Dump:
     """Describe a graph as it is now. Tensors are not copied.
 
     Args:
@@ -137,6 +150,8 @@ def dump_of(module: fx.GraphModule, stage: object, *, largest: int | None = LARG
         if plain and (largest is None or tensor.numel() <= largest):
             tensors[name] = tensor.detach()
     nodes = [_node(node, tensors) for node in module.graph.nodes]
+    if not is_own(stage):
+        facts["stage_module"] = stage.home
     return Dump(str(stage), nodes, shapes, tensors, dict(module.meta.get(NAMES, {})), facts)
 
 

@@ -17,9 +17,9 @@ from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import StageSpec, is_registered, verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.options import read_named
-from fxquant.pipeline.registry import Registry
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
+from fxquant.registry import Registry
 
 REFERENCE = "(reference"
 """Part of the name of a fallback kernel, which is a correct reference and not made for speed."""

@@ -21,7 +21,7 @@ from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError
 from fxquant.ir.dumps import LARGEST, Dump, dump_of
 from fxquant.ir.printing import graph_text
-from fxquant.ir.stages import Stage
+from fxquant.ir.stages import Stage, later
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord
 from fxquant.planning.context import PassContext
@@ -73,7 +73,7 @@ class DumpGraphs:
     def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
         """Write the graph if the pass changed it."""
         if record.edits:
-            self._write(step.name, module, max(self._stage, step.establishes), str(step))
+            self._write(step.name, module, later(self._stage, step.establishes), str(step))
 
     def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
         """Write the text of the graph as the failing pass left it."""

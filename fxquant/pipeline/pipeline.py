@@ -26,17 +26,18 @@ from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.names import qualified_name
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.roles import assign_roles
-from fxquant.ir.stages import SPECS, Stage, StageSpec, verify
+from fxquant.ir.stages import SPECS, Stage, StageSpec, later, verify
 from fxquant.ir.tensors import drop_unread_tensors
 from fxquant.pipeline.conduct import check_conduct, check_decisions
 from fxquant.pipeline.input_changes import InputWatch
 from fxquant.pipeline.options import alike, option_types, print_value, read_named, read_options
+from fxquant.pipeline.order import stage_after
 from fxquant.pipeline.proving import Proof, Prover
-from fxquant.pipeline.registry import Registry
 from fxquant.pipeline.syntax import Reader
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
+from fxquant.registry import Registry
 
 log = logging.getLogger(__name__)
 
@@ -272,17 +273,13 @@ class Pipeline:
         self.passes = tuple(passes)
         self.prove = prove
         self.instruments = tuple(instruments)
-        stage, maker = Stage.CAPTURED, None
         for step in self.passes:
             check_text(step)
-            if stage > step.requires:
-                raise ConfigurationError(
-                    f"{step.name} works on {step.requires} graphs but comes after {maker}, which makes them {stage}; "
-                    "move it to the front"
-                )
-            if step.establishes > stage:
-                stage, maker = step.establishes, step.name
-        self.stage = stage
+        self.stage = self.stage_after(Stage.CAPTURED)
+
+    def stage_after(self, stage: Stage) -> Stage:
+        """The stage of a graph after all passes; see :mod:`fxquant.pipeline.order`."""
+        return stage_after(self.passes, stage)
 
     @classmethod
     def parse(cls, text: str, instruments: Sequence[Instrument] = ()) -> Pipeline:
@@ -311,9 +308,7 @@ class Pipeline:
             ConfigurationError: If the plan is not valid before the first pass.
             FxquantError: If a pass or the verification raises one; a note names the pass.
         """
-        for step in self.passes:
-            if stage > step.requires:
-                raise ConfigurationError(f"{step.name} works on {step.requires} graphs, this one is {stage} already")
+        self.stage_after(stage)
         if isinstance(context, Plan):
             context = PassContext(context)
         if self.prove and not context.inputs:
@@ -326,7 +321,7 @@ class Pipeline:
             for instrument in self.instruments:
                 if isinstance(instrument, ReadsContext):
                     instrument.enter(step, context, stage)
-            stage = max(stage, step.establishes)
+            stage = later(stage, step.establishes)
             record = self._run_one(step, module, context, SPECS[stage])
             log.info("%d/%d %s", number, len(self.passes), record)
             records.append(record)
@@ -358,6 +353,8 @@ class Pipeline:
                 proof = None if prover is None else prover.check(module, rewriter.edits)
                 if watch is not None:
                     watch.check(module)
+            elif spec.check is not None:  # The pass says that the graph meets the condition as it is.
+                verify(module, spec)
         except BaseException as error:
             try:
                 if isinstance(error, Exception):

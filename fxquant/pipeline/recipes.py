@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxquant.errors import ConfigurationError, UnknownNameError
+from fxquant.errors import ConfigurationError, PluginError, UnknownNameError
 from fxquant.pipeline.options import convert, no_option, option_types
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, parse_pass, parse_passes
-from fxquant.pipeline.registry import Registry
 from fxquant.pipeline.syntax import Reader
+from fxquant.planning.plan import Plan
 from fxquant.planning.precision import Precision
+from fxquant.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,28 @@ class Recipe:
             )
         reader.at += 1
         return cls(tuple(prepare), tuple(parse_passes(reader)))
+
+
+def recipe_of(plan: Plan) -> Recipe:
+    """The recipe that a plan was made with.
+
+    Raises:
+        PluginError: If one of its passes is not registered here; the message names the package to install.
+        ConfigurationError: If the recipe in the plan cannot be read.
+    """
+    try:
+        return Recipe.parse(plan.recipe)
+    except UnknownNameError as error:
+        for entry in plan.passes:
+            name, module = str(entry.get("pass")).partition("{")[0], entry.get("module")
+            if module and name not in PASSES:
+                advice = f"install that package ({module.partition('.')[0]}), or import the module first"
+                if module == "__main__":
+                    advice = "it was defined in a script or notebook; run that code first"
+                raise PluginError(
+                    f"the plan was made with the pass {name!r} of {module}, which is not known here: {advice}"
+                ) from error
+        raise
 
 
 RecipeMaker = Callable[[Precision, str], Recipe]

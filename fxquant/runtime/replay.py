@@ -29,11 +29,12 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_of
 from fxquant.pipeline.backend import Backend
-from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline, WatchesLowering
-from fxquant.pipeline.recipes import Recipe
+from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline, WatchesLowering
+from fxquant.pipeline.recipes import Recipe, recipe_of
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.planning.uses import adopt_names, settle
+from fxquant.registry import OWN
 from fxquant.runtime.float_model import device_of, dtype_of
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
@@ -80,7 +81,7 @@ def replay(
         raise ConfigurationError(
             "the plan records no call of the model: no calibration made it. Give the plan of a compiled model"
         )
-    recipe = Recipe.parse(plan.recipe)
+    recipe = recipe_of(plan)
     plan.check()
     plan.checked_json()
     backend.check(plan)
@@ -204,7 +205,7 @@ def model_from_plan(
     """
     if not plan.calls:
         raise CheckpointError("the plan records no call of the model")
-    recipe = Recipe.parse(plan.recipe)
+    recipe = recipe_of(plan)
     quantized = GraphModel(architecture, dtype, plan, further_graph(recipe, backend), backend)
     context = PassContext(plan, shared=quantized.shared)
     for call in plan.calls:
@@ -257,7 +258,8 @@ def bind_all(quantized: GraphModel, tensors: Mapping[str, Tensor]) -> None:
 def log_entry(record: PassRecord) -> dict[str, Any]:
     """What the plan records about a pass that ran."""
     entry = {"pass": record.text, "seconds": round(record.seconds, 3), "edits": record.edits, "ops": record.ops}
-    return {**entry, "changes": record.log.counts()}
+    module = PASSES.module_of(record.text.partition("{")[0])
+    return {**entry, "changes": record.log.counts()} | ({} if module.startswith(OWN) else {"module": module})
 
 
 def bound_graph(captured: CapturedGraph, tensors: Mapping[str, torch.Tensor]) -> CapturedGraph:

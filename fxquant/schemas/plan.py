@@ -128,6 +128,7 @@ class LogEntry(Schema):
     edits: Count
     ops: dict[Name, int]
     changes: dict[Name, Count] = Field(default_factory=dict)  # Not in plans of earlier versions.
+    module: Name | None = None  # For a pass of another package: where it is defined.
 
 
 class PlanFile(Schema):

@@ -19,7 +19,7 @@ from fxquant.ir.dumps import Dump, dump_of, load_dump, module_of
 from fxquant.ir.histories import history_of
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.printing import graph_text
-from fxquant.ir.stages import SPECS, Stage, verify
+from fxquant.ir.stages import SPECS, Stage, stage_named, verify
 from fxquant.pipeline.pipeline import Pass, PassRecord, Pipeline
 from fxquant.planning.plan import Plan
 from tests.support import captured, outputs
@@ -60,7 +60,7 @@ def test_every_stage_is_read_back(converted: tuple[object, Graphs], tmp_path: Pa
         dump.write(tmp_path / f"{number:02d}")
         read, module = load_dump(tmp_path / f"{number:02d}.json")
         assert graph_text(module, notes=True) == text
-        assert (read.stage, Stage[read.stage.upper()]) == (str(stage), stage)
+        assert (read.stage, stage_named(read.stage)) == (str(stage), stage)
         verify(module, SPECS[stage])
 
 

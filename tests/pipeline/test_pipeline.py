@@ -88,7 +88,7 @@ class TestOrder:
     def test_a_pass_that_comes_too_late(self) -> None:
         with pytest.raises(
             ConfigurationError,
-            match="insert-observers works on captured graphs but comes after quantize-linears, which makes them "
+            match="insert-observers works on observed graphs but comes after quantize-linears, which makes them "
             "quantized; move it to the front",
         ):
             Pipeline.parse("remove-no-ops,quantize-linears,insert-observers")
@@ -103,7 +103,7 @@ class TestOrder:
 
     def test_a_graph_that_has_come_further_is_refused(self) -> None:
         with pytest.raises(
-            ConfigurationError, match="insert-observers works on captured graphs, this one is quantized"
+            ConfigurationError, match="insert-observers works on observed graphs, this one is quantized"
         ):
             Pipeline.parse("insert-observers").run(module(), plan(), Stage.QUANTIZED)
 

@@ -28,7 +28,7 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.backend import resolve_backend
 from fxquant.pipeline.pipeline import Pass, Pipeline
-from fxquant.pipeline.recipes import Recipe
+from fxquant.pipeline.recipes import recipe_of
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.runtime.float_model import device_of
@@ -93,7 +93,7 @@ def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec
 
 def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> list[dict[str, Tensor]]:
     """For each call: the weights of all layers, just before those with few bits are quantized, by layer."""
-    recipe = Recipe.parse(plan.recipe)
+    recipe = recipe_of(plan)
     passes = [*recipe.prepare, *itertools.takewhile(_keeps_float, recipe.convert)]
     # Passes that learn from calls have decided; they change the plan and not the graph.
     passes = [step for step in passes if not step.wants_samples()]

@@ -4,10 +4,10 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
+from fxquant import registry
 from fxquant.errors import DuplicateNameError, PluginError, UnknownNameError
-from fxquant.pipeline import registry
 from fxquant.pipeline.pipeline import PASSES
-from fxquant.pipeline.registry import Registry
+from fxquant.registry import Registry
 
 
 class Thing:

@@ -1,8 +1,8 @@
-"""Registries of named objects that others may add: passes, recipes, backends and channel rules.
+"""Registries of named objects that others may add: passes, recipes, backends and stages of graphs.
 
-Both fxquant and other packages add objects by the entry points ``fxquant.passes``, ``fxquant.recipes`` and
-``fxquant.backends``. An entry point is imported when its name is first requested, so the core never imports its
-plugins. Notebooks and scripts register with a decorator instead.
+Both fxquant and other packages add objects by the entry points ``fxquant.passes``, ``fxquant.recipes``,
+``fxquant.backends`` and ``fxquant.stages``. An entry point is imported when its name is first requested, so the core
+never imports its plugins. Notebooks and scripts register with a decorator instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Registry(Generic[T]):
     """A mapping from names to objects of one kind that refuses duplicates and unknown names.
 
     Args:
-        kind: What the objects are, for messages ("pass", "recipe", "backend").
+        kind: What the objects are, for messages ("pass", "recipe", "backend", "stage").
         group: Entry-point group to load lazily from, or None for a registry that only code fills.
         check: Raises a ConfigurationError for an object that an entry point names and that is not of the kind; it gets
             the name and the object.
@@ -75,6 +75,10 @@ class Registry(Generic[T]):
             self._objects.setdefault(name, loaded)
         return self._objects[name]
 
+    def remove(self, name: str) -> None:
+        """Forget an object that code registered; one that an entry point names is loaded again if asked for."""
+        del self._objects[name]
+
     def module_of(self, name: str) -> str:
         """The module in which an object is defined; nothing is imported.
 
@@ -121,4 +125,5 @@ def _path(item: object) -> tuple[str, str] | object:
 
 def _defines(entry: EntryPoint, item: object) -> bool:
     """Whether the entry point names ``item`` itself, which is the case if its module is imported and decorates it."""
-    return (entry.module, entry.attr) == (getattr(item, "__module__", None), getattr(item, "__qualname__", None))
+    name = getattr(item, "__qualname__", entry.attr)  # An instance does not know the variable that holds it.
+    return (entry.module, entry.attr) == (getattr(item, "__module__", None), name)
