@@ -2,8 +2,8 @@
 
 ``prove`` proves the tier of a pass, ``check_lifecycle`` runs a recipe through saving, loading, other shapes and
 backends, ``assert_golden`` compares graphs with files, ``assert_not_fired`` holds where a pass must leave a graph
-alone, ``tiny_dit`` and its sisters make small models of every layout of adaLN, and ``tiny_linears`` one whose graph is
-short. ``docs/write-a-pass.md`` has examples.
+alone, ``tiny_dit`` and its sisters make small models of every layout of adaLN, ``tiny_linears`` one whose graph is
+short, and ``graphs`` random ones. ``docs/write-a-pass.md`` has examples.
 """
 
 from fxquant.errors import LifecycleError, ProofError
@@ -27,6 +27,7 @@ from fxquant.testing.models import (
 )
 from fxquant.testing.own import own_backends, own_passes, own_recipes
 from fxquant.testing.proving import Trial, assert_not_fired, prove, try_pass
+from fxquant.testing.random_models import RandomGraph, graphs, random_graph
 
 __all__ = [
     "STEPS",
@@ -36,6 +37,7 @@ __all__ = [
     "LifecycleError",
     "Proof",
     "ProofError",
+    "RandomGraph",
     "Trial",
     "assert_golden",
     "assert_not_fired",
@@ -44,10 +46,12 @@ __all__ = [
     "example_call",
     "example_calls",
     "graph_text",
+    "graphs",
     "own_backends",
     "own_passes",
     "own_recipes",
     "prove",
+    "random_graph",
     "tiny_dit",
     "tiny_flux",
     "tiny_linears",

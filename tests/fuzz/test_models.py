@@ -11,7 +11,8 @@ from random import Random
 
 import pytest
 
-from tests.fuzz.models import BATCH, TOKENS, Choices, Drawn, computed, filled, kinds, run
+from fxquant.testing.random_models import BATCH, TOKENS, Choices, RandomTransformer, filled, kinds
+from tests.fuzz.models import computed, run
 from tests.fuzz.proof import SenselessError
 
 ASKED = int(os.environ.get("FXQUANT_FUZZ", "0"))
@@ -42,7 +43,7 @@ def test_every_model_that_is_drawn_runs() -> None:
     """A model that fails to run would be counted as one that allows no comparison."""
     for seed in range(100):
         r = Random(seed)
-        model = Drawn(Choices(r), seed)
+        model = RandomTransformer(Choices(r), seed)
         for kind in kinds(r):
             assert computed(model, filled(kind, 500.0, 0)).shape == (BATCH, TOKENS, 4)
 

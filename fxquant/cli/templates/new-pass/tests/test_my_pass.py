@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from fxquant_my_pass.my_pass import MyPass, Scaling
 
 from fxquant.testing import (
@@ -13,6 +14,7 @@ from fxquant.testing import (
     example_call,
     example_calls,
     prove,
+    random_graph,
     tiny_linears,
     try_pass,
 )
@@ -26,6 +28,13 @@ def test_proof() -> None:
     """The output stays the same, a second run changes nothing, and the plan alone gives the same graph."""
     proof = prove(MyPass(factor=3.0), MODEL, CALLS, before=BEFORE)
     assert proof.tier == "algebraic" and proof.error < 1e-12
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_proof_on_random_models(seed: int) -> None:
+    """Forms of adaLN, attention and norms that nobody thought of; try more seeds when the pass changes."""
+    found = random_graph(seed)
+    prove(MyPass(factor=3.0), found.model, found.calls)
 
 
 def test_golden() -> None:
