@@ -128,7 +128,8 @@ def compile(
         prove: Run the graph before and after each pass on calibration calls, and refuse a pass that does not keep its
             tier: the same bits for an exact pass, the same outputs in float64 to a relative 1e-12 for an algebraic one.
             For those who write passes. It costs several calls of the model per pass, and memory for its weights in
-            float64; without that memory the model's own dtype is used, with a tolerance for rounding.
+            float64; without that memory float32 or the model's own dtype is used, with a tolerance for rounding. In 16
+            bits this tolerance can hide a mistake in a small layer, and a ``ProofWarning`` says so.
 
     Returns:
         The quantized model, to put in the pipeline in place of ``model``.

@@ -6,16 +6,52 @@ same kind of mistake (``ValueError``, ``LookupError`` for ``KeyError``-like look
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+_LONGEST = 300  # Characters of a text of the user that a message shows.
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST + 1},}}")
+
+
+def shortened(text: str) -> str:
+    """A text of the user for a message: of a very long one, the beginning and the end."""
+    if len(text) <= _LONGEST:
+        return text
+    begin, end = _LONGEST - 100, 20
+    return f"{text[:begin]}... ({len(text) - begin - end} characters left out) ...{text[-end:]}"
 
 
 class FxquantError(Exception):
-    """Base class of all errors that fxquant raises on purpose."""
+    """Base class of all errors that fxquant raises on purpose. Very long words of a message are shortened."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(_LONG_WORD.sub(_cut, arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _cut(match: re.Match[str]) -> str:
+    return shortened(match[0])
 
 
 class ConfigurationError(FxquantError, ValueError):
     """An option is out of range or two options contradict each other."""
+
+
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse an argument of a wrong type.
+
+    Args:
+        name: Name of the argument.
+        value: What was given for it.
+        kinds: The types that are taken.
+        wanted: What is taken, in words, such as ``the name of a layer``.
+
+    Raises:
+        ConfigurationError: Names the argument and says what is taken.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise ConfigurationError(f"{name} should be {wanted}, not a {type(value).__name__}")
 
 
 class UnknownNameError(FxquantError, LookupError):
@@ -23,7 +59,7 @@ class UnknownNameError(FxquantError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         listed = ", ".join(sorted(known)) or "none"
-        super().__init__(f"unknown {kind} {name!r}. Known: {listed}.")
+        super().__init__(f"unknown {kind} {shortened(str(name))!r}. Known: {listed}.")
 
 
 class DuplicateNameError(FxquantError, ValueError):
@@ -167,3 +203,7 @@ class SpeedWarning(UserWarning):
 
 class DamagedFileWarning(UserWarning):
     """An optional file of a checkpoint is damaged and was left out; the message names it and says what to do."""
+
+
+class ProofWarning(UserWarning):
+    """A pass was proved with a tolerance that can hide a mistake in a small layer; the message says how large it is."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.channels.solution import Seed
 from fxquant.channels.wants import Cost
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, shortened
 from fxquant.ir.arguments import args
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER
@@ -44,7 +44,7 @@ def parse_cost(text: str) -> Cost:
     try:
         return {"free": Cost.FREE, "vector": Cost.VECTOR, "tokens": Cost.TOKENS}[text]
     except KeyError:
-        raise ConfigurationError(f"{text!r} is not a cost; choose free, vector or tokens") from None
+        raise ConfigurationError(f"{shortened(text)!r} is not a cost; choose free, vector or tokens") from None
 
 
 def seeds_to_transform(graph: fx.Graph, context: PassContext, roles: Sequence[str]) -> list[Seed]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, shortened
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import Attention, find_attentions, not_by_sample
 from fxquant.ir.layers import layer_name, stored_weight
@@ -126,18 +126,19 @@ class AssignPrecision(Pass):
                 continue
             if attentions:
                 raise ConfigurationError(
-                    f"override {pattern!r} fits the attention {attentions[0]!r} and no layer, and the recipe keeps "
-                    f"attention in float; write {attentions[0]}.* for its layers, or quantize attention "
+                    f"override {shortened(pattern)!r} fits the attention {attentions[0]!r} and no layer, and the "
+                    f"recipe keeps attention in float; write {attentions[0]}.* for its layers, or quantize attention "
                     "(assign-precision{attention=quantized})"
                 )
             if products and precision != FLOAT:
                 raise ConfigurationError(
-                    f"override {pattern!r} fits {products[0]!r}, and that cannot be quantized: "
+                    f"override {shortened(pattern)!r} fits {products[0]!r}, and that cannot be quantized: "
                     f"{plan.products[products[0]]}"
                 )
             if not products and not any(_runs_elsewhere(name, pattern, names, plan) for name in names):
                 raise ConfigurationError(
-                    f"override {pattern!r} fits no layer and no attention of the model; {nearest(pattern, plan)}"
+                    f"override {shortened(pattern)!r} fits no layer and no attention of the model; "
+                    f"{nearest(pattern, plan)}"
                 )
 
     def _why_float(self, name: str, kind: str, role: str, chosen: Precision) -> str | None:

@@ -591,3 +591,92 @@ def test_another_dtype(quantized: GraphModel) -> None:
         assert quantized.to("cpu") is quantized
         assert quantized.to(torch.float32) is quantized
         assert quantized.cpu() is quantized
+
+
+WRONG_TYPES: dict[str, tuple[Callable[[GraphModel], Any], str]] = {
+    "origin of text": (lambda q: fxquant.origin("x"), "node should be a node of a graph.*, not a str"),
+    "origin of a graph": (lambda q: fxquant.origin(q.graphs[0].graph), "node should be a node.*, not a Graph"),
+    "nodes of a model": (lambda q: fxquant.nodes_of(q, "x"), r"graph should be a graph, such as quantized.graphs\[0\]"),
+    "nodes of a number": (lambda q: fxquant.nodes_of(q.graphs[0], 3), "layer should be the name of a layer.*a int"),
+    "explain a number": (lambda q: fxquant.explain(q, 3), "layer should be the name of a layer, not a int"),
+    "explain at a text": (lambda q: fxquant.explain(q, "x", timestep="1"), "timestep should be a number.*not a str"),
+    "explain a list": (lambda q: fxquant.explain([q], "x"), "takes a quantized model, a plan or the folder"),
+    "explain in no history": (
+        lambda q: fxquant.explain(q, "x", history=[]),
+        "history should be what .*rewrite_history",
+    ),
+    "explain in graph x": (lambda q: fxquant.explain(q, "x", graph="0"), "graph should be the number of a graph"),
+    "history of a number": (lambda q: fxquant.rewrite_history(3), "can be inspected, not a int"),
+    "history of None": (lambda q: fxquant.rewrite_history(None), "can be inspected, not a NoneType"),
+    "history of graph x": (lambda q: fxquant.rewrite_history(q, graph="0"), "graph should be the number of a graph"),
+    "history of graph True": (lambda q: fxquant.rewrite_history(q, graph=True), "number of a graph, not a bool"),
+    "history of a plan": (lambda q: fxquant.rewrite_history(q.plan, model="DiT"), "give the float model"),
+    "diff of a number": (lambda q: fxquant.diff(q, 3), "takes a quantized model, a plan or the folder.*not a int"),
+    "diff of a step 3": (lambda q: fxquant.diff(q, step=3), "step should be the name of a pass, or lower, not a int"),
+    "diff of a block": (lambda q: fxquant.diff(q, q, block=[3]), "block should be the number or path of a block"),
+    "diff of a layer": (lambda q: fxquant.diff(q, q, layer=3), "layer should be the name of a layer, not a int"),
+    "diff in graph x": (lambda q: fxquant.diff(q, q, graph="0"), "graph should be the number of a graph"),
+    "page without path": (lambda q: fxquant.inspect_page(q, None), "path should be the path of the file to write"),
+    "page of a number": (lambda q: fxquant.inspect_page(3, "unwritten"), "can be inspected, not a int"),
+    "page with a name": (lambda q: fxquant.inspect_page(q, "unwritten", names="a"), "names should be a list of names"),
+    "page with number": (lambda q: fxquant.inspect_page(q, "unwritten", names=[3]), "each of names should be the name"),
+    "page with a dict": (lambda q: fxquant.inspect_page(q, "unwritten", statistics={}), "statistics should be"),
+    "page with errors": (lambda q: fxquant.inspect_page(q, "unwritten", errors=[1]), "errors should be a mapping"),
+}
+
+WRONG_TYPES_OF_ATTRIBUTE: dict[str, tuple[dict[str, Any], str]] = {
+    "inputs": ({"inputs": 3}, "inputs should be statistics that kept calls, or a function .*, not a int"),
+    "timesteps": ({"timesteps": 0.5}, "timesteps should be a number of timesteps, or a list of timesteps, not a float"),
+    "text as timesteps": ({"timesteps": "12"}, "each of timesteps should be a number, not a str"),
+    "samples": ({"samples": "1"}, "samples should be a whole number, not a str"),
+    "probes": ({"probes": 1.5}, "probes should be a whole number, not a float"),
+    "measure": ({"measure": "all"}, "measure should be a number of layers, or None for all"),
+    "budget": ({"budget": "10 min"}, "budget should be a number of seconds, or None for no limit"),
+    "resume": ({"resume": 3}, "resume should be the path of a folder"),
+    "seed": ({"seed": None}, "seed should be a whole number, not a NoneType"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TYPES)
+def test_arguments_of_inspections_that_have_a_wrong_type(quantized: GraphModel, what: str) -> None:
+    call, said = WRONG_TYPES[what]
+    with pytest.raises(ConfigurationError, match=said):
+        call(quantized)
+
+
+@pytest.mark.parametrize("what", WRONG_TYPES_OF_ATTRIBUTE)
+def test_arguments_of_attribute_that_have_a_wrong_type(
+    quantized: GraphModel, tiny_dit: DiTTransformer2DModel, what: str
+) -> None:
+    options, said = WRONG_TYPES_OF_ATTRIBUTE[what]
+    with pytest.raises(ConfigurationError, match=said):
+        fxquant.attribute(quantized, tiny_dit, **{"inputs": fxquant.Statistics(), **options})
+
+
+LONG = "x" * 3000
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda plan: parse_pass(LONG),
+        lambda plan: parse_pass("x y " * 800),
+        lambda plan: parse_pass(f"balance-channels{{{LONG}=1}}"),
+        lambda plan: parse_pass(f"balance-channels{{exponent={LONG}}}"),
+        lambda plan: make_recipe(LONG),
+        lambda plan: make_recipe(f"{LONG}-w4a8"),
+        lambda plan: make_recipe("rtn-w4a8", layers=LONG),
+        lambda plan: make_recipe("rtn-w4a8").with_options("x y " * 800),
+        lambda plan: make_recipe("rtn-w4a8").with_options("assign-precision", precision="x y " * 800),
+        lambda plan: make_recipe("rtn-w4a8").with_options("assign-precision", overrides=(LONG,)),
+        lambda plan: plan.layer("x y " * 800),
+        lambda plan: fxquant.explain(plan, LONG),
+        lambda plan: fxquant.diff(plan, plan, block=LONG),
+        lambda plan: fxquant.report(plan, device=LONG),
+        lambda plan: fxquant.Statistics()["x y " * 800],
+    ],
+)
+def test_a_message_shows_only_the_ends_of_a_long_text(quantized: GraphModel, call: Callable[[Any], Any]) -> None:
+    with pytest.raises(fxquant.FxquantError, match=r"x.{100,}characters left out\) \.\.\.") as error:
+        call(quantized.plan)
+    assert len(str(error.value)) < 1500

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
 
-from fxquant.errors import ConfigurationError, UnknownNameError
+from fxquant.errors import ConfigurationError, UnknownNameError, check_type, shortened
 from fxquant.inspect.alignment import blocks_among, differences, is_in_part, part_of
 from fxquant.inspect.history import History, Step, rewrite_history
 from fxquant.inspect.layer_changes import LayerChange, facts_of, grouped, layer_changes
@@ -142,11 +143,15 @@ def diff(
         graph: Number of the graph, among the graphs that calibration captured.
 
     Raises:
-        ConfigurationError: If one of the two cannot be compared with the other.
+        ConfigurationError: If one of the two cannot be compared with the other, or an argument is of another type.
             A recipe has no parts, and a plan without ``model`` has no graph to compare after a step.
         UnknownNameError: If there is no such step, block or layer. The message names the nearest ones.
         CheckpointError: If a folder holds no checkpoint, or a damaged one.
     """
+    check_type("step", step, (str, NoneType), "the name of a pass, or lower")
+    check_type("block", block, (str, int, NoneType), "the number or path of a block")
+    check_type("layer", layer, (str, NoneType), "the name of a layer")
+    check_type("graph", graph, int, "the number of a graph")
     part = (None if block is None else str(block), layer)
     if right is None:
         if step is None:
@@ -298,7 +303,7 @@ def _recipe_of(given: Compared) -> Recipe | None:
     try:
         return make_recipe(given)
     except UnknownNameError as error:
-        raise ConfigurationError(f"{given!r} is neither a folder nor a recipe: {error}") from None
+        raise ConfigurationError(f"{shortened(str(given))!r} is neither a folder nor a recipe: {error}") from None
 
 
 def _is_recipe(text: str) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxquant.errors import ConfigurationError, UnknownNameError
+from fxquant.errors import ConfigurationError, UnknownNameError, check_type
 from fxquant.inspect.choices import Choice, choices_of
 from fxquant.inspect.history import History, rewrite_history
 from fxquant.inspect.report import plan_of, report
@@ -198,9 +200,14 @@ def explain(
 
     Raises:
         UnknownNameError: If there is no such layer. The message names the nearest ones.
-        ConfigurationError: If the source is none of these, the timestep is not finite, or the layer has no range at it.
+        ConfigurationError: If the source is none of these, the timestep is not finite, the layer has no range at it,
+            or an argument is of another type.
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
     """
+    check_type("layer", layer, str, "the name of a layer")
+    check_type("timestep", timestep, (Real, NoneType), "a number, or None for all timesteps")
+    check_type("graph", graph, int, "the number of a graph")
+    check_type("history", history, (History, NoneType), "what fxquant.rewrite_history returned, or None")
     if timestep is not None and not math.isfinite(timestep):
         raise ConfigurationError(f"timestep={timestep} is not a timestep; give a finite number")
     source = plan_if_alone(source)

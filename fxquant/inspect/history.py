@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture.known_values import at_most
-from fxquant.errors import UnknownNameError
+from fxquant.errors import UnknownNameError, check_type
 from fxquant.inspect.snapshots import GraphChange, NodeState, Snapshot, change_between, order_of, snapshot
 from fxquant.inspect.sources import Graphs, Source, graphs_of
 from fxquant.ir.edits import Span, TensorEdit
@@ -220,6 +220,7 @@ def rewrite_history(
         CheckpointError: If the folder holds no checkpoint, or a damaged one.
         CalibrationError: If the model runs layers that the plan does not know.
     """
+    check_type("graph", graph, int, "the number of a graph")
     (found,) = rewrite_histories(graphs_of(source, model), [graph], lower=lower)
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from fxquant.errors import check_type
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.places import Origin
 from fxquant.ir.roles import module_path, roles_of
@@ -54,6 +55,10 @@ def origin(node: fx.Node) -> NodeOrigin:
 
     Args:
         node: A node of a graph of a quantized model, such as one of ``quantized.graphs[0].graph.nodes``.
+
+    Raises:
+        ConfigurationError: If it is not a node.
     """
+    check_type("node", node, fx.Node, "a node of a graph, such as one of quantized.graphs[0].graph.nodes")
     made_by = tuple(node.meta.get(PROVENANCE, ()))
     return NodeOrigin(node.name, made_by, module_path(node), source_line(node), dict(roles_of(node)))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from fxquant.errors import UnknownNameError
+from fxquant.errors import UnknownNameError, check_type
 from fxquant.ir.arguments import args
 from fxquant.ir.layers import is_cast
 from fxquant.ir.meta import LAYER, PROVENANCE, ROLE
@@ -93,7 +93,10 @@ def nodes_of(graph: fx.Graph | fx.GraphModule, layer: str) -> list[fx.Node]:
 
     Raises:
         UnknownNameError: If the graph has no such layer or module. The message names the nearest ones.
+        ConfigurationError: If an argument is of another type.
     """
+    check_type("graph", graph, (fx.Graph, fx.GraphModule), "a graph, such as quantized.graphs[0]")
+    check_type("layer", layer, str, "the name of a layer or the path of a module")
     found_graph = graph.graph if isinstance(graph, fx.GraphModule) else graph
     assign_roles(found_graph)
     nodes = [node for node in found_graph.nodes if layer in roles_of(node)]

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from fxquant.errors import ConfigurationError
-from fxquant.pipeline.syntax import Item, Reader, Value, is_plain, quoted, shortened
+from fxquant.errors import ConfigurationError, shortened
+from fxquant.pipeline.syntax import Item, Reader, Value, is_plain, quoted
 
 _SCALARS = (bool, int, float, str)
 
@@ -70,7 +70,7 @@ def read_options(item: Item, reader: Reader, types_of: Callable[[str], Mapping[s
 def no_option(kind: str, name: str, given: str, known: Iterable[str]) -> str:
     """The message that an object, such as a pass, has no such option; it lists the options that it has."""
     shown = ", ".join(sorted(option.replace("_", "-") for option in known)) or "none"
-    return f"{kind} {name!r} has no option {given!r}. Its options: {shown}."
+    return f"{kind} {name!r} has no option {shortened(given)!r}. Its options: {shown}."
 
 
 def read_value(value: Value, hint: Any) -> Any:

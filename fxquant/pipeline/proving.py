@@ -2,8 +2,9 @@
 
 A graph after an ``EXACT`` pass gives the same bits. A graph after an ``ALGEBRAIC`` pass gives, in float64, the same
 outputs to a relative 1e-12; the pass runs again on a copy of the graph in float64, where it carries out what it has
-decided. If there is no memory for that copy, the outputs are compared in the model's own dtype, and may differ by as
-much as rounding each weight anew would change them. A graph after a ``LOSSY`` pass is measured.
+decided. If there is no memory for that copy, a copy in float32 is taken, or else the model's own dtype. The outputs may
+then differ by as much as rounding each weight anew would change them; in 16 bits this can hide a mistake in a small
+layer, and a :class:`~fxquant.errors.ProofWarning` says so. A graph after a ``LOSSY`` pass is measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.disk.files import dtype_name
-from fxquant.errors import FxquantError, ProofError
-from fxquant.ir.doubles import as_float64, in_float64
+from fxquant.errors import FxquantError, ProofError, ProofWarning
+from fxquant.ir.doubles import as_wide, widened
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.ops import recording
 from fxquant.ir.places import label
@@ -108,11 +110,17 @@ class Prover:
         """
         inputs = self.context.inputs if inputs is None else inputs
         own = _dtype_of(self.before)
-        if self.step.tier.value != "algebraic" or not _fits_in_memory(self.before):
+        if self.step.tier.value != "algebraic":
             return self._compare(self.before, module, inputs, own, edits)
-        before = in_float64(self.before)
-        wide = [[as_float64(tensor) for tensor in call] for call in inputs]
-        proof = self._compare(before, self._again(before), wide, torch.float64, edits)
+        wider = [dtype for dtype in (torch.float64, torch.float32) if torch.finfo(dtype).eps < torch.finfo(own).eps]
+        dtype = next((dtype for dtype in wider if _fits_in_memory(self.before, dtype)), own)
+        if dtype is own and wider:
+            proof = self._compare(self.before, module, inputs, own, edits)
+            _warn_if_coarse(proof, own)
+            return proof
+        before = widened(self.before, dtype)
+        wide = [[as_wide(tensor, dtype) for tensor in call] for call in inputs]
+        proof = self._compare(before, self._again(before), wide, dtype, edits)
         # That graph was made from the plan. The one that the pass itself made is compared as far as its dtype allows.
         self._compare(self.before, module, inputs, own, edits)
         return proof
@@ -143,7 +151,7 @@ class Prover:
         except FxquantError as error:
             raise ProofError(
                 f"pass {self.step} cannot be proved: with its own decisions in the plan, it fails on the same graph in "
-                f"float64: {error}. Write every decision into the plan, and read it there",
+                f"a wider dtype: {error}. Write every decision into the plan, and read it there",
                 str(self.step),
             ) from error
         return after
@@ -275,9 +283,22 @@ def _dtype_of(module: fx.GraphModule) -> torch.dtype:
     return max(wide, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def _fits_in_memory(module: fx.GraphModule) -> bool:
-    """Whether three copies of the tensors in float64 take at most half of the free memory."""
-    size = sum(8 * tensor.numel() for tensor in read_tensors(module).values())
+def _warn_if_coarse(proof: Proof, own: torch.dtype) -> None:
+    """Warn if the outputs differ, and the dtype is too narrow to tell rounding from a mistake in a small layer."""
+    if proof.error > ALGEBRAIC_ERROR and torch.finfo(own).eps > torch.finfo(torch.float32).eps:
+        warnings.warn(
+            f"pass {proof.step} was compared in {proof.dtype} only, because there is no memory for the weights in "
+            f"float32: outputs differ by {proof.error:.1e}, and up to {proof.allowed:.1e} counts as rounding. A "
+            "mistake that changes outputs by less is not found. Free memory, or prove the pass on a smaller model with "
+            "fxquant.testing.prove",
+            ProofWarning,
+            stacklevel=1,
+        )
+
+
+def _fits_in_memory(module: fx.GraphModule, dtype: torch.dtype) -> bool:
+    """Whether three copies of the tensors in this dtype take at most half of the free memory."""
+    size = sum(dtype.itemsize * tensor.numel() for tensor in read_tensors(module).values())
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # The system does not say.

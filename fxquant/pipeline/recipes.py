@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxquant.errors import ConfigurationError, PluginError, UnknownNameError
+from fxquant.errors import ConfigurationError, PluginError, UnknownNameError, shortened
 from fxquant.pipeline.options import convert, no_option, option_types
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, parse_pass, parse_passes
 from fxquant.pipeline.syntax import Reader
@@ -64,7 +64,7 @@ class Recipe:
         """
         names = dict.fromkeys(step.name for step in (*self.prepare, *self.convert))
         if pass_name not in names:
-            raise ConfigurationError(f"the recipe has no pass {pass_name!r}; its passes: {', '.join(names)}")
+            raise ConfigurationError(f"the recipe has no pass {shortened(pass_name)!r}; its passes: {', '.join(names)}")
 
         types = option_types(PASSES[pass_name])
         changed: dict[str, Any] = {}
@@ -93,7 +93,8 @@ class Recipe:
         prepare = parse_passes(reader, ";")
         if reader.at == len(text):
             raise ConfigurationError(
-                f"{text!r} is not a recipe; write the passes before and after calibration like this: a,b ; c,d"
+                f"{shortened(text)!r} is not a recipe; write the passes before and after calibration like this: "
+                "a,b ; c,d"
             )
         reader.at += 1
         return cls(tuple(prepare), tuple(parse_passes(reader)))

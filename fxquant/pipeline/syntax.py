@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from rich.cells import cell_len
 
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, shortened
 
 _NAME = re.compile(r"[\w.-]+")
 _KEY = re.compile(r"[^\s=,{}]*")
@@ -69,11 +69,6 @@ def point_at(text: str, at: int, what: str) -> str:
     stop = start + _SHOWN
     before, after = "..." * (start > 0), "..." * (stop < len(text))
     return f"  {before}{text[start:stop]}{after}\n  {' ' * (len(before) + cell_len(text[start:at]))}^ {what}"
-
-
-def shortened(text: str) -> str:
-    """A text for a message; of a very long one, the beginning."""
-    return text if len(text) <= 5 * _SHOWN else f"{text[: 5 * _SHOWN]}..."
 
 
 def is_plain(text: str) -> bool:

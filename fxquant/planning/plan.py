@@ -20,7 +20,7 @@ from torch import Tensor
 from fxquant.capture.calls import CallSpec
 from fxquant.disk.files import blaming, digest_of, load_tensors, share
 from fxquant.disk.folders import writing
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, shortened
 from fxquant.planning.attribution import Attribution, kept_attribution
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
@@ -95,10 +95,9 @@ class Plan:
             CalibrationError: If none of the graphs that this plan was made for had the layer.
         """
         if name not in self.layers:
-            raise CalibrationError(
-                f"the plan knows no layer {name!r}; it has {', '.join(nearest(name, self.layers)[:10]) or 'none'}",
-                reason=f"the plan knows no layer {name!r}",
-            )
+            reason = f"the plan knows no layer {shortened(str(name))!r}"
+            known = ", ".join(nearest(name, self.layers)[:10]) or "none"
+            raise CalibrationError(f"{reason}; it has {known}", reason=reason)
         return self.layers[name]
 
     def attention(self, name: str) -> AttentionPlan:
@@ -108,7 +107,7 @@ class Plan:
             CalibrationError: If none of the graphs that this plan was made for had the attention.
         """
         if name not in self.attentions:
-            raise CalibrationError(f"the plan knows no attention {name!r}")
+            raise CalibrationError(f"the plan knows no attention {shortened(str(name))!r}")
         return self.attentions[name]
 
     def decisions_of(self, kind: type[D]) -> dict[str, D]:

@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, shortened
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 
@@ -65,12 +65,12 @@ class Precision:
         match = _FORM.fullmatch(text)
         if match is None:
             raise ConfigurationError(
-                f"{text!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float"
+                f"{shortened(text)!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float"
             )
         weights, activations, group = (int(number or 0) for number in match.groups())
         found = cls(weights, None if activations == 16 else activations, group)
         if str(found) != text:  # Each precision has exactly one name, because results are compared by it.
-            raise ConfigurationError(f"{text!r} is not a precision; write {found}")
+            raise ConfigurationError(f"{shortened(text)!r} is not a precision; write {found}")
         return found
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ def precision_of(name: str, role: str, default: Precision, layers: str, override
     if exception is not None:
         return exception
     if layers not in ("default", "blocks", "all"):
-        raise ConfigurationError(f"layers={layers!r} is not known; choose default, blocks or all")
+        raise ConfigurationError(f"layers={shortened(str(layers))!r} is not known; choose default, blocks or all")
     if layers == "all" or role in ("block", "adaln"):
         return default
     if role == "embedder" and layers == "default":
@@ -128,7 +128,7 @@ def entries_of(overrides: str) -> list[tuple[str, Precision]]:
     for entry in filter(None, (part.strip() for part in overrides.split(";"))):
         pattern, equals, text = entry.partition("=")
         if not equals:
-            raise ConfigurationError(f"override {entry!r} has no precision; write pattern=w8a8")
+            raise ConfigurationError(f"override {shortened(entry)!r} has no precision; write pattern=w8a8")
         found.append((pattern, Precision.parse(text)))
     return found
 

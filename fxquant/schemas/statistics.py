@@ -40,6 +40,7 @@ class StatisticsFile(Schema):
     seed: int
     keys: dict[Name, list[int]]
     keep_calls: Size = 0
+    seen_calls: Count | None = None  # Not in files of earlier versions.
     run: Run | None = None
     kinds: Annotated[list[Call], Field(max_length=_MOST_KINDS)] = Field(default_factory=list)
     calls: Annotated[list[KeptCall], Field(fail_fast=True, max_length=_MOST_CALLS)] = Field(default_factory=list)
@@ -49,6 +50,8 @@ class StatisticsFile(Schema):
         for call in self.calls:
             if call.kind >= len(self.kinds):
                 raise ValueError(f"a kept call is of kind {call.kind}, but there are {len(self.kinds)} kinds")
+            if self.seen_calls is not None and call.number >= self.seen_calls:
+                raise ValueError(f"kept call number {call.number} is not among the {self.seen_calls} calls that came")
             tensors = sum(leaf.shape is not None for leaf in self.kinds[call.kind].leaves)
             if len(call.inputs) != tensors:
                 raise ValueError(f"a kept call has {len(call.inputs)} inputs, and its kind has {tensors}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError, shortened
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.file import read, write
 from fxquant.statistics.kept_calls import KeptCalls, Run
@@ -74,9 +74,9 @@ class Statistics(Mapping[str, ChannelStatistics]):
             return self._by_key[key]
         except KeyError:
             raise _NeverReachedError(
-                f"calibration never reached layer {key!r} ({len(self._by_key)} others were recorded). Calibrate with "
-                "calls that use it: the same optional inputs, guidance and schedule as at run time. Or leave the layer "
-                "out of the recipe."
+                f"calibration never reached layer {shortened(key)!r} ({len(self._by_key)} others were recorded). "
+                "Calibrate with calls that use it: the same optional inputs, guidance and schedule as at run time. Or "
+                "leave the layer out of the recipe."
             ) from None
 
     def __iter__(self) -> Iterator[str]:

@@ -61,6 +61,7 @@ def write(statistics: Statistics, path: str | Path) -> None:
         "keys": {key: sorted(channels.seeds) for key, channels in statistics.items()},
         "keep_calls": statistics.calls.most,
         "run": None if run is None else vars(run),
+        "seen_calls": statistics.calls.seen,
         "kinds": statistics.calls.kinds,
         "calls": calls,
     }
@@ -102,7 +103,7 @@ def read(path: str | Path) -> Statistics:
                 inputs = tuple(pool[name] for name in call.inputs)
                 _check_inputs(inputs, [leaf for leaf in header.kinds[call.kind].leaves if leaf.shape is not None])
                 calls.append(KeptCall(call.kind, call.timestep, call.number, call.priority, inputs))
-            found.calls.restore(calls)
+            found.calls.restore(calls, header.seen_calls)
     except CheckpointError as error:
         if str(path) in str(error).split():  # A short name would also be part of other words.
             raise

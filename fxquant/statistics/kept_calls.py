@@ -120,6 +120,11 @@ class KeptCalls:
         return iter(sorted(self._calls, key=lambda call: call.order))
 
     @property
+    def seen(self) -> int:
+        """How many calls came, kept or not. The priorities of later calls depend on it."""
+        return self._seen
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all inputs; a tensor that several calls share counts once."""
         return sum(tensor.nbytes for tensor in {id(t): t for call in self._calls for t in call.inputs}.values())
@@ -150,10 +155,16 @@ class KeptCalls:
         pooled = tuple(self._pooled(tensor) for tensor in inputs)
         self._add(KeptCall(kind, timestep, self._seen - 1, priority, pooled))
 
-    def restore(self, calls: Sequence[KeptCall]) -> None:
-        """Put back calls that were read from a file."""
+    def restore(self, calls: Sequence[KeptCall], seen: int | None = None) -> None:
+        """Put back calls that were read from a file.
+
+        Args:
+            calls: The calls.
+            seen: How many calls came in all; None for files of earlier versions, which do not say. Calls that were
+                dropped after the last kept one are then not counted, and calls that come later get other priorities.
+        """
         self._calls = list(calls)
-        self._seen = 1 + max((call.number for call in calls), default=-1)
+        self._seen = 1 + max((call.number for call in calls), default=-1) if seen is None else seen
         for call in calls:
             for tensor in call.inputs:
                 self._pool.setdefault(_digest(tensor), tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxquant
-from fxquant.errors import ConfigurationError, ProofError
+from fxquant.errors import ConfigurationError, ProofError, ProofWarning
 from fxquant.ir.arguments import source_of
 from fxquant.ir.doubles import in_float64
 from fxquant.ir.meta import LAYER
@@ -80,7 +81,7 @@ def run(step: Pass, dtype: torch.dtype = torch.float32, **options: Any) -> tuple
 @pytest.mark.parametrize("roomy", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_keeps_its_tier(dtype: torch.dtype, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proving, "_fits_in_memory", lambda module: roomy)
+    monkeypatch.setattr(proving, "_fits_in_memory", lambda module, dtype: roomy)
     _, (record,) = run(Scales(), dtype, prove=True)
     proof = record.proof
     assert proof is not None and proof.calls == 2
@@ -103,7 +104,7 @@ def test_what_keeps_its_tier(dtype: torch.dtype, roomy: bool, monkeypatch: pytes
     ],
 )
 def test_scaled_weights(dtype: torch.dtype, roomy: bool, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proving, "_fits_in_memory", lambda module: roomy)
+    monkeypatch.setattr(proving, "_fits_in_memory", lambda module, dtype: roomy)
     step = Scales(factor=factor, undo=False)
     with pytest.raises(ProofError, match=rf"pass {re.escape(str(step))} is not algebraic.*declare the tier") as error:
         run(step, dtype, prove=True)
@@ -111,6 +112,35 @@ def test_scaled_weights(dtype: torch.dtype, roomy: bool, factor: float, monkeypa
     assert "(layer down), aten.linear.default, which reads @down.weight, @down.bias, changed by the" in str(error.value)
     assert error.value.pass_name == str(step)
     run(step, dtype)  # Without the option nothing is run.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_compared_in_float32_if_there_is_no_memory_for_float64(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factor of 1.1 is less than what rounding all weights to 16 bits costs, and much more than to float32."""
+    monkeypatch.setattr(proving, "_fits_in_memory", lambda module, dtype: dtype is torch.float32)
+    with pytest.raises(ProofError, match=r"is not algebraic: in float32 an output is off by"):
+        run(Scales(factor=1.1, undo=False), dtype, prove=True)
+    with pytest.raises(ProofError, match=r"is not algebraic: in float32 an output is off by"):
+        run(Scales(factor=1.001, undo=False), dtype, prove=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, (record,) = run(Scales(), dtype, prove=True)
+    assert record.proof is not None and record.proof.dtype == "float32"
+    assert 0 < record.proof.error <= record.proof.allowed < 1e-4
+
+
+def test_a_proof_that_cannot_tell_a_mistake_from_rounding_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proving, "_fits_in_memory", lambda module, dtype: False)
+    with pytest.warns(
+        ProofWarning, match=r"pass scales\{factor=1.1 undo=False\} was compared in bfloat16 only.*Free mem"
+    ):
+        run(Scales(factor=1.1, undo=False), torch.bfloat16, prove=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(Scales(), torch.float32, prove=True)  # The noise of float32 hides little.
+        run(Exact(factor=2.0), torch.bfloat16, prove=True)
 
 
 def test_what_is_not_exact_is_named_with_its_error() -> None:

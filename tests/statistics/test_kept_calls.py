@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import KeptCalls, Run
 
@@ -97,3 +98,54 @@ def test_statistics_of_another_model(other: Run, message: str) -> None:
     first.run, second.run = own, other
     with pytest.raises(CalibrationError, match=message):
         first.merge(second)
+
+
+def record(calls: KeptCalls, steps: list[float]) -> None:
+    kind = calls.kind(KIND)
+    for step in steps:
+        number = calls.seen
+        priority = calls.wants(kind, step)
+        if priority is not None:
+            calls.keep(kind, step, priority, [torch.full((1, 2), float(number))])
+
+
+@pytest.mark.parametrize("first", [1, 7, 40, 93])
+def test_recording_goes_on_after_loading_as_if_it_had_not_stopped(tmp_path: Path, first: int) -> None:
+    steps = [float(step % 3) for step in range(120)]
+    whole, part = Statistics(keep_calls=4), Statistics(keep_calls=4)
+    record(whole.calls, steps)
+    record(part.calls, steps[:first])
+    part.save(tmp_path / "part.safetensors")
+    loaded = Statistics.load(tmp_path / "part.safetensors")
+    assert loaded.calls.seen == first
+    record(loaded.calls, steps[first:])
+    assert [(call.number, call.priority) for call in loaded.calls] == [(c.number, c.priority) for c in whole.calls]
+    assert all(torch.equal(a.inputs[0], b.inputs[0]) for a, b in zip(loaded.calls, whole.calls, strict=True))
+
+
+def test_calls_that_came_while_none_were_kept_are_counted_in_the_file(tmp_path: Path) -> None:
+    whole, part = Statistics(), Statistics()
+    for statistics in (whole, part):
+        record(statistics.calls, [1.0] * 10)
+    part.save(tmp_path / "part.safetensors")
+    loaded = Statistics.load(tmp_path / "part.safetensors")
+    for statistics in (whole, loaded):
+        statistics.calls.most = 3
+        record(statistics.calls, [1.0] * 30)
+    assert [call.number for call in loaded.calls] == [call.number for call in whole.calls]
+    assert min(call.number for call in loaded.calls) >= 10
+
+
+def test_a_file_that_counts_fewer_calls_than_it_holds(tmp_path: Path) -> None:
+    statistics = Statistics(keep_calls=4)
+    record(statistics.calls, [1.0] * 10)
+    statistics.calls.restore(list(statistics.calls), seen=2)
+    with pytest.raises(CheckpointError, match="is not among the 2 calls that came"):
+        statistics.save(tmp_path / "damaged.safetensors")
+
+
+def test_a_file_of_an_earlier_version_goes_on_after_its_last_kept_call() -> None:
+    calls = kept(4, [1.0] * 10)
+    again = KeptCalls(4)
+    again.restore(list(calls))
+    assert again.seen == 1 + max(call.number for call in calls)

@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from fxquant.calibration.recorded import arguments_of, inputs_on, record_calls
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.errors.graphs import make_pairs
 from fxquant.inspect.errors.sweep import Energies, Sweep
 from fxquant.planning.attribution import Attribution, LayerErrors
@@ -91,6 +93,10 @@ def attribute(
     quantized, plan = quantized_model(quantized, "attribute")
     check_model(model)
     check_weights(model)
+    if not callable(inputs):
+        check_type("inputs", inputs, Statistics, "statistics that kept calls, or a function that runs the model")
+    check_type("resume", resume, (str, Path, NoneType), "the path of a folder")
+    check_type("seed", seed, int, "a whole number")
     _check_options(timesteps, samples, probes, measure, budget)
     began = time.monotonic()
     with without_autocast(device_of(model).type):
@@ -333,6 +339,14 @@ def _chosen(kept: KeptCalls, timesteps: int | Sequence[float]) -> list[float]:
 
 
 def _check_options(timesteps: Any, samples: Any, probes: Any, measure: Any, budget: Any) -> None:
+    if not isinstance(timesteps, int):
+        check_type("timesteps", timesteps, Sequence, "a number of timesteps, or a list of timesteps")
+        for step in timesteps:
+            check_type("each of timesteps", step, Real, "a number")
+    check_type("samples", samples, int, "a whole number")
+    check_type("probes", probes, int, "a whole number")
+    check_type("measure", measure, (int, NoneType), "a number of layers, or None for all")
+    check_type("budget", budget, (Real, NoneType), "a number of seconds, or None for no limit")
     if (isinstance(timesteps, int) and timesteps < 1) or (not isinstance(timesteps, int) and not list(timesteps)):
         raise ConfigurationError(f"timesteps={timesteps!r} leaves nothing to measure; give 1 or more")
     if samples < 1:

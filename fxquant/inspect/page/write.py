@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
 
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.history import rewrite_histories
 from fxquant.inspect.page.build import page_html
 from fxquant.inspect.page.data import model_data, page_data
@@ -54,10 +55,17 @@ def inspect_page(
         The path.
 
     Raises:
-        ConfigurationError: If a source is none of these, or the number of names is wrong.
+        ConfigurationError: If a source is none of these, the number of names is wrong, or an argument is of another
+            type.
         CheckpointError: If a folder holds no checkpoint, or a damaged one.
         WriteError: If the file cannot be written.
     """
+    check_type("path", path, (str, Path), "the path of the file to write")
+    check_type("statistics", statistics, (Statistics, NoneType), "a fxquant.Statistics, such as Statistics.load(file)")
+    check_type("errors", errors, (Mapping, NoneType), "a mapping, such as Attribution.to_json() gives")
+    check_type("names", names, (list, tuple), "a list of names, one for each model")
+    for name in names:
+        check_type("each of names", name, str, "the name of a model")
     sources = [source] if against is None else [source, against]
     if names and len(names) != len(sources):
         raise ConfigurationError(f"{len(names)} names for {len(sources)} models; give one for each")
