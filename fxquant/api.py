@@ -159,6 +159,7 @@ def compile(
     if statistics is not None and statistics.run is not None:
         statistics.run.check_same(run, "this model")
     if plan is not None:
+        _check_prepared(statistics, Recipe.parse(plan.recipe))
         if recipe is not None or calibrate is not None:
             raise ConfigurationError("give either a plan, or a recipe with calibrate")
         if prove:
@@ -169,6 +170,7 @@ def compile(
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
+    _check_prepared(statistics, chosen)
     if calibrate is None and not statistics:
         raise CalibrationError(
             "static activation ranges come from calibration, and the graph from its first call; pass calibrate=, "
@@ -193,7 +195,7 @@ def compile(
             calibrate_from_statistics(calibration, device)
     else:
         run_calibration(calibration, model, calibrate)
-    calibration.statistics.run = replace(run, step=made.observed_step)
+    calibration.statistics.run = replace(run, step=made.observed_step, prepared=chosen.may_change_inputs)
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
     if calibration.statistics.transient:
@@ -221,6 +223,11 @@ def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistic
         raise ConfigurationError(f"measure={measure!r} is not a number of calls; give 0 for none, or a positive number")
     if not isinstance(statistics, (Statistics, type(None))):
         raise ConfigurationError(f"statistics is a {type(statistics).__name__}; make one with fxquant.Statistics()")
+
+
+def _check_prepared(statistics: Statistics | None, recipe: Recipe) -> None:
+    if statistics is not None and statistics.run is not None:
+        statistics.run.check_prepared(recipe.may_change_inputs, "this recipe")
 
 
 def _warn_if_poor(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 A fingerprint is cheap: it holds the argument tuples, targets and tensors of a graph by reference, and some values of
 each tensor. These are 64: sums over all weights of DiT-XL/2 take 0.3 s per graph and pass, 5 % or more of a conversion.
-A write through ``.data`` or numpy that misses these values counts no version, and is found with ``thorough`` only, which
+A write through ``.data`` or numpy that misses these values counts no version. It is found with ``thorough`` only, which
 ``prove=True`` sets. The rewriter reports each edit to the fingerprint (:meth:`Fingerprint.update`), and
 :meth:`Fingerprint.check` compares the graph with what was reported.
 """

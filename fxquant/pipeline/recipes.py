@@ -52,6 +52,11 @@ class Recipe:
     def __str__(self) -> str:
         return ",".join(map(str, self.prepare)) + " ; " + ",".join(map(str, self.convert))
 
+    @property
+    def may_change_inputs(self) -> tuple[str, ...]:
+        """The passes before calibration that may change what layers read, as text."""
+        return tuple(str(step) for step in self.prepare if not step.keeps_inputs)
+
     def with_options(self, pass_name: str, **options: Any) -> Recipe:
         """The same recipe with other options for one of its passes.
 

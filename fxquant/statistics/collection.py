@@ -115,6 +115,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         """
         if self.run is not None and other.run is not None:
             self.run.check_same(other.run, "the other run")
+            self.run.check_prepared(other.run.prepared, "the other run")
         merged = {key: self._by_key.get(key) or self._new(key) for key in other}
         for key, ours in merged.items():  # check all before merging any, so that an error leaves this run unchanged
             ours.check_mergeable(other[key])

@@ -60,7 +60,7 @@ def write(statistics: Statistics, path: str | Path) -> None:
         "seed": statistics.seed,
         "keys": {key: sorted(channels.seeds) for key, channels in statistics.items()},
         "keep_calls": statistics.calls.most,
-        "run": None if run is None else vars(run),
+        "run": None if run is None else {**vars(run), "prepared": list(run.prepared)},
         "seen_calls": statistics.calls.seen,
         "kinds": statistics.calls.kinds,
         "calls": calls,
@@ -92,7 +92,9 @@ def read(path: str | Path) -> Statistics:
             for key, seeds in header.keys.items():
                 names = [name for name in _TENSORS if f"{key}.{name}" in held]
                 found._put_back(key, seeds, {name: file.get_tensor(f"{key}.{name}") for name in names})
-            found.run = None if header.run is None else Run(**header.run.model_dump())
+            if header.run is not None:
+                run = header.run.model_dump()
+                found.run = Run(**{**run, "prepared": tuple(run["prepared"])})
             found.calls.kinds = kinds
             pool: dict[str, Tensor] = {}
             calls = []

@@ -30,12 +30,33 @@ class Run:
         weights: Digest of the model's weights.
         timestep: Name of the model's timestep input.
         step: Number of the one denoising step that was observed, counted from 0; None for all steps.
+        prepared: The passes before calibration that may change what layers read, as text. Observed values are those of
+            the graph after them.
     """
 
     model_class: str
     weights: str
     timestep: str | None
     step: int | None = None
+    prepared: tuple[str, ...] = ()
+
+    def check_prepared(self, passes: Sequence[str], what: str) -> None:
+        """Refuse statistics of values that other passes made.
+
+        Args:
+            passes: The passes of another recipe, as in :attr:`prepared`.
+            what: What these passes are of, for the message, such as ``this recipe``.
+
+        Raises:
+            CalibrationError: If they differ; names the passes of both.
+        """
+        if tuple(passes) != self.prepared:
+            before, now = (", ".join(given) or "no such pass" for given in (self.prepared, passes))
+            raise CalibrationError(
+                f"the statistics are of what layers read after passes that may change it ({before}), and {what} has "
+                f"{now} before calibration; use the same passes, or calibrate again. A pass that changes no input of a "
+                "layer says so by keeps_inputs = True"
+            )
 
     def check_same(self, other: Run, what: str) -> None:
         """Refuse statistics of another model or of other steps.

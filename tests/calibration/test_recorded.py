@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import fx
 
 import fxquant
 from fxquant.errors import CalibrationError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import Stage
+from fxquant.pipeline.pipeline import PASSES, Pass, Tier
+from fxquant.planning.context import PassContext
 from fxquant.statistics.collection import Statistics
+from tests.support import layer_node
 from tests.tiny import STEPS, calibrate, inputs, make_dit, run
 
 LEARN = "reconstruct-blocks{iterations=20 samples=12 batch=4}"
@@ -77,6 +85,75 @@ def test_another_model_is_refused(file: Path) -> None:
     for model in (trained, wider, make_dit().double()):
         with pytest.raises(CalibrationError, match="other weights or another dtype"):
             fxquant.compile(model, recipe="rtn-w8a8", statistics=Statistics.load(file))
+
+
+@dataclass(frozen=True)
+class Doubles(Pass):
+    """Doubles what a layer reads, and halves its weight."""
+
+    name: ClassVar[str] = "test-doubles"
+    tier: ClassVar[Tier] = Tier.EXACT
+    requires: ClassVar[Stage] = Stage.CAPTURED
+    establishes: ClassVar[Stage] = Stage.CAPTURED
+    layer: str = "proj_out_2"
+    factor: float = 2.0
+
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        node = layer_node(rewriter.module, self.layer)
+        x = node.args[0]
+        with rewriter.before(node):
+            doubled = rewriter.call(torch.ops.aten.mul.Tensor, (x, self.factor), [x])
+        rewriter.redirect(node, x, doubled)
+        rewriter.fold(node, "weight", lambda w: w / self.factor)
+
+
+@dataclass(frozen=True)
+class KeepsInputs(Doubles):
+    """Does nothing, and says so."""
+
+    name: ClassVar[str] = "test-keeps"
+    keeps_inputs: ClassVar[bool] = True
+
+    def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        pass
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (Doubles, KeepsInputs):
+        monkeypatch.setitem(PASSES._objects, step.name, step)
+
+
+@pytest.mark.usefixtures("registered")
+def test_statistics_of_what_other_passes_made_are_refused(file: Path, tmp_path: Path) -> None:
+    plain = fxquant.make_recipe("rtn-w8a8", layers="all")
+    doubled = replace(plain, prepare=(Doubles(), *plain.prepare))
+    model, statistics = make_dit(), Statistics()
+    fxquant.compile(model, recipe=doubled, calibrate=calibrate(model), statistics=statistics, measure=0)
+    statistics.save(tmp_path / "doubled")
+    loaded = Statistics.load(tmp_path / "doubled")
+    assert loaded.run is not None and loaded.run.prepared == ("test-doubles",)
+    said = r"what layers read after passes that may change it \(test-doubles\), and this recipe has no such pass before"
+    with pytest.raises(CalibrationError, match=said):
+        fxquant.compile(model, recipe=plain, statistics=loaded)
+    other = replace(plain, prepare=(Doubles(factor=4.0), *plain.prepare))
+    with pytest.raises(
+        CalibrationError, match=r"\(test-doubles\), and this recipe has test-doubles\{factor=4.0\} before"
+    ):
+        fxquant.compile(model, recipe=other, statistics=loaded)
+    with pytest.raises(CalibrationError, match=r"\(no such pass\), and this recipe has test-doubles before"):
+        fxquant.compile(model, recipe=doubled, statistics=Statistics.load(file))
+    with pytest.raises(CalibrationError, match="and the other run has no such pass"):
+        loaded.merge(Statistics.load(file))
+    again = fxquant.compile(model, recipe=doubled, statistics=loaded, measure=0)  # The same passes.
+    assert again.plan is not None
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_pass_that_keeps_inputs_may_differ(file: Path) -> None:
+    plain = fxquant.make_recipe("rtn-w8a8")
+    kept = replace(plain, prepare=(KeepsInputs(), *plain.prepare))
+    assert fxquant.compile(make_dit(), recipe=kept, statistics=Statistics.load(file), measure=0).plan is not None
 
 
 def test_statistics_made_by_hand_are_refused() -> None:
