@@ -189,7 +189,7 @@ class Backend(ABC):
             if node.op == "call_function" and is_registered(node.target) and not self.spec.allows(node):
                 found.setdefault(str(node.target._schema.name), []).append(node)
         for op, nodes in found.items():
-            names = [*dict.fromkeys(layer_of(node) or node.name for node in nodes)]
+            names = [*dict.fromkeys(name for node in nodes for name in _layers_served(node))]
             makers = dict.fromkeys(origin.pass_name for node in nodes for origin in provenance_of(node)[-1:])
             made = f", made by {', '.join(makers)}" if makers else ""
             shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -198,6 +198,13 @@ class Backend(ABC):
                 "'fake-quant', which runs every registered op, or leave these layers to the recipe's own passes, or "
                 "write a backend that declares the op"
             )
+
+
+def _layers_served(node: fx.Node) -> list[str]:
+    """The layer that a node works for, or those of the nodes that read it, or else its own name."""
+    readers = [name for reader in node.users if (name := layer_of(reader)) is not None]
+    own = layer_of(node)
+    return [own] if own is not None else readers or [node.name]
 
 
 BACKENDS: Registry[type[Backend]] = Registry("backend", "fxquant.backends")

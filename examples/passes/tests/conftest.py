@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.testing import example_call, tiny_linears
+from fxquant.testing import Lifecycle, check_lifecycle, example_call, example_calls, tiny_dit, tiny_linears
 
 
 @pytest.fixture
@@ -28,3 +29,17 @@ def calls() -> list[dict[str, Tensor]]:
 def longer(toy: nn.Module) -> dict[str, Any]:
     """A call with more tokens, for which another graph is made."""
     return example_call(toy, size=7)
+
+
+@pytest.fixture
+def lifecycle() -> Callable[..., Lifecycle]:
+    """Runs a recipe through the life of a small DiT, with a call of other latents; the last step is each backend."""
+    model = tiny_dit()
+
+    def check(recipe: str, backends: Sequence[str] = ("fake-quant", "native")) -> Lifecycle:
+        recipe = f"remove-no-ops,{recipe}"
+        return check_lifecycle(
+            recipe, model, example_calls(model), other_shape=example_call(model, size=4), backends=backends
+        )
+
+    return check

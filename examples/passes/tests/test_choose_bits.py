@@ -6,7 +6,7 @@ import pytest
 from example_passes.choose_bits import ChooseBits, Sensitivity, choose
 
 from fxquant.errors import CalibrationError
-from fxquant.testing import assert_golden, check_lifecycle, prove, try_pass
+from fxquant.testing import assert_golden, prove, try_pass
 
 BEFORE = "assign-precision{layers=all} ; "
 
@@ -35,16 +35,15 @@ def test_the_budget_is_kept_and_used() -> None:
 
 def test_without_calls(toy, calls) -> None:
     with pytest.raises(CalibrationError, match="measures on calibration calls"):
-        check_lifecycle_without_calls(toy, calls)
+        run_without_calls(toy, calls)
 
 
-def check_lifecycle_without_calls(toy, calls) -> None:
+def run_without_calls(toy, calls) -> None:
     trial = try_pass(ChooseBits(), toy, calls, before=BEFORE)
     trial.context.inputs = []
     trial.plan.decisions_of(Sensitivity).clear()
     ChooseBits().run(trial.before.graph, trial.context, None)
 
 
-def test_lifecycle(toy, calls, longer) -> None:
-    recipe = "assign-precision{layers=all} ; choose-bits{mean=6},quantize-linears"
-    check_lifecycle(recipe, toy, calls, other_shape=longer, backends=["fake-quant", "native"])
+def test_lifecycle(lifecycle) -> None:
+    lifecycle("assign-precision ; choose-bits{mean=6},quantize-linears")

@@ -6,7 +6,9 @@ import pytest
 import torch
 from example_passes.float8 import Float8, QuantizeE4M3, decode, encode
 
-from fxquant.testing import assert_golden, assert_not_fired, check_lifecycle, prove, try_pass
+import fxquant
+from fxquant.errors import BackendError
+from fxquant.testing import assert_golden, assert_not_fired, prove, try_pass
 
 BEFORE = "assign-precision{layers=all} ; "
 
@@ -36,5 +38,21 @@ def test_what_is_left_alone(toy, calls) -> None:
     assert_not_fired(QuantizeE4M3(), toy, calls, before="assign-precision{precision=w4a16 layers=all} ; ")
 
 
-def test_lifecycle(toy, calls, longer) -> None:
-    check_lifecycle("assign-precision{layers=all} ; quantize-e4m3,quantize-linears", toy, calls, other_shape=longer)
+def test_lifecycle(lifecycle) -> None:
+    lifecycle("assign-precision ; quantize-e4m3,quantize-linears", ["fake-quant"])
+
+
+@pytest.mark.parametrize("backend", ["native", "torchao"])
+def test_other_backends_refuse_its_layers_by_name(backend, toy, calls) -> None:
+    if backend == "torchao":
+        pytest.importorskip("torchao")
+    with pytest.raises(BackendError) as refused:
+        fxquant.compile(
+            toy,
+            recipe="assign-precision{layers=all} ; quantize-e4m3,quantize-linears",
+            calibrate=lambda: [toy(**call) for call in calls],
+            backend=backend,
+        )
+    text = str(refused.value)
+    assert f"backend {backend!r} cannot run the op example_passes::" in text
+    assert "of 2 layers (first, second), made by quantize-e4m3; use backend 'fake-quant'" in text

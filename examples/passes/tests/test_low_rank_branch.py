@@ -4,13 +4,7 @@ from pathlib import Path
 
 from example_passes.low_rank_branch import Branch, LowRankBranch
 
-from fxquant.testing import (
-    assert_golden,
-    assert_not_fired,
-    check_lifecycle,
-    prove,
-    try_pass,
-)
+from fxquant.testing import assert_golden, assert_not_fired, prove, try_pass
 
 BEFORE = "assign-precision{layers=all} ; "
 
@@ -31,6 +25,6 @@ def test_what_is_left_alone(toy, calls) -> None:
     assert_not_fired(LowRankBranch(rank=4), toy, calls, before="assign-precision{precision=w4a16 layers=all} ; ")
 
 
-def test_lifecycle(toy, calls, longer) -> None:
-    recipe = "assign-precision{precision=w4a4 layers=all} ; low-rank-branch{rank=4},quantize-linears"
-    check_lifecycle(recipe, toy, calls, other_shape=longer, backends=["fake-quant", "native"])
+def test_lifecycle(lifecycle) -> None:
+    before = "assign-precision{precision=w4a4} ; balance-channels,absorb-affines"
+    lifecycle(f"{before},low-rank-branch{{rank=4}},quantize-linears", ["fake-quant", "native"])

@@ -33,9 +33,12 @@ def test_what_is_left_alone(toy, calls) -> None:
     assert_not_fired(RotateInputs(least=32), toy, calls, before=BEFORE)
 
 
-@pytest.mark.parametrize("order", [",rotate-inputs ; ", " ; rotate-inputs,"])
-def test_lifecycle(order, toy, calls, longer) -> None:
-    recipe = f"assign-precision{{precision=w4a4 layers=all}}{order}quantize-linears"
+def test_lifecycle(lifecycle) -> None:
+    lifecycle("assign-precision{precision=w4a4} ; rotate-inputs,quantize-linears")
+
+
+def test_lifecycle_before_calibration(toy, calls, longer) -> None:
+    recipe = f"{BEFORE.replace(' ; ', ',rotate-inputs ; ')}quantize-linears"
     check_lifecycle(recipe, toy, calls, other_shape=longer, backends=["fake-quant", "native"])
 
 
