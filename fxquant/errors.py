@@ -158,6 +158,10 @@ class MissingPackageError(FxquantError, ImportError):
     """An optional package is not installed; the message says how to install it."""
 
 
+class AdapterError(FxquantError, ValueError):
+    """A LoRA or another adapter does not fit the quantized model; the message names the layer and says what works."""
+
+
 class DropInError(FxquantError, AttributeError):
     """Something was asked of a captured model that only the float model can do; the message says what to do instead.
 

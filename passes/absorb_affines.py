@@ -12,6 +12,7 @@ from fxquant.channels.apply import agreed, fold_into_parameters
 from fxquant.channels.solution import Edit, Seed, Solution
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
+from fxquant.ir.layer_changes import note_rows
 from fxquant.ir.places import place_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.shared import Fold, parameters_of, read_stored
@@ -60,6 +61,7 @@ class AbsorbAffines(Pass):
         before |= {copy: before[source] for copy, source in folds.copies.items()}
         for node, stored, fold in context.shared.unstored(rewriter.module, before, folds.made):
             _correct(read_stored(node, stored, rewriter), fold, rewriter)
+            note_rows(rewriter.module, node, 1 / fold.scale.flatten())
 
     def _absorb(self, graph: fx.Graph, rewriter: Rewriter, folds: _Folds) -> bool:
         affines, factors = _constant_affines(graph, rewriter)

@@ -16,6 +16,7 @@ from fxquant.channels.walk import solve
 from fxquant.errors import ConfigurationError
 from fxquant.ir.arguments import args
 from fxquant.ir.histories import digest
+from fxquant.ir.layer_changes import note_shift
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.rewriter import Rewriter
@@ -154,6 +155,7 @@ def _shift(seed: Seed, z: TimeTable, rewriter: Rewriter) -> None:
         )
     for reader in seed.readers:
         rewriter.redirect(reader, value, shifted)
+        note_shift(rewriter.module, reader, z)
         parameter = parameter_of(args(reader).node("weight"))
         weight = rewriter.tensor(parameter).double()
         table = z.map(lambda rows, weight=weight: rows.to(weight.device) @ weight.T)  # type: ignore[misc]

@@ -23,6 +23,7 @@ from fxquant.ir.edits import EditLog, NodeEdit, TensorEdit
 from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.inlining import infer_again, inline
+from fxquant.ir.layer_changes import note_fold
 from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
 from fxquant.ir.places import Origin, place_of
 from fxquant.ir.proofs import prove
@@ -142,6 +143,7 @@ class Rewriter:
         value = contiguous(value)
         if not has_content(attribute):
             record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
+        note_fold(self.module, attribute, by, self.pass_name)
         set_tensor(self.module, str(attribute.target), value)
         if not are_alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
             attribute.meta["val"] = self._fake(value)

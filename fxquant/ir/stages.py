@@ -159,7 +159,7 @@ def is_registered(op: Any) -> bool:
 
 
 _TRANSFORMED = frozenset({"channel_affine"})
-_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "matmul", "dequantize_weight"}
+_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "matmul", "dequantize_weight", "low_rank"}
 
 SPECS: dict[Stage, StageSpec] = {
     Stage.CAPTURED: StageSpec("captured"),

@@ -32,8 +32,28 @@ from fxquant.capture.state import HOLLOW
 from fxquant.errors import ConfigurationError, DropInError
 
 
+def _shown_class(model: nn.Module) -> type:
+    """The class of a model as ``model.__class__`` shows it: in place of a diffusers model, it is one of these too.
+
+    Pipelines skip components in silence, when they load, weigh or delete LoRAs, unless their class is a subclass of
+    ``diffusers.ModelMixin``. Attributes are looked up in the true class, ``type(model)``, so none is inherited.
+    """
+    kind, modeling = type(model), sys.modules.get("diffusers.models.modeling_utils")
+    original = getattr(model.__dict__.get("architecture"), "skeleton", None)
+    if modeling is None or not isinstance(original, modeling.ModelMixin):
+        return kind
+    return _with_base(kind, modeling.ModelMixin)
+
+
+@functools.cache
+def _with_base(kind: type, base: type) -> type:
+    return type(kind.__name__, (kind, base), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
 class DropIn(nn.Module):
     """Base class of the models that fxquant makes to replace a float model."""
+
+    __class__ = property(_shown_class)  # type: ignore[assignment]
 
 
 SAFE = frozenset(
@@ -69,8 +89,9 @@ _WITHOUT_HOOKS: dict[str, Any] = {
 _ADVICE = {
     "ip_adapter": "load the IP adapter into the float model and compile that",
     "lora|adapter|peft": (
-        "a quantized model cannot load, scale or switch off a LoRA. Load the LoRA into the float model and fuse it "
-        "there (pipe.fuse_lora(), then pipe.unload_lora_weights()), and compile the result"
+        "only models that fxquant.compile or fxquant.load returned take LoRAs, beside their layers, and traced models "
+        "and ahead-of-time packages do not. Load the LoRA into such a quantized model; or load it into the float model "
+        "and fuse it there (pipe.fuse_lora(), then pipe.unload_lora_weights()), and trace, compile or export the result"
     ),
     "qkv": "fuse or separate the projections of the float model and compile that",
     "attn|attention": (

@@ -14,6 +14,7 @@ from fxquant.capture.describe import warn_of_many
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
 from fxquant.runtime import torch_compile
+from fxquant.runtime.lora import refuse_scale, with_scale
 from fxquant.runtime.nans import showing_nans
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
         # This call is inside a larger function that is being compiled.
         given = self.architecture.canonical(args, kwargs)
+        refuse_scale(self, given)
         captured = self.find_compiling(given)
         if captured is None:
             captured = _capture(self, given)
@@ -53,6 +55,7 @@ torch_compile.leave_alone(forward_of_graphs.__code__)
 
 def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
     """Return the graph that serves a call, captured now if none exists yet, and its inputs."""
+    args, kwargs = with_scale(self, args, kwargs)
     call = self.architecture.canonical(args, kwargs)
     captured = self.find(call)
     self.watch(call)
@@ -88,10 +91,9 @@ def _capture(self: GraphModel, call: Call) -> CapturedGraph:
     with tracing_alone(), without_autocast(self.device.type):
         if (made := self.find(call)) is not None:  # Captured by another thread in the meantime.
             return made
-        captured = self._make_graph(self, call)
-        self.add(captured)
-    warn_of_many(call, [graph.call for graph in self.captured])
-    known = [graph for graph in self.captured if graph.call.known]
+        captured = self.capture(call)
+    warn_of_many(call, [graph.call for graph in self.serving])
+    known = [graph for graph in self.serving if graph.call.known]
     if captured.call.known and len(known) == _MANY_VALUES:
         warnings.warn(
             f"{len(known)} graphs were captured, one for each new value: {captured.static_batch}. Each capture "

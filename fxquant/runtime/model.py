@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.capture.calls import Call
+from fxquant.adapters.branches import Branching
+from fxquant.capture.calls import Call, CallSpec
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
@@ -26,11 +27,13 @@ from fxquant.planning.plan import Plan
 from fxquant.runtime.devices import retarget
 from fxquant.runtime.drop_in import DropIn, changes, hand_on, let_pipelines_save, refusal, refuse_streaming
 from fxquant.runtime.forward import forward_of_graphs
+from fxquant.runtime.lora import adapters_of, copy_adapters, is_of_lora, lora_attribute
 from fxquant.runtime.wrappers import unwrapped
 
 _WATCHED_CALLS = 64  # Number of calls whose timesteps are checked on a GPU.
 
-MakeGraph = Callable[["GraphModel", Call], CapturedGraph]
+MakeGraph = Callable[..., CapturedGraph]
+"""Makes a graph for a model and a call, and for quantized models with branches, if given."""
 
 
 class GraphModel(DropIn):
@@ -107,6 +110,8 @@ class GraphModel(DropIn):
             architecture = self.__dict__.get("architecture")
             if architecture is None or name.startswith("__"):
                 raise
+            if is_of_lora(self, name):
+                return lora_attribute(self, name)
             return hand_on(architecture.skeleton, name, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -119,9 +124,37 @@ class GraphModel(DropIn):
 
     def add(self, captured: CapturedGraph) -> None:
         """Add a graph. It shares the tensors that an existing graph holds under the same name."""
-        self._share([*self.captured, captured])  # First, because another thread may call a listed graph at once.
+        self._share([*self.every, captured])  # First, because another thread may call a listed graph at once.
         self.graphs.append(captured.module)
         self.captured.append(captured)
+
+    @property
+    def every(self) -> list[CapturedGraph]:
+        """All graphs, those with branches of LoRAs included."""
+        found = adapters_of(self)
+        return self.captured if found is None else [*self.captured, *found.captured]
+
+    @property
+    def serving(self) -> list[CapturedGraph]:
+        """The graphs that serve calls now: those with the branches of LoRAs while LoRAs are active."""
+        found = adapters_of(self)
+        return self.captured if found is None or found.serving is None else found.serving
+
+    def make_graph(self, call: Call | CallSpec, branching: Branching | None = None) -> CapturedGraph:
+        """Make a graph for a call, with branches if given; it is not added to the graphs."""
+        return self._make_graph(self, call) if branching is None else self._make_graph(self, call, branching)
+
+    def capture(self, call: Call) -> CapturedGraph:
+        """Make the graph that serves a call, and add it."""
+        found = adapters_of(self)
+        if found is None or found.serving is None:
+            captured = self.make_graph(call)
+            self.add(captured)
+        else:
+            captured = found.make_graph(call)
+            self._share([*self.every, captured])
+            found.captured.append(captured)
+        return captured
 
     @property
     def lasting(self) -> list[CapturedGraph]:
@@ -147,13 +180,13 @@ class GraphModel(DropIn):
 
     def find(self, call: Call) -> CapturedGraph | None:
         """The graph that serves a call, if one was captured."""
-        return next((captured for captured in self.captured if captured.call.fits(call)), None)
+        return next((captured for captured in self.serving if captured.call.fits(call)), None)
 
     def find_compiling(self, call: Call) -> CapturedGraph | None:
         """Like ``find``, within ``torch.compile``: values are unknown there, so the compiled graph checks them."""
         if self.backend is not None:
             self.backend.compiling()
-        fitting = [captured for captured in self.captured if captured.call.fits(call, values=False)]
+        fitting = [captured for captured in self.serving if captured.call.fits(call, values=False)]
         if len(fitting) != 1:
             return self.find(call)
         fitting[0].call.assert_known(call.leaves)
@@ -265,6 +298,8 @@ class GraphModel(DropIn):
         if self.plan is not None:  # Later graphs may hold results computed from the tensors that are replaced.
             self.captured = self.lasting
             self.graphs = _Graphs(captured.module for captured in self.captured)
+            if (adapters := adapters_of(self)) is not None:
+                adapters.forget_graphs()
         for number, captured in enumerate(self.captured):
             for name, tensor in weights_and_buffers(captured.module):
                 state_dict[f"{prefix}graphs.{number}.{name}"] = given.get(name, tensor)
@@ -292,6 +327,7 @@ class GraphModel(DropIn):
         )
         for captured in self.captured:
             clone.add(captured)
+        copy_adapters(self, clone)
         return clone
 
     @classmethod
@@ -341,10 +377,15 @@ class GraphModel(DropIn):
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         super()._apply(keep_dtype, recurse)
-        self._share(self.captured)
+        adapters = adapters_of(self)
+        for captured in () if adapters is None else adapters.captured:
+            captured.module._apply(keep_dtype, recurse)
+        self._share(self.every)
         if moved:
-            for captured in self.captured:
+            for captured in self.every:
                 retarget(captured.module, probe.device)
+        if adapters is not None:
+            adapters.moved()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
@@ -358,6 +399,7 @@ class GraphModel(DropIn):
                     clones[name] = memo[id(tensor)] = clones[name] if name in clones else tensor.clone()
             module = copy.deepcopy(captured.module, memo)
             clone.add(replace(captured, module=module))
+        copy_adapters(self, clone)
         return clone
 
 

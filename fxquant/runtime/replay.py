@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.calibration.calibrate import Calibration
 from fxquant.calibration.recorded import kept_inputs
-from fxquant.capture.calls import Call
+from fxquant.adapters.branches import Branching
+from fxquant.capture.calls import Call, CallSpec
 from fxquant.capture.fidelity import Original, example
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.known_values import at_most
@@ -25,6 +26,7 @@ from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.digest import graph_digest
+from fxquant.ir.layer_changes import take_changes
 from fxquant.ir.meta import LAYER
 from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import bind, is_constant_name, read_tensors, weights_of
@@ -122,14 +124,21 @@ def convert_graph(
     backend: Backend,
     others: Mapping[str, Tensor],
     instruments: Sequence[Instrument] = (),
+    branching: Branching | None = None,
 ) -> list[PassRecord]:
     """Prepare, convert and lower one captured graph, as the plan says.
 
-    The graph needs no real weights if other graphs hold them.
+    The graph needs no real weights if other graphs hold them. Branches are inserted before it is lowered.
     """
     records = Pipeline(recipe.prepare, instruments).run(captured.module, context)
+    moved = context.transforms.copy() if branching is not None else {}
     context.forget_inputs()  # Calibration saw what layers read after these passes.
-    records += rewrite_graph(captured, context, recipe.convert, instruments, stage=Pipeline(recipe.prepare).stage)
+    records += rewrite_graph(
+        captured, context, recipe.convert, instruments, stage=Pipeline(recipe.prepare).stage, keep_changes=True
+    )
+    changes = take_changes(captured.module)
+    if branching is not None:
+        branching.insert(captured.module, changes, {*moved, *context.transforms}, context.plan)
     backend.finish(captured.module, context.plan, others)
     _tell_lowered(backend, captured, instruments)
     return records
@@ -159,9 +168,12 @@ def refuse_unknown_layers(captured: CapturedGraph, plan: Plan) -> None:
 def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGraph]:
     """Return the function that makes a graph for a call that fits none: trace, replay the plan, share the tensors."""
 
-    def make_graph(owner: GraphModel, call: Call) -> CapturedGraph:
+    def make_graph(owner: GraphModel, call: Call | CallSpec, branching: Branching | None = None) -> CapturedGraph:
         assert owner.plan is not None
-        captured = owner.architecture.capture(call, [graph.call for graph in owner.captured])
+        if isinstance(call, CallSpec):
+            captured = owner.architecture.capture_spec(call, owner.device)
+        else:
+            captured = owner.architecture.capture(call, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # Decisions for a further call must not change the plan of calibration.
         settle(captured.module.graph, plan)
         try:
@@ -172,8 +184,9 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
                 f"like it: {captured.call}"
             ) from error
         context = PassContext(plan, shared=owner.shared.without_weights())
-        convert_graph(captured, context, recipe, backend, owner.tensors())
-        return bound_graph(captured, owner.tensors())
+        tensors = owner.tensors()
+        convert_graph(captured, context, recipe, backend, tensors, branching=branching)
+        return bound_graph(captured, tensors)
 
     return make_graph
 
@@ -185,9 +198,12 @@ def rewrite_graph(
     instruments: Sequence[Instrument] = (),
     prove: bool = False,
     stage: Stage = Stage.CAPTURED,
+    keep_changes: bool = False,
 ) -> list[PassRecord]:
     """Run passes on a captured graph, and record what the graph is before a backend lowers it."""
     records = Pipeline(passes, instruments, prove=prove).run(captured.module, context, stage)
+    if not keep_changes:
+        take_changes(captured.module)
     context.shared.settle_names(captured.module)
     captured.digest = graph_digest(captured.module.graph)
     return records

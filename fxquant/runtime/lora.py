@@ -1,0 +1,101 @@
+"""How a quantized model hands the methods for LoRAs on to its adapters, which are made when the first is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fxquant.adapters.adapters import Adapters
+from fxquant.errors import AdapterError
+
+if TYPE_CHECKING:
+    from fxquant.capture.calls import Call
+    from fxquant.runtime.model import GraphModel
+
+_HELD = "_adapters"
+_METHODS = frozenset(
+    {
+        "active_adapters", "add_adapter", "delete_adapters", "disable_adapters", "disable_lora", "enable_adapters",
+        "enable_lora", "enable_lora_hotswap", "fuse_lora", "load_lora_adapter", "save_lora_adapter", "set_adapter",
+        "set_adapters", "unfuse_lora", "unload_lora",
+    }
+)  # fmt: skip
+_OPTIONS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
+"""Arguments of models of diffusers that may hold ``scale``, a number that multiplies all LoRAs in one call."""
+
+_FACTS = frozenset({"peft_config", "_hf_peft_config_loaded"})
+
+
+def is_of_lora(model: GraphModel, name: str) -> bool:
+    """Whether an attribute is one that the adapters of a model answer; a model that was only traced has none."""
+    return (name in _METHODS or name in _FACTS) and model.plan is not None
+
+
+def lora_attribute(model: GraphModel, name: str) -> Any:
+    """A method or fact about the adapters of a model.
+
+    Raises:
+        AttributeError: For ``peft_config``, if no adapter is loaded.
+        MissingPackageError: If diffusers or peft is not installed.
+    """
+    found = adapters_of(model)
+    if name in _FACTS:
+        if name == "_hf_peft_config_loaded":
+            return found is not None and found.branching is not None
+        if found is None:
+            raise AttributeError(name)
+        return found.peft_config
+    if found is None:
+        found = Adapters(model)
+        model.__dict__[_HELD] = found
+    return getattr(found, name)
+
+
+def adapters_of(model: GraphModel) -> Adapters | None:
+    """The adapters of a model, or None if no method for LoRAs was used."""
+    found: Adapters | None = model.__dict__.get(_HELD)
+    return found
+
+
+def copy_adapters(model: GraphModel, clone: GraphModel) -> None:
+    """Give a copy of a model the same adapters."""
+    found = adapters_of(model)
+    if found is not None:
+        clone.__dict__[_HELD] = found.for_copy(clone)
+
+
+def with_scale(model: GraphModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Set the scale of LoRAs that a call gives, as ``joint_attention_kwargs={"scale": 0.5}``, and take it out of the call.
+
+    Without active LoRAs the call stays as it is.
+    """
+    found = adapters_of(model)
+    if found is None or found.serving is None:
+        return args, kwargs
+    given = model.architecture.signature.bind_partial(*args, **kwargs)
+    strength = 1.0
+    for name in _OPTIONS:
+        options = given.arguments.get(name)
+        if isinstance(options, Mapping) and "scale" in options:
+            strength *= float(options["scale"])
+            given.arguments[name] = {key: value for key, value in options.items() if key != "scale"}
+            if not given.arguments[name] and model.find(model.architecture.canonical(given.args, given.kwargs)) is None:
+                given.arguments[name] = None  # Pipelines give either for no options, and each is another kind of call.
+    found.set_strength(strength)
+    return given.args, given.kwargs
+
+
+def refuse_scale(model: GraphModel, call: Call) -> None:
+    """Refuse a scale of LoRAs within a larger function that is compiled: it would be a constant of the compiled code.
+
+    Raises:
+        AdapterError: Says how to scale instead.
+    """
+    found = adapters_of(model)
+    if found is not None and found.serving is not None:
+        for name in call.names:
+            if name.endswith(".scale") and name.startswith(_OPTIONS):
+                raise AdapterError(
+                    f"{name} scales LoRAs, which a function that is compiled around the model cannot change from call "
+                    "to call; use set_adapters with weights, or compile the model alone"
+                )
