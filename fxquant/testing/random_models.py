@@ -114,7 +114,7 @@ class Block(nn.Module):
             y = F.dropout(y, 0.2, self.choices.dropout == "values")
         h = x + self.out(self.attend(self.q(y), self.k(y), self.v(y), None))
         if side and self.choices.side is not None:
-            sides: dict[str, Callable[[Tensor], Tensor]] = {"linear": self.also, "residual": nn.Identity(), "gelu": F.gelu}
+            sides: dict[str, nn.Module] = {"linear": self.also, "residual": nn.Identity(), "gelu": nn.GELU()}
             h = h + sides[self.choices.side](y)
         if text is not None:
             z = y if self.choices.text_reads == "first norm" else self.n2(h)
