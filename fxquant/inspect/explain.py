@@ -76,6 +76,7 @@ class Explanation:
         bytes_before: Bytes of its tensors in the float model.
         bytes_after: Bytes of its tensors, as checkpoints store them: codes, grids and bias.
         bytes_shared: The other layers that read some of these tensors too.
+        bytes_of_weight: Whether the bytes are those of the weight alone, because a plan does not know of a bias.
         timestep: The timestep that was asked for, or None.
         bin: Number of the bin of that timestep, or None.
         module_class: Class of the module, such as ``torch.nn.modules.linear.Linear``.
@@ -100,6 +101,7 @@ class Explanation:
     bytes_before: int = 0
     bytes_after: int = 0
     bytes_shared: tuple[str, ...] = ()
+    bytes_of_weight: bool = False
     timestep: float | None = None
     bin: int | None = None
     module_class: str = ""
@@ -129,7 +131,8 @@ class Explanation:
         rows.append(("kernel", self.kernel))
         if self.bytes_before:
             shared = f", shared with {', '.join(self.bytes_shared)}" if self.bytes_shared else ""
-            rows.append(("bytes", f"{size(self.bytes_before)} -> {size(self.bytes_after)}{shared}"))
+            alone = " for the weight; a plan alone does not know the bias" if self.bytes_of_weight else ""
+            rows.append(("bytes", f"{size(self.bytes_before)} -> {size(self.bytes_after)}{shared}{alone}"))
         if self.sqnr_db:
             rows.append(("SQNR", ", ".join(f"{what} {decimal(db)} dB" for what, db in self.sqnr_db.items())))
         if self.spread is not None:
@@ -262,6 +265,7 @@ def _from_plan(source: Source, plan: Plan, name: str, timestep: float | None) ->
         sqnr_db={what: db for what, db in noise.items() if db is not None},
         bytes_before=before,
         bytes_after=after,
+        bytes_of_weight=True,
         timestep=timestep,
         bin=number,
         **_measured(plan, name),
@@ -326,6 +330,7 @@ def _with_history(found: Explanation, plan: Plan, history: History) -> Explanati
         bytes_before=bytes_of(first, found.name) or found.bytes_before,
         bytes_after=bytes_of(stored, found.name) or found.bytes_after,
         bytes_shared=shared_with(first, found.name),
+        bytes_of_weight=False,
         module_class=own[0].module_class if own else "",
         source=own[0].source if own else None,
         events=tuple(events_of(history, found.name, into)),

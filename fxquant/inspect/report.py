@@ -264,7 +264,8 @@ def plan_of(model: nn.Module | Plan | str | Path) -> Plan:
     plan = getattr(unwrapped(model), "plan", None)
     if not isinstance(plan, Plan):
         raise ConfigurationError(
-            f"report takes a quantized model, a plan or the folder of a checkpoint, not a {type(model).__name__}"
+            f"report takes a quantized model, a plan or the folder of a checkpoint, not a {type(model).__name__}; "
+            "make a quantized model with fxquant.compile"
         )
     return plan
 

@@ -104,6 +104,11 @@ class Dump:
         path = Path(path)
         stem = path.with_name(path.name.removesuffix(".json").removesuffix(".safetensors").removesuffix(".txt"))
         file = stem.with_name(f"{stem.name}.json")
+        if path.is_dir() and not file.is_file():
+            raise CheckpointError(
+                f"{path} is a folder, not the dump of a graph; give one of the .json files that fxquant quantize "
+                "--dump wrote, such as 00-captured.json"
+            )
         _, data = read_json(file, "dump")
         if not isinstance(data, dict) or not {"format", "stage", "nodes", "shapes"} <= data.keys():
             raise CheckpointError(f"{file} is not a dump of a graph; fxquant quantize --dump writes such files")

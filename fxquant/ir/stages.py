@@ -41,6 +41,7 @@ __all__ = [
     "STAGES",
     "Stage",
     "StageSpec",
+    "homes_of",
     "in_order",
     "is_own",
     "is_registered",
@@ -96,6 +97,9 @@ class StageSpec:
 _REGISTERED: dict[str, Stage] = {}
 """Ops of other packages by qualified name, each with the earliest stage of the graphs that may hold it."""
 
+_OP_HOMES: dict[str, str] = {}
+"""The module that registered each of them."""
+
 
 def register_op(stage: Stage, op: Any) -> None:
     """Let graphs hold an op of another package, from a stage on.
@@ -121,6 +125,14 @@ def register_op(stage: Stage, op: Any) -> None:
         )
     if _REGISTERED.setdefault(name, stage) is not stage:
         raise DuplicateNameError(f"op {name} is registered for {_REGISTERED[name]} graphs already")
+    _OP_HOMES[name] = str(sys._getframe(1).f_globals.get("__name__", ""))
+
+
+def homes_of(module: fx.GraphModule, stage: Stage) -> list[str]:
+    """The modules of other packages that a process has to import before it can run passes on a graph of a stage."""
+    homes = [] if is_own(stage) else [stage.home]
+    names = (str(node.target._schema.name) for node in module.graph.nodes if is_registered(node.target))
+    return sorted({*homes, *(_OP_HOMES[name] for name in names if name in _OP_HOMES)})
 
 
 def _checked_op(op: Any) -> str:

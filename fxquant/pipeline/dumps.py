@@ -21,17 +21,19 @@ from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError
 from fxquant.ir.dumps import LARGEST, Dump, dump_of
 from fxquant.ir.printing import graph_text
-from fxquant.ir.stages import Stage, later
+from fxquant.ir.stages import Stage, homes_of, later
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
+from fxquant.registry import OWN
 
 VARIABLE = "FXQUANT_DUMP"
 """Environment variable that names a folder for :class:`DumpGraphs`."""
 
 PLAN_ENDING = ".plan"
 STATISTICS_ENDING = ".statistics.safetensors"
+_SCRIPT = "__main__"  # Cannot be imported by another process.
 _MOST_BYTES = 64 * 2**20  # A reproducer of a model up to this size holds the weights.
 
 
@@ -132,6 +134,7 @@ class Reproducer:
         self._plan: Plan | None = None
         self._context: PassContext | None = None
         self._stage = Stage.CAPTURED
+        self._homes: list[str] = []
 
     def enter(self, step: Pass, context: PassContext, stage: Stage) -> None:
         """Remember what the pass decides from."""
@@ -143,6 +146,7 @@ class Reproducer:
         small = sum(tensor.numel() * tensor.element_size() for tensor in held) <= _MOST_BYTES
         self._dump = dump_of(module, self._stage, largest=None if small else LARGEST)
         self._text = graph_text(module, notes=True)
+        self._homes = homes_of(module, self._stage)
 
     def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
         """Nothing to do."""
@@ -152,12 +156,18 @@ class Reproducer:
         assert self._dump is not None
         path = self.folder / step.name
         command = f"fxquant opt {shlex.quote(f'{path}.json')} --passes {shlex.quote(str(step))}"
-        home = type(step).__module__
-        if not home.startswith("fxquant."):
-            command += f" --import {shlex.quote(home)}"
+        homes = sorted({type(step).__module__, *self._homes})
+        for home in homes:
+            if not home.startswith(OWN) and home != _SCRIPT:
+                command += f" --import {shlex.quote(home)}"
         self._dump.facts.update(command=command, error=repr(error))
         write_dump(path, self._dump, f"# failed with: {error!r}\n# {command}\n{self._text}", self._plan)
         statistics = None if self._context is None else self._context.statistics
         if statistics is not None:
             statistics.save(path.with_name(f"{path.name}{STATISTICS_ENDING}"))
         error.add_note(f"the graph just before the pass is in {path}.txt; to run the pass on it again: {command}")
+        if _SCRIPT in homes:
+            error.add_note(
+                f"{step.name}, or an op or stage of the graph, is defined in a script or notebook: move it into a "
+                "module and add --import MODULE to the command"
+            )

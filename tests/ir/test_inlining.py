@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,6 +159,45 @@ def test_what_cannot_be_registered(twice: object) -> None:
     register_op(Stage.QUANTIZED, twice)
     with pytest.raises(DuplicateNameError, match="is registered for quantized graphs already"):
         register_op(Stage.TRANSFORMED, twice)
+
+
+def define(name: str, schema: str, kernel: object, fake: object = None) -> object:
+    """An op of the namespace of the tests, defined once per process."""
+    if not hasattr(torch.ops.fxquant_test, name):
+        torch.library.define(f"fxquant_test::{name}", schema)
+        torch.library.impl(f"fxquant_test::{name}", "CPU", kernel)
+        if fake is not None:
+            torch.library.register_fake(f"fxquant_test::{name}", fake)
+    return getattr(torch.ops.fxquant_test, name)
+
+
+def test_an_op_without_a_fake_kernel(twice: object) -> None:
+    op = define("shapeless", "(Tensor x) -> Tensor", lambda x: x + 1)
+    with pytest.raises(ConfigurationError, match=r"fxquant_test::shapeless does not say .*register_fake"):
+        register_op(Stage.QUANTIZED, op)
+    for other in (torch.ops.fxquant_test, torch.ops.higher_order.cond, "fxquant_test::twice", None):
+        with pytest.raises(ConfigurationError, match="is not an op"):
+            register_op(Stage.QUANTIZED, other)
+    with pytest.raises(ConfigurationError, match="not quantized"):
+        register_op("quantized", twice)  # type: ignore[arg-type]
+
+
+def test_an_op_that_writes_or_returns_a_list(twice: object) -> None:
+    writes = define("writes", "(Tensor(a!) x) -> Tensor(a!)", lambda x: x.add_(1), lambda x: x)
+    with pytest.raises(ConfigurationError, match="fxquant_test::writes writes into an argument"):
+        register_op(Stage.QUANTIZED, writes)
+    parts = define("parts", "(Tensor x) -> Tensor[]", lambda x: [x + 1, x * 2], lambda x: [x.new_empty(x.shape)] * 2)
+    register_op(Stage.QUANTIZED, parts)
+    module, rewriter, node = prepared()
+    with rewriter.after(node):
+        both = rewriter.call(parts.default, (node,), [node])  # type: ignore[attr-defined]
+        first = rewriter.call(operator.getitem, (both, 0), [node])
+    (output,) = nodes_of(module, "output")
+    rewriter.redirect(output, node, first)
+    module.recompile()
+    verify(module, SPECS[Stage.QUANTIZED])
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(outputs(module, x)[0], Model()(x) + 1)
 
 
 def test_a_function_that_fails_without_a_word() -> None:

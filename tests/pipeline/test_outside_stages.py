@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 import fxquant
 from fxquant.authoring import Pipeline, Plan, Stage, register_stage, unregister_stage
 from fxquant.cli.__main__ import app
-from fxquant.errors import CheckpointError, ConfigurationError, PluginError, VerificationError
+from fxquant.errors import CheckpointError, ConfigurationError, PassError, PluginError, VerificationError
 from fxquant.ir.dumps import Dump, load_dump
-from fxquant.pipeline.dumps import DumpGraphs
+from fxquant.passes.remove_noops import RemoveNoOps
+from fxquant.pipeline.dumps import DumpGraphs, Reproducer
 from fxquant.pipeline.pipeline import PASSES
 from fxquant.pipeline.recipes import Recipe, recipe_of
 from fxquant.testing import prove
@@ -129,6 +130,26 @@ def test_dumps_know_it(package: ModuleType, tmp_path: Path) -> None:
     assert "(--import)" in refused.stderr
     again = CliRunner().invoke(app, ["opt", str(path), "--passes", "test-late", "--import", _MODULE])
     assert again.exit_code == 0, again.stderr
+
+
+def test_a_reproducer_imports_the_package_of_the_stage(
+    package: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("no")
+
+    monkeypatch.setattr(RemoveNoOps, "run", fails)
+    steps = [package.WriteOut(), RemoveNoOps()]
+    with pytest.raises(PassError) as error:
+        Pipeline(steps, [Reproducer(tmp_path)]).run(graph(), plan())
+    (command,) = error.value.__notes__
+    assert command.endswith(f"--passes remove-no-ops --import {_MODULE}")
+    monkeypatch.setattr(package.DECOMPOSED, "home", "__main__")
+    with pytest.raises(PassError) as error:
+        Pipeline(steps, [Reproducer(tmp_path)]).run(graph(), plan())
+    command, script = error.value.__notes__
+    assert command.endswith("--passes remove-no-ops")
+    assert "an op or stage of the graph, is defined in a script or notebook" in script
 
 
 def test_a_model_goes_through_it(package: ModuleType, tmp_path: Path) -> None:
