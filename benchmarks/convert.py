@@ -191,7 +191,7 @@ def convert(recipe: str, layers: int, timesteps: int, threads: int, folder: str)
         "peak": peaks["save"] / weights,
         "own": (peaks["save"] - peaks["imports"]) / weights,
         "files": sizes,
-        "size": sizes["model.safetensors"] / weights,
+        "size": sizes["diffusion_pytorch_model.safetensors"] / weights,
     }
 
 

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fxquant.pretrained.registration import watch
+
 if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.attribution import Attribution
     from fxquant.planning.plan import Plan
+    from fxquant.pretrained.config import FxQuantConfig
     from fxquant.statistics.collection import Statistics
     from fxquant.storage.aot.export import export_aot
     from fxquant.storage.aot.package import load_package
@@ -30,6 +33,7 @@ __all__ = [
     "Attribution",
     "Difference",
     "Explanation",
+    "FxQuantConfig",
     "FxquantError",
     "History",
     "Plan",
@@ -59,13 +63,18 @@ __all__ = [
     "trace",
 ]
 
-# Names are imported on first access, so that `fxquant --help` does not wait for torch.
+# Names are imported on first access, so that `fxquant --help` does not wait for torch. The index of a pipeline names
+# GraphModel, PackagedModel and PipelineModel.
 _HOMES = {
     "Difference": "inspect.difference",
     "Explanation": "inspect.explain",
     "Attribution": "planning.attribution",
+    "FxQuantConfig": "pretrained.config",
     "FxquantError": "errors",
+    "GraphModel": "runtime.model",
     "History": "inspect.history",
+    "PackagedModel": "storage.aot.model",
+    "PipelineModel": "pretrained.parts",
     "Plan": "planning.plan",
     "Profile": "inspect.profiling",
     "QualityWarning": "errors",
@@ -104,3 +113,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+watch()

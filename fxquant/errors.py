@@ -154,6 +154,10 @@ class CheckpointError(FxquantError, RuntimeError):
     """A checkpoint is damaged, incomplete, unsafe or of a newer format; the message names the file."""
 
 
+class HubError(FxquantError, ConnectionError):
+    """The Hugging Face Hub cannot be reached or refuses a request; the message says what to check."""
+
+
 class MissingPackageError(FxquantError, ImportError):
     """An optional package is not installed; the message says how to install it."""
 

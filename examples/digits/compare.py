@@ -21,7 +21,7 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
-from fxquant.storage.checkpoint import TENSORS_FILE
+from fxquant.storage.aot.package import TENSORS_FILE
 
 from .generator import GUIDANCE, generate
 from .judge import DigitClassifier

@@ -26,13 +26,13 @@ _REASON = 2000  # The most characters per line of an error that a file causes.
 _PART = 64 << 20  # Bytes of a file that are in memory at a time.
 
 
-def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bool], mark: str) -> None:
+def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[Path], bool], mark: str) -> None:
     """Refuse to write to a folder if it already holds something that must not be replaced.
 
     Args:
         folder: Where to write.
         overwrite: Whether the content may be replaced if it consists only of files that would be written.
-        written: Whether a file of this name is one that would be written.
+        written: Whether a file is one that would be written.
         mark: The file that identifies a folder as written by fxquant. Folders of other tools also have a
             ``config.json`` and a ``model.safetensors``.
 
@@ -48,7 +48,7 @@ def refuse_to_replace(folder: Path, overwrite: bool, written: Callable[[str], bo
         return
     if not overwrite:
         raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
-    others = [name for name in found if not (written(name) and is_plain_file(folder / name))]
+    others = [name for name in found if not (is_plain_file(folder / name) and written(folder / name))]
     if others:
         raise CheckpointError(
             f"{folder} holds more than a checkpoint ({few(others)}), which overwriting would delete; choose another "

@@ -7,6 +7,7 @@ quantized model, a checkpoint or the float model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fxquant.disk.files import blaming
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import ConfigurationError
 from fxquant.inspect.report import checkpoint_folder
 from fxquant.ir.tensors import weights_of
 from fxquant.numerics.weights import dequantize_weight
@@ -26,8 +27,8 @@ from fxquant.planning.uses import unnumbered
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.statistics.collection import Statistics
-from fxquant.storage.agreement import check_headers, read_headers
-from fxquant.storage.aot.package import TENSORS_FILE
+from fxquant.storage.agreement import check_headers
+from fxquant.storage.weights import headers_of, weight_names
 
 _CODES = ("weight_packed", "weight_scale", "weight_zero_point")
 
@@ -106,14 +107,13 @@ def weight_salience(source: nn.Module | str | Path, plan: Plan) -> dict[str, Ten
     """
     if not isinstance(source, (str, Path)):
         return _largest(_weights(source, plan))
-    path = checkpoint_folder(source) / TENSORS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: not all of the checkpoint was copied")
-    with blaming(path):
-        check_headers(plan, read_headers(path))
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            return _largest(_dequantized(plan, lambda name: file.get_tensor(name) if name in names else None))
+    folder = checkpoint_folder(source)
+    paths = [folder / name for name in weight_names(path.name for path in folder.iterdir())]
+    with blaming(paths[0]), ExitStack() as stack:
+        check_headers(plan, headers_of(paths))
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        held = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        return _largest(_dequantized(plan, lambda name: held[name].get_tensor(name) if name in held else None))
 
 
 def _largest(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -288,7 +288,7 @@ class Plan:
             WriteError: If the files cannot be written.
         """
         folder = Path(folder)
-        if (folder / PLAN_FILE).is_file() and any(folder.glob("model*.safetensors")):
+        if (folder / PLAN_FILE).is_file() and any(folder.glob("*model*.safetensors")):
             raise CheckpointError(
                 f"{folder} holds a checkpoint, which another plan would make useless; choose another folder"
             )

@@ -9,7 +9,7 @@ of these kinds; others are refused by name:
 - methods of the model's own class: they run on a :class:`Part`, which refuses every change and every access to weights;
 - submodules, as :class:`Part`.
 
-This module also refuses hooks that stream weights, and registers the classes of quantized models with diffusers.
+This module also refuses hooks that stream weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import enum
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -301,17 +300,3 @@ def refuse_streaming(name: str, value: Any) -> None:
                 "module, as sequential offload and device maps do. Use pipe.enable_model_cpu_offload(), which moves "
                 "the whole model, or .to(device)"
             )
-
-
-def let_pipelines_save(kind: type[nn.Module]) -> None:
-    """Register a class in the tables that tell diffusers how to save and load the components of a pipeline.
-
-    ``DiffusionPipeline.save_pretrained`` skips components whose class is not in the tables; it only logs a line.
-    """
-    if "diffusers" not in sys.modules:  # Then no pipeline exists either; importing diffusers takes seconds.
-        return
-    from diffusers.pipelines import pipeline_loading_utils as tables
-
-    methods = ["save_pretrained", "from_pretrained"]
-    tables.LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
-    tables.ALL_IMPORTABLE_CLASSES[kind.__name__] = methods

@@ -8,7 +8,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,10 @@ from fxquant.ir.tensors import read_tensors, set_tensor, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
 from fxquant.runtime.devices import retarget
-from fxquant.runtime.drop_in import DropIn, changes, hand_on, let_pipelines_save, refusal, refuse_streaming
+from fxquant.runtime.drop_in import DropIn, changes, hand_on, refusal, refuse_streaming
 from fxquant.runtime.forward import forward_of_graphs
 from fxquant.runtime.lora import adapters_of, copy_adapters, is_of_lora, lora_attribute
+from fxquant.runtime.pretrained import Pretrained
 from fxquant.runtime.wrappers import unwrapped
 
 _WATCHED_CALLS = 64  # Number of calls whose timesteps are checked on a GPU.
@@ -36,7 +36,7 @@ MakeGraph = Callable[..., CapturedGraph]
 """Makes a graph for a model and a call, and for quantized models with branches, if given."""
 
 
-class GraphModel(DropIn):
+class GraphModel(Pretrained, DropIn):
     """A diffusion transformer as one FX graph for each kind of call.
 
     Pipelines accept it in place of the original: it has the original's ``config``, ``dtype``, ``device``, ``forward``
@@ -85,7 +85,6 @@ class GraphModel(DropIn):
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
         self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
         self.eval()
-        let_pipelines_save(type(self))
 
     @property
     def config(self) -> Any:
@@ -229,19 +228,6 @@ class GraphModel(DropIn):
 
             self._compiled_call_impl = call
 
-    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
-        """Write a checkpoint. Pipelines call this to save their components; see :func:`fxquant.save`.
-
-        Raises:
-            DropInError: If ``push_to_hub`` is true.
-        """
-        from fxquant.storage.checkpoint import save
-
-        if push_to_hub:
-            raise refusal("push_to_hub")
-
-        save(self, save_directory, overwrite=True)
-
     def train(self, mode: bool = True) -> GraphModel:
         """Refuse training mode: the graphs were captured from the model in evaluation mode.
 
@@ -322,31 +308,28 @@ class GraphModel(DropIn):
         )
 
     def __copy__(self) -> GraphModel:
-        clone = GraphModel(
-            self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights, self.shared
+        clone = GraphModel.__new__(GraphModel)
+        self._fill(clone)
+        return clone
+
+    def _fill(self, clone: GraphModel) -> None:
+        """Initialize another model so that it shares everything with this one."""
+        GraphModel.__init__(
+            clone, self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights, self.shared
         )
         for captured in self.captured:
             clone.add(captured)
         copy_adapters(self, clone)
-        return clone
 
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, torch_dtype: torch.dtype | None = None, **options: Any
-    ) -> GraphModel:
-        """Read a checkpoint. Pipelines call this to load their components; see :func:`fxquant.load`.
+    def take_place_of(self, model: nn.Module) -> None:
+        """Turn an object into a quantized model that shares everything with this one.
 
-        Raises:
-            ConfigurationError: If ``torch_dtype`` is not the dtype that the model was quantized in.
+        ``from_pretrained`` of diffusers returns the object that it made, so this object has to become quantized.
         """
-        from fxquant.storage.checkpoint import load
-
-        model = load(folder, **options)
-        if torch_dtype not in (None, model.dtype):
-            raise ConfigurationError(
-                f"{folder} was quantized in {model.dtype} and keeps it; read it without torch_dtype={torch_dtype}"
-            )
-        return model
+        vars(model).clear()
+        model.__class__ = GraphModel
+        assert isinstance(model, GraphModel)
+        self._fill(model)
 
     def _share(self, graphs: Sequence[CapturedGraph]) -> None:
         held: dict[str, torch.Tensor] = {}

@@ -25,9 +25,7 @@ from fxquant.disk.files import (
     digest,
     digest_of,
     dtype_name,
-    load_tensors,
     refuse_to_replace,
-    write_tensors,
 )
 from fxquant.disk.folders import whole_folder
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, QualityWarning
@@ -35,7 +33,7 @@ from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
-from fxquant.runtime.devices import give_back_memory, usable_device
+from fxquant.runtime.devices import give_back_memory
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
 from fxquant.schemas.common import LARGEST_FILE, check
@@ -48,16 +46,37 @@ from fxquant.storage.agreement import (
     infinite_in,
 )
 from fxquant.storage.aot.model import CONFIG_FILE
-from fxquant.storage.aot.package import TENSORS_FILE
-from fxquant.storage.skeleton import cast, description_of, read_plan
+from fxquant.storage.card import CARD_FILE, is_own_card, model_card
+from fxquant.storage.load_options import check_dtype, place_and_device
+from fxquant.storage.skeleton import QUANT_METHOD, QUANTIZATION, cast, description_of, read_plan
+from fxquant.storage.weights import (
+    SHARD_SIZE,
+    is_weights_file,
+    load_weights,
+    variant_of,
+    weight_names,
+    write_weights,
+)
 
-_DIGESTED = (CONFIG_FILE, TENSORS_FILE, VECTORS_FILE)
-FILES = (PLAN_FILE, *_DIGESTED, ATTRIBUTION_FILE)
-"""The files of a checkpoint; the last one is optional and has a digest of its own."""
+_DIGESTED = (CONFIG_FILE, VECTORS_FILE)  # And the files of tensors.
+_FILES = (PLAN_FILE, *_DIGESTED, ATTRIBUTION_FILE)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
-def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs_model: bool = False) -> None:
+def is_checkpoint_file(path: Path) -> bool:
+    """Whether a file belongs to a checkpoint, by its name. A model card does if nobody edited it."""
+    return path.name in _FILES or is_weights_file(path.name) or (path.name == CARD_FILE and is_own_card(path))
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    needs_model: bool = False,
+    variant: str | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+) -> None:
     """Write a quantized model to a folder, either completely or not at all.
 
     A checkpoint holds no code: :func:`load` builds the model from its class and its config. Before anything is written,
@@ -70,16 +89,19 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs
         overwrite: Replace a checkpoint that is already there. Folders with anything else in them are never replaced.
         needs_model: Write the model even if its class and config do not give the model that was compiled. Reading it
             then needs the float model, made as it was for compilation: ``load(folder, model=...)``.
+        variant: Part of the names of the files of tensors, such as ``fp16``, as in diffusers. A folder holds one.
+        max_shard_size: The most bytes of one file of tensors, or a text such as ``"5GB"``. More tensors are written to
+            several files with an index.
 
     Raises:
-        ConfigurationError: If the model is not quantized.
+        ConfigurationError: If the model is not quantized, or ``variant`` or ``max_shard_size`` cannot be used.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files; or if loading would
             build another model. Then the message says what differs.
         WriteError: If the disk is full, the folder cannot be written, or another process wrote there in the meantime;
             existing files stay.
     """
     model, plan = quantized_model(model, "save")
-    with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
+    with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite, variant)) as written:
         difference = why_not_rebuilt(model)
         if difference is not None and not needs_model:
             raise CheckpointError(
@@ -87,17 +109,23 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, needs
                 f"config: {difference}. Undo that before fxquant.compile, or write it with fxquant.save(model, folder, "
                 "needs_model=True) and read it with fxquant.load(folder, model=...), passing the float model"
             )
-        _write(model, plan, written, difference)
+        _write(model, plan, written, difference, variant, max_shard_size)
 
 
-def refuse_existing(folder: Path, overwrite: bool) -> None:
+def refuse_existing(folder: Path, overwrite: bool, variant: str | None = None) -> None:
     """Refuse to write a checkpoint over something that must stay.
 
     Raises:
         CheckpointError: If the path is a file, a folder that is not empty while ``overwrite`` is not given, or a folder
-            that holds anything other than a checkpoint.
+            that holds anything other than a checkpoint, or a checkpoint of another variant.
     """
-    refuse_to_replace(folder, overwrite, FILES.__contains__, PLAN_FILE)
+    refuse_to_replace(folder, overwrite, is_checkpoint_file, PLAN_FILE)
+    held = [path.name for path in folder.iterdir() if is_weights_file(path.name)] if folder.is_dir() else []
+    if held and variant_of(held) != variant:
+        raise CheckpointError(
+            f"{folder} holds the variant {variant_of(held)!r}, and the variant {variant!r} would replace it, because "
+            "a folder holds one plan; choose another folder for each variant"
+        )
 
 
 def why_not_rebuilt(model: GraphModel) -> str | None:
@@ -161,11 +189,13 @@ def _other_dtypes(model: GraphModel) -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in found.items() if dtype.is_floating_point}
 
 
-def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None = None) -> None:
-    (folder / CONFIG_FILE).write_text(config_text(model.architecture.skeleton), encoding="utf-8")
+def _write(
+    model: GraphModel, plan: Plan, folder: Path, difference: str | None, variant: str | None, max_shard_size: int | str
+) -> None:
+    (folder / CONFIG_FILE).write_text(_config_text(model, plan), encoding="utf-8")
     tensors = model.stored_tensors()
     check_finite(tensors, None)  # Loading would refuse NaN.
-    write_tensors(tensors, folder / TENSORS_FILE)
+    weights = write_weights(tensors, folder, plan.model_class, variant, max_shard_size)
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     data["dtype"] = dtype_name(model.dtype)
@@ -175,7 +205,7 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
     data["made_with"] = _versions()
     if difference is not None:
         data["needs_model"] = difference
-    data["files"] = {name: digest(folder / name) for name in _DIGESTED}
+    data["files"] = {name: digest(folder / name) for name in sorted((*_DIGESTED, *weights))}
     data["digest"] = digest_of(data)
     text = _plan_text(data)
     check(CheckpointFile, data, "what would be saved")
@@ -184,6 +214,21 @@ def _write(model: GraphModel, plan: Plan, folder: Path, difference: str | None =
     if len(text.encode()) > LARGEST_FILE:
         raise CheckpointError(f"the plan takes more than {LARGEST_FILE} bytes, which fxquant.load would not read")
     (folder / PLAN_FILE).write_text(text, encoding="utf-8")
+    card = model_card(plan, data["dtype"], {"fxquant": version("fxquant"), **data["made_with"]}, data["files"])
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _config_text(model: GraphModel, plan: Plan) -> str:
+    """The content of ``config.json``, with the entry from which diffusers knows who reads the tensors."""
+    config = json.loads(config_text(model.architecture.skeleton))
+    config[QUANTIZATION] = {
+        "quant_method": QUANT_METHOD,
+        "backend": plan.backend,
+        "dtype": dtype_name(model.dtype),
+        "recipe": plan.recipe,
+        "version": version("fxquant"),
+    }
+    return json.dumps(config, indent=2) + "\n"
 
 
 def load(
@@ -192,6 +237,8 @@ def load(
     backend: str | Backend | None = None,
     device: str | torch.device = "cpu",
     model: nn.Module | type[nn.Module] | None = None,
+    variant: str | None = None,
+    **options: Any,
 ) -> GraphModel:
     """Read a quantized model back. Float weights are neither needed nor made.
 
@@ -200,6 +247,10 @@ def load(
         backend: A backend other than the one that the model was compiled for.
         device: The device for the tensors.
         model: For a model that is not from diffusers: its class (with ``from_config``), or an instance of it.
+        variant: The variant that the files must have, such as ``fp16``; by default the one that they have.
+        options: Options of ``from_pretrained`` in diffusers, which mean the same: ``subfolder``, ``torch_dtype`` or
+            ``dtype``, ``device_map``, ``low_cpu_mem_usage`` and ``use_safetensors``. See
+            :func:`fxquant.storage.load_options.place_and_device`.
 
     Raises:
         CheckpointError: If a file is missing, damaged, unsafe, of a newer format or from another model.
@@ -209,13 +260,17 @@ def load(
             through ``torch.compile`` or has hooks; or if there is no such device here.
         AlreadyCompiledError: If fxquant made ``model``.
     """
-    folder, device = Path(folder), usable_device(device)
+    folder, device, wanted = place_and_device(folder, device, options)
     runner = None if backend is None else resolve_backend(backend)
     data = read_plan(folder)
     _refuse_pickles(folder)
-    check_digests(folder, _DIGESTED, data.get("files"), PLAN_FILE)
+    with blaming(folder / PLAN_FILE):
+        weights = [folder / name for name in weight_names(data.get("files") or (), variant)]
+    indices = [name for name in data["files"] if is_weights_file(name)]
+    check_digests(folder, sorted({*_DIGESTED, *indices}), data["files"], PLAN_FILE)
     found = description_of(folder, data)
     plan, dtype = found.plan, found.dtype
+    check_dtype(folder, dtype, wanted)
     with blaming(folder / PLAN_FILE):
         runner = resolve_backend(plan.backend) if runner is None else runner
         check_headers(plan, found.headers)
@@ -234,8 +289,8 @@ def load(
                 f"a recorded call cannot be traced: {error.reason}. {_other_model(plan, model)}"
             ) from error
         _compare_graphs(quantized, data, model)
-    tensors = load_tensors(folder / TENSORS_FILE, device)
-    with blaming(folder / TENSORS_FILE):
+    tensors = load_weights(weights, device)
+    with blaming(weights[0]):
         check_finite(tensors, data.get("infinite"))
         for captured in quantized.captured:
             check_grids(captured.module, tensors)

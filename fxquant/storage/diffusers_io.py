@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 
-from fxquant.disk.files import few, is_plain_file, share
+from fxquant.disk.files import blaming, dtype_name, dtype_of_name, few, is_plain_file, share
 from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
 from fxquant.storage.aot.package import is_package_file, load_package
-from fxquant.storage.checkpoint import FILES as CHECKPOINT_FILES
-from fxquant.storage.checkpoint import load, save
+from fxquant.storage.card import CARD_FILE, is_own_card, pipeline_card
+from fxquant.storage.checkpoint import is_checkpoint_file, load, save
+from fxquant.storage.load_options import check_dtype, device_of_map, dtype_for
+from fxquant.storage.skeleton import read_plan
+from fxquant.storage.weights import variant_of
 from fxquant.text import printable
 
 INDEX_FILE = "model_index.json"
@@ -43,8 +46,9 @@ def load_pipeline(
             Face Hub. A quantized pipeline is read from a folder; its float weights are neither needed nor made.
         device: The device to run on. Quantized parts are read directly to it, because kernels differ between devices.
         trust_packages: Load packages. They are programs and run as soon as they are loaded. Checkpoints hold no code.
-        options: Passed to ``from_pretrained`` of the pipeline: for example ``torch_dtype``, by default the dtype of the
-            quantized part; or a part by its name, which is then not read from ``source`` and may be quantized.
+        options: Passed to ``from_pretrained`` of the pipeline: for example ``torch_dtype`` or ``dtype``, by default the
+            dtype of the quantized part; ``variant``; ``device_map``, which names one device; or a part by its name,
+            which is then not read from ``source`` and may be quantized.
 
     Returns:
         The ``DiffusionPipeline``, in evaluation mode.
@@ -52,10 +56,13 @@ def load_pipeline(
     Raises:
         CheckpointError: If there is no such pipeline, a part of it is damaged, or a part is a package and
             ``trust_packages`` is not given.
-        ConfigurationError: If there is no such device here, or a package runs on another device.
+        ConfigurationError: If there is no such device here, a package runs on another device, a quantized part has
+            another dtype than the requested one, or ``device_map`` spreads the parts over devices. Nothing is read
+            before this is checked.
         BackendError: If the backend of a quantized part does not run on the device.
     """
-    folder, device = Path(source), usable_device(device)
+    mapped = device_of_map(options.pop("device_map", None))
+    folder, device = Path(source), usable_device(device if mapped is None else mapped)
     if not folder.is_dir():
         if folder.exists() or not _like_hub_name(str(source)):
             missing = no_folder(folder)
@@ -79,20 +86,46 @@ def load_pipeline(
     read: dict[str, GraphModel | PackagedModel] = {
         name: options.pop(name) for name, part in [*options.items()] if isinstance(part, (GraphModel, PackagedModel))
     }
-    read |= {name: load(folder / name, device=device) for name in checkpoints}
+    _check_dtypes(folder, checkpoints, read, options)
+    read |= {name: _read_part(folder / name, device, options.get("variant")) for name in checkpoints}
     read |= {name: load_package(folder / name) for name in packages}
-    for model in read.values():
-        options.setdefault("torch_dtype", model.dtype)
+    if options.get("dtype") is None:
+        for model in read.values():
+            options.setdefault("torch_dtype", model.dtype)
     # diffusers accepts only classes that it knows, so it gets the originals without weights. Their config is the same.
     index = _read_index(folder) if folder.is_dir() else {}
     stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}
     try:
         pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **options})
+    except FxquantError:
+        raise
     except Exception as error:
         raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {_first_line(error)}") from error
     for name, model in read.items():
         setattr(pipe, name, model)
     return pipe if device.type == "cpu" else pipe.to(device)
+
+
+def _check_dtypes(
+    folder: Path, checkpoints: Sequence[str], given: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Refuse another dtype than the one that a quantized part has, before anything is read."""
+    wanted = options.get("dtype")
+    wanted = options.get("torch_dtype") if wanted is None else wanted
+    if wanted is None:
+        return
+    for name, model in given.items():
+        check_dtype(f"part {name!r}", model.dtype, dtype_for(name, wanted))
+    for name in checkpoints:
+        with blaming(folder / name / PLAN_FILE):
+            held = dtype_of_name(read_plan(folder / name).get("dtype"))
+        check_dtype(folder / name, held, dtype_for(name, wanted))
+
+
+def _read_part(folder: Path, device: torch.device, variant: str | None) -> GraphModel:
+    """Read a checkpoint. Parts of a pipeline that have no variant are read without it, as in diffusers."""
+    held = variant_of(path.name for path in folder.iterdir())
+    return load(folder, device=device, variant=None if held is None else variant)
 
 
 def _pipeline_class(folder: Path) -> Any:
@@ -132,7 +165,7 @@ def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:
 
 
 def _stand_in(model: GraphModel | PackagedModel, entry: Any) -> Any:
-    if entry == [GraphModel.__module__, GraphModel.__name__]:  # Written by the pipeline's own save_pretrained.
+    if isinstance(entry, list) and str(entry[0]).startswith("fxquant"):  # From the pipeline's own save_pretrained.
         return model
     return model.skeleton() if isinstance(model, PackagedModel) else model.architecture.skeleton
 
@@ -159,7 +192,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> None:
+def save_pipeline(
+    pipe: Any,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
     """Write a pipeline with its quantized parts to a folder, either completely or not at all.
 
     Args:
@@ -167,6 +207,9 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
         folder: The folder to write; it is created, with its parents.
         overwrite: Replace a quantized pipeline that is already there. Nothing else is ever replaced: neither float
             pipelines nor folders with other files in them.
+        variant: Part of the file names of the weights, such as ``fp16``.
+        max_shard_size: The most bytes of one file of weights, or a text such as ``"5GB"``; by default that of each
+            part's class.
 
     Raises:
         ConfigurationError: If no part is quantized, or a part cannot be saved so that :func:`load_pipeline` reads it.
@@ -184,16 +227,23 @@ def save_pipeline(pipe: Any, folder: str | Path, *, overwrite: bool = False) -> 
     for name, part in parts.items():
         _refuse_unreadable(pipe, name, part)
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        options = {name: value for name, value in options.items() if value is not None}
         for name, part in parts.items():
             if name in quantized:
-                save(part, written / name)
+                save(part, written / name, **options)  # type: ignore[arg-type]
             elif callable(getattr(part, "save_pretrained", None)):
-                part.save_pretrained(written / name)
+                known = inspect.signature(part.save_pretrained).parameters
+                part.save_pretrained(written / name, **{key: options[key] for key in options.keys() & known.keys()})
                 share(*(written / name).rglob("*.safetensors"))
             else:
                 raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
         _write_index(pipe, parts, quantized, written)
         _forget_origin(written)
+        plans = {name: parts[name].plan for name in sorted(quantized)}
+        dtypes = {name: dtype_name(parts[name].dtype) for name in quantized}
+        card = pipeline_card(type(pipe).__name__, plans, dtypes)
+        (written / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _what_it_is(folder: Path) -> str:
@@ -284,21 +334,22 @@ def _others(folder: Path, parts: Sequence[str]) -> Iterator[str]:
     """The names of entries of a folder that do not belong to a pipeline of these parts."""
     for path in folder.iterdir():
         if path.name not in parts or path.is_symlink() or not path.is_dir():
-            if path.name != INDEX_FILE or not is_plain_file(path):
+            if not is_plain_file(path) or not (path.name == INDEX_FILE or is_own_card(path)):
                 yield path.name
             continue
         held = [*path.iterdir()]
         for entry in held:
-            if not (_is_of_part(entry.name, {other.name for other in held}) and is_plain_file(entry)):
+            if not (is_plain_file(entry) and _is_of_part(entry, {other.name for other in held})):
                 yield f"{path.name}/{entry.name}"
 
 
-def _is_of_part(name: str, beside: Collection[str]) -> bool:
-    """Whether a file of this name belongs to a part that has these files."""
+def _is_of_part(path: Path, beside: Collection[str]) -> bool:
+    """Whether a file belongs to a part that has these files."""
+    name = path.name
     if PLAN_FILE in beside:
-        return name in CHECKPOINT_FILES
+        return is_checkpoint_file(path)
     if PACKAGE_FILE in beside:
-        return is_package_file(name)
+        return is_package_file(path)
     return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in _PARTS_FILES)
 
 
@@ -337,4 +388,6 @@ def _like_hub_name(text: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = str(error).strip()
+    _, found, kind = text.rpartition(" is of type: ")  # Before it stand all modules of the part.
+    return f"a part that was given is of type {kind}" if found else text.partition("\n")[0] or type(error).__name__

@@ -26,10 +26,15 @@ from fxquant.runtime.float_model import check_model
 from fxquant.schemas.common import check, read_json
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
-from fxquant.storage.agreement import Header, bounded, check_config, check_skeleton, read_headers
+from fxquant.storage.agreement import Header, bounded, check_config, check_skeleton
 from fxquant.storage.aot.model import CONFIG_FILE, PACKAGE_FILE
-from fxquant.storage.aot.package import TENSORS_FILE
+from fxquant.storage.weights import headers_of, weight_names
 from fxquant.text import printable
+
+QUANT_METHOD = "fxquant"
+"""By this name diffusers finds what reads the tensors of a checkpoint."""
+QUANTIZATION = "quantization_config"
+"""The entry of ``config.json`` that says so. It is not an argument of the model's class."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def description_of(folder: Path, data: Mapping[str, Any]) -> Description:
         plan.attribution = kept_attribution(folder, plan.fingerprint())
         dtype = dtype_of_name(data["dtype"])
         dtypes = {name: dtype_of_name(text) for name, text in data["dtypes"].items()}
-        return Description(folder, plan, dtype, dtypes, read_headers(folder / TENSORS_FILE), data.get("needs_model"))
+        headers = headers_of([folder / name for name in weight_names(data["files"])])
+        return Description(folder, plan, dtype, dtypes, headers, data.get("needs_model"))
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -135,6 +141,7 @@ def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, He
     _, config = read_json(folder / CONFIG_FILE, "checkpoint")
     with blaming(folder / CONFIG_FILE):
         check(Config, config, "the config")
+        config.pop(QUANTIZATION, None)
         check_config(config, headers)
         with bounded(headers, plan.layers.values()):
             architecture = Architecture.from_config(model, config, plan.timestep)

@@ -26,7 +26,10 @@ def test_a_second_conversion(float_folder: Path, kept: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     direct = run("quantize", float_folder, *recipe, "--out", tmp_path / "direct", *FAST)
     assert direct.exit_code == 0, direct.output
-    left, right = (load_file(tmp_path / name / "transformer" / "model.safetensors") for name in ("second", "direct"))
+    left, right = (
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("second", "direct")
+    )
     assert left.keys() == right.keys()
     assert all(left[name].equal(right[name]) for name in left)
 

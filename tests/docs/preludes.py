@@ -19,6 +19,11 @@ calibrate = lambda: pipe(class_labels=[1, 2], num_inference_steps=3)
 PRELUDES = {
     "docs/architecture.md": f"{_MODEL}\nquantized = fxquant.compile(model, recipe='rtn-w8a8', calibrate=calibrate)\n",
     "docs/channel-rules.md": "",
+    "docs/diffusers.md": """
+import torch
+from tests.tiny import inputs, make_dit, make_pipeline
+make_pipeline(make_dit()).save_pretrained("dit")
+""",
     "docs/inspect.md": f"""{_MODEL}
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")
 """,

@@ -32,8 +32,8 @@ WORKS = {
     "cache_context", "config", "config_name", "device", "dtype", "extract_init_dict", "from_config",
     "from_pretrained", "get_config_dict",
     "has_compatibles", "ignore_for_config", "is_cache_enabled", "is_gradient_checkpointing", "load_config",
-    "num_parameters", "save_config", "save_pretrained", "text_encoder_name", "to_json_file", "to_json_string",
-    "unet_name",
+    "num_parameters", "push_to_hub", "register_to_config", "save_config", "save_pretrained", "text_encoder_name",
+    "to_json_file", "to_json_string", "unet_name",
 }  # fmt: skip
 """What of diffusers' classes works beside what torch.nn.Module has."""
 
@@ -58,8 +58,6 @@ REFUSED = {
     "enable_gradient_checkpointing": "for training",
     "get_memory_footprint": r"fxquant\.report",
     "from_single_file": "Call it on the class",
-    "push_to_hub": r"fxquant\.save",
-    "register_to_config": "Change the float model",
     "dequantize": "the float model is the one",
 }
 

@@ -43,7 +43,7 @@ from fxquant.storage import skeleton
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.traces import traced_anew
 
-FILES = ("config.json", "plan.json", "model.safetensors", "plan.safetensors")
+FILES = ("config.json", "plan.json", "diffusion_pytorch_model.safetensors", "plan.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,9 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], object] = lambda data:
 
 def forge(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Write other tensors with correct digests."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     sign(folder)
 
 
@@ -133,11 +133,11 @@ def test_saving_what_was_loaded_writes_the_same_bytes(saved: Path, tmp_path: Pat
 
 
 def test_only_these_files(saved: Path) -> None:
-    assert sorted(contents(saved)) == sorted(FILES)
+    assert sorted(contents(saved)) == sorted((*FILES, "README.md"))
 
 
 def test_no_float_weights(quantized: GraphModel, saved: Path) -> None:
-    tensors = load_file(saved / "model.safetensors")
+    tensors = load_file(saved / "diffusion_pytorch_model.safetensors")
     layers = {name.partition("@")[0]: layer for name, layer in quantized.plan.quantized()}
     assert len(layers) >= 8
     for name, layer in layers.items():
@@ -302,7 +302,9 @@ def test_tensors_that_do_not_belong(folder: Path, change: Callable[[Any], object
     forge(folder, change)
     with pytest.raises(CheckpointError) as caught:
         fxquant.load(folder)
-    assert all(words in str(caught.value) for words in ("model.safetensors", *said)), str(caught.value)
+    assert all(words in str(caught.value) for words in ("diffusion_pytorch_model.safetensors", *said)), str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,7 +440,7 @@ def test_values_that_no_plan_has(folder: Path, change: Callable[[Any], object], 
         return
     with pytest.raises(CheckpointError, match=said) as caught:
         fxquant.load(folder)
-    assert "plan.json" in str(caught.value) or "model.safetensors" in str(caught.value)
+    assert "plan.json" in str(caught.value) or "diffusion_pytorch_model.safetensors" in str(caught.value)
     assert "calibrate" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -542,7 +544,7 @@ def test_a_pickle_in_the_folder(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("disguise", ["pickle", "zip"])
 def test_a_pickle_that_says_it_is_safetensors(folder: Path, disguise: str) -> None:
-    path = folder / "model.safetensors"
+    path = folder / "diffusion_pytorch_model.safetensors"
     if disguise == "pickle":
         path.write_bytes(pickle.dumps(Bomb()))
     else:
@@ -684,11 +686,11 @@ def test_everybody_may_read_what_new_files_let_them_read(quantized: GraphModel, 
 
 def test_a_float_model_of_others_is_not_replaced(quantized: GraphModel, saved: Path, tmp_path: Path) -> None:
     """Transformers name their files as checkpoints do."""
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (tmp_path / name).write_text("precious")
     with pytest.raises(CheckpointError, match=r"no plan\.json, so fxquant did not write it"):
         fxquant.save(quantized, tmp_path, overwrite=True)
-    assert contents(tmp_path) == {"config.json": b"precious", "model.safetensors": b"precious"}
+    assert contents(tmp_path) == {"config.json": b"precious", "diffusion_pytorch_model.safetensors": b"precious"}
 
 
 def test_folders_and_links_of_our_names_are_not_replaced(quantized: GraphModel, folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fxquant.capture.describe import canonical_call, describe_call
 from fxquant.capture.trace import Architecture
 from fxquant.disk.files import blaming, dtype_of_name
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError
-from fxquant.runtime.drop_in import DropIn, hand_on, let_pipelines_save
+from fxquant.runtime.drop_in import DropIn, hand_on
 from fxquant.runtime.nans import with_nans
 from fxquant.storage.agreement import Header, bounded
 
@@ -82,7 +82,6 @@ class PackagedModel(DropIn):
         self.forward = functools.partial(_forward, self)
         self.forward.__signature__ = self._signature  # type: ignore[attr-defined]
         self.eval()
-        let_pipelines_save(type(self))
 
     @property
     def calls(self) -> list[CallSpec]:

@@ -111,9 +111,10 @@ def _read_graph(folder: Path, number: int, entry: Mapping[str, Any], tensors: Ma
     return PackagedGraph(folder / GRAPH_FILE.format(number), call, pytree.treespec_loads(entry["output"]), read)
 
 
-def is_package_file(name: str) -> bool:
-    """Whether a file with this name may belong to a package."""
-    return name in (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE) or re.fullmatch(r"graph-\d+\.pt2", name) is not None
+def is_package_file(path: Path) -> bool:
+    """Whether a file may belong to a package, by its name."""
+    fixed = (PACKAGE_FILE, CONFIG_FILE, TENSORS_FILE)
+    return path.name in fixed or re.fullmatch(r"graph-\d+\.pt2", path.name) is not None
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

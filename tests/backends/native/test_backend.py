@@ -225,7 +225,9 @@ def test_a_checkpoint_is_the_oracles(recipe: str, kind: str, tmp_path: Path) -> 
     call = mixed(kind)
     fxquant.save(ours, tmp_path / "ours")
     fxquant.save(oracle, tmp_path / "oracle")
-    assert (tmp_path / "ours/model.safetensors").read_bytes() == (tmp_path / "oracle/model.safetensors").read_bytes()
+    assert (tmp_path / "ours/diffusion_pytorch_model.safetensors").read_bytes() == (
+        tmp_path / "oracle/diffusion_pytorch_model.safetensors"
+    ).read_bytes()
     assert isinstance(fxquant.load(tmp_path / "ours").backend, Native)
     loaded = fxquant.load(tmp_path / "ours", backend=backend)
     expected = sample(ours, call)

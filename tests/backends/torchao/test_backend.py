@@ -135,7 +135,9 @@ def test_a_checkpoint_is_the_oracles(recipe: str, tmp_path: Path) -> None:
     mine = shared(recipe)
     fxquant.save(mine, tmp_path / "mine")
     fxquant.save(shared(recipe, "fake-quant"), tmp_path / "oracle")
-    assert (tmp_path / "mine/model.safetensors").read_bytes() == (tmp_path / "oracle/model.safetensors").read_bytes()
+    assert (tmp_path / "mine/diffusion_pytorch_model.safetensors").read_bytes() == (
+        tmp_path / "oracle/diffusion_pytorch_model.safetensors"
+    ).read_bytes()
     loaded = fxquant.load(tmp_path / "mine")
     assert isinstance(loaded.backend, TorchAO)
     assert torch.equal(sample(loaded, mixed()), sample(mine, mixed()))
@@ -144,14 +146,18 @@ def test_a_checkpoint_is_the_oracles(recipe: str, tmp_path: Path) -> None:
     switched = fxquant.load(tmp_path / "oracle", backend="torchao")
     assert torch.equal(sample(switched, mixed()), sample(mine, mixed()))
     fxquant.save(copy.deepcopy(switched), tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "oracle/model.safetensors").read_bytes()
+    assert (tmp_path / "again/diffusion_pytorch_model.safetensors").read_bytes() == (
+        tmp_path / "oracle/diffusion_pytorch_model.safetensors"
+    ).read_bytes()
 
 
 def test_a_checkpoint_of_four_bits_in_groups(tmp_path: Path) -> None:
     mine, oracle = (compiled("rtn-w4a16-g32", backend, torch.bfloat16, **WIDE) for backend in ("torchao", "fake-quant"))
     fxquant.save(mine, tmp_path / "mine")
     fxquant.save(oracle, tmp_path / "oracle")
-    assert (tmp_path / "mine/model.safetensors").read_bytes() == (tmp_path / "oracle/model.safetensors").read_bytes()
+    assert (tmp_path / "mine/diffusion_pytorch_model.safetensors").read_bytes() == (
+        tmp_path / "oracle/diffusion_pytorch_model.safetensors"
+    ).read_bytes()
     assert sqnr_db(*(sample(model, mixed(torch.bfloat16)).double() for model in (oracle, mine))) > FLOOR_BF16
     loaded = fxquant.load(tmp_path / "oracle", backend="torchao")
     assert torch.equal(sample(loaded, mixed(torch.bfloat16)), sample(mine, mixed(torch.bfloat16)))

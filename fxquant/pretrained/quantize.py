@@ -1,0 +1,90 @@
+"""Quantizes the object that ``from_pretrained`` of diffusers returns: at once, or at its first call."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.api import compile as compile_model
+from fxquant.planning.plan import Plan
+from fxquant.pretrained.config import FxQuantConfig
+from fxquant.runtime.model import GraphModel
+from fxquant.statistics.collection import Statistics
+
+_OF_DIFFUSERS = ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
+_HOOKS = ("_hf_hook", "_old_forward", "forward")  # accelerate replaces ``forward`` and keeps the original.
+
+
+def quantize_now(model: nn.Module, config: FxQuantConfig) -> None:
+    """Quantize a model in place, with a plan, statistics or a calibration.
+
+    Args:
+        model: The float model; the object becomes the quantized model.
+        config: What to do.
+
+    Raises:
+        FxquantError: As :func:`fxquant.compile`; the model stays float.
+    """
+    original = _float_copy(model)
+    calibrate = None if config.calibrate is None else functools.partial(config.calibrate, original)
+    _quantized(original, config, calibrate).take_place_of(model)
+
+
+def quantize_at_first_call(model: nn.Module, config: FxQuantConfig) -> None:
+    """Quantize a model in place when it is first called; this call already has the output of the quantized model.
+
+    ``torch.compile`` does not trace this call.
+    """
+    model.forward = functools.partial(torch.compiler.disable(_first_call), model, config)
+    functools.update_wrapper(model.forward, type(model).forward)
+
+
+def _first_call(model: nn.Module, config: FxQuantConfig, *args: Any, **kwargs: Any) -> Any:
+    original = _float_copy(model)
+    hook = vars(model).get("_hf_hook")
+    with torch.no_grad():
+        quantized = _quantized(original, config, functools.partial(original, *args, **kwargs))
+        output = quantized(*args, **kwargs)
+    quantized.take_place_of(model)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(model, hook)
+    return output
+
+
+def _quantized(original: nn.Module, config: FxQuantConfig, calibrate: Any) -> GraphModel:
+    if config.plan is not None:
+        plan = Plan.load(config.plan) if isinstance(config.plan, (str, Path)) else config.plan
+        return compile_model(original, plan=plan, backend=config.backend, statistics=_statistics(config.statistics))
+    return compile_model(
+        original,
+        recipe=config.recipe,
+        backend=config.backend,
+        calibrate=calibrate,
+        layers=config.layers,
+        timestep=config.timestep,
+        measure=config.measure,
+        statistics=_statistics(config.statistics),
+    )
+
+
+def _statistics(given: Statistics | str | Path | None) -> Statistics | None:
+    return Statistics.load(given) if isinstance(given, (str, Path)) else given
+
+
+def _float_copy(model: nn.Module) -> nn.Module:
+    """The float model as another object over the same weights, without what diffusers and accelerate attached to it."""
+    made = copy.copy(model)
+    for name in (*_HOOKS, "hf_quantizer", "is_quantized", "quantization_method"):
+        vars(made).pop(name, None)
+    config = getattr(model, "_internal_dict", None)
+    if config is not None:
+        kept = {name: value for name, value in config.items() if name not in _OF_DIFFUSERS}
+        object.__setattr__(made, "_internal_dict", type(config)(kept))
+    return made.eval()

@@ -1,0 +1,127 @@
+"""The quantizer that ``from_pretrained`` of diffusers calls: it reads quantized models, and quantizes float ones.
+
+``from_pretrained`` returns the object that it made, so that object becomes the quantized model
+(:meth:`~fxquant.runtime.pretrained.Pretrained.take_place_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from fxquant.disk.files import dtype_of_name
+from fxquant.errors import CheckpointError
+from fxquant.planning.plan import PLAN_FILE
+from fxquant.pretrained.config import FxQuantConfig
+from fxquant.pretrained.quantize import quantize_at_first_call, quantize_now
+from fxquant.runtime.model import GraphModel
+from fxquant.storage.checkpoint import load
+from fxquant.storage.load_options import check_dtype, device_of_map
+from fxquant.storage.weights import variant_of
+
+
+class FxQuantizer(DiffusersQuantizer):
+    """Reads checkpoints of fxquant, and carries out an :class:`~fxquant.pretrained.config.FxQuantConfig`."""
+
+    quantization_config: FxQuantConfig
+
+    def __init__(self, quantization_config: FxQuantConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self._folder: Path | None = None
+        self._device = torch.device("cpu")
+        self._model: nn.Module | None = None
+        if not self.pre_quantized:
+            quantization_config.check_complete()
+
+    def validate_environment(self, *_: Any, **options: Any) -> None:
+        """Refuse options that a quantized model cannot have, before its files are looked for.
+
+        Raises:
+            ConfigurationError: If it is to be spread over devices, or to have another dtype than its checkpoint.
+        """
+        device = device_of_map(options.get("device_map"))
+        if device is not None:
+            self._device = device
+        held = (self.quantization_config.recorded or {}).get("dtype")
+        if self.pre_quantized and held is not None:
+            check_dtype("the model", dtype_of_name(held), options.get("torch_dtype"))
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype of the checkpoint, if the caller named none."""
+        held = (self.quantization_config.recorded or {}).get("dtype")
+        return dtype_of_name(held) if torch_dtype is None and held is not None else torch_dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """None for a checkpoint: its tensors go to the device when it is read."""
+        return None if self.pre_quantized else device_map
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Take note of the files that diffusers found; of a checkpoint it is to read no tensor itself."""
+        if not self.pre_quantized:
+            return loaded_keys
+        self._folder = _folder_of(checkpoint_files)
+        return []
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Nothing for a checkpoint."""
+        return {} if self.pre_quantized else state_dict
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """No weight of a checkpoint is missing."""
+        return [] if self.pre_quantized else missing_keys
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
+    ) -> bool:
+        """False: float weights are read as they are."""
+        return False
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        """Nothing: the weights are read first."""
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Read the checkpoint in place of the model, or quantize the model."""
+        self._model = model
+        if self.pre_quantized:
+            assert self._folder is not None
+            variant = variant_of(path.name for path in self._folder.iterdir())
+            load(self._folder, device=self._device, variant=variant, model=_own_class(model)).take_place_of(model)
+        elif self.quantization_config.calibrate is None and self.quantization_config.recipe is not None:
+            quantize_at_first_call(model, self.quantization_config)
+        else:
+            quantize_now(model, self.quantization_config)
+
+    @property
+    def is_serializable(self) -> bool:
+        """Whether the model is quantized; one that waits for its first call cannot be written."""
+        return isinstance(self._model, GraphModel)
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: a quantized model only computes its output."""
+        return False
+
+
+def _own_class(model: nn.Module) -> type[nn.Module] | None:
+    """The class of a model from outside of diffusers, which a checkpoint does not say how to import."""
+    return None if type(model).__module__.startswith("diffusers.") else type(model)
+
+
+def _folder_of(files: Sequence[str]) -> Path:
+    """The folder of a checkpoint, from the paths of its weights.
+
+    Raises:
+        CheckpointError: If the rest of the checkpoint is not there.
+    """
+    folder = Path(files[0]).parent
+    if not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(
+            f"{folder / PLAN_FILE} is missing: only the weights were copied or downloaded. Copy the whole folder; from "
+            "the hub, download it with huggingface_hub.snapshot_download and give the folder to from_pretrained"
+        )
+    return folder
