@@ -96,7 +96,7 @@ def _constant_affines(graph: fx.Graph, rewriter: Rewriter) -> tuple[dict[str, fx
             continue
         if not node.meta["val"].dim():  # A scalar, which has no channels; the factor reached it on its way.
             continue
-        factor, channels = rewriter.tensor(scale).double(), node.meta["val"].shape[-1]
+        factor, channels = rewriter.tensor(scale).double().cpu(), node.meta["val"].shape[-1]
         if (
             isinstance(channels, int)
             and factor.numel() in (1, channels)

@@ -80,7 +80,7 @@ def _shifts(graph: fx.Graph, plan: Plan, rewriter: Rewriter) -> dict[fx.Node, Ti
             table = read_table(shift, timestep_input(graph, plan.timestep), rewriter)
             channels = node.meta["val"].shape[-1]
             if table is not None and table.rows[0].numel() == channels and (rewriter.tensor(scale) == 1).all():
-                found[node] = table.map(lambda rows: rows.flatten(1).double())
+                found[node] = table.map(lambda rows: rows.flatten(1).double().cpu())
     return found
 
 

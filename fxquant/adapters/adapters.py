@@ -279,7 +279,8 @@ class Adapters:
             return before, self.captured
         kept = {} if before is None else before.ranks
         room = {
-            path: max(ranks.get(path, 0), kept.get(path, 0), self._least_rank) for path in dict.fromkeys([*kept, *ranks])
+            path: max(ranks.get(path, 0), kept.get(path, 0), self._least_rank)
+            for path in dict.fromkeys([*kept, *ranks])
         }
         branching = Branching(room)
         captured: list[CapturedGraph] = []
@@ -336,4 +337,3 @@ class Adapters:
 
 def _zeros(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(0, a.shape[1]), torch.zeros(b.shape[0], 0)
-

@@ -123,7 +123,9 @@ class Branching:
         site = self._site(layer, use, change, node)
         readers = list(node.users)
         with rewriter.after(node):
-            a = self._read(rewriter, site.a, torch.zeros(rank, x.meta["val"].shape[-1], dtype=dtype, device=device), node)
+            a = self._read(
+                rewriter, site.a, torch.zeros(rank, x.meta["val"].shape[-1], dtype=dtype, device=device), node
+            )
             b = self._read(rewriter, site.b, torch.zeros(value.shape[-1], rank, dtype=dtype, device=device), node)
             offset = None
             if change.shift is not None:

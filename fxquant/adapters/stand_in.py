@@ -41,7 +41,9 @@ def make_stand_in(skeleton: nn.Module) -> Any:
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
     made = copy.deepcopy(skeleton, memo)
     if not isinstance(made, PeftAdapterMixin):
-        made.__class__ = type(type(made).__name__, (PeftAdapterMixin, type(made)), {"__module__": type(made).__module__})
+        made.__class__ = type(
+            type(made).__name__, (PeftAdapterMixin, type(made)), {"__module__": type(made).__module__}
+        )
     return made
 
 
@@ -94,7 +96,9 @@ def check_supported(stand_in: nn.Module) -> None:
             )
         for name in module.lora_A:
             if module.use_dora.get(name):
-                raise AdapterError(f"adapter {name!r} is a DoRA, which also changes the norm of the weight of {path!r}. {FUSE}")
+                raise AdapterError(
+                    f"adapter {name!r} is a DoRA, which also changes the norm of the weight of {path!r}. {FUSE}"
+                )
             if module.lora_bias.get(name):
                 raise AdapterError(f"adapter {name!r} has a bias for layer {path!r}, which a branch cannot add. {FUSE}")
 

@@ -57,7 +57,9 @@ def tuner_of(adapters: Adapters) -> nn.Module:
 
         def scale_layer(self, scale: float) -> None:
             """Refuse: the graphs multiply their branches themselves."""
-            raise AdapterError("the layers of a quantized model are not scaled one by one; use set_adapters with weights")
+            raise AdapterError(
+                "the layers of a quantized model are not scaled one by one; use set_adapters with weights"
+            )
 
         unscale_layer = scale_layer
 

@@ -164,11 +164,12 @@ class Rewriter:
 
         Args:
             name: Name of the tensor.
-            value: The tensor; it is stored contiguous in memory.
+            value: The tensor; it is stored contiguous in memory, on the device of the first source's value.
             sources: The nodes that the new one is made from.
             history: The tensor's history, if it is derived from weights; see :func:`fxquant.ir.histories.made_from`.
         """
-        target, value = self._free_target(name), contiguous(value)
+        made_from = next((node.meta["val"] for node in sources if isinstance(node.meta.get("val"), Tensor)), value)
+        target, value = self._free_target(name), contiguous(value.to(made_from.device))
         set_tensor(self.module, target, value)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(target)

@@ -35,7 +35,7 @@ class Backend(ABC):
         name: Name in the registry.
         spec: The ops that a lowered graph may hold.
         devices: The types of devices that it runs on, such as ``cpu``; None for all.
-        moves: Whether one lowered graph runs on all these types; if not, each type needs its own lowered graph.
+        moves: Whether one lowered graph runs on all these types; if not, a model is lowered again on another type.
     """
 
     name: ClassVar[str]
@@ -130,15 +130,6 @@ class Backend(ABC):
             raise BackendError(
                 f"backend {self.name!r} runs on {', '.join(sorted(self.devices))}, not on {device.type}; keep the "
                 "model on such a device, or use backend 'fake-quant', which runs on any device"
-            )
-
-    def check_move(self, start: torch.device, goal: torch.device) -> None:
-        """Like :meth:`check_device`, for a move of a lowered model from one device to another."""
-        self.check_device(goal)
-        if not self.moves and start.type != goal.type:
-            raise BackendError(
-                f"backend {self.name!r} lowered this model for {start.type}, and {goal.type} needs another lowered "
-                f"graph; save the model and load it there: fxquant.load(folder, device={str(goal)!r})"
             )
 
     def compiling(self) -> None:  # noqa: B027  (most have no message)

@@ -8,8 +8,6 @@ of these kinds; others are refused by name:
 - methods of libraries that :data:`SAFE` lists;
 - methods of the model's own class: they run on a :class:`Part`, which refuses every change and every access to weights;
 - submodules, as :class:`Part`.
-
-This module also refuses hooks that stream weights.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import enum
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture.state import HOLLOW
-from fxquant.errors import ConfigurationError, DropInError
+from fxquant.errors import DropInError
 
 
 def _shown_class(model: nn.Module) -> type:
@@ -98,12 +97,8 @@ _ADVICE = {
     ),
     "cache": "diffusers caches skip blocks by hooks on their modules, and a graph has no modules. Leave it out",
     "hook": "a graph calls no submodules. Put hooks on the whole model",
-    "offload": (
-        "a graph reads its weights, so they cannot be moved block by block. Use pipe.enable_model_cpu_offload(), "
-        "which moves the whole model, or .to(device)"
-    ),
+    "offload": "call enable_group_offload of the whole model",
     "layerwise_casting": "its weights are already stored with few bits. Leave it out",
-    "memory_footprint": "fxquant.report(model) shows its size in bytes",
     "parallel": "a graph runs on one device. Leave it out",
     "compile": "compile the whole model: model.compile() or torch.compile(model)",
     "checkpointing": "it is for training, and a quantized model only computes its output. Leave it out",
@@ -278,25 +273,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return isinstance(value, (list, tuple, set, frozenset)) and all(map(_is_plain, value))
-
-
-def refuse_streaming(name: str, value: Any) -> None:
-    """Refuse accelerate hooks that load weights into a module when it is called, and all hooks of diffusers.
-
-    A graph calls no modules, so their weights would never be loaded. accelerate sets such a hook on the model itself
-    before it moves any weight, so the model is still intact when this raises.
-
-    Raises:
-        ConfigurationError: Says how to offload instead.
-        DropInError: If it is a hook of diffusers.
-    """
-    if name == "_diffusers_hook":
-        raise refusal(name)
-    hooks = getattr(value, "hooks", (value,)) if name == "_hf_hook" else ()
-    for hook in hooks:
-        if getattr(hook, "io_same_device", False) and getattr(hook, "execution_device", None) is None:
-            raise ConfigurationError(
-                "a graph reads the weights of a captured model, so they cannot be moved to the device module by "
-                "module, as sequential offload and device maps do. Use pipe.enable_model_cpu_offload(), which moves "
-                "the whole model, or .to(device)"
-            )

@@ -26,6 +26,10 @@ _MANY_VALUES = 8  # Number of graphs for fixed input values at which to warn.
 
 def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     """Run the graph that serves a call; capture one if none exists yet."""
+    if self._place.home is not None:  # Its tensors are elsewhere.
+        if self._place.streaming is not None:
+            return _stream(self, args, kwargs)
+        _arrive(self)
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
         # This call is inside a larger function that is being compiled.
         given = self.architecture.canonical(args, kwargs)
@@ -65,6 +69,19 @@ def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[Cap
 
 
 @torch.compiler.disable
+def _stream(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    streaming = self._place.streaming
+    assert streaming is not None
+    captured, inputs = _choose(self, *streaming.arrived((args, dict(kwargs))))
+    return captured.output(showing_nans(captured, inputs, streaming.run(captured, inputs)))
+
+
+@torch.compiler.disable
+def _arrive(self: GraphModel) -> None:
+    self._arrive()
+
+
+@torch.compiler.disable
 def _begin(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> torch_compile.Call:
     captured, inputs = _choose(self, args, kwargs)
     torch_compile.watch(self.backend)
@@ -88,10 +105,11 @@ def _end(call: torch_compile.Call, leaves: Sequence[Any]) -> Any:
 
 @torch.compiler.disable
 def _capture(self: GraphModel, call: Call) -> CapturedGraph:
-    with tracing_alone(), without_autocast(self.device.type):
+    with tracing_alone(), without_autocast(self.runs_on.type):
         if (made := self.find(call)) is not None:  # Captured by another thread in the meantime.
             return made
-        captured = self.capture(call)
+        with self._at_home():
+            captured = self.capture(call)
     warn_of_many(call, [graph.call for graph in self.serving])
     known = [graph for graph in self.serving if graph.call.known]
     if captured.call.known and len(known) == _MANY_VALUES:

@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,14 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.shared import SharedTensors
-from fxquant.ir.tensors import read_tensors, set_tensor, weights_and_buffers
+from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
-from fxquant.runtime.devices import retarget
-from fxquant.runtime.drop_in import DropIn, changes, hand_on, refusal, refuse_streaming
+from fxquant.runtime.drop_in import changes, hand_on, refusal
 from fxquant.runtime.forward import forward_of_graphs
 from fxquant.runtime.lora import adapters_of, copy_adapters, is_of_lora, lora_attribute
+from fxquant.runtime.moving import Movable, Place
+from fxquant.runtime.offloading import is_offloading
 from fxquant.runtime.pretrained import Pretrained
 from fxquant.runtime.wrappers import unwrapped
 
@@ -36,7 +37,7 @@ MakeGraph = Callable[..., CapturedGraph]
 """Makes a graph for a model and a call, and for quantized models with branches, if given."""
 
 
-class GraphModel(Pretrained, DropIn):
+class GraphModel(Pretrained, Movable):
     """A diffusion transformer as one FX graph for each kind of call.
 
     Pipelines accept it in place of the original: it has the original's ``config``, ``dtype``, ``device``, ``forward``
@@ -45,7 +46,7 @@ class GraphModel(Pretrained, DropIn):
     graphs share their tensors.
 
     ``state_dict`` has the tensors by their names in the model, whatever graphs were captured. To write files, use
-    :func:`fxquant.save`: the model itself cannot be pickled.
+    :func:`fxquant.save`. A pickle of a quantized model holds such a checkpoint.
 
     Attributes:
         graphs: The FX graph modules, one per kind of call; placeholders are the tensor inputs.
@@ -78,6 +79,7 @@ class GraphModel(Pretrained, DropIn):
         self.weights = {} if weights is None else weights
         self.shared = SharedTensors() if shared is None else shared
         self._dtype = dtype
+        self._place = Place()
         self._watched = 0
         # Not a submodule, to hide its fake parameters. From here on, attributes of the original cannot be set.
         object.__setattr__(self, "architecture", architecture)
@@ -96,12 +98,6 @@ class GraphModel(Pretrained, DropIn):
         """Floating-point dtype of the original model; inputs and outputs keep it."""
         return self._dtype
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        held = itertools.chain(self.parameters(), self.buffers(), self.architecture.skeleton.parameters())
-        return next((tensor.device for tensor in held), torch.device("cpu"))
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -116,7 +112,10 @@ class GraphModel(Pretrained, DropIn):
     def __setattr__(self, name: str, value: Any) -> None:
         own = name in self.__dict__ or name in ("graphs", "training") or hasattr(GraphModel, name)
         if not own and "architecture" in self.__dict__:
-            refuse_streaming(name, value)
+            if name == "_diffusers_hook":
+                raise refusal(name)
+            if name == "_hf_hook" and is_offloading(value):
+                self._expect_offload()
             if changes(self.architecture.skeleton, name):
                 raise refusal(name, "it would not change what was captured. Set it in the float model and compile that")
         super().__setattr__(name, value)
@@ -171,10 +170,11 @@ class GraphModel(Pretrained, DropIn):
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the graphs captured in calibration, by name, as checkpoints store it."""
         found: dict[str, torch.Tensor] = {}
-        for captured in self.lasting:
-            held = read_tensors(captured.module) if self.backend is None else self.backend.stored(captured.module)
-            for name, tensor in held.items():
-                found.setdefault(name, tensor)
+        with self._at_home():
+            for captured in self.lasting:
+                held = read_tensors(captured.module) if self.backend is None else self.backend.stored(captured.module)
+                for name, tensor in held.items():
+                    found.setdefault(name, tensor)
         return found
 
     def find(self, call: Call) -> CapturedGraph | None:
@@ -298,14 +298,14 @@ class GraphModel(Pretrained, DropIn):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        how = (
-            "write it with fxquant.save(model, folder) and read it with fxquant.load(folder)"
-            if self.plan is not None
-            else "make it again with fxquant.trace"
-        )
-        raise ConfigurationError(
-            f"a captured model cannot be pickled or written by torch.save: {how}. state_dict() holds only its tensors"
-        )
+        if self.plan is None:
+            raise ConfigurationError(
+                "a traced model cannot be pickled or written by torch.save: pickle the float model, and make it again "
+                "with fxquant.trace"
+            )
+        from fxquant.storage.pickling import reduced
+
+        return reduced(self)
 
     def __copy__(self) -> GraphModel:
         clone = GraphModel.__new__(GraphModel)
@@ -317,6 +317,7 @@ class GraphModel(Pretrained, DropIn):
         GraphModel.__init__(
             clone, self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights, self.shared
         )
+        clone._place = self._place
         for captured in self.captured:
             clone.add(captured)
         copy_adapters(self, clone)
@@ -331,50 +332,11 @@ class GraphModel(Pretrained, DropIn):
         assert isinstance(model, GraphModel)
         self._fill(model)
 
-    def _share(self, graphs: Sequence[CapturedGraph]) -> None:
-        held: dict[str, torch.Tensor] = {}
-        for captured in graphs:
-            for target, tensor in read_tensors(captured.module).items():
-                first = held.setdefault(target, tensor)
-                if first is not tensor and first.shape == tensor.shape and first.dtype == tensor.dtype:
-                    set_tensor(captured.module, target, first)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GraphModel:
-        probe = fn(torch.empty(0, dtype=self._dtype, device=self.device))
-        if probe.dtype != self._dtype:
-            raise ConfigurationError(
-                f"a captured model keeps the dtype it was captured with ({self._dtype}); "
-                f"convert the original to {probe.dtype} first and compile that"
-            )
-        if probe.device.type == "meta":
-            raise ConfigurationError(
-                "on the meta device a model would lose its tensors; delete the model, and read it again with "
-                "fxquant.load when it is needed"
-            )
-        moved = probe.device != self.device
-        if moved and self.backend is not None:
-            self.backend.check_move(self.device, probe.device)
-
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            changed = fn(tensor)  # Casts are undone: scales and factors have dtypes of their own.
-            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
-
-        super()._apply(keep_dtype, recurse)
-        adapters = adapters_of(self)
-        for captured in () if adapters is None else adapters.captured:
-            captured.module._apply(keep_dtype, recurse)
-        self._share(self.every)
-        if moved:
-            for captured in self.every:
-                retarget(captured.module, probe.device)
-        if adapters is not None:
-            adapters.moved()
-        return self
-
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
         plan, weights = copy.deepcopy(self.plan, memo), copy.deepcopy(self.weights, memo)
         shared = copy.deepcopy(self.shared, memo)
         clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, weights, shared)
+        clone._place = self._place.copy()
         clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
             for name, tensor in read_tensors(captured.module).items():

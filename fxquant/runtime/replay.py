@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.adapters.branches import Branching
 from fxquant.calibration.calibrate import Calibration
 from fxquant.calibration.recorded import kept_inputs
-from fxquant.adapters.branches import Branching
 from fxquant.capture.calls import Call, CallSpec
 from fxquant.capture.fidelity import Original, example
 from fxquant.capture.graph import CapturedGraph
@@ -237,6 +237,28 @@ def model_from_plan(
         rewrite_graph(captured, context, [*recipe.prepare, *recipe.convert])
         quantized.add(captured)
     return quantized
+
+
+def lowered_for(quantized: GraphModel, device: torch.device) -> GraphModel:
+    """The same model, lowered for a device. Its graphs are made from the plan, and its tensors from the stored codes.
+
+    Raises:
+        BackendError: If the backend does not run on the device, or not these layers.
+        ConfigurationError: If the plan was edited since the model was made.
+    """
+    assert quantized.plan is not None and quantized.backend is not None
+    quantized.backend.check_device(device)
+    backend = quantized.backend.on(device)
+    backend.check(quantized.plan)
+    made = model_from_plan(quantized.architecture, quantized.plan, backend, quantized.dtype, device)
+    if [graph.digest for graph in made.captured] != [graph.digest for graph in quantized.lasting]:
+        raise ConfigurationError(
+            f"the plan of this model was edited, so it cannot be lowered for {device.type}. Edit a copy of the plan, "
+            "and compile the float model with plan="
+        )
+    bind_all(made, {name: tensor.to(device) for name, tensor in quantized.stored_tensors().items()})
+    lower_all(made)
+    return made
 
 
 def lower_all(quantized: GraphModel) -> None:

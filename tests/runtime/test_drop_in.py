@@ -29,11 +29,11 @@ MIXINS = (
     UNet2DConditionLoadersMixin,
 )
 WORKS = {
-    "cache_context", "config", "config_name", "device", "dtype", "extract_init_dict", "from_config",
-    "from_pretrained", "get_config_dict",
-    "has_compatibles", "ignore_for_config", "is_cache_enabled", "is_gradient_checkpointing", "load_config",
-    "num_parameters", "push_to_hub", "register_to_config", "save_config", "save_pretrained", "text_encoder_name",
-    "to_json_file", "to_json_string", "unet_name",
+    "cache_context", "config", "config_name", "device", "dtype", "enable_group_offload", "extract_init_dict",
+    "from_config", "from_pretrained", "get_config_dict", "get_memory_footprint", "has_compatibles",
+    "ignore_for_config", "is_cache_enabled", "is_gradient_checkpointing", "load_config", "num_parameters",
+    "push_to_hub", "register_to_config", "save_config", "save_pretrained", "text_encoder_name", "to_json_file",
+    "to_json_string", "unet_name",
 }  # fmt: skip
 """What of diffusers' classes works beside what torch.nn.Module has."""
 
@@ -51,12 +51,10 @@ REFUSED = {
     "enable_xformers_memory_efficient_attention": "attention was captured",
     "enable_cache": "Leave it out",
     "disable_cache": "Leave it out",
-    "enable_group_offload": "enable_model_cpu_offload",
     "enable_layerwise_casting": "Leave it out",
     "enable_parallelism": "one device",
     "compile_repeated_blocks": r"model\.compile\(\)",
     "enable_gradient_checkpointing": "for training",
-    "get_memory_footprint": r"fxquant\.report",
     "from_single_file": "Call it on the class",
     "dequantize": "the float model is the one",
 }
@@ -246,25 +244,6 @@ def test_methods_of_a_model_of_ones_own() -> None:
 
 
 # --- hooks and modes ---
-
-
-def test_sequential_offload_is_refused_and_changes_nothing(quantized: GraphModel) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    expected = run(quantized)
-    with pytest.raises(ConfigurationError, match=r"sequential offload.*enable_model_cpu_offload"):
-        accelerate.cpu_offload(quantized, torch.device("cpu"))
-    accelerate.hooks.remove_hook_from_module(quantized, recurse=True)
-    assert torch.equal(run(quantized), expected)
-    assert not any(tensor.is_meta for tensor in quantized.tensors().values())
-
-
-def test_offload_of_the_whole_model_works(quantized: GraphModel) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    expected = run(quantized)
-    _, hook = accelerate.cpu_offload_with_hook(quantized, torch.device("cpu"))
-    assert torch.equal(run(quantized), expected)
-    hook.remove()
-    assert torch.equal(run(quantized), expected)
 
 
 def test_hooks_of_diffusers_on_the_model_are_refused(quantized: GraphModel) -> None:

@@ -1,13 +1,10 @@
-"""The drop-in as a module of torch: state dicts, copies and what cannot be pickled."""
+"""The drop-in as a module of torch: state dicts and copies."""
 
 from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
-import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -119,23 +116,6 @@ def test_a_shallow_copy_shares_tensors_and_calls_itself(quantized: GraphModel) -
     assert (len(clone.graphs), len(quantized.graphs)) == (2, graphs)
     ours, theirs = clone.tensors(), quantized.tensors()
     assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        pickle.dumps,
-        lambda model: torch.save(model, io.BytesIO()),
-        lambda model: torch.save({"model": model}, io.BytesIO()),
-        lambda model: multiprocessing.get_context("spawn").Process(target=print, args=(model,)).start(),
-    ],
-    ids=["pickle", "torch.save", "torch.save in a dict", "another process"],
-)
-def test_pickling_points_to_save(quantized: GraphModel, write: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"cannot be pickled.*fxquant\.save\(model, folder\)"):
-        write(quantized)
-    with pytest.raises(ConfigurationError, match=r"cannot be pickled.*fxquant\.trace"):
-        write(fxquant.trace(make_dit()))
 
 
 def test_a_compiled_one_is_saved_as_it_is(quantized: GraphModel, tmp_path: Path) -> None:

@@ -49,9 +49,17 @@ def _rows_end(node: fx.Node, want: Want) -> Outcome:
 def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
     out_features = shape_of(args(node).node("weight"))[0]
     rows, shift = a.flatten().expand(out_features), c.flatten().expand(out_features)
-    rewriter.fold(node, "weight", lambda w: w.double() * rows.reshape(-1, *[1] * (w.dim() - 1)), by=("rows", rows))
+
+    def folded(weight: Tensor) -> Tensor:
+        return weight.double() * rows.to(weight.device).reshape(-1, *[1] * (weight.dim() - 1))
+
+    rewriter.fold(node, "weight", folded, by=("rows", rows))
     if args(node).bias is not None:
-        rewriter.fold(node, "bias", lambda b: b.double() * rows + shift, by=("affine", rows, shift))
+
+        def moved(bias: Tensor) -> Tensor:
+            return bias.double() * rows.to(bias.device) + shift.to(bias.device)
+
+        rewriter.fold(node, "bias", moved, by=("affine", rows, shift))
     elif shifted:
         rewriter.give(node, "bias", shift)
 
@@ -116,9 +124,9 @@ def _fold_norm(
     if args(node).weight is None:
         rewriter.give(node, "weight", a)
     else:
-        rewriter.fold(node, "weight", lambda w: w.double() * a, by=("affine", a))
+        rewriter.fold(node, "weight", lambda w: w.double() * a.to(w.device), by=("affine", a))
     if "bias" in parameters and args(node).bias is not None:
-        rewriter.fold(node, "bias", lambda b: b.double() * a + c, by=("affine", a, c))
+        rewriter.fold(node, "bias", lambda b: b.double() * a.to(b.device) + c.to(b.device), by=("affine", a, c))
     elif "bias" in parameters and shifted:
         rewriter.give(node, "bias", c)
 
@@ -137,7 +145,10 @@ def embedding(node: fx.Node, want: Want) -> Outcome:
 
 
 def _fold_table(node: fx.Node, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
-    rewriter.fold(node, "weight", lambda table: table.double() * a.flatten() + c.flatten(), by=("columns", a, c))
+    def folded(table: Tensor) -> Tensor:
+        return table.double() * a.flatten().to(table.device) + c.flatten().to(table.device)
+
+    rewriter.fold(node, "weight", folded, by=("columns", a, c))
 
 
 @rule("get_attr")

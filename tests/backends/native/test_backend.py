@@ -289,7 +289,7 @@ def test_another_device_is_refused() -> None:
     ours = shared("rtn-w8a8", "onednn")
     assert ours.backend is not None
     with pytest.raises(BackendError, match=r"'native' runs on cpu, cuda, not on xpu.*fake-quant"):
-        ours.backend.check_move(torch.device("cpu"), torch.device("xpu"))
+        ours.backend.check_device(torch.device("xpu"))
     with pytest.raises(ConfigurationError, match=r"on the meta device a model would lose its tensors.*fxquant\.load"):
         ours.to("meta")
     assert ours.device == torch.device("cpu")

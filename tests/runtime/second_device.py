@@ -1,0 +1,365 @@
+"""A second device that computes on the CPU, and checks of models that move there. They run in a process of their own.
+
+torch lets a package define a device in Python. Its tensors hold a tensor on the CPU; ops run on that tensor, and fail
+if they get tensors of both devices, as on a GPU. torch then reports an accelerator for the rest of the process, so
+tests run this module as a program: it prints the error of each check, or null, as JSON.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import accelerate
+import diffusers
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import fxquant
+from fxquant import api
+from fxquant.backends.derived_tensors import derived
+from fxquant.backends.fake_quant.backend import FakeQuant
+from fxquant.capture.fidelity import Original
+from fxquant.errors import BackendError, ConfigurationError
+from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.tensors import drop_unread_tensors, read_tensors
+from fxquant.pipeline.backend import Backend
+from fxquant.pipeline.recipes import make_recipe
+from fxquant.planning.plan import Plan, tensor_bytes
+from fxquant.runtime.model import GraphModel
+from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline
+
+GPU = torch.device("privateuseone:0")
+CPU = torch.device("cpu")
+
+
+class OnSecond(Tensor):
+    """A tensor of the second device; ``raw`` holds its values."""
+
+    raw: Tensor
+    alive: ClassVar[weakref.WeakSet[OnSecond]] = weakref.WeakSet()
+    most = 0
+
+    @staticmethod
+    def __new__(cls, raw: Tensor, requires_grad: bool = False) -> OnSecond:
+        """A wrapper with the sizes of ``raw``, or another wrapper of it."""
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, raw.size(), strides=raw.stride(), dtype=raw.dtype, device=GPU
+        )
+
+    def __init__(self, raw: Tensor, requires_grad: bool = False) -> None:
+        self.raw = raw.raw if isinstance(raw, OnSecond) else raw
+        OnSecond.alive.add(self)
+        OnSecond.most = max(OnSecond.most, tensor_bytes({str(i): t.raw for i, t in enumerate(OnSecond.alive)}))
+
+    def __repr__(self, **_: Any) -> str:
+        return f"OnSecond({self.raw})"
+
+    def untyped_storage(self) -> Any:
+        """The memory of the values."""
+        return self.raw.untyped_storage()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+        if mode is None:
+            return run_op(func, args, kwargs or {})
+        values, options = tree_map(
+            lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, OnSecond) else leaf, (args, kwargs or {})
+        )
+        return func(*values, **options)
+
+
+def run_op(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run an op of ATen on the values of its tensors."""
+    found: set[bool] = set()
+
+    def value(leaf: Any) -> Any:
+        if isinstance(leaf, torch.device):
+            return CPU
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if isinstance(leaf, OnSecond) or leaf.dim():
+            found.add(type(leaf) is OnSecond)
+        return leaf.raw if isinstance(leaf, OnSecond) else leaf
+
+    name, goal = func._schema.name, kwargs.get("device")
+    values, options = tree_map(value, args), tree_map(value, dict(kwargs))
+    if len(found) > 1 and name not in ("aten::copy_", "aten::_copy_from"):
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+    if name == "aten::_copy_from":
+        return values[1].copy_(values[0])
+    made = func(*values, **options)
+    if func._schema.is_mutable:
+        arguments = func._schema.arguments
+        names = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
+        places = [argument.name for argument in arguments if not argument.kwarg_only]
+        written = [kwargs[name] if name in kwargs else args[places.index(name)] for name in names]
+        return written[0] if len(written) == 1 else tuple(written)
+    if goal is not None and torch.device(goal).type == "cpu":
+        return made.clone() if name == "aten::_to_copy" else made
+    return tree_map(lambda leaf: OnSecond(leaf) if isinstance(leaf, Tensor) else leaf, made)
+
+
+def install() -> torch.library.Library:
+    """Make the device known to torch, until the process ends or the library is freed."""
+    _setup_privateuseone_for_python_backend()
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda op, *args, **kwargs: run_op(op, args, kwargs), "PrivateUse1")
+    Original.compare = lambda *_: None  # type: ignore[method-assign]  # It needs a generator of random numbers.
+    api.check_storage = lambda _: None  # It takes weights of this device for those of a library.
+    make = torch.tensor  # It cannot make tensors on a device of Python.
+    torch.tensor = lambda *args, device=None, **options: make(*args, **options).to(device)  # type: ignore[assignment]
+    return library
+
+
+class PerDevice(FakeQuant):
+    """Holds codes in a form of its own on each device, in which no other device can read them."""
+
+    name = "per-device"
+    devices = frozenset({"cpu", "privateuseone"})
+    moves = False
+    lowered = 0
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+
+    def on(self, device: torch.device) -> Backend:
+        """This backend, with the form of the device."""
+        return PerDevice(device)
+
+    @property
+    def mask(self) -> int:
+        """What codes are held as exclusive or with."""
+        return 1 if self.device.type == "cpu" else 255
+
+    def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
+        """Hold codes in the form of the device."""
+        PerDevice.lowered += 1
+        rewriter = Rewriter(module, "lower to per-device")
+        for node in [node for node in module.graph.nodes if str(node.target).endswith("weight_packed")]:
+            users = list(node.users)
+            held = derived(node, self.device.type, rewriter, others, lambda n=node: rewriter.tensor(n) ^ self.mask)
+            for user in users:
+                with rewriter.before(user):
+                    codes = rewriter.call(torch.ops.aten.bitwise_xor.Scalar, (held, self.mask), [node])
+                rewriter.redirect(user, node, codes)
+        module.graph.eliminate_dead_code()
+        drop_unread_tensors(module)
+
+    def stored(self, module: fx.GraphModule) -> dict[str, Tensor]:
+        """Codes in the form of checkpoints, made by this device."""
+        found = read_tensors(module)
+        for name in [name for name in found if name.endswith(f"weight_packed{self.device.type}")]:
+            assert found[name].device.type == self.device.type
+            found[name.removesuffix(self.device.type)] = found.pop(name) ^ self.mask
+        return found
+
+
+# --- checks ---
+
+MODEL = make_dit(layers=2)
+BACKENDS = (FakeQuant, PerDevice)
+
+
+def quantized(backend: type[Backend]) -> GraphModel:
+    """A fresh quantized model on the CPU."""
+    return fxquant.compile(
+        MODEL, recipe="ptq4dit-w4a8", backend=backend(), calibrate=calibrate(MODEL, STEPS[:2]), measure=0
+    )
+
+
+@torch.no_grad()
+def run(model: torch.nn.Module, device: torch.device = CPU, size: int = 8, timestep: float = 500.0) -> Tensor:
+    """The output of one call, on the CPU."""
+    given = {name: tensor.to(device) for name, tensor in inputs(size=size, timestep=timestep).items()}
+    sample: Tensor = model(**given).sample
+    return sample.to(CPU)
+
+
+def raises(error: type[Exception], call: Any) -> str:
+    """The message of the expected error."""
+    try:
+        call()
+    except error as raised:
+        return str(raised)
+    raise AssertionError(f"no {error.__name__}")
+
+
+def check_moves_there_and_back() -> None:
+    """Each backend computes the same on both devices, also for a new size, and its codes survive."""
+    for backend in BACKENDS:
+        model = quantized(backend)
+        expected, other, state = run(model), run(model, size=4), model.stored_tensors()
+        model.to(GPU)
+        assert model.device == GPU and all(tensor.device == GPU for tensor in model.tensors().values())
+        torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run(model, GPU, size=4), other, rtol=0, atol=1e-5)
+        for name, tensor in model.stored_tensors().items():
+            assert torch.equal(tensor.to(CPU), state[name]), name
+        model.to("cpu")
+        assert torch.equal(run(model), expected) and torch.equal(run(model, size=4), other)
+
+
+def check_every_recipe() -> None:
+    """A plan that was made on the CPU is carried out there, and a calibration there gives such a plan."""
+    for name in ("ptq4dit", "htg", "repq", "smoothquant-search"):
+        recipe = make_recipe(f"{name}-w4a8")
+        ours = fxquant.compile(MODEL, recipe=recipe, calibrate=calibrate(MODEL, STEPS[:2]), measure=0)
+        expected, there = run(ours), copy.deepcopy(MODEL).to(GPU)
+        again = fxquant.compile(there, plan=ours.plan)
+        torch.testing.assert_close(run(again, GPU), expected, rtol=0, atol=1e-4, msg=name)
+        with_calls = fxquant.compile(
+            there,
+            recipe=recipe,
+            calibrate=lambda model=there: [run(model, GPU, timestep=t) for t in STEPS[:2]],  # type: ignore[misc]
+            measure=2,
+        )
+        assert torch.isfinite(run(with_calls, GPU)).all(), name
+        assert all(tensor.device == GPU for tensor in with_calls.tensors().values()), name
+
+
+def check_parks_without_lowering() -> None:
+    """Between two calls on the second device, the model waits on the CPU as it is; a call there lowers it."""
+    model = quantized(PerDevice)
+    expected = run(model)
+    model.to(GPU)
+    before, codes = PerDevice.lowered, model.stored_tensors()
+    for _ in range(3):
+        model.to("cpu")
+        assert model.device == CPU
+        model.to(GPU)
+        run(model, GPU)
+    model.to("cpu")
+    assert PerDevice.lowered == before
+    stored = copy.deepcopy(model).stored_tensors()
+    assert all(torch.equal(stored[name].to(CPU), codes[name].to(CPU)) for name in codes)
+    assert model.device == CPU and PerDevice.lowered == before
+    assert torch.equal(run(model), expected)
+    assert PerDevice.lowered == before + 1
+
+
+def check_an_edited_plan_is_not_lowered_again() -> None:
+    """Graphs of the edited plan would read other tensors."""
+    model = quantized(PerDevice)
+    expected = run(model)
+    assert model.plan is not None
+    for layer in model.plan.layers.values():
+        if layer.activation is not None:
+            layer.activation = None
+            layer.activation_bits = None
+    assert "was edited" in raises(ConfigurationError, lambda: model.to(GPU))
+    assert model.device == CPU and torch.equal(run(model), expected)
+
+
+def check_a_device_without_kernels() -> None:
+    """Nothing moves."""
+    model = fxquant.compile(
+        MODEL, recipe="rtn-w8a8", backend="native{kernels=onednn}", calibrate=calibrate(MODEL, STEPS[:2]), measure=0
+    )
+    expected = run(model)
+    for move in (lambda: model.to(GPU), lambda: model.enable_group_offload(GPU)):
+        assert "runs on cpu, cuda, not on privateuseone" in raises(BackendError, move)
+        assert torch.equal(run(model), expected)
+
+
+def check_group_offload() -> None:
+    """Tensors come one by one; the codes stay as they are; new sizes are captured."""
+    for backend in BACKENDS:
+        model = quantized(backend)
+        expected, other = run(model), run(quantized(backend), size=4)
+        model.to(GPU)
+        OnSecond.most = 0
+        run(model, GPU)
+        whole = OnSecond.most
+        model.to("cpu")
+        model.enable_group_offload(GPU, num_blocks_per_group=1)
+        assert model.device == CPU
+        OnSecond.most = 0
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        held = model.get_memory_footprint() - 2 * max(tensor.nbytes for tensor in model.tensors().values())
+        assert OnSecond.most < whole - held < whole, (OnSecond.most, whole, held)
+        torch.testing.assert_close(run(model, GPU, size=4), other, rtol=0, atol=1e-5)
+        assert not any(isinstance(tensor, OnSecond) for tensor in model.tensors().values())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.to(GPU)
+        assert "is offloaded, and stays on the CPU" in str(caught[-1].message)
+        torch.testing.assert_close(run(copy.deepcopy(model)), expected, rtol=0, atol=1e-5)
+        model.disable_group_offload()
+        assert torch.equal(run(model), expected)
+        model.to(GPU)
+        torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
+
+
+def check_accelerate_offload() -> None:
+    """``accelerate.cpu_offload`` streams the tensors, and removing its hooks ends that."""
+    for backend in BACKENDS:
+        model = quantized(backend)
+        expected = run(model)
+        accelerate.cpu_offload(model, GPU)
+        assert model.device == CPU
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        assert torch.equal(run(model), expected)
+        assert len(list(model.children())) == 1 and next(iter(model.children())) is model.graphs
+
+
+def image(pipe: diffusers.DiTPipeline) -> Tensor:
+    """An image of a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    made = pipe(class_labels=[1], num_inference_steps=2, generator=generator, output_type="np")
+    return torch.from_numpy(made.images)
+
+
+def check_pipelines() -> None:
+    """A pipeline is moved and offloaded in every way; the images stay the same."""
+    for backend in BACKENDS:
+        pipe = make_pipeline(quantized(backend))
+        pipe._exclude_from_cpu_offload = ["vae"]  # accelerate cannot make parameters of this device again.
+        expected = image(pipe)
+        ways: tuple[Callable[..., Any], ...] = (
+            pipe.to,
+            pipe.enable_model_cpu_offload,
+            pipe.enable_sequential_cpu_offload,
+            pipe.enable_model_cpu_offload,
+        )
+        for way in ways:
+            way(device=GPU)
+            for _ in range(2):
+                torch.testing.assert_close(image(pipe), expected, rtol=0, atol=1e-4)
+            pipe.remove_all_hooks()
+            pipe.to("cpu")
+            torch.testing.assert_close(image(pipe), expected, rtol=0, atol=1e-4)
+        pipe.enable_group_offload(onload_device=GPU, offload_type="leaf_level")
+        for _ in range(2):
+            torch.testing.assert_close(image(pipe), expected, rtol=0, atol=1e-4)
+
+
+def main(names: list[str]) -> None:
+    """Run checks and print the outcome of each."""
+    library = install()
+    outcomes: dict[str, str | None] = {}
+    for name in names:
+        try:
+            globals()[f"check_{name}"]()
+            outcomes[name] = None
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+    print(json.dumps(outcomes))
+    del library
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
