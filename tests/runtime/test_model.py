@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.errors import ConfigurationError, DropInError
+from fxquant.errors import ConfigurationError
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit, run
 
@@ -150,13 +150,6 @@ def test_a_call_without_its_timestep() -> None:
         measure=0,
     )
     assert torch.equal(made(x), made(x, timestep=torch.ones(2)))
-
-
-def test_it_is_not_pushed_to_the_hub(quantized: GraphModel, tmp_path: Path) -> None:
-    with pytest.raises(DropInError, match=r"no push_to_hub: write a checkpoint with fxquant\.save"):
-        quantized.save_pretrained(tmp_path / "q", push_to_hub=True)
-    assert not (tmp_path / "q").exists()
-    quantized.save_pretrained(tmp_path / "q", safe_serialization=True)  # As pipelines call it.
 
 
 def test_its_tensors_can_be_pickled(quantized: GraphModel) -> None:
