@@ -115,7 +115,7 @@ def _upload(folder: Path, repo_id: str, *, private: bool | None = None, **option
     try:
         repo_id = hub_utils.create_repo(repo_id, exist_ok=True, private=private, token=options.get("token")).repo_id
         return hub_utils.PushToHubMixin()._upload_folder(folder, repo_id, **options)
-    except (OSError, RuntimeError, ValueError) as error:  # Among them the errors of HTTP, and of names.
+    except Exception as error:  # Which classes errors of HTTP have depends on the version of huggingface_hub.
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise HubError(
             f"{repo_id} could not be written to the Hugging Face Hub: {first}. Check the network, the name and the "

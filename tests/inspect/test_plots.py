@@ -199,7 +199,7 @@ def test_an_unknown_layer_is_refused_with_the_nearest():
 def test_weights_that_cannot_be_read_are_refused_by_name(made, content, tmp_path):
     quantized = made[1]
     fxquant.save(quantized, tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
+    path = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         weight_salience(tmp_path / "model", quantized.plan)
@@ -208,7 +208,7 @@ def test_weights_that_cannot_be_read_are_refused_by_name(made, content, tmp_path
 def test_weights_of_another_shape_are_refused_by_name(made, tmp_path):
     quantized = made[1]
     fxquant.save(quantized, tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
+    path = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     tensors[f"{TO_Q}.weight_packed"] = tensors[f"{TO_Q}.weight_packed"][:3].clone()
     save_file(tensors, path)
