@@ -90,7 +90,7 @@ class Branching:
             if strength is None:
                 one = torch.ones((), device=node.meta["val"].device)
                 strength = self._read(rewriter, STRENGTH, one, node)
-            self._branch(node, layer, use, change, strength, rewriter, plan)
+            self._branch(node, layer, change, strength, rewriter, plan)
             self.found.add(layer)
         self._refuse_replaced(module, plan)
 
@@ -112,7 +112,6 @@ class Branching:
         self,
         node: fx.Node,
         layer: str,
-        use: str,
         change: LayerChange,
         strength: fx.Node,
         rewriter: Rewriter,
@@ -120,7 +119,7 @@ class Branching:
     ) -> None:
         x, value = _float_input(node, layer), node.meta["val"]
         rank, dtype, device = self.ranks[layer], value.dtype, value.device
-        site = self._site(layer, use, change, node)
+        site = self._site(layer, change, node)
         readers = list(node.users)
         with rewriter.after(node):
             a = self._read(
@@ -133,36 +132,36 @@ class Branching:
                 bins = torch.zeros(len(change.shift.rows), rank, dtype=dtype, device=device)
                 timestep = timestep_input(rewriter.graph, plan.timestep)
                 table = TimeTable(timestep, change.shift.boundaries, bins)
-                offset = rows_at(rewriter, table, value.dim(), site.offset, [node])
-                self._hold(_held_by(offset), site.offset, rewriter)
+                offset = rewriter.memo.get(site.offset)
+                if offset is None:
+                    offset = rewriter.memo[site.offset] = rows_at(rewriter, table, value.dim(), site.offset, [node])
+                    self._hold(_held_by(offset), site.offset, rewriter)
             branch = rewriter.call(
                 torch.ops.fxquant.low_rank.default, (node, x, a, b, offset, strength), [node], name=f"{node.name}_lora"
             )
         for reader in readers:
             rewriter.redirect(reader, node, branch)
 
-    def _site(self, layer: str, use: str, change: LayerChange, node: fx.Node) -> Site:
-        """The site of a use of a layer; graphs in which passes did the same to it share its tensors."""
+    def _site(self, layer: str, change: LayerChange, node: fx.Node) -> Site:
+        """The site of a use of a layer; all uses, in all graphs, to which passes did the same share its tensors."""
         parts = [change.rows, change.columns]
         if change.shift is not None:
             parts.append(change.shift.rows)
         value = node.meta["val"]
-        mark = digest(use, *parts, str((value.dtype, value.dim(), change.shift and change.shift.boundaries)))
-        name = f"{use}.lora_{mark}"
+        mark = digest(layer, *parts, str((value.dtype, value.dim(), change.shift and change.shift.boundaries)))
+        name = f"{layer}.lora_{mark}"
         offset = None if change.shift is None else f"{name}_offset"
         return self.sites.setdefault(f"{name}_a", Site(layer, change, f"{name}_a", f"{name}_b", offset))
 
     def _read(self, rewriter: Rewriter, name: str, value: Tensor, node: fx.Node) -> fx.Node:
-        made = rewriter.constant(name, self._held(name, value), [node])
-        self._hold(made, name, rewriter)
+        """A node that reads a tensor of a branch; all uses in one graph read it by one node."""
+        if name not in rewriter.memo:
+            rewriter.memo[name] = rewriter.constant(name, self.tensors.get(name, value), [node])
+            self._hold(rewriter.memo[name], name, rewriter)
+        made: fx.Node = rewriter.memo[name]
         return made
 
-    def _held(self, name: str, value: Tensor) -> Tensor:
-        return self.tensors.get(name, value)
-
     def _hold(self, made: fx.Node, name: str, rewriter: Rewriter) -> None:
-        if made.target != name:  # Names hold the digest of their use, so another tensor of the name is the model's own.
-            raise AdapterError(f"the model has a tensor of the name {name!r}, which a branch needs")
         self.tensors.setdefault(name, rewriter.tensor(made))
 
     def _refuse_replaced(self, module: fx.GraphModule, plan: Plan) -> None:

@@ -125,10 +125,12 @@ def convert_graph(
     others: Mapping[str, Tensor],
     instruments: Sequence[Instrument] = (),
     branching: Branching | None = None,
+    stored: Mapping[str, Tensor] | None = None,
 ) -> list[PassRecord]:
     """Prepare, convert and lower one captured graph, as the plan says.
 
-    The graph needs no real weights if other graphs hold them. Branches are inserted before it is lowered.
+    The graph needs no real weights if other graphs hold them, or ``stored`` has those of the quantized graph. Branches
+    are inserted before it is lowered.
     """
     records = Pipeline(recipe.prepare, instruments).run(captured.module, context)
     moved = context.transforms.copy() if branching is not None else {}
@@ -139,6 +141,8 @@ def convert_graph(
     changes = take_changes(captured.module)
     if branching is not None:
         branching.insert(captured.module, changes, {*moved, *context.transforms}, context.plan)
+    if stored is not None:
+        bind(captured.module, stored)
     backend.finish(captured.module, context.plan, others)
     _tell_lowered(backend, captured, instruments)
     return records
@@ -183,10 +187,19 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
                 f"{error.reason}: this call of the model runs more than any calibration call did. Calibrate with calls "
                 f"like it: {captured.call}"
             ) from error
-        context = PassContext(plan, shared=owner.shared.without_weights())
-        tensors = owner.tensors()
+        again = None if branching is None else captured.copy()
+        context, tensors = PassContext(plan, shared=owner.shared.without_weights()), owner.tensors()
         convert_graph(captured, context, recipe, backend, tensors, branching=branching)
-        return bound_graph(captured, tensors)
+        try:
+            return bound_graph(captured, tensors)
+        except CaptureError:
+            if again is None:
+                raise
+        # Beside a branch, the backend runs a layer by another kernel, for which no graph holds the weight.
+        context = PassContext(plan, shared=owner.shared.without_weights())
+        stored = owner.stored_tensors()
+        convert_graph(again, context, recipe, backend, tensors, branching=branching, stored=stored)
+        return bound_graph(again, tensors)
 
     return make_graph
 
