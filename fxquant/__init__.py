@@ -8,6 +8,7 @@ from fxquant.pretrained.registration import watch
 if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
+    from fxquant.export.balance import balance
     from fxquant.inspect.difference import Difference, diff
     from fxquant.inspect.errors import attribute
     from fxquant.inspect.explain import Explanation, explain
@@ -44,6 +45,7 @@ __all__ = [
     "SpeedWarning",
     "Statistics",
     "attribute",
+    "balance",
     "compile",
     "diff",
     "explain",
@@ -83,6 +85,7 @@ _HOMES = {
     "SpeedWarning": "errors",
     "Statistics": "statistics.collection",
     "attribute": "inspect.errors",
+    "balance": "export.balance",
     "compile": "api",
     "diff": "inspect.difference",
     "explain": "inspect.explain",

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from fxquant.channels.in_place import unfit_weight
 from fxquant.channels.solution import Seed
 from fxquant.channels.wants import Cost
 from fxquant.errors import ConfigurationError, shortened
@@ -42,16 +43,26 @@ def parse_cost(text: str) -> Cost:
         ConfigurationError: If there is no such cost.
     """
     try:
-        return {"free": Cost.FREE, "vector": Cost.VECTOR, "tokens": Cost.TOKENS}[text]
+        return {str(cost): cost for cost in Cost if cost is not Cost.NOT}[text]
     except KeyError:
-        raise ConfigurationError(f"{shortened(text)!r} is not a cost; choose free, vector or tokens") from None
+        known = "free, vector or tokens, or in-place"
+        raise ConfigurationError(f"{shortened(text)!r} is not a cost; choose {known}") from None
 
 
-def seeds_to_transform(graph: fx.Graph, context: PassContext, roles: Sequence[str]) -> list[Seed]:
+def seeds_to_transform(
+    graph: fx.Graph, context: PassContext, roles: Sequence[str], dearest: Cost = Cost.VECTOR, *parameters: str
+) -> list[Seed]:
     """Values that linears to transform read, each with all linears that read it, those to transform first.
 
     The other readers, for example linears kept in float, undo the factor in their weights too. Otherwise they would
     prevent the transformation of the value.
+
+    Args:
+        graph: The graph.
+        context: Its plan holds the layers.
+        roles: Roles of the linears to transform.
+        dearest: If ``IN_PLACE``, values are blocked whose readers cannot undo the change in parameters that they have.
+        parameters: Names of the parameters in which readers undo it.
     """
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -63,7 +74,9 @@ def seeds_to_transform(graph: fx.Graph, context: PassContext, roles: Sequence[st
     for value, nodes in readers.items():
         nodes.sort(key=lambda node: not is_target(node, context, roles))  # Stable: keeps the graph's order.
         if is_target(nodes[0], context, roles):
-            seeds.append(Seed(nodes[0].meta[LAYER], value, tuple(nodes)))
+            reasons = (unfit_weight(node, *parameters) for node in nodes if dearest <= Cost.IN_PLACE)
+            blocked = next((reason for reason in reasons if reason is not None), None)
+            seeds.append(Seed(nodes[0].meta[LAYER], value, tuple(nodes), blocked=blocked))
     return seeds
 
 

@@ -17,6 +17,7 @@ from fxquant.ir.places import place_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.shared import Fold, parameters_of, read_stored
 from fxquant.ir.stages import Stage
+from fxquant.passes._seeds import parse_cost
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 
@@ -46,6 +47,10 @@ class AbsorbAffines(Pass):
     A graph may be captured after the float weights are gone. If the stored parameters of an op then contain another
     factor than this graph needs, they do not change, and a ``channel_affine`` after the op corrects the result at run
     time.
+
+    Attributes:
+        dearest: The highest run-time cost allowed: ``in-place`` (only parameters that the model has), ``free`` or
+            ``vector``. Factors that need more stay in the graph as a ``channel_affine``.
     """
 
     name: ClassVar[str] = "absorb-affines"
@@ -53,6 +58,11 @@ class AbsorbAffines(Pass):
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
     keeps_inputs: ClassVar[bool] = True
+
+    dearest: str = "vector"
+
+    def __post_init__(self) -> None:
+        parse_cost(self.dearest)
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         before, folds = parameters_of(rewriter.module), _Folds()
@@ -69,7 +79,8 @@ class AbsorbAffines(Pass):
             Seed(name, args(node).node("x"), (node,), alike=tuple(factors[name].tolist()))
             for name, node in affines.items()
         ]
-        solution = agreed(graph, seeds, {name: factor.tolist() for name, factor in factors.items()})
+        values = {name: factor.tolist() for name, factor in factors.items()}
+        solution = agreed(graph, seeds, values, dearest=parse_cost(self.dearest))
         chosen = {name: factors[name] for name in solution.grants}
         stuck = {name for name in chosen if _stays(solution, name, factors[name])}
         for edit, a in solution.factors(chosen):

@@ -15,6 +15,7 @@ from fxquant.ir.attention import ValueChange, note_change
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import TimeTable, add_rows, read_table, rows_at, timestep_input
+from fxquant.passes._seeds import parse_cost
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
@@ -40,6 +41,10 @@ class AbsorbShifts(Pass):
     rows of a softmax sum to 1. The rules for all ops are in :mod:`fxquant.channels.rules`. If a path cannot be followed
     to a bias, the shift is added to a modulation vector instead. If that is not possible either, the
     ``channel_affine`` stays in place. Equal in real arithmetic.
+
+    Attributes:
+        dearest: The highest run-time cost allowed: ``in-place`` (only parameters that the model has), ``free`` or
+            ``vector``. Shifts that need more stay in the graph as a ``channel_affine``.
     """
 
     name: ClassVar[str] = "absorb-shifts"
@@ -47,6 +52,11 @@ class AbsorbShifts(Pass):
     requires: ClassVar[Stage] = Stage.TRANSFORMED
     establishes: ClassVar[Stage] = Stage.TRANSFORMED
     keeps_inputs: ClassVar[bool] = True
+
+    dearest: str = "vector"
+
+    def __post_init__(self) -> None:
+        parse_cost(self.dearest)
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         affines = _shifts(graph, context.plan, rewriter)
@@ -57,7 +67,7 @@ class AbsorbShifts(Pass):
         seeds = [Seed(node.name, args(node).node("x"), (node,)) for node in affines]
         tables = {node.name: table for node, table in affines.items()}
         shifts = {name: _by_channel(table) for name, table in tables.items()}
-        solution = agreed(graph, seeds, shifts, request, timestep)
+        solution = agreed(graph, seeds, shifts, request, timestep, parse_cost(self.dearest))
         chosen = {name: tables[name] for name in solution.grants}
         for edit, table in solution.shifts(chosen):
             if (table.rows != 0).any():

@@ -95,7 +95,8 @@ class BalanceChannels(Pass):
         momentum: Momentum of the moving average.
         salient: If above 1, factors are divided by their median over the channels that are decided together. Then
             factors from ``1 / salient`` to ``salient`` become 1.
-        dearest: The highest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
+        dearest: The highest run-time cost allowed: ``in-place`` (only parameters that the model has change), ``free``,
+            ``vector`` or ``tokens``.
         roles: Roles of the layers to balance, joined by ``+``. PTQ4DiT balances layers in blocks, but not adaLN, the
             embedders and the final layer; see :mod:`fxquant.planning.precision` for all roles.
     """
@@ -133,8 +134,9 @@ class BalanceChannels(Pass):
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
-        seeds = seeds_to_transform(graph, context, roles)
-        solution = solve(graph, seeds, parse_cost(self.dearest))
+        dearest = parse_cost(self.dearest)
+        seeds = seeds_to_transform(graph, context, roles, dearest, "weight")
+        solution = solve(graph, seeds, dearest)
         for group in solution.groups():
             grants = [solution.grants[name] for name in group]
             targets = [[node for node in grant.seed.readers if is_target(node, context, roles)] for grant in grants]

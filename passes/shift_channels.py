@@ -56,7 +56,8 @@ class ShiftChannels(Pass):
     2212.08254). A channel is shifted only if ops upstream can absorb its shift at a cost of at most ``dearest``.
 
     Attributes:
-        dearest: The highest run-time cost allowed: ``free``, ``vector`` or ``tokens``.
+        dearest: The highest run-time cost allowed: ``in-place`` (only parameters that the model has change), ``free``,
+            ``vector`` or ``tokens``.
         roles: Roles of the layers to shift, joined by ``+``.
     """
 
@@ -78,7 +79,8 @@ class ShiftChannels(Pass):
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
-        seeds = seeds_to_transform(graph, context, roles)
+        dearest = parse_cost(self.dearest)
+        seeds = seeds_to_transform(graph, context, roles, dearest, "bias")
         others = seeds_undone_before(graph, context, seeds, ".shift")
         if not seeds and not others:
             return
@@ -86,7 +88,7 @@ class ShiftChannels(Pass):
         layers = {seed.name: targets_of(seed, context, roles) for seed in seeds}
         moving = any(context.plan.layer(name).boundaries for names in layers.values() for name in names)
         request = Request.SHIFT if moving else Request.STATIC_SHIFT
-        solution = solve(graph, seeds, parse_cost(self.dearest), request, timestep)
+        solution = solve(graph, seeds, dearest, request, timestep)
         for group in solution.groups():
             if all(context.plan.layer(name).shift is None for seed in group for name in layers[seed]):
                 self._decide(solution, {seed: layers[seed] for seed in group}, context)

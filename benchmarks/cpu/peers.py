@@ -56,7 +56,7 @@ def _torchao_pt2e(dynamic: bool) -> Callable[[Task, Path], Run]:
     return start
 
 
-class _Positional(nn.Module):
+class Positional(nn.Module):
     """A model with positional tensor inputs, as OpenVINO expects them."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
@@ -70,15 +70,15 @@ class _Positional(nn.Module):
         return output
 
 
-def _tensors(call: Call) -> tuple[Tensor, ...]:
+def tensors_of(call: Call) -> tuple[Tensor, ...]:
     return tuple(value for value in call.values() if isinstance(value, Tensor))
 
 
 def _converted(task: Task) -> Any:
     import openvino
 
-    module = _Positional(task.model(), task.timed).eval()
-    return openvino.convert_model(torch.export.export(module, _tensors(task.timed), strict=False))
+    module = Positional(task.model(), task.timed).eval()
+    return openvino.convert_model(torch.export.export(module, tensors_of(task.timed), strict=False))
 
 
 def _openvino(task: Task, folder: Path) -> None:
@@ -91,7 +91,7 @@ def _openvino_int8(task: Task, folder: Path) -> None:
     import nncf
     import openvino
 
-    inputs = [[tensor.numpy() for tensor in _tensors(call)] for call in task.calls]
+    inputs = [[tensor.numpy() for tensor in tensors_of(call)] for call in task.calls]
     quantized = nncf.quantize(
         _converted(task),
         nncf.Dataset(inputs, list),
@@ -110,7 +110,7 @@ def _infer(rest: str) -> Callable[[Task, Path], Run]:
         request = compiled.create_infer_request()
 
         def run(call: Call) -> Tensor:
-            found = request.infer([tensor.numpy() for tensor in _tensors(call)], share_inputs=True)
+            found = request.infer([tensor.numpy() for tensor in tensors_of(call)], share_inputs=True)
             return torch.from_numpy(next(iter(found.values())).copy())
 
         return run

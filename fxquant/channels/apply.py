@@ -20,6 +20,7 @@ def agreed(
     values: Mapping[str, Sequence[Hashable]],
     request: Request = Request.FACTOR,
     timestep: fx.Node | None = None,
+    dearest: Cost = Cost.VECTOR,
 ) -> Solution:
     """A solution in which all channels of a class have the same value. Seeds that prevent this are left out.
 
@@ -29,12 +30,13 @@ def agreed(
         values: For each seed, one value per channel: a factor, or what identifies a shift.
         request: What is requested.
         timestep: The input that holds the timestep, for shifts.
+        dearest: Cost of the most expensive edit allowed.
     """
     numbers: dict[Hashable, int] = {}  # Equal values have equal numbers.
     marks = {name: np.array([numbers.setdefault(v, len(numbers)) for v in own]) for name, own in values.items()}
     kept = list(seeds)
     while True:
-        solution = solve(graph, kept, Cost.VECTOR, request, timestep)
+        solution = solve(graph, kept, dearest, request, timestep)
         mark_of = np.full(solution.classes, -1)  # For each class, the value of the first channel that has one.
         spoilers = set()
         for seed in kept:

@@ -45,6 +45,7 @@ class Seed:
         readers: The nodes that read ``a * value`` or ``value + c`` and undo it.
         axis: The channel axis of the value.
         alike: Seeds with equal ``alike``, other than None, are known to have the same factors.
+        blocked: Why the value has to stay unchanged, or None.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Seed:
     readers: tuple[fx.Node, ...]
     axis: int = -1
     alike: Hashable = None
+    blocked: str | None = None
 
     @property
     def channels(self) -> int:

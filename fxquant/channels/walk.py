@@ -17,6 +17,7 @@ from scipy.sparse import coo_matrix, csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
+from fxquant.channels.in_place import not_in_place
 from fxquant.channels.layouts import common_shape, repeated, settle_unread, spread_over_unread
 from fxquant.channels.readers import MANY, batch_hint, direct_user, identity_share, readers_of, size_hint, with_tokens
 from fxquant.channels.rules import outcome, shape_of
@@ -98,6 +99,8 @@ class _Walk:
             self.sample_order.start(seed.value)
             for reader in seed.readers:
                 self.wants[seed.value][reader].append(Want.of(ids))
+            if seed.blocked is not None:
+                self._block(ids.ravel(), seed.blocked)
             total = max(total, first + seed.channels)
         self.total = self.seeded = total  # Variables below ``seeded`` are those of seeds.
 
@@ -134,7 +137,7 @@ class _Walk:
                 settled = settle_unread(want)
                 if settled.trivial:
                     continue
-                if node.op == "get_attr":  # A private copy for the readers with a request.
+                if node.op == "get_attr" and self.dearest > Cost.IN_PLACE:  # A private copy for these readers.
                     self._meet(node, settled, users)
                 else:
                     self._stop(node, settled, users, reason)
@@ -168,6 +171,8 @@ class _Walk:
             found = outcome(node, want, self.rules)
         if isinstance(found, End) and (reason := self.sample_order.unfit(node)) is not None:
             found = Barrier(reason)
+        if isinstance(found, End) and (reason := self._not_here(node, found, want, users)) is not None:
+            found = Barrier(reason)
         if isinstance(found, Choose):
             found = min(found.ways, key=lambda way: self._price(node, way))
         if isinstance(found, Push):
@@ -183,6 +188,10 @@ class _Walk:
         else:
             self._stop(node, want, users, found.reason)
 
+    def _not_here(self, node: fx.Node, end: End, want: Want, users: Sequence[fx.Node] | None = None) -> str | None:
+        """Why an end is not allowed because it does more than change parameters that the model has; None if it is."""
+        return not_in_place(node, end.gives, users, want) if self.dearest <= Cost.IN_PLACE else None
+
     def _agreeing(self, wanted: Mapping[fx.Node, Want]) -> list[tuple[Want, tuple[fx.Node, ...]]]:
         """Users of a value, grouped by the factors that they request."""
         groups: list[tuple[Want, tuple[fx.Node, ...]]] = []
@@ -197,7 +206,7 @@ class _Walk:
 
     def _may_part(self, node: fx.Node, groups: Sequence[tuple[Want, tuple[fx.Node, ...]]]) -> bool:
         """Whether users can get different factors: by copies of a parameter, or by multiplications of a vector."""
-        if node.op == "get_attr":
+        if node.op == "get_attr" and self.dearest > Cost.IN_PLACE:
             return True
         return all(self._run_time_cost(node, settle_unread(want)) <= self.dearest for want, _ in groups)
 
@@ -273,13 +282,14 @@ class _Walk:
             return (0, 0, 0)
         others = (other for other in readers_of(node) if other is not reader)
         if node.op != "get_attr" and any(identity_share(other, node, self.rules) is None for other in others):
-            return self._price_here(node, want)
+            # In place, factors that other readers request too can be tied, which is better than no factors.
+            return (0, 1, 0) if self.dearest <= Cost.IN_PLACE else self._price_here(node, want)
         found = outcome(node, want, self.rules)
         while isinstance(found, Tie):
             want = found.want
             found = outcome(node, want, self.rules)
         if isinstance(found, End):
-            return (0, 0, found.operands)
+            return (0, 0, found.operands) if self._not_here(node, found, want) is None else (1, 0, 0)
         if isinstance(found, Choose):
             return min(self._price(node, way) for way in found.ways)
         return self._price(node, found) if isinstance(found, Push) else self._price_here(node, want)

@@ -23,6 +23,8 @@ UNREAD = -1
 class Cost(enum.IntEnum):
     """What a rewrite costs at run time, the cheapest first."""
 
+    IN_PLACE = -1
+    """Only parameters that the model has change, and each of them for all of its readers: the graph stays as it was."""
     FREE = 0
     """Everything goes into weights that exist already, or into new weights of a norm that had none."""
     VECTOR = 1
@@ -33,7 +35,7 @@ class Cost(enum.IntEnum):
     """Not possible at any allowed cost."""
 
     def __str__(self) -> str:
-        return self.name.lower()
+        return self.name.lower().replace("_", "-")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +130,13 @@ class End:
             also takes ``readers``, those that are to read the folded one, and returns the node that they read.
         into: What absorbs the factor, for the report.
         operands: Number of run-time operands that the fold adds; folds that add none are preferred.
+        gives: Name of the parameter that the op lacks and that the fold gives it, such as ``bias``; None if it has all.
     """
 
     fold: Callable[..., fx.Node | None] = field(repr=False)
     into: str
     operands: int = 0
+    gives: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from fxquant.cli.quantize import quantize  # isort: skip
 from fxquant.cli.generate import generate  # isort: skip
 from fxquant.cli.export import export  # isort: skip
+from fxquant.cli.balance import balance  # isort: skip
 from fxquant.cli.report import report  # isort: skip
 from fxquant.cli.attribute import attribute  # isort: skip
 from fxquant.cli.statistics import statistics  # isort: skip
@@ -20,6 +21,7 @@ from fxquant.cli.app import app
 __all__ = [
     "app",
     "attribute",
+    "balance",
     "diff",
     "explain",
     "export",

@@ -135,7 +135,7 @@ class Prover:
             worst = min([worst, *map(sqnr_db, expected[:1], actual[:1])])
         allowed = {"exact": 0.0, "lossy": math.inf}.get(tier, ALGEBRAIC_ERROR)
         if tier == "algebraic" and error > allowed:
-            allowed = max(ALGEBRAIC_ERROR, _NOISE * _rounding_noise(before, inputs[0]))
+            allowed = max(ALGEBRAIC_ERROR, _NOISE * rounding_noise(before, inputs[0]))
         proof = Proof(str(self.step), tier, edits, len(inputs), dtype_name(dtype), error, allowed, worst)
         if error > allowed or (tier == "exact" and math.isnan(error)):
             raise self._refusal(proof, before, after, inputs)
@@ -306,12 +306,12 @@ def _fits_in_memory(module: fx.GraphModule, dtype: torch.dtype) -> bool:
     return 3 * size <= free / 2
 
 
-def _rounding_noise(module: fx.GraphModule, call: Sequence[Tensor]) -> float:
-    """The relative error of an output if each weight moves by up to one unit in its last place."""
+def rounding_noise(module: fx.GraphModule, call: Sequence[Tensor], least: float = 0.0) -> float:
+    """The relative error of an output if each weight moves by up to one unit in its last place, or by ``least``."""
     moved, generator = copy_graph(module), torch.Generator().manual_seed(0)
     for target, tensor in read_tensors(moved).items():
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             part = 2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device) - 1
-            factor = 1 + torch.finfo(tensor.dtype).eps * part
+            factor = 1 + max(torch.finfo(tensor.dtype).eps, least) * part
             set_tensor(moved, target, (tensor.detach().double() * factor).to(tensor.dtype))
     return max(map(relative_error, run_graph(moved, call), run_graph(module, call)), default=0.0)

@@ -148,7 +148,7 @@ def test_a_seed_on_another_axis() -> None:
 
 
 def test_costs_read_as_words() -> None:
-    assert [str(cost) for cost in Cost] == ["free", "vector", "tokens", "not"]
+    assert [str(cost) for cost in Cost] == ["in-place", "free", "vector", "tokens", "not"]
     assert Want.identity(3).trivial
 
 

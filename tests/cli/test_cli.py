@@ -59,7 +59,18 @@ class TestHelp:
 
     @pytest.mark.parametrize(
         "command",
-        [[], ["quantize"], ["generate"], ["export"], ["report"], ["attribute"], ["statistics"], ["profile"], ["list"]],
+        [
+            [],
+            ["quantize"],
+            ["generate"],
+            ["export"],
+            ["balance"],
+            ["report"],
+            ["attribute"],
+            ["statistics"],
+            ["profile"],
+            ["list"],
+        ],
     )
     def test_help(self, command):
         result = run(*command, "--help")

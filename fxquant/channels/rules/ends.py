@@ -43,7 +43,9 @@ def convolution(node: fx.Node, want: Want) -> Outcome:
 def _rows_end(node: fx.Node, want: Want) -> Outcome:
     if not are_parameters(node, "weight", "bias"):
         return Barrier(f"the weight of {node.name} is computed in the graph")
-    return End(partial(_fold_rows, node, bool(want.offset.any())), into=layer_of(node))
+    shifted = bool(want.offset.any())
+    gives = "bias" if shifted and args(node).bias is None else None
+    return End(partial(_fold_rows, node, shifted), into=layer_of(node), gives=gives)
 
 
 def _fold_rows(node: fx.Node, shifted: bool, rewriter: Rewriter, a: Tensor, c: Tensor) -> None:
@@ -100,9 +102,11 @@ def _norm(node: fx.Node, want: Want, *parameters: str) -> Outcome:
         return Barrier("an RMS norm cannot take a constant shift")
     if not are_parameters(node, *parameters):
         return _to_operands(node, want, parameters)
-    given = args(node).weight is not None
-    fold = partial(_fold_norm, node, parameters, bool(want.offset.any()))
-    return End(fold, into=node.name, operands=0 if given else 1)
+    given, shifted = args(node).weight is not None, bool(want.offset.any())
+    fold = partial(_fold_norm, node, parameters, shifted)
+    needed = ("weight", "bias") if shifted else ("weight",)
+    gives = next((name for name in needed if getattr(args(node), name) is None), None)
+    return End(fold, into=node.name, operands=0 if given else 1, gives=gives)
 
 
 def _to_operands(node: fx.Node, want: Want, parameters: Sequence[str]) -> Outcome:

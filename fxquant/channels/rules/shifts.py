@@ -49,7 +49,7 @@ def linear(node: fx.Node, want: Want) -> Outcome:
         return found
     if not are_parameters(node, "bias"):
         return Barrier(f"the bias of {node.name} is computed in the graph")
-    return End(partial(_fold_bias, node), into=layer_of(node))
+    return End(partial(_fold_bias, node), into=layer_of(node), gives="bias" if args(node).bias is None else None)
 
 
 def _fold_bias(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
@@ -173,7 +173,8 @@ def layer_norm(node: fx.Node, want: Want) -> Outcome:
     if not are_parameters(node, "weight", "bias"):
         return Barrier(f"the bias of {node.name} is computed in the graph")
     given = args(node).bias is not None
-    return End(partial(_fold_norm, node), into=node.name, operands=0 if given else 1)
+    gives = None if given else "bias"
+    return End(partial(_fold_norm, node), into=node.name, operands=0 if given else 1, gives=gives)
 
 
 def _fold_norm(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
