@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.attribution import Attribution
     from fxquant.planning.plan import Plan
+    from fxquant.pretrained.components import quantize_pipeline
     from fxquant.pretrained.config import FxQuantConfig
     from fxquant.statistics.collection import Statistics
     from fxquant.storage.aot.export import export_aot
@@ -58,6 +59,7 @@ __all__ = [
     "nodes_of",
     "origin",
     "profile",
+    "quantize_pipeline",
     "report",
     "rewrite_history",
     "save",
@@ -98,6 +100,7 @@ _HOMES = {
     "nodes_of": "ir.roles",
     "origin": "ir.origins",
     "profile": "inspect.profiling",
+    "quantize_pipeline": "pretrained.components",
     "report": "inspect.report",
     "rewrite_history": "inspect.history",
     "save": "storage.checkpoint",

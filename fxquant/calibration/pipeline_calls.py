@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ def calibration_call(
     guidance: float | None = None,
     prompts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Callable[[], None]:
     """A function that runs the pipeline the way it is used, to pass as ``calibrate=`` to :func:`fxquant.compile`.
 
@@ -47,14 +48,16 @@ def calibration_call(
         guidance: Guidance scale; the default of the pipeline if None.
         prompts: Prompts for text pipelines; repeated if there are fewer than ``samples``.
         labels: Class labels; all classes that the model knows, evenly, if None.
+        sizes: ``height``, ``width`` and ``num_frames`` of the output; those of the pipeline for names that are left
+            out.
 
     Raises:
         ConfigurationError: If the pipeline needs prompts and there are none, or needs arguments that this function
-            cannot give.
+            cannot give, or has no such size.
     """
     _check_seed(seed)
     conditions = _conditions(pipe, samples, prompts, labels)
-    call = _bound_call(pipe, conditions, steps, guidance)
+    call = _bound_call(pipe, conditions, steps, guidance, sizes)
 
     def calibrate() -> None:
         with _without_decoder(pipe):
@@ -72,26 +75,29 @@ def generate(
     guidance: float | None = None,
     prompts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> list[Any]:
-    """Make an image for each label or prompt.
+    """Make an image or a clip for each label or prompt.
 
     Returns:
-        PIL images. The same seed, labels and steps give the same initial noise for every model.
+        PIL images, or a list of PIL images for each clip. The same seed, labels and steps give the same initial noise
+        for every model.
 
     Raises:
-        ConfigurationError: If neither labels nor prompts fit the pipeline, a label is out of range, or the pipeline
-            does not make images.
+        ConfigurationError: If neither labels nor prompts fit the pipeline, a label is out of range, the pipeline has no
+            such size, or it makes neither images nor clips.
     """
     given = prompts if prompts is not None else labels
     if not given:
         raise ConfigurationError("nothing to generate: give labels or prompts")
     _check_seed(seed)
-    call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance)
+    call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance, sizes)
     images: list[Any] = []
     for output in call(seed, "pil"):
-        if not hasattr(output, "images"):
+        found = getattr(output, "images", getattr(output, "frames", None))
+        if found is None:
             raise ConfigurationError(f"{type(pipe).__name__} makes no images; call the pipeline itself")
-        images += output.images
+        images += found
     return images
 
 
@@ -171,7 +177,11 @@ def _labels(pipe: Any, samples: int, labels: Sequence[int] | None) -> list[int]:
 
 
 def _bound_call(
-    pipe: Any, conditions: tuple[str, list[Any]], steps: int, guidance: float | None
+    pipe: Any,
+    conditions: tuple[str, list[Any]],
+    steps: int,
+    guidance: float | None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Callable[[int, str], Iterator[Any]]:
     """Set all arguments but the seed and the output type. The result runs the pipeline batch by batch."""
     if steps < 1:
@@ -185,6 +195,10 @@ def _bound_call(
         if not math.isfinite(guidance):
             raise ConfigurationError(f"guidance {guidance} is not a finite number; give one such as 4")
         arguments["guidance_scale"] = guidance
+    for name, size in (sizes or {}).items():
+        if name not in names:
+            raise ConfigurationError(f"{type(pipe).__name__} has no option {name}: its output has one size")
+        arguments[name] = size
     given = {"self", condition, "generator", "output_type", *arguments}
     missing = [
         name

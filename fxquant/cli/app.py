@@ -84,6 +84,15 @@ Prompts = Annotated[
     Path | None,
     typer.Option(help="Text file with one prompt per line, for text pipelines.", rich_help_panel="Sampling"),
 ]
+Height = Annotated[int | None, typer.Option(min=1, max=65_536, help="Height in pixels.", rich_help_panel="Sampling")]
+Width = Annotated[int | None, typer.Option(min=1, max=65_536, help="Width in pixels.", rich_help_panel="Sampling")]
+Frames = Annotated[
+    int | None,
+    typer.Option("--num-frames", min=1, max=65_536, help="Frames of a clip.", rich_help_panel="Sampling"),
+]
+Variant = Annotated[
+    str | None, typer.Option(help="Variant of the files of weights, such as fp16, if the folder has no others.")
+]
 Graph = Annotated[
     int, typer.Option("--graph", min=0, help="Number of the graph, if calibration captured several kinds of call.")
 ]

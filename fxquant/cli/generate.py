@@ -10,12 +10,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.text import Text
 
-from fxquant.cli.app import Debug, Device, Guidance, Seed, Steps, app
+from fxquant.cli.app import Debug, Device, Frames, Guidance, Height, Seed, Steps, Variant, Width, app
 from fxquant.cli.output import err, progress_bars, quiet, status
-from fxquant.cli.running import blaming_the_pipeline, is_file, kept_aside, open_pipeline, read_prompts
+from fxquant.cli.running import blaming_the_pipeline, is_file, kept_aside, open_pipeline, read_prompts, sizes_of
 from fxquant.errors import ConfigurationError, WriteError
 
 _IMAGES = 10_000  # The most images that one command makes.
+_MILLISECONDS = 100  # Time of one frame of a clip.
 
 _GENERATE_EXAMPLES = """[bold]Examples[/]
 
@@ -41,6 +42,10 @@ def generate(
     steps: Steps = 25,
     seed: Seed = 0,
     guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    variant: Variant = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Images per row of the grid.")] = None,
     device: Device = "cpu",
     allow_packages: Annotated[
@@ -49,7 +54,7 @@ def generate(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Generate images with a pipeline, as one grid or as a folder of files."""
+    """Generate images with a pipeline, as one grid or as a folder of files; or clips, as animated images."""
     if (labels is None) == (not prompts):
         raise ConfigurationError("give either --labels, such as --labels 1,2,3, or --prompts")
     wanted = None if labels is None else _read_labels(labels)
@@ -59,19 +64,26 @@ def generate(
         with status("importing torch and diffusers"):
             from fxquant.calibration import pipeline_calls
         with status(f"reading {folder}"):
-            pipe = open_pipeline(folder, device=device, trust_packages=allow_packages)
+            pipe = open_pipeline(folder, device=device, trust_packages=allow_packages, variant=variant)
         with progress_bars() as progress:
             count = len(wanted or lines or ())
             task = progress.add_task(f"generate: {count} images", total=pipeline_calls.num_batches(count) * steps)
             with pipeline_calls.steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):
                 images = pipeline_calls.generate(
-                    pipe, steps=steps, seed=seed, guidance=guidance, prompts=lines, labels=wanted
+                    pipe,
+                    steps=steps,
+                    seed=seed,
+                    guidance=guidance,
+                    prompts=lines,
+                    labels=wanted,
+                    sizes=sizes_of(height, width, num_frames),
                 )
     try:
         _write_images(images, out_path, columns)
     except (OSError, ValueError) as error:
         _rescue_images(images, out_path, error)
-    err.print(Text(f"{len(images)} image{'s' if len(images) > 1 else ''} in {out_path}"))
+    made = "clip" if images and isinstance(images[0], list) else "image"
+    err.print(Text(f"{len(images)} {made}{'s' if len(images) > 1 else ''} in {out_path}"))
 
 
 def _rescue_images(images: Sequence[Any], path: Path, error: Exception) -> NoReturn:
@@ -113,10 +125,17 @@ def _check_image_path(path: Path) -> None:
 def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> None:
     from PIL import Image
 
+    clips = bool(images) and isinstance(images[0], list)
     if not path.suffix:
         path.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
-            _write_image(image, path / f"{number:03d}.png")
+            _write_image(image, path / f"{number:03d}.{'gif' if clips else 'png'}")
+        return
+    if clips:
+        if len(images) > 1:
+            raise ValueError("one file holds one clip; give a folder, a name without a dot in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_image(images[0], path)
         return
     across = min(columns or max(1, round(len(images) ** 0.5 + 0.49)), len(images))
     width, height = images[0].size
@@ -128,10 +147,13 @@ def _write_images(images: Sequence[Any], path: Path, columns: int | None) -> Non
 
 
 def _write_image(image: Any, path: Path) -> None:
-    """Write an image completely or not at all."""
+    """Write an image or the frames of a clip, completely or not at all."""
     scratch = path.with_name(f".{path.stem}-partial{path.suffix}")
     try:
-        image.save(scratch)
+        if isinstance(image, list):
+            image[0].save(scratch, save_all=True, append_images=image[1:], duration=_MILLISECONDS, loop=0)
+        else:
+            image.save(scratch)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -116,10 +116,14 @@ def quiet() -> Iterator[None]:
 
 
 def no_bars() -> None:
-    """Disable the progress bars of diffusers, so that only those of fxquant are shown."""
-    from diffusers.utils import logging
+    """Disable the progress bars of diffusers and transformers, so that only those of fxquant are shown."""
+    from diffusers.utils import is_transformers_available, logging
 
     logging.disable_progress_bar()
+    if is_transformers_available():
+        from transformers.utils import logging as of_transformers
+
+        of_transformers.disable_progress_bar()
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

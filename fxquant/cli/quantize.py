@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from fxquant.cli.app import Debug, Device, Guidance, Prompts, Seed, Steps, app
+from fxquant.cli.app import Debug, Device, Frames, Guidance, Height, Prompts, Seed, Steps, Variant, Width, app
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, show_warning, status
-from fxquant.cli.running import blaming_the_pipeline, kept_aside, open_pipeline, read_prompts
+from fxquant.cli.running import blaming_the_pipeline, kept_aside, open_pipeline, read_prompts, sizes_of
 from fxquant.errors import CheckpointError, ConfigurationError, WriteError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ _QUANTIZE_EXAMPLES = """[bold]Examples[/]
   fxquant quantize ./my-pixart --recipe rtn-w8a8 --prompts prompts.txt --out pixart-w8a8
 
   fxquant quantize ./my-dit --recipe ptq4dit-gptq-w4a8-g64 --samples 8 --steps 10 --out quick --overwrite
+
+  fxquant quantize ./my-wan --components transformer,transformer_2 --prompts prompts.txt --num-frames 17 --out wan
 """
 
 
@@ -67,6 +69,10 @@ def quantize(
         Layers,
         typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: only blocks; all: every layer."),
     ] = Layers.default,
+    components: Annotated[
+        str, typer.Option(help="Parts to quantize, such as transformer,transformer_2; one run calibrates all of them.")
+    ] = "transformer",
+    variant: Variant = None,
     device: Device = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Dtype for everything that is not quantized.")] = Dtype.float32,
     samples: Annotated[
@@ -76,6 +82,9 @@ def quantize(
     seed: Seed = 0,
     guidance: Guidance = None,
     prompts: Prompts = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
     measure: Annotated[
         int, typer.Option(min=0, help="Number of calibration calls on which the output error is measured; 0 for none.")
     ] = 8,
@@ -129,7 +138,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize the transformer of a pipeline and write the whole pipeline to a folder.
+    """Quantize the transformer of a pipeline, or several of its parts, and write the whole pipeline to a folder.
 
     To calibrate, the command runs the pipeline as it will be used: with its classes or with your prompts.
     """
@@ -143,6 +152,7 @@ def quantize(
         from fxquant.pipeline.dumps import DumpGraphs
         from fxquant.pipeline.pipeline import Instrument
         from fxquant.pipeline.recipes import make_recipe
+        from fxquant.pretrained.components import check_components, quantize_pipeline
         from fxquant.runtime.devices import usable_device
         from fxquant.storage.diffusers_io import refuse_existing, refuse_input
 
@@ -151,6 +161,10 @@ def quantize(
         prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
         for option, folder in (("--dump", dump), ("--resume", resume)):
             _check_folder(option, folder, out_folder)
+        names = [name.strip() for name in components.split(",")]
+        _check_alone(
+            names, {"--keep-statistics": keep_statistics, "--statistics": statistics, "--attribute": attribute}
+        )
         recorded = _statistics(statistics, keep_statistics, keep_calls, attribute, out_folder)
         chosen = make_recipe(recipe, layers.value)
         place = usable_device(device)
@@ -158,38 +172,46 @@ def quantize(
         runner.check_device(place)
     with quiet():
         with status(f"reading {model}"):
-            pipe = open_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value))
-            if not hasattr(pipe, "transformer"):
-                raise ConfigurationError(f"{type(pipe).__name__} has no transformer; fxquant quantizes transformers")
+            pipe = open_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value), variant=variant)
+            check_components(pipe, names)
             calibrate = None
             if statistics is None:
-                calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines)
+                sizes = sizes_of(height, width, num_frames)
+                calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines, sizes=sizes)
         with progress_bars() as progress:
-            watch = _PassProgress(progress, chosen)
-            instruments: list[Instrument] = [watch]
-            if dump is not None:
-                instruments.append(DumpGraphs(dump))
+            watches: list[_PassProgress] = []
+
+            def for_component(name: str) -> dict[str, Any]:
+                """What each part has of its own: a progress bar, and folders if there are several parts."""
+                watches.append(_PassProgress(progress, chosen))
+                own = [path and (path / name if len(names) > 1 else path) for path in (dump, resume)]
+                instruments: list[Instrument] = [watches[-1]]
+                if own[0] is not None:
+                    instruments.append(DumpGraphs(own[0]))
+                return {"instruments": instruments, "resume": own[1]}
+
             told = f"calibrate: {samples} samples, {steps} steps" if calibrate else "calibrated before"
             task = progress.add_task(told, total=num_batches(samples) * steps if calibrate else 0)
             with steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):
-                original = pipe.transformer
-                pipe.transformer = fxquant.compile(
-                    original,
+                original = getattr(pipe, names[0])
+                made = quantize_pipeline(
+                    pipe,
+                    components=names,
+                    calibrate=calibrate,
+                    for_component=for_component,
                     recipe=chosen,
                     backend=runner,
-                    calibrate=calibrate,
                     layers=layers.value,
                     measure=measure,
                     statistics=recorded,
-                    instruments=instruments,
-                    resume=resume,
                     prove=prove,
                 )
-            watch.done()
+            for watch in watches:
+                watch.done()
             if attribute and recorded is not None:
                 bar = progress.add_task("attribute errors", total=None)
                 fxquant.attribute(
-                    pipe.transformer,
+                    made[names[0]],
                     original,
                     recorded,
                     budget=budget,
@@ -202,14 +224,16 @@ def quantize(
                 recorded.save(keep_statistics)
         with status(f"writing {out_folder}"):
             _save(pipe, out_folder, overwrite)
-        _mention_float_transformers(pipe)
-    found = fxquant.report(pipe.transformer)
+        _mention_float_transformers(pipe, names)
+    found = {name: fxquant.report(part) for name, part in made.items()}
     if as_json:
-        print_json(found.to_json())
+        reports = {name: report.to_json() for name, report in found.items()}
+        print_json(reports if len(names) > 1 else reports[names[0]])
     else:
-        print_plain(found.summary())
-        if found.attribution is not None:
-            print_plain(f"\n{found.attribution.table()}")
+        for name, report in found.items():
+            print_plain(f"{name}:\n{report.summary()}" if len(names) > 1 else report.summary())
+            if report.attribution is not None:
+                print_plain(f"\n{report.attribution.table()}")
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
 
 
@@ -231,6 +255,13 @@ def _statistics(
     if keep.is_dir():
         raise ConfigurationError(f"--keep-statistics {keep} is a folder; give the name of a file")
     return fxquant.Statistics(keep_calls=calls)
+
+
+def _check_alone(names: list[str], options: dict[str, Any]) -> None:
+    """Refuse options that are about one part if there are several."""
+    given = next((option for option, value in options.items() if value), None)
+    if len(names) > 1 and given is not None:
+        raise ConfigurationError(f"{given} is about one part; quantize {' and '.join(names)} one after the other")
 
 
 def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
@@ -264,10 +295,10 @@ def _save(pipe: Any, folder: Path, overwrite: bool) -> None:
         ) from error
 
 
-def _mention_float_transformers(pipe: Any) -> None:
-    others = [name for name, part in pipe.components.items() if name.startswith("transformer_") and part is not None]
-    for name in others:
-        show_warning(f"{name} stays float: the command quantizes one transformer; for both see fxquant.compile")
+def _mention_float_transformers(pipe: Any, names: list[str]) -> None:
+    for name, part in pipe.components.items():
+        if name.startswith("transformer") and part is not None and name not in names:
+            show_warning(f"{name} stays float; for both give --components {','.join([*names, name])}")
 
 
 class _PassProgress:

@@ -17,9 +17,15 @@ def open_pipeline(model: str, **options: Any) -> Any:
     from fxquant.storage.diffusers_io import load_pipeline
 
     no_bars()
-    pipe = load_pipeline(model, **options)
+    pipe = load_pipeline(model, **{name: value for name, value in options.items() if value is not None})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sizes_of(height: int | None, width: int | None, num_frames: int | None) -> dict[str, int]:
+    """The sizes that were given, by the names that pipelines use."""
+    given = {"height": height, "width": width, "num_frames": num_frames}
+    return {name: size for name, size in given.items() if size is not None}
 
 
 @contextmanager

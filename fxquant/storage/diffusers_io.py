@@ -28,7 +28,7 @@ from fxquant.storage.card import CARD_FILE, is_own_card, pipeline_card
 from fxquant.storage.checkpoint import is_checkpoint_file, load, save
 from fxquant.storage.load_options import check_dtype, device_of_map, dtype_for
 from fxquant.storage.skeleton import read_plan
-from fxquant.storage.weights import variant_of
+from fxquant.storage.weights import other_variants, variant_of
 from fxquant.text import printable
 
 INDEX_FILE = "model_index.json"
@@ -100,7 +100,8 @@ def load_pipeline(
     except FxquantError:
         raise
     except Exception as error:
-        raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {_first_line(error)}") from error
+        reason = _first_line(error) + other_variants(folder, options.get("variant"))
+        raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {reason}") from error
     for name, model in read.items():
         setattr(pipe, name, model)
     return pipe if device.type == "cpu" else pipe.to(device)

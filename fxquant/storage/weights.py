@@ -64,6 +64,14 @@ def variant_of(files: Iterable[str]) -> str | None:
     return next((match["variant"] for match in matches if match is not None), None)
 
 
+def other_variants(folder: Path, variant: str | None) -> str:
+    """Advice to give a variant that the weights of a pipeline's parts have; empty if they have no other."""
+    names = [path.name for path in folder.glob("*/*.safetensors")] if folder.is_dir() else []
+    found = sorted({held for name in names if (held := variant_of([name])) not in (None, variant)})
+    told = " or ".join(f"variant={held!r} (--variant {held})" for held in found)
+    return f". It holds files of another variant; give {told}" if found else ""
+
+
 def write_weights(
     tensors: Mapping[str, Tensor],
     folder: Path,

@@ -23,6 +23,7 @@ from fxquant.cli.__main__ import app
 from fxquant.disk.files import digest_of
 from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
 from fxquant.pipeline.recipes import make_recipe
+from fxquant.pretrained import components
 from fxquant.storage import diffusers_io
 
 FAST = ("--samples", "2", "--steps", "2")
@@ -113,7 +114,8 @@ class TestList:
 
 class TestQuantize:
     def test_the_pipeline_is_whole(self, quantized):
-        assert {path.name for path in quantized.iterdir()} == {"model_index.json", "scheduler", "transformer", "vae"}
+        names = {path.name for path in quantized.iterdir()}
+        assert names == {"README.md", "model_index.json", "scheduler", "transformer", "vae"}
 
     def test_json_is_all_there_is_on_stdout(self, float_folder, tmp_path):
         result = run(
@@ -154,7 +156,8 @@ class TestQuantize:
         assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.bfloat16)
         drawn = run("generate", tmp_path / "q", "-l", "1", "--steps", 2, "--out", tmp_path / "x.png")
         assert drawn.exit_code == 0, drawn.output
-        assert fxquant.load_pipeline(tmp_path / "q", torch_dtype=torch.float32).vae.dtype == torch.float32
+        mixed = {"transformer": torch.bfloat16, "default": torch.float32}
+        assert fxquant.load_pipeline(tmp_path / "q", torch_dtype=mixed).vae.dtype == torch.float32
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -214,7 +217,7 @@ class TestQuantize:
     def test_places_and_numbers_are_looked_at_first(self, float_folder, tmp_path, monkeypatch, options, message):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "file").write_text("precious")
-        monkeypatch.setattr(fxquant, "compile", None)
+        monkeypatch.setattr(components, "compile_model", None)
         assert message in refused("quantize", float_folder, *options)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -226,7 +229,7 @@ class TestQuantize:
             (out / "q" / "theirs").write_text("precious")
             return compiled(*args, **options)
 
-        monkeypatch.setattr(fxquant, "compile", compile_meanwhile)
+        monkeypatch.setattr(components, "compile_model", compile_meanwhile)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         message = refused("quantize", float_folder, "-r", "rtn-w8a8", "--measure", 0, "--out", out / "q", *FAST)
         assert f"{out / 'q'} exists" in message

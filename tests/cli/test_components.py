@@ -1,0 +1,112 @@
+"""Commands on a pipeline with two experts, whose files are of one variant and whose output has sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from typer.testing import CliRunner
+
+import fxquant
+from fxquant.cli.__main__ import app
+from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.runtime.model import GraphModel
+
+SIZES = ("--height", 16, "--width", 16, "--num-frames", 5)
+SHORT = ("--samples", 2, "--steps", 4, "--measure", 0)
+
+
+def make_wan() -> WanPipeline:
+    """A Wan 2.2 pipeline with random weights, for clips of 16 x 16 pixels."""
+    torch.manual_seed(0)
+    options = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32, "ffn_dim": 32}
+    experts = [WanTransformer3DModel(**options, num_layers=1, rope_max_seq_len=32).eval() for _ in range(2)]
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "fox": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    config = UMT5Config(vocab_size=8, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    encoder = UMT5EncoderModel(config).eval()
+    pipe = WanPipeline(tokenizer, encoder, vae, UniPCMultistepScheduler(flow_shift=3.0), *experts, boundary_ratio=0.5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wan") / "float"
+    make_wan().save_pretrained(folder, variant="fp16")
+    return folder
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_two_experts_of_a_variant(wan: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n")
+    arguments = (wan, "--variant", "fp16", "--prompts", prompts, "--recipe", "rtn-w8a8", *SHORT, *SIZES)
+    both = ("--components", "transformer,transformer_2", "--out", tmp_path / "q", "--json")
+    done = run("quantize", *arguments, *both)
+    assert done.exit_code == 0, done.output
+    reports = json.loads(done.stdout)
+    assert list(reports) == ["transformer", "transformer_2"]
+
+    loaded = fxquant.load_pipeline(tmp_path / "q")
+    early, late = loaded.transformer.plan, loaded.transformer_2.plan
+    assert min(early.timesteps) >= 500 > max(late.timesteps), "each expert is calibrated on the timesteps that it sees"
+
+    done = run("generate", tmp_path / "q", "--prompts", "a fox", "--steps", 2, *SIZES, "--out", tmp_path / "clip.gif")
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "clip.gif") as clip:
+        assert (clip.size, clip.n_frames) == ((16, 16), 5)
+
+
+def test_mistakes(wan: Path, tmp_path: Path, float_folder: Path) -> None:
+    out = ("--out", tmp_path / "q")
+    for arguments, said in (
+        ((wan, *out), "It holds files of another variant; give variant='fp16' (--variant fp16)"),
+        ((wan, *out, "--variant", "bf16"), "give variant='fp16'"),
+        ((wan, *out, "--variant", "fp16", "--components", "unet"), "part 'unet' of this WanPipeline is not there"),
+        (
+            (wan, *out, "--variant", "fp16", "--components", "tokenizer"),
+            "is not a model; it has text_encoder, tr",
+        ),
+        ((wan, *out, "--variant", "fp16", "--components", "transformer,transformer"), "give each name once"),
+        ((float_folder, *out, "--components", "transformer,vae", "--attribute"), "--attribute is about one part"),
+        ((float_folder, *out, "--height", 64), "DiTPipeline has no option height: its output has one size"),
+    ):
+        done = run("quantize", *arguments)
+        assert done.exit_code != 0
+        assert said in " ".join(done.output.split()), done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_run_for_all_parts(wan: Path) -> None:
+    pipe = make_wan()
+    experts = pipe.transformer, pipe.transformer_2
+    runs = []
+
+    def calibrate(steps: int = 4) -> None:
+        runs.append(steps)
+        pipe("fox", height=16, width=16, num_frames=5, num_inference_steps=steps, output_type="latent")
+
+    options: dict[str, Any] = {"recipe": "rtn-w8a8", "measure": 0, "components": ["transformer", "transformer_2"]}
+    with pytest.raises(CalibrationError, match="without calling the model"):
+        fxquant.quantize_pipeline(pipe, calibrate=lambda: calibrate(1), **options)  # The second expert is not called.
+    assert (pipe.transformer, pipe.transformer_2) == experts
+    made = fxquant.quantize_pipeline(pipe, calibrate=calibrate, **options)
+    assert runs == [1, 4]
+    assert (pipe.transformer, pipe.transformer_2) == tuple(made.values())
+    assert all(type(part) is GraphModel for part in made.values())
+    for names in ([], ["transformer", "transformer"], ["scheduler"], ["image_encoder"]):
+        with pytest.raises(ConfigurationError, match=r"component|part '"):
+            fxquant.quantize_pipeline(pipe, components=names, recipe="rtn-w8a8", calibrate=calibrate)
