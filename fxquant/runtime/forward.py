@@ -108,8 +108,7 @@ def _capture(self: GraphModel, call: Call) -> CapturedGraph:
     with tracing_alone(), without_autocast(self.runs_on.type):
         if (made := self.find(call)) is not None:  # Captured by another thread in the meantime.
             return made
-        with self._at_home():
-            captured = self.capture(call)
+        captured = self.capture(call)
     warn_of_many(call, [graph.call for graph in self.serving])
     known = [graph for graph in self.serving if graph.call.known]
     if captured.call.known and len(known) == _MANY_VALUES:

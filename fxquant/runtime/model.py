@@ -127,12 +127,6 @@ class GraphModel(Pretrained, Movable):
         self.captured.append(captured)
 
     @property
-    def every(self) -> list[CapturedGraph]:
-        """All graphs, those with branches of LoRAs included."""
-        found = adapters_of(self)
-        return self.captured if found is None else [*self.captured, *found.captured]
-
-    @property
     def serving(self) -> list[CapturedGraph]:
         """The graphs that serve calls now: those with the branches of LoRAs while LoRAs are active."""
         found = adapters_of(self)

@@ -58,7 +58,6 @@ class Movable(DropIn):
 
     graphs: nn.ModuleList
     captured: list[CapturedGraph]
-    every: list[CapturedGraph]
     architecture: Architecture
     backend: Backend | None
     plan: Plan | None
@@ -74,6 +73,12 @@ class Movable(DropIn):
         """The device of the tensors."""
         held = itertools.chain(self.parameters(), self.buffers(), self.architecture.skeleton.parameters())
         return next((tensor.device for tensor in held), torch.device("cpu"))
+
+    @property
+    def every(self) -> list[CapturedGraph]:
+        """All graphs, those with branches of LoRAs included."""
+        found = adapters_of(self)  # type: ignore[arg-type]
+        return self.captured if found is None else [*self.captured, *found.captured]
 
     @property
     def runs_on(self) -> torch.device:
