@@ -134,7 +134,11 @@ class GraphModel(Pretrained, Movable):
 
     def make_graph(self, call: Call | CallSpec, branching: Branching | None = None) -> CapturedGraph:
         """Make a graph for a call, with branches if given; it is not added to the graphs."""
-        return self._make_graph(self, call) if branching is None else self._make_graph(self, call, branching)
+        with self._at_home():
+            captured = self._make_graph(self, call, *(() if branching is None else (branching,)))
+        if self._place.home is not None:
+            captured.module.to(self.device)
+        return captured
 
     def capture(self, call: Call) -> CapturedGraph:
         """Make the graph that serves a call, and add it."""

@@ -175,7 +175,7 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
     def make_graph(owner: GraphModel, call: Call | CallSpec, branching: Branching | None = None) -> CapturedGraph:
         assert owner.plan is not None
         if isinstance(call, CallSpec):
-            captured = owner.architecture.capture_spec(call, owner.device)
+            captured = owner.architecture.capture_spec(call, owner.runs_on)
         else:
             captured = owner.architecture.capture(call, [graph.call for graph in owner.captured])
         plan = copy.deepcopy(owner.plan)  # Decisions for a further call must not change the plan of calibration.
