@@ -1,8 +1,9 @@
-"""The adapters of one quantized model: the methods that diffusers gives a model for LoRAs, and the branches they fill."""
+"""The adapters of one quantized model: the methods of diffusers for LoRAs, and the branches of graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,11 +36,20 @@ class Owner(Protocol):
     """What adapters need of the quantized model."""
 
     architecture: Any
-    lasting: list[CapturedGraph]
+
+    @property
+    def lasting(self) -> list[CapturedGraph]:
+        """The graphs captured in calibration."""
 
     @property
     def device(self) -> torch.device:
         """The device of the tensors."""
+
+    def _at_home(self) -> AbstractContextManager[None]:
+        """Bring parked tensors to the device of the graphs meanwhile."""
+
+    def _share(self, graphs: list[CapturedGraph]) -> None:
+        """Let graphs hold the same tensor under each name."""
 
     def make_graph(self, call: Call | CallSpec, branching: Branching | None = None) -> CapturedGraph:
         """Capture and quantize a graph for a call, with branches."""
@@ -200,8 +210,8 @@ class Adapters:
             AdapterError: Always.
         """
         raise AdapterError(
-            "a new adapter is zero until it is trained, and a quantized model is not trained. Train it beside the float "
-            "model, and load the result here with load_lora_adapter or pipe.load_lora_weights"
+            "a new adapter adds nothing until it is trained, and a quantized model is not trained. Train it beside the "
+            "float model, and load the result here with load_lora_adapter or pipe.load_lora_weights"
         )
 
     # --- what the model calls ---
@@ -241,6 +251,37 @@ class Adapters:
                 self.branching.tensors[STRENGTH].fill_(strength)
             self._strength = strength
 
+    def restore(self, state_dicts: Mapping[str, Mapping[str, Tensor]], saved: Mapping[str, Any]) -> None:
+        """Load the adapters of a checkpoint at once, with the weights that they had.
+
+        Args:
+            state_dicts: The tensors of each adapter by peft's names.
+            saved: Their description; see :mod:`fxquant.adapters.saving`.
+
+        Raises:
+            AdapterError: If an adapter does not fit the model.
+        """
+
+        def load(stand_in: Any) -> None:
+            for own in saved["adapters"]:
+                state_dict = state_dicts[own["name"]]
+                check_state_dict(stand_in, state_dict)
+                stand_in.load_lora_adapter(
+                    {f"transformer.{key}": value for key, value in state_dict.items()},
+                    network_alphas={f"transformer.{path}.alpha": alpha for path, alpha in own["alphas"].items()},
+                    adapter_name=own["name"],
+                    low_cpu_mem_usage=True,
+                )
+            for path, module in tuners(stand_in):
+                for own in saved["adapters"]:
+                    if path in own["scales"]:
+                        module.scaling[own["name"]] = own["scales"][path]
+            stand_in.set_adapter(list(saved["active"]))
+            if saved["disabled"]:
+                stand_in.disable_adapters()
+
+        self._change(load)
+
     def for_copy(self, owner: Owner) -> Adapters:
         """The same adapters for a copy of the model."""
         made = Adapters(owner)
@@ -258,6 +299,10 @@ class Adapters:
 
     def _adopt(self, stand_in: Any) -> None:
         """Make graphs with the branches that the adapters need, fill them, and keep the adapters."""
+        with self._owner._at_home():
+            self._adopt_here(stand_in)
+
+    def _adopt_here(self, stand_in: Any) -> None:
         ranks = {path: rank for path, rank in ranks_of(stand_in).items() if rank}
         if not ranks:
             self.branching, self.captured, self._active, self.stand_in = None, [], False, stand_in

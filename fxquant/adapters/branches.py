@@ -103,9 +103,9 @@ class Branching:
             )
         if moved or change.unknown is not None:
             raise AdapterError(
-                f"layer {layer!r} was changed by {change.unknown or 'a pass that transforms its input'}, in another way "
-                "than by factors and shifts of channels, so a LoRA of the original model does not fit it. Leave the "
-                "layer out of that pass, or fuse the LoRA into the float model and compile the result"
+                f"layer {layer!r} was changed by {change.unknown or 'a pass that transforms its input'}, and not by "
+                "factors and shifts of channels, so a LoRA of the original model does not fit it. Leave the layer out "
+                "of that pass, or fuse the LoRA into the float model and compile the result"
             )
 
     def _branch(
@@ -182,8 +182,8 @@ def _float_input(node: fx.Node, layer: str) -> fx.Node:
     codes = args(node).node("xq")
     if codes.target is not torch.ops.fxquant.quantize.default:
         raise AdapterError(
-            f"layer {layer!r} reads codes that another op than fxquant::quantize made, so there is no float value for a "
-            "branch to read. Fuse the LoRA into the float model and compile the result"
+            f"layer {layer!r} reads codes that another op than fxquant::quantize made, so a branch has no float value "
+            "to read. Fuse the LoRA into the float model and compile the result"
         )
     return args(codes).node("x")
 

@@ -29,6 +29,7 @@ def read_adapter(
 
     where = {name: options.pop(name, None) for name in _SOURCE}
     where["force_download"] = bool(where["force_download"])
+    where["use_safetensors"] = True if where["use_safetensors"] is None else where["use_safetensors"]
     metadata = options.pop("metadata", None)
     if isinstance(source, Mapping):
         return dict(source), metadata
@@ -56,7 +57,13 @@ def peft_keys(state_dict: Mapping[str, Tensor], prefix: str | None) -> dict[str,
         try:
             own = convert_unet_state_dict_to_peft(own)
         except (KeyError, ValueError, IndexError) as error:
-            raise AdapterError(
-                f"the adapter's keys, such as {next(iter(own))!r}, are of no format that diffusers converts ({error})"
-            ) from error
+            raise _unknown(own, f" ({error})") from error
+        if not any(".lora_A." in key for key in own):
+            raise _unknown(own)
     return own
+
+
+def _unknown(keys: Mapping[str, Tensor], why: str = "") -> AdapterError:
+    return AdapterError(
+        f"the adapter's keys, such as {next(iter(keys))!r}, are of no format that diffusers converts{why}"
+    )

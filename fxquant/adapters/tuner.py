@@ -22,7 +22,7 @@ def tuner_of(adapters: Adapters) -> nn.Module:
     """Return the module; it holds no tensor and never runs."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    class LoraOfGraphs(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    class LoraOfGraphs(nn.Module, BaseTunerLayer):
         """Answers for the branches of all graphs."""
 
         @property
@@ -41,11 +41,11 @@ def tuner_of(adapters: Adapters) -> nn.Module:
             return adapters.peft_config
 
         @property
-        def lora_A(self) -> _Movable:  # noqa: N802  (peft's name)
+        def lora_A(self) -> _Movable:
             """The factors of each adapter, as far as pipelines move them."""
             return _Movable(adapters)
 
-        lora_B = lora_A  # noqa: N815
+        lora_B = lora_A
 
         def merge(self, *_: Any, **__: Any) -> None:
             """Refuse: see :func:`refuse_fusing`."""

@@ -26,7 +26,7 @@ _CHANGES = "fxquant_layer_changes"
 
 @dataclass(frozen=True, eq=False)
 class LayerChange:
-    """How the input x and the output y of a layer changed: ``x = columns * x' + shift`` and ``y' = rows * y + constant``.
+    """How the input and output of a layer changed: ``x = columns * x' + shift`` and ``y' = rows * y + constant``.
 
     Attributes:
         columns: Float64 ``[in]``, or one number.
@@ -76,7 +76,7 @@ def note_shift(module: fx.GraphModule, node: fx.Node, table: TimeTable) -> None:
 
 
 def note_rows(module: fx.GraphModule, node: fx.Node, factor: Tensor) -> None:
-    """Note that a layer reads another stored form of its weight, whose rows differ by a factor, ``[out]`` or a number."""
+    """Note that a layer reads a stored form of its weight, whose rows differ by a factor, ``[out]`` or a number."""
     if LAYER in node.meta:
         before = _change_of(module, node)
         _put(module, node, replace(before, rows=before.rows * factor.detach().double().cpu()))

@@ -375,7 +375,6 @@ class Rewriter:
         self._note(node, sources)
 
     def _rewired(self, *nodes: fx.Node) -> None:
-        """Count one edit of all these nodes."""
         self.log.nodes += [NodeEdit("rewired", node.name) for node in nodes]
         self._count(*nodes)
 
@@ -388,9 +387,7 @@ class Rewriter:
             self._taken[str(node.target)] -= 1
 
     def _note(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
-        inherited: list[Origin] = []
-        for source in sources:
-            inherited += [origin for origin in source.meta.get(PROVENANCE, ()) if origin not in inherited]
+        inherited = dict.fromkeys(origin for source in sources for origin in source.meta.get(PROVENANCE, ()))
         origin = Origin(self.pass_name, tuple(source.name for source in sources))
         node.meta[PROVENANCE] = (*(o for o in inherited if o != origin), origin)
         self._count(node)

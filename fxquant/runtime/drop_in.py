@@ -40,18 +40,17 @@ def _shown_class(model: nn.Module) -> type:
     original = getattr(model.__dict__.get("architecture"), "skeleton", None)
     if modeling is None or not isinstance(original, modeling.ModelMixin):
         return kind
-    return _with_base(kind, modeling.ModelMixin)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return _SHOWN.setdefault(kind, type(kind.__name__, (kind, modeling.ModelMixin), names))
 
 
-@functools.cache
-def _with_base(kind: type, base: type) -> type:
-    return type(kind.__name__, (kind, base), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+_SHOWN: dict[type, type] = {}
 
 
 class DropIn(nn.Module):
     """Base class of the models that fxquant makes to replace a float model."""
 
-    __class__ = property(_shown_class)  # type: ignore[assignment]
+    __class__ = property(_shown_class)
 
 
 SAFE = frozenset(

@@ -45,16 +45,44 @@ def lora_attribute(model: GraphModel, name: str) -> Any:
         if found is None:
             raise AttributeError(name)
         return found.peft_config
+    return getattr(made_adapters(model), name)
+
+
+def made_adapters(model: GraphModel) -> Adapters:
+    """The adapters of a model, made now if there are none yet.
+
+    Raises:
+        MissingPackageError: If diffusers or peft is not installed.
+    """
+    found = adapters_of(model)
     if found is None:
-        found = Adapters(model)
-        model.__dict__[_HELD] = found
-    return getattr(found, name)
+        found = model.__dict__[_HELD] = Adapters(model)
+    return found
 
 
 def adapters_of(model: GraphModel) -> Adapters | None:
     """The adapters of a model, or None if no method for LoRAs was used."""
     found: Adapters | None = model.__dict__.get(_HELD)
     return found
+
+
+def refuse_loaded(model: GraphModel, target: str) -> None:
+    """Refuse a model with LoRAs where only the model itself can be kept.
+
+    Args:
+        model: The model.
+        target: What would be made of it, for the message.
+
+    Raises:
+        AdapterError: Names the adapters, and says what to do.
+    """
+    found = adapters_of(model)
+    if found is not None and found.branching is not None:
+        names = ", ".join(map(repr, found.peft_config))
+        raise AdapterError(
+            f"{target} cannot hold the adapters {names} of this model; call model.unload_lora() first, or fuse the "
+            "LoRAs into the float model (pipe.fuse_lora(), then pipe.unload_lora_weights()) and compile the result"
+        )
 
 
 def copy_adapters(model: GraphModel, clone: GraphModel) -> None:
@@ -65,7 +93,7 @@ def copy_adapters(model: GraphModel, clone: GraphModel) -> None:
 
 
 def with_scale(model: GraphModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Set the scale of LoRAs that a call gives, as ``joint_attention_kwargs={"scale": 0.5}``, and take it out of the call.
+    """Set the scale of LoRAs that a call gives, ``joint_attention_kwargs={"scale": 0.5}``, and take it from the call.
 
     Without active LoRAs the call stays as it is.
     """

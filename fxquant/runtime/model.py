@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant.adapters.branches import Branching
 from fxquant.capture.calls import Call, CallSpec
 from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.shared import SharedTensors
@@ -134,7 +135,7 @@ class GraphModel(Pretrained, Movable):
 
     def make_graph(self, call: Call | CallSpec, branching: Branching | None = None) -> CapturedGraph:
         """Make a graph for a call, with branches if given; it is not added to the graphs."""
-        with self._at_home():
+        with tracing_alone(), without_autocast(self.runs_on.type), self._at_home():
             captured = self._make_graph(self, call, *(() if branching is None else (branching,)))
         if self._place.home is not None:
             captured.module.to(self.device)

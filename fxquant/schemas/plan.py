@@ -164,6 +164,22 @@ class PlanFile(Schema):
         return self
 
 
+class SavedAdapter(Entry):
+    """A LoRA in a checkpoint: its alpha, and its scale with the weight that it was given, by layer."""
+
+    name: Name
+    alphas: Annotated[dict[Name, Finite], Field(max_length=100_000)]
+    scales: Annotated[dict[Name, Finite], Field(max_length=100_000)]
+
+
+class SavedAdapters(Entry):
+    """The LoRAs in a checkpoint, and which of them are active."""
+
+    adapters: Annotated[list[SavedAdapter], Field(min_length=1, max_length=1_000)]
+    active: Annotated[list[Name], Field(max_length=1_000)]
+    disabled: bool
+
+
 class CheckpointFile(PlanFile):
     """The file in a checkpoint, where it also describes the other files."""
 
@@ -174,4 +190,5 @@ class CheckpointFile(PlanFile):
     digests: list[Name | None] | None = None
     graphs: list[Name | None] | None = None  # Digests in earlier files; see fxquant.storage.checkpoint.
     made_with: dict[Name, Name] | None = None
+    adapters: SavedAdapters | None = None
     files: dict[Name, Digest]

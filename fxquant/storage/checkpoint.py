@@ -39,6 +39,7 @@ from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
 from fxquant.schemas.common import LARGEST_FILE, check
 from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
+from fxquant.storage.adapters import ADAPTERS_FILE, read_adapters, write_adapters
 from fxquant.storage.agreement import (
     check_finite,
     check_grids,
@@ -59,7 +60,7 @@ from fxquant.storage.weights import (
 )
 
 _DIGESTED = (CONFIG_FILE, VECTORS_FILE)  # And the files of tensors.
-_FILES = (PLAN_FILE, *_DIGESTED, ATTRIBUTION_FILE)
+_FILES = (PLAN_FILE, *_DIGESTED, ATTRIBUTION_FILE, ADAPTERS_FILE)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -196,6 +197,7 @@ def _write(
     tensors = model.stored_tensors()
     check_finite(tensors, None)  # Loading would refuse NaN.
     weights = write_weights(tensors, folder, plan.model_class, variant, max_shard_size)
+    adapters = write_adapters(model, folder)
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     data["dtype"] = dtype_name(model.dtype)
@@ -205,7 +207,11 @@ def _write(
     data["made_with"] = _versions()
     if difference is not None:
         data["needs_model"] = difference
-    data["files"] = {name: digest(folder / name) for name in sorted((*_DIGESTED, *weights))}
+    written = [*_DIGESTED, *weights]
+    if adapters is not None:
+        data["adapters"] = adapters
+        written.append(ADAPTERS_FILE)
+    data["files"] = {name: digest(folder / name) for name in sorted(written)}
     data["digest"] = digest_of(data)
     text = _plan_text(data)
     check(CheckpointFile, data, "what would be saved")
@@ -297,6 +303,9 @@ def load(
         bind_all(quantized, tensors)
     tensors.clear()  # Frees each tensor as soon as the backend has converted it.
     lower_all(quantized)
+    if data.get("adapters") is not None:
+        check_digests(folder, [ADAPTERS_FILE], data["files"], PLAN_FILE)
+        read_adapters(quantized, folder, data["adapters"])
     give_back_memory()
     return quantized
 

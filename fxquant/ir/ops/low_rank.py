@@ -14,8 +14,8 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, offset: Tensor | None, 
     """``y + strength * b (a x + offset)``: the result of a layer, plus a product of low rank of the layer's input.
 
     `y` is `[..., out]`, `x` is `[..., in]`, `a` is `[rank, in]` and `b` is `[out, rank]`. `offset` broadcasts to
-    `[..., rank]`, and `strength` is one number. The result has the shape and dtype of `y` and is contiguous. `a` and `b`
-    have one dtype, in which the branch is computed.
+    `[..., rank]`, and `strength` is one number. The branch is computed in the dtype that `a` and `b` have. The result
+    has the shape and dtype of `y` and is contiguous.
     """
     _check(y, x, a, b, offset)
     with torch.autocast(y.device.type, enabled=False):

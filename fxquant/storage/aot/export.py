@@ -32,6 +32,7 @@ from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime import torch_compile
 from fxquant.runtime.float_model import class_path
+from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.storage import diffusers_io
 from fxquant.storage.agreement import check_finite, infinite_in, read_headers
@@ -81,11 +82,13 @@ def export_aot(
 
     Raises:
         ConfigurationError: If the model is not quantized, or its output is of a class that cannot be named in a file.
+        AdapterError: If LoRAs are loaded.
         BackendError: If the model is not on the CPU, or its backend holds tensors that cannot be written.
         CompilerError: If there is no C++ compiler, or it fails.
         CheckpointError: If the folder exists and ``overwrite`` is not given, or holds other files.
     """
     model, plan = quantized_model(model, "export_aot")
+    refuse_loaded(model, "a package")
     folder = Path(folder).resolve()
     if model.device.type != "cpu":
         raise BackendError(f"packages run on the CPU, but this model is on {model.device}; move it: model.to('cpu')")
