@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fxquant.pretrained.registration import watch
 
 if TYPE_CHECKING:
-    from fxquant.api import compile, trace
+    from fxquant.api import compile, compile_pipeline, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
     from fxquant.export.balance import balance
     from fxquant.inspect.difference import Difference, diff
@@ -48,6 +48,7 @@ __all__ = [
     "attribute",
     "balance",
     "compile",
+    "compile_pipeline",
     "diff",
     "explain",
     "export_aot",
@@ -89,6 +90,7 @@ _HOMES = {
     "attribute": "inspect.errors",
     "balance": "export.balance",
     "compile": "api",
+    "compile_pipeline": "api",
     "diff": "inspect.difference",
     "explain": "inspect.explain",
     "export_aot": "storage.aot.export",

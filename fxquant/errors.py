@@ -24,7 +24,13 @@ def shortened(text: str) -> str:
 
 
 class FxquantError(Exception):
-    """Base class of all errors that fxquant raises on purpose. Very long words of a message are shortened."""
+    """Base class of all errors that fxquant raises on purpose. Very long words of a message are shortened.
+
+    Attributes:
+        component: The model of the pipeline that it is about, if several are quantized at once.
+    """
+
+    component: str | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*(_LONG_WORD.sub(_cut, arg) if isinstance(arg, str) else arg for arg in args))

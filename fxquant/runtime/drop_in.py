@@ -35,8 +35,13 @@ def _shown_class(model: nn.Module) -> type:
 
     Pipelines skip components in silence, when they load, weigh or delete LoRAs, unless their class is a subclass of
     ``diffusers.ModelMixin``. Attributes are looked up in the true class, ``type(model)``, so none is inherited.
+
+    ``DiffusionPipeline.from_pipe`` alone sees the true class: it drops every ``ModelMixin`` that is not of the very
+    class that the new pipeline names, and hands everything else on.
     """
     kind, modeling = type(model), sys.modules.get("diffusers.models.modeling_utils")
+    if sys._getframe(1).f_code.co_name == "from_pipe":
+        return kind
     original = getattr(model.__dict__.get("architecture"), "skeleton", None)
     if modeling is None or not isinstance(original, modeling.ModelMixin):
         return kind
