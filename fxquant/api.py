@@ -16,6 +16,7 @@ from fxquant.calibration.recorded import calibrate_from_statistics
 from fxquant.capture.calls import Call
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.hooks import hand_on_hooks
 from fxquant.capture.rebuilding import warn_if_not_rebuilt
 from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
@@ -83,7 +84,9 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
         original.compare(captured, call)
         return captured
 
-    return GraphModel(architecture, dtype_of(model), None, make_graph, weights=weights)
+    traced = GraphModel(architecture, dtype_of(model), None, make_graph, weights=weights)
+    hand_on_hooks(model, traced)
+    return traced
 
 
 def compile(
@@ -167,7 +170,9 @@ def compile(
             raise ConfigurationError("passes are proved on calibration calls; give a recipe with calibrate, not a plan")
         check_weights(model)
         with without_autocast(device.type):
-            return replay(model, copy.deepcopy(plan), runner, instruments, statistics)
+            replayed = replay(model, copy.deepcopy(plan), runner, instruments, statistics)
+        hand_on_hooks(model, replayed)
+        return replayed
     if recipe is None:
         raise ConfigurationError('compile needs a recipe, such as recipe="ptq4dit-w8a8", or a plan')
     chosen = make_recipe(recipe, layers)
@@ -207,6 +212,7 @@ def compile(
         quantized = convert(calibration, chosen, runner, dtype_of(model), instruments, workspace)
     made.bytes_after = tensor_bytes(quantized.tensors())
     made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples())
+    hand_on_hooks(model, quantized)
     _warn_if_poor(made)
     return quantized
 

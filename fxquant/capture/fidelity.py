@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxquant.capture.caches import Caches, Places, put
 from fxquant.capture.calls import TRACED_BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.hooks import drop_own_hooks
 from fxquant.capture.state import OWN, detached, frozen, is_equal
 from fxquant.capture.threads import uncompiled, without_autocast
 from fxquant.capture.trace import Architecture
@@ -48,6 +49,7 @@ class Original:
 
     def __init__(self, model: nn.Module, timestep: str | None) -> None:
         self._model = _twin(model)
+        drop_own_hooks(self._model)
         self._weights = _places(model)
         self._caches: Caches | None = None
         self._timestep = timestep

@@ -6,6 +6,7 @@ not part of the model. A graph that recorded them would be right for one call on
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,28 @@ _DIFFUSERS = (
     ),
 )
 _OTHER = ("changes what the module computes", "load the model again without it")
+
+
+_OF_TORCH = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
+def drop_own_hooks(model: nn.Module) -> None:
+    """Drop torch's hooks of a copy of a model itself, not those of its modules.
+
+    They run around the whole call, whatever computes it: the model, the graph that observes it, or the quantized model.
+    A graph that held their effect would apply them twice. Hooks of its modules are part of what it computes.
+    """
+    for name in _OF_TORCH:
+        setattr(model, name, OrderedDict())
+
+
+def hand_on_hooks(model: nn.Module, other: nn.Module) -> None:
+    """Let torch's hooks of a model run around the calls of another one too. Removing a hook removes it from both."""
+    for name in _OF_TORCH:
+        vars(other)[name] = vars(model)[name]
 
 
 def refuse_hooks(model: nn.Module) -> None:

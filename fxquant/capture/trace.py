@@ -34,6 +34,7 @@ from fxquant.capture.explain import explained, quietly
 from fxquant.capture.fingerprint import fingerprint
 from fxquant.capture.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.hooks import drop_own_hooks
 from fxquant.capture.known_values import Tracing, is_followed
 from fxquant.capture.memoized import Memos
 from fxquant.capture.naming import fake_mode_of_model, name_constants, name_layers, names_of
@@ -107,6 +108,7 @@ class Architecture:
                 f"{type(model).__name__} cannot be copied without its weights ({error}); "
                 "remove hooks and open handles from the module first"
             ) from error
+        drop_own_hooks(skeleton)
         architecture = cls(skeleton, timestep)
         # The weak reference is to the module, not to its parameters: torch cannot swap tensors with weak references.
         architecture.original = weakref.ref(model)

@@ -110,3 +110,47 @@ def test_a_function_around_a_forward_that_holds_the_model(tiny_dit: DiTTransform
     ):
         with pytest.raises(CaptureError, match=r"keeps a reference to the original module.*types.MethodType"):
             function()
+
+
+# --- hooks of torch ---
+
+
+def test_hooks_of_the_whole_model_run_once_around_every_call(tiny_dit: DiTTransformer2DModel) -> None:
+    """In calibration as in use, also if they change the output; and whoever removes one removes it everywhere."""
+    seen: list[float] = []
+    plain = run(tiny_dit)
+    handle = tiny_dit.register_forward_hook(lambda _, args, output: type(output)(sample=output.sample * 2))
+    listening = tiny_dit.register_forward_pre_hook(
+        lambda _, args, given: seen.append(float(given["timestep"][0])), with_kwargs=True
+    )
+    expected, calibrated = run(tiny_dit), []
+    assert torch.equal(expected, plain * 2)
+    traced = fxquant.trace(tiny_dit)
+    assert torch.equal(run(traced), expected)
+    seen.clear()
+    ours = fxquant.compile(
+        tiny_dit,
+        recipe="rtn-w8a8",
+        calibrate=lambda: calibrated.extend(run(tiny_dit, timestep=step) for step in (500, 100)),
+        measure=2,
+    )
+    assert seen == [500, 100]
+    assert torch.allclose(calibrated[0], expected, atol=1e-5)
+    assert (run(ours) - expected).norm() / expected.norm() < 0.02
+    assert seen == [500, 100, 500]
+    handle.remove()
+    listening.remove()
+    assert (run(ours) - plain).norm() / plain.norm() < 0.02
+    assert torch.equal(run(traced), plain)
+    assert len(seen) == 3
+
+
+def test_hooks_of_modules_are_part_of_the_model(tiny_dit: DiTTransformer2DModel) -> None:
+    """They are traced with it, so what they compute from other values is computed again in each call."""
+    tiny_dit.transformer_blocks[0].attn1.register_forward_hook(lambda _, args, output: output * 3)
+    tiny_dit.transformer_blocks[0].ff.register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    assert torch.equal(run(fxquant.trace(tiny_dit)), run(tiny_dit))
+    ours = fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=calibrate(tiny_dit), measure=0)
+    for seed in range(2):
+        expected = run(tiny_dit, seed=seed)
+        assert (run(ours, seed=seed) - expected).norm() / expected.norm() < 0.02
