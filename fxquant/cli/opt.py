@@ -81,8 +81,11 @@ def opt(
 def _import(name: str) -> None:
     try:
         importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigurationError(f"--import {name}: it cannot be imported: {error}") from error
+    except Exception as error:  # The module runs its own code, which may raise anything.
+        raise ConfigurationError(
+            f"--import {name}: it cannot be imported: {type(error).__name__}: {error}. Give the name of a module as "
+            "import statements have it, such as my_package.my_pass"
+        ) from error
 
 
 def _context(dump: Path, plan: Path | None, statistics: Path | None) -> Any:

@@ -11,6 +11,12 @@ from fxquant.disk.exchange import force
 from fxquant.disk.folders import SAVING, beside, parents_of, writing
 from fxquant.errors import WriteError
 
+_OF_MODELS = frozenset(
+    {"config.json", "model.safetensors", "model_index.json", "plan.json", "plan.safetensors"}
+    | {"diffusion_pytorch_model.safetensors"}
+)
+"""Files that make up a model. They are written with their whole folder, and nothing else replaces them."""
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -22,12 +28,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         path: The final place; its folder is created.
 
     Raises:
-        WriteError: If the file cannot be written, or a folder is in its place.
+        WriteError: If the file cannot be written, or a folder or a file of a model is in its place.
     """
     path = Path(path)
     with writing(path), parents_of(path):
         if path.is_dir():
             raise WriteError(f"{path} is a folder; choose another name for the file")
+        if path.name in _OF_MODELS and path.exists():
+            raise WriteError(f"{path} is a file of a model, which would be lost; choose another name for the file")
         unfinished = path.with_name(beside(path, SAVING))
         try:
             yield unfinished

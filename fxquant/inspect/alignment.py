@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from fxquant.errors import UnknownNameError
+from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.inspect.snapshots import GraphChange, NodeState, Rewired, Snapshot
 from fxquant.text import is_inside, nearest
 
@@ -86,8 +86,15 @@ def part_of(nodes: Snapshot, block: str | None, layer: str | None) -> Snapshot:
 
     Raises:
         UnknownNameError: If there are none. The message names the nearest blocks or layers.
+        ConfigurationError: If the layer is not in the block.
     """
     found = tuple(state for state in nodes if _are_in_part(list(_places(state)), block, layer))
+    if not found and block is not None and layer is not None:
+        part_of(nodes, block, None)  # Names the one that does not exist.
+        part_of(nodes, None, layer)
+        raise ConfigurationError(
+            f"layer {layer!r} is not in block {block!r}; leave out one of them, or name a layer of the block"
+        )
     if not found and block is not None:
         places = (place for state in nodes for place in _places(state))
         raise UnknownNameError("block", block, nearest(block, blocks_among(places)))

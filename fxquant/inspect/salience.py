@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fxquant.disk.files import blaming
-from fxquant.errors import ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.inspect.report import checkpoint_folder
 from fxquant.ir.tensors import weights_of
 from fxquant.numerics.weights import dequantize_weight
@@ -64,10 +64,12 @@ def salience(plan: Plan, statistics: Statistics, layer: str, weights: Mapping[st
         weights: What :func:`weight_salience` returns.
 
     Raises:
-        CalibrationError: If the plan has no such layer, or calibration never reached its input.
+        CalibrationError: If the plan has no such layer, calibration never reached its input, or the statistics are of
+            another model or of other timesteps.
     """
     found = plan.layer(layer)
     observed = statistics[found.observed or layer]
+    _check_origin(plan, statistics, layer)
     factor = plan.vectors.get(layer)
     is_moved = factor is not None or f"{layer}.shift" in plan.vectors
     balanced = None if weights is None else weights.get(layer)
@@ -80,6 +82,23 @@ def salience(plan: Plan, statistics: Statistics, layer: str, weights: Mapping[st
         before,
         None if factor is None else balanced,
     )
+
+
+def _check_origin(plan: Plan, statistics: Statistics, layer: str) -> None:
+    """Refuse statistics of another model, or of a calibration at other timesteps than those of the plan."""
+    found = plan.layer(layer)
+    channels, expected = statistics[found.observed or layer].absmax.shape[-1], found.shape[1]
+    advice = "give the file that fxquant quantize --keep-statistics wrote for this model"
+    if channels != expected:
+        raise CalibrationError(
+            f"the statistics belong to another model: the input of {layer} has {channels} channels in them, and "
+            f"{expected} in the plan; {advice}"
+        )
+    if missing := sorted(set(plan.timesteps) - set(statistics.timesteps.tolist())):
+        raise CalibrationError(
+            f"the statistics belong to another calibration: the model was calibrated at timestep {missing[0]:g}, which "
+            f"they do not hold; {advice}"
+        )
 
 
 def layers_with_salience(plan: Plan, statistics: Statistics) -> list[str]:

@@ -25,6 +25,7 @@ from fxquant.ir.tensors import get_tensor, holder_of, weights_and_buffers
 
 _Call = tuple[Any, Any, Any]  # Target, arguments and keyword arguments of a node.
 _SAMPLED = 64  # Elements of each tensor that are compared, because writes through ``.data`` count no version.
+_GENERATED = "<eval_with_key>"  # The file name of code that FX makes from a graph begins so.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -99,6 +100,7 @@ class Fingerprint:
         self._check_places(pass_name, edits)
         self._check_tensors(pass_name)
         self._check_signature(pass_name)
+        self._check_additions(pass_name)
         attributes = _attributes_of(self.module)
         for what, before in self._attributes.items():
             if attributes[what] != before:
@@ -174,6 +176,15 @@ class Fingerprint:
                     f"{pass_name}: the values of the tensor {node.target} were changed in place. The model's own "
                     "weight may be the same memory, and it stays changed: load the model again. Use rewriter.fold("
                     "node, name, function), whose function returns a new tensor"
+                )
+
+    def _check_additions(self, pass_name: str) -> None:
+        """Refuse tensors that the rewriter did not add; nothing reads them, but they would be held with the model."""
+        for name, _ in weights_and_buffers(self.module):
+            if name not in self._names and name not in self._held:
+                raise PassError(
+                    f"{pass_name}: the tensor {name} was added past the rewriter; use rewriter.constant, which also "
+                    "adds the node that reads it"
                 )
 
     def _check_signature(self, pass_name: str) -> None:
@@ -283,7 +294,11 @@ def _values(tensor: Tensor, thorough: bool) -> bytes | int | None:
 def _attributes_of(module: fx.GraphModule) -> dict[str, Any]:
     """What a graph module runs besides its graph."""
     hooks = {name: tuple(getattr(module, name)) for name in _HOOKS}
-    return {"the forward": vars(module).get("forward"), "the code generation": module.graph._codegen, **hooks}
+    forward: Any = type(module).forward
+    if getattr(getattr(forward, "__code__", None), "co_filename", "").startswith(_GENERATED):
+        forward = None  # FX makes a new function from the graph whenever the graph is recompiled.
+    own = {"the forward": vars(module).get("forward"), "the forward of the class": forward}
+    return {**own, "the code generation": module.graph._codegen, **hooks}
 
 
 def _signature(graph: fx.Graph) -> tuple[list[str], list[str]]:

@@ -95,8 +95,8 @@ class Rewriter:
     ) -> None:
         """Replace a parameter, such as ``weight``, by ``function(parameter)``; other readers keep the old one.
 
-        The function receives the parameter in its own dtype and may return another dtype (float64). The result is cast
-        back once, here.
+        The function receives a copy of the parameter in its own dtype and may return another dtype (float64). The
+        result is cast back once, here.
 
         Args:
             node: The reader.
@@ -110,6 +110,7 @@ class Rewriter:
 
         Raises:
             NonFiniteError: If the result does not fit the parameter's dtype.
+            PassError: If the function returns something else than a tensor.
         """
         attribute = args(node).node(name)
         while attribute.op != "get_attr":  # The node reads the parameter through a cast.
@@ -129,7 +130,13 @@ class Rewriter:
         if readers is not None and set(readers) != set(attribute.users):
             attribute = self._private(attribute, readers)
         old = self.tensor(attribute)
-        new = function(old).to(old.dtype)
+        new = function(old.detach().clone())  # A copy: the model's own weight is the same tensor until it is folded.
+        if not isinstance(new, Tensor):
+            raise PassError(
+                f"{self.pass_name}: the function that folds into {attribute.target} returned a {type(new).__name__}; "
+                "let it return the new tensor"
+            )
+        new = new.to(old.dtype)
         if not isinstance(new, FakeTensor) and not is_finite(new):
             raise NonFiniteError(
                 f"{attribute.target} does not fit {old.dtype} after {self.pass_name}; "
@@ -168,6 +175,11 @@ class Rewriter:
             sources: The nodes that the new one is made from.
             history: The tensor's history, if it is derived from weights; see :func:`fxquant.ir.histories.made_from`.
         """
+        if not isinstance(value, Tensor):
+            raise PassError(
+                f"{self.pass_name}: the constant {name!r} is a {type(value).__name__}; give a tensor, such as "
+                "torch.tensor(value). Numbers can be arguments of ops as they are"
+            )
         made_from = next((node.meta["val"] for node in sources if isinstance(node.meta.get("val"), Tensor)), value)
         target, value = self._free_target(name), contiguous(value.to(made_from.device))
         set_tensor(self.module, target, value)
@@ -277,9 +289,14 @@ class Rewriter:
             kwargs: Its arguments by name.
 
         Raises:
-            PassError: If an argument is a tensor, which a graph can only read by name.
+            PassError: If the arguments are not a tuple, or one is a tensor, which a graph can only read by name.
         """
         named = dict(kwargs or {})
+        if not isinstance(arguments, tuple):
+            raise PassError(
+                f"{self.pass_name}: the arguments of {target} are a {type(arguments).__name__}; give a tuple, such as "
+                "rewriter.call(op, (node, 2), [node])"
+            )
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((arguments, named))):
             raise PassError(f"{self.pass_name}: an argument of {target} is a tensor; add it by Rewriter.constant first")
         tail = self._tails[-1] if self._tails else None

@@ -48,17 +48,24 @@ def check_conduct(before: str, after: str, returned: object) -> None:
         )
 
 
-def check_decisions(text: str, plan: Plan, earlier: Plan) -> None:
-    """Refuse a pass that put a value into the plan that no plan can hold. Later passes would fail because of it.
+def check_decisions(text: str, given: Plan, plan: Plan, earlier: Plan) -> None:
+    """Refuse a pass that exchanged or emptied the plan, or put a value into it that no plan can hold.
+
+    Later passes would fail because of it, or decide again what was decided.
 
     Args:
         text: Text of the pass.
-        plan: The plan after the pass.
+        given: The plan of the context that the pass was given.
+        plan: The plan after the pass, which should be the same object.
         earlier: A copy of the plan from before the pass, which could be saved.
 
     Raises:
         PassError: Names the pass and the entry of the plan.
     """
+    if given is not plan:
+        raise PassError(
+            f"pass {text} put another plan into context.plan, which nothing reads; let it change entries of the plan"
+        )
     try:
         plan.check_changes(earlier)
     except ConfigurationError as error:
@@ -66,3 +73,9 @@ def check_decisions(text: str, plan: Plan, earlier: Plan) -> None:
             f"pass {text} put a value into the plan that cannot be saved: {error}. Let the pass write a value of the "
             "type that the plan documents, for example float(x) for a tensor of one number"
         ) from error
+    for what in ("layers", "attentions"):
+        if lost := getattr(earlier, what).keys() - getattr(plan, what).keys():
+            raise PassError(
+                f"pass {text} removed {min(lost)} from plan.{what}, and with it what earlier passes decided; let it "
+                "change single fields, for example layer.weight_bits = None to keep a layer in float"
+            )

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.disk.folders import writing
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError
 from fxquant.ir.dumps import LARGEST, Dump, dump_of
@@ -53,11 +54,15 @@ class DumpGraphs:
 
     Args:
         folder: Where the files go; created with its parents.
+
+    Raises:
+        WriteError: If the folder cannot be made, or a file is in its place.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._numbers: WeakKeyDictionary[fx.GraphModule, list[int]] = WeakKeyDictionary()
         self._stage = Stage.CAPTURED
         self._plan: Plan | None = None

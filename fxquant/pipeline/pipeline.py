@@ -342,7 +342,7 @@ class Pipeline:
         try:
             found = step.run(module.graph, own, rewriter)
             check_conduct(text, str(step), found)
-            check_decisions(text, context.plan, earlier.plan)
+            check_decisions(text, own.plan, context.plan, earlier.plan)
             fingerprint.check(text, rewriter.edits)
             if rewriter.edits:
                 module.graph.eliminate_dead_code()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -269,8 +270,10 @@ class Attribution:
             CheckpointError: If the file is damaged.
         """
         path = Path(folder) / ATTRIBUTION_FILE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
+        if not path.is_file():  # A device or a pipe might never end.
+            raise CheckpointError(f"{path} is not a file")
         _, data = read_json(path, "checkpoint")
         with blaming(path):
             number = data.get("format") if isinstance(data, Mapping) else None

@@ -69,11 +69,6 @@ class Movable(DropIn):
     _place: Place
 
     @property
-    def every(self) -> list[CapturedGraph]:
-        """All graphs, those with branches of LoRAs included."""
-        raise NotImplementedError
-
-    @property
     def device(self) -> torch.device:
         """The device of the tensors."""
         held = itertools.chain(self.parameters(), self.buffers(), self.architecture.skeleton.parameters())

@@ -120,6 +120,21 @@ def test_graph_of_a_block(folders: tuple[Path, Path]) -> None:
     assert "there is no graph 3" in bad("graph", folders[0], "--graph", 3)
 
 
+def test_a_layer_that_is_not_in_the_block(folders: tuple[Path, Path]) -> None:
+    result = run("graph", folders[0], "--block", "0", "--layer", "pos_embed.proj")
+    assert result.exit_code == 2
+    assert "layer 'pos_embed.proj' is not in block '0'" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "", "broken"])
+def test_opt_names_a_module_that_cannot_be_imported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    result = run("opt", tmp_path / "x.json", "--passes", "remove-no-ops", "--import", name)
+    assert result.exit_code == 2
+    assert f"--import {name}: it cannot be imported" in result.stderr
+
+
 def test_a_graph_is_written_as_other_files_are(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert "choose another name for the file" in bad("graph", folders[0], "--block", 1, "-o", tmp_path)
     assert run("graph", folders[0], "--block", 1, "-o", tmp_path / "new" / "graph.txt").exit_code == 0

@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 
 from fxquant.disk.whole_file import whole_file
+from fxquant.errors import WriteError
 
 
 def write(path: Path, text: str) -> None:
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "config.json", "model.safetensors"])
+def test_a_file_of_a_model_is_not_replaced(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with whole_file(path) as written:
+        written.write_text("first")
+    with pytest.raises(WriteError, match=f"{name} is a file of a model"), whole_file(path) as written:
+        written.write_text("second")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_replaces_the_one_that_is_there(tmp_path: Path) -> None:

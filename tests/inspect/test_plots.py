@@ -190,6 +190,19 @@ def test_long_names_leave_room_for_the_heat_map(length, tmp_path, recwarn):
     assert not [str(one.message) for one in recwarn if "layout" in str(one.message)]
 
 
+def test_statistics_of_another_model_or_other_timesteps_are_refused(made):
+    _, quantized, _ = made
+    wide, others = fxquant.Statistics(), fxquant.Statistics()
+    model = make_dit(num_attention_heads=4)
+    fxquant.compile(model, recipe="ptq4dit-w8a8", calibrate=calibrate(model), statistics=wide, measure=0)
+    model = make_dit()
+    fxquant.compile(model, recipe="ptq4dit-w8a8", calibrate=calibrate(model, (7, 77)), statistics=others, measure=0)
+    with pytest.raises(CalibrationError, match=f"another model: the input of {TO_Q} has 32 channels .* 16 in the plan"):
+        salience(quantized.plan, wide, TO_Q)
+    with pytest.raises(CalibrationError, match="another calibration: the model was calibrated at timestep 100"):
+        salience(quantized.plan, others, TO_Q)
+
+
 def test_an_unknown_layer_is_refused_with_the_nearest():
     with pytest.raises(CalibrationError, match="knows no layer 'c'; it has a, b"):
         plots.timesteps_figure(grouped(), "c")

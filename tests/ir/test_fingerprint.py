@@ -295,6 +295,39 @@ def test_any_failure_restores_the_graph() -> None:
     assert not hasattr(graph, "new")
 
 
+def test_the_forward_of_the_class_is_compared_and_restored() -> None:
+    def patch(_: fx.Graph, rewriter: Rewriter) -> None:
+        type(rewriter.module).forward = lambda self, *inputs: inputs  # type: ignore[method-assign]
+
+    graph = module()
+    calls = torch.randn(2, 4), torch.randn(2, 4)
+    before = graph(*calls)
+    with pytest.raises(PassError, match="does: the forward of the class of the graph module changed"):
+        Pipeline([type("Does", (Does,), {"edit": staticmethod(patch)})()]).run(graph, Plan("", "", None))
+    assert torch.equal(graph(*calls)[0], before[0])
+
+
+def test_a_pass_may_recompile_the_graph() -> None:
+    step = type("Does", (Does,), {"edit": staticmethod(lambda _, rewriter: rewriter.module.recompile())})()
+    (record,) = Pipeline([step]).run(module(), Plan("", "", None))
+    assert record.edits == 0
+
+
+@pytest.mark.parametrize("what", ["a buffer", "a module"])
+def test_tensors_added_past_the_rewriter_are_refused_and_removed(what: str) -> None:
+    def add(_: fx.Graph, rewriter: Rewriter) -> None:
+        if what == "a buffer":
+            rewriter.module.register_buffer("extra", torch.zeros(3))
+        else:
+            rewriter.module.add_module("extra", nn.Linear(2, 2))
+
+    graph = module()
+    names = set(graph.state_dict())
+    with pytest.raises(PassError, match=r"does: the tensor extra(\.weight)? was added past the rewriter"):
+        Pipeline([type("Does", (Does,), {"edit": staticmethod(add)})()]).run(graph, Plan("", "", None))
+    assert set(graph.state_dict()) == names
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
 def test_an_interruption_restores_the_graph_and_the_plan(interruption: type[BaseException]) -> None:
     graph, plan = module(), Plan("", "", None)

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ArgumentError, NonFiniteError, PassError
+from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.places import Origin, place_of
 from fxquant.ir.rewriter import Rewriter
@@ -152,6 +153,27 @@ def test_folding_never_writes_into_the_model(module: fx.GraphModule, rewriter: R
     old = held.clone()
     rewriter.fold(node, "bias", lambda b: b + 1)
     assert torch.equal(held, old)
+
+
+def test_a_function_that_folds_in_place_does_not_write_into_the_model(
+    module: fx.GraphModule, rewriter: Rewriter
+) -> None:
+    node = next(node for node in module.graph.nodes if node.target is aten.linear.default)
+    weight = rewriter.tensor(node.args[1])
+    before = weight.clone()
+    rewriter.fold(node, "weight", lambda w: w.mul_(2))
+    assert torch.equal(weight, before)
+    assert torch.equal(rewriter.tensor(args(node).node("weight")), 2 * before)
+
+
+def test_what_is_not_a_tensor_is_refused_by_name(module: fx.GraphModule, rewriter: Rewriter) -> None:
+    node = next(node for node in module.graph.nodes if node.target is aten.linear.default)
+    with pytest.raises(PassError, match=r"the function that folds into .* returned a NoneType"):
+        rewriter.fold(node, "weight", lambda _: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(PassError, match="the constant 'scale' is a list; give a tensor"):
+        rewriter.constant("scale", [1.0], [node])  # type: ignore[arg-type]
+    with pytest.raises(PassError, match=r"the arguments of aten.neg.default are a list; give a tuple"):
+        rewriter.call(aten.neg.default, [node], [node])  # type: ignore[arg-type]
 
 
 def test_a_fold_that_overflows_is_refused_by_name(module: fx.GraphModule, rewriter: Rewriter) -> None:

@@ -108,6 +108,30 @@ def test_the_pass_that_put_it_there_is_named(what: str) -> None:
     assert own == plan()
 
 
+@pytest.mark.parametrize("what", ["layers", "attentions"])
+@pytest.mark.parametrize("how", ["emptied", "exchanged"])
+def test_a_pass_that_removes_what_was_decided_is_refused(what: str, how: str) -> None:
+    def write(plan: Plan) -> None:
+        if how == "emptied":
+            getattr(plan, what).clear()
+        else:
+            setattr(plan, what, {})
+
+    own = plan()
+    with pytest.raises(PassError, match=f"pass decides removed (up|attn) from plan.{what}"):
+        Pipeline([type("Decides", (Decides,), {"write": staticmethod(write)})(), Reads()]).run(graph(), own)
+    assert own == plan()
+
+
+def test_a_pass_that_exchanges_the_plan_is_refused() -> None:
+    class Exchanges(Decides):
+        def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+            context.plan = Plan("", "", None)
+
+    with pytest.raises(PassError, match=r"pass decides put another plan into context\.plan, which nothing reads"):
+        Pipeline([Exchanges(), Reads()]).run(graph(), plan())
+
+
 def test_what_the_plan_held_before_is_not_blamed_on_a_pass() -> None:
     own = plan()
     own.layers["up"].weight_bits = "4"  # type: ignore[assignment]

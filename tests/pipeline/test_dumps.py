@@ -92,6 +92,12 @@ def test_a_variable_dumps_all_graphs_of_a_conversion(tmp_path: Path, monkeypatch
     assert "absorb-affines: " in before.stderr
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="file cannot be written: File exists"):
+        DumpGraphs(tmp_path / "file")
+
+
 def test_a_failing_pass_leaves_a_reproducer_that_fails_in_the_same_way(
     tmp_path: Path, fails_at: Callable[..., Pass]
 ) -> None:

@@ -19,6 +19,7 @@ The format, as :func:`page_data` returns it::
         shift          {cost, into, channels, reason, balanced}, or null
       errors                                                 see fxquant.inspect.page.errors
       salience                                               {layers: {name: CURVES}}
+      calls                                                  number of kinds of call; there may be fewer graphs
       graphs                                                 see fxquant.inspect.page.graphs
 
     CURVES
@@ -113,6 +114,7 @@ def model_data(
         "layers": layers,
         "errors": {"missing": NO_ERRORS} if errors is None else errors_data(errors),
         "salience": _saliences(plan, statistics, weights),
+        "calls": max(len(plan.calls), len(graphs)),
         "graphs": list(graphs),
     }
 

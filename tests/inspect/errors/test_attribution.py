@@ -20,7 +20,7 @@ from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.inspect.errors import measure as measuring
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.weights import quantize_weight
-from fxquant.planning.attribution import Attribution, to_db
+from fxquant.planning.attribution import Attribution, kept_attribution, to_db
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 from tests.tiny import STEPS, calibrate, inputs, make_dit, run
@@ -420,6 +420,16 @@ class TestKept:
                 result = read()
             assert len({str(warning.message) for warning in caught if warning.category is DamagedFileWarning}) == 1
             assert getattr(result, "attribution", None) is None and getattr(result, "errors", None) is None
+
+    @pytest.mark.parametrize("kind", ["a folder", "a device", "a broken link"])
+    def test_what_is_not_a_file_is_named_and_not_read(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / "errors.json"
+        if kind == "a folder":
+            path.mkdir()
+        else:
+            path.symlink_to("/dev/zero" if kind == "a device" else tmp_path / "nowhere")
+        with pytest.warns(DamagedFileWarning, match=f"{path} is not a file"):
+            assert kept_attribution(tmp_path, "0" * 64) is None
 
     def test_a_file_of_a_later_version_does_not_prevent_loading(self, found: Attribution, tmp_path: Path) -> None:
         found.save(tmp_path, "0" * 64)

@@ -281,6 +281,35 @@ def test_each_kind_of_call_has_its_graph(page, tmp_path):
         seen.append("second" in page.run(layers))
         assert page.painted() > 3
     assert sorted(seen) == [False, True]
+    assert "kinds of call" not in page.run("document.querySelector('#pickers').textContent")
+
+
+def test_kinds_of_call_that_are_not_shown_are_counted(page, tmp_path):
+    import torch
+    from torch import nn
+
+    import fxquant
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.only = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.only(x) * timestep.view(-1, *[1] * (x.dim() - 1))
+
+    model = Net().eval()
+    every = fxquant.make_recipe("rtn-w8a8").with_options("assign-precision", layers="all")
+
+    def run() -> None:
+        for extra in range(5):
+            model(torch.randn(2, *[3] * extra, 8), torch.full((2,), 500.0))
+
+    quantized = fxquant.compile(model, recipe=every, calibrate=run, measure=0)
+    assert len(quantized.graphs) == 5
+    page.open(inspect_page(quantized, tmp_path / "five.html"))
+    assert page.run("document.querySelectorAll('#pickers option').length") == 4
+    assert "4 of 5 kinds of call" in page.run("document.querySelector('#pickers').textContent")
 
 
 def test_a_model_of_one_layer(page, tmp_path):

@@ -62,7 +62,7 @@ class App {
   }
 
   _pickers() {
-    const {graphs} = this.model;
+    const {graphs, calls} = this.model;
     const choices = [];
     if (this.models.length > 1) {
       const select = el('select', {'aria-label': 'Model', onchange: () => { this.graphTab.setModel(Number(select.value)); this._title(); if (this.tab !== 'graph') this.show(this.tab); }},
@@ -73,6 +73,10 @@ class App {
       const select = el('select', {'aria-label': 'Kind of call', onchange: () => this.graphTab.setGraph(Number(select.value))},
         graphs.map((graph, i) => el('option', {value: i}, `call ${i + 1}: ${graph.call}`)));
       choices.push(select);
+    }
+    if (calls > graphs.length) {
+      const why = `The page shows the graphs of the first ${graphs.length} of ${calls} kinds of call; fxquant inspect --graph N shows another one.`;
+      choices.push(el('span', {title: why}, `${graphs.length} of ${calls} kinds of call`));
     }
     fill(byId('pickers'), choices);
   }
