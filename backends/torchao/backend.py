@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -100,6 +100,27 @@ class TorchAO(Backend):
     def compiling(self) -> None:
         """Warn if weights are not frozen, because then nothing is fused."""
         _warn_if_not_frozen()
+
+    def compiling_blocks(self) -> None:
+        """Warn that weights of blocks are inputs and cannot be frozen."""
+        if not torch.cuda.is_available():
+            warnings.warn(
+                "torchao's fusions for CPUs need frozen weights, and the weights of blocks that are compiled once are "
+                "inputs: layers with static ranges will dequantize their weights in each call. Call model.compile() "
+                "instead, or use backend 'native'",
+                SpeedWarning,
+                stacklevel=3,
+            )
+
+    def with_tensors(self) -> Mapping[Any, tuple[Any, tuple[int, ...]]]:
+        """The ops that hold the scale and the zero point of a static range."""
+        parts.register_fusions()
+        ops, own, grid = torch.ops.quantized_decomposed, torch.ops.fxquant_torchao, (1, 2)
+        return {
+            ops.quantize_per_tensor.default: (ops.quantize_per_tensor.tensor, grid),
+            ops.dequantize_per_tensor.default: (ops.dequantize_per_tensor.tensor, grid),
+            own.input_sums.default: (own.input_sums_of_grid.default, grid),
+        }
 
     def settings(self) -> contextlib.AbstractContextManager[object]:
         """Freeze weights, which the fusions need, and disable gradients, which keep inductor from freezing."""

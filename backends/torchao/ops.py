@@ -138,6 +138,11 @@ def _cublas(rows: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(codes, weight.t())[:count, :out]
 
 
+def input_sums_of_grid(xq: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """:func:`input_sums` with the grid as 0-d tensors."""
+    return (xq.to(torch.float32).sum(-1, keepdim=True) - xq.shape[-1] * zero_point) * scale
+
+
 def _define(schema: str, kernel: Callable[..., Tensor]) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(schema.partition("(")[0], kernel, "CompositeImplicitAutograd")
@@ -145,6 +150,7 @@ def _define(schema: str, kernel: Callable[..., Tensor]) -> None:
 
 _define("quantize_rows(Tensor x, Tensor scale, Tensor zero_point, int qmax) -> Tensor", quantize_rows)
 _define("input_sums(Tensor xq, float scale, int zero_point) -> Tensor", input_sums)
+_define("input_sums_of_grid(Tensor xq, Tensor scale, Tensor zero_point) -> Tensor", input_sums_of_grid)
 _define(
     "window_sums(Tensor xq, float scale, int zero_point, int[] kernel, int[] stride, int[] padding, int[] dilation, "
     "int groups, int out_channels) -> Tensor",

@@ -135,6 +135,16 @@ class Backend(ABC):
     def compiling(self) -> None:  # noqa: B027  (most have no message)
         """Called while ``torch.compile`` traces a model, for messages to its user."""
 
+    def compiling_blocks(self) -> None:  # noqa: B027
+        """Called when a model is to be compiled block by block, for messages to its user."""
+
+    def with_tensors(self) -> Mapping[Any, tuple[Any, tuple[int, ...]]]:
+        """Ops that hold numbers of the plan, as the op that takes 0-d tensors and the positions of these arguments.
+
+        Blocks that are compiled once for all of them get such numbers as inputs.
+        """
+        return {}
+
     def settings(self) -> contextlib.AbstractContextManager[object]:
         """The context of calls of a model that :meth:`torch.nn.Module.compile` compiled: settings of the compiler."""
         return contextlib.nullcontext()

@@ -51,7 +51,8 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
             _unwatch(self)
         return _end(call, leaves)
     captured, inputs = _choose(self, args, kwargs)
-    return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
+    leaves = captured.module(*inputs) if self._pieces is None else self._pieces.run(captured, inputs)
+    return captured.output(showing_nans(captured, inputs, leaves))
 
 
 torch_compile.leave_alone(forward_of_graphs.__code__)

@@ -24,6 +24,7 @@ from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
+from fxquant.runtime.compiling import Compilable
 from fxquant.runtime.drop_in import changes, hand_on, refusal
 from fxquant.runtime.forward import forward_of_graphs
 from fxquant.runtime.lora import adapters_of, copy_adapters, is_of_lora, lora_attribute
@@ -38,7 +39,7 @@ MakeGraph = Callable[..., CapturedGraph]
 """Makes a graph for a model and a call, and for quantized models with branches, if given."""
 
 
-class GraphModel(Pretrained, Movable):
+class GraphModel(Compilable, Pretrained, Movable):
     """A diffusion transformer as one FX graph for each kind of call.
 
     Pipelines accept it in place of the original: it has the original's ``config``, ``dtype``, ``device``, ``forward``
@@ -82,6 +83,7 @@ class GraphModel(Pretrained, Movable):
         self._dtype = dtype
         self._place = Place()
         self._watched = 0
+        self._pieces = None
         # Not a submodule, to hide its fake parameters. From here on, attributes of the original cannot be set.
         object.__setattr__(self, "architecture", architecture)
         self.forward = functools.partial(forward_of_graphs, self)
@@ -214,19 +216,6 @@ class GraphModel(Pretrained, Movable):
                 stacklevel=4,
             )
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile in place, as :meth:`torch.nn.Module.compile` does, with the settings that the backend needs."""
-        super().compile(*args, **kwargs)
-        compiled, backend = self._compiled_call_impl, self.backend
-        assert compiled is not None
-        if backend is not None:
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with backend.settings():
-                    return compiled(*args, **kwargs)
-
-            self._compiled_call_impl = call
-
     def train(self, mode: bool = True) -> GraphModel:
         """Refuse training mode: the graphs were captured from the model in evaluation mode.
 
@@ -316,7 +305,7 @@ class GraphModel(Pretrained, Movable):
         GraphModel.__init__(
             clone, self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights, self.shared
         )
-        clone._place = self._place
+        clone._place, clone._pieces = self._place, self._pieces
         for captured in self.captured:
             clone.add(captured)
         copy_adapters(self, clone)
@@ -335,7 +324,7 @@ class GraphModel(Pretrained, Movable):
         plan, weights = copy.deepcopy(self.plan, memo), copy.deepcopy(self.weights, memo)
         shared = copy.deepcopy(self.shared, memo)
         clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, weights, shared)
-        clone._place = self._place.copy()
+        clone._place, clone._pieces = self._place.copy(), self._pieces and self._pieces.copy(self.backend)
         clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
             for name, tensor in read_tensors(captured.module).items():

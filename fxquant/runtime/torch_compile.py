@@ -30,7 +30,6 @@ from fxquant.pipeline.backend import Backend
 
 _KEPT = "fxquant_opened"  # Key in a graph's ``meta`` for its code for open batches.
 _GAVE_UP = "fxquant_batch_not_open"
-_CAN_MARK = "shape_id" in inspect.signature(mark_unbacked).parameters
 _CONVOLUTIONS = {
     torch.ops.aten.conv1d.default: 1,
     torch.ops.aten.conv2d.default: 2,
@@ -38,6 +37,9 @@ _CONVOLUTIONS = {
 }
 
 Code = Callable[..., tuple[Any, ...]]
+
+CAN_MARK = "shape_id" in inspect.signature(mark_unbacked).parameters
+"""Whether this version of torch can open several batch dimensions as one size."""
 
 callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
 """Gives what compiles the next Python frame, or None or False. Not wrapped: a wrapper would be such a frame itself."""
@@ -103,8 +105,8 @@ def begin(captured: CapturedGraph, inputs: Sequence[Tensor]) -> Call:
     Batch dimensions are also left to torch while weights are trained, because the op for convolutions has no gradients.
     """
     wanted = torch._dynamo.config.automatic_dynamic_shapes and not captured.module.meta.get(_GAVE_UP)
-    wanted = wanted and not _quantizes_convolutions(captured.module.graph)
-    if not (_CAN_MARK and wanted and captured.call.batched) or _trains(captured.module, inputs):
+    wanted = wanted and not quantizes_convolutions(captured.module.graph)
+    if not (CAN_MARK and wanted and captured.call.batched) or _trains(captured.module, inputs):
         return Call(captured, captured.module, type(captured.module).forward, inputs)
     opened = []
     for (_, spec), tensor in zip(captured.call.tensors, inputs, strict=True):
@@ -136,9 +138,9 @@ def begin_again(call: Call, error: Exception) -> Call:
     return begin(call.captured, [tensor.data for tensor in call.inputs])  # Without marks.
 
 
-def _quantizes_convolutions(graph: fx.Graph) -> bool:
+def quantizes_convolutions(graph: fx.Graph) -> bool:
     """Whether the graph computes the weights of ATen convolutions; fusions of a backend need these convolutions."""
-    return any(node.target in _CONVOLUTIONS and args(node).node("weight").op != "get_attr" for node in graph.nodes)
+    return any(node.target in _CONVOLUTIONS and args(node).node("weight").op == "call_function" for node in graph.nodes)
 
 
 def _trains(module: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:

@@ -1,0 +1,276 @@
+"""Splits a graph into pieces: its blocks, and the ops between them. Blocks with equal code get equal keys.
+
+The tensors that a piece reads are inputs of its code, like the values of earlier pieces. So the code of one block serves
+every block that computes the same ops on tensors of the same shapes, and ``torch.compile`` has to compile it once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.ir.tensors import get_tensor
+from fxquant.reconstruction.segments import Segment, segments
+
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+_FRAGMENT = 0.5  # A part of a block with a smaller share of the ops of the largest block is not compiled.
+_SHARED = 0.75  # Share of the other blocks that read a value which is computed once for all blocks.
+
+WithTensors = Mapping[Any, tuple[Any, tuple[int, ...]]]
+"""Ops that take numbers, with the op that takes 0-d tensors instead and the positions of these arguments."""
+
+Dims = tuple[str | None, ...]
+"""For each dimension of a tensor its size as an expression of the batch size, or None if it is a number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a graph, and what its code gets.
+
+    Attributes:
+        name: Module path of the block, or a name for what lies between blocks.
+        nodes: The nodes that compute, in order.
+        block: Whether it is a block that is worth compiling.
+        values: The nodes of earlier pieces whose results it gets, one for each value input.
+        dims: Open dimensions of the value inputs; None for inputs that are not tensors.
+        tensors: Names of the tensors of the model that it gets.
+        numbers: Numbers that it gets as 0-d tensors.
+        outputs: Positions in ``nodes`` of the results that it returns.
+        key: Equal for pieces that can share their code.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    block: bool
+    values: tuple[fx.Node, ...] = ()
+    dims: tuple[Dims | None, ...] = ()
+    tensors: tuple[str, ...] = ()
+    numbers: tuple[float, ...] = ()
+    outputs: tuple[int, ...] = ()
+    key: Hashable = None
+    _arguments: Mapping[fx.Node, tuple[Any, Any, Any]] = field(default_factory=dict, repr=False)
+
+    def graph(self) -> fx.Graph:
+        """The code as a graph of its own: value inputs, tensors and numbers are placeholders, in this order."""
+        graph, made = fx.Graph(), {}
+        counts = {"v": len(self.values), "t": len(self.tensors), "n": len(self.numbers)}
+        inputs = {(kind, i): graph.placeholder(f"{kind}{i}") for kind, count in counts.items() for i in range(count)}
+
+        def filled(part: Any) -> Any:
+            if isinstance(part, _Size):
+                return graph.call_function(torch.ops.aten.sym_size.int, (inputs["v", part.value], part.dim))
+            if isinstance(part, _Input):
+                return inputs[part.kind, part.number]
+            return made[part] if isinstance(part, fx.Node) else part
+
+        for node in self.nodes:
+            target, args, kwargs = self._arguments[node]
+            filled_args, filled_kwargs = (_mapped(part, filled) for part in (args, kwargs))
+            made[node] = graph.create_node(node.op, target, filled_args, filled_kwargs, node.name, node.type)
+        graph.output(tuple(made[self.nodes[position]] for position in self.outputs))
+        return graph
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An argument that is an input of the piece: a value ``v``, a tensor ``t`` or a number ``n``."""
+
+    kind: str
+    number: int
+
+
+@dataclass(frozen=True)
+class _Size:
+    """An argument that is the size of a dimension of a value input."""
+
+    value: int
+    dim: int
+
+
+def pieces(module: fx.GraphModule, with_tensors: WithTensors) -> list[Piece]:
+    """The pieces of a graph, in the order in which they run.
+
+    Args:
+        module: The graph with its tensors.
+        with_tensors: Ops whose numbers differ from block to block. Their numbers become inputs.
+    """
+    parts = [part for segment in _hoisted(segments(module.graph)) for part in segment]
+    largest = max((len(nodes) for name, nodes in parts if _is_block(name)), default=0)
+    made = []
+    for name, nodes in parts:
+        worth = _is_block(name) and len(nodes) >= _FRAGMENT * largest
+        made.append(_piece(module, name, nodes, worth, with_tensors))
+    wanted: dict[Hashable, set[int]] = {}
+    for piece in made:
+        wanted.setdefault(piece.key, set()).update(_read_outside(piece))
+    return [_with_outputs(piece, tuple(sorted(wanted[piece.key]))) for piece in made]
+
+
+def repeated(found: Iterable[Piece]) -> bool:
+    """Whether any two blocks share their code."""
+    return any(count > 1 for count in Counter(piece.key for piece in found if piece.block).values())
+
+
+def _is_block(name: str) -> bool:
+    return "." in name
+
+
+def _hoisted(found: Sequence[Segment]) -> Iterable[list[tuple[str, tuple[fx.Node, ...]]]]:
+    """The segments, without what the first block computes for most other blocks, which becomes a piece before it.
+
+    The first block that needs an embedding of the timestep computes it in the captured graph, so without this the first
+    block would differ from the others.
+    """
+    owner = {node: _block(segment.name) for segment in found for node in segment.nodes}
+    count = len({_block(segment.name) for segment in found if _is_block(segment.name)})
+    least = max(2.0, _SHARED * (count - 1))
+    for segment in found:
+        shared: set[fx.Node] = set()
+        if _is_block(segment.name):
+            own = set(segment.nodes)
+            for node in reversed(segment.nodes):
+                readers = {owner[user] for user in node.users if user in owner} - {owner[node]}
+                if node in shared or len([name for name in readers if _is_block(name)]) >= least:
+                    shared.update({node, *(source for source in node.all_input_nodes if source in own)})
+        first = tuple(node for node in segment.nodes if node in shared)
+        rest = tuple(node for node in segment.nodes if node not in shared)
+        yield [part for part in (("shared", first), (segment.name, rest)) if part[1]]
+
+
+def _block(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _read_outside(piece: Piece) -> set[int]:
+    own = set(piece.nodes)
+    return {i for i, node in enumerate(piece.nodes) if any(user not in own for user in node.users)}
+
+
+def _with_outputs(piece: Piece, outputs: tuple[int, ...]) -> Piece:
+    fields = (piece.values, piece.dims, piece.tensors, piece.numbers)
+    return Piece(piece.name, piece.nodes, piece.block, *fields, outputs, (piece.key, outputs), piece._arguments)
+
+
+def _piece(
+    module: fx.GraphModule, name: str, nodes: tuple[fx.Node, ...], block: bool, with_tensors: WithTensors
+) -> Piece:
+    """A piece, whose key describes its code and inputs; its outputs are decided later."""
+    reader = _Reader(nodes, with_tensors)
+    dims = tuple(_dims(value) for value in reader.values)
+    key = (
+        tuple(_code(node, reader) for node in nodes),
+        tuple(_described(value, size) for value, size in zip(reader.values, dims, strict=True)),
+        tuple(_tensor(get_tensor(module, target)) for target in reader.tensors),
+    )
+    given = (tuple(reader.values), dims, tuple(reader.tensors), tuple(reader.numbers))
+    return Piece(name, nodes, block, *given, (), key, reader.arguments)
+
+
+class _Reader:
+    """Numbers the inputs of a piece in the order in which its nodes read them."""
+
+    def __init__(self, nodes: tuple[fx.Node, ...], with_tensors: WithTensors) -> None:
+        self.own = {node: position for position, node in enumerate(nodes)}
+        self.values: list[fx.Node] = []
+        self.tensors: list[str] = []
+        self.numbers: list[float] = []
+        self.arguments: dict[fx.Node, tuple[Any, Any, Any]] = {}
+        self._first: dict[fx.Node, int] = {}
+        self._sizes = {
+            size: (node, dim)
+            for node in dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
+            if node not in self.own and node.op != "get_attr"
+            for dim, size in reversed(list(enumerate(_dims(node) or ())))
+            if size is not None
+        }
+        for node in nodes:
+            target, positions = with_tensors.get(node.target, (node.target, ()))
+            args = tuple(self._number(arg) if i in positions else arg for i, arg in enumerate(node.args))
+            self.arguments[node] = target, _mapped(args, self._input), _mapped(dict(node.kwargs), self._input)
+
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return value
+        self.numbers.append(value)
+        return _Input("n", len(self.numbers) - 1)
+
+    def _input(self, node: Any) -> Any:
+        if not isinstance(node, fx.Node) or node in self.own:
+            return node
+        if node.op == "get_attr":
+            target = str(node.target)
+            if target not in self.tensors:
+                self.tensors.append(target)
+            return _Input("t", self.tensors.index(target))
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and _open(value) in self._sizes:
+            source, dim = self._sizes[_open(value)]
+            return _Size(self._value(source), dim)
+        return _Input("v", self._value(node))
+
+    def _value(self, node: fx.Node) -> int:
+        # Blocks differ in which of their layers share a bin of timesteps, so each reader gets such a value by itself.
+        value = node.meta.get("val")
+        by_reader = isinstance(value, Tensor) and value.dim() <= 1 and not value.is_floating_point()
+        if node not in self._first or by_reader:
+            self.values.append(node)
+            self._first.setdefault(node, len(self.values) - 1)
+            return len(self.values) - 1
+        return self._first[node]
+
+
+def _code(node: fx.Node, reader: _Reader) -> Hashable:
+    target, args, kwargs = reader.arguments[node]
+    return node.op, target, _hashable(args, reader.own), _hashable(kwargs, reader.own)
+
+
+def _hashable(part: Any, own: Mapping[fx.Node, int]) -> Hashable:
+    if isinstance(part, fx.Node):
+        return "node", own[part]
+    if isinstance(part, (list, tuple)):
+        return tuple(_hashable(item, own) for item in part)
+    if isinstance(part, Mapping):
+        return tuple((name, _hashable(item, own)) for name, item in part.items())
+    if isinstance(part, slice):
+        return tuple(_hashable(item, own) for item in (part.start, part.stop, part.step))
+    return type(part).__name__, repr(part)
+
+
+def _mapped(part: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of arguments."""
+    if isinstance(part, (list, tuple)):
+        items = [_mapped(item, function) for item in part]
+        return tuple(items) if isinstance(part, tuple) else items
+    if isinstance(part, Mapping):
+        return {name: _mapped(item, function) for name, item in part.items()}
+    if isinstance(part, slice):
+        return slice(*(_mapped(item, function) for item in (part.start, part.stop, part.step)))
+    return function(part)
+
+
+def _dims(node: fx.Node) -> Dims | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(_open(size) if isinstance(size, torch.SymInt) else None for size in value.shape)
+
+
+def _open(size: torch.SymInt) -> str:
+    """A size as an expression of the batch size, under the same name in all graphs."""
+    return _SYMBOL.sub("batch", str(size))
+
+
+def _described(node: fx.Node, dims: Dims | None) -> Hashable:
+    """What the code depends on: sizes are left out, because torch.compile checks them itself."""
+    value = node.meta.get("val")
+    return (value.dtype, dims) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _tensor(tensor: Tensor) -> Hashable:
+    return tensor.dtype, tensor.layout, tuple(tensor.shape), tensor.device.type
