@@ -6,9 +6,9 @@ of a parameter that other nodes still read. It records on each node which pass m
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.edits import EditLog, NodeEdit, TensorEdit
 from fxquant.ir.fingerprint import Fingerprint
+from fxquant.ir.free_names import FreeNames
 from fxquant.ir.histories import History, has_content, history_of, record
 from fxquant.ir.inlining import infer_again, inline
 from fxquant.ir.layer_changes import note_fold
-from fxquant.ir.meta import LAYER, NAMES, PROVENANCE
+from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.places import Origin, place_of
 from fxquant.ir.proofs import prove
-from fxquant.ir.tensors import allowed_name, are_alike, contiguous, fake_mode_of, get_tensor, is_finite, set_tensor
+from fxquant.ir.tensors import are_alike, contiguous, fake_in, fake_mode_of, get_tensor, is_finite, set_tensor
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 _FEWEST_EDITS, _EDITS_PER_NODE = 20_000, 100  # A pass that makes more edits is taken to loop for ever.
@@ -55,8 +56,6 @@ class Rewriter:
         self.memo: dict[Any, Any] = {}
         self.log = EditLog()
         self._tails: list[fx.Node | None] = []  # Of each insert point after a node: the node that was made there last.
-        self._mode: FakeTensorMode | None = None
-        self._taken: Counter[str] | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -153,13 +152,13 @@ class Rewriter:
         note_fold(self.module, attribute, by, self.pass_name)
         set_tensor(self.module, str(attribute.target), value)
         if not are_alike(attribute.meta["val"], value):  # Else it stays, and with it the proofs of readers.
-            attribute.meta["val"] = self._fake(value)
+            attribute.meta["val"] = fake_in(self._fake_mode, value)
         self.log.tensors.append(TensorEdit.folded(str(attribute.target), by))
         self._note(attribute, [attribute])
 
     def forget(self, attribute: fx.Node) -> None:
         """Drop the values of a parameter that is about to lose its last reader; its shape and dtype remain."""
-        with self._fake_mode():
+        with self._fake_mode:
             set_tensor(self.module, str(attribute.target), torch.empty_like(attribute.meta["val"]))
         if self.fingerprint is not None:
             self.fingerprint.forget(str(attribute.target))
@@ -181,11 +180,11 @@ class Rewriter:
                 "torch.tensor(value). Numbers can be arguments of ops as they are"
             )
         made_from = next((node.meta["val"] for node in sources if isinstance(node.meta.get("val"), Tensor)), value)
-        target, value = self._free_target(name), contiguous(value.to(made_from.device))
+        target, value = self._names.take(name), contiguous(value.to(made_from.device))
         set_tensor(self.module, target, value)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(target)
-        node.meta["val"] = self._fake(value)
+        node.meta["val"] = fake_in(self._fake_mode, value)
         record(node, history)
         self.log.tensors.append(TensorEdit("made", target))
         self._made(node, sources)
@@ -236,12 +235,11 @@ class Rewriter:
         try:
             get_tensor(self.module, name)
         except AttributeError:
-            set_tensor(self.module, name, self._fake(like))
+            set_tensor(self.module, name, fake_in(self._fake_mode, like))
+        self._names.read(name)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(name)
-        if self._taken is not None:
-            self._taken[name] += 1
-        node.meta["val"] = self._fake(like)
+        node.meta["val"] = fake_in(self._fake_mode, like)
         record(node, history)
         self._made(node, sources)
         return node
@@ -349,7 +347,7 @@ class Rewriter:
     def infer(self, node: fx.Node) -> Any:
         """The fake value of a node, computed from the fake values of its inputs."""
         values, named = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with self._fake_mode(), torch.no_grad():
+        with self._fake_mode, torch.no_grad():
             return node.target(*values, **named)  # type: ignore[operator]
 
     def _private(self, attribute: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
@@ -361,31 +359,13 @@ class Rewriter:
             self.redirect(reader, attribute, copy)
         return copy
 
-    def _fake(self, value: Tensor) -> Tensor:
-        mode = self._fake_mode()
-        if not isinstance(value, FakeTensor):
-            return mode.from_tensor(value, static_shapes=True)
-        if value.fake_mode is mode:
-            return value
-        with mode:  # A weight of the skeleton, which has its own fake mode.
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-
+    @cached_property
     def _fake_mode(self) -> FakeTensorMode:
-        if self._mode is None:
-            self._mode = fake_mode_of(self.graph)
-        return self._mode
+        return fake_mode_of(self.graph)
 
-    def _free_target(self, name: str) -> str:
-        if self._taken is None:
-            self._taken = Counter(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
-        # Names that the model itself uses are taken too, even if this graph does not read them: graphs share names.
-        model = self.module.meta.get(NAMES, {})
-        name = allowed_name(name, model)
-        target, number = name, 2
-        while self._taken[target] or target in model:
-            target, number = f"{name}_{number}", number + 1
-        self._taken[target] += 1
-        return target
+    @cached_property
+    def _names(self) -> FreeNames:
+        return FreeNames(self.module)
 
     def _made(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
         self.log.nodes.append(NodeEdit("made", node.name))
@@ -397,11 +377,11 @@ class Rewriter:
 
     def _drop(self, node: fx.Node) -> None:
         self.log.nodes.append(NodeEdit("erased", node.name))
+        if node.op == "get_attr":
+            self._names.forget(str(node.target))
         self.graph.erase_node(node)
         if self.fingerprint is not None:
             self.fingerprint.erase(node)
-        if node.op == "get_attr" and self._taken is not None:
-            self._taken[str(node.target)] -= 1
 
     def _note(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
         inherited = dict.fromkeys(origin for source in sources for origin in source.meta.get(PROVENANCE, ()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import keyword
 import operator
 from collections.abc import Mapping
 
@@ -152,24 +151,11 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     raise PassError("the graph has no shapes; capture it with fxquant or run shape propagation first")
 
 
-_ATTRIBUTES = frozenset({*dir(fx.GraphModule), *vars(nn.Module()), "meta"})
-"""Attributes of a graph module, which no tensor may replace."""
-
-
-def allowed_name(name: str, model: Mapping[str, bool]) -> str:
-    """The name itself or a similar one, under which a tensor can be an attribute of a graph module or of its modules.
-
-    Args:
-        name: The name, such as ``blocks.0.to_q.weight.scale``.
-        model: The names that the model itself uses; see :data:`fxquant.ir.meta.NAMES`.
-    """
-    # FX writes names into code between double quotes, as they are.
-    name = "".join(char if char.isprintable() and char not in "\"'\\" else "_" for char in name)
-    path = [part or "_" for part in name.split(".")]
-    name = ".".join(path)
-    for end in range(len(path) - 1, 0, -1):
-        if model.get(".".join(path[:end])):  # A parameter, which cannot contain another one.
-            name = ".".join(path[:end]) + "_" + "_".join(path[end:])
-    if keyword.iskeyword(path[0]) or path[0] in _ATTRIBUTES:
-        name = f"tensor_{name}"  # Under its own name it would replace an attribute of the graph module.
-    return name
+def fake_in(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of a mode like ``value``, a real tensor or a fake one of any mode."""
+    if not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True)
+    if value.fake_mode is mode:
+        return value
+    with mode:  # A weight of the skeleton, which has its own fake mode.
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
