@@ -52,6 +52,7 @@ from fxquant.ir.tensors import read_tensors, weights_and_buffers
 log = logging.getLogger(__name__)
 
 
+_LONGEST_NAME = 400  # Plans hold names of up to 500 characters, and tensors of a layer add to its name.
 _SAME_IN_TRAINING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """Modules that compute the same in training mode. diffusers leaves the linears that it fuses in training mode."""
 
@@ -80,7 +81,7 @@ class Architecture:
 
         Raises:
             ConfigurationError: If the model, or a module in it, is in training mode.
-            CaptureError: If the module cannot be copied.
+            CaptureError: If the model cannot be copied, or a module has a name that cannot be printed.
         """
         training = next(
             (
@@ -94,6 +95,12 @@ class Architecture:
             raise ConfigurationError(
                 f"{f'module {training!r}' if training else 'the model'} is in training mode, in which dropout is "
                 "random; call model.eval() before fxquant.compile"
+            )
+        names = (name for name, _ in model.named_modules())
+        if odd := next((name for name in names if not name.isprintable() or len(name) > _LONGEST_NAME), None):
+            raise CaptureError(
+                f"the module {odd[:100]!r} has a name that is very long or holds characters that cannot be printed; "
+                "graphs and plans name layers after their modules, so give it another name"
             )
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         weightless: dict[int, Any] = detached(model) | {

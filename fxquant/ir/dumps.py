@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 
 from fxquant.disk.files import blaming, dtype_name, dtype_of_name, load_tensors, write_tensors
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, PassError, UnknownNameError
+from fxquant.errors import CheckpointError, FxquantError, PassError, UnknownNameError
 from fxquant.ir import histories
 from fxquant.ir.attention import ValueChange, changes_of, note_change
 from fxquant.ir.meta import ITEM, LAYER, NAMES, PROVENANCE
@@ -198,8 +198,15 @@ def load_dump(path: str | Path) -> tuple[Dump, fx.GraphModule]:
     """
     dump = Dump.read(path)
     with blaming(Path(path)):
-        module = module_of(dump)
-        module.graph.lint()
+        try:
+            module = module_of(dump)
+            module.graph.lint()
+        except FxquantError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"it does not describe a graph ({type(error).__name__}: {error}); copy the dump again"
+            ) from error
         returned = list(module.graph.nodes)[-1].args
         if len(returned) != 1 or not isinstance(returned[0], (list, tuple)):
             raise CheckpointError("the output of the graph is not a list of its values")

@@ -60,6 +60,14 @@ def test_dit_is_bit_exact_at_any_batch_size(first: int) -> None:
     assert traced.captured[0].static_batch is None
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\u202eb", "a\x1b[31m", "a" * 401], ids=ascii)
+def test_a_module_with_a_name_that_cannot_be_printed_is_refused(name: str) -> None:
+    model = nn.Module()
+    model.add_module(name, nn.Linear(2, 2))
+    with pytest.raises(CaptureError, match="has a name that is very long or holds characters that cannot be printed"):
+        Architecture.of(model.eval(), None)
+
+
 def test_positional_and_keyword_calls_share_a_graph() -> None:
     model = Model().eval()
     traced = trace(model)

@@ -55,6 +55,16 @@ def converted() -> tuple[fxquant.runtime.model.GraphModel, Graphs]:
     return fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), measure=0, instruments=[watch]), watch
 
 
+@pytest.mark.parametrize("modules", [3, "text", [["key"]]], ids=str)
+def test_entries_of_another_form_are_told_as_damage(modules: object, tmp_path: Path) -> None:
+    graph = captured(nn.Linear(4, 8), torch.randn(2, 4)).module
+    dump = dump_of(graph, Stage.CAPTURED)
+    dump.nodes[-2]["modules"] = modules
+    dump.write(tmp_path / "graph")
+    with pytest.raises(CheckpointError, match=r"graph\.json: it does not describe a graph \(.*copy the dump"):
+        load_dump(tmp_path / "graph.json")
+
+
 def test_every_stage_is_read_back(converted: tuple[object, Graphs], tmp_path: Path) -> None:
     for number, (stage, dump, text) in enumerate(converted[1].seen):
         dump.write(tmp_path / f"{number:02d}")
