@@ -97,7 +97,7 @@ def compile(
     calibrate: Callable[[], Any] | None = None,
     plan: Plan | None = None,
     layers: str = "default",
-    timestep: str = "timestep",
+    timestep: str | None = "timestep",
     measure: int = 8,
     statistics: Statistics | None = None,
     instruments: Sequence[Instrument] = (),
@@ -120,7 +120,8 @@ def compile(
             model gets a copy of it.
         layers: ``"default"`` (transformer blocks; embedders with float arithmetic and 8-bit weights), ``"blocks"``
             (embedders entirely float) or ``"all"``.
-        timestep: Name of the ``forward`` argument that holds the timestep.
+        timestep: Name of the ``forward`` argument that holds the timestep. None for a model that has none, such as a
+            text encoder; then recipes that group timesteps or shift channels are refused.
         measure: Number of calibration calls on which the output error is measured afterwards; 0 for none.
         statistics: Receives what the observers record, for inspection, for later conversions or to merge runs; a new
             object if None. With a plan, or without ``calibrate``: the statistics of an earlier calibration, from which

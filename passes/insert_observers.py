@@ -18,6 +18,7 @@ from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 
+_ALWAYS = "no_timestep"
 _OBSERVE = torch.ops.fxquant.observe.default
 _TRANSPOSE = torch.ops.aten.transpose.int
 _UNFLATTEN = torch.ops.aten.unflatten.int
@@ -70,8 +71,8 @@ class InsertObservers(Pass):
                 continue  # Observed already, directly or transposed with the samples first.
             observer = observers.get((value, axis))
             if observer is None:
-                timestep = timestep_input(graph, plan.timestep)
                 with rewriter.before(node):
+                    timestep = _timestep(rewriter, value, plan.timestep)
                     observer = _observer(rewriter, value, timestep, node.meta[LAYER], axis)
                 observers[value, axis] = observer
                 keys[observer] = node.meta[LAYER]
@@ -92,7 +93,7 @@ class InsertObservers(Pass):
         if source.target is torch.ops.fxquant.observe.default:
             observed[side] = str(args(source).key)
             return
-        timestep, shape = timestep_input(rewriter.graph, plan.timestep), value.meta["val"].shape
+        shape = value.meta["val"].shape
         together = side == "v" and len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
         observed[side] = f"{found.name}:{side}"
 
@@ -100,6 +101,7 @@ class InsertObservers(Pass):
             return rewriter.call(op, arguments, sources=[value], name=f"{value.name}_{name}")
 
         with rewriter.before(operand.reader):
+            timestep = _timestep(rewriter, value, plan.timestep)
             if not together:
                 new = call(_OBSERVE, value, timestep, observed[side], operand.axis, name="observed")
             else:
@@ -109,6 +111,17 @@ class InsertObservers(Pass):
                 apart = call(_UNFLATTEN, seen, 2, [shape[1], shape[3]], name="apart")
                 new = call(_TRANSPOSE, apart, 1, 2, name="by_head")
         rewriter.redirect(operand.reader, value, new)
+
+
+def _timestep(rewriter: Rewriter, value: fx.Node, name: str | None) -> fx.Node:
+    """The timesteps of the samples; one constant for all if the model has no timestep."""
+    if name is not None:
+        return timestep_input(rewriter.graph, name)
+    if _ALWAYS not in rewriter.memo:
+        device = value.meta["val"].device
+        rewriter.memo[_ALWAYS] = rewriter.constant(_ALWAYS, torch.zeros(1, device=device), [value])
+    always: fx.Node = rewriter.memo[_ALWAYS]
+    return always
 
 
 def _observer(rewriter: Rewriter, value: fx.Node, timestep: fx.Node, key: str, axis: int) -> fx.Node:

@@ -19,9 +19,10 @@ from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import autocast_dtype
 from fxquant.capture.trace import Architecture
-from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, MissingTimestepError
+from fxquant.errors import CalibrationError, ConfigurationError, FxquantError
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
+from fxquant.ir.time_tables import missing_timestep
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.conduct import ask
 from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline
@@ -198,11 +199,8 @@ class Calibration:
 
     def _capture(self, call: Call) -> int:
         tensors = [name for name, leaf in call.named if isinstance(leaf, Tensor)]
-        if self.plan.timestep not in tensors:
-            raise MissingTimestepError(
-                f"the model has no tensor input {self.plan.timestep!r} for the timestep. Its inputs are: "
-                f'{", ".join(tensors)}. Name the input that holds the timestep: fxquant.compile(..., timestep="...").'
-            )
+        if self.plan.timestep is not None and self.plan.timestep not in tensors:
+            raise missing_timestep(self.plan.timestep, tensors)
         if self.original is not None:
             self.original.warm(call, self.architecture)
         captured = self.architecture.capture(call, [graph.call for graph in self.prepared])
@@ -288,7 +286,12 @@ def calls_wanted(passes: Sequence[Pass]) -> int:
 
 
 def timestep_of(call: Call, name: str | None) -> float:
-    """The timestep of the first sample of a call. If each token has a timestep, that of the noisiest token."""
+    """The timestep of the first sample of a call. If each token has a timestep, that of the noisiest token.
+
+    0 for a model without a timestep.
+    """
+    if name is None:
+        return 0.0
     step = call.leaf(str(name))
     return float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
 

@@ -6,6 +6,7 @@ its config. Values that JSON writes as something else are not in its config eith
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxquant.capture.trace import Architecture
+from fxquant.capture.transformers_models import is_of_transformers
 from fxquant.errors import CheckpointError, PortabilityWarning
 from fxquant.ir.tensors import weights_and_buffers
 
@@ -29,7 +31,9 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     diffusers also lists the arguments for which ``from_config`` takes the defaults of the class. That list includes
     arguments that the constructor got without a keyword. They are removed from the list if they are not the default.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    if is_of_transformers(type(model)):
+        config = json.loads(config.to_json_string(use_diff=False))
     if not isinstance(config, Mapping):
         return {}
     found: dict[str, Any] = _plain(config)
@@ -47,23 +51,32 @@ def config_text(model: nn.Module) -> str:
 
 
 def class_of(model_class: str) -> Any:
-    """The class of diffusers that a plan names, ``diffusers:DiTTransformer2DModel``.
+    """The class that a plan names, such as ``diffusers:DiTTransformer2DModel`` or ``transformers:T5EncoderModel``.
 
     Raises:
-        CheckpointError: If the installed diffusers has no such model.
+        CheckpointError: If the installed library has no such model, or it is neither of these two.
     """
-    import diffusers
-
-    name = model_class.partition(":")[2]
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "from_config")):
-        raise CheckpointError(f"the installed diffusers has no model {name}; install a version that does")
+    library, _, name = model_class.partition(":")
+    if library not in LIBRARIES:
+        raise CheckpointError(f"{library} is not one of {', '.join(LIBRARIES)}")
+    found = getattr(importlib.import_module(library), name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and is_made_from_config(found)):
+        raise CheckpointError(f"the installed {library} has no model {name}; install a version that does")
     return found
+
+
+LIBRARIES = ("diffusers", "transformers")
+"""The libraries whose models loading builds by name."""
+
+
+def is_made_from_config(cls: Any) -> bool:
+    """Whether a class makes models from a config without weights."""
+    return hasattr(cls, "from_config") or is_of_transformers(cls)
 
 
 def is_rebuilt(model: nn.Module) -> bool:
     """Whether loading builds the model without help, because its class makes models from a config."""
-    return hasattr(type(model), "from_config")
+    return is_made_from_config(type(model))
 
 
 def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
@@ -73,14 +86,15 @@ def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
         CheckpointError: If that is not the same model; says what its config cannot hold, or its class does not make.
     """
     cls, config = type(model), getattr(model, "config", None)
-    if not isinstance(config, Mapping):
+    if not isinstance(config, Mapping) and not is_of_transformers(cls):
         raise CheckpointError(f"its config is a {type(config).__name__}, not a mapping that JSON could hold")
     written = config_of(model)
     where = _changed_by_json(written, json.loads(config_text(model)))
     if where is not None:
         raise CheckpointError(f"its config changes when it is written as JSON: {where}")
-    if cls.__module__.partition(".")[0] == "diffusers" and class_of(f"diffusers:{cls.__name__}") is not cls:
-        raise CheckpointError(f"diffusers has a different class with the name {cls.__name__}")
+    library = cls.__module__.partition(".")[0]
+    if library in LIBRARIES and class_of(f"{library}:{cls.__name__}") is not cls:
+        raise CheckpointError(f"{library} has a different class with the name {cls.__name__}")
     try:
         architecture = Architecture.from_config(cls, json.loads(config_text(model)), timestep)
     except Exception as error:

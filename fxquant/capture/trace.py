@@ -45,6 +45,7 @@ from fxquant.capture.state import (
     kept,
 )
 from fxquant.capture.threads import tracing_alone, without_autocast
+from fxquant.capture.transformers_models import built
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, FxquantError
 from fxquant.ir.meta import NAMES
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
@@ -123,9 +124,12 @@ class Architecture:
 
     @classmethod
     def from_config(cls, model_class: Any, config: Mapping[str, Any], timestep: str | None) -> Architecture:
-        """Build the architecture of a diffusers model from its config, without weights."""
+        """Build the architecture of a model of diffusers or transformers from its config, without weights."""
         with tracing_alone(), FakeTensorMode(allow_non_fake_inputs=True):
-            skeleton = model_class.from_config(dict(config))
+            if hasattr(model_class, "from_config"):
+                skeleton = model_class.from_config(dict(config))
+            else:
+                skeleton = built(model_class, config)
         hollow_out(skeleton)
         return cls(skeleton.eval().requires_grad_(False), timestep)
 

@@ -70,7 +70,11 @@ def quantize(
         typer.Option(help="default: blocks, and 8-bit weights in embedders; blocks: only blocks; all: every layer."),
     ] = Layers.default,
     components: Annotated[
-        str, typer.Option(help="Parts to quantize, such as transformer,transformer_2; one run calibrates all of them.")
+        str,
+        typer.Option(
+            help="Parts to quantize from one run, such as transformer,transformer_2; with recipes of their own: "
+            "transformer,text_encoder_2=rtn-w8a16."
+        ),
     ] = "transformer",
     variant: Variant = None,
     device: Device = "cpu",
@@ -161,12 +165,13 @@ def quantize(
         prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
         for option, folder in (("--dump", dump), ("--resume", resume)):
             _check_folder(option, folder, out_folder)
-        names = [name.strip() for name in components.split(",")]
+        recipes = _recipes_of(components, recipe)
+        names = list(recipes)
         _check_alone(
             names, {"--keep-statistics": keep_statistics, "--statistics": statistics, "--attribute": attribute}
         )
         recorded = _statistics(statistics, keep_statistics, keep_calls, attribute, out_folder)
-        chosen = make_recipe(recipe, layers.value)
+        chosen = {name: make_recipe(text, layers.value) for name, text in recipes.items()}
         place = usable_device(device)
         runner = resolve_backend(backend).on(place)
         runner.check_device(place)
@@ -183,7 +188,7 @@ def quantize(
 
             def for_component(name: str) -> dict[str, Any]:
                 """What each part has of its own: a progress bar, and folders if there are several parts."""
-                watches.append(_PassProgress(progress, chosen))
+                watches.append(_PassProgress(progress, chosen[name]))
                 own = [path and (path / name if len(names) > 1 else path) for path in (dump, resume)]
                 instruments: list[Instrument] = [watches[-1]]
                 if own[0] is not None:
@@ -196,10 +201,9 @@ def quantize(
                 original = getattr(pipe, names[0])
                 made = quantize_pipeline(
                     pipe,
-                    components=names,
+                    components=chosen,
                     calibrate=calibrate,
                     for_component=for_component,
-                    recipe=chosen,
                     backend=runner,
                     layers=layers.value,
                     measure=measure,
@@ -255,6 +259,17 @@ def _statistics(
     if keep.is_dir():
         raise ConfigurationError(f"--keep-statistics {keep} is a folder; give the name of a file")
     return fxquant.Statistics(keep_calls=calls)
+
+
+def _recipes_of(components: str, recipe: str) -> dict[str, str]:
+    """The recipe of each part, in order, from a text such as ``transformer,text_encoder_2=rtn-w8a16``."""
+    found: dict[str, str] = {}
+    for entry in components.split(","):
+        name, _, own = entry.strip().partition("=")
+        if name in found:
+            raise ConfigurationError(f"--components {components}: give {name} once")
+        found[name] = own or recipe
+    return found
 
 
 def _check_alone(names: list[str], options: dict[str, Any]) -> None:

@@ -97,16 +97,26 @@ def timestep_input(graph: fx.Graph, name: str | None) -> fx.Node:
     """The input that holds the timestep.
 
     Raises:
-        MissingTimestepError: If the graph has no input of that name.
+        MissingTimestepError: If the graph has no input of that name, or the model has no timestep.
     """
+    if name is None:
+        raise MissingTimestepError(
+            "the model has no timestep, so nothing can depend on it; choose a recipe without group-timesteps and "
+            "shift-channels"
+        )
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in inputs:
         if node.target == name:
             return node
-    names = ", ".join(str(node.target) for node in inputs)
-    raise MissingTimestepError(
-        f"the model has no tensor input {name!r} for the timestep. Its inputs are: {names}. "
-        'Name the input that holds the timestep: fxquant.compile(..., timestep="...").'
+    raise missing_timestep(name, [str(node.target) for node in inputs])
+
+
+def missing_timestep(name: str, inputs: Sequence[str]) -> MissingTimestepError:
+    """The error for a model that has no tensor input of the name that should hold the timestep."""
+    return MissingTimestepError(
+        f"the model has no tensor input {name!r} for the timestep. Its inputs are: {', '.join(inputs)}. Name the input "
+        'that holds the timestep: fxquant.compile(..., timestep="..."). A model without one, such as a text encoder, '
+        "takes timestep=None."
     )
 
 

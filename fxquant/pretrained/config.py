@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -12,9 +11,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.pipeline.recipes import DYNAMIC, Recipe, make_recipe
+from fxquant.pipeline.needs import why_calibrated
+from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.plan import Plan
-from fxquant.planning.precision import Precision
 from fxquant.statistics.collection import Statistics
 
 
@@ -128,30 +127,3 @@ class FxQuantConfig(QuantizationConfigMixin):
                 "plan= of an earlier run; or a recipe that needs none, such as rtn-w8a16, rtn-w4a16-g64 or "
                 "dynamic-w8a8. To calibrate with a whole pipeline, load it in float and call fxquant.compile"
             )
-
-
-_FROM_WEIGHTS = ("remove-no-ops", "assign-precision", "quantize-linears", "quantize-embeddings")
-_OF_PRODUCTS = ("quantize-convolutions", "quantize-attention")  # Their inputs always have static ranges.
-
-
-def why_calibrated(recipe: Recipe) -> str | None:
-    """Why a recipe needs statistics of activations, or None if it decides from the weights alone."""
-    steps: dict[str, Any] = {step.name: step for step in (*recipe.prepare, *recipe.convert)}
-    other = next((name for name in steps if name not in _FROM_WEIGHTS + _OF_PRODUCTS), None)
-    if other is not None:
-        return f"its pass {other} decides from activations"
-    linears, assigned = steps.get("quantize-linears"), steps.get("assign-precision")
-    if linears is None or assigned is None:
-        return None
-    if linears.rounding.value != "nearest":
-        return f"{linears.rounding.value} rounds weights by their inputs"
-    if linears.weight_range.value != "minmax":
-        return f"the {linears.weight_range.value} search weighs errors of weights by their inputs"
-    precisions = [assigned.precision, *re.findall(r"=([^;]+)", assigned.overrides)]
-    if all(Precision.parse(text).activation_bits is None for text in precisions):
-        return None
-    if linears.activation_range.value != DYNAMIC:
-        return "the ranges of its activations are static"
-    if assigned.layers == "all" or assigned.overrides:
-        return "the activations of convolutions and attention have static ranges"
-    return None

@@ -28,7 +28,7 @@ def class_path(model: nn.Module) -> str:
     """The import path of a model's class: ``diffusers:DiTTransformer2DModel``, or its module and its name."""
     cls = type(model)
     root = cls.__module__.partition(".")[0]
-    return f"{root if root == 'diffusers' else cls.__module__}:{cls.__qualname__}"
+    return f"{root if root in ('diffusers', 'transformers') else cls.__module__}:{cls.__qualname__}"
 
 
 _DIGESTED = 1024  # Elements of each tensor that a digest of the weights reads.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fxquant.capture.rebuilding import LIBRARIES
 from fxquant.disk.files import blaming, dtype_name, dtype_of_name, few, is_plain_file, share
 from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
@@ -272,7 +273,7 @@ def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
     quantized = isinstance(part, GraphModel)
     kind = type(part.architecture.skeleton if quantized else part)
     library = kind.__module__.partition(".")[0] if quantized else str(pipe.config[name][0])
-    readable = library == "diffusers" if quantized else library in LOADABLE_CLASSES or hasattr(pipelines, library)
+    readable = library in LIBRARIES if quantized else library in LOADABLE_CLASSES or hasattr(pipelines, library)
     if not readable:
         raise ConfigurationError(
             f"part {name!r} of the pipeline is a {kind.__name__} from {kind.__module__}, and reading the folder could "
@@ -370,8 +371,9 @@ def _write_index(pipe: Any, parts: Mapping[str, Any], quantized: set[str], folde
     index = json.loads(path.read_text(encoding="utf-8"))
     for name in quantized:
         original = type(parts[name].architecture.skeleton)
-        root = original.__module__.partition(".")[0]
-        index[name] = [root if root in ("diffusers", "transformers") else original.__module__, original.__name__]
+        # transformers knows no quantizers of others, so diffusers is to call the quantized model's own class.
+        of_diffusers = original.__module__.startswith("diffusers.")
+        index[name] = ["diffusers" if of_diffusers else "fxquant", (original if of_diffusers else GraphModel).__name__]
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture.rebuilding import class_of
+from fxquant.capture.rebuilding import LIBRARIES, class_of, is_made_from_config
 from fxquant.capture.state import replace_kept_tensors
 from fxquant.capture.trace import Architecture
 from fxquant.disk.files import blaming, digest_of, dtype_of_name, is_text_of
@@ -136,7 +136,7 @@ def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, He
         return architecture
     if model is None:
         model = _class_of(plan, folder)
-    elif not hasattr(model, "from_config"):
+    elif not is_made_from_config(model):
         raise ConfigurationError(f"model={model!r} is neither a class with from_config nor a model; pass one of them")
     _, config = read_json(folder / CONFIG_FILE, "checkpoint")
     with blaming(folder / CONFIG_FILE):
@@ -152,11 +152,11 @@ def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, He
 def _class_of(plan: Plan, folder: Path) -> Any:
     with blaming(folder / PLAN_FILE):
         module, _, name = plan.model_class.partition(":")
-        if module != "diffusers":  # Importing a module that a file names could run untrusted code.
+        if module not in LIBRARIES:  # Importing a module that a file names could run untrusted code.
             raise CheckpointError(
-                f"{folder} holds a {name} from {module}, which is not a diffusers model; pass its class or an "
-                "instance in Python: fxquant.load(folder, model=...), and likewise fxquant.explain, fxquant.diff and "
-                "fxquant.rewrite_history; fxquant report and fxquant plot need no model"
+                f"{folder} holds a {name} from {module}, which is in neither diffusers nor transformers; pass its class "
+                "or an instance in Python: fxquant.load(folder, model=...), and likewise fxquant.explain, fxquant.diff "
+                "and fxquant.rewrite_history; fxquant report and fxquant plot need no model"
             )
         return class_of(plan.model_class)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -54,13 +54,16 @@ def test_two_experts_of_a_variant(wan: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\n")
     arguments = (wan, "--variant", "fp16", "--prompts", prompts, "--recipe", "rtn-w8a8", *SHORT, *SIZES)
-    both = ("--components", "transformer,transformer_2", "--out", tmp_path / "q", "--json")
-    done = run("quantize", *arguments, *both)
+    parts = "transformer,transformer_2,text_encoder=rtn-w4a16"
+    done = run("quantize", *arguments, "--components", parts, "--out", tmp_path / "q", "--json")
     assert done.exit_code == 0, done.output
     reports = json.loads(done.stdout)
-    assert list(reports) == ["transformer", "transformer_2"]
+    assert list(reports) == ["transformer", "transformer_2", "text_encoder"]
+    assert reports["text_encoder"]["totals"]["layers_by_precision"].keys() == {"w4a16", "float"}
 
     loaded = fxquant.load_pipeline(tmp_path / "q")
+    assert type(loaded.text_encoder) is GraphModel
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "q").text_encoder) is GraphModel
     early, late = loaded.transformer.plan, loaded.transformer_2.plan
     assert min(early.timesteps) >= 500 > max(late.timesteps), "each expert is calibrated on the timesteps that it sees"
 
@@ -80,7 +83,8 @@ def test_mistakes(wan: Path, tmp_path: Path, float_folder: Path) -> None:
             (wan, *out, "--variant", "fp16", "--components", "tokenizer"),
             "is not a model; it has text_encoder, tr",
         ),
-        ((wan, *out, "--variant", "fp16", "--components", "transformer,transformer"), "give each name once"),
+        ((wan, *out, "--components", "transformer,transformer"), "give transformer once"),
+        ((wan, *out, "--variant", "fp16", "--components", "vae"), "the methods encode and decode of part 'vae'"),
         ((float_folder, *out, "--components", "transformer,vae", "--attribute"), "--attribute is about one part"),
         ((float_folder, *out, "--height", 64), "DiTPipeline has no option height: its output has one size"),
     ):
