@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fxquant.pretrained.registration import watch
 
 if TYPE_CHECKING:
-    from fxquant.api import compile, compile_pipeline, trace
+    from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
     from fxquant.export.balance import balance
     from fxquant.inspect.difference import Difference, diff
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.attribution import Attribution
     from fxquant.planning.plan import Plan
-    from fxquant.pretrained.components import quantize_pipeline
+    from fxquant.pretrained.components import compile_pipeline
     from fxquant.pretrained.config import FxQuantConfig
     from fxquant.statistics.collection import Statistics
     from fxquant.storage.aot.export import export_aot
@@ -60,7 +60,6 @@ __all__ = [
     "nodes_of",
     "origin",
     "profile",
-    "quantize_pipeline",
     "report",
     "rewrite_history",
     "save",
@@ -90,7 +89,7 @@ _HOMES = {
     "attribute": "inspect.errors",
     "balance": "export.balance",
     "compile": "api",
-    "compile_pipeline": "api",
+    "compile_pipeline": "pretrained.components",
     "diff": "inspect.difference",
     "explain": "inspect.explain",
     "export_aot": "storage.aot.export",
@@ -102,7 +101,6 @@ _HOMES = {
     "nodes_of": "ir.roles",
     "origin": "ir.origins",
     "profile": "inspect.profiling",
-    "quantize_pipeline": "pretrained.components",
     "report": "inspect.report",
     "rewrite_history": "inspect.history",
     "save": "storage.checkpoint",

@@ -23,7 +23,6 @@ from fxquant.capture.trace import Architecture
 from fxquant.errors import (
     CalibrationError,
     ConfigurationError,
-    FxquantError,
     QualityWarning,
 )
 from fxquant.ir.tensors import bind, weights_and_buffers, weights_of
@@ -216,66 +215,6 @@ def compile(
     hand_on_hooks(model, quantized)
     _warn_if_poor(made)
     return quantized
-
-
-def compile_pipeline(
-    pipe: Any,
-    *,
-    recipe: str | Recipe,
-    calibrate: Callable[[], Any],
-    components: Sequence[str] = ("transformer", "transformer_2"),
-    **options: Any,
-) -> dict[str, GraphModel]:
-    """Quantize several models of a pipeline in one calibration, such as the two experts of Wan 2.2.
-
-    Each model is calibrated on the calls that it gets, so its ranges are those of its own timesteps. At the end the
-    pipeline gets all quantized models; if one fails, it keeps all of its float models.
-
-    Args:
-        pipe: A pipeline of diffusers, or any object with the models as attributes.
-        recipe: For all models, as for :func:`compile`.
-        calibrate: Runs the pipeline in the way in which it will be used.
-        components: Names of the models. Those that the pipeline does not have, or that are None, are left out.
-        options: For all models, as for :func:`compile`.
-
-    Returns:
-        The quantized models by name. One model under two names is one quantized model.
-
-    Raises:
-        ConfigurationError: If the pipeline has none of the models, or an option belongs to one model: ``plan``,
-            ``statistics``, ``resume``.
-        FxquantError: What :func:`compile` raises; the message begins with the name of the model.
-    """
-    for name in ("plan", "statistics", "resume"):
-        if name in options:
-            raise ConfigurationError(f"{name} belongs to one model; give it to fxquant.compile for each model")
-    parts = {name: getattr(pipe, name, None) for name in components}
-    parts = {name: part for name, part in parts.items() if part is not None}
-    if not parts:
-        raise ConfigurationError(
-            f"this {type(pipe).__name__} has no {' or '.join(components)}; name its models: components=(...)"
-        )
-    distinct = {id(part): name for name, part in reversed(parts.items())}
-    made: dict[str, GraphModel] = {}
-
-    def run(names: Sequence[str]) -> None:
-        if not names:
-            calibrate()
-            return
-        first, *rest = names
-        try:  # The calls of the first model are recorded while the others are calibrated.
-            made[first] = compile(parts[first], recipe=recipe, calibrate=lambda: run(rest), **options)
-        except FxquantError as error:
-            if error.component is None:
-                error.component = first
-                error.args = (f"{first}: {error}", *error.args[1:])
-            raise
-
-    run([name for name in parts if distinct[id(parts[name])] == name])
-    made = {name: made[distinct[id(part)]] for name, part in parts.items()}
-    for name, model in made.items():
-        setattr(pipe, name, model)
-    return made
 
 
 def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistics: Any) -> None:

@@ -156,7 +156,7 @@ def quantize(
         from fxquant.pipeline.dumps import DumpGraphs
         from fxquant.pipeline.pipeline import Instrument
         from fxquant.pipeline.recipes import make_recipe
-        from fxquant.pretrained.components import check_components, quantize_pipeline
+        from fxquant.pretrained.components import check_components, compile_pipeline
         from fxquant.runtime.devices import usable_device
         from fxquant.storage.diffusers_io import refuse_existing, refuse_input
 
@@ -193,21 +193,20 @@ def quantize(
                 instruments: list[Instrument] = [watches[-1]]
                 if own[0] is not None:
                     instruments.append(DumpGraphs(own[0]))
-                return {"instruments": instruments, "resume": own[1]}
+                return {"instruments": instruments, "resume": own[1], "statistics": recorded}
 
             told = f"calibrate: {samples} samples, {steps} steps" if calibrate else "calibrated before"
             task = progress.add_task(told, total=num_batches(samples) * steps if calibrate else 0)
             with steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):
                 original = getattr(pipe, names[0])
-                made = quantize_pipeline(
+                made = compile_pipeline(
                     pipe,
-                    components=chosen,
+                    recipe=chosen,
                     calibrate=calibrate,
                     for_component=for_component,
                     backend=runner,
                     layers=layers.value,
                     measure=measure,
-                    statistics=recorded,
                     prove=prove,
                 )
             for watch in watches:

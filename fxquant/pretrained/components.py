@@ -2,64 +2,86 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from fxquant.api import compile as compile_model
-from fxquant.errors import ConfigurationError
+from fxquant.capture.transformers_models import is_of_transformers
+from fxquant.errors import ConfigurationError, FxquantError
 from fxquant.pipeline.recipes import Recipe
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.wrappers import unwrapped
 
 
-def quantize_pipeline(
+def compile_pipeline(
     pipe: Any,
     *,
-    components: Sequence[str] | Mapping[str, str | Recipe] = ("transformer",),
-    calibrate: Callable[[], Any] | None = None,
+    recipe: str | Recipe | Mapping[str, str | Recipe],
+    calibrate: Callable[[], Any] | None,
+    components: Sequence[str] = ("transformer", "transformer_2"),
     for_component: Callable[[str], Mapping[str, Any]] = lambda _: {},
     **options: Any,
 ) -> dict[str, GraphModel]:
-    """Quantize parts of a pipeline, such as the two experts of Wan 2.2, and put the results in their places.
+    """Quantize several models of a pipeline in one calibration, such as the two experts of Wan 2.2.
 
-    The pipeline runs once for all of them, and each is calibrated on the calls that it gets: an expert on its
-    timesteps, a text encoder on the prompts.
+    Each model is calibrated on the calls that it gets: an expert on its own timesteps, a text encoder on the prompts.
+    At the end the pipeline gets all quantized models; if one fails, it keeps all of its float models.
 
     Args:
-        pipe: A ``DiffusionPipeline``. It changes only if all parts could be quantized.
-        components: Names of the parts: transformers and text encoders. In a mapping, the recipe of each.
-        calibrate: Runs the pipeline the way it will be used.
-        for_component: Further options of :func:`fxquant.compile` for the part of a name.
-        options: Options of :func:`fxquant.compile` for all parts: ``recipe``, ``backend``, ``layers``, ...
+        pipe: A pipeline of diffusers, or any object with the models as attributes.
+        recipe: For all models, as for :func:`fxquant.compile`; or a recipe for each by its name, which also names the
+            models in place of ``components``.
+        calibrate: Runs the pipeline in the way in which it will be used.
+        components: Names of the models. Those that the pipeline does not have, or that are None, are left out.
+        for_component: Further options of :func:`fxquant.compile` for the model of a name.
+        options: For all models, as for :func:`fxquant.compile`.
 
     Returns:
-        The quantized parts by name.
+        The quantized models by name. One model under two names is one quantized model.
 
     Raises:
-        ConfigurationError: If the pipeline has no such part, a part is not a model or given twice, or it is a VAE.
-        FxquantError: As :func:`fxquant.compile`; the pipeline is unchanged.
+        ConfigurationError: If the pipeline has none of the models, one of them is a VAE, or an option belongs to one
+            model: ``plan``, ``statistics``, ``resume``.
+        FxquantError: What :func:`fxquant.compile` raises; the message begins with the name of the model.
     """
-    names = list(components)
-    check_components(pipe, names)
+    for name in ("plan", "statistics", "resume"):
+        if name in options:
+            raise ConfigurationError(f"{name} belongs to one model; give it to fxquant.compile for each model")
+    components = list(recipe) if isinstance(recipe, Mapping) else components
+    parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in components}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if not parts:
+        raise ConfigurationError(
+            f"this {type(pipe).__name__} has no {' or '.join(components)}; name its models: components=(...)"
+        )
+    for name, part in parts.items():
+        _refuse_decoder(name, part)
+    distinct = {id(part): name for name, part in reversed(parts.items())}
     made: dict[str, GraphModel] = {}
 
-    def quantize(number: int) -> None:
-        """Quantize a part; its calibration quantizes the parts after it, the last of which runs the pipeline."""
-        name, last = names[number], number == len(names) - 1
-        part, run = getattr(pipe, name), calibrate if last else lambda: quantize(number + 1)
-        own: dict[str, Any] = {**options, **for_component(name)}
-        if isinstance(components, Mapping):
-            own["recipe"] = components[name]
-        own.setdefault("timestep", "timestep" if "timestep" in inspect.signature(part.forward).parameters else None)
-        made[name] = compile_model(part, calibrate=run, **own)
+    def own(name: str) -> dict[str, Any]:
+        chosen = recipe[name] if isinstance(recipe, Mapping) else recipe
+        none = {"timestep": None} if is_of_transformers(type(parts[name])) else {}  # Text encoders have none.
+        return {"recipe": chosen, **none, **options, **for_component(name)}
 
-    quantize(0)
-    for name in names:
-        setattr(pipe, name, made[name])
-    return {name: made[name] for name in names}
+    def run(names: Sequence[str]) -> None:
+        first, *rest = names
+        inner = (lambda: run(rest)) if rest else calibrate
+        try:  # The calls of the first model are recorded while the others are calibrated.
+            made[first] = compile_model(parts[first], calibrate=inner, **own(first))
+        except FxquantError as error:
+            if error.component is None and len(parts) > 1:
+                error.component = first
+                error.args = (f"{first}: {error}", *error.args[1:])
+            raise
+
+    run([name for name in parts if distinct[id(parts[name])] == name])
+    made = {name: made[distinct[id(part)]] for name, part in parts.items()}
+    for name, model in made.items():
+        setattr(pipe, name, model)
+    return made
 
 
 def check_components(pipe: Any, names: Sequence[str]) -> None:
@@ -70,16 +92,18 @@ def check_components(pipe: Any, names: Sequence[str]) -> None:
     """
     parts = getattr(pipe, "components", {})
     models = sorted(name for name, part in parts.items() if isinstance(unwrapped(part), nn.Module))
-    if not names or len(set(names)) < len(names):
-        raise ConfigurationError(f"components {', '.join(names) or 'are none'}: give each name once")
     for name in names:
         if name not in models:
             there = "is left out" if parts.get(name, name) is None else "is not there"
             raise ConfigurationError(
                 f"part {name!r} of this {type(pipe).__name__} {there} or is not a model; it has {', '.join(models)}"
             )
-        if hasattr(parts[name], "decode"):
-            raise ConfigurationError(
-                f"pipelines call the methods encode and decode of part {name!r}, and a graph has only one kind of "
-                f"entry, the call of the model; leave {name} out"
-            )
+        _refuse_decoder(name, parts[name])
+
+
+def _refuse_decoder(name: str, part: Any) -> None:
+    if callable(getattr(part, "decode", None)):
+        raise ConfigurationError(
+            f"pipelines call the methods encode and decode of part {name!r}, and a graph has only one entry, the call "
+            f"of the model; leave {name} out"
+        )

@@ -154,8 +154,8 @@ def _class_of(plan: Plan, folder: Path) -> Any:
         module, _, name = plan.model_class.partition(":")
         if module not in LIBRARIES:  # Importing a module that a file names could run untrusted code.
             raise CheckpointError(
-                f"{folder} holds a {name} from {module}, which is in neither diffusers nor transformers; pass its class "
-                "or an instance in Python: fxquant.load(folder, model=...), and likewise fxquant.explain, fxquant.diff "
+                f"{folder} holds a {name} from {module}, which is not in diffusers or transformers; pass its class or "
+                "an instance in Python: fxquant.load(folder, model=...), and likewise fxquant.explain, fxquant.diff "
                 "and fxquant.rewrite_history; fxquant report and fxquant plot need no model"
             )
         return class_of(plan.model_class)
