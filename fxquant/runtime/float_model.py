@@ -99,9 +99,9 @@ def refuse_adapters(model: nn.Module) -> None:
             base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.") for base in type(module).__mro__
         ):
             raise ConfigurationError(
-                f"layer {name!r} of the model holds an adapter, such as a LoRA. Once captured, an adapter cannot be "
-                "scaled, switched off or loaded again; fuse it into the weights first: pipe.fuse_lora(), then "
-                "pipe.unload_lora_weights()"
+                f"layer {name!r} of the model holds an adapter, such as a LoRA. Fuse it into the weights first: "
+                "pipe.fuse_lora(), then pipe.unload_lora_weights(). Or unload it, compile the model, and load it into "
+                "the quantized model, where it can be scaled, switched off and swapped"
             )
 
 

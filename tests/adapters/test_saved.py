@@ -90,7 +90,7 @@ def edited(folder: Path, change: Any) -> None:
     save_file(tensors, folder / ADAPTERS_FILE)
     plan["files"][ADAPTERS_FILE] = digest(folder / ADAPTERS_FILE)
     plan["digest"] = digest_of(plan)
-    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
 
 
 def _widen(tensors: dict[str, Any], _: Any) -> None:
@@ -103,10 +103,10 @@ EDITS = {
     "a tensor too few": (lambda t, _: t.pop(next(iter(t))), "is in the file of the adapters or in their description"),
     "a wider tensor": (_widen, "attn1.to_q' has 16 inputs"),
     "not a number": (lambda t, _: t.update({k: v * torch.nan for k, v in t.items()}), "hold NaN"),
-    "no such adapter": (lambda _, d: d.update(active=["c"]), "c"),
+    "no such adapter": (lambda _, d: d.update(active=["c"]), "could not be found: c"),
     "another type": (lambda _, d: d.update(disabled="no"), "disabled"),
     "an entry too many": (lambda _, d: d["adapters"][0].update(code="x"), "no such entry"),
-    "an infinite scale": (lambda _, d: d["adapters"][0]["scales"].update(x=float("inf")), "plan.json"),
+    "an infinite scale": (lambda _, d: d["adapters"][0]["scales"].update(x=float("inf")), "finite number"),
 }
 
 
