@@ -22,7 +22,9 @@ PRELUDES = {
     "docs/diffusers.md": """
 import torch
 from tests.tiny import inputs, make_dit, make_pipeline
+from tests.test_two_experts import clip as generate, pipeline
 make_pipeline(make_dit()).save_pretrained("dit")
+wan = pipeline()
 """,
     "docs/inspect.md": f"""{_MODEL}
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")

@@ -7,27 +7,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import ModelMixin
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin, UNet2DConditionLoadersMixin
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
+from diffusers.loaders import UNet2DConditionLoadersMixin
 from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import ConfigurationError, DropInError
-from fxquant.runtime.drop_in import Part, Refused
+from fxquant.runtime.drop_in import Part
 from fxquant.runtime.model import GraphModel
+from tests.runtime import behaviours
+from tests.runtime.behaviours import public, refused
 from tests.tiny import calibrate, inputs, make_dit, run
 from tests.zoo.models import ENTRIES
 
-MIXINS = (
-    ModelMixin,
-    PeftAdapterMixin,
-    CacheMixin,
-    AttentionMixin,
-    FromOriginalModelMixin,
-    UNet2DConditionLoadersMixin,
-)
+MIXINS = (*behaviours.MIXINS, UNet2DConditionLoadersMixin)
 WORKS = {
     "cache_context", "config", "config_name", "device", "dtype", "enable_group_offload", "extract_init_dict",
     "from_config", "from_pretrained", "get_config_dict", "get_memory_footprint", "has_compatibles",
@@ -71,23 +63,6 @@ def traced(model: nn.Module) -> GraphModel:
     return fxquant.trace(model.eval(), timestep=None)
 
 
-def public(cls: type) -> list[str]:
-    """What a class has beside what every module of torch has."""
-    return [name for name in dir(cls) if not name.startswith("_") and not hasattr(nn.Module, name)]
-
-
-def refused(made: GraphModel, name: str) -> str | None:
-    """The message with which an attribute is refused, or None if it works. Methods are refused when they are called."""
-    try:
-        found = getattr(made, name)
-        if isinstance(found, Refused):
-            assert hasattr(made, name)  # Who asks for it first is not to go on in silence.
-            found()
-    except DropInError as error:
-        return str(error)
-    return None
-
-
 class Everything(*MIXINS, diffusers.ConfigMixin):  # type: ignore[misc]
     """A model with all that diffusers offers."""
 
@@ -111,6 +86,11 @@ def test_every_attribute_of_the_classes_of_diffusers(cls: type) -> None:
             assert message is not None, f"{name} is handed on"
             assert name in message
     assert vars(made.architecture.skeleton).keys() == vars(model.eval()).keys()
+
+
+def test_the_table_of_the_documentation() -> None:
+    """If it fails: ``python -m tests.runtime.behaviours`` writes the table again."""
+    assert behaviours.PAGE.read_text(encoding="utf-8").partition(behaviours.HEADING)[2].endswith(behaviours.table())
 
 
 @pytest.mark.parametrize("name", REFUSED)
