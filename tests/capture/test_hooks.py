@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -15,10 +16,11 @@ from diffusers.hooks import (
     apply_layerwise_casting,
     apply_pyramid_attention_broadcast,
 )
+from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
 import fxquant
-from fxquant.errors import CaptureError, ConfigurationError
+from fxquant.errors import CaptureError, ConfigurationError, DropInError
 from tests.tiny import calibrate, run
 
 accelerate = pytest.importorskip("accelerate")
@@ -110,6 +112,64 @@ def test_a_function_around_a_forward_that_holds_the_model(tiny_dit: DiTTransform
     ):
         with pytest.raises(CaptureError, match=r"keeps a reference to the original module.*types.MethodType"):
             function()
+
+
+# --- caches of steps ---
+
+CACHES: dict[str, Callable[[], Any]] = {
+    "fbc_leader_block_hook": lambda: diffusers.FirstBlockCacheConfig(threshold=0.1),
+    "faster_cache_denoiser": lambda: diffusers.FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        is_guidance_distilled=True,
+        attention_weight_callback=lambda _: 0.5,
+        current_timestep_callback=lambda: 500,
+    ),
+    "pyramid_attention_broadcast": lambda: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+    "taylorseer_cache": diffusers.TaylorSeerCacheConfig,
+    "mag_cache_leader_block_hook": lambda: diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=[1.0] * 4),
+}
+
+
+@pytest.fixture
+def flux() -> Any:
+    torch.manual_seed(0)
+    return diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=1,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", CACHES)
+def test_a_cache_of_steps_is_not_captured(flux: Any, hook: str) -> None:
+    """A graph would hold what the cache does in the first step, in every step."""
+    flux.enable_cache(CACHES[hook]())
+    for function in (
+        lambda: fxquant.compile(flux, recipe="rtn-w8a8", calibrate=lambda: pytest.fail("calibrated")),
+        lambda: fxquant.trace(flux),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=rf"has the hook '{hook}'.*so that calls differ.*disable_cache\(\)"
+        ):
+            function()
+    flux.disable_cache()
+    assert isinstance(fxquant.trace(flux), nn.Module)
+
+
+@pytest.mark.parametrize("hook", CACHES)
+def test_a_quantized_model_takes_no_cache(tiny_dit: DiTTransformer2DModel, hook: str) -> None:
+    class Cached(CacheMixin, DiTTransformer2DModel):  # type: ignore[misc]
+        pass
+
+    tiny_dit.__class__ = Cached
+    ours = fxquant.trace(tiny_dit)
+    expected = run(ours)
+    with pytest.raises(DropInError, match="no enable_cache: diffusers caches skip blocks by hooks"):
+        ours.enable_cache(CACHES[hook]())
+    assert not ours.is_cache_enabled
+    with ours.cache_context("cond"):
+        assert torch.equal(run(ours), expected)
 
 
 # --- hooks of torch ---
