@@ -36,6 +36,7 @@ from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.runtime.model import GraphModel
+from tests.adapters.loras import lora
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline
 
 GPU = torch.device("privateuseone:0")
@@ -314,6 +315,33 @@ def check_accelerate_offload() -> None:
         accelerate.hooks.remove_hook_from_module(model, recurse=True)
         assert torch.equal(run(model), expected)
         assert len(list(model.children())) == 1 and next(iter(model.children())) is model.graphs
+
+
+def check_loras_move_with_the_model() -> None:
+    """Their branches are where the model is: moved, parked, offloaded, and loaded while it is offloaded."""
+    first, second = lora(MODEL), lora(MODEL, rank=2, seed=1, targets=("to_q", "net.2"))
+    for backend in BACKENDS:
+        model = quantized(backend)
+        plain = run(model)
+        model.load_lora_adapter(first, adapter_name="a")
+        expected = run(model)
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        model.to(GPU)
+        torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
+        model.disable_lora()
+        torch.testing.assert_close(run(model, GPU), plain, rtol=0, atol=1e-5)
+        model.enable_lora()
+        model.to("cpu")
+        model.enable_group_offload(GPU)
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        model.load_lora_adapter(second, adapter_name="b")
+        model.set_adapters(["a", "b"], [1.0, 0.5])
+        both = run(model)
+        model.disable_group_offload()
+        torch.testing.assert_close(run(model), both, rtol=0, atol=1e-5)
+        assert not any(
+            isinstance(tensor, OnSecond) for graph in model.every for tensor in read_tensors(graph.module).values()
+        )
 
 
 def image(pipe: diffusers.DiTPipeline) -> Tensor:
