@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
@@ -223,4 +224,6 @@ def _memory(node: fx.Node) -> int | None:
     """Identifies the memory of a value. The first item of a tuple or list stands for all items."""
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (list, tuple)) and value else value
+    while isinstance(first, Tensor) and is_batchedtensor(first):  # Made within torch.vmap.
+        first = get_unwrapped(first)
     return first.untyped_storage()._cdata if isinstance(first, Tensor) else None

@@ -36,6 +36,7 @@ _TAKES_NUMBERS = (
     *("new_zeros", "new_ones", "new_full", "new_empty", "repeat_interleave"),
 )
 _SELECTS = ("masked_select", "__getitem__")
+_COUNTS = ("nonzero", "argwhere", "unique", "unique_consecutive", "repeat_interleave")
 _MAKES = ("zeros", "ones", "full", "arange", "linspace", "empty", "rand", "randn")
 _RANDOM = ("rand", "normal", "bernoulli", "dropout", "empty", "multinomial")
 _IN_PLACE = (
@@ -151,6 +152,8 @@ class Tracing(TorchFunctionMode):
                 return _on_values(func, args, kwargs)
         if name in _SELECTS and (selected := self._selected(name, func, args, kwargs)) is not None:
             return selected
+        if name in _COUNTS and (counted := self._counted(name, func, args, kwargs)) is not None:
+            return counted
         if name in _MAKES or name in _TAKES_NUMBERS:
             first = 0 if name in _MAKES else 1  # The first argument of a method is its tensor.
             args = (*args[:first], *pytree.tree_map(self._number, args[first:]))
@@ -182,6 +185,41 @@ class Tracing(TorchFunctionMode):
             return None
         shape = torch.broadcast_shapes(source.shape, mask.shape)
         return source.expand(shape)[tuple(self._places(mask, source.device, shape))]
+
+    def _counted(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an op whose size depends on known values: otherwise its size would be unknown."""
+        if name == "repeat_interleave" and (len(args) + len(kwargs) > 1 or "repeats" in kwargs):
+            return self._repeated(func, args, kwargs)
+        inputs = self._inputs(args, kwargs)
+        if inputs is None:
+            return None
+        self.read |= inputs
+        device = next(leaf.device for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        values = _on_values(func, args, kwargs)
+        return pytree.tree_map_only(Tensor, lambda value: self._constant(value, device, inputs), values)
+
+    def _repeated(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``repeat_interleave`` with a known number of repetitions of each item, by the positions of the items."""
+        source, repeats, dim = (*args, None, None)[:3]
+        source, repeats, dim = (kwargs.get(*item) for item in (("input", source), ("repeats", repeats), ("dim", dim)))
+        if not (isinstance(source, Tensor) and isinstance(repeats, Tensor) and repeats.numel() > 1):
+            return None
+        inputs = self._inputs(repeats)
+        if inputs is None:
+            return None
+        self.read |= inputs
+        places = _on_values(lambda counts: torch.arange(len(counts)).repeat_interleave(counts), (repeats,), {})
+        flat = source.flatten() if dim is None else source
+        result = flat.index_select(dim or 0, self._constant(places, source.device, inputs))
+        if is_followed(result):
+            self._follow(func, args, kwargs, result, None)
+        return result
+
+    def _constant(self, value: Tensor, device: torch.device, inputs: frozenset[str]) -> Tensor:
+        """A tensor of the trace with known values."""
+        made = torch.tensor(value.tolist(), dtype=value.dtype, device=device).reshape(value.shape)
+        setattr(made, _KNOWN, Known(value, inputs))
+        return made
 
     def _places(self, part: Any, device: torch.device, shape: Any = None) -> list[Any]:
         """Positions that a mask with known values selects, one tensor per axis. Any other index does not change."""

@@ -69,6 +69,26 @@ def inline_regions(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
 
 
+def refuse_inner_graphs(graph: fx.Graph, model: str) -> None:
+    """Refuse ops whose body is a graph of its own, such as ``torch.cond`` and ``flex_attention``.
+
+    Raises:
+        CaptureError: Names the op and the module that calls it.
+    """
+    for node in graph.nodes:
+        if not isinstance(node.target, HigherOrderOperator):
+            continue
+        modules = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+        where = f" in module {modules[-1]!r}" if modules else ""
+        name = node.target.name()
+        raise CaptureError(
+            f"{model} cannot be traced: its code calls {name}{where}, which runs a function as a graph of its own, "
+            "and a pass sees only one graph. Give attention a mask instead (scaled_dot_product_attention, in "
+            "diffusers set_attention_backend or set_attn_processor); compute both branches and choose with torch.where",
+            reason=f"it calls {name}{where}",
+        )
+
+
 def _is_graph(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and argument.op == "get_attr" and "val" not in argument.meta
 

@@ -38,7 +38,14 @@ from fxquant.capture.hooks import drop_own_hooks
 from fxquant.capture.known_values import Tracing, is_followed
 from fxquant.capture.memoized import Memos
 from fxquant.capture.naming import fake_mode_of_model, name_constants, name_layers, names_of
-from fxquant.capture.normalize import drop_assertions, flatten_signature, inline_regions, is_batch_open, loosen_views
+from fxquant.capture.normalize import (
+    drop_assertions,
+    flatten_signature,
+    inline_regions,
+    is_batch_open,
+    loosen_views,
+    refuse_inner_graphs,
+)
 from fxquant.capture.state import (
     detached,
     hollow_out,
@@ -321,6 +328,7 @@ class Architecture:
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
         inline_regions(exported)
+        refuse_inner_graphs(exported.graph, type(self.skeleton).__name__)
         flatten_signature(exported.graph, call)
         drop_assertions(exported.graph)
         loosen_views(exported.graph)

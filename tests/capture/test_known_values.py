@@ -74,13 +74,24 @@ def selected(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
     return x + row.mean(dim=1, keepdim=True) + x[mask > 0].amax(0) + x[:, mask[0] == 1].mean(1, keepdim=True)
 
 
+def repeated(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+    """Tokens that are repeated as often as a mask says, and positions in the result, as Qwen-Image 2.1 has them."""
+    counts = torch.where(mask[0] > 0, 2, 1)
+    tokens = torch.repeat_interleave(x, counts, dim=1)
+    wanted = mask[0].repeat_interleave(counts) > 0
+    places = wanted.nonzero(as_tuple=True)[0]
+    assert places.numel() == 2 * int(mask[0].sum()) == len(torch.argwhere(wanted))
+    tokens[:, places[: places.numel() // 2]] *= torch.unique(counts).sum() + torch.repeat_interleave(counts).amax()
+    return tokens[:, : x.shape[1]] + torch.repeat_interleave(x[0, 0], torch.tensor([0, 2, 1, 1]))
+
+
 def call(batch: int = 2, size: int = 3) -> dict[str, Tensor]:
     mask = torch.ones(batch, 5, dtype=torch.int64)
     mask[0, size:] = 0
     return {"x": torch.randn(batch, 5, 4), "timestep": torch.arange(float(batch)), "mask": mask}
 
 
-@pytest.mark.parametrize("body", [lengths, positions, written, bounds, selected])
+@pytest.mark.parametrize("body", [lengths, positions, written, bounds, selected, repeated])
 def test_values_of_a_mask_are_followed(body: Body) -> None:
     model = Masked(body).eval()
     traced = trace(model)
@@ -110,6 +121,7 @@ def test_a_quantized_model_says_so_and_is_saved_and_loaded(tmp_path: Any) -> Non
 def test_values_that_are_not_read_are_not_held() -> None:
     def shaped(x: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
         height, width = torch.tensor([x.shape[1], x.shape[2]]).tolist()  # Sizes are known without any input.
+        mask = mask.repeat_interleave(2, dim=0)[: x.shape[0]]
         return (x * mask[:, :, None]).reshape(-1, height * width).reshape(-1, height, width)
 
     model = Masked(shaped).eval()

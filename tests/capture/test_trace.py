@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fxquant.api import trace
 from fxquant.capture.trace import Architecture
@@ -207,6 +208,23 @@ def test_an_error_of_the_models_own_code_is_not_blamed_on_branches(way: Callable
     assert said in str(error.value)
     assert "A graph is one path" not in str(error.value)
     assert "for the call (x: float32[2, 3, 4]" in str(error.value)
+
+
+def chosen(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+def masked(x: Tensor) -> Tensor:
+    heads, length = x[:, None], x.shape[1]
+    mask = create_block_mask(lambda batch, head, q, k: q >= k, None, None, length, length, device="cpu")
+    return flex_attention(heads, heads, heads, block_mask=mask)[:, 0]
+
+
+@pytest.mark.parametrize(("way", "op"), [(chosen, "cond"), (masked, "flex_attention")])
+@pytest.mark.filterwarnings("ignore")
+def test_ops_that_run_a_graph_of_their_own_are_refused(way: Callable[[Tensor], Tensor], op: str) -> None:
+    with pytest.raises(CaptureError, match=f"Untraceable cannot be traced: its code calls {op}.*set_attn_processor"):
+        captured(Untraceable(way), sample(2), torch.arange(2))
 
 
 class FailsFirst(nn.Module):
