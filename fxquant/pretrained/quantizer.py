@@ -15,7 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from fxquant.disk.files import dtype_of_name
-from fxquant.errors import CheckpointError
+from fxquant.errors import CheckpointError, HubError
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.pretrained.config import FxQuantConfig
 from fxquant.pretrained.quantize import quantize_at_first_call, quantize_now
@@ -115,13 +115,41 @@ def _own_class(model: nn.Module) -> type[nn.Module] | None:
 def _folder_of(files: Sequence[str]) -> Path:
     """The folder of a checkpoint, from the paths of its weights.
 
+    Of a repository, diffusers downloads only the weights and the config of a model. The rest follows here.
+
     Raises:
         CheckpointError: If the rest of the checkpoint is not there.
     """
     folder = Path(files[0]).parent
+    if not (folder / PLAN_FILE).is_file():
+        _download_rest(folder)
     if not (folder / PLAN_FILE).is_file():
         raise CheckpointError(
             f"{folder / PLAN_FILE} is missing: only the weights were copied or downloaded. Copy the whole folder; from "
             "the hub, download it with huggingface_hub.snapshot_download and give the folder to from_pretrained"
         )
     return folder
+
+
+def _download_rest(folder: Path) -> None:
+    """Download the files of a checkpoint that are not in the cache of the hub, if the folder is in that cache.
+
+    The cache has the layout ``models--OWNER--NAME/snapshots/COMMIT/SUBFOLDER``.
+    """
+    import huggingface_hub
+
+    found = next((path for path in (folder, *folder.parents) if path.parent.name == "snapshots"), None)
+    if found is None or not found.parent.parent.name.startswith("models--"):
+        return
+    repository = found.parent.parent
+    inner = folder.relative_to(found).as_posix()
+    pattern = "*" if inner == "." else f"{inner}/*"
+    name = repository.name.removeprefix("models--").replace("--", "/")
+    try:
+        huggingface_hub.snapshot_download(
+            name, revision=found.name, cache_dir=repository.parent, allow_patterns=[pattern]
+        )
+    except Exception as error:  # Which classes errors of HTTP have depends on the version of huggingface_hub.
+        raise HubError(
+            f"the rest of the checkpoint {name} could not be downloaded: {error}. Check the network and try again"
+        ) from error

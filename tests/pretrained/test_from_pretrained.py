@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
@@ -17,7 +18,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransfor
 from torch import nn
 
 import fxquant
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, HubError, UnknownNameError
 from fxquant.pretrained.parts import PipelineModel
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, make_dit, make_pipeline, run
@@ -185,6 +186,32 @@ def test_only_the_weights_were_copied(pipelines: Path, tmp_path: Path) -> None:
     (copy / "plan.json").unlink()
     with pytest.raises(CheckpointError, match="only the weights were copied or downloaded"):
         read(copy)
+
+
+def test_the_rest_of_a_repository_is_downloaded(
+    quantized: GraphModel, pipelines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the cache of the hub are the files that diffusers asks for: weights and config."""
+    whole = pipelines / "ours" / "transformer"
+    place = tmp_path / "models--owner--dit" / "snapshots" / "0123abc" / "transformer"
+    place.mkdir(parents=True)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        shutil.copy(whole / name, place)
+    asked = []
+
+    def download(name: str, *, revision: str, cache_dir: Path, allow_patterns: list[str]) -> None:
+        asked.append((name, revision, cache_dir, allow_patterns))
+        shutil.copytree(whole, place, dirs_exist_ok=True)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(HubError, match="the rest of the checkpoint owner/dit could not be downloaded: offline"):
+        read(place)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert torch.equal(run(read(place)), run(quantized))
+    assert asked == [("owner/dit", "0123abc", tmp_path, ["transformer/*"])]
 
 
 def test_a_damaged_checkpoint(pipelines: Path, tmp_path: Path) -> None:

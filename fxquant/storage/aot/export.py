@@ -39,6 +39,7 @@ from fxquant.storage.agreement import check_finite, infinite_in, read_headers
 from fxquant.storage.aot import package
 from fxquant.storage.aot.model import CONFIG_FILE, PACKAGE_FILE, signature_to_json
 from fxquant.storage.aot.package import FORMAT, GRAPH_FILE, TENSORS_FILE, info_text, machine
+from fxquant.storage.card import is_own_card
 from fxquant.storage.checkpoint import load
 from fxquant.storage.diffusers_io import INDEX_FILE, parts_of, refuse_input
 
@@ -145,6 +146,8 @@ def export_folder(
     seconds: list[float] = []
     with whole_folder(folder, lambda path: diffusers_io.refuse_existing(path, overwrite)) as written:
         for path in source.iterdir():
+            if is_own_card(path):
+                continue  # It says how to read checkpoints.
             if path.is_file():
                 shutil.copy(path, written)
             elif path.name not in parts:
