@@ -21,6 +21,7 @@ from fxquant.adapters.stand_in import (
     make_stand_in,
     ranks_of,
     tuners,
+    widened,
 )
 from fxquant.adapters.tuner import refuse_fusing, tuner_of
 from fxquant.capture.calls import Call, CallSpec
@@ -108,6 +109,8 @@ class Adapters:
             ValueError: From diffusers, for names of adapters that are taken or missing.
         """
         state_dict, metadata = read_adapter(pretrained_model_name_or_path_or_dict, kwargs)
+        if hasattr(kwargs.get("_pipeline"), "_maybe_expand_lora_state_dict"):  # Pipelines of FLUX do this to the model.
+            state_dict = widened(state_dict, prefix, self.stand_in)
         own = peft_keys(state_dict, prefix)
         check_state_dict(self.stand_in, own)
         name = kwargs.get("adapter_name")

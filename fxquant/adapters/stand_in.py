@@ -153,6 +153,18 @@ def check_state_dict(stand_in: nn.Module, state_dict: Mapping[str, Tensor]) -> N
             )
 
 
+def widened(state_dict: Mapping[str, Tensor], prefix: str | None, stand_in: nn.Module) -> dict[str, Tensor]:
+    """Add zeros to a LoRA of a model with fewer inputs, as of FLUX for FLUX Fill: it reads the first of them."""
+    start, made, modules = "" if prefix is None else f"{prefix}.", dict(state_dict), dict(stand_in.named_modules())
+    for key, value in state_dict.items():
+        path = _path_of(key) if key.startswith(start) and ".lora_A." in key else None
+        module = modules.get((path or "").removeprefix(start))
+        base = getattr(module, "base_layer", module)
+        if path and isinstance(base, nn.Linear) and value.dim() == 2 and value.shape[1] < base.in_features:
+            made[key] = nn.functional.pad(value, (0, base.in_features - value.shape[1]))
+    return made
+
+
 def _path_of(key: str) -> str | None:
     for mark in (".lora_A.", ".lora_B."):
         path, found, _ = key.partition(mark)

@@ -86,13 +86,15 @@ class Movable(DropIn):
         return self._place.home or self.device
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the tensors that the graphs read, as they are held for the backend; shared storage counts once.
+        """Bytes of the tensors that the graphs read, as they are held for the backend, LoRAs included.
+
+        Shared storage counts once.
 
         Args:
             return_buffers: Whether the buffers of the original model count. Codes and scales always count.
         """
         buffers = {name for name, _ in self.architecture.skeleton.named_buffers(remove_duplicate=False)}
-        held = self.tensors()
+        held = {name: tensor for captured in self.every for name, tensor in read_tensors(captured.module).items()}
         return tensor_bytes({name: held[name] for name in held if return_buffers or name not in buffers})
 
     def share_memory(self) -> Any:

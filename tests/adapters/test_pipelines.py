@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, ModelMixin
+from diffusers import FluxPipeline, ModelMixin
 from torch import Tensor
 
 import fxquant
@@ -16,38 +16,10 @@ from fxquant.errors import AdapterError
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.lora import adapters_of
 from fxquant.runtime.model import GraphModel
+from tests.adapters.fluxes import ENTRY, MODEL, images, make_pipe
 from tests.adapters.loras import lora
-from tests.zoo.models import ENTRIES
 
-ENTRY = next(entry for entry in ENTRIES if entry.id == "Flux2D")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "proj_mlp", "norm.linear")
-
-
-def make_pipe(transformer: Any) -> FluxPipeline:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, latent_channels=1).eval()
-    parts = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
-    pipe = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=transformer, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def images(pipe: FluxPipeline, **options: Any) -> Tensor:
-    generator, config = torch.Generator().manual_seed(0), pipe.transformer.config
-    made: Tensor = pipe(
-        prompt_embeds=torch.randn(1, 5, config.joint_attention_dim, generator=generator),
-        pooled_prompt_embeds=torch.randn(1, config.pooled_projection_dim, generator=generator),
-        height=8,
-        width=8,
-        num_inference_steps=2,
-        output_type="latent",
-        generator=generator,
-        **options,
-    ).images
-    return made
-
-
-MODEL = ENTRY.model()
 FIRST, SECOND = lora(MODEL, targets=TARGETS), lora(MODEL, rank=2, seed=5, targets=("to_q", "to_v"))
 
 
@@ -151,10 +123,10 @@ def test_keys_of_kohya_and_xlabs(pipe: FluxPipeline, floating: FluxPipeline) -> 
         for one in (pipe, floating):
             one.load_lora_weights(dict(keys), adapter_name="a")
         expected = images(floating)
-        assert sqnr_db(expected, images(pipe)) > 50
+        found = sqnr_db(expected, images(pipe))
         for one in (pipe, floating):
             one.unload_lora_weights()
-        assert sqnr_db(expected, images(floating)) < 50
+        assert found > max(40, sqnr_db(expected, images(floating)) + 10)
 
 
 def test_a_control_lora_is_refused_by_name(pipe: FluxPipeline) -> None:
@@ -167,6 +139,19 @@ def test_a_control_lora_is_refused_by_name(pipe: FluxPipeline) -> None:
         pipe.load_lora_weights(wider, adapter_name="a")
     assert torch.equal(images(pipe), before)
     assert pipe.get_list_adapters() == {}
+
+
+def test_a_lora_of_a_model_with_fewer_inputs_reads_the_first(pipe: FluxPipeline) -> None:
+    """As for FLUX Fill and LoRAs of FLUX."""
+    width, inputs = MODEL.config.num_attention_heads * MODEL.config.attention_head_dim, MODEL.config.in_channels
+    path, generator = "transformer.x_embedder", torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, inputs - 1, generator=generator), torch.randn(width, 2, generator=generator)
+    pipe.load_lora_weights({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, adapter_name="a")
+    narrow = images(pipe)
+    pipe.unload_lora_weights()
+    a = torch.nn.functional.pad(a, (0, 1))
+    pipe.load_lora_weights({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, adapter_name="a")
+    assert torch.equal(images(pipe), narrow)
 
 
 def test_a_pipeline_with_loras_is_saved_and_loaded(pipe: FluxPipeline, tmp_path: Path) -> None:

@@ -25,6 +25,12 @@ from tests.tiny import inputs, make_dit, make_pipeline
 from tests.test_two_experts import clip as generate, pipeline
 make_pipeline(make_dit()).save_pretrained("dit")
 wan = pipeline()
+from safetensors.torch import save_file
+from tests.adapters.fluxes import MODEL, PROMPT as prompt, make_pipe
+from tests.adapters.loras import lora
+flux = make_pipe(MODEL)
+save_file(lora(MODEL, targets=("to_q", "to_v")), "style.safetensors")
+save_file(lora(MODEL, rank=8, targets=("to_q", "to_v", "proj_mlp")), "sketch.safetensors")
 """,
     "docs/inspect.md": f"""{_MODEL}
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")

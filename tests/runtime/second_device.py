@@ -375,6 +375,44 @@ def check_pipelines() -> None:
             torch.testing.assert_close(image(pipe), expected, rtol=0, atol=1e-4)
 
 
+def check_loras() -> None:
+    """LoRAs move with the model, and are loaded, weighed and swapped wherever it is."""
+    first, second = lora(MODEL), lora(MODEL, rank=2, seed=1, targets=("norm1.linear", "to_q"))
+    for backend in BACKENDS:
+        model = quantized(backend)
+        plain = run(model)
+        model.load_lora_adapter(first, adapter_name="a")
+        expected, other = run(model), run(model, size=4)
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        model.to(GPU)
+        torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run(model, GPU, size=4), other, rtol=0, atol=1e-5)
+        model.set_adapters("a", 0.5)
+        assert not torch.allclose(run(model, GPU), expected, atol=1e-3)
+        model.to("cpu")  # Parked.
+        model.load_lora_adapter(second, adapter_name="b")
+        assert model.device == CPU and all(tensor.device == CPU for tensor in held(model))
+        model.to(GPU)
+        model.set_adapters("b")
+        swapped = run(model, GPU)
+        model.set_adapters("a")
+        torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
+        model.to("cpu")
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        model.enable_group_offload(GPU)
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        model.load_lora_adapter(second, adapter_name="a", hotswap=True)
+        torch.testing.assert_close(run(model), swapped, rtol=0, atol=1e-5)
+        assert all(tensor.device == CPU for tensor in held(model))
+        model.unload_lora()
+        torch.testing.assert_close(run(model), plain, rtol=0, atol=1e-5)
+
+
+def held(model: GraphModel) -> list[Tensor]:
+    """The tensors of all graphs, those of LoRAs included."""
+    return [tensor for captured in model.every for tensor in read_tensors(captured.module).values()]
+
+
 def main(names: list[str]) -> None:
     """Run checks and print the outcome of each."""
     library = install()
