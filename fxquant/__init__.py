@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
     from fxquant.export.balance import balance
+    from fxquant.export.comfyui import export_comfyui
+    from fxquant.export.compressed_tensors import export_compressed_tensors
+    from fxquant.export.onnx import export_onnx
+    from fxquant.export.openvino import export_openvino
     from fxquant.inspect.difference import Difference, diff
     from fxquant.inspect.errors import attribute
     from fxquant.inspect.explain import Explanation, explain
@@ -52,6 +56,10 @@ __all__ = [
     "diff",
     "explain",
     "export_aot",
+    "export_comfyui",
+    "export_compressed_tensors",
+    "export_onnx",
+    "export_openvino",
     "inspect_page",
     "load",
     "load_package",
@@ -93,6 +101,10 @@ _HOMES = {
     "diff": "inspect.difference",
     "explain": "inspect.explain",
     "export_aot": "storage.aot.export",
+    "export_comfyui": "export.comfyui",
+    "export_compressed_tensors": "export.compressed_tensors",
+    "export_onnx": "export.onnx",
+    "export_openvino": "export.openvino",
     "inspect_page": "inspect.page.write",
     "load": "storage.checkpoint",
     "load_package": "storage.aot.package",

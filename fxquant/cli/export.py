@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,34 +12,55 @@ from fxquant.cli.app import Debug, Folder, app
 from fxquant.cli.output import err, print_plain, quiet, status
 from fxquant.errors import ConfigurationError
 
+
+class Format(StrEnum):
+    """Forms in which other tools read a quantized model."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+    compressed_tensors = "compressed-tensors"
+    comfyui = "comfyui"
+
+
 _EXPORT_EXAMPLES = """[bold]Examples[/]
 
   fxquant export dit-w8a8 dit-w8a8-compiled --aot --backend native
 
   fxquant generate dit-w8a8-compiled --labels 207,360,387 --allow-packages --out grid.png
+
+  fxquant export dit-w8a8 dit-w8a8-onnx --format onnx
 """
 
 
 @app.command(epilog=_EXPORT_EXAMPLES, no_args_is_help=True)
 def export(
     folder: Folder,
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the compiled model to.")],
-    aot: Annotated[
-        bool,
-        typer.Option("--aot", help="Compile ahead of time, with AOTInductor. Required: no other form exists."),
-    ] = False,
-    backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="Backend; by default the one it was quantized for.")
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the exported model to.")],
+    aot: Annotated[bool, typer.Option("--aot", help="Compile ahead of time, with AOTInductor.")] = False,
+    format: Annotated[
+        Format | None, typer.Option("--format", "-f", help="Write the model in a form that another tool reads.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    part: Annotated[
+        str, typer.Option("--part", help="With --format: the quantized part of a pipeline to write.")
+    ] = "transformer",
+    backend: Annotated[
+        str | None, typer.Option("--backend", "-b", help="With --aot: by default the one it was quantized for.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --aot: replace what is at OUT.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Compile a quantized model for this machine; it then loads in a second and runs without tracing.
+    """Compile a quantized model for this machine, or write it in a form that another tool reads.
 
-    The result is a program, which runs when loaded: load only programs from people you trust. Needs a C++ compiler.
+    A compiled model loads in a second and runs without tracing. It is a program, which runs when loaded: load only
+    programs from people you trust. Compiling needs a C++ compiler.
     """
-    if not aot:
-        raise ConfigurationError("export can only compile ahead of time; pass --aot")
+    if aot == (format is not None):
+        raise ConfigurationError("pass --aot to compile for this machine, or --format to write for another tool")
+    if format is not None:
+        if backend is not None or overwrite:
+            raise ConfigurationError("--backend and --overwrite are for --aot; --format writes a new folder")
+        _export_format(folder, out_folder, format, part)
+        return
     with quiet(), status("importing torch"):
         from fxquant.storage.aot.export import export_folder
 
@@ -49,3 +71,18 @@ def export(
     with quiet(), status("compiling, which takes minutes"):
         found = export_folder(folder, out_folder, backend=backend, overwrite=overwrite, progress=progress)
     print_plain(f"compiled in {sum(found.seconds):.0f} s, {found.bytes / 1e6:.1f} MB, written to {out_folder}")
+
+
+def _export_format(folder: Path, out_folder: Path, format: Format, part: str) -> None:
+    with quiet(), status("importing torch"):
+        import fxquant
+        from fxquant.export.formats import FORMATS
+        from fxquant.storage.diffusers_io import INDEX_FILE
+
+    inner = folder / part if (folder / INDEX_FILE).is_file() else folder
+    with quiet(), status(f"reading {inner}"):
+        model = fxquant.load(inner, backend="fake-quant")
+    with quiet(), status(f"writing {out_folder}"):
+        FORMATS[format.value](model, out_folder)
+    size = sum(path.stat().st_size for path in out_folder.rglob("*") if path.is_file())
+    print_plain(f"{format.value}: {size / 1e6:.1f} MB, written to {out_folder}")

@@ -11,6 +11,7 @@ from diffusers import DiTPipeline
 from typer.testing import CliRunner, Result
 
 from fxquant.cli.__main__ import app
+from fxquant.export.weights import IN_PLACE
 from tests.tiny import run as output
 
 FAST = ("--samples", "2", "--steps", "3")
@@ -64,3 +65,29 @@ def test_replaces_nothing(float_folder: Path, tmp_path: Path) -> None:
     result = run("balance", float_folder, "--out", tmp_path, *FAST)
     assert result.exit_code == 2 and "exists" in result.stderr
     assert (tmp_path / "mine").read_text() == "keep"
+
+
+# --- files for other tools ---
+
+
+def test_exports_in_the_layout_of_another_tool(float_folder: Path, tmp_path: Path) -> None:
+    recipe = IN_PLACE.replace("precision=w8a8", "precision=w8a16")
+    made = run("quantize", float_folder, "--recipe", recipe, "--out", tmp_path / "q", "--measure", "0", *FAST)
+    assert made.exit_code == 0, made.output
+    for name, file in (("comfyui", "diffusion_model.safetensors"), ("compressed-tensors", "config.json")):
+        result = run("export", tmp_path / "q", tmp_path / name, "--format", name)
+        assert result.exit_code == 0, result.output
+        assert f"{name}: " in result.stdout and (tmp_path / name / file).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "pass --aot to compile"),
+        (("--aot", "--format", "onnx"), "pass --aot to compile"),
+        (("--format", "onnx", "--overwrite"), "--overwrite are for --aot"),
+    ],
+)
+def test_export_refuses_contradictions(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = run("export", tmp_path, tmp_path / "out", *options)
+    assert result.exit_code == 2 and message in result.stderr.replace("\n", " ")

@@ -1,0 +1,88 @@
+"""What formats of other tools cannot hold, by layer, with the recipe that would fit; and their packages."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from fxquant.errors import CheckpointError, ConfigurationError, MissingPackageError
+from fxquant.ir.arguments import args
+from fxquant.ir.meta import LAYER
+
+_SHOWN = 5
+
+
+def require(*packages: str, extra: str = "export") -> None:
+    """Check that packages are installed.
+
+    Raises:
+        MissingPackageError: Names the first that is not, and says how to install it.
+    """
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackageError(f"{name} is not installed: pip install 'fxquant[{extra}]'")
+
+
+def refuse_full(folder: Path) -> None:
+    """Refuse a folder that exists and is not empty.
+
+    Raises:
+        CheckpointError: Names it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
+
+
+def refuse(format_name: str, reasons: Mapping[str, Sequence[str]], advice: str) -> None:
+    """Refuse a format if there are layers that it cannot hold.
+
+    Args:
+        format_name: Name of the format.
+        reasons: Layers by the reason why the format cannot hold them.
+        advice: What to do instead.
+
+    Raises:
+        ConfigurationError: Lists the layers by reason.
+    """
+    if not reasons:
+        return
+    lines = []
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        lines.append(f"  {reason}: {shown}")
+    listed = "\n".join(lines)
+    raise ConfigurationError(f"{format_name} cannot hold this model:\n{listed}\n{advice}")
+
+
+def ranges_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
+    """The layers whose input has no single static range, by reason."""
+    found: dict[str, list[str]] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.target is not torch.ops.fxquant.quantize.default:
+                continue
+            scale = args(node).node("scale")
+            if scale.op == "get_attr":
+                continue
+            dynamic = any(one.target is torch.ops.fxquant.token_grid.default for one in _producers(scale))
+            reason = "each token has a range of its own" if dynamic else "the range depends on the timestep"
+            names = [user.meta[LAYER] for user in node.users if LAYER in user.meta] or [node.name]
+            own = found.setdefault(reason, [])
+            own += [name for name in names if name not in own]
+    return found
+
+
+def _producers(node: fx.Node) -> list[fx.Node]:
+    found, left = [], [node]
+    while left:
+        one = left.pop()
+        if one.target is torch.ops.fxquant.token_grid.default:
+            return [one]
+        if one not in found and len(found) < 50:
+            found.append(one)
+            left += one.all_input_nodes
+    return found

@@ -1,0 +1,275 @@
+"""Writes the graphs of a quantized model as ONNX files with QuantizeLinear and DequantizeLinear nodes.
+
+Codes of weights are stored as integers with their scales and zero points, per channel or in groups. Activations are
+quantized with one static range. What ONNX cannot hold is refused, with the layers (:mod:`fxquant.export.limits`).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxquant.capture.calls import BATCH, TRACED_BATCH
+from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.threads import tracing_alone, without_autocast
+from fxquant.disk.folders import whole_folder
+from fxquant.errors import BackendError
+from fxquant.export.limits import ranges_of_graphs, refuse, refuse_full, require
+from fxquant.ir.arguments import args
+from fxquant.ir.tensors import copy_graph, get_tensor, set_tensor
+from fxquant.numerics import grids, weights
+from fxquant.numerics.packing import unpack
+from fxquant.runtime.model import quantized_model
+
+OPSET = 21
+"""Version of the ONNX operators: the first with weights in groups."""
+
+GRAPH_FILE = "model-{}.onnx"
+_ops = torch.ops.fxquant
+_WEIGHTS = (_ops.linear.default, _ops.conv2d.default, _ops.dequantize_weight.default)
+_LARGEST = 1 << 30  # Bytes of tensors in one file; an ONNX file cannot exceed 2 GiB.
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """The result of an export.
+
+    Attributes:
+        files: The files, one per kind of call.
+        inputs: For each file the names of its inputs, those of the model's ``forward``.
+    """
+
+    files: tuple[Path, ...]
+    inputs: tuple[tuple[str, ...], ...]
+
+
+def export_onnx(model: nn.Module, folder: str | Path) -> OnnxExport:
+    """Write a quantized model as ONNX, one file per kind of call, with QuantizeLinear and DequantizeLinear nodes.
+
+    The batch stays open where the model allows it. The result computes what the backend ``fake-quant`` computes, up to
+    the rounding of floating-point sums.
+
+    Args:
+        model: What :func:`fxquant.compile` or :func:`fxquant.load` returned, with the backend ``fake-quant``.
+        folder: A new or empty folder.
+
+    Raises:
+        ConfigurationError: If the model is not quantized, or a layer has something that ONNX cannot hold: ranges that
+            depend on the timestep or the token. The message lists layers, and the recipe that would fit.
+        BackendError: If the model was lowered to another backend, or the graph cannot be written.
+        MissingPackageError: If ``onnx`` or ``onnxscript`` is not installed.
+        CheckpointError: If the folder exists and is not empty.
+    """
+    require("onnx", "onnxscript")
+    model, _ = quantized_model(model, "export_onnx")
+    if model.backend is not None and model.backend.name != "fake-quant":
+        raise BackendError(
+            f"this model was lowered to the backend {model.backend.name}, whose ops ONNX does not have; load it with "
+            'fxquant.load(folder, backend="fake-quant"), or compile it with that backend'
+        )
+    graphs = [captured.module.graph for captured in model.captured]
+    refuse("ONNX", ranges_of_graphs(graphs), "compile with static ranges for all timesteps, such as smoothquant-w8a8")
+    files, inputs = [], []
+    folder = Path(folder).resolve()
+    with whole_folder(folder, refuse_full) as written:
+        for number, captured in enumerate(model.captured):
+            name = GRAPH_FILE.format(number)
+            inputs.append(_write(captured, written / name))
+            files.append(folder / name)
+    return OnnxExport(tuple(files), tuple(inputs))
+
+
+def _write(captured: CapturedGraph, path: Path) -> tuple[str, ...]:
+    """Write one graph; returns the names of its inputs."""
+    module, names = _Standard(_with_codes(captured.module)), tuple(name for name, _ in captured.call.tensors)
+    example, shapes = [], []
+    for _, spec in captured.call.tensors:
+        example.append(torch.zeros(spec.concrete(TRACED_BATCH), dtype=spec.dtype))
+        shapes.append({axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if size == BATCH})
+    try:
+        with tracing_alone(), without_autocast("cpu"), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of the exporter, about itself.
+            exported = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(shapes),), strict=False)
+            program = torch.onnx.export(
+                exported, dynamo=True, opset_version=OPSET, input_names=names, optimize=False, verbose=False
+            )
+    except Exception as error:
+        raise BackendError(
+            f"the graph of the call {captured.call} cannot be written as ONNX: {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    assert program is not None
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
+    program.save(str(path), external_data=size > _LARGEST)
+    return names
+
+
+def _with_codes(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph whose ops read the codes of weights unpacked, one byte per code."""
+    made = copy_graph(module)
+    unpacked: dict[str, fx.Node] = {}
+    for node in list(made.graph.nodes):
+        if node.target not in _WEIGHTS or args(node).node("wq").op != "get_attr":
+            continue
+        packed, bits = args(node).node("wq"), args(node).bits
+        name = f"{packed.target}_codes"
+        if name not in unpacked:
+            wq = get_tensor(made, str(packed.target))
+            set_tensor(made, name, unpack(wq, bits, _inputs_of(node)))
+            with made.graph.inserting_before(packed):
+                unpacked[name] = made.graph.get_attr(name)
+        node.replace_input_with(packed, unpacked[name])
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
+
+
+def _inputs_of(node: fx.Node) -> int:
+    """Number of codes per row of the weight of a quantized op."""
+    if node.target is _ops.linear.default:
+        return int(args(node).node("xq").meta["val"].shape[-1])
+    return (
+        int(args(node).in_features) if node.target is _ops.dequantize_weight.default else math.prod(args(node).kernel)
+    )
+
+
+class _Standard(nn.Module):
+    """Runs a graph with ops that ONNX has in place of those of fxquant."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return _Translating(self.module).run(*inputs)
+
+
+class _Translating(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target not in _TRANSLATED:
+            return super().run_node(n)
+        values, named = self.fetch_args_kwargs_from_env(n)
+        packed = n.target is _ops.dequantize_weight.default and args(n).node("wq").op != "get_attr"
+        return weights.dequantize_weight(*values, **named) if packed else _TRANSLATED[n.target](*values, **named)
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
+    inputs = (x, scale.reshape(()).to(x.dtype), zero_point.reshape(()).to(dtype))
+    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=dtype, shape=x.shape, version=OPSET)
+    whole = torch.iinfo(dtype)
+    if (qmin, qmax) == (whole.min, whole.max):
+        return codes
+    # Codes of fewer bits; ONNX has no Clip for bytes that all runtimes support.
+    return codes.to(torch.int32).clamp(qmin, qmax).to(dtype)
+
+
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype, **options: int) -> Tensor:
+    inputs = (codes, scale.to(dtype), zero_point.to(codes.dtype))
+    found: Tensor = torch.onnx.ops.symbolic(
+        "DequantizeLinear", inputs, dict(options), dtype=dtype, shape=codes.shape, version=OPSET
+    )
+    return found
+
+
+def _weight(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The weight of codes ``[out, in]`` whose grids are ``[out, groups]``."""
+    if group_size:
+        return _dequantize(codes, scale, zero_point, dtype, axis=1, block_size=group_size)
+    return _dequantize(codes, scale.flatten(), zero_point.flatten(), dtype, axis=0)
+
+
+def _activation(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    return _dequantize(codes, scale.reshape(()), zero_point.reshape(()), dtype)
+
+
+def _linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    codes: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    dtype = grids.compute_dtype(out_dtype)
+    x = _activation(xq, x_scale, x_zero_point, dtype)
+    y = functional.linear(x, _weight(codes, w_scale, w_zero_point, group_size, dtype))
+    return (y if bias is None else y + bias.to(dtype)).to(out_dtype)
+
+
+def _conv2d(
+    xq: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    codes: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    dtype = grids.compute_dtype(out_dtype)
+    x = _activation(xq, x_scale, x_zero_point, dtype)
+    weight = _weight(codes, w_scale, w_zero_point, 0, dtype).unflatten(1, kernel)
+    y = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    if bias is not None:
+        y = y + (bias.reshape(-1, 1, 1) if bias.dim() == 1 else bias).to(dtype)
+    return y.to(out_dtype)
+
+
+def _matmul(
+    aq: Tensor,
+    a_scale: Tensor,
+    a_zero_point: Tensor,
+    bq: Tensor,
+    b_scale: Tensor,
+    b_zero_point: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    dtype = grids.compute_dtype(out_dtype)
+    a, b = _activation(aq, a_scale, a_zero_point, dtype), _activation(bq, b_scale, b_zero_point, dtype)
+    return torch.matmul(a, b).to(out_dtype)
+
+
+def _stored_weight(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _weight(codes, scale, zero_point, group_size, dtype)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    dtype = grids.compute_dtype(x.dtype)
+    y = x.to(dtype) * scale.to(dtype)
+    return (y if shift is None else y + shift.to(dtype)).to(x.dtype)
+
+
+_TRANSLATED: dict[Any, Callable[..., Tensor]] = {
+    _ops.quantize.default: _quantize,
+    _ops.linear.default: _linear,
+    _ops.conv2d.default: _conv2d,
+    _ops.matmul.default: _matmul,
+    _ops.dequantize_weight.default: _stored_weight,
+    _ops.channel_affine.default: _affine,
+}

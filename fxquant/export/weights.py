@@ -1,0 +1,205 @@
+"""The weights of a quantized model under the names of its float model, for formats that hold weights and no graph.
+
+Such a format is read by code of the model's class. So the graph must be that of the class: factors and shifts must have
+been absorbed in place, and only linears may hold codes. Tables and convolutions are written as floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.errors import ConfigurationError
+from fxquant.export.limits import refuse
+from fxquant.ir.arguments import args
+from fxquant.ir.meta import LAYER, NAMES
+from fxquant.ir.places import place_of
+from fxquant.ir.tensors import get_tensor, read_tensors
+from fxquant.numerics.packing import unpack
+from fxquant.numerics.weights import dequantize_weight
+from fxquant.runtime.model import GraphModel
+
+IN_PLACE = (
+    "remove-no-ops,assign-precision{precision=w8a8} ; balance-channels{salience=max dearest=in-place},"
+    "absorb-affines{dearest=in-place},quantize-linears{symmetric=True},quantize-embeddings"
+)
+"""A recipe whose result every format holds."""
+
+_ops = torch.ops.fxquant
+_QUANTIZED = (_ops.linear.default, _ops.conv2d.default, _ops.dequantize_weight.default)
+_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The weight of one linear.
+
+    Attributes:
+        codes: Codes from 0, uint8 ``[out, in]``.
+        scale: float32 ``[out, groups]``.
+        zero_point: The code of 0, uint8 ``[out, groups]``.
+        bits: Bits per code.
+        group_size: Input channels per group; 0 for one group per row.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether 0 is the middle code everywhere."""
+        return bool((self.zero_point == 2 ** (self.bits - 1)).all())
+
+    @property
+    def signed(self) -> Tensor:
+        """The codes from -128 to 127, int8; symmetric grids have their 0 at 0."""
+        return (self.codes.to(torch.int16) - self.middle).to(torch.int8)
+
+    @property
+    def signed_zero_point(self) -> Tensor:
+        """The code of 0 among :attr:`signed`, int8."""
+        return (self.zero_point.to(torch.int16) - self.middle).to(torch.int8)
+
+    @property
+    def middle(self) -> int:
+        """The middle code."""
+        return int(2 ** (self.bits - 1))
+
+
+@dataclass(frozen=True)
+class ClassWeights:
+    """What the class of a model reads.
+
+    Attributes:
+        codes: Weights of linears, by layer.
+        floats: All other tensors of the state dict, by name.
+    """
+
+    codes: dict[str, Codes]
+    floats: dict[str, Tensor]
+
+
+def class_weights(model: GraphModel, format_name: str) -> ClassWeights:
+    """The tensors of a quantized model under the names of its class.
+
+    Args:
+        model: A quantized model with the backend ``fake-quant``.
+        format_name: Name of the format, for messages.
+
+    Raises:
+        ConfigurationError: If the graph is not that of the class: a factor is multiplied at run time, a tensor was
+            added or copied, a bias depends on the timestep. The message lists the layers, and a recipe that fits.
+    """
+    codes: dict[str, Codes] = {}
+    floats: dict[str, Tensor] = {}
+    reasons: dict[str, list[str]] = {}
+    wanted = {name: tensor.shape for name, tensor in model.architecture.skeleton.state_dict().items()}
+    for captured in model.captured:
+        module = captured.module
+        for name, tensor in _float_tensors(module, wanted):
+            floats[name] = tensor
+        for layer, found in _layers(module):
+            codes[layer] = found
+        for reason, layer in _unfit(module, wanted):
+            own = reasons.setdefault(reason, [])
+            own += [] if layer in own else [layer]
+    refuse(format_name, reasons, f"use a recipe that changes only parameters that the class has, such as\n  {IN_PLACE}")
+    for layer in [layer for layer in codes if f"{layer}.weight" not in wanted]:
+        raise ConfigurationError(f"{format_name}: layer {layer!r} is not a module of {_name(model)} with a weight")
+    missing = [n for n in wanted if n not in floats and n.removesuffix(".weight") not in codes]
+    if missing:
+        raise ConfigurationError(
+            f"{format_name} needs all {len(wanted)} tensors of {_name(model)}, and no calibration call read "
+            f"{len(missing)} of them, such as {missing[0]!r}; calibrate with calls that run these parts"
+        )
+    return ClassWeights(codes, floats)
+
+
+def _name(model: GraphModel) -> str:
+    return type(model.architecture.skeleton).__name__
+
+
+def _float_tensors(module: fx.GraphModule, wanted: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a graph reads as floats, and tables and convolutions as floats."""
+    for name, tensor in read_tensors(module).items():
+        if name in wanted:
+            yield name, tensor.detach()
+    for node in module.graph.nodes:
+        if node.target is _ops.conv2d.default:
+            name = _float_name(args(node).node("wq"))
+            yield name, _dequantized(module, node).reshape(wanted[name])
+        if node.target is _ops.dequantize_weight.default and args(node).node("wq").op != "get_attr":
+            table = args(node).node("wq")  # Rows of a table of codes.
+            parts = [get_tensor(module, str(args(args(node).node(one)).node("weight").target)) for one in _GRID]
+            assert table.target is torch.ops.aten.embedding.default
+            weight = dequantize_weight(
+                *parts, args(node).bits, args(node).group_size, args(node).in_features, args(node).dtype
+            )
+            yield _float_name(args(table).node("weight")), weight
+
+
+_GRID = ("wq", "scale", "zero_point")
+
+
+def _float_name(packed: fx.Node) -> str:
+    """Name of the weight whose codes a node reads."""
+    return str(packed.target).removesuffix("_packed")
+
+
+def _place(node: fx.Node) -> str:
+    return str(node.meta.get(LAYER, place_of(node)))
+
+
+def _dequantized(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    names = ("wq", "w_scale", "w_zero_point")
+    wq, scale, zero_point = (get_tensor(module, str(args(node).node(name).target)) for name in names)
+    inputs = math.prod(args(node).kernel)
+    return dequantize_weight(wq, scale, zero_point, args(node).bits, 0, inputs, torch.float32)
+
+
+def _layers(module: fx.GraphModule) -> Iterator[tuple[str, Codes]]:
+    for node in module.graph.nodes:
+        if node.target is _ops.linear.default:
+            names, inputs = ("wq", "w_scale", "w_zero_point"), int(args(node).node("xq").meta["val"].shape[-1])
+        elif node.target is _ops.dequantize_weight.default and args(node).node("wq").op == "get_attr":
+            names, inputs = _GRID, int(args(node).in_features)
+        else:
+            continue
+        target = str(args(node).node("wq").target)
+        wq, scale, zero_point = (get_tensor(module, str(args(node).node(name).target)) for name in names)
+        bits, group_size = args(node).bits, args(node).group_size
+        yield (
+            target.removesuffix(".weight_packed"),
+            Codes(unpack(wq, bits, inputs), scale, zero_point, bits, group_size),
+        )
+
+
+def _unfit(module: fx.GraphModule, wanted: Mapping[str, torch.Size]) -> Iterator[tuple[str, str]]:
+    """Reasons why the code of the class would not compute what a graph computes, each with a layer."""
+    for node in module.graph.nodes:
+        if node.target is _ops.channel_affine.default:
+            yield "a factor is multiplied at run time", _place(node)
+        elif node.target is _ops.matmul.default:
+            yield "a product of attention has 8 bits", _place(node)
+        elif node.op == "get_attr":
+            name, held = str(node.target), get_tensor(module, str(node.target))
+            owner, _, last = name.rpartition(".")
+            if last in _SUFFIXES or last.startswith("constant_"):
+                continue
+            if name in wanted and held.shape != wanted[name]:
+                yield "a tensor has another shape", name
+            elif name not in wanted and not _is_buffer(name, wanted, node):
+                yield "a tensor was added or copied", owner or name
+
+
+def _is_buffer(name: str, wanted: Mapping[str, torch.Size], node: fx.Node) -> bool:
+    """Whether a tensor belongs to the model but not to its state dict."""
+    module = node.graph.owning_module
+    return bool(module is not None and module.meta.get(NAMES, {}).get(name, False))

@@ -1,0 +1,120 @@
+"""ONNX and OpenVINO IR compute what the backend fake-quant computes; their own runtimes run them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxquant
+from fxquant.errors import BackendError, CheckpointError, ConfigurationError
+from fxquant.export.onnx import export_onnx
+from fxquant.export.openvino import export_openvino
+from fxquant.runtime.model import GraphModel
+from tests.tiny import calibrate, inputs, make_dit
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+
+def quantized(recipe: str, **options: Any) -> GraphModel:
+    model = make_dit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), measure=0, **options)
+
+
+def error(found: Any, expected: Tensor) -> float:
+    return float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers"),
+    [
+        ("rtn-w8a8", "default"),
+        pytest.param("ptq4dit-w4a8-g8", "all", marks=pytest.mark.exhaustive),
+        pytest.param("smoothquant-w4a16", "default", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_onnxruntime_computes_the_same(recipe: str, layers: str, tmp_path: Path) -> None:
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model = quantized(recipe, layers=layers)
+    (file,) = export_onnx(model, tmp_path / "out").files
+    onnx.checker.check_model(onnx.load(file))
+    kinds = [node.op_type for node in onnx.load(file).graph.node]
+    assert kinds.count("QuantizeLinear") == (0 if "a16" in recipe else kinds.count("QuantizeLinear"))
+    assert kinds.count("DequantizeLinear") >= 6
+    options = runtime.SessionOptions()
+    # By default, onnxruntime replaces products with stored weights by kernels that round their inputs too.
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for tolerance, session in (
+        (1e-5, runtime.InferenceSession(str(file), options)),
+        (1e-2, runtime.InferenceSession(str(file))),
+    ):
+        for batch in (4, 3):
+            call = inputs(batch=batch)
+            (found,) = session.run(None, {name: value.numpy() for name, value in call.items()})
+            with torch.no_grad():
+                assert error(found, model(**call).sample) < tolerance
+
+
+def test_codes_are_stored_as_bytes(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = quantized("rtn-w8a8")
+    (file,) = export_onnx(model, tmp_path / "out").files
+    graph = onnx.load(file).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    read = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
+    weights = [tensors[name] for name in read if name in tensors]
+    assert model.plan is not None
+    linears = [name for name, layer in model.plan.quantized() if layer.kind == "linear"]
+    assert len(weights) >= len(linears)
+    assert {weight.data_type for weight in weights} == {onnx.TensorProto.UINT8}
+
+
+def test_openvino_computes_the_same(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = quantized("rtn-w8a8")
+    (file,) = export_openvino(model, tmp_path / "ir")
+    assert {path.suffix for path in (tmp_path / "ir").iterdir()} == {".xml", ".bin"}
+    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    call = inputs(batch=4)
+    found = next(iter(compiled({name: value.numpy() for name, value in call.items()}).values()))
+    with torch.no_grad():
+        expected = model(**call).sample
+    # Integer kernels sum in another order, and a value at the edge of a code may be rounded to the next one.
+    assert error(found, expected) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("htg-w8a8", "range depends on the timestep: transformer_blocks.0"),
+        ("dynamic-w8a8", "each token has a range of its own: transformer_blocks.0"),
+    ],
+)
+def test_refuses_what_onnx_cannot_hold(recipe: str, message: str, tmp_path: Path) -> None:
+    options = {"recipe": recipe}
+    if recipe.startswith("htg"):
+        options["recipe"] = str(fxquant.make_recipe(recipe).with_options("group-timesteps", groups=2))
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        export_onnx(quantized(**options), tmp_path / "out")
+    assert "smoothquant-w8a8" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_other_models_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not a DiT"):
+        export_onnx(make_dit(1), tmp_path / "out")
+    model = quantized("rtn-w8a8")
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(CheckpointError, match="not empty"):
+        export_onnx(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    model.backend.name = "native"  # type: ignore[union-attr,misc]
+    with pytest.raises(BackendError, match="backend native, whose ops ONNX does not have"):
+        export_onnx(model, tmp_path / "out")

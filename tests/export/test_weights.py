@@ -1,0 +1,146 @@
+"""Formats that hold weights: what their own code, or the definition of the format, reads from them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fxquant
+from fxquant.errors import BackendError, CheckpointError, ConfigurationError
+from fxquant.export.comfyui import FILE, PREFIX, export_comfyui
+from fxquant.export.compressed_tensors import TENSORS_FILE, export_compressed_tensors
+from fxquant.export.weights import IN_PLACE
+from fxquant.runtime.model import GraphModel
+from tests.tiny import calibrate, inputs, make_dit
+
+WEIGHTS_ONLY = IN_PLACE.replace("precision=w8a8", "precision=w8a16")
+ASYMMETRIC = WEIGHTS_ONLY.replace("symmetric=True", "symmetric=False")
+
+
+def quantized(recipe: str, **options: Any) -> GraphModel:
+    model = make_dit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), measure=0, **options)
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**inputs(batch=3)).sample
+    return found
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def with_weights(tensors: dict[str, Tensor]) -> Any:
+    """A DiT with these tensors, as the definition of the format says: weight times scale, per row."""
+    model = make_dit(1)
+    state = {}
+    for name in model.state_dict():
+        scale = tensors.get(f"{name}_scale")
+        state[name] = tensors[name] if scale is None else tensors[name].float() * scale
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("recipe", [WEIGHTS_ONLY, ASYMMETRIC, ASYMMETRIC.replace("w8a16", "w4a16-g8")])
+def test_compressed_tensors_decompresses_the_same_weights(recipe: str, tmp_path: Path) -> None:
+    package = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    model = quantized(recipe)
+    folder = export_compressed_tensors(model, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config.pop("quant_method")
+    read = make_dit(1)
+    scheme = package.QuantizationConfig.model_validate(config)
+    package.apply_quantization_config(read, scheme)
+    compressor = compressors.ModelCompressor(quantization_config=scheme)
+    compressor.compress_model(read)
+    missing, unexpected = read.load_state_dict(load_file(folder / TENSORS_FILE), strict=False)
+    assert not unexpected and not missing
+    compressor.decompress_model(read)
+    weights = [parameter for name, parameter in read.named_parameters() if name.endswith(".weight")]
+    assert all(weight.dtype is torch.float32 for weight in weights)
+    for module in read.modules():
+        module.quantization_enabled = False  # Activations stay float, as in the recipe.
+    assert error(output(read), output(model)) < 1e-5
+
+
+def test_compressed_tensors_config_names_layers(tmp_path: Path) -> None:
+    folder = export_compressed_tensors(quantized(WEIGHTS_ONLY, layers="blocks"), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["_class_name"] == "DiTTransformer2DModel"
+    (group,) = config["quantization_config"]["config_groups"].values()
+    assert "transformer_blocks.0.attn1.to_q" in group["targets"] and group["weights"]["symmetric"] is True
+    assert "proj_out_2" in config["quantization_config"]["ignore"]
+    tensors = load_file(folder / TENSORS_FILE)
+    assert tensors["transformer_blocks.0.attn1.to_q.weight"].dtype is torch.int8
+    assert tensors["transformer_blocks.0.attn1.to_q.weight_scale"].shape == (16, 1)
+    assert tensors["proj_out_2.weight"].dtype is torch.float32
+
+
+def test_comfyui_int8(tmp_path: Path) -> None:
+    model = quantized(WEIGHTS_ONLY)
+    file = export_comfyui(model, tmp_path / "out")
+    assert file.name == FILE
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["_quantization_metadata"])
+    tensors = load_file(file)
+    name = f"{PREFIX}transformer_blocks.0.attn1.to_q"
+    assert metadata["layers"][name] == {"format": "int8_tensorwise"}
+    assert json.loads(bytes(tensors[f"{name}.comfy_quant"].tolist())) == {"format": "int8_tensorwise"}
+    assert (tensors[f"{name}.weight"].dtype, tensors[f"{name}.weight_scale"].shape) == (torch.int8, (16, 1))
+    read = with_weights({key.removeprefix(PREFIX): value for key, value in tensors.items()})
+    assert error(output(read), output(model)) < 1e-5
+
+
+def test_comfyui_fp8_of_a_balanced_model(tmp_path: Path) -> None:
+    model = make_dit(1)
+    balanced = fxquant.balance(model, calibrate=calibrate(model))
+    tensors = load_file(export_comfyui(balanced, tmp_path / "out", prefix=""))
+    weight = tensors["transformer_blocks.0.attn1.to_q.weight"]
+    assert weight.dtype is torch.float8_e4m3fn and float(weight.float().abs().max()) == 448
+    assert tensors["proj_out_2.weight"].dtype is torch.float32
+    assert 1e-4 < error(output(with_weights(tensors)), output(model)) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("export", "recipe", "message"),
+    [
+        (export_comfyui, ASYMMETRIC, "not symmetric about 0: transformer_blocks.0"),
+        (export_comfyui, WEIGHTS_ONLY.replace("w8a16", "w8a16-g8"), "groups of 8: transformer_blocks.0"),
+        (export_compressed_tensors, "repq-w8a8", "tensor was added or copied|factor is multiplied"),
+        (export_compressed_tensors, "htg-w8a8", "tensor was added or copied|factor is multiplied"),
+    ],
+)
+def test_refuses_what_a_format_cannot_hold(export: Any, recipe: str, message: str, tmp_path: Path) -> None:
+    if recipe.startswith("htg"):
+        recipe = str(fxquant.make_recipe(recipe).with_options("group-timesteps", groups=2))
+    if recipe.startswith("repq"):
+        recipe = str(fxquant.make_recipe(recipe).with_options("balance-channels", dearest="tokens"))
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        export(quantized(recipe), tmp_path / "out")
+    assert IN_PLACE in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_other_backends_and_full_folders(tmp_path: Path) -> None:
+    model = quantized(WEIGHTS_ONLY)
+    (tmp_path / "mine").write_text("keep")
+    for export in (export_comfyui, export_compressed_tensors):
+        with pytest.raises(CheckpointError, match="not empty"):
+            export(model, tmp_path)
+    model.backend.name = "native"  # type: ignore[union-attr,misc]
+    with pytest.raises(BackendError, match="needs its codes"):
+        export_compressed_tensors(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
