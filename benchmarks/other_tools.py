@@ -2,7 +2,7 @@
 
 Each tool quantizes the digits model as it is, and after balancing, in a process that computes in float32. The error is
 that of the predicted noise against the float model, on a trajectory that calibration has not seen. Tools that are not
-installed are left out; see the extra `bench`.
+installed are left out; see the extra `bench`, and `pip install sdnq`.
 """
 
 from __future__ import annotations
@@ -66,16 +66,6 @@ def _sdnq(model: nn.Module, task: Task) -> Run:
     return _module(sdnq_post_load_quant(model, weights_dtype="int8", use_quantized_matmul=True))
 
 
-def _quanto(model: nn.Module, task: Task) -> Run:
-    from optimum.quanto import Calibration, freeze, qint8, quantize
-
-    quantize(model, weights=qint8, activations=qint8)
-    with Calibration(), torch.no_grad():
-        task.calibrate(model)
-    freeze(model)
-    return _module(model)
-
-
 def _openvino(model: nn.Module, task: Task, smooth: bool = True) -> Run:
     import nncf
     import openvino
@@ -111,7 +101,6 @@ TOOLS = (
     Tool(
         "OpenVINO + NNCF, static int8 without its SmoothQuant", ("openvino", "nncf"), partial(_openvino, smooth=False)
     ),
-    Tool("quanto, static int8", ("optimum.quanto",), _quanto),
     Tool("SDNQ, dynamic int8", ("sdnq",), _sdnq),
 )
 
