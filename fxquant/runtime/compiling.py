@@ -23,7 +23,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import ConfigurationError, SpeedWarning
 from fxquant.pipeline.backend import Backend
 from fxquant.runtime.moving import Place
-from fxquant.runtime.pieces import Piece, pieces, repeated
+from fxquant.runtime.pieces import Dims, Piece, pieces, repeated
 from fxquant.runtime.torch_compile import CAN_MARK, keep_layouts, quantizes_convolutions
 
 Code = Callable[..., tuple[Any, ...]]
@@ -184,7 +184,8 @@ class _Block:
 
     def __init__(self, piece: Piece, options: Mapping[str, Any], dynamic: bool | None) -> None:
         graph = piece.graph()
-        self._dims = piece.dims
+        self._dims: tuple[Dims | None, ...] = piece.dims
+        self._tables = tuple(target in piece.tables for target in piece.tensors)
         self._dynamic = dynamic
         self._open = CAN_MARK and dynamic is not False and not quantizes_convolutions(graph)
         if self._open:
@@ -198,10 +199,8 @@ class _Block:
         if not self._open or trains or not torch._dynamo.config.automatic_dynamic_shapes:
             made: tuple[Any, ...] = self._compiled(None, *inputs)
             return made
-        count = len(self._dims)
-        marked = [self._marked(value, dims) for value, dims in zip(inputs[:count], self._dims, strict=True)]
         try:
-            made = self._compiled(None, *marked, *inputs[count:])
+            made = self._compiled(None, *self._opened(inputs))
         except TorchDynamoException as error:
             warnings.warn(
                 f"torch.compile cannot compile {self._name} for an open batch "
@@ -213,10 +212,22 @@ class _Block:
             made = self._compiled(None, *(x.data if isinstance(x, Tensor) else x for x in inputs))
         return made
 
-    def _marked(self, value: Any, dims: tuple[str | None, ...] | None) -> Any:
+    def _opened(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs as aliases with marks, which would stay on the tensors of the caller and of the model."""
+        values, tensors = len(self._dims), len(self._dims) + len(self._tables)
+        marked = [self._marked(value, dims) for value, dims in zip(inputs[:values], self._dims, strict=True)]
+        for tensor, table in zip(inputs[values:tensors], self._tables, strict=True):
+            marked.append(tensor.data if table else tensor)
+            if table:
+                mark_unbacked(marked[-1], 0, hint_override=tensor.shape[0], min=1)
+        return [*marked, *inputs[tensors:]]
+
+    def _marked(self, value: Any, dims: Dims | None) -> Any:
         if dims is None or not isinstance(value, Tensor):
             return value
-        alias = value.data  # Marks would stay on a tensor of the caller.
+        alias = value.data
+        if 0 not in alias.stride():  # Compiled code is for one order in memory, and the first block may get another.
+            alias = alias.contiguous()
         for dim, size in enumerate(dims):
             if size is not None:
                 mark_unbacked(alias, dim, hint_override=alias.shape[dim], shape_id=size, min=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Piece:
         values: The nodes of earlier pieces whose results it gets, one for each value input.
         dims: Open dimensions of the value inputs; None for inputs that are not tensors.
         tensors: Names of the tensors of the model that it gets.
+        tables: Those of them that are tables with a row per group of timesteps; blocks differ in the number of rows.
         numbers: Numbers that it gets as 0-d tensors.
         outputs: Positions in ``nodes`` of the results that it returns.
         key: Equal for pieces that can share their code.
@@ -51,6 +52,7 @@ class Piece:
     values: tuple[fx.Node, ...] = ()
     dims: tuple[Dims | None, ...] = ()
     tensors: tuple[str, ...] = ()
+    tables: frozenset[str] = frozenset()
     numbers: tuple[float, ...] = ()
     outputs: tuple[int, ...] = ()
     key: Hashable = None
@@ -130,13 +132,18 @@ def _hoisted(found: Sequence[Segment]) -> Iterable[list[tuple[str, tuple[fx.Node
     owner = {node: _block(segment.name) for segment in found for node in segment.nodes}
     count = len({_block(segment.name) for segment in found if _is_block(segment.name)})
     least = max(2.0, _SHARED * (count - 1))
+    weightless: set[fx.Node] = set()  # Follow from the inputs of the call alone.
+    for node in owner:
+        if all(source.op == "placeholder" or source in weightless for source in node.all_input_nodes):
+            weightless.add(node)
     for segment in found:
         shared: set[fx.Node] = set()
         if _is_block(segment.name):
             own = set(segment.nodes)
             for node in reversed(segment.nodes):
-                readers = {owner[user] for user in node.users if user in owner} - {owner[node]}
-                if node in shared or len([name for name in readers if _is_block(name)]) >= least:
+                others = {owner[user] for user in node.users if user in owner} - {owner[node]}
+                readers = len([name for name in others if _is_block(name)])
+                if node in shared or readers >= (1 if node in weightless else least):
                     shared.update({node, *(source for source in node.all_input_nodes if source in own)})
         first = tuple(node for node in segment.nodes if node in shared)
         rest = tuple(node for node in segment.nodes if node not in shared)
@@ -153,8 +160,7 @@ def _read_outside(piece: Piece) -> set[int]:
 
 
 def _with_outputs(piece: Piece, outputs: tuple[int, ...]) -> Piece:
-    fields = (piece.values, piece.dims, piece.tensors, piece.numbers)
-    return Piece(piece.name, piece.nodes, piece.block, *fields, outputs, (piece.key, outputs), piece._arguments)
+    return replace(piece, outputs=outputs, key=(piece.key, outputs))
 
 
 def _piece(
@@ -166,9 +172,9 @@ def _piece(
     key = (
         tuple(_code(node, reader) for node in nodes),
         tuple(_described(value, size) for value, size in zip(reader.values, dims, strict=True)),
-        tuple(_tensor(get_tensor(module, target)) for target in reader.tensors),
+        tuple(_tensor(get_tensor(module, target), target in reader.tables) for target in reader.tensors),
     )
-    given = (tuple(reader.values), dims, tuple(reader.tensors), tuple(reader.numbers))
+    given = (tuple(reader.values), dims, tuple(reader.tensors), frozenset(reader.tables), tuple(reader.numbers))
     return Piece(name, nodes, block, *given, (), key, reader.arguments)
 
 
@@ -179,16 +185,11 @@ class _Reader:
         self.own = {node: position for position, node in enumerate(nodes)}
         self.values: list[fx.Node] = []
         self.tensors: list[str] = []
+        self.tables: set[str] = set()
         self.numbers: list[float] = []
         self.arguments: dict[fx.Node, tuple[Any, Any, Any]] = {}
         self._first: dict[fx.Node, int] = {}
-        self._sizes = {
-            size: (node, dim)
-            for node in dict.fromkeys(source for node in nodes for source in node.all_input_nodes)
-            if node not in self.own and node.op != "get_attr"
-            for dim, size in reversed(list(enumerate(_dims(node) or ())))
-            if size is not None
-        }
+        self._sizes = _sizes_of(source for node in nodes for source in node.all_input_nodes if source not in self.own)
         for node in nodes:
             target, positions = with_tensors.get(node.target, (node.target, ()))
             args = tuple(self._number(arg) if i in positions else arg for i, arg in enumerate(node.args))
@@ -207,22 +208,44 @@ class _Reader:
             target = str(node.target)
             if target not in self.tensors:
                 self.tensors.append(target)
+                if all(_selects_rows(user, node) for user in node.users if user in self.own):
+                    self.tables.add(target)
             return _Input("t", self.tensors.index(target))
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and _open(value) in self._sizes:
             source, dim = self._sizes[_open(value)]
-            return _Size(self._value(source), dim)
+            return _Size(self._first[source] if source in self._first else self._value(source), dim)
         return _Input("v", self._value(node))
 
     def _value(self, node: fx.Node) -> int:
-        # Blocks differ in which of their layers share a bin of timesteps, so each reader gets such a value by itself.
-        value = node.meta.get("val")
-        by_reader = isinstance(value, Tensor) and value.dim() <= 1 and not value.is_floating_point()
-        if node not in self._first or by_reader:
+        if node not in self._first or _is_by_reader(node):
             self.values.append(node)
             self._first.setdefault(node, len(self.values) - 1)
             return len(self.values) - 1
         return self._first[node]
+
+
+def _sizes_of(read: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
+    """By open size, an input and its dimension that has this size: of several the first, and activations before others."""
+    found: dict[str, tuple[fx.Node, int]] = {}
+    for node in sorted(dict.fromkeys(read), key=lambda node: node.op == "get_attr" or _is_by_reader(node)):
+        for dim, size in enumerate(_dims(node) or ()):
+            if size is not None:
+                found.setdefault(size, (node, dim))
+    return found
+
+
+def _is_by_reader(node: fx.Node) -> bool:
+    """Whether each reader gets the value by itself.
+
+    Blocks differ in which of their layers share a bin of timesteps.
+    """
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() <= 1 and not value.is_floating_point()
+
+
+def _selects_rows(node: fx.Node, table: fx.Node) -> bool:
+    return node.target is torch.ops.aten.index_select.default and node.args[:2] == (table, 0)
 
 
 def _code(node: fx.Node, reader: _Reader) -> Hashable:
@@ -272,5 +295,5 @@ def _described(node: fx.Node, dims: Dims | None) -> Hashable:
     return (value.dtype, dims) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _tensor(tensor: Tensor) -> Hashable:
-    return tensor.dtype, tensor.layout, tuple(tensor.shape), tensor.device.type
+def _tensor(tensor: Tensor, table: bool) -> Hashable:
+    return tensor.dtype, tensor.layout, tensor.device.type, tuple(tensor.shape[table:]), tensor.dim()
