@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.errors import AdapterError, DropInError, NonFiniteError
+from fxquant.errors import AdapterError, ConfigurationError, DropInError, NonFiniteError
+from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.pipeline import PASSES, register_pass
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.runtime.model import GraphModel
-from tests.adapters.loras import lora
+from tests.adapters.loras import composed, lora
 from tests.pipeline import test_input_changes as changes
 from tests.tiny import calibrate, make_dit, run
 
@@ -185,7 +187,29 @@ def test_a_layer_that_a_pass_rotated(monkeypatch: pytest.MonkeyPatch, before_cal
     made.load_lora_adapter(lora(MODEL, targets=("to_q",)), adapter_name="a")  # Other layers take it.
 
 
-def test_traced_models_and_float_layers_with_adapters() -> None:
-    traced = fxquant.trace(make_dit())
-    with pytest.raises((DropInError, AttributeError), match="load_lora_adapter"):
-        traced.load_lora_adapter(lora(MODEL), adapter_name="a")
+def test_a_traced_lora_cannot_be_switched_off() -> None:
+    """What was traced with a LoRA computes it. Its methods raise, and pipelines call them: it is a ModelMixin."""
+    model = composed(MODEL, lora(MODEL)).eval()
+    traced = fxquant.trace(model)
+    assert torch.equal(run(traced), run(model))
+    assert issubclass(traced.__class__, ModelMixin)
+    for method in ("disable_lora", "unload_lora", "load_lora_adapter", "set_adapters", "delete_adapters"):
+        with pytest.raises(
+            DropInError, match=rf"{method}: only models that fxquant\.compile or fxquant\.load returned"
+        ):
+            getattr(traced, method)()
+
+
+def test_a_float_model_with_a_lora_is_not_quantized() -> None:
+    model = composed(MODEL, lora(MODEL))
+    with pytest.raises(
+        ConfigurationError, match=r"layer '.*' of the model holds an adapter.* load it into the quantized"
+    ):
+        fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model))
+    model.fuse_lora()
+    with pytest.raises(ConfigurationError, match="holds an adapter"):
+        fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model))
+    expected = run(model)
+    model.unload_lora()
+    made = fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model), measure=0)
+    assert sqnr_db(expected, run(made)) > 40
