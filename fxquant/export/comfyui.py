@@ -22,6 +22,7 @@ from fxquant.export.compressed_tensors import require_codes
 from fxquant.export.limits import refuse, refuse_full
 from fxquant.export.weights import IN_PLACE, class_weights
 from fxquant.runtime.float_model import check_storage, check_weights
+from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.runtime.wrappers import unwrapped
 
@@ -72,6 +73,7 @@ def _bytes(value: Any) -> Tensor:
 
 def _int8(model: GraphModel) -> tuple[dict[str, Tensor], dict[str, str]]:
     model, _ = quantized_model(model, "export_comfyui")
+    refuse_loaded(model, "ComfyUI's layout")
     require_codes(model, "ComfyUI's layout")
     found = class_weights(model, "ComfyUI's layout")
     reasons: dict[str, list[str]] = {}

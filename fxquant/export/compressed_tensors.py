@@ -17,6 +17,7 @@ from fxquant.disk.folders import whole_folder
 from fxquant.errors import BackendError
 from fxquant.export.limits import refuse_full
 from fxquant.export.weights import ClassWeights, Codes, class_weights
+from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import GraphModel, quantized_model
 
 CONFIG_FILE = "config.json"
@@ -43,6 +44,7 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Path:
         CheckpointError: If the folder exists and is not empty.
     """
     model, _ = quantized_model(model, "export_compressed_tensors")
+    refuse_loaded(model, "compressed-tensors")
     require_codes(model, "compressed-tensors")
     found = class_weights(model, "compressed-tensors")
     tensors = {name: tensor.contiguous() for name, tensor in found.floats.items()}

@@ -27,6 +27,7 @@ from fxquant.ir.arguments import args
 from fxquant.ir.tensors import copy_graph, get_tensor, set_tensor
 from fxquant.numerics import grids, weights
 from fxquant.numerics.packing import unpack
+from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import quantized_model
 
 OPSET = 21
@@ -68,8 +69,9 @@ def export_onnx(model: nn.Module, folder: str | Path) -> OnnxExport:
         MissingPackageError: If ``onnx`` or ``onnxscript`` is not installed.
         CheckpointError: If the folder exists and is not empty.
     """
-    require("onnx", "onnxscript")
     model, _ = quantized_model(model, "export_onnx")
+    refuse_loaded(model, "ONNX")
+    require("onnx", "onnxscript")
     if model.backend is not None and model.backend.name != "fake-quant":
         raise BackendError(
             f"this model was lowered to the backend {model.backend.name}, whose ops ONNX does not have; load it with "

@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 import fxquant
 from fxquant.disk.files import digest, digest_of
 from fxquant.errors import AdapterError, CheckpointError
+from fxquant.export.comfyui import export_comfyui
+from fxquant.export.compressed_tensors import export_compressed_tensors
+from fxquant.export.onnx import export_onnx
 from fxquant.runtime.model import GraphModel
 from fxquant.storage.adapters import ADAPTERS_FILE
 from tests.adapters.loras import lora
@@ -130,7 +133,12 @@ def test_a_damaged_or_missing_file_is_refused(quantized: GraphModel, tmp_path: P
         fxquant.load(tmp_path / "made")
 
 
-def test_a_package_cannot_hold_them(quantized: GraphModel, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"adapters 'a', 'b'.*unload_lora"):
-        fxquant.export_aot(quantized, tmp_path / "package")
-    assert not (tmp_path / "package").exists()
+@pytest.mark.parametrize(
+    "export",
+    [fxquant.export_aot, export_comfyui, export_compressed_tensors, export_onnx],
+    ids=lambda export: export.__name__,
+)
+def test_what_is_made_for_other_tools_cannot_hold_them(quantized: GraphModel, tmp_path: Path, export: Any) -> None:
+    with pytest.raises(AdapterError, match=r"cannot hold the adapters 'a', 'b'.*unload_lora"):
+        export(quantized, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
