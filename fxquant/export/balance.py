@@ -105,7 +105,7 @@ def balance(
         error = _compare(balanced, samples, calibration, found)
     context = PassContext(found.plan, calibration.statistics)
     read = {name for captured in found.graphs for name in read_tensors(captured.module)}
-    balanced.balance_report = BalanceReport(  # type: ignore[assignment]
+    report = BalanceReport(
         str(chosen),
         tuple(balanced_layers(context, calibration.plan)),
         tuple(sorted(found.changed)),
@@ -113,7 +113,8 @@ def balance(
         len(samples),
         tuple(name for name, _ in model.named_parameters() if name not in read),
     )
-    _warn(balanced.balance_report)
+    balanced.balance_report = report  # type: ignore[assignment]
+    _warn(report)
     return balanced
 
 

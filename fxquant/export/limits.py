@@ -77,7 +77,8 @@ def ranges_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
 
 
 def _producers(node: fx.Node) -> list[fx.Node]:
-    found, left = [], [node]
+    found: list[fx.Node] = []
+    left = [node]
     while left:
         one = left.pop()
         if one.target is torch.ops.fxquant.token_grid.default:

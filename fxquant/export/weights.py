@@ -137,11 +137,11 @@ def _float_tensors(module: fx.GraphModule, wanted: Mapping[str, torch.Size]) -> 
             yield name, _dequantized(module, node).reshape(wanted[name])
         if node.target is _ops.dequantize_weight.default and args(node).node("wq").op != "get_attr":
             table = args(node).node("wq")  # Rows of a table of codes.
-            parts = [get_tensor(module, str(args(args(node).node(one)).node("weight").target)) for one in _GRID]
-            assert table.target is torch.ops.aten.embedding.default
-            weight = dequantize_weight(
-                *parts, args(node).bits, args(node).group_size, args(node).in_features, args(node).dtype
+            wq, scale, zero_point = (
+                get_tensor(module, str(args(args(node).node(one)).node("weight").target)) for one in _GRID
             )
+            one = args(node)
+            weight = dequantize_weight(wq, scale, zero_point, one.bits, one.group_size, one.in_features, one.dtype)
             yield _float_name(args(table).node("weight")), weight
 
 
