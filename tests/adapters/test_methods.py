@@ -225,3 +225,14 @@ def test_a_state_dict_that_is_loaded_serves_the_lora_too(quantized: GraphModel) 
     assert not torch.equal(run(quantized), before)
     quantized.load_state_dict(held)
     assert torch.equal(run(quantized), before)
+
+
+def test_a_model_that_gets_other_weights_and_is_moved_keeps_its_adapters(quantized: GraphModel) -> None:
+    """Graphs with branches are captured again after the weights changed, also if the model was moved before that."""
+    quantized.load_lora_adapter(FIRST, adapter_name="a")
+    with torch.no_grad():
+        expected = quantized(**inputs(), cross_attention_kwargs={"scale": 0.5}).sample
+        quantized(**inputs(), cross_attention_kwargs={"scale": 1.0})
+        quantized.load_state_dict(quantized.state_dict())
+        quantized.to("cpu")
+        assert torch.equal(quantized(**inputs(), cross_attention_kwargs={"scale": 0.5}).sample, expected)
