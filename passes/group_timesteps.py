@@ -88,6 +88,8 @@ class GroupTimesteps(Pass):
             layers = [targets_of(seed, context, roles) for seed in group]
             if all(context.plan.layer(name).timesteps is None for targets in layers for name in targets):
                 reason = next((why for seed in group if (why := unfit(timestep, seed.value.meta["val"]))), None)
+                if timestep.meta["val"].dim() > 1 and reason is not None:
+                    self._warn(context, f"{reason}, so all timesteps share one shift and one range")
                 found = self._decide(context, [targets[0] for targets in layers], reason)
                 for name in (name for targets in layers for name in targets):
                     context.plan.layer(name).timesteps = found
@@ -116,12 +118,14 @@ class GroupTimesteps(Pass):
             f"the {timesteps} calibrated timesteps make one group, because groups=0 stands for a tenth of them, "
             f"rounded up; {_FEWEST_FOR_TWO} timesteps are the fewest for two groups"
         )
+        self._warn(
+            context,
+            f"{reason}. Calibrate with {_FEWEST_FOR_TWO} or more steps, or choose the number: {self.name}{{groups=2}}",
+        )
+        return reason
+
+    def _warn(self, context: PassContext, text: str) -> None:
+        """Warn that there is one group; once, as many layers have the same reason."""
         if "warned" not in context.memo:
             context.memo["warned"] = True
-            warnings.warn(
-                f"{self.name}: {reason}. Calibrate with {_FEWEST_FOR_TWO} or more steps, or choose the number: "
-                f"{self.name}{{groups=2}}",
-                QualityWarning,
-                stacklevel=2,
-            )
-        return reason
+            warnings.warn(f"{self.name}: {text}", QualityWarning, stacklevel=3)

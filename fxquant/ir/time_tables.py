@@ -124,7 +124,8 @@ def unfit(timestep: fx.Node, value: Tensor) -> str | None:
     """Why a value cannot get one row per sample, or None if it can."""
     shape = timestep.meta["val"].shape
     if len(shape) > 1:
-        return f"the timestep has shape {list(shape)}, not one number a sample"
+        sizes = ", ".join(str(size) if isinstance(size, int) else "batch" for size in shape)
+        return f"the timestep has shape [{sizes}], not one number a sample"
     if len(shape) == 1 and str(shape[0]) not in ("1", str(value.shape[0])):
         return "the leading axis is not the batch"
     return None
