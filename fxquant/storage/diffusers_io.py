@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxquant.capture.rebuilding import LIBRARIES
-from fxquant.disk.files import blaming, dtype_name, dtype_of_name, few, is_plain_file, share
+from fxquant.disk.files import dtype_name, few, is_plain_file, share
 from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
+from fxquant.runtime.drop_in import DropIn
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
 from fxquant.storage.aot.package import is_package_file, load_package
 from fxquant.storage.card import CARD_FILE, is_own_card, pipeline_card
 from fxquant.storage.checkpoint import is_checkpoint_file, load, save
-from fxquant.storage.load_options import check_dtype, device_of_map, dtype_for
-from fxquant.storage.skeleton import read_plan
+from fxquant.storage.load_options import check_dtypes, device_of_map
 from fxquant.storage.weights import other_variants, variant_of
 from fxquant.text import printable
 
@@ -87,7 +88,7 @@ def load_pipeline(
     read: dict[str, GraphModel | PackagedModel] = {
         name: options.pop(name) for name, part in [*options.items()] if isinstance(part, (GraphModel, PackagedModel))
     }
-    _check_dtypes(folder, checkpoints, read, options)
+    check_dtypes(folder, checkpoints, read, options)
     read |= {name: _read_part(folder / name, device, options.get("variant")) for name in checkpoints}
     read |= {name: load_package(folder / name) for name in packages}
     if options.get("dtype") is None:
@@ -106,22 +107,6 @@ def load_pipeline(
     for name, model in read.items():
         setattr(pipe, name, model)
     return pipe if device.type == "cpu" else pipe.to(device)
-
-
-def _check_dtypes(
-    folder: Path, checkpoints: Sequence[str], given: Mapping[str, Any], options: Mapping[str, Any]
-) -> None:
-    """Refuse another dtype than the one that a quantized part has, before anything is read."""
-    wanted = options.get("dtype")
-    wanted = options.get("torch_dtype") if wanted is None else wanted
-    if wanted is None:
-        return
-    for name, model in given.items():
-        check_dtype(f"part {name!r}", model.dtype, dtype_for(name, wanted))
-    for name in checkpoints:
-        with blaming(folder / name / PLAN_FILE):
-            held = dtype_of_name(read_plan(folder / name).get("dtype"))
-        check_dtype(folder / name, held, dtype_for(name, wanted))
 
 
 def _read_part(folder: Path, device: torch.device, variant: str | None) -> GraphModel:
@@ -265,12 +250,19 @@ def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
     """Refuse to write a part that could not be read back.
 
     Raises:
-        ConfigurationError: If its class is from neither diffusers nor transformers.
+        ConfigurationError: If its class is from neither diffusers nor transformers, or a module in it is quantized.
     """
     from diffusers import pipelines
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
     quantized = isinstance(part, GraphModel)
+    inner = [] if quantized or not isinstance(part, nn.Module) else part.named_modules()
+    path = next((path for path, module in inner if isinstance(module, DropIn)), None)
+    if path is not None:
+        raise ConfigurationError(
+            f"{path!r} in part {name!r} of the pipeline is quantized, and the class {type(part).__name__} could not "
+            "read its codes back; put the float module back in its place, and quantize it again after reading"
+        )
     kind = type(part.architecture.skeleton if quantized else part)
     library = kind.__module__.partition(".")[0] if quantized else str(pipe.config[name][0])
     readable = library in LIBRARIES if quantized else library in LOADABLE_CLASSES or hasattr(pipelines, library)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxquant.disk.files import blaming, dtype_of_name
 from fxquant.errors import ConfigurationError
+from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
+from fxquant.storage.skeleton import read_plan
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _KNOWN = ("subfolder", "torch_dtype", "dtype", "device_map", "low_cpu_mem_usage", "use_safetensors")
@@ -109,3 +112,30 @@ def dtype_for(part: str, dtype: Any) -> Any:
     if isinstance(dtype, Mapping):
         return dtype.get(part, dtype.get("default", torch.float32))
     return dtype
+
+
+def check_dtypes(
+    folder: Path, checkpoints: Sequence[str], given: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Refuse another dtype than the one that a quantized part of a pipeline has, before anything is read.
+
+    Args:
+        folder: The folder of the pipeline.
+        checkpoints: Names of the parts that will be read as checkpoints.
+        given: Quantized parts that the caller gives.
+        options: The options of the caller, with ``dtype`` or ``torch_dtype``: a dtype, or one for each part.
+
+    Raises:
+        ConfigurationError: Names the part.
+        CheckpointError: If the plan of a part cannot be read.
+    """
+    wanted = options.get("dtype")
+    wanted = options.get("torch_dtype") if wanted is None else wanted
+    if wanted is None:
+        return
+    for name, model in given.items():
+        check_dtype(f"part {name!r}", model.dtype, dtype_for(name, wanted))
+    for name in checkpoints:
+        with blaming(folder / name / PLAN_FILE):
+            held = dtype_of_name(read_plan(folder / name).get("dtype"))
+        check_dtype(folder / name, held, dtype_for(name, wanted))
