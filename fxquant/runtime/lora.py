@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from fxquant.runtime.model import GraphModel
 
 _HELD = "_adapters"
-_METHODS = frozenset(
+METHODS = frozenset(
     {
         "active_adapters", "add_adapter", "delete_adapters", "disable_adapters", "disable_lora", "enable_adapters",
         "enable_lora", "enable_lora_hotswap", "fuse_lora", "load_lora_adapter", "save_lora_adapter", "set_adapter",
         "set_adapters", "unfuse_lora", "unload_lora",
     }
 )  # fmt: skip
+"""The methods of ``diffusers.loaders.PeftAdapterMixin``; a model that was quantized answers each."""
 _OPTIONS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
 """Arguments of models of diffusers that may hold ``scale``, a number that multiplies all LoRAs in one call."""
 
@@ -28,7 +29,7 @@ _FACTS = frozenset({"peft_config", "_hf_peft_config_loaded"})
 
 def is_of_lora(model: GraphModel, name: str) -> bool:
     """Whether an attribute is one that the adapters of a model answer; a model that was only traced has none."""
-    return (name in _METHODS or name in _FACTS) and model.plan is not None
+    return (name in METHODS or name in _FACTS) and model.plan is not None
 
 
 def lora_attribute(model: GraphModel, name: str) -> Any:

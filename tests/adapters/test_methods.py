@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders import PeftAdapterMixin
 
 import fxquant
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.runtime.lora import adapters_of
+from fxquant.runtime.lora import METHODS, adapters_of
 from fxquant.runtime.model import GraphModel
 from tests.adapters.loras import composed, lora, with_methods
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -23,6 +24,12 @@ FIRST, SECOND = lora(MODEL), lora(MODEL, rank=2, seed=1, targets=("to_q", "net.2
 @pytest.fixture
 def quantized() -> GraphModel:
     return fxquant.compile(MODEL, recipe="smoothquant-w8a8", calibrate=calibrate(MODEL), measure=0)
+
+
+def test_every_method_of_diffusers_is_answered(quantized: GraphModel) -> None:
+    """A method that a later version adds has to work or be refused, and may not change the stand-in alone."""
+    assert {name for name in dir(PeftAdapterMixin) if not name.startswith("_")} == METHODS
+    assert all(callable(getattr(quantized, name)) for name in METHODS)
 
 
 def test_outputs_are_as_close_as_those_of_the_base(quantized: GraphModel) -> None:
