@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fxquant.planning.kinds import KINDS, kinds
 from tests.zoo.audit import Audit
-from tests.zoo.models import CAPTURED, REFUSED, Entry
+from tests.zoo.models import CAPTURED, NOT_TRANSFORMERS, REFUSED, Entry
 
 HEAD = """\
 # Coverage
@@ -158,11 +158,16 @@ def page(audits: dict[Entry, Audit]) -> str:
         "",
         "## Models that cannot be captured",
         "",
-        "Their code branches on values that they compute, and a graph has one path. fxquant says so, with the line.",
-        "HiDream's router sends each token to some experts; where each expert sees all tokens and its result is",
-        "weighted by the router, which is the same function, it is captured like any other (the row *all experts*).",
+        "Their code branches on values that are not known when it is traced, or runs functions with graphs of their",
+        "own, or keeps state in an object. fxquant says so, with the line if there is one. HiDream's router sends each",
+        "token to some experts; where each expert sees all tokens and its result is weighted by the router, which is",
+        "the same function, it is captured like any other (the row *all experts*).",
         "",
-        *(f"- {name}, in `{where}`" for name, where in REFUSED.items()),
+        *(f"- {name}: {refusal.reason}" for name, refusal in REFUSED.items()),
+        "",
+        "These classes of diffusers are not diffusion transformers of images, videos or sound:",
+        "",
+        *(f"- {name}: {reason}" for name, reason in NOT_TRANSFORMERS.items()),
     ]
     return "\n".join(lines) + "\n"
 

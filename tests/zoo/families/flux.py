@@ -21,6 +21,21 @@ _FLUX = {
     "joint_attention_dim": 12, "axes_dims_rope": (2, 2, 4),
 }  # fmt: skip
 
+_FLUX_3 = {
+    "in_channels": 4, "cond_in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 12, "timestep_channels": 16, "axes_dims_rope": (2, 2, 2, 2),
+}  # fmt: skip
+
+
+def _flux_3_edit(make: Maker) -> dict[str, Any]:
+    """An edit: the reference image has as many tokens as the image."""
+    reference = make.grid(4) + torch.tensor([1, 0, 0, 0])
+    return _flux(
+        make, img_ids=make.grid(4), txt_ids=make.no_grid(4), image_cond_hidden_states=make.tokens(4),
+        image_cond_ids=reference, target_timestep=make.unit_time() / 2,
+    )  # fmt: skip
+
+
 ENTRIES = [
     Entry(
         "FluxTransformer2DModel",
@@ -66,4 +81,10 @@ ENTRIES = [
         _FLUX | {"text_encoder_dim": 6},
         lambda make: _flux(make, text_encoder_layers=[make.text(6), make.text(6)]),
     ),
+    Entry(
+        "Flux3Transformer2DModel",
+        _FLUX_3,
+        lambda make: _flux(make, img_ids=make.grid(4), txt_ids=make.no_grid(4)),
+    ),
+    Entry("Flux3Transformer2DModel", _FLUX_3 | {"flow_map": True}, _flux_3_edit, variant="-edit"),
 ]

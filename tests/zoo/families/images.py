@@ -39,6 +39,24 @@ def _hunyuan_dit(make: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_PART = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "num_layers": 2, "norm_num_groups": 4,
+}  # fmt: skip
+
+
+def _simple_part(make: Maker) -> dict[str, Any]:
+    """A call of a part of a U-Net."""
+    return simple(16, 12)(make)
+
+
+def _frames(make: Maker) -> dict[str, Any]:
+    """Two frames of each video, one after the other along the first axis."""
+    return {
+        "hidden_states": make.normal(2 * make.batch, 16, make.size, make.size), "timestep": make.time(),
+        "num_frames": 2,
+    }  # fmt: skip
+
+
 ENTRIES = [
     Entry(
         "DiTTransformer2DModel",
@@ -141,4 +159,10 @@ ENTRIES = [
         other_size=None,
         other_prompt=None,
     ),
+    Entry(
+        "DreamLiteTransformer2DModel",
+        _PART | {"qk_norm": "rms_norm", "use_linear_projection": True, "cross_attention_dim": 12},
+        _simple_part,
+    ),
+    Entry("TransformerTemporalModel", _PART, _frames, other_prompt=None),
 ]

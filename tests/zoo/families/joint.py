@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests.zoo.entry import Entry, Maker, simple
 
@@ -25,6 +26,71 @@ def _omnigen(make: Maker) -> dict[str, Any]:
         "attention_mask": make.ones(make.batch, tokens, tokens),  # An integer mask overflows in float64.
         "position_ids": torch.arange(tokens)[None].repeat(make.batch, 1),
     }  # fmt: skip
+
+
+_QWEN = {
+    "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2),
+}  # fmt: skip
+
+_IDEOGRAM_4 = {
+    "in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "intermediate_size": 24,
+    "adaln_dim": 12, "llm_features_dim": 20, "mrope_section": (2, 1, 1),
+}  # fmt: skip
+
+_NUCLEUS = {
+    "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (4, 2, 2), "mlp_ratio": 6.0,
+    "dense_moe_strategy": "leave_first_block_dense", "num_experts": 4, "moe_intermediate_dim": 24,
+    "capacity_factors": 4.0,  # Each expert reads all tokens: noise that sends a token elsewhere would hide errors.
+}  # fmt: skip
+
+_GLM_IMAGE = {
+    "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+    "text_embed_dim": 32, "time_embed_dim": 16, "condition_dim": 4, "prior_vq_quantizer_codebook_size": 20,
+}  # fmt: skip
+
+
+def _qwen_21(make: Maker) -> dict[str, Any]:
+    # The encoder of vision and language gives one slot for 2 x 2 tokens of the image, after those of the prompt.
+    slots = torch.arange(make.prompt + (make.size // 2) ** 2) >= make.prompt
+    return {
+        "hidden_states": make.tokens(16), "encoder_hidden_states": make.text(16), "timestep": make.unit_time(),
+        "img_shapes": [[(1, make.size, make.size)]] * make.batch, "img_mask": slots.expand(make.batch, -1),
+    }  # fmt: skip
+
+
+def _ideogram_4(make: Maker) -> dict[str, Any]:
+    # One sequence of text and image tokens. What is not of a kind is zero in the features of that kind.
+    tokens = make.prompt + make.size**2
+    text = torch.arange(tokens) < make.prompt
+    places = torch.cat([torch.arange(make.prompt)[:, None].expand(-1, 3), 65536 + make.grid().to(torch.int64)])
+    return {
+        "hidden_states": make.normal(make.batch, tokens, 4), "timestep": make.unit_time(),
+        "encoder_hidden_states": make.normal(make.batch, tokens, 20),
+        "position_ids": places.expand(make.batch, -1, -1),
+        "segment_ids": torch.zeros(make.batch, tokens, dtype=torch.int64),
+        "indicator": torch.where(text, 3, 2).expand(make.batch, -1),
+    }  # fmt: skip
+
+
+def _nucleus(make: Maker) -> dict[str, Any]:
+    return {
+        "hidden_states": make.tokens(16), "encoder_hidden_states": make.text(16), "timestep": make.unit_time(),
+        "encoder_hidden_states_mask": make.mask(torch.bool), "img_shapes": [(1, make.size, make.size)] * make.batch,
+    }  # fmt: skip
+
+
+def _fill_experts(model: nn.Module) -> None:
+    """Weights of experts, which the class leaves uninitialized."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            nn.init.normal_(parameter, std=0.2)
+
+
+def _glm_image(make: Maker) -> dict[str, Any]:
+    sizes = {name: make.ones(make.batch, 2) * 8 for name in ("target_size", "crop_coords")}
+    ids = torch.randint(0, 20, (make.batch, (make.size // 2) ** 2), generator=make.generator)
+    return simple(4, 32)(make) | sizes | {"prior_token_id": ids, "prior_token_drop": torch.zeros_like(ids).bool()}
 
 
 ENTRIES = [
@@ -79,25 +145,6 @@ ENTRIES = [
         },
         lambda make: (
             simple(4, 16)(make) | {"timestep": make.time().to(make.dtype), "encoder_attention_mask": make.mask()}
-        ),
-    ),
-    Entry(
-        "Lumina2Transformer2DModel",
-        {
-            "sample_size": 8,
-            "in_channels": 4,
-            "hidden_size": 24,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "num_attention_heads": 3,
-            "num_kv_heads": 1,
-            "multiple_of": 2,
-            "axes_dim_rope": (4, 2, 2),
-            "axes_lens": (64, 64, 64),
-            "cap_feat_dim": 32,
-        },
-        lambda make: (
-            simple(4, 32)(make) | {"timestep": make.unit_time(), "encoder_attention_mask": make.mask(torch.bool)}
         ),
     ),
     Entry(
@@ -196,15 +243,7 @@ ENTRIES = [
     ),
     Entry(
         "QwenImageTransformer2DModel",
-        {
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 16,
-            "axes_dims_rope": (4, 2, 2),
-        },
+        _QWEN | {"in_channels": 16, "joint_attention_dim": 16},
         lambda make: {
             "hidden_states": make.tokens(16),
             "encoder_hidden_states": make.text(16),
@@ -255,4 +294,8 @@ ENTRIES = [
         },
         timestep="timesteps",
     ),
+    Entry("QwenImage21Transformer2DModel", _QWEN | {"in_channels": 16, "context_in_dim": 16}, _qwen_21),
+    Entry("Ideogram4Transformer2DModel", _IDEOGRAM_4, _ideogram_4),
+    Entry("NucleusMoEImageTransformer2DModel", _NUCLEUS, _nucleus, after=_fill_experts),
+    Entry("GlmImageTransformer2DModel", _GLM_IMAGE, _glm_image),
 ]
