@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from fxquant.ir.stages import SPECS, Stage, StageSpec
@@ -24,6 +25,10 @@ class FakeQuant(Backend):
     def refuse(self, layer: LayerPlan) -> str | None:
         """Every bit width and granularity runs."""
         return None
+
+    def describe(self, device: torch.device) -> str:
+        """The reference ops run on every device."""
+        return "runs every recipe, with reference ops, in float"
 
     def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
         """Do nothing: the quantized graph is the lowered graph."""

@@ -94,6 +94,19 @@ class Native(Backend):
         super().check_device(device)
         _ = self.on(device).kernels
 
+    def describe(self, device: torch.device) -> str:
+        """The kernels of a device, and why the faster ones do not run."""
+        chosen = self.on(device).kernels
+        if chosen is Kernels.TRITON:
+            reason = gpus.missing(device, fp8=True)
+            return "runs Triton kernels for int8" + (" and fp8" if reason is None else f"; not for fp8: {reason}")
+        if chosen is Kernels.COMPILED:
+            bf16 = "bfloat16 products" if machine.has_bf16_products() else "float32 (no AVX-512 BF16)"
+            return f"runs compiled kernels (AVX-512 VNNI), attention in {bf16}"
+        if machine.has_tiles():
+            return "runs the products of oneDNN (AMX tiles)"
+        return f"runs the products of oneDNN; not the compiled kernels, because {machine.missing_kernels()}"
+
     @property
     def kernels(self) -> Kernels:
         """Which kernels run: never :attr:`Kernels.AUTO`."""

@@ -97,6 +97,16 @@ class TorchAO(Backend):
             )
         return "onednn qlinear u8 x s8 where compiled and frozen, else dequantize + aten float; on CUDA _int_mm"
 
+    def describe(self, device: torch.device) -> str:
+        """Whether torchao is installed, and whether the processor has its integer products."""
+        reason = parts.missing()
+        if reason is not None:
+            raise BackendError(reason)
+        reason = parts.unfit() if device.type == "cpu" else None
+        if reason is None:
+            return "runs integer products and weight-only layers"
+        return f"runs weight-only layers; no integer products, because {reason}"
+
     def compiling(self) -> None:
         """Warn if weights are not frozen, because then nothing is fused."""
         _warn_if_not_frozen()

@@ -15,6 +15,7 @@ from fxquant.cli.opt import opt  # isort: skip
 from fxquant.cli.profile import profile  # isort: skip
 from fxquant.cli.plot import plot  # isort: skip
 from fxquant.cli.list import list_  # isort: skip
+from fxquant.cli.doctor import doctor  # isort: skip
 from fxquant.cli.new_pass import new_pass  # isort: skip
 from fxquant.cli.app import app
 
@@ -23,6 +24,7 @@ __all__ = [
     "attribute",
     "balance",
     "diff",
+    "doctor",
     "explain",
     "export",
     "generate",

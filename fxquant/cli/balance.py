@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from fxquant.cli.app import Debug, Device, Guidance, Prompts, Seed, Steps, app
+from fxquant.cli.completion import recipes
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, status
 from fxquant.cli.quantize import Dtype, Layers
 from fxquant.cli.running import blaming_the_pipeline, kept_aside, open_pipeline, read_prompts
@@ -30,7 +31,10 @@ def balance(
     recipe: Annotated[
         str,
         typer.Option(
-            "--recipe", "-r", help="Recipe whose balancing is used, with precision; [bold]fxquant list recipes[/]."
+            "--recipe",
+            "-r",
+            autocompletion=recipes,
+            help="Recipe whose balancing is used, with precision; [bold]fxquant list recipes[/].",
         ),
     ] = "smoothquant-w8a8",
     layers: Annotated[Layers, typer.Option(help="As for [bold]fxquant quantize[/].")] = Layers.default,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxquant.cli.app import AsJson, Block, Debug, Graph, Layer, app
+from fxquant.cli.completion import passes
 from fxquant.cli.output import print_json, print_plain, quiet, status
 
 _DIFF_EXAMPLES = """[bold]Examples[/]
@@ -28,7 +29,11 @@ def diff(
     ] = None,
     step: Annotated[
         str | None,
-        typer.Option("--pass", help="Compare the graph before and after this pass, or both graphs after it."),
+        typer.Option(
+            "--pass",
+            autocompletion=passes,
+            help="Compare the graph before and after this pass, or both graphs after it.",
+        ),
     ] = None,
     block: Block = None,
     layer: Layer = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fxquant.cli.app import Debug, Folder, app
+from fxquant.cli.completion import backends
 from fxquant.cli.output import err, print_plain, quiet, status
 from fxquant.errors import ConfigurationError
 
@@ -44,7 +45,10 @@ def export(
         str, typer.Option("--part", help="With --format: the quantized part of a pipeline to write.")
     ] = "transformer",
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="With --aot: by default the one it was quantized for.")
+        str | None,
+        typer.Option(
+            "--backend", "-b", autocompletion=backends, help="With --aot: by default the one it was quantized for."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --aot: replace what is at OUT.")] = False,
     debug: Debug = False,

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from fxquant.cli.app import Debug, app
+from fxquant.cli.completion import passes as completed_passes
 from fxquant.cli.output import err, print_json, print_plain, quiet, status
 from fxquant.errors import ConfigurationError
 
@@ -26,7 +27,10 @@ _OPT_EXAMPLES = """[bold]Examples[/]
 @app.command(epilog=_OPT_EXAMPLES, no_args_is_help=True)
 def opt(
     dump: Annotated[Path, typer.Argument(metavar="DUMP", help="A graph that --dump or a reproducer wrote.")],
-    passes: Annotated[str, typer.Option("--passes", "-p", help="The passes to run, separated by commas.")],
+    passes: Annotated[
+        str,
+        typer.Option("--passes", "-p", autocompletion=completed_passes, help="The passes to run, separated by commas."),
+    ],
     plan: Annotated[
         Path | None, typer.Option(help="Folder of the plan; by default the one beside the dump, or an empty plan.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxquant.cli.app import Debug, Device, Folder, app
+from fxquant.cli.completion import backends
 from fxquant.cli.output import print_json, print_plain, quiet, status
 from fxquant.cli.report import check_is_folder
 
@@ -25,7 +26,10 @@ _PROFILE_EXAMPLES = """[bold]Examples[/]
 def profile(
     folder: Folder,
     backend: Annotated[
-        str | None, typer.Option("--backend", "-b", help="Backend; by default the one it was quantized for.")
+        str | None,
+        typer.Option(
+            "--backend", "-b", autocompletion=backends, help="Backend; by default the one it was quantized for."
+        ),
     ] = None,
     device: Device = "cpu",
     batch: Annotated[

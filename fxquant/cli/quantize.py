@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from fxquant.cli.app import Debug, Device, Frames, Guidance, Height, Prompts, Seed, Steps, Variant, Width, app
+from fxquant.cli.completion import backends, recipes
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, show_warning, status
 from fxquant.cli.running import blaming_the_pipeline, kept_aside, open_pipeline, read_prompts, sizes_of
 from fxquant.errors import CheckpointError, ConfigurationError, WriteError
@@ -54,15 +55,23 @@ _QUANTIZE_EXAMPLES = """[bold]Examples[/]
 @app.command(epilog=_QUANTIZE_EXAMPLES, no_args_is_help=True)
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a diffusers pipeline.")],
-    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the quantized pipeline to.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write the quantized pipeline to.")] = None,
     recipe: Annotated[
         str,
-        typer.Option("--recipe", "-r", help="Recipe with precision, or its text; see [bold]fxquant list recipes[/]."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            autocompletion=recipes,
+            help="Recipe with precision, or its text; see [bold]fxquant list recipes[/].",
+        ),
     ] = "ptq4dit-w8a8",
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", "-b", help="Backend, such as native{products=fp8}; see [bold]fxquant list backends[/]."
+            "--backend",
+            "-b",
+            autocompletion=backends,
+            help="Backend, such as native{products=fp8}; see [bold]fxquant list backends[/].",
         ),
     ] = "fake-quant",
     layers: Annotated[
@@ -138,6 +147,9 @@ def quantize(
     budget: Annotated[
         float, typer.Option(min=1.0, help="Seconds for --attribute.", rich_help_panel="Statistics")
     ] = 600.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate sizes, memory and time, from the headers of the files.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     debug: Debug = False,
@@ -146,6 +158,14 @@ def quantize(
 
     To calibrate, the command runs the pipeline as it will be used: with its classes or with your prompts.
     """
+    if dry_run:
+        if components != "transformer":
+            raise ConfigurationError("--dry-run estimates the transformer alone; leave out --components")
+        _forecast(Path(model), recipe, layers, dtype, (samples, steps), as_json)
+        return
+    if out is None:
+        raise ConfigurationError("--out is missing: name the folder to write the quantized pipeline to")
+    out_folder = out
     lines = None if prompts is None else read_prompts(prompts)
     with quiet(), status("importing torch and diffusers"):
         import fxquant
@@ -238,6 +258,22 @@ def quantize(
             if report.attribution is not None:
                 print_plain(f"\n{report.attribution.table()}")
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
+
+
+def _forecast(folder: Path, recipe: str, layers: Layers, dtype: Dtype, run: tuple[int, int], as_json: bool) -> None:
+    """Print what a conversion would take."""
+    with quiet(), status("importing torch"):
+        from fxquant.calibration.pipeline_calls import num_batches
+        from fxquant.disk.files import dtype_of_name
+        from fxquant.inspect.forecast import forecast, forecast_text
+        from fxquant.pipeline.recipes import make_recipe
+
+        calls = num_batches(run[0]) * run[1]
+        found = forecast(folder, make_recipe(recipe, layers.value), dtype_of_name(dtype.value), calls)
+    if as_json:
+        print_json(found)
+    else:
+        print_plain(forecast_text(found))
 
 
 def _statistics(

@@ -132,6 +132,15 @@ class Backend(ABC):
                 "model on such a device, or use backend 'fake-quant', which runs on any device"
             )
 
+    def describe(self, device: torch.device) -> str:
+        """What runs models on a device of this machine, for ``fxquant doctor``.
+
+        Raises:
+            BackendError: If nothing does; the message says why.
+        """
+        self.on(device).check_device(device)
+        return "runs"
+
     def compiling(self) -> None:  # noqa: B027  (most have no message)
         """Called while ``torch.compile`` traces a model, for messages to its user."""
 

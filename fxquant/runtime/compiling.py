@@ -53,9 +53,9 @@ class Compilable(nn.Module):
     def compile_repeated_blocks(self, *args: Any, dynamic: bool | None = None, **options: Any) -> None:
         """Compile each distinct block once, for all blocks that compute the same, as the method of diffusers does.
 
-        It takes a fraction of the time of :meth:`compile`, and the compiled model is a little slower, because nothing is
-        fused across the ends of blocks and what lies outside of blocks is not compiled. Blocks are compiled when they
-        first run.
+        It takes a fraction of the time of :meth:`compile`, and the compiled model is a little slower, because nothing
+        is fused across the ends of blocks and what lies outside of blocks is not compiled. Blocks are compiled when
+        they first run.
 
         Args:
             *args: As for :func:`torch.compile`.
@@ -194,7 +194,9 @@ class _Block:
         # With dynamic=True, torch would open the sizes of weights too.
         self._compiled = torch.compile(_function(graph), dynamic=None if self._open else dynamic, **options)
 
-    def __call__(self, _: None, *inputs: Any) -> tuple[Any, ...]:
+    def __call__(self, _: None, *given: Any) -> tuple[Any, ...]:
+        # Compiled code is for one order in memory, and the first block may get another than the others.
+        inputs = [*(_contiguous(value) for value in given[: len(self._dims)]), *given[len(self._dims) :]]
         trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         if not self._open or trains or not torch._dynamo.config.automatic_dynamic_shapes:
             made: tuple[Any, ...] = self._compiled(None, *inputs)
@@ -226,14 +228,17 @@ class _Block:
         if dims is None or not isinstance(value, Tensor):
             return value
         alias = value.data
-        if 0 not in alias.stride():  # Compiled code is for one order in memory, and the first block may get another.
-            alias = alias.contiguous()
         for dim, size in enumerate(dims):
             if size is not None:
                 mark_unbacked(alias, dim, hint_override=alias.shape[dim], shape_id=size, min=1)
             elif self._dynamic and dim < len(dims) - 1:  # The last dimension holds channels.
                 maybe_mark_dynamic(alias, dim)
         return alias
+
+
+def _contiguous(value: Any) -> Any:
+    """A value in the order of its sizes; an expanded value stays as it is, because it would take more memory."""
+    return value.contiguous() if isinstance(value, Tensor) and 0 not in value.stride() else value
 
 
 def _function(graph: fx.Graph) -> Code:

@@ -104,7 +104,10 @@ _ADVICE = {
     "offload": "call enable_group_offload of the whole model",
     "layerwise_casting": "its weights are already stored with few bits. Leave it out",
     "parallel": "a graph runs on one device. Leave it out",
-    "compile": "compile the whole model: model.compile() or torch.compile(model)",
+    "compile": (
+        "only models that fxquant.compile, fxquant.load and fxquant.trace return are compiled block by block; an "
+        "ahead-of-time package is compiled already"
+    ),
     "checkpointing": "it is for training, and a quantized model only computes its output. Leave it out",
     "chunk": "set it in the float model and compile that",
     "^dequantize$": "the float model is the one that was compiled. Use that model",

@@ -1,7 +1,7 @@
 """Splits a graph into pieces: its blocks, and the ops between them. Blocks with equal code get equal keys.
 
-The tensors that a piece reads are inputs of its code, like the values of earlier pieces. So the code of one block serves
-every block that computes the same ops on tensors of the same shapes, and ``torch.compile`` has to compile it once.
+The tensors that a piece reads are inputs of its code, like the values of earlier pieces. So the code of one block
+serves every block that computes the same ops on tensors of the same shapes, and ``torch.compile`` compiles it once.
 """
 
 from __future__ import annotations
@@ -189,7 +189,10 @@ class _Reader:
         self.numbers: list[float] = []
         self.arguments: dict[fx.Node, tuple[Any, Any, Any]] = {}
         self._first: dict[fx.Node, int] = {}
-        self._sizes = _sizes_of(source for node in nodes for source in node.all_input_nodes if source not in self.own)
+        read = [source for node in nodes for source in node.all_input_nodes if source not in self.own]
+        # The first block may read a value and a contiguous copy of it. All values become contiguous anyway.
+        self._same = {node.args[0]: node for node in read if node.target is torch.ops.aten.contiguous.default}
+        self._sizes = _sizes_of(self._same.get(node, node) for node in read)
         for node in nodes:
             target, positions = with_tensors.get(node.target, (node.target, ()))
             args = tuple(self._number(arg) if i in positions else arg for i, arg in enumerate(node.args))
@@ -204,6 +207,7 @@ class _Reader:
     def _input(self, node: Any) -> Any:
         if not isinstance(node, fx.Node) or node in self.own:
             return node
+        node = self._same.get(node, node)
         if node.op == "get_attr":
             target = str(node.target)
             if target not in self.tensors:
@@ -226,7 +230,7 @@ class _Reader:
 
 
 def _sizes_of(read: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
-    """By open size, an input and its dimension that has this size: of several the first, and activations before others."""
+    """By open size, an input and the dimension that has this size; activations come before other inputs."""
     found: dict[str, tuple[fx.Node, int]] = {}
     for node in sorted(dict.fromkeys(read), key=lambda node: node.op == "get_attr" or _is_by_reader(node)):
         for dim, size in enumerate(_dims(node) or ()):

@@ -21,8 +21,8 @@ from tests.zoo.models import ENTRIES
 
 MIXINS = (*behaviours.MIXINS, UNet2DConditionLoadersMixin)
 WORKS = {
-    "cache_context", "compile_repeated_blocks",
-    "config", "config_name", "device", "dtype", "enable_group_offload", "extract_init_dict",
+    "cache_context", "compile_repeated_blocks", "config", "config_name", "device", "dtype", "enable_group_offload",
+    "extract_init_dict",
     "from_config", "from_pretrained", "get_config_dict", "get_memory_footprint", "has_compatibles",
     "ignore_for_config", "is_cache_enabled", "is_gradient_checkpointing", "load_config", "num_parameters",
     "push_to_hub", "register_to_config", "save_config", "save_pretrained", "text_encoder_name", "to_json_file",
