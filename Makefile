@@ -115,7 +115,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
 	$(PIP) install --quiet --constraint constraints.txt setuptools
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev,export]'
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
