@@ -241,7 +241,8 @@ class Adapters:
         """Take note that the tensors of the graphs were moved to another device."""
         if self.branching is not None:
             held = {name: tensor for graph in self.captured for name, tensor in read_tensors(graph.module).items()}
-            self.branching.tensors = {name: held[name] for name in self.branching.tensors if name in held}
+            for name, tensor in self.branching.tensors.items():  # No graph holds them if all graphs were forgotten.
+                self.branching.tensors[name] = held.get(name, tensor.to(self.device))
 
     def forget_graphs(self) -> None:
         """Drop all graphs with branches; they are captured again when calls need them."""
