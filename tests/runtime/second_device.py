@@ -169,7 +169,7 @@ class PerDevice(FakeQuant):
 
 # --- checks ---
 
-MODEL = make_dit(layers=2)
+MODEL = make_dit()
 BACKENDS = (FakeQuant, PerDevice)
 
 

@@ -24,7 +24,7 @@ from tests.tiny import calibrate, make_dit, make_pipeline, run
 
 CPU = torch.device("cpu")
 CHECKS = [name.removeprefix("check_") for name in vars(second_device) if name.startswith("check_")]
-SLOW = {"every_recipe"}
+SLOW = {"every_recipe", "loras_move_with_the_model", "pipelines"}
 BACKENDS = ("fake-quant", "native", "native{kernels=onednn}", "torchao")
 
 
@@ -58,7 +58,7 @@ def test_on_a_second_device(name: str, quick: dict[str, str | None]) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", sorted(SLOW))
 def test_slowly_on_a_second_device(name: str) -> None:
     found = outcomes([name])
     assert found[name] is None, found[name]
