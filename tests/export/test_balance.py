@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import AlreadyCompiledError, CalibrationError, ConfigurationError, ProofError, QualityWarning
 from fxquant.export import balance as module
-from fxquant.ir.doubles import as_float64, in_float64
+from fxquant.ir.doubles import as_wide, in_float64
 from tests.test_two_kinds_of_call import C, Two, call
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 from tests.zoo.models import ENTRIES
@@ -50,7 +50,8 @@ def exact_outputs(model: nn.Module, calls: list[dict[str, Any]], timestep: str) 
             traced(**one)
             captured = traced.captured[0]
             leaves = traced.architecture.canonical((), one).leaves
-            found += in_float64(captured.module)(*map(as_float64, captured.inputs(leaves)))
+            wide = [as_wide(value, torch.float64) for value in captured.inputs(leaves)]
+            found += in_float64(captured.module)(*wide)
     return found
 
 
