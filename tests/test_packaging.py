@@ -78,3 +78,14 @@ def test_this_environment_resolves(folder: str, module: str) -> None:
     file = importlib.import_module(module).__file__
     assert file is not None
     assert Path(file).samefile(ROOT / folder / "__init__.py")
+
+
+def test_wheel_installs_without_a_compiler(wheel: zipfile.ZipFile) -> None:
+    """Kernels are shipped as sources and compiled at first use, so one wheel serves all platforms and versions."""
+    assert wheel.filename is not None
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert not [name for name in wheel.namelist() if name.endswith((".so", ".pyd", ".dll", ".o"))]
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    text = wheel.read(metadata).decode()
+    assert "Requires-Python: >=3.11" in text
+    assert all(f"Python :: 3.{minor}\n" in text for minor in (11, 12, 13))

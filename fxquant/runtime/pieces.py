@@ -60,7 +60,8 @@ class Piece:
 
     def graph(self) -> fx.Graph:
         """The code as a graph of its own: value inputs, tensors and numbers are placeholders, in this order."""
-        graph, made = fx.Graph(), {}
+        graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
         counts = {"v": len(self.values), "t": len(self.tensors), "n": len(self.numbers)}
         inputs = {(kind, i): graph.placeholder(f"{kind}{i}") for kind, count in counts.items() for i in range(count)}
 
@@ -285,7 +286,8 @@ def _dims(node: fx.Node) -> Dims | None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
-    return tuple(_open(size) if isinstance(size, torch.SymInt) else None for size in value.shape)
+    sizes: list[Any] = [*value.shape]
+    return tuple(_open(size) if isinstance(size, torch.SymInt) else None for size in sizes)
 
 
 def _open(size: torch.SymInt) -> str:
