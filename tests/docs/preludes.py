@@ -23,7 +23,7 @@ PRELUDES = {
 import torch
 from tests.tiny import inputs, make_dit, make_pipeline
 from tests.test_two_experts import clip as generate, pipeline
-make_pipeline(make_dit(layers=2)).save_pretrained("dit")
+make_pipeline(make_dit()).save_pretrained("dit")
 wan = pipeline()
 from safetensors.torch import save_file
 from tests.adapters.fluxes import MODEL, PROMPT as prompt, make_pipe
