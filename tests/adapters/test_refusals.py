@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,11 @@ def test_an_adapter_that_is_loaded_stays_when_another_is_refused(quantized: Grap
     quantized.unload_lora()
 
 
-def test_keys_of_another_component_change_nothing(quantized: GraphModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_another_component_change_nothing(
+    quantized: GraphModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "diffusers")  # Other tests may have made it quieter.
     quantized.load_lora_adapter(lora(MODEL, prefix="text_encoder."), adapter_name="a")
     assert "No LoRA keys associated to DiTTransformer2DModel" in caplog.text
     assert not hasattr(quantized, "peft_config")

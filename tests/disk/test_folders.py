@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(overwrite: bool) -> Callable[[Path], None]:
-    return lambda path: refuse_to_replace(path, overwrite, OLD.__contains__, "mark")
+    return lambda path: refuse_to_replace(path, overwrite, lambda file: file.name in OLD, "mark")
 
 
 def put(folder: Path, content: dict[str, str]) -> None:
