@@ -222,7 +222,7 @@ def test_a_folder_that_another_saver_moves_meanwhile(
         if moved and len(times) == 2:
             rename(folder, aside)
             raise CheckpointError("it holds what a checkpoint does not")
-        refuse_to_replace(path, True, OLD.__contains__, "mark")
+        refuse_to_replace(path, True, lambda file: file.name in OLD, "mark")
 
     def full(source: Any, target: Any) -> None:
         if not moved and Path(target) == folder and not aside.exists():
@@ -248,7 +248,7 @@ def test_what_somebody_puts_there_meanwhile_is_kept(
     (folder / "thesis.tex").unlink()
 
     def late(path: Path) -> None:
-        refuse_to_replace(path, True, OLD.__contains__, "mark")
+        refuse_to_replace(path, True, lambda file: file.name in OLD, "mark")
         if path.exists() and late.seen:  # type: ignore[attr-defined]  # After the last check before the exchange.
             (path / "thesis.tex").write_text("years of it")
         late.seen = True  # type: ignore[attr-defined]
