@@ -13,8 +13,8 @@ from fxquant.cli.app import Debug, Device, Guidance, Prompts, Seed, Steps, app
 from fxquant.cli.completion import recipes
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, status
 from fxquant.cli.quantize import Dtype, Layers
-from fxquant.cli.running import blaming_the_pipeline, kept_aside, open_pipeline, read_prompts
-from fxquant.errors import CheckpointError, ConfigurationError, WriteError
+from fxquant.cli.running import blaming_the_pipeline, open_pipeline, read_prompts, save_or_keep_aside
+from fxquant.errors import ConfigurationError
 
 _BALANCE_EXAMPLES = """[bold]Examples[/]
 
@@ -64,6 +64,7 @@ def balance(
         from fxquant.calibration.pipeline_calls import calibration_call, num_batches, steps_watched
         from fxquant.disk.files import dtype_of_name
         from fxquant.disk.folders import prepare
+        from fxquant.export.float_pipeline import save_float_pipeline
         from fxquant.pipeline.recipes import make_recipe
         from fxquant.runtime.devices import usable_device
         from fxquant.storage.diffusers_io import refuse_existing, refuse_input
@@ -99,28 +100,10 @@ def balance(
         for name, part in balanced.items():
             setattr(pipe, name, part)
         with status(f"writing {out_folder}"):
-            _save(pipe, out_folder)
+            save_or_keep_aside(lambda folder: save_float_pipeline(pipe, folder), out_folder, "balanced pipeline")
     if as_json:
         print_json({name: found.to_json() for name, found in reports.items()})
         return
     for name, found in reports.items():
         print_plain(f"{name}\n{found}")
     err.print(Text(f"written to {out_folder}, a float pipeline that diffusers reads"))
-
-
-def _save(pipe: Any, folder: Path) -> None:
-    """Write the pipeline. If that fails, write it to a temporary folder and name that, so that no work is lost."""
-    from fxquant.export.float_pipeline import save_float_pipeline
-
-    try:
-        save_float_pipeline(pipe, folder)
-    except CheckpointError as error:
-        if getattr(error, "kept", None) is not None:
-            raise
-        rescued = kept_aside(lambda place: save_float_pipeline(pipe, place / folder.resolve().name))
-        if rescued is None:
-            raise
-        rescued /= folder.resolve().name
-        raise WriteError(
-            f"{error}\nThe balanced pipeline is in {rescued}; move it where you want it", kept=rescued
-        ) from error

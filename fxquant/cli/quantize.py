@@ -12,8 +12,8 @@ from rich.text import Text
 from fxquant.cli.app import Debug, Device, Frames, Guidance, Height, Prompts, Seed, Steps, Variant, Width, app
 from fxquant.cli.completion import backends, recipes
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, show_warning, status
-from fxquant.cli.running import blaming_the_pipeline, kept_aside, open_pipeline, read_prompts, sizes_of
-from fxquant.errors import CheckpointError, ConfigurationError, WriteError
+from fxquant.cli.running import blaming_the_pipeline, open_pipeline, read_prompts, save_or_keep_aside, sizes_of
+from fxquant.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -328,21 +328,9 @@ def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:
 
 
 def _save(pipe: Any, folder: Path, overwrite: bool) -> None:
-    """Write the pipeline. If that fails, write it to a temporary folder and name that, so that no work is lost."""
     from fxquant.storage.diffusers_io import save_pipeline
 
-    try:
-        save_pipeline(pipe, folder, overwrite=overwrite)
-    except CheckpointError as error:
-        if getattr(error, "kept", None) is not None:
-            raise
-        rescued = kept_aside(lambda place: save_pipeline(pipe, place / folder.resolve().name))
-        if rescued is None:
-            raise
-        rescued /= folder.resolve().name
-        raise WriteError(
-            f"{error}\nThe quantized pipeline is in {rescued}; move it where you want it", kept=rescued
-        ) from error
+    save_or_keep_aside(lambda place: save_pipeline(pipe, place, overwrite=overwrite), folder, "quantized pipeline")
 
 
 def _mention_float_transformers(pipe: Any, names: list[str]) -> None:

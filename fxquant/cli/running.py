@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.cli.output import no_bars
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, FxquantError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, FxquantError, WriteError
 
 
 def open_pipeline(model: str, **options: Any) -> Any:
@@ -67,6 +67,31 @@ def kept_aside(write: Callable[[Path], None]) -> Path | None:
             place.rmdir()
         return None
     return place
+
+
+def save_or_keep_aside(write: Callable[[Path], None], folder: Path, what: str) -> None:
+    """Write a result to a folder. If that fails, write it to a temporary folder and name that, so that nothing is lost.
+
+    Args:
+        write: Writes the result to the folder that it gets.
+        folder: The folder.
+        what: The result in words, for the message.
+
+    Raises:
+        WriteError: If the folder cannot be written; the message names where the result is.
+        CheckpointError: If it cannot be written anywhere, or what failed has kept the result itself.
+    """
+    try:
+        write(folder)
+    except CheckpointError as error:
+        if getattr(error, "kept", None) is not None:
+            raise
+        name = folder.resolve().name
+        place = kept_aside(lambda place: write(place / name))
+        if place is None:
+            raise
+        rescued = place / name
+        raise WriteError(f"{error}\nThe {what} is in {rescued}; move it where you want it", kept=rescued) from error
 
 
 def is_file(text: str) -> bool:
