@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -160,17 +161,21 @@ class _Translating(fx.Interpreter):
             return super().run_node(n)
         values, named = self.fetch_args_kwargs_from_env(n)
         packed = n.target is _ops.dequantize_weight.default and args(n).node("wq").op != "get_attr"
-        return weights.dequantize_weight(*values, **named) if packed else _TRANSLATED[n.target](*values, **named)
+        if packed:
+            return weights.dequantize_weight(*values, **named)
+        arguments = n.target._schema.arguments  # type: ignore[union-attr]
+        given = dict(zip((one.name for one in arguments), values, strict=False)) | named
+        return _TRANSLATED[n.target](SimpleNamespace(**given))
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    inputs = (x, scale.reshape(()).to(x.dtype), zero_point.reshape(()).to(dtype))
-    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=dtype, shape=x.shape, version=OPSET)
-    whole = torch.iinfo(dtype)
-    if (qmin, qmax) == (whole.min, whole.max):
+def _quantize(op: SimpleNamespace) -> Tensor:
+    inputs = (op.x, op.scale.reshape(()).to(op.x.dtype), op.zero_point.reshape(()).to(op.dtype))
+    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=op.dtype, shape=op.x.shape, version=OPSET)
+    whole = torch.iinfo(op.dtype)
+    if (op.qmin, op.qmax) == (whole.min, whole.max):
         return codes
     # Codes of fewer bits; ONNX has no Clip for bytes that all runtimes support.
-    return codes.to(torch.int32).clamp(qmin, qmax).to(dtype)
+    return codes.to(torch.int32).clamp(op.qmin, op.qmax).to(op.dtype)
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype, **options: int) -> Tensor:
@@ -192,82 +197,41 @@ def _activation(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.d
     return _dequantize(codes, scale.reshape(()), zero_point.reshape(()), dtype)
 
 
-def _linear(
-    xq: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    codes: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    dtype = grids.compute_dtype(out_dtype)
-    x = _activation(xq, x_scale, x_zero_point, dtype)
-    y = functional.linear(x, _weight(codes, w_scale, w_zero_point, group_size, dtype))
-    return (y if bias is None else y + bias.to(dtype)).to(out_dtype)
+def _linear(op: SimpleNamespace) -> Tensor:
+    dtype = grids.compute_dtype(op.out_dtype)
+    x = _activation(op.xq, op.x_scale, op.x_zero_point, dtype)
+    y = functional.linear(x, _weight(op.wq, op.w_scale, op.w_zero_point, op.group_size, dtype))
+    return (y if op.bias is None else y + op.bias.to(dtype)).to(op.out_dtype)
 
 
-def _conv2d(
-    xq: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    codes: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    dtype = grids.compute_dtype(out_dtype)
-    x = _activation(xq, x_scale, x_zero_point, dtype)
-    weight = _weight(codes, w_scale, w_zero_point, 0, dtype).unflatten(1, kernel)
-    y = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+def _conv2d(op: SimpleNamespace) -> Tensor:
+    dtype, bias = grids.compute_dtype(op.out_dtype), op.bias
+    x = _activation(op.xq, op.x_scale, op.x_zero_point, dtype)
+    weight = _weight(op.wq, op.w_scale, op.w_zero_point, 0, dtype).unflatten(1, op.kernel)
+    y = functional.conv2d(x, weight, None, op.stride, op.padding, op.dilation, op.groups)
     if bias is not None:
         y = y + (bias.reshape(-1, 1, 1) if bias.dim() == 1 else bias).to(dtype)
-    return y.to(out_dtype)
+    return y.to(op.out_dtype)
 
 
-def _matmul(
-    aq: Tensor,
-    a_scale: Tensor,
-    a_zero_point: Tensor,
-    bq: Tensor,
-    b_scale: Tensor,
-    b_zero_point: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    dtype = grids.compute_dtype(out_dtype)
-    a, b = _activation(aq, a_scale, a_zero_point, dtype), _activation(bq, b_scale, b_zero_point, dtype)
-    return torch.matmul(a, b).to(out_dtype)
+def _matmul(op: SimpleNamespace) -> Tensor:
+    dtype = grids.compute_dtype(op.out_dtype)
+    a = _activation(op.aq, op.a_scale, op.a_zero_point, dtype)
+    b = _activation(op.bq, op.b_scale, op.b_zero_point, dtype)
+    return torch.matmul(a, b).to(op.out_dtype)
 
 
-def _stored_weight(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _weight(codes, scale, zero_point, group_size, dtype)
+def _stored_weight(op: SimpleNamespace) -> Tensor:
+    return _weight(op.wq, op.scale, op.zero_point, op.group_size, op.dtype)
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    dtype = grids.compute_dtype(x.dtype)
-    y = x.to(dtype) * scale.to(dtype)
-    return (y if shift is None else y + shift.to(dtype)).to(x.dtype)
+def _affine(op: SimpleNamespace) -> Tensor:
+    dtype = grids.compute_dtype(op.x.dtype)
+    y = op.x.to(dtype) * op.scale.to(dtype)
+    return (y if op.shift is None else y + op.shift.to(dtype)).to(op.x.dtype)
 
 
-_TRANSLATED: dict[Any, Callable[..., Tensor]] = {
+_TRANSLATED: dict[Any, Callable[[SimpleNamespace], Tensor]] = {
     _ops.quantize.default: _quantize,
     _ops.linear.default: _linear,
     _ops.conv2d.default: _conv2d,
@@ -275,3 +239,4 @@ _TRANSLATED: dict[Any, Callable[..., Tensor]] = {
     _ops.dequantize_weight.default: _stored_weight,
     _ops.channel_affine.default: _affine,
 }
+"""For each op of fxquant a function of its arguments by the names in the op's schema; `wq` holds unpacked codes."""
