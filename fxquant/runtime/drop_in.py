@@ -45,8 +45,10 @@ def _shown_class(model: nn.Module) -> type:
     original = getattr(model.__dict__.get("architecture"), "skeleton", None)
     if modeling is None or not isinstance(original, modeling.ModelMixin):
         return kind
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return _SHOWN.setdefault(kind, type(kind.__name__, (kind, modeling.ModelMixin), names))
+    if kind not in _SHOWN:  # Every isinstance of another class asks, also in calls.
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _SHOWN.setdefault(kind, type(kind.__name__, (kind, modeling.ModelMixin), names))
+    return _SHOWN[kind]
 
 
 _SHOWN: dict[type, type] = {}
