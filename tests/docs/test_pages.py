@@ -16,7 +16,10 @@ import pytest
 from diffusers import DiTPipeline
 
 import fxquant
+from fxquant.authoring import register_stage, unregister_stage
 from fxquant.channels.rules import RULES
+from fxquant.ir import stages
+from fxquant.ir.stages import Stage, in_order
 from fxquant.pipeline.backend import BACKENDS
 from fxquant.pipeline.pipeline import PASSES
 from fxquant.pipeline.recipes import RECIPES
@@ -61,9 +64,20 @@ def run(block: Block, module: ModuleType) -> None:
 
 @contextmanager
 def registries_kept() -> Iterator[None]:
-    """Within this context code may register passes, recipes, backends and rules; afterwards they are gone."""
-    held: list[dict[Any, Any]] = [PASSES._objects, RECIPES._objects, BACKENDS._objects, RULES]
+    """Within this context code may register whatever other packages register; afterwards it is gone."""
+    held: list[dict[Any, Any]] = [PASSES._objects, RECIPES._objects, BACKENDS._objects, RULES, stages._REGISTERED]
+    known = {*in_order()}
     with ExitStack() as stack:
+        stack.callback(lambda: [unregister_stage(each) for each in reversed(in_order()) if each not in known])
         for objects in held:
             stack.enter_context(mock.patch.dict(objects))
         yield
+
+
+def test_registries_are_as_before_afterwards() -> None:
+    """The order of stages too: code of a page once left a stage to the tests that followed in the process."""
+    before = [*in_order()]
+    with registries_kept():
+        first = register_stage("page-first", after=Stage.TRANSFORMED)
+        register_stage("page-second", after=first)
+    assert in_order() == before
