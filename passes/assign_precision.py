@@ -89,14 +89,17 @@ class AssignPrecision(Pass):
                 asked = overridden(name, self.overrides) or (Precision(8, None) if self.layers == "default" else FLOAT)
                 chosen = Precision(asked.weight_bits, None) if one_row_a_sample else FLOAT
             shape = weight.meta["val"].shape
+            rows, columns = int(shape[0]), math.prod(int(size) for size in shape[1:])
+            empty = rows * columns == 0
+            chosen = FLOAT if empty else chosen
             plan.layers[name] = LayerPlan(
                 kind=kind,
                 role=role_of[name],
-                shape=[int(shape[0]), math.prod(int(size) for size in shape[1:])],
+                shape=[rows, columns],
                 weight_bits=chosen.weight_bits,
                 activation_bits=chosen.activation_bits,
                 group_size=chosen.group_size if kind == "linear" else 0,  # Groups are along a linear's input channels.
-                reason=self._why_float(name, kind, role_of[name], chosen),
+                reason="its weight has no elements" if empty else self._why_float(name, kind, role_of[name], chosen),
             )
         timestep = next((n for n in graph.nodes if n.op == "placeholder" and n.target == plan.timestep), None)
         for found in find_attentions(graph):

@@ -7,6 +7,7 @@ scales, codes in range), and tensors that follow from the plan must have the val
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ def check_skeleton(skeleton: nn.Module, plan: Plan) -> None:
         weight = own.get(f"{name.partition('@')[0]}.weight")
         if weight is None or layer.kind != "linear":
             continue
-        shape = [weight.shape[0], weight.numel() // max(1, weight.shape[0])]
+        shape = [weight.shape[0], math.prod(weight.shape[1:])]
         if shape != layer.shape:
             raise CheckpointError(
                 f"layer {name!r} of the model is {shape[0]} x {shape[1]}, and in the plan it is "

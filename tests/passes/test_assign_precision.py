@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,39 @@ def test_a_weight_made_in_the_graph_stays_float() -> None:
     ((name, reason),) = plan.products.items()
     assert name.startswith("linear:")
     assert "its weight is computed in the graph" in reason
+
+
+class Empty(nn.Module):
+    """A branch of no width, as a config with a width of 0 makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 0), nn.Linear(0, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 0), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.blocks[1](x) + self.down(self.up(x)) + self.blocks[0](x).sum() + timestep[:, None, None]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("recipe", ["ptq4dit-w8a8", "dynamic-w8a8", "htg-w8a8"])
+def test_weights_without_elements_stay_float(recipe: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Empty().eval()
+
+    def calibrate() -> None:
+        for step in (900.0, 100.0):
+            model(torch.randn(2, 4, 8), torch.full((2,), step))
+
+    quantized = fxquant.compile(model, recipe=recipe, layers="all", calibrate=calibrate, measure=0)
+    floats = {name: layer.reason for name, layer in quantized.plan.layers.items() if layer.weight_bits is None}
+    assert floats == dict.fromkeys(["up", "down", "blocks.0"], "its weight has no elements")
+    call = (torch.randn(2, 4, 8), torch.full((2,), 100.0))
+    torch.testing.assert_close(quantized(*call), model(*call), atol=0.1, rtol=0)
+    fxquant.save(quantized, tmp_path / "model", needs_model=True)
+    assert torch.equal(fxquant.load(tmp_path / "model", model=model)(*call), quantized(*call))
 
 
 @pytest.mark.parametrize(
