@@ -96,22 +96,35 @@ def copy_adapters(model: GraphModel, clone: GraphModel) -> None:
 def with_scale(model: GraphModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     """Set the scale of LoRAs that a call gives, ``joint_attention_kwargs={"scale": 0.5}``, and take it from the call.
 
-    Without active LoRAs the call stays as it is.
+    Without active LoRAs it has no effect on a model of diffusers. It is taken from the call then too, because otherwise
+    each number would be a kind of call with a graph of its own. A kind that was captured with it stays as it is.
     """
     found = adapters_of(model)
-    if found is None or found.serving is None:
+    active = found is not None and found.serving is not None
+    if not active and (model.plan is None or not _is_of_diffusers(model)):
         return args, kwargs
     given = model.architecture.signature.bind_partial(*args, **kwargs)
+    scaled = [name for name in _OPTIONS if "scale" in _mapping(given.arguments.get(name))]
+    if not active and (not scaled or model.find(model.architecture.canonical(args, kwargs)) is not None):
+        return args, kwargs
     strength = 1.0
-    for name in _OPTIONS:
-        options = given.arguments.get(name)
-        if isinstance(options, Mapping) and "scale" in options:
-            strength *= float(options["scale"])
-            given.arguments[name] = {key: value for key, value in options.items() if key != "scale"}
-            if not given.arguments[name] and model.find(model.architecture.canonical(given.args, given.kwargs)) is None:
-                given.arguments[name] = None  # Pipelines give either for no options, and each is another kind of call.
-    found.set_strength(strength)
+    for name in scaled:
+        options = given.arguments[name]
+        strength *= float(options["scale"])
+        given.arguments[name] = {key: value for key, value in options.items() if key != "scale"}
+        if not given.arguments[name] and model.find(model.architecture.canonical(given.args, given.kwargs)) is None:
+            given.arguments[name] = None  # Pipelines give either for no options, and each is another kind of call.
+    if found is not None and active:
+        found.set_strength(strength)
     return given.args, given.kwargs
+
+
+def _mapping(options: Any) -> Mapping[str, Any]:
+    return options if isinstance(options, Mapping) else {}
+
+
+def _is_of_diffusers(model: GraphModel) -> bool:
+    return type(model.architecture.skeleton).__module__.startswith("diffusers.")
 
 
 def refuse_scale(model: GraphModel, call: Call) -> None:
