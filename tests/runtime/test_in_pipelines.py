@@ -1,4 +1,4 @@
-"""What pipelines do between and around the calls of a quantized transformer: callbacks, guidance, options, interrupts."""
+"""What pipelines do between the calls of a quantized transformer: callbacks, guidance, options, interrupts."""
 
 from __future__ import annotations
 
