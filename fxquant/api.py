@@ -42,6 +42,7 @@ from fxquant.runtime.float_model import (
     weights_digest,
 )
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.offloading import meanwhile_on_its_device
 from fxquant.runtime.replay import convert, replay
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import Run
@@ -88,6 +89,7 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
     return traced
 
 
+@meanwhile_on_its_device
 def compile(
     model: nn.Module,
     *,
@@ -135,13 +137,16 @@ def compile(
             float64; without that memory float32 or the model's own dtype is used, with a tolerance for rounding. In 16
             bits this tolerance can hide a mistake in a small layer, and a ``ProofWarning`` says so.
 
+    A model that ``pipe.enable_model_cpu_offload()`` offloads is on its device meanwhile, and the quantized model is
+    offloaded in its place.
+
     Returns:
         The quantized model, to put in the pipeline in place of ``model``.
 
     Raises:
         AlreadyCompiledError: If the model is an fxquant model already.
         ConfigurationError: If options contradict each other or are out of range, a module is in training mode, went
-            through ``torch.compile``, or has hooks that a graph cannot have (offloading, casting, caches of steps).
+            through ``torch.compile``, or has hooks that a graph cannot have (offloading by tensors, casting, caches).
         UnknownNameError: If there is no such recipe or backend.
         CalibrationError: If calibration is missing, fails, or reaches no layer.
         MissingTimestepError: If the model has no input of the name ``timestep``.
@@ -244,5 +249,5 @@ def _warn_if_poor(plan: Plan) -> None:
             f"the quantized model's output has {sum(values) / len(values):.1f} dB SQNR against float; images will "
             "differ visibly. More weight bits, groups (-g64) or another recipe help; see fxquant.report(model)",
             QualityWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

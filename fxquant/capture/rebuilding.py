@@ -170,5 +170,5 @@ def warn_if_not_rebuilt(model: nn.Module, timestep: str | None) -> None:
             f"loading would not build this {type(model).__name__} again from its class and config: {reason}. "
             "fxquant.save will refuse the quantized model unless needs_model=True is given",
             PortabilityWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

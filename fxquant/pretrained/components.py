@@ -81,6 +81,8 @@ def compile_pipeline(
     made = {name: made[distinct[id(part)]] for name, part in parts.items()}
     for name, model in made.items():
         setattr(pipe, name, model)
+    if getattr(pipe, "_all_hooks", None):  # It would move the float models, which its hooks hold.
+        pipe.enable_model_cpu_offload(device=pipe._offload_device)
     return made
 
 

@@ -55,7 +55,7 @@ class Compilable(nn.Module):
 
         It takes a fraction of the time of :meth:`compile`, and the compiled model is a little slower, because nothing
         is fused across the ends of blocks and what lies outside of blocks is not compiled. Blocks are compiled when
-        they first run.
+        they first run. If the model is offloaded, the tensors of a block are moved together when it runs.
 
         Args:
             *args: As for :func:`torch.compile`.
@@ -64,15 +64,10 @@ class Compilable(nn.Module):
             **options: As for :func:`torch.compile`.
 
         Raises:
-            ConfigurationError: If the model is offloaded tensor by tensor, or has no blocks that are alike.
+            ConfigurationError: If the model has no blocks that are alike.
             TypeError: If an argument is not one of ``torch.compile``.
         """
         given = inspect.signature(torch.compile).bind_partial(None, *args, dynamic=dynamic, **options).arguments
-        if self._place.streaming is not None:
-            raise ConfigurationError(
-                "this model is offloaded, and its tensors move one by one, so its blocks cannot be compiled. Call "
-                "disable_group_offload() first, or pipe.remove_all_hooks() after pipe.enable_sequential_cpu_offload()"
-            )
         chosen = {name: value for name, value in given.items() if name not in ("model", "dynamic")}
         made = InPieces(chosen, dynamic, self.backend)
         for captured in self.captured:
@@ -102,9 +97,11 @@ class InPieces:
         """The same settings for another model, which compiles its blocks itself."""
         return InPieces(self.options, self.dynamic, backend)
 
-    def run(self, captured: CapturedGraph, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The outputs of a graph."""
-        return self.plan(captured.module).run(inputs)
+    def run(
+        self, captured: CapturedGraph, inputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor] = lambda it: it
+    ) -> tuple[Any, ...]:
+        """The outputs of a graph. ``moved`` brings the tensors of the model to the device of the inputs."""
+        return self.plan(captured.module).run(inputs, moved)
 
     def plan(self, module: fx.GraphModule) -> _Plan:
         """How a graph is run; made anew if the code of the graph changed.
@@ -152,21 +149,22 @@ class _Plan:
                 self._freed[number].append(node)
         self._numbers: dict[tuple[int, torch.device], list[Tensor]] = {}
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    def run(self, inputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
         values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=True))
         for number, (piece, code) in enumerate(self._parts):
-            tensors = [self._tensor(target) for target in piece.tensors]
+            tensors = [moved(self._tensor(target)) for target in piece.tensors]
             numbers = self._numbers_of(number, piece, tensors) if piece.numbers else ()
             made = code(None, *(values[node] for node in piece.values), *tensors, *numbers)
+            del tensors
             values.update(zip((piece.nodes[i] for i in piece.outputs), made, strict=True))
             del made
             for node in self._freed[number]:
                 del values[node]
-        leaves: Any = fx.node.map_arg(self._output.args[0], lambda node: self._value(node, values))
+        for node in self._output.all_input_nodes:
+            if node.op == "get_attr":
+                values[node] = moved(self._tensor(str(node.target)))
+        leaves: Any = fx.node.map_arg(self._output.args[0], values.__getitem__)
         return tuple(leaves)
-
-    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        return self._tensor(str(node.target)) if node.op == "get_attr" else values[node]
 
     def _tensor(self, target: str) -> Tensor:
         found: Tensor = operator.attrgetter(target)(self._module)

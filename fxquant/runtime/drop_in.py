@@ -102,6 +102,10 @@ _ADVICE = {
         "attention was captured as the float model computes it. Choose the attention in the float model, then compile"
     ),
     "cache": "diffusers caches skip blocks by hooks on their modules, and a graph has no modules. Leave it out",
+    "^_diffusers_hook$": (
+        "hooks of diffusers run around modules, and a graph calls none. Use the methods of the model itself, such as "
+        "enable_group_offload, which work or say what to do instead"
+    ),
     "hook": "a graph calls no submodules. Put hooks on the whole model",
     "offload": "call enable_group_offload of the whole model",
     "layerwise_casting": "its weights are already stored with few bits. Leave it out",

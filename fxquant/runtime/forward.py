@@ -28,7 +28,8 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
     """Run the graph that serves a call; capture one if none exists yet."""
     if self._place.home is not None:  # Its tensors are elsewhere.
         if self._place.streaming is not None:
-            return _stream(self, args, kwargs)
+            begins = torch.compiler.is_dynamo_compiling() or torch_compile.callback() not in (None, False)
+            return _stream(self, args, kwargs, begins)
         _arrive(self)
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
         # This call is inside a larger function that is being compiled.
@@ -70,11 +71,18 @@ def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[Cap
 
 
 @torch.compiler.disable
-def _stream(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> Any:
+def _stream(self: GraphModel, args: Any, kwargs: Mapping[str, Any], begins: bool) -> Any:
+    """Run a call of an offloaded model; ``begins`` says that ``torch.compile`` was to compile it."""
     streaming = self._place.streaming
     assert streaming is not None
+    if begins:
+        streaming.warn_uncompiled()
     captured, inputs = _choose(self, *streaming.arrived((args, dict(kwargs))))
-    return captured.output(showing_nans(captured, inputs, streaming.run(captured, inputs)))
+    if self._pieces is None:
+        leaves = streaming.run(captured, inputs)
+    else:
+        leaves = self._pieces.run(captured, inputs, streaming.moved)
+    return captured.output(showing_nans(captured, inputs, leaves))
 
 
 @torch.compiler.disable

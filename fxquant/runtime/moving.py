@@ -27,9 +27,9 @@ from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.runtime.devices import retarget, usable_device
-from fxquant.runtime.drop_in import DropIn
 from fxquant.runtime.lora import adapters_of, copy_adapters
 from fxquant.runtime.offloading import SLOT, Group, Slot, Streaming
+from fxquant.runtime.views import Walked
 
 if TYPE_CHECKING:
     from fxquant.runtime.model import GraphModel
@@ -53,7 +53,7 @@ class Place:
         return Place(self.home, streaming)
 
 
-class Movable(DropIn):
+class Movable(Walked):
     """The part of a captured model that moves it and measures its memory."""
 
     graphs: nn.ModuleList
@@ -184,10 +184,9 @@ class Movable(DropIn):
         self._place.streaming = Streaming(device, options)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The graphs; while accelerate offloads the model, the stand-in that its hooks are attached to."""
+        """The modules of the original; while accelerate offloads the model, what its hooks are attached to."""
         slot = self._modules.get(SLOT)
-        children = super().named_children() if slot is None else ((SLOT, slot),)
-        yield from children
+        yield from super().named_children() if slot is None else ((SLOT, slot),)
 
     def _expect_offload(self) -> None:
         """Offer accelerate a stand-in for the graphs, from which the model learns to which device it is offloaded."""

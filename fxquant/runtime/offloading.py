@@ -7,21 +7,25 @@ an offloaded graph moves each tensor right before the op that reads it, and forg
 from __future__ import annotations
 
 import copy
+import functools
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.capture.graph import CapturedGraph
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, SpeedWarning
 
 SLOT = "offloaded"
 """Name of the stand-in among the modules of a model that accelerate offloads."""
 
 Code = Callable[..., tuple[Any, ...]]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,23 @@ class Streaming:
     device: torch.device
     options: Group
     _codes: dict[int, tuple[Any, Code]] = field(default_factory=dict)
+    _warned: bool = False
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor on the device."""
+        return tensor.to(self.device, non_blocking=self.options.non_blocking)
+
+    def warn_uncompiled(self) -> None:
+        """Warn once that the whole graph is not compiled, because its code moves tensors."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this model is offloaded, and its tensors move one by one, so it runs without being compiled. "
+                "compile_repeated_blocks() works with offloading; or end it by disable_group_offload(), or by "
+                "pipe.remove_all_hooks() after pipe.enable_sequential_cpu_offload()",
+                SpeedWarning,
+                stacklevel=4,
+            )
 
     def arrived(self, arguments: Any) -> Any:
         """The same arguments with their tensors on the device."""
@@ -103,6 +124,35 @@ class Slot(nn.Module):
             value.weights_map = {}  # The model keeps its own tensors.
             self._offload(torch.device(value.execution_device))
         super().__setattr__(name, value)
+
+
+def meanwhile_on_its_device(function: F) -> F:
+    """Decorate a function that makes a model in place of a float model: it takes one that is offloaded as a whole.
+
+    The hook of ``pipe.enable_model_cpu_offload()`` is taken off, because it would move the weights while graphs are
+    traced, and the model is on the device of the hook meanwhile. A pipeline that is run meanwhile attaches a hook again
+    after each call. At the end the made model gets the hook, or if the function fails, the float model.
+    """
+
+    @functools.wraps(function)
+    def with_hook_off(model: Any, *args: Any, **options: Any) -> Any:
+        hooks: Any = sys.modules.get("accelerate.hooks")
+        hook: Any = getattr(model, "__dict__", {}).get("_hf_hook")
+        if hooks is None or type(hook) is not hooks.CpuOffload:
+            return function(model, *args, **options)
+        offloaded = model
+        hooks.remove_hook_from_module(model)
+        model.to(hook.execution_device)
+        try:
+            offloaded = made = function(model, *args, **options)
+        finally:
+            newest = vars(model).pop("_hf_hook", hook)
+            vars(model).pop("_old_forward", None)
+            model.to("cpu")
+            hooks.add_hook_to_module(offloaded, newest)
+        return made
+
+    return with_hook_off  # type: ignore[return-value]
 
 
 def is_offloading(hook: Any) -> bool:

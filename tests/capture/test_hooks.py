@@ -62,10 +62,9 @@ def in_a_row(model: nn.Module) -> None:
             ("pos_embed", "offloaded by accelerate", "enable_sequential_cpu_offload", "pipe.remove_all_hooks()"),
         ),
         (
-            lambda model: accelerate.cpu_offload_with_hook(model, execution_device="cpu"),
+            in_a_row,
             ("moved between devices by accelerate", "enable_model_cpu_offload", "pipe.remove_all_hooks()"),
         ),
-        (in_a_row, ("moved between devices by accelerate",)),
     ],
 )
 def test_hooks_that_a_graph_cannot_have(
@@ -79,6 +78,13 @@ def test_hooks_that_a_graph_cannot_have(
         with pytest.raises(ConfigurationError) as caught:
             function()
         assert all(words in str(caught.value) for words in said), str(caught.value)
+
+
+def test_a_model_that_is_moved_as_a_whole_is_not_traced(tiny_dit: DiTTransformer2DModel) -> None:
+    """``fxquant.compile`` takes it, because the quantized model does not share its weights."""
+    accelerate.cpu_offload_with_hook(tiny_dit, execution_device="cpu")
+    with pytest.raises(ConfigurationError, match=r"moved between devices by accelerate.*pipe\.remove_all_hooks\(\)"):
+        fxquant.trace(tiny_dit)
 
 
 def test_hooks_that_were_removed_are_no_hindrance(tiny_dit: DiTTransformer2DModel) -> None:

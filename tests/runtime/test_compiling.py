@@ -222,13 +222,20 @@ def test_unknown_options_are_refused(plain: GraphModel) -> None:
         copy.copy(plain).compile_repeated_blocks(speed="high")
 
 
-def test_an_offloaded_model_is_refused(plain: GraphModel) -> None:
+@pytest.mark.parametrize("first", ["offload", "compile"])
+def test_blocks_of_an_offloaded_model_are_compiled(plain: GraphModel, first: str) -> None:
+    """The tensors of a block move together, in either order of the two calls."""
     made = copy.deepcopy(plain)
-    made.enable_group_offload("cpu")
-    with pytest.raises(ConfigurationError, match="disable_group_offload"):
-        made.compile_repeated_blocks()
+    if first == "offload":
+        made.enable_group_offload("cpu")
+    counter = compiled(made)
+    if first == "compile":
+        made.enable_group_offload("cpu")
+    assert torch.equal(call(made), call(plain))
+    assert counter.frame_count == 1
     made.disable_group_offload()
-    assert compiled(made) is not None
+    assert torch.equal(call(made, 2), call(plain, 2))
+    assert counter.frame_count == 1
 
 
 def test_torchao_warns_that_weights_are_not_frozen() -> None:

@@ -1,0 +1,129 @@
+"""The modules of a quantized model, as code that walks over the modules of a model sees them.
+
+A graph calls no modules. Libraries look for modules of some classes and attach hooks to them or replace them: caches of
+steps, layerwise casting, group offloading, other quantizers. If they found none, they would do nothing and say nothing.
+So ``children()`` and ``modules()`` show the modules of the original: each view has the class and the name of one, holds
+no tensors, and refuses hooks, weights and every change by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fxquant.runtime.drop_in import DropIn, Part, refusal
+
+_WALKS = frozenset(
+    {
+        "apply", "buffers", "children", "eval", "extra_repr", "modules", "named_buffers", "named_children",
+        "named_modules", "named_parameters", "parameters", "requires_grad_", "train",
+    }
+)  # fmt: skip
+"""Methods of ``torch.nn.Module`` that code calls while it walks over modules. A view has no tensors to give them."""
+
+
+class ModuleView(nn.Module):
+    """A module of the original without its weights."""
+
+    def __init__(self, module: nn.Module, owner: Any, path: str) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(_module=module, _part=Part(module, owner, path), _owner=owner, _path=path, training=False)
+
+    __class__ = property(lambda self: type(vars(self)["_module"]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_part"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training" or value:
+            raise refusal(f"{vars(self)['_path']}.{name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise refusal(f"{vars(self)['_path']}.{name}")
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The views of its children."""
+        own = vars(self)
+        yield from views(own["_module"], own["_owner"], own["_path"])
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Itself and the views below, by their names."""
+        yield prefix, self
+        for name, view in self.named_children():
+            yield from view.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._part) if isinstance(self._module, nn.ModuleDict) else iter(self.children())
+
+    def __len__(self) -> int:
+        return len(self._module._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, key: Any) -> Any:
+        held = dict(self.named_children())
+        return held[key] if isinstance(key, str) else [*held.values()][key]
+
+    def __repr__(self) -> str:
+        return repr(self._part)
+
+
+def _refused(name: str) -> Any:
+    def method(self: ModuleView, *_: Any, **__: Any) -> Any:
+        raise refusal(f"{vars(self)['_path']}.{name}")
+
+    return method
+
+
+for _name, _value in vars(nn.Module).items():
+    if callable(_value) and not _name.startswith("_") and _name not in _WALKS:
+        setattr(ModuleView, _name, _refused(_name))
+
+
+def views(module: nn.Module, owner: Any, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The views of the children of a module of the original, by name."""
+    for name, child in module.named_children():
+        yield name, ModuleView(child, owner, f"{path}.{name}" if path else name)
+
+
+class Walked(DropIn):
+    """The part of a captured model that shows the modules of the original.
+
+    The graphs are in ``graphs``; their tensors are the model's ``parameters()`` and ``buffers()``.
+    """
+
+    architecture: Any
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The views of the children of the original, by name."""
+        yield from views(self.architecture.skeleton, self)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The model, the views of the modules of the original, and the graphs, which hold the tensors."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        start = f"{prefix}." if prefix else ""
+        for name, view in self.named_children():
+            yield from view.named_modules(memo, f"{start}{name}", remove_duplicate)
+        for name, module in self._modules.items():
+            if module is not None:
+                yield from module.named_modules(memo, f"{start}{name}", remove_duplicate)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of the graphs, which are not among the children."""
+        self.training = mode
+        for module in self._modules.values():
+            if module is not None:
+                module.train(mode)
+        return self
