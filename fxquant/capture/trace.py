@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from fxquant.capture.borders import marking, settle
 from fxquant.capture.calls import BATCH, TRACED_BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.constants import is_plain
 from fxquant.capture.describe import canonical_call, changed_leaves, describe_call
@@ -46,11 +44,7 @@ from fxquant.capture.normalize import (
     loosen_views,
     refuse_inner_graphs,
 )
-from fxquant.capture.state import (
-    detached,
-    hollow_out,
-    kept,
-)
+from fxquant.capture.state import detached, hollow_out, kept
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.transformers_models import built
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, FxquantError
@@ -299,7 +293,8 @@ class Architecture:
                 dynamic_shapes[variadic[0]] = extra
 
         def export() -> torch.export.ExportedProgram:
-            with torch.no_grad(), quietly(), kept(self.skeleton), tracing.knowing(self.skeleton, call, numbers or {}):
+            knowing = tracing.knowing(self.skeleton, call, numbers or {})
+            with torch.no_grad(), quietly(), kept(self.skeleton), knowing, marking(self.skeleton):
                 return torch.export.export(
                     self.skeleton, (), arguments, strict=False, dynamic_shapes=dynamic_shapes if dynamic else None
                 )
@@ -332,6 +327,7 @@ class Architecture:
         flatten_signature(exported.graph, call)
         drop_assertions(exported.graph)
         loosen_views(exported.graph)
+        settle(exported.graph)
         self._refuse_originals(exported)
         name_constants(exported, self.skeleton)
         # A new module, without the input checks that torch.export attaches to the module that it returns.

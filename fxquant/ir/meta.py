@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+BORDERS = "fxquant_borders"
+"""Key of ``node.meta`` for the modules that receive or return the value (:mod:`fxquant.ir.borders`)."""
+
 LAYER = "fxquant_layer"
 """Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import NonFiniteError, PassError
 from fxquant.ir.arguments import args, source_of
+from fxquant.ir.borders import hand_over
 from fxquant.ir.edits import EditLog, NodeEdit, TensorEdit
 from fxquant.ir.fingerprint import Fingerprint
 from fxquant.ir.free_names import FreeNames
@@ -319,6 +320,7 @@ class Rewriter:
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Make all readers of ``node`` read ``new`` instead, and erase ``node``."""
+        hand_over(node, new)
         changed = node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._rewired(*(user for user in changed if user is not new))
         if not node.users:
