@@ -46,7 +46,7 @@ def segments(graph: fx.Graph, also_read: Callable[[fx.Node], Iterable[fx.Node]] 
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     runs: list[tuple[str, int, int]] = []  # Name, first and last position.
     for position, node in enumerate(nodes):
-        block = _block_of(node)
+        block = block_of(node)
         if block is None:
             continue
         if runs and runs[-1][0] == block:
@@ -71,7 +71,7 @@ def segments(graph: fx.Graph, also_read: Callable[[fx.Node], Iterable[fx.Node]] 
     return parts
 
 
-def _block_of(node: fx.Node) -> str | None:
+def block_of(node: fx.Node) -> str | None:
     """The repeated block that a node belongs to: the first part of its module path that ends in a number."""
     paths = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
     match = _BLOCK.match(paths[-1]) if paths else None

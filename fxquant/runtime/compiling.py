@@ -22,6 +22,8 @@ from torch._dynamo.exc import TorchDynamoException
 from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import ConfigurationError, SpeedWarning
 from fxquant.pipeline.backend import Backend
+from fxquant.runtime.caches.cacheable import refuse_compiling
+from fxquant.runtime.caches.cutting import PART
 from fxquant.runtime.moving import Place
 from fxquant.runtime.pieces import Dims, Piece, pieces, repeated
 from fxquant.runtime.torch_compile import CAN_MARK, keep_layouts, quantizes_convolutions
@@ -39,6 +41,7 @@ class Compilable(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile in place, as :meth:`torch.nn.Module.compile` does, with the settings that the backend needs."""
+        refuse_compiling(self)  # type: ignore[arg-type]
         super().compile(*args, **kwargs)
         compiled, backend = self._compiled_call_impl, self.backend
         assert compiled is not None
@@ -98,10 +101,10 @@ class InPieces:
         return InPieces(self.options, self.dynamic, backend)
 
     def run(
-        self, captured: CapturedGraph, inputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor] = lambda it: it
+        self, module: fx.GraphModule, inputs: Sequence[Tensor], moved: Callable[[Tensor], Tensor] = lambda it: it
     ) -> tuple[Any, ...]:
         """The outputs of a graph. ``moved`` brings the tensors of the model to the device of the inputs."""
-        return self.plan(captured.module).run(inputs, moved)
+        return self.plan(module).run(inputs, moved)
 
     def plan(self, module: fx.GraphModule) -> _Plan:
         """How a graph is run; made anew if the code of the graph changed.
@@ -116,7 +119,7 @@ class InPieces:
 
     def _made(self, module: fx.GraphModule) -> _Plan:
         found = pieces(module, {} if self.backend is None else self.backend.with_tensors())
-        if not repeated(found):
+        if not repeated(found) and PART not in module.meta:
             raise ConfigurationError(
                 "no two blocks of this model compute the same ops on tensors of the same shapes, so nothing is gained "
                 "by compiling blocks; compile the whole model: model.compile()"

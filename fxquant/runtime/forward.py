@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from fxquant.capture.describe import warn_of_many
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
 from fxquant.runtime import torch_compile
+from fxquant.runtime.caches.cacheable import refuse_compiling
 from fxquant.runtime.lora import refuse_scale, with_scale
 from fxquant.runtime.nans import showing_nans
 
@@ -33,6 +35,7 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         _arrive(self)
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
         # This call is inside a larger function that is being compiled.
+        _refuse_caching(self)
         given = self.architecture.canonical(args, kwargs)
         refuse_scale(self, given)
         captured = self.find_compiling(given)
@@ -41,6 +44,7 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         inputs = captured.inputs(given.leaves)
         return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
     if (compiler := torch_compile.callback()) not in (None, False):  # Compilation would begin at this call.
+        _refuse_caching(self)
         call = _begin(self, args, kwargs)
         try:
             leaves = call.code(call.module, *call.inputs)
@@ -52,7 +56,7 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
             _unwatch(self)
         return _end(call, leaves)
     captured, inputs = _choose(self, args, kwargs)
-    leaves = captured.module(*inputs) if self._pieces is None else self._pieces.run(captured, inputs)
+    leaves = self._run_graph(captured, inputs, _call if self._pieces is None else self._pieces.run)
     return captured.output(showing_nans(captured, inputs, leaves))
 
 
@@ -78,11 +82,17 @@ def _stream(self: GraphModel, args: Any, kwargs: Mapping[str, Any], begins: bool
     if begins:
         streaming.warn_uncompiled()
     captured, inputs = _choose(self, *streaming.arrived((args, dict(kwargs))))
-    if self._pieces is None:
-        leaves = streaming.run(captured, inputs)
-    else:
-        leaves = self._pieces.run(captured, inputs, streaming.moved)
-    return captured.output(showing_nans(captured, inputs, leaves))
+    run = streaming.run if self._pieces is None else partial(self._pieces.run, moved=streaming.moved)
+    return captured.output(showing_nans(captured, inputs, self._run_graph(captured, inputs, run)))
+
+
+def _call(module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
+    return module(*inputs)
+
+
+@torch.compiler.disable
+def _refuse_caching(self: GraphModel) -> None:
+    refuse_compiling(self)
 
 
 @torch.compiler.disable

@@ -24,6 +24,7 @@ from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
+from fxquant.runtime.caches.cacheable import Cacheable
 from fxquant.runtime.compiling import Compilable
 from fxquant.runtime.drop_in import changes, hand_on, refusal
 from fxquant.runtime.forward import forward_of_graphs
@@ -39,7 +40,7 @@ MakeGraph = Callable[..., CapturedGraph]
 """Makes a graph for a model and a call, and for quantized models with branches, if given."""
 
 
-class GraphModel(Compilable, Pretrained, Movable):
+class GraphModel(Cacheable, Compilable, Pretrained, Movable):
     """A diffusion transformer as one FX graph for each kind of call.
 
     Pipelines accept it in place of the original: it has the original's ``config``, ``dtype``, ``device``, ``forward``
@@ -309,6 +310,7 @@ class GraphModel(Compilable, Pretrained, Movable):
         for captured in self.captured:
             clone.add(captured)
         copy_adapters(self, clone)
+        self._copy_cache_to(clone)
 
     def take_place_of(self, model: nn.Module) -> None:
         """Turn an object into a quantized model that shares everything with this one.
@@ -333,6 +335,7 @@ class GraphModel(Compilable, Pretrained, Movable):
             module = copy.deepcopy(captured.module, memo)
             clone.add(replace(captured, module=module))
         copy_adapters(self, clone)
+        self._copy_cache_to(clone)
         return clone
 
 

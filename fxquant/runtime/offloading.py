@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import ConfigurationError, SpeedWarning
 
 SLOT = "offloaded"
@@ -73,9 +72,8 @@ class Streaming:
         """The same arguments with their tensors on the device."""
         return pytree.tree_map(lambda leaf: leaf.to(self.device) if isinstance(leaf, Tensor) else leaf, arguments)
 
-    def run(self, captured: CapturedGraph, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    def run(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """The outputs of a graph for inputs on the device."""
-        module = captured.module
         kept = self._codes.get(id(module))
         if kept is None or kept[0] is not module._code:
             kept = self._codes[id(module)] = module._code, streamed(module, self.device, self.options)

@@ -1,0 +1,159 @@
+"""Where the blocks of a model begin and end in its graphs, as the caches of diffusers see them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from fxquant.errors import ConfigurationError
+from fxquant.ir.borders import Border, borders
+from fxquant.reconstruction.segments import block_of
+from fxquant.runtime.caches.cutting import Cut, cut
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block does with the values that the blocks hand on.
+
+    Attributes:
+        path: Path of its module.
+        arguments: Names of the arguments that it receives them as: the image first, then maybe the text.
+        positions: Positions among its results; None for the second if it returns no text.
+    """
+
+    path: str
+    arguments: tuple[str, str]
+    positions: tuple[int, int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A graph that is cut around its blocks.
+
+    Attributes:
+        cut: The parts.
+        received: What the first block receives as the image.
+        streams: For the image, and for the text if it is needed later: the value that the head makes, and the value
+            that the last block returns.
+    """
+
+    cut: Cut
+    received: fx.Node
+    streams: tuple[tuple[fx.Node, fx.Node], ...]
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The blocks of a model in the order in which they run.
+
+    Raises:
+        ConfigurationError: If the model has no list of blocks under a name that diffusers knows.
+        MissingPackageError: If diffusers is not installed.
+    """
+    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as names
+
+    found = [
+        _block(f"{name}.{number}", block)
+        for name, part in model.named_children()
+        if name in names and isinstance(part, nn.ModuleList)
+        for number, block in enumerate(part)
+    ]
+    if len(found) < 2:
+        raise ConfigurationError(
+            f"caches of steps skip blocks, and {type(model).__name__} has {len(found)} in lists named "
+            f"{', '.join(sorted(names))}, where diffusers looks for them; at least two are needed. Leave the cache out"
+        )
+    return found
+
+
+def _block(path: str, block: nn.Module) -> Block:
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    try:
+        known = TransformerBlockRegistry.get(type(block))
+    except ValueError:  # A block that returns one value needs no entry there.
+        known = TransformerBlockMetadata(return_hidden_states_index=0)
+    takes = list(inspect.signature(block.forward).parameters)
+    image = known.hidden_states_argument_name
+    return Block(
+        path,
+        (image if image in takes else takes[0], known.encoder_hidden_states_argument_name),
+        (known.return_hidden_states_index, known.return_encoder_hidden_states_index),
+    )
+
+
+def cut_blocks(module: fx.GraphModule, blocks: Sequence[Block], behind_first: bool) -> Blocks:
+    """Cut a graph around its blocks.
+
+    Args:
+        module: The graph.
+        blocks: The blocks of the model, of which some may be left out in this graph.
+        behind_first: Whether the head computes the first block too.
+
+    Raises:
+        ConfigurationError: If the graph cannot be cut there. Says why, and what to do.
+    """
+    marked, first, last = _Marked(module), blocks[0], blocks[-1]
+    received = marked.one(first, first.arguments[0])
+    streams = []
+    for number, (here, there) in enumerate(zip(first.positions, last.positions, strict=True)):
+        result = None if there is None else marked.returned(last, there, needed=number == 0)
+        if result is None:
+            continue
+        if behind_first:
+            source = None if here is None else marked.returned(first, here, needed=True)
+        else:
+            source = received if number == 0 else marked.one(first, first.arguments[number])
+        if source is None or _looks(source) != _looks(result):
+            raise _refusal(
+                f"{last.path} returns another shape than {first.path}, so the result of one step cannot be added to "
+                "that of another"
+            )
+        streams.append((source, result))
+    made = cut(module, [received, *(source for source, _ in streams)], [result for _, result in streams])
+    skipped = {block.path for block in (blocks[1:] if behind_first else blocks)}
+    passed = next((block for node in made.bypassing if (block := block_of(node)) in skipped), None)
+    if passed is not None:
+        raise _refusal(f"what follows the blocks also reads from within {passed}, not only what {last.path} returns")
+    return Blocks(made, received, tuple(pair for pair in streams if pair[1] in made.middle.made))
+
+
+class _Marked:
+    """The marks of a graph, and the refusals of graphs that lack some."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._found = borders(module.graph)
+
+    def one(self, block: Block, argument: str | None, position: int = 0) -> fx.Node:
+        nodes = self._found.get(Border(block.path, argument, position), [])
+        if len(nodes) != 1:
+            what = "return" if argument is None else f"get as {argument}"
+            why = "is called several times" if nodes else f"no longer appears as one value that it would {what}"
+            raise _refusal(f"{block.path} {why} in this graph")
+        return nodes[0]
+
+    def returned(self, block: Block, position: int, needed: bool) -> fx.Node | None:
+        """A value that a block returns; None if nothing reads it and it is not needed."""
+        if Border(block.path, None, position) not in self._found and not needed:
+            return None
+        if position == 0 and Border(block.path, None, 1) in self._found and block.positions[1] is None:
+            raise _refusal(
+                f"{block.path} returns several values, and diffusers does not say which is the image "
+                "(TransformerBlockRegistry)"
+            )
+        return self.one(block, None, position)
+
+
+def _looks(node: fx.Node) -> tuple[object, ...]:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.dtype, *(str(size) for size in value.shape)
+
+
+def _refusal(reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"this cache of steps cannot be used: {reason}. Call disable_cache(), or leave the cache out; to be faster "
+        "without one, use fewer steps or compile the model"
+    )

@@ -1,0 +1,102 @@
+"""What a cache keeps from step to step, apart for each thread and each name of ``cache_context``.
+
+A generation must not read what another one left. Pipelines reset a cache when they end. A generation that ended early
+did not, so the timestep of each call is compared with that of the call before: within a generation it moves in one
+direction.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOST = 8  # Kinds of call whose state a thread keeps: each holds activations.
+
+
+@dataclass
+class Progress:
+    """How far the generation has come that calls of one kind belong to.
+
+    Attributes:
+        timestep: The timestep of the last call, the mean if it has several; None before the first call.
+        direction: -1 if timesteps fall, 1 if they rise, 0 while that is not known.
+        conditions: The other inputs of the last call.
+    """
+
+    timestep: float | None = None
+    direction: float = 0.0
+    conditions: tuple[weakref.ref[Tensor], ...] = ()
+
+    def begins_anew(self, named: Mapping[str, Tensor], timestep: str | None) -> bool:
+        """Whether a call begins a new generation. The call then is the last call.
+
+        It does if its timestep lies behind that of the last call, or if it is the same and no input is the same object.
+        Some solvers call the model twice at a timestep, with the same prompt.
+        """
+        if timestep not in named:
+            return False
+        now, before = float(named[timestep].detach().double().mean()), self.timestep
+        others = [tensor for name, tensor in named.items() if name != timestep]
+        direction = 0.0 if before is None or now == before else math.copysign(1.0, now - before)
+        if now == before:
+            held = {id(tensor) for tensor in others}
+            anew = not any(id(known()) in held for known in self.conditions if known() is not None)
+        else:
+            anew = direction != 0.0 and self.direction == -direction
+        self.timestep = now
+        self.direction = 0.0 if anew else direction or self.direction
+        self.conditions = tuple(weakref.ref(tensor) for tensor in others)
+        return anew
+
+
+@dataclass
+class _Held:
+    progress: Progress
+    memory: Any
+
+
+@dataclass
+class States(threading.local):
+    """The states of one thread.
+
+    Attributes:
+        name: The name of the ``cache_context`` that the thread is in; None outside of one.
+    """
+
+    name: str | None = None
+    _held: dict[Hashable, _Held] = field(default_factory=dict)
+
+    def of(self, kind: Hashable, named: Mapping[str, Tensor], timestep: str | None, make: Callable[[], Any]) -> Any:
+        """The state for a call in the present context; made anew if the call begins a generation.
+
+        Args:
+            kind: What calls that share a state have in common.
+            named: The tensor inputs of the call by name.
+            timestep: Name of the input that holds the timestep, or None.
+            make: Makes an empty state.
+        """
+        key = self.name, kind
+        held = self._held.pop(key, None) or _Held(Progress(), make())
+        if held.progress.begins_anew(named, timestep):
+            held.memory = make()
+        self._held[key] = held
+        while len(self._held) > _MOST:
+            del self._held[next(iter(self._held))]
+        return held.memory
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+
+
+def kind_of(cut: Hashable, inputs: list[Any]) -> Hashable:
+    """What calls have in common whose values can be added: the graph, and shapes, dtypes and devices of the inputs."""
+    tensors = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
+    return cut, tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors)
