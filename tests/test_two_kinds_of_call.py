@@ -136,6 +136,8 @@ CASES += [
 CASES += [("norm", "pe", "shifted"), ("elsewhere", "pe", "shifted"), ("elsewhere", "e", "balanced")]
 FLOAT = {("norm", "pe", "balanced")}
 """Cases that `make test` also runs with calls of another dtype than those of the calibration."""
+SECOND = {(kind, "p", "balanced") for kind in ("weightless", "parameter", "table", "convolved")}
+"""Cases that are like another one as far as `make test` is concerned."""
 
 
 _LAYER = (
@@ -164,11 +166,11 @@ REFUSED = {
 
 
 def in_both_dtypes(cases: Sequence[tuple[str, ...]], sample: Collection[tuple[str, ...]]) -> list[Any]:
-    """The cases, each calibrated with either dtype of timesteps; those of float32 are exhaustive outside the sample."""
+    """The cases, each calibrated with either dtype of timesteps; exhaustive outside the sample and `SECOND`."""
     found = []
     for dtype in ("int64", "float32"):
         for case in cases:
-            rest = [pytest.mark.exhaustive] * (dtype == "float32" and case not in sample)
+            rest = [pytest.mark.exhaustive] * (case in SECOND if dtype == "int64" else case not in sample)
             found.append(pytest.param(*case, dtype, marks=rest))
     return found
 

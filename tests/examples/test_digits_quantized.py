@@ -63,7 +63,7 @@ def test_absorption_is_free_and_exact_in_float64(pipe: DiTPipeline, kind: str) -
     assert not [node for node in rewritten.graphs[0].graph.nodes if node.target is AFFINE]
 
 
-FEW = {"CALIBRATION_STEPS": 10, "CALIBRATION_SAMPLES": 8, "TEST_STEPS": 6, "TEST_SAMPLES": 8}
+FEW = {"CALIBRATION_STEPS": 8, "CALIBRATION_SAMPLES": 8, "TEST_STEPS": 4, "TEST_SAMPLES": 8}
 
 
 @pytest.fixture(scope="module", params=["few samples", pytest.param("as the demo", marks=pytest.mark.exhaustive)])

@@ -11,11 +11,16 @@ from tests.zoo.models import CAPTURED, Entry
 from tests.zoo.test_zoo import run, sqnr
 
 NAMES = ("PixArt2D-Sigma", "SD32D", "Wan3D", "Latte3D", "Mochi3D")
-ENTRIES = [entry for entry in CAPTURED if entry.id in NAMES]
+SAMPLE = ("SD32D", "Wan3D")
+ENTRIES = [
+    pytest.param(entry, id=entry.id, marks=[] if entry.id in SAMPLE else [pytest.mark.exhaustive])
+    for entry in CAPTURED
+    if entry.id in NAMES
+]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_blocks_are_learned_one_after_the_other(entry: Entry) -> None:
     options = {"iterations": 20, "rounding_rate": 0.05, "samples": 32}
     recipe = make_recipe("rtn-reconstruct-w4a8").with_options("reconstruct-blocks", **options)
