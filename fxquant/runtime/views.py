@@ -3,7 +3,8 @@
 A graph calls no modules. Libraries look for modules of some classes and attach hooks to them or replace them: caches of
 steps, layerwise casting, group offloading, other quantizers. If they found none, they would do nothing and say nothing.
 So ``children()`` and ``modules()`` show the modules of the original: each view has the class and the name of one, holds
-no tensors, and refuses hooks, weights and every change by name.
+no tensors, and refuses hooks, weights and every change by name. ``modules()`` leaves out modules without children, such
+as linears: loaders of diffusers that find them there read their weights.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class ModuleView(nn.Module):
     def __delattr__(self, name: str) -> None:
         raise refusal(f"{vars(self)['_path']}.{name}")
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+    def named_children(self) -> Iterator[tuple[str, Any]]:
         """The views of its children."""
         own = vars(self)
         yield from views(own["_module"], own["_owner"], own["_path"])
@@ -51,10 +52,11 @@ class ModuleView(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Itself and the views below, by their names."""
+        """Itself and the views below that have children, by their names."""
         yield prefix, self
         for name, view in self.named_children():
-            yield from view.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
+            if view._module._modules:
+                yield from view.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._part) if isinstance(self._module, nn.ModuleDict) else iter(self.children())
@@ -73,8 +75,22 @@ class ModuleView(nn.Module):
         return repr(self._part)
 
 
+class Holder(nn.Module):
+    """Shows the tensors of a module in a graph, and refuses hooks: a graph calls none of them."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__()
+        vars(self).update(_parameters=module._parameters, _buffers=module._buffers, training=False, _path=path)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in vars(self).get("_parameters", ()) or name in vars(self).get("_buffers", ())
+        if "_path" in vars(self) and not own and (name != "training" or value):
+            raise refusal(f"{self._path}.{name}")
+        super().__setattr__(name, value)
+
+
 def _refused(name: str) -> Any:
-    def method(self: ModuleView, *_: Any, **__: Any) -> Any:
+    def method(self: ModuleView | Holder, *_: Any, **__: Any) -> Any:
         raise refusal(f"{vars(self)['_path']}.{name}")
 
     return method
@@ -83,9 +99,10 @@ def _refused(name: str) -> Any:
 for _name, _value in vars(nn.Module).items():
     if callable(_value) and not _name.startswith("_") and _name not in _WALKS:
         setattr(ModuleView, _name, _refused(_name))
+        setattr(Holder, _name, _refused(_name))
 
 
-def views(module: nn.Module, owner: Any, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def views(module: nn.Module, owner: Any, path: str = "") -> Iterator[tuple[str, ModuleView]]:
     """The views of the children of a module of the original, by name."""
     for name, child in module.named_children():
         yield name, ModuleView(child, owner, f"{path}.{name}" if path else name)
@@ -106,7 +123,7 @@ class Walked(DropIn):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The model, the views of the modules of the original, and the graphs, which hold the tensors."""
+        """The model, the views of modules of the original, and what holds the tensors of the graphs."""
         memo = set() if memo is None else memo
         if self in memo:
             return
@@ -114,11 +131,13 @@ class Walked(DropIn):
             memo.add(self)
         yield prefix, self
         start = f"{prefix}." if prefix else ""
-        for name, view in self.named_children():
-            yield from view.named_modules(memo, f"{start}{name}", remove_duplicate)
+        for name, view in views(self.architecture.skeleton, self):
+            if view._module._modules:
+                yield from view.named_modules(memo, f"{start}{name}", remove_duplicate)
         for name, module in self._modules.items():
-            if module is not None:
-                yield from module.named_modules(memo, f"{start}{name}", remove_duplicate)
+            inner = () if module is None else module.named_modules(memo, name, remove_duplicate)
+            for path, held in inner:
+                yield f"{start}{path}", Holder(held, path) if name == "graphs" else held
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode of the graphs, which are not among the children."""

@@ -29,6 +29,11 @@ def quantized(model: Any) -> GraphModel:
     return fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model), measure=0)
 
 
+def replace(modules: list[nn.Module], name: str, value: Any) -> None:
+    for module in modules:
+        setattr(module, name, value)
+
+
 ATTACH: dict[str, Callable[[Any], Any]] = {
     "layerwise_casting": lambda model: hooks.apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32),
     "group_offloading, blocks": lambda model: hooks.apply_group_offloading(
@@ -53,8 +58,8 @@ ATTACH: dict[str, Callable[[Any], Any]] = {
     ),
     "layer_skip": lambda model: hooks.apply_layer_skip(model, hooks.LayerSkipConfig(indices=[0])),
     "hooks of torch": lambda model: [each.register_forward_hook(print) for each in model.children()],
-    "another forward": lambda model: [setattr(each, "forward", print) for each in model.children()],
-    "another module": lambda model: [setattr(each, "proj", nn.Identity()) for each in [*model.children()][:1]],
+    "another forward": lambda model: replace([*model.children()], "forward", print),
+    "another module": lambda model: replace([*model.children()][:1], "proj", nn.Identity()),
     "casting by hand": lambda model: [each.half() for each in model.children()],
 }
 
@@ -72,18 +77,22 @@ def test_what_walks_over_modules_is_refused(model: Any, quantized: GraphModel, w
 
 
 def test_views_have_the_classes_and_names_of_the_original(model: Any, quantized: GraphModel) -> None:
-    expected = {name: type(module) for name, module in model.named_modules() if name}
+    """Modules without children are only among ``children()``: loaders read the weights of linears in ``modules()``."""
+    expected = {name: type(module) for name, module in model.named_modules() if name and [*module.children()]}
     found: dict[str, Any] = {name: module for name, module in quantized.named_modules() if name in expected}
     assert {name: module.__class__ for name, module in found.items()} == expected
     assert all(isinstance(found[name], cls) for name, cls in expected.items())
+    assert not any(isinstance(module, nn.Linear) for module in quantized.modules())
     assert [name for name, _ in quantized.named_children()] == [name for name, _ in model.named_children()]
     blocks = found["transformer_blocks"]
     assert len(blocks) == 2 and [each.__class__ for each in blocks] == [blocks[0].__class__] * 2
     assert blocks[0].attn1.heads == model.transformer_blocks[0].attn1.heads
+    query = dict(found["transformer_blocks.0.attn1"].named_children())["to_q"]
+    assert isinstance(query, nn.Linear) and query.in_features == 16
     with pytest.raises(DropInError, match=r"no transformer_blocks\.0\.attn1\.to_q\.weight"):
-        found["transformer_blocks.0.attn1.to_q"].weight
+        query.weight
     with pytest.raises(DropInError, match=r"no transformer_blocks\.0\.attn1\.to_q\.weight"):
-        del found["transformer_blocks.0.attn1.to_q"].weight
+        del query.weight
 
 
 def test_walks_that_change_nothing_work(quantized: GraphModel) -> None:
@@ -91,6 +100,9 @@ def test_walks_that_change_nothing_work(quantized: GraphModel) -> None:
     assert not any(module.training for module in quantized.modules())
     names = [name for name, _ in quantized.named_parameters()] + [name for name, _ in quantized.named_buffers()]
     assert names and all(name.startswith("graphs.") for name in names)
+    assert {*map(id, quantized.buffers())} == {id(tensor) for tensor in quantized.tensors().values()} - {
+        id(tensor) for tensor in quantized.parameters()
+    }
     held = nn.ModuleDict({"transformer": quantized})
     assert {f"transformer.{name}" for name in names} == {
         name for name, _ in (*held.named_parameters(), *held.named_buffers())
