@@ -14,10 +14,10 @@ from fxquant.errors import AlreadyCompiledError, CalibrationError, Configuration
 from fxquant.runtime.model import GraphModel
 
 
-def expert(seed: int) -> WanTransformer3DModel:
+def expert(seed: int, layers: int = 1) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=1,
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=layers,
         rope_max_seq_len=32,
     ).eval()  # fmt: skip
 

@@ -7,7 +7,7 @@ same.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,12 @@ def settle(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if found := node.meta.get("custom", {}).pop(_TRACED, ()):
             node.meta[BORDERS] = tuple(dict.fromkeys(found))
+
+
+def unmark(nodes: Iterable[fx.Node]) -> None:
+    """Drop the marks of values that code writes into, because the node of a value holds it before or after a write."""
+    for node in nodes:
+        node.meta.get("custom", {}).pop(_TRACED, None)
 
 
 class _Marker:

@@ -15,6 +15,7 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
+from fxquant.capture.borders import unmark
 from fxquant.errors import CaptureError
 from fxquant.ir.arguments import source_of
 
@@ -128,6 +129,7 @@ class _Walk:
         self.written = {self._owner(source_of(node)): 0 for node in every}
         if any(self._owner(node) in self.written for node in lost):
             return False
+        unmark(node for node in self.graph.nodes if self._owner(node) in self.written)
         for node in list(self.graph.nodes):
             self._visit(node)
         return True

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.borders import marking, settle
+from fxquant.capture.borders import marking, settle, unmark
 from fxquant.capture.calls import BATCH, TRACED_BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.constants import is_plain
 from fxquant.capture.describe import canonical_call, changed_leaves, describe_call
@@ -376,6 +376,7 @@ class Architecture:
                         f"({str(error).splitlines()[0]}); let it work on a copy, and keep no state between calls"
                     ) from error
                 exported = program.module(check_guards=False)
+                unmark(exported.graph.nodes)  # type: ignore[union-attr]
             if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
                 raise CaptureError(
                     f"{type(self.skeleton).__name__} writes into its inputs or buffers in place; let it work on a copy"

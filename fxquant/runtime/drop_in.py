@@ -101,10 +101,13 @@ _ADVICE = {
     "attn|attention": (
         "attention was captured as the float model computes it. Choose the attention in the float model, then compile"
     ),
-    "cache": "diffusers caches skip blocks by hooks on their modules, and a graph has no modules. Leave it out",
+    "cache": (
+        "only models that fxquant.compile, fxquant.load and fxquant.trace return cache steps; an ahead-of-time package "
+        "is one piece. Leave it out"
+    ),
     "^_diffusers_hook$": (
         "hooks of diffusers run around modules, and a graph calls none. Use the methods of the model itself, such as "
-        "enable_group_offload, which work or say what to do instead"
+        "enable_cache and enable_group_offload, which work or say what to do instead"
     ),
     "hook": "a graph calls no submodules. Put hooks on the whole model",
     "offload": "call enable_group_offload of the whole model",

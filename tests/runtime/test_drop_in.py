@@ -21,8 +21,8 @@ from tests.zoo.models import ENTRIES
 
 MIXINS = (*behaviours.MIXINS, UNet2DConditionLoadersMixin)
 WORKS = {
-    "cache_context", "compile_repeated_blocks", "config", "config_name", "device", "dtype", "enable_group_offload",
-    "extract_init_dict",
+    "cache_context", "compile_repeated_blocks", "config", "config_name", "device", "disable_cache", "dtype",
+    "enable_cache", "enable_group_offload", "extract_init_dict",
     "from_config", "from_pretrained", "get_config_dict", "get_memory_footprint", "has_compatibles",
     "ignore_for_config", "is_cache_enabled", "is_gradient_checkpointing", "load_config", "num_parameters",
     "push_to_hub", "register_to_config", "save_config", "save_pretrained", "text_encoder_name", "to_json_file",
@@ -42,8 +42,6 @@ REFUSED = {
     "set_attn_processor": "attention was captured",
     "set_attention_backend": "attention was captured",
     "enable_xformers_memory_efficient_attention": "attention was captured",
-    "enable_cache": "Leave it out",
-    "disable_cache": "Leave it out",
     "enable_layerwise_casting": "Leave it out",
     "enable_parallelism": "one device",
     "enable_gradient_checkpointing": "for training",

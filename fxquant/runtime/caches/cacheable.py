@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
@@ -41,13 +41,19 @@ class Rule(Protocol):
         """What is known before the first step of a generation."""
         ...
 
-    def run(self, parts: Blocks, inputs: Sequence[Any], memory: Any, run: Run) -> tuple[Any, ...]:
-        """The outputs of a graph."""
+    def run(self, parts: Blocks, inputs: Sequence[Any], memory: Any, run: Run) -> tuple[Any, bool]:
+        """The outputs of a graph, and whether blocks were skipped."""
         ...
 
 
 class StepCache:
     """A cache that is enabled: how graphs are cut, and what is kept from step to step.
+
+    Attributes:
+        config: The config of diffusers.
+        states: What is kept, by thread.
+        calls: Number of calls since it was enabled.
+        skipped: Number of those that skipped blocks.
 
     Args:
         config: The config of diffusers.
@@ -61,6 +67,7 @@ class StepCache:
     def __init__(self, config: Any, model: nn.Module, timestep: str | None) -> None:
         self.config = config
         self.states = States()
+        self.calls = self.skipped = 0
         self._rule = rule_of(config)
         self._blocks = blocks_of(model)
         self._timestep = timestep
@@ -97,7 +104,11 @@ class StepCache:
         parts = self.parts(captured.module)
         named = dict(zip((name for name, _ in captured.call.tensors), inputs, strict=True))
         memory = self.states.of(kind_of(parts, list(inputs)), named, self._timestep, self._rule.memory)
-        return self._rule.run(parts, inputs, memory, run)
+        leaves, skipped = self._rule.run(parts, inputs, memory, run)
+        self.calls += 1
+        self.skipped += skipped
+        found: tuple[Any, ...] = leaves
+        return found
 
 
 def rule_of(config: Any) -> Rule:
@@ -134,6 +145,12 @@ class Cacheable(nn.Module):
         return self._cache is not None
 
     @property
+    def cache_counts(self) -> dict[str, int]:
+        """Number of ``calls`` since the cache was enabled, and of those that were ``skipped``, that is, in part."""
+        cache = self._cache
+        return {"calls": 0, "skipped": 0} if cache is None else {"calls": cache.calls, "skipped": cache.skipped}
+
+    @property
     def _cache_config(self) -> Any:
         return None if self._cache is None else self._cache.config
 
@@ -159,7 +176,7 @@ class Cacheable(nn.Module):
                 "this model was compiled as a whole, and compiled code cannot skip blocks. Load it again and enable "
                 "the cache without compile(), or with compile_repeated_blocks()"
             )
-        made = StepCache(dataclasses.replace(config), self.architecture.skeleton, self.architecture.timestep)
+        made = StepCache(copy.copy(config), self.architecture.skeleton, self.architecture.timestep)
         for captured in self.captured:
             made.parts(captured.module)
         self._cache = made

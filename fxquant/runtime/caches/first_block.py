@@ -30,8 +30,8 @@ class FirstBlock:
     """``FirstBlockCacheConfig`` of diffusers, with its arithmetic.
 
     Attributes:
-        threshold: The other blocks are skipped unless the mean absolute change of what the first block adds, relative
-            to the mean absolute value of what it added in the last full step, is larger.
+        threshold: The other blocks are skipped unless what the first block adds changed by more: the mean absolute
+            change since the last full step, relative to the mean absolute value then.
     """
 
     threshold: float
@@ -46,19 +46,20 @@ class FirstBlock:
         """What is known before the first step."""
         return Memory()
 
-    def run(self, parts: Blocks, inputs: Sequence[Any], memory: Memory, run: Run) -> tuple[Any, ...]:
-        """The outputs of a graph."""
+    def run(self, parts: Blocks, inputs: Sequence[Any], memory: Memory, run: Run) -> tuple[Any, bool]:
+        """The outputs of a graph, and whether blocks were skipped."""
         values = dict(zip(parts.cut.inputs, inputs, strict=True))
         values |= parts.cut.head.run(values, run)
         added = (values[parts.streams[0][0]] - values[parts.received]).detach()
-        if self._is_like(added, memory.first):
+        skips = self._is_like(added, memory.first)
+        if skips:
             for (source, result), other in zip(parts.streams, memory.others, strict=True):
                 values[result] = other + values[source]
         else:
             values |= parts.cut.middle.run(values, run)
             memory.first = added
             memory.others = [(values[result] - values[source]).detach() for source, result in parts.streams]
-        return parts.cut.leaves(values, run)
+        return parts.cut.leaves(values, run), skips
 
     def _is_like(self, added: Tensor, before: Tensor | None) -> bool:
         if before is None:

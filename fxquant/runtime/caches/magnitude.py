@@ -70,11 +70,12 @@ class Magnitude:
         """What is known before the first step."""
         return Memory()
 
-    def run(self, parts: Blocks, inputs: Sequence[Any], memory: Memory, run: Run) -> tuple[Any, ...]:
-        """The outputs of a graph."""
+    def run(self, parts: Blocks, inputs: Sequence[Any], memory: Memory, run: Run) -> tuple[Any, bool]:
+        """The outputs of a graph, and whether blocks were skipped."""
         values = dict(zip(parts.cut.inputs, inputs, strict=True))
         values |= parts.cut.head.run(values, run)
-        if self._skips(memory):
+        skips = self._skips(memory)
+        if skips:
             for number, (source, result) in enumerate(parts.streams):  # The text passes unchanged, as in diffusers.
                 values[result] = values[source] if number else values[source] + memory.added
         else:
@@ -85,7 +86,7 @@ class Magnitude:
                 memory.found.append(_ratio(added, memory.added))
             memory.added = added
         self._advance(memory)
-        return parts.cut.leaves(values, run)
+        return parts.cut.leaves(values, run), skips
 
     def _skips(self, memory: Memory) -> bool:
         if self.ratios is None or memory.step < self.first_steps:
