@@ -215,6 +215,24 @@ def test_ratios_are_measured(traced: GraphModel, caplog: pytest.LogCaptureFixtur
     assert counted(traced)[1] > 0
 
 
+@pytest.mark.parametrize("name", ["Flux22D", "Chroma2D", "SD32D"])
+def test_models_that_diffusers_cannot_cache_so(name: str) -> None:
+    """Blocks that are not registered, that return image and text in one value, and a last one without text."""
+    entry = next(entry for entry in ENTRIES if entry.id == name)
+    made = fxquant.trace(entry.model(), timestep=entry.timestep)
+    plain = _steps(made, entry, 3)
+    for config in (NEVER, ALWAYS):
+        made.enable_cache(config)
+        with made.cache_context("cond"):
+            found = _steps(made, entry, 3)
+        assert torch.equal(found[0], plain[0])
+        assert made.cache_counts["skipped"] == (0 if config is NEVER else 2)
+        for ours, full in zip(found[1:], plain[1:], strict=True):
+            assert torch.equal(ours, full) == (config is NEVER)
+            torch.testing.assert_close(ours, full, rtol=0.1, atol=0.3)
+        made.disable_cache()
+
+
 # --- generations ---
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxquant.errors import ConfigurationError
@@ -21,12 +22,13 @@ class Block:
     Attributes:
         path: Path of its module.
         arguments: Names of the arguments that it receives them as: the image first, then maybe the text.
-        positions: Positions among its results; None for the second if it returns no text.
+        positions: Positions among its results; None for the second if it returns no text. None if diffusers does not
+            say, and the shapes have to tell.
     """
 
     path: str
     arguments: tuple[str, str]
-    positions: tuple[int, int | None]
+    positions: tuple[int, int | None] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +75,15 @@ def _block(path: str, block: nn.Module) -> Block:
 
     try:
         known = TransformerBlockRegistry.get(type(block))
-    except ValueError:  # A block that returns one value needs no entry there.
-        known = TransformerBlockMetadata(return_hidden_states_index=0)
+    except ValueError:
+        known = TransformerBlockMetadata()
     takes = list(inspect.signature(block.forward).parameters)
     image = known.hidden_states_argument_name
+    positions = known.return_hidden_states_index, known.return_encoder_hidden_states_index
     return Block(
         path,
         (image if image in takes else takes[0], known.encoder_hidden_states_argument_name),
-        (known.return_hidden_states_index, known.return_encoder_hidden_states_index),
+        None if positions[0] is None else positions,
     )
 
 
@@ -97,27 +100,28 @@ def cut_blocks(module: fx.GraphModule, blocks: Sequence[Block], behind_first: bo
     """
     marked, first, last = _Marked(module), blocks[0], blocks[-1]
     received = marked.one(first, first.arguments[0])
+    made, given = marked.returned(last), marked.returned(first) if behind_first else marked.received(first)
     streams = []
-    for number, (here, there) in enumerate(zip(first.positions, last.positions, strict=True)):
-        result = None if there is None else marked.returned(last, there, needed=number == 0)
-        if result is None:
+    for source, whole in zip(given, made, strict=True):
+        if whole is None:
             continue
-        if behind_first:
-            source = None if here is None else marked.returned(first, here, needed=True)
-        else:
-            source = received if number == 0 else marked.one(first, first.arguments[number])
+        result = _trimmed(whole, source)
         if source is None or _looks(source) != _looks(result):
             raise _refusal(
                 f"{last.path} returns another shape than {first.path}, so the result of one step cannot be added to "
                 "that of another"
             )
         streams.append((source, result))
-    made = cut(module, [received, *(source for source, _ in streams)], [result for _, result in streams])
+    parts = cut(module, [received, *(source for source, _ in streams)], [result for _, result in streams])
     skipped = {block.path for block in (blocks[1:] if behind_first else blocks)}
-    passed = next((block for node in made.bypassing if (block := block_of(node)) in skipped), None)
+    passed = next((block for node in parts.bypassing if (block := block_of(node)) in skipped), None)
     if passed is not None:
         raise _refusal(f"what follows the blocks also reads from within {passed}, not only what {last.path} returns")
-    return Blocks(made, received, tuple(pair for pair in streams if pair[1] in made.middle.made))
+    return Blocks(parts, received, tuple(pair for pair in streams if pair[1] in parts.middle.made))
+
+
+Streams = tuple[fx.Node, fx.Node | None]
+"""The values of the image and of the text; None if there is no text, or nothing reads it any more."""
 
 
 class _Marked:
@@ -129,21 +133,50 @@ class _Marked:
     def one(self, block: Block, argument: str | None, position: int = 0) -> fx.Node:
         nodes = self._found.get(Border(block.path, argument, position), [])
         if len(nodes) != 1:
-            what = "return" if argument is None else f"get as {argument}"
-            why = "is called several times" if nodes else f"no longer appears as one value that it would {what}"
+            what = "returns" if argument is None else f"gets as {argument}"
+            why = "is called several times" if nodes else f"is not called, or what it {what} is not one value"
             raise _refusal(f"{block.path} {why} in this graph")
         return nodes[0]
 
-    def returned(self, block: Block, position: int, needed: bool) -> fx.Node | None:
-        """A value that a block returns; None if nothing reads it and it is not needed."""
-        if Border(block.path, None, position) not in self._found and not needed:
-            return None
-        if position == 0 and Border(block.path, None, 1) in self._found and block.positions[1] is None:
-            raise _refusal(
-                f"{block.path} returns several values, and diffusers does not say which is the image "
-                "(TransformerBlockRegistry)"
-            )
-        return self.one(block, None, position)
+    def received(self, block: Block) -> Streams:
+        """What a block receives."""
+        image, text = block.arguments
+        return self.one(block, image), self.one(block, text) if Border(block.path, text, 0) in self._found else None
+
+    def returned(self, block: Block) -> Streams:
+        """What a block returns."""
+        image, text = self._positions(block)
+        there = Border(block.path, None, -1 if text is None else text) in self._found
+        return self.one(block, None, image), self.one(block, None, text) if there and text is not None else None
+
+    def _positions(self, block: Block) -> tuple[int, int | None]:
+        """The positions of image and text; if diffusers does not say, those that have the shapes of the inputs."""
+        if block.positions is not None:
+            return block.positions
+        count = range(max((b.position for b in self._found if b[:2] == (block.path, None)), default=0) + 1)
+        here = [position for position in count if Border(block.path, None, position) in self._found]
+        if len(here) < 2:
+            return (here or [0])[0], None
+        found = []
+        for value in self.received(block):
+            like = [p for p in here if value is not None and _looks(self.one(block, None, p)) == _looks(value)]
+            if value is None or len(like) != 1:
+                raise _refusal(
+                    f"{block.path} returns several values, and neither diffusers (TransformerBlockRegistry) nor their "
+                    "shapes say which is the image"
+                )
+            found += like
+        return found[0], found[1]
+
+
+def _trimmed(result: fx.Node, source: fx.Node | None) -> fx.Node:
+    """The image alone, if the last block returns text and image in one value, and all that is read is the image."""
+    while source is not None and _looks(result) != _looks(source) and len(result.users) == 1:
+        (reader,) = result.users
+        if reader.target is not torch.ops.aten.slice.Tensor:
+            break
+        result = reader
+    return result
 
 
 def _looks(node: fx.Node) -> tuple[object, ...]:
