@@ -19,8 +19,12 @@ from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
     apply_first_block_cache,
     apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
 )
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
@@ -103,16 +107,44 @@ _SAMPLE = ("DiT2D", "Flux2D", "Wan3D", "CogVideoX3D")
 @pytest.mark.parametrize("rule", ["first block", "magnitude"])
 def test_computes_what_diffusers_computes(name: str, rule: str) -> None:
     """Not only close: the parts run the same ops as the modules."""
+    config: Any = FirstBlockCacheConfig(threshold=0.25)
+    if rule == "magnitude":
+        config = MagCacheConfig(mag_ratios=[1.0, 0.99, 0.98, 1.01, 0.99, 1.0], num_inference_steps=6, threshold=0.03)
+    skipped = _compared(name, config, apply_mag_cache if rule == "magnitude" else apply_first_block_cache)
+    assert not skipped[0] and (rule == "magnitude" or not skipped[3])
+
+
+_TAYLOR = (
+    TaylorSeerCacheConfig(3, 2, max_order=2, taylor_factors_dtype=torch.float32, cache_identifiers=[r".*attn\d?"]),
+    TaylorSeerCacheConfig(2, 1, disable_cache_after_step=4),
+    TaylorSeerCacheConfig(4, 1, use_lite_mode=True),
+)
+
+
+@pytest.mark.parametrize("config", _TAYLOR, ids=["second order", "bfloat16", "lite"])
+def test_extrapolates_as_diffusers_does(config: TaylorSeerCacheConfig) -> None:
+    assert not _compared("Flux2D", config, apply_taylorseer_cache)[0]
+
+
+@pytest.mark.parametrize("name", ["2D", "Flux2D"])
+def test_broadcasts_as_diffusers_does(name: str) -> None:
+    """PixArt has attentions of two kinds, of which the two are computed in different steps."""
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, cross_attention_block_skip_range=3 if name == "2D" else None,
+        current_timestep_callback=lambda: 500,
+    )  # fmt: skip
+    skipped = _compared(name, config, apply_pyramid_attention_broadcast)
+    assert skipped == [False, True, name == "2D", True, name == "2D", True]
+
+
+def _compared(name: str, config: Any, apply: Any) -> list[bool]:
+    """Compare a traced model with the float model of diffusers; return which steps were skipped."""
     entry = next(entry for entry in ENTRIES if entry.id == name)
     deeper = {key: 3 for key in _LAYERS if key in entry.config}
     model = replace(entry, config=entry.config | deeper).model()
-    ratios = [1.0, 0.99, 0.98, 1.01, 0.99, 1.0]
-    config: Any = FirstBlockCacheConfig(threshold=0.25)
-    if rule == "magnitude":
-        config = MagCacheConfig(mag_ratios=ratios, num_inference_steps=6, threshold=0.03)
     made, theirs = fxquant.trace(model, timestep=entry.timestep), copy.deepcopy(model)
     plain = _steps(made, entry)
-    (apply_mag_cache if rule == "magnitude" else apply_first_block_cache)(theirs, config)
+    apply(theirs, config)
     _set_cache_context(theirs, CacheContext("cond"))
     made.enable_cache(config)
     with made.cache_context("cond"):
@@ -121,7 +153,7 @@ def test_computes_what_diffusers_computes(name: str, rule: str) -> None:
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
     skipped = [not torch.equal(ours, full) for ours, full in zip(found, plain, strict=True)]
     assert sum(skipped) == made.cache_counts["skipped"] > 0
-    assert not skipped[0] and (rule == "magnitude" or not skipped[3])
+    return skipped
 
 
 def test_a_pipeline_with_the_cache_of_diffusers() -> None:
@@ -456,6 +488,26 @@ def test_copies_have_the_cache_and_not_what_it_holds(dit: nn.Module, tmp_path: P
 
 
 # --- refused ---
+
+
+def test_modules_that_a_backend_fuses_are_refused(quantized: GraphModel) -> None:
+    """The native backend computes attention outputs with the gate behind them. Whole blocks can be cached on each."""
+    attention = TaylorSeerCacheConfig(2, 1, cache_identifiers=[r".*attn1"])
+    blocks = TaylorSeerCacheConfig(2, 1, cache_identifiers=[r".*blocks\.\d+"])
+    plain = sample(quantized)
+    with pytest.raises(ConfigurationError, match="fits"):
+        quantized.enable_cache(TaylorSeerCacheConfig())
+    if quantized.backend is not None and quantized.backend.name == "native":
+        with pytest.raises(ConfigurationError, match=r"transformer_blocks\.0\.attn1 .*'native'"):
+            quantized.enable_cache(attention)
+        assert not quantized.is_cache_enabled
+    else:
+        with cached(quantized, attention), quantized.cache_context("cond"):
+            found, skipped = counted(quantized)
+        assert skipped == 3 and not torch.equal(found, plain)
+    with cached(quantized, blocks), quantized.cache_context("cond"):
+        found, skipped = counted(quantized)
+    assert skipped == 3 and torch.equal(found[0], plain[0]) and not torch.equal(found, plain)
 
 
 def test_other_caches_are_refused(traced: GraphModel) -> None:

@@ -7,43 +7,18 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import fx, nn
 
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError
-from fxquant.runtime.caches.blocks import Block, Blocks, blocks_of
 from fxquant.runtime.caches.cutting import Run
-from fxquant.runtime.caches.first_block import FirstBlock
-from fxquant.runtime.caches.magnitude import Magnitude
+from fxquant.runtime.caches.rules import rule_of
 from fxquant.runtime.caches.state import States, kind_of
 
 log = logging.getLogger(__name__)
-
-
-class Rule(Protocol):
-    """Decides in each step what is skipped.
-
-    Attributes:
-        needs_context: Whether models whose pipelines set ``cache_context`` have to be called within one.
-    """
-
-    @property
-    def needs_context(self) -> bool: ...  # noqa: D102
-
-    def cut(self, module: fx.GraphModule, blocks: Sequence[Block]) -> Blocks:
-        """Cut a graph."""
-        ...
-
-    def memory(self) -> Any:
-        """What is known before the first step of a generation."""
-        ...
-
-    def run(self, parts: Blocks, inputs: Sequence[Any], memory: Any, run: Run) -> tuple[Any, bool]:
-        """The outputs of a graph, and whether blocks were skipped."""
-        ...
 
 
 class StepCache:
@@ -68,13 +43,12 @@ class StepCache:
         self.config = config
         self.states = States()
         self.calls = self.skipped = 0
-        self._rule = rule_of(config)
-        self._blocks = blocks_of(model)
+        self._rule = rule_of(config, model)
         self._timestep = timestep
         self._sets_context = hasattr(type(model), "cache_context")
-        self._cuts: weakref.WeakKeyDictionary[fx.GraphModule, tuple[Any, Blocks]] = weakref.WeakKeyDictionary()
+        self._cuts: weakref.WeakKeyDictionary[fx.GraphModule, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
-    def parts(self, module: fx.GraphModule) -> Blocks:
+    def parts(self, module: fx.GraphModule) -> Any:
         """A graph in parts; made anew if the code of the graph changed.
 
         Raises:
@@ -82,7 +56,7 @@ class StepCache:
         """
         kept = self._cuts.get(module)
         if kept is None or kept[0] is not module._code:
-            kept = self._cuts[module] = module._code, self._rule.cut(module, self._blocks)
+            kept = self._cuts[module] = module._code, self._rule.cut(module)
         return kept[1]
 
     def run(self, captured: CapturedGraph, inputs: Sequence[Any], run: Run) -> tuple[Any, ...]:
@@ -111,27 +85,6 @@ class StepCache:
         return found
 
 
-def rule_of(config: Any) -> Rule:
-    """What a config of diffusers asks for.
-
-    Raises:
-        ConfigurationError: If it is none of those that work on graphs.
-    """
-    from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
-
-    if isinstance(config, FirstBlockCacheConfig):
-        return FirstBlock(float(config.threshold))
-    if isinstance(config, MagCacheConfig):
-        ratios = None if config.calibrate or config.mag_ratios is None else config.mag_ratios.detach().cpu().clone()
-        steps = config.num_inference_steps
-        first = int(config.retention_ratio * steps + 0.5)
-        return Magnitude(config.threshold, config.max_skip_steps, first, steps, ratios)
-    raise ConfigurationError(
-        f"{type(config).__name__} does not work on a captured model: it skips modules within blocks, which a graph "
-        "does not have. Caches that skip whole blocks work: FirstBlockCacheConfig(threshold=0.05) and MagCacheConfig"
-    )
-
-
 class Cacheable(nn.Module):
     """The part of a captured model that caches denoising steps."""
 
@@ -155,13 +108,14 @@ class Cacheable(nn.Module):
         return None if self._cache is None else self._cache.config
 
     def enable_cache(self, config: Any) -> None:
-        """Skip blocks in steps in which they do nearly the same as before, as the method of diffusers does.
+        """Skip parts in steps in which they do nearly the same as before, as the method of diffusers does.
 
         The graphs are cut in parts for this. Nothing of one generation is used in the next, and
         :meth:`disable_cache` returns the model to what it was. Neither checkpoints nor pickles hold the setting.
 
         Args:
-            config: A ``FirstBlockCacheConfig`` or ``MagCacheConfig`` of diffusers.
+            config: A ``FirstBlockCacheConfig``, ``MagCacheConfig``, ``TaylorSeerCacheConfig`` or
+                ``PyramidAttentionBroadcastConfig`` of diffusers.
 
         Raises:
             ConfigurationError: If a cache is already enabled, the model is compiled as a whole, the cache is another

@@ -102,6 +102,20 @@ def cut(module: fx.GraphModule, sources: Sequence[fx.Node], results: Sequence[fx
     return Cut(tuple(inputs), *parts, outputs=output.args[0], bypassing=bypassing)
 
 
+def part(module: fx.GraphModule, wanted: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> Part:
+    """The part of a graph that computes some values from its inputs and from other values.
+
+    Args:
+        module: The graph. The part reads its tensors, also after they were moved.
+        wanted: Values that the part makes.
+        known: Values that it is given.
+    """
+    nodes = _needed(wanted, known=set(known))
+    own = [node for node in module.graph.nodes if node in nodes and node.op not in ("placeholder", "get_attr")]
+    made = dict.fromkeys(node for node in wanted if node.op != "placeholder" and node not in known)
+    return _part(module, own, list(made))
+
+
 def _needed(wanted: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx.Node]:
     """The nodes that compute some values, these included, without those that are known."""
     found: set[fx.Node] = set()

@@ -32,15 +32,17 @@ class FirstBlock:
     Attributes:
         threshold: The other blocks are skipped unless what the first block adds changed by more: the mean absolute
             change since the last full step, relative to the mean absolute value then.
+        blocks: The blocks of the model.
     """
 
     threshold: float
+    blocks: Sequence[Block]
 
     needs_context: ClassVar[bool] = True
 
-    def cut(self, module: fx.GraphModule, blocks: Sequence[Block]) -> Blocks:
+    def cut(self, module: fx.GraphModule) -> Blocks:
         """Cut a graph behind the first block."""
-        return cut_blocks(module, blocks, behind_first=True)
+        return cut_blocks(module, self.blocks, behind_first=True)
 
     def memory(self) -> Memory:
         """What is known before the first step."""

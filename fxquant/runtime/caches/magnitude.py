@@ -52,6 +52,7 @@ class Magnitude:
         steps: Number of steps of a generation.
         ratios: For each step, the size of what the blocks add relative to the step before, on the CPU; None to measure
             and to log them.
+        blocks: The blocks of the model.
     """
 
     threshold: float
@@ -59,12 +60,13 @@ class Magnitude:
     first_steps: int
     steps: int
     ratios: Tensor | None
+    blocks: Sequence[Block]
 
     needs_context: ClassVar[bool] = False
 
-    def cut(self, module: fx.GraphModule, blocks: Sequence[Block]) -> Blocks:
+    def cut(self, module: fx.GraphModule) -> Blocks:
         """Cut a graph before the first block."""
-        return cut_blocks(module, blocks, behind_first=False)
+        return cut_blocks(module, self.blocks, behind_first=False)
 
     def memory(self) -> Memory:
         """What is known before the first step."""
