@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,17 @@ class Maker:
         return torch.ones(shape, dtype=self.dtype)
 
 
+@contextmanager
+def _nan_in_new_memory() -> Iterator[None]:
+    """Some classes leave parameters as memory that nobody wrote to; here it holds NaN, so they are found."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One tiny model.
@@ -104,13 +116,16 @@ class Entry:
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model, with weights with which every part affects the output."""
         torch.manual_seed(0)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _nan_in_new_memory():
             warnings.simplefilter("ignore")
             model = (self.make or getattr(diffusers, self.name))(**self.config).eval()
         for name, parameter in model.named_parameters():
             flat = parameter.detach().flatten()
-            if flat.numel() and bool((flat == flat[0]).all()):  # Zeros of adaLN-Zero, ones of norms, zeros of biases.
-                value = float(flat[0]) if name.endswith("weight") and parameter.dim() == 1 else 0.0
+            unset = bool(flat.isnan().all())
+            if flat.numel() and (unset or bool((flat == flat[0]).all())):
+                # Zeros of adaLN-Zero, ones of norms, zeros of biases.
+                ones = name.endswith("weight") and parameter.dim() == 1 and not unset
+                value = float(flat[0]) if ones else 0.0
                 nn.init.normal_(parameter, mean=value, std=0.1 if parameter.dim() < 2 else 0.2)
         self.after(model)
         return model.to(dtype)
