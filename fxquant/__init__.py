@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
     from fxquant.export.balance import balance
+    from fxquant.export.balance_pipeline import balance_pipeline
     from fxquant.export.comfyui import export_comfyui
     from fxquant.export.compressed_tensors import export_compressed_tensors
+    from fxquant.export.int8 import export_int8
+    from fxquant.export.modelopt import export_modelopt
     from fxquant.export.onnx import export_onnx
     from fxquant.export.openvino import export_openvino
     from fxquant.inspect.difference import Difference, diff
@@ -51,6 +54,7 @@ __all__ = [
     "Statistics",
     "attribute",
     "balance",
+    "balance_pipeline",
     "compile",
     "compile_pipeline",
     "diff",
@@ -58,6 +62,8 @@ __all__ = [
     "export_aot",
     "export_comfyui",
     "export_compressed_tensors",
+    "export_int8",
+    "export_modelopt",
     "export_onnx",
     "export_openvino",
     "inspect_page",
@@ -96,6 +102,7 @@ _HOMES = {
     "Statistics": "statistics.collection",
     "attribute": "inspect.errors",
     "balance": "export.balance",
+    "balance_pipeline": "export.balance_pipeline",
     "compile": "api",
     "compile_pipeline": "pretrained.components",
     "diff": "inspect.difference",
@@ -103,6 +110,8 @@ _HOMES = {
     "export_aot": "storage.aot.export",
     "export_comfyui": "export.comfyui",
     "export_compressed_tensors": "export.compressed_tensors",
+    "export_int8": "export.int8",
+    "export_modelopt": "export.modelopt",
     "export_onnx": "export.onnx",
     "export_openvino": "export.openvino",
     "inspect_page": "inspect.page.write",

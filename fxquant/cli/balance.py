@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from fxquant.cli.app import Debug, Device, Guidance, Prompts, Seed, Steps, app
+from fxquant.cli.app import Debug, Device, Frames, Guidance, Height, Prompts, Seed, Steps, Variant, Width, app
 from fxquant.cli.completion import recipes
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, status
 from fxquant.cli.quantize import Dtype, Layers
-from fxquant.cli.running import blaming_the_pipeline, open_pipeline, read_prompts, save_or_keep_aside
-from fxquant.errors import ConfigurationError
+from fxquant.cli.running import blaming_the_pipeline, open_pipeline, read_prompts, save_or_keep_aside, sizes_of
 
 _BALANCE_EXAMPLES = """[bold]Examples[/]
 
@@ -47,6 +45,10 @@ def balance(
     seed: Seed = 0,
     guidance: Guidance = None,
     prompts: Prompts = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    variant: Variant = None,
     measure: Annotated[
         int, typer.Option(min=1, help="Number of calibration calls on which the result is compared with the original.")
     ] = 4,
@@ -74,29 +76,18 @@ def balance(
         prepare(out_folder.resolve(), lambda path: refuse_existing(path, False))
         chosen = make_recipe(recipe, layers.value)
         place = usable_device(device)
-    reports: dict[str, Any] = {}
     with quiet():
         with status(f"reading {model}"):
-            pipe = open_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value))
-            names = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
-            if not names:
-                raise ConfigurationError(f"{type(pipe).__name__} has no transformer; fxquant balances transformers")
-            calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines)
-        balanced = {}
-        for name in names:
-            with progress_bars() as progress:
-                said = f"calibrate {name}: {samples} samples, {steps} steps"
-                advance = partial(progress.advance, progress.add_task(said, total=num_batches(samples) * steps))
-                with steps_watched(pipe, advance), blaming_the_pipeline(pipe):
-                    balanced[name] = fxquant.balance(
-                        getattr(pipe, name),
-                        calibrate=calibrate,
-                        recipe=chosen,
-                        layers=layers.value,
-                        measure=measure,
-                        prove=prove,
-                    )
-            reports[name] = balanced[name].balance_report
+            pipe = open_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value), variant=variant)
+            sizes = sizes_of(height, width, num_frames)
+            calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines, sizes=sizes)
+        with progress_bars() as progress:
+            task = progress.add_task(f"calibrate: {samples} samples, {steps} steps", total=num_batches(samples) * steps)
+            with steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):
+                balanced = fxquant.balance_pipeline(
+                    pipe, calibrate=calibrate, recipe=chosen, layers=layers.value, measure=measure, prove=prove
+                )
+        reports = {name: part.balance_report for name, part in balanced.items()}
         for name, part in balanced.items():
             setattr(pipe, name, part)
         with status(f"writing {out_folder}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,14 @@ class Format(StrEnum):
     openvino = "openvino"
     compressed_tensors = "compressed-tensors"
     comfyui = "comfyui"
+    int8 = "int8"
+
+
+class Names(StrEnum):
+    """Names of tensors in ComfyUI's file."""
+
+    comfyui = "comfyui"
+    of_the_class = "class"
 
 
 _EXPORT_EXAMPLES = """[bold]Examples[/]
@@ -44,6 +53,12 @@ def export(
     part: Annotated[
         str, typer.Option("--part", help="With --format: the quantized part of a pipeline to write.")
     ] = "transformer",
+    names: Annotated[
+        Names | None,
+        typer.Option(
+            "--names", help="With --format comfyui: the names that ComfyUI reads (the default), or those of the class."
+        ),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -63,8 +78,12 @@ def export(
     if format is not None:
         if backend is not None or overwrite:
             raise ConfigurationError("--backend and --overwrite are for --aot; --format writes a new folder")
-        _export_format(folder, out_folder, format, part)
+        if names is not None and format is not Format.comfyui:
+            raise ConfigurationError(f"--names is for --format comfyui, and {format.value} has the names of the class")
+        _export_format(folder, out_folder, format, part, {} if names is None else {"names": names.value})
         return
+    if names is not None:
+        raise ConfigurationError("--names is for --format comfyui")
     with quiet(), status("importing torch"):
         from fxquant.storage.aot.export import export_folder
 
@@ -77,7 +96,7 @@ def export(
     print_plain(f"compiled in {sum(found.seconds):.0f} s, {found.bytes / 1e6:.1f} MB, written to {out_folder}")
 
 
-def _export_format(folder: Path, out_folder: Path, format: Format, part: str) -> None:
+def _export_format(folder: Path, out_folder: Path, format: Format, part: str, options: Mapping[str, str]) -> None:
     with quiet(), status("importing torch"):
         import fxquant
         from fxquant.export.formats import FORMATS
@@ -87,6 +106,6 @@ def _export_format(folder: Path, out_folder: Path, format: Format, part: str) ->
     with quiet(), status(f"reading {inner}"):
         model = fxquant.load(inner, backend="fake-quant")
     with quiet(), status(f"writing {out_folder}"):
-        FORMATS[format.value](model, out_folder)
+        FORMATS[format.value](model, out_folder, **options)
     size = sum(path.stat().st_size for path in out_folder.rglob("*") if path.is_file())
     print_plain(f"{format.value}: {size / 1e6:.1f} MB, written to {out_folder}")

@@ -71,12 +71,18 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors of any dtype, which may share memory, so that :func:`load_tensors` can read them."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, further: Mapping[str, str] | None = None) -> None:
+    """Write tensors of any dtype, which may share memory, so that :func:`load_tensors` can read them.
+
+    Args:
+        tensors: The tensors by name.
+        path: The file.
+        further: Entries of the file's metadata.
+    """
     pairs = [name for name, tensor in tensors.items() if tensor.is_complex()]  # Safetensors does not support them all.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     plain |= {name: torch.view_as_real(plain[name]) for name in pairs}
-    metadata = {"format": "pt"} | ({"complex": json.dumps(pairs)} if pairs else {})
+    metadata = {"format": "pt"} | ({"complex": json.dumps(pairs)} if pairs else {}) | dict(further or {})
     save_file(_unshared(plain), path, metadata=metadata)
     share(path)
 

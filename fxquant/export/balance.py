@@ -19,6 +19,7 @@ from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError, ProofError, QualityWarning
 from fxquant.export.balance_report import BalanceReport, balanced_layers
 from fxquant.export.in_place import Rewritten, rewrite_in_place
+from fxquant.export.limits import refuse_fused
 from fxquant.ir.tensors import read_tensors
 from fxquant.pipeline.pipeline import Instrument, Pass, Tier
 from fxquant.pipeline.proving import relative_error, rounding_noise
@@ -50,7 +51,7 @@ def balance(
     calibrate: Callable[[], Any] | None = None,
     recipe: str | Recipe = RECIPE,
     layers: str = "default",
-    timestep: str = "timestep",
+    timestep: str | None = "timestep",
     measure: int = 4,
     statistics: Statistics | None = None,
     instruments: Sequence[Instrument] = (),
@@ -75,7 +76,7 @@ def balance(
             function are used, such as the balancing of ``"ptq4dit-w8a8"``. ``"repq-w8a8"`` also shifts channels, where
             layers have biases. A precision with float activations, as in ``w4a16``, balances for rounded weights alone.
         layers: As for :func:`fxquant.compile`.
-        timestep: Name of the ``forward`` argument that holds the timestep.
+        timestep: Name of the ``forward`` argument that holds the timestep; None for a model without one.
         measure: Number of calibration calls on which the result is compared with the original, at least 1.
         statistics: Receives what calibration recorded, or replaces a calibration, as for :func:`fxquant.compile`.
         instruments: They watch every pass (:mod:`fxquant.pipeline.pipeline`).
@@ -122,7 +123,7 @@ def _transformer_of(model: Any) -> Any:
     """The transformer of a pipeline; anything else as it is.
 
     Raises:
-        ConfigurationError: If a pipeline has none.
+        ConfigurationError: If a pipeline has none, or two.
     """
     if isinstance(model, nn.Module) or not hasattr(model, "components"):
         return model
@@ -130,6 +131,11 @@ def _transformer_of(model: Any) -> Any:
     if found is None:
         raise ConfigurationError(
             f"{type(model).__name__} has no transformer; give the model to balance, such as pipe.unet or pipe.prior"
+        )
+    if getattr(model, "transformer_2", None) is not None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has two transformers; balance both in one run with "
+            "fxquant.balance_pipeline(pipe, calibrate=...), or give one of them"
         )
     return found
 
@@ -175,19 +181,14 @@ def _check(model: Any, measure: int, calibrate: Any, statistics: Any) -> None:
             "the salience of channels comes from calibration; pass calibrate=, a function that runs the model, such as "
             "lambda: pipe(class_labels=labels, num_inference_steps=25)"
         )
-    fused = next((name for name, part in model.named_modules() if getattr(part, "fused_projections", False)), None)
-    if fused is not None:
-        raise ConfigurationError(
-            f"{fused!r} holds fused projections beside the separate ones, and only the fused ones would be balanced; "
-            "call unfuse_qkv_projections() first"
-        )
+    refuse_fused(model)
 
 
 def _calibrated(
     model: nn.Module,
     recipe: Recipe,
     calibrate: Callable[[], Any] | None,
-    timestep: str,
+    timestep: str | None,
     measure: int,
     statistics: Statistics | None,
     instruments: Sequence[Instrument],

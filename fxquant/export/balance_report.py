@@ -28,6 +28,7 @@ class BalancedLayer:
         ratio_after: The same, after balancing.
         into: Modules, parameters or nodes that absorbed factors and shifts.
         reason: Why some or all channels stayed as they were, or None.
+        largest: Largest absolute value of its input after balancing, over all timesteps.
     """
 
     name: str
@@ -38,6 +39,7 @@ class BalancedLayer:
     ratio_after: float
     into: tuple[str, ...] = ()
     reason: str | None = None
+    largest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def balanced_layers(context: PassContext, before: Plan) -> list[BalancedLayer]:
         if not decided:
             continue
         reasons = [one.reason for one in decided if one.reason is not None]
+        after = layer_input(context, name).absmax
         found.append(
             BalancedLayer(
                 name,
@@ -119,9 +122,10 @@ def balanced_layers(context: PassContext, before: Plan) -> list[BalancedLayer]:
                 0 if balance is None else balance.channels,
                 0 if shift is None else shift.channels,
                 _ratio(layer_input(plain, name).absmax),
-                _ratio(layer_input(context, name).absmax),
+                _ratio(after),
                 tuple(dict.fromkeys(place for one in decided for place in one.into)),
                 reasons[0] if reasons else None,
+                float(after.max()),
             )
         )
     return found

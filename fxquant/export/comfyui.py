@@ -1,27 +1,30 @@
 """Writes the codes of a quantized model as one file in the layout that ComfyUI reads.
 
 Facts about the layout: a quantized linear ``L`` has ``L.weight`` (int8 or float8), ``L.weight_scale`` (float32), and
-``L.comfy_quant``, the bytes of a JSON object with its ``format``. The header of the file repeats the formats under
-``_quantization_metadata``. Formats: ``int8_tensorwise`` (one scale per row) and ``float8_e4m3fn`` (one scale).
+``L.comfy_quant``, the bytes of a JSON object with its ``format``. The header of the file repeats these objects under
+``_quantization_metadata``. Formats: ``int8_tensorwise`` (one scale per row; activations are rounded per token when the
+model runs) and ``float8_e4m3fn`` (one scale; ``L.input_scale`` is that of the activations, and with
+``full_precision_matrix_mult`` they stay as they are).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxquant.disk.files import share
+from fxquant.disk.files import write_tensors
 from fxquant.disk.folders import whole_folder
 from fxquant.errors import ConfigurationError
-from fxquant.export.compressed_tensors import require_codes
-from fxquant.export.limits import refuse, refuse_full
-from fxquant.export.weights import IN_PLACE, class_weights
-from fxquant.runtime.float_model import check_storage, check_weights
+from fxquant.export.float8 import float_tensors, input_scales, linears_in_blocks, rounded
+from fxquant.export.limits import refuse_full
+from fxquant.export.original_names import OriginalNames
+from fxquant.export.weights import class_weights, refuse_grids, require_codes
 from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.runtime.wrappers import unwrapped
@@ -29,41 +32,58 @@ from fxquant.runtime.wrappers import unwrapped
 FILE = "diffusion_model.safetensors"
 PREFIX = "model.diffusion_model."
 INT8, FLOAT8 = "int8_tensorwise", "float8_e4m3fn"
+NAMES = ("comfyui", "class")
 
 
-def export_comfyui(model: nn.Module, folder: str | Path, *, prefix: str = PREFIX) -> Path:
+@dataclass(frozen=True)
+class _Layers:
+    """What a file holds.
+
+    Attributes:
+        tensors: All tensors, with the scales of quantized linears.
+        kinds: For each quantized linear its object of ``comfy_quant``.
+    """
+
+    tensors: dict[str, Tensor]
+    kinds: dict[str, dict[str, Any]]
+
+
+def export_comfyui(model: nn.Module, folder: str | Path, *, prefix: str = PREFIX, names: str = "comfyui") -> Path:
     """Write ``diffusion_model.safetensors`` in ComfyUI's layout: int8 of a quantized model, or fp8 of a float one.
 
-    Of a quantized model, the codes are written, with one scale per row. Of a float model, such as a balanced one
-    (:func:`fxquant.balance`), linears inside of blocks are rounded to float8 (e4m3) with one scale each. Names are
-    those of the model's class in diffusers, behind the prefix. ComfyUI reads models whose own names differ, such as
-    FLUX with its fused projections, only after a conversion of names.
+    Of a quantized model, the codes are written, with one scale per row. Of a float model, linears inside of blocks are
+    rounded to float8 (e4m3) with one scale each. If :func:`fxquant.balance` made it, linears whose inputs it has seen
+    also have an input scale, so that ComfyUI multiplies in float8 where the hardware can; the others multiply in full
+    precision.
 
     Args:
         model: A quantized model with the backend ``fake-quant``, or a float model.
         folder: A new or empty folder.
         prefix: What stands before each name.
+        names: ``"comfyui"`` for the names of the model's authors, which ComfyUI reads. There, q, k and v of FLUX and
+            SD3 are one linear. Or ``"class"`` for the names of the model's class in diffusers.
 
     Returns:
         The file.
 
     Raises:
-        ConfigurationError: If a layer has weight groups or a grid that is not symmetric about 0, or the graph is not
-            that of the class. The message lists layers, and a recipe that fits.
+        ConfigurationError: If a layer has weight groups or a grid that is not symmetric about 0, the graph is not that
+            of the class, or ComfyUI's names of the class are not known. The message says what fits.
         BackendError: If the model was lowered to another backend.
         NonFiniteError: If a float weight holds NaN or infinity.
         CheckpointError: If the folder exists and is not empty.
     """
+    if names not in NAMES:
+        raise ConfigurationError(f"names={names!r} is not known; choose {' or '.join(map(repr, NAMES))}")
     model = unwrapped(model)
-    tensors, formats = _int8(model) if isinstance(model, GraphModel) else _float8(model)
-    for name, kind in formats.items():
-        tensors[f"{name}.comfy_quant"] = _bytes({"format": kind})
-    layers = {f"{prefix}{name}": {"format": kind} for name, kind in formats.items()}
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers}), "format": "pt"}
+    found = _int8(model, names) if isinstance(model, GraphModel) else _float8(model, names)
+    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in found.tensors.items()}
+    kinds = {f"{prefix}{name}": kind for name, kind in found.kinds.items()}
+    tensors |= {f"{name}.comfy_quant": _bytes(kind) for name, kind in kinds.items()}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": kinds})}
     folder = Path(folder).resolve()
     with whole_folder(folder, refuse_full) as written:
-        save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, written / FILE, metadata)
-        share(written / FILE)
+        write_tensors(tensors, written / FILE, metadata)
     return folder / FILE
 
 
@@ -71,42 +91,39 @@ def _bytes(value: Any) -> Tensor:
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _int8(model: GraphModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _renamed(model: type, tensors: Mapping[str, Tensor], names: str) -> OriginalNames | None:
+    return OriginalNames(model, tensors) if names == "comfyui" else None
+
+
+def _int8(model: GraphModel, names: str) -> _Layers:
     model, _ = quantized_model(model, "export_comfyui")
     refuse_loaded(model, "ComfyUI's layout")
     require_codes(model, "ComfyUI's layout")
     found = class_weights(model, "ComfyUI's layout")
-    reasons: dict[str, list[str]] = {}
-    for name, weight in found.codes.items():
-        if weight.group_size:
-            reasons.setdefault(f"weights in groups of {weight.group_size}", []).append(name)
-        elif not weight.symmetric:
-            reasons.setdefault("weight grids that are not symmetric about 0", []).append(name)
-    refuse("ComfyUI's layout", reasons, f"use a recipe with symmetric weights, without groups, such as\n  {IN_PLACE}")
-    tensors = {name: tensor.contiguous() for name, tensor in found.floats.items()}
+    refuse_grids(found, "ComfyUI's layout")
+    tensors = dict(found.floats)
     for name, weight in found.codes.items():
         tensors[f"{name}.weight"] = weight.signed
-        tensors[f"{name}.weight_scale"] = weight.scale.float().contiguous()
-    return tensors, dict.fromkeys(found.codes, INT8)
+        tensors[f"{name}.weight_scale"] = weight.scale.float()
+    layers = list(found.codes)
+    renamed = _renamed(type(model.architecture.skeleton), tensors, names)
+    if renamed is not None:
+        tensors, layers = renamed.tensors(tensors), list(renamed.modules(layers))
+    return _Layers(tensors, {name: {"format": INT8} for name in layers})
 
 
-def _float8(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"a {type(model).__name__} is not a model; give pipe.transformer")
-    check_storage(model)
-    check_weights(model)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    formats = {}
-    for name, module in model.named_modules():
-        in_block = any(part.isdecimal() for part in name.split("."))
-        if not isinstance(module, nn.Linear) or not in_block:
-            continue
-        weight = tensors[f"{name}.weight"].float()
-        scale = (weight.abs().max() / largest).clamp_min(torch.finfo(torch.float32).tiny)
-        tensors[f"{name}.weight"] = (weight / scale).clamp(-largest, largest).to(torch.float8_e4m3fn)
-        tensors[f"{name}.weight_scale"] = scale
-        formats[name] = FLOAT8
-    if not formats:
-        raise ConfigurationError(f"no linear of this {type(model).__name__} is inside of a numbered block")
-    return tensors, formats
+def _float8(model: Any, names: str) -> _Layers:
+    tensors, scales = float_tensors(model), input_scales(model)
+    layers = {name: [name] for name in linears_in_blocks(model)}
+    renamed = _renamed(type(model), tensors, names)
+    if renamed is not None:
+        tensors, layers = renamed.tensors(tensors), renamed.modules(list(layers))
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, parts in layers.items():
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = rounded(tensors[f"{name}.weight"])
+        kinds[name] = {"format": FLOAT8}
+        if all(part in scales for part in parts):
+            tensors[f"{name}.input_scale"] = torch.stack([scales[part] for part in parts]).max()
+        else:
+            kinds[name]["full_precision_matrix_mult"] = True
+    return _Layers(tensors, kinds)

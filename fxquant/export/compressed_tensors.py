@@ -5,23 +5,15 @@ The files hold weights only. Programs that run int8 products find the ranges of 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fxquant.capture.rebuilding import config_text
-from fxquant.disk.files import write_tensors
-from fxquant.disk.folders import whole_folder
-from fxquant.errors import BackendError
-from fxquant.export.limits import refuse_full
-from fxquant.export.weights import ClassWeights, Codes, class_weights
+from fxquant.export.checkpoints import linears, write_checkpoint
+from fxquant.export.weights import ClassWeights, Codes, class_weights, require_codes
 from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import GraphModel, quantized_model
-
-CONFIG_FILE = "config.json"
-TENSORS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Path:
@@ -53,27 +45,8 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Path:
         tensors[f"{name}.weight_scale"] = weight.scale
         if not weight.symmetric:
             tensors[f"{name}.weight_zero_point"] = weight.signed_zero_point
-    skeleton = model.architecture.skeleton
-    config = {"_class_name": type(skeleton).__name__, **json.loads(config_text(skeleton))}
-    config["quantization_config"] = quantization_config(model, found)
-    folder = Path(folder).resolve()
-    with whole_folder(folder, refuse_full) as written:
-        write_tensors(tensors, written / TENSORS_FILE)
-        (written / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return folder
-
-
-def require_codes(model: GraphModel, format_name: str) -> None:
-    """Refuse a model whose backend repacked the codes of its weights.
-
-    Raises:
-        BackendError: Says how to load it instead.
-    """
-    if model.backend is not None and model.backend.name != "fake-quant":
-        raise BackendError(
-            f"this model was lowered to the backend {model.backend.name}, and {format_name} needs its codes; load it "
-            'with fxquant.load(folder, backend="fake-quant"), or compile it with that backend'
-        )
+    config = quantization_config(model, found)
+    return write_checkpoint(model.architecture.skeleton, tensors, config, folder)
 
 
 def quantization_config(model: GraphModel, found: ClassWeights) -> dict[str, Any]:
@@ -84,7 +57,6 @@ def quantization_config(model: GraphModel, found: ClassWeights) -> dict[str, Any
     groups: dict[tuple[bool, int], list[str]] = {}
     for name, weight in found.codes.items():
         groups.setdefault((weight.symmetric, weight.group_size), []).append(name)
-    linears = [name for name, module in model.architecture.skeleton.named_modules() if isinstance(module, nn.Linear)]
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
@@ -98,7 +70,7 @@ def quantization_config(model: GraphModel, found: ClassWeights) -> dict[str, Any
             }
             for number, (_, names) in enumerate(groups.items())
         },
-        "ignore": sorted(set(linears) - found.codes.keys()),
+        "ignore": sorted(set(linears(model.architecture.skeleton)) - found.codes.keys()),
     }
 
 

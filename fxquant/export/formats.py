@@ -7,6 +7,7 @@ from typing import Any
 
 from fxquant.export.comfyui import export_comfyui
 from fxquant.export.compressed_tensors import export_compressed_tensors
+from fxquant.export.int8 import export_int8
 from fxquant.export.onnx import export_onnx
 from fxquant.export.openvino import export_openvino
 
@@ -15,5 +16,6 @@ FORMATS: dict[str, Callable[..., Any]] = {
     "openvino": export_openvino,
     "compressed-tensors": export_compressed_tensors,
     "comfyui": export_comfyui,
+    "int8": export_int8,
 }
 """Each takes the quantized model and a new folder."""

@@ -103,12 +103,12 @@ class _Names:
 
 
 def _changed(before: Sequence[CapturedGraph], after: Sequence[CapturedGraph]) -> dict[str, Tensor]:
-    """The model's tensors that passes replaced, by name."""
+    """The model's tensors to which passes gave other values, by name."""
     changed: dict[str, Tensor] = {}
     for old, new in zip(before, after, strict=True):
         held = read_tensors(old.module)
         for name, tensor in read_tensors(new.module).items():
-            if name in held and tensor.data_ptr() != held[name].data_ptr():
+            if name in held and tensor.data_ptr() != held[name].data_ptr() and not torch.equal(tensor, held[name]):
                 changed[name] = tensor.detach()
     return changed
 

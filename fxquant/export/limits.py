@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxquant.errors import CheckpointError, ConfigurationError, MissingPackageError
 from fxquant.ir.arguments import args
@@ -35,6 +35,20 @@ def refuse_full(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
+
+
+def refuse_fused(model: nn.Module) -> None:
+    """Refuse a model whose attention holds fused projections beside the separate ones.
+
+    Raises:
+        ConfigurationError: Names the module, and says how to separate them.
+    """
+    fused = next((name for name, part in model.named_modules() if getattr(part, "fused_projections", False)), None)
+    if fused is not None:
+        raise ConfigurationError(
+            f"{fused!r} holds fused projections beside the separate ones, and only the fused ones would be changed; "
+            "call unfuse_qkv_projections() first"
+        )
 
 
 def refuse(format_name: str, reasons: Mapping[str, Sequence[str]], advice: str) -> None:

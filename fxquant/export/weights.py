@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxquant.errors import ConfigurationError
+from fxquant.errors import BackendError, ConfigurationError
 from fxquant.export.limits import refuse
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER, NAMES
@@ -84,6 +84,34 @@ class ClassWeights:
 
     codes: dict[str, Codes]
     floats: dict[str, Tensor]
+
+
+def require_codes(model: GraphModel, format_name: str) -> None:
+    """Refuse a model whose backend repacked the codes of its weights.
+
+    Raises:
+        BackendError: Says how to load it instead.
+    """
+    if model.backend is not None and model.backend.name != "fake-quant":
+        raise BackendError(
+            f"this model was lowered to the backend {model.backend.name}, and {format_name} needs its codes; load it "
+            'with fxquant.load(folder, backend="fake-quant"), or compile it with that backend'
+        )
+
+
+def refuse_grids(found: ClassWeights, format_name: str) -> None:
+    """Refuse weights that do not have one scale per row and their 0 at 0.
+
+    Raises:
+        ConfigurationError: Lists the layers, and a recipe that fits.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, weight in found.codes.items():
+        if weight.group_size:
+            reasons.setdefault(f"weights in groups of {weight.group_size}", []).append(name)
+        elif not weight.symmetric:
+            reasons.setdefault("weight grids that are not symmetric about 0", []).append(name)
+    refuse(format_name, reasons, f"use a recipe with symmetric weights, without groups, such as\n  {IN_PLACE}")
 
 
 def class_weights(model: GraphModel, format_name: str) -> ClassWeights:

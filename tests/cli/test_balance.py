@@ -74,10 +74,23 @@ def test_exports_in_the_layout_of_another_tool(float_folder: Path, tmp_path: Pat
     recipe = IN_PLACE.replace("precision=w8a8", "precision=w8a16")
     made = run("quantize", float_folder, "--recipe", recipe, "--out", tmp_path / "q", "--measure", "0", *FAST)
     assert made.exit_code == 0, made.output
-    for name, file in (("comfyui", "diffusion_model.safetensors"), ("compressed-tensors", "config.json")):
-        result = run("export", tmp_path / "q", tmp_path / name, "--format", name)
+    forms = {
+        "comfyui": ("diffusion_model.safetensors", ("--names", "class")),
+        "compressed-tensors": ("config.json", ()),
+        "int8": ("config.json", ()),
+    }
+    for name, (file, options) in forms.items():
+        result = run("export", tmp_path / "q", tmp_path / name, "--format", name, *options)
         assert result.exit_code == 0, result.output
         assert f"{name}: " in result.stdout and (tmp_path / name / file).is_file()
+    for options, message in (
+        (("--format", "comfyui"), "--names class"),
+        (("--format", "int8", "--names", "class"), "--names is for --format comfyui"),
+        (("--aot", "--names", "class"), "--names is for --format comfyui"),
+    ):
+        result = run("export", tmp_path / "q", tmp_path / "refused", *options)
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(

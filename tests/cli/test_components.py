@@ -50,6 +50,17 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def test_balances_two_experts_of_a_variant(wan: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n")
+    arguments = (wan, "--variant", "fp16", "--prompts", prompts, "--samples", 2, "--steps", 4, "--measure", 1, *SIZES)
+    done = run("balance", *arguments, "--out", tmp_path / "b", "--json")
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout)) == ["transformer", "transformer_2"]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "b")
+    assert isinstance(pipe.transformer, WanTransformer3DModel) and isinstance(pipe.transformer_2, WanTransformer3DModel)
+
+
 def test_two_experts_of_a_variant(wan: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\n")

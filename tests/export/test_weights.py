@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 import fxquant
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError
-from fxquant.export.comfyui import FILE, PREFIX, export_comfyui
-from fxquant.export.compressed_tensors import TENSORS_FILE, export_compressed_tensors
+from fxquant.export.checkpoints import TENSORS_FILE
+from fxquant.export.comfyui import export_comfyui
+from fxquant.export.compressed_tensors import export_compressed_tensors
+from fxquant.export.int8 import export_int8
 from fxquant.export.weights import IN_PLACE
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, inputs, make_dit
@@ -25,7 +27,9 @@ WEIGHTS_ONLY = IN_PLACE.replace("precision=w8a8", "precision=w8a16")
 ASYMMETRIC = WEIGHTS_ONLY.replace("symmetric=True", "symmetric=False")
 
 
+@cache
 def quantized(recipe: str, **options: Any) -> GraphModel:
+    """A quantized DiT, which tests must not change."""
     model = make_dit(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -89,35 +93,28 @@ def test_compressed_tensors_config_names_layers(tmp_path: Path) -> None:
     assert tensors["proj_out_2.weight"].dtype is torch.float32
 
 
-def test_comfyui_int8(tmp_path: Path) -> None:
-    model = quantized(WEIGHTS_ONLY)
-    file = export_comfyui(model, tmp_path / "out")
-    assert file.name == FILE
-    with safe_open(file, "pt") as opened:
-        metadata = json.loads(opened.metadata()["_quantization_metadata"])
-    tensors = load_file(file)
-    name = f"{PREFIX}transformer_blocks.0.attn1.to_q"
-    assert metadata["layers"][name] == {"format": "int8_tensorwise"}
-    assert json.loads(bytes(tensors[f"{name}.comfy_quant"].tolist())) == {"format": "int8_tensorwise"}
-    assert (tensors[f"{name}.weight"].dtype, tensors[f"{name}.weight_scale"].shape) == (torch.int8, (16, 1))
-    read = with_weights({key.removeprefix(PREFIX): value for key, value in tensors.items()})
-    assert error(output(read), output(model)) < 1e-5
-
-
-def test_comfyui_fp8_of_a_balanced_model(tmp_path: Path) -> None:
-    model = make_dit(1)
-    balanced = fxquant.balance(model, calibrate=calibrate(model))
-    tensors = load_file(export_comfyui(balanced, tmp_path / "out", prefix=""))
-    weight = tensors["transformer_blocks.0.attn1.to_q.weight"]
-    assert weight.dtype is torch.float8_e4m3fn and float(weight.float().abs().max()) == 448
-    assert tensors["proj_out_2.weight"].dtype is torch.float32
-    assert 1e-4 < error(output(with_weights(tensors)), output(model)) < 0.1
+def test_int8_as_vllm_omni_reads_it(tmp_path: Path) -> None:
+    model = quantized(WEIGHTS_ONLY, layers="blocks")
+    folder = export_int8(model, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["activation_scheme"]) == ("int8", "dynamic")
+    tensors = load_file(folder / TENSORS_FILE)
+    scales = {name.removesuffix(".weight_scale"): value for name, value in tensors.items() if name.endswith("_scale")}
+    linears = {name for name, module in make_dit(1).named_modules() if isinstance(module, torch.nn.Linear)}
+    assert scales.keys() | set(config["ignored_layers"]) == linears and not scales.keys() & set(
+        config["ignored_layers"]
+    )
+    for name, scale in scales.items():
+        weight = tensors[f"{name}.weight"]
+        assert (weight.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (len(weight), 1))
+    assert error(output(with_weights(tensors)), output(model)) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("export", "recipe", "message"),
     [
         (export_comfyui, ASYMMETRIC, "not symmetric about 0: transformer_blocks.0"),
+        (export_int8, ASYMMETRIC, "not symmetric about 0: transformer_blocks.0"),
         (export_comfyui, WEIGHTS_ONLY.replace("w8a16", "w8a16-g8"), "groups of 8: transformer_blocks.0"),
         (export_compressed_tensors, "repq-w8a8", "tensor was added or copied|factor is multiplied"),
         (export_compressed_tensors, "htg-w8a8", "tensor was added or copied|factor is multiplied"),
@@ -135,12 +132,13 @@ def test_refuses_what_a_format_cannot_hold(export: Any, recipe: str, message: st
 
 
 def test_refuses_other_backends_and_full_folders(tmp_path: Path) -> None:
-    model = quantized(WEIGHTS_ONLY)
+    model = quantized.__wrapped__(WEIGHTS_ONLY)
     (tmp_path / "mine").write_text("keep")
-    for export in (export_comfyui, export_compressed_tensors):
+    for export in (partial(export_comfyui, names="class"), export_compressed_tensors, export_int8):
         with pytest.raises(CheckpointError, match="not empty"):
             export(model, tmp_path)
     model.backend.name = "native"  # type: ignore[union-attr,misc]
-    with pytest.raises(BackendError, match="needs its codes"):
-        export_compressed_tensors(model, tmp_path / "out")
+    for export in (export_comfyui, export_compressed_tensors, export_int8):
+        with pytest.raises(BackendError, match="needs its codes"):
+            export(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
