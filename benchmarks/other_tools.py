@@ -2,7 +2,7 @@
 
 Each tool quantizes the digits model as it is, and after balancing, in a process that computes in float32. The error is
 that of the predicted noise against the float model, on a trajectory that calibration has not seen. Tools that are not
-installed are left out; see the extra `bench`, and `pip install sdnq`.
+installed are left out; see the extra `bench`, and `pip install sdnq optimum-quanto`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -46,7 +47,10 @@ class Tool:
 
     @property
     def installed(self) -> bool:
-        return all(importlib.util.find_spec(name) is not None for name in self.packages)
+        try:
+            return all(importlib.util.find_spec(name) is not None for name in self.packages)
+        except ModuleNotFoundError:  # Of the package that holds the module.
+            return False
 
 
 def _module(model: nn.Module) -> Run:
@@ -66,7 +70,26 @@ def _sdnq(model: nn.Module, task: Task) -> Run:
     return _module(sdnq_post_load_quant(model, weights_dtype="int8", use_quantized_matmul=True))
 
 
-def _openvino(model: nn.Module, task: Task, smooth: bool = True) -> Run:
+def _quanto(model: nn.Module, task: Task) -> Run:
+    from optimum.quanto import Calibration, freeze, qint8, quantize
+
+    quantize(model, weights=qint8, activations=qint8)
+    with Calibration():
+        for call in task.calls:
+            model(**call)
+    freeze(model)
+    return _module(model)
+
+
+def _openvino(model: nn.Module, task: Task, smooth: bool = True, ends: bool = True) -> Run:
+    """NNCF's static int8.
+
+    Args:
+        model: The float model.
+        task: Its calls.
+        smooth: Whether NNCF runs SmoothQuant, its default.
+        ends: Whether the patch convolution and the last linear are quantized too, its default.
+    """
     import nncf
     import openvino
 
@@ -84,6 +107,7 @@ def _openvino(model: nn.Module, task: Task, smooth: bool = True) -> Run:
         nncf.Dataset(inputs, list),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(inputs),
+        ignored_scope=None if ends else nncf.IgnoredScope(types=["Convolution"], names=[_last_product(converted)]),
         advanced_parameters=advanced,
     )
     compiled = openvino.Core().compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -95,13 +119,26 @@ def _openvino(model: nn.Module, task: Task, smooth: bool = True) -> Run:
     return run
 
 
+def _last_product(converted: Any) -> str:
+    """Name of the matrix product that is nearest to the output."""
+    nodes = [converted.get_results()[0]]
+    while nodes[0].get_type_name() != "MatMul":
+        node = nodes.pop(0)
+        nodes += [value.get_node() for value in node.input_values()]
+    return str(nodes[0].get_friendly_name())
+
+
+_NNCF = ("openvino", "nncf")
 TOOLS = (
     Tool("torchao, dynamic int8", ("torchao",), _torchao),
-    Tool("OpenVINO + NNCF, static int8", ("openvino", "nncf"), _openvino),
-    Tool(
-        "OpenVINO + NNCF, static int8 without its SmoothQuant", ("openvino", "nncf"), partial(_openvino, smooth=False)
-    ),
     Tool("SDNQ, dynamic int8", ("sdnq",), _sdnq),
+    Tool("quanto, static int8", ("optimum.quanto",), _quanto),
+    Tool("OpenVINO + NNCF, static int8", _NNCF, _openvino),
+    Tool("NNCF, first and last layer float", _NNCF, partial(_openvino, ends=False)),
+    Tool("NNCF without its SmoothQuant", _NNCF, partial(_openvino, smooth=False)),
+    Tool(
+        "NNCF without its SmoothQuant, first and last layer float", _NNCF, partial(_openvino, smooth=False, ends=False)
+    ),
 )
 
 

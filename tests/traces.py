@@ -87,7 +87,11 @@ def _counted() -> Iterator[list[int]]:
 
 def _described(model: nn.Module) -> Hashable | None:
     """Everything that a trace of a model depends on, or None if code was attached to it."""
-    found: list[Hashable] = [(name, t.shape, t.dtype, t.device) for name, t in weights_and_buffers(model)]
+    numbers: dict[int, int] = {}  # Of tensors; one that has several names is traced as one.
+    found: list[Hashable] = [
+        (name, t.shape, t.dtype, t.device, numbers.setdefault(id(t), len(numbers)))
+        for name, t in weights_and_buffers(model)
+    ]
     found.append(repr(getattr(model, "config", None)))
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
 from fxquant.capture.calls import BATCH, TRACED_BATCH
@@ -157,6 +158,8 @@ class _Standard(nn.Module):
 
 class _Translating(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
+        if n.target in _SQUEEZES:
+            return _squeeze(*self.fetch_args_kwargs_from_env(n)[0])
         if n.target not in _TRANSLATED:
             return super().run_node(n)
         values, named = self.fetch_args_kwargs_from_env(n)
@@ -166,6 +169,18 @@ class _Translating(fx.Interpreter):
         arguments = n.target._schema.arguments  # type: ignore[union-attr]
         given = dict(zip((one.name for one in arguments), values, strict=False)) | named
         return _TRANSLATED[n.target](SimpleNamespace(**given))
+
+
+_SQUEEZES = (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims)
+
+
+def _squeeze(x: Tensor, dims: int | Sequence[int]) -> Tensor:
+    """Drop those of these dimensions that have size 1. ONNX refuses to squeeze others, which torch leaves alone."""
+    wanted = [dims] if isinstance(dims, int) else list(dims)
+    for dim in sorted({dim % x.dim() for dim in wanted}, reverse=True):
+        if statically_known_true(x.shape[dim] == 1):
+            x = x.squeeze(dim)
+    return x
 
 
 def _quantize(op: SimpleNamespace) -> Tensor:

@@ -141,6 +141,7 @@ def class_weights(model: GraphModel, format_name: str) -> ClassWeights:
     refuse(format_name, reasons, f"use a recipe that changes only parameters that the class has, such as\n  {IN_PLACE}")
     for layer in [layer for layer in codes if f"{layer}.weight" not in wanted]:
         raise ConfigurationError(f"{format_name}: layer {layer!r} is not a module of {_name(model)} with a weight")
+    _share(model, codes, floats)
     missing = [n for n in wanted if n not in floats and n.removesuffix(".weight") not in codes]
     if missing:
         raise ConfigurationError(
@@ -148,6 +149,24 @@ def class_weights(model: GraphModel, format_name: str) -> ClassWeights:
             f"{len(missing)} of them, such as {missing[0]!r}; calibrate with calls that run these parts"
         )
     return ClassWeights(codes, floats)
+
+
+def _share(model: GraphModel, codes: dict[str, Codes], floats: dict[str, Tensor]) -> None:
+    """Give each name of a shared parameter what graphs hold under another of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.architecture.skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        layers = [name.removesuffix(".weight") for name in shared]
+        code = next((codes[layer] for layer in layers if layer in codes), None)
+        value = next((floats[name] for name in shared if name in floats), None)
+        for name, layer in zip(shared, layers, strict=True):
+            if name in floats or layer in codes:
+                continue
+            if code is not None:
+                codes[layer] = code
+            elif value is not None:
+                floats[name] = value
 
 
 def _name(model: GraphModel) -> str:

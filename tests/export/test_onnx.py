@@ -15,6 +15,7 @@ from fxquant.errors import BackendError, CheckpointError, ConfigurationError
 from fxquant.export.onnx import export_onnx
 from fxquant.export.openvino import export_openvino
 from fxquant.runtime.model import GraphModel
+from tests.export.small import Small, small_call
 from tests.tiny import calibrate, inputs, make_dit
 
 pytest.importorskip("onnx")
@@ -60,6 +61,20 @@ def test_onnxruntime_computes_the_same(recipe: str, layers: str, tmp_path: Path)
             (found,) = session.run(None, {name: value.numpy() for name, value in call.items()})
             with torch.no_grad():
                 assert error(found, model(**call).sample) < tolerance
+
+
+def test_squeezes_that_torch_leaves_alone(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model = Small()
+    made = fxquant.compile(
+        model, recipe="rtn-w4a8-g4", layers="all", calibrate=lambda: model(**small_call()), measure=0
+    )
+    exported = export_onnx(made, tmp_path / "out")
+    call = small_call(batch=3, seed=1)
+    session = runtime.InferenceSession(str(exported.files[0]))
+    (found,) = session.run(None, {name: call[name].numpy() for name in exported.inputs[0]})
+    with torch.no_grad():
+        assert error(found, made(**call)) < 1e-5
 
 
 def test_codes_are_stored_as_bytes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError
@@ -21,6 +21,7 @@ from fxquant.export.compressed_tensors import export_compressed_tensors
 from fxquant.export.int8 import export_int8
 from fxquant.export.weights import IN_PLACE
 from fxquant.runtime.model import GraphModel
+from tests.export.small import Small, small_call
 from tests.tiny import calibrate, inputs, make_dit
 
 WEIGHTS_ONLY = IN_PLACE.replace("precision=w8a8", "precision=w8a16")
@@ -46,14 +47,19 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def with_weights(tensors: dict[str, Tensor]) -> Any:
-    """A DiT with these tensors, as the definition of the format says: weight times scale, per row."""
-    model = make_dit(1)
+def dequantized(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model, as the definition of the format says: weight times scale, per row."""
     state = {}
     for name in model.state_dict():
         scale = tensors.get(f"{name}_scale")
         state[name] = tensors[name] if scale is None else tensors[name].float() * scale
-    model.load_state_dict(state)
+    return state
+
+
+def with_weights(tensors: dict[str, Tensor]) -> Any:
+    """A DiT with these tensors."""
+    model = make_dit(1)
+    model.load_state_dict(dequantized(tensors, model))
     return model
 
 
@@ -100,7 +106,7 @@ def test_int8_as_vllm_omni_reads_it(tmp_path: Path) -> None:
     assert (config["quant_method"], config["activation_scheme"]) == ("int8", "dynamic")
     tensors = load_file(folder / TENSORS_FILE)
     scales = {name.removesuffix(".weight_scale"): value for name, value in tensors.items() if name.endswith("_scale")}
-    linears = {name for name, module in make_dit(1).named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name for name, module in make_dit(1).named_modules() if isinstance(module, nn.Linear)}
     assert scales.keys() | set(config["ignored_layers"]) == linears and not scales.keys() & set(
         config["ignored_layers"]
     )
@@ -108,6 +114,17 @@ def test_int8_as_vllm_omni_reads_it(tmp_path: Path) -> None:
         weight = tensors[f"{name}.weight"]
         assert (weight.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (len(weight), 1))
     assert error(output(with_weights(tensors)), output(model)) < 1e-5
+
+
+@pytest.mark.parametrize("export", [export_compressed_tensors, export_int8])
+def test_a_shared_weight_is_written_under_each_name(export: Any, tmp_path: Path) -> None:
+    model = Small(tied=True)
+    made = fxquant.compile(model, recipe=WEIGHTS_ONLY, calibrate=lambda: model(**small_call()), measure=0)
+    tensors = load_file(export(made, tmp_path / "out") / TENSORS_FILE)
+    read = Small()
+    read.load_state_dict(dequantized(tensors, read))
+    with torch.no_grad():
+        assert error(read(**small_call(seed=1)), made(**small_call(seed=1))) < 1e-5
 
 
 @pytest.mark.parametrize(
