@@ -11,19 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.adapters.branches import STRENGTH, Branching
+from fxquant.adapters.checking import check_metadata, check_state_dict, check_supported, widened
 from fxquant.adapters.folding import Folded, folded, padded
-from fxquant.adapters.reading import peft_keys, read_adapter
-from fxquant.adapters.stand_in import (
-    check_state_dict,
-    check_supported,
-    copy_of,
-    deltas_of,
-    make_stand_in,
-    ranks_of,
-    tuners,
-    widened,
-)
+from fxquant.adapters.reading import load_by_diffusers, peft_keys, read_adapter
+from fxquant.adapters.stand_in import copy_of, deltas_of, make_stand_in, ranks_of, tuners
 from fxquant.adapters.tuner import refuse_fusing, tuner_of
+from fxquant.adapters.turns import Turns
 from fxquant.capture.calls import Call, CallSpec
 from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import AdapterError, NonFiniteError
@@ -75,7 +68,8 @@ class Adapters:
         self.captured: list[CapturedGraph] = []
         self._active = False
         self._least_rank = 0
-        self._strength = 1.0
+        self._turns = Turns()
+        self._before: Any = None
 
     # --- what diffusers calls ---
 
@@ -113,22 +107,25 @@ class Adapters:
             state_dict = widened(state_dict, prefix, self.stand_in)
         own = peft_keys(state_dict, prefix)
         check_state_dict(self.stand_in, own)
+        check_metadata(metadata)
         name = kwargs.get("adapter_name")
         options = {"prefix": prefix, "metadata": metadata, "low_cpu_mem_usage": True, **kwargs}
 
         def load(stand_in: Any) -> None:
             if not (hotswap and own and name in getattr(stand_in, "peft_config", {})):
-                stand_in.load_lora_adapter(state_dict, hotswap=hotswap, **options)
+                load_by_diffusers(stand_in, state_dict, hotswap=hotswap, **options)
                 return
             # Not peft's own hot swap, which keeps the config of the adapter that it replaces.
             active, disabled = stand_in.active_adapters(), any(t.disable_adapters for _, t in tuners(stand_in))
             stand_in.delete_adapters(name)
-            stand_in.load_lora_adapter(state_dict, **options)
+            load_by_diffusers(stand_in, state_dict, **options)
             stand_in.set_adapter(active)
             if disabled:
                 stand_in.disable_adapters()
 
+        before = self.stand_in
         self._change(load)
+        self._before = before
 
     def save_lora_adapter(
         self,
@@ -187,6 +184,7 @@ class Adapters:
 
     def unload_lora(self) -> None:
         """Forget all adapters; the model is what it was before the first."""
+        self._before = None
         self._adopt(make_stand_in(self._owner.architecture.skeleton))
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
@@ -232,9 +230,10 @@ class Adapters:
     def make_graph(self, call: Call | CallSpec) -> CapturedGraph:
         """Capture a graph with the branches for a call that fits none."""
         assert self.branching is not None
-        captured = self._owner.make_graph(call, self.branching)
-        bind(captured.module, self.branching.tensors)
-        self._fill(self.branching, self._values(self.branching, self.stand_in))  # Of branches that it has alone.
+        with torch.inference_mode(False):
+            captured = self._owner.make_graph(call, self.branching)
+            bind(captured.module, self.branching.tensors)
+            self._fill(self.branching, self._values(self.branching, self.stand_in))  # Of branches that it has alone.
         return captured
 
     def moved(self) -> None:
@@ -248,12 +247,22 @@ class Adapters:
         """Drop all graphs with branches; they are captured again when calls need them."""
         self.captured = []
 
-    def set_strength(self, strength: float) -> None:
-        """Multiply all branches by a number in the calls from now on."""
-        if self.branching is not None and strength != self._strength:
+    def take_back(self) -> None:
+        """Undo the last :meth:`load_lora_adapter`, of which a pipeline set other parts that do not fit."""
+        self._adopt(self._before or self.stand_in)
+
+    def take_turn(self, strength: float) -> None:
+        """Multiply all branches by a number in one call; waits for calls of other threads with another number."""
+        self._turns.take(strength, self._set_strength)
+
+    def give_turn(self) -> None:
+        """End the call that :meth:`take_turn` began."""
+        self._turns.give()
+
+    def _set_strength(self, strength: float) -> None:
+        if self.branching is not None:
             with torch.no_grad():
                 self.branching.tensors[STRENGTH].fill_(strength)
-            self._strength = strength
 
     def restore(self, state_dicts: Mapping[str, Mapping[str, Tensor]], saved: Mapping[str, Any]) -> None:
         """Load the adapters of a checkpoint at once, with the weights that they had.
@@ -303,23 +312,26 @@ class Adapters:
 
     def _adopt(self, stand_in: Any) -> None:
         """Make graphs with the branches that the adapters need, fill them, and keep the adapters."""
-        with self._owner._at_home():
+        # Tensors that are made in inference mode could not be changed outside of it.
+        with torch.inference_mode(False), self._owner._at_home():
             self._adopt_here(stand_in)
 
     def _adopt_here(self, stand_in: Any) -> None:
         ranks = {path: rank for path, rank in ranks_of(stand_in).items() if rank}
         if not ranks:
-            self.branching, self.captured, self._active, self.stand_in = None, [], False, stand_in
-            self._show(None)
+            with self._turns.alone():
+                self.branching, self.captured, self._active, self.stand_in = None, [], False, stand_in
+                self._show(None)
             return
         branching, captured = self._with_room(ranks)
         values = self._values(branching, stand_in)
-        self._fill(branching, values)
-        if branching is not self.branching:
-            self._strength = 1.0
-        self.branching, self.captured, self.stand_in = branching, captured, stand_in
-        self._active = bool(deltas_of(stand_in))
-        self._show(stand_in)
+        with self._turns.alone():
+            self._fill(branching, values)
+            if branching is not self.branching:
+                self._turns.strength = 1.0
+            self.branching, self.captured, self.stand_in = branching, captured, stand_in
+            self._active = bool(deltas_of(stand_in))
+            self._show(stand_in)
 
     def _with_room(self, ranks: Mapping[str, int]) -> tuple[Branching, list[CapturedGraph]]:
         """Branches with room for these ranks, and the graphs that have them."""

@@ -58,9 +58,24 @@ def peft_keys(state_dict: Mapping[str, Tensor], prefix: str | None) -> dict[str,
             own = convert_unet_state_dict_to_peft(own)
         except (KeyError, ValueError, IndexError) as error:
             raise _unknown(own, f" ({error})") from error
-        if not any(".lora_A." in key for key in own):
+        if not any(".lora_A." in key or ".lora_B." in key for key in own):
             raise _unknown(own)
     return own
+
+
+def load_by_diffusers(stand_in: Any, state_dict: Mapping[str, Tensor], **options: Any) -> None:
+    """Load an adapter into a stand-in.
+
+    Raises:
+        AdapterError: In place of errors from within diffusers or peft. The ValueErrors of diffusers stay.
+    """
+    try:
+        stand_in.load_lora_adapter(state_dict, **options)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise AdapterError(
+            f"diffusers and peft cannot load adapter {options.get('adapter_name')!r}: {error}. Compare its ranks, "
+            "alphas and targets with its metadata, or load it without metadata"
+        ) from error
 
 
 def _unknown(keys: Mapping[str, Tensor], why: str = "") -> AdapterError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,11 +29,16 @@ def to_saved(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, Any]] | N
         for path, module in own.items():
             for part in _PARTS:
                 tensors[f"{number}.{path}.{part}.weight"] = getattr(module, part)[name].weight.detach()
-        alphas = {path: float(module.lora_alpha[name]) for path, module in own.items()}
+        alphas = {path: _alpha(module, name) for path, module in own.items()}
         scales = {path: float(module.scaling[name]) for path, module in own.items()}
         described.append({"name": name, "alphas": alphas, "scales": scales})
     disabled = any(module.disable_adapters for _, module in tuners(adapters.stand_in))
     return tensors, {"adapters": described, "active": adapters.active_adapters(), "disabled": disabled}
+
+
+def _alpha(module: Any, name: str) -> float:
+    """The alpha that gives this scale if it is divided by the rank; RSLoRAs divide by the root of the rank."""
+    return float(module.lora_alpha[name]) * (math.sqrt(module.r[name]) if module.use_rslora.get(name) else 1.0)
 
 
 def from_saved(adapters: Adapters, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
@@ -43,14 +49,7 @@ def from_saved(adapters: Adapters, tensors: Mapping[str, Tensor], saved: Mapping
         AdapterError: If an adapter does not fit the model.
     """
     described = saved["adapters"]
-    expected = {
-        f"{n}.{path}.{part}.weight" for n, own in enumerate(described) for path in own["scales"] for part in _PARTS
-    }
-    if expected != tensors.keys() or any(own["scales"].keys() != own["alphas"].keys() for own in described):
-        other = min(expected ^ tensors.keys(), default="scales")
-        raise CheckpointError(
-            f"tensor {other!r} is in the file of the adapters or in their description, but not in both"
-        )
+    check_saved(saved, tensors)
     adapters.restore(
         {
             own["name"]: {
@@ -60,3 +59,20 @@ def from_saved(adapters: Adapters, tensors: Mapping[str, Tensor], saved: Mapping
         },
         saved,
     )
+
+
+def check_saved(saved: Mapping[str, Any], names: Collection[str]) -> None:
+    """Compare a description with the names of the tensors that it is about.
+
+    Raises:
+        CheckpointError: If they do not fit each other.
+    """
+    described = saved["adapters"]
+    expected = {
+        f"{n}.{path}.{part}.weight" for n, own in enumerate(described) for path in own["scales"] for part in _PARTS
+    }
+    if expected != set(names) or any(own["scales"].keys() != own["alphas"].keys() for own in described):
+        other = min(expected ^ set(names), default="scales")
+        raise CheckpointError(
+            f"tensor {other!r} is in the file of the adapters or in their description, but not in both"
+        )

@@ -8,20 +8,16 @@ memory, but peft finds their shape, dtype and device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant.adapters.folding import Delta
-from fxquant.errors import AdapterError, MissingPackageError
+from fxquant.errors import MissingPackageError
 from fxquant.ir.tensors import weights_and_buffers
-
-FUSE = (
-    "Load it into the float model, fuse it there (pipe.fuse_lora(), then pipe.unload_lora_weights()), and compile the "
-    "result"
-)
 
 
 def make_stand_in(skeleton: nn.Module) -> Any:
@@ -73,101 +69,11 @@ def deltas_of(stand_in: nn.Module) -> dict[str, list[Delta]]:
     for path, module in tuners(stand_in):
         if module.disable_adapters:
             continue
-        active = [name for name in module.active_adapters if name in module.lora_A]
-        deltas = [Delta(module.lora_A[n].weight, module.lora_B[n].weight, float(module.scaling[n])) for n in active]
+        active = Counter(name for name in module.active_adapters if name in module.lora_A)  # peft adds each of them.
+        deltas = [
+            Delta(module.lora_A[name].weight, module.lora_B[name].weight, times * float(module.scaling[name]))
+            for name, times in active.items()
+        ]
         if deltas:
             found[path] = [Delta(delta.a.detach(), delta.b.detach(), delta.scale) for delta in deltas]
     return found
-
-
-def check_supported(stand_in: nn.Module) -> None:
-    """Refuse adapters that are not a product of two matrices beside a linear.
-
-    Raises:
-        AdapterError: Names the layer, says what the adapter has and what to do instead.
-    """
-    from peft.tuners.lora import Linear
-
-    for path, module in tuners(stand_in):
-        if not isinstance(module, Linear):
-            raise AdapterError(
-                f"layer {path!r} would get a {type(module).__name__} adapter, and a quantized model takes LoRAs of "
-                f"linears only. {FUSE}"
-            )
-        for name in module.lora_A:
-            if module.use_dora.get(name):
-                raise AdapterError(
-                    f"adapter {name!r} is a DoRA, which also changes the norm of the weight of {path!r}. {FUSE}"
-                )
-            if module.lora_bias.get(name):
-                raise AdapterError(f"adapter {name!r} has a bias for layer {path!r}, which a branch cannot add. {FUSE}")
-
-
-_OTHER_KINDS = {
-    "lora_magnitude_vector": "a DoRA", "dora_scale": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa", "oft_": "an OFT",
-    "lora_B.bias": "a LoRA with biases", "lora_embedding": "a LoRA of an embedding",
-}  # fmt: skip
-
-
-def check_state_dict(stand_in: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse adapters that do not fit the model, before anything is loaded.
-
-    Args:
-        stand_in: The stand-in.
-        state_dict: Tensors by peft's names, without the name of the component: ``blocks.0.attn.to_q.lora_A.weight``.
-
-    Raises:
-        AdapterError: If a tensor is of another kind of adapter, belongs to a layer that is not in the model or is not
-            a linear, or has another number of inputs or outputs. The message names the layer.
-    """
-    modules = dict(stand_in.named_modules())
-    for key, value in state_dict.items():
-        path = _path_of(key)
-        kind = next((kind for mark, kind in _OTHER_KINDS.items() if mark in key), None)
-        if kind is not None:
-            raise AdapterError(f"{key} belongs to {kind}, and a quantized model takes LoRAs of linears only. {FUSE}")
-        if path is None:
-            continue
-        base = getattr(modules.get(path), "base_layer", modules.get(path))
-        if base is None:
-            raise AdapterError(
-                f"{key} is for layer {path!r}, which {type(stand_in).__name__} does not have. It was made for another "
-                "model, or for other options of this model"
-            )
-        if not isinstance(base, nn.Linear):
-            raise AdapterError(
-                f"{key} is for layer {path!r}, a {type(base).__name__}, and a quantized model takes LoRAs of linears "
-                f"only. {FUSE}"
-            )
-        axis, what, size = (1, "inputs", base.in_features) if ".lora_A." in key else (0, "outputs", base.out_features)
-        if value.dim() != 2 or value.shape[axis] != size:
-            wider = value.dim() == 2 and value.shape[axis] > size
-            raise AdapterError(
-                f"{key} has shape {list(value.shape)}, but layer {path!r} has {size} {what}"
-                + (
-                    ". An adapter that widens a layer, as Control-LoRAs do, changes the model: load it into the float "
-                    "model, fuse it there, and compile the result"
-                    if wider
-                    else ". It was made for another model, or for other options of this model"
-                )
-            )
-
-
-def widened(state_dict: Mapping[str, Tensor], prefix: str | None, stand_in: nn.Module) -> dict[str, Tensor]:
-    """Add zeros to a LoRA of a model with fewer inputs, as of FLUX for FLUX Fill: it reads the first of them."""
-    start, made, modules = "" if prefix is None else f"{prefix}.", dict(state_dict), dict(stand_in.named_modules())
-    for key, value in state_dict.items():
-        path = _path_of(key) if key.startswith(start) and ".lora_A." in key else None
-        module = modules.get((path or "").removeprefix(start))
-        base = getattr(module, "base_layer", module)
-        if path and isinstance(base, nn.Linear) and value.dim() == 2 and value.shape[1] < base.in_features:
-            made[key] = nn.functional.pad(value, (0, base.in_features - value.shape[1]))
-    return made
-
-
-def _path_of(key: str) -> str | None:
-    for mark in (".lora_A.", ".lora_B."):
-        path, found, _ = key.partition(mark)
-        if found:
-            return path
-    return None

@@ -68,6 +68,7 @@ def attribute(
         checkpoint = checkpoint_folder(folder)
         inputs: Any = None if statistics is None else fxquant.Statistics.load(statistics)
         plan = fxquant.Plan.load(checkpoint)
+        active = [adapter.name for adapter in fxquant.report(checkpoint).adapters if adapter.active]
         quantized = fxquant.load(checkpoint, device=place, backend="fake-quant")
         pipe = open_pipeline(model, device=place)
         part = getattr(pipe, checkpoint.name, None) if checkpoint != folder else None
@@ -92,6 +93,8 @@ def attribute(
             )
     if save:
         found.save(checkpoint, plan.fingerprint())
+    if active:
+        err.print(Text(f"measured without the LoRAs of the checkpoint ({', '.join(active)})"))
     if as_json:
         print_json({**found.to_json(), "worst": found.rows()})
     else:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxquant.errors import ConfigurationError, UnknownNameError, check_type
+from fxquant.inspect.adapters import BranchReport, branches_of
 from fxquant.inspect.choices import Choice, choices_of
 from fxquant.inspect.history import History, rewrite_history
 from fxquant.inspect.report import plan_of, report
@@ -85,6 +86,7 @@ class Explanation:
         share: Its part of the sum of the contributions of all layers to the output error, 0 to 1; None if not known.
         events: What each pass did to its nodes and tensors. Empty for a plan alone, which has no graph.
         nodes: Its nodes in the lowered graph, as ``name = op (role)``.
+        adapters: What LoRAs add beside the layer; everything above is without them.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Explanation:
     share: float | None = None
     events: tuple[Event, ...] = ()
     nodes: tuple[str, ...] = ()
+    adapters: tuple[BranchReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The explanation as JSON values. Numbers that are not finite are text."""
@@ -137,6 +140,7 @@ class Explanation:
             rows.append(("SQNR", ", ".join(f"{what} {decimal(db)} dB" for what, db in self.sqnr_db.items())))
         if self.spread is not None:
             rows.append(("max|x|", f"{self.spread[0]:.4g}..{self.spread[1]:.4g} over the calibrated timesteps"))
+        rows += [("LoRA", str(branch)) for branch in self.adapters]
         if self.module_class:
             rows.append(("module", self.module_class))
         rows.append(("code", self.source or "not known from a plan alone; give the model or the checkpoint"))
@@ -241,6 +245,7 @@ def _from_plan(source: Source, plan: Plan, name: str, timestep: float | None) ->
     (row,) = (row for row in rows.layers if row.name == name)
     ranges = () if layer.activation is None else tuple(_bins("input", layer.activation, layer.boundaries, plan))
     before, after = weight_bytes(layer, dtype_of_plan(plan))
+    beside = tuple(branch for branch in branches_of(source) if branch.layer in (name, name.partition("@")[0]))
     noise = {"weight": layer.weight_sqnr_db, "input": layer.activation_sqnr_db}
     number = None
     if timestep is not None:
@@ -268,6 +273,7 @@ def _from_plan(source: Source, plan: Plan, name: str, timestep: float | None) ->
         bytes_of_weight=True,
         timestep=timestep,
         bin=number,
+        adapters=beside,
         **_measured(plan, name),
     )
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from fxquant.disk.folders import no_folder
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.inspect.adapters import AdapterReport, adapter_rows, adapter_table, branches_of
 from fxquant.inspect.decisions import decision_rows, decision_tables
 from fxquant.inspect.rows import COSTS, AttentionReport, DecisionReport, LayerReport, PassReport, Totals
 from fxquant.inspect.sizes import dtype_of_plan, weight_bytes
@@ -65,6 +66,7 @@ class Report:
             why it stays float, by the path of its module, its op and its line.
         decisions: What passes decided that has no field above (:mod:`fxquant.planning.pass_decisions`).
         attribution: Where the output error comes from, if :func:`fxquant.attribute` measured it.
+        adapters: The LoRAs of a model or a checkpoint. Sizes, errors and ranges above are those without them.
     """
 
     model_class: str
@@ -80,6 +82,7 @@ class Report:
     products: Mapping[str, str] = field(default_factory=dict)
     decisions: tuple[DecisionReport, ...] = ()
     attribution: Attribution | None = None
+    adapters: tuple[AdapterReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values. Numbers that are not finite, such as the SQNR of a lossless layer, are strings."""
@@ -87,7 +90,7 @@ class Report:
         if self.attribution is not None:
             data["attribution"] = {**self.attribution.to_json(), "worst": self.attribution.rows()}
         data["output_sqnr_db"] = [[step, db] for step, db in self.output_sqnr_db.items()]
-        for optional in ("decisions", "attribution"):
+        for optional in ("decisions", "attribution", "adapters"):
             if not data[optional]:
                 del data[optional]
         values = json_values(data)
@@ -115,6 +118,8 @@ class Report:
         if self.attentions:
             parts.append(self._attention_table(every))
         parts += decision_tables(self.decisions, every)
+        if self.adapters:
+            parts.append(adapter_table(self.adapters))
         if self.output_sqnr_db:
             parts.append(self._output_table())
         if self.attribution is not None:
@@ -146,6 +151,9 @@ class Report:
             shown = [f"{count} {cost}" for cost, count in totals.balance_by_cost.items() if count]
             absorbed = targets - totals.balance_by_cost["not"]
             lines.append(("balanced", f"{absorbed} of {targets} layers: {', '.join(shown)}"))
+        if self.adapters:
+            active = ", ".join(adapter.name for adapter in self.adapters if adapter.active) or "none"
+            lines.append(("LoRAs", f"{len(self.adapters)} loaded, {active} active"))
         if self.timesteps:
             span = f", {min(self.timesteps):g} to {max(self.timesteps):g}" if len(self.timesteps) > 1 else ""
             lines.append(("calibrated", f"{len(self.timesteps)} timesteps{span}"))
@@ -172,13 +180,8 @@ class Report:
     def _attention_table(self, every: bool) -> str:
         groups: dict[tuple[Any, ...], list[AttentionReport]] = {}
         for entry in self.attentions:
-            alike = (
-                pattern_of(entry.name),
-                entry.kernel,
-                entry.bits,
-                entry.softmax_bits,
-                without_numbers(entry.reason),
-            )
+            bits = entry.bits, entry.softmax_bits
+            alike = (pattern_of(entry.name), entry.kernel, *bits, without_numbers(entry.reason))
             groups.setdefault((entry.name,) if every else alike, []).append(entry)
         rows = []
         for group in groups.values():
@@ -247,6 +250,7 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
         products=dict(plan.products),
         decisions=decision_rows(plan.pass_decisions),
         attribution=plan.attribution,
+        adapters=adapter_rows(branches_of(model)),
     )
 
 

@@ -212,7 +212,7 @@ class _Block:
                 stacklevel=2,
             )
             self._open = False
-            made = self._compiled(None, *(x.data if isinstance(x, Tensor) else x for x in inputs))
+            made = self._compiled(None, *inputs)  # The marks are on aliases.
         return made
 
     def _opened(self, inputs: Sequence[Any]) -> list[Any]:

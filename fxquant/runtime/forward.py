@@ -16,7 +16,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
 from fxquant.runtime import torch_compile
 from fxquant.runtime.caches.cacheable import refuse_compiling
-from fxquant.runtime.lora import refuse_scale, with_scale
+from fxquant.runtime.lora import give_turn, refuse_scale, take_turn, with_scale
 from fxquant.runtime.nans import showing_nans
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
     if (compiler := torch_compile.callback()) not in (None, False):  # Compilation would begin at this call.
         _refuse_caching(self)
-        call = _begin(self, args, kwargs)
+        call, strength = _begin(self, args, kwargs)
         try:
             leaves = call.code(call.module, *call.inputs)
         except TorchDynamoException as error:
@@ -53,25 +53,32 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
             torch_compile.set_callback(compiler)
             leaves = call.code(call.module, *call.inputs)
         finally:
-            _unwatch(self)
+            _unwatch(self, strength)
         return _end(call, leaves)
-    captured, inputs = _choose(self, args, kwargs)
-    leaves = self._run_graph(captured, inputs, _call if self._pieces is None else self._pieces.run)
+    captured, inputs, strength = _choose(self, args, kwargs)
+    run = _call if self._pieces is None else self._pieces.run
+    take_turn(self, strength)
+    try:
+        leaves = self._run_graph(captured, inputs, run)
+    finally:
+        give_turn(self, strength)
     return captured.output(showing_nans(captured, inputs, leaves))
 
 
 torch_compile.leave_alone(forward_of_graphs.__code__)
 
 
-def _choose(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, list[torch.Tensor]]:
-    """Return the graph that serves a call, captured now if none exists yet, and its inputs."""
-    args, kwargs = with_scale(self, args, kwargs)
+def _choose(
+    self: GraphModel, args: Any, kwargs: Mapping[str, Any]
+) -> tuple[CapturedGraph, list[torch.Tensor], float | None]:
+    """Return the graph that serves a call, captured now if none exists yet, its inputs, and the scale of LoRAs."""
+    args, kwargs, strength = with_scale(self, args, kwargs)
     call = self.architecture.canonical(args, kwargs)
     captured = self.find(call)
     self.watch(call)
     if captured is None:
         captured = _capture(self, call)
-    return captured, captured.inputs(call.leaves)
+    return captured, captured.inputs(call.leaves), strength
 
 
 @torch.compiler.disable
@@ -81,9 +88,14 @@ def _stream(self: GraphModel, args: Any, kwargs: Mapping[str, Any], begins: bool
     assert streaming is not None
     if begins:
         streaming.warn_uncompiled()
-    captured, inputs = _choose(self, *streaming.arrived((args, dict(kwargs))))
+    captured, inputs, strength = _choose(self, *streaming.arrived((args, dict(kwargs))))
     run = streaming.run if self._pieces is None else partial(self._pieces.run, moved=streaming.moved)
-    return captured.output(showing_nans(captured, inputs, self._run_graph(captured, inputs, run)))
+    take_turn(self, strength)
+    try:
+        leaves = self._run_graph(captured, inputs, run)
+    finally:
+        give_turn(self, strength)
+    return captured.output(showing_nans(captured, inputs, leaves))
 
 
 def _call(module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
@@ -101,10 +113,12 @@ def _arrive(self: GraphModel) -> None:
 
 
 @torch.compiler.disable
-def _begin(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> torch_compile.Call:
-    captured, inputs = _choose(self, args, kwargs)
+def _begin(self: GraphModel, args: Any, kwargs: Mapping[str, Any]) -> tuple[torch_compile.Call, float | None]:
+    captured, inputs, strength = _choose(self, args, kwargs)
+    call = torch_compile.begin(captured, inputs)
     torch_compile.watch(self.backend)
-    return torch_compile.begin(captured, inputs)
+    take_turn(self, strength)
+    return call, strength
 
 
 @torch.compiler.disable
@@ -113,7 +127,8 @@ def _begin_again(call: torch_compile.Call, error: Exception) -> torch_compile.Ca
 
 
 @torch.compiler.disable
-def _unwatch(self: GraphModel) -> None:
+def _unwatch(self: GraphModel, strength: float | None) -> None:
+    give_turn(self, strength)
     torch_compile.unwatch(self.backend)
 
 

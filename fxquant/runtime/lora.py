@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fxquant.adapters.adapters import Adapters
+from fxquant.adapters.checking import FUSE
 from fxquant.errors import AdapterError
+from fxquant.ir.histories import history_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fxquant.capture.calls import Call
     from fxquant.runtime.model import GraphModel
 
 _HELD = "_adapters"
+NORMS = "_transformer_norm_layers"
+"""Where pipelines of FLUX keep the norms that a Control-LoRA replaced."""
 METHODS = frozenset(
     {
         "active_adapters", "add_adapter", "delete_adapters", "disable_adapters", "disable_lora", "enable_adapters",
@@ -93,38 +100,89 @@ def copy_adapters(model: GraphModel, clone: GraphModel) -> None:
         clone.__dict__[_HELD] = found.for_copy(clone)
 
 
-def with_scale(model: GraphModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Set the scale of LoRAs that a call gives, ``joint_attention_kwargs={"scale": 0.5}``, and take it from the call.
+def with_scale(
+    model: GraphModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Mapping[str, Any], float | None]:
+    """Take the scale of LoRAs from a call, ``joint_attention_kwargs={"scale": 0.5}``.
 
-    Without active LoRAs it has no effect on a model of diffusers. It is taken from the call then too, because otherwise
-    each number would be a kind of call with a graph of its own. A kind that was captured with it stays as it is.
+    Returns:
+        The arguments without the scale, and the scale; None without active LoRAs. Then the scale has no meaning and
+        stays in the call only where a graph was captured for it.
+
+    Raises:
+        AdapterError: If LoRAs are active and the scale is not a finite number.
     """
     found = adapters_of(model)
     active = found is not None and found.serving is not None
-    if not active and (model.plan is None or not _is_of_diffusers(model)):
-        return args, kwargs
+    given_options = (*args, *(kwargs.get(name) for name in _OPTIONS))
+    if not any(isinstance(options, Mapping) and "scale" in options for options in given_options):
+        return args, kwargs, 1.0 if active else None
+    if not active and (not _scales_loras(model) or model.find(model.architecture.canonical(args, kwargs)) is not None):
+        return args, kwargs, None
     given = model.architecture.signature.bind_partial(*args, **kwargs)
-    scaled = [name for name in _OPTIONS if "scale" in _mapping(given.arguments.get(name))]
-    if not active and (not scaled or model.find(model.architecture.canonical(args, kwargs)) is not None):
-        return args, kwargs
     strength = 1.0
-    for name in scaled:
-        options = given.arguments[name]
-        strength *= float(options["scale"])
-        given.arguments[name] = {key: value for key, value in options.items() if key != "scale"}
-        if not given.arguments[name] and model.find(model.architecture.canonical(given.args, given.kwargs)) is None:
-            given.arguments[name] = None  # Pipelines give either for no options, and each is another kind of call.
-    if found is not None and active:
-        found.set_strength(strength)
-    return given.args, given.kwargs
+    for name in _OPTIONS:
+        options = given.arguments.get(name)
+        if isinstance(options, Mapping) and "scale" in options:
+            strength *= _number(name, options["scale"]) if active else 1.0
+            given.arguments[name] = {key: value for key, value in options.items() if key != "scale"}
+            if not given.arguments[name] and model.find(model.architecture.canonical(given.args, given.kwargs)) is None:
+                given.arguments[name] = None  # Pipelines give either for no options, and each is another kind of call.
+    return given.args, given.kwargs, strength if active else None
 
 
-def _mapping(options: Any) -> Mapping[str, Any]:
-    return options if isinstance(options, Mapping) else {}
+def _scales_loras(model: GraphModel) -> bool:
+    """Whether a scale in the options of a call is that of LoRAs, as in the quantized models of diffusers' classes."""
+    return model.plan is not None and any(
+        base.__module__.startswith("diffusers.") for base in type(model.architecture.skeleton).__mro__
+    )
 
 
-def _is_of_diffusers(model: GraphModel) -> bool:
-    return type(model.architecture.skeleton).__module__.startswith("diffusers.")
+def _number(name: str, scale: Any) -> float:
+    try:
+        value = float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise AdapterError(f"{name}['scale'] scales LoRAs and is {scale!r}; give a finite number")
+    return value
+
+
+def take_turn(model: GraphModel, strength: float | None) -> None:
+    """Set the scale of LoRAs for one call; :func:`give_turn` ends it. Without LoRAs, None, nothing is done.
+
+    Calls in other threads with another scale wait meanwhile.
+    """
+    if strength is not None:
+        made_adapters(model).take_turn(strength)
+
+
+def give_turn(model: GraphModel, strength: float | None) -> None:
+    """End what :func:`take_turn` began."""
+    if strength is not None:
+        made_adapters(model).give_turn()
+
+
+def check_norms(model: GraphModel, before: Mapping[str, Tensor] | None) -> None:
+    """Refuse the norms of a Control-LoRA, which pipelines write with ``load_state_dict``, if passes changed the norms.
+
+    Args:
+        model: The model, with the new norms.
+        before: The norms that it had, by name, or None.
+
+    Raises:
+        AdapterError: Names the norm. The model then has the norms and the adapters that it had.
+    """
+    folded = set()
+    for captured in model.lasting:
+        for node in captured.module.graph.find_nodes(op="get_attr"):
+            history = history_of(captured.module, node)
+            folded.update([history.root] if history.steps else [])
+    changed = next((name for name in before or () if name in folded), None)
+    if changed is not None:
+        model.load_state_dict(dict(before or {}), strict=False)
+        made_adapters(model).take_back()
+        raise AdapterError(f"the adapter replaces {changed!r}, into which the recipe folded factors. {FUSE}")
 
 
 def refuse_scale(model: GraphModel, call: Call) -> None:

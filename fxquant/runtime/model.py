@@ -28,7 +28,7 @@ from fxquant.runtime.caches.cacheable import Cacheable
 from fxquant.runtime.compiling import Compilable
 from fxquant.runtime.drop_in import changes, hand_on, refusal
 from fxquant.runtime.forward import forward_of_graphs
-from fxquant.runtime.lora import adapters_of, copy_adapters, is_of_lora, lora_attribute
+from fxquant.runtime.lora import NORMS, adapters_of, check_norms, copy_adapters, is_of_lora, lora_attribute
 from fxquant.runtime.moving import Movable, Place
 from fxquant.runtime.offloading import is_offloading
 from fxquant.runtime.pretrained import Pretrained
@@ -114,6 +114,8 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
             return hand_on(architecture.skeleton, name, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == NORMS:
+            check_norms(self, value)
         own = name in self.__dict__ or name in ("graphs", "training") or hasattr(GraphModel, name)
         if not own and "architecture" in self.__dict__:
             if name == "_diffusers_hook":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant.errors import AdapterError
+from fxquant.ir.histories import History
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.lora import adapters_of
 from fxquant.runtime.model import GraphModel
@@ -139,6 +140,39 @@ def test_a_control_lora_is_refused_by_name(pipe: FluxPipeline) -> None:
         pipe.load_lora_weights(wider, adapter_name="a")
     assert torch.equal(images(pipe), before)
     assert pipe.get_list_adapters() == {}
+
+
+def norms() -> dict[str, Tensor]:
+    generator, size = torch.Generator().manual_seed(3), MODEL.config.attention_head_dim
+    names = [f"transformer_blocks.0.attn.norm_{side}" for side in ("q", "k", "added_q", "added_k")]
+    return {f"transformer.{name}.weight": 1 + torch.randn(size, generator=generator) for name in names}
+
+
+def test_norms_of_a_control_lora_that_widens_no_layer(pipe: FluxPipeline, floating: FluxPipeline) -> None:
+    before = images(pipe)
+    for one in (pipe, floating):
+        one.load_lora_weights(FIRST | norms(), adapter_name="a")
+    found, without = images(pipe), make_pipe(ENTRY.model())
+    without.load_lora_weights(FIRST, adapter_name="a")
+    assert sqnr_db(images(floating), found) > sqnr_db(images(floating), images(without)) + 6
+    pipe.unload_lora_weights()
+    assert torch.equal(images(pipe), before)
+
+
+def test_norms_into_which_a_recipe_folded_factors_are_refused(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of the adapter stays."""
+    model: GraphModel = pipe.transformer
+    name = "transformer_blocks.0.attn.norm_k.weight"
+    node = next(node for node in model.graphs[0].graph.find_nodes(op="get_attr") if node.target == name)
+    monkeypatch.setitem(node.meta, "fxquant_history", History(name).then("rows"))
+    pipe.load_lora_weights(SECOND, adapter_name="a")
+    before = images(pipe)
+    with pytest.raises(AdapterError, match=rf"replaces '{name}', into which the recipe folded factors"):
+        pipe.load_lora_weights(FIRST | norms(), adapter_name="b")
+    assert pipe.get_list_adapters() == {"transformer": ["a"]}
+    assert torch.equal(images(pipe), before)
 
 
 def test_a_lora_of_a_model_with_fewer_inputs_reads_the_first(pipe: FluxPipeline) -> None:

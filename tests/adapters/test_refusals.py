@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,34 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"{Q}.lokr_w1": torch.ones(4, 4), f"{Q}.lokr_w2": torch.ones(4, 4)},
         r"attn1.to_q.lokr_w1 belongs to a LoKr.*pipe\.fuse_lora\(\)",
     ),
+    "one factor": ({f"{Q}.lora_A.weight": torch.ones(2, 16)}, r"but no lora_B for layer '.*attn1\.to_q'"),
+    "the other factor": ({f"{Q}.lora_B.weight": torch.ones(16, 2)}, r"but no lora_A for layer '.*attn1\.to_q'"),
+    "two ranks": (
+        {f"{Q}.lora_A.weight": torch.ones(2, 16), f"{Q}.lora_B.weight": torch.ones(16, 3)},
+        r"factors of layer '.*attn1\.to_q' have ranks 2 and 3",
+    ),
+    "no rank": (factors(Q, 16, 16, rank=0), r"layer '.*attn1\.to_q' has rank 0"),
+    "integers": ({k: v.int() for k, v in factors(Q, 16, 16).items()}, "lora_A.weight is a torch.int32 tensor on cpu"),
+    "complex numbers": ({k: v.cfloat() for k, v in factors(Q, 16, 16).items()}, "is a torch.complex64 tensor"),
+    "no values": ({k: v.to("meta") for k, v in factors(Q, 16, 16).items()}, "is a torch.float32 tensor on meta"),
+    "no tensors": ({k: v.tolist() for k, v in factors(Q, 16, 16).items()}, "lora_A.weight is a list"),
+    "a norm": (
+        factors(Q, 16, 16) | {"transformer.norm_out.weight": torch.ones(16)},
+        "norm_out.weight is not a factor of a LoRA.*would have no effect",
+    ),
+    "a difference of weights": (factors(Q, 16, 16) | {f"{Q}.diff": torch.ones(16, 16)}, "to_q.diff is not a factor"),
+    "a difference of biases": (
+        factors(Q, 16, 16) | {f"{Q}.diff_b": torch.ones(16)},
+        "belongs to an adapter with biases",
+    ),
+    "the name of an adapter": (
+        {key.replace(".weight", ".default.weight"): value for key, value in factors(Q, 16, 16).items()},
+        "to_q.lora_A.default.weight is not a factor",
+    ),
+    "another alpha": (
+        factors(Q, 16, 16) | {f"{Q}.alpha": torch.tensor(1.0)},
+        r"to_q\.alpha is 1\.0 and the rank is 2.*network_alphas=\{'transformer\..*to_q\.alpha'",
+    ),
     "unknown keys": ({f"{Q}.down_of_something": torch.ones(2, 2)}, "of no format that diffusers converts"),
 }
 
@@ -70,6 +99,39 @@ def test_what_does_not_fit_is_refused_by_name(quantized: GraphModel, name: str) 
         quantized.load_lora_adapter(state_dict, adapter_name="a")
     assert not hasattr(quantized, "peft_config")
     assert torch.equal(run(quantized), before)
+
+
+def test_an_alpha_that_is_the_rank_makes_no_difference(quantized: GraphModel) -> None:
+    made = copy.copy(quantized)
+    made.load_lora_adapter(factors(Q, 16, 16) | {f"{Q}.alpha": torch.tensor(2.0)}, adapter_name="a")
+    assert not torch.equal(run(made), run(quantized))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 7}, r"peft cannot load adapter 'a'.*size mismatch.*with its metadata"),
+        ({"modules_to_save": ["proj_out_2"]}, r"peft cannot load adapter 'a'.*proj_out_2"),
+        ({"no_such_option": 1}, r"peft cannot load adapter 'a'"),
+        ({"use_dora": True}, "adapter 'a' is a DoRA"),
+        ({"lora_bias": True}, "adapter 'a' has a bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"initialized by 'pissa_niter_4', which also changes the weights"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_metadata_that_does_not_fit(quantized: GraphModel, options: dict[str, Any], message: str) -> None:
+    metadata = {"r": 2, "lora_alpha": 2, "peft_type": "LORA", "target_modules": ["to_q"], **options}
+    with pytest.raises(AdapterError, match=rf"(?s){message}"):
+        quantized.load_lora_adapter(
+            factors(Q, 16, 16), adapter_name="a", metadata={f"transformer.{k}": v for k, v in metadata.items()}
+        )
+    assert not hasattr(quantized, "peft_config")
+
+
+def test_a_name_that_peft_does_not_take(quantized: GraphModel) -> None:
+    with pytest.raises(AdapterError, match=r"cannot load adapter 'a\.b'"):
+        quantized.load_lora_adapter(factors(Q, 16, 16), adapter_name="a.b")
+    assert not hasattr(quantized, "peft_config")
 
 
 def test_an_adapter_that_is_loaded_stays_when_another_is_refused(quantized: GraphModel) -> None:
