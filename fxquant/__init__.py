@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxquant.planning.plan import Plan
     from fxquant.pretrained.components import compile_pipeline
     from fxquant.pretrained.config import FxQuantConfig
+    from fxquant.pretrained.entries import compile_parts
     from fxquant.statistics.collection import Statistics
     from fxquant.storage.aot.export import export_aot
     from fxquant.storage.aot.package import load_package
@@ -56,6 +57,7 @@ __all__ = [
     "balance",
     "balance_pipeline",
     "compile",
+    "compile_parts",
     "compile_pipeline",
     "diff",
     "explain",
@@ -104,6 +106,7 @@ _HOMES = {
     "balance": "export.balance",
     "balance_pipeline": "export.balance_pipeline",
     "compile": "api",
+    "compile_parts": "pretrained.entries",
     "compile_pipeline": "pretrained.components",
     "diff": "inspect.difference",
     "explain": "inspect.explain",

@@ -104,6 +104,10 @@ class CalibrationError(FxquantError, RuntimeError):
         self.reason = message if reason is None else reason
 
 
+class NotCalledError(CalibrationError):
+    """Calibration returned without calling the model."""
+
+
 class NonFiniteError(FxquantError, ValueError):
     """A weight or an activation holds NaN or infinity; the message names the layer."""
 

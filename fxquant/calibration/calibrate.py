@@ -19,7 +19,8 @@ from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import autocast_dtype
 from fxquant.capture.trace import Architecture
-from fxquant.errors import CalibrationError, ConfigurationError, FxquantError
+from fxquant.capture.whole import whole_of
+from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, NotCalledError
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.ir.time_tables import missing_timestep
@@ -368,7 +369,13 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
     if calibration.failure is not None:
         raise calibration.failure
     if not calibration.calls:
-        raise CalibrationError(
+        whole = whole_of(model)
+        if whole is not None:
+            raise NotCalledError(
+                f"calibrate returned without calling the {whole.path} of this {whole.model_class.__name__}; it must "
+                "use this very object, for example in a pipeline that makes images, without output_type='latent'"
+            )
+        raise NotCalledError(
             f"calibrate returned without calling the model ({type(model).__name__}); it must call this very object, "
             "for example through the pipeline that holds it"
         )

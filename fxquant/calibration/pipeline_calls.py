@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -35,10 +36,11 @@ def calibration_call(
     prompts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     sizes: Mapping[str, int] | None = None,
+    decode: bool = False,
 ) -> Callable[[], None]:
     """A function that runs the pipeline the way it is used, to pass as ``calibrate=`` to :func:`fxquant.compile`.
 
-    Every call of this function is the same, because the noise comes from ``seed``. Nothing is decoded to pixels.
+    Every call of this function is the same, because the noise comes from ``seed``.
 
     Args:
         pipe: A pipeline that takes class labels, such as ``DiTPipeline``, or prompts.
@@ -50,6 +52,7 @@ def calibration_call(
         labels: Class labels; all classes that the model knows, evenly, if None.
         sizes: ``height``, ``width`` and ``num_frames`` of the output; those of the pipeline for names that are left
             out.
+        decode: Whether latents are decoded to pixels, which only the calibration of a VAE needs.
 
     Raises:
         ConfigurationError: If the pipeline needs prompts and there are none, or needs arguments that this function
@@ -60,8 +63,8 @@ def calibration_call(
     call = _bound_call(pipe, conditions, steps, guidance, sizes)
 
     def calibrate() -> None:
-        with _without_decoder(pipe):
-            for _ in call(seed, "latent"):
+        with contextlib.nullcontext() if decode else _without_decoder(pipe):
+            for _ in call(seed, "pt" if decode else "latent"):
                 pass
 
     return calibrate

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fxquant.capture.trace import Architecture
 from fxquant.capture.transformers_models import is_of_transformers
+from fxquant.capture.whole import own_class, split_class, whole_of
 from fxquant.errors import CheckpointError, PortabilityWarning
 from fxquant.ir.tensors import weights_and_buffers
 
@@ -28,9 +29,14 @@ _DEFAULTS = "_use_default_values"
 def config_of(model: nn.Module) -> dict[str, Any]:
     """A model's config as plain dicts and lists, without the path it was read from; empty if it is not a mapping.
 
+    For a part of a model it is the config of the whole model.
+
     diffusers also lists the arguments for which ``from_config`` takes the defaults of the class. That list includes
     arguments that the constructor got without a keyword. They are removed from the list if they are not the default.
     """
+    whole = whole_of(model)
+    if whole is not None:
+        return dict(whole.config)
     config: Any = getattr(model, "config", None)
     if is_of_transformers(type(model)):
         config = json.loads(config.to_json_string(use_diff=False))
@@ -56,7 +62,7 @@ def class_of(model_class: str) -> Any:
     Raises:
         CheckpointError: If the installed library has no such model, or it is neither of these two.
     """
-    library, _, name = model_class.partition(":")
+    library, name, _ = split_class(model_class)
     if library not in LIBRARIES:
         raise CheckpointError(f"{library} is not one of {', '.join(LIBRARIES)}")
     found = getattr(importlib.import_module(library), name, None)
@@ -76,7 +82,7 @@ def is_made_from_config(cls: Any) -> bool:
 
 def is_rebuilt(model: nn.Module) -> bool:
     """Whether loading builds the model without help, because its class makes models from a config."""
-    return is_made_from_config(type(model))
+    return is_made_from_config(own_class(model))
 
 
 def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
@@ -85,7 +91,8 @@ def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
     Raises:
         CheckpointError: If that is not the same model; says what its config cannot hold, or its class does not make.
     """
-    cls, config = type(model), getattr(model, "config", None)
+    cls, whole = own_class(model), whole_of(model)
+    config: Any = getattr(model, "config", None) if whole is None else whole.config
     if not isinstance(config, Mapping) and not is_of_transformers(cls):
         raise CheckpointError(f"its config is a {type(config).__name__}, not a mapping that JSON could hold")
     written = config_of(model)
@@ -96,7 +103,8 @@ def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
     if library in LIBRARIES and class_of(f"{library}:{cls.__name__}") is not cls:
         raise CheckpointError(f"{library} has a different class with the name {cls.__name__}")
     try:
-        architecture = Architecture.from_config(cls, json.loads(config_text(model)), timestep)
+        part = "" if whole is None else whole.path
+        architecture = Architecture.from_config(cls, json.loads(config_text(model)), timestep, part)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(f"{cls.__name__}.from_config fails: {type(error).__name__}: {reason}") from error

@@ -47,6 +47,7 @@ from fxquant.capture.normalize import (
 from fxquant.capture.state import detached, hollow_out, kept
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.transformers_models import built
+from fxquant.capture.whole import Whole, made_part
 from fxquant.errors import CaptureError, CheckpointError, ConfigurationError, FxquantError
 from fxquant.ir.meta import NAMES
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
@@ -124,14 +125,32 @@ class Architecture:
         return architecture
 
     @classmethod
-    def from_config(cls, model_class: Any, config: Mapping[str, Any], timestep: str | None) -> Architecture:
-        """Build the architecture of a model of diffusers or transformers from its config, without weights."""
+    def from_config(
+        cls, model_class: Any, config: Mapping[str, Any], timestep: str | None, part: str = ""
+    ) -> Architecture:
+        """Build the architecture of a model of diffusers or transformers from its config, without weights.
+
+        Args:
+            model_class: Its class.
+            config: Its config.
+            timestep: Name of the ``forward`` argument that holds the timestep.
+            part: Path of the module to take of it; empty for the whole model.
+
+        Raises:
+            CheckpointError: If it has no such module.
+        """
         with tracing_alone(), FakeTensorMode(allow_non_fake_inputs=True):
             if hasattr(model_class, "from_config"):
                 skeleton = model_class.from_config(dict(config))
             else:
                 skeleton = built(model_class, config)
         hollow_out(skeleton)
+        if part:
+            whole = Whole(type(skeleton), dict(config), part)
+            found = dict(skeleton.named_modules()).get(part)
+            if found is None:
+                raise CheckpointError(f"the class {type(skeleton).__name__} makes no module {part!r}")
+            skeleton = made_part(found, whole)
         return cls(skeleton.eval().requires_grad_(False), timestep)
 
     def on(self, device: torch.device) -> Architecture:

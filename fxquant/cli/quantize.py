@@ -178,6 +178,7 @@ def quantize(
         from fxquant.pipeline.recipes import make_recipe
         from fxquant.pretrained.components import check_components, compile_pipeline
         from fxquant.runtime.devices import usable_device
+        from fxquant.runtime.parts import has_entries, quantized_models
         from fxquant.storage.diffusers_io import refuse_existing, refuse_input
 
         # Invalid options are refused before any slow step.
@@ -199,17 +200,24 @@ def quantize(
         with status(f"reading {model}"):
             pipe = open_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value), variant=variant)
             check_components(pipe, names)
+            decode = any(has_entries(getattr(pipe, name)) for name in names)
+            if decode and (recorded is not None):
+                raise ConfigurationError(
+                    "--keep-statistics, --statistics and --attribute are about one graph, and each part of a VAE is "
+                    "one; leave them out"
+                )
             calibrate = None
             if statistics is None:
                 sizes = sizes_of(height, width, num_frames)
-                calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines, sizes=sizes)
+                calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines, sizes=sizes, decode=decode)
         with progress_bars() as progress:
             watches: list[_PassProgress] = []
 
             def for_component(name: str) -> dict[str, Any]:
                 """What each part has of its own: a progress bar, and folders if there are several parts."""
-                watches.append(_PassProgress(progress, chosen[name]))
-                own = [path and (path / name if len(names) > 1 else path) for path in (dump, resume)]
+                watches.append(_PassProgress(progress, chosen[name.partition(".")[0]]))
+                several = len(names) > 1 or name not in names
+                own = [path and (path / name if several else path) for path in (dump, resume)]
                 instruments: list[Instrument] = [watches[-1]]
                 if own[0] is not None:
                     instruments.append(DumpGraphs(own[0]))
@@ -221,7 +229,7 @@ def quantize(
                 original = getattr(pipe, names[0])
                 made = compile_pipeline(
                     pipe,
-                    recipe=chosen,
+                    recipe=recipes,
                     calibrate=calibrate,
                     for_component=for_component,
                     backend=runner,
@@ -248,13 +256,13 @@ def quantize(
         with status(f"writing {out_folder}"):
             _save(pipe, out_folder, overwrite)
         _mention_float_transformers(pipe, names)
-    found = {name: fxquant.report(part) for name, part in made.items()}
+    found = {path: fxquant.report(model) for path, model in quantized_models(made).items()}
     if as_json:
         reports = {name: report.to_json() for name, report in found.items()}
-        print_json(reports if len(names) > 1 else reports[names[0]])
+        print_json(reports if list(reports) != names[:1] else reports[names[0]])
     else:
         for name, report in found.items():
-            print_plain(f"{name}:\n{report.summary()}" if len(names) > 1 else report.summary())
+            print_plain(f"{name}:\n{report.summary()}" if list(found) != names[:1] else report.summary())
             if report.attribution is not None:
                 print_plain(f"\n{report.attribution.table()}")
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))

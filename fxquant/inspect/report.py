@@ -282,6 +282,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
     """
     from fxquant.storage.aot.model import PACKAGE_FILE
     from fxquant.storage.diffusers_io import INDEX_FILE, parts_of
+    from fxquant.storage.part_names import parts_in
 
     folder = Path(folder)
     if not folder.is_dir():
@@ -289,7 +290,9 @@ def checkpoint_folder(folder: str | Path) -> Path:
     if (folder / PLAN_FILE).is_file():
         return folder
     named = parts_of(folder) if (folder / INDEX_FILE).is_file() else [path.name for path in folder.glob("[!.]*")]
-    found = [folder / name for name in sorted(named) if (folder / name / PLAN_FILE).is_file()]
+    places = [folder / name for name in sorted(named)]
+    found = [place for one in places for place in (one, *(one / inner for inner in parts_in(one)))]
+    found = [place for place in found if (place / PLAN_FILE).is_file()]
     if not found:
         if any((place / PACKAGE_FILE).is_file() for place in (folder, *(folder / name for name in named))):
             raise CheckpointError(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from fxquant.api import compile as compile_model
 from fxquant.capture.transformers_models import is_of_transformers
-from fxquant.errors import ConfigurationError, FxquantError
+from fxquant.errors import ConfigurationError
 from fxquant.pipeline.recipes import Recipe
+from fxquant.pretrained.entries import check_entries, marked, named_parts, optional_of, part_options
+from fxquant.pretrained.together import compile_together
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.parts import has_entries
 from fxquant.runtime.wrappers import unwrapped
+from fxquant.storage.parts import made_of_parts
 
 
 def compile_pipeline(
@@ -23,11 +27,13 @@ def compile_pipeline(
     components: Sequence[str] = ("transformer", "transformer_2"),
     for_component: Callable[[str], Mapping[str, Any]] = lambda _: {},
     **options: Any,
-) -> dict[str, GraphModel]:
+) -> dict[str, Any]:
     """Quantize several models of a pipeline in one calibration, such as the two experts of Wan 2.2.
 
     Each model is calibrated on the calls that it gets: an expert on its own timesteps, a text encoder on the prompts.
-    At the end the pipeline gets all quantized models; if one fails, it keeps all of its float models.
+    A VAE stays a model of its class, and its decoder is quantized, with its encoder if the calibration encodes
+    (:func:`compile_parts`). At the end the pipeline gets all quantized models; if one fails, it keeps all of its float
+    models.
 
     Args:
         pipe: A pipeline of diffusers, or any object with the models as attributes.
@@ -35,15 +41,16 @@ def compile_pipeline(
             models in place of ``components``.
         calibrate: Runs the pipeline in the way in which it will be used.
         components: Names of the models. Those that the pipeline does not have, or that are None, are left out.
-        for_component: Further options of :func:`fxquant.compile` for the model of a name.
+        for_component: Further options of :func:`fxquant.compile` for the model of a name. For a VAE it is called for
+            its parts: ``vae.decoder``.
         options: For all models, as for :func:`fxquant.compile`.
 
     Returns:
         The quantized models by name. One model under two names is one quantized model.
 
     Raises:
-        ConfigurationError: If the pipeline has none of the models, one of them is a VAE, or an option belongs to one
-            model: ``plan``, ``statistics``, ``resume``.
+        ConfigurationError: If the pipeline has none of the models, a VAE cannot be quantized as it is, or an option
+            belongs to one model: ``plan``, ``statistics``, ``resume``.
         FxquantError: What :func:`fxquant.compile` raises; the message begins with the name of the model.
     """
     for name in ("plan", "statistics", "resume"):
@@ -56,34 +63,42 @@ def compile_pipeline(
         raise ConfigurationError(
             f"this {type(pipe).__name__} has no {' or '.join(components)}; name its models: components=(...)"
         )
-    for name, part in parts.items():
-        _refuse_decoder(name, part)
     distinct = {id(part): name for name, part in reversed(parts.items())}
-    made: dict[str, GraphModel] = {}
+    models: dict[str, Any] = {}
+    optional: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name in (name for name in parts if distinct[id(parts[name])] == name):
+            if not has_entries(parts[name]):
+                models[name] = parts[name]
+                continue
+            check_entries(parts[name])
+            inner = named_parts(parts[name], None)
+            stack.enter_context(marked(parts[name], inner))
+            models |= {f"{name}.{part}": getattr(parts[name], part) for part in inner}
+            optional += [f"{name}.{part}" for part in optional_of(inner)]
 
-    def own(name: str) -> dict[str, Any]:
-        chosen = recipe[name] if isinstance(recipe, Mapping) else recipe
-        none = {"timestep": None} if is_of_transformers(type(parts[name])) else {}  # Text encoders have none.
-        return {"recipe": chosen, **none, **options, **for_component(name)}
+        def own(path: str) -> dict[str, Any]:
+            name = path.partition(".")[0]
+            chosen = recipe[name] if isinstance(recipe, Mapping) else recipe
+            none = {"timestep": None} if is_of_transformers(type(parts[name])) else {}  # Text encoders have none.
+            given = {"recipe": chosen, **none, **options, **for_component(path)}
+            return part_options(given) if has_entries(parts[name]) else given
 
-    def run(names: Sequence[str]) -> None:
-        first, *rest = names
-        inner = (lambda: run(rest)) if rest else calibrate
-        try:  # The calls of the first model are recorded while the others are calibrated.
-            made[first] = compile_model(parts[first], calibrate=inner, **own(first))
-        except FxquantError as error:
-            if error.component is None and len(parts) > 1:
-                error.component = first
-                error.args = (f"{first}: {error}", *error.args[1:])
-            raise
-
-    run([name for name in parts if distinct[id(parts[name])] == name])
-    made = {name: made[distinct[id(part)]] for name, part in parts.items()}
+        compiled = compile_together(models, calibrate, own, optional)
+    made = {name: _made(parts[name], distinct[id(parts[name])], compiled) for name in parts}
     for name, model in made.items():
         setattr(pipe, name, model)
     if getattr(pipe, "_all_hooks", None):  # It would move the float models, which its hooks hold.
         pipe.enable_model_cpu_offload(device=pipe._offload_device)
     return made
+
+
+def _made(part: Any, name: str, compiled: Mapping[str, GraphModel]) -> Any:
+    """The quantized model in place of a part of a pipeline."""
+    if not has_entries(part):
+        return compiled[name]
+    inner = {path.partition(".")[2]: model for path, model in compiled.items() if path.startswith(f"{name}.")}
+    return made_of_parts(part, inner)
 
 
 def check_components(pipe: Any, names: Sequence[str]) -> None:
@@ -100,12 +115,5 @@ def check_components(pipe: Any, names: Sequence[str]) -> None:
             raise ConfigurationError(
                 f"part {name!r} of this {type(pipe).__name__} {there} or is not a model; it has {', '.join(models)}"
             )
-        _refuse_decoder(name, parts[name])
-
-
-def _refuse_decoder(name: str, part: Any) -> None:
-    if callable(getattr(part, "decode", None)):
-        raise ConfigurationError(
-            f"pipelines call the methods encode and decode of part {name!r}, and a graph has only one entry, the call "
-            f"of the model; leave {name} out"
-        )
+        if has_entries(parts[name]):
+            check_entries(parts[name])

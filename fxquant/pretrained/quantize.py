@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from fxquant.api import compile as compile_model
+from fxquant.errors import ConfigurationError
 from fxquant.planning.plan import Plan
 from fxquant.pretrained.config import FxQuantConfig
+from fxquant.pretrained.entries import check_entries, compile_parts, mark, part_options
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.parts import entries_of, quantized_parts
 from fxquant.statistics.collection import Statistics
+from fxquant.storage.parts import savable
 
 _OF_DIFFUSERS = ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
 _HOOKS = ("_hf_hook", "_old_forward", "forward")  # accelerate replaces ``forward`` and keeps the original.
@@ -42,6 +46,48 @@ def quantize_at_first_call(model: nn.Module, config: FxQuantConfig) -> None:
     """
     model.forward = functools.partial(torch.compiler.disable(_first_call), model, config)
     functools.update_wrapper(model.forward, type(model).forward)
+
+
+def quantize_parts(model: nn.Module, config: FxQuantConfig) -> None:
+    """Quantize the parts of a model with several entries, such as a VAE, in place.
+
+    With a calibration this is done at once. Otherwise each part is quantized when it is first called: a decoder by the
+    first image, an encoder only if something is encoded.
+
+    Args:
+        model: The float model.
+        config: What to do.
+
+    Raises:
+        ConfigurationError: If the config holds a plan or statistics, which belong to one part.
+        FxquantError: As :func:`fxquant.compile_parts`; the model stays float.
+    """
+    if config.plan is not None or config.statistics is not None:
+        raise ConfigurationError(
+            f"a plan and statistics belong to one graph, and each part of a {type(model).__name__} is one; give "
+            "FxQuantConfig a recipe, with calibrate= if it needs a calibration"
+        )
+    original = _float_copy(model)
+    if config.calibrate is not None:
+        assert config.recipe is not None
+        made = compile_parts(
+            original,
+            recipe=config.recipe,
+            backend=config.backend,
+            calibrate=functools.partial(config.calibrate, original),
+            layers=config.layers,
+            measure=config.measure,
+        )
+        model._modules.update(quantized_parts(made))
+    else:
+        check_entries(original)
+        own = copy.copy(config)
+        vars(own).update(part_options({"layers": config.layers}))
+        own.check_complete()
+        for name in entries_of(model):
+            mark(original, name)  # The copy shares its parts with the model.
+            quantize_at_first_call(getattr(model, name), own)
+    savable(model)
 
 
 def _first_call(model: nn.Module, config: FxQuantConfig, *args: Any, **kwargs: Any) -> Any:

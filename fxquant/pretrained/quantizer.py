@@ -18,10 +18,14 @@ from fxquant.disk.files import dtype_of_name
 from fxquant.errors import CheckpointError, HubError
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.pretrained.config import FxQuantConfig
-from fxquant.pretrained.quantize import quantize_at_first_call, quantize_now
+from fxquant.pretrained.quantize import quantize_at_first_call, quantize_now, quantize_parts
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.parts import has_entries, quantized_parts
+from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.checkpoint import load
 from fxquant.storage.load_options import check_dtype, device_of_map
+from fxquant.storage.part_names import PARTS, checked_names
+from fxquant.storage.parts import read_parts
 from fxquant.storage.weights import variant_of
 
 
@@ -60,19 +64,29 @@ class FxQuantizer(DiffusersQuantizer):
         """None for a checkpoint: its tensors go to the device when it is read."""
         return None if self.pre_quantized else device_map
 
+    @property
+    def _parts(self) -> list[str] | None:
+        """The names of the quantized parts, if the checkpoint is of a model with several entries."""
+        recorded = self.quantization_config.recorded or {}
+        return checked_names(recorded[PARTS], CONFIG_FILE) if PARTS in recorded else None
+
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Take note of the files that diffusers found; of a checkpoint it is to read no tensor itself."""
+        """Take note of the files that diffusers found; of a checkpoint it is to read only what stayed float."""
         if not self.pre_quantized:
             return loaded_keys
-        self._folder = _folder_of(checkpoint_files)
-        return []
+        parts = self._parts
+        self._folder = _folder_of(checkpoint_files, parts)
+        return [] if parts is None else loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Nothing for a checkpoint."""
-        return {} if self.pre_quantized else state_dict
+        """Nothing for a checkpoint, except for what stayed float beside quantized parts."""
+        return {} if self.pre_quantized and self._parts is None else state_dict
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        """No weight of a checkpoint is missing."""
+        """No weight of a checkpoint is missing, and none of a quantized part."""
+        parts = self._parts
+        if self.pre_quantized and parts is not None:
+            return [key for key in missing_keys if key.partition(".")[0] not in parts]
         return [] if self.pre_quantized else missing_keys
 
     def check_if_quantized_param(
@@ -87,10 +101,16 @@ class FxQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Read the checkpoint in place of the model, or quantize the model."""
         self._model = model
-        if self.pre_quantized:
+        parts = self._parts
+        if parts is not None:
+            assert self._folder is not None
+            read_parts(model, self._folder, parts, self._device)
+        elif self.pre_quantized:
             assert self._folder is not None
             variant = variant_of(path.name for path in self._folder.iterdir())
             load(self._folder, device=self._device, variant=variant, model=_own_class(model)).take_place_of(model)
+        elif has_entries(model):
+            quantize_parts(model, self.quantization_config)
         elif self.quantization_config.calibrate is None and self.quantization_config.recipe is not None:
             quantize_at_first_call(model, self.quantization_config)
         else:
@@ -99,7 +119,7 @@ class FxQuantizer(DiffusersQuantizer):
     @property
     def is_serializable(self) -> bool:
         """Whether the model is quantized; one that waits for its first call cannot be written."""
-        return isinstance(self._model, GraphModel)
+        return isinstance(self._model, GraphModel) or bool(quantized_parts(self._model))
 
     @property
     def is_trainable(self) -> bool:
@@ -112,20 +132,26 @@ def _own_class(model: nn.Module) -> type[nn.Module] | None:
     return None if type(model).__module__.startswith("diffusers.") else type(model)
 
 
-def _folder_of(files: Sequence[str]) -> Path:
+def _folder_of(files: Sequence[str], parts: Sequence[str] | None) -> Path:
     """The folder of a checkpoint, from the paths of its weights.
 
     Of a repository, diffusers downloads only the weights and the config of a model. The rest follows here.
+
+    Args:
+        files: The paths.
+        parts: The names of quantized parts, each of which has a folder in it; None for a checkpoint of a whole model.
 
     Raises:
         CheckpointError: If the rest of the checkpoint is not there.
     """
     folder = Path(files[0]).parent
-    if not (folder / PLAN_FILE).is_file():
+    plans = [folder / name / PLAN_FILE for name in ([""] if parts is None else parts)]
+    if not all(plan.is_file() for plan in plans):
         _download_rest(folder)
-    if not (folder / PLAN_FILE).is_file():
+    missing = next((plan for plan in plans if not plan.is_file()), None)
+    if missing is not None:
         raise CheckpointError(
-            f"{folder / PLAN_FILE} is missing: only the weights were copied or downloaded. Copy the whole folder; from "
+            f"{missing} is missing: only the weights were copied or downloaded. Copy the whole folder; from "
             "the hub, download it with huggingface_hub.snapshot_download and give the folder to from_pretrained"
         )
     return folder

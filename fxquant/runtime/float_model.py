@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fxquant.calibration.calibrate import refuse_redirected
 from fxquant.capture.hooks import refuse_hooks
+from fxquant.capture.whole import own_class, whole_of
 from fxquant.errors import AlreadyCompiledError, ConfigurationError, NonFiniteError
 from fxquant.ir.tensors import weights_of
 from fxquant.numerics.finite import require_finite
@@ -25,10 +26,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def class_path(model: nn.Module) -> str:
-    """The import path of a model's class: ``diffusers:DiTTransformer2DModel``, or its module and its name."""
-    cls = type(model)
+    """The import path of a model's class: ``diffusers:DiTTransformer2DModel``, or its module and its name.
+
+    For a part of a model, the path of the part follows: ``diffusers:AutoencoderKL/decoder``.
+    """
+    cls, whole = own_class(model), whole_of(model)
     root = cls.__module__.partition(".")[0]
-    return f"{root if root in ('diffusers', 'transformers') else cls.__module__}:{cls.__qualname__}"
+    part = "" if whole is None else f"/{whole.path}"
+    return f"{root if root in ('diffusers', 'transformers') else cls.__module__}:{cls.__qualname__}{part}"
 
 
 _DIGESTED = 1024  # Elements of each tensor that a digest of the weights reads.

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fxquant.capture.whole import split_class
 from fxquant.disk.files import is_plain_file
 from fxquant.planning.plan import Plan
 
@@ -38,13 +39,17 @@ def model_card(plan: Plan, dtype: str, versions: Mapping[str, str], digests: Map
         versions: Versions of the packages that traced the model.
         digests: SHA-256 of the files of the checkpoint, by name.
     """
-    library, _, name = plan.model_class.partition(":")
-    how = f"from {library} import {name}\n\nmodel = {name}.from_pretrained(folder)"
+    library, name, part = split_class(plan.model_class)
+    title, whose, folder, rest = name, f"this `{name}`", "folder", ""
+    if part:
+        title, whose, folder = f"{name}, {part}", f"the {part} of a `{name}`", "folder_around_this_one"
+        rest = " The rest of the model is in the folder around this one."
+    how = f"from {library} import {name}\n\nmodel = {name}.from_pretrained({folder})"
     if library != "diffusers":
-        how = f"from {library} import {name}\n\nmodel = fxquant.load(folder, model={name})"
+        how = f"from {library} import {name}\n\nmodel = fxquant.load({folder}, model={name})"
     return _sealed(
-        f"{_HEAD}\n# {name}, quantized\n\n"
-        f"The weights of this `{name}` were quantized by fxquant. Its files hold integer codes and no code to run.\n\n"
+        f"{_HEAD}\n# {title}, quantized\n\n"
+        f"The weights of {whose} were quantized by fxquant. Its files hold integer codes and no code to run.{rest}\n\n"
         f"```python\nimport fxquant  # Lets diffusers read these files.\n{how}\n```\n\n{_facts(plan, dtype)}\n"
         f"{_table(('package', 'version'), versions)}\n{_table(('file', 'SHA-256'), digests)}"
     )
@@ -95,8 +100,9 @@ def _facts(plan: Plan, dtype: str) -> str:
         facts["size of the tensors"] = f"{plan.bytes_after:,} bytes, of {plan.bytes_before:,} in float"
     values = list(plan.output_sqnr_db.values())
     if values:
-        facts["SQNR of the output"] = f"{sum(values) / len(values):.1f} dB; at the worst timestep {min(values):.1f} dB"
-    if plan.timesteps:
+        worst = "" if plan.timestep is None else f"; at the worst timestep {min(values):.1f} dB"
+        facts["SQNR of the output"] = f"{sum(values) / len(values):.1f} dB{worst}"
+    if plan.timesteps and plan.timestep is not None:
         facts["calibrated timesteps"] = f"{len(plan.timesteps)}, {plan.timesteps[0]:g} to {plan.timesteps[-1]:g}"
     facts["recipe"] = f"`{plan.recipe}`"
     return _table(("what", "value"), facts)

@@ -35,6 +35,7 @@ from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.runtime.devices import give_back_memory
 from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.runtime.parts import quantized_parts
 from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
 from fxquant.schemas.common import LARGEST_FILE, check
 from fxquant.schemas.config import Config
@@ -49,6 +50,7 @@ from fxquant.storage.agreement import (
 from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.card import CARD_FILE, is_own_card, model_card
 from fxquant.storage.load_options import check_dtype, place_and_device
+from fxquant.storage.part_names import parts_in
 from fxquant.storage.skeleton import QUANT_METHOD, QUANTIZATION, cast, description_of, read_plan
 from fxquant.storage.weights import (
     SHARD_SIZE,
@@ -85,7 +87,7 @@ def save(
     always loaded with ``model=``.
 
     Args:
-        model: What :func:`fxquant.compile` returned.
+        model: What :func:`fxquant.compile` or :func:`fxquant.compile_parts` returned.
         folder: The folder to write; it is created, with its parents.
         overwrite: Replace a checkpoint that is already there. Folders with anything else in them are never replaced.
         needs_model: Write the model even if its class and config do not give the model that was compiled. Reading it
@@ -101,6 +103,11 @@ def save(
         WriteError: If the disk is full, the folder cannot be written, or another process wrote there in the meantime;
             existing files stay.
     """
+    if quantized_parts(model):
+        from fxquant.storage.parts import save_model  # It writes checkpoints of the parts.
+
+        save_model(model, folder, overwrite=overwrite, variant=variant, max_shard_size=max_shard_size)
+        return
     model, plan = quantized_model(model, "save")
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite, variant)) as written:
         difference = why_not_rebuilt(model)
@@ -245,7 +252,7 @@ def load(
     model: nn.Module | type[nn.Module] | None = None,
     variant: str | None = None,
     **options: Any,
-) -> GraphModel:
+) -> Any:
     """Read a quantized model back. Float weights are neither needed nor made.
 
     Args:
@@ -258,6 +265,9 @@ def load(
             ``dtype``, ``device_map``, ``low_cpu_mem_usage`` and ``use_safetensors``. See
             :func:`fxquant.storage.load_options.place_and_device`.
 
+    Returns:
+        A :class:`~fxquant.runtime.model.GraphModel`; for a VAE an object of its class with quantized parts.
+
     Raises:
         CheckpointError: If a file is missing, damaged, unsafe, of a newer format or from another model.
         UnknownNameError: If there is no such backend.
@@ -267,6 +277,10 @@ def load(
         AlreadyCompiledError: If fxquant made ``model``.
     """
     folder, device, wanted = place_and_device(folder, device, options)
+    if parts_in(folder):
+        from fxquant.storage.parts import load_model  # It reads checkpoints of the parts.
+
+        return load_model(folder, device=device, backend=backend, model=model, variant=variant, dtype=wanted)
     runner = None if backend is None else resolve_backend(backend)
     data = read_plan(folder)
     _refuse_pickles(folder)

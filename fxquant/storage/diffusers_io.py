@@ -24,12 +24,15 @@ from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
 from fxquant.runtime.drop_in import DropIn
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.parts import has_entries, quantized_models, quantized_parts
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
 from fxquant.storage.aot.package import is_package_file, load_package
 from fxquant.storage.card import CARD_FILE, is_own_card, pipeline_card
 from fxquant.storage.checkpoint import is_checkpoint_file, load, save
-from fxquant.storage.load_options import check_dtypes, device_of_map
+from fxquant.storage.load_options import check_dtypes, default_dtype, device_of_map
+from fxquant.storage.part_names import dtype_in, parts_in
+from fxquant.storage.parts import is_of_model, is_savable
 from fxquant.storage.weights import other_variants, variant_of
 from fxquant.text import printable
 
@@ -88,12 +91,12 @@ def load_pipeline(
     read: dict[str, GraphModel | PackagedModel] = {
         name: options.pop(name) for name, part in [*options.items()] if isinstance(part, (GraphModel, PackagedModel))
     }
-    check_dtypes(folder, checkpoints, read, options)
+    held = {name: dtype for name in names if (dtype := dtype_in(folder / name)) is not None}
+    check_dtypes(folder, checkpoints, read, options, held)
     read |= {name: _read_part(folder / name, device, options.get("variant")) for name in checkpoints}
     read |= {name: load_package(folder / name) for name in packages}
-    if options.get("dtype") is None:
-        for model in read.values():
-            options.setdefault("torch_dtype", model.dtype)
+    if options.get("dtype") is None and options.get("torch_dtype") is None:
+        options |= default_dtype({name: model.dtype for name, model in read.items()}, held)
     # diffusers accepts only classes that it knows, so it gets the originals without weights. Their config is the same.
     index = _read_index(folder) if folder.is_dir() else {}
     stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}
@@ -206,7 +209,7 @@ def save_pipeline(
     """
     parts = _parts(pipe)
     quantized = {name for name, part in parts.items() if isinstance(part, GraphModel)}
-    if not quantized:
+    if not quantized_models(parts):
         raise ConfigurationError(
             f"no part of this {type(pipe).__name__} is quantized; set pipe.transformer = fxquant.compile(...) first, "
             "or use its own save_pretrained"
@@ -217,7 +220,7 @@ def save_pipeline(
         options = {"variant": variant, "max_shard_size": max_shard_size}
         options = {name: value for name, value in options.items() if value is not None}
         for name, part in parts.items():
-            if name in quantized:
+            if name in quantized or quantized_parts(part):
                 save(part, written / name, **options)  # type: ignore[arg-type]
             elif callable(getattr(part, "save_pretrained", None)):
                 known = inspect.signature(part.save_pretrained).parameters
@@ -227,8 +230,9 @@ def save_pipeline(
                 raise ConfigurationError(f"part {name!r} of the pipeline, a {type(part).__name__}, cannot be saved")
         _write_index(pipe, parts, quantized, written)
         _forget_origin(written)
-        plans = {name: parts[name].plan for name in sorted(quantized)}
-        dtypes = {name: dtype_name(parts[name].dtype) for name in quantized}
+        models = sorted(quantized_models(parts).items())
+        dtypes = {path: dtype_name(model.dtype) for path, model in models}
+        plans = {path: model.plan for path, model in models if model.plan is not None}
         card = pipeline_card(type(pipe).__name__, plans, dtypes)
         (written / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -257,11 +261,13 @@ def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
 
     quantized = isinstance(part, GraphModel)
     inner = [] if quantized or not isinstance(part, nn.Module) else part.named_modules()
-    path = next((path for path, module in inner if isinstance(module, DropIn)), None)
+    known = quantized_parts(part) if has_entries(part) and is_savable(part) else {}
+    path = next((path for path, module in inner if isinstance(module, DropIn) and path not in known), None)
     if path is not None:
         raise ConfigurationError(
             f"{path!r} in part {name!r} of the pipeline is quantized, and the class {type(part).__name__} could not "
-            "read its codes back; put the float module back in its place, and quantize it again after reading"
+            "read its codes back; put the float module back in its place. For a VAE, use fxquant.compile_parts or "
+            "fxquant.compile_pipeline, whose results can be saved"
         )
     kind = type(part.architecture.skeleton if quantized else part)
     library = kind.__module__.partition(".")[0] if quantized else str(pipe.config[name][0])
@@ -298,7 +304,8 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
             f"{folder} holds more than a pipeline ({few(others)}), which overwriting would delete; choose another "
             "folder, or move them away"
         )
-    if not any((folder / name / mark).is_file() for name in names for mark in (PLAN_FILE, PACKAGE_FILE)):
+    marks = (folder / name / mark for name in names for mark in (PLAN_FILE, PACKAGE_FILE))
+    if not any(mark.is_file() for mark in marks) and not any(parts_in(folder / name) for name in names):
         raise CheckpointError(
             f"{folder} holds a pipeline without a quantized part: fxquant did not write it and does not replace it; "
             "choose another folder, or remove it yourself"
@@ -331,8 +338,10 @@ def _others(folder: Path, parts: Sequence[str]) -> Iterator[str]:
             if not is_plain_file(path) or not (path.name == INDEX_FILE or is_own_card(path)):
                 yield path.name
             continue
-        held = [*path.iterdir()]
+        held, inner = [*path.iterdir()], parts_in(path)
         for entry in held:
+            if inner and is_of_model(entry, inner):
+                continue
             if not (is_plain_file(entry) and _is_of_part(entry, {other.name for other in held})):
                 yield f"{path.name}/{entry.name}"
 

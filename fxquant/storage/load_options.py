@@ -114,8 +114,29 @@ def dtype_for(part: str, dtype: Any) -> Any:
     return dtype
 
 
+def default_dtype(read: Mapping[str, torch.dtype], partly: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """The dtype option for a pipeline whose caller names none: that of its quantized parts.
+
+    Args:
+        read: The dtypes of quantized parts that are read already, by name.
+        partly: The dtypes of parts that diffusers will read, and that have quantized parts of their own.
+
+    Returns:
+        ``torch_dtype``: a dtype, or one for each part if they differ. Empty if no part is quantized.
+    """
+    first = next(iter((*read.values(), *partly.values())), None)
+    if first is None:
+        return {}
+    others = {name: dtype for name, dtype in partly.items() if dtype != first}
+    return {"torch_dtype": {**others, "default": first} if others else first}
+
+
 def check_dtypes(
-    folder: Path, checkpoints: Sequence[str], given: Mapping[str, Any], options: Mapping[str, Any]
+    folder: Path,
+    checkpoints: Sequence[str],
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    partly: Mapping[str, torch.dtype],
 ) -> None:
     """Refuse another dtype than the one that a quantized part of a pipeline has, before anything is read.
 
@@ -124,6 +145,7 @@ def check_dtypes(
         checkpoints: Names of the parts that will be read as checkpoints.
         given: Quantized parts that the caller gives.
         options: The options of the caller, with ``dtype`` or ``torch_dtype``: a dtype, or one for each part.
+        partly: The dtypes of parts in the folder that have quantized parts of their own, such as VAEs.
 
     Raises:
         ConfigurationError: Names the part.
@@ -135,6 +157,8 @@ def check_dtypes(
         return
     for name, model in given.items():
         check_dtype(f"part {name!r}", model.dtype, dtype_for(name, wanted))
+    for name, held in partly.items():
+        check_dtype(folder / name, held, dtype_for(name, wanted))
     for name in checkpoints:
         with blaming(folder / name / PLAN_FILE):
             held = dtype_of_name(read_plan(folder / name).get("dtype"))

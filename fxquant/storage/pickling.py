@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.capture.rebuilding import is_rebuilt
+from fxquant.capture.whole import own_class
 from fxquant.errors import CheckpointError
 from fxquant.pipeline.backend import Backend
 from fxquant.runtime.model import GraphModel
@@ -26,7 +27,7 @@ def reduced(model: GraphModel) -> tuple[Callable[..., GraphModel], tuple[Any, ..
         CheckpointError: If the model's class has no ``from_config``, or its class and config do not give the model
             that was compiled.
     """
-    cls = type(model.architecture.skeleton)
+    cls = own_class(model.architecture.skeleton)
     if not is_rebuilt(model.architecture.skeleton):
         raise CheckpointError(
             f"this model cannot be pickled: a pickle holds a checkpoint, and its class {cls.__name__} has no "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from fxquant.runtime.model import GraphModel
 from fxquant.storage.checkpoint import load, save
 from fxquant.storage.weights import SHARD_SIZE
 
-_HUB_OPTIONS = ("commit_message", "create_pr", "private", "token")
+HUB_OPTIONS = ("commit_message", "create_pr", "private", "token")
+"""Options of an upload, except for the name of the repository."""
 
 
 def save_pretrained(
@@ -47,7 +48,24 @@ def save_pretrained(
         CheckpointError: As for :func:`fxquant.save`.
         HubError: If the upload fails; the folder stays.
     """
-    known = ("repo_id", *_HUB_OPTIONS) if push_to_hub else ()
+    refuse_options(save_function, safe_serialization, push_to_hub, options)
+    if not is_main_process:
+        return
+    save(model, save_directory, overwrite=True, variant=variant, max_shard_size=max_shard_size)
+    if push_to_hub:
+        repo_id = options.pop("repo_id", None) or Path(save_directory).resolve().name
+        upload(Path(save_directory), repo_id, **options)
+
+
+def refuse_options(
+    save_function: Callable[..., Any] | None, safe_serialization: bool, push_to_hub: bool, options: Mapping[str, Any]
+) -> None:
+    """Refuse options of ``save_pretrained`` that a quantized model cannot have.
+
+    Raises:
+        ConfigurationError: Names the option.
+    """
+    known = ("repo_id", *HUB_OPTIONS) if push_to_hub else ()
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
         raise ConfigurationError(f"save_pretrained of a quantized model has no option {unknown!r}; leave it out")
@@ -56,12 +74,6 @@ def save_pretrained(
             "a quantized model is written as safetensors only, because a pickle can run code when read; leave out "
             + ("save_function" if safe_serialization else "safe_serialization=False")
         )
-    if not is_main_process:
-        return
-    save(model, save_directory, overwrite=True, variant=variant, max_shard_size=max_shard_size)
-    if push_to_hub:
-        repo_id = options.pop("repo_id", None) or Path(save_directory).resolve().name
-        _upload(Path(save_directory), repo_id, **options)
 
 
 def push(
@@ -92,18 +104,18 @@ def push(
         ConfigurationError: If an option has a value that is refused, or is not known.
         HubError: If the upload fails.
     """
-    unknown = next((name for name in options if name not in _HUB_OPTIONS), None)
+    unknown = next((name for name in options if name not in HUB_OPTIONS), None)
     if unknown is not None:
-        raise ConfigurationError(f"push_to_hub has no option {unknown!r}; it has {', '.join(_HUB_OPTIONS)}")
+        raise ConfigurationError(f"push_to_hub has no option {unknown!r}; it has {', '.join(HUB_OPTIONS)}")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         save_pretrained(
             model, folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
         )
-        return _upload(folder, repo_id, subfolder=subfolder, **options)
+        return upload(folder, repo_id, subfolder=subfolder, **options)
 
 
-def _upload(folder: Path, repo_id: str, *, private: bool | None = None, **options: Any) -> Any:
+def upload(folder: Path, repo_id: str, *, private: bool | None = None, **options: Any) -> Any:
     """Upload a folder as diffusers does.
 
     Raises:

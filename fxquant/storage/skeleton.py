@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxquant.capture.rebuilding import LIBRARIES, class_of, is_made_from_config
 from fxquant.capture.state import replace_kept_tensors
 from fxquant.capture.trace import Architecture
+from fxquant.capture.whole import split_class
 from fxquant.disk.files import blaming, digest_of, dtype_of_name, is_text_of
 from fxquant.disk.folders import mention_leftovers, no_folder
 from fxquant.errors import CheckpointError, ConfigurationError
@@ -126,7 +127,9 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
+    _, _, part = split_class(plan.model_class)
     if isinstance(model, nn.Module):
+        model = getattr(model, part, model) if part else model  # The whole model, or the part itself.
         check_model(model)
         architecture = Architecture.of(model, plan.timestep)
         try:
@@ -144,14 +147,14 @@ def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, He
         config.pop(QUANTIZATION, None)
         check_config(config, headers)
         with bounded(headers, plan.layers.values()):
-            architecture = Architecture.from_config(model, config, plan.timestep)
+            architecture = Architecture.from_config(model, config, plan.timestep, part)
         check_skeleton(architecture.skeleton, plan)
         return architecture
 
 
 def _class_of(plan: Plan, folder: Path) -> Any:
     with blaming(folder / PLAN_FILE):
-        module, _, name = plan.model_class.partition(":")
+        module, name, _ = split_class(plan.model_class)
         if module not in LIBRARIES:  # Importing a module that a file names could run untrusted code.
             raise CheckpointError(
                 f"{folder} holds a {name} from {module}, which is not in diffusers or transformers; pass its class or "

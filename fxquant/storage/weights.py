@@ -108,9 +108,10 @@ def write_weights(
         )
     except ValueError as error:
         raise ConfigurationError(f"max_shard_size={max_shard_size!r} is not a size; write 5GB, for example") from error
-    for name, held in split.filename_to_tensors.items():
+    files = split.filename_to_tensors or {f"{stem}{told}.safetensors": []}  # from_pretrained looks for a file.
+    for name, held in files.items():
         write_tensors({key: tensors[key] for key in held}, folder / name)
-    written = list(split.filename_to_tensors)
+    written = list(files)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         written.append(f"{stem}.safetensors.index{told}.json")

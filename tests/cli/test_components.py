@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli.__main__ import app
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.errors import CalibrationError
 from fxquant.runtime.model import GraphModel
 
 SIZES = ("--height", 16, "--width", 16, "--num-frames", 5)
@@ -95,8 +95,10 @@ def test_mistakes(wan: Path, tmp_path: Path, float_folder: Path) -> None:
             "is not a model; it has text_encoder, tr",
         ),
         ((wan, *out, "--components", "transformer,transformer"), "give transformer once"),
-        ((wan, *out, "--variant", "fp16", "--components", "vae"), "the methods encode and decode of part 'vae'"),
         ((float_folder, *out, "--components", "transformer,vae", "--attribute"), "--attribute is about one part"),
+        ((float_folder, *out, "--components", "vae", "--attribute"), "each part of a VAE is one"),
+        ((float_folder, *out, "--components", "vae", "--recipe", "htg-w8a8", *SHORT), "the model has no timestep"),
+        ((float_folder, *out, "--components", "vae.decoder"), "part 'vae.decoder' of this DiTPipeline is not there"),
         ((float_folder, *out, "--height", 64), "DiTPipeline has no option height: its output has one size"),
     ):
         done = run("quantize", *arguments)
@@ -122,5 +124,23 @@ def test_one_run_for_all_parts(wan: Path) -> None:
     assert runs == [1, 4]
     assert (pipe.transformer, pipe.transformer_2) == tuple(made.values())
     assert all(type(part) is GraphModel for part in made.values())
-    with pytest.raises(ConfigurationError, match="the methods encode and decode of part 'vae'"):
-        fxquant.compile_pipeline(pipe, components=["vae"], recipe="rtn-w8a8", calibrate=calibrate)
+
+
+def test_a_vae(float_folder: Path, tmp_path: Path) -> None:
+    """Calibration decodes, and the folder is a pipeline like any other."""
+    out = tmp_path / "q"
+    parts = ("--components", "transformer,vae=rtn-w8a8", "--recipe", "rtn-w8a16", "--dump", tmp_path / "graphs")
+    done = run("quantize", float_folder, *parts, "--out", out, *SHORT, "--json")
+    assert done.exit_code == 0, done.output
+    reports = json.loads(done.stdout)
+    assert list(reports) == ["transformer", "vae.decoder"]
+    assert reports["vae.decoder"]["totals"]["layers_by_precision"].keys() == {"w8a8"}
+    assert all(any((tmp_path / "graphs" / name).iterdir()) for name in reports)
+    assert type(fxquant.load_pipeline(out).vae.decoder) is GraphModel
+
+    done = run("report", out / "vae" / "decoder")
+    assert done.exit_code == 0 and "AutoencoderKL/decoder" in done.output
+    done = run("report", out)
+    assert f"name one: {out / 'transformer'}, {out / 'vae' / 'decoder'}" in done.output.replace("\n", "")
+    done = run("generate", out, "--labels", "1,2", "--steps", 2, "--out", tmp_path / "grid.png")
+    assert done.exit_code == 0, done.output
