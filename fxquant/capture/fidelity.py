@@ -80,6 +80,8 @@ class Original:
                 if self._caches is None:
                     self._caches = Caches(self._model, architecture.skeleton, self._timestep)
                 self._caches.empty(called, output, run)
+        except _WritesArgumentsError:
+            raise
         except Exception as error:  # The capture fails too, and its error says where.
             log.info("the model does not accept the call: %s", error)
 
@@ -168,9 +170,29 @@ def _shares_weights(captured: CapturedGraph, model: nn.Module) -> bool:
     )
 
 
+class _WritesArgumentsError(CaptureError):
+    """A model writes into a list or dict that it is called with."""
+
+
 @torch.no_grad()
 def _run(model: nn.Module, call: Call) -> Any:
-    return model(**call.arguments())
+    """The output of a call.
+
+    Raises:
+        _WritesArgumentsError: If the model writes into a list or dict of the call, which a graph would not do.
+    """
+    arguments = call.arguments()
+    before = {name: pytree.tree_flatten(value) for name, value in arguments.items()}
+    output = model(**arguments)
+    for name, (leaves, structure) in before.items():
+        after, other = pytree.tree_flatten(arguments[name])
+        if structure != other or any(left is not right for left, right in zip(leaves, after, strict=True)):
+            raise _WritesArgumentsError(
+                f"{type(model).__name__} writes into its input {name!r}, a {type(arguments[name]).__name__} that its "
+                "caller holds, and a graph writes into nothing. Return the new values beside the output, and let the "
+                "caller keep them. For VAEs, fxquant.compile_parts does this where the input is feat_cache"
+            )
+    return output
 
 
 @contextmanager

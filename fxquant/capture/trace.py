@@ -29,6 +29,7 @@ from fxquant.capture.calls import BATCH, TRACED_BATCH, Call, CallSpec, TensorSpe
 from fxquant.capture.constants import is_plain
 from fxquant.capture.describe import canonical_call, changed_leaves, describe_call
 from fxquant.capture.explain import explained, quietly
+from fxquant.capture.feature_caches import functional
 from fxquant.capture.fingerprint import fingerprint
 from fxquant.capture.functionalize import functionalize, refuse_shared_lists, writes
 from fxquant.capture.graph import CapturedGraph
@@ -150,7 +151,7 @@ class Architecture:
             found = dict(skeleton.named_modules()).get(part)
             if found is None:
                 raise CheckpointError(f"the class {type(skeleton).__name__} makes no module {part!r}")
-            skeleton = made_part(found, whole)
+            skeleton = functional(made_part(found, whole))
         return cls(skeleton.eval().requires_grad_(False), timestep)
 
     def on(self, device: torch.device) -> Architecture:

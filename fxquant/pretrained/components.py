@@ -11,7 +11,7 @@ from torch import nn
 from fxquant.capture.transformers_models import is_of_transformers
 from fxquant.errors import ConfigurationError
 from fxquant.pipeline.recipes import Recipe
-from fxquant.pretrained.entries import check_entries, marked, named_parts, optional_of, part_options
+from fxquant.pretrained.entries import check_entries, compilable, named_parts, optional_of, part_options
 from fxquant.pretrained.together import compile_together
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.parts import has_entries
@@ -73,8 +73,8 @@ def compile_pipeline(
                 continue
             check_entries(parts[name])
             inner = named_parts(parts[name], None)
-            stack.enter_context(marked(parts[name], inner))
-            models |= {f"{name}.{part}": getattr(parts[name], part) for part in inner}
+            ready = stack.enter_context(compilable(parts[name], inner))
+            models |= {f"{name}.{part}": model for part, model in ready.items()}
             optional += [f"{name}.{part}" for part in optional_of(inner)]
 
         def own(path: str) -> dict[str, Any]:

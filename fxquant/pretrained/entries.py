@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant.capture.feature_caches import Stateful, functional, is_functional
 from fxquant.capture.hooks import refuse_hooks
 from fxquant.capture.rebuilding import config_of
 from fxquant.capture.whole import MARK, Whole, made_part
@@ -66,10 +67,8 @@ def compile_parts(
     check_entries(model)
     named = named_parts(model, parts)
     options = part_options(options) | {"recipe": recipe}
-    with marked(model, named):
-        made = compile_together(
-            {name: getattr(model, name) for name in named}, calibrate, lambda _: options, optional_of(named, parts)
-        )
+    with compilable(model, named) as models:
+        made = compile_together(models, calibrate, lambda _: options, optional_of(named, parts))
     return made_of_parts(model, made)
 
 
@@ -121,15 +120,22 @@ def optional_of(names: Sequence[str], parts: Sequence[str] | None = None) -> lis
 
 
 @contextlib.contextmanager
-def marked(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Within this context, parts of a model say which model they belong to; see :mod:`fxquant.capture.whole`."""
-    for name in names:
-        mark(model, name)
+def compilable(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, nn.Module]]:
+    """The parts of a model in the form in which they are compiled; within this context the model calls this form.
+
+    They say which model they belong to (:mod:`fxquant.capture.whole`), and parts that write features into lists of
+    their caller return these (:mod:`fxquant.capture.feature_caches`).
+    """
+    before = {name: mark(model, name) for name in names}
+    found = {name: functional(part) for name, part in before.items()}
     try:
-        yield
+        for name, part in found.items():
+            model._modules[name] = Stateful(part) if is_functional(part) else part
+        yield found
     finally:
-        for name in names:
-            vars(getattr(model, name)).pop(MARK, None)
+        for name, part in before.items():
+            model._modules[name] = part
+            vars(part).pop(MARK, None)
 
 
 def mark(model: nn.Module, name: str) -> nn.Module:

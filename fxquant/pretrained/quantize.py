@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxquant.api import compile as compile_model
-from fxquant.errors import ConfigurationError
+from fxquant.capture.feature_caches import functional, is_functional, keeps_features, stateful
+from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.planning.plan import Plan
 from fxquant.pretrained.config import FxQuantConfig
 from fxquant.pretrained.entries import check_entries, compile_parts, mark, part_options
@@ -60,6 +62,7 @@ def quantize_parts(model: nn.Module, config: FxQuantConfig) -> None:
 
     Raises:
         ConfigurationError: If the config holds a plan or statistics, which belong to one part.
+        CalibrationError: If the recipe needs a calibration, or the first call does not run all layers.
         FxquantError: As :func:`fxquant.compile_parts`; the model stays float.
     """
     if config.plan is not None or config.statistics is not None:
@@ -81,8 +84,10 @@ def quantize_parts(model: nn.Module, config: FxQuantConfig) -> None:
         model._modules.update(quantized_parts(made))
     else:
         check_entries(original)
+        _refuse_chunks(original)
         own = copy.copy(config)
-        vars(own).update(part_options({"layers": config.layers}))
+        for option, value in part_options({"layers": config.layers}).items():
+            setattr(own, option, value)
         own.check_complete()
         for name in entries_of(model):
             mark(original, name)  # The copy shares its parts with the model.
@@ -90,11 +95,24 @@ def quantize_parts(model: nn.Module, config: FxQuantConfig) -> None:
     savable(model)
 
 
+def _refuse_chunks(model: nn.Module) -> None:
+    """Refuse a model that takes clips in chunks: the first chunk does not run all layers."""
+    name = next((name for name in entries_of(model) if keeps_features(getattr(model, name))), None)
+    if name is not None:
+        raise CalibrationError(
+            f"the {name} of a {type(model).__name__} takes a clip in chunks, and its first call does not run all "
+            "layers. Give FxQuantConfig(calibrate=function), a function that gets the model and decodes a clip with "
+            "it; or load the pipeline in float and call fxquant.compile_pipeline"
+        )
+
+
 def _first_call(model: nn.Module, config: FxQuantConfig, *args: Any, **kwargs: Any) -> Any:
-    original = _float_copy(model)
+    original = functional(_float_copy(model))
     hook = vars(model).get("_hf_hook")
+    call = stateful(original) if is_functional(original) else original
+    given = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # A part of a VAE writes into lists that it is given.
     with torch.no_grad():
-        quantized = _quantized(original, config, functools.partial(original, *args, **kwargs))
+        quantized = _quantized(original, config, lambda: call(*given[0], **given[1]))
         output = quantized(*args, **kwargs)
     quantized.take_place_of(model)
     if hook is not None:

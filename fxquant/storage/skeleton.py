@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.capture.feature_caches import functional
 from fxquant.capture.rebuilding import LIBRARIES, class_of, is_made_from_config
 from fxquant.capture.state import replace_kept_tensors
 from fxquant.capture.trace import Architecture
@@ -129,7 +130,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
 def _architecture(plan: Plan, model: Any, folder: Path, headers: Mapping[str, Header]) -> Architecture:
     _, _, part = split_class(plan.model_class)
     if isinstance(model, nn.Module):
-        model = getattr(model, part, model) if part else model  # The whole model, or the part itself.
+        model = functional(getattr(model, part, model)) if part else model  # The whole model, or the part itself.
         check_model(model)
         architecture = Architecture.of(model, plan.timestep)
         try:
