@@ -35,7 +35,8 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         _arrive(self)
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and not is_traced_elsewhere()):
         # This call is inside a larger function that is being compiled.
-        _refuse_caching(self)
+        if self._cache is not None:
+            _refuse_caching(self)
         given = self.architecture.canonical(args, kwargs)
         refuse_scale(self, given)
         captured = self.find_compiling(given)
@@ -44,7 +45,8 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         inputs = captured.inputs(given.leaves)
         return captured.output(showing_nans(captured, inputs, captured.module(*inputs)))
     if (compiler := torch_compile.callback()) not in (None, False):  # Compilation would begin at this call.
-        _refuse_caching(self)
+        if self._cache is not None:
+            _refuse_caching(self)
         call, strength = _begin(self, args, kwargs)
         try:
             leaves = call.code(call.module, *call.inputs)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import ConfigurationError
+from fxquant.runtime.caches.cutting import Cut
 from fxquant.runtime.model import GraphModel
 from tests.adapters import fluxes
 from tests.test_two_experts import clip, expert, pipeline
@@ -88,11 +89,14 @@ _FAMILIES = (
 
 def _steps(model: nn.Module, entry: Any, count: int = 6) -> list[Tensor]:
     """Outputs of calls that are alike, except for the fourth."""
-    found = []
+    found, call = [], entry.call(2, seed=1, step=900)
+    x, noise = (
+        call["hidden_states"],
+        torch.randn(call["hidden_states"].shape, generator=torch.Generator().manual_seed(9)),
+    )
     for number in range(count):
-        call = entry.call(2, seed=1, step=900 - 40 * number)
-        noise = torch.randn(call["hidden_states"].shape, generator=torch.Generator().manual_seed(9))
-        call["hidden_states"] = call["hidden_states"] + (3.0 if number == 3 else 0.02 * number) * noise
+        call["hidden_states"] = x + (3.0 if number == 3 else 0.02 * number) * noise
+        call[entry.timestep] = entry.call(2, seed=1, step=900 - 40 * number)[entry.timestep]
         with torch.no_grad():
             found.append(model(**call, return_dict=False)[0])
     return found
@@ -275,7 +279,11 @@ def test_a_generation_does_not_read_what_another_one_left(traced: GraphModel) ->
     traced._reset_stateful_cache()
     assert torch.equal(sample(traced), first)
     assert torch.equal(sample(traced), first)  # Without a reset.
-    sample(traced, STEPS[:1], seed=5)  # It ended after one step, and the next begins at the same timestep.
+    for ended in (STEPS[0], STEPS[0] - 50):  # After one step; the next begins at the same or at another timestep.
+        traced._reset_stateful_cache()
+        sample(traced, (ended,), seed=5)
+        assert torch.equal(sample(traced)[0], first[0])
+    traced._reset_stateful_cache()
     assert torch.equal(sample(traced), first)
 
 
@@ -328,6 +336,15 @@ def test_an_error_in_a_context_forgets_the_generation(traced: GraphModel) -> Non
     with traced.cache_context("cond"):
         assert counted(traced, STEPS[3:4])[1] == 0
     assert first.isfinite().all()
+
+
+def test_an_error_in_a_step_forgets_the_generation(traced: GraphModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced.enable_cache(ALWAYS)
+    sample(traced, STEPS[:3])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Cut, "leaves", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        sample(traced, STEPS[3:4])
+    assert counted(traced, STEPS[4:])[1] == len(STEPS) - 5
 
 
 def test_threads_have_their_own_state(traced: GraphModel) -> None:

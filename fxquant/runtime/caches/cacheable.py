@@ -78,7 +78,11 @@ class StepCache:
         parts = self.parts(captured.module)
         named = dict(zip((name for name, _ in captured.call.tensors), inputs, strict=True))
         memory = self.states.of(kind_of(parts, list(inputs)), named, self._timestep, self._rule.memory)
-        leaves, skipped = self._rule.run(parts, inputs, memory, run)
+        try:
+            leaves, skipped = self._rule.run(parts, inputs, memory, run)
+        except BaseException:  # Memory may have run out; the state is half of this step.
+            self.states.reset()
+            raise
         self.calls += 1
         self.skipped += skipped
         found: tuple[Any, ...] = leaves

@@ -37,21 +37,22 @@ class Progress:
     def begins_anew(self, named: Mapping[str, Tensor], timestep: str | None) -> bool:
         """Whether a call begins a new generation. The call then is the last call.
 
-        It does if its timestep lies behind that of the last call, or if it is the same and no input is the same object.
-        Some solvers call the model twice at a timestep, with the same prompt.
+        It does if its timestep lies behind that of the last call. If it is the same, or the direction is not known yet,
+        the call begins one if none of its inputs is the same object: some solvers call the model twice at a timestep,
+        with the same prompt.
         """
         if timestep not in named:
             return False
         now, before = float(named[timestep].detach().double().mean()), self.timestep
         others = [tensor for name, tensor in named.items() if name != timestep]
         direction = 0.0 if before is None or now == before else math.copysign(1.0, now - before)
-        if now == before:
+        turned = direction * self.direction < 0
+        anew = turned
+        if before is not None and (now == before or not self.direction):
             held = {id(tensor) for tensor in others}
-            anew = not any(id(known()) in held for known in self.conditions if known() is not None)
-        else:
-            anew = direction != 0.0 and self.direction == -direction
+            anew = not any(id(known()) in held for known in self.conditions)
         self.timestep = now
-        self.direction = 0.0 if anew else direction or self.direction
+        self.direction = 0.0 if turned else direction or self.direction
         self.conditions = tuple(weakref.ref(tensor) for tensor in others)
         return anew
 
