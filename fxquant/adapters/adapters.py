@@ -295,6 +295,14 @@ class Adapters:
 
         self._change(load)
 
+    def load_tensors(self, given: Mapping[str, Tensor]) -> None:
+        """Replace tensors of loaded adapters, given by their names in a state dict, or raise and keep all.
+
+        Raises:
+            NonFiniteError: If a value is NaN or infinite.
+        """
+        self._change(lambda stand_in: stand_in.load_state_dict(given, strict=False))
+
     def for_copy(self, owner: Owner) -> Adapters:
         """The same adapters for a copy of the model."""
         made = Adapters(owner)

@@ -58,6 +58,11 @@ def tuners(stand_in: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
+def tensors_of(stand_in: nn.Module) -> dict[str, Tensor]:
+    """The tensors of all adapters as they were loaded, by the names that peft gives them in a state dict."""
+    return {name: tensor for name, tensor in stand_in.state_dict().items() if ".lora_A." in name or ".lora_B." in name}
+
+
 def ranks_of(stand_in: nn.Module) -> dict[str, int]:
     """The sum of the ranks of all adapters beside each layer."""
     return {path: sum(int(a.weight.shape[0]) for a in module.lora_A.values()) for path, module in tuners(stand_in)}

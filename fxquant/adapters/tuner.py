@@ -1,7 +1,8 @@
 """A submodule by which diffusers pipelines find the adapters of a quantized model.
 
 Pipelines look for layers of peft among the modules of a model, to list active adapters or to move them. The layers of
-a graph are no modules, so one module without tensors answers for all of them.
+a graph are no modules, so modules without tensors answer for them: one for all, and one by the path of each factor, by
+which peft finds the tensors of an adapter in a state dict.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fxquant.adapters.stand_in import tuners
 from fxquant.errors import AdapterError
 
 if TYPE_CHECKING:
     from fxquant.adapters.adapters import Adapters
+
+_FACTORS = ("lora_A", "lora_B")
 
 
 def tuner_of(adapters: Adapters) -> nn.Module:
@@ -63,7 +67,29 @@ def tuner_of(adapters: Adapters) -> nn.Module:
 
         unscale_layer = scale_layer
 
-    return LoraOfGraphs()
+    class LoraOfFactor(LoraOfGraphs):
+        """Answers for the branches beside one layer, under the name of one of their factors."""
+
+        def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+            """One for each adapter: ``blocks.0.to_q.lora_A.style`` begins the names of its tensors."""
+            yield from ((name, self) for name in adapters.peft_config)
+
+        def __getattr__(self, name: str) -> Any:
+            return self if name in adapters.peft_config else super().__getattr__(name)
+
+    class LoraOfModel(LoraOfGraphs):
+        """Answers for all branches, and lists the factors among its modules, as a float model does."""
+
+        def named_modules(
+            self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+        ) -> Iterator[tuple[str, nn.Module]]:
+            """This module, then one for each factor, by its path in the model."""
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            root = prefix.rpartition(".")[0]
+            yield from ((f"{root}.{path}".removeprefix("."), factor) for path, factor in factors.items())
+
+    factors = {f"{path}.{part}": LoraOfFactor() for path, _ in tuners(adapters.stand_in) for part in _FACTORS}
+    return LoraOfModel()
 
 
 def refuse_fusing() -> None:

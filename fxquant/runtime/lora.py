@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from fxquant.adapters.adapters import Adapters
 from fxquant.adapters.checking import FUSE
+from fxquant.adapters.stand_in import tensors_of
 from fxquant.errors import AdapterError
 from fxquant.ir.histories import history_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fxquant.capture.calls import Call
     from fxquant.runtime.model import GraphModel
 
@@ -72,6 +73,12 @@ def adapters_of(model: GraphModel) -> Adapters | None:
     """The adapters of a model, or None if no method for LoRAs was used."""
     found: Adapters | None = model.__dict__.get(_HELD)
     return found
+
+
+def lora_tensors(model: GraphModel) -> dict[str, Tensor]:
+    """The tensors of the LoRAs of a model, by the names of peft."""
+    found = adapters_of(model)
+    return {} if found is None else tensors_of(found.stand_in)
 
 
 def refuse_loaded(model: GraphModel, target: str) -> None:

@@ -29,7 +29,15 @@ from fxquant.runtime.caches.cacheable import Cacheable
 from fxquant.runtime.compiling import Compilable
 from fxquant.runtime.drop_in import changes, hand_on, refusal
 from fxquant.runtime.forward import forward_of_graphs
-from fxquant.runtime.lora import NORMS, adapters_of, check_norms, copy_adapters, is_of_lora, lora_attribute
+from fxquant.runtime.lora import (
+    NORMS,
+    adapters_of,
+    check_norms,
+    copy_adapters,
+    is_of_lora,
+    lora_attribute,
+    lora_tensors,
+)
 from fxquant.runtime.moving import Movable, Place
 from fxquant.runtime.offloading import is_offloading
 from fxquant.runtime.pretrained import Pretrained
@@ -49,7 +57,8 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
     (:mod:`fxquant.runtime.drop_in`). A call whose shapes or optional inputs fit no graph captures a further graph. The
     graphs share their tensors.
 
-    ``state_dict`` has the tensors by their names in the model, whatever graphs were captured. To write files, use
+    ``state_dict`` has the tensors by their names in the model, whatever graphs were captured, and those of LoRAs by the
+    names of peft, so that ``peft.get_peft_model_state_dict`` finds them. To write files, use
     :func:`fxquant.save`. A pickle of a quantized model holds such a checkpoint.
 
     Attributes:
@@ -248,7 +257,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         raise ConfigurationError("to_empty would lose the model's tensors; move them with to(device)")
 
     def _held(self) -> dict[str, torch.Tensor]:
-        """The tensors that a state dict holds, by name."""
+        """The tensors that a state dict holds, by name, without those of LoRAs."""
         found: dict[str, torch.Tensor] = {}
         for captured in self.lasting:
             for target, tensor in read_tensors(captured.module).items():
@@ -256,7 +265,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         return {name: found.get(name, weight) for name, weight in self.weights.items()} if self.weights else found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self._held().items():
+        for name, tensor in {**self._held(), **lora_tensors(self)}.items():
             destination[f"{prefix}{name}"] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
@@ -269,19 +278,23 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        adapters = adapters_of(self)
+        of_loras = lora_tensors(self)
         given: dict[str, Any] = {}
-        for name, tensor in self._held().items():
+        for name, tensor in {**self._held(), **of_loras}.items():
             value = state_dict.pop(f"{prefix}{name}", None)
-            if value is None and strict:
+            if value is None and strict and name not in of_loras:
                 missing_keys.append(f"{prefix}{name}")
             elif value is not None and value.shape != tensor.shape:
                 error_msgs.append(f"{prefix}{name} has shape {tuple(value.shape)}, not {tuple(tensor.shape)}")
             elif value is not None:
                 given[name] = value
+        if adapters is not None and (own := {name: given[name] for name in of_loras if name in given}):
+            adapters.load_tensors(own)
         if self.plan is not None:  # Later graphs may hold results computed from the tensors that are replaced.
             self.captured = self.lasting
             self.graphs = _Graphs(captured.module for captured in self.captured)
-            if (adapters := adapters_of(self)) is not None:
+            if adapters is not None:
                 adapters.forget_graphs()
         for number, captured in enumerate(self.captured):
             for name, tensor in weights_and_buffers(captured.module):

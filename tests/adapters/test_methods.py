@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import PeftAdapterMixin
+from peft import get_peft_model_state_dict
 
 import fxquant
+from fxquant.errors import NonFiniteError
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.runtime.lora import METHODS, adapters_of
 from fxquant.runtime.model import GraphModel
@@ -232,6 +234,38 @@ def test_a_state_dict_that_is_loaded_serves_the_lora_too(quantized: GraphModel) 
     assert not torch.equal(run(quantized), before)
     quantized.load_state_dict(held)
     assert torch.equal(run(quantized), before)
+
+
+def test_peft_finds_the_tensors_in_the_state_dict(quantized: GraphModel) -> None:
+    """Pipelines write LoRAs from what peft returns: ``save_lora_weights(..., transformer_lora_layers=...)``."""
+    without = quantized.state_dict().keys()
+    for name, state_dict in (("a", FIRST), ("b", SECOND)):
+        quantized.load_lora_adapter(state_dict, adapter_name=name)
+        found = get_peft_model_state_dict(quantized, adapter_name=name)
+        expected = {key.removeprefix("transformer."): value for key, value in state_dict.items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    quantized.unload_lora()
+    assert quantized.state_dict().keys() == without
+
+
+def test_tensors_of_an_adapter_that_are_loaded_count(quantized: GraphModel) -> None:
+    quantized.load_lora_adapter(FIRST, adapter_name="a")
+    before, held = run(quantized), {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    key = next(name for name in held if ".lora_B.a" in name)
+    quantized.load_state_dict({key: torch.zeros_like(held[key])}, strict=False)
+    zeroed = FIRST | {f"transformer.{key.replace('.lora_B.a.', '.lora_B.')}": torch.zeros_like(held[key])}
+    assert zeroed.keys() == FIRST.keys()
+    assert sqnr_db(run(composed(MODEL, zeroed)), run(quantized)) > 30
+    with pytest.raises(NonFiniteError, match="hold NaN"):
+        quantized.load_state_dict(held | {key: held[key] * torch.nan})
+    with pytest.raises(RuntimeError, match="has shape"):
+        quantized.load_state_dict(held | {key: held[key][1:]})
+    quantized.load_state_dict(held)
+    assert torch.equal(run(quantized), before)
+    quantized.unload_lora()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*lora_"):
+        quantized.load_state_dict(held)
 
 
 def test_a_model_that_gets_other_weights_and_is_moved_keeps_its_adapters(quantized: GraphModel) -> None:

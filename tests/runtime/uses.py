@@ -251,6 +251,12 @@ USES: dict[str, list[Use]] = {
             "adapters/methods::a_written_adapter_is_read_by_both",
         ),
         works(
+            "`get_peft_model_state_dict(pipe.transformer)`, for `pipe.save_lora_weights`",
+            "the tensors as they were loaded; `state_dict()` holds them by the names of peft",
+            "adapters/methods::peft_finds_the_tensors_in_the_state_dict",
+            "adapters/methods::tensors_of_an_adapter_that_are_loaded_count",
+        ),
+        works(
             "Saving a pipeline with LoRAs",
             "they are part of the checkpoint",
             "adapters/pipelines::a_pipeline_with_loras_is_saved_and_loaded",
