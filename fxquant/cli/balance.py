@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -87,7 +87,7 @@ def balance(
                 balanced = fxquant.balance_pipeline(
                     pipe, calibrate=calibrate, recipe=chosen, layers=layers.value, measure=measure, prove=prove
                 )
-        reports = {name: part.balance_report for name, part in balanced.items()}
+        reports: dict[str, Any] = {name: part.balance_report for name, part in balanced.items()}
         for name, part in balanced.items():
             setattr(pipe, name, part)
         with status(f"writing {out_folder}"):

@@ -105,14 +105,13 @@ def balance(
         samples = calibration.chosen_samples()
         error = _compare(balanced, samples, calibration, found)
     context = PassContext(found.plan, calibration.statistics)
-    read = {name for captured in found.graphs for name in read_tensors(captured.module)}
     report = BalanceReport(
         str(chosen),
         tuple(balanced_layers(context, calibration.plan)),
         tuple(sorted(found.changed)),
         error,
         len(samples),
-        tuple(name for name, _ in model.named_parameters() if name not in read),
+        _unread(model, found),
     )
     balanced.balance_report = report  # type: ignore[assignment]
     _warn(report)
@@ -230,6 +229,13 @@ def _with_parameters(model: nn.Module, found: Rewritten) -> nn.Module:
         for name, value in found.changed.items():
             parameters[name].copy_(value)
     return balanced
+
+
+def _unread(model: nn.Module, found: Rewritten) -> tuple[str, ...]:
+    """Names of the parameters that no graph reads, under none of their names."""
+    read = {name for captured in found.graphs for name in read_tensors(captured.module)}
+    used = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in read}
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) not in used)
 
 
 def _compare(balanced: nn.Module, samples: Sequence[Sample], calibration: Calibration, found: Rewritten) -> float:

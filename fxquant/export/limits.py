@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxquant.errors import CheckpointError, ConfigurationError, MissingPackageError
 from fxquant.ir.arguments import args
@@ -88,6 +88,17 @@ def ranges_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
             own = found.setdefault(reason, [])
             own += [name for name in names if name not in own]
     return found
+
+
+def doubles_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
+    """The layers that compute in float64, by reason."""
+    layers = [
+        str(node.meta[LAYER])
+        for graph in graphs
+        for node in graph.nodes
+        if LAYER in node.meta and isinstance(value := node.meta.get("val"), Tensor) and value.dtype is torch.float64
+    ]
+    return {"it computes in float64": list(dict.fromkeys(layers))} if layers else {}
 
 
 def _producers(node: fx.Node) -> list[fx.Node]:

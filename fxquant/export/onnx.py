@@ -24,7 +24,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.disk.folders import whole_folder
 from fxquant.errors import BackendError
-from fxquant.export.limits import ranges_of_graphs, refuse, refuse_full, require
+from fxquant.export.limits import doubles_of_graphs, ranges_of_graphs, refuse, refuse_full, require
 from fxquant.ir.arguments import args
 from fxquant.ir.tensors import copy_graph, get_tensor, set_tensor
 from fxquant.numerics import grids, weights
@@ -66,7 +66,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> OnnxExport:
 
     Raises:
         ConfigurationError: If the model is not quantized, or a layer has something that ONNX cannot hold: ranges that
-            depend on the timestep or the token. The message lists layers, and the recipe that would fit.
+            depend on the timestep or the token, or float64. The message lists layers, and what would fit.
         BackendError: If the model was lowered to another backend, or the graph cannot be written.
         MissingPackageError: If ``onnx`` or ``onnxscript`` is not installed.
         CheckpointError: If the folder exists and is not empty.
@@ -81,6 +81,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> OnnxExport:
         )
     graphs = [captured.module.graph for captured in model.captured]
     refuse("ONNX", ranges_of_graphs(graphs), "compile with static ranges for all timesteps, such as smoothquant-w8a8")
+    refuse("ONNX", doubles_of_graphs(graphs), "QuantizeLinear takes float32 at most: quantize the model in float32")
     files, inputs = [], []
     folder = Path(folder).resolve()
     with whole_folder(folder, refuse_full) as written:
@@ -158,8 +159,9 @@ class _Standard(nn.Module):
 
 class _Translating(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
-        if n.target in _SQUEEZES:
-            return _squeeze(*self.fetch_args_kwargs_from_env(n)[0])
+        if n.target in _DIFFERENT:
+            values, named = self.fetch_args_kwargs_from_env(n)
+            return _DIFFERENT[n.target](*values, **named)
         if n.target not in _TRANSLATED:
             return super().run_node(n)
         values, named = self.fetch_args_kwargs_from_env(n)
@@ -171,16 +173,26 @@ class _Translating(fx.Interpreter):
         return _TRANSLATED[n.target](SimpleNamespace(**given))
 
 
-_SQUEEZES = (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims)
-
-
-def _squeeze(x: Tensor, dims: int | Sequence[int]) -> Tensor:
+def _squeeze(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     """Drop those of these dimensions that have size 1. ONNX refuses to squeeze others, which torch leaves alone."""
-    wanted = [dims] if isinstance(dims, int) else list(dims)
-    for dim in sorted({dim % x.dim() for dim in wanted}, reverse=True):
-        if statically_known_true(x.shape[dim] == 1):
-            x = x.squeeze(dim)
+    wanted = [dim] if isinstance(dim, int) else list(dim)
+    for one in sorted({axis % x.dim() for axis in wanted}, reverse=True):
+        if statically_known_true(x.shape[one] == 1):
+            x = x.squeeze(one)
     return x
+
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """The source in the shape and dtype of x. torch's own translation leaves out the shape."""
+    return source.to(x.dtype).expand(x.shape)
+
+
+_DIFFERENT: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.squeeze.dim: _squeeze,
+    torch.ops.aten.squeeze.dims: _squeeze,
+    torch.ops.aten.copy.default: _copy,
+}
+"""Ops of torch whose translation to ONNX is not what they compute, each with a function that is."""
 
 
 def _quantize(op: SimpleNamespace) -> Tensor:

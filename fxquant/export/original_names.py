@@ -37,7 +37,7 @@ class Layout:
     keeps: bool = False
 
 
-_FLUX_STREAMS = {
+_FLUX_STREAMS: Table = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
@@ -51,13 +51,13 @@ _FLUX_STREAMS = {
     "txt_mlp.0": "ff_context.net.0.proj",
     "txt_mlp.2": "ff_context.net.2",
 }
-_FLUX_SINGLE = {
+_FLUX_SINGLE: Table = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": "proj_out",
     "norm.query_norm.scale": "attn.norm_q.weight",
     "norm.key_norm.scale": "attn.norm_k.weight",
 }
-_FLUX_ENDS = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+_FLUX_ENDS: Table = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
 _FINAL_MODULATION = "final_layer.adaLN_modulation.1"
 
 _FLUX = Layout(

@@ -14,6 +14,8 @@ import fxquant
 from fxquant.errors import AlreadyCompiledError, CalibrationError, ConfigurationError, ProofError, QualityWarning
 from fxquant.export import balance as module
 from fxquant.ir.doubles import as_wide, in_float64
+from fxquant.ir.tensors import bind, copy_graph, weights_of
+from tests.export.small import Small, small_call
 from tests.test_two_kinds_of_call import C, Two, call
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 from tests.zoo.models import ENTRIES
@@ -42,16 +44,21 @@ def error(left: list[Tensor], right: list[Tensor]) -> float:
     return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(left, right, strict=True))
 
 
-def exact_outputs(model: nn.Module, calls: list[dict[str, Any]], timestep: str) -> list[Tensor]:
-    """Outputs in float64, also of what the model computes in float32."""
-    traced, found = fxquant.trace(model, timestep=timestep), []
+def exact_outputs(models: list[nn.Module], calls: list[dict[str, Any]], timestep: str) -> list[list[Tensor]]:
+    """Outputs of models of one class in float64, also of what their code computes in float32."""
+    traced = fxquant.trace(models[0], timestep=timestep)
     with torch.no_grad():
         for one in calls:
             traced(**one)
-            captured = traced.captured[0]
-            leaves = traced.architecture.canonical((), one).leaves
-            wide = [as_wide(value, torch.float64) for value in captured.inputs(leaves)]
-            found += in_float64(captured.module)(*wide)
+        captured = traced.captured[0]
+        found = []
+        for model in models:
+            graph = copy_graph(captured.module)
+            bind(graph, weights_of(model))
+            exact = in_float64(graph)
+            leaves = [traced.architecture.canonical((), one).leaves for one in calls]
+            inputs = [[as_wide(value, torch.float64) for value in captured.inputs(each)] for each in leaves]
+            found.append([output for each in inputs for output in exact(*each)])
     return found
 
 
@@ -82,8 +89,7 @@ def test_computes_the_same_in_float64(name: str, recipe: str) -> None:
     assert made.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # The caller's own.
     others = [entry.call(seed=seed, step=step, dtype=torch.float64) for seed, step in enumerate((700, 100), 5)]
-    found = [exact_outputs(one, others, entry.timestep) for one in (made, model)]
-    assert error(*found) < 1e-12
+    assert error(*exact_outputs([model, made], others, entry.timestep)) < 1e-12
     layers = {layer.name for layer in made.balance_report.layers if layer.balanced}
     assert all(any(one.endswith(end) for one in layers) for end in CLASSES[name]), layers
     changed = {key for key, value in made.state_dict().items() if not torch.equal(value, before[key])}
@@ -162,6 +168,13 @@ def test_parameters_with_several_names(tied: bool) -> None:
     made = balanced(model, calls)
     assert error(outputs(made, calls), outputs(model, calls)) < 1e-12
     assert by_name(made.balance_report)["blocks.0.fc"].balanced == (0 if tied else C)
+
+
+def test_a_parameter_that_is_read_under_another_name_was_read() -> None:
+    model = Small(tied=True)
+    made = balanced(model, [small_call()])
+    assert made.balance_report.unread == ()
+    assert "is also read by" in str(by_name(made.balance_report)["blocks.0.first"].reason)
 
 
 @pytest.mark.parametrize("at", ["constant", "buffer"])

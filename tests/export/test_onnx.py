@@ -63,7 +63,7 @@ def test_onnxruntime_computes_the_same(recipe: str, layers: str, tmp_path: Path)
                 assert error(found, model(**call).sample) < tolerance
 
 
-def test_squeezes_that_torch_leaves_alone(tmp_path: Path) -> None:
+def test_squeezes_and_copies_that_torch_writes_otherwise(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     model = Small()
     made = fxquant.compile(
@@ -103,6 +103,33 @@ def test_openvino_computes_the_same(tmp_path: Path) -> None:
         expected = model(**call).sample
     # Integer kernels sum in another order, and a value at the edge of a code may be rounded to the next one.
     assert error(found, expected) < 0.02
+
+
+def test_openvino_reads_bfloat16(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = Small().bfloat16()
+
+    def call(seed: int) -> dict[str, Tensor]:
+        return {name: value.bfloat16() if name == "x" else value for name, value in small_call(seed=seed).items()}
+
+    made = fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: model(**call(0)), measure=0)
+    (file,) = export_openvino(made, tmp_path / "ir")
+    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x, time = call(1).values()
+    bits = openvino.Tensor(x.view(torch.int16).numpy(), list(x.shape), openvino.Type.bf16)
+    (found,) = compiled([bits, time.numpy()]).values()
+    with torch.no_grad():
+        expected = made(x=x, timestep=time).float()
+    assert error(torch.from_numpy(found.view("int16")).view(torch.bfloat16).float().numpy(), expected) < 0.02
+
+
+def test_refuses_float64(tmp_path: Path) -> None:
+    model = Small().double()
+    call = {name: value.double() if name == "x" else value for name, value in small_call().items()}
+    made = fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: model(**call), measure=0)
+    with pytest.raises(ConfigurationError, match=r"computes in float64: blocks\.0.*\n.*in float32"):
+        export_onnx(made, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
