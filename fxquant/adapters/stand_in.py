@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxquant.adapters.folding import Delta
 from fxquant.errors import MissingPackageError
