@@ -159,9 +159,7 @@ def quantize(
     To calibrate, the command runs the pipeline as it will be used: with its classes or with your prompts.
     """
     if dry_run:
-        if components != "transformer":
-            raise ConfigurationError("--dry-run estimates the transformer alone; leave out --components")
-        _forecast(Path(model), recipe, layers, dtype, (samples, steps), as_json)
+        _forecast(Path(model), _recipes_of(components, recipe), layers, dtype, (samples, steps), variant, as_json)
         return
     if out is None:
         raise ConfigurationError("--out is missing: name the folder to write the quantized pipeline to")
@@ -268,7 +266,15 @@ def quantize(
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
 
 
-def _forecast(folder: Path, recipe: str, layers: Layers, dtype: Dtype, run: tuple[int, int], as_json: bool) -> None:
+def _forecast(
+    folder: Path,
+    recipes: dict[str, str],
+    layers: Layers,
+    dtype: Dtype,
+    run: tuple[int, int],
+    variant: str | None,
+    as_json: bool,
+) -> None:
     """Print what a conversion would take."""
     with quiet(), status("importing torch"):
         from fxquant.calibration.pipeline_calls import num_batches
@@ -277,7 +283,8 @@ def _forecast(folder: Path, recipe: str, layers: Layers, dtype: Dtype, run: tupl
         from fxquant.pipeline.recipes import make_recipe
 
         calls = num_batches(run[0]) * run[1]
-        found = forecast(folder, make_recipe(recipe, layers.value), dtype_of_name(dtype.value), calls)
+        chosen = {name: make_recipe(text, layers.value) for name, text in recipes.items()}
+        found = forecast(folder, chosen, dtype_of_name(dtype.value), calls, variant)
     if as_json:
         print_json(found)
     else:

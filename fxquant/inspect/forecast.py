@@ -21,114 +21,155 @@ from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.precision import Precision, precision_of
 from fxquant.storage.agreement import Header
-from fxquant.storage.weights import headers_of, weight_names
+from fxquant.storage.weights import headers_of
 
 _BLOCK = re.compile(r"\.\d+\.")
 _EMBEDDER = re.compile(r"embed|time|caption|context|guidance|label")
-_SECONDS = 80.0  # Per 1e9 parameters, on two CPU cores, behind the calibration; see benchmarks/results/convert.md.
-_SECONDS_LEARNED = {"gptq": 240.0}
+_FILE = re.compile(r"(?P<stem>[^.]+?)(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors")
+_IMPORTS = 0.65e9  # Bytes of a process that imported torch, diffusers and transformers.
+_COPY = 0.95  # Float weights that balancing holds once more, as a share of all.
+_MOMENTS = 0.55  # Second moments of GPTQ, as a share of the float weights.
+_SECONDS = (0.3, 0.016, 4.0)
+"""Seconds once, per layer, and per 1e9 parameters, on two CPU cores behind the calibration; see benchmarks/results."""
+_SECONDS_FOLDED = (0.3, 0.026, 22.0)
+_SECONDS_GPTQ = (0.3, 0.026, 215.0)
 _UNKNOWN = ("adaround", "reconstruct")
 
 HOW = {
     "float_bytes": "sum of the tensors in the headers of the files, in the dtype of the conversion",
     "quantized_bytes": "the same, with the recipe's bits, scales and zero points for matrices in numbered modules, "
     "8 bits for embedders with layers=default, and float for the rest; tables over timesteps are not included",
-    "peak_bytes": "all parts of the pipeline, and the quantized transformer beside the float one; activations and "
-    "calibration statistics come on top",
+    "peak_bytes": "0.65 GB for imports, all parts of the pipeline, and beside each float part the quantized one, or a "
+    "float copy where the recipe balances; activations and calibration statistics come on top",
     "calls": "batches of samples times steps; seconds of calibration are this number times those of one call",
-    "convert_seconds": "80 s (GPTQ: 240 s) per 1e9 parameters behind the calibration, as measured on two CPU cores",
+    "convert_seconds": "behind the calibration, as measured on two CPU cores: 4 s (with balancing 22 s, GPTQ 215 s) "
+    "per 1e9 parameters, and 16 ms (26 ms) per layer",
 }
 """How each number is derived."""
 
 
-def forecast(folder: Path, recipe: Recipe, dtype: torch.dtype, calls: int) -> dict[str, Any]:
-    """Estimate a conversion of the pipeline in a folder.
+def forecast(
+    folder: Path, recipes: Mapping[str, Recipe], dtype: torch.dtype, calls: int, variant: str | None = None
+) -> dict[str, Any]:
+    """Estimate a conversion of parts of the pipeline in a folder.
 
     Args:
         folder: Folder of a float pipeline.
-        recipe: The recipe.
+        recipes: The recipe of each part that is quantized, by the name of the part.
         dtype: Dtype in which the pipeline would be loaded.
         calls: Calls of the transformer in calibration.
+        variant: The variant of the files; where a part has no file of it, the one that is there.
 
     Returns:
-        ``float_bytes``, ``quantized_bytes``, ``peak_bytes``, ``calls``, ``convert_seconds`` (None where a recipe learns
-        roundings, whose time depends on the machine most), ``parameters``, and ``how``, which says how each is derived.
+        ``components``: for each part ``parameters``, ``float_bytes``, ``quantized_bytes`` and ``convert_seconds``
+        (None where a recipe learns roundings, whose time depends on the machine most). Beside it their sums under the
+        same names, ``peak_bytes``, ``calls``, and ``how``, which says how each is derived.
 
     Raises:
-        ConfigurationError: If the folder holds no pipeline with a transformer in safetensors files.
+        ConfigurationError: If the folder holds no pipeline with these parts in safetensors files.
         CheckpointError: If a file is damaged.
     """
-    tensors = _headers(folder / "transformer")
-    parameters = sum(math.prod(header.shape) for header in tensors.values())
-    before, after = parameters * dtype.itemsize, _quantized(tensors, recipe, dtype)
-    others = [_headers(path) for path in _components(folder) if path.name != "transformer"]
-    rest = sum(math.prod(header.shape) for headers in others for header in headers.values()) * dtype.itemsize
+    held = _components(folder)
+    for name in recipes:
+        if name not in held:
+            raise ConfigurationError(
+                f"{folder / name} holds no safetensors files. --dry-run reads their headers, so give a local folder of "
+                f"a float pipeline, and parts that it holds: {', '.join(held) or 'none'}"
+            )
+    headers = {name: _headers(folder / name, variant) for name in held}
+    parts = {name: forecast_of_part(headers[name], recipe, dtype, held[name]) for name, recipe in recipes.items()}
+    others = sum(_parameters(tensors) * dtype.itemsize for tensors in headers.values())
+    beside = sum(bytes_beside(recipe, parts[name]) for name, recipe in recipes.items())
+    seconds = [part["convert_seconds"] for part in parts.values()]
+    names = ("parameters", "float_bytes", "quantized_bytes")
     return {
-        "parameters": parameters,
-        "float_bytes": before,
-        "quantized_bytes": after,
-        "peak_bytes": before + after + rest,
+        **{name: sum(part[name] for part in parts.values()) for name in names},
+        "peak_bytes": round(_IMPORTS + others + beside),
         "calls": calls,
-        "convert_seconds": _seconds(recipe, parameters),
+        "convert_seconds": None if None in seconds else sum(seconds),
+        "components": parts,
         "how": HOW,
     }
 
 
+def forecast_of_part(tensors: Mapping[str, Header], recipe: Recipe, dtype: torch.dtype, library: str) -> dict[str, Any]:
+    """Estimate the conversion of one part."""
+    after, layers = _quantized(tensors, recipe, dtype, library)
+    parameters = _parameters(tensors)
+    return {
+        "parameters": parameters,
+        "float_bytes": parameters * dtype.itemsize,
+        "quantized_bytes": after,
+        "convert_seconds": _seconds(recipe, parameters, layers),
+    }
+
+
+def _parameters(tensors: Mapping[str, Header]) -> int:
+    return sum(math.prod(header.shape) for header in tensors.values())
+
+
+def bytes_beside(recipe: Recipe, part: Mapping[str, Any]) -> float:
+    """Bytes that a conversion holds beside the float weights of a part."""
+    copies = _COPY * _folds(recipe) + _MOMENTS * ("gptq" in str(recipe))
+    return max(part["quantized_bytes"], copies * part["float_bytes"])
+
+
 def forecast_text(found: Mapping[str, Any]) -> str:
     """A forecast as lines of text, with how each number is derived."""
+    lines = ["estimates; nothing was loaded or written"]
+    for name, part in found["components"].items():
+        lines.append(_line(f"float {name}", _megabytes(part["float_bytes"]), "float_bytes"))
+        lines.append(_line(f"quantized {name}", f"about {_megabytes(part['quantized_bytes'])}", "quantized_bytes"))
     seconds = found["convert_seconds"]
-    shown = {
-        "float_bytes": ("float transformer", _megabytes(found["float_bytes"])),
-        "quantized_bytes": ("quantized transformer", f"about {_megabytes(found['quantized_bytes'])}"),
-        "peak_bytes": ("peak memory", f"about {_megabytes(found['peak_bytes'])}"),
-        "calls": ("calibration", f"{found['calls']} calls of the float transformer"),
-        "convert_seconds": ("conversion", "not estimated: it learns" if seconds is None else f"about {seconds:.0f} s"),
-    }
-    lines = [f"{name:<22}{value:<40}{found['how'][key]}" for key, (name, value) in shown.items()]
-    return "\n".join(["estimates; nothing was loaded or written", *lines])
+    learned = "not estimated: it learns" if seconds is None else f"about {seconds:.0f} s"
+    lines.append(_line("peak memory", f"about {_megabytes(found['peak_bytes'])}", "peak_bytes"))
+    lines.append(_line("calibration", f"{found['calls']} calls of the float transformer", "calls"))
+    lines.append(_line("conversion", learned, "convert_seconds"))
+    return "\n".join(lines)
+
+
+def _line(name: str, value: str, key: str) -> str:
+    return f"{name:<26}{value:<40}{HOW[key]}"
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
-def _components(folder: Path) -> list[Path]:
-    """The folders of the parts of a pipeline that hold tensors."""
+def _components(folder: Path) -> dict[str, str]:
+    """The parts of a pipeline that hold tensors, with the library of the class of each."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"{folder} is not the folder of a pipeline: model_index.json cannot be read"
+            f"{folder} is not the folder of a pipeline: model_index.json cannot be read. --dry-run reads headers of "
+            "files, so give a local folder of a float pipeline"
         ) from error
-    found = [folder / name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir()]
-    return [path for path in found if any(path.glob("*.safetensors"))]
+    named = {name: str(entry[0]) for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: library for name, library in named.items() if any((folder / name).glob("*.safetensors"))}
 
 
-def _headers(folder: Path) -> Mapping[str, Header]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigurationError(
-            f"{folder} holds no safetensors files. --dry-run reads their headers, so give a local folder of a float "
-            "pipeline"
-        )
-    names = [path.name for path in files]
-    if folder.name == "transformer":
-        names = weight_names(names)
-        variants = {name.split(".")[1] if name.count(".") > 1 else "" for name in names}
-        if len(variants) > 1:  # Of several variants, the one without a name is loaded.
-            names = [name for name in names if name.count(".") == 1]
-    return headers_of([folder / name for name in names])
+def _headers(folder: Path, variant: str | None) -> Mapping[str, Header]:
+    """The headers of the tensors of a part, of one variant: the given one, else the one without a name, else any."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        matched = _FILE.fullmatch(path.name)
+        found.setdefault((matched and matched["variant"]) or "", []).append(path)
+    return headers_of(found.get(variant or "") or found.get("") or next(iter(found.values())))
 
 
-def _quantized(tensors: Mapping[str, Header], recipe: Recipe, dtype: torch.dtype) -> int:
-    """Bytes of the quantized tensors."""
+def _quantized(tensors: Mapping[str, Header], recipe: Recipe, dtype: torch.dtype, library: str) -> tuple[int, int]:
+    """Bytes of the quantized tensors, and the number of quantized layers."""
     step = next(step for step in recipe.prepare if step.name == "assign-precision")
-    total = 0
+    total = layers = 0
     for name, header in tensors.items():
         layer = _layer(name, header, step)
+        if layer is not None and library == "transformers" and layer.role == "embedder":
+            layer = None  # Token embeddings of text encoders stay float.
         size = math.prod(header.shape) * dtype.itemsize
         total += size if layer is None else weight_bytes(layer, dtype)[1]
-    return total
+        layers += layer is not None and layer.weight_bits is not None
+    return total, layers
 
 
 def _layer(name: str, header: Header, step: Any) -> LayerPlan | None:
@@ -147,9 +188,14 @@ def _layer(name: str, header: Header, step: Any) -> LayerPlan | None:
     return LayerPlan(kind, role, shape, chosen.weight_bits, chosen.activation_bits, group)
 
 
-def _seconds(recipe: Recipe, parameters: int) -> float | None:
+def _seconds(recipe: Recipe, parameters: int, layers: int) -> float | None:
     text = str(recipe)
     if any(name in text for name in _UNKNOWN):
         return None
-    rate = next((seconds for name, seconds in _SECONDS_LEARNED.items() if name in text), _SECONDS)
-    return rate * parameters / 1e9
+    once, per_layer, per_billion = _SECONDS_GPTQ if "gptq" in text else _SECONDS_FOLDED if _folds(recipe) else _SECONDS
+    return once + per_layer * layers + per_billion * parameters / 1e9
+
+
+def _folds(recipe: Recipe) -> bool:
+    """Whether the recipe balances or shifts channels, and so holds a second float copy of weights."""
+    return any(step.name == "absorb-affines" for step in (*recipe.prepare, *recipe.convert))

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli.__main__ import app
-from fxquant.inspect.forecast import forecast
+from fxquant.inspect.forecast import bytes_beside, forecast, forecast_of_part
+from fxquant.storage.agreement import Header
+from tests.cli.test_components import make_wan
 from tests.tiny import make_dit, make_pipeline
 from tests.zoo.models import ENTRIES
 from tests.zoo.test_zoo import run as run_zoo
@@ -67,9 +69,49 @@ def test_sharded_and_bf16_folders(tmp_path: Path) -> None:
     for file in (tmp_path / "bf16" / "transformer").glob("diffusion_pytorch_model.safetensors"):
         file.unlink()
     assert len(list((tmp_path / "bf16" / "transformer").glob("*.safetensors"))) > 1
-    whole = forecast(tmp_path / "whole", fxquant.make_recipe("rtn-w8a8"), torch.bfloat16, 1)
-    sharded = forecast(tmp_path / "bf16", fxquant.make_recipe("rtn-w8a8"), torch.bfloat16, 1)
+    whole = forecast(tmp_path / "whole", {"transformer": fxquant.make_recipe("rtn-w8a8")}, torch.bfloat16, 1)
+    sharded = forecast(tmp_path / "bf16", {"transformer": fxquant.make_recipe("rtn-w8a8")}, torch.bfloat16, 1)
     assert sharded == whole
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seconds", "peak"),
+    [
+        ("rtn-w8a8", 6.6, 4.84),
+        ("ptq4dit-w8a8", 25.5, 6.29),
+        ("ptq4dit-w4a8", 26.8, 6.16),
+        ("ptq4dit-gptq-w4a8", 172, 7.88),
+    ],
+)
+def test_time_and_memory_of_dit_xl(recipe: str, seconds: float, peak: float) -> None:
+    """As measured in benchmarks/results/convert.md, in seconds and GB."""
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(num_layers=28, sample_size=32, out_channels=8)
+    tensors = {name: Header("float32", tuple(tensor.shape)) for name, tensor in model.named_parameters()}
+    chosen = fxquant.make_recipe(recipe)
+    part = forecast_of_part(tensors, chosen, torch.float32, "diffusers")
+    assert part["convert_seconds"] == pytest.approx(seconds, rel=0.3)
+    assert 0.65 + (part["float_bytes"] + bytes_beside(chosen, part)) / 1e9 == pytest.approx(peak, rel=0.3)
+
+
+def test_several_parts(tmp_path: Path) -> None:
+    """Two experts and a text encoder, whose embedding of tokens stays float; of two variants one counts."""
+    make_wan().save_pretrained(tmp_path / "wan")
+    make_wan().save_pretrained(tmp_path / "wan", variant="fp16")
+    arguments = (str(tmp_path / "wan"), "--recipe", "rtn-w8a8")
+    both = told(*arguments, "--components", "transformer,transformer_2=ptq4dit-w4a8,text_encoder=rtn-w8a16")
+    alone = told(*arguments)
+    parts = both["components"]
+    assert list(parts) == ["transformer", "transformer_2", "text_encoder"]
+    assert parts["transformer"] == alone["components"]["transformer"]
+    assert parts["transformer_2"]["quantized_bytes"] < parts["transformer"]["quantized_bytes"]
+    assert both["quantized_bytes"] == sum(part["quantized_bytes"] for part in parts.values())
+    assert both["peak_bytes"] > alone["peak_bytes"]
+    done = CliRunner().invoke(app, ["quantize", *arguments, "--components", "transformer,unet", "--dry-run"])
+    assert done.exit_code == 2
+    assert "parts that it holds: " in done.stderr and "transformer_2" in done.stderr
+    text = CliRunner().invoke(app, ["quantize", *arguments, "--components", "transformer,transformer_2", "--dry-run"])
+    assert "quantized transformer_2" in text.stdout
 
 
 def test_text_and_errors(tmp_path: Path, float_folder: Path) -> None:

@@ -36,6 +36,22 @@ save_file(lora(MODEL, rank=8, targets=("to_q", "to_v", "proj_mlp")), "sketch.saf
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")
 """,
     "docs/inspector.md": _MODEL,
+    "docs/lives.md": """
+from safetensors.torch import save_file
+from tests import lives
+from tests.adapters.loras import lora
+dit, _ = lives.dit()
+pixart, pixart_call = lives.pixart()
+sd3, sd3_call = lives.sd3()
+flux, flux_call = lives.flux()
+wan, wan_call = lives.wan()
+cogvideox, cogvideox_call = lives.cogvideox()
+for name in ("dit", "pixart", "sd3", "flux", "wan", "cogvideox"):
+    original = globals()[name].transformer
+    save_file(lora(original, targets=("to_q", "to_v"), size=0.3), f"{name}-style.safetensors")
+    save_file(lora(original, rank=8, seed=1, targets=("to_q",), size=0.3), f"{name}-sketch.safetensors")
+del original
+""",
     "docs/questions.md": f"{_MODEL}{_PIPE}",
     "docs/speed.md": f"""{_MODEL}{_PIPE}
 fxquant.save(fxquant.compile(model, recipe='rtn-w4a8', calibrate=calibrate), "dit-w4a8")
