@@ -396,7 +396,7 @@ class Architecture:
                         f"({str(error).splitlines()[0]}); let it work on a copy, and keep no state between calls"
                     ) from error
                 exported = program.module(check_guards=False)
-                unmark(exported.graph.nodes)  # type: ignore[union-attr]
+                unmark(exported.graph.nodes)
             if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
                 raise CaptureError(
                     f"{type(self.skeleton).__name__} writes into its inputs or buffers in place; let it work on a copy"

@@ -310,6 +310,38 @@ USES: dict[str, list[Use]] = {
         ),
     ],
     "Caches of steps": [
+        works(
+            "`enable_cache` with `FirstBlockCacheConfig`, `MagCacheConfig`, `TaylorSeerCacheConfig`, "
+            "`PyramidAttentionBroadcastConfig`",
+            "the same steps are skipped as on the float model",
+            "runtime/step_caches::computes_what_diffusers_computes",
+            "runtime/step_caches::extrapolates_as_diffusers_does",
+            "runtime/step_caches::broadcasts_as_diffusers_does",
+            "runtime/step_caches::every_backend",
+        ),
+        works(
+            "`disable_cache`, `cache_context`, a second generation",
+            "nothing is left of the first, also if it was interrupted",
+            "runtime/step_caches::a_cache_that_never_skips_changes_no_bit",
+            "runtime/step_caches::contexts_are_apart",
+            "runtime/step_caches::a_generation_does_not_read_what_another_one_left",
+        ),
+        refused(
+            "`FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`; a second cache",
+            "a first-block cache needs no module; `disable_cache()` first",
+            "runtime/step_caches::other_caches_are_refused",
+        ),
+        refused(
+            "Caches of attentions on the backend `native`",
+            "it computes them together with the ops that follow; cache whole blocks",
+            "runtime/step_caches::modules_that_a_backend_fuses_are_refused",
+        ),
+        refused(
+            "Models without blocks, or whose output also reads from within blocks",
+            "leave the cache out",
+            "runtime/step_caches::graphs_that_cannot_be_cut_are_refused",
+            "runtime/step_caches::models_without_blocks_are_refused",
+        ),
         refused(
             "A cache that was enabled before quantization",
             "`disable_cache()` first: no state of one step is captured",

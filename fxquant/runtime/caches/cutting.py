@@ -89,7 +89,8 @@ def cut(module: fx.GraphModule, sources: Sequence[fx.Node], results: Sequence[fx
     head |= middle & tail
     middle -= head
     tail -= head
-    parts, known = [], dict.fromkeys(inputs)
+    parts: list[Part] = []
+    known = dict.fromkeys(inputs)
     for nodes, wanted in ((head, sources), (middle, results), (tail, output.all_input_nodes)):
         own = [node for node in graph.nodes if node in nodes and node.op not in ("placeholder", "get_attr")]
         others = {node for part in (head, middle, tail) if part is not nodes for node in part}
@@ -99,7 +100,7 @@ def cut(module: fx.GraphModule, sources: Sequence[fx.Node], results: Sequence[fx
         known.update(dict.fromkeys(part.made))
     dependent = _dependent(graph, sources, set(results))
     bypassing = tuple(node for node in graph.nodes if node in dependent and node in head | tail)
-    return Cut(tuple(inputs), *parts, outputs=output.args[0], bypassing=bypassing)
+    return Cut(tuple(inputs), parts[0], parts[1], parts[2], output.args[0], bypassing)
 
 
 def part(module: fx.GraphModule, wanted: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> Part:

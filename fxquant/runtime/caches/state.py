@@ -41,7 +41,7 @@ class Progress:
         the call begins one if none of its inputs is the same object: some solvers call the model twice at a timestep,
         with the same prompt.
         """
-        if timestep not in named:
+        if timestep is None or timestep not in named:
             return False
         now, before = float(named[timestep].detach().double().mean()), self.timestep
         others = [tensor for name, tensor in named.items() if name != timestep]
