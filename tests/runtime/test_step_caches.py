@@ -82,7 +82,7 @@ def counted(model: GraphModel, *args: Any, **options: Any) -> tuple[Tensor, int]
 _LAYERS = ("num_layers", "num_single_layers", "num_blocks")
 _FAMILIES = (
     "DiT2D", "2D", "Flux2D", "Wan3D", "CogVideoX3D", "QwenImage2D", "LTXVideo3D", "HunyuanVideo3D", "Mochi3D",
-    "CogView42D", "Bria2D", "HunyuanImage2D",
+    "CogView42D", "HunyuanImage2D",
 )  # fmt: skip
 """Families that diffusers itself can cache."""
 
