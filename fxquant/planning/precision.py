@@ -231,9 +231,12 @@ def _reached(*starts: fx.Node) -> set[fx.Node]:
 
 
 def _has_tokens(node: fx.Node) -> bool:
-    """Whether a layer works on tokens, as the key and value layers of cross-attention work on the text tokens."""
+    """Whether a layer works on tokens, as the key and value layers of cross-attention work on the text tokens.
+
+    The positions of a convolution are tokens too, even if there is only one.
+    """
     shape = node.meta["val"].shape
-    return len(shape) >= 3 and shape[-2] != 1
+    return len(shape) >= 3 and (shape[-2] != 1 or "conv" in str(node.target))
 
 
 def _first_met(node: fx.Node, sample: set[fx.Node], layers: dict[fx.Node, str]) -> set[fx.Node]:

@@ -123,6 +123,25 @@ def test_keys_of_cross_attention_are_in_the_block() -> None:
     }
 
 
+class History(nn.Module):
+    """Earlier frames as tokens beside the others: a patch may be as large as they are."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.history = nn.Conv2d(2, 4, patch, stride=patch)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
+        tokens = self.history(frames).flatten(2).transpose(1, 2)
+        return self.blocks[0](torch.cat([tokens, x], dim=1))
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_a_convolution_with_one_position_makes_tokens_too(patch: int) -> None:
+    module = captured(History(patch), x=torch.randn(2, 3, 4), frames=torch.randn(2, 2, 4, 4)).module
+    assert roles(module.graph)["history"] == "embedder"
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
