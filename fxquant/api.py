@@ -43,6 +43,7 @@ from fxquant.runtime.float_model import (
 )
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.offloading import meanwhile_on_its_device
+from fxquant.runtime.parts import has_entries
 from fxquant.runtime.replay import convert, replay
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import Run
@@ -156,6 +157,11 @@ def compile(
         PassError: If a pass fails; with ``prove`` a ProofError if it does not keep its tier.
     """
     instruments = with_dumps(instruments)
+    if has_entries(model):
+        raise ConfigurationError(
+            f"pipelines call the methods encode and decode of this {type(model).__name__}, and a graph has one entry; "
+            "fxquant.compile_parts quantizes its decoder and its encoder, and it stays a model of its class"
+        )
     check_model(model)
     refuse_adapters(model)
     _check_options(recipe, backend, plan, measure, statistics)

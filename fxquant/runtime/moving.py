@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
+from fxquant.capture.whole import whole_of
 from fxquant.errors import ConfigurationError, FxquantError
 from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import read_tensors, set_tensor
@@ -184,25 +185,38 @@ class Movable(Walked):
         self._place.streaming = Streaming(device, options)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of the original; while accelerate offloads the model, what its hooks are attached to."""
+        """The modules of the original; while accelerate offloads the model, what its hooks are attached to.
+
+        A part of a model, such as the decoder of a VAE, has both: accelerate offloads the model around it, and the part
+        sees nothing but its children being listed.
+        """
         slot = self._modules.get(SLOT)
-        yield from super().named_children() if slot is None else ((SLOT, slot),)
+        if slot is not None:
+            yield SLOT, slot
+        if slot is None or self._is_part():
+            yield from super().named_children()
+
+    def _is_part(self) -> bool:
+        return whole_of(self.architecture.skeleton) is not None
 
     def _expect_offload(self) -> None:
         """Offer accelerate a stand-in for the graphs, from which the model learns to which device it is offloaded."""
-        self._modules[SLOT] = Slot(self._offload_by_accelerate)
+        self._modules[SLOT] = Slot(self._offload_by_accelerate, self.disable_group_offload)
 
     def _offload_by_accelerate(self, device: torch.device) -> None:
         try:
             self._offload(device, Group())
         except FxquantError:
-            sys.modules["accelerate.hooks"].remove_hook_from_module(self)  # Its hook is being attached.
+            if not self._is_part():
+                sys.modules["accelerate.hooks"].remove_hook_from_module(self)  # Its hook is being attached.
             raise
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         if name == "_hf_hook" and self._modules.pop(SLOT, None) is not None:
             self._place.streaming = None
+            if self._is_part():
+                self._expect_offload()
 
     def _lowers_anywhere(self) -> bool:
         """Whether the graphs run on every type of device that the backend supports."""

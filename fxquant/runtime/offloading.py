@@ -102,15 +102,23 @@ class Slot(nn.Module):
 
     Args:
         offload: Called with the device that computes.
+        end: Called when the hook is removed.
     """
 
     marker: Tensor
     _offload: Callable[[torch.device], None]
+    _end: Callable[[], None]
 
-    def __init__(self, offload: Callable[[torch.device], None]) -> None:
+    def __init__(self, offload: Callable[[torch.device], None], end: Callable[[], None]) -> None:
         super().__init__()
         self.register_buffer("marker", torch.empty(0), persistent=False)
         object.__setattr__(self, "_offload", offload)
+        object.__setattr__(self, "_end", end)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "_hf_hook":
+            self._end()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_hf_hook":

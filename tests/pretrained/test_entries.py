@@ -115,6 +115,8 @@ def test_what_is_refused(vae: AutoencoderKL, both: Any) -> None:
         compiled(both)
     with pytest.raises(ConfigurationError, match="DiTTransformer2DModel is not a model with a method decode"):
         compiled(make_dit())
+    with pytest.raises(ConfigurationError, match=r"fxquant\.compile_parts quantizes its decoder and its encoder"):
+        fxquant.compile(vae, recipe="rtn-w8a16", calibrate=lambda: decoded(vae))
     with pytest.raises(ConfigurationError, match="plan belongs to one graph"):
         compiled(vae, plan=both.decoder.plan)
     with pytest.raises(MissingTimestepError, match="the model has no timestep"):

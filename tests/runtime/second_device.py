@@ -375,6 +375,46 @@ def check_pipelines() -> None:
             torch.testing.assert_close(image(pipe), expected, rtol=0, atol=1e-4)
 
 
+def check_vaes() -> None:
+    """A VAE moves with its quantized parts, and is offloaded with them."""
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8,), "decoder_block_out_channels": (8,)}
+    vae = diffusers.AutoencoderTiny(**blocks, num_encoder_blocks=(1,), num_decoder_blocks=(1,)).eval()
+    given = torch.rand(1, 3, 8, 8)
+
+    @torch.no_grad()
+    def made(model: Any, device: torch.device = CPU) -> Tensor:
+        sample: Tensor = model(given.to(device)).sample
+        return sample.to(CPU)
+
+    for backend in BACKENDS:
+        model = fxquant.compile_parts(vae, recipe="rtn-w8a8", backend=backend(), calibrate=lambda: made(vae), measure=0)
+        expected = made(model)
+        model.to(GPU)
+        assert model.decoder.device == model.encoder.device == GPU
+        torch.testing.assert_close(made(model, GPU), expected, rtol=0, atol=1e-5)
+        model.to("cpu")
+        torch.testing.assert_close(made(model), expected, rtol=0, atol=1e-5)
+        for _ in range(2):
+            accelerate.cpu_offload(model, GPU)
+            assert model.decoder.device == CPU and model.decoder.runs_on == GPU
+            torch.testing.assert_close(made(model, GPU), expected, rtol=0, atol=1e-5)
+            accelerate.hooks.remove_hook_from_module(model, recurse=True)
+            torch.testing.assert_close(made(model), expected, rtol=0, atol=1e-5)
+    with_no_kernels = copy.deepcopy(model)
+    with_no_kernels.decoder.backend = OnlyCpu()
+    message = raises(BackendError, lambda: with_no_kernels.to(GPU))
+    assert "only-cpu" in message, message
+    assert with_no_kernels.encoder.device == CPU, "nothing was moved"
+
+
+class OnlyCpu(FakeQuant):
+    """Has no kernels for the second device."""
+
+    name = "only-cpu"
+    devices = frozenset({"cpu"})
+
+
 def check_loras() -> None:
     """LoRAs move with the model, and are loaded, weighed and swapped wherever it is."""
     first, second = lora(MODEL), lora(MODEL, rank=2, seed=1, targets=("norm1.linear", "to_q"))
