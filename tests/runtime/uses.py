@@ -132,9 +132,10 @@ USES: dict[str, list[Use]] = {
             "runtime/model::a_shallow_copy_shares_tensors_and_calls_itself",
         ),
         works(
-            "A quantized encoder of text in a pipeline",
+            "A quantized encoder of text, and a quantized VAE, in a pipeline",
             "saved and loaded with it",
             "cli/components::two_experts_of_a_variant",
+            "storage/parts::pipelines",
         ),
         refused(
             "`safe_serialization=False`",
@@ -171,7 +172,12 @@ USES: dict[str, list[Use]] = {
     ],
     "Devices, dtypes and memory": [
         works("`to(device)`, `pipe.to(device)`, and back", "", "runtime/moving::on_a_second_device"),
-        works("`pipe.enable_model_cpu_offload()`", "", "runtime/moving::on_a_second_device"),
+        works(
+            "`pipe.enable_model_cpu_offload()`, before or after quantization",
+            "",
+            "runtime/moving::on_a_second_device",
+            "runtime/offloading::a_pipeline_that_is_offloaded_already",
+        ),
         works("`pipe.enable_sequential_cpu_offload()`", "", "runtime/moving::on_a_second_device"),
         works(
             "Group offloading, by blocks and by leaves",
@@ -211,6 +217,11 @@ USES: dict[str, list[Use]] = {
             "Layerwise casting",
             "weights have few bits already",
             "runtime/drop_in::what_to_do_instead",
+        ),
+        refused(
+            "Functions of `diffusers.hooks`, such as `apply_layerwise_casting`; hooks on parts",
+            "use the methods of the model",
+            "runtime/views::what_walks_over_modules_is_refused",
         ),
         refused("`to_empty`, the meta device", "", "runtime/drop_in::modes_and_devices_that_there_are_not"),
         refused("`dequantize()`", "use the float model", "runtime/drop_in::what_to_do_instead"),
@@ -263,9 +274,10 @@ USES: dict[str, list[Use]] = {
         ),
         works("An adapter of another dtype", "cast", "adapters/methods::a_lora_of_another_dtype_is_cast"),
         works(
-            "Keys of kohya and xlabs",
+            "Keys of kohya, xlabs and BFL",
             "by the converters of diffusers",
             "adapters/pipelines::keys_of_kohya_and_xlabs",
+            "adapters/bfl_keys::every_layer_is_found",
         ),
         works(
             "A LoRA of a model with fewer inputs",
@@ -290,6 +302,12 @@ USES: dict[str, list[Use]] = {
         refused(
             "DoRA, LoKr, biases, convolutions, other sizes, unknown layers and keys",
             "names the layer",
+            "adapters/refusals::what_does_not_fit_is_refused_by_name",
+        ),
+        refused(
+            "Metadata that does not fit; a file with one factor of a layer only",
+            "names what is missing",
+            "adapters/refusals::metadata_that_does_not_fit",
             "adapters/refusals::what_does_not_fit_is_refused_by_name",
         ),
         refused("Control-LoRAs", "fuse them", "adapters/pipelines::a_control_lora_is_refused_by_name"),
@@ -362,18 +380,19 @@ USES: dict[str, list[Use]] = {
         ),
         works(
             "`compile_repeated_blocks`",
-            "one compilation for all blocks that are alike",
+            "one compilation for all blocks that are alike, also while they are offloaded",
             "runtime/compiling::all_blocks_and_batch_sizes_take_one_compilation",
+            "runtime/compiling::blocks_of_an_offloaded_model_are_compiled",
+        ),
+        works(
+            "`torch.compile` of an offloaded model",
+            "it runs without being compiled, and a warning says so",
+            "runtime/offloading::an_offloaded_model_that_is_compiled_warns_once",
         ),
         works(
             "Ahead of time",
             "`fxquant.export_aot`",
             "storage/aot/package::outputs_are_the_models",
-        ),
-        refused(
-            "`compile_repeated_blocks` of an offloaded model",
-            "end offloading first",
-            "runtime/compiling::an_offloaded_model_is_refused",
         ),
     ],
     "Attention": [
