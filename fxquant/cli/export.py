@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,6 +59,14 @@ def export(
             "--names", help="With --format comfyui: the names that ComfyUI reads (the default), or those of the class."
         ),
     ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            "--original",
+            help="With a --format that holds only weights: folder of the float pipeline or model, for tensors that no "
+            "call reads.",
+        ),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
@@ -80,10 +88,12 @@ def export(
             raise ConfigurationError("--backend and --overwrite are for --aot; --format writes a new folder")
         if names is not None and format is not Format.comfyui:
             raise ConfigurationError(f"--names is for --format comfyui, and {format.value} has the names of the class")
-        _export_format(folder, out_folder, format, part, {} if names is None else {"names": names.value})
+        if original is not None and format in (Format.onnx, Format.openvino):
+            raise ConfigurationError(f"--original is for forms that hold only weights, and {format.value} holds graphs")
+        _export_format(folder, out_folder, format, part, original, {} if names is None else {"names": names.value})
         return
-    if names is not None:
-        raise ConfigurationError("--names is for --format comfyui")
+    if names is not None or original is not None:
+        raise ConfigurationError("--names is for --format comfyui, and --original for forms that hold only weights")
     with quiet(), status("importing torch"):
         from fxquant.storage.aot.export import export_folder
 
@@ -96,7 +106,9 @@ def export(
     print_plain(f"compiled in {sum(found.seconds):.0f} s, {found.bytes / 1e6:.1f} MB, written to {out_folder}")
 
 
-def _export_format(folder: Path, out_folder: Path, format: Format, part: str, options: Mapping[str, str]) -> None:
+def _export_format(
+    folder: Path, out_folder: Path, format: Format, part: str, original: Path | None, named: Mapping[str, str]
+) -> None:
     with quiet(), status("importing torch"):
         import fxquant
         from fxquant.export.formats import FORMATS
@@ -105,6 +117,11 @@ def _export_format(folder: Path, out_folder: Path, format: Format, part: str, op
     inner = folder / part if (folder / INDEX_FILE).is_file() else folder
     with quiet(), status(f"reading {inner}"):
         model = fxquant.load(inner, backend="fake-quant")
+    options: dict[str, Any] = dict(named)
+    if original is not None:
+        with quiet(), status(f"reading {original}"):
+            inside = {"subfolder": part} if (original / INDEX_FILE).is_file() else {}
+            options["original"] = type(model.architecture.skeleton).from_pretrained(original, **inside)
     with quiet(), status(f"writing {out_folder}"):
         FORMATS[format.value](model, out_folder, **options)
     size = sum(path.stat().st_size for path in out_folder.rglob("*") if path.is_file())

@@ -48,7 +48,14 @@ class _Layers:
     kinds: dict[str, dict[str, Any]]
 
 
-def export_comfyui(model: nn.Module, folder: str | Path, *, prefix: str = PREFIX, names: str = "comfyui") -> Path:
+def export_comfyui(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    prefix: str = PREFIX,
+    names: str = "comfyui",
+    original: nn.Module | None = None,
+) -> Path:
     """Write ``diffusion_model.safetensors`` in ComfyUI's layout: int8 of a quantized model, or fp8 of a float one.
 
     Of a quantized model, the codes are written, with one scale per row. Of a float model, linears inside of blocks are
@@ -62,6 +69,8 @@ def export_comfyui(model: nn.Module, folder: str | Path, *, prefix: str = PREFIX
         prefix: What stands before each name.
         names: ``"comfyui"`` for the names of the model's authors, which ComfyUI reads. There, q, k and v of FLUX and
             SD3 are one linear. Or ``"class"`` for the names of the model's class in diffusers.
+        original: The float model that was quantized. Tensors that no call reads, because the class does not use them,
+            are taken from it.
 
     Returns:
         The file.
@@ -76,7 +85,7 @@ def export_comfyui(model: nn.Module, folder: str | Path, *, prefix: str = PREFIX
     if names not in NAMES:
         raise ConfigurationError(f"names={names!r} is not known; choose {' or '.join(map(repr, NAMES))}")
     model = unwrapped(model)
-    found = _int8(model, names) if isinstance(model, GraphModel) else _float8(model, names)
+    found = _int8(model, names, original) if isinstance(model, GraphModel) else _float8(model, names)
     tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in found.tensors.items()}
     kinds = {f"{prefix}{name}": kind for name, kind in found.kinds.items()}
     tensors |= {f"{name}.comfy_quant": _bytes(kind) for name, kind in kinds.items()}
@@ -95,11 +104,11 @@ def _renamed(model: type, tensors: Mapping[str, Tensor], names: str) -> Original
     return OriginalNames(model, tensors) if names == "comfyui" else None
 
 
-def _int8(model: GraphModel, names: str) -> _Layers:
+def _int8(model: GraphModel, names: str, original: nn.Module | None) -> _Layers:
     model, _ = quantized_model(model, "export_comfyui")
     refuse_loaded(model, "ComfyUI's layout")
     require_codes(model, "ComfyUI's layout")
-    found = class_weights(model, "ComfyUI's layout")
+    found = class_weights(model, "ComfyUI's layout", original)
     refuse_grids(found, "ComfyUI's layout")
     tensors = dict(found.floats)
     for name, weight in found.codes.items():

@@ -16,7 +16,7 @@ from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import GraphModel, quantized_model
 
 
-def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Path:
+def export_compressed_tensors(model: nn.Module, folder: str | Path, *, original: nn.Module | None = None) -> Path:
     """Write a quantized model in the format ``int-quantized`` of compressed-tensors, in a folder as diffusers has it.
 
     ``config.json`` is that of the class with a ``quantization_config``. For each quantized linear the tensors are
@@ -26,6 +26,7 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Path:
     Args:
         model: What :func:`fxquant.compile` or :func:`fxquant.load` returned, with the backend ``fake-quant``.
         folder: A new or empty folder.
+        original: The float model. Tensors that no call reads, because the class does not use them, are taken from it.
 
     Returns:
         The folder.
@@ -38,7 +39,7 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Path:
     model, _ = quantized_model(model, "export_compressed_tensors")
     refuse_loaded(model, "compressed-tensors")
     require_codes(model, "compressed-tensors")
-    found = class_weights(model, "compressed-tensors")
+    found = class_weights(model, "compressed-tensors", original)
     tensors = {name: tensor.contiguous() for name, tensor in found.floats.items()}
     for name, weight in found.codes.items():
         tensors[f"{name}.weight"] = weight.signed

@@ -12,7 +12,7 @@ from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import quantized_model
 
 
-def export_int8(model: nn.Module, folder: str | Path) -> Path:
+def export_int8(model: nn.Module, folder: str | Path, *, original: nn.Module | None = None) -> Path:
     """Write a quantized model as a folder of diffusers with int8 weights, in the form that vLLM-Omni calls ``int8``.
 
     For each quantized linear the tensors are ``weight`` (int8 ``[out, in]``) and ``weight_scale`` (float32
@@ -22,6 +22,7 @@ def export_int8(model: nn.Module, folder: str | Path) -> Path:
     Args:
         model: What :func:`fxquant.compile` or :func:`fxquant.load` returned, with the backend ``fake-quant``.
         folder: A new or empty folder.
+        original: The float model. Tensors that no call reads, because the class does not use them, are taken from it.
 
     Returns:
         The folder.
@@ -35,7 +36,7 @@ def export_int8(model: nn.Module, folder: str | Path) -> Path:
     model, _ = quantized_model(model, "export_int8")
     refuse_loaded(model, "vLLM-Omni's int8 form")
     require_codes(model, "vLLM-Omni's int8 form")
-    found = class_weights(model, "vLLM-Omni's int8 form")
+    found = class_weights(model, "vLLM-Omni's int8 form", original)
     refuse_grids(found, "vLLM-Omni's int8 form")
     tensors = dict(found.floats)
     for name, weight in found.codes.items():

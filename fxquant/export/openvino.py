@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fxquant.disk.folders import whole_folder
-from fxquant.errors import BackendError
+from fxquant.errors import BackendError, WriteError
 from fxquant.export.limits import refuse_full, require
 from fxquant.export.onnx import export_onnx
 
@@ -33,16 +33,27 @@ def export_openvino(model: nn.Module, folder: str | Path) -> tuple[Path, ...]:
         BackendError: If OpenVINO cannot read the graph.
         MissingPackageError: If ``openvino``, ``onnx`` or ``onnxscript`` is not installed.
         CheckpointError: If the folder exists and is not empty.
+        WriteError: If it cannot be written.
     """
     require("openvino", "onnx", "onnxscript")
     import openvino
 
     folder, names = Path(folder).resolve(), []
-    with tempfile.TemporaryDirectory() as scratch, whole_folder(folder, refuse_full) as written:
-        for number, file in enumerate(export_onnx(model, Path(scratch) / "onnx").files):
+    with whole_folder(folder, refuse_full) as written:
+        scratch = written / "onnx"  # On the disk of the result: a model may not fit into the folder of temporary files.
+        for number, file in enumerate(export_onnx(model, scratch).files):
             names.append(GRAPH_FILE.format(number))
-            openvino.save_model(_read(openvino, file), written / names[-1], compress_to_fp16=False)
+            _write(openvino, _read(openvino, file), written / names[-1], folder)
+        shutil.rmtree(scratch)
     return tuple(folder / name for name in names)
+
+
+def _write(openvino: Any, graph: Any, file: Path, folder: Path) -> None:
+    try:
+        openvino.save_model(graph, file, compress_to_fp16=False)
+    except RuntimeError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise WriteError(f"{folder} cannot be written: {first}; check the disk, or choose another place") from error
 
 
 def _read(openvino: Any, file: Path) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxquant.errors import BackendError, ConfigurationError
 from fxquant.export.limits import refuse
@@ -21,6 +21,7 @@ from fxquant.ir.places import place_of
 from fxquant.ir.tensors import get_tensor, read_tensors
 from fxquant.numerics.packing import unpack
 from fxquant.numerics.weights import dequantize_weight
+from fxquant.runtime.float_model import check_storage
 from fxquant.runtime.model import GraphModel
 
 IN_PLACE = (
@@ -114,16 +115,18 @@ def refuse_grids(found: ClassWeights, format_name: str) -> None:
     refuse(format_name, reasons, f"use a recipe with symmetric weights, without groups, such as\n  {IN_PLACE}")
 
 
-def class_weights(model: GraphModel, format_name: str) -> ClassWeights:
+def class_weights(model: GraphModel, format_name: str, original: nn.Module | None = None) -> ClassWeights:
     """The tensors of a quantized model under the names of its class.
 
     Args:
         model: A quantized model with the backend ``fake-quant``.
         format_name: Name of the format, for messages.
+        original: The float model, from which tensors come that no call of the quantized one read.
 
     Raises:
         ConfigurationError: If the graph is not that of the class: a factor is multiplied at run time, a tensor was
-            added or copied, a bias depends on the timestep. The message lists the layers, and a recipe that fits.
+            added or copied, a bias depends on the timestep. The message lists the layers, and a recipe that fits. Or
+            if tensors were not read and there is no original, or it is of another class.
     """
     codes: dict[str, Codes] = {}
     floats: dict[str, Tensor] = {}
@@ -143,12 +146,30 @@ def class_weights(model: GraphModel, format_name: str) -> ClassWeights:
         raise ConfigurationError(f"{format_name}: layer {layer!r} is not a module of {_name(model)} with a weight")
     _share(model, codes, floats)
     missing = [n for n in wanted if n not in floats and n.removesuffix(".weight") not in codes]
-    if missing:
+    if missing and original is None:
         raise ConfigurationError(
-            f"{format_name} needs all {len(wanted)} tensors of {_name(model)}, and no calibration call read "
-            f"{len(missing)} of them, such as {missing[0]!r}; calibrate with calls that run these parts"
+            f"{format_name} needs all {len(wanted)} tensors of {_name(model)}, and no call read {len(missing)} of "
+            f"them, such as {missing[0]!r}; calibrate with calls that run these parts. If no call does, because the "
+            "class does not use them, give the float model, which has them: original=model (--original FOLDER)"
         )
+    if original is not None:
+        floats |= _unread(original, {name: wanted[name] for name in missing}, model)
     return ClassWeights(codes, floats)
+
+
+def _unread(original: nn.Module, missing: Mapping[str, torch.Size], model: GraphModel) -> dict[str, Tensor]:
+    """These tensors of the float model."""
+    if type(original) is not type(model.architecture.skeleton):
+        raise ConfigurationError(
+            f"original is a {type(original).__name__}, and the quantized model was a {_name(model)}; give the float "
+            "model that was quantized"
+        )
+    check_storage(original)
+    held = original.state_dict()
+    other = next((name for name, shape in missing.items() if name not in held or held[name].shape != shape), None)
+    if other is not None:
+        raise ConfigurationError(f"original has no {other!r} of this shape; give the float model that was quantized")
+    return {name: held[name].detach().cpu() for name in missing}
 
 
 def _share(model: GraphModel, codes: dict[str, Codes], floats: dict[str, Tensor]) -> None:

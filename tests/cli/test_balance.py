@@ -77,7 +77,7 @@ def test_exports_in_the_layout_of_another_tool(float_folder: Path, tmp_path: Pat
     forms = {
         "comfyui": ("diffusion_model.safetensors", ("--names", "class")),
         "compressed-tensors": ("config.json", ()),
-        "int8": ("config.json", ()),
+        "int8": ("config.json", ("--original", str(float_folder))),
     }
     for name, (file, options) in forms.items():
         result = run("export", tmp_path / "q", tmp_path / name, "--format", name, *options)
@@ -87,6 +87,7 @@ def test_exports_in_the_layout_of_another_tool(float_folder: Path, tmp_path: Pat
         (("--format", "comfyui"), "--names class"),
         (("--format", "int8", "--names", "class"), "--names is for --format comfyui"),
         (("--aot", "--names", "class"), "--names is for --format comfyui"),
+        (("--format", "onnx", "--original", str(float_folder)), "--original is for forms that hold only weights"),
     ):
         result = run("export", tmp_path / "q", tmp_path / "refused", *options)
         assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output

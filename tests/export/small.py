@@ -23,9 +23,9 @@ class Block(nn.Module):
 
 
 class Small(nn.Module):
-    """Two blocks; if tied, they share a weight."""
+    """Two blocks; if tied, they share a weight; one may have a linear that no call runs."""
 
-    def __init__(self, tied: bool = False) -> None:
+    def __init__(self, tied: bool = False, spare: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.inp, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
@@ -33,6 +33,7 @@ class Small(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block()])
         if tied:
             self.blocks[1].first.weight = self.blocks[0].first.weight  # type: ignore[union-attr,assignment]
+        self.spare = nn.Linear(WIDTH, WIDTH) if spare else None
         self.eval()
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:

@@ -127,6 +127,25 @@ def test_a_shared_weight_is_written_under_each_name(export: Any, tmp_path: Path)
         assert error(read(**small_call(seed=1)), made(**small_call(seed=1))) < 1e-5
 
 
+def test_tensors_that_no_call_reads_come_from_the_original(tmp_path: Path) -> None:
+    model = Small(spare=True)
+    made = fxquant.compile(model, recipe=WEIGHTS_ONLY, calibrate=lambda: model(**small_call()), measure=0)
+    exports = export_compressed_tensors, export_int8, partial(export_comfyui, names="class", prefix="")
+    for number, export in enumerate(exports):
+        out = tmp_path / str(number)
+        with pytest.raises(ConfigurationError, match=r"no call read 2 of them, .* 'spare\.weight'.*original=model"):
+            export(made, out)
+        with pytest.raises(ConfigurationError, match="original is a Linear, and the quantized model was a Small"):
+            export(made, out, original=nn.Linear(1, 1))
+        with pytest.raises(ConfigurationError, match=r"original has no 'spare\.weight'"):
+            export(made, out, original=Small())
+        assert not out.exists()
+        found = export(made, out, original=model)
+        tensors = load_file(found if found.is_file() else found / TENSORS_FILE)
+        assert model.spare is not None and torch.equal(tensors["spare.weight"], model.spare.weight)
+        assert tensors["blocks.0.first.weight"].dtype is torch.int8
+
+
 @pytest.mark.parametrize(
     ("export", "recipe", "message"),
     [
