@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
 from torch._dynamo.exc import TorchDynamoException
+from torch._prims_common import make_contiguous_strides_for
 
 from fxquant.capture.graph import CapturedGraph
 from fxquant.errors import ConfigurationError, SpeedWarning
@@ -192,6 +193,7 @@ class _Block:
         if self._open:
             keep_layouts(graph)
         self._name = piece.name
+        self._masks: tuple[bool, ...] | None = None
         # With dynamic=True, torch would open the sizes of weights too.
         self._compiled = torch.compile(_function(graph), dynamic=None if self._open else dynamic, **options)
 
@@ -218,28 +220,44 @@ class _Block:
     def _opened(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs as aliases with marks, which would stay on the tensors of the caller and of the model."""
         values, tensors = len(self._dims), len(self._dims) + len(self._tables)
-        marked = [self._marked(value, dims) for value, dims in zip(inputs[:values], self._dims, strict=True)]
+        if self._masks is None:  # Decided once: other marks would be another compilation.
+            lengths = {size for value in inputs[:values] if isinstance(value, Tensor) for size in value.shape[:-1]}
+            self._masks = tuple(_is_mask(value, lengths) for value in inputs[:values])
+        marked = [self._marked(*each) for each in zip(inputs[:values], self._dims, self._masks, strict=True)]
         for tensor, table in zip(inputs[values:tensors], self._tables, strict=True):
             marked.append(tensor.data if table else tensor)
             if table:
                 mark_unbacked(marked[-1], 0, hint_override=tensor.shape[0], min=1)
         return [*marked, *inputs[tensors:]]
 
-    def _marked(self, value: Any, dims: Dims | None) -> Any:
+    def _marked(self, value: Any, dims: Dims | None, mask: bool) -> Any:
         if dims is None or not isinstance(value, Tensor):
             return value
         alias = value.data
         for dim, size in enumerate(dims):
             if size is not None:
                 mark_unbacked(alias, dim, hint_override=alias.shape[dim], shape_id=size, min=1)
-            elif self._dynamic and dim < len(dims) - 1:  # The last dimension holds channels.
+            elif self._dynamic and (dim < len(dims) - 1 or mask):
                 maybe_mark_dynamic(alias, dim)
         return alias
 
 
+def _is_mask(value: Any, lengths: Collection[int]) -> bool:
+    """Whether the last dimension is a length, as of a mask ``[batch, 1, prompt]``, and does not hold channels."""
+    return isinstance(value, Tensor) and value.dim() > 1 and value.shape[-2] == 1 and value.shape[-1] in lengths
+
+
 def _contiguous(value: Any) -> Any:
-    """A value in the order of its sizes; an expanded value stays as it is, because it would take more memory."""
-    return value.contiguous() if isinstance(value, Tensor) and 0 not in value.stride() else value
+    """A value in the order of its sizes; an expanded value stays as it is, because it would take more memory.
+
+    The stride of a dimension of size 1 is of no effect, but compiled code is checked for it.
+    """
+    if not isinstance(value, Tensor) or 0 in value.stride():
+        return value
+    value = value.contiguous()
+    if value.stride() != make_contiguous_strides_for(value.shape):
+        value = value.view(-1).view(value.shape)
+    return value
 
 
 def _function(graph: fx.Graph) -> Code:

@@ -18,6 +18,11 @@ from torch import Tensor, fx
 from fxquant.ir.tensors import get_tensor
 from fxquant.reconstruction.segments import Segment, segments
 
+_aten = torch.ops.aten
+_RESHAPES = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default)
+"""Ops of a tensor and sizes, of which some are sizes of the tensor."""
+_CUTS = {_aten.slice.Tensor: (2, 3), _aten.split_with_sizes.default: (1,), _aten.narrow.default: (2, 3)}
+"""Ops that cut a sequence, such as that of the prompt and the image, with the positions of the lengths."""
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 _FRAGMENT = 0.5  # A part of a block with a smaller share of the ops of the largest block is not compiled.
 _SHARED = 0.75  # Share of the other blocks that read a value which is computed once for all blocks.
@@ -67,7 +72,8 @@ class Piece:
 
         def filled(part: Any) -> Any:
             if isinstance(part, _Size):
-                return graph.call_function(torch.ops.aten.sym_size.int, (inputs["v", part.value], part.dim))
+                source = made[part.of] if isinstance(part.of, fx.Node) else inputs["v", part.of]
+                return graph.call_function(torch.ops.aten.sym_size.int, (source, part.dim))
             if isinstance(part, _Input):
                 return inputs[part.kind, part.number]
             return made[part] if isinstance(part, fx.Node) else part
@@ -90,9 +96,9 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Size:
-    """An argument that is the size of a dimension of a value input."""
+    """An argument that is the size of a dimension of a value input, by its number, or of a node of the piece."""
 
-    value: int
+    of: int | fx.Node
     dim: int
 
 
@@ -193,10 +199,11 @@ class _Reader:
         read = [source for node in nodes for source in node.all_input_nodes if source not in self.own]
         # The first block may read a value and a contiguous copy of it. All values become contiguous anyway.
         self._same = {node.args[0]: node for node in read if node.target is torch.ops.aten.contiguous.default}
-        self._sizes = _sizes_of(self._same.get(node, node) for node in read)
+        read = [self._same.get(node, node) for node in read]
+        self._sizes, self._lengths = _sizes_of(read), _lengths_of(read)
         for node in nodes:
             target, positions = with_tensors.get(node.target, (node.target, ()))
-            args = tuple(self._number(arg) if i in positions else arg for i, arg in enumerate(node.args))
+            args = tuple(self._number(arg) if i in positions else arg for i, arg in enumerate(self._sized(node)))
             self.arguments[node] = target, _mapped(args, self._input), _mapped(dict(node.kwargs), self._input)
 
     def _number(self, value: Any) -> Any:
@@ -204,6 +211,33 @@ class _Reader:
             return value
         self.numbers.append(value)
         return _Input("n", len(self.numbers) - 1)
+
+    def _sized(self, node: fx.Node) -> Sequence[Any]:
+        """The arguments of a node, with sizes of tensors in place of numbers that equal them.
+
+        The numbers are sizes of this graph. A graph for another resolution has the same code then, and this graph
+        serves no other sizes, so the code is right for it even where a number equals a size by chance.
+        """
+        if node.target in _RESHAPES and isinstance(node.args[0], fx.Node):
+            source, given = node.args[0], node.args[1]
+            sizes: list[Any] = list(given)  # type: ignore[arg-type]
+            found = _kept_sizes(source, sizes)
+            return (source, [self._size(source, found[i]) if i in found else size for i, size in enumerate(sizes)])
+        if node.target in _CUTS:
+            positions = _CUTS[node.target]
+            return [_mapped(arg, self._length) if i in positions else arg for i, arg in enumerate(node.args)]
+        return node.args
+
+    def _length(self, number: Any) -> Any:
+        if isinstance(number, int) and number in self._lengths:
+            return self._size(*self._lengths[number])
+        return number
+
+    def _size(self, source: fx.Node, dim: int) -> _Size:
+        if source in self.own:
+            return _Size(source, dim)
+        source = self._same.get(source, source)
+        return _Size(self._first[source] if source in self._first else self._value(source), dim)
 
     def _input(self, node: Any) -> Any:
         if not isinstance(node, fx.Node) or node in self.own:
@@ -218,8 +252,7 @@ class _Reader:
             return _Input("t", self.tensors.index(target))
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt) and _open(value) in self._sizes:
-            source, dim = self._sizes[_open(value)]
-            return _Size(self._first[source] if source in self._first else self._value(source), dim)
+            return self._size(*self._sizes[_open(value)])
         return _Input("v", self._value(node))
 
     def _value(self, node: fx.Node) -> int:
@@ -238,6 +271,40 @@ def _sizes_of(read: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
             if size is not None:
                 found.setdefault(size, (node, dim))
     return found
+
+
+def _lengths_of(read: Iterable[fx.Node]) -> dict[int, tuple[fx.Node, int]]:
+    """By a size that is a number, an activation and the dimension that has this size; the last one holds channels."""
+    found: dict[int, tuple[fx.Node, int]] = {}
+    for node in dict.fromkeys(read):
+        for dim, size in list(_fixed(node).items())[:-1]:
+            found.setdefault(size, (node, dim))
+    return found
+
+
+def _kept_sizes(source: fx.Node, sizes: Sequence[Any]) -> dict[int, int]:
+    """Which sizes that a tensor is reshaped to are numbers that it has already: their positions, with its dimensions.
+
+    The first and the last dimensions are kept up to one that is split or merged.
+    """
+    dims = _fixed(source)
+    count = source.meta["val"].dim() if dims else 0
+    found: dict[int, int] = {}
+    for shift, order in ((0, range(len(sizes))), (count - len(sizes), reversed(range(len(sizes))))):
+        for i in order:
+            if isinstance(sizes[i], int):
+                if dims.get(i + shift) != sizes[i]:
+                    break
+                found.setdefault(i, i + shift)
+    return found
+
+
+def _fixed(node: fx.Node) -> dict[int, int]:
+    """The sizes of an activation that are numbers and larger than 1, by dimension."""
+    value = node.meta.get("val")
+    if node.op == "get_attr" or not isinstance(value, Tensor) or not value.is_floating_point():
+        return {}
+    return {dim: size for dim, size in enumerate(value.shape) if isinstance(size, int) and size > 1}
 
 
 def _is_by_reader(node: fx.Node) -> bool:
@@ -259,6 +326,8 @@ def _code(node: fx.Node, reader: _Reader) -> Hashable:
 
 
 def _hashable(part: Any, own: Mapping[fx.Node, int]) -> Hashable:
+    if isinstance(part, _Size) and isinstance(part.of, fx.Node):
+        return "size", own[part.of], part.dim
     if isinstance(part, fx.Node):
         return "node", own[part]
     if isinstance(part, (list, tuple)):

@@ -159,11 +159,14 @@ def _opened(module: fx.GraphModule) -> Code:
 
 
 def keep_layouts(graph: fx.Graph) -> None:
-    """Replace convolutions, whose kernels choose the layout of the result, by ones with contiguous results."""
+    """Replace ops whose results are not known from sizes alone: layouts of convolutions, lengths of repetitions."""
     for node in graph.nodes:
         if node.target in _CONVOLUTIONS:
             node.args, node.kwargs = _normal(node, _CONVOLUTIONS[node.target]), {}
             node.target = torch.ops.fxquant.convolution.default
+        elif node.target is torch.ops.aten.repeat_interleave.self_int and args(node).dim is not None:
+            node.args, node.kwargs = (args(node).self, args(node).repeats, args(node).dim), {}
+            node.target = torch.ops.fxquant.repeat_interleave.default
 
 
 def _normal(node: fx.Node, dims: int) -> tuple[Any, ...]:
@@ -213,3 +216,18 @@ define(
     convolution,
     _fake_convolution,
 )
+
+
+# While torch's own op is traced with an open size, it reports a length that follows from no size.
+def repeat_interleave(x: Tensor, repeats: int, dim: int) -> Tensor:
+    """``aten.repeat_interleave`` of `x`, with ``repeats`` times the size of ``dim``."""
+    return torch.ops.aten.repeat_interleave(x, repeats, dim)
+
+
+def _fake_repeat_interleave(x: Tensor, repeats: int, dim: int) -> Tensor:
+    sizes: list[Any] = [*x.shape]
+    sizes[dim] = sizes[dim] * repeats
+    return x.new_empty(sizes)
+
+
+define("repeat_interleave(Tensor x, SymInt repeats, int dim) -> Tensor", repeat_interleave, _fake_repeat_interleave)

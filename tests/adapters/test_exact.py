@@ -114,3 +114,24 @@ def test_a_corrected_weight_is_noted() -> None:
     adapters = adapters_of(made)
     assert adapters is not None and len(adapters.captured) == 2
     assert any("correction" in str(node.target) for node in adapters.captured[1].module.graph.nodes)
+
+
+@pytest.mark.exhaustive
+def test_a_weight_that_a_model_reads_itself_has_the_lora_as_after_fusing() -> None:
+    """The pooler of HunyuanDiT reads the weights of its linears without calling them, so peft adds nothing there."""
+    entry = next(entry for entry in ENTRIES if entry.id == "HunyuanDiT2D")
+    model, call = entry.model(torch.float64), entry.call(seed=5, dtype=torch.float64)
+    quantized = fxquant.compile(
+        model,
+        recipe=without_rounding("smoothquant-w8a8"),
+        calibrate=lambda: output(model, entry.call(dtype=torch.float64)),
+        measure=0,
+    )
+    adapter = lora(
+        model, rank=3, targets=("pooler.q_proj", "pooler.k_proj", "pooler.v_proj", "pooler.c_proj"), size=0.5
+    )
+    quantized.load_lora_adapter(adapter, adapter_name="a")
+    expected = output(fused(model, adapter), call)
+    assert relative(output(quantized, call), expected) < 1e-12
+    assert torch.equal(output(composed(model, adapter), call), output(model, call))
+    assert relative(output(model, call), expected) > 1e-6

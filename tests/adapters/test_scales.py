@@ -53,7 +53,8 @@ def test_threads_with_different_scales(loaded: GraphModel, how: str) -> None:
     elif how == "offloaded":
         made.enable_group_offload("cpu")
     expected = {scale: scaled(made, scale) for scale in (0.0, 0.5, 1.0, 2.0)}
-    wrong, threads = [], []
+    wrong: list[float] = []
+    threads: list[threading.Thread] = []
 
     def call(scale: float) -> None:
         wrong.extend(scale for _ in range(8) if not torch.equal(scaled(made, scale), expected[scale]))
@@ -78,7 +79,12 @@ def test_calls_of_one_scale_overlap_and_others_wait() -> None:
     turns, log = Turns(), list[float]()
     turns.take(0.5, log.append)
     turns.take(0.5, log.append)
-    other = threading.Thread(target=lambda: (turns.take(2.0, log.append), turns.give()))
+
+    def call() -> None:
+        turns.take(2.0, log.append)
+        turns.give()
+
+    other = threading.Thread(target=call)
     other.start()
     turns.give()
     other.join(0.05)

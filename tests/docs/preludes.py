@@ -24,11 +24,14 @@ import torch
 from tests.tiny import inputs, make_dit, make_pipeline
 from tests.test_two_experts import clip as generate, pipeline
 make_pipeline(make_dit()).save_pretrained("dit")
+make_pipeline(make_dit(layers=3)).save_pretrained("dit-3-blocks")
 wan = pipeline()
 from safetensors.torch import save_file
 from tests.adapters.fluxes import MODEL, PROMPT as prompt, make_pipe
 from tests.adapters.loras import lora
 flux = make_pipe(MODEL)
+save_file(lora(make_dit(layers=3)), "dit-style.safetensors")
+save_file(lora(make_dit(layers=3), rank=2), "dit-sketch.safetensors")
 save_file(lora(MODEL, targets=("to_q", "to_v")), "style.safetensors")
 save_file(lora(MODEL, rank=8, targets=("to_q", "to_v", "proj_mlp")), "sketch.safetensors")
 """,
@@ -61,3 +64,6 @@ pipe.transformer = fxquant.compile(model, recipe="rtn-w4a8", calibrate=calibrate
 """,
 }
 """Code that runs before the blocks of a page, by page; pages without an entry define all names themselves."""
+
+QUICKLY = {"docs/diffusers.md"}
+"""Pages whose calls of ``torch.compile`` without a backend trace only: the default backend takes a minute."""

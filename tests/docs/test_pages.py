@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from diffusers import DiTPipeline
 
 import fxquant
@@ -24,7 +26,7 @@ from fxquant.pipeline.backend import BACKENDS
 from fxquant.pipeline.pipeline import PASSES
 from fxquant.pipeline.recipes import RECIPES
 from tests.docs.pages import ROOT, Block, blocks_of, pages
-from tests.docs.preludes import PRELUDES
+from tests.docs.preludes import PRELUDES, QUICKLY
 from tests.tiny import make_pipeline
 
 WITH_CODE = [page for page in pages() if blocks_of(page, "python")]
@@ -34,6 +36,8 @@ WITH_CODE = [page for page in pages() if blocks_of(page, "python")]
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DiTPipeline, "from_pretrained", lambda *_, **__: make_pipeline())
+    if page in QUICKLY:
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     module = ModuleType("page")  # Dataclasses look up the module that they stand in.
     monkeypatch.setitem(sys.modules, "page", module)
     with registries_kept(), warnings.catch_warnings():

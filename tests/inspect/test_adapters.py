@@ -13,6 +13,7 @@ import fxquant
 from fxquant.cli.__main__ import app
 from fxquant.errors import CheckpointError
 from fxquant.inspect.adapters import AdapterReport, branches_of
+from fxquant.planning.plan import Plan
 from fxquant.runtime.model import GraphModel
 from tests.adapters.loras import lora
 from tests.tiny import calibrate, make_dit
@@ -62,7 +63,9 @@ def test_none_are_active(quantized: GraphModel) -> None:
 def test_without_loras_nothing_is_said(quantized: GraphModel) -> None:
     made = copy.copy(quantized)
     made.unload_lora()
-    for source in (made, quantized.plan):
+    assert quantized.plan is not None
+    sources: list[GraphModel | Plan] = [made, quantized.plan]
+    for source in sources:
         found = fxquant.report(source)
         assert not found.adapters and "LoRA" not in str(found) and "adapters" not in found.to_json()
 

@@ -317,33 +317,6 @@ def check_accelerate_offload() -> None:
         assert [*model._modules] == ["graphs"]
 
 
-def check_loras_move_with_the_model() -> None:
-    """Their branches are where the model is: moved, parked, offloaded, and loaded while it is offloaded."""
-    first, second = lora(MODEL), lora(MODEL, rank=2, seed=1, targets=("to_q", "net.2"))
-    for backend in BACKENDS:
-        model = quantized(backend)
-        plain = run(model)
-        model.load_lora_adapter(first, adapter_name="a")
-        expected = run(model)
-        assert not torch.allclose(expected, plain, atol=1e-3)
-        model.to(GPU)
-        torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
-        model.disable_lora()
-        torch.testing.assert_close(run(model, GPU), plain, rtol=0, atol=1e-5)
-        model.enable_lora()
-        model.to("cpu")
-        model.enable_group_offload(GPU)
-        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
-        model.load_lora_adapter(second, adapter_name="b")
-        model.set_adapters(["a", "b"], [1.0, 0.5])
-        both = run(model)
-        model.disable_group_offload()
-        torch.testing.assert_close(run(model), both, rtol=0, atol=1e-5)
-        assert not any(
-            isinstance(tensor, OnSecond) for graph in model.every for tensor in read_tensors(graph.module).values()
-        )
-
-
 def image(pipe: diffusers.DiTPipeline) -> Tensor:
     """An image of a fixed seed."""
     generator = torch.Generator().manual_seed(0)
@@ -416,7 +389,7 @@ class OnlyCpu(FakeQuant):
 
 
 def check_loras() -> None:
-    """LoRAs move with the model, and are loaded, weighed and swapped wherever it is."""
+    """LoRAs move with the model, and are loaded, weighed, switched and swapped wherever it is."""
     first, second = lora(MODEL), lora(MODEL, rank=2, seed=1, targets=("norm1.linear", "to_q"))
     for backend in BACKENDS:
         model = quantized(backend)
@@ -429,6 +402,9 @@ def check_loras() -> None:
         torch.testing.assert_close(run(model, GPU, size=4), other, rtol=0, atol=1e-5)
         model.set_adapters("a", 0.5)
         assert not torch.allclose(run(model, GPU), expected, atol=1e-3)
+        model.disable_lora()
+        torch.testing.assert_close(run(model, GPU), plain, rtol=0, atol=1e-5)
+        model.enable_lora()
         model.to("cpu")  # Parked.
         model.load_lora_adapter(second, adapter_name="b")
         assert model.device == CPU and all(tensor.device == CPU for tensor in held(model))
@@ -439,11 +415,18 @@ def check_loras() -> None:
         torch.testing.assert_close(run(model, GPU), expected, rtol=0, atol=1e-5)
         model.to("cpu")
         torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        model.delete_adapters("b")
         model.enable_group_offload(GPU)
         torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        model.load_lora_adapter(second, adapter_name="c")  # While it is offloaded.
+        model.set_adapters(["a", "c"], [0.0, 1.0])
+        torch.testing.assert_close(run(model), swapped, rtol=0, atol=1e-5)
+        model.delete_adapters("c")
         model.load_lora_adapter(second, adapter_name="a", hotswap=True)
         torch.testing.assert_close(run(model), swapped, rtol=0, atol=1e-5)
         assert all(tensor.device == CPU for tensor in held(model))
+        model.disable_group_offload()
+        torch.testing.assert_close(run(model), swapped, rtol=0, atol=1e-5)
         model.unload_lora()
         torch.testing.assert_close(run(model), plain, rtol=0, atol=1e-5)
 

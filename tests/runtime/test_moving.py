@@ -24,7 +24,7 @@ from tests.tiny import calibrate, make_dit, make_pipeline, run
 
 CPU = torch.device("cpu")
 CHECKS = [name.removeprefix("check_") for name in vars(second_device) if name.startswith("check_")]
-SLOW = {"accelerate_offload", "every_recipe", "loras", "loras_move_with_the_model", "pipelines"}
+SLOW = {"accelerate_offload", "every_recipe", "loras", "pipelines"}
 BACKENDS = ("fake-quant", "native", "native{kernels=onednn}", "torchao")
 
 
