@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,17 @@ def _headers(folder: Path, variant: str | None) -> Mapping[str, Header]:
 
 
 def _quantized(tensors: Mapping[str, Header], recipe: Recipe, dtype: torch.dtype, library: str) -> tuple[int, int]:
-    """Bytes of the quantized tensors, and the number of quantized layers."""
-    step = next(step for step in recipe.prepare if step.name == "assign-precision")
+    """Bytes of the quantized tensors, and the number of quantized layers.
+
+    Of a VAE, all layers of the decoder are quantized by default, and calibration from prompts encodes nothing.
+    """
+    step: Any = next(step for step in recipe.prepare if step.name == "assign-precision")
+    is_vae = library != "transformers" and {"encoder", "decoder"} <= {name.partition(".")[0] for name in tensors}
+    if is_vae and step.layers == "default":
+        step = replace(step, layers="all")
     total = layers = 0
     for name, header in tensors.items():
-        layer = _layer(name, header, step)
+        layer = None if is_vae and not name.startswith("decoder.") else _layer(name, header, step)
         if layer is not None and library == "transformers" and layer.role == "embedder":
             layer = None  # Token embeddings of text encoders stay float.
         size = math.prod(header.shape) * dtype.itemsize

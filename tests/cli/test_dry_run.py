@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel
 from typer.testing import CliRunner
 
 import fxquant
@@ -112,6 +112,15 @@ def test_several_parts(tmp_path: Path) -> None:
     assert "parts that it holds: " in done.stderr and "transformer_2" in done.stderr
     text = CliRunner().invoke(app, ["quantize", *arguments, "--components", "transformer,transformer_2", "--dry-run"])
     assert "quantized transformer_2" in text.stdout
+
+
+def test_a_vae(float_folder: Path) -> None:
+    """All layers of its decoder are counted, and nothing of its encoder."""
+    vae = AutoencoderKL.from_pretrained(float_folder, subfolder="vae")
+    latents = torch.zeros(1, 4, 8, 8)
+    made = fxquant.compile_parts(vae, recipe="rtn-w8a16", calibrate=lambda: vae.decode(latents), measure=0)
+    found = told(str(float_folder), "--components", "vae", "--recipe", "rtn-w8a16")
+    assert found["quantized_bytes"] == pytest.approx(made.get_memory_footprint(), rel=0.02)
 
 
 def test_text_and_errors(tmp_path: Path, float_folder: Path) -> None:
