@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fxquant.errors import ConfigurationError
 from fxquant.runtime.drop_in import Refused
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.wrappers import unwrapped
 
 ENTRIES = ("encoder", "decoder")
 """Names of the modules that become graphs. ``encode`` and ``decode`` of every VAE of diffusers call these."""
@@ -49,9 +50,10 @@ def entries_of(model: nn.Module) -> list[str]:
 
 def quantized_parts(model: Any) -> dict[str, GraphModel]:
     """The quantized parts of a model with several entries by name; empty for any other object."""
+    model = unwrapped(model)
     if not isinstance(model, nn.Module) or isinstance(model, GraphModel):
         return {}
-    parts = model._modules.items()
+    parts = [(name, model._modules[name]) for name in entries_of(model)]
     return {name: part for name, part in parts if isinstance(part, GraphModel) and part.plan is not None}
 
 
