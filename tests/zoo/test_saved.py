@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,17 +45,17 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-def run(model: nn.Module, entry: Entry) -> Tensor:
+def run(model: nn.Module, entry: Entry, **options: Any) -> Tensor:
     """First output of a call at a timestep of 500."""
     with torch.no_grad():
-        found = model(**entry.call(seed=7, step=500.0))
+        found = model(**entry.call(seed=7, step=500.0, **options))
     return next(leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor))
 
 
-def compiled(entry: Entry) -> fxquant.GraphModel:
+def compiled(entry: Entry, recipe: str = "rtn-w8a8") -> fxquant.GraphModel:
     model = entry.model()
     return fxquant.compile(
-        model, recipe="rtn-w8a8", calibrate=lambda: run(model, entry), timestep=entry.timestep, measure=0
+        model, recipe=recipe, calibrate=lambda: run(model, entry), timestep=entry.timestep, measure=0
     )
 
 
@@ -86,6 +87,32 @@ def test_a_new_process_gives_the_same_bits(entries: list[Entry], tmp_path: Path)
     subprocess.run(command, check=True, cwd=ROOT)
     for name, output in expected.items():
         assert torch.equal(torch.load(tmp_path / f"{name}.pt"), output), name
+
+
+# One model of each family. `make test` runs the first ones.
+FAMILIES = (
+    *("MiniMaxMusic31D", "Flux32D", "Temporal"),
+    *("Ideogram42D", "ZImage2D", "JoyImageEditPlus3D", "LTX2Video3D", "Helios3D", "GlmImage2D", "OwnStreams"),
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recipe", ["ptq4dit-w8a8", "dynamic-w8a8"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if n < 1 else [pytest.mark.exhaustive]) for n, name in enumerate(FAMILIES)],
+)
+def test_other_sizes_after_loading(name: str, recipe: str, tmp_path: Path) -> None:
+    """Calls that calibration did not see are captured by the loaded model as by the one that was saved."""
+    entry = next(entry for entry in CAPTURED if entry.id == name)
+    quantized = compiled(entry, recipe)
+    fxquant.save(quantized, tmp_path / "model")
+    loaded = fxquant.load(tmp_path / "model", model=None if entry.make is None else entry.model())
+    calls: list[dict[str, Any]] = [{}, {"batch": 3}]
+    if entry.other_size is not None or entry.other_prompt is not None:
+        calls.append({"batch": 3, "size": entry.other_size, "prompt": entry.other_prompt})
+    for options in calls:
+        assert torch.equal(run(loaded, entry, **options), run(quantized, entry, **options))
 
 
 def refused() -> list[object]:
