@@ -175,6 +175,23 @@ def test_one_run_for_the_transformer_and_the_vae() -> None:
         fxquant.compile_pipeline(pipe, recipe={"vae": "rtn-w8a16"}, calibrate=calibrate)
 
 
+def test_an_offloaded_pipeline(fine: Any) -> None:
+    """Offloading moves the VAE with its parts. A float VAE that is offloaded already is refused by name."""
+    pipe = make_pipeline()
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ConfigurationError, match=r"is moved between devices by accelerate.*pipe\.remove_all_hooks"):
+        fxquant.compile_pipeline(pipe, recipe={"vae": "rtn-w8a16"}, calibrate=lambda: made_images(pipe))
+    pipe.remove_all_hooks()
+    pipe.vae = copy.deepcopy(fine)
+    expected = made_images(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(made_images(pipe), expected)
+    pipe.remove_all_hooks()
+    assert torch.equal(made_images(pipe), expected)
+    moved = DiTPipeline.from_pipe(pipe)
+    assert moved.vae is pipe.vae
+
+
 def test_at_the_first_call(tmp_path: Path) -> None:
     """Each part is quantized when it is first called; until then the model is not saved."""
     make_pipeline().save_pretrained(tmp_path / "float")

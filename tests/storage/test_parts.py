@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
@@ -148,6 +149,26 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
         read(damaged)
     with pytest.raises(ConfigurationError, match=r"was quantized in torch\.float32"):
         read(folder, torch_dtype=torch.bfloat16)
+
+
+def test_the_rest_of_a_repository_is_downloaded(
+    vae: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the cache of the hub are the files that diffusers asks for: the config and the weights beside the parts."""
+    place = tmp_path / "models--owner--sd" / "snapshots" / "0123abc" / "vae"
+    place.mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copy(path, place)
+    asked = []
+
+    def download(name: str, allow_patterns: list[str], **_: Any) -> None:
+        asked.append((name, allow_patterns))
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert torch.equal(decoded(read(place)), decoded(vae))
+    assert asked == [("owner/sd", ["vae/*"])]
 
 
 def test_what_is_never_replaced(vae: Any, folder: Path, tmp_path: Path) -> None:
