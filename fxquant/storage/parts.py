@@ -40,7 +40,17 @@ def made_of_parts(model: nn.Module, parts: Mapping[str, GraphModel]) -> nn.Modul
     Args:
         model: The float model. It does not change, and shares its float tensors with the result.
         parts: The quantized parts by name.
+
+    Raises:
+        ConfigurationError: If no layer of a part is quantized.
     """
+    for name, part in parts.items():
+        if part.plan is None or not any(True for _ in part.plan.quantized()):
+            raise ConfigurationError(
+                f"no layer of the {name} of this {type(model).__name__} is quantized: the recipe leaves them float, or "
+                "they compute their weights in each call, as torch.nn.utils.weight_norm does. Fuse the weights with "
+                "torch.nn.utils.remove_weight_norm, or leave the model float"
+            )
     return savable(with_parts(model, parts))
 
 

@@ -92,6 +92,17 @@ def test_what_is_refused(wan: AutoencoderKLWan, tmp_path: Path) -> None:
         AutoencoderKLWan.from_pretrained(tmp_path / "vae", quantization_config=config)
 
 
+def test_weights_that_each_call_computes() -> None:
+    """Nothing of such a VAE would be quantized, which is not passed over in silence."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=4, decoder_input_channels=4, decoder_channels=4, downsampling_ratios=[2],
+        channel_multiples=[1], audio_channels=2,
+    ).eval()  # fmt: skip
+    with pytest.raises(ConfigurationError, match=r"no layer of the decoder of this Auto.*weight_norm"):
+        fxquant.compile_parts(vae, recipe="rtn-w8a16", calibrate=lambda: vae.decode(noise(1, 4, 8)))
+
+
 def _kl(**options: Any) -> dict[str, Any]:
     two = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return {**two, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, **options}
