@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import make_pipeline
+from tests.tiny import make_dit, make_pipeline
 
 __all__ = ["cogvideox", "dit", "flux", "pixart", "sd3", "wan"]
 
@@ -45,7 +45,7 @@ def _vae(channels: int = 4) -> Any:
 def dit() -> Life:
     """DiT, which makes images of classes."""
     call = {"class_labels": [1, 2], "num_inference_steps": 3, "output_type": "np"}
-    return make_pipeline(), call
+    return make_pipeline(make_dit(layers=2)), call
 
 
 def pixart() -> Life:
@@ -77,7 +77,7 @@ def sd3() -> Life:
     """Stable Diffusion 3."""
     transformer = _seeded(
         diffusers.SD3Transformer2DModel,
-        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
         joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16, out_channels=4,
         pos_embed_max_size=8,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def cogvideox() -> Life:
     transformer = _seeded(
         diffusers.CogVideoXTransformer3DModel,
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=32, num_layers=1, sample_width=4, sample_height=4, sample_frames=5, patch_size=2,
+        text_embed_dim=32, num_layers=2, sample_width=4, sample_height=4, sample_frames=5, patch_size=2,
         temporal_compression_ratio=4, max_text_seq_length=8,
     )  # fmt: skip
     vae = _seeded(
