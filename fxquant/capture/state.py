@@ -226,3 +226,21 @@ def hollow_out(model: nn.Module) -> None:
 
     replace_kept_tensors(model, hollow)
     setattr(model, HOLLOW, True)
+
+
+def cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
+    """Give a skeleton the dtypes of the model that was compiled, whatever dtypes its class makes."""
+    replace_kept_tensors(
+        skeleton, lambda name, kept: kept.to(others.get(name, kept.dtype)) if kept.is_floating_point() else kept
+    )
+    made: dict[int, Tensor] = {}
+    for name, tensor in weights_and_buffers(skeleton):
+        wanted = others.get(name, dtype)
+        if not tensor.is_floating_point() or tensor.dtype == wanted:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = skeleton.get_submodule(path)
+        if id(tensor) not in made:  # A tensor that has several names stays one tensor.
+            new = tensor.detach().to(wanted)
+            made[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = made[id(tensor)]  # type: ignore[assignment]

@@ -35,6 +35,8 @@ from fxquant.runtime.views import Walked
 if TYPE_CHECKING:
     from fxquant.runtime.model import GraphModel
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass
 class Place:
@@ -253,16 +255,34 @@ class Movable(Walked):
     def _lower_again(self, device: torch.device) -> None:
         from fxquant.runtime.replay import lowered_for  # It builds models, so it imports this class.
 
-        made = lowered_for(self, device)  # type: ignore[arg-type]
+        self._become(lowered_for(self, device))  # type: ignore[arg-type]
+        self._place.home = None
+
+    def _become(self, made: GraphModel) -> None:
+        """Take the graphs of a model that was made of this one."""
         self.graphs, self.captured = made.graphs, made.captured
         self.backend, self.shared, self._make_graph = made.backend, made.shared, made._make_graph
-        self._place.home = None
         copy_adapters(self, self)  # type: ignore[arg-type]  # Their branches are made anew for the new graphs.
+
+    def _convert(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Compute in another dtype from now on, on a device or offloaded as before."""
+        from fxquant.runtime.converting import converted  # It builds models, so it imports this class.
+
+        made = converted(self, dtype, self.runs_on if self._place.streaming else device)  # type: ignore[arg-type]
+        streaming = self._place.streaming
+        self.plan, self._dtype, self._place = made.plan, dtype, Place()
+        object.__setattr__(self, "architecture", made.architecture)
+        self._become(made)
+        if streaming is not None:
+            self._offload(streaming.device, streaming.options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphModel:
         here = self.device
         probe = fn(torch.empty(0, dtype=self._dtype, device=here))
         self._refuse_apply(probe)
+        if probe.dtype != self._dtype:
+            self._convert(probe.dtype, probe.device)
+            return self  # type: ignore[return-value]
         goal, target = probe.device, self._place.home or here
         if goal != here and self._place.streaming is not None:
             warnings.warn(
@@ -289,10 +309,15 @@ class Movable(Walked):
 
     def _refuse_apply(self, probe: Tensor) -> None:
         """Refuse what no captured model can become, before anything changes."""
-        if probe.dtype != self._dtype:
+        if probe.dtype != self._dtype and self.plan is None:
             raise ConfigurationError(
-                f"a captured model keeps the dtype it was captured with ({self._dtype}); "
-                f"convert the original to {probe.dtype} first and compile that"
+                f"a traced model keeps the dtype it was captured with ({self._dtype}), because it shares the weights "
+                f"of the original; convert the original to {probe.dtype} and trace that"
+            )
+        if probe.dtype not in _DTYPES:
+            raise ConfigurationError(
+                f"a quantized model computes in float16, bfloat16, float32 or float64, not in {probe.dtype}; its "
+                "weights are stored with few bits already"
             )
         if probe.device.type == "meta":
             raise ConfigurationError(

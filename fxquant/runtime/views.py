@@ -105,7 +105,25 @@ for _name, _value in vars(nn.Module).items():
 def views(module: nn.Module, owner: Any, path: str = "") -> Iterator[tuple[str, ModuleView]]:
     """The views of the children of a module of the original, by name."""
     for name, child in module.named_children():
-        yield name, ModuleView(child, owner, f"{path}.{name}" if path else name)
+        where = f"{path}.{name}" if path else name
+        view = _kept(owner).get(where)
+        if not isinstance(view, ModuleView) or view._module is not child:
+            view = _kept(owner)[where] = ModuleView(child, owner, where)
+        yield name, view
+
+
+def _holder(module: nn.Module, owner: Any, path: str) -> Holder:
+    """What shows the tensors of a module in a graph."""
+    holder = _kept(owner).get(path)
+    if not isinstance(holder, Holder) or holder._parameters is not module._parameters:
+        holder = _kept(owner)[path] = Holder(module, path)
+    return holder
+
+
+def _kept(owner: Walked) -> dict[str, nn.Module]:
+    """The views and holders of a model by path: one walk gives the same objects as another."""
+    found: dict[str, nn.Module] = vars(owner)["_views"]
+    return found
 
 
 class Walked(DropIn):
@@ -115,6 +133,10 @@ class Walked(DropIn):
     """
 
     architecture: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_views"] = {}
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The views of the children of the original, by name."""
@@ -137,7 +159,7 @@ class Walked(DropIn):
         for name, module in self._modules.items():
             inner = () if module is None else module.named_modules(memo, name, remove_duplicate)
             for path, held in inner:
-                yield f"{start}{path}", Holder(held, path) if name == "graphs" else held
+                yield f"{start}{path}", _holder(held, self, path) if name == "graphs" else held
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode of the graphs, which are not among the children."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.rebuilding import config_text, is_rebuilt, rebuilt
-from fxquant.capture.state import kept_tensors
+from fxquant.capture.state import cast, kept_tensors
 from fxquant.disk.files import (
     blaming,
     check_digests,
@@ -51,7 +51,7 @@ from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.card import CARD_FILE, is_own_card, model_card
 from fxquant.storage.load_options import check_dtype, place_and_device
 from fxquant.storage.part_names import parts_in
-from fxquant.storage.skeleton import QUANT_METHOD, QUANTIZATION, cast, description_of, read_plan
+from fxquant.storage.skeleton import QUANT_METHOD, QUANTIZATION, description_of, read_plan
 from fxquant.storage.weights import (
     SHARD_SIZE,
     is_weights_file,

@@ -102,8 +102,8 @@ def check_dtype(folder: str | Path, held: torch.dtype, wanted: torch.dtype | Non
     """
     if wanted not in (None, held):
         raise ConfigurationError(
-            f"{folder} was quantized in {held} and keeps it; read it without torch_dtype={wanted}, or quantize the "
-            f"float model in {wanted}"
+            f"{folder} was quantized in {held}; read it without torch_dtype={wanted}, and convert the model or the "
+            f"pipeline with .to({wanted})"
         )
 
 

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant.capture.feature_caches import functional
 from fxquant.capture.rebuilding import LIBRARIES, class_of, is_made_from_config
-from fxquant.capture.state import replace_kept_tensors
+from fxquant.capture.state import cast
 from fxquant.capture.trace import Architecture
 from fxquant.capture.whole import split_class
 from fxquant.disk.files import blaming, digest_of, dtype_of_name, is_text_of
 from fxquant.disk.folders import mention_leftovers, no_folder
 from fxquant.errors import CheckpointError, ConfigurationError
-from fxquant.ir.tensors import weights_and_buffers
 from fxquant.planning.attribution import kept_attribution
 from fxquant.planning.plan import FORMAT, PLAN_FILE, VECTORS_FILE, Plan, read_vectors
 from fxquant.runtime.float_model import check_model
@@ -163,21 +162,3 @@ def _class_of(plan: Plan, folder: Path) -> Any:
                 "and fxquant.rewrite_history; fxquant report and fxquant plot need no model"
             )
         return class_of(plan.model_class)
-
-
-def cast(skeleton: nn.Module, dtype: torch.dtype, others: Mapping[str, torch.dtype]) -> None:
-    """Give a skeleton the dtypes of the model that was compiled, whatever dtypes its class makes."""
-    replace_kept_tensors(
-        skeleton, lambda name, kept: kept.to(others.get(name, kept.dtype)) if kept.is_floating_point() else kept
-    )
-    made: dict[int, Tensor] = {}
-    for name, tensor in weights_and_buffers(skeleton):
-        wanted = others.get(name, dtype)
-        if not tensor.is_floating_point() or tensor.dtype == wanted:
-            continue
-        path, _, leaf = name.rpartition(".")
-        owner = skeleton.get_submodule(path)
-        if id(tensor) not in made:  # A tensor that has several names stays one tensor.
-            new = tensor.detach().to(wanted)
-            made[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = made[id(tensor)]  # type: ignore[assignment]

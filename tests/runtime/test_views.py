@@ -108,3 +108,4 @@ def test_walks_that_change_nothing_work(quantized: GraphModel) -> None:
         name for name, _ in (*held.named_parameters(), *held.named_buffers())
     }
     assert len({*held.modules()}) == len([*held.modules()])
+    assert [*map(id, quantized.modules())] == [*map(id, quantized.modules())]
