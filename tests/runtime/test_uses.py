@@ -11,7 +11,6 @@ from diffusers import DiTTransformer2DModel
 from diffusers.utils import constants
 
 import fxquant
-from fxquant.errors import ConfigurationError
 from fxquant.runtime.model import GraphModel
 from tests.runtime.uses import PAGE, USES, Result, Use, page
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -70,17 +69,6 @@ def test_shards_that_are_loaded_in_parallel(
     monkeypatch.setattr(constants, "HF_ENABLE_PARALLEL_LOADING", True)
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "model")
     assert torch.equal(run(loaded), run(quantized))
-
-
-@pytest.mark.parametrize("name", ["half", "bfloat16", "double"])
-def test_another_dtype_is_refused(quantized: GraphModel, name: str) -> None:
-    before = {key: tensor.dtype for key, tensor in quantized.state_dict().items()}
-    expected = run(quantized)
-    with pytest.raises(ConfigurationError, match="keeps the dtype it was captured with"):
-        getattr(quantized, name)()
-    assert quantized.float() is quantized
-    assert {key: tensor.dtype for key, tensor in quantized.state_dict().items()} == before
-    assert torch.equal(run(quantized), expected)
 
 
 def test_nothing_is_trained(quantized: GraphModel) -> None:

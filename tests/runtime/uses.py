@@ -192,11 +192,12 @@ USES: dict[str, list[Use]] = {
             "runtime/moving::no_float_weight_stays",
         ),
         works("`share_memory()`", "if all tensors are plain", "runtime/moving::shared_memory"),
-        refused(
+        works(
             "`to(dtype)`, `half()`, `float()`, `double()` to another dtype",
-            "the model stays as it was",
-            "runtime/uses::another_dtype_is_refused",
-            "runtime/moving::a_pipeline_runs_on_after_a_refusal",
+            "the graphs are traced again, the codes stay",
+            "runtime/converting::it_computes_in_the_dtype",
+            "runtime/converting::a_pipeline_is_converted_whole",
+            "runtime/converting::loras_stay",
         ),
         refused(
             "`use_stream`, `record_stream`, `offload_to_disk_path`, `exclude_kwargs` of group offloading",
