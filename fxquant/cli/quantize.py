@@ -12,7 +12,15 @@ from rich.text import Text
 from fxquant.cli.app import Debug, Device, Frames, Guidance, Height, Prompts, Seed, Steps, Variant, Width, app
 from fxquant.cli.completion import backends, recipes
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, show_warning, status
-from fxquant.cli.running import blaming_the_pipeline, open_pipeline, read_prompts, save_or_keep_aside, sizes_of
+from fxquant.cli.running import (
+    blaming_the_pipeline,
+    check_alone,
+    open_pipeline,
+    read_prompts,
+    refuse_quantized,
+    save_or_keep_aside,
+    sizes_of,
+)  # fmt: skip
 from fxquant.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -186,9 +194,8 @@ def quantize(
             _check_folder(option, folder, out_folder)
         recipes = _recipes_of(components, recipe)
         names = list(recipes)
-        _check_alone(
-            names, {"--keep-statistics": keep_statistics, "--statistics": statistics, "--attribute": attribute}
-        )
+        refuse_quantized(Path(model), names)
+        check_alone(names, {"--keep-statistics": keep_statistics, "--statistics": statistics, "--attribute": attribute})
         recorded = _statistics(statistics, keep_statistics, keep_calls, attribute, out_folder)
         chosen = {name: make_recipe(text, layers.value) for name, text in recipes.items()}
         place = usable_device(device)
@@ -283,6 +290,7 @@ def _forecast(
         from fxquant.pipeline.recipes import make_recipe
 
         calls = num_batches(run[0]) * run[1]
+        refuse_quantized(folder, recipes)
         chosen = {name: make_recipe(text, layers.value) for name, text in recipes.items()}
         found = forecast(folder, chosen, dtype_of_name(dtype.value), calls, variant)
     if as_json:
@@ -320,13 +328,6 @@ def _recipes_of(components: str, recipe: str) -> dict[str, str]:
             raise ConfigurationError(f"--components {components}: give {name} once")
         found[name] = own or recipe
     return found
-
-
-def _check_alone(names: list[str], options: dict[str, Any]) -> None:
-    """Refuse options that are about one part if there are several."""
-    given = next((option for option, value in options.items() if value), None)
-    if len(names) > 1 and given is not None:
-        raise ConfigurationError(f"{given} is about one part; quantize {' and '.join(names)} one after the other")
 
 
 def _check_folder(option: str, folder: Path | None, out_folder: Path) -> None:

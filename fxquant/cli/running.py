@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fxquant.cli.output import no_bars
-from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, FxquantError, WriteError
+from fxquant.errors import (
+    AlreadyCompiledError,
+    CalibrationError,
+    CheckpointError,
+    ConfigurationError,
+    FxquantError,
+    WriteError,
+)
 
 
 def open_pipeline(model: str, **options: Any) -> Any:
@@ -115,3 +122,23 @@ def read_prompts(path: Path) -> list[str]:
     if not lines:
         raise ConfigurationError(f"--prompts {path} is empty; write one prompt per line")
     return lines
+
+
+def refuse_quantized(folder: Path, names: Iterable[str]) -> None:
+    """Refuse parts of a folder that are quantized, before their dtypes are compared with --dtype.
+
+    Raises:
+        AlreadyCompiledError: Names the part.
+    """
+    from fxquant.planning.plan import PLAN_FILE
+
+    for name in names:
+        if (folder / name / PLAN_FILE).is_file():
+            raise AlreadyCompiledError(f"{folder / name} was made by fxquant; give the original float pipeline")
+
+
+def check_alone(names: list[str], options: dict[str, Any]) -> None:
+    """Refuse options that are about one part if there are several."""
+    given = next((option for option, value in options.items() if value), None)
+    if len(names) > 1 and given is not None:
+        raise ConfigurationError(f"{given} is about one part; quantize {' and '.join(names)} one after the other")

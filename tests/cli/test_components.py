@@ -107,6 +107,16 @@ def test_mistakes(wan: Path, tmp_path: Path, float_folder: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_part_that_is_quantized_already(tmp_path: Path) -> None:
+    """Whatever its dtype is."""
+    (tmp_path / "pipe" / "transformer").mkdir(parents=True)
+    (tmp_path / "pipe" / "transformer" / "plan.json").write_text("{}")
+    for options in (("--dry-run",), ("--out", tmp_path / "q")):
+        done = run("quantize", tmp_path / "pipe", *options)
+        assert done.exit_code != 0
+        assert "was made by fxquant; give the original float pipeline" in " ".join(done.output.split())
+
+
 def test_one_run_for_all_parts(wan: Path) -> None:
     pipe = make_wan()
     experts = pipe.transformer, pipe.transformer_2
