@@ -25,7 +25,7 @@ from torch import fx
 
 from fxquant.errors import ConfigurationError, shortened
 from fxquant.ir.arguments import args
-from fxquant.ir.meta import LAYER
+from fxquant.ir.meta import ITEM, LAYER
 
 ROLES = ("block", "adaln", "embedder", "patch", "final")
 _FORM = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
@@ -136,10 +136,12 @@ def entries_of(overrides: str) -> list[tuple[str, Precision]]:
 def roles(graph: fx.Graph) -> dict[str, str]:
     """Role of every linear, convolution and embedding, by its stable name.
 
-    The first tensor input is the noisy sample. Values that depend only on the other inputs are conditioning.
+    The first tensor input is the noisy sample; if it is an item of a list, so are the other items. Values that depend
+    only on the other inputs are conditioning.
     """
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    sample = _reached(placeholders[0])
+    first, *others = (node for node in graph.nodes if node.op == "placeholder")
+    items = [node for node in others if ITEM in first.meta and node.meta.get(ITEM) == first.meta[ITEM]]
+    sample = _reached(first, *items)
     layers = {node: str(node.meta[LAYER]) for node in graph.nodes if LAYER in node.meta}
     blocks = _block_modules(graph, sample, layers)
     in_block = [node for node, name in layers.items() if _BLOCK.search(name) or _inside(name, blocks)]

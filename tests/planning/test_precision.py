@@ -142,6 +142,23 @@ def test_a_convolution_with_one_position_makes_tokens_too(patch: int) -> None:
     assert roles(module.graph)["history"] == "embedder"
 
 
+class Videos(nn.Module):
+    """Samples in a list, as videos of different lengths are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return self.blocks[0](torch.cat([self.patch(item) for item in x], dim=0))
+
+
+def test_all_items_of_a_list_of_samples_are_samples() -> None:
+    module = captured(Videos(), [torch.randn(3, 4), torch.randn(5, 4), torch.randn(2, 4)]).module
+    assert roles(module.graph) == {"patch": "patch", "patch@2": "patch", "patch@3": "patch", "blocks.0.0": "block"}
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
