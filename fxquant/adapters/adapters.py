@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from fxquant.adapters.branches import STRENGTH, Branching
 from fxquant.adapters.checking import check_metadata, check_state_dict, check_supported, widened
 from fxquant.adapters.folding import Folded, folded, padded
+from fxquant.adapters.owner import Owner
 from fxquant.adapters.reading import load_by_diffusers, peft_keys, read_adapter
 from fxquant.adapters.stand_in import copy_of, deltas_of, make_stand_in, ranks_of, tuners
 from fxquant.adapters.tuner import refuse_fusing, tuner_of
@@ -24,29 +24,6 @@ from fxquant.ir.tensors import bind, is_finite, read_tensors
 
 TUNER = "lora"
 """Name of the submodule by which pipelines find that a model has adapters."""
-
-
-class Owner(Protocol):
-    """What adapters need of the quantized model."""
-
-    architecture: Any
-
-    @property
-    def lasting(self) -> list[CapturedGraph]:
-        """The graphs captured in calibration."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-
-    def _at_home(self) -> AbstractContextManager[None]:
-        """Bring parked tensors to the device of the graphs meanwhile."""
-
-    def _share(self, graphs: list[CapturedGraph]) -> None:
-        """Let graphs hold the same tensor under each name."""
-
-    def make_graph(self, call: Call | CallSpec, branching: Branching | None = None) -> CapturedGraph:
-        """Capture and quantize a graph for a call, with branches."""
 
 
 class Adapters:
