@@ -132,6 +132,7 @@ def test_a_weight_that_a_model_reads_itself_has_the_lora_as_after_fusing() -> No
     )
     quantized.load_lora_adapter(adapter, adapter_name="a")
     expected = output(fused(model, adapter), call)
-    assert relative(output(quantized, call), expected) < 1e-12
+    effect = relative(output(model, call), expected)
+    assert effect > 1e-4
+    assert relative(output(quantized, call), expected) < 1e-2 * effect  # Parts of the model compute in float32.
     assert torch.equal(output(composed(model, adapter), call), output(model, call))
-    assert relative(output(model, call), expected) > 1e-6
