@@ -29,6 +29,7 @@ from fxquant.planning.attribution import Attribution
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import PLAN_FILE, Plan
 from fxquant.runtime.devices import usable_device
+from fxquant.runtime.parts import quantized_parts
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.text import (
     decimal,
@@ -265,6 +266,12 @@ def plan_of(model: nn.Module | Plan | str | Path) -> Plan:
         return model
     if isinstance(model, (str, Path)):
         return Plan.load(checkpoint_folder(model))
+    parts = quantized_parts(model)
+    if parts:
+        raise ConfigurationError(
+            f"report is about one graph, and each part of this {type(model).__name__} is one; give a part: "
+            f"{' or '.join(f'model.{name}' for name in parts)}"
+        )
     plan = getattr(unwrapped(model), "plan", None)
     if not isinstance(plan, Plan):
         raise ConfigurationError(

@@ -141,6 +141,8 @@ def test_what_the_model_refuses(both: Any) -> None:
         with pytest.raises(DropInError, match=f"has no {name}"):
             getattr(both, name)()
     assert both.to("cpu", torch.float32) is both
+    with pytest.raises(ConfigurationError, match=r"give a part: model\.encoder or model\.decoder"):
+        fxquant.report(both)
 
 
 # --- pipelines ---
