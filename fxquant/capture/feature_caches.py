@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -56,19 +56,37 @@ class _Functional(nn.Module):
         return output, features
 
 
-def stateful(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The form of a functional module that its callers expect: it writes the features into their list."""
-    return functools.wraps(forward)(functools.partial(_call, forward))
+def stateful(forward: Callable[..., Any], number: Callable[[], int] = lambda: 0) -> Callable[..., Any]:
+    """The form of a functional module that its callers expect: it writes the features into their list.
+
+    Args:
+        forward: The functional form.
+        number: Returns the number of features, for callers whose list is empty before the first chunk: Qwen-Image's VAE
+            counts the layers of a module, and a graph has none.
+    """
+    return functools.wraps(forward)(functools.partial(_call, forward, number))
 
 
-def _call(forward: Callable[..., Any], x: Any, feat_cache: Any = None, feat_idx: Any = None, **options: Any) -> Any:
+def _call(
+    forward: Callable[..., Any],
+    number: Callable[[], int],
+    x: Any,
+    feat_cache: Any = None,
+    feat_idx: Any = None,
+    **options: Any,
+) -> Any:
     if feat_cache is None:
         return forward(x, None, **options)[0]
-    output, features = forward(x, list(feat_cache), **options)
+    output, features = forward(x, list(feat_cache) or [None] * number(), **options)
     feat_cache[:] = features
     if feat_idx is not None:
         feat_idx[0] = len(features)
     return output
+
+
+def number_of_features(names: Iterable[str]) -> int:
+    """The number of features among the inputs of a call, from the names of the inputs."""
+    return sum(name.startswith(f"{_LIST}.") for name in names)
 
 
 class Stateful(nn.Module):

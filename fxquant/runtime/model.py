@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.adapters.branches import Branching
 from fxquant.capture.calls import Call, CallSpec
-from fxquant.capture.feature_caches import is_functional, stateful
+from fxquant.capture.feature_caches import is_functional, number_of_features, stateful
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.trace import Architecture
@@ -98,7 +98,8 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         # Not a submodule, to hide its fake parameters. From here on, attributes of the original cannot be set.
         object.__setattr__(self, "architecture", architecture)
         forward = functools.partial(forward_of_graphs, self)
-        self.forward = stateful(forward) if is_functional(architecture.skeleton) else forward
+        functional = is_functional(architecture.skeleton)
+        self.forward = stateful(forward, self._number_of_features) if functional else forward
         functools.update_wrapper(self.forward, architecture.skeleton.forward)
         self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
         self.eval()
@@ -231,6 +232,9 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
                 QualityWarning,
                 stacklevel=4,
             )
+
+    def _number_of_features(self) -> int:
+        return max((number_of_features(captured.call.names) for captured in self.captured), default=0)
 
     def train(self, mode: bool = True) -> GraphModel:
         """Refuse training mode: the graphs were captured from the model in evaluation mode.
