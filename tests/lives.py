@@ -118,7 +118,7 @@ def flux() -> Life:
 
 def wan() -> Life:
     """Wan 2.2 with its two experts."""
-    from tests.test_two_experts import pipeline
+    from tests.test_two_experts import expert, pipeline
 
     call = {
         "prompt_embeds": _embeddings(1, 8, 32),
@@ -130,7 +130,7 @@ def wan() -> Life:
         "guidance_scale": 3.0,
         "output_type": "latent",
     }
-    return pipeline(), call
+    return pipeline(transformer=expert(1, layers=2), transformer_2=expert(2, layers=2)), call
 
 
 def cogvideox() -> Life:
