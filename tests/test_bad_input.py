@@ -21,6 +21,7 @@ from fxquant.errors import (
     ConfigurationError,
     MissingTimestepError,
     NonFiniteError,
+    NotCalledError,
     UnknownNameError,
 )
 from fxquant.pipeline.pipeline import parse_pass
@@ -91,7 +92,7 @@ def test_calibrate_is_no_function(tiny_dit: DiTTransformer2DModel) -> None:
 
 def test_calibrate_runs_another_model(tiny_dit: DiTTransformer2DModel) -> None:
     other = make_dit()
-    with refused(tiny_dit, CalibrationError, "without calling the model", "this very object"):
+    with refused(tiny_dit, NotCalledError, "without calling the model", "this very object"):
         fxquant.compile(tiny_dit, recipe="rtn-w8a8", calibrate=lambda: run(other))
 
 

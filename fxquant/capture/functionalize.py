@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import get_unwrapped, is_batchedtensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
 from fxquant.capture.borders import unmark
@@ -45,6 +46,43 @@ _INHERITED = ("nn_module_stack", "stack_trace")
 def writes(node: fx.Node) -> bool:
     """Whether an op writes into a value in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def without_writes(program: torch.export.ExportedProgram, model: str) -> fx.GraphModule:
+    """The graph of a program without in-place writes: every op is a function of its inputs.
+
+    Args:
+        program: What ``torch.export`` traced.
+        model: The name of the model's class, for messages.
+
+    Raises:
+        CaptureError: If the model writes in a way that cannot be traced, or into its inputs or buffers.
+    """
+    exported = program.module(check_guards=False)
+    if any(map(writes, program.graph.nodes)):
+        assert isinstance(exported, fx.GraphModule)
+        refuse_shared_lists(exported.graph)
+        regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
+        if regions or not functionalize(exported.graph, _fake_mode(program.graph)):
+            try:
+                program = program.run_decompositions({})
+            except RuntimeError as error:  # It writes into a tensor that the model keeps as an attribute.
+                raise CaptureError(
+                    f"{model} writes into a tensor in a way that cannot be traced ({str(error).splitlines()[0]}); let "
+                    "it work on a copy, and keep no state between calls"
+                ) from error
+            exported = program.module(check_guards=False)
+            unmark(exported.graph.nodes)
+        if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
+            raise CaptureError(f"{model} writes into its inputs or buffers in place; let it work on a copy")
+    assert isinstance(exported, fx.GraphModule)
+    return exported
+
+
+def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode of the fake values of a graph."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
 def functionalize(graph: fx.Graph, mode: FakeTensorMode) -> bool:

@@ -19,19 +19,18 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxquant.capture.borders import marking, settle, unmark
+from fxquant.capture.borders import marking, settle
 from fxquant.capture.calls import BATCH, TRACED_BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.constants import is_plain
 from fxquant.capture.describe import canonical_call, changed_leaves, describe_call
 from fxquant.capture.explain import explained, quietly
 from fxquant.capture.feature_caches import functional
 from fxquant.capture.fingerprint import fingerprint
-from fxquant.capture.functionalize import functionalize, refuse_shared_lists, writes
+from fxquant.capture.functionalize import without_writes
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.hooks import drop_own_hooks
 from fxquant.capture.known_values import Tracing, is_followed
@@ -339,7 +338,7 @@ class Architecture:
             memos.forget_traced()
 
     def _finish(self, program: torch.export.ExportedProgram, call: CallSpec, batch: int) -> CapturedGraph:
-        exported = self._without_writes(program)
+        exported = without_writes(program, type(self.skeleton).__name__)
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
         inline_regions(exported)
@@ -380,36 +379,6 @@ class Architecture:
                     "it call methods of its own self, such as type(self).forward(self, ...)"
                 )
 
-    def _without_writes(self, program: torch.export.ExportedProgram) -> fx.GraphModule:
-        """The graph of a program without in-place writes: every op is a function of its inputs."""
-        exported = program.module(check_guards=False)
-        if any(map(writes, program.graph.nodes)):
-            assert isinstance(exported, fx.GraphModule)
-            refuse_shared_lists(exported.graph)
-            regions = any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
-            if regions or not functionalize(exported.graph, _fake_mode(program.graph)):
-                try:
-                    program = program.run_decompositions({})
-                except RuntimeError as error:  # It writes into a tensor that the model keeps as an attribute.
-                    raise CaptureError(
-                        f"{type(self.skeleton).__name__} writes into a tensor in a way that cannot be traced "
-                        f"({str(error).splitlines()[0]}); let it work on a copy, and keep no state between calls"
-                    ) from error
-                exported = program.module(check_guards=False)
-                unmark(exported.graph.nodes)
-            if program.graph_signature.user_inputs_to_mutate or program.graph_signature.buffers_to_mutate:
-                raise CaptureError(
-                    f"{type(self.skeleton).__name__} writes into its inputs or buffers in place; let it work on a copy"
-                )
-        assert isinstance(exported, fx.GraphModule)
-        return exported
-
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, int) for key in value)
-
-
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    """The mode of the fake values of a graph."""
-    values = (node.meta.get("val") for node in graph.nodes)
-    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))

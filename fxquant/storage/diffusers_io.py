@@ -305,7 +305,7 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
             "folder, or move them away"
         )
     marks = (folder / name / mark for name in names for mark in (PLAN_FILE, PACKAGE_FILE))
-    if not any(mark.is_file() for mark in marks) and not any(parts_in(folder / name) for name in names):
+    if not any(mark.is_file() for mark in marks) and not any(_parts_in(folder / name) for name in names):
         raise CheckpointError(
             f"{folder} holds a pipeline without a quantized part: fxquant did not write it and does not replace it; "
             "choose another folder, or remove it yourself"
@@ -338,12 +338,20 @@ def _others(folder: Path, parts: Sequence[str]) -> Iterator[str]:
             if not is_plain_file(path) or not (path.name == INDEX_FILE or is_own_card(path)):
                 yield path.name
             continue
-        held, inner = [*path.iterdir()], parts_in(path)
+        held, inner = [*path.iterdir()], _parts_in(path)
         for entry in held:
             if inner and is_of_model(entry, inner):
                 continue
             if not (is_plain_file(entry) and _is_of_part(entry, {other.name for other in held})):
                 yield f"{path.name}/{entry.name}"
+
+
+def _parts_in(folder: Path) -> list[str]:
+    """The quantized parts of a model that is to be replaced; its config may be damaged, which replacing it mends."""
+    try:
+        return parts_in(folder)
+    except CheckpointError:
+        return []
 
 
 def _is_of_part(path: Path, beside: Collection[str]) -> bool:

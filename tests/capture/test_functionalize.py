@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture import trace
+from fxquant.capture import functionalize as in_place
 from fxquant.capture.functionalize import functionalize, writes
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
@@ -99,7 +99,7 @@ def captured(model: nn.Module) -> CapturedGraph:
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_the_graph_computes_the_same_bits_without_writes(body: Body, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[bool] = []
-    monkeypatch.setattr(trace, "functionalize", lambda *a: done.append(functionalize(*a)) or done[-1])
+    monkeypatch.setattr(in_place, "functionalize", lambda *a: done.append(functionalize(*a)) or done[-1])
     model = Writes(body).eval().requires_grad_(False)
     found = captured(model)
     assert done == [True]
@@ -144,7 +144,7 @@ def into_a_given_result(x: Tensor, timestep: Tensor) -> Tensor:
 )
 def test_what_it_cannot_do_is_left_to_torch(body: Body, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[bool] = []
-    monkeypatch.setattr(trace, "functionalize", lambda *a: done.append(functionalize(*a)) or done[-1])
+    monkeypatch.setattr(in_place, "functionalize", lambda *a: done.append(functionalize(*a)) or done[-1])
     model = Writes(body).eval().requires_grad_(False)
     found = captured(model)
     assert done == [False]

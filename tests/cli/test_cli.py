@@ -23,7 +23,7 @@ from fxquant.cli.__main__ import app
 from fxquant.disk.files import digest_of
 from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
 from fxquant.pipeline.recipes import make_recipe
-from fxquant.pretrained import components
+from fxquant.pretrained import together
 from fxquant.storage import diffusers_io
 
 FAST = ("--samples", "2", "--steps", "2")
@@ -217,7 +217,7 @@ class TestQuantize:
     def test_places_and_numbers_are_looked_at_first(self, float_folder, tmp_path, monkeypatch, options, message):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "file").write_text("precious")
-        monkeypatch.setattr(components, "compile_model", None)
+        monkeypatch.setattr(together, "compile_model", None)
         assert message in refused("quantize", float_folder, *options)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -229,7 +229,7 @@ class TestQuantize:
             (out / "q" / "theirs").write_text("precious")
             return compiled(*args, **options)
 
-        monkeypatch.setattr(components, "compile_model", compile_meanwhile)
+        monkeypatch.setattr(together, "compile_model", compile_meanwhile)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         message = refused("quantize", float_folder, "-r", "rtn-w8a8", "--measure", 0, "--out", out / "q", *FAST)
         assert f"{out / 'q'} exists" in message
