@@ -24,6 +24,8 @@ OUTSIDE = (
     "benchmarks/gpu/__init__.py",
     "benchmarks/results/convert.md",
     "benchmarks/results/cpu.md",
+    "benchmarks/results/cold-start.md",
+    "benchmarks/results/step-caches.md",
     "examples/digits/README.md",
     "examples/digits/samples.png",
     "examples/passes/README.md",
