@@ -24,9 +24,8 @@ from fxquant.errors import ConfigurationError
 from fxquant.export.float8 import float_tensors, input_scales, linears_in_blocks, rounded
 from fxquant.export.limits import refuse_full
 from fxquant.export.original_names import OriginalNames
-from fxquant.export.weights import class_weights, refuse_grids, require_codes
-from fxquant.runtime.lora import refuse_loaded
-from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.export.weights import codes_for, rows_of
+from fxquant.runtime.model import GraphModel
 from fxquant.runtime.wrappers import unwrapped
 
 FILE = "diffusion_model.safetensors"
@@ -105,16 +104,8 @@ def _renamed(model: type, tensors: Mapping[str, Tensor], names: str) -> Original
 
 
 def _int8(model: GraphModel, names: str, original: nn.Module | None) -> _Layers:
-    model, _ = quantized_model(model, "export_comfyui")
-    refuse_loaded(model, "ComfyUI's layout")
-    require_codes(model, "ComfyUI's layout")
-    found = class_weights(model, "ComfyUI's layout", original)
-    refuse_grids(found, "ComfyUI's layout")
-    tensors = dict(found.floats)
-    for name, weight in found.codes.items():
-        tensors[f"{name}.weight"] = weight.signed
-        tensors[f"{name}.weight_scale"] = weight.scale.float()
-    layers = list(found.codes)
+    model, found = codes_for(model, "export_comfyui", "ComfyUI's layout", original)
+    tensors, layers = rows_of(found, "ComfyUI's layout"), list(found.codes)
     renamed = _renamed(type(model.architecture.skeleton), tensors, names)
     if renamed is not None:
         tensors, layers = renamed.tensors(tensors), list(renamed.modules(layers))

@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from fxquant.export.checkpoints import linears, write_checkpoint
-from fxquant.export.weights import ClassWeights, Codes, class_weights, require_codes
-from fxquant.runtime.lora import refuse_loaded
-from fxquant.runtime.model import GraphModel, quantized_model
+from fxquant.export.weights import ClassWeights, Codes, codes_for
+from fxquant.runtime.model import GraphModel
 
 
 def export_compressed_tensors(model: nn.Module, folder: str | Path, *, original: nn.Module | None = None) -> Path:
@@ -36,10 +35,7 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path, *, original:
         BackendError: If the model was lowered to another backend.
         CheckpointError: If the folder exists and is not empty.
     """
-    model, _ = quantized_model(model, "export_compressed_tensors")
-    refuse_loaded(model, "compressed-tensors")
-    require_codes(model, "compressed-tensors")
-    found = class_weights(model, "compressed-tensors", original)
+    model, found = codes_for(model, "export_compressed_tensors", "compressed-tensors", original)
     tensors = {name: tensor.contiguous() for name, tensor in found.floats.items()}
     for name, weight in found.codes.items():
         tensors[f"{name}.weight"] = weight.signed

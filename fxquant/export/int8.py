@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from fxquant.export.checkpoints import linears, write_checkpoint
-from fxquant.export.weights import class_weights, refuse_grids, require_codes
-from fxquant.runtime.lora import refuse_loaded
-from fxquant.runtime.model import quantized_model
+from fxquant.export.weights import codes_for, rows_of
+
+_FORM = "vLLM-Omni's int8 form"
 
 
 def export_int8(model: nn.Module, folder: str | Path, *, original: nn.Module | None = None) -> Path:
@@ -33,15 +33,8 @@ def export_int8(model: nn.Module, folder: str | Path, *, original: nn.Module | N
         BackendError: If the model was lowered to another backend.
         CheckpointError: If the folder exists and is not empty.
     """
-    model, _ = quantized_model(model, "export_int8")
-    refuse_loaded(model, "vLLM-Omni's int8 form")
-    require_codes(model, "vLLM-Omni's int8 form")
-    found = class_weights(model, "vLLM-Omni's int8 form", original)
-    refuse_grids(found, "vLLM-Omni's int8 form")
-    tensors = dict(found.floats)
-    for name, weight in found.codes.items():
-        tensors[f"{name}.weight"] = weight.signed
-        tensors[f"{name}.weight_scale"] = weight.scale.float()
+    model, found = codes_for(model, "export_int8", _FORM, original)
+    tensors = rows_of(found, _FORM)
     skeleton = model.architecture.skeleton
     config = {
         "quant_method": "int8",

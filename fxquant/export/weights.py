@@ -22,7 +22,8 @@ from fxquant.ir.tensors import get_tensor, read_tensors
 from fxquant.numerics.packing import unpack
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.runtime.float_model import check_storage
-from fxquant.runtime.model import GraphModel
+from fxquant.runtime.lora import refuse_loaded
+from fxquant.runtime.model import GraphModel, quantized_model
 
 IN_PLACE = (
     "remove-no-ops,assign-precision{precision=w8a8} ; balance-channels{salience=max dearest=in-place},"
@@ -85,6 +86,42 @@ class ClassWeights:
 
     codes: dict[str, Codes]
     floats: dict[str, Tensor]
+
+
+def codes_for(
+    model: nn.Module, asked: str, format_name: str, original: nn.Module | None = None
+) -> tuple[GraphModel, ClassWeights]:
+    """The quantized model of a call, and its tensors under the names of its class, for a format that holds weights.
+
+    Args:
+        model: What the caller gave.
+        asked: The function that was called, for messages.
+        format_name: Name of the format, for messages.
+        original: The float model, from which tensors come that no call of the quantized one read.
+
+    Raises:
+        ConfigurationError: If the model is not quantized, or its graph is not that of the class.
+        AdapterError: If it has LoRAs.
+        BackendError: If it was lowered to another backend.
+    """
+    made, _ = quantized_model(model, asked)
+    refuse_loaded(made, format_name)
+    require_codes(made, format_name)
+    return made, class_weights(made, format_name, original)
+
+
+def rows_of(found: ClassWeights, format_name: str) -> dict[str, Tensor]:
+    """The tensors of a format with int8 weights (``[out, in]``) and a float32 scale per row (``[out, 1]``), by name.
+
+    Raises:
+        ConfigurationError: As :func:`refuse_grids`.
+    """
+    refuse_grids(found, format_name)
+    tensors = dict(found.floats)
+    for name, weight in found.codes.items():
+        tensors[f"{name}.weight"] = weight.signed
+        tensors[f"{name}.weight_scale"] = weight.scale.float()
+    return tensors
 
 
 def require_codes(model: GraphModel, format_name: str) -> None:
