@@ -16,6 +16,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
 from fxquant.runtime import torch_compile
 from fxquant.runtime.caches.cacheable import refuse_compiling
+from fxquant.runtime.caches.cutting import Run
 from fxquant.runtime.lora import give_turn, refuse_scale, take_turn, with_scale
 from fxquant.runtime.nans import showing_nans
 
@@ -59,12 +60,7 @@ def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         return _end(call, leaves)
     captured, inputs, strength = _choose(self, args, kwargs)
     run = _call if self._pieces is None else self._pieces.run
-    take_turn(self, strength)
-    try:
-        leaves = self._run_graph(captured, inputs, run)
-    finally:
-        give_turn(self, strength)
-    return captured.output(showing_nans(captured, inputs, leaves))
+    return _outputs(self, captured, inputs, strength, run)
 
 
 torch_compile.leave_alone(forward_of_graphs.__code__)
@@ -92,6 +88,13 @@ def _stream(self: GraphModel, args: Any, kwargs: Mapping[str, Any], begins: bool
         streaming.warn_uncompiled()
     captured, inputs, strength = _choose(self, *streaming.arrived((args, dict(kwargs))))
     run = streaming.run if self._pieces is None else partial(self._pieces.run, moved=streaming.moved)
+    return _outputs(self, captured, inputs, strength, run)
+
+
+def _outputs(
+    self: GraphModel, captured: CapturedGraph, inputs: Sequence[torch.Tensor], strength: float | None, run: Run
+) -> Any:
+    """The output of a graph that ``run`` runs, with LoRAs at their strength in this call."""
     take_turn(self, strength)
     try:
         leaves = self._run_graph(captured, inputs, run)
