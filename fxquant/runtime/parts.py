@@ -57,6 +57,11 @@ def quantized_parts(model: Any) -> dict[str, GraphModel]:
     return {name: part for name, part in parts if isinstance(part, GraphModel) and part.plan is not None}
 
 
+def is_savable(model: Any) -> bool:
+    """Whether a model can save itself with its quantized parts, also before its first call has made them."""
+    return has_entries(model) and "save_pretrained" in vars(model)
+
+
 def quantized_models(parts: Mapping[str, Any]) -> dict[str, GraphModel]:
     """The quantized models among the parts of a pipeline by name; those within a VAE as ``vae.decoder``."""
     found: dict[str, GraphModel] = {}

@@ -35,7 +35,7 @@ from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.runtime.devices import give_back_memory
 from fxquant.runtime.model import GraphModel, quantized_model
-from fxquant.runtime.parts import quantized_parts
+from fxquant.runtime.parts import is_savable, quantized_parts
 from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
 from fxquant.schemas.common import LARGEST_FILE, check
 from fxquant.schemas.config import Config
@@ -103,7 +103,7 @@ def save(
         WriteError: If the disk is full, the folder cannot be written, or another process wrote there in the meantime;
             existing files stay.
     """
-    if quantized_parts(model):
+    if quantized_parts(model) or is_savable(model):
         from fxquant.storage.parts import save_model  # It writes checkpoints of the parts.
 
         save_model(model, folder, overwrite=overwrite, variant=variant, max_shard_size=max_shard_size)

@@ -24,7 +24,7 @@ from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
 from fxquant.runtime.drop_in import DropIn
 from fxquant.runtime.model import GraphModel
-from fxquant.runtime.parts import has_entries, quantized_models, quantized_parts
+from fxquant.runtime.parts import is_savable, quantized_models, quantized_parts
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
 from fxquant.storage.aot.package import is_package_file, load_package
@@ -32,7 +32,7 @@ from fxquant.storage.card import CARD_FILE, is_own_card, pipeline_card
 from fxquant.storage.checkpoint import is_checkpoint_file, load, save
 from fxquant.storage.load_options import check_dtypes, default_dtype, device_of_map
 from fxquant.storage.part_names import dtype_in, parts_in
-from fxquant.storage.parts import is_of_model, is_savable
+from fxquant.storage.parts import is_of_model
 from fxquant.storage.weights import other_variants, variant_of
 from fxquant.text import printable
 
@@ -261,7 +261,7 @@ def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
 
     quantized = isinstance(part, GraphModel)
     inner = [] if quantized or not isinstance(part, nn.Module) else part.named_modules()
-    known = quantized_parts(part) if has_entries(part) and is_savable(part) else {}
+    known = quantized_parts(part) if is_savable(part) else {}
     path = next((path for path, module in inner if isinstance(module, DropIn) and path not in known), None)
     if path is not None:
         raise ConfigurationError(

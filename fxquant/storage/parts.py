@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from fxquant.schemas.common import read_json
 from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.checkpoint import is_checkpoint_file, load, save
 from fxquant.storage.part_names import PARTS, parts_in
-from fxquant.storage.pretrained import HUB_OPTIONS, refuse_options, upload
+from fxquant.storage.pretrained import push, save_pretrained
 from fxquant.storage.skeleton import QUANT_METHOD, QUANTIZATION
 from fxquant.storage.weights import SHARD_SIZE, is_weights_file, variant_of, write_weights
 
@@ -59,11 +58,6 @@ def savable(model: nn.Module) -> nn.Module:
     vars(model)["save_pretrained"] = functools.partial(save_pretrained, model)
     vars(model)["push_to_hub"] = functools.partial(push, model)
     return guarded(model)
-
-
-def is_savable(model: nn.Module) -> bool:
-    """Whether a model can save itself with its quantized parts."""
-    return "save_pretrained" in vars(model)
 
 
 def save_model(
@@ -204,48 +198,3 @@ def load_model(
     given = variant_of(path.name for path in folder.iterdir()) if variant is None else variant
     made = cls.from_pretrained(folder, variant=given, dtype=dtype, device_map=str(device))
     return made if backend is None else read_parts(made, folder, names, device, backend)
-
-
-def save_pretrained(
-    model: nn.Module,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    save_function: Callable[..., Any] | None = None,
-    safe_serialization: bool = True,
-    variant: str | None = None,
-    max_shard_size: int | str = SHARD_SIZE,
-    push_to_hub: bool = False,
-    **options: Any,
-) -> None:
-    """Write a model with quantized parts, completely or not at all; an earlier one in the folder is replaced.
-
-    The options are those of :func:`fxquant.storage.pretrained.save_pretrained`.
-    """
-    refuse_options(save_function, safe_serialization, push_to_hub, options)
-    if not is_main_process:
-        return
-    save_model(model, save_directory, overwrite=True, variant=variant, max_shard_size=max_shard_size)
-    if push_to_hub:
-        repo_id = options.pop("repo_id", None) or Path(save_directory).resolve().name
-        upload(Path(save_directory), repo_id, **options)
-
-
-def push(
-    model: nn.Module,
-    repo_id: str,
-    *,
-    variant: str | None = None,
-    max_shard_size: int | str = SHARD_SIZE,
-    subfolder: str | None = None,
-    safe_serialization: bool = True,
-    **options: Any,
-) -> Any:
-    """Write a model with quantized parts to a temporary folder and upload it; see :func:`.pretrained.push`."""
-    unknown = next((name for name in options if name not in HUB_OPTIONS), None)
-    if unknown is not None:
-        raise ConfigurationError(f"push_to_hub has no option {unknown!r}; it has {', '.join(HUB_OPTIONS)}")
-    refuse_options(None, safe_serialization, True, {})
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "model"
-        save_model(model, folder, variant=variant, max_shard_size=max_shard_size)
-        return upload(folder, repo_id, subfolder=subfolder, **options)
