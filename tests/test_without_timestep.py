@@ -101,3 +101,10 @@ def test_another_attention_than_loading_chooses(tmp_path: Path) -> None:
     quantized = compiled(model, "rtn-w8a16")
     with pytest.raises(CheckpointError, match="loading would not build this CLIPTextModelWithProjection again"):
         fxquant.save(quantized, tmp_path / "encoder")
+
+
+def test_the_report_names_no_timestep() -> None:
+    shown = fxquant.report(compiled(make_t5(), "rtn-w8a8"))
+    assert shown.timesteps == () and shown.totals.worst_timestep is None
+    assert shown.summary().count("output SQNR  mean") == 1
+    assert "timestep" not in shown.table()

@@ -56,10 +56,11 @@ class Report:
         model_class: Class of the original model.
         recipe: The recipe as pipeline text.
         backend: Name of the backend.
-        timesteps: The calibrated timesteps.
+        timesteps: The calibrated timesteps; none for a model without a timestep.
         fixed: For each kind of call whose graph serves only one batch size, or one value of a mask: the reason.
         totals: The model as a whole.
-        output_sqnr_db: Output SQNR against float by timestep in dB, the noisiest timestep first.
+        output_sqnr_db: Output SQNR against float by timestep in dB, the noisiest timestep first; under 0 for a model
+            without a timestep.
         layers: One row per layer, in the order of the graph.
         passes: The pass log.
         attentions: One row per attention, in the order of the graph.
@@ -121,7 +122,7 @@ class Report:
         parts += decision_tables(self.decisions, every)
         if self.adapters:
             parts.append(adapter_table(self.adapters))
-        if self.output_sqnr_db:
+        if self.output_sqnr_db and self.timesteps:
             parts.append(self._output_table())
         if self.attribution is not None:
             parts.append(f"where the output error comes from\n{self.attribution.table()}")
@@ -141,11 +142,13 @@ class Report:
             lines.append(("size", f"{before} -> {after}, {totals.ratio:.2f} times smaller"))
         mean, low, said = totals.mean_sqnr_db, totals.worst_sqnr_db, "not measured"
         if mean is not None and low is not None:
-            said = f"mean {mean:.1f} dB, worst {low:.1f} dB at timestep {totals.worst_timestep:g}"
+            said = f"mean {mean:.1f} dB"
+            if totals.worst_timestep is not None:
+                said += f", worst {low:.1f} dB at timestep {totals.worst_timestep:g}"
         lines.append(("output SQNR", said))
         worst = None if self.attribution is None else self.attribution.worst_cell()
         if worst is not None:
-            lines.append(("worst layer", f"{worst[0]} at timestep {worst[1]:g}"))
+            lines.append(("worst layer", worst[0] + (f" at timestep {worst[1]:g}" if self.timesteps else "")))
         lines.append(("layers", ", ".join(f"{count} {name}" for name, count in totals.layers_by_precision.items())))
         targets = sum(totals.balance_by_cost.values())
         if targets:
@@ -236,7 +239,7 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
         model_class=plan.model_class,
         recipe=plan.recipe,
         backend=plan.backend,
-        timesteps=tuple(plan.timesteps),
+        timesteps=() if plan.timestep is None else tuple(plan.timesteps),
         fixed=tuple(dict.fromkeys(call.fixed for call in plan.calls if call.fixed is not None)),
         totals=_totals(plan, layers),
         output_sqnr_db=dict(plan.output_sqnr_db),
@@ -401,7 +404,7 @@ def _totals(plan: Plan, layers: Sequence[LayerReport]) -> Totals:
         ratio=plan.bytes_before / plan.bytes_after if plan.bytes_before and plan.bytes_after else None,
         mean_sqnr_db=sum(outputs.values()) / len(outputs) if outputs else None,
         worst_sqnr_db=None if worst is None else outputs[worst],
-        worst_timestep=worst,
+        worst_timestep=None if plan.timestep is None else worst,
         layers_by_precision=dict(Counter(layer.precision for layer in layers).most_common()),
         balance_by_cost={cost: costs[cost] for cost in COSTS},
     )

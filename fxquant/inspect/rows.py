@@ -115,7 +115,7 @@ class Totals:
         ratio: How many times smaller the model became; None if a size is not known.
         mean_sqnr_db: Mean over timesteps of the output SQNR, in dB; None if it was not measured.
         worst_sqnr_db: The lowest output SQNR of a timestep, in dB.
-        worst_timestep: The timestep with the lowest output SQNR.
+        worst_timestep: The timestep with the lowest output SQNR; None for a model without a timestep.
         layers_by_precision: Number of layers by precision, most frequent first.
         balance_by_cost: Number of layers that were to be balanced, by the cost of absorbing the balance factors.
     """

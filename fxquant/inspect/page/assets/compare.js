@@ -28,7 +28,7 @@ function comparePanel(panel, app) {
   const totals = [
     ['backend', (model) => model.backend],
     ['size', (model) => bytes(model.totals.bytes_after)], ['mean output SQNR', (model) => model.totals.mean_sqnr_db !== null ? `${db(model.totals.mean_sqnr_db)} dB` : 'not measured'],
-    ['worst output SQNR', (model) => model.totals.worst_sqnr_db !== null ? `${db(model.totals.worst_sqnr_db)} dB at t = ${num(model.totals.worst_timestep)}` : 'not measured'],
+    ['worst output SQNR', (model) => model.totals.worst_sqnr_db !== null ? `${db(model.totals.worst_sqnr_db)} dB${model.totals.worst_timestep !== null ? ` at t = ${num(model.totals.worst_timestep)}` : ''}` : 'not measured'],
     ['layers', (model) => Object.entries(model.totals.layers_by_precision).map(([precision, count]) => `${count} ${precision}`).join(', ')],
     ['nodes', (model) => model.graphs[0]?.snapshot(model.graphs[0].steps.length - 1).nodes.size ?? ''],
     ['passes', (model) => model.passes.map((entry) => el('div', {}, code(entry.text)))],

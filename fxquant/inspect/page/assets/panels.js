@@ -37,7 +37,7 @@ function overviewTiles(model) {
   return el('div', {class: 'tiles'},
     tile(totals.ratio && `${totals.ratio.toFixed(2)} ×`, `smaller: ${bytes(totals.bytes_before)} → ${bytes(totals.bytes_after)}`),
     tile(totals.mean_sqnr_db !== null && totals.mean_sqnr_db !== undefined ? `${db(totals.mean_sqnr_db)} dB` : '', 'mean output SQNR'),
-    tile(totals.worst_sqnr_db !== null && totals.worst_sqnr_db !== undefined ? `${db(totals.worst_sqnr_db)} dB` : '', `worst, at timestep ${num(totals.worst_timestep)}`),
+    tile(totals.worst_sqnr_db !== null && totals.worst_sqnr_db !== undefined ? `${db(totals.worst_sqnr_db)} dB` : '', totals.worst_timestep !== null ? `worst, at timestep ${num(totals.worst_timestep)}` : 'worst output SQNR'),
     Object.entries(totals.layers_by_precision).map(([precision, count]) => tile(count, `layers ${precision}`)));
 }
 
