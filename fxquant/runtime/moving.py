@@ -255,8 +255,9 @@ class Movable(Walked):
     def _lower_again(self, device: torch.device) -> None:
         from fxquant.runtime.replay import lowered_for  # It builds models, so it imports this class.
 
-        self._become(lowered_for(self, device))  # type: ignore[arg-type]
-        self._place.home = None
+        made = lowered_for(self, device)  # type: ignore[arg-type]
+        self._place.home = None  # First, because branches of LoRAs are made where the graphs run.
+        self._become(made)
 
     def _become(self, made: GraphModel) -> None:
         """Take the graphs of a model that was made of this one."""

@@ -431,6 +431,17 @@ def check_loras() -> None:
         torch.testing.assert_close(run(model), plain, rtol=0, atol=1e-5)
 
 
+def check_parked_with_loras() -> None:
+    """A call of a parked model lowers the graphs with branches of LoRAs for the device where they are."""
+    model = quantized(PerDevice)
+    model.to(GPU)
+    model.load_lora_adapter(lora(MODEL), adapter_name="a")
+    expected = run(model, GPU)
+    model.to("cpu")
+    torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+    assert all(tensor.device == CPU for tensor in held(model))
+
+
 def held(model: GraphModel) -> list[Tensor]:
     """The tensors of all graphs, those of LoRAs included."""
     return [tensor for captured in model.every for tensor in read_tensors(captured.module).values()]
