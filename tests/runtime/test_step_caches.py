@@ -6,7 +6,7 @@ import copy
 import itertools
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -311,6 +311,65 @@ def test_solvers_that_call_twice_at_a_timestep(traced: GraphModel) -> None:
     assert counted(traced, tuple(step for step in STEPS for _ in range(2)))[1] == 2 * len(STEPS) - 1
 
 
+def test_inputs_that_are_made_anew_in_each_step(traced: GraphModel) -> None:
+    """As offloading does, or a loop that builds its inputs: the second step does not begin a generation."""
+    traced.enable_cache(ALWAYS)
+    first, skipped = counted(traced)
+    assert skipped == len(STEPS) - 1
+    call = inputs()
+    traced._reset_stateful_cache()
+    x = call["hidden_states"]
+    for number, step in enumerate(STEPS):
+        again = {name: tensor.clone() for name, tensor in call.items()}
+        with torch.no_grad():
+            found = traced(**again | {"hidden_states": x, "timestep": torch.full_like(call["timestep"], step)}).sample
+        assert torch.equal(found, first[number])
+        x = x - 0.05 * found[:, :4]
+
+
+class Residual(nn.Module):
+    """A block that adds to what it receives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x + self.linear(x).tanh() * timestep[:, None] / 1000
+
+
+class Unconditional(nn.Module):
+    """Its only inputs are the latents and the timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Residual() for _ in range(3))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, timestep)
+        return x
+
+
+def test_a_model_without_a_prompt() -> None:
+    """Nothing but the timestep tells generations apart."""
+    made = fxquant.trace(Unconditional().eval())
+
+    def steps(timesteps: Sequence[int]) -> int:
+        before = made.cache_counts["skipped"]
+        for step in timesteps:
+            made(torch.randn(2, 8), torch.full((2,), float(step)))
+        return made.cache_counts["skipped"] - before
+
+    made.enable_cache(MagCacheConfig(mag_ratios=[1.0] * 7, num_inference_steps=7, threshold=1.0))
+    assert [steps(STEPS) for _ in range(2)] == [5, 5]  # Of 7 steps, the first runs, and each fourth after it.
+    made._reset_stateful_cache()
+    assert steps((900, 800, 800, 700, 700)) == 3  # A solver that calls twice at a timestep.
+    made._reset_stateful_cache()
+    assert steps((900,)) + steps(STEPS) == 5  # A generation that ended after one step.
+
+
 def test_other_sizes_and_batches_have_their_own_state(traced: GraphModel) -> None:
     small = sample(traced, size=4, batch=2)
     traced.enable_cache(ALWAYS)
@@ -534,12 +593,55 @@ def test_modules_that_a_backend_fuses_are_refused(quantized: GraphModel) -> None
 def test_other_caches_are_refused(traced: GraphModel) -> None:
     with pytest.raises(ConfigurationError, match=r"FasterCacheConfig .* FirstBlockCacheConfig"):
         traced.enable_cache(FasterCacheConfig())
-    with pytest.raises(ConfigurationError, match="str"):
-        traced.enable_cache("first block")
+    for wrong in ("first block", None, FirstBlockCacheConfig, {"threshold": 0.1}):
+        with pytest.raises(ConfigurationError, match=r"takes the config of a cache, not .*FirstBlockCacheConfig\("):
+            traced.enable_cache(wrong)
     assert not traced.is_cache_enabled
     traced.enable_cache(NEVER)
     with pytest.raises(ConfigurationError, match=r"disable_cache\(\) first"):
         traced.enable_cache(NEVER)
+
+
+_RATIOS = {"mag_ratios": [1.0] * 4, "num_inference_steps": 4}
+_BROADCAST = {"spatial_attention_block_skip_range": 2, "current_timestep_callback": lambda: 500}
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        (FirstBlockCacheConfig, {"threshold": float("nan")}),
+        (FirstBlockCacheConfig, {"threshold": "0.1"}),
+        (FirstBlockCacheConfig, {"threshold": None}),
+        (MagCacheConfig, {"threshold": float("nan"), **_RATIOS}),
+        (MagCacheConfig, {"mag_ratios": [1.0, float("nan"), 1.0, 1.0], "num_inference_steps": 4}),
+        (MagCacheConfig, {"mag_ratios": torch.ones(4, 2), "num_inference_steps": 4}),
+        (MagCacheConfig, {"num_inference_steps": 0, "calibrate": True}),
+        (MagCacheConfig, {"retention_ratio": 20, **_RATIOS}),
+        (MagCacheConfig, {"max_skip_steps": -1, **_RATIOS}),
+        (TaylorSeerCacheConfig, {"cache_interval": 0}),
+        (TaylorSeerCacheConfig, {"disable_cache_before_step": 1.5}),
+        (TaylorSeerCacheConfig, {"max_order": -1}),
+        (TaylorSeerCacheConfig, {"taylor_factors_dtype": torch.int8}),
+        (TaylorSeerCacheConfig, {"cache_identifiers": r".*blocks\.\d+"}),
+        (TaylorSeerCacheConfig, {"cache_identifiers": ["*blocks"]}),
+        (PyramidAttentionBroadcastConfig, {**_BROADCAST, "spatial_attention_block_skip_range": 0}),
+        (PyramidAttentionBroadcastConfig, {**_BROADCAST, "spatial_attention_timestep_skip_range": (800, 100)}),
+        (PyramidAttentionBroadcastConfig, {**_BROADCAST, "spatial_attention_block_identifiers": ("(",)}),
+        (PyramidAttentionBroadcastConfig, {**_BROADCAST, "current_timestep_callback": None}),
+    ],
+)
+def test_wrong_values_are_refused_by_name(traced: GraphModel, config: Any, wrong: dict[str, Any]) -> None:
+    """They would be found in the middle of a generation, or skip always or never."""
+    with pytest.raises(ConfigurationError, match=config.__name__):
+        traced.enable_cache(config(**wrong))
+    assert not traced.is_cache_enabled
+
+
+def test_a_timestep_that_is_not_known(traced: GraphModel) -> None:
+    """As that of a pipeline that does not run."""
+    traced.enable_cache(PyramidAttentionBroadcastConfig(**_BROADCAST | {"current_timestep_callback": lambda: None}))
+    with pytest.raises(ConfigurationError, match="current_timestep_callback.* returned None"):
+        sample(traced)
 
 
 def test_models_without_blocks_are_refused() -> None:

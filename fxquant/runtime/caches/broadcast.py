@@ -65,15 +65,10 @@ class Broadcast:
         """The rule of a config for a model.
 
         Raises:
-            ConfigurationError: If the config does not say the timestep, or fits no attention.
+            ConfigurationError: If the config fits no attention.
         """
         from diffusers.hooks._common import _ATTENTION_CLASSES
 
-        if config.current_timestep_callback is None:
-            raise ConfigurationError(
-                "PyramidAttentionBroadcastConfig needs current_timestep_callback, such as lambda: "
-                "pipe.current_timestep, to know in which steps attentions run"
-            )
         every = {kind: getattr(config, f"{kind}_attention_block_skip_range") for kind in _KINDS}
         if not any(every.values()):
             every["spatial"] = 2  # As in diffusers.
@@ -102,10 +97,24 @@ class Broadcast:
         return Memory()
 
     def run(self, parts: Modules, inputs: Sequence[Any], memory: Memory, run: Run) -> tuple[Any, bool]:
-        """The outputs of a graph, and whether attentions were skipped."""
-        now = self.timestep()
+        """The outputs of a graph, and whether attentions were skipped.
+
+        Raises:
+            ConfigurationError: If the timestep is not known.
+        """
+        now = self._now()
         skipped = [path for path, schedule in self.schedules.items() if schedule.skips(memory.step, now)]
         leaves, made = parts.run(inputs, {path: memory.returned[path] for path in skipped}, run)
         memory.returned |= made
         memory.step += 1
         return leaves, bool(skipped)
+
+    def _now(self) -> float:
+        found = self.timestep()
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"current_timestep_callback of PyramidAttentionBroadcastConfig returned {found!r} in this call, not a "
+                "timestep. A pipeline knows it while it runs; in a loop of your own, return the timestep of the step"
+            ) from error

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _MOST = 8  # Kinds of call whose state a thread keeps: each holds activations.
+_LARGE = 1 << 24  # Number of elements above which an input is not kept for the next step.
 
 
 @dataclass
@@ -27,34 +28,57 @@ class Progress:
     Attributes:
         timestep: The timestep of the last call, the mean if it has several; None before the first call.
         direction: -1 if timesteps fall, 1 if they rise, 0 while that is not known.
-        conditions: The other inputs of the last call.
+        known: The other inputs of the last call.
+        first: The other inputs of the last call by name, while the direction is not known; without large ones.
     """
 
     timestep: float | None = None
     direction: float = 0.0
-    conditions: tuple[weakref.ref[Tensor], ...] = ()
+    known: tuple[weakref.ref[Tensor], ...] = ()
+    first: Mapping[str, Tensor] = field(default_factory=dict)
 
     def begins_anew(self, named: Mapping[str, Tensor], timestep: str | None) -> bool:
         """Whether a call begins a new generation. The call then is the last call.
 
         It does if its timestep lies behind that of the last call. If it is the same, or the direction is not known yet,
-        the call begins one if none of its inputs is the same object: some solvers call the model twice at a timestep,
-        with the same prompt.
+        the inputs tell: within a generation the prompt stays, and some solvers call the model twice at a timestep.
         """
         if timestep is None or timestep not in named:
             return False
         now, before = float(named[timestep].detach().double().mean()), self.timestep
-        others = [tensor for name, tensor in named.items() if name != timestep]
+        others = {name: tensor for name, tensor in named.items() if name != timestep}
         direction = 0.0 if before is None or now == before else math.copysign(1.0, now - before)
         turned = direction * self.direction < 0
         anew = turned
         if before is not None and (now == before or not self.direction):
-            held = {id(tensor) for tensor in others}
-            anew = not any(id(known()) in held for known in self.conditions)
+            anew = self._changed(others, moved=now != before)
         self.timestep = now
         self.direction = 0.0 if turned else direction or self.direction
-        self.conditions = tuple(weakref.ref(tensor) for tensor in others)
+        self.known = tuple(weakref.ref(tensor) for tensor in others.values())
+        small = {name: tensor.detach() for name, tensor in others.items() if tensor.numel() <= _LARGE}
+        self.first = {} if self.direction else small
         return anew
+
+    def _changed(self, others: Mapping[str, Tensor], moved: bool) -> bool:
+        """Whether other inputs than the latents changed, which are those that change in each step.
+
+        An input that is the same object did not. All are other objects if the caller makes them anew in each step, as
+        offloading does, or if there are only latents. Then the values of the first step tell, or nothing does. Numbers
+        for each sample do not tell: they may be a second timestep, or a guidance that is always the same.
+        """
+        held = {id(tensor) for tensor in others.values()}
+        if any(id(known()) in held for known in self.known):
+            return False
+        telling = [name for name, tensor in others.items() if tensor.dim() > 1 or not tensor.is_floating_point()]
+        if len(telling) < 2:
+            return not moved and not self.direction
+        if not moved:
+            return True
+        return sum(name not in self.first or not _equal(self.first[name], others[name]) for name in telling) > 1
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.device == right.device and left.dtype == right.dtype and torch.equal(left, right)
 
 
 @dataclass
