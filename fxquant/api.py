@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxquant.calibration.calibrate import Calibration, output_sqnr, run_calibration
+from fxquant.calibration.calibrate import Calibration, run_calibration
 from fxquant.calibration.recorded import calibrate_from_statistics
+from fxquant.calibration.samples import output_sqnr
 from fxquant.capture.calls import Call
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph

@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxquant.calibration.kept_calls import Spread, some_samples
+from fxquant.calibration.samples import KEPT_SAMPLES, Sample, timestep_of
 from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
 from fxquant.capture.fidelity import Original
@@ -24,7 +23,6 @@ from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, N
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.ir.time_tables import missing_timestep
-from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.conduct import ask
 from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline
 from fxquant.planning.context import PassContext
@@ -33,24 +31,8 @@ from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
 from fxquant.statistics.collection import Statistics
 
-KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error.
 _COMPARED = 2  # Calls that are kept to run graphs before and after a pass, if no pass asks for any.
 _ROWS = 16  # Samples of a call that are kept to run the graph again.
-
-
-@dataclass
-class Sample:
-    """Part of one calibration call, with the float model's output.
-
-    Attributes:
-        timestep: The timestep of the first kept sample. If each token has a timestep, that of the noisiest token.
-        arguments: Keyword arguments of the call, with a few samples of the batch.
-        output: The first tensor of the float output.
-    """
-
-    timestep: float
-    arguments: dict[str, Any]
-    output: Tensor
 
 
 class Calibration:
@@ -286,17 +268,6 @@ def calls_wanted(passes: Sequence[Pass]) -> int:
     return -(-max((ask(step, "wants_samples") for step in passes), default=0) // _ROWS)
 
 
-def timestep_of(call: Call, name: str | None) -> float:
-    """The timestep of the first sample of a call. If each token has a timestep, that of the noisiest token.
-
-    0 for a model without a timestep.
-    """
-    if name is None:
-        return 0.0
-    step = call.leaf(str(name))
-    return float((step[0] if step.dim() > 1 else step.flatten()[:1]).max())
-
-
 @contextmanager
 def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within this context, calls of the model run another function. The model is restored on exit in any case."""
@@ -386,18 +357,3 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
             "steps, or observe an earlier one"
         )
     calibration.finish()
-
-
-def output_sqnr(model: nn.Module, samples: Sequence[Sample]) -> dict[float, float]:
-    """SQNR in dB of a model's output against the float output, by timestep, the noisiest first."""
-    by_step: dict[float, list[tuple[Tensor, Tensor]]] = {}
-    for sample in samples:
-        with torch.no_grad():
-            output = model(**sample.arguments)
-        first = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-        by_step.setdefault(sample.timestep, []).append((sample.output.flatten(), first.flatten()))
-    found = {}
-    for step in sorted(by_step, reverse=True):
-        reference, actual = (torch.cat(side) for side in zip(*by_step[step], strict=True))
-        found[step] = sqnr_db(reference, actual)
-    return found

@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.calibration.calibrate import (
-    KEPT_SAMPLES,
-    Calibration,
-    Sample,
-    calls_redirected,
-    calls_wanted,
-    timestep_of,
-)
+from fxquant.calibration.calibrate import Calibration, calls_redirected, calls_wanted
 from fxquant.calibration.kept_calls import Spread, some_inputs
+from fxquant.calibration.samples import KEPT_SAMPLES, Sample, timestep_of
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.fidelity import example
 from fxquant.capture.graph import CapturedGraph

@@ -61,7 +61,7 @@ def attribute(
         check_is_folder(folder)
         import fxquant
         from fxquant.calibration.pipeline_calls import calibration_call
-        from fxquant.inspect.report import checkpoint_folder
+        from fxquant.inspect.plans import checkpoint_folder
         from fxquant.runtime.devices import usable_device
 
         place = usable_device(device)

@@ -70,7 +70,7 @@ def _figure(folder: Path, kind: Kind, layer: str | None, step: str, statistics: 
     from fxquant.inspect import plots
     from fxquant.inspect.history import rewrite_history
     from fxquant.inspect.page.errors import errors_data
-    from fxquant.inspect.report import checkpoint_folder
+    from fxquant.inspect.plans import checkpoint_folder
     from fxquant.inspect.salience import weight_salience
     from fxquant.planning.plan import Plan
     from fxquant.statistics.collection import Statistics

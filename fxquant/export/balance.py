@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.calibration.calibrate import Calibration, Sample, run_calibration
+from fxquant.calibration.calibrate import Calibration, run_calibration
 from fxquant.calibration.recorded import calibrate_from_statistics
+from fxquant.calibration.samples import Sample
 from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError, ProofError, QualityWarning

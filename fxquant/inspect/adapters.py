@@ -13,6 +13,8 @@ from torch import nn
 
 from fxquant.adapters.saving import check_saved, to_saved
 from fxquant.disk.files import blaming
+from fxquant.inspect.plans import checkpoint_folder
+from fxquant.inspect.sources import plan_if_alone
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.lora import adapters_of
 from fxquant.runtime.model import GraphModel
@@ -91,9 +93,6 @@ def branches_of(source: object) -> tuple[BranchReport, ...]:
 
 
 def _of_folder(folder: Path) -> tuple[BranchReport, ...]:
-    from fxquant.inspect.report import checkpoint_folder  # Both show what this module finds.
-    from fxquant.inspect.sources import plan_if_alone
-
     if not isinstance(plan_if_alone(folder), (str, Path)):
         return ()
     folder = checkpoint_folder(folder)

@@ -14,7 +14,7 @@ from fxquant.errors import ConfigurationError, UnknownNameError, check_type, sho
 from fxquant.inspect.alignment import blocks_among, differences, is_in_part, part_of
 from fxquant.inspect.history import History, Step, rewrite_history
 from fxquant.inspect.layer_changes import LayerChange, facts_of, grouped, layer_changes
-from fxquant.inspect.report import plan_of
+from fxquant.inspect.plans import plan_of
 from fxquant.inspect.snapshots import GraphChange, NodeState, Snapshot
 from fxquant.inspect.sources import Source, plan_if_alone
 from fxquant.pipeline.recipes import Recipe, make_recipe

@@ -15,7 +15,8 @@ from fxquant.errors import ConfigurationError, UnknownNameError, check_type
 from fxquant.inspect.adapters import BranchReport, branches_of
 from fxquant.inspect.choices import Choice, choices_of
 from fxquant.inspect.history import History, rewrite_history
-from fxquant.inspect.report import plan_of, report
+from fxquant.inspect.plans import plan_of
+from fxquant.inspect.report import report
 from fxquant.inspect.sizes import bytes_of, dtype_of_plan, shared_with, weight_bytes
 from fxquant.inspect.sources import Source, plan_if_alone
 from fxquant.inspect.story import Event, belongs, events_of

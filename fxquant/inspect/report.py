@@ -17,19 +17,18 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from fxquant.disk.folders import no_folder
-from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
+from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.inspect.adapters import AdapterReport, adapter_rows, adapter_table, branches_of
 from fxquant.inspect.decisions import decision_rows, decision_tables
+from fxquant.inspect.plans import plan_of
 from fxquant.inspect.rows import COSTS, AttentionReport, DecisionReport, LayerReport, PassReport, Totals
 from fxquant.inspect.sizes import dtype_of_plan, weight_bytes
 from fxquant.inspect.tables import attention_bits, layer_row, reasons, sections, span_of
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import Attribution
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
-from fxquant.planning.plan import PLAN_FILE, Plan
+from fxquant.planning.plan import Plan
 from fxquant.runtime.devices import usable_device
-from fxquant.runtime.parts import quantized_parts
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.text import (
     decimal,
@@ -256,67 +255,6 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
         attribution=plan.attribution,
         adapters=adapter_rows(branches_of(model)),
     )
-
-
-def plan_of(model: nn.Module | Plan | str | Path) -> Plan:
-    """The plan of a quantized model or of a checkpoint, or the plan itself.
-
-    Raises:
-        ConfigurationError: If it is something else.
-        CheckpointError: If the folder holds no checkpoint, or a damaged one.
-    """
-    if isinstance(model, Plan):
-        return model
-    if isinstance(model, (str, Path)):
-        return Plan.load(checkpoint_folder(model))
-    parts = quantized_parts(model)
-    if parts:
-        raise ConfigurationError(
-            f"report is about one graph, and each part of this {type(model).__name__} is one; give a part: "
-            f"{' or '.join(f'model.{name}' for name in parts)}"
-        )
-    plan = getattr(unwrapped(model), "plan", None)
-    if not isinstance(plan, Plan):
-        raise ConfigurationError(
-            f"report takes a quantized model, a plan or the folder of a checkpoint, not a {type(model).__name__}; "
-            "make a quantized model with fxquant.compile"
-        )
-    return plan
-
-
-def checkpoint_folder(folder: str | Path) -> Path:
-    """The folder itself, or the part of a pipeline's folder that holds the checkpoint.
-
-    Raises:
-        CheckpointError: If the folder holds no checkpoint, or more than one.
-    """
-    from fxquant.storage.aot.model import PACKAGE_FILE
-    from fxquant.storage.diffusers_io import INDEX_FILE, parts_of
-    from fxquant.storage.part_names import parts_in
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise no_folder(folder)
-    if (folder / PLAN_FILE).is_file():
-        return folder
-    named = parts_of(folder) if (folder / INDEX_FILE).is_file() else [path.name for path in folder.glob("[!.]*")]
-    places = [folder / name for name in sorted(named)]
-    found = [place for one in places for place in (one, *(one / inner for inner in parts_in(one)))]
-    found = [place for place in found if (place / PLAN_FILE).is_file()]
-    if not found:
-        if any((place / PACKAGE_FILE).is_file() for place in (folder, *(folder / name for name in named))):
-            raise CheckpointError(
-                f"{folder} holds a package, compiled ahead of time, which has no plan; give the folder that it was "
-                "exported from"
-            )
-        if (folder / INDEX_FILE).is_file():
-            raise CheckpointError(
-                f"{folder} holds no {PLAN_FILE}: no part of this pipeline is quantized; see fxquant quantize"
-            )
-        raise CheckpointError(f"{folder} holds no {PLAN_FILE}: fxquant did not write it, or files are missing")
-    if len(found) > 1:
-        raise CheckpointError(f"{folder} holds several quantized models; name one: {', '.join(map(str, found))}")
-    return found[0]
 
 
 def _backend_of(model: object, plan: Plan, device: str | torch.device | None) -> Backend | None:

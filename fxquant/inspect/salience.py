@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxquant.disk.files import blaming
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.inspect.report import checkpoint_folder
+from fxquant.inspect.plans import checkpoint_folder
 from fxquant.ir.tensors import weights_of
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.planning.context import PassContext

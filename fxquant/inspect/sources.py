@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, UnknownNameError
-from fxquant.inspect.report import checkpoint_folder
+from fxquant.inspect.plans import checkpoint_folder
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.plan import Plan
 from fxquant.runtime.float_model import check_model, device_of

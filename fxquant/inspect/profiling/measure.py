@@ -97,7 +97,7 @@ def _quantized(
     model: nn.Module | str | Path, backend: str | Backend | None, device: str | torch.device | None
 ) -> GraphModel:
     if isinstance(model, (str, Path)):
-        from fxquant.inspect.report import checkpoint_folder
+        from fxquant.inspect.plans import checkpoint_folder
         from fxquant.storage.checkpoint import load
 
         runner = None if backend is None else resolve_backend(backend)
