@@ -9,14 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant.calibration.calibrate import Calibration, run_calibration
 from fxquant.calibration.recorded import calibrate_from_statistics
 from fxquant.calibration.samples import output_sqnr
-from fxquant.capture.calls import Call
-from fxquant.capture.fidelity import Original
-from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.hooks import hand_on_hooks
 from fxquant.capture.rebuilding import warn_if_not_rebuilt
 from fxquant.capture.threads import without_autocast
@@ -26,7 +23,7 @@ from fxquant.errors import (
     ConfigurationError,
     QualityWarning,
 )
-from fxquant.ir.tensors import bind, weights_and_buffers, weights_of
+from fxquant.ir.tensors import weights_of
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.dumps import with_dumps
 from fxquant.pipeline.pipeline import Instrument
@@ -46,6 +43,7 @@ from fxquant.runtime.model import GraphModel
 from fxquant.runtime.offloading import meanwhile_on_its_device
 from fxquant.runtime.parts import has_entries
 from fxquant.runtime.replay import convert, replay
+from fxquant.runtime.tracing import traced
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import Run
 
@@ -69,26 +67,9 @@ def trace(model: nn.Module, *, timestep: str | None = "timestep") -> GraphModel:
             ``torch.compile``, or has hooks that a graph cannot have (offloading, casting, step caches).
     """
     check_model(model)
-    architecture = Architecture.of(model, timestep)
-    original = Original(model, timestep)
-    # The weights are not detached: if the inputs are not contiguous and the weights require gradients, torch multiplies
-    # in a different order, and the last bits differ.
-    weights = dict(weights_and_buffers(model))
-
-    def make_graph(owner: GraphModel, call: Call) -> CapturedGraph:
-        original.warm(call)
-        captured = architecture.capture(call, [graph.call for graph in owner.captured])
-        bind(captured.module, {**owner.weights, **owner.tensors()})
-        for leaf in call.leaves:
-            if isinstance(leaf, Tensor):  # The original weights stay on the device where the model was traced.
-                captured.module.to(leaf.device)
-                break
-        original.compare(captured, call)
-        return captured
-
-    traced = GraphModel(architecture, dtype_of(model), None, make_graph, weights=weights)
-    hand_on_hooks(model, traced)
-    return traced
+    made = traced(model, timestep)
+    hand_on_hooks(model, made)
+    return made
 
 
 @meanwhile_on_its_device

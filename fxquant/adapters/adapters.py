@@ -14,7 +14,7 @@ from fxquant.adapters.checking import check_metadata, check_state_dict, check_su
 from fxquant.adapters.folding import Folded, folded, padded
 from fxquant.adapters.owner import Owner
 from fxquant.adapters.reading import load_by_diffusers, peft_keys, read_adapter
-from fxquant.adapters.stand_in import copy_of, deltas_of, make_stand_in, ranks_of, tuners
+from fxquant.adapters.stand_in import copy_in_dtypes_of, copy_of, deltas_of, make_stand_in, ranks_of, tuners
 from fxquant.adapters.tuner import refuse_fusing, tuner_of
 from fxquant.adapters.turns import Turns
 from fxquant.capture.calls import Call, CallSpec
@@ -281,10 +281,10 @@ class Adapters:
         self._change(lambda stand_in: stand_in.load_state_dict(given, strict=False))
 
     def for_copy(self, owner: Owner) -> Adapters:
-        """The same adapters for a copy of the model."""
+        """The same adapters for a copy of the model, in the dtype that it has."""
         made = Adapters(owner)
         made._least_rank = self._least_rank
-        made._adopt(copy_of(self.stand_in))
+        made._adopt(copy_in_dtypes_of(owner.architecture.skeleton, self.stand_in))
         return made
 
     # --- one change ---

@@ -45,8 +45,26 @@ def make_stand_in(skeleton: nn.Module) -> Any:
 
 def copy_of(stand_in: Any) -> Any:
     """A copy of a stand-in with copies of its adapters; their changes do not affect the first one."""
-    kept: dict[int, Any] = {id(t): t for _, t in weights_and_buffers(stand_in) if 0 in t.stride() or not t.dim()}
+    kept: dict[int, Any] = {id(t): t for _, t in weights_and_buffers(stand_in) if _is_stand_in(t)}
     return copy.deepcopy(stand_in, kept)
+
+
+def copy_in_dtypes_of(skeleton: nn.Module, stand_in: Any) -> Any:
+    """A copy of a stand-in for a skeleton in other dtypes. peft gives an adapter the dtype of its layer."""
+    dtypes = {name: tensor.dtype for name, tensor in weights_and_buffers(skeleton)}
+    made: dict[int, Any] = {}
+    for name, tensor in weights_and_buffers(stand_in):
+        layer = name.partition(".lora_")[0]
+        dtype = dtypes.get(name.replace(".base_layer.", "."), dtypes.get(f"{layer}.weight", tensor.dtype))
+        empty = torch.zeros((), dtype=dtype).expand(tensor.shape)
+        value = empty if _is_stand_in(tensor) else tensor.detach().to(dtype, copy=True)
+        made[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(stand_in, made)
+
+
+def _is_stand_in(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a weight of the original, and takes no memory."""
+    return 0 in tensor.stride() or not tensor.dim()
 
 
 def tuners(stand_in: nn.Module) -> Iterator[tuple[str, Any]]:

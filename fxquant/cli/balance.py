@@ -69,7 +69,7 @@ def balance(
         from fxquant.export.float_pipeline import save_float_pipeline
         from fxquant.pipeline.recipes import make_recipe
         from fxquant.runtime.devices import usable_device
-        from fxquant.storage.diffusers_io import refuse_existing, refuse_input
+        from fxquant.storage.pipeline_folders import refuse_existing, refuse_input
 
         # Invalid options are refused before any slow step.
         refuse_input(out_folder, Path(model))

@@ -112,7 +112,7 @@ def _export_format(
     with quiet(), status("importing torch"):
         import fxquant
         from fxquant.export.formats import FORMATS
-        from fxquant.storage.diffusers_io import INDEX_FILE
+        from fxquant.storage.pipeline_folders import INDEX_FILE
 
     inner = folder / part if (folder / INDEX_FILE).is_file() else folder
     with quiet(), status(f"reading {inner}"):

@@ -185,7 +185,7 @@ def quantize(
         from fxquant.pretrained.components import check_components, compile_pipeline
         from fxquant.runtime.devices import usable_device
         from fxquant.runtime.parts import has_entries, quantized_models
-        from fxquant.storage.diffusers_io import refuse_existing, refuse_input
+        from fxquant.storage.pipeline_folders import refuse_existing, refuse_input
 
         # Invalid options are refused before any slow step.
         refuse_input(out_folder, Path(model))

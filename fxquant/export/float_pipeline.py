@@ -7,7 +7,7 @@ from typing import Any
 
 from fxquant.disk.files import share
 from fxquant.disk.folders import whole_folder
-from fxquant.storage.diffusers_io import refuse_existing
+from fxquant.storage.pipeline_folders import refuse_existing
 
 
 def save_float_pipeline(pipe: Any, folder: str | Path) -> None:

@@ -46,8 +46,8 @@ def checkpoint_folder(folder: str | Path) -> Path:
         CheckpointError: If the folder holds no checkpoint, or more than one.
     """
     from fxquant.storage.aot.model import PACKAGE_FILE
-    from fxquant.storage.diffusers_io import INDEX_FILE, parts_of
     from fxquant.storage.part_names import parts_in
+    from fxquant.storage.pipeline_folders import INDEX_FILE, parts_of
 
     folder = Path(folder)
     if not folder.is_dir():

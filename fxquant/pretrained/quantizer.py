@@ -19,11 +19,12 @@ from fxquant.errors import CheckpointError, HubError
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.pretrained.config import FxQuantConfig
 from fxquant.pretrained.quantize import quantize_at_first_call, quantize_now, quantize_parts
+from fxquant.runtime.devices import check_dtype
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.parts import has_entries, quantized_parts
 from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.checkpoint import load
-from fxquant.storage.load_options import check_dtype, device_of_map
+from fxquant.storage.load_options import device_of_map
 from fxquant.storage.part_names import PARTS, checked_names
 from fxquant.storage.parts import read_parts
 from fxquant.storage.weights import variant_of
@@ -33,11 +34,14 @@ class FxQuantizer(DiffusersQuantizer):
     """Reads checkpoints of fxquant, and carries out an :class:`~fxquant.pretrained.config.FxQuantConfig`."""
 
     quantization_config: FxQuantConfig
+    use_keep_in_fp32_modules = True
+    """As without a quantizer, layers that a class keeps in float32 are read in float32."""
 
     def __init__(self, quantization_config: FxQuantConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._folder: Path | None = None
         self._device = torch.device("cpu")
+        self._dtype: torch.dtype | None = None
         self._model: nn.Module | None = None
         if not self.pre_quantized:
             quantization_config.check_complete()
@@ -46,19 +50,20 @@ class FxQuantizer(DiffusersQuantizer):
         """Refuse options that a quantized model cannot have, before its files are looked for.
 
         Raises:
-            ConfigurationError: If it is to be spread over devices, or to have another dtype than its checkpoint.
+            ConfigurationError: If it is to be spread over devices, or in a dtype in which no quantized model computes.
         """
         device = device_of_map(options.get("device_map"))
         if device is not None:
             self._device = device
-        held = (self.quantization_config.recorded or {}).get("dtype")
-        if self.pre_quantized and held is not None:
-            check_dtype("the model", dtype_of_name(held), options.get("torch_dtype"))
+        dtype = options.get("torch_dtype")
+        if self.pre_quantized and dtype is not None:
+            check_dtype(dtype)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype of the checkpoint, if the caller named none."""
         held = (self.quantization_config.recorded or {}).get("dtype")
-        return dtype_of_name(held) if torch_dtype is None and held is not None else torch_dtype
+        self._dtype = dtype_of_name(held) if torch_dtype is None and held is not None else torch_dtype
+        return self._dtype
 
     def update_device_map(self, device_map: Any) -> Any:
         """None for a checkpoint: its tensors go to the device when it is read."""
@@ -104,11 +109,12 @@ class FxQuantizer(DiffusersQuantizer):
         parts = self._parts
         if parts is not None:
             assert self._folder is not None
-            read_parts(model, self._folder, parts, self._device)
+            read_parts(model, self._folder, parts, self._device, dtype=self._dtype)
         elif self.pre_quantized:
             assert self._folder is not None
             variant = variant_of(path.name for path in self._folder.iterdir())
-            load(self._folder, device=self._device, variant=variant, model=_own_class(model)).take_place_of(model)
+            options = {"device": self._device, "variant": variant, "dtype": self._dtype}
+            load(self._folder, model=_own_class(model), **options).take_place_of(model)
         elif has_entries(model):
             quantize_parts(model, self.quantization_config)
         elif self.quantization_config.calibrate is None and self.quantization_config.recipe is not None:

@@ -1,4 +1,4 @@
-"""Devices: which ones can be used here, which ones traced graphs name, and returning CPU memory to the system."""
+"""Devices and dtypes that can be used here, devices that traced graphs name, and CPU memory that is given back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from fxquant.errors import ConfigurationError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -28,6 +30,19 @@ def usable_device(device: str | torch.device) -> torch.device:
             "Use 'cuda' on NVIDIA GPUs, with a build of torch for CUDA, or 'cpu' on any machine"
         ) from error
     return found
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype in which no captured model computes.
+
+    Raises:
+        ConfigurationError: Names the dtypes that there are.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigurationError(
+            f"a captured model computes in float16, bfloat16, float32 or float64, not in {dtype}; the weights of a "
+            "quantized model are stored with few bits already"
+        )
 
 
 def retarget(module: fx.GraphModule, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,13 @@ from fxquant.ir.shared import SharedTensors
 from fxquant.ir.tensors import read_tensors, set_tensor
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan, tensor_bytes
-from fxquant.runtime.devices import retarget, usable_device
+from fxquant.runtime.devices import check_dtype, retarget, usable_device
 from fxquant.runtime.lora import adapters_of, copy_adapters
 from fxquant.runtime.offloading import SLOT, Group, Slot, Streaming
 from fxquant.runtime.views import Walked
 
 if TYPE_CHECKING:
     from fxquant.runtime.model import GraphModel
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -65,6 +63,7 @@ class Movable(Walked):
     backend: Backend | None
     plan: Plan | None
     shared: SharedTensors
+    weights: Mapping[str, Tensor]
     tensors: Callable[[], dict[str, Tensor]]
     _make_graph: Callable[..., CapturedGraph]
     _dtype: torch.dtype
@@ -265,13 +264,18 @@ class Movable(Walked):
         self.backend, self.shared, self._make_graph = made.backend, made.shared, made._make_graph
         copy_adapters(self, self)  # type: ignore[arg-type]  # Their branches are made anew for the new graphs.
 
-    def _convert(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Compute in another dtype from now on, on a device or offloaded as before."""
-        from fxquant.runtime.converting import converted  # It builds models, so it imports this class.
+    def _converted(self, dtype: torch.dtype, device: torch.device) -> GraphModel:
+        """What :meth:`_adopt` takes to compute in another dtype. This model stays as it is."""
+        from fxquant.runtime.converting import converted  # These build models, so they import this class.
+        from fxquant.runtime.tracing import retraced
 
-        made = converted(self, dtype, self.runs_on if self._place.streaming else device)  # type: ignore[arg-type]
+        made = retraced if self.plan is None else converted
+        return made(self, dtype, self.runs_on if self._place.streaming else device)  # type: ignore[arg-type]
+
+    def _adopt(self, made: GraphModel) -> None:
+        """Be another form of this model from now on, on its device or offloaded as before."""
         streaming = self._place.streaming
-        self.plan, self._dtype, self._place = made.plan, dtype, Place()
+        self.plan, self._dtype, self.weights, self._place = made.plan, made.dtype, made.weights, Place()
         object.__setattr__(self, "architecture", made.architecture)
         self._become(made)
         if streaming is not None:
@@ -282,7 +286,7 @@ class Movable(Walked):
         probe = fn(torch.empty(0, dtype=self._dtype, device=here))
         self._refuse_apply(probe)
         if probe.dtype != self._dtype:
-            self._convert(probe.dtype, probe.device)
+            self._adopt(self._converted(probe.dtype, probe.device))
             return self  # type: ignore[return-value]
         goal, target = probe.device, self._place.home or here
         if goal != here and self._place.streaming is not None:
@@ -310,16 +314,7 @@ class Movable(Walked):
 
     def _refuse_apply(self, probe: Tensor) -> None:
         """Refuse what no captured model can become, before anything changes."""
-        if probe.dtype != self._dtype and self.plan is None:
-            raise ConfigurationError(
-                f"a traced model keeps the dtype it was captured with ({self._dtype}), because it shares the weights "
-                f"of the original; convert the original to {probe.dtype} and trace that"
-            )
-        if probe.dtype not in _DTYPES:
-            raise ConfigurationError(
-                f"a quantized model computes in float16, bfloat16, float32 or float64, not in {probe.dtype}; its "
-                "weights are stored with few bits already"
-            )
+        check_dtype(probe.dtype)
         if probe.device.type == "meta":
             raise ConfigurationError(
                 "on the meta device a model would lose its tensors; delete the model, and read it again with "

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import ConfigurationError
 from fxquant.runtime.drop_in import Refused
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.wrappers import unwrapped
@@ -103,18 +102,17 @@ def guarded(model: nn.Module) -> nn.Module:
 
 
 def _apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Move all tensors of a model, or refuse before one of them changes."""
-    for name, part in quantized_parts(model).items():
-        probe = fn(torch.empty(0, dtype=part.dtype, device=part.device))
-        if probe.dtype != part.dtype:
-            raise ConfigurationError(
-                f"{name!r} of this {type(model).__name__} is quantized and keeps its dtype, {part.dtype}; it is not "
-                f"converted to {probe.dtype}. Convert the float model first, and quantize that. If a pipeline asked "
-                "for it, because the config says force_upcast, quantize the model in bfloat16 or float32"
-            )
+    """Move or convert all tensors of a model, or refuse before one of them changes."""
+    parts = [*quantized_parts(model).values()]
+    probes = [fn(torch.empty(0, dtype=part.dtype, device=part.device)) for part in parts]
+    for part, probe in zip(parts, probes, strict=True):
         part._refuse_apply(probe)
         if part.backend is not None:
             part.backend.check_device(probe.device)
+    changed = [(part, probe) for part, probe in zip(parts, probes, strict=True) if probe.dtype != part.dtype]
+    made = [part._converted(probe.dtype, probe.device) for part, probe in changed]
+    for (part, _), form in zip(changed, made, strict=True):
+        part._adopt(form)
     return type(model)._apply(model, fn, recurse)
 
 

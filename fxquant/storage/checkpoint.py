@@ -33,6 +33,7 @@ from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
+from fxquant.runtime.converting import converted
 from fxquant.runtime.devices import give_back_memory
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.runtime.parts import is_savable, quantized_parts
@@ -49,7 +50,7 @@ from fxquant.storage.agreement import (
 )
 from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.card import CARD_FILE, is_own_card, model_card
-from fxquant.storage.load_options import check_dtype, place_and_device
+from fxquant.storage.load_options import place_and_device
 from fxquant.storage.part_names import parts_in
 from fxquant.storage.skeleton import QUANT_METHOD, QUANTIZATION, description_of, read_plan
 from fxquant.storage.weights import (
@@ -262,7 +263,8 @@ def load(
         model: For a model that is not from diffusers: its class (with ``from_config``), or an instance of it.
         variant: The variant that the files must have, such as ``fp16``; by default the one that they have.
         options: Options of ``from_pretrained`` in diffusers, which mean the same: ``subfolder``, ``torch_dtype`` or
-            ``dtype``, ``device_map``, ``low_cpu_mem_usage`` and ``use_safetensors``. See
+            ``dtype``, ``device_map``, ``low_cpu_mem_usage`` and ``use_safetensors``. A dtype other than that of the
+            checkpoint converts the model as ``.to(dtype)`` does. See
             :func:`fxquant.storage.load_options.place_and_device`.
 
     Returns:
@@ -290,7 +292,6 @@ def load(
     check_digests(folder, sorted({*_DIGESTED, *indices}), data["files"], PLAN_FILE)
     found = description_of(folder, data)
     plan, dtype = found.plan, found.dtype
-    check_dtype(folder, dtype, wanted)
     with blaming(folder / PLAN_FILE):
         runner = resolve_backend(plan.backend) if runner is None else runner
         check_headers(plan, found.headers)
@@ -315,8 +316,11 @@ def load(
         for captured in quantized.captured:
             check_grids(captured.module, tensors)
         bind_all(quantized, tensors)
-    tensors.clear()  # Frees each tensor as soon as the backend has converted it.
-    lower_all(quantized)
+    if wanted not in (None, dtype):
+        quantized = converted(quantized, wanted, device, tensors)
+    else:
+        tensors.clear()  # Frees each tensor as soon as the backend has converted it.
+        lower_all(quantized)
     if data.get("adapters") is not None:
         check_digests(folder, [ADAPTERS_FILE], data["files"], PLAN_FILE)
         read_adapters(quantized, folder, data["adapters"])

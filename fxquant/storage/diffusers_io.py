@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from fxquant.capture.rebuilding import LIBRARIES
-from fxquant.disk.files import dtype_name, few, is_plain_file, share
+from fxquant.disk.files import dtype_name, share
 from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
 from fxquant.planning.plan import PLAN_FILE
@@ -27,16 +26,14 @@ from fxquant.runtime.model import GraphModel
 from fxquant.runtime.parts import is_savable, quantized_models, quantized_parts
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
-from fxquant.storage.aot.package import is_package_file, load_package
-from fxquant.storage.card import CARD_FILE, is_own_card, pipeline_card
-from fxquant.storage.checkpoint import is_checkpoint_file, load, save
-from fxquant.storage.load_options import check_dtypes, default_dtype, device_of_map
-from fxquant.storage.part_names import dtype_in, parts_in
-from fxquant.storage.parts import is_of_model
+from fxquant.storage.aot.package import load_package
+from fxquant.storage.card import CARD_FILE, pipeline_card
+from fxquant.storage.checkpoint import load, save
+from fxquant.storage.load_options import check_dtypes, default_dtype, device_of_map, dtype_for, dtype_option
+from fxquant.storage.part_names import dtype_in
+from fxquant.storage.pipeline_folders import INDEX_FILE, parts_of, read_index, refuse_existing
 from fxquant.storage.weights import other_variants, variant_of
 from fxquant.text import printable
-
-INDEX_FILE = "model_index.json"
 
 
 def load_pipeline(
@@ -52,8 +49,9 @@ def load_pipeline(
         device: The device to run on. Quantized parts are read directly to it, because kernels differ between devices.
         trust_packages: Load packages. They are programs and run as soon as they are loaded. Checkpoints hold no code.
         options: Passed to ``from_pretrained`` of the pipeline: for example ``torch_dtype`` or ``dtype``, by default the
-            dtype of the quantized part; ``variant``; ``device_map``, which names one device; or a part by its name,
-            which is then not read from ``source`` and may be quantized.
+            dtype of the quantized part, which is converted to another one as ``.to(dtype)`` does; ``variant``;
+            ``device_map``, which names one device; or a part by its name, which is then not read from ``source`` and
+            may be quantized.
 
     Returns:
         The ``DiffusionPipeline``, in evaluation mode.
@@ -61,9 +59,9 @@ def load_pipeline(
     Raises:
         CheckpointError: If there is no such pipeline, a part of it is damaged, or a part is a package and
             ``trust_packages`` is not given.
-        ConfigurationError: If there is no such device here, a package runs on another device, a quantized part has
-            another dtype than the requested one, or ``device_map`` spreads the parts over devices. Nothing is read
-            before this is checked.
+        ConfigurationError: If there is no such device here, a package runs on another device, a quantized part that is
+            given has another dtype than the requested one, no quantized part computes in that dtype, or ``device_map``
+            spreads the parts over devices. Nothing is read before this is checked.
         BackendError: If the backend of a quantized part does not run on the device.
     """
     mapped = device_of_map(options.pop("device_map", None))
@@ -92,13 +90,13 @@ def load_pipeline(
         name: options.pop(name) for name, part in [*options.items()] if isinstance(part, (GraphModel, PackagedModel))
     }
     held = {name: dtype for name in names if (dtype := dtype_in(folder / name)) is not None}
-    check_dtypes(folder, checkpoints, read, options, held)
-    read |= {name: _read_part(folder / name, device, options.get("variant")) for name in checkpoints}
+    check_dtypes([*checkpoints, *held], read, options)
+    read |= {name: _read_part(folder, name, device, options) for name in checkpoints}
     read |= {name: load_package(folder / name) for name in packages}
     if options.get("dtype") is None and options.get("torch_dtype") is None:
         options |= default_dtype({name: model.dtype for name, model in read.items()}, held)
     # diffusers accepts only classes that it knows, so it gets the originals without weights. Their config is the same.
-    index = _read_index(folder) if folder.is_dir() else {}
+    index = read_index(folder) if folder.is_dir() else {}
     stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}
     try:
         pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **options})
@@ -112,10 +110,12 @@ def load_pipeline(
     return pipe if device.type == "cpu" else pipe.to(device)
 
 
-def _read_part(folder: Path, device: torch.device, variant: str | None) -> GraphModel:
+def _read_part(pipeline: Path, name: str, device: torch.device, options: Mapping[str, Any]) -> GraphModel:
     """Read a checkpoint. Parts of a pipeline that have no variant are read without it, as in diffusers."""
+    folder = pipeline / name
     held = variant_of(path.name for path in folder.iterdir())
-    return load(folder, device=device, variant=None if held is None else variant)
+    variant = None if held is None else options.get("variant")
+    return load(folder, device=device, variant=variant, dtype=dtype_for(name, dtype_option(options)))
 
 
 def _pipeline_class(folder: Path) -> Any:
@@ -125,7 +125,7 @@ def _pipeline_class(folder: Path) -> Any:
     """
     import diffusers
 
-    name = _read_index(folder).get("_class_name") if folder.is_dir() else None
+    name = read_index(folder).get("_class_name") if folder.is_dir() else None
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
     return found if is_pipeline else diffusers.DiffusionPipeline
@@ -139,7 +139,7 @@ def _refuse_no_parts(folder: Path, names: Collection[str], kind: Any) -> None:
     known = inspect.signature(kind.__init__).parameters
     for name in sorted(names):
         if name == "self" or name not in known:
-            wanted = _read_index(folder).get("_class_name")
+            wanted = read_index(folder).get("_class_name")
             raise CheckpointError(
                 f"{folder / INDEX_FILE} says that a {printable(str(wanted), 100)} has a part {printable(name, 100)!r}, "
                 "but the installed diffusers has no such pipeline; install the diffusers version that it was written "
@@ -150,7 +150,7 @@ def _refuse_no_parts(folder: Path, names: Collection[str], kind: Any) -> None:
 def _absent_parts(folder: Path, kind: Any) -> dict[str, None]:
     """The parts that a pipeline was saved without; diffusers requires them to be passed as None again."""
     known = inspect.signature(kind.__init__).parameters
-    index = _read_index(folder) if folder.is_dir() else {}
+    index = read_index(folder) if folder.is_dir() else {}
     return {name: None for name, entry in index.items() if entry == [None, None] and name in known}
 
 
@@ -158,28 +158,6 @@ def _stand_in(model: GraphModel | PackagedModel, entry: Any) -> Any:
     if isinstance(entry, list) and str(entry[0]).startswith("fxquant"):  # From the pipeline's own save_pretrained.
         return model
     return model.skeleton() if isinstance(model, PackagedModel) else model.architecture.skeleton
-
-
-def parts_of(folder: Path) -> list[str]:
-    """The names of the parts that the index of a pipeline lists.
-
-    Raises:
-        CheckpointError: If the index is missing or cannot be read.
-    """
-    index = _read_index(folder)
-    named = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[0]]
-    return [name for name in named if name not in (".", "..") and Path(name).name == name]
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX_FILE
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; copy the pipeline again") from error
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{path} is not a pipeline index: it is not a JSON object; copy the pipeline again")
-    return index
 
 
 def save_pipeline(
@@ -278,90 +256,6 @@ def _refuse_unreadable(pipe: Any, name: str, part: Any) -> None:
             "not find that class: it is from neither diffusers nor transformers. Write only the quantized model with "
             "fxquant.save(pipe.transformer, folder), and build the pipeline around it in your own code"
         )
-
-
-def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Refuse to write a pipeline over something that must stay.
-
-    Raises:
-        CheckpointError: If the path is a file, a folder that is not empty while ``overwrite`` is not given, or a folder
-            that holds anything other than a quantized pipeline.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another name for the folder")
-    if not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise CheckpointError(f"{folder} exists; choose another folder or overwrite it (overwrite=True, --overwrite)")
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"{folder} holds files other than a pipeline, which would be lost; choose another folder")
-    names = parts_of(folder)
-    others = sorted(_others(folder, names))
-    if others:
-        raise CheckpointError(
-            f"{folder} holds more than a pipeline ({few(others)}), which overwriting would delete; choose another "
-            "folder, or move them away"
-        )
-    marks = (folder / name / mark for name in names for mark in (PLAN_FILE, PACKAGE_FILE))
-    if not any(mark.is_file() for mark in marks) and not any(_parts_in(folder / name) for name in names):
-        raise CheckpointError(
-            f"{folder} holds a pipeline without a quantized part: fxquant did not write it and does not replace it; "
-            "choose another folder, or remove it yourself"
-        )
-
-
-def refuse_input(folder: Path, source: Path) -> None:
-    """Refuse to replace the input folder, or a folder that contains it.
-
-    Raises:
-        ConfigurationError: If ``source``, or the target of a link in it, is ``folder`` or is inside of ``folder``.
-    """
-    if not source.exists():
-        return
-    folder = folder.resolve()
-    for read in (source, *(source.iterdir() if source.is_dir() else ())):
-        if read.resolve().is_relative_to(folder):
-            raise ConfigurationError(
-                f"{folder} is the input, or contains it ({read}), and would be replaced; choose another folder"
-            )
-
-
-_PARTS_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "merges.txt", "vocab.txt")
-
-
-def _others(folder: Path, parts: Sequence[str]) -> Iterator[str]:
-    """The names of entries of a folder that do not belong to a pipeline of these parts."""
-    for path in folder.iterdir():
-        if path.name not in parts or path.is_symlink() or not path.is_dir():
-            if not is_plain_file(path) or not (path.name == INDEX_FILE or is_own_card(path)):
-                yield path.name
-            continue
-        held, inner = [*path.iterdir()], _parts_in(path)
-        for entry in held:
-            if inner and is_of_model(entry, inner):
-                continue
-            if not (is_plain_file(entry) and _is_of_part(entry, {other.name for other in held})):
-                yield f"{path.name}/{entry.name}"
-
-
-def _parts_in(folder: Path) -> list[str]:
-    """The quantized parts of a model that is to be replaced; its config may be damaged, which replacing it mends."""
-    try:
-        return parts_in(folder)
-    except CheckpointError:
-        return []
-
-
-def _is_of_part(path: Path, beside: Collection[str]) -> bool:
-    """Whether a file belongs to a part that has these files."""
-    name = path.name
-    if PLAN_FILE in beside:
-        return is_checkpoint_file(path)
-    if PACKAGE_FILE in beside:
-        return is_package_file(path)
-    return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in _PARTS_FILES)
 
 
 def _parts(pipe: Any) -> dict[str, Any]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fxquant.disk.files import blaming, dtype_of_name
 from fxquant.errors import ConfigurationError
-from fxquant.planning.plan import PLAN_FILE
-from fxquant.runtime.devices import usable_device
-from fxquant.storage.skeleton import read_plan
+from fxquant.runtime.devices import check_dtype, usable_device
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 _KNOWN = ("subfolder", "torch_dtype", "dtype", "device_map", "low_cpu_mem_usage", "use_safetensors")
@@ -26,7 +23,7 @@ def place_and_device(
     Args:
         folder: The folder.
         device: The device, if ``device_map`` does not name another one.
-        options: ``subfolder``: the folder in it. ``torch_dtype`` or ``dtype``: the dtype that the model must have.
+        options: ``subfolder``: the folder in it. ``torch_dtype`` or ``dtype``: the dtype that the model computes in.
             ``device_map``: a device, because a quantized model runs on one. ``low_cpu_mem_usage`` and
             ``use_safetensors``: true or None, because a quantized model is never read in another way.
 
@@ -58,13 +55,20 @@ def wanted_dtype(options: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that ``dtype`` or ``torch_dtype`` names; the newer name comes first, as in diffusers.
 
     Raises:
-        ConfigurationError: If it is not a dtype.
+        ConfigurationError: If it is not a dtype, or none in which a quantized model computes.
     """
-    dtype = options.get("dtype")
-    dtype = options.get("torch_dtype") if dtype is None else dtype
+    dtype = dtype_option(options)
     if not isinstance(dtype, (torch.dtype, type(None))):
         raise ConfigurationError(f"dtype={dtype!r} is not a dtype of torch, such as torch.bfloat16")
+    if dtype is not None:
+        check_dtype(dtype)
     return dtype
+
+
+def dtype_option(options: Mapping[str, Any]) -> Any:
+    """What ``dtype`` or ``torch_dtype`` holds; the newer name comes first, as in diffusers."""
+    dtype = options.get("dtype")
+    return options.get("torch_dtype") if dtype is None else dtype
 
 
 def device_of_map(device_map: Any) -> torch.device | None:
@@ -94,19 +98,6 @@ def device_of_map(device_map: Any) -> torch.device | None:
         raise ConfigurationError(f"device_map={device_map!r} names no device; give 'cpu' or 'cuda'") from error
 
 
-def check_dtype(folder: str | Path, held: torch.dtype, wanted: torch.dtype | None) -> None:
-    """Refuse another dtype than the one that a model was quantized in.
-
-    Raises:
-        ConfigurationError: Says which dtype the checkpoint has.
-    """
-    if wanted not in (None, held):
-        raise ConfigurationError(
-            f"{folder} was quantized in {held}; read it without torch_dtype={wanted}, and convert the model or the "
-            f"pipeline with .to({wanted})"
-        )
-
-
 def dtype_for(part: str, dtype: Any) -> Any:
     """The dtype that a pipeline's dtype option gives to one of its parts; it may be a dict by part."""
     if isinstance(dtype, Mapping):
@@ -131,35 +122,24 @@ def default_dtype(read: Mapping[str, torch.dtype], partly: Mapping[str, torch.dt
     return {"torch_dtype": {**others, "default": first} if others else first}
 
 
-def check_dtypes(
-    folder: Path,
-    checkpoints: Sequence[str],
-    given: Mapping[str, Any],
-    options: Mapping[str, Any],
-    partly: Mapping[str, torch.dtype],
-) -> None:
-    """Refuse another dtype than the one that a quantized part of a pipeline has, before anything is read.
+def check_dtypes(names: Iterable[str], given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse a dtype in which a quantized part of a pipeline cannot be, before anything is read.
 
     Args:
-        folder: The folder of the pipeline.
-        checkpoints: Names of the parts that will be read as checkpoints.
-        given: Quantized parts that the caller gives.
+        names: Names of the quantized parts that will be read; they are converted.
+        given: Quantized parts that the caller gives; they stay as they are.
         options: The options of the caller, with ``dtype`` or ``torch_dtype``: a dtype, or one for each part.
-        partly: The dtypes of parts in the folder that have quantized parts of their own, such as VAEs.
 
     Raises:
-        ConfigurationError: Names the part.
-        CheckpointError: If the plan of a part cannot be read.
+        ConfigurationError: Says which dtypes there are, or names the part that has another dtype.
     """
-    wanted = options.get("dtype")
-    wanted = options.get("torch_dtype") if wanted is None else wanted
-    if wanted is None:
-        return
+    wanted = dtype_option(options)
+    for dtype in (dtype_for(name, wanted) for name in names):
+        if isinstance(dtype, torch.dtype):
+            check_dtype(dtype)
     for name, model in given.items():
-        check_dtype(f"part {name!r}", model.dtype, dtype_for(name, wanted))
-    for name, held in partly.items():
-        check_dtype(folder / name, held, dtype_for(name, wanted))
-    for name in checkpoints:
-        with blaming(folder / name / PLAN_FILE):
-            held = dtype_of_name(read_plan(folder / name).get("dtype"))
-        check_dtype(folder / name, held, dtype_for(name, wanted))
+        if dtype_for(name, wanted) not in (None, model.dtype):
+            raise ConfigurationError(
+                f"part {name!r} computes in {model.dtype}, not in {dtype_for(name, wanted)}; convert it first, with "
+                f".to({dtype_for(name, wanted)}), or leave the dtype out"
+            )

@@ -138,7 +138,12 @@ def is_of_model(path: Path, parts: Sequence[str]) -> bool:
 
 
 def read_parts(
-    model: nn.Module, folder: Path, names: Sequence[str], device: torch.device, backend: str | Backend | None = None
+    model: nn.Module,
+    folder: Path,
+    names: Sequence[str],
+    device: torch.device,
+    backend: str | Backend | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Put the quantized parts of a folder into a model whose other weights are read already. Changes the model.
 
@@ -148,12 +153,13 @@ def read_parts(
         names: The names of the quantized parts.
         device: The device for all tensors.
         backend: A backend other than the ones that the parts were compiled for.
+        dtype: A dtype other than the one that the parts have.
 
     Raises:
         CheckpointError: As for :func:`fxquant.load`, or if a part belongs to another class of model.
     """
     own = None if type(model).__module__.startswith("diffusers.") else type(model)
-    read = {name: load(folder / name, backend=backend, device=device, model=own) for name in names}
+    read = {name: load(folder / name, backend=backend, device=device, model=own, dtype=dtype) for name in names}
     for name, part in read.items():
         wanted = f"{class_path(model)}/{name}"
         if part.plan is None or part.plan.model_class != wanted:
@@ -183,11 +189,11 @@ def load_model(
         backend: A backend other than the ones that the parts were compiled for.
         model: The class of a model that is not from diffusers.
         variant: The variant that the files must have; by default the one that they have.
-        dtype: The dtype that the model must have, or None.
+        dtype: The dtype that the model computes in; by default the one that it has.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or belongs to another model.
-        ConfigurationError: If ``model`` is an instance, or the model has another dtype.
+        ConfigurationError: If ``model`` is an instance.
     """
     names = parts_in(folder)
     _, config = read_json(folder / CONFIG_FILE, "checkpoint")
@@ -197,4 +203,4 @@ def load_model(
         raise ConfigurationError(f"model={model!r} is not a class with from_pretrained; pass the class of the model")
     given = variant_of(path.name for path in folder.iterdir()) if variant is None else variant
     made = cls.from_pretrained(folder, variant=given, dtype=dtype, device_map=str(device))
-    return made if backend is None else read_parts(made, folder, names, device, backend)
+    return made if backend is None else read_parts(made, folder, names, device, backend, dtype)

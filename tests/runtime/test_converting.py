@@ -84,12 +84,22 @@ def test_a_pipeline_is_converted_whole(quantized: GraphModel) -> None:
     assert relative(image(), expected) < 0.1
 
 
-def test_what_cannot_be_converted_stays_as_it_was(quantized: GraphModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, traced = copy.deepcopy(quantized), fxquant.trace(make_dit())
+def test_a_traced_model_is_converted_beside_its_original() -> None:
+    original = make_dit()
+    model = fxquant.trace(original)
     expected = run(model)
-    with pytest.raises(ConfigurationError, match=r"a traced model keeps the dtype.*trace that"):
-        traced.to(torch.bfloat16)
+    model.to(torch.bfloat16)
+    assert torch.equal(call(model, torch.bfloat16), call(make_dit().to(torch.bfloat16), torch.bfloat16))
+    assert torch.equal(run(original), expected)
+    model.enable_group_offload("cpu")
+    assert model.half()._place.streaming is not None
+    assert relative(call(model, torch.float16), expected) < 0.05
+    assert model.dtype == torch.float16
 
+
+def test_what_cannot_be_converted_stays_as_it_was(quantized: GraphModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(quantized)
+    expected = run(model)
     for dtype in (torch.complex64, torch.float8_e4m3fn):
         with pytest.raises(ConfigurationError, match="computes in float16, bfloat16, float32 or float64, not in"):
             model.to(dtype)

@@ -34,14 +34,14 @@ from fxquant.runtime import torch_compile
 from fxquant.runtime.float_model import class_path
 from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import GraphModel, quantized_model
-from fxquant.storage import diffusers_io
+from fxquant.storage import pipeline_folders
 from fxquant.storage.agreement import check_finite, infinite_in, read_headers
 from fxquant.storage.aot import package
 from fxquant.storage.aot.model import CONFIG_FILE, PACKAGE_FILE, signature_to_json
 from fxquant.storage.aot.package import FORMAT, GRAPH_FILE, TENSORS_FILE, info_text, machine
 from fxquant.storage.card import is_own_card
 from fxquant.storage.checkpoint import load
-from fxquant.storage.diffusers_io import INDEX_FILE, parts_of, refuse_input
+from fxquant.storage.pipeline_folders import INDEX_FILE, parts_of, refuse_input
 
 Progress = Callable[[int, int, float | None], None]
 _OPTIONS = {"cpp.dynamic_threads": True}  # Use the number of threads at run time, not at compile time.
@@ -144,7 +144,7 @@ def export_folder(
     if not parts:
         raise CheckpointError(f"no part of the pipeline {source} is quantized; see fxquant quantize")
     seconds: list[float] = []
-    with whole_folder(folder, lambda path: diffusers_io.refuse_existing(path, overwrite)) as written:
+    with whole_folder(folder, lambda path: pipeline_folders.refuse_existing(path, overwrite)) as written:
         for path in source.iterdir():
             if is_own_card(path):
                 continue  # It says how to read checkpoints.
