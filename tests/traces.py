@@ -17,17 +17,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 
 from fxquant.capture import known_values, memoized
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.known_values import Tracing
-from fxquant.capture.state import OWN
+from fxquant.capture.state import HOLLOW, OWN, kept_tensors
 from fxquant.capture.threads import tracing_alone
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError, VerificationError
 from fxquant.ir.stages import SPECS, Stage, verify
-from fxquant.ir.tensors import weights_and_buffers
+from fxquant.ir.tensors import read_tensors, set_tensor, weights_and_buffers
 
 _TRACED: OrderedDict[Hashable, tuple[CapturedGraph | CaptureError, int]] = OrderedDict()
 """Graphs or why there are none, each with the number of layers that its trace ran; least recently used first."""
@@ -42,7 +43,7 @@ def shared(self: Architecture, call: CallSpec, device: torch.device, numbers: An
     model = _described(self.skeleton)
     if model is None:
         return _TRACE(self, call, device, numbers)
-    key = (model, repr(call), str(device), repr(numbers))
+    key = (model, repr(call), str(device), repr(numbers or {}))
     key += (torch.get_default_dtype(), torch.export.export, Architecture._export, Architecture._finish)
     if key not in _TRACED:
         with tracing_alone(), _counted() as products:
@@ -57,7 +58,7 @@ def shared(self: Architecture, call: CallSpec, device: torch.device, numbers: An
         return _TRACE(self, call, device, numbers)  # Refuses it.
     if isinstance(found, CaptureError):
         raise found.with_traceback(None)
-    return found.copy()
+    return _with_own_buffers(found.copy(), self.skeleton)
 
 
 def _traced(self: Architecture, call: CallSpec, device: torch.device, numbers: Any) -> CapturedGraph | CaptureError:
@@ -68,6 +69,22 @@ def _traced(self: Architecture, call: CallSpec, device: torch.device, numbers: A
     with suppress(VerificationError):  # Pipelines verify each copy, and raise it then.
         verify(graph.module, SPECS[Stage.CAPTURED])  # The copies share the proofs.
     return graph
+
+
+def _with_own_buffers(captured: CapturedGraph, skeleton: nn.Module) -> CapturedGraph:
+    """Give a copied graph the buffers of this skeleton: true ones, or fake ones if a checkpoint must have them."""
+    own = dict(skeleton.named_buffers(remove_duplicate=False))
+    values = [node.meta.get("val") for node in captured.module.graph.nodes]
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    for name, held in read_tensors(captured.module).items():
+        if name not in own or (is_fake(own[name]) and is_fake(held)):
+            continue
+        value = own[name].to(held.device)
+        if is_fake(value):
+            assert mode is not None
+            value = mode.from_tensor(held)
+        set_tensor(captured.module, name, value)
+    return captured
 
 
 @contextmanager
@@ -93,10 +110,11 @@ def _described(model: nn.Module) -> Hashable | None:
         for name, t in weights_and_buffers(model)
     ]
     found.append(repr(getattr(model, "config", None)))
+    left_out = OWN if kept_tensors(model) else OWN | {HOLLOW}  # It makes a difference only if tensors are kept.
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
-        own = {key: value for key, value in vars(module).items() if key not in OWN}
+        own = {key: value for key, value in vars(module).items() if key not in left_out}
         found.append((name, type(module), type(module).forward, module.training, _value(own)))
     return tuple(found)
 

@@ -38,6 +38,7 @@ from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.runtime.model import GraphModel
 from tests.adapters.loras import lora
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline
+from tests.traces import known_memos, memos, traced_once
 
 GPU = torch.device("privateuseone:0")
 CPU = torch.device("cpu")
@@ -451,12 +452,13 @@ def main(names: list[str]) -> None:
     """Run checks and print the outcome of each."""
     library = install()
     outcomes: dict[str, str | None] = {}
-    for name in names:
-        try:
-            globals()[f"check_{name}"]()
-            outcomes[name] = None
-        except Exception:
-            outcomes[name] = traceback.format_exc()
+    with traced_once(), memos(known_memos):
+        for name in names:
+            try:
+                globals()[f"check_{name}"]()
+                outcomes[name] = None
+            except Exception:
+                outcomes[name] = traceback.format_exc()
     print(json.dumps(outcomes))
     del library
 
