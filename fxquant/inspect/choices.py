@@ -78,7 +78,7 @@ class _Choices:
     def all(self) -> Iterator[Choice]:
         yield Choice(self._text("assign-precision"), "precision", str(self.layer.precision), self._why_precision())
         yield self._statistics()
-        if "group-timesteps" in self.passes or self.layer.timesteps is not None:
+        if {"group-timesteps", "bin-ranges"} & self.passes.keys() or self.layer.timesteps is not None:
             yield self._timesteps()
         if "shift-channels" in self.passes or self.layer.shift is not None:
             yield self._change("shift-channels", "shift", self.layer.shift, shifts_of(self.plan, self.name))
@@ -111,9 +111,13 @@ class _Choices:
         return Choice("insert-observers", "statistics", f"observed as {key}{shared}")
 
     def _timesteps(self) -> Choice:
-        text, groups = self._text("group-timesteps"), self.layer.timesteps
+        groups = self.layer.timesteps
+        # Groups come with the dendrogram that they were cut from; bins of ranges alone have none.
+        only_ranges = "bin-ranges" in self.passes and (groups is None or not groups.dendrogram)
+        step = "bin-ranges" if only_ranges else "group-timesteps"
+        text = self._text(step)
         if groups is None:
-            return Choice(text, "timesteps", "one bin", self._why_not_transformed("group-timesteps"))
+            return Choice(text, "timesteps", "one bin", self._why_not_transformed(step))
         count = len(groups.boundaries) + 1
         return Choice(text, "timesteps", "one bin" if count == 1 else f"{count} bins", groups.reason)
 

@@ -32,7 +32,7 @@ from fxquant.testing import own_passes
 from tests.support import captured, count, outputs, relative_error, text
 
 C = 16
-PLAN_ONLY = ("assign-precision", "group-timesteps", "observe-step", "reconstruct-blocks")
+PLAN_ONLY = ("assign-precision", "bin-ranges", "group-timesteps", "observe-step", "reconstruct-blocks")
 """Passes that decide and leave the graph as it is."""
 
 SQNR_AT_8_BITS = 30.0
@@ -125,6 +125,7 @@ EXAMPLES: dict[str, Example] = {
         options="precision=w4a8-g8 layers=all overrides=last=w8a16;blocks.0.q=float attention=quantized"
     ),
     "balance-channels": Example("assign-precision", "exponent=0.3 salience=max dearest=free", calibrated),
+    "bin-ranges": Example("assign-precision", "bins=2", calibrated),
     "group-timesteps": Example("assign-precision", "groups=2 method=optimal dearest=free", calibrated),
     "insert-observers": Example("assign-precision{attention=quantized}"),
     "observe-step": Example(options="step=2"),
