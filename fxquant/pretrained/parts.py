@@ -1,11 +1,14 @@
-"""The class by which pipelines of diffusers recognize their models, quantized or not."""
+"""The class by which pipelines of diffusers recognize their models, and what these are asked before they are moved."""
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
+import torch
 
 from fxquant.runtime.drop_in import DropIn
 
@@ -24,6 +27,33 @@ class PipelineModel(metaclass=_Kinds):
     Pipelines compare a component that they are given with the last base class of their table that fits the class that
     the index names. A quantized model is not a ``ModelMixin``: it has no layers, so it cannot do what these do.
     """
+
+
+def asking_first(to: Callable[..., Any]) -> Callable[..., Any]:
+    """``DiffusionPipeline.to`` that a quantized part refuses before another part was moved or converted.
+
+    Args:
+        to: The method of diffusers, which calls ``to`` of one part after another.
+    """
+
+    @functools.wraps(to)
+    def asking(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, kwargs.get("device"), kwargs.get("dtype"))
+        dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+        device = next((torch.device(value) for value in given if isinstance(value, (str, int, torch.device))), None)
+        for model in _captured_models(pipe):
+            model.check_to(device, dtype)
+        return to(pipe, *args, **kwargs)
+
+    return asking
+
+
+def _captured_models(pipe: Any) -> Iterator[DropIn]:
+    from fxquant.runtime.parts import quantized_parts  # Not when diffusers is imported: it takes time.
+    from fxquant.runtime.wrappers import unwrapped
+
+    for part in pipe.components.values():
+        yield from (model for model in (unwrapped(part), *quantized_parts(part).values()) if isinstance(model, DropIn))
 
 
 def drop_warnings_about_types() -> None:

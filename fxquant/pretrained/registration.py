@@ -40,9 +40,16 @@ def _components(tables: ModuleType) -> None:
     parts.drop_warnings_about_types()
 
 
+def _pipelines(module: ModuleType) -> None:
+    """Let ``pipe.to`` ask quantized parts first, because it moves one part after another."""
+    parts = importlib.import_module("fxquant.pretrained.parts")
+    module.DiffusionPipeline.to = parts.asking_first(module.DiffusionPipeline.to)
+
+
 _WATCHED: dict[str, Callable[[Any], None]] = {
     "diffusers.quantizers.auto": _quantizers,
     "diffusers.pipelines.pipeline_loading_utils": _components,
+    "diffusers.pipelines.pipeline_utils": _pipelines,
 }
 
 

@@ -59,6 +59,17 @@ class DropIn(nn.Module):
 
     __class__ = property(_shown_class)
 
+    def check_to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Refuse what ``to`` would refuse; pipelines ask all their parts before they move the first one.
+
+        Args:
+            device: The device; None to stay where it is.
+            dtype: The dtype; None to keep it.
+
+        Raises:
+            FxquantError: Says what to do instead.
+        """
+
 
 SAFE = frozenset(
     {

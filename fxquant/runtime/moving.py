@@ -281,10 +281,30 @@ class Movable(Walked):
         if streaming is not None:
             self._offload(streaming.device, streaming.options)
 
+    def check_to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Refuse a dtype or a device before anything changes.
+
+        Raises:
+            ConfigurationError: If no captured model computes in the dtype, or the device holds no values.
+            BackendError: If the backend does not run on the device.
+        """
+        if dtype is not None:
+            check_dtype(dtype)
+        if device is None:
+            return
+        if device.type == "meta":
+            raise ConfigurationError(
+                "on the meta device a model would lose its tensors; delete the model, and read it again with "
+                "fxquant.load when it is needed"
+            )
+        stays = self._place.streaming is not None or device.type == "cpu"  # On the CPU a model may be parked.
+        if self.backend is not None and not stays:
+            self.backend.check_device(device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraphModel:
         here = self.device
         probe = fn(torch.empty(0, dtype=self._dtype, device=here))
-        self._refuse_apply(probe)
+        self.check_to(probe.device, probe.dtype)
         if probe.dtype != self._dtype:
             self._adopt(self._converted(probe.dtype, probe.device))
             return self  # type: ignore[return-value]
@@ -311,15 +331,6 @@ class Movable(Walked):
         else:
             self._lower_again(goal)
         return self  # type: ignore[return-value]
-
-    def _refuse_apply(self, probe: Tensor) -> None:
-        """Refuse what no captured model can become, before anything changes."""
-        check_dtype(probe.dtype)
-        if probe.device.type == "meta":
-            raise ConfigurationError(
-                "on the meta device a model would lose its tensors; delete the model, and read it again with "
-                "fxquant.load when it is needed"
-            )
 
     def _move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every tensor that the graphs read. Casts are undone: scales have dtypes of their own."""

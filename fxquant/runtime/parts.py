@@ -106,9 +106,7 @@ def _apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tru
     parts = [*quantized_parts(model).values()]
     probes = [fn(torch.empty(0, dtype=part.dtype, device=part.device)) for part in parts]
     for part, probe in zip(parts, probes, strict=True):
-        part._refuse_apply(probe)
-        if part.backend is not None:
-            part.backend.check_device(probe.device)
+        part.check_to(probe.device, probe.dtype)
     changed = [(part, probe) for part, probe in zip(parts, probes, strict=True) if probe.dtype != part.dtype]
     made = [part._converted(probe.dtype, probe.device) for part, probe in changed]
     for (part, _), form in zip(changed, made, strict=True):

@@ -14,11 +14,13 @@ import fxquant
 from fxquant.capture.whole import MARK
 from fxquant.errors import (
     AlreadyCompiledError,
+    BackendError,
     CalibrationError,
     ConfigurationError,
     DropInError,
     MissingTimestepError,
 )
+from fxquant.runtime import converting
 from fxquant.runtime.model import GraphModel
 from tests.tiny import make_dit, make_pipeline
 from tests.vaes import decoded, encoded, images, latents, make_vae, psnr
@@ -127,11 +129,24 @@ def test_what_is_refused(vae: AutoencoderKL, both: Any) -> None:
     assert MARK not in vars(vae.decoder) and MARK not in vars(vae.encoder)
 
 
-def test_what_the_model_refuses(both: Any) -> None:
+def test_what_the_model_refuses(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is half converted, and nothing is without effect."""
     before = both.post_quant_conv.weight.clone()
     with pytest.raises(ConfigurationError, match="computes in float16, bfloat16, float32 or float64"):
         both.to(torch.float8_e4m3fn)
+    done: list[Any] = []
+    convert = converting.converted
+
+    def second_fails(*given: Any) -> Any:
+        if done:
+            raise BackendError("not this one")
+        done.append(convert(*given))
+        return done[0]
+
+    monkeypatch.setattr(converting, "converted", second_fails)
+    with pytest.raises(BackendError, match="not this one"):
+        both.half()
+    assert both.encoder.dtype is both.decoder.dtype is torch.float32
     with pytest.raises(ConfigurationError, match="no training mode"):
         both.train()
     assert not both.training and not both.post_quant_conv.training

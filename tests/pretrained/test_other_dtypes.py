@@ -18,7 +18,7 @@ from fxquant.runtime.model import GraphModel
 from fxquant.testing import tiny_wan
 from tests.adapters.loras import lora, relative
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline
-from tests.vaes import decoded, encoded, make_vae
+from tests.vaes import decoded, encoded, make_vae, psnr
 
 HALF = torch.bfloat16
 
@@ -88,6 +88,7 @@ def test_for_another_backend(folder: Path) -> None:
 
 def test_vaes(folder: Path, vae: Any) -> None:
     expected = copy.deepcopy(vae).to(HALF)
+    assert psnr(decoded(expected).float(), decoded(vae)) > 30
     for model in (
         AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=HALF),
         fxquant.load(folder / "vae", dtype=HALF, backend="fake-quant"),

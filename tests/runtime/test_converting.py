@@ -84,6 +84,20 @@ def test_a_pipeline_is_converted_whole(quantized: GraphModel) -> None:
     assert relative(image(), expected) < 0.1
 
 
+@pytest.mark.parametrize("goal", [torch.float8_e4m3fn, "meta"])
+def test_a_pipeline_is_refused_before_a_part_changes(goal: Any) -> None:
+    pipe = make_pipeline()
+    before = {name: id(tensor) for name, tensor in pipe.transformer.named_parameters()}
+    pipe.vae = fxquant.trace(make_dit())
+    for options in ({"dtype": goal} if isinstance(goal, torch.dtype) else {"device": goal}, None):
+        with pytest.raises(ConfigurationError, match=r"not in torch\.float8_e4m3fn|meta device"):
+            pipe.to(**options) if options else pipe.to(goal)
+    assert (pipe.transformer.dtype, pipe.transformer.device.type) == (torch.float32, "cpu")
+    assert {name: id(tensor) for name, tensor in pipe.transformer.named_parameters()} == before
+    pipe.to("cpu", torch.bfloat16)
+    assert {pipe.transformer.dtype, pipe.vae.dtype} == {torch.bfloat16}
+
+
 def test_a_traced_model_is_converted_beside_its_original() -> None:
     original = make_dit()
     model = fxquant.trace(original)

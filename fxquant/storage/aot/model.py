@@ -166,13 +166,22 @@ class PackagedModel(DropIn):
             "and read the copy with fxquant.load_package(folder)"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        if probe.dtype != self.dtype or probe.device != self.device:
+    def check_to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Refuse another device or dtype than those that it was compiled for.
+
+        Raises:
+            ConfigurationError: Says what to do instead.
+        """
+        device, dtype = device or self.device, dtype or self.dtype
+        if dtype != self.dtype or device != self.device:
             raise ConfigurationError(
                 f"a packaged model runs in {self.dtype} on {self.device}, for which it was compiled, not in "
-                f"{probe.dtype} on {probe.device}; load a checkpoint instead, or export another package"
+                f"{dtype} on {device}; load a checkpoint instead, or export another package"
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackagedModel:
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        self.check_to(probe.device, probe.dtype)
         return self
 
 
