@@ -12,6 +12,7 @@ from fxquant.channels.apply import agreed, fold_into_parameters
 from fxquant.channels.solution import Edit, Seed, Solution
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
+from fxquant.ir.borders import note_factors
 from fxquant.ir.layer_changes import note_rows
 from fxquant.ir.places import place_of
 from fxquant.ir.rewriter import Rewriter
@@ -90,6 +91,8 @@ class AbsorbAffines(Pass):
                 _carry_out(edit, a, rewriter, folds)
         for reader, a, c in solution.mixed_factors(chosen):
             note_change(reader, ValueChange(a, c[None]))
+        for node, a, c in solution.marked_factors(chosen):
+            note_factors(node, a, c)
         for name in chosen:
             if name not in stuck:
                 _remove(affines[name], factors[name], solution, rewriter)

@@ -12,6 +12,7 @@ from fxquant.channels.apply import agreed, fold_into_parameters
 from fxquant.channels.solution import Edit, Request, Seed
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import ValueChange, note_change
+from fxquant.ir.borders import note_shifts
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import TimeTable, add_rows, read_table, rows_at, timestep_input
@@ -69,6 +70,8 @@ class AbsorbShifts(Pass):
         shifts = {name: _by_channel(table) for name, table in tables.items()}
         solution = agreed(graph, seeds, shifts, request, timestep, parse_cost(self.dearest))
         chosen = {name: tables[name] for name in solution.grants}
+        for node, table in solution.marked_shifts(chosen):
+            note_shifts(node, table.rows)
         for edit, table in solution.shifts(chosen):
             if (table.rows != 0).any():
                 _carry_out(edit, table, rewriter)

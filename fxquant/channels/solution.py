@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
@@ -119,6 +119,7 @@ class Solution:
         grants: By name of the seed.
         edits: What to rewrite.
         mixed: By reader, the want on each value that an attention or a matrix product mixes.
+        marked: The want on each value that changes and that a module receives or returns (:mod:`fxquant.ir.borders`).
     """
 
     grants: Mapping[str, Grant]
@@ -126,6 +127,7 @@ class Solution:
     mixed: Mapping[fx.Node, Want]
     _class_of: Indices
     _base: Mapping[str, int]
+    marked: Mapping[fx.Node, Want] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -167,6 +169,13 @@ class Solution:
             a = table[torch.from_numpy(self._classes_of(want))]
             yield reader, a, (a - 1) * torch.from_numpy(want.offset.copy())
 
+    def marked_factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
+        """Each marked value v that becomes ``a * v + c``: a and c, in the layout of its want."""
+        table = self._factors(chosen)
+        for node, want in self.marked.items():
+            a = table[torch.from_numpy(self._classes_of(want))]
+            yield node, a, (a - 1) * torch.from_numpy(want.offset.copy())
+
     def _factors(self, chosen: Mapping[str, Tensor]) -> Tensor:
         """The factor of each class."""
         table = torch.ones(self.classes, dtype=torch.float64)
@@ -189,6 +198,11 @@ class Solution:
         """Each reader of a mixed value with the shifts that the value gets; see :meth:`shifts`."""
         tables = self._tables(list(self.mixed.values()), chosen)
         yield from ((node, table) for node, table in zip(self.mixed, tables, strict=True) if table is not None)
+
+    def marked_shifts(self, chosen: Mapping[str, TimeTable]) -> Iterator[tuple[fx.Node, TimeTable]]:
+        """Each marked value with the shifts that it gets; see :meth:`shifts`."""
+        tables = self._tables(list(self.marked.values()), chosen)
+        yield from ((node, table) for node, table in zip(self.marked, tables, strict=True) if table is not None)
 
     def _tables(self, wants: Sequence[Want], chosen: Mapping[str, TimeTable]) -> Iterator[TimeTable | None]:
         """The shifts of each want; None if it has none."""

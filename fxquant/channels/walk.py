@@ -36,6 +36,7 @@ from fxquant.channels.wants import (
     Want,
 )
 from fxquant.ir.arguments import args
+from fxquant.ir.borders import is_marked
 from fxquant.ir.names import op_name
 from fxquant.ir.places import place_of
 
@@ -86,6 +87,7 @@ class _Walk:
         self.blocked: list[tuple[Indices, str]] = []
         self.edits: list[Edit] = []
         self.mixed: dict[fx.Node, Want] = {}
+        self.marked: dict[fx.Node, Want] = {}
         self.base: dict[str, int] = {}
         self.undone = {reader for seed in seeds for reader in seed.readers if reader.target is AFFINE}
         same: dict[Hashable, int] = {}
@@ -175,6 +177,8 @@ class _Walk:
             found = Barrier(reason)
         if isinstance(found, Choose):
             found = min(found.ways, key=lambda way: self._price(node, way))
+        if isinstance(found, (Push, End)) and is_marked(node):
+            self.marked[node] = settle_unread(want)
         if isinstance(found, Push):
             for left, right in found.ties:
                 self._tie(left, right, f"{op_name(node.target)} leaves part of it as it is")
@@ -327,7 +331,7 @@ class _Walk:
             cost = max((edit.cost for edit in mine), default=Cost.NOT)
             into = tuple(dict.fromkeys(edit.into for edit in mine))
             grants[seed.name] = Grant(seed, classes, cost, into, reason)
-        return Solution(grants, edits, self.mixed, class_of, self.base)
+        return Solution(grants, edits, self.mixed, class_of, self.base, self.marked)
 
 
 def _loses(left: Indices, right: Indices) -> bool:

@@ -7,11 +7,13 @@ backends rewrite the graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, fx
 
-from fxquant.ir.meta import BORDERS
+from fxquant.ir.histories import digest
+from fxquant.ir.meta import BORDER_CHANGES, BORDERS
 
 
 class Border(NamedTuple):
@@ -26,6 +28,48 @@ class Border(NamedTuple):
     module: str
     argument: str | None
     position: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a pass changed a marked value, per channel.
+
+    Attributes:
+        values: Digest of the factors and shifts.
+        shifts: Whether something is added to the value; if not, it is only multiplied.
+        moves: Whether what is added depends on the timestep.
+    """
+
+    values: str
+    shifts: bool = False
+    moves: bool = False
+
+
+def is_marked(node: fx.Node) -> bool:
+    """Whether a module receives or returns the value of a node."""
+    return BORDERS in node.meta
+
+
+def note_factors(node: fx.Node, factor: Tensor, shift: Tensor) -> None:
+    """Note that a marked value became ``factor * value + shift``, both float64, per channel or for all."""
+    if (factor != 1).any() or (shift != 0).any():
+        _note(node, Change(digest("factors", factor.flatten(), shift.flatten()), shifts=bool((shift != 0).any())))
+
+
+def note_shifts(node: fx.Node, rows: Tensor) -> None:
+    """Note that a table of shifts, float64 ``[bins, ...]``, is added to a marked value."""
+    if (rows != 0).any():
+        moves = bool((rows != rows[:1]).any())
+        _note(node, Change(digest("shifts", rows.flatten(1)), shifts=True, moves=moves))
+
+
+def changes_of(node: fx.Node) -> tuple[Change, ...]:
+    """What passes did to a marked value, the earliest first."""
+    return tuple(node.meta.get(BORDER_CHANGES, ()))
+
+
+def _note(node: fx.Node, change: Change) -> None:
+    node.meta[BORDER_CHANGES] = (*changes_of(node), change)
 
 
 def borders(graph: fx.Graph) -> dict[Border, list[fx.Node]]:
@@ -43,6 +87,8 @@ def hand_over(node: fx.Node, new: fx.Node) -> None:
         of, value = node.meta.get("val"), new.meta.get("val")
         if isinstance(of, Tensor) and isinstance(value, Tensor) and _looks(of) == _looks(value):
             new.meta[BORDERS] = (*new.meta.get(BORDERS, ()), *node.meta.pop(BORDERS))
+            if changes := node.meta.pop(BORDER_CHANGES, ()):
+                new.meta[BORDER_CHANGES] = changes
 
 
 def _looks(value: Tensor) -> tuple[object, ...]:

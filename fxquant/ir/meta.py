@@ -5,6 +5,9 @@ from __future__ import annotations
 BORDERS = "fxquant_borders"
 """Key of ``node.meta`` for the modules that receive or return the value (:mod:`fxquant.ir.borders`)."""
 
+BORDER_CHANGES = "fxquant_border_changes"
+"""Key of ``node.meta`` of such values for what passes did to them: a tuple of :class:`fxquant.ir.borders.Change`."""
+
 LAYER = "fxquant_layer"
 """Key of ``node.meta`` for the stable name of a linear, convolution or embedding."""
 

@@ -640,7 +640,7 @@ def test_wrong_values_are_refused_by_name(traced: GraphModel, config: Any, wrong
 def test_a_timestep_that_is_not_known(traced: GraphModel) -> None:
     """As that of a pipeline that does not run."""
     traced.enable_cache(PyramidAttentionBroadcastConfig(**_BROADCAST | {"current_timestep_callback": lambda: None}))
-    with pytest.raises(ConfigurationError, match="current_timestep_callback.* returned None"):
+    with pytest.raises(ConfigurationError, match=r"current_timestep_callback.* returned None"):
         sample(traced)
 
 

@@ -26,6 +26,7 @@ from fxquant.channels.rules.table import (
 from fxquant.channels.wants import Barrier, Choose, End, Outcome, Push, Tie, Want
 from fxquant.ir.arguments import args
 from fxquant.ir.attention import factors_of
+from fxquant.ir.borders import hand_over
 from fxquant.ir.histories import digest, made_from
 from fxquant.ir.layers import parameter_of
 from fxquant.ir.names import op_name
@@ -65,7 +66,7 @@ def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
         assert held is not None
         replace_rows(rewriter, total, held.map(lambda rows: rows.double()).plus(table))
     elif not are_parameters(node, "bias"):  # A bias that is computed in the graph stays, and the rows are added.
-        add_rows(rewriter, node, table, [node], list(node.users))
+        hand_over(node, add_rows(rewriter, node, table, [node], list(node.users)))
     elif table.static and bias is not None:
         rewriter.fold(node, "bias", lambda b: b.double() + table.rows[0].to(b.device), by=("shift", table.origin))
         rewriter.log.note_shift(table.rows[0])
@@ -79,7 +80,7 @@ def shift_output(node: fx.Node, rewriter: Rewriter, table: TimeTable) -> None:
             follows = digest(table.origin, rewriter.history(parameter).digest)
             table = replace(table.map(lambda rows: rows.to(own.device) + own), follows=follows)
             rewriter.leave_out(node, "bias")
-        add_rows(rewriter, node, table, [node], list(node.users))
+        hand_over(node, add_rows(rewriter, node, table, [node], list(node.users)))
 
 
 @shift_rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)

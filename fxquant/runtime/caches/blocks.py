@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.errors import ConfigurationError
-from fxquant.ir.borders import Border, borders
+from fxquant.ir.borders import Border, borders, changes_of
 from fxquant.reconstruction.segments import block_of
 from fxquant.runtime.caches.cutting import Cut, cut
 
@@ -105,6 +105,7 @@ def cut_blocks(module: fx.GraphModule, blocks: Sequence[Block], behind_first: bo
     for source, whole in zip(given, made, strict=True):
         if whole is None:
             continue
+        _check_alike(first, last, [source, whole] if streams else [received, source, whole])
         result = _trimmed(whole, source)
         if source is None or _looks(source) != _looks(result):
             raise _refusal(
@@ -118,6 +119,20 @@ def cut_blocks(module: fx.GraphModule, blocks: Sequence[Block], behind_first: bo
     if passed is not None:
         raise _refusal(f"what follows the blocks also reads from within {passed}, not only what {last.path} returns")
     return Blocks(parts, received, tuple(pair for pair in streams if pair[1] in parts.middle.made))
+
+
+def _check_alike(first: Block, last: Block, values: Sequence[fx.Node | None]) -> None:
+    """Refuse values to which passes did different things: they cannot be added to each other.
+
+    Raises:
+        ConfigurationError: Names the blocks.
+    """
+    found = [changes_of(value) for value in values if value is not None]
+    if any(change.moves for changes in found for change in changes) or len(set(found)) > 1:
+        raise _refusal(
+            f"the recipe scales or shifts the channels of what {first.path} gets and of what {last.path} returns "
+            "differently, so the result of one step cannot be added to that of another"
+        )
 
 
 Streams = tuple[fx.Node, fx.Node | None]

@@ -27,11 +27,11 @@ class _Kind:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, Real) and type(value) is not bool and not math.isnan(value)
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and type(value) is not bool and int(value) >= least
 
 
 def _are_ratios(value: Any) -> bool:

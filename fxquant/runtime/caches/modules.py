@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from fxquant.errors import ConfigurationError
-from fxquant.ir.borders import borders
+from fxquant.ir.borders import borders, changes_of
 from fxquant.runtime.caches.cutting import Part, Run, part
 
 
@@ -27,11 +27,17 @@ class Modules:
     _parts: dict[frozenset[str], Part] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: fx.GraphModule, paths: Iterable[str]) -> Modules:
+    def of(cls, module: fx.GraphModule, paths: Iterable[str], zeros: Container[str] = ()) -> Modules:
         """Find what modules return in a graph.
 
+        Args:
+            module: The graph.
+            paths: The modules.
+            zeros: Those of them that are taken to return zeros.
+
         Raises:
-            ConfigurationError: If a value is not in the graph. Names the module, and says what to do.
+            ConfigurationError: If a value is not in the graph, or a pass shifted it. Names the module, and says what
+                to do.
         """
         found: dict[str, list[list[fx.Node]]] = {}
         for border, nodes in borders(module.graph).items():
@@ -44,6 +50,15 @@ class Modules:
                     "called several times or never, or the backend computes it together with the ops that follow, as "
                     "'native' does. Use FirstBlockCacheConfig, or let a TaylorSeerCacheConfig cache whole blocks "
                     r"(cache_identifiers=[r'.*blocks\.\d+']), or compile the model for another backend"
+                )
+            changes = [change for (node,) in found[path] for change in changes_of(node)]
+            if any(change.moves or (change.shifts and path in zeros) for change in changes):
+                why = "by constants, so zeros would not be zeros for what follows"
+                if path not in zeros:
+                    why = "by amounts that depend on the timestep, so a value of one step is not one of another"
+                raise ConfigurationError(
+                    f"this cache of steps cannot be used: the recipe shifts the channels of what {path} returns {why}. "
+                    "Name attentions or whole blocks, or leave the cache out"
                 )
         return cls(module, {path: tuple(nodes[0] for nodes in found[path]) for path in paths})
 

@@ -84,7 +84,7 @@ class Taylor:
 
     def cut(self, module: fx.GraphModule) -> Modules:
         """Find the modules in a graph."""
-        return Modules.of(module, self.modules)
+        return Modules.of(module, self.modules, [path for path, active in self.modules.items() if not active])
 
     def memory(self) -> Memory:
         """What is known before the first step."""
