@@ -9,11 +9,13 @@ as linears: loaders of diffusers that find them there read their weights.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from fxquant.errors import ConfigurationError
 from fxquant.runtime.drop_in import DropIn, Part, refusal
 
 _WALKS = frozenset(
@@ -23,6 +25,27 @@ _WALKS = frozenset(
     }
 )  # fmt: skip
 """Methods of ``torch.nn.Module`` that code calls while it walks over modules. A view has no tensors to give them."""
+
+
+_QUANTIZERS = ("torchao.quantization.", "optimum.quanto.", "bitsandbytes.", "nncf.", "modelopt.", "compressed_tensors.")
+"""Packages with functions that replace the linears of a model in place."""
+
+
+def _refuse_quantizers() -> None:
+    """Refuse other quantizers that walk over a model: they would find no linear, and return as if they had worked.
+
+    Raises:
+        ConfigurationError: Names the package.
+    """
+    frame: Any = sys._getframe(1)
+    while str(frame.f_globals.get("__name__")).startswith(("fxquant.", "torch.nn.")) and frame.f_back is not None:
+        frame = frame.f_back
+    name = str(frame.f_globals.get("__name__"))
+    if name.startswith(_QUANTIZERS):
+        raise ConfigurationError(
+            f"{name.partition('.')[0]} ({frame.f_code.co_name}) quantizes the linears of a float model, and a captured "
+            "model has graphs in their place. Give it the float model, or one that fxquant.balance returned"
+        )
 
 
 class ModuleView(nn.Module):
@@ -140,12 +163,14 @@ class Walked(DropIn):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The views of the children of the original, by name."""
+        _refuse_quantizers()
         yield from views(self.architecture.skeleton, self)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """The model, the views of modules of the original, and what holds the tensors of the graphs."""
+        _refuse_quantizers()
         memo = set() if memo is None else memo
         if self in memo:
             return

@@ -12,7 +12,7 @@ from diffusers import hooks
 from torch import nn
 
 import fxquant
-from fxquant.errors import DropInError
+from fxquant.errors import ConfigurationError, DropInError
 from fxquant.runtime.model import GraphModel
 from tests.tiny import calibrate, make_dit, run
 
@@ -32,6 +32,19 @@ def quantized(model: Any) -> GraphModel:
 def replace(modules: list[nn.Module], name: str, value: Any) -> None:
     for module in modules:
         setattr(module, name, value)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_other_quantizers_are_refused(quantized: GraphModel, by_name: bool) -> None:
+    """They replace linears, of which a graph has none, and would do nothing and say nothing."""
+    quantization = pytest.importorskip("torchao.quantization")
+    config = quantization.Int8WeightOnlyConfig()
+    options = {"filter_fn": None} if by_name else {}
+    config = quantization.FqnToConfig({"proj_out_2": config}) if by_name else config
+    before = run(quantized)
+    with pytest.raises(ConfigurationError, match=r"torchao \(quantize_|torchao \(_replace"):
+        quantization.quantize_(quantized, config, **options)
+    assert torch.equal(run(quantized), before)
 
 
 ATTACH: dict[str, Callable[[Any], Any]] = {

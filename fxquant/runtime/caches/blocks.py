@@ -101,7 +101,7 @@ def cut_blocks(module: fx.GraphModule, blocks: Sequence[Block], behind_first: bo
     marked, first, last = _Marked(module), blocks[0], blocks[-1]
     received = marked.one(first, first.arguments[0])
     made, given = marked.returned(last), marked.returned(first) if behind_first else marked.received(first)
-    streams = []
+    streams: list[tuple[fx.Node, fx.Node]] = []
     for source, whole in zip(given, made, strict=True):
         if whole is None:
             continue

@@ -26,12 +26,16 @@ class _Kind:
         return _Kind(lambda value: value is None or self.fits(value), f"{self.words}, or None")
 
 
+_TRUTHS: tuple[type, ...] = (bool,)
+"""Numbers of Python that are none here."""
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and type(value) is not bool and not math.isnan(value)
+    return isinstance(value, Real) and type(value) not in _TRUTHS and not math.isnan(value)
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and type(value) is not bool and int(value) >= least
+    return isinstance(value, Integral) and type(value) not in _TRUTHS and int(value) >= least
 
 
 def _are_ratios(value: Any) -> bool:
