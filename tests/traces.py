@@ -46,14 +46,14 @@ def shared(self: Architecture, call: CallSpec, device: torch.device, numbers: An
     key = (model, repr(call), str(device), repr(numbers or {}))
     key += (torch.get_default_dtype(), torch.export.export, Architecture._export, Architecture._finish)
     if key not in _TRACED:
-        with tracing_alone(), _counted() as products:
+        with tracing_alone(), _counted() as layers_so_far:
             found = _traced(self, call, device, numbers)
-        _TRACED[key] = found, max(products, default=0)
+        _TRACED[key] = found, max(layers_so_far, default=0)
         if len(_TRACED) > _MOST:
             _TRACED.popitem(last=False)
     _TRACED.move_to_end(key)
     found, layers = _TRACED[key]
-    most = known_values._most_products.get()
+    most = known_values._most_layers.get()
     if most is not None and layers > most:
         return _TRACE(self, call, device, numbers)  # Refuses it.
     if isinstance(found, CaptureError):
@@ -93,9 +93,9 @@ def _counted() -> Iterator[list[int]]:
     found: list[int] = []
     count = Tracing._count
 
-    def counting(tracing: Tracing) -> None:
-        count(tracing)
-        found.append(tracing._products)
+    def counting(tracing: Tracing, weight: Any) -> None:
+        count(tracing, weight)
+        found.append(len(tracing._layers))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tracing, "_count", counting)

@@ -47,23 +47,25 @@ _PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")
 _FAILURES = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError)
 
 
-_most_products: ContextVar[int | None] = ContextVar("fxquant_most_products", default=None)
+_most_layers: ContextVar[int | None] = ContextVar("fxquant_most_layers", default=None)
 
 
 @contextmanager
 def at_most(layers: int) -> Iterator[None]:
     """Within this context, stop traces of models that run far more than ``layers`` layers: they would take minutes.
 
-    A model may run some more layers, as parts that no output depends on are not in the plan.
+    A model may run some more layers, as parts that no output depends on are not in the plan. A layer counts once,
+    however often it runs: some models call one per frame, or per sample of a list. Products with computed weights do
+    not count: they are not layers of a plan.
 
     Raises:
         CheckpointError: As soon as a model runs more than ``layers + layers // 4 + 16`` layers.
     """
-    token = _most_products.set(layers + layers // 4 + 16)
+    token = _most_layers.set(layers + layers // 4 + 16)
     try:
         yield
     finally:
-        _most_products.reset(token)
+        _most_layers.reset(token)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Tracing(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.read: set[str] = set()
-        self._products = 0
+        self._layers: set[int] = set()  # Parameters that were weights of products so far, by their ids.
         self._written: dict[int, frozenset[str]] = {}  # By memory, the inputs of the values written there.
         self._stale: set[int] = set()  # Memory that holds values that are not known.
 
@@ -125,7 +127,7 @@ class Tracing(TorchFunctionMode):
         self.read.clear()  # Recorded by an earlier trace of the same call.
         self._written.clear()
         self._stale.clear()
-        self._products = 0
+        self._layers.clear()
         handle = model.register_forward_pre_hook(enter_all, with_kwargs=True)
         try:
             with self:
@@ -144,7 +146,7 @@ class Tracing(TorchFunctionMode):
             if isinstance(func, functools.partial):  # A replacement made of several ops.
                 return func(*args, **kwargs)
         if name in _PRODUCTS:
-            self._count()
+            self._count(args[1] if len(args) > 1 else kwargs.get("weight"))
         if name in _READS:
             inputs = self._inputs(args, kwargs)
             if inputs is not None:
@@ -164,10 +166,11 @@ class Tracing(TorchFunctionMode):
             self._follow(func, args, kwargs, result, written)
         return result
 
-    def _count(self) -> None:
-        most = _most_products.get()
-        self._products += 1
-        if most is not None and self._products > most:
+    def _count(self, weight: Any) -> None:
+        most = _most_layers.get()
+        if isinstance(weight, nn.Parameter):
+            self._layers.add(id(weight))
+        if most is not None and len(self._layers) > most:
             raise CheckpointError(
                 f"the model that was built runs more than {most} layers, far more than were quantized. The plan "
                 "belongs to another model, or to another version of its class"

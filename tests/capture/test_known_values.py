@@ -178,15 +178,24 @@ def test_a_spec_with_values_is_written_and_read() -> None:
 
 def test_layers_are_counted_for_each_trace_of_a_call() -> None:
     tracing, call = Tracing(), CallSpec(("x",), (TensorSpec((2, 4), torch.float32),), {"x": 0})
-    weight = torch.ones(4, 4)
+    weights = [nn.Parameter(torch.ones(4, 4)) for _ in range(29)]
     with at_most(0):  # And the few that no output depends on.
-        for _ in range(2):  # As where a table in the cache of a function has to be computed in the graph.
+        for some in (weights[:12], weights[12:24]):  # As where a table in the cache of a function is computed again.
             with tracing.knowing(nn.Identity(), call, {}):
-                for _ in range(12):
+                for weight in some:
                     F.linear(torch.ones(2, 4), weight)
         with pytest.raises(CheckpointError, match="runs more than 16 layers"), tracing.knowing(nn.Identity(), call, {}):
-            for _ in range(17):
-                F.linear(torch.ones(2, 4), weight)
+            for weight in weights[:17]:
+                F.linear(torch.ones(2, 4), weight=weight)
+
+
+def test_a_layer_that_runs_often_counts_once_and_computed_weights_do_not_count() -> None:
+    tracing, call = Tracing(), CallSpec(("x",), (TensorSpec((2, 4), torch.float32),), {"x": 0})
+    weight = nn.Parameter(torch.ones(4, 4))
+    with at_most(0), tracing.knowing(nn.Identity(), call, {}):
+        for _ in range(17):
+            F.linear(torch.ones(2, 4), weight)
+            F.linear(torch.ones(2, 4), weight * 2)
 
 
 def test_compiled_it_has_a_graph_for_each_value() -> None:
