@@ -101,7 +101,7 @@ class Branching:
                 "linear of a quantized model. Fuse this LoRA into the float model (pipe.fuse_lora(), then "
                 "pipe.unload_lora_weights()) and compile the result"
             )
-        if moved or change.unknown is not None:
+        if (moved and change.turned is None) or change.unknown is not None:
             raise AdapterError(
                 f"layer {layer!r} was changed by {change.unknown or 'a pass that transforms its input'}, and not by "
                 "factors and shifts of channels, so a LoRA of the original model does not fit it. Leave the layer out "
@@ -147,6 +147,10 @@ class Branching:
         parts = [change.rows, change.columns]
         if change.shift is not None:
             parts.append(change.shift.rows)
+        if change.turned is not None:
+            parts += [change.turned.signs, torch.tensor(change.turned.block)]
+        if change.rows_turned is not None:
+            parts += [change.rows_turned.places, change.rows_turned.signs]
         value = node.meta["val"]
         mark = digest(layer, *parts, str((value.dtype, value.dim(), change.shift and change.shift.boundaries)))
         name = f"{layer}.lora_{mark}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.ir.layer_changes import LayerChange
+from fxquant.numerics.hadamard import rotate
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,19 @@ def folded(deltas: Sequence[Delta], change: LayerChange) -> Folded:
 
         y' += (rows * scale * b) ((a * columns) x' + a shift)
 
-    so it is exact in real arithmetic, whatever the adapters are.
+    so it is exact in real arithmetic, whatever the adapters are. Rotations of the input and of the output apply to
+    the columns of ``a * columns`` and to the rows of ``rows * scale * b``.
     """
     a = torch.cat([delta.a.double() for delta in deltas])
     b = torch.cat([delta.scale * delta.b.double() for delta in deltas], dim=1)
     rows = change.rows.to(b.device).reshape(-1, 1)
     offset = None if change.shift is None else change.shift.rows.to(a.device) @ a.T
-    return Folded(a * change.columns.to(a.device), b * rows, offset)
+    a, b = a * change.columns.to(a.device), b * rows
+    if change.turned is not None:  # Of an orthogonal matrix, the branch takes the same as the weight.
+        a = rotate(a, change.turned.signs, change.turned.block)
+    if change.rows_turned is not None:
+        b = change.rows_turned.apply(b, 0)
+    return Folded(a, b, offset)
 
 
 def padded(value: Tensor, rank: int, dim: int) -> Tensor:

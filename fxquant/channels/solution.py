@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from fxquant.channels.rules import RULES, SHIFTS, STATIC_SHIFTS, Rule, shape_of
+from fxquant.channels.rules import ROTATIONS, RULES, SHIFTS, STATIC_SHIFTS, Rule, shape_of
 from fxquant.channels.wants import IDENTITY, Cost, End, Indices, Want
 from fxquant.ir.time_tables import TimeTable
 
@@ -28,11 +28,14 @@ class Request(enum.Enum):
     """``x + c`` per channel, where c depends on the timestep of each sample."""
     STATIC_SHIFT = "static shift"
     """``x + c`` per channel, where c does not depend on the timestep."""
+    ROTATION = "rotation"
+    """``x M`` with M orthogonal, which mixes channels within blocks."""
 
     @property
     def rules(self) -> Mapping[Any, Rule]:
         """The rules by which the request moves through each op."""
-        return {Request.FACTOR: RULES, Request.SHIFT: SHIFTS}.get(self, {**SHIFTS, **STATIC_SHIFTS})
+        tables = {Request.FACTOR: RULES, Request.SHIFT: SHIFTS, Request.ROTATION: ROTATIONS}
+        return tables.get(self, {**SHIFTS, **STATIC_SHIFTS})
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Seed:
         axis: The channel axis of the value.
         alike: Seeds with equal ``alike``, other than None, are known to have the same factors.
         blocked: Why the value has to stay unchanged, or None.
+        block: Channels per block of a rotation; 0 for other requests.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Seed:
     axis: int = -1
     alike: Hashable = None
     blocked: str | None = None
+    block: int = 0
 
     @property
     def channels(self) -> int:

@@ -21,6 +21,7 @@ from fxquant.channels.in_place import not_in_place
 from fxquant.channels.layouts import common_shape, repeated, settle_unread, spread_over_unread
 from fxquant.channels.readers import MANY, batch_hint, direct_user, identity_share, readers_of, size_hint, with_tokens
 from fxquant.channels.rules import outcome, shape_of
+from fxquant.channels.rules.rotations import block_codes
 from fxquant.channels.sample_order import SampleOrder
 from fxquant.channels.solution import Edit, Grant, Request, Seed, Solution
 from fxquant.channels.wants import (
@@ -99,8 +100,9 @@ class _Walk:
             shape[seed.axis] = seed.channels
             ids = np.arange(first, first + seed.channels, dtype=np.int64).reshape(shape)
             self.sample_order.start(seed.value)
+            codes = block_codes(seed.channels, seed.block).reshape(shape) if seed.block else 0.0
             for reader in seed.readers:
-                self.wants[seed.value][reader].append(Want.of(ids))
+                self.wants[seed.value][reader].append(Want.of(ids, codes))
             if seed.blocked is not None:
                 self._block(ids.ravel(), seed.blocked)
             total = max(total, first + seed.channels)
@@ -260,6 +262,8 @@ class _Walk:
         Channels may have two axes, as in ``[batch, 6, channels]``, if the value depends on no input with tokens.
         """
         if not isinstance(value := node.meta["val"], Tensor) or not value.is_floating_point():
+            return Cost.NOT
+        if self.request is Request.ROTATION:  # Rotated at run time, the input of the layer is the place for it.
             return Cost.NOT
         elements, axes = 1, 0
         for axis, size in enumerate(shape_of(node)):

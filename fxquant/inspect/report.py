@@ -26,6 +26,7 @@ from fxquant.inspect.sizes import dtype_of_plan, weight_bytes
 from fxquant.inspect.tables import attention_bits, layer_row, reasons, sections, span_of
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import Attribution
+from fxquant.planning.branches import branch_bytes
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.runtime.devices import usable_device
@@ -233,7 +234,10 @@ def report(model: nn.Module | Plan | str | Path, *, device: str | torch.device |
     plan = plan_of(model)
     backend, left = _backend_of(model, plan, device), _attentions_left(model)
     dtype = dtype_of_plan(plan)
-    layers = tuple(_layer_report(name, layer, backend, dtype) for name, layer in plan.layers.items())
+    layers = tuple(
+        _layer_report(name, layer, backend, dtype, branch_bytes(plan, name, dtype))
+        for name, layer in plan.layers.items()
+    )
     return Report(
         model_class=plan.model_class,
         recipe=plan.recipe,
@@ -274,9 +278,10 @@ def _backend_of(model: object, plan: Plan, device: str | torch.device | None) ->
     return found.on(place)
 
 
-def _layer_report(name: str, layer: LayerPlan, backend: Backend | None, dtype: torch.dtype) -> LayerReport:
+def _layer_report(name: str, layer: LayerPlan, backend: Backend | None, dtype: torch.dtype, branch: int) -> LayerReport:
     balance, activation = layer.balance, layer.activation
     before, after = weight_bytes(layer, dtype)
+    after += branch
     return LayerReport(
         name=name,
         kind=layer.kind,

@@ -37,7 +37,7 @@ class LayerReport:
         activation_sqnr_db: Signal to quantization noise of the sampled inputs, in dB.
         float_because: Why its weight stays float, or None.
         bytes_before: Bytes of its weight in the float model.
-        bytes_after: Bytes of its weight as checkpoints store it, with scales and zero points.
+        bytes_after: Bytes of its weight as checkpoints store it, with scales and zero points, and of a low-rank branch.
         one_bin_because: Why all timesteps share one bin although they were to be grouped, or None.
     """
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from fxquant.ir.layers import LAYER_OPS, is_cast, stored_weight
 from fxquant.ir.meta import LAYER
+from fxquant.numerics.hadamard import rotate, rotate_back
 
 if TYPE_CHECKING:
     from fxquant.ir.time_tables import TimeTable
@@ -25,19 +26,54 @@ _CHANGES = "fxquant_layer_changes"
 
 
 @dataclass(frozen=True, eq=False)
+class InputTurn:
+    """A rotation of the input of a layer: ``x'' = (x' * signs) H``, see :func:`fxquant.numerics.hadamard.rotate`."""
+
+    signs: Tensor
+    block: int
+
+
+@dataclass(frozen=True, eq=False)
+class OutputTurn:
+    """A rotation of the channels ``places`` ``[blocks, block]`` of the output, with these signs, of the same shape."""
+
+    places: Tensor
+    signs: Tensor
+
+    @property
+    def by(self) -> Sequence[Tensor | str]:
+        """What identifies the rotation in the history of a tensor."""
+        return ("rotated-rows", self.places, self.signs)
+
+    def apply(self, values: Tensor, axis: int) -> Tensor:
+        """The values, float64, with their channels along an axis rotated."""
+        moved = values.double().movedim(axis, -1)
+        places, block = self.places.flatten().to(values.device), self.places.shape[1]
+        turned = rotate(moved[..., places], self.signs.flatten(), block)
+        return moved.index_copy(-1, places, turned).movedim(-1, axis).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
 class LayerChange:
     """How the input and output of a layer changed: ``x = columns * x' + shift`` and ``y' = rows * y + constant``.
+
+    If the input was rotated as well, x' stands for what is rotated back, ``x' = back(x'')``. If the output was rotated,
+    this was done last.
 
     Attributes:
         columns: Float64 ``[in]``, or one number.
         rows: Float64 ``[out]``, or one number.
         shift: Float64 rows ``[bins, in]`` by timestep; None if nothing was subtracted from the input.
+        turned: How the input was rotated after that; None if it was not.
+        rows_turned: How the output was rotated after that; None if it was not.
         unknown: The pass that changed the weight in another way, or None.
     """
 
     columns: Tensor
     rows: Tensor
     shift: TimeTable | None = None
+    turned: InputTurn | None = None
+    rows_turned: OutputTurn | None = None
     unknown: str | None = None
 
     @classmethod
@@ -60,7 +96,17 @@ def note_fold(module: fx.GraphModule, attribute: fx.Node, by: Sequence[Tensor | 
         if LAYER not in node.meta or node.target not in LAYER_OPS or stored_weight(node) is not attribute:
             continue
         before = _change_of(module, node)
-        if kind in ("columns", "rows") and len(factors) == 1 and isinstance(factors[0], Tensor):
+        if kind == "split":  # What the weight lost, a branch beside it adds.
+            continue
+        turned = _turned(before, kind, factors)
+        if turned is not None:
+            after = turned
+        elif (
+            kind in ("columns", "rows")
+            and _comes_first(before, kind)
+            and len(factors) == 1
+            and isinstance(factors[0], Tensor)
+        ):
             factor = getattr(before, str(kind)) * factors[0].detach().double().cpu()
             after = replace(before, columns=factor) if kind == "columns" else replace(before, rows=factor)
         else:
@@ -68,9 +114,30 @@ def note_fold(module: fx.GraphModule, attribute: fx.Node, by: Sequence[Tensor | 
         _put(module, node, after)
 
 
+def _comes_first(before: LayerChange, kind: object) -> bool:
+    """Whether a factor can be noted: it comes before a rotation of the same side."""
+    return (before.turned if kind == "columns" else before.rows_turned) is None
+
+
+def _turned(before: LayerChange, kind: object, factors: Sequence[Tensor | str]) -> LayerChange | None:
+    """The change with a rotation in it, if the fold is the first rotation of that side."""
+    if kind == "rotated" and before.turned is None and len(factors) == 2:
+        signs, block = factors
+        assert isinstance(signs, Tensor)
+        return replace(before, turned=InputTurn(signs, int(block)))
+    if kind == "rotated-rows" and before.rows_turned is None and len(factors) == 2:
+        places, signs = factors
+        assert isinstance(places, Tensor) and isinstance(signs, Tensor)
+        return replace(before, rows_turned=OutputTurn(places, signs))
+    return None
+
+
 def note_shift(module: fx.GraphModule, node: fx.Node, table: TimeTable) -> None:
     """Note that a table of shifts, float64 rows ``[bins, in]``, was subtracted from the input of a layer."""
     before = _change_of(module, node)
+    if before.turned is not None:
+        signs, block = before.turned.signs, before.turned.block
+        table = table.map(lambda rows: rotate_back(rows.detach().double().cpu(), signs, block))
     table = table.map(lambda rows: rows.detach().double().cpu() * before.columns)
     _put(module, node, replace(before, shift=table if before.shift is None else before.shift.plus(table)))
 

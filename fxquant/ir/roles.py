@@ -34,7 +34,9 @@ ROLES = {
     "input_zero_point": "reads or computes the zero point of the input",
     "balance": "scales the channels of the input",
     "shift": "shifts the channels of the input or of the output",
-    "factor": "reads the numbers of a balance or shift",
+    "factor": "reads the numbers of a balance or shift, or the signs of a rotation",
+    "rotate": "rotates the channels of the input",
+    "branch": "adds a product of low rank to the output, or reads its factors",
     "observe": "records the input",
     "cast": "casts to another dtype",
     "layout": "changes the shape or order of a value",
@@ -74,7 +76,11 @@ def assign_roles(graph: fx.Graph) -> None:
             _assign(product, layer)
     for node in graph.nodes:  # What no product reads directly.
         if LAYER in node.meta and ROLE not in node.meta:
-            _mark(node, str(node.meta[LAYER]), _own_role(node))
+            role = _own_role(node)
+            _mark(node, str(node.meta[LAYER]), role)
+            if role == "branch":
+                for name in ("a", "b"):
+                    _mark_operand(args(node).node(name), str(node.meta[LAYER]), role)
 
 
 def roles_of(node: fx.Node) -> dict[str, str]:
@@ -130,6 +136,10 @@ def _own_role(node: fx.Node) -> str:
     name = base_name(node.target)
     if name.endswith("channel_affine"):
         return "balance" if args(node).shift is None else "shift"
+    if name.endswith("hadamard"):
+        return "rotate"
+    if name.endswith("low_rank"):
+        return "branch"
     if name.endswith("observe"):
         return "observe"
     if "dequantize" in name:
@@ -223,10 +233,10 @@ def _mark_input(node: fx.Node, layer: str) -> None:
             _mark(source, layer, "quantize")
         return
     made = PROVENANCE in node.meta
-    if role in ("balance", "shift") and made:
+    if role in ("balance", "shift", "rotate") and made:
         _mark(node, layer, role)
-        for name in ("scale", "shift"):
-            if isinstance(given[name], fx.Node):
+        for name in ("scale", "shift", "signs"):
+            if isinstance(given.get(name), fx.Node):
                 _mark_operand(given[name], layer, "factor")
     elif role in ("observe", "quantize", "dequantize") or (
         role in ("layout", "cast") and made and node.meta.get(LAYER) == layer

@@ -170,8 +170,8 @@ def is_registered(op: Any) -> bool:
     return str(getattr(getattr(op, "_schema", None), "name", "")) in _REGISTERED
 
 
-_TRANSFORMED = frozenset({"channel_affine"})
-_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "matmul", "dequantize_weight", "low_rank"}
+_TRANSFORMED = frozenset({"channel_affine", "hadamard", "low_rank"})
+_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "matmul", "dequantize_weight"}
 
 SPECS: dict[Stage, StageSpec] = {
     Stage.CAPTURED: StageSpec("captured"),

@@ -139,7 +139,16 @@ EXAMPLES: dict[str, Example] = {
         "assign-precision", "iterations=9 samples=8 weight-range=mse", with_calls, run_with="iterations=10"
     ),
     "remove-no-ops": Example(),
+    "rotate-channels": Example(
+        "assign-precision", "block=4 online=off seed=3 layers=*.out offline=False", run_with="least=4"
+    ),
     "shift-channels": Example("assign-precision", "dearest=free", grouped),
+    "split-low-rank": Example(
+        "assign-precision",
+        "rank=3 iterations=2 weighting=importance branch=bfloat16",
+        calibrated,
+        run_with="rank=2 iterations=1 weighting=importance",
+    ),
 }
 
 WEIGHT_ONLY = {

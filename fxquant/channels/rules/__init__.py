@@ -5,8 +5,9 @@ arguments only, never at values. ``fxquant list rules`` prints the first line of
 ``docs/channel-rules.md`` for how to add one.
 """
 
-from fxquant.channels.rules import arithmetic, ends, layout, matrices, shifts  # (they register)
+from fxquant.channels.rules import arithmetic, ends, layout, matrices, rotations, shifts  # (they register)
 from fxquant.channels.rules.table import (
+    ROTATIONS,
     RULES,
     SHIFTS,
     STATIC_SHIFTS,
@@ -18,6 +19,7 @@ from fxquant.channels.rules.table import (
 )
 
 __all__ = [
+    "ROTATIONS",
     "RULES",
     "SHIFTS",
     "STATIC_SHIFTS",
@@ -27,6 +29,7 @@ __all__ = [
     "layout",
     "matrices",
     "outcome",
+    "rotations",
     "rule",
     "shape_of",
     "shift_rule",

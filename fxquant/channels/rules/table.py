@@ -32,6 +32,9 @@ The variables of such a want are shifts c instead of factors, and its offsets ar
 STATIC_SHIFTS: dict[Any, Rule] = {}
 """Additional rules for shifts that are the same at every timestep."""
 
+ROTATIONS: dict[Any, Rule] = {}
+"""Rules for rotations of blocks of channels; see :mod:`fxquant.channels.rules.rotations`."""
+
 
 def rule(*targets: Any, shifts: bool = False) -> Callable[[Rule], Rule]:
     """Register the rule of one or several ops.

@@ -13,6 +13,7 @@ contiguous, and errors are :class:`~fxquant.errors.ConfigurationError` unless a 
 """
 
 from fxquant.ir.ops.activations import Recorder, channel_affine, observe, quantize, recording, token_grid
+from fxquant.ir.ops.hadamard import hadamard
 from fxquant.ir.ops.layers import conv2d, dequantize_weight, linear
 from fxquant.ir.ops.low_rank import low_rank
 from fxquant.ir.ops.products import matmul
@@ -22,6 +23,7 @@ __all__ = [
     "channel_affine",
     "conv2d",
     "dequantize_weight",
+    "hadamard",
     "linear",
     "low_rank",
     "matmul",

@@ -14,15 +14,17 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, offset: Tensor | None, 
     """``y + strength * b (a x + offset)``: the result of a layer, plus a product of low rank of the layer's input.
 
     `y` is `[..., out]`, `x` is `[..., in]`, `a` is `[rank, in]` and `b` is `[out, rank]`. `offset` broadcasts to
-    `[..., rank]`, and `strength` is one number. The branch is computed in the dtype that `a` and `b` have. The result
-    has the shape and dtype of `y` and is contiguous.
+    `[..., rank]`, and `strength` is one number. The branch is computed in the wider of the dtypes of `x` and of `a`,
+    so that factors can be stored in 16 bits beside float32 values. The result has the shape and dtype of `y` and is
+    contiguous.
     """
     _check(y, x, a, b, offset)
+    dtype = torch.promote_types(x.dtype, a.dtype)
     with torch.autocast(y.device.type, enabled=False):
-        inner = functional.linear(x.to(a.dtype), a)
+        inner = functional.linear(x.to(dtype), a.to(dtype))
         if offset is not None:
-            inner = inner + offset.to(a.dtype)
-        branch = functional.linear(inner * strength.to(a.dtype), b)
+            inner = inner + offset.to(dtype)
+        branch = functional.linear(inner * strength.to(dtype), b.to(dtype))
     return (y + branch.to(y.dtype)).contiguous()
 
 

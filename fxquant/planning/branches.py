@@ -1,0 +1,40 @@
+"""Decisions about float branches of low rank beside quantized linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fxquant.planning.pass_decisions import Decision
+from fxquant.planning.plan import Plan
+
+
+@dataclass
+class Branch(Decision, of="split-low-rank"):
+    """The branch beside one linear. To change a branch, edit its rank in the plan.
+
+    Attributes:
+        rank: Rank of the branch; 0 if the layer has none.
+        dtype: Dtype of its two factors, such as ``bfloat16``; ``model`` for that of the weight.
+        reason: Why the layer has no branch, or None.
+    """
+
+    rank: int
+    dtype: str
+    reason: str | None = None
+
+
+def branch_bytes(plan: Plan, layer: str, dtype: torch.dtype) -> int:
+    """Bytes of the two factors beside a layer of a model of this dtype; 0 if it has no branch."""
+    branch = plan.decisions_of(Branch).get(layer)
+    if branch is None or layer not in plan.layers:
+        return 0
+    return branch.rank * sum(plan.layers[layer].shape) * branch_dtype(branch, dtype).itemsize
+
+
+def branch_dtype(branch: Branch, model: torch.dtype) -> torch.dtype:
+    """Dtype of the factors of a branch beside a weight of this dtype."""
+    found = model if branch.dtype == "model" else getattr(torch, branch.dtype)
+    assert isinstance(found, torch.dtype)
+    return found

@@ -1,0 +1,50 @@
+"""Which linears a pass of low-bit methods rewrites: by role and by name."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from fxquant.errors import ConfigurationError, shortened
+from fxquant.passes.assign_precision import nearest
+from fxquant.planning.linears import FloatLinear, linears_to_quantize
+from fxquant.planning.plan import Plan
+
+
+def patterns_of(text: str) -> list[str]:
+    """Name patterns joined by ``;``, as in ``*.ff.net.2;transformer_blocks.0.*``."""
+    return [part for part in (each.strip() for each in text.split(";")) if part]
+
+
+def targets(graph: fx.Graph, plan: Plan, roles: str, layers: str, decided: Container[str] = ()) -> list[FloatLinear]:
+    """The linears with quantized weights and inputs whose role is one of ``roles`` and whose name fits ``layers``.
+
+    Args:
+        graph: A graph of the model.
+        plan: The plan.
+        roles: Roles joined by ``+``.
+        layers: Patterns of names joined by ``;``.
+        decided: Names of layers that are listed whatever the options say, because the plan decided about them.
+    """
+    wanted, patterns = roles.split("+"), patterns_of(layers)
+    return [
+        layer
+        for layer in linears_to_quantize(graph, plan)
+        if layer.name in decided
+        or (layer.plan.role in wanted and any(fnmatchcase(layer.name, pattern) for pattern in patterns))
+    ]
+
+
+def check_patterns(pass_name: str, layers: str, plan: Plan) -> None:
+    """Refuse patterns that fit no layer of a model.
+
+    Raises:
+        ConfigurationError: If one fits none. The message names near ones.
+    """
+    for pattern in patterns_of(layers):
+        if not any(fnmatchcase(name, pattern) for name in plan.layers):
+            raise ConfigurationError(
+                f"{pass_name}: layers={shortened(pattern)!r} fits no layer of the model; {nearest(pattern, plan)}"
+            )
