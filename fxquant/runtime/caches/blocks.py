@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxquant.errors import ConfigurationError
 from fxquant.ir.borders import Border, borders, changes_of
 from fxquant.reconstruction.segments import block_of
-from fxquant.runtime.caches.cutting import Cut, cut
+from fxquant.runtime.caches.cutting import Cut, cut, dependent
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,27 @@ class Blocks:
         received: What the first block receives as the image.
         streams: For the image, and for the text if it is needed later: the value that the head makes, and the value
             that the last block returns.
+        between: What is added to the image between blocks and does not depend on them: residuals of a ControlNet.
     """
 
     cut: Cut
     received: fx.Node
     streams: tuple[tuple[fx.Node, fx.Node], ...]
+    between: tuple[fx.Node, ...] = ()
+
+    def total(self, values: Mapping[fx.Node, Any]) -> list[Any]:
+        """For each stream, the sum of what is added between blocks in this step, or None if that is nothing."""
+        added = [values[node] for node in self.between]
+        return [functools.reduce(operator.add, added) if added else None, *(None for _ in self.streams[1:])]
+
+    def reused(self, values: Mapping[fx.Node, Any]) -> list[Tensor]:
+        """For each stream, what the blocks added to it in a step in which they ran."""
+        pairs = zip(self.streams, self.total(values), strict=True)
+        return [_minus(values[result] - values[source], total).detach() for (source, result), total in pairs]
+
+
+def _minus(value: Any, total: Any) -> Any:
+    return value if total is None else value - total
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
@@ -113,12 +133,14 @@ def cut_blocks(module: fx.GraphModule, blocks: Sequence[Block], behind_first: bo
                 "that of another"
             )
         streams.append((source, result))
-    parts = cut(module, [received, *(source for source, _ in streams)], [result for _, result in streams])
+    sources = [received, *(source for source, _ in streams)]
+    between = marked.between(blocks, dependent(module.graph, sources).union(sources))
+    parts = cut(module, sources, [result for _, result in streams], between)
     skipped = {block.path for block in (blocks[1:] if behind_first else blocks)}
     passed = next((block for node in parts.bypassing if (block := block_of(node)) in skipped), None)
     if passed is not None:
         raise _refusal(f"what follows the blocks also reads from within {passed}, not only what {last.path} returns")
-    return Blocks(parts, received, tuple(pair for pair in streams if pair[1] in parts.middle.made))
+    return Blocks(parts, received, tuple(pair for pair in streams if pair[1] in parts.middle.made), between)
 
 
 def _check_alike(first: Block, last: Block, values: Sequence[fx.Node | None]) -> None:
@@ -164,6 +186,20 @@ class _Marked:
         there = Border(block.path, None, -1 if text is None else text) in self._found
         return self.one(block, None, image), self.one(block, None, text) if there and text is not None else None
 
+    def between(self, blocks: Sequence[Block], following: Container[fx.Node]) -> tuple[fx.Node, ...]:
+        """What is added to the image between two blocks, and does not follow from what blocks compute."""
+        found: list[fx.Node] = []
+        for before, block in itertools.pairwise(blocks):
+            made = {
+                node for border, nodes in self._found.items() if border[:2] == (before.path, None) for node in nodes
+            }
+            value, added = next(iter(self._found.get(Border(block.path, block.arguments[0], 0), ())), None), []
+            while value is not None and value not in made:
+                value, other = _summands(value, following)
+                added.append(other)
+            found += added if value is not None else []  # Else something else than a sum.
+        return tuple(found)
+
     def _positions(self, block: Block) -> tuple[int, int | None]:
         """The positions of image and text; if diffusers does not say, those that have the shapes of the inputs."""
         if block.positions is not None:
@@ -192,6 +228,16 @@ def _trimmed(result: fx.Node, source: fx.Node | None) -> fx.Node:
             break
         result = reader
     return result
+
+
+def _summands(node: fx.Node, following: Container[fx.Node]) -> tuple[fx.Node | None, Any]:
+    """The two summands of a sum, first the one that follows from blocks; None if it is not a sum of two such values."""
+    if node.target is torch.ops.aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
+        left, right = node.args[:2]
+        for one, other in ((left, right), (right, left)):
+            if isinstance(one, fx.Node) and isinstance(other, fx.Node) and one in following and other not in following:
+                return one, other
+    return None, None
 
 
 def _looks(node: fx.Node) -> tuple[object, ...]:

@@ -72,18 +72,21 @@ class Cut:
         return tuple(found)
 
 
-def cut(module: fx.GraphModule, sources: Sequence[fx.Node], results: Sequence[fx.Node]) -> Cut:
+def cut(
+    module: fx.GraphModule, sources: Sequence[fx.Node], results: Sequence[fx.Node], further: Sequence[fx.Node] = ()
+) -> Cut:
     """Cut a graph.
 
     Args:
         module: The graph. The parts read its tensors, also after they were moved.
         sources: Values that the head makes.
         results: Values that the middle makes.
+        further: Other values that the head makes.
     """
     graph = module.graph
     output = graph.output_node()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    head = _needed(sources)
+    head = _needed([*sources, *further])
     tail = _needed(output.all_input_nodes, known={*head, *results})
     middle = _needed(results, known=head)
     head |= middle & tail
@@ -91,15 +94,15 @@ def cut(module: fx.GraphModule, sources: Sequence[fx.Node], results: Sequence[fx
     tail -= head
     parts: list[Part] = []
     known = dict.fromkeys(inputs)
-    for nodes, wanted in ((head, sources), (middle, results), (tail, output.all_input_nodes)):
+    for nodes, wanted in ((head, [*sources, *further]), (middle, results), (tail, output.all_input_nodes)):
         own = [node for node in graph.nodes if node in nodes and node.op not in ("placeholder", "get_attr")]
         others = {node for part in (head, middle, tail) if part is not nodes for node in part}
         made = dict.fromkeys((*wanted, *(node for node in own if any(user in others for user in node.users))))
         part = _part(module, own, [node for node in made if node not in known])
         parts.append(part)
         known.update(dict.fromkeys(part.made))
-    dependent = _dependent(graph, sources, set(results))
-    bypassing = tuple(node for node in graph.nodes if node in dependent and node in head | tail)
+    passing = dependent(graph, sources, results)
+    bypassing = tuple(node for node in graph.nodes if node in passing and node in head | tail)
     return Cut(tuple(inputs), parts[0], parts[1], parts[2], output.args[0], bypassing)
 
 
@@ -129,7 +132,7 @@ def _needed(wanted: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx
     return found
 
 
-def _dependent(graph: fx.Graph, sources: Iterable[fx.Node], results: set[fx.Node]) -> set[fx.Node]:
+def dependent(graph: fx.Graph, sources: Iterable[fx.Node], results: Container[fx.Node] = ()) -> set[fx.Node]:
     """The nodes that depend on a source, and not only by way of a result. A source may depend on another."""
     found = set(sources)
     for node in graph.nodes:

@@ -55,12 +55,12 @@ class FirstBlock:
         added = (values[parts.streams[0][0]] - values[parts.received]).detach()
         skips = self._is_like(added, memory.first)
         if skips:
-            for (source, result), other in zip(parts.streams, memory.others, strict=True):
-                values[result] = other + values[source]
+            for (source, result), other, now in zip(parts.streams, memory.others, parts.total(values), strict=True):
+                values[result] = other + values[source] if now is None else other + values[source] + now
         else:
             values |= parts.cut.middle.run(values, run)
             memory.first = added
-            memory.others = [(values[result] - values[source]).detach() for source, result in parts.streams]
+            memory.others = parts.reused(values)
         return parts.cut.leaves(values, run), skips
 
     def _is_like(self, added: Tensor, before: Tensor | None) -> bool:

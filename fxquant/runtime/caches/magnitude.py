@@ -80,10 +80,11 @@ class Magnitude:
         if skips:
             for number, (source, result) in enumerate(parts.streams):  # The text passes unchanged, as in diffusers.
                 values[result] = values[source] if number else values[source] + memory.added
+            if parts.between:
+                values[parts.streams[0][1]] = values[parts.streams[0][1]] + parts.total(values)[0]
         else:
             values |= parts.cut.middle.run(values, run)
-            source, result = parts.streams[0]
-            added = (values[result] - values[source]).detach()
+            added = parts.reused(values)[0]
             if self.ratios is None:
                 memory.found.append(_ratio(added, memory.added))
             memory.added = added
