@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.sym_node import SymNode
 
 _PROVEN = "fxquant_proven"  # Key of ``node.meta``: the latest proof of the node's value.
 _PLAIN = (int, float, str, torch.device)
@@ -24,6 +26,9 @@ def is_proven(node: fx.Node) -> bool:
 
 class _Proof:
     """Proof that an op yields a value from its inputs. It is valid as long as op, inputs and value are the same.
+
+    Fake tensors have no values, so inputs may be other ones with the same sizes, strides and dtype: folding a factor
+    into a weight, or making an input anew, does not undo the proof.
 
     A proof holds the inputs and the value from the metadata, not nodes, so it stays valid in a copy of the graph. It
     also holds sizes, because an op that works in place may change the sizes of a value that stays the same object.
@@ -48,7 +53,7 @@ class _Proof:
         else:
             self.leaves.append(value)
             if isinstance(value, Tensor):
-                # Symbolic sizes are kept as their nodes: comparing them as numbers would fix the open batch size.
+                # Symbolic sizes are kept as their nodes, see _size.
                 self.leaves.append(value.dtype)
                 self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
 
@@ -63,4 +68,34 @@ class _Proof:
 
 
 def _same(mine: Any, theirs: Any) -> bool:
-    return mine is theirs or (type(mine) is type(theirs) and isinstance(mine, _PLAIN) and mine == theirs)
+    if mine is theirs:
+        return True
+    if type(mine) is not type(theirs):
+        return isinstance(mine, FakeTensor) and isinstance(theirs, FakeTensor) and _are_alike(mine, theirs)
+    if isinstance(mine, FakeTensor):
+        return _are_alike(mine, theirs)
+    if isinstance(mine, SymNode):
+        return _size(mine) == _size(theirs)
+    return isinstance(mine, _PLAIN) and bool(mine == theirs)
+
+
+def _are_alike(left: FakeTensor, right: FakeTensor) -> bool:
+    """Whether an op cannot tell two fake tensors apart."""
+    return (
+        left.fake_mode is right.fake_mode
+        and left.constant is None is right.constant
+        and left.layout == right.layout == torch.strided
+        and _facts(left) == _facts(right)
+    )
+
+
+def _facts(value: FakeTensor) -> tuple[Any, ...]:
+    flags = value.requires_grad, value.is_conj(), value.is_neg()
+    sizes = *value.shape, *value.stride(), value.storage_offset()
+    numbers = [size if isinstance(size, int) else _size(size.node) for size in sizes]
+    return value.dtype, value.device, value.dim(), *numbers, *flags
+
+
+def _size(node: SymNode) -> tuple[int, Any]:
+    """A symbolic size as its formula. Comparing the sizes as numbers would fix the open batch size."""
+    return id(node.shape_env), node.expr

@@ -46,7 +46,7 @@ def activation_range(samples: Tensor, lo: float, hi: float, bits: int, method: R
         ConfigurationError: `bits` is not in 2..8, `method` is unknown, or a search is asked for without samples.
     """
     check_bits(bits)
-    _check_method(method)
+    check_method(method)
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     if method == "minmax":
         return lo, hi
@@ -90,7 +90,7 @@ def weight_range(
         ConfigurationError: `bits` is not in 2..8, or `method` is unknown.
     """
     check_bits(bits)
-    _check_method(method)
+    check_method(method)
     rows = rows.detach()
     if method == "minmax":
         return _extremes(rows)
@@ -114,7 +114,12 @@ def weight_range(
     return torch.cat(lows), torch.cat(highs)
 
 
-def _check_method(method: str) -> None:
+def check_method(method: str) -> None:
+    """Refuse a range method that is not known.
+
+    Raises:
+        ConfigurationError: Lists the known methods.
+    """
     if method not in get_args(RangeMethod):
         raise ConfigurationError(f"unknown range method {method!r}. Known: {', '.join(get_args(RangeMethod))}.")
 

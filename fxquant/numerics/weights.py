@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import ConfigurationError
 from fxquant.numerics.grids import affine_parameters, compute_dtype, quantize
-from fxquant.numerics.packing import check_bits, pack, unpack
-from fxquant.numerics.ranges import RangeMethod, weight_range
+from fxquant.numerics.packing import check_bits, pack, packed_size, unpack
+from fxquant.numerics.ranges import RangeMethod, check_method, weight_range
 from fxquant.numerics.slices import map_slices, slices_of
 from fxquant.numerics.sqnr import decibels, energies_of
 
@@ -96,6 +97,8 @@ def quantize_weight(
         ConfigurationError: `bits` is not in 2..8, `method` is unknown, `weight` is not a matrix, or `group_size` does
             not divide its columns.
     """
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        return _without_values(weight, bits, group_size, method)
     scale, zero_point = weight_grid(
         weight, bits=bits, group_size=group_size, symmetric=symmetric, method=method, importance=importance
     )
@@ -112,6 +115,30 @@ def quantize_weight(
     return QuantizedWeight.from_codes(
         codes.reshape(out_features, in_features), scale, zero_point, bits=bits, group_size=group_size
     )
+
+
+def _without_values(weight: Tensor, bits: int, group_size: int, method: RangeMethod) -> QuantizedWeight:
+    """The codes and grids of a fake or meta weight: only their shapes and dtypes are known, by whatever method.
+
+    A plan is replayed on such weights when a checkpoint is loaded. Rounding them op by op took a third of that time.
+    """
+    check_bits(bits)
+    check_method(method)
+    out_features, in_features = _matrix_size(weight)
+    grid = out_features, group_count(in_features, group_size)
+    packed = weight.new_empty((out_features, packed_size(in_features, bits)), dtype=torch.uint8)
+    scale = weight.new_empty(grid, dtype=torch.float32)
+    zero_point = weight.new_empty(grid, dtype=torch.uint8)
+    return QuantizedWeight(packed, scale, zero_point, bits, group_size, in_features)
+
+
+def _matrix_size(weight: Tensor) -> tuple[int, int]:
+    if weight.dim() != 2:
+        raise ConfigurationError(
+            f"a weight to quantize must be a matrix [out, in], but has shape {tuple(weight.shape)}."
+        )
+    out_features, in_features = weight.shape
+    return out_features, in_features
 
 
 def weight_grid(
@@ -131,11 +158,7 @@ def weight_grid(
         Scale, float32, and zero point, uint8, `[out, groups]`.
     """
     check_bits(bits)
-    if weight.dim() != 2:
-        raise ConfigurationError(
-            f"a weight to quantize must be a matrix [out, in], but has shape {tuple(weight.shape)}."
-        )
-    out_features, in_features = weight.shape
+    out_features, in_features = _matrix_size(weight)
     groups = group_count(in_features, group_size)
     rows = weight.detach().reshape(out_features * groups, in_features // groups)
     if importance is not None:

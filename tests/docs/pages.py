@@ -34,6 +34,7 @@ class Block:
         language: What follows the fence.
         code: The code.
         not_run: Why it is not run; None if it is.
+        section: The last heading of second level before it; empty if there is none.
     """
 
     page: str
@@ -41,6 +42,7 @@ class Block:
     language: str
     code: str
     not_run: str | None
+    section: str
 
 
 def pages() -> list[str]:
@@ -65,7 +67,8 @@ def blocks_of(page: str, language: str | None = None) -> list[Block]:
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start("code")) + 1
         code = textwrap.dedent(match["code"])
-        found.append(Block(page, line, match["language"], code, match["reason"]))
+        section = re.findall(r"^## (.+)$", text[: match.start()], flags=re.M)[-1:]
+        found.append(Block(page, line, match["language"], code, match["reason"], "".join(section)))
     return [block for block in found if language is None or block.language == language]
 
 

@@ -65,5 +65,8 @@ pipe.transformer = fxquant.compile(model, recipe="rtn-w4a8", calibrate=calibrate
 }
 """Code that runs before the blocks of a page, by page; pages without an entry define all names themselves."""
 
-QUICKLY = {"docs/diffusers.md"}
+QUICKLY = {"docs/diffusers.md", "docs/lives.md"}
 """Pages whose calls of ``torch.compile`` without a backend trace only: the default backend takes a minute."""
+
+ALIKE = {"docs/lives.md": {"PixArt-Sigma", "Stable Diffusion 3", "Wan 2.2", "CogVideoX"}}
+"""Sections of pages that do with another model what the page does already; ``make test`` leaves them out."""

@@ -26,14 +26,20 @@ from fxquant.pipeline.backend import BACKENDS
 from fxquant.pipeline.pipeline import PASSES
 from fxquant.pipeline.recipes import RECIPES
 from tests.docs.pages import ROOT, Block, blocks_of, pages
-from tests.docs.preludes import PRELUDES, QUICKLY
+from tests.docs.preludes import ALIKE, PRELUDES, QUICKLY
 from tests.tiny import make_pipeline
 
 WITH_CODE = [page for page in pages() if blocks_of(page, "python")]
 
 
-@pytest.mark.parametrize("page", WITH_CODE)
-def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ALL = [
+    *(pytest.param(page, ALIKE.get(page, set()), id=page) for page in WITH_CODE),
+    *(pytest.param(page, set(), id=f"{page}, whole", marks=pytest.mark.exhaustive) for page in ALIKE),
+]
+
+
+@pytest.mark.parametrize(("page", "left_out"), ALL)
+def test_code_runs(page: str, left_out: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DiTPipeline, "from_pretrained", lambda *_, **__: make_pipeline())
     if page in QUICKLY:
@@ -44,7 +50,7 @@ def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         warnings.simplefilter("ignore")
         exec(PRELUDES.get(page, ""), vars(module))
         for block in blocks_of(page, "python"):
-            if block.not_run is None:
+            if block.not_run is None and block.section not in left_out:
                 run(block, module)
 
 
@@ -58,6 +64,8 @@ def test_code_that_is_not_run_uses_names_that_exist(page: str) -> None:
 
 def test_preludes_belong_to_pages() -> None:
     assert set(PRELUDES) <= set(WITH_CODE)
+    for page, sections in ALIKE.items():
+        assert sections <= {block.section for block in blocks_of(page, "python")}
 
 
 def run(block: Block, module: ModuleType) -> None:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import VerificationError
+from fxquant.ir.proofs import is_proven
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 
@@ -146,3 +147,32 @@ def test_what_the_rewriter_made_is_proven_until_it_changes(module):
     made.meta["val"] = made.meta["val"].half()
     with pytest.raises(VerificationError):
         check(module)
+
+
+def test_values_that_an_op_cannot_tell_apart_leave_proofs_standing(module):
+    """Also with an open batch size, which stays open."""
+    (chunk,) = nodes(module, "chunk")
+    source = chunk.all_input_nodes[0]
+    source.meta["val"] = source.meta["val"].clone()
+    assert [type(size) for size in source.meta["val"].shape] == [torch.SymInt, int, int]
+    assert is_proven(source) and is_proven(chunk)
+    assert counted(module) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.half(),
+        lambda value: value.transpose(1, 2),
+        lambda value: value.transpose(1, 2).contiguous().transpose(1, 2),  # Only the strides differ.
+        lambda value: value[:1],
+        lambda value: value.to("meta"),
+    ],
+    ids=["dtype", "shape", "strides", "batch", "device"],
+)
+def test_values_that_differ_are_proven_again(module, change):
+    (chunk,) = nodes(module, "chunk")
+    before = is_proven(chunk)
+    source = chunk.all_input_nodes[0]
+    source.meta["val"] = change(source.meta["val"])
+    assert (before, is_proven(chunk)) == (True, False)
