@@ -68,7 +68,7 @@ def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec
     """
     plan = copy.deepcopy(quantized.plan)
     assert plan is not None
-    device, wanted = quantized.device, list(kinds)
+    wanted = list(kinds)
     other = next((kind for kind in wanted if kind not in plan.calls), None)
     if other is not None:
         raise ConfigurationError(
@@ -76,19 +76,40 @@ def make_pairs(quantized: GraphModel, model: nn.Module, kinds: Iterable[CallSpec
             "quantized it"
         )
     numbers = [plan.calls.index(kind) for kind in wanted]
-    twin = model_from_plan(quantized.architecture, plan, resolve_backend("fake-quant"), quantized.dtype, device)
-    bind_all(twin, {name: tensor.detach() for name, tensor in quantized.stored_tensors().items()})
+    twin = _twin(quantized, plan)
     weights = _float_weights(model, copy.deepcopy(plan), [plan.calls[number] for number in numbers])
     pairs = []
     for number, found in zip(numbers, weights, strict=True):
         captured = twin.captured[number]
-        captured.module.requires_grad_(False)
         quantizable = {name: weight for name, weight in found.items() if plan.layer(name).weight_bits is not None}
         pairs.append(Pair(captured.call, captured.module, quantizable))
     _refuse_other_model(pairs, plan)
     for pair, found in zip(pairs, weights, strict=True):
         _refuse_other_layers(pair.quantized, found, plan)
     return pairs
+
+
+def _twin(quantized: GraphModel, plan: Plan) -> GraphModel:
+    """The graphs of a quantized model made again from its plan, not lowered, with its tensors."""
+    fake = resolve_backend("fake-quant")
+    twin = model_from_plan(quantized.architecture, plan, fake, quantized.dtype, quantized.device)
+    bind_all(twin, {name: tensor.detach() for name, tensor in quantized.stored_tensors().items()})
+    for captured in twin.captured:
+        captured.module.requires_grad_(False)
+    return twin
+
+
+def other_pairs(quantized: GraphModel, pairs: Iterable[Pair]) -> list[Pair]:
+    """The graphs of a model whose layers have other precisions, and the same factors folded into their weights.
+
+    Args:
+        quantized: The other model; its plan is the first one's, but for precisions, ranges and bins.
+        pairs: What :func:`make_pairs` made for the first one.
+    """
+    plan = copy.deepcopy(quantized.plan)
+    assert plan is not None
+    twin = _twin(quantized, plan)
+    return [Pair(pair.call, twin.captured[plan.calls.index(pair.call)].module, pair.weights) for pair in pairs]
 
 
 def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> list[dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.errors.graphs import make_pairs
+from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order, wanted_calls
 from fxquant.inspect.errors.sweep import Energies, Sweep
 from fxquant.planning.attribution import Attribution, LayerErrors
 from fxquant.planning.plan import Plan
@@ -33,8 +34,6 @@ from fxquant.statistics.kept_calls import KeptCall, KeptCalls, Run
 
 TIMESTEPS = 10
 """Timesteps that are measured unless the caller says otherwise."""
-
-_CALLS_PER_TIMESTEP = 4  # Calls that are kept per timestep when a function runs the model.
 
 _APART = 0.1  # Part of the error that may belong to no layer before the result says so.
 _TINY = 1e-30
@@ -100,8 +99,8 @@ def attribute(
     _check_options(timesteps, samples, probes, measure, budget)
     began = time.monotonic()
     with without_autocast(device_of(model).type):
-        kept = _calls(plan, model, inputs, _wanted_calls(timesteps))
-        job = _Job(plan, kept, _chosen(kept, timesteps), samples, probes, measure, seed, began, budget)
+        kept = _calls(plan, model, inputs, wanted_calls(timesteps))
+        job = _Job(plan, kept, chosen_timesteps(kept, timesteps), samples, probes, measure, seed, began, budget)
         key = _fingerprint(job, model) if resume is not None else ""
         if resume is not None:
             job.adopt(Attribution.load(resume, key))
@@ -141,17 +140,11 @@ class _Job:
 
     def left(self) -> list[float]:
         """The timesteps to measure, in an order whose beginning covers the schedule evenly, whatever its length."""
-        bits = max(1, (len(self.timesteps) - 1).bit_length())
-        order = sorted(range(len(self.timesteps)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
-        return [self.timesteps[number] for number in order if self.timesteps[number] not in self.found]
+        return [step for step in spread_order(self.timesteps) if step not in self.found]
 
     def calls_at(self, step: float) -> list[KeptCall]:
         """For each kind of call, the first one that was kept of a timestep."""
-        calls: dict[int, KeptCall] = {}
-        for call in self.kept:
-            if call.timestep == step:
-                calls.setdefault(call.kind, call)
-        return list(calls.values())
+        return calls_at(self.kept, step)
 
     def run(
         self, sweeps: dict[int, Sweep], device: torch.device, folder: str | Path | None, key: str, progress: Progress
@@ -316,26 +309,6 @@ def _calls(plan: Plan, model: nn.Module, inputs: Statistics | Callable[[], Any],
             f"inputs is a {type(inputs).__name__}; give statistics that kept calls, or a function that runs the model"
         )
     return record_calls(model, Architecture.of(model, plan.timestep), plan.calls, most, inputs)
-
-
-def _wanted_calls(timesteps: int | Sequence[float]) -> int:
-    # Twice as many timesteps as wanted may occur between those that are chosen.
-    return 64 * _CALLS_PER_TIMESTEP if not isinstance(timesteps, int) else max(64, timesteps * _CALLS_PER_TIMESTEP)
-
-
-def _chosen(kept: KeptCalls, timesteps: int | Sequence[float]) -> list[float]:
-    """The timesteps to measure, the noisiest first."""
-    known = sorted({call.timestep for call in kept}, reverse=True)
-    if isinstance(timesteps, int):
-        if timesteps >= len(known):
-            return known
-        places = torch.linspace(0, len(known) - 1, timesteps, dtype=torch.float64).round().long()
-        return [known[number] for number in places.tolist()]
-    missing = [step for step in timesteps if step not in known]
-    if missing:
-        listed = ", ".join(f"{step:g}" for step in known[:12])
-        raise ConfigurationError(f"no call was kept at timestep {missing[0]:g}; there are calls at {listed}")
-    return sorted(set(map(float, timesteps)), reverse=True)
 
 
 def _check_options(timesteps: Any, samples: Any, probes: Any, measure: Any, budget: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,19 @@ from fxquant.reconstruction.simulate import Lookup, as_it_is, run_segment
 
 Hook = Callable[[Unit, tuple[Any, ...], Tensor, Lookup], Tensor]
 """Gets a unit, the arguments of its output node, its float value and a lookup; returns the value to go on with."""
+
+
+class Watcher(Protocol):
+    """Sees the units of a float run, and the gradients of their values."""
+
+    def saw(self, unit: Unit, args: tuple[Any, ...], y: Tensor, value: Lookup) -> None:
+        """A unit ran: the arguments of its output node, its float value, and a lookup of other values."""
+
+    def pulled(self, unit: Unit, gradient: Tensor | None) -> None:
+        """The gradient of one random vector's product with the model's output; None if the output ignores the unit."""
+
+    def finished(self) -> None:
+        """The units that were seen since the last time are done; their gradients have been given."""
 
 
 @dataclass
@@ -90,7 +103,7 @@ class Sweep:
                 self._saved.append({node: held[node] for node in part.inputs})
                 held.update(self._run(part, self._saved[-1], None))
             self.exact = held[self._output].detach()
-            self._batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 0
+            self.samples = inputs[0].shape[0] if inputs and inputs[0].dim() else 0
         if not self.exact.isfinite().all():
             raise NonFiniteError(
                 "the float model's output holds NaN or infinity in a kept call; calibrate in a dtype in which the "
@@ -100,14 +113,14 @@ class Sweep:
     @property
     def signal(self) -> float:
         """Energy of the float output."""
-        return _energy(self.exact)
+        return energy(self.exact)
 
     def whole_error(self, inputs: list[Tensor]) -> float:
         """Energy of the error of the whole quantized model's output."""
         with torch.no_grad():
             outputs = pytree.tree_leaves(self.pair.quantized(*inputs))
         found = next(leaf for leaf in outputs if isinstance(leaf, Tensor))
-        return _energy(found - self.exact)
+        return energy(found - self.exact)
 
     def backward(self, probes: int, seed: int) -> dict[str, Energies]:
         """Local errors of all units, and with ``probes`` random vectors estimates of their contributions.
@@ -115,30 +128,44 @@ class Sweep:
         Raises:
             ConfigurationError: If an op of the graph has no derivative.
         """
+        errors = _LocalErrors(self, probes)
+        self.pull(probes, seed, errors)
+        return errors.found
+
+    def pull(self, probes: int, seed: int, watcher: Watcher) -> None:
+        """Run the graph block by block backwards, and show a watcher all units with ``probes`` gradients each.
+
+        Raises:
+            ConfigurationError: If an op of the graph has no derivative.
+        """
         generator = torch.Generator().manual_seed(seed)
         signs = [torch.randint(0, 2, self.exact.shape, generator=generator) * 2 - 1 for _ in range(probes)]
         gradients = {self._output: [sign.to(self.exact) for sign in signs]} if probes else {}
-        found: dict[str, Energies] = {}
         for part, saved in zip(reversed(self._parts), reversed(self._saved), strict=True):
-            errors: dict[Unit, LocalError] = {}
             values: dict[Unit, Tensor] = {}
-
-            hook = _recorder(found, errors, values, estimated=probes > 0)
+            hook = _showing(watcher, values)
             ends = [node for node in part.outputs if node in gradients]
             if not ends:
                 with torch.no_grad():
                     self._run(part, saved, hook)
-                continue
-            with torch.inference_mode(False), torch.enable_grad():
-                self._pull(part, saved, ends, gradients, hook, errors, values, found)
-        return found
+            else:
+                with torch.inference_mode(False), torch.enable_grad():
+                    self._pull(part, saved, ends, gradients, hook, values, watcher)
+            watcher.finished()
 
-    def measure(self, name: str) -> float:
-        """Energy of the error of the model's output if only this unit is quantized."""
+    def measure(self, name: str, error: Callable[[tuple[Any, ...], Lookup], Tensor] | None = None) -> float:
+        """Energy of the error of the model's output if only this unit is quantized.
+
+        Args:
+            name: The unit.
+            error: Its error from the arguments of its output node; None for its error in this graph.
+        """
         unit = self.names[name]
 
         def hook(other: Unit, args: tuple[Any, ...], y: Tensor, value: Lookup) -> Tensor:
-            return y + unit.error(args, value).both.to(y.dtype) if other is unit else y
+            if other is not unit:
+                return y
+            return y + (unit.error(args, value).both if error is None else error(args, value)).to(y.dtype)
 
         number = self._part_of[unit.output]
         with torch.no_grad():
@@ -148,11 +175,11 @@ class Sweep:
                     changed |= self._run(part, {node: changed.get(node, old) for node, old in saved.items()}, None)
         if self._output not in changed:
             return 0.0
-        return _energy(changed[self._output] - self.exact)
+        return energy(changed[self._output] - self.exact)
 
     def _pull(
         self, part: Segment, saved: Values, ends: list[fx.Node], gradients: dict[fx.Node, list[Tensor]], hook: Hook,
-        errors: Mapping[Unit, LocalError], values: Mapping[Unit, Tensor], found: Mapping[str, Energies],
+        values: Mapping[Unit, Tensor], watcher: Watcher,
     ) -> None:  # fmt: skip
         """Run a part with gradients, and turn the gradients of its outputs into those of its inputs."""
         given = {node: _leaf(value) for node, value in saved.items()}
@@ -181,22 +208,21 @@ class Sweep:
                 kept = sums.setdefault(node, [])
                 kept.append(torch.zeros_like(given[node]) if gradient is None else gradient)
             for unit, gradient in zip(units, pulled[len(sources) :], strict=True):
-                entry = found[unit.name]
-                entry.estimated = (entry.estimated or 0.0) + self._dot(gradient, errors[unit].both) / probes
+                watcher.pulled(unit, gradient)
         for node in part.outputs:
             gradients.pop(node, None)
         for node, own in sums.items():
             old = gradients.get(node)
             gradients[node] = own if old is None else [a + b for a, b in zip(old, own, strict=True)]
 
-    def _dot(self, gradient: Tensor | None, error: Tensor) -> float:
-        """Sum over samples of the squared products of gradient and error."""
+    def products(self, gradient: Tensor | None, error: Tensor) -> Tensor:
+        """Products of gradient and error: float64 ``[samples]``; one sum if the value does not belong to samples."""
         if gradient is None:
-            return 0.0
+            return torch.zeros(1, dtype=torch.float64)
         together = gradient * error.to(gradient.dtype)
-        apart = together.dim() > 1 and together.shape[0] == self._batch == self.exact.shape[0]
+        apart = together.dim() > 1 and together.shape[0] == self.samples == self.exact.shape[0]
         rows = together.flatten(1) if apart else together.reshape(1, -1)
-        return float(rows.sum(1, dtype=torch.float64).square().sum())
+        return rows.sum(1, dtype=torch.float64)
 
     def _run(self, part: Segment, values: Mapping[fx.Node, Any], hook: Hook | None) -> Values:
         """Run the nodes of a part as the float model; returns the values that later parts read."""
@@ -213,33 +239,51 @@ class Sweep:
         return self.units[node].reads if node in self.units else ()
 
 
-def _recorder(
-    found: dict[str, Energies], errors: dict[Unit, LocalError], values: dict[Unit, Tensor], estimated: bool
-) -> Hook:
-    """A hook that records the local error of each unit, and makes its value one that gradients can be asked for."""
+def _showing(watcher: Watcher, values: dict[Unit, Tensor]) -> Hook:
+    """A hook that shows each unit to a watcher, and makes its value one that gradients can be asked for."""
 
     def hook(unit: Unit, args: tuple[Any, ...], y: Tensor, value: Lookup) -> Tensor:
         with torch.no_grad():
-            error = unit.error(pytree.tree_map(_detached, args), lambda node: _detached(value(node)))
-        found[unit.name] = _local(y.detach(), error)
-        found[unit.name].estimated = 0.0 if estimated else None
-        errors[unit] = error
+            watcher.saw(unit, pytree.tree_map(_detached, args), y.detach(), lambda node: _detached(value(node)))
         values[unit] = y if y.requires_grad or not torch.is_grad_enabled() else y.detach().requires_grad_()
         return values[unit]
 
     return hook
 
 
+@dataclass(eq=False)
+class _LocalErrors:
+    """Records the local error of each unit, and estimates its contribution."""
+
+    sweep: Sweep
+    probes: int
+    found: dict[str, Energies] = field(default_factory=dict)
+    _errors: dict[Unit, LocalError] = field(default_factory=dict)
+
+    def saw(self, unit: Unit, args: tuple[Any, ...], y: Tensor, value: Lookup) -> None:
+        self._errors[unit] = unit.error(args, value)
+        self.found[unit.name] = _local(y, self._errors[unit])
+        self.found[unit.name].estimated = 0.0 if self.probes else None
+
+    def pulled(self, unit: Unit, gradient: Tensor | None) -> None:
+        entry, products = self.found[unit.name], self.sweep.products(gradient, self._errors[unit].both)
+        entry.estimated = (entry.estimated or 0.0) + float(products.square().sum()) / self.probes
+
+    def finished(self) -> None:
+        self._errors.clear()
+
+
 def _local(y: Tensor, error: LocalError) -> Energies:
     return Energies(
-        _energy(y),
-        _energy(error.both),
-        None if error.weights is None else _energy(error.weights),
-        None if error.inputs is None else _energy(error.inputs),
+        energy(y),
+        energy(error.both),
+        None if error.weights is None else energy(error.weights),
+        None if error.inputs is None else energy(error.inputs),
     )
 
 
-def _energy(x: Tensor) -> float:
+def energy(x: Tensor) -> float:
+    """Sum of squares, in at least float32."""
     wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
     return float(wide.square().sum(dtype=torch.float64))
 

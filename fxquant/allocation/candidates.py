@@ -1,0 +1,90 @@
+"""The same model in several precisions, which share everything that was decided before the weights are rounded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+
+from torch import fx
+
+from fxquant.errors import ConfigurationError
+from fxquant.inspect.errors.graphs import Pair, codes_of
+from fxquant.ir.meta import LAYER
+from fxquant.ir.tensors import get_tensor
+from fxquant.pipeline.recipes import Recipe
+from fxquant.planning.plan import Plan
+from fxquant.planning.precision import Precision
+
+
+def precision_of_recipe(recipe: Recipe) -> Precision:
+    """The precision that a recipe assigns to the layers that it quantizes.
+
+    Raises:
+        ConfigurationError: If it assigns none.
+    """
+    for step in recipe.prepare:
+        if step.name == "assign-precision":
+            return Precision.parse(step.precision)  # type: ignore[attr-defined]
+    raise ConfigurationError("the recipe has no pass assign-precision, so there is no precision to vary")
+
+
+def varied_layers(plan: Plan, precision: Precision) -> list[str]:
+    """The linears that have the recipe's precision; those with another one, by role or override, keep it."""
+    return [name for name, layer in plan.layers.items() if layer.kind == "linear" and layer.precision == precision]
+
+
+def with_precisions(plan: Plan, chosen: Mapping[str, Precision]) -> Plan:
+    """A copy of a plan in which some layers have other precisions; their ranges are decided again.
+
+    What was folded into weights and the bins of timesteps stay as they are.
+
+    Args:
+        plan: A plan of a compiled model.
+        chosen: Precisions by layer.
+    """
+    made = copy.deepcopy(plan)
+    for name, precision in chosen.items():
+        layer = made.layer(name)
+        if layer.precision == precision:
+            continue
+        for option in fields(precision):
+            setattr(layer, option.name, getattr(precision, option.name))
+        layer.activation = layer.activation_sqnr_db = layer.spread = None
+        layer.weight_sqnr_db = None
+        layer.reason = None
+        if precision.weight_bits is None:
+            layer.reason = "the search keeps it in float"
+        elif precision.activation_bits is None:
+            layer.reason = f"the search chose {precision}, which keeps its activations in float"
+    made.output_sqnr_db, made.attribution, made.passes = {}, None, []
+    return made
+
+
+def possible(plan: Plan, name: str, precision: Precision) -> str | None:
+    """Why a layer cannot have a precision; None if it can."""
+    alone = Plan(plan.recipe, plan.model_class, plan.timestep)
+    alone.layers[name] = with_precisions(Plan("", "", None, layers={name: plan.layer(name)}), {name: precision}).layer(
+        name
+    )
+    try:
+        alone.check()
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
+def bytes_of_weights(pairs: Iterable[Pair], names: Iterable[str]) -> dict[str, int]:
+    """Bytes of the codes, scales and zero points of layers; those that have none are left out."""
+    wanted, found = set(names), dict[str, int]()
+    for pair in pairs:
+        for node in pair.quantized.graph.nodes:
+            name = str(node.meta.get(LAYER, ""))
+            if name in wanted and name not in found and (codes := codes_of(node)) is not None:
+                found[name] = sum(_bytes(pair.quantized, code) for code in codes)
+    return found
+
+
+def _bytes(module: fx.GraphModule, node: fx.Node) -> int:
+    tensor = get_tensor(module, str(node.target))
+    return tensor.numel() * tensor.element_size()

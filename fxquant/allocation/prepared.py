@@ -1,0 +1,117 @@
+"""A model that is calibrated once and quantized in several precisions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
+
+from torch import nn
+
+from fxquant import api
+from fxquant.allocation.candidates import possible, precision_of_recipe, varied_layers, with_precisions
+from fxquant.errors import ConfigurationError, check_type
+from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.precision import FLOAT, Precision
+from fxquant.planning.sensitivities import FLOAT_BITS
+from fxquant.runtime.model import GraphModel
+from fxquant.statistics.collection import Statistics
+
+_PRECISION = re.compile(r"-w[a-z]*\d+a[a-z]*\d+")
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A model in every precision.
+
+    Attributes:
+        model: The float model.
+        statistics: What its calibration recorded, with kept calls.
+        recipe: The recipe of the first quantized model.
+        base: The first quantized model, which decided the factors.
+        precisions: The precisions by name, without float.
+        layers: The layers whose precision is varied, each with the precisions that it can have.
+        left_out: Which layers cannot have which precision.
+    """
+
+    model: nn.Module
+    statistics: Statistics
+    recipe: Recipe
+    base: GraphModel
+    precisions: dict[str, Precision]
+    layers: dict[str, list[str]]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def quantized(self, precision: str) -> GraphModel:
+        """The model with every layer in one precision, if it can have it."""
+        if self.precisions[precision] == precision_of_recipe(self.recipe):
+            return self.base
+        assert self.base.plan is not None
+        chosen = {name: self.precisions[precision] for name, own in self.layers.items() if precision in own}
+        plan = with_precisions(self.base.plan, chosen)
+        return api.compile(self.model, plan=plan, statistics=self.statistics, measure=0)
+
+
+def prepare(
+    model: nn.Module,
+    recipe: str | Recipe,
+    candidates: Sequence[str],
+    calibrate: Callable[[], Any] | None,
+    statistics: Statistics | None,
+    layers: str,
+    timestep: str | None,
+    most_calls: int,
+) -> Prepared:
+    """Calibrate if necessary, and quantize the model in the middle one of the precisions.
+
+    Raises:
+        ConfigurationError: If the candidates are not precisions, or the statistics kept no calls.
+    """
+    check_type("candidates", candidates, Sequence, "a list of precisions, such as ['w4a8', 'w8a8']")
+    check_type("statistics", statistics, (Statistics, NoneType), "the statistics of a calibration")
+    if isinstance(candidates, str):
+        raise ConfigurationError(f"candidates should be a list of precisions, such as [{candidates!r}, 'w8a8']")
+    found = {str(precision): precision for precision in map(Precision.parse, candidates)}
+    quantizing = {name: precision for name, precision in found.items() if precision != FLOAT}
+    if not quantizing:
+        raise ConfigurationError("there is no precision to compare; give candidates, such as ['w4a8', 'w8a8']")
+    if statistics is None:
+        statistics = Statistics(keep_calls=most_calls)
+    if calibrate is None and not len(statistics.calls):
+        raise ConfigurationError(
+            "errors are measured on kept calls of the model, and there are none; give calibrate=, or statistics that "
+            "were recorded with fxquant.Statistics(keep_calls=64)"
+        )
+    chosen = _recipe(recipe, list(quantizing.values()), layers)
+    base = api.compile(model, recipe=chosen, calibrate=calibrate, statistics=statistics, measure=0, timestep=timestep)
+    if not len(statistics.calls):
+        raise ConfigurationError("these statistics keep no calls; record them with fxquant.Statistics(keep_calls=64)")
+    plan = base.plan
+    assert plan is not None
+    own = varied_layers(plan, precision_of_recipe(chosen))
+    if not own:
+        raise ConfigurationError("the recipe quantizes no linear with its own precision, so there is nothing to vary")
+    made = Prepared(model, statistics, chosen, base, quantizing, {name: [] for name in own})
+    for text, precision in quantizing.items():
+        refused = {name: reason for name in own if (reason := possible(plan, name, precision)) is not None}
+        for name in own:
+            if name not in refused:
+                made.layers[name].append(text)
+        if refused:
+            name, reason = next(iter(refused.items()))
+            made.left_out[f"{text} in {len(refused)} layers, such as {name}"] = reason.splitlines()[0]
+    if FLOAT_BITS in found:
+        for name in own:
+            made.layers[name].append(FLOAT_BITS)
+    return made
+
+
+def _recipe(recipe: str | Recipe, precisions: list[Precision], layers: str) -> Recipe:
+    """The recipe with the middle one of the precisions, of those with quantized activations if there are any."""
+    if isinstance(recipe, Recipe) or ";" in recipe:
+        return make_recipe(recipe, layers)
+    coded = [one for one in precisions if one.activation_bits is not None] or precisions
+    ordered = sorted(coded, key=lambda one: (one.weight_bits or 16, one.activation_bits or 16))
+    return make_recipe(recipe if _PRECISION.search(recipe) else f"{recipe}-{ordered[len(ordered) // 2]}", layers)
