@@ -99,7 +99,8 @@ def check_entries(model: Any) -> None:
     if getattr(model.config, "force_upcast", False) and dtype_of(model) is torch.float16:
         raise ConfigurationError(
             f"pipelines convert this {type(model).__name__} to float32 for each image, because its config says "
-            "force_upcast and it is in float16, and a quantized part keeps its dtype. Load it in bfloat16 or float32: "
+            "force_upcast and it is in float16, and quantized parts would be traced again each time. Load it in "
+            "bfloat16 or float32: "
             'from_pretrained(..., dtype={"vae": torch.bfloat16, "default": torch.float16})'
         )
     refuse_hooks(model)

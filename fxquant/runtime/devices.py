@@ -58,6 +58,12 @@ def retarget(module: fx.GraphModule, device: torch.device) -> None:
     module.recompile()
 
 
+def traced_on(module: fx.GraphModule) -> torch.device:
+    """The device for which a graph was traced. Ops of attention order their results as the kernels of a device do."""
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    return next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system.
 

@@ -218,7 +218,7 @@ def rewrite_graph(
     if not keep_changes:
         take_changes(captured.module)
     context.shared.settle_names(captured.module)
-    captured.digest = graph_digest(captured.module.graph)
+    captured.digest = graph_digest(captured.module.graph, layouts=False)
     return records
 
 

@@ -29,12 +29,13 @@ from fxquant.disk.files import (
 )
 from fxquant.disk.folders import whole_folder
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, QualityWarning
+from fxquant.ir.digest import graph_digest
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.planning.attribution import ATTRIBUTION_FILE
 from fxquant.planning.plan import PLAN_FILE, VECTORS_FILE, Plan
 from fxquant.runtime.converting import converted
-from fxquant.runtime.devices import give_back_memory
+from fxquant.runtime.devices import give_back_memory, traced_on
 from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.runtime.parts import is_savable, quantized_parts
 from fxquant.runtime.replay import bind_all, lower_all, model_from_plan
@@ -149,7 +150,7 @@ def why_not_rebuilt(model: GraphModel) -> str | None:
         architecture = rebuilt(skeleton, model.architecture.timestep)
         cast(architecture.skeleton, model.dtype, _other_dtypes(model))
         for captured in model.lasting:
-            again = architecture.capture_spec(captured.call, model.device)
+            again = architecture.capture_spec(captured.call, traced_on(captured.module))
             difference = _other_kept(read_tensors(again.module), dict(kept_tensors(skeleton)))
             if difference is not None:
                 return difference
@@ -345,7 +346,7 @@ def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) 
     if not recorded:
         return
     pairs = zip(quantized.captured, recorded, strict=False)
-    alike = all(captured.digest == digest or (before and captured.static_batch) for captured, digest in pairs)
+    alike = all(_has_digest(captured, digest) or (before and captured.static_batch) for captured, digest in pairs)
     if alike and len(recorded) == len(quantized.captured):
         return
     if model is None and made_with == _versions():
@@ -360,6 +361,11 @@ def _compare_graphs(quantized: GraphModel, data: Mapping[str, Any], model: Any) 
         QualityWarning,
         stacklevel=3,
     )
+
+
+def _has_digest(captured: CapturedGraph, digest: str) -> bool:
+    """Whether a graph that is not lowered yet has this digest, or had it in files that recorded layouts too."""
+    return digest in (captured.digest, graph_digest(captured.module.graph))
 
 
 def _other_model(plan: Plan, model: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
 import traceback
 import warnings
 import weakref
@@ -37,6 +38,7 @@ from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.runtime.model import GraphModel
 from tests.adapters.loras import lora
+from tests.test_without_timestep import make_t5
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline
 from tests.traces import known_memos, memos, traced_once
 
@@ -441,6 +443,26 @@ def check_parked_with_loras() -> None:
     model.to("cpu")
     torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
     assert all(tensor.device == CPU for tensor in held(model))
+
+
+def check_text_encoders() -> None:
+    """One that was quantized there is saved and read here: attentions of the devices return other layouts."""
+    encoder = make_t5().to(GPU)
+    tokens = torch.arange(8)[None]
+
+    def embed(model: Any, device: torch.device = CPU) -> Tensor:
+        embeddings: Tensor = model(tokens.to(device)).last_hidden_state.cpu()
+        return embeddings
+
+    made = fxquant.compile(encoder, recipe="rtn-w8a16", calibrate=lambda: embed(encoder, GPU), timestep=None, measure=0)
+    expected = embed(made, GPU)
+    made.to("cpu")
+    torch.testing.assert_close(embed(made), expected, rtol=0, atol=1e-5)
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        torch.testing.assert_close(embed(fxquant.load(folder)), expected, rtol=0, atol=1e-5)
+    made.to(GPU, torch.bfloat16)
+    torch.testing.assert_close(embed(made, GPU).float(), expected, rtol=0, atol=0.05)
 
 
 def held(model: GraphModel) -> list[Tensor]:

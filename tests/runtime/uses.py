@@ -113,11 +113,24 @@ USES: dict[str, list[Use]] = {
             "two_experts::one_may_be_missing",
             "storage/diffusers_io::optional_parts_and_a_second_transformer",
         ),
-        works("`dtype` per part of a pipeline", "", "pretrained/from_pretrained::a_dtype_per_part"),
+        works(
+            "`torch_dtype` or `dtype`, also other than that of the checkpoint",
+            "the bits of `.to(dtype)`; of models, VAEs, text encoders and pipelines",
+            "pretrained/other_dtypes::the_bits_are_those_of_a_converted_model",
+            "pretrained/other_dtypes::vaes",
+            "pretrained/other_dtypes::text_encoders",
+        ),
+        works(
+            "`dtype` per part of a pipeline",
+            "",
+            "pretrained/from_pretrained::a_dtype_per_part",
+            "pretrained/other_dtypes::pipelines",
+        ),
         works(
             "Layers that a class keeps in float32",
             "stay in it, quantized or not",
             "storage/checkpoint::dtypes_other_than_those_of_the_class",
+            "pretrained/other_dtypes::layers_that_a_class_keeps_in_float32",
         ),
         works(
             "`device_map` with one device, `low_cpu_mem_usage=True`, `use_safetensors=True`",
@@ -143,9 +156,9 @@ USES: dict[str, list[Use]] = {
             "storage/pretrained::options_that_are_refused",
         ),
         refused(
-            "`torch_dtype` or `dtype` other than that of the checkpoint",
-            "quantize the float model in it",
-            "pretrained/from_pretrained::options_that_are_refused",
+            "A dtype of 8 bits; a part that is given to `load_pipeline` in another dtype",
+            "convert the part with `.to(dtype)`",
+            "pretrained/other_dtypes::what_is_refused",
         ),
         refused(
             '`device_map="auto"` and maps of several devices; `low_cpu_mem_usage=False`',
@@ -198,6 +211,12 @@ USES: dict[str, list[Use]] = {
             "runtime/converting::it_computes_in_the_dtype",
             "runtime/converting::a_pipeline_is_converted_whole",
             "runtime/converting::loras_stay",
+            "runtime/converting::a_traced_model_is_converted_beside_its_original",
+        ),
+        works(
+            "`pipe.to(...)` that a part refuses",
+            "refused before any part changes",
+            "runtime/converting::a_pipeline_is_refused_before_a_part_changes",
         ),
         refused(
             "`use_stream`, `record_stream`, `offload_to_disk_path`, `exclude_kwargs` of group offloading",
