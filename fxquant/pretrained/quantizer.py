@@ -113,8 +113,8 @@ class FxQuantizer(DiffusersQuantizer):
         elif self.pre_quantized:
             assert self._folder is not None
             variant = variant_of(path.name for path in self._folder.iterdir())
-            options = {"device": self._device, "variant": variant, "dtype": self._dtype}
-            load(self._folder, model=_own_class(model), **options).take_place_of(model)
+            read = load(self._folder, device=self._device, model=_own_class(model), variant=variant, dtype=self._dtype)
+            read.take_place_of(model)
         elif has_entries(model):
             quantize_parts(model, self.quantization_config)
         elif self.quantization_config.calibrate is None and self.quantization_config.recipe is not None:
