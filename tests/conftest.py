@@ -6,6 +6,9 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 
+if gc.isenabled():
+    gc.disable()  # Until all is imported, where it would take a fifth of the time.
+
 # Traces of models of a few layers take two thirds of the time without it; it pays from about eight layers on.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
@@ -23,9 +26,6 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from tests.tiny import make_dit, make_pipeline
 from tests.traces import known_memos, memos, traced_once
-
-
-gc.disable()  # Until all is imported, where it would take a fifth of the time.
 
 
 def pytest_collection_finish() -> None:

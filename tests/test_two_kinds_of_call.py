@@ -136,7 +136,8 @@ CASES += [
 CASES += [("norm", "pe", "shifted"), ("elsewhere", "pe", "shifted"), ("elsewhere", "e", "balanced")]
 FLOAT = {("norm", "pe", "balanced")}
 """Cases that `make test` also runs with calls of another dtype than those of the calibration."""
-SECOND = {(kind, "p", "balanced") for kind in ("weightless", "parameter", "table", "convolved")}
+SECOND = {(kind, "p", "balanced") for kind in ("weightless", "parameter", "table", "convolved", "modulated")}
+SECOND |= {("norm", "p", "shifted by timestep"), ("layer", "pe", "shifted by timestep"), ("norm", "ep", "balanced")}
 """Cases that are like another one as far as `make test` is concerned."""
 
 

@@ -38,7 +38,7 @@ def double_inputs(batch: int, timestep: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", ["plain", "planted"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.exhaustive), "planted"])
 @torch.no_grad()
 def test_absorption_is_free_and_exact_in_float64(pipe: DiTPipeline, kind: str) -> None:
     model = copy.deepcopy(pipe.transformer).double()
@@ -100,7 +100,7 @@ def test_salient_channels_break_rounding_and_ptq4dit_mends_it(sqnr: Callable[[st
     assert sqnr("planted", "ptq4dit-w4a8") > sqnr("planted", "smoothquant-w4a8")
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("precision", [pytest.param("w8a8", marks=pytest.mark.exhaustive), "w4a8"])
 def test_without_salient_channels_ptq4dit_costs_nothing(sqnr: Callable[[str, str], float], precision: str) -> None:
     assert sqnr("plain", f"ptq4dit-{precision}") > sqnr("plain", f"rtn-{precision}") - 0.3
 
@@ -109,6 +109,6 @@ def test_planting_is_undone(sqnr: Callable[[str, str], float]) -> None:
     assert sqnr("planted", "ptq4dit-w8a8") == pytest.approx(sqnr("plain", "ptq4dit-w8a8"), abs=0.5)
 
 
-@pytest.mark.parametrize("name", ["plain", "planted"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), "planted"])
 def test_gptq_takes_down_the_wall_of_four_bits(sqnr: Callable[[str, str], float], name: str) -> None:
     assert sqnr(name, "ptq4dit-gptq-w4a8") > sqnr(name, "ptq4dit-w4a8") + 6

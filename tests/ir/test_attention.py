@@ -59,11 +59,11 @@ def calibrating(one: Entry, model: nn.Module) -> Any:
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        ("DiT2D", "ptq4dit-w8a8"),
+        pytest.param("DiT2D", "ptq4dit-w8a8", marks=pytest.mark.exhaustive),
         ("SD32D", "ptq4dit-w8a8"),
         ("PixArt2D-Sigma", "repq-w8a8"),
         ("OwnDiT", "htg-w8a8"),
-        ("SD32D", "htg-w8a8"),
+        pytest.param("SD32D", "htg-w8a8", marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_range_of_v_is_that_of_the_balanced_v(name: str, recipe: str) -> None:
@@ -131,7 +131,7 @@ def test_whole_models_at_other_sizes(name: str) -> None:
     assert quantized.plan is not None
     assert all(attention.bits == 8 for attention in quantized.plan.attentions.values())
     assert count(quantized.graphs[0], MATMUL) == 2 * len(quantized.plan.attentions)
-    for options in ({"batch": 3}, {"size": one.other_size}, {"prompt": one.other_prompt}):
+    for options in ({"batch": 3}, {"size": one.other_size, "prompt": one.other_prompt}):
         call = one.call(seed=7, step=500.0, **options)
         assert sqnr_db(run(model, call), run(quantized, call)) > 15, options
 

@@ -60,6 +60,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Tensor]:
 
 
 @pytest.mark.slow  # One run of the C++ compiler.
+@pytest.mark.exhaustive  # ``make test`` damages each file of a package in tests/storage/aot.
 @pytest.mark.parametrize("shard", range(max(1, -(-ASKED // (10 * SHARD)))))
 def test_damaged_packages(packages: dict[Path, Tensor], tmp_path: Path, shard: int) -> None:
     all_of(packages, tmp_path, min(-(-ASKED // 10) or 20, SHARD), fxquant.load_package)

@@ -97,7 +97,7 @@ FAMILIES = (
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("recipe", ["ptq4dit-w8a8", "dynamic-w8a8"])
+@pytest.mark.parametrize("recipe", ["ptq4dit-w8a8", pytest.param("dynamic-w8a8", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if n < 1 else [pytest.mark.exhaustive]) for n, name in enumerate(FAMILIES)],

@@ -322,12 +322,11 @@ def test_groups_of_inputs_are_refused_before_anything_runs() -> None:
 
 
 def compilers() -> list[Any]:
-    """Every recipe and kind with both compilers. `make test` runs inductor once, as one compilation takes so long."""
+    """Every recipe and kind with both compilers; ``make test`` runs inductor in tests/runtime/test_torch_compile.py."""
     found = []
     for pair in sampled(["htg-w8a8", "rtn-w8a8", "ptq4dit-w4a8"], kinds=KINDS[-2::-1]):
         for compiler in ("inductor", "aot_eager"):
-            quick = compiler == "aot_eager" or pair.id == "rtn-w8a8-bf16"
-            marks = [*pair.marks, *(() if quick else (pytest.mark.exhaustive,))]
+            marks = [*pair.marks, *(() if compiler == "aot_eager" else (pytest.mark.exhaustive,))]
             found.append(pytest.param(*pair.values, compiler, marks=marks, id=f"{pair.id}-{compiler}"))
     return found
 
