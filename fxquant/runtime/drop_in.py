@@ -138,6 +138,8 @@ _ADVICE = {
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, range, torch.dtype, torch.device, torch.Size, type,
 )  # fmt: skip
+_OF_THE_OWNER = ("config", "dtype", "device", "forward")
+"""Attributes of the whole model that its own methods get from what replaces it, such as the call in a guided one."""
 
 
 def hand_on(model: nn.Module, name: str, owner: Any, path: str = "") -> Any:
@@ -213,7 +215,7 @@ class Part:
             object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if not self._path and name in ("config", "dtype", "device"):
+        if not self._path and name in _OF_THE_OWNER:
             return getattr(self._owner, name)
         return hand_on(self._module, name, self._owner, self._path)
 
@@ -224,7 +226,9 @@ class Part:
         raise refusal(f"{self._path}.{name}".removeprefix("."))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's ``forward``, which fails where it reads a weight."""
+        """Run the module's ``forward``, which fails where it reads a weight. The whole model runs its graphs."""
+        if not self._path:
+            return self._owner(*args, **kwargs)
         return type(self._module).forward(self, *args, **kwargs)
 
     def __len__(self) -> int:

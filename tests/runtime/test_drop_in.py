@@ -175,6 +175,10 @@ class Own(nn.Module):
     def projected(self, x: Tensor) -> Tensor:
         return self.proj(x)
 
+    def guided(self, x: Tensor, timestep: Tensor, scale: float) -> Tensor:
+        with_, without = self.forward(x, timestep), self(torch.zeros_like(x), timestep)
+        return without + scale * (with_ - without)
+
     @property
     def area(self) -> int:
         return self.axes[0] * self.axes[1]
@@ -219,6 +223,14 @@ def test_methods_of_a_model_of_ones_own() -> None:
     made.axes.append(5)
     made.names["dog"] = 2
     assert (made.axes, made.names, made.scale) == ([2, 2], {"cat": 1}, 1.0)
+
+
+def test_a_method_that_calls_the_model_runs_its_graphs() -> None:
+    model = Own().eval()
+    made, x = fxquant.trace(model, timestep="timestep"), torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.equal(made.guided(x, torch.ones(2), 3.0), model.guided(x, torch.ones(2), 3.0))
+    assert len(made.captured) == 1
 
 
 # --- hooks and modes ---

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.zoo.entry import Entry, Maker
 from tests.zoo.own import OwnDiT
+from tests.zoo.own_published import PublishedDiT, PublishedMMDiT
 from tests.zoo.own_streams import OwnStreams
 from tests.zoo.own_uvit import OwnUViT
 from tests.zoo.own_video import OwnVideoDiT
@@ -38,6 +39,10 @@ def _streams(make: Maker) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _mmdit(make: Maker) -> dict[str, Any]:
+    return {"x": make.latents(4), "t": make.time(), "y": make.normal(make.batch, 10), "context": make.text(12)}
+
+
 ENTRIES = [
     Entry("OwnDiT", {}, _own, timestep="t", other_prompt=None, make=OwnDiT),
     Entry(
@@ -60,4 +65,6 @@ ENTRIES = [
         other_prompt=None,
         make=OwnUViT,
     ),
+    Entry("PublishedDiT", {}, _own, timestep="t", other_size=None, other_prompt=None, make=PublishedDiT),
+    Entry("PublishedMMDiT", {}, _mmdit, timestep="t", make=PublishedMMDiT),
 ]
