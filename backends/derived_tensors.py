@@ -30,3 +30,8 @@ def derived(
         rewriter.memo[name] = None if value is None else rewriter.constant(name, value, [source])
     node: fx.Node | None = rewriter.memo[name]
     return node
+
+
+def has_own_scales(packed: fx.Node, scale: fx.Node) -> bool:
+    """Whether each output channel of a weight has scales of its own, as kernels expect."""
+    return bool(packed.meta["val"].shape[0] == scale.meta["val"].shape[0])

@@ -5,26 +5,27 @@ from __future__ import annotations
 import copy
 import enum
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.errors import CalibrationError, NonFiniteError
+from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.ir.arguments import args
 from fxquant.ir.histories import made_from
 from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.time_tables import TimeTable, rows_at, timestep_input
+from fxquant.numerics.activations import round_by_token, round_in_range
 from fxquant.numerics.finite import require_finite
-from fxquant.numerics.grids import affine_parameters, fake_quantize
+from fxquant.numerics.formats import Format, is_integer
 from fxquant.numerics.ranges import activation_range
 from fxquant.numerics.rounding.adaround import adaround
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.numerics.weights import QuantizedWeight, quantize_weight
+from fxquant.numerics.weights import QuantizedWeight, encode_weight
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange, LayerPlan
 from fxquant.planning.layer_inputs import layer_input, moments
@@ -32,8 +33,26 @@ from fxquant.planning.plan import Plan
 from fxquant.planning.uses import unnumbered
 
 
+class Coded(NamedTuple):
+    """Nodes of codes and of their scales.
+
+    Attributes:
+        codes: The codes; of a weight packed.
+        scale: The scales.
+        zero_point: The zero points; None for formats without them.
+        format: Name of the number format.
+        global_scale: The scale of the scales; None for formats without one.
+    """
+
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node | None
+    format: str
+    global_scale: fx.Node | None = None
+
+
 class RangeSearch(enum.Enum):
-    """How the range of a grid is found; see :mod:`fxquant.numerics.ranges`."""
+    """How the range of a scale is found; see :mod:`fxquant.numerics.ranges`."""
 
     MINMAX = "minmax"
     PERCENTILE = "percentile"
@@ -82,12 +101,13 @@ class GPTQ:
     ) -> QuantizedWeight:
         """See :class:`Rounder`."""
         layer = context.plan.layer(name)
-        assert layer.weight_bits is not None
+        assert layer.format_of_weight is not None
         return gptq(
             values,
             self._feedback(name, context, rewriter),
-            bits=layer.weight_bits,
+            format=layer.format_of_weight.name,
             group_size=layer.group_size,
+            group_rows=layer.group_rows,
             symmetric=symmetric,
             method=method.value,
         )
@@ -116,18 +136,34 @@ class AdaRound:
     ) -> QuantizedWeight:
         """See :class:`Rounder`."""
         layer = context.plan.layer(name)
-        assert layer.weight_bits is not None
+        assert layer.format_of_weight is not None
+        refuse_learned_rounding(name, layer)
         try:
             return adaround(
                 values,
                 _moments(name, context, "AdaRound"),
-                bits=layer.weight_bits,
+                format=layer.format_of_weight.name,
                 group_size=layer.group_size,
                 symmetric=symmetric,
                 method=method.value,
             )
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {name}: {error}") from None
+
+
+def refuse_learned_rounding(name: str, layer: LayerPlan) -> None:
+    """Refuse to learn the rounding of a weight that does not lie between two integers of one scale per row and group.
+
+    Raises:
+        ConfigurationError: Names the layer and says what to choose instead.
+    """
+    format = layer.format_of_weight
+    if format is not None and (not is_integer(format.name) or layer.group_rows != 1):
+        what = format.name if layer.group_rows == 1 else "scales of several output channels"
+        raise ConfigurationError(
+            f"layer {name}: learned rounding chooses between two neighbouring integers of an output channel, and its "
+            f"weight has {what}; choose rounding=gptq or rounding=nearest"
+        )
 
 
 def _moments(name: str, context: PassContext, method: str) -> Tensor:
@@ -158,8 +194,8 @@ def quantized_weight(
     method: RangeSearch,
     symmetric: bool,
     rounder: Rounder | None = None,
-) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Quantize the weight of a layer; returns nodes of its packed codes, scales and zero points.
+) -> Coded:
+    """Quantize the weight of a layer; returns nodes of its packed codes and scales.
 
     The float weight is dropped at once, so that float weights and codes of a whole model are never in memory together.
     Layers that share a weight share its codes.
@@ -171,12 +207,13 @@ def quantized_weight(
     name = node.meta[LAYER]
     layer = context.plan.layer(name)
     weight = stored_weight(node)
-    assert weight is not None and layer.weight_bits is not None
-    key = (weight, layer.weight_bits, layer.group_size)
+    assert weight is not None and layer.format_of_weight is not None
+    format = layer.format_of_weight.name
+    key = (weight, format, layer.group_size, layer.group_rows)
     if key in rewriter.memo:
-        codes, layer.weight_sqnr_db = rewriter.memo[key]
-        packed, scale, zero_point = codes
-        return packed, scale, zero_point
+        coded, layer.weight_sqnr_db = rewriter.memo[key]
+        assert isinstance(coded, Coded)
+        return coded
     values = rewriter.tensor(weight).flatten(1)
     require_finite(values, f"the weight of layer {name}")
     # A fake tensor has no values to search. The shapes are the same for every method.
@@ -185,10 +222,11 @@ def quantized_weight(
     # False if the codes in the plan were made for another fold of the weight, in a graph that does not share it.
     own = context.shared.is_rounded_here(name, history)
     if isinstance(values, FakeTensor) or (rounder is None and not (own and name in context.codes)):
-        quantized = quantize_weight(
+        quantized = encode_weight(
             values,
-            bits=layer.weight_bits,
+            format=format,
             group_size=layer.group_size,
+            group_rows=layer.group_rows,
             symmetric=symmetric,
             method=search.value,
             importance=None if search is RangeSearch.MINMAX else importance_of(name, context, values.device),
@@ -205,16 +243,31 @@ def quantized_weight(
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
     owner = _owner_of_codes(name, str(weight.target), context.plan)
-    made = made_from("codes", history, str(layer.weight_bits), str(layer.group_size))
-    codes = (
-        rewriter.constant(f"{owner}_packed", quantized.packed, [weight], made),
-        rewriter.constant(f"{owner}_scale", quantized.scale, [weight], made),
-        rewriter.constant(f"{owner}_zero_point", quantized.zero_point, [weight], made),
+    made = made_from("codes", history, *_grid_of(layer))
+
+    def stored(part: str, value: Tensor | None) -> fx.Node | None:
+        return None if value is None else rewriter.constant(f"{owner}_{part}", value, [weight], made)
+
+    codes, scale = stored("packed", quantized.packed), stored("scale", quantized.scale)
+    assert codes is not None and scale is not None
+    coded = Coded(
+        codes,
+        scale,
+        stored("zero_point", quantized.zero_point),
+        format,
+        stored("global_scale", quantized.global_scale),
     )
-    rewriter.memo[key] = codes, layer.weight_sqnr_db
+    rewriter.memo[key] = coded, layer.weight_sqnr_db
     if _reads_alone(node, weight):
         rewriter.forget(weight)
-    return codes
+    return coded
+
+
+def _grid_of(layer: LayerPlan) -> tuple[str, ...]:
+    """How a weight is coded. For integers with a scale per output channel or group, bits and group size."""
+    grid = str(layer.weight_bits), str(layer.group_size)
+    more = (layer.weight_format or "", str(layer.group_rows))
+    return grid if more == ("", "1") else (*grid, *more)
 
 
 def _owner_of_codes(name: str, target: str, plan: Plan) -> str:
@@ -224,11 +277,13 @@ def _owner_of_codes(name: str, target: str, plan: Plan) -> str:
     Layers that share the weight with other bits or groups have codes of their own.
     """
     layer, named = plan.layer(name), plan.layers.get(layer_name(target))
-    if named is not None and (named.weight_bits, named.group_size) == (layer.weight_bits, layer.group_size):
+    if named is not None and _grid_of(named) == _grid_of(layer):
         return target
     if named is None and unnumbered(name) == layer_name(target):
         return target
-    return f"{target}_w{layer.weight_bits}" + (f"_g{layer.group_size}" if layer.group_size else "")
+    group = (layer.group_size and f"_g{layer.group_size}") or ""
+    rows = "" if layer.group_rows == 1 else f"_r{layer.group_rows}"
+    return f"{target}_w{layer.weight_format or layer.weight_bits}{group}{rows}"
 
 
 def _reads_alone(layer: fx.Node, weight: fx.Node) -> bool:
@@ -259,47 +314,81 @@ def is_quantized(weight: fx.Node) -> bool:
     return weight.target is torch.ops.fxquant.dequantize_weight.default
 
 
-def quantized_input(
-    node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewriter, method: InputRange
-) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Quantize the input of a layer; returns nodes of its codes, its scale and its zero point.
+def quantized_input(node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewriter, method: InputRange) -> Coded:
+    """Quantize the input of a layer; returns nodes of its codes and scales.
 
     Raises:
         CalibrationError: If the plan has no range for the input and calibration never reached the layer.
     """
     name = node.meta[LAYER]
     layer = context.plan.layer(name)
-    bits = layer.activation_bits
-    assert bits is not None
+    format = layer.format_of_input
+    assert format is not None
     decide_range(node, x, context, rewriter, method)
     assert layer.activation is not None
     if layer.activation.method == InputRange.DYNAMIC.value:
-        return _codes_by_token(x, bits, rewriter)
+        return _codes_by_token(x, format, rewriter)
     low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (layer.activation.low, layer.activation.high))
-    key = (x, bits, layer.boundaries, str(low.tolist()), str(high.tolist()))
+    key = (x, format.name, layer.boundaries, str(low.tolist()), str(high.tolist()))
     if key not in rewriter.memo:
-        scale, zero_point = (part.to(x.meta["val"].device) for part in affine_parameters(low, high, bits))
-        names = (f"{name}.input_scale", f"{name}.input_zero_point")
+        rewriter.memo[key] = _codes_of_range(node, x, low, high, format, context, rewriter)
+    coded = rewriter.memo[key]
+    assert isinstance(coded, Coded)
+    return coded
+
+
+def _codes_of_range(
+    node: fx.Node, x: fx.Node, low: Tensor, high: Tensor, format: Format, context: PassContext, rewriter: Rewriter
+) -> Coded:
+    """Codes of an input whose range is known, or one range per bin of timesteps."""
+    name = node.meta[LAYER]
+    layer = context.plan.layer(name)
+
+    def stored(part: str, value: Tensor | None) -> fx.Node | None:
+        if value is None:
+            return None
+        value = value.to(x.meta["val"].device)
         if low.dim() == 0:
-            grid = tuple(
-                rewriter.constant(target, part, [x]) for target, part in zip(names, (scale, zero_point), strict=True)
-            )
-        else:
-            timestep, rank = timestep_input(rewriter.graph, context.plan.timestep), x.meta["val"].dim()
-            tables = [TimeTable(timestep, layer.boundaries, part[:, None]) for part in (scale, zero_point)]
-            grid = tuple(
-                rows_at(rewriter, table, rank, target, [x]) for target, table in zip(names, tables, strict=True)
-            )
-        codes = rewriter.call(
-            torch.ops.fxquant.quantize.default,
-            (x, *grid, 0, 2**bits - 1, torch.uint8),
-            sources=[x],
-            name=f"{x.name}_codes",
-            layer=True,
-        )
-        rewriter.memo[key] = (codes, *grid)
-    codes, scale, zero_point = rewriter.memo[key]
-    return codes, scale, zero_point
+            return rewriter.constant(f"{name}.input_{part}", value, [x])
+        timestep, rank = timestep_input(rewriter.graph, context.plan.timestep), x.meta["val"].dim()
+        table = TimeTable(timestep, layer.boundaries, value[:, None])
+        return rows_at(rewriter, table, rank, f"{name}.input_{part}", [x])
+
+    if format.block:
+        return _codes_of_blocks(x, stored("global_scale", format.global_scale(low, high)), format, rewriter)
+    found = format.scales(low, high)
+    scale, zero_point = stored("scale", found.scale), stored("zero_point", found.zero_point)
+    assert scale is not None
+    return _quantize(x, Coded(x, scale, zero_point, format.name), rewriter)
+
+
+def _codes_of_blocks(x: fx.Node, scale: fx.Node | None, format: Format, rewriter: Rewriter) -> Coded:
+    """Codes of floats. For formats with blocks the scales of blocks are found at run time, on the scale that is given.
+
+    Args:
+        x: The value.
+        scale: Its scale, or for formats with blocks the scale of their scales, if they have one.
+        format: The number format.
+        rewriter: The rewriter of the graph.
+    """
+    if not format.block:
+        assert scale is not None
+        return _quantize(x, Coded(x, scale, None, format.name), rewriter)
+    op, arguments = torch.ops.fxquant.block_scale.default, (x, format.name, *optional(scale))
+    blocks = rewriter.call(op, arguments, sources=[x], name=f"{x.name}_block_scale", layer=True)
+    return _quantize(x, Coded(x, blocks, None, format.name, scale), rewriter)
+
+
+def _quantize(x: fx.Node, scales: Coded, rewriter: Rewriter) -> Coded:
+    """The codes of a value on scales whose nodes are given."""
+    given = (x, scales.scale, scales.zero_point, scales.format, *optional(scales.global_scale))
+    op = torch.ops.fxquant.quantize.default
+    return scales._replace(codes=rewriter.call(op, given, sources=[x], name=f"{x.name}_codes", layer=True))
+
+
+def optional(*trailing: fx.Node | None) -> tuple[fx.Node | None, ...]:
+    """Trailing arguments of an op; none at all if all of them are None, which is their default."""
+    return () if all(argument is None for argument in trailing) else trailing
 
 
 def decide_range(node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewriter, method: InputRange) -> None:
@@ -308,7 +397,7 @@ def decide_range(node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewr
     layer = context.plan.layer(name)
     if layer.activation is not None:
         return
-    decided = context.memo.setdefault(("range", x, layer.activation_bits, layer.observed), name)
+    decided = context.memo.setdefault(("range", x, layer.format_of_input, layer.observed), name)
     if decided == name:
         _decide_range(name, context, method)
     else:
@@ -322,46 +411,54 @@ def is_rounded(layer: LayerPlan) -> bool:
     return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
 
 
-def _codes_by_token(x: fx.Node, bits: int, rewriter: Rewriter) -> tuple[fx.Node, fx.Node, fx.Node]:
-    key = (x, bits, InputRange.DYNAMIC)
+def _codes_by_token(x: fx.Node, format: Format, rewriter: Rewriter) -> Coded:
+    """Codes of an input whose scales are found at run time."""
+    key = (x, format.name, InputRange.DYNAMIC)
+    if key not in rewriter.memo and not format.zero_points:
+        needs_outer = not format.block or format.global_scales
+        op, arguments = torch.ops.fxquant.token_scale.default, (x, format.name)
+        found = rewriter.call(op, arguments, sources=[x], name=f"{x.name}_scale", layer=True) if needs_outer else None
+        rewriter.memo[key] = _codes_of_blocks(x, found, format, rewriter)
     if key not in rewriter.memo:
 
         def call(op: Any, *arguments: Any, name: str) -> fx.Node:
             return rewriter.call(op, arguments, sources=[x], name=f"{x.name}_{name}", layer=True)
 
-        grid = call(torch.ops.fxquant.token_grid.default, x, bits, name="grid")
+        grid = call(torch.ops.fxquant.token_grid.default, x, format.name, name="grid")
         scale, zero_point = (
             call(torch.ops.aten.select.int, grid, 0, number, name=name)
             for number, name in enumerate(("scale", "zero_point"))
         )
-        arguments = (x, scale, zero_point, 0, 2**bits - 1, torch.uint8)
-        codes = call(torch.ops.fxquant.quantize.default, *arguments, name="codes")
-        rewriter.memo[key] = (codes, scale, zero_point)
-    codes, scale, zero_point = rewriter.memo[key]
-    return codes, scale, zero_point
+        rewriter.memo[key] = _quantize(x, Coded(x, scale, zero_point, format.name), rewriter)
+    coded = rewriter.memo[key]
+    assert isinstance(coded, Coded)
+    return coded
 
 
 def _decide_range(name: str, context: PassContext, method: InputRange) -> None:
     """Write the range of a layer's input, and its SQNR on the sampled rows, into the plan."""
     layer = context.plan.layer(name)
-    assert layer.activation_bits is not None
+    format = layer.format_of_input
+    assert format is not None
+    if format.block:  # Blocks find their scales at run time. The scale of these scales covers the whole range.
+        method = InputRange.MINMAX if format.global_scales and method is not InputRange.DYNAMIC else InputRange.DYNAMIC
     if method is InputRange.DYNAMIC:
         seen = layer_input(context, name)
         rows = torch.cat(seen.rows)
         layer.activation = ActivationRange(float(seen.minimum.min()), float(seen.maximum.max()), method.value)
-        grid = affine_parameters(*torch.aminmax(rows, dim=-1, keepdim=True), layer.activation_bits)
-        layer.activation_sqnr_db = sqnr_db(rows, fake_quantize(rows, *grid, layer.activation_bits))
+        layer.activation_sqnr_db = sqnr_db(rows, round_by_token(rows, format))
         tops = seen.absmax.amax(dim=1)
         layer.spread = [float(tops.min()), float(tops.max())]
         return
-    bits, count = layer.activation_bits, len(layer.boundaries) + 1
+    count = len(layer.boundaries) + 1
     ranges, exact, coded = [], [], []
     for number in range(count):
         seen = layer_input(context, name, number if count > 1 else None)
         rows = torch.cat(seen.rows)
-        ranges.append(activation_range(rows, float(seen.minimum.min()), float(seen.maximum.max()), bits, method.value))
+        ends = float(seen.minimum.min()), float(seen.maximum.max())
+        ranges.append(ends if format.block else activation_range(rows, *ends, format, method.value))
         exact.append(rows)
-        coded.append(fake_quantize(rows, *affine_parameters(*ranges[-1], bits), bits))
+        coded.append(round_in_range(rows, format, *ranges[-1]))
     lows, highs = ([end[side] for end in ranges] for side in (0, 1))
     if len(ranges) == 1:
         layer.activation = ActivationRange(lows[0], highs[0], method.value)

@@ -20,6 +20,7 @@ from fxquant.ir.meta import LAYER, NAMES
 from fxquant.ir.products import find_products
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.numerics.formats import FORMATS
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
@@ -87,18 +88,23 @@ class AssignPrecision(Pass):
             if kind == "embedding":  # The papers keep tables in float; 8-bit rows only save memory.
                 one_row_a_sample = args(node).node("indices").meta["val"].dim() == 1
                 asked = overridden(name, self.overrides) or (Precision(8, None) if self.layers == "default" else FLOAT)
-                chosen = Precision(asked.weight_bits, None) if one_row_a_sample else FLOAT
+                chosen = _of_table(asked) if one_row_a_sample else FLOAT
             shape = weight.meta["val"].shape
             rows, columns = int(shape[0]), math.prod(int(size) for size in shape[1:])
             empty = rows * columns == 0
             chosen = FLOAT if empty else chosen
+            has_blocks = chosen.weight_format is not None and FORMATS[chosen.weight_format].block > 0
             plan.layers[name] = LayerPlan(
                 kind=kind,
                 role=role_of[name],
                 shape=[rows, columns],
                 weight_bits=chosen.weight_bits,
                 activation_bits=chosen.activation_bits,
-                group_size=chosen.group_size if kind == "linear" else 0,  # Groups are along a linear's input channels.
+                # Groups are along a linear's input channels.
+                group_size=chosen.group_size if kind == "linear" or has_blocks else 0,
+                group_rows=chosen.group_rows if kind == "linear" else 1,
+                weight_format=chosen.weight_format,
+                activation_format=chosen.activation_format,
                 reason="its weight has no elements" if empty else self._why_float(name, kind, role_of[name], chosen),
             )
         timestep = next((n for n in graph.nodes if n.op == "placeholder" and n.target == plan.timestep), None)
@@ -175,8 +181,20 @@ class AssignPrecision(Pass):
         chosen = overridden(found.name, self.overrides) or default
         if chosen.activation_bits is None:
             return AttentionPlan(None, reason="its activations are to stay float")
+        format = chosen.activation_format
         reason = found.reason or not_by_sample(found, timestep)
-        return AttentionPlan(None if reason else chosen.activation_bits, reason=reason)
+        if reason is None and format is not None and FORMATS[format].block:
+            reason = f"the products of attention have no blocks of channels for {format}; fp8 and integers fit"
+        bits = None if reason else chosen.activation_bits
+        return AttentionPlan(bits, reason=reason, format=None if reason else format)
+
+
+def _of_table(asked: Precision) -> Precision:
+    """The precision of a table whose rows are looked up: its weight's, with float activations and a scale per row."""
+    if asked.weight_bits is None:
+        return FLOAT
+    block = 0 if asked.weight_format is None else FORMATS[asked.weight_format].block
+    return Precision(asked.weight_bits, None, block, asked.weight_format)
 
 
 def _runs_elsewhere(name: str, pattern: str, names: Mapping[str, bool], plan: Plan) -> bool:

@@ -23,9 +23,9 @@ from fxquant.ir.layers import parameter_of
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
+from fxquant.numerics.activations import round_in_range
 from fxquant.numerics.finite import require_finite
-from fxquant.numerics.grids import affine_parameters, fake_quantize
-from fxquant.numerics.weights import quantize_weight
+from fxquant.numerics.weights import encode_weight
 from fxquant.passes._seeds import (
     follow,
     is_target,
@@ -282,14 +282,16 @@ def _error(
         start += rows.shape[1]
         for name, weight in zip(names, own, strict=True):
             layer = context.plan.layer(name)
-            assert layer.weight_bits is not None
+            assert layer.format_of_weight is not None
             x, w = rows.to(weight.device), weight.float()
             scaled = x / b.to(x.device)
-            rounded = quantize_weight(w * b.to(w.device), bits=layer.weight_bits, group_size=layer.group_size)
+            grid = layer.group_size, layer.group_rows
+            rounded = encode_weight(
+                w * b.to(w.device), format=layer.format_of_weight.name, group_size=grid[0], group_rows=grid[1]
+            )
             coded = scaled
-            if layer.activation_bits is not None:
-                grid = affine_parameters(scaled.min().double(), scaled.max().double(), layer.activation_bits)
-                coded = fake_quantize(scaled, *grid, layer.activation_bits)
+            if layer.format_of_input is not None:
+                coded = round_in_range(scaled, layer.format_of_input, scaled.min(), scaled.max())
             actual = coded @ rounded.dequantize(torch.float32).T
             expected = x @ w.T
             total += float((actual - expected).square().sum() / expected.square().sum().clamp_min(1e-30))

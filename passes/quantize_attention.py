@@ -17,7 +17,8 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.shared import SharedTensors
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import bin_of
-from fxquant.numerics.grids import affine_parameters, fake_quantize
+from fxquant.numerics.activations import round_in_range
+from fxquant.numerics.formats import FORMATS, Format, Scales, format_of
 from fxquant.numerics.ranges import activation_range
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes._quantization import InputRange
@@ -28,7 +29,7 @@ from fxquant.planning.decisions import ActivationRange, AttentionPlan
 aten = torch.ops.aten
 _MATMUL = torch.ops.fxquant.matmul.default
 _QUANTIZE = torch.ops.fxquant.quantize.default
-_Codes = tuple[fx.Node, fx.Node, fx.Node]
+_Codes = tuple[fx.Node, fx.Node, fx.Node | None]
 """Codes, scale and zero point."""
 
 
@@ -125,10 +126,20 @@ class QuantizeAttention(Pass):
                 rows = [row * factor + own for row, own in zip(rows, moved, strict=True)]
         samples = torch.cat(rows).float()
         assert self.activation_range is not InputRange.DYNAMIC
-        ends = activation_range(samples, float(low.min()), float(high.max()), entry.bits, self.activation_range.value)
+        format = _format(entry)
+        ends = activation_range(samples, float(low.min()), float(high.max()), format, self.activation_range.value)
         entry.ranges[side] = ActivationRange(*ends, self.activation_range.value)
-        grid = affine_parameters(*ends, entry.bits)
-        entry.sqnr_db[side] = sqnr_db(samples, fake_quantize(samples, *grid, entry.bits))
+        entry.sqnr_db[side] = sqnr_db(samples, round_in_range(samples, format, *ends))
+
+
+def _format(entry: AttentionPlan) -> Format:
+    format = format_of(entry.bits, entry.format)
+    assert format is not None
+    return format
+
+
+def _scales(format: Format, low: float, high: float) -> Scales:
+    return format.scales(torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64))
 
 
 def _refuse_other_values(found: Attention, shared: SharedTensors) -> None:
@@ -185,38 +196,50 @@ class _Lowering:
     def call(self, op: Any, *arguments: Any) -> fx.Node:
         return self.rewriter.call(op, arguments, sources=[self.found.output], layer=True)
 
-    def codes(self, x: fx.Node, low: float, high: float, bits: int, name: str) -> _Codes:
-        device = x.meta["val"].device
+    @property
+    def format(self) -> str:
+        """The format of q, k and v."""
+        return _format(self.entry).name
+
+    @property
+    def softmax_format(self) -> str:
+        """The format of the softmax output."""
+        return self.format if self.entry.format is not None else f"int{self.entry.softmax_bits}"
+
+    def codes(self, x: fx.Node, low: float, high: float, format: str, name: str) -> _Codes:
+        found, device = _scales(FORMATS[format], low, high), x.meta["val"].device
         scale, zero_point = (
-            self.rewriter.constant(f"{self.found.name}.{name}_{part}", value.to(device), [x])
-            for part, value in zip(("scale", "zero_point"), affine_parameters(low, high, bits), strict=True)
+            None if value is None else self.rewriter.constant(f"{self.found.name}.{name}_{part}", value.to(device), [x])
+            for part, value in (("scale", found.scale), ("zero_point", found.zero_point))
         )
-        return self.call(_QUANTIZE, x, scale, zero_point, 0, 2**bits - 1, torch.uint8), scale, zero_point
+        assert scale is not None
+        return self.call(_QUANTIZE, x, scale, zero_point, format), scale, zero_point
+
+    def product(self, a: _Codes, b: _Codes, a_format: str, dtype: torch.dtype) -> fx.Node:
+        return self.call(_MATMUL, *a, *b, a_format, self.format, dtype)
 
     def operand(self, side: str, x: fx.Node | None = None) -> _Codes:
         """Codes of q, k or v."""
-        found, assigned = self.entry.ranges[side], self.entry.bits
-        assert assigned is not None and not isinstance(found.low, list) and not isinstance(found.high, list)
-        return self.codes(x or self.found.operands[side].value, found.low, found.high, assigned, side)
+        found = self.entry.ranges[side]
+        assert not isinstance(found.low, list) and not isinstance(found.high, list)
+        return self.codes(x or self.found.operands[side].value, found.low, found.high, self.format, side)
 
     def probabilities(self, x: fx.Node) -> _Codes:
-        bits = self.entry.softmax_bits
-        assert bits is not None
-        return self.codes(x, 0.0, 1.0, bits, "softmax")
+        return self.codes(x, 0.0, 1.0, self.softmax_format, "softmax")
 
     def explicit(self) -> None:
         """Replace the two products, but no op between them."""
         product, output = self.found.operands["q"].reader, self.found.output
         with self.rewriter.before(product):
             dtype = product.meta["val"].dtype
-            scores = self.call(_MATMUL, *self.operand("q"), *self.operand("k"), dtype)
+            scores = self.product(self.operand("q"), self.operand("k"), self.format, dtype)
             if product.target is aten.baddbmm.default:
                 scores = self._added(product, scores)
         self.rewriter.replace(product, scores)
         probabilities = factors_of(output)[0]
         with self.rewriter.before(output):
             coded = self.probabilities(probabilities)
-            result = self.call(_MATMUL, *coded, *self.operand("v"), output.meta["val"].dtype)
+            result = self.product(coded, self.operand("v"), self.softmax_format, output.meta["val"].dtype)
             if output.target is aten.baddbmm.default:
                 result = self._added(output, result)
         self.finish(result)
@@ -252,16 +275,17 @@ class _Lowering:
             q = given.node("query")
             if self.found.scale != 1:
                 q = self.call(aten.mul.Tensor, q, self.found.scale)
-            left, (keys, *key_grid), (values, *value_grid) = self.operand("q", q), self.operand("k"), self.operand("v")
+            left, right, mixed = self.operand("q", q), self.operand("k"), self.operand("v")
+            keys, values = right[0], mixed[0]
             if given.enable_gqa:
                 keys, values = (self._for_all_heads(part, given.node("query")) for part in (keys, values))
             keys = self.call(aten.transpose.int, keys, -2, -1)
-            scores = self.call(_MATMUL, *left, keys, *key_grid, inner)
+            scores = self.product(left, (keys, *right[1:]), self.format, inner)
             masked = self._masked(scores, given.attn_mask, bool(given.is_causal))
             # A row without any key is 0, not NaN, as in the op itself.
             softmax = aten.softmax.int if masked is scores else aten._safe_softmax.default
             coded = self.probabilities(self.call(softmax, masked, -1))
-            result = self.call(_MATMUL, *coded, values, *value_grid, dtype)
+            result = self.product(coded, (values, *mixed[1:]), self.softmax_format, dtype)
         self.finish(result)
 
     def _for_all_heads(self, codes: fx.Node, query: fx.Node) -> fx.Node:

@@ -78,9 +78,9 @@ class QuantizeConvolutions(Pass):
             if layer.activation_bits is not None:
                 _refuse(node, context.plan)
             with rewriter.before(node):
-                packed = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric)
+                w = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric)
                 if layer.activation_bits is None:
-                    arguments = (*packed, layer.weight_bits, 0, layer.shape[1], dtype)
+                    arguments = (w.codes, w.scale, w.zero_point, w.format, 0, layer.shape[1], dtype)
                     values = rewriter.call(
                         torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node], layer=True
                     )
@@ -92,10 +92,10 @@ class QuantizeConvolutions(Pass):
                 if node.target in _ONE_DIMENSION:  # An image of one row.
                     x = rewriter.call(aten.unsqueeze.default, (x, -2), [node], layer=True)
                     kernel.insert(1, 1)
-                codes, scale, zero_point = quantized_input(node, x, context, rewriter, self.activation_range)
+                q = quantized_input(node, x, context, rewriter, self.activation_range)
                 new = rewriter.call(
                     torch.ops.fxquant.conv2d.default,
-                    (codes, scale, zero_point, *packed, options["bias"], layer.weight_bits, kernel,
+                    (*q[:3], *w[:3], options["bias"], q.format, w.format, kernel,
                      options["stride"], options["padding"], options["dilation"], options["groups"], dtype),
                     sources=[node], layer=True)  # fmt: skip
                 if node.target in _ONE_DIMENSION:

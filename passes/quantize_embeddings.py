@@ -57,12 +57,16 @@ class QuantizeEmbeddings(Pass):
                     f"layer {node.meta[LAYER]}: a table is stored in few bits only where each sample looks up one row; "
                     "keep it float"
                 )
-            packed = quantized_weight(node, context, rewriter, RangeSearch.MINMAX, symmetric=False)
+            w = quantized_weight(node, context, rewriter, RangeSearch.MINMAX, symmetric=False)
+            tables = w.codes, w.scale, w.zero_point
             with rewriter.before(node):
-                rows = [rewriter.call(aten.embedding.default, (table, indices), [node]) for table in packed]
+                rows = [
+                    None if table is None else rewriter.call(aten.embedding.default, (table, indices), [node])
+                    for table in tables
+                ]
                 new = rewriter.call(
                     torch.ops.fxquant.dequantize_weight.default,
-                    (*rows, layer.weight_bits, 0, layer.shape[1], node.meta["val"].dtype),
+                    (*rows, w.format, 0, layer.shape[1], node.meta["val"].dtype),
                     sources=[node],
                     layer=True,
                 )

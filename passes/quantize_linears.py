@@ -22,6 +22,7 @@ from fxquant.passes._quantization import (
     Rounding,
     is_quantized,
     is_rounded,
+    optional,
     quantized_input,
     quantized_weight,
 )
@@ -49,9 +50,9 @@ class QuantizeLinears(Pass):
 
     A bias that depends on the timestep, ``linear(x, W) + table[bin]``, becomes the bias of the quantized linear,
     and if the plan has bins for a layer, the scale and zero point of x are rows of tables too. Linears that read the
-    same value share its codes. Weights have one grid per output channel, or one per group of input channels.
-    Activations have one asymmetric grid per tensor (PTQ4DiT, arXiv 2405.16005). Rounding moves each weight by at most
-    half a step of its grid.
+    same value share its codes. Integer weights have one grid per output channel, or one per group of input channels.
+    Integer activations have one asymmetric grid per tensor (PTQ4DiT, arXiv 2405.16005). Rounding moves each weight by
+    at most half a step of its grid. Formats with blocks find the scales of blocks of activations at run time.
 
     Attributes:
         weight_range: How the range of a weight grid is found: ``minmax``, ``percentile`` or ``mse``. The searches
@@ -95,21 +96,24 @@ class QuantizeLinears(Pass):
                 continue
             total = plus_rows(node) if bias is None and layer.activation_bits is not None else None
             dtype = node.meta["val"].dtype
-            packed = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
+            w = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
             with rewriter.before(node if total is None else total):
                 if layer.activation_bits is None:
-                    arguments = (*packed, layer.weight_bits, layer.group_size, layer.shape[1], dtype)
+                    grid = w.codes, w.scale, w.zero_point, w.format, layer.group_size
+                    arguments = (*grid, layer.shape[1], dtype, *optional(w.global_scale))
                     values = rewriter.call(
                         torch.ops.fxquant.dequantize_weight.default, arguments, [weight, node], layer=True
                     )
                     rewriter.redirect(node, weight, values)
                     continue
-                codes, scale, zero_point = quantized_input(node, x, context, rewriter, self.activation_range)
+                q = quantized_input(node, x, context, rewriter, self.activation_range)
                 if total is not None:
                     bias = args(total).other
+                factors = q.codes, q.scale, q.zero_point, w.codes, w.scale, w.zero_point, bias, q.format, w.format
+                outer = optional(q.global_scale, w.global_scale)
                 new = rewriter.call(
                     torch.ops.fxquant.linear.default,
-                    (codes, scale, zero_point, *packed, bias, layer.weight_bits, layer.group_size, dtype),
+                    (*factors, layer.group_size, dtype, *outer),
                     sources=[node],
                     layer=True,
                 )

@@ -17,8 +17,15 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
 from fxquant.numerics.finite import require_finite
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
-from fxquant.numerics.weights import weight_grid
-from fxquant.passes._quantization import InputRange, RangeSearch, decide_range, importance_of, is_rounded
+from fxquant.numerics.weights import weight_scales
+from fxquant.passes._quantization import (
+    InputRange,
+    RangeSearch,
+    decide_range,
+    importance_of,
+    is_rounded,
+    refuse_learned_rounding,
+)
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
@@ -98,7 +105,13 @@ class ReconstructBlocks(Pass):
             )
         soft: dict[fx.Node, Callable[[], SoftWeight]] = {}
         for node in layers:
-            if context.plan.layer(node.meta[LAYER]).activation_bits is not None:
+            layer = context.plan.layer(node.meta[LAYER])
+            if layer.activation_format is not None and layer.activation_bits is not None:
+                raise ConfigurationError(
+                    f"layer {node.meta[LAYER]}: {self.name} learns the steps of integer activations, and its input is "
+                    f"{layer.activation_format}; choose integers for it, or another rounding (gptq)"
+                )
+            if layer.activation_bits is not None:
                 decide_range(node, args(node).node("input"), context, rewriter, self.activation_range)
             soft[node] = partial(self._soft_weight, node, context, rewriter)
         reconstruct(rewriter.module, context, soft, self._settings(), str(self))
@@ -107,17 +120,18 @@ class ReconstructBlocks(Pass):
         name = node.meta[LAYER]
         layer, weight = context.plan.layer(name), rewriter.tensor(args(node).weight).detach().to(torch.float32)
         require_finite(weight, f"the weight of layer {name}")
-        assert layer.weight_bits is not None
+        assert layer.format_of_weight is not None
+        refuse_learned_rounding(name, layer)
         searched = self.weight_range is not RangeSearch.MINMAX
-        scale, zero_point = weight_grid(
+        scales = weight_scales(
             weight,
-            bits=layer.weight_bits,
+            format=layer.format_of_weight.name,
             group_size=layer.group_size,
             symmetric=self.symmetric,
             method=self.weight_range.value,
             importance=importance_of(name, context, weight.device) if searched else None,
         )
-        return SoftWeight(weight, scale, zero_point, layer.weight_bits, layer.group_size)
+        return SoftWeight(weight, scales, layer.format_of_weight.name, layer.group_size)
 
     def _settings(self) -> Settings:
         hardening = Hardening(self.iterations, self.regularizer, self.warm_up)

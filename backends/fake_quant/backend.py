@@ -22,8 +22,10 @@ class FakeQuant(Backend):
         "lowered to fake-quant", SPECS[Stage.QUANTIZED].ops, registered=Stage.QUANTIZED
     )
 
+    formats: ClassVar[frozenset[str] | None] = None
+
     def refuse(self, layer: LayerPlan) -> str | None:
-        """Every bit width and granularity runs."""
+        """Every number format and granularity runs."""
         return None
 
     def describe(self, device: torch.device) -> str:

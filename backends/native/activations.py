@@ -11,6 +11,7 @@ from torch import fx
 from fxquant.backends.native.library import FLOATS
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
+from fxquant.numerics.formats import top_of
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
@@ -18,8 +19,7 @@ aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_n
 def lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
     """Replace ``fxquant.quantize`` by the kernel that makes uint8 codes from 0."""
     given = args(node)
-    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
-    arguments = (given.x, given.scale, given.zero_point, given.qmax)
+    arguments = (given.x, given.scale, given.zero_point, top_of(given.format))
     with rewriter.before(node):
         new = rewriter.call(native.quantize.default, arguments, [node], name=node.name, layer=True)
     rewriter.replace(node, new)
@@ -30,9 +30,9 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
 
     Before::
 
-        grid = fxquant.token_grid(x, 8)
+        grid = fxquant.token_grid(x, "int8")
         s, z = grid[0], grid[1]
-        codes = fxquant.quantize(x, s, z, 0, 255, uint8)
+        codes = fxquant.quantize(x, s, z, "int8")
         y = fxquant.linear(codes, s, z, ...)
 
     After::
@@ -55,7 +55,7 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
     if not {*scale.users, *zero_point.users} <= {node, *node.users}:
         return
     with rewriter.before(node):
-        found = rewriter.call(op, (x, args(node).qmax, *rest), [scale, zero_point, node], layer=True)
+        found = rewriter.call(op, (x, top_of(args(node).format), *rest), [scale, zero_point, node], layer=True)
         parts = [rewriter.call(operator.getitem, (found, number), [node], layer=True) for number in range(3)]
     for old, part in zip((node, scale, zero_point), parts, strict=True):
         rewriter.replace(old, part)

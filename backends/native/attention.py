@@ -12,6 +12,7 @@ from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.tensors import only_reader
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
+from fxquant.numerics.formats import top_of
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
 
@@ -65,7 +66,7 @@ def lower_codes(
             parts = [rewriter.call(read, (part,), [part], layer=True) for part in parts]
         q, k, v = parts
         left, right = (q, scored.a_scale, scored.a_zero_point), (k, scored.b_scale, scored.b_zero_point)
-        softmaxed = (mixed.a_scale, mixed.a_zero_point, args(probabilities).qmax)
+        softmaxed = (mixed.a_scale, mixed.a_zero_point, _top(probabilities))
         grids = (*left, *right, v, mixed.b_scale, mixed.b_zero_point, mask, *softmaxed)
         new = rewriter.call(op, (*grids, None, None, 255, dtype), [node], layer=True)
         result = rewriter.call(aten.transpose.int, (new, *TO_VALUES), [node], layer=True)
@@ -98,6 +99,12 @@ def is_mask(mask: fx.Node | None) -> bool:
         return True
     value = mask.meta["val"]
     return value.dim() <= 4 and (value.dtype == torch.bool or value.is_floating_point())
+
+
+def _top(codes: fx.Node) -> int:
+    """The highest code that a quantization makes."""
+    is_reference = codes.target is reference.quantize.default
+    return top_of(args(codes).format) if is_reference else int(args(codes).qmax)
 
 
 def _has_heads(node: fx.Node) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.backends.derived_tensors import has_own_scales
 from fxquant.backends.native.library import FLOATS
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
+from fxquant.numerics.formats import bits_of, is_integer
 
 aten, reference = torch.ops.aten, torch.ops.fxquant
 
@@ -35,14 +37,12 @@ def lower_linear(
     if weight.target is not reference.dequantize_weight.default or len(weight.users) != 1:
         return
     dequantized = args(weight)
-    packed, zero_point, bits, group_size = (
-        dequantized.node("wq"),
-        dequantized.zero_point,
-        dequantized.bits,
-        dequantized.group_size,
-    )
+    packed, zero_point, group_size = dequantized.node("wq"), dequantized.zero_point, dequantized.group_size
     if dequantized.dtype not in FLOATS or packed.op != "get_attr" or not fits(group_size):
         return
+    if not is_integer(dequantized.format) or not has_own_scales(packed, dequantized.scale):
+        return  # The reference op decodes it.
+    bits = bits_of(dequantized.format)
     out = int(packed.meta["val"].shape[0])
     with rewriter.before(node):
         codes = hold(packed, zero_point, bits, dequantized.in_features, group_size)
@@ -58,7 +58,7 @@ def lower_lookup(node: fx.Node, rewriter: Rewriter) -> None:
     """Dequantize looked-up rows of a table of 8-bit codes with ops that can be fused."""
     given = args(node)
     codes, dtype = given.node("wq"), given.dtype
-    if codes.op == "get_attr" or given.bits != 8 or given.group_size or dtype not in FLOATS:
+    if codes.op == "get_attr" or given.format != "int8" or given.group_size or dtype not in FLOATS:
         return
 
     def call(op: torch._ops.OpOverload, *arguments: Any) -> fx.Node:

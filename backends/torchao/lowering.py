@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.backends.derived_tensors import has_own_scales
 from fxquant.backends.torchao import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.torchao import weights
 from fxquant.backends.torchao.tensors import DerivedTensors, Weight
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors
+from fxquant.numerics.formats import bits_of, is_integer, top_of
 
 aten, ours, pt2e = torch.ops.aten, torch.ops.fxquant_torchao, torch.ops.quantized_decomposed
 
@@ -40,7 +42,7 @@ class Lowering:
         Static grids on CPUs, before::
 
             codes = fxquant.quantize(x, s, z, 0, 255, uint8)
-            y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, bits, 0, dtype)
+            y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, "int8", "int4", 0, dtype)
 
         After, the graph of PT2E::
 
@@ -73,8 +75,12 @@ class Lowering:
 
     def _quantize(self, node: fx.Node) -> None:
         given = args(node)
-        x, scale, zero_point, qmax = given.node("x"), given.node("scale"), given.node("zero_point"), given.qmax
-        assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes from 0"
+        x, scale, zero_point, qmax = (
+            given.node("x"),
+            given.node("scale"),
+            given.node("zero_point"),
+            top_of(given.format),
+        )
         x_dtype = x.meta["val"].dtype
         with self.rewriter.before(node):
             if not _is_static(scale, x_dtype):
@@ -168,10 +174,10 @@ class Lowering:
     # --- layers of float inputs ---
 
     def _dequantize_weight(self, node: fx.Node) -> None:
-        given, packed, bits, in_features = args(node), args(node).node("wq"), args(node).bits, args(node).in_features
-        scale, zero_point = given.node("scale"), given.node("zero_point")
-        if packed.op != "get_attr":
-            return  # Rows of a table; they are dequantized when they are looked up.
+        given, packed, in_features = args(node), args(node).node("wq"), args(node).in_features
+        if packed.op != "get_attr" or not is_integer(given.format) or not has_own_scales(packed, given.scale):
+            return  # Rows of a table are dequantized when they are looked up; other formats have no kernel.
+        scale, zero_point, bits = given.node("scale"), given.node("zero_point"), bits_of(given.format)
         weight = Weight(packed, scale, zero_point, bits, in_features)
         device = packed.meta["val"].device.type
         halves = {torch.bfloat16, torch.float16} if device == "cpu" else {torch.bfloat16}
@@ -216,7 +222,14 @@ class Lowering:
 def _weight(node: fx.Node, in_features: int, kernel: tuple[int, ...] = ()) -> Weight:
     """The weight of a quantized linear or convolution."""
     given = args(node)
-    return Weight(given.node("wq"), given.node("w_scale"), given.node("w_zero_point"), given.bits, in_features, kernel)
+    return Weight(
+        given.node("wq"),
+        given.node("w_scale"),
+        given.node("w_zero_point"),
+        bits_of(given.w_format),
+        in_features,
+        kernel,
+    )
 
 
 def _is_static(scale: fx.Node, dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fxquant.export.checkpoints import linears, write_checkpoint
-from fxquant.export.weights import ClassWeights, Codes, codes_for
+from fxquant.export.weights import ClassWeights, Codes, codes_for, refuse_floats
 from fxquant.runtime.model import GraphModel
 
 
@@ -36,6 +36,7 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path, *, original:
         CheckpointError: If the folder exists and is not empty.
     """
     model, found = codes_for(model, "export_compressed_tensors", "compressed-tensors", original)
+    refuse_floats(found, "compressed-tensors")
     tensors = {name: tensor.contiguous() for name, tensor in found.floats.items()}
     for name, weight in found.codes.items():
         tensors[f"{name}.weight"] = weight.signed

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.errors import CheckpointError, ConfigurationError, MissingPackageError
+from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
+from fxquant.numerics.formats import is_integer
 
 _SHOWN = 5
+_AT_RUN_TIME = (
+    torch.ops.fxquant.token_grid.default,
+    torch.ops.fxquant.token_scale.default,
+    torch.ops.fxquant.block_scale.default,
+)
+"""Ops that find scales when the model runs."""
 
 
 def require(*packages: str, extra: str = "export") -> None:
@@ -82,11 +90,39 @@ def ranges_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
             scale = args(node).node("scale")
             if scale.op == "get_attr":
                 continue
-            dynamic = any(one.target is torch.ops.fxquant.token_grid.default for one in _producers(scale))
+            dynamic = any(one.target in _AT_RUN_TIME for one in _producers(scale))
             reason = "each token has a range of its own" if dynamic else "the range depends on the timestep"
             names = [user.meta[LAYER] for user in node.users if LAYER in user.meta] or [node.name]
             own = found.setdefault(reason, [])
             own += [name for name in names if name not in own]
+    return found
+
+
+def format_of_weight(node: fx.Node) -> str:
+    """The number format of the weight of a quantized op."""
+    stored = node.target is torch.ops.fxquant.dequantize_weight.default
+    return str(args(node).format if stored else args(node).w_format)
+
+
+def formats_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
+    """The layers whose weight or input is not in integers, or whose output channels share scales, by reason."""
+    ops = torch.ops.fxquant
+    found: dict[str, list[str]] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            given, reasons = args(node), []
+            if node.target is ops.quantize.default and not is_integer(given.format):
+                reasons.append(f"its input has the format {given.format}")
+            elif node.target in (ops.linear.default, ops.conv2d.default, ops.dequantize_weight.default):
+                format = format_of_weight(node)
+                scale = given.node("scale" if node.target is ops.dequantize_weight.default else "w_scale")
+                if not is_integer(format):
+                    reasons.append(f"its weight has the format {format}")
+                elif scale.meta["val"].shape[0] != given.node("wq").meta["val"].shape[0]:
+                    reasons.append("several output channels of its weight share a scale")
+            for reason in reasons:
+                own = found.setdefault(reason, [])
+                own += [name for name in [str(node.meta.get(LAYER, node.name))] if name not in own]
     return found
 
 
@@ -106,7 +142,7 @@ def _producers(node: fx.Node) -> list[fx.Node]:
     left = [node]
     while left:
         one = left.pop()
-        if one.target is torch.ops.fxquant.token_grid.default:
+        if one.target in _AT_RUN_TIME:
             return [one]
         if one not in found and len(found) < 50:
             found.append(one)

@@ -24,10 +24,20 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.disk.folders import whole_folder
 from fxquant.errors import BackendError
-from fxquant.export.limits import doubles_of_graphs, ranges_of_graphs, refuse, refuse_full, require
+from fxquant.export.limits import (
+    doubles_of_graphs,
+    format_of_weight,
+    formats_of_graphs,
+    ranges_of_graphs,
+    refuse,
+    refuse_full,
+    require,
+)
 from fxquant.ir.arguments import args
+from fxquant.ir.ops import dequantize_weight
 from fxquant.ir.tensors import copy_graph, get_tensor, set_tensor
-from fxquant.numerics import grids, weights
+from fxquant.numerics import grids
+from fxquant.numerics.formats import bits_of, top_of
 from fxquant.numerics.packing import unpack
 from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import quantized_model
@@ -80,6 +90,7 @@ def export_onnx(model: nn.Module, folder: str | Path) -> OnnxExport:
             'fxquant.load(folder, backend="fake-quant"), or compile it with that backend'
         )
     graphs = [captured.module.graph for captured in model.captured]
+    refuse("ONNX", formats_of_graphs(graphs), "compile with integers and scales per channel or group, as in w8a8")
     refuse("ONNX", ranges_of_graphs(graphs), "compile with static ranges for all timesteps, such as smoothquant-w8a8")
     refuse("ONNX", doubles_of_graphs(graphs), "QuantizeLinear takes float32 at most: quantize the model in float32")
     files, inputs = [], []
@@ -124,7 +135,7 @@ def _with_codes(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(made.graph.nodes):
         if node.target not in _WEIGHTS or args(node).node("wq").op != "get_attr":
             continue
-        packed, bits = args(node).node("wq"), args(node).bits
+        packed, bits = args(node).node("wq"), bits_of(format_of_weight(node))
         name = f"{packed.target}_codes"
         if name not in unpacked:
             wq = get_tensor(made, str(packed.target))
@@ -167,7 +178,7 @@ class _Translating(fx.Interpreter):
         values, named = self.fetch_args_kwargs_from_env(n)
         packed = n.target is _ops.dequantize_weight.default and args(n).node("wq").op != "get_attr"
         if packed:
-            return weights.dequantize_weight(*values, **named)
+            return dequantize_weight(*values, **named)
         arguments = n.target._schema.arguments  # type: ignore[union-attr]
         given = dict(zip((one.name for one in arguments), values, strict=False)) | named
         return _TRANSLATED[n.target](SimpleNamespace(**given))
@@ -196,13 +207,13 @@ _DIFFERENT: dict[Any, Callable[..., Tensor]] = {
 
 
 def _quantize(op: SimpleNamespace) -> Tensor:
-    inputs = (op.x, op.scale.reshape(()).to(op.x.dtype), op.zero_point.reshape(()).to(op.dtype))
-    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=op.dtype, shape=op.x.shape, version=OPSET)
-    whole = torch.iinfo(op.dtype)
-    if (op.qmin, op.qmax) == (whole.min, whole.max):
+    dtype, top = torch.uint8, top_of(op.format)
+    inputs = (op.x, op.scale.reshape(()).to(op.x.dtype), op.zero_point.reshape(()).to(dtype))
+    codes: Tensor = torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=dtype, shape=op.x.shape, version=OPSET)
+    if top == torch.iinfo(dtype).max:
         return codes
     # Codes of fewer bits; ONNX has no Clip for bytes that all runtimes support.
-    return codes.to(torch.int32).clamp(op.qmin, op.qmax).to(op.dtype)
+    return codes.to(torch.int32).clamp(0, top).to(dtype)
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype, **options: int) -> Tensor:

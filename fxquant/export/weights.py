@@ -7,18 +7,19 @@ been absorbed in place, and only linears may hold codes. Tables and convolutions
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxquant.errors import BackendError, ConfigurationError
-from fxquant.export.limits import refuse
+from fxquant.export.limits import format_of_weight, refuse
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER, NAMES
 from fxquant.ir.places import place_of
 from fxquant.ir.tensors import get_tensor, read_tensors
+from fxquant.numerics.formats import Scales, bits_of, is_integer
 from fxquant.numerics.packing import unpack
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.runtime.float_model import check_storage
@@ -42,22 +43,38 @@ class Codes:
 
     Attributes:
         codes: Codes from 0, uint8 ``[out, in]``.
-        scale: float32 ``[out, groups]``.
-        zero_point: The code of 0, uint8 ``[out, groups]``.
-        bits: Bits per code.
+        scales: Scales and zero points, ``[rows, groups]``; ``rows`` is ``out`` if no output channels share a scale.
+        format: Name of the number format.
         group_size: Input channels per group; 0 for one group per row.
     """
 
     codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
+    scales: Scales
+    format: str
     group_size: int
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales as they are stored."""
+        return self.scales.scale
+
+    @property
+    def zero_point(self) -> Tensor:
+        """The code of 0, uint8 ``[out, groups]``, of integers."""
+        assert self.scales.zero_point is not None
+        return self.scales.zero_point
+
+    @property
+    def unfit(self) -> str | None:
+        """Why a form of integers with a scale per row or group cannot hold this; None if it can."""
+        if not is_integer(self.format):
+            return f"weights in the format {self.format}"
+        return None if len(self.scale) == len(self.codes) else "scales that several output channels share"
 
     @property
     def symmetric(self) -> bool:
         """Whether 0 is the middle code everywhere."""
-        return bool((self.zero_point == 2 ** (self.bits - 1)).all())
+        return bool((self.zero_point == self.middle).all())
 
     @property
     def signed(self) -> Tensor:
@@ -72,7 +89,7 @@ class Codes:
     @property
     def middle(self) -> int:
         """The middle code."""
-        return int(2 ** (self.bits - 1))
+        return int(2 ** (bits_of(self.format) - 1))
 
 
 @dataclass(frozen=True)
@@ -145,11 +162,26 @@ def refuse_grids(found: ClassWeights, format_name: str) -> None:
     """
     reasons: dict[str, list[str]] = {}
     for name, weight in found.codes.items():
-        if weight.group_size:
+        if weight.unfit is not None:
+            reasons.setdefault(weight.unfit, []).append(name)
+        elif weight.group_size:
             reasons.setdefault(f"weights in groups of {weight.group_size}", []).append(name)
         elif not weight.symmetric:
             reasons.setdefault("weight grids that are not symmetric about 0", []).append(name)
     refuse(format_name, reasons, f"use a recipe with symmetric weights, without groups, such as\n  {IN_PLACE}")
+
+
+def refuse_floats(found: ClassWeights, format_name: str) -> None:
+    """Refuse weights that are not integers with a scale for each row or group.
+
+    Raises:
+        ConfigurationError: Lists the layers, and a recipe that fits.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, weight in found.codes.items():
+        if weight.unfit is not None:
+            reasons.setdefault(weight.unfit, []).append(name)
+    refuse(format_name, reasons, f"use a recipe with integers and a scale per channel or group, such as\n  {IN_PLACE}")
 
 
 def class_weights(model: GraphModel, format_name: str, original: nn.Module | None = None) -> ClassWeights:
@@ -241,13 +273,16 @@ def _float_tensors(module: fx.GraphModule, wanted: Mapping[str, torch.Size]) -> 
             name = _float_name(args(node).node("wq"))
             yield name, _dequantized(module, node).reshape(wanted[name])
         if node.target is _ops.dequantize_weight.default and args(node).node("wq").op != "get_attr":
-            table = args(node).node("wq")  # Rows of a table of codes.
-            wq, scale, zero_point = (
-                get_tensor(module, str(args(args(node).node(one)).node("weight").target)) for one in _GRID
+            table, one = args(node).node("wq"), args(node)  # Rows of a table of codes.
+            wq, *scales = (
+                None
+                if getattr(one, name) is None
+                else get_tensor(module, str(args(one.node(name)).node("weight").target))
+                for name in _GRID
             )
-            one = args(node)
-            weight = dequantize_weight(wq, scale, zero_point, one.bits, one.group_size, one.in_features, one.dtype)
-            yield _float_name(args(table).node("weight")), weight
+            assert wq is not None and scales[0] is not None
+            grid = Scales(scales[0], scales[1]), one.format, one.group_size, one.in_features, one.dtype
+            yield _float_name(args(table).node("weight")), dequantize_weight(wq, *grid)
 
 
 _GRID = ("wq", "scale", "zero_point")
@@ -263,27 +298,34 @@ def _place(node: fx.Node) -> str:
 
 
 def _dequantized(module: fx.GraphModule, node: fx.Node) -> Tensor:
-    names = ("wq", "w_scale", "w_zero_point")
-    wq, scale, zero_point = (get_tensor(module, str(args(node).node(name).target)) for name in names)
-    inputs = math.prod(args(node).kernel)
-    return dequantize_weight(wq, scale, zero_point, args(node).bits, 0, inputs, torch.float32)
+    wq, scales = _stored(module, node, ("wq", "w_scale", "w_zero_point"))
+    return dequantize_weight(wq, scales, args(node).w_format, 0, math.prod(args(node).kernel), torch.float32)
+
+
+def _stored(module: fx.GraphModule, node: fx.Node, names: Sequence[str]) -> tuple[Tensor, Scales]:
+    """Packed codes and scales of an op, given the names of its arguments."""
+    wq, scale, *more = (
+        None if getattr(args(node), name) is None else get_tensor(module, str(args(node).node(name).target))
+        for name in names
+    )
+    assert wq is not None and scale is not None
+    return wq, Scales(scale, *more)
 
 
 def _layers(module: fx.GraphModule) -> Iterator[tuple[str, Codes]]:
     for node in module.graph.nodes:
         if node.target is _ops.linear.default:
-            names, inputs = ("wq", "w_scale", "w_zero_point"), int(args(node).node("xq").meta["val"].shape[-1])
+            names = ("wq", "w_scale", "w_zero_point", "w_global")
+            inputs = int(args(node).node("xq").meta["val"].shape[-1])
         elif node.target is _ops.dequantize_weight.default and args(node).node("wq").op == "get_attr":
-            names, inputs = _GRID, int(args(node).in_features)
+            names, inputs = (*_GRID, "global_scale"), int(args(node).in_features)
         else:
             continue
         target = str(args(node).node("wq").target)
-        wq, scale, zero_point = (get_tensor(module, str(args(node).node(name).target)) for name in names)
-        bits, group_size = args(node).bits, args(node).group_size
-        yield (
-            target.removesuffix(".weight_packed"),
-            Codes(unpack(wq, bits, inputs), scale, zero_point, bits, group_size),
-        )
+        wq, scales = _stored(module, node, names)
+        format = format_of_weight(node)
+        codes = Codes(unpack(wq, bits_of(format), inputs), scales, format, args(node).group_size)
+        yield target.removesuffix(".weight_packed"), codes
 
 
 def _unfit(module: fx.GraphModule, wanted: Mapping[str, torch.Size]) -> Iterator[tuple[str, str]]:

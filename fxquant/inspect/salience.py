@@ -19,6 +19,7 @@ from fxquant.disk.files import blaming
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.inspect.plans import checkpoint_folder
 from fxquant.ir.tensors import weights_of
+from fxquant.numerics.formats import Scales
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.planning.context import PassContext
 from fxquant.planning.layer_inputs import layer_input
@@ -30,7 +31,7 @@ from fxquant.statistics.collection import Statistics
 from fxquant.storage.agreement import check_headers
 from fxquant.storage.weights import headers_of, weight_names
 
-_CODES = ("weight_packed", "weight_scale", "weight_zero_point")
+_CODES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +156,14 @@ def _dequantized(plan: Plan, read: Callable[[str], Tensor | None]) -> Iterator[t
         if layer.kind != "linear":
             continue
         stem = unnumbered(name)
-        codes, scale, zero_point = (read(f"{stem}.{part}") for part in _CODES)
-        if codes is not None and scale is not None and zero_point is not None and layer.weight_bits is not None:
-            size = (layer.weight_bits, layer.group_size, layer.shape[1])
-            yield name, dequantize_weight(codes, scale, zero_point, *size, torch.float32)
+        codes, scale, zero_point, global_scale = (read(f"{stem}.{part}") for part in _CODES)
+        format = layer.format_of_weight
+        if codes is not None and scale is not None and format is not None:
+            scales = Scales(scale, zero_point, global_scale)
+            yield (
+                name,
+                dequantize_weight(codes, scales, format.name, layer.group_size, layer.shape[1], torch.float32),
+            )
         elif (weight := read(f"{stem}.weight")) is not None and weight.dim() == 2:
             yield name, weight
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from fxquant.inspect.snapshots import Snapshot
-from fxquant.numerics.packing import packed_size
+from fxquant.numerics.weights import stored_bytes
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
-
-_GRID = 5  # Bytes of one scale, float32, and one zero point, uint8.
 
 
 def weight_bytes(layer: LayerPlan, dtype: torch.dtype) -> tuple[int, int]:
@@ -21,10 +19,10 @@ def weight_bytes(layer: LayerPlan, dtype: torch.dtype) -> tuple[int, int]:
     """
     rows, columns = layer.shape
     before = rows * columns * dtype.itemsize
-    if layer.weight_bits is None:
+    format = layer.format_of_weight
+    if format is None:
         return before, before
-    groups = -(-columns // layer.group_size) if layer.group_size > 0 else 1  # A plan may be edited by hand.
-    return before, rows * (packed_size(columns, min(max(layer.weight_bits, 2), 8)) + groups * _GRID)
+    return before, stored_bytes(format, (rows, columns), layer.group_size, layer.group_rows)
 
 
 def dtype_of_plan(plan: Plan) -> torch.dtype:

@@ -144,7 +144,7 @@ def _own_role(node: fx.Node) -> str:
         return "observe"
     if "dequantize" in name:
         return "dequantize"
-    if "quantize" in name or name.endswith("token_grid"):
+    if "quantize" in name or name.endswith(("token_grid", "token_scale", "block_scale")):
         return "quantize"
     if _is_product(node):
         return "product"

@@ -171,7 +171,10 @@ def is_registered(op: Any) -> bool:
 
 
 _TRANSFORMED = frozenset({"channel_affine", "hadamard", "low_rank"})
-_QUANTIZED = _TRANSFORMED | {"quantize", "token_grid", "linear", "conv2d", "matmul", "dequantize_weight"}
+_QUANTIZED = _TRANSFORMED | {
+    *("quantize", "token_grid", "token_scale", "block_scale"),
+    *("linear", "conv2d", "matmul", "dequantize_weight"),
+}
 
 SPECS: dict[Stage, StageSpec] = {
     Stage.CAPTURED: StageSpec("captured"),

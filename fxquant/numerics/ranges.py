@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError
-from fxquant.numerics.grids import affine_parameters, compute_dtype, quantize
-from fxquant.numerics.packing import check_bits
+from fxquant.numerics.formats.format import Format, Scales
+from fxquant.numerics.grids import compute_dtype
 from fxquant.numerics.slices import map_slices, slices_of
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
@@ -25,7 +25,7 @@ _COARSE_SHRINKS = tuple(1.0 - 0.1 * step for step in range(9))
 _FINE_SHRINKS = (1.0, 0.925, 0.95, 0.975, 1.025, 1.05, 1.075)
 
 
-def activation_range(samples: Tensor, lo: float, hi: float, bits: int, method: RangeMethod) -> tuple[float, float]:
+def activation_range(samples: Tensor, lo: float, hi: float, format: Format, method: RangeMethod) -> tuple[float, float]:
     """Choose the range of one grid for a whole activation.
 
     `minmax` keeps `[lo, hi]`. `percentile` takes, among `[lo, hi]` and the two-sided percentiles :data:`PERCENTILES` of
@@ -36,16 +36,16 @@ def activation_range(samples: Tensor, lo: float, hi: float, bits: int, method: R
         samples: Values seen in calibration, any shape and float dtype, finite; they need not include the extremes.
         lo: Lowest value seen.
         hi: Highest value seen.
-        bits: Bits per code, 2 to 8.
+        format: The number format of the codes, which has neither blocks nor scales of scales.
         method: One of `minmax`, `percentile`, `mse`.
 
     Returns:
-        The lower and the upper end, within `[min(lo, 0), max(hi, 0)]`, ready for :func:`affine_parameters`.
+        The lower and the upper end, within `[min(lo, 0), max(hi, 0)]`, ready for
+        :meth:`~fxquant.numerics.formats.Format.scales`.
 
     Raises:
-        ConfigurationError: `bits` is not in 2..8, `method` is unknown, or a search is asked for without samples.
+        ConfigurationError: `method` is unknown, or a search is asked for without samples.
     """
-    check_bits(bits)
     check_method(method)
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     if method == "minmax":
@@ -63,12 +63,17 @@ def activation_range(samples: Tensor, lo: float, hi: float, bits: int, method: R
         factors = torch.linspace(1.0, 0.05, _ACTIVATION_SHRINKS, dtype=torch.float64, device=ordered.device)
         pairs = torch.cartesian_prod(factors, factors)
         lows, highs = lo * pairs[:, 0], hi * pairs[:, 1]
-    best = int(_sorted_errors(ordered, lows, highs, bits).argmin().item())
+    best = int(_sorted_errors(ordered, lows, highs, format).argmin().item())
     return float(lows[best].item()), float(highs[best].item())
 
 
 def weight_range(
-    rows: Tensor, bits: int, method: RangeMethod, symmetric: bool = False, importance: Tensor | None = None
+    rows: Tensor,
+    format: Format,
+    method: RangeMethod,
+    symmetric: bool = False,
+    importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the range of each row of a weight.
 
@@ -78,31 +83,34 @@ def weight_range(
 
     Args:
         rows: `[rows, n]`, any float dtype; each row (an output channel or one of its groups) has its own grid.
-        bits: Bits per code, 2 to 8.
+        format: The number format of the codes.
         method: One of `minmax`, `percentile`, `mse`.
         symmetric: Whether the grids will be symmetric, which affects the error of a range.
         importance: Weights of the squared errors in the searches, `[rows, n]` or `[1, n]`; all equal if None.
+        global_scale: The scale of the scales, for formats that have one, 0-d.
 
     Returns:
         The lower and the upper ends, `[rows]` each, of the dtype of `rows` for `minmax`, else float64.
 
     Raises:
-        ConfigurationError: `bits` is not in 2..8, or `method` is unknown.
+        ConfigurationError: `method` is unknown.
     """
-    check_bits(bits)
     check_method(method)
     rows = rows.detach()
     if method == "minmax":
         return _extremes(rows)
 
+    def scales(low: Tensor, high: Tensor) -> Scales:
+        return format.scales(low, high, symmetric=symmetric, global_scale=global_scale)
+
     def search(piece: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         values = piece.to(compute_dtype(piece.dtype))
         if method == "percentile":
-            return _lowest_error(values, _percentile_ranges(values), bits, symmetric, share)
+            return _lowest_error(values, _percentile_ranges(values), scales, format, share)
         low, high = (end.to(torch.float64) for end in _extremes(values))
         for factors in (_COARSE_SHRINKS, _FINE_SHRINKS):
             candidates = [(low * factor, high * factor) for factor in factors]
-            low, high = _lowest_error(values, candidates, bits, symmetric, share)
+            low, high = _lowest_error(values, candidates, scales, format, share)
         return low, high
 
     pieces = slices_of(rows)
@@ -138,15 +146,17 @@ def _at(ordered: Tensor, share: float) -> float:
     return float(low + (position - below) * (high - low))
 
 
-def _sorted_errors(ordered: Tensor, lows: Tensor, highs: Tensor, bits: int) -> Tensor:
+def _sorted_errors(ordered: Tensor, lows: Tensor, highs: Tensor, format: Format) -> Tensor:
     """Mean squared errors of quantizing `ordered`, float64 `[n]` ascending, to the grids of ranges `[candidates]`.
 
     The values that share a code are a run of the sorted samples, and their squared error follows from the run's count,
-    sum and sum of squares. So a candidate costs 2**bits binary searches, whatever the number of samples.
+    sum and sum of squares. So a candidate costs as many binary searches as there are codes, not as there are samples.
     """
-    scale, zero_point = affine_parameters(lows, highs, bits)
-    codes = torch.arange(2**bits, dtype=torch.float64, device=ordered.device)
-    levels = (codes - zero_point[:, None].to(torch.float64)) * scale[:, None].to(torch.float64)
+    grids = format.scales(lows, highs)
+    usable = format.values().isfinite().nonzero().flatten().to(torch.uint8)
+    codes = usable.to(ordered.device).expand(len(lows), -1)
+    zero_point = None if grids.zero_point is None else grids.zero_point[:, None]
+    levels = format.decode(codes, Scales(grids.scale[:, None], zero_point), torch.float64).sort(1).values
     starts = torch.searchsorted(ordered, (levels[:, :-1] + levels[:, 1:]) / 2)
     bounds = torch.nn.functional.pad(starts, (1, 0), value=0)
     bounds = torch.nn.functional.pad(bounds, (0, 1), value=ordered.numel())
@@ -177,18 +187,19 @@ def _percentile_ranges(values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _lowest_error(
     values: Tensor,
     candidates: Iterable[tuple[Tensor, Tensor]],
-    bits: int,
-    symmetric: bool,
+    scales: Callable[[Tensor, Tensor], Scales],
+    format: Format,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """For each row of `values` `[rows, n]`, the candidate with the lowest squared error; the first of equal ones."""
     share = None if importance is None else importance.to(values.dtype)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for low, high in candidates:
-        scale, zero_point = affine_parameters(low, high, bits, symmetric)
-        offset, step = zero_point[:, None].to(values.dtype), scale[:, None].to(values.dtype)
+        grids = scales(low, high)
+        zero_point = None if grids.zero_point is None else grids.zero_point[:, None]
         # In place, which is twice as fast as allocating new tensors.
-        squares = quantize(values, step, offset, 0, 2**bits - 1).sub_(offset).mul_(step).sub_(values).square_()
+        rounded = format.round(values, Scales(grids.scale[:, None], zero_point, grids.global_scale))
+        squares = rounded.sub_(values).square_()
         error = squares.sum(1) if share is None else squares.mul_(share).sum(1)
         if best is None:
             best = error, low, high

@@ -13,9 +13,14 @@ from torch._subclasses.fake_tensor import is_fake
 T = TypeVar("T")
 
 
+def is_without_values(tensor: Tensor) -> bool:
+    """Whether a tensor is fake or on the device meta, as weights are while a plan is replayed."""
+    return is_fake(tensor) or tensor.is_meta
+
+
 def slices_of(tensor: Tensor) -> Sequence[Tensor]:
     """Slices along the first axis: small enough for the cache of a CPU, or large enough to fill a GPU."""
-    if is_fake(tensor) or tensor.is_meta:
+    if is_without_values(tensor):
         return [tensor]
     elements = 1 << 18 if tensor.device.type == "cpu" else 1 << 24
     return tensor.split(max(1, elements // max(1, tensor[:1].numel())))

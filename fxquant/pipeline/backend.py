@@ -16,6 +16,7 @@ from fxquant.ir.layers import layer_of, provenance_of
 from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import StageSpec, is_registered, verify
 from fxquant.ir.tensors import read_tensors
+from fxquant.numerics.formats import INTEGERS
 from fxquant.pipeline.options import read_named
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
@@ -25,6 +26,7 @@ REFERENCE = "(reference"
 """Part of the name of a fallback kernel, which is a correct reference and not made for speed."""
 
 
+_ANY = "fake-quant"  # The backend that runs everything.
 _KERNELS = ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
@@ -36,12 +38,15 @@ class Backend(ABC):
         spec: The ops that a lowered graph may hold.
         devices: The types of devices that it runs on, such as ``cpu``; None for all.
         moves: Whether one lowered graph runs on all these types; if not, a model is lowered again on another type.
+        formats: Names of the number formats whose products it runs, by default integers; None for all. Layers with
+            float activations may have other formats if the spec holds ``dequantize_weight``, which decodes all.
     """
 
     name: ClassVar[str]
     spec: ClassVar[StageSpec]
     devices: ClassVar[frozenset[str] | None] = None
     moves: ClassVar[bool] = True
+    formats: ClassVar[frozenset[str] | None] = INTEGERS
 
     @abstractmethod
     def refuse(self, layer: LayerPlan) -> str | None:
@@ -102,8 +107,29 @@ class Backend(ABC):
     def kernel(self, layer: LayerPlan) -> str:
         """Name of the kernel that runs a layer, for the report; the name of a fallback contains :data:`REFERENCE`."""
 
+    def refuse_format(self, layer: LayerPlan) -> str | None:
+        """Why the backend cannot run a layer in its number formats, or None; see :attr:`formats`."""
+        weights, inputs = layer.format_of_weight, layer.format_of_input
+        if self.formats is None or weights is None or (inputs is None and "dequantize_weight" in self.spec.ops):
+            return None
+        known = ", ".join(sorted(self.formats))
+        for what, format in (("weight", weights), ("input", inputs)):
+            if format is not None and format.name not in self.formats:
+                return (
+                    f"its {what} has the format {format.name}, and the products of this backend take {known}; choose "
+                    f"one of these, keep the activations float (a16), or use backend {_ANY!r}"
+                )
+        if layer.group_rows != 1:
+            return (
+                "output channels of its weight share scales, and the products of this backend have a scale for each; "
+                f"keep the activations float (a16), or use backend {_ANY!r}"
+            )
+        return None
+
     def refuse_attention(self, attention: AttentionPlan) -> str | None:
         """Like :meth:`refuse`, for the matrix products of an attention; by default the backend's spec decides."""
+        if attention.format is not None and self.formats is not None and attention.format not in self.formats:
+            return f"it multiplies attention in integers, not in {attention.format}; use backend {_ANY!r}"
         if attention.bits is None or "matmul" in self.spec.ops:
             return None
         return "it cannot multiply two quantized activations; keep attention float (assign-precision{attention=float})"
@@ -165,7 +191,7 @@ class Backend(ABC):
             BackendError: If the backend cannot run some layers; the message lists them, why, and what works instead.
         """
         refused: dict[str, list[str]] = {}
-        reasons = [(name, self.refuse(layer)) for name, layer in plan.layers.items()]
+        reasons = [(name, self.refuse_format(layer) or self.refuse(layer)) for name, layer in plan.layers.items()]
         reasons += [(name, self.refuse_attention(attention)) for name, attention in plan.attentions.items()]
         for name, reason in reasons:
             if reason is not None:

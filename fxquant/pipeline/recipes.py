@@ -146,7 +146,7 @@ ROUNDINGS = {
 DYNAMIC = "dynamic"
 """May come after a recipe's name, before the rounding: each token that a linear reads then has its own range."""
 
-_NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\d+a\d+(?:-g\d+)?)")
+_NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\w+a\w+(?:-g\d+|-b\d+(?:x\d+)?|-tensor)?)")
 
 
 def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:

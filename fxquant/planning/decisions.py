@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fxquant.ir.time_tables import bin_of
+from fxquant.numerics.formats import Format, format_of
 from fxquant.planning.precision import Precision
 
 
@@ -85,7 +86,7 @@ class LayerPlan:
         shape: Output and input features; for a convolution input channels times kernel elements.
         weight_bits: 2 to 8, or None for float weights.
         activation_bits: 2 to 8, or None for float activations.
-        group_size: Input channels per weight group; 0 for one group per row.
+        group_size: Input channels per weight group; 0 for one group per row. For formats with blocks, the block.
         observed: Key of the calibration statistics of its input.
         activation: Range of its input.
         balance: How its input was balanced.
@@ -96,6 +97,9 @@ class LayerPlan:
         shift: How its input was shifted.
         reason: Why its weight, or its activations, stay float; None if neither does. Plans of earlier versions give
             reasons for weights only.
+        weight_format: Name of the weight's number format; None for integers of ``weight_bits`` bits.
+        activation_format: Name of the input's number format; None for integers of ``activation_bits`` bits.
+        group_rows: Output channels that share a scale of the weight; 0 for all.
     """
 
     kind: str
@@ -113,11 +117,27 @@ class LayerPlan:
     timesteps: TimestepGroups | None = None
     shift: Shift | None = None
     reason: str | None = None
+    weight_format: str | None = None
+    activation_format: str | None = None
+    group_rows: int = 1
 
     @property
     def precision(self) -> Precision:
-        """Bits as one value; prints as ``w4a8``."""
-        return Precision(self.weight_bits, self.activation_bits, self.group_size)
+        """Formats as one value; prints as ``w4a8``."""
+        weights = None if self.weight_bits is None else self.weight_format
+        activations = None if self.activation_bits is None else self.activation_format
+        bits = self.weight_bits, self.activation_bits
+        return Precision(*bits, self.group_size, weights, activations, self.group_rows)
+
+    @property
+    def format_of_weight(self) -> Format | None:
+        """The number format of its weight; None for float."""
+        return format_of(self.weight_bits, self.weight_format)
+
+    @property
+    def format_of_input(self) -> Format | None:
+        """The number format of its input; None for float."""
+        return format_of(self.activation_bits, self.activation_format)
 
     @property
     def boundaries(self) -> tuple[float, ...]:
@@ -140,6 +160,7 @@ class AttentionPlan:
         ranges: Range of each of the three; for q, the range of the value that is multiplied with k.
         sqnr_db: Signal to quantization noise of the sampled values of each, in dB.
         reason: Why the products stay float, or None.
+        format: Name of the number format of q, k and v; None for integers of ``bits`` bits.
     """
 
     bits: int | None
@@ -148,3 +169,4 @@ class AttentionPlan:
     ranges: dict[str, ActivationRange] = field(default_factory=dict)
     sqnr_db: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
+    format: str | None = None

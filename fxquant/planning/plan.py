@@ -23,6 +23,7 @@ from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, shortened
 from fxquant.planning.attribution import Attribution, kept_attribution
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
+from fxquant.planning.formats import blocks_of, check_formats
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
 from fxquant.planning.plan_types import changed, check_json, check_types, check_vectors
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
@@ -183,13 +184,10 @@ class Plan:
                 _ = layer.precision
             except ConfigurationError as error:
                 raise ConfigurationError(f"layer {name}: {error}") from None
-            if layer.group_size and layer.kind != "linear":
-                raise ConfigurationError(
-                    f"layer {name}: weights in groups of {layer.group_size} are possible for linears only, but this "
-                    f"is {'an embedding' if layer.kind == 'embedding' else 'a convolution'}; set its group_size to 0"
-                )
-            if layer.group_size and layer.shape[1] % layer.group_size:
-                indivisible.setdefault((layer.group_size, layer.shape[1]), []).append(name)
+            check_formats(name, layer)
+            for block in dict.fromkeys(blocks_of(layer)):
+                if layer.shape[1] % block:
+                    indivisible.setdefault((block, layer.shape[1]), []).append(name)
         if indivisible:
             lines = [
                 f"  groups of {group} do not divide the {channels} input channels of {len(names)} layers "
@@ -197,7 +195,8 @@ class Plan:
                 for (group, channels), names in indivisible.items()
             ]
             raise ConfigurationError(
-                "choose a group size that divides the number of input channels, or none:\n" + "\n".join(lines)
+                "choose a group size that divides the number of input channels, or none; nothing is padded:\n"
+                + "\n".join(lines)
             )
 
     # --- files ---
@@ -234,8 +233,8 @@ class Plan:
         """The plan as JSON values, without the vectors."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_JSON}
         data["calls"] = [call.to_json() for call in self.calls]
-        data["layers"] = {name: asdict(layer) for name, layer in self.layers.items()}
-        data["attentions"] = {name: asdict(attention) for name, attention in self.attentions.items()}
+        data["layers"] = {name: _entry(layer) for name, layer in self.layers.items()}
+        data["attentions"] = {name: _entry(attention) for name, attention in self.attentions.items()}
         data["output_sqnr_db"] = [[t, db] for t, db in self.output_sqnr_db.items()]
         data["pass_decisions"] = self.pass_decisions.to_json()
         if not data["pass_decisions"]:  # Most plans have none; their files stay as earlier versions read them.
@@ -332,7 +331,18 @@ _NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "prod
 """Entries that earlier plans of this format lack."""
 
 
-_BEFORE_CALIBRATION = ("kind", "role", "shape", "weight_bits", "activation_bits", "group_size", "observed", "reason")
+_FORMATS = {"weight_format": None, "activation_format": None, "group_rows": 1, "format": None}
+"""Fields that plans of integers leave out, with their defaults. So these plans stay as earlier versions read them."""
+
+
+def _entry(decided: LayerPlan | AttentionPlan) -> dict[str, Any]:
+    return {name: value for name, value in asdict(decided).items() if name not in _FORMATS or value != _FORMATS[name]}
+
+
+_BEFORE_CALIBRATION = (
+    *("kind", "role", "shape", "weight_bits", "activation_bits", "group_size", "observed", "reason"),
+    *("weight_format", "activation_format", "group_rows"),
+)
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerPlan:

@@ -1,4 +1,4 @@
-"""Bit widths, and which bit widths each layer gets.
+"""Number formats of weights and activations, and which of them each layer gets.
 
 Layers are distinguished by their role in the network. The role is derived from the graph, so no model needs a table:
 
@@ -26,9 +26,10 @@ from torch import fx
 from fxquant.errors import ConfigurationError, shortened
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import ITEM, LAYER
+from fxquant.numerics.formats import FORMATS, Format, format_of, is_integer
 
 ROLES = ("block", "adaln", "embedder", "patch", "final")
-_FORM = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
+_FORM = re.compile(r"w(?P<pair>\w+)(?:-g(?P<group>\d+)|-b(?P<rows>\d+)(?:x(?P<columns>\d+))?|-(?P<one>tensor))?")
 _BLOCK = re.compile(r"\.\d+\.")
 _ATTENTION = (
     *(torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.softmax.int),
@@ -38,11 +39,23 @@ _ATTENTION = (
 
 @dataclass(frozen=True)
 class Precision:
-    """Bit widths of one layer; None stands for float. Prints and parses as ``w4a8``, ``w4a16-g64``, ``float``."""
+    """Number formats of one layer. Prints and parses as ``w4a8``, ``w4a16-g64``, ``wmxfp4amxfp8``, ``float``.
+
+    Attributes:
+        weight_bits: Bits per weight; None stands for float.
+        activation_bits: Bits per activation; None stands for float.
+        group_size: Input channels that share a scale of the weight; 0 for all. For formats with blocks, the block.
+        weight_format: Name of the weights' format; None for integers.
+        activation_format: Name of the activations' format; None for integers.
+        group_rows: Output channels that share a scale of the weight; 0 for all.
+    """
 
     weight_bits: int | None
     activation_bits: int | None
     group_size: int = 0
+    weight_format: str | None = None
+    activation_format: str | None = None
+    group_rows: int = 1
 
     def __post_init__(self) -> None:
         for what, bits in (("weights", self.weight_bits), ("activations", self.activation_bits)):
@@ -50,12 +63,29 @@ class Precision:
                 raise ConfigurationError(f"{bits} bits for {what}: 2 to 8 are possible, and 16 for float activations")
         if self.weight_bits is None and self.activation_bits is not None:
             raise ConfigurationError("quantized activations need quantized weights: give w2 to w8")
-        if self.group_size < 0:
-            raise ConfigurationError(f"a group of {self.group_size} input channels is not possible")
+        if self.group_size < 0 or self.group_rows < 0:
+            what = f"{self.group_size} input" if self.group_size < 0 else f"{self.group_rows} output"
+            raise ConfigurationError(f"a group of {what} channels is not possible")
+        weights = _checked("weight", self.weight_bits, self.weight_format)
+        activations = _checked("activation", self.activation_bits, self.activation_format)
+        if activations is not None and activations.weights_only:
+            raise ConfigurationError(
+                f"{activations.name} is a format of weights only; keep the activations float (a16), or choose another "
+                "format for them"
+            )
+        if weights is not None and weights.block and (self.group_size, self.group_rows) != (weights.block, 1):
+            raise ConfigurationError(
+                f"{weights.name} has a scale per {weights.block} input channels of each output channel: set "
+                f"group_size to {weights.block} and group_rows to 1, and write no groups behind the precision"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """Read ``w4a8``, ``w4a16-g64`` or ``float``.
+        """Read ``w4a8``, ``w4a16-g64``, ``wfp8afp8-b128``, ``wnvfp4anvfp4``, ``wfp8afp8-tensor`` or ``float``.
+
+        Each side is a number of bits, for integers, or the name of a number format; ``a16`` keeps activations float.
+        Behind them, ``-g64`` gives each 64 input channels of a weight a scale, ``-b128`` each block of 128 output and
+        128 input channels (``-b64x128``: of 64 and 128), and ``-tensor`` the whole weight.
 
         Raises:
             ConfigurationError: If the text is none of these or the bits are out of range.
@@ -65,10 +95,19 @@ class Precision:
         match = _FORM.fullmatch(text)
         if match is None:
             raise ConfigurationError(
-                f"{shortened(text)!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float"
+                f"{shortened(text)!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float, or "
+                "formats by name as in wfp8afp8"
             )
-        weights, activations, group = (int(number or 0) for number in match.groups())
-        found = cls(weights, None if activations == 16 else activations, group)
+        weights, activations = _sides(match["pair"], text)
+        rows, columns = (int(match[name] or 0) for name in ("rows", "columns"))
+        group, rows = (columns or rows, rows) if match["rows"] else (int(match["group"] or 0), 0 if match["one"] else 1)
+        block = 0 if weights[1] is None else FORMATS[weights[1]].block
+        if block and match["pair"] != text[1:]:
+            raise ConfigurationError(
+                f"{shortened(text)!r} is not a precision: {weights[1]} has blocks of {block} input channels; write "
+                f"w{match['pair']}"
+            )
+        found = cls(weights[0], activations[0], block or group, weights[1], activations[1], rows)
         if str(found) != text:  # Each precision has exactly one name, because results are compared by it.
             raise ConfigurationError(f"{shortened(text)!r} is not a precision; write {found}")
         return found
@@ -76,8 +115,62 @@ class Precision:
     def __str__(self) -> str:
         if self.weight_bits is None:
             return "float"
-        group = f"-g{self.group_size}" if self.group_size else ""
-        return f"w{self.weight_bits}a{self.activation_bits or 16}{group}"
+        weights = self.weight_format or self.weight_bits
+        activations = (self.activation_format or self.activation_bits) if self.activation_bits else 16
+        return f"w{weights}a{activations}{self._groups()}"
+
+    def _groups(self) -> str:
+        if self.weight_format is not None and FORMATS[self.weight_format].block:
+            return ""
+        if self.group_rows == 1:
+            return f"-g{self.group_size}" if self.group_size else ""
+        if self.group_rows == self.group_size:
+            return f"-b{self.group_size}" if self.group_size else "-tensor"
+        return f"-b{self.group_rows}x{self.group_size}"
+
+
+def _checked(what: str, bits: int | None, name: str | None) -> Format | None:
+    """The format of one side.
+
+    Raises:
+        ConfigurationError: If it is unknown, or has another number of bits.
+    """
+    format = None if bits is None else format_of(bits, name)
+    if name is not None and is_integer(name):
+        raise ConfigurationError(f"integers have no {what}_format; set it to null, and {what}_bits to their bits")
+    if format is not None and format.bits != bits:
+        raise ConfigurationError(
+            f"{name} has {format.bits} bits, not {bits}; set {what}_bits to {format.bits}, or {what}_format to null "
+            "for integers"
+        )
+    return format
+
+
+def _sides(pair: str, text: str) -> tuple[tuple[int, str | None], tuple[int | None, str | None]]:
+    """Bits and format of weights and of activations, from ``4a8`` or ``fp8afp8``.
+
+    Raises:
+        ConfigurationError: If one of the formats is unknown.
+    """
+    splits = [(pair[:at], pair[at + 1 :]) for at, letter in enumerate(pair) if letter == "a"]
+    for left, right in splits:
+        if _is_side(left) and _is_side(right):
+            return _side(left), (None, None) if right.isdecimal() and int(right) == 16 else _side(right)
+    known = [name for name in FORMATS if not is_integer(name)]
+    raise ConfigurationError(
+        f"{shortened(text)!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float. Formats by "
+        f"name: {', '.join(known)}"
+    )
+
+
+def _is_side(text: str) -> bool:
+    return text.isdecimal() or text in FORMATS
+
+
+def _side(text: str) -> tuple[int, str | None]:
+    if text.isdecimal():
+        return int(text), None
+    return FORMATS[text].bits, None if is_integer(text) else text
 
 
 FLOAT = Precision(None, None)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -68,10 +69,7 @@ class Store:
                 if header["fingerprint"] != fingerprint:
                     log.info("%s is from another run; %s is learned anew", path, name)
                     return None
-                codes = {
-                    layer: QuantizedWeight(*(file.get_tensor(f"{layer}.{part}") for part in _FIELDS), *grid)
-                    for layer, grid in header["codes"].items()
-                }
+                codes = {layer: _weight(file, layer, *grid) for layer, grid in header["codes"].items()}
                 ranges = {layer: (low, high) for layer, (low, high) in header["ranges"].items()}
                 before, after = header["errors"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -105,3 +103,8 @@ class Store:
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name.replace('/', '_')}.safetensors"
+
+
+def _weight(file: Any, layer: str, bits: int, group_size: int, in_features: int) -> QuantizedWeight:
+    packed, scale, zero_point = (file.get_tensor(f"{layer}.{part}") for part in _FIELDS)
+    return QuantizedWeight(packed, scale, zero_point, f"int{bits}", group_size, in_features)

@@ -95,6 +95,9 @@ class Layer(Entry):
     activation_sqnr_db: float | None = None
     timesteps: Groups | None = None
     reason: Text | None = None
+    weight_format: Name | None = None  # Not in plans of integers.
+    activation_format: Name | None = None
+    group_rows: Size = 1
 
     @model_validator(mode="after")
     def _a_range_a_bin(self) -> Layer:
@@ -113,6 +116,7 @@ class Attention(Entry):
     ranges: dict[Side, Range] = Field(default_factory=dict)
     sqnr_db: dict[Side, float] = Field(default_factory=dict)
     reason: Text | None = None
+    format: Name | None = None
 
     @model_validator(mode="after")
     def _static(self) -> Attention:

@@ -29,8 +29,8 @@ from fxquant.ir.arguments import args
 from fxquant.ir.dataflow import behind
 from fxquant.ir.names import qualified_name
 from fxquant.ir.tensors import get_tensor, weights_and_buffers
-from fxquant.numerics.packing import packed_size
-from fxquant.numerics.weights import group_count
+from fxquant.numerics.formats import FORMATS, bits_of
+from fxquant.numerics.weights import stored_shapes
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 
@@ -110,12 +110,11 @@ def check_headers(plan: Plan, headers: Mapping[str, Header]) -> None:
             )
 
 
-def _stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, int]]:
-    """The shapes of the three tensors of a quantized weight."""
-    assert layer.weight_bits is not None
-    rows, columns = layer.shape
-    grid = (rows, group_count(columns, layer.group_size))
-    return {"packed": (rows, packed_size(columns, layer.weight_bits)), "scale": grid, "zero_point": grid}
+def _stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a quantized weight."""
+    assert layer.format_of_weight is not None
+    parts = stored_shapes(layer.format_of_weight, (layer.shape[0], layer.shape[1]), layer.group_size, layer.group_rows)
+    return {part: shape for part, (_, shape) in parts.items()}
 
 
 def check_config(config: Any, headers: Mapping[str, Header]) -> None:
@@ -234,11 +233,11 @@ def check_grids(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
             what follows from the plan. Names the tensor.
     """
     for node in module.graph.nodes:
-        for what, name, top in _grids_of(node):
+        for what, name, top, format in _grids_of(node):
             found, expected = tensors.get(name), get_tensor(module, name)
             if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
                 continue  # Binding the tensors reports this.
-            if what == "scale" and not bool((found.isfinite() & (found > 0)).all()):
+            if what == "scale" and not _are_scales(found, format):
                 raise CheckpointError(f"tensor {name!r} holds scales that are not finite and positive")
             if what == "zero point" and found.numel() and not 0 <= int(found.min()) <= int(found.max()) <= top:
                 raise CheckpointError(f"tensor {name!r} holds zero points outside of the codes 0 to {top}")
@@ -249,21 +248,36 @@ def check_grids(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"tensor {name!r} is not what follows from the plan; they belong to different models")
 
 
-def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int]]:
-    """Yield each scale and zero point that an op reads from a tensor: which of the two, its name, the largest code."""
+def _are_scales(found: Tensor, format: str | None) -> bool:
+    """Whether scales of a format, or of a backend's op, are finite and positive."""
+    values = found if found.is_floating_point() or format is None else FORMATS[format].scale_values(found)
+    return bool((values.isfinite() & (values > 0)).all())
+
+
+def _grids_of(node: fx.Node) -> Iterator[tuple[str, str, int, str | None]]:
+    """Yield each scale and zero point that an op reads from a tensor.
+
+    Each is which of the two, its name, the largest code, and the name of the number format, None for a backend's op.
+    """
     if not qualified_name(node.target).startswith("fxquant::"):
         return
     given = args(node).by_name()
     bits, top = given.get("bits"), given.get("qmax")
+    formats = {side: given.get(f"{side}format") for side in ("", "x_", "w_", "a_", "b_")}
     for name, argument in given.items():
         held = _looked_up(argument)
         if held is None:
             continue
-        if name.endswith("scale") and "channel_affine" not in str(node.target):
-            yield "scale", held, 0
+        format = formats.get(name.removesuffix("zero_point").removesuffix("global_scale").removesuffix("scale"))
+        if name.endswith(("scale", "_global")) and "channel_affine" not in str(node.target):
+            yield "scale", held, 0, None if "global" in name else format
         elif name.endswith("zero_point"):
             weight = name.startswith("w_") or "dequantize_weight" in str(node.target)
-            yield "zero point", held, 2**bits - 1 if weight and bits is not None else (255 if top is None else top)
+            if format is not None:
+                yield "zero point", held, 2 ** bits_of(format) - 1, format
+            else:  # An op of a backend.
+                most = 2**bits - 1 if weight and bits is not None else (255 if top is None else top)
+                yield "zero point", held, most, None
 
 
 def _looked_up(argument: Any) -> str | None:

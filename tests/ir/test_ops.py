@@ -9,9 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError, UnknownNameError
 from fxquant.ir import ops  # noqa: F401 - registers the operators
 from fxquant.ir.ops import recording
+from fxquant.numerics.formats import Scales
 from fxquant.numerics.packing import pack, unpack
 from fxquant.numerics.weights import QuantizedWeight, quantize_weight
 
@@ -33,7 +34,10 @@ def random_weight(out: int, n: int, bits: int, group_size: int) -> QuantizedWeig
     groups = n // group_size if group_size else 1
     scale, _ = grid(out, groups)
     return QuantizedWeight.from_codes(
-        codes(out, n, bits=bits), scale, codes(out, groups, bits=bits), bits=bits, group_size=group_size
+        codes(out, n, bits=bits),
+        Scales(scale, codes(out, groups, bits=bits)),
+        format=f"int{bits}",
+        group_size=group_size,
     )
 
 
@@ -51,7 +55,7 @@ def linear_arguments(
     row = None if bias is None else torch.randn(bias)
     return (
         *(codes(2, 5, 24), *grid(*x_grid), weight.packed, weight.scale, weight.zero_point, row),
-        *(bits, group_size, torch.float32),
+        *("int8", f"int{bits}", group_size, torch.float32),
     )
 
 
@@ -61,7 +65,7 @@ def conv_arguments(groups: int = 1, bias: tuple[int, ...] | None = (6,)) -> tupl
     row = None if bias is None else torch.randn(bias)
     return (
         *(codes(2, 4, 9, 8), *grid(2, 1, 1, 1), weight.packed, weight.scale, weight.zero_point, row),
-        *(4, kernel, [2, 1], [1, 2], [1, 2], groups, torch.float32),
+        *("int8", "int4", kernel, [2, 1], [1, 2], [1, 2], groups, torch.float32),
     )
 
 
@@ -93,7 +97,7 @@ class TestLinear:
         row = None if bias is None else torch.randint(-99, 99, bias) / 16.0
         y = OPS.linear(
             *(xq, x_scale, x_zero_point, weight.packed, weight.scale, weight.zero_point, row),
-            *(bits, group_size, torch.float64),
+            *("int8", f"int{bits}", group_size, torch.float64),
         )
         width = group_size or 24
         x = (xq.long() - x_zero_point.long()).unflatten(-1, (-1, width))
@@ -106,9 +110,21 @@ class TestLinear:
         layer, x = nn.Linear(32, 16), torch.randn(4, 3, 32)
         weight = quantize_weight(layer.weight, bits=8)
         scale, zero_point = torch.tensor(8.0 / 255), torch.tensor(128, dtype=torch.uint8)
-        xq = OPS.quantize(x, scale, zero_point, 0, 255, torch.uint8)
+        xq = OPS.quantize(x, scale, zero_point, "int8")
         y = OPS.linear(
-            *(xq, scale, zero_point, weight.packed, weight.scale, weight.zero_point, layer.bias, 8, 0, torch.float32)
+            *(
+                xq,
+                scale,
+                zero_point,
+                weight.packed,
+                weight.scale,
+                weight.zero_point,
+                layer.bias,
+                "int8",
+                "int8",
+                0,
+                torch.float32,
+            )
         )
         torch.testing.assert_close(y, layer(x), atol=0.1, rtol=0.0)
 
@@ -133,7 +149,7 @@ class TestLinear:
 
 
 def matmul_arguments(a_grid: tuple[int, ...] = (), b_grid: tuple[int, ...] = ()) -> tuple[object, ...]:
-    return codes(2, 3, 5, 8), *grid(*a_grid), codes(2, 1, 8, 7), *grid(*b_grid), torch.float32
+    return codes(2, 3, 5, 8), *grid(*a_grid), codes(2, 1, 8, 7), *grid(*b_grid), "int8", "int8", torch.float32
 
 
 class TestMatmul:
@@ -148,10 +164,10 @@ class TestMatmul:
         self, a_grid: tuple[int, ...], b_grid: tuple[int, ...], signed: bool, seed: int
     ) -> None:
         torch.manual_seed(seed)
-        aq, a_scale, a_zero, bq, b_scale, b_zero, _ = matmul_arguments(a_grid, b_grid)
+        aq, a_scale, a_zero, bq, b_scale, b_zero, *_ = matmul_arguments(a_grid, b_grid)
         if signed:
             aq, a_zero, bq, b_zero = ((x.short() - 128).to(torch.int8) for x in (aq, a_zero, bq, b_zero))
-        y = OPS.matmul(aq, a_scale, a_zero, bq, b_scale, b_zero, torch.float64)
+        y = OPS.matmul(aq, a_scale, a_zero, bq, b_scale, b_zero, "int8", "int8", torch.float64)
         a, b = aq.long() - a_zero.long(), bq.long() - b_zero.long()
         products = torch.einsum("bhmk,bhkn->bhmn", a, b.expand(2, 3, 8, 7))
         assert torch.equal(y, products.double() * a_scale.double() * b_scale.double())
@@ -168,7 +184,8 @@ class TestMatmul:
         assert torch.equal(OPS.matmul(*arguments, dtype), OPS.matmul(*arguments, torch.float32).to(dtype))
 
     def test_an_empty_batch(self) -> None:
-        assert OPS.matmul(codes(0, 5, 8), *grid(), codes(0, 8, 7), *grid(), torch.float32).shape == (0, 5, 7)
+        factors = codes(0, 5, 8), *grid(), codes(0, 8, 7), *grid()
+        assert OPS.matmul(*factors, "int8", "int8", torch.float32).shape == (0, 5, 7)
 
 
 class TestConv2d:
@@ -177,8 +194,8 @@ class TestConv2d:
     def test_equals_integer_arithmetic(self, groups: int, bias: tuple[int, ...] | None) -> None:
         arguments = list(conv_arguments(groups, bias))
         arguments[-1] = torch.float64
-        xq, x_scale, x_zero_point, packed, w_scale, w_zero_point, row, bits, kernel, *geometry, _, _ = arguments
-        q = unpack(packed, bits, kernel[0] * 6).long() - w_zero_point.long()
+        xq, x_scale, x_zero_point, packed, w_scale, w_zero_point, row, _, _, kernel, *geometry, _, _ = arguments
+        q = unpack(packed, 4, kernel[0] * 6).long() - w_zero_point.long()
         x = xq.long() - x_zero_point.long()
         # Patches of int64, unfolded by indexing: padding is zero after the zero point is taken off.
         (stride, padding, dilation), (out_h, out_w) = geometry, (5, 10)
@@ -194,12 +211,27 @@ class TestConv2d:
 
     def test_padding_is_real_zero(self) -> None:
         weight = QuantizedWeight.from_codes(
-            torch.full((1, 9), 3, dtype=torch.uint8), torch.ones(1, 1), codes(1, 1, bits=1), bits=2, group_size=0
+            torch.full((1, 9), 3, dtype=torch.uint8),
+            Scales(torch.ones(1, 1), codes(1, 1, bits=1)),
+            format="int2",
+            group_size=0,
         )
         zero_point = torch.tensor(100, dtype=torch.uint8)
         y = OPS.conv2d(
             *(torch.full((1, 1, 4, 4), 100, dtype=torch.uint8), torch.tensor(1.0), zero_point),
-            *(weight.packed, weight.scale, weight.zero_point, None, 2, [1, 3, 3], [1, 1], [1, 1], [1, 1], 1),
+            *(
+                weight.packed,
+                weight.scale,
+                weight.zero_point,
+                None,
+                "int8",
+                "int2",
+                [1, 3, 3],
+                [1, 1],
+                [1, 1],
+                [1, 1],
+                1,
+            ),
             torch.float32,
         )
         assert torch.equal(y, torch.zeros(1, 1, 4, 4))
@@ -212,23 +244,21 @@ class TestConv2d:
 
 
 class TestQuantize:
-    def test_halves_saturation_and_range(self) -> None:
+    def test_halves_and_saturation(self) -> None:
         x = torch.tensor([-1e30, -1.5, -0.5, 0.5, 1.5, 2.5, 1e30])
-        q = OPS.quantize(x, torch.tensor(1.0), torch.tensor(10, dtype=torch.uint8), 0, 15, torch.uint8)
+        q = OPS.quantize(x, torch.tensor(1.0), torch.tensor(10, dtype=torch.uint8), "int4")
         assert q.tolist() == [0, 8, 10, 10, 12, 12, 15]
-        signed = OPS.quantize(x, torch.tensor(1.0), torch.tensor(0, dtype=torch.int8), -128, 127, torch.int8)
-        assert signed.tolist() == [-128, -2, 0, 0, 2, 2, 127]
 
     @pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1), (2, 5, 1)])
     def test_grids_broadcast(self, shape: tuple[int, ...]) -> None:
         x, (scale, zero_point) = torch.randn(2, 5, 24), grid(*shape)
-        q = OPS.quantize(x, scale, zero_point, 0, 255, torch.uint8)
+        q = OPS.quantize(x, scale, zero_point, "int8")
         expected = (torch.round(x / scale) + zero_point.float()).clamp(0, 255)
         assert torch.equal(q.float(), expected)
 
     def test_float64_is_not_rounded_to_float32_first(self) -> None:
         x = torch.tensor(0.5 + 1e-12, dtype=torch.float64)
-        grid_of_one = torch.tensor(1.0), torch.tensor(0, dtype=torch.uint8), 0, 15, torch.uint8
+        grid_of_one = torch.tensor(1.0), torch.tensor(0, dtype=torch.uint8), "int4"
         assert OPS.quantize(x, *grid_of_one).item() == 1
         assert OPS.quantize(x.float(), *grid_of_one).item() == 0
 
@@ -237,7 +267,7 @@ class TestDequantizeWeight:
     @pytest.mark.parametrize("group_size", [0, 8])
     def test_is_the_weight(self, group_size: int) -> None:
         weight = quantize_weight(torch.randn(7, 24), bits=3, group_size=group_size)
-        fields = weight.packed, weight.scale, weight.zero_point, 3, group_size, 24
+        fields = weight.packed, weight.scale, weight.zero_point, "int3", group_size, 24
         assert torch.equal(OPS.dequantize_weight(*fields, torch.float16), weight.dequantize(torch.float16))
 
 
@@ -299,7 +329,7 @@ class TestObserve:
 CALLS = {
     "quantize": (
         OPS.quantize.default,
-        lambda: (torch.randn(2, 5, 24).transpose(1, 2), *grid(2, 1, 1), 0, 255, torch.uint8),
+        lambda: (torch.randn(2, 5, 24).transpose(1, 2), *grid(2, 1, 1), "int8"),
     ),
     "channel_affine": (
         OPS.channel_affine.default,
@@ -311,7 +341,7 @@ CALLS = {
     ),
     "dequantize_weight": (
         OPS.dequantize_weight.default,
-        lambda: (random_weight(7, 24, 5, 8).packed, *grid(7, 3), 5, 8, 24, torch.bfloat16),
+        lambda: (random_weight(7, 24, 5, 8).packed, *grid(7, 3), "int5", 8, 24, torch.bfloat16),
     ),
     "linear": (OPS.linear.default, linear_arguments),
     "linear in groups": (OPS.linear.default, lambda: linear_arguments((2, 5, 1), (2, 1, 7), 3, 8)),
@@ -371,20 +401,21 @@ class Quantized(nn.Module):
         self.register_buffer("zero_point", torch.tensor(128, dtype=torch.uint8))
 
     def forward(self, image: Tensor, bin: Tensor) -> Tensor:
-        xq = OPS.quantize(image, self.scale, self.zero_point, 0, 255, torch.uint8)
+        xq = OPS.quantize(image, self.scale, self.zero_point, "int8")
         x = OPS.conv2d(
             *(xq, self.scale, self.zero_point, self.conv_packed, self.conv_scale, self.conv_zero_point, None),
-            *(8, [3, 2, 2], [2, 2], [0, 0], [1, 1], 1, torch.float32),
+            *("int8", "int8", [3, 2, 2], [2, 2], [0, 0], [1, 1], 1, torch.float32),
         )
         x = x.flatten(2).transpose(1, 2)
         scale = self.scales[bin]
-        xq = OPS.quantize(x, scale, self.zero_point, 0, 255, torch.uint8)
+        xq = OPS.quantize(x, scale, self.zero_point, "int8")
         x = OPS.linear(
             *(xq, scale, self.zero_point, self.hidden_packed, self.hidden_scale, self.hidden_zero_point),
-            *(self.biases[bin], 4, 4, torch.float32),
+            *(self.biases[bin], "int8", "int4", 4, torch.float32),
         )
         x = OPS.channel_affine(x, self.factor, None)
-        weight = OPS.dequantize_weight(self.last_packed, self.last_scale, self.last_zero_point, 3, 0, 16, torch.float32)
+        stored = self.last_packed, self.last_scale, self.last_zero_point
+        weight = OPS.dequantize_weight(*stored, "int3", 0, 16, torch.float32)
         return nn.functional.linear(x, weight)
 
 
@@ -428,21 +459,23 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({7: 9}, "bits=9"),
-            ({7: 1}, "bits=1"),
-            ({7: 8}, r"8 bits is packed as uint8 \[out, 24\], not torch.uint8 \(7, 12\)"),
-            ({8: 5}, r"group_size=5 .* 24 input"),
-            ({8: 8}, r"scale of this weight is \[out, groups\] = \(7, 3\), not \(7, 1\)"),
+            ({8: "int9"}, "unknown format 'int9'"),
+            ({7: "int1"}, "unknown format 'int1'"),
+            ({8: "int8"}, r"8 bits is packed as uint8 \[out, 24\], not torch.uint8 \(7, 12\)"),
+            ({9: 5}, r"group_size=5 .* 24 input"),
+            ({9: 8}, r"scale of this weight is \[out, groups\] = \(7, 3\), not \(7, 1\)"),
             ({1: torch.ones(24)}, r"scale of shape \(24,\) does not broadcast to \(2, 5, 1\)"),
             ({1: torch.ones(3, 1, 1)}, r"scale of shape \(3, 1, 1\)"),
+            ({2: None}, "the input has the format int8, which needs a zero point"),
+            ({11: torch.ones(())}, "the input has the format int8, which has no global scale"),
             ({2: torch.zeros(1, 1, 1, 1)}, r"zero point of shape \(1, 1, 1, 1\)"),
             ({6: torch.zeros(24)}, r"bias of shape \(24,\) does not broadcast to \(2, 5, 7\)"),
             ({3: codes(7, 12).to(torch.int32)}, r"not torch\.int32 \(7, 12\)"),
         ],
     )
     def test_linear(self, change: dict[int, object], message: str, fake: bool) -> None:
-        arguments = [change.get(i, value) for i, value in enumerate(linear_arguments())]
-        with pytest.raises(ConfigurationError, match=message):
+        arguments = [change.get(i, value) for i, value in enumerate((*linear_arguments(), None, None))]
+        with pytest.raises((ConfigurationError, UnknownNameError), match=message):
             self.call(OPS.linear.default, arguments, fake)
 
     @pytest.mark.parametrize("fake", [False, True])
@@ -471,12 +504,10 @@ class TestBadInput:
     @pytest.mark.parametrize("fake", [False, True])
     def test_quantize_and_affine(self, fake: bool) -> None:
         x, (scale, zero_point) = torch.randn(2, 5, 8), grid()
-        for qmin, qmax, dtype in (
-            *((0, 256, torch.uint8), (-1, 255, torch.uint8), (0, 255, torch.int8), (5, 5, torch.uint8)),
-            (0, 255, torch.float32),
-        ):
-            with pytest.raises(ConfigurationError, match=f"codes from {qmin} to {qmax} do not fit {dtype}"):
-                self.call(OPS.quantize.default, [x, scale, zero_point, qmin, qmax, dtype], fake)
+        with pytest.raises(UnknownNameError, match="unknown format 'int16'"):
+            self.call(OPS.quantize.default, [x, scale, zero_point, "int16"], fake)
+        with pytest.raises(ConfigurationError, match="the input has the format int4, which needs a zero point"):
+            self.call(OPS.quantize.default, [x, scale, None, "int4"], fake)
         with pytest.raises(ConfigurationError, match="scale of shape"):
             self.call(OPS.channel_affine.default, [x, torch.ones(5), None], fake)
         with pytest.raises(ConfigurationError, match="shift of shape"):

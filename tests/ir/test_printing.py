@@ -37,7 +37,7 @@ def test_notes_tell_which_passes_made_a_node() -> None:
     Pipeline.parse("quantize-linears").run(module, planned(first=("linear", [4, 4], 4, None, 0), last=kept))
     assert graph_text(module, notes=True) == golden("""
         x: float32[B, 4]
-        dequantize_weight_default: float32[4, 4] = fxquant::dequantize_weight(@first.weight_packed, @first.weight_scale, @first.weight_zero_point, 4, 0, 4, float32)  # first; by quantize-linears; made @first.weight_packed, @first.weight_scale, @first.weight_zero_point
+        dequantize_weight_default: float32[4, 4] = fxquant::dequantize_weight(@first.weight_packed, @first.weight_scale, @first.weight_zero_point, int4, 0, 4, float32)  # first; by quantize-linears; made @first.weight_packed, @first.weight_scale, @first.weight_zero_point
         linear: float32[B, 4] = linear(x, dequantize_weight_default, @first.bias)  # first
         linear_1: float32[B, 2] = linear(linear, @last.weight, @last.bias)  # last
         return linear_1

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxquant.errors import ConfigurationError, NonFiniteError
 from fxquant.numerics.finite import require_finite
+from fxquant.numerics.formats import Integer
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.packing import packed_size
 from fxquant.numerics.ranges import PERCENTILES, RangeMethod, activation_range, weight_range
@@ -77,8 +78,8 @@ class TestAffineParameters:
 
 class TestActivationRange:
     def test_minmax_needs_no_samples(self) -> None:
-        assert activation_range(torch.empty(0), -1.0, 2.0, 8, "minmax") == (-1.0, 2.0)
-        assert activation_range(torch.empty(0), 1.0, 2.0, 8, "minmax") == (0.0, 2.0)
+        assert activation_range(torch.empty(0), -1.0, 2.0, Integer(8), "minmax") == (-1.0, 2.0)
+        assert activation_range(torch.empty(0), 1.0, 2.0, Integer(8), "minmax") == (0.0, 2.0)
 
     @pytest.mark.parametrize("bits", [3, 4, 8])
     def test_percentile_is_the_best_of_the_four(self, bits: int) -> None:
@@ -89,13 +90,13 @@ class TestActivationRange:
             (torch.quantile(exact, 1 - share).item(), torch.quantile(exact, share).item()) for share in PERCENTILES
         ]
         best = min(candidates, key=lambda ends: mean_squared_error(samples, *ends, bits))
-        assert activation_range(samples, lo, hi, bits, "percentile") == pytest.approx(best, rel=1e-6)
+        assert activation_range(samples, lo, hi, Integer(bits), "percentile") == pytest.approx(best, rel=1e-6)
 
     @pytest.mark.parametrize("bits", [2, 4, 8])
     def test_mse_is_what_brute_force_finds(self, bits: int) -> None:
         samples = heavy_tailed(40, 50)
         lo, hi = samples.min().item(), samples.max().item()
-        found = activation_range(samples, lo, hi, bits, "mse")
+        found = activation_range(samples, lo, hi, Integer(bits), "mse")
         factors = torch.linspace(1.0, 0.05, 39, dtype=torch.float64).tolist()
         errors = [mean_squared_error(samples, lo * a, hi * b, bits) for a in factors for b in factors]
         assert mean_squared_error(samples, *found, bits) == pytest.approx(min(errors), rel=1e-9)
@@ -105,36 +106,37 @@ class TestActivationRange:
         samples = heavy_tailed(5_000)
         lo, hi = samples.min().item(), samples.max().item()
         whole, percentile, mse = (
-            mean_squared_error(samples, *activation_range(samples, lo, hi, bits, method), bits) for method in METHODS
+            mean_squared_error(samples, *activation_range(samples, lo, hi, Integer(bits), method), bits)
+            for method in METHODS
         )
         assert percentile <= whole and mse <= whole
 
     def test_ends_of_one_sign_and_constants(self) -> None:
         samples = torch.rand(100) + 1.0
         for method in METHODS:
-            lo, hi = activation_range(samples, 1.0, 2.0, 8, method)
+            lo, hi = activation_range(samples, 1.0, 2.0, Integer(8), method)
             assert lo == 0.0 and 0.0 < hi <= 2.0
-            assert activation_range(torch.zeros(10), 0.0, 0.0, 8, method) == (0.0, 0.0)
-            assert activation_range(torch.ones(1), 1.0, 1.0, 8, method) == (0.0, 1.0)
+            assert activation_range(torch.zeros(10), 0.0, 0.0, Integer(8), method) == (0.0, 0.0)
+            assert activation_range(torch.ones(1), 1.0, 1.0, Integer(8), method) == (0.0, 1.0)
 
     def test_an_outlier_that_the_samples_missed_can_be_clipped(self) -> None:
         samples = torch.linspace(-1.0, 1.0, 1001)
-        assert activation_range(samples, -1.0, 50.0, 4, "percentile")[1] < 2.0
-        assert activation_range(samples, -1.0, 50.0, 4, "minmax")[1] == 50.0
+        assert activation_range(samples, -1.0, 50.0, Integer(4), "percentile")[1] < 2.0
+        assert activation_range(samples, -1.0, 50.0, Integer(4), "minmax")[1] == 50.0
 
     def test_bad_input(self) -> None:
         with pytest.raises(ConfigurationError, match="needs samples, but got none"):
-            activation_range(torch.empty(0), -1.0, 1.0, 8, "mse")
+            activation_range(torch.empty(0), -1.0, 1.0, Integer(8), "mse")
         with pytest.raises(ConfigurationError, match=r"'best'.*minmax, percentile, mse"):
-            activation_range(torch.ones(3), -1.0, 1.0, 8, "best")  # type: ignore[arg-type]
+            activation_range(torch.ones(3), -1.0, 1.0, Integer(8), "best")  # type: ignore[arg-type]
         with pytest.raises(ConfigurationError, match="bits=1"):
-            activation_range(torch.ones(3), -1.0, 1.0, 1, "minmax")
+            activation_range(torch.ones(3), -1.0, 1.0, Integer(1), "minmax")
 
 
 class TestWeightRange:
     def test_percentile_agrees_with_quantiles(self) -> None:
         rows = heavy_tailed(6, 3000)
-        found = weight_range(rows, 3, "percentile")
+        found = weight_range(rows, Integer(3), "percentile")
         exact = rows.double()
         for row, lo, hi in zip(exact, *found, strict=True):
             candidates = [(row.min().item(), row.max().item())] + [
@@ -149,7 +151,7 @@ class TestWeightRange:
         rows = heavy_tailed(32, 200)
         errors = []
         for each in ("minmax", method):
-            scale, zero_point = affine_parameters(*weight_range(rows, 4, each, symmetric), 4, symmetric)
+            scale, zero_point = affine_parameters(*weight_range(rows, Integer(4), each, symmetric), 4, symmetric)
             approximation = fake_quantize(rows, scale[:, None], zero_point[:, None], 4)
             errors.append((approximation - rows).square().sum(1))
         assert (errors[1] <= errors[0]).all()
@@ -158,14 +160,14 @@ class TestWeightRange:
     @pytest.mark.parametrize("method", METHODS)
     def test_slices_of_rows_change_nothing(self, method: RangeMethod) -> None:
         rows = heavy_tailed(60, 6000)
-        whole = weight_range(rows, 4, method)
-        parts = [weight_range(part, 4, method) for part in rows.split(25)]
+        whole = weight_range(rows, Integer(4), method)
+        parts = [weight_range(part, Integer(4), method) for part in rows.split(25)]
         for i in range(2):
             assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
 
     @pytest.mark.parametrize("method", METHODS)
     def test_rows_of_one_value(self, method: RangeMethod) -> None:
-        lo, hi = weight_range(torch.tensor([[2.0], [0.0]]), 4, method)
+        lo, hi = weight_range(torch.tensor([[2.0], [0.0]]), Integer(4), method)
         assert (lo.tolist(), hi.tolist()) == ([2.0, 0.0], [2.0, 0.0])
 
 
@@ -216,7 +218,7 @@ class TestQuantizeWeight:
 
     def test_codes_round_trip_through_from_codes(self) -> None:
         first = quantize_weight(torch.randn(4, 12), bits=3, group_size=4)
-        again = QuantizedWeight.from_codes(first.codes(), first.scale, first.zero_point, bits=3, group_size=4)
+        again = QuantizedWeight.from_codes(first.codes(), first.scales, format="int3", group_size=4)
         assert torch.equal(again.packed, first.packed)
         assert again.in_features == 12
 

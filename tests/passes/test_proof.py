@@ -22,6 +22,7 @@ from fxquant.ir.ops import recording
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
 from fxquant.ir.tensors import copy_graph, read_tensors
+from fxquant.numerics.formats import Scales
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, Tier, parse_pass
@@ -212,8 +213,8 @@ def _within_bound(found: CapturedGraph, plan: Plan, actual: list[Tensor], expect
         layer = plan.layers[target.removesuffix(".weight")]
         scale = tensors[f"{target}_scale"]
         values = dequantize_weight(
-            tensors[f"{target}_packed"], scale, tensors[f"{target}_zero_point"],
-            layer.weight_bits, layer.group_size, layer.shape[1], torch.float64,
+            tensors[f"{target}_packed"], Scales(scale, tensors[f"{target}_zero_point"]),
+            f"int{layer.weight_bits}", layer.group_size, layer.shape[1], torch.float64,
         )  # fmt: skip
         steps = scale.double().repeat_interleave(layer.shape[1] // scale.shape[1], dim=1)
         error = (values - original[target].detach().flatten(1).double()).abs()

@@ -107,15 +107,15 @@ def test_before_and_after() -> None:
         timestep: float32[B]
         mask: float32[B, 1, 6, 5]
         mul_tensor: float32[B, 4, 6, 8] = mul.Tensor(q, 0.35355339059327373)
-        quantize_default: uint8[B, 4, 6, 8] = fxquant::quantize(mul_tensor, @attention.q_scale, @attention.q_zero_point, 0, 255, uint8)
-        quantize_default_1: uint8[B, 4, 5, 8] = fxquant::quantize(k, @attention.k_scale, @attention.k_zero_point, 0, 255, uint8)
-        quantize_default_2: uint8[B, 4, 5, 8] = fxquant::quantize(v, @attention.v_scale, @attention.v_zero_point, 0, 255, uint8)
+        quantize_default: uint8[B, 4, 6, 8] = fxquant::quantize(mul_tensor, @attention.q_scale, @attention.q_zero_point, int8)
+        quantize_default_1: uint8[B, 4, 5, 8] = fxquant::quantize(k, @attention.k_scale, @attention.k_zero_point, int8)
+        quantize_default_2: uint8[B, 4, 5, 8] = fxquant::quantize(v, @attention.v_scale, @attention.v_zero_point, int8)
         transpose_int: uint8[B, 4, 8, 5] = transpose.int(quantize_default_1, -2, -1)
-        matmul_default: float32[B, 4, 6, 5] = fxquant::matmul(quantize_default, @attention.q_scale, @attention.q_zero_point, transpose_int, @attention.k_scale, @attention.k_zero_point, float32)
+        matmul_default: float32[B, 4, 6, 5] = fxquant::matmul(quantize_default, @attention.q_scale, @attention.q_zero_point, transpose_int, @attention.k_scale, @attention.k_zero_point, int8, int8, float32)
         add_tensor: float32[B, 4, 6, 5] = add.Tensor(matmul_default, mask)
         _safe_softmax_default: float32[B, 4, 6, 5] = _safe_softmax(add_tensor, -1)
-        quantize_default_3: uint8[B, 4, 6, 5] = fxquant::quantize(_safe_softmax_default, @attention.softmax_scale, @attention.softmax_zero_point, 0, 255, uint8)
-        matmul_default_1: float32[B, 4, 6, 8] = fxquant::matmul(quantize_default_3, @attention.softmax_scale, @attention.softmax_zero_point, quantize_default_2, @attention.v_scale, @attention.v_zero_point, float32)
+        quantize_default_3: uint8[B, 4, 6, 5] = fxquant::quantize(_safe_softmax_default, @attention.softmax_scale, @attention.softmax_zero_point, int8)
+        matmul_default_1: float32[B, 4, 6, 8] = fxquant::matmul(quantize_default_3, @attention.softmax_scale, @attention.softmax_zero_point, quantize_default_2, @attention.v_scale, @attention.v_zero_point, int8, int8, float32)
         return matmul_default_1
         """  # noqa: E501
     )

@@ -35,11 +35,10 @@ def test_before_and_after() -> None:
         """
     )
     assert after.splitlines()[1:] == [
-        "input_1_codes: uint8[B, 2, 4, 4] = fxquant::quantize("
-        "input_1, @0.input_scale, @0.input_zero_point, 0, 255, uint8)",
+        "input_1_codes: uint8[B, 2, 4, 4] = fxquant::quantize(input_1, @0.input_scale, @0.input_zero_point, int8)",
         "conv2d_default: float32[B, 4, 2, 2] = fxquant::conv2d(input_1_codes, @0.input_scale, @0.input_zero_point, "
-        "@0.weight_packed, @0.weight_scale, @0.weight_zero_point, @0.bias, 8, [2, 2, 2], [2, 2], [0, 0], [1, 1], 1, "
-        "float32)",
+        "@0.weight_packed, @0.weight_scale, @0.weight_zero_point, @0.bias, int8, int8, [2, 2, 2], [2, 2], "
+        "[0, 0], [1, 1], 1, float32)",
         "return conv2d_default",
     ]
 
@@ -48,7 +47,7 @@ def test_float_activations() -> None:
     _, after = rewritten(model(), "quantize-convolutions", plan(4, None), input=X)
     assert after.splitlines()[1:] == [
         "dequantize_weight_default: float32[4, 8] = fxquant::dequantize_weight("
-        "@0.weight_packed, @0.weight_scale, @0.weight_zero_point, 4, 0, 8, float32)",
+        "@0.weight_packed, @0.weight_scale, @0.weight_zero_point, int4, 0, 8, float32)",
         "view_default: float32[4, 2, 2, 2] = view(dequantize_weight_default, [4, 2, 2, 2])",
         "conv2d: float32[B, 4, 2, 2] = conv2d(input_1, view_default, @0.bias, [2, 2])",
         "return conv2d",

@@ -34,12 +34,11 @@ def test_before_and_after() -> None:
     )
     assert lines(after)[:5] == lines(before)[:5]
     assert lines(after)[5:] == [
-        "transpose_codes: uint8[B, 4, 4] = fxquant::quantize("
-        "transpose, @q.input_scale, @q.input_zero_point, 0, 255, uint8)",
+        "transpose_codes: uint8[B, 4, 4] = fxquant::quantize(transpose, @q.input_scale, @q.input_zero_point, int8)",
         "linear_default: float32[B, 4, 4] = fxquant::linear(transpose_codes, @q.input_scale, @q.input_zero_point, "
-        "@q.weight_packed, @q.weight_scale, @q.weight_zero_point, @q.bias, 4, 2, float32)",
+        "@q.weight_packed, @q.weight_scale, @q.weight_zero_point, @q.bias, int8, int4, 2, float32)",
         "linear_default_1: float32[B, 4, 2] = fxquant::linear(transpose_codes, @q.input_scale, @q.input_zero_point, "
-        "@k.weight_packed, @k.weight_scale, @k.weight_zero_point, None, 8, 0, float32)",
+        "@k.weight_packed, @k.weight_scale, @k.weight_zero_point, None, int8, int8, 0, float32)",
         "return linear_default, linear_default_1",
     ]
 
@@ -50,7 +49,7 @@ def test_float_activations() -> None:
     assert lines(after) == [
         *lines(before)[:5],
         "dequantize_weight_default: float32[4, 4] = fxquant::dequantize_weight("
-        "@q.weight_packed, @q.weight_scale, @q.weight_zero_point, 4, 2, 4, float32)",
+        "@q.weight_packed, @q.weight_scale, @q.weight_zero_point, int4, 2, 4, float32)",
         "linear: float32[B, 4, 4] = linear(transpose, dequantize_weight_default, @q.bias)",
         *lines(before)[6:],
     ]

@@ -19,6 +19,7 @@ from fxquant.backends.native.sharing import share
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
+from fxquant.numerics.formats import bits_of
 from fxquant.runtime.devices import give_back_memory
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
@@ -54,7 +55,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     Before::
 
         codes = fxquant.quantize(x, s, z, 0, 255, uint8)
-        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, bits, 0, dtype)
+        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, "int8", "int4", 0, dtype)
 
     After::
 
@@ -107,7 +108,7 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
 
 def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor], options: Options) -> None:
     given = args(node)
-    codes, packed, bits, dtype = given.node("xq"), given.node("wq"), given.bits, given.out_dtype
+    codes, packed, bits, dtype = given.node("xq"), given.node("wq"), bits_of(given.w_format), given.out_dtype
     weight = _panels(packed, bits, int(codes.meta["val"].shape[-1]), rewriter, others, options)
     sums = rewriter.memo[f"{packed.target}{_SUMS}"]
     out = int(packed.meta["val"].shape[0])

@@ -25,6 +25,7 @@ from fxquant.errors import BackendError
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
+from fxquant.numerics.formats import bits_of, top_of
 from fxquant.planning.decisions import LayerPlan
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
@@ -71,7 +72,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     Before::
 
         codes = fxquant.quantize(x, s, z, 0, 255, uint8)
-        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, bits, group, dtype)
+        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, "int8", "int4", group, dtype)
 
     After::
 
@@ -180,8 +181,7 @@ def _weight_name(bits: int, group_size: int, options: Options) -> str:
 def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:
     """Make signed codes for linears, and reference codes for all other readers."""
     given = args(node)
-    x, qmax, grid = given.node("x"), given.qmax, (given.scale, given.zero_point)
-    assert (given.qmin, given.dtype) == (0, torch.uint8), f"{node} does not make uint8 codes that start at 0"
+    x, qmax, grid = given.node("x"), top_of(given.format), (given.scale, given.zero_point)
     linears = [reader for reader in node.users if _multiplies(reader, node)]
     signed = [reader for reader in node.users if reader.target is native.signed.default]
     read_otherwise = len(linears) < len(node.users)
@@ -209,7 +209,7 @@ def _multiplies(reader: fx.Node, codes: fx.Node) -> bool:
 def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor], options: Options) -> None:
     given = args(node)
     codes, packed, w_scale, w_zero_point = (given.node(name) for name in ("xq", "wq", "w_scale", "w_zero_point"))
-    bits, group_size, dtype = given.bits, given.group_size, given.out_dtype
+    bits, group_size, dtype = bits_of(given.w_format), given.group_size, given.out_dtype
     out, inner = int(packed.meta["val"].shape[0]), int(codes.meta["val"].shape[-1])
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
 

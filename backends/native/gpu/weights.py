@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fxquant.numerics import weights as reference
+from fxquant.numerics.formats import Scales
 from fxquant.numerics.packing import pack, unpack
+from fxquant.numerics.weights import dequantize_weight
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 255)
@@ -115,7 +116,7 @@ def floats(
 
     Its values are rounded to 3 mantissa bits, so they cannot be converted back to 8-bit codes.
     """
-    real = reference.dequantize_weight(packed, scale, zero_point, bits, group_size, in_features, torch.float32)
+    real = dequantize_weight(packed, Scales(scale, zero_point), f"int{bits}", group_size, in_features, torch.float32)
     step = real.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / FP8_MAX
     return (real / step).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), step
 

@@ -15,6 +15,7 @@ from fxquant.backends.native.tensors import by_sample, only_reader
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
+from fxquant.numerics.formats import bits_of
 
 aten, native = torch.ops.aten, torch.ops.fxquant_native
 
@@ -29,7 +30,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor]) -> None:
     Before::
 
         codes = fxquant.quantize(x, s, z, 0, 255, uint8)
-        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, bits, 0, dtype)
+        y = fxquant.linear(codes, s, z, W_packed, W_scale, W_zero_point, bias, "int8", "int4", 0, dtype)
 
     After::
 
@@ -73,7 +74,7 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
 
 def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor]) -> None:
     given = args(node)
-    codes, packed, bits = given.node("xq"), given.node("wq"), given.bits
+    codes, packed, bits = given.node("xq"), given.node("wq"), bits_of(given.w_format)
     grid = rewriter.tensor(packed), rewriter.tensor(given.w_zero_point), bits, int(codes.meta["val"].shape[-1])
     weight = derived(packed, _PREPACKED, rewriter, others, lambda: weights.prepacked(*grid))
     assert weight is not None

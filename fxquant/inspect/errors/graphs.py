@@ -20,10 +20,12 @@ from fxquant.capture.calls import CallSpec
 from fxquant.capture.fidelity import Original, example
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
+from fxquant.ir.arguments import args
 from fxquant.ir.layers import LAYER_OPS, stored_weight
 from fxquant.ir.meta import LAYER
 from fxquant.ir.stages import Stage
 from fxquant.ir.tensors import bind, get_tensor, weights_of
+from fxquant.numerics.formats import Scales
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.backend import resolve_backend
@@ -160,7 +162,7 @@ def _refuse_other_model(pairs: Iterable[Pair], plan: Plan) -> None:
             if codes is None or layer is None or layer.weight_sqnr_db is None or node.meta[LAYER] not in pair.weights:
                 continue
             exact = pair.weights[node.meta[LAYER]].flatten(1).float()
-            if get_tensor(pair.quantized, str(codes[0].target)).shape[0] == exact.shape[0]:
+            if get_tensor(pair.quantized, str(codes.codes.target)).shape[0] == exact.shape[0]:
                 far.append(sqnr_db(exact, rounded_weight(node, pair, exact)) < layer.weight_sqnr_db - _FAR)
     if far and sum(far) > len(far) / 2:
         raise ConfigurationError(
@@ -190,29 +192,47 @@ def _refuse_other_layers(module: fx.GraphModule, weights: Mapping[str, Tensor], 
             )
 
 
-def codes_of(node: fx.Node) -> list[fx.Node] | None:
-    """Nodes of the packed codes, scales and zero points that a layer reads; None for nodes that read none."""
-    ops = torch.ops.fxquant
-    starts: dict[Any, int] = {ops.linear.default: 3, ops.conv2d.default: 3, ops.dequantize_weight.default: 0}
-    first = starts.get(node.target)
-    if first is None:
+_WEIGHTS: dict[Any, tuple[str, ...]] = {
+    torch.ops.fxquant.linear.default: ("wq", "w_scale", "w_zero_point", "w_global"),
+    torch.ops.fxquant.conv2d.default: ("wq", "w_scale", "w_zero_point"),
+    torch.ops.fxquant.dequantize_weight.default: ("wq", "scale", "zero_point", "global_scale"),
+}
+"""The arguments that are the weight of an op: packed codes, scales, zero points, the scale of the scales."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightNodes:
+    """Nodes of the stored weight that a layer reads; None for parts that its format does not have."""
+
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node | None
+    global_scale: fx.Node | None = None
+
+
+def codes_of(node: fx.Node) -> WeightNodes | None:
+    """The stored weight that a layer reads; None for nodes that read none."""
+    if node.target not in _WEIGHTS:
         return None
-    found = list(node.args[first : first + 3])
-    if not all(isinstance(part, fx.Node) and part.op == "get_attr" for part in found):
+    found = [getattr(args(node), name) for name in _WEIGHTS[node.target]]
+    if not all(part is None or (isinstance(part, fx.Node) and part.op == "get_attr") for part in found):
         return None
-    return found  # type: ignore[return-value]
+    return WeightNodes(*found)
 
 
 def rounded_weight(node: fx.Node, pair: Pair, exact: Tensor) -> Tensor:
     """The dequantized codes that a layer reads, ``[out, in]``, in the dtype of its float weight ``exact``."""
-    codes = codes_of(node)
-    assert codes is not None
-    packed, scale, zero_point = (get_tensor(pair.quantized, str(code.target)) for code in codes)
-    if node.target is torch.ops.fxquant.linear.default:
-        bits, group = node.args[7], node.args[8]
-    elif node.target is torch.ops.fxquant.conv2d.default:
-        bits, group = node.args[7], 0
-    else:
-        bits, group = node.args[3], node.args[4]
-    assert isinstance(bits, int) and isinstance(group, int)
-    return dequantize_weight(packed, scale, zero_point, bits, group, exact.shape[1], exact.dtype)
+    nodes, given = codes_of(node), args(node)
+    assert nodes is not None
+
+    weight_only = node.target is torch.ops.fxquant.dequantize_weight.default
+    format = given.format if weight_only else given.w_format
+    group = 0 if node.target is torch.ops.fxquant.conv2d.default else given.group_size
+
+    def read(part: fx.Node | None) -> Tensor | None:
+        return None if part is None else get_tensor(pair.quantized, str(part.target))
+
+    packed, scale = read(nodes.codes), read(nodes.scale)
+    assert packed is not None and scale is not None
+    scales = Scales(scale, read(nodes.zero_point), read(nodes.global_scale))
+    return dequantize_weight(packed, scales, format, group, exact.shape[1], exact.dtype)

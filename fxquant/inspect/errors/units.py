@@ -18,7 +18,9 @@ from torch.nn import functional
 from fxquant.inspect.errors.graphs import Pair, codes_of, rounded_weight
 from fxquant.ir.attention import ATTENTION
 from fxquant.ir.meta import LAYER
+from fxquant.ir.ops.definition import decode_input
 from fxquant.numerics import grids
+from fxquant.numerics.formats import Scales
 from fxquant.reconstruction.simulate import Lookup
 
 aten, ours = torch.ops.aten, torch.ops.fxquant
@@ -71,9 +73,8 @@ class CodedLayer:
         """See :class:`Unit`."""
         exact = float_weight(self.output, self.pair)
         delta = rounded_weight(self.output, self.pair, exact) - exact
-        quantize = next(iter(self.output.all_input_nodes))
         x = args[0].to(exact.dtype)
-        moved = _fake_quantized(quantize, (x, args[1], args[2])) - x
+        moved = _fake_quantized((x, *_input_scales(self.output, args))) - x
         weights = _product(self.output, args, x, delta)
         inputs = _product(self.output, args, moved, delta.add_(exact))  # The quantized weight.
         return LocalError(weights + inputs, weights, inputs)
@@ -138,7 +139,7 @@ class CodedAttention:
         for node in self.inner:
             own = map_arg(node.args, look)
             if node.target is ours.quantize.default:
-                held[node] = _fake_quantized(node, own)
+                held[node] = _fake_quantized(own)
             else:
                 found = float_value(node, own, None, look)
                 function: Any = node.target
@@ -181,9 +182,12 @@ def float_value(node: fx.Node, args: Sequence[Any], pair: Pair | None, value: Lo
     if node.target is ours.token_grid.default:  # It has no derivative.
         with torch.no_grad():
             return ours.token_grid(args[0].detach(), args[1])
+    if node.target is ours.token_scale.default or node.target is ours.block_scale.default:
+        with torch.no_grad():
+            return node.target(args[0].detach(), *args[1:])
     if node.target is ours.matmul.default:
-        dtype = grids.compute_dtype(args[6])
-        return torch.matmul(args[0].to(dtype), args[3].to(dtype)).to(args[6])
+        dtype = grids.compute_dtype(args[8])
+        return torch.matmul(args[0].to(dtype), args[3].to(dtype)).to(args[8])
     if pair is None or str(node.meta.get(LAYER, "")) not in pair.weights:
         return NotImplemented
     if node.target in (ours.linear.default, ours.conv2d.default):
@@ -192,7 +196,7 @@ def float_value(node: fx.Node, args: Sequence[Any], pair: Pair | None, value: Lo
         if bias is not None:
             shaped = bias.reshape(-1, 1, 1) if node.target is ours.conv2d.default and bias.dim() == 1 else bias
             y = y + shaped.to(y.dtype)
-        return y.to(args[-1])
+        return y.to(args[10] if node.target is ours.linear.default else args[14])
     if node.target is ours.dequantize_weight.default:
         name = str(node.meta[LAYER])
         if codes_of(node) is None:
@@ -207,20 +211,24 @@ def float_weight(node: fx.Node, pair: Pair) -> Tensor:
     return pair.weights[str(node.meta[LAYER])].flatten(1).to(dtype)
 
 
-def _fake_quantized(quantize: fx.Node, args: Sequence[Any]) -> Tensor:
-    """The dequantized codes of ``fxquant.quantize``; ``args`` begin with the value, its scale and its zero point."""
-    x, scale, zero_point = args[:3]
-    dtype, (low, high) = grids.compute_dtype(x.dtype), quantize.args[3:5]
-    assert isinstance(low, int) and isinstance(high, int)
-    codes = grids.quantize(x, scale, zero_point, low, high).to(dtype)
-    return ((codes - zero_point.to(dtype)) * scale.to(dtype)).to(x.dtype)
+def _input_scales(node: fx.Node, args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of ``fxquant.quantize`` behind the value, given the arguments of a layer that reads the codes."""
+    is_linear = node.target is ours.linear.default
+    outer = args[11:12] if is_linear else ()
+    return (args[1], args[2], args[7], *outer)
+
+
+def _fake_quantized(args: Sequence[Any]) -> Tensor:
+    """The dequantized codes of ``fxquant.quantize``, given its arguments."""
+    x, scale, zero_point, format, *outer = args
+    return decode_input(ours.quantize(*args), Scales(scale, zero_point, *outer), format, x.dtype)
 
 
 def _product(node: fx.Node, args: Sequence[Any], x: Tensor, weight: Tensor) -> Tensor:
     """The product of a linear or convolution with other factors, without its bias."""
     if node.target is ours.linear.default:
         return functional.linear(x, weight)
-    kernel, stride, padding, dilation, groups = args[8:13]
+    kernel, stride, padding, dilation, groups = args[9:14]
     return functional.conv2d(x, weight.unflatten(1, kernel), None, stride, padding, dilation, groups)
 
 

@@ -14,7 +14,7 @@ _WORDS = {
     "convolution": r"q?conv\w*",
     "embedding": r"embedding",
     "norm": r"norm",
-    "quantize": r"(de)?quantize|token_grid|bucketize",
+    "quantize": r"(de)?quantize|token_grid|token_scale|block_scale|bucketize",
     "layout": r"view|reshape|permute|transpose|t|expand|slice|select|index|chunk|split|unbind|getitem|(un)?squeeze"
     r"|(un)?flatten|cat|stack|contiguous|clone|copy|to|sym|size|alias|detach|movedim|unfold|repeat|roll|pad",
 }

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.ir.ops.definition import check_activation_grid, check_broadcast, define
+from fxquant.ir.ops.definition import (
+    by_block,
+    check_block_width,
+    check_broadcast,
+    check_input_scales,
+    check_parts,
+    define,
+)
 from fxquant.numerics import grids
+from fxquant.numerics.formats import FORMATS, Format, Scales, bits_of, top_of
 
 Recorder = Callable[[str, Tensor, Tensor, int], None]
 """Called as `recorder(key, x, timestep, axis)` by each :func:`observe`; it must neither keep nor change `x` itself."""
@@ -76,34 +84,87 @@ def _fake_channel_affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tens
     return x.new_empty(x.shape)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    """`clamp(round(x / scale) + zero_point, qmin, qmax)` as integers of `dtype`, halves rounded to even.
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, global_scale: Tensor | None = None
+) -> Tensor:
+    """The codes of `x` in a number format, uint8 of the shape of `x`, each the nearest value of the format's grid.
 
-    `x` is float and finite, `qmin..qmax` must fit `dtype`.
+    For integers this is `clamp(round(x / scale) + zero_point, 0, 2**bits - 1)`, halves rounded to even. `x` is float
+    and finite. Formats with blocks have a `scale` per block of the last axis, `[..., channels / block]`.
     """
-    check_activation_grid(x, scale, zero_point)
-    _check_codes(qmin, qmax, dtype)
-    return grids.quantize(x, scale, zero_point, qmin, qmax).to(dtype).contiguous()
+    scales = _checked(x, scale, zero_point, format, global_scale)
+    blocks, each = by_block(x, scales, format)
+    return FORMATS[format].encode(blocks, each).reshape(x.shape).contiguous()
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, dtype: torch.dtype) -> Tensor:
-    check_activation_grid(x, scale, zero_point)
-    _check_codes(qmin, qmax, dtype)
-    return x.new_empty(x.shape, dtype=dtype)
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, global_scale: Tensor | None = None
+) -> Tensor:
+    _checked(x, scale, zero_point, format, global_scale)
+    return x.new_empty(x.shape, dtype=torch.uint8)
 
 
-def token_grid(x: Tensor, bits: int) -> Tensor:
+def token_grid(x: Tensor, format: str) -> Tensor:
     """Scale and zero point of each token for its min-max range, `[2, ..., 1]` in float32 for `x` `[..., channels]`.
 
-    For dynamic quantization: `torch.unbind` of the result gives the arguments of :func:`quantize` and :func:`linear`.
+    For dynamic quantization to integers: `torch.unbind` of the result gives the arguments of :func:`quantize` and
+    :func:`linear`.
     """
     low, high = torch.aminmax(x.to(grids.compute_dtype(x.dtype)), dim=-1, keepdim=True)
-    scale, zero_point = grids.affine_parameters(low, high, bits)
+    scale, zero_point = grids.affine_parameters(low, high, bits_of(format))
     return torch.stack([scale, zero_point.float()])
 
 
-def _fake_token_grid(x: Tensor, bits: int) -> Tensor:
+def _fake_token_grid(x: Tensor, format: str) -> Tensor:
+    top_of(format)  # Refuses formats other than integers.
     return x.new_empty((2, *x.shape[:-1], 1), dtype=torch.float32)
+
+
+def token_scale(x: Tensor, format: str) -> Tensor:
+    """The scale of each token for its largest magnitude, `[..., 1]` in float32 for `x` `[..., channels]`.
+
+    For dynamic quantization to floats. For formats with scales of scales it is the scale of each token's scales.
+    """
+    kind = _float_format(format)
+    low, high = torch.aminmax(x.to(grids.compute_dtype(x.dtype)), dim=-1, keepdim=True)
+    outer = kind.global_scale(low, high)
+    return kind.scales(low, high).scale if outer is None else outer
+
+
+def _fake_token_scale(x: Tensor, format: str) -> Tensor:
+    _float_format(format)
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def block_scale(x: Tensor, format: str, global_scale: Tensor | None = None) -> Tensor:
+    """The scale of each block of channels, `[..., channels / block]` of the format's dtype of scales.
+
+    `global_scale` broadcasts to `[..., 1]`, for formats that have scales of scales.
+    """
+    kind = _block_format(x, format, global_scale)
+    blocks = x.to(grids.compute_dtype(x.dtype)).unflatten(-1, (-1, kind.block))
+    return kind.scales(*torch.aminmax(blocks, dim=-1), global_scale=global_scale).scale.contiguous()
+
+
+def _fake_block_scale(x: Tensor, format: str, global_scale: Tensor | None = None) -> Tensor:
+    kind = _block_format(x, format, global_scale)
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // kind.block), dtype=kind.scale_dtype)
+
+
+def _float_format(name: str) -> Format:
+    format = FORMATS[name]
+    if format.zero_points or (format.block and not format.global_scales):
+        raise ConfigurationError(f"{name} has no scale without a zero point for each token.")
+    return format
+
+
+def _block_format(x: Tensor, name: str, global_scale: Tensor | None) -> Format:
+    format = FORMATS[name]
+    if not format.block or format.global_scales != (global_scale is not None):
+        needs = "no blocks" if not format.block else f"{'a' if format.global_scales else 'no'} global scale"
+        raise ConfigurationError(f"{name} has {needs}; block_scale was given other arguments.")
+    check_block_width(x, name)
+    return format
 
 
 def _alias(x: Tensor) -> Tensor:
@@ -117,9 +178,11 @@ def _check_affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> None:
         check_broadcast("shift", shift, x.shape)
 
 
-def _check_codes(qmin: int, qmax: int, dtype: torch.dtype) -> None:
-    if dtype.is_floating_point or not torch.iinfo(dtype).min <= qmin < qmax <= torch.iinfo(dtype).max:
-        raise ConfigurationError(f"codes from {qmin} to {qmax} do not fit {dtype}.")
+def _checked(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, global_scale: Tensor | None) -> Scales:
+    scales = Scales(scale, zero_point, global_scale)
+    check_parts(FORMATS[format], scales, "input")
+    check_input_scales(x, scales, format)
+    return scales
 
 
 define("observe(Tensor(a) x, Tensor timestep, str key, int axis) -> Tensor(a)", observe, _fake_observe)
@@ -129,8 +192,14 @@ define(
     _fake_channel_affine,
 )
 define(
-    "quantize(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, ScalarType dtype) -> Tensor",
+    "quantize(Tensor x, Tensor scale, Tensor? zero_point, str format, Tensor? global_scale=None) -> Tensor",
     quantize,
     _fake_quantize,
 )
-define("token_grid(Tensor x, int bits) -> Tensor", token_grid, _fake_token_grid)
+define("token_grid(Tensor x, str format) -> Tensor", token_grid, _fake_token_grid)
+define("token_scale(Tensor x, str format) -> Tensor", token_scale, _fake_token_scale)
+define(
+    "block_scale(Tensor x, str format, Tensor? global_scale=None) -> Tensor",
+    block_scale,
+    _fake_block_scale,
+)

@@ -14,7 +14,7 @@ from fxquant.errors import ConfigurationError, NonFiniteError
 from fxquant.numerics.finite import within_float32
 from fxquant.numerics.ranges import RangeMethod
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
-from fxquant.numerics.weights import QuantizedWeight, weight_grid
+from fxquant.numerics.weights import QuantizedWeight, weight_scales
 
 HARDENING = Hardening(iterations=500, weight=10.0)
 """The error is divided by the mean error per weight of rounding to nearest, so one regularizer serves all layers."""
@@ -26,7 +26,7 @@ def adaround(
     weight: Tensor,
     moments: Tensor,
     *,
-    bits: int,
+    format: str,
     group_size: int = 0,
     symmetric: bool = False,
     method: RangeMethod = "minmax",
@@ -37,7 +37,7 @@ def adaround(
     Args:
         weight: ``[out, in]``, any float dtype, finite.
         moments: ``E[x x^T]`` of the inputs, ``[in, in]`` of any float dtype.
-        bits: Bits per code, 2 to 8.
+        format: Name of an integer format. Learned rounding chooses between two neighbouring integers.
         group_size: Input channels that share a grid; 0 for all of them.
         symmetric: Fix zero points at ``2**(bits - 1)``.
         method: How the ranges are chosen, weighted by the mean squares of the inputs; see
@@ -59,9 +59,9 @@ def adaround(
     if not torch.isfinite(moments).all():
         raise NonFiniteError("the second moments of a layer's input hold NaN or infinity")
     exact, together = weight.detach().to(torch.float32), within_float32(moments).to(weight.device, torch.float32)
-    scale, zero_point = weight_grid(
+    scales = weight_scales(
         exact,
-        bits=bits,
+        format=format,
         group_size=group_size,
         symmetric=symmetric,
         method=method,
@@ -73,7 +73,7 @@ def adaround(
         return ((difference @ together) * difference).sum()
 
     with torch.inference_mode(False), torch.enable_grad():
-        soft = SoftWeight(exact, scale, zero_point, bits, group_size)
+        soft = SoftWeight(exact, scales, format, group_size)
         at_first = error(soft.nearest())
         start = soft.hard()
         if not at_first > 0:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
 from fxquant.numerics.finite import within_float32
+from fxquant.numerics.formats import FORMATS, Scales
 from fxquant.numerics.ranges import RangeMethod
-from fxquant.numerics.weights import QuantizedWeight, group_count, weight_grid
+from fxquant.numerics.weights import QuantizedWeight, group_count, weight_scales
 
 _BLOCK = 128  # Columns whose errors are propagated to all later columns at once.
 _DAMPINGS = 6  # Attempts; each adds ten times as much as the previous one.
@@ -101,20 +102,22 @@ def gptq(
     weight: Tensor,
     feedback: ErrorFeedback,
     *,
-    bits: int,
+    format: str,
     group_size: int = 0,
+    group_rows: int = 1,
     symmetric: bool = False,
     method: RangeMethod = "minmax",
 ) -> QuantizedWeight:
     """Round a weight so that the error of the layer's output is small.
 
-    The grids are those of rounding to nearest, computed from the original weight. Time is O(out in^2).
+    The scales are those of rounding to nearest, computed from the original weight. Time is O(out in^2).
 
     Args:
         weight: ``[out, in]``, any float dtype, finite.
         feedback: The error feedback for the inputs of the layer.
-        bits: Bits per code, 2 to 8.
+        format: Name of the number format. The scales are fixed before the first element is rounded.
         group_size: Input channels that share a grid; 0 for all of them.
+        group_rows: Output channels that share a scale; 0 for all of them.
         symmetric: Fix zero points at ``2**(bits - 1)``.
         method: How the ranges are chosen, weighted by the mean squares of the inputs; see
             :func:`fxquant.numerics.ranges.weight_range`.
@@ -129,10 +132,12 @@ def gptq(
             f"a weight of {in_features} input channels was given the moments of {len(feedback.order)} channels."
         )
     groups = group_count(in_features, group_size)
-    scale, zero_point = weight_grid(
+    kind = FORMATS[format]
+    scales = weight_scales(
         weight.detach().to(torch.float32),
-        bits=bits,
+        format=format,
         group_size=group_size,
+        group_rows=group_rows,
         symmetric=symmetric,
         method=method,
         importance=None if method == "minmax" else feedback.importance.to(weight.device),
@@ -142,21 +147,32 @@ def gptq(
     group_of = (order // (in_features // groups)).tolist()
     # Input channels first: each step works on one row and on the rows after it.
     left = weight.detach().to(torch.float32).T[order].contiguous()
-    scales, zeros = scale.T.contiguous(), zero_point.to(torch.float32).T.contiguous()
-    codes = torch.empty_like(left, dtype=torch.uint8)
-    top = 2**bits - 1
+    grids = _by_group(scales, weight.shape[0])
     for start in range(0, in_features, _BLOCK):
         stop = min(start + _BLOCK, in_features)
         block, inner = left[start:stop], factor[start:stop, start:stop]
         errors = torch.empty_like(block)
         for i in range(stop - start):
-            step, zero = scales[group_of[start + i]], zeros[group_of[start + i]]
-            code = (block[i] / step).round_().add_(zero).clamp_(0, top)
-            codes[start + i] = code
-            torch.sub(block[i], (code - zero) * step, out=errors[i])
+            grid = grids[group_of[start + i]]
+            rounded = kind.round(block[i], grid)
+            torch.sub(block[i], rounded, out=errors[i])
+            block[i] = rounded
             errors[i] /= inner[i, i]
             block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1.0)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1.0)
-    placed = torch.empty_like(codes)
-    placed[order] = codes
-    return QuantizedWeight.from_codes(placed.T.contiguous(), scale, zero_point, bits=bits, group_size=group_size)
+    placed = torch.empty_like(left)
+    placed[order] = left  # Values of the grid, whose codes are found once for all.
+    parts = [kind.encode(part, grid) for part, grid in zip(placed.chunk(groups), grids, strict=True)]
+    return QuantizedWeight.from_codes(torch.cat(parts).T.contiguous(), scales, format=format, group_size=group_size)
+
+
+def _by_group(scales: Scales, out_features: int) -> list[Scales]:
+    """The scales of each group of input channels, ``[out]``."""
+
+    def split(grid: Tensor) -> list[Tensor]:
+        each = grid.repeat_interleave(out_features // max(1, len(grid)), 0)
+        return list(each.T.contiguous().unbind())
+
+    steps = split(scales.scale)
+    zeros = [None] * len(steps) if scales.zero_point is None else split(scales.zero_point)
+    return [Scales(step, zero, scales.global_scale) for step, zero in zip(steps, zeros, strict=True)]

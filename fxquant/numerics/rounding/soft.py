@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ConfigurationError
+from fxquant.numerics.formats import Scales, top_of
 from fxquant.numerics.weights import QuantizedWeight
 
 LOWEST, HIGHEST = -0.1, 1.1
@@ -60,20 +61,20 @@ class SoftWeight(nn.Module):
 
     Args:
         weight: ``[out, in]``, any float dtype, finite.
-        scale: Scales of the grid, ``[out, groups]``.
-        zero_point: Zero points of the grid, as codes, ``[out, groups]``.
-        bits: Bits per code.
+        scales: Scales and zero points of the grid, ``[out, groups]``.
+        format: Name of the integer format.
         group_size: Input channels that share a grid; 0 for all of them.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int) -> None:
+    def __init__(self, weight: Tensor, scales: Scales, format: str, group_size: int) -> None:
         super().__init__()
-        self.bits, self.group_size = bits, group_size
-        self.scale, self.zero_point = scale, zero_point
-        steps = self._grouped(weight.detach().to(torch.float32)) / scale[..., None]
+        assert scales.zero_point is not None
+        self.format, self.group_size, self.top = format, group_size, top_of(format)
+        self.scale, self.zero_point = scales.scale, scales.zero_point
+        steps = self._grouped(weight.detach().to(torch.float32)) / self.scale[..., None]
         self._below = steps.floor()
         rest = (steps - self._below - LOWEST) / (HIGHEST - LOWEST)
-        self._below += zero_point[..., None]
+        self._below += self.zero_point[..., None]
         self.v = nn.Parameter(torch.logit(rest.clamp_(1e-4, 1 - 1e-4)))
 
     def up(self) -> Tensor:
@@ -96,13 +97,13 @@ class SoftWeight(nn.Module):
     @torch.no_grad()
     def hard(self) -> QuantizedWeight:
         """The codes, each the one that h is closer to."""
-        codes = (self._below + (self.up() >= 0.5)).clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
+        codes = (self._below + (self.up() >= 0.5)).clamp_(0, self.top).to(torch.uint8).flatten(1)
         return QuantizedWeight.from_codes(
-            codes, self.scale, self.zero_point, bits=self.bits, group_size=self.group_size
+            codes, Scales(self.scale, self.zero_point), format=self.format, group_size=self.group_size
         )
 
     def _value(self, codes: Tensor) -> Tensor:
-        return ((codes.clamp(0, 2**self.bits - 1) - self.zero_point[..., None]) * self.scale[..., None]).flatten(1)
+        return ((codes.clamp(0, self.top) - self.zero_point[..., None]) * self.scale[..., None]).flatten(1)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         return weight.unflatten(1, (self.scale.shape[1], -1))

@@ -132,13 +132,13 @@ def test_grids_of_tokens() -> None:
     model = FeedForward()
     assert text(lowered(model, plan_for(model, 8, method="dynamic"))) == golden("""
         x: float32[B, 3, 8]
-        x_grid: float32[2, B, 3, 1] = fxquant::token_grid(x, 8)
+        x_grid: float32[2, B, 3, 1] = fxquant::token_grid(x, int8)
         x_scale: float32[B, 3, 1] = select.int(x_grid, 0, 0)
         x_zero_point: float32[B, 3, 1] = select.int(x_grid, 0, 1)
         x_codes_1: uint8[B, 3, 8] = fxquant_torchao::quantize_rows(x, x_scale, x_zero_point, 255)
         linear_rows_default: float32[B, 3, 24] = fxquant_torchao::linear_rows(x_codes_1, x_scale, x_zero_point, @up.weight_packed_int8, @up.weight_scale, @up.weight_packed_sums, @up.weight_packed_excess, @up.bias, float32)
         gelu: float32[B, 3, 24] = gelu(linear_rows_default, approximate=tanh)
-        gelu_grid: float32[2, B, 3, 1] = fxquant::token_grid(gelu, 8)
+        gelu_grid: float32[2, B, 3, 1] = fxquant::token_grid(gelu, int8)
         gelu_scale: float32[B, 3, 1] = select.int(gelu_grid, 0, 0)
         gelu_zero_point: float32[B, 3, 1] = select.int(gelu_grid, 0, 1)
         gelu_codes_1: uint8[B, 3, 24] = fxquant_torchao::quantize_rows(gelu, gelu_scale, gelu_zero_point, 255)

@@ -138,7 +138,7 @@ def test_rows_on_a_gpu(out: int, width: int, rows: int) -> None:
     tensors = codes, scale, zero_point, weight, made.scale, weight.sum(1, dtype=torch.int32), excess
     y = ours.linear_rows(*(None if t is None else t.cuda() for t in tensors), None, F32)
     grids = codes, scale, zero_point, made.packed, made.scale, made.zero_point
-    close(y.cpu(), reference.linear(*grids, None, 8, 0, torch.float64))
+    close(y.cpu(), reference.linear(*grids, None, "int8", "int8", 0, torch.float64))
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxquant.errors import ConfigurationError, NonFiniteError
 from fxquant.numerics.rounding.adaround import adaround
 from fxquant.numerics.rounding.soft import Hardening
-from fxquant.numerics.weights import quantize_weight, weight_grid
+from fxquant.numerics.weights import quantize_weight, weight_scales
 
 
 def moments_of(channels: int, seed: int = 0) -> Tensor:
@@ -33,11 +33,13 @@ def error(weight: Tensor, rounded: Tensor, moments: Tensor) -> Tensor:
 
 def test_it_comes_close_to_the_best_of_all_roundings() -> None:
     moments, weight = moments_of(8), weight_of(20, 8)
-    scale, zero = weight_grid(weight, bits=3)
+    grid = weight_scales(weight, format="int3")
+    scale, zero = grid.scale, grid.zero_point
+    assert zero is not None
     below = (weight / scale).floor()
     ups = torch.tensor(list(itertools.product([0.0, 1.0], repeat=8)))
     every = torch.stack([error(weight, ((below + up + zero).clamp(0, 7) - zero) * scale, moments) for up in ups])
-    learned = error(weight, adaround(weight, moments, bits=3).dequantize(torch.float32), moments)
+    learned = error(weight, adaround(weight, moments, format="int3").dequantize(torch.float32), moments)
     nearest = error(weight, quantize_weight(weight, bits=3).dequantize(torch.float32), moments)
     best = every.amin(dim=0)
     assert (learned >= best - 1e-5).all()  # It is one of these roundings.
@@ -48,7 +50,7 @@ def test_it_comes_close_to_the_best_of_all_roundings() -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_it_errs_less_than_nearest(bits: int, group: int) -> None:
     moments, weight = moments_of(64), weight_of(32, 64)
-    learned = adaround(weight, moments, bits=bits, group_size=group)
+    learned = adaround(weight, moments, format=f"int{bits}", group_size=group)
     nearest = quantize_weight(weight, bits=bits, group_size=group)
     assert torch.equal(learned.scale, nearest.scale)
     assert (learned.codes().int() - nearest.codes().int()).abs().max() == 1
@@ -58,23 +60,23 @@ def test_it_errs_less_than_nearest(bits: int, group: int) -> None:
 
 def test_where_nearest_is_best_it_stays() -> None:
     weight = weight_of(8, 16)
-    learned = adaround(weight, torch.eye(16), bits=4)
+    learned = adaround(weight, torch.eye(16), format="int4")
     assert torch.equal(learned.codes(), quantize_weight(weight, bits=4).codes())
     whole = torch.randint(0, 16, (8, 16), generator=torch.Generator().manual_seed(2)).float()
     whole[:, 0], whole[:, 1] = 0.0, 15.0  # The grid is that of the whole numbers, and nothing is lost.
-    assert torch.equal(adaround(whole, torch.eye(16), bits=4).dequantize(torch.float32), whole)
+    assert torch.equal(adaround(whole, torch.eye(16), format="int4").dequantize(torch.float32), whole)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="16 input channels was given moments of shape"):
-        adaround(weight_of(8, 16), torch.eye(8), bits=4)
+        adaround(weight_of(8, 16), torch.eye(8), format="int4")
     with pytest.raises(NonFiniteError):
-        adaround(weight_of(8, 16), torch.full((16, 16), torch.nan), bits=4)
+        adaround(weight_of(8, 16), torch.full((16, 16), torch.nan), format="int4")
 
 
 def test_moments_that_float32_does_not_hold() -> None:
     moments, weight = moments_of(8), weight_of(4, 8)
     few = Hardening(iterations=20, weight=10.0)
-    expected = adaround(weight, moments, bits=3, hardening=few)
-    large = adaround(weight, moments * 2.0**200, bits=3, hardening=few)
+    expected = adaround(weight, moments, format="int3", hardening=few)
+    large = adaround(weight, moments * 2.0**200, format="int3", hardening=few)
     assert torch.equal(large.codes(), expected.codes())

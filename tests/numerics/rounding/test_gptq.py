@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ConfigurationError, NonFiniteError
+from fxquant.numerics.formats import Integer
 from fxquant.numerics.grids import affine_parameters
 from fxquant.numerics.ranges import weight_range
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
@@ -34,7 +35,8 @@ def by_definition(weight: Tensor, moments: Tensor, bits: int, group: int, order:
     w, n = weight.double().clone(), weight.shape[1]
     size = group or n
     grids = [
-        affine_parameters(*weight_range(piece.contiguous(), bits, "minmax"), bits) for piece in weight.split(size, 1)
+        affine_parameters(*weight_range(piece.contiguous(), Integer(bits), "minmax"), bits)
+        for piece in weight.split(size, 1)
     ]
     damped = moments + damping * moments.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     result = torch.empty_like(w)
@@ -56,7 +58,7 @@ def test_is_what_its_definition_says(bits, activation_order, group):
     moments = moments_of(correlated(24))
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
     feedback = ErrorFeedback.of(moments, 0.01, activation_order)
-    got = gptq(weight, feedback, bits=bits, group_size=group).dequantize(torch.float64)
+    got = gptq(weight, feedback, format=f"int{bits}", group_size=group).dequantize(torch.float64)
     expected = by_definition(weight, moments, bits, group, feedback.order, 0.01)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert activation_order == (feedback.order.tolist() != list(range(24)))
@@ -70,7 +72,7 @@ def test_costs_the_output_less_than_rounding_to_nearest(channels, bits):
     for seed in range(20):
         moments = moments_of(correlated(channels, seed))
         weight = torch.randn(16, channels, generator=torch.Generator().manual_seed(seed))
-        rounded = gptq(weight, ErrorFeedback.of(moments, 1e-4), bits=bits)
+        rounded = gptq(weight, ErrorFeedback.of(moments, 1e-4), format=f"int{bits}")
         nearest = quantize_weight(weight, bits=bits)
         assert torch.equal(rounded.scale, nearest.scale) and torch.equal(rounded.zero_point, nearest.zero_point)
         ours += output_error(weight, rounded.dequantize(torch.float64), moments)
@@ -81,21 +83,23 @@ def test_costs_the_output_less_than_rounding_to_nearest(channels, bits):
 def test_uncorrelated_inputs_are_rounded_to_nearest():
     weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
     moments = torch.diag(torch.rand(12, dtype=torch.float64) + 0.1)
-    assert torch.equal(gptq(weight, ErrorFeedback.of(moments), bits=4).packed, quantize_weight(weight, bits=4).packed)
+    assert torch.equal(
+        gptq(weight, ErrorFeedback.of(moments), format="int4").packed, quantize_weight(weight, bits=4).packed
+    )
 
 
 def test_dead_channels_are_rounded_to_nearest_and_disturb_nobody():
     x = correlated(20)
     x[:, [3, 11]] = 0
     weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
-    got, nearest = gptq(weight, ErrorFeedback.of(moments_of(x)), bits=4), quantize_weight(weight, bits=4)
+    got, nearest = gptq(weight, ErrorFeedback.of(moments_of(x)), format="int4"), quantize_weight(weight, bits=4)
     assert torch.equal(got.codes()[:, [3, 11]], nearest.codes()[:, [3, 11]])
 
 
 def test_fewer_rows_than_channels_are_enough():
     x = correlated(64, rows=10)
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    rounded = gptq(weight, ErrorFeedback.of(moments_of(x)), bits=4)
+    rounded = gptq(weight, ErrorFeedback.of(moments_of(x)), format="int4")
     nearest = quantize_weight(weight, bits=4)
     ours, theirs = (output_error(weight, q.dequantize(torch.float64), moments_of(x)) for q in (rounded, nearest))
     assert ours < 0.2 * theirs
@@ -123,9 +127,9 @@ def test_moments_that_cannot_be_used():
     with pytest.raises(NonFiniteError, match="round this layer to nearest"):
         ErrorFeedback.of(torch.tensor([[1.0, 1e9], [1e9, 1.0]]))
     with pytest.raises(ConfigurationError, match="5 input channels"):
-        gptq(torch.ones(2, 5), ErrorFeedback.of(torch.eye(4)), bits=4)
+        gptq(torch.ones(2, 5), ErrorFeedback.of(torch.eye(4)), format="int4")
     with pytest.raises(ConfigurationError, match="divide"):
-        gptq(torch.ones(2, 4), ErrorFeedback.of(torch.eye(4)), bits=4, group_size=3)
+        gptq(torch.ones(2, 4), ErrorFeedback.of(torch.eye(4)), format="int4", group_size=3)
 
 
 @pytest.mark.parametrize("largest", [1e18, 1e30])
@@ -136,5 +140,5 @@ def test_moments_that_float32_does_not_hold(largest):
     moments, weight = moments_of(x), torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
     feedback = ErrorFeedback.of(moments)
     assert torch.isfinite(feedback.importance).all()
-    expected = gptq(weight, ErrorFeedback.of(moments / largest**2), bits=4, method="mse")
-    assert torch.equal(gptq(weight, feedback, bits=4, method="mse").codes(), expected.codes())
+    expected = gptq(weight, ErrorFeedback.of(moments / largest**2), format="int4", method="mse")
+    assert torch.equal(gptq(weight, feedback, format="int4", method="mse").codes(), expected.codes())

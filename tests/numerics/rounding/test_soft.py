@@ -7,13 +7,13 @@ import torch
 
 from fxquant.errors import ConfigurationError
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
-from fxquant.numerics.weights import quantize_weight, weight_grid
+from fxquant.numerics.weights import quantize_weight, weight_scales
 
 
 def soft(bits: int = 4, group: int = 0) -> tuple[torch.Tensor, SoftWeight]:
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    grid = weight_grid(weight, bits=bits, group_size=group)
-    return weight, SoftWeight(weight, *grid, bits, group)
+    grid = weight_scales(weight, format=f"int{bits}", group_size=group)
+    return weight, SoftWeight(weight, grid, f"int{bits}", group)
 
 
 @pytest.mark.parametrize("group", [0, 8])

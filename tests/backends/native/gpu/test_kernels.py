@@ -342,7 +342,7 @@ def test_grids_of_tokens_are_the_references_bit_for_bit(dtype: torch.dtype, bits
     x[0, 3], x[0, 4] = torch.finfo(dtype).tiny, -torch.finfo(dtype).max
     x[0, 4, : channels // 2] *= -1
     codes, scale, zero_point, sums = native.triton_quantize_tokens(x.to(DEVICE), 2**bits - 1, torch.int8)
-    right = torch.ops.fxquant.token_grid(x, bits)
+    right = torch.ops.fxquant.token_grid(x, f"int{bits}")
     assert (scale.dtype, zero_point.dtype, scale.shape) == (torch.float32, torch.uint8, (3, 7, 1))
     assert torch.equal(scale.cpu(), right[0])
     assert torch.equal(zero_point.cpu().float(), right[1])
@@ -362,7 +362,7 @@ def test_grids_of_tokens_behind_norms(centered: bool) -> None:
     codes, scale, zero_point, sums = (
         value.cpu() for value in native.triton_norm_quantize_tokens(*arguments, 255, torch.int8)
     )
-    grid = torch.ops.fxquant.token_grid(y.float(), 8)
+    grid = torch.ops.fxquant.token_grid(y.float(), "int8")
     torch.testing.assert_close(scale, grid[0], rtol=1e-5, atol=0)
     assert (zero_point.int() - grid[1]).abs().max() <= 1
     real = (codes.double() + 128 - zero_point) * scale.double()

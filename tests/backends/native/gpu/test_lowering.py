@@ -205,9 +205,9 @@ class Told(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         both = reference.token_grid(x, 8)
         scale, zero_point = both[0], both[1]
-        codes = reference.quantize(x, scale, zero_point, 0, 255, torch.uint8)
+        codes = reference.quantize(x, scale, zero_point, "int8")
         grid = (self.packed, self.step, self.zero)
-        y = reference.linear(codes, scale, zero_point, *grid, None, 8, 0, torch.float32)
+        y = reference.linear(codes, scale, zero_point, *grid, None, "int8", "int8", 0, torch.float32)
         return y, {"nothing": y, "codes": codes, "scale": scale, "zero point": zero_point}[self.told]
 
 

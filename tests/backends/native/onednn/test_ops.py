@@ -46,9 +46,8 @@ def run_linear(
 
 def reference(codes: Tensor, scale: Tensor, zero_point: Tensor, made: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The reference op in float64."""
-    return torch.ops.fxquant.linear(
-        codes, scale, zero_point, made.packed, made.scale, made.zero_point, bias, made.bits, 0, torch.float64
-    )
+    factors = codes, scale, zero_point, made.packed, made.scale, made.zero_point, bias
+    return torch.ops.fxquant.linear(*factors, "int8", made.format, 0, torch.float64)
 
 
 def close(actual: Tensor, expected: Tensor, ratio: float = 2e-6) -> None:
@@ -139,7 +138,7 @@ def test_gelu_and_quantization_in_the_kernel(qmax: int, samples: bool, any_machi
     weight = prepacked(made.packed, made.zero_point, 8, 48)
     found = native.linear_gelu(codes, *grid, weight, made.scale, made.zero_point, torch.ones(40), 8, *out, qmax)
     y = functional.gelu(reference(codes, *grid, made, torch.ones(40)), approximate="tanh")
-    expected = torch.ops.fxquant.quantize(y, *out, 0, qmax, torch.uint8)
+    expected = torch.ops.fxquant.quantize(y, *out, f"int{qmax.bit_length()}")
     assert found.dtype == torch.uint8
     assert expected.unique().numel() > 30
     assert int((found.int() - expected.int()).abs().max()) <= 1
@@ -167,4 +166,4 @@ def test_no_sample_at_all() -> None:
 def test_quantize_is_the_reference_bit_for_bit() -> None:
     x = torch.randn(3, 7, 40) * 3
     grid = torch.rand(3, 1, 1) * 0.02 + 0.01, torch.randint(0, 255, (3, 1, 1), dtype=torch.uint8)
-    assert torch.equal(native.quantize(x, *grid, 255), torch.ops.fxquant.quantize(x, *grid, 0, 255, torch.uint8))
+    assert torch.equal(native.quantize(x, *grid, 255), torch.ops.fxquant.quantize(x, *grid, "int8"))

@@ -1,0 +1,72 @@
+"""All number formats by name, those of fxquant and those of other packages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxquant.errors import ConfigurationError
+from fxquant.numerics.formats.format import Format
+from fxquant.numerics.formats.integers import Integer
+from fxquant.numerics.packing import MAX_BITS, MIN_BITS
+from fxquant.registry import Registry
+
+
+def _check(name: str, item: Any) -> None:
+    if not isinstance(item, Format):
+        raise ConfigurationError(f"the format {name!r} is {item!r}, not an instance of fxquant.authoring.Format")
+    if item.name != name:
+        raise ConfigurationError(f"the format {name!r} calls itself {item.name!r}; both names have to agree")
+    if not MIN_BITS <= item.bits <= MAX_BITS:
+        raise ConfigurationError(f"the format {name!r} has {item.bits} bits; {MIN_BITS} to {MAX_BITS} are possible")
+    if item.block < 0 or not name.isidentifier():
+        raise ConfigurationError(
+            f"the format {name!r} has blocks of {item.block}; a format has a name of letters and digits, and a block "
+            "of some channels, or 0"
+        )
+
+
+FORMATS: Registry[Format] = Registry("format", "fxquant.formats", _check)
+"""All known number formats by name. An entry point names an instance of :class:`Format`."""
+
+register_format = FORMATS.register
+"""``register_format("name")(format)`` adds a format from a script or notebook."""
+
+INTEGERS = frozenset(f"int{bits}" for bits in range(MIN_BITS, MAX_BITS + 1))
+"""Names of the integer formats."""
+
+
+def format_of(bits: int | None, name: str | None) -> Format | None:
+    """The format of codes in a plan: of integers if there is no name; None if there are no codes.
+
+    Raises:
+        UnknownNameError: If there is no format of the name.
+    """
+    if bits is None:
+        return None
+    return FORMATS[f"int{bits}" if name is None else name]
+
+
+def is_integer(name: str) -> bool:
+    """Whether a format is one of fxquant's integers, whose products backends compute exactly."""
+    return name in INTEGERS
+
+
+def bits_of(name: str) -> int:
+    """Bits per code of a format.
+
+    Raises:
+        UnknownNameError: If there is no format of the name.
+    """
+    return int(FORMATS[name].bits)
+
+
+def top_of(name: str) -> int:
+    """The highest code of an integer format.
+
+    Raises:
+        ConfigurationError: If the format is not an integer format.
+    """
+    found = FORMATS[name]
+    if not isinstance(found, Integer):
+        raise ConfigurationError(f"{name} is not an integer format; choose one of {', '.join(sorted(INTEGERS))}")
+    return found.top
