@@ -38,6 +38,8 @@ def compiled(recipe: str) -> GraphModel:
     model, made = make_dit(), make_recipe(recipe)
     if any(step.name == "reconstruct-blocks" for step in made.convert):
         made = made.with_options("reconstruct-blocks", iterations=3)
+    if any(step.name == "split-low-rank" for step in made.convert):
+        made = made.with_options("split-low-rank", rank=2)  # The model is 16 channels wide.
     return fxquant.compile(model, recipe=made, calibrate=calibrate(model), measure=0)
 
 

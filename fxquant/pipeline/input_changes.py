@@ -2,7 +2,8 @@
 
 Statistics of calibration belong to the values that calibration saw. A pass of another package that changes such a value
 has to declare how (:meth:`PassContext.transform_input`), or what later passes decide from the statistics would be wrong
-without an error. fxquant's own passes declare their changes in the plan, as factors and shifts of channels.
+without an error. fxquant's own passes declare their changes in the plan, as factors and shifts of channels;
+``rotate-channels`` declares its rotations like a pass of another package, and is checked like it.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class _Reading(fx.Interpreter):
 @torch.no_grad()
 def _rows(module: fx.GraphModule, call: Sequence[Tensor]) -> dict[str, Tensor]:
     interpreter = _Reading(module)
-    with recording(lambda *_: None):
+    with recording(lambda *_: None), torch.random.fork_rng():
+        torch.manual_seed(0)  # A model may drop out values in evaluation too: the same ones each time.
         interpreter.run(*call)
     if not all(bool(rows.isfinite().all()) for rows in interpreter.found.values()):
         raise PassError("a value is not finite")

@@ -296,3 +296,23 @@ def q_diffusion(precision: Precision, layers: str) -> Recipe:
     """Q-Diffusion: block reconstruction without balancing, ranges by the lowest squared error."""
     plain = _recipe(precision, layers, ranges="weight-range=mse activation-range=mse")
     return _rounded(plain, "reconstruct")
+
+
+def svdquant(precision: Precision, layers: str) -> Recipe:
+    """SVDQuant: balancing as PTQ4DiT, then a float branch of rank 32 beside each linear of the blocks."""
+    ranges = "weight-range=percentile activation-range=percentile"
+    middle = ("balance-channels", "absorb-affines", "split-low-rank{iterations=4}")
+    return _recipe(precision, layers, *middle, ranges=ranges)
+
+
+def quarot(precision: Precision, layers: str) -> Recipe:
+    """QuaRot: inputs of the linears of the blocks are rotated by Hadamard matrices, absorbed offline where possible."""
+    ranges = "weight-range=percentile activation-range=percentile"
+    return _recipe(precision, layers, "rotate-channels", ranges=ranges)
+
+
+def svdquant_rotated(precision: Precision, layers: str) -> Recipe:
+    """SVDQuant on inputs that are balanced and then rotated: the best of these recipes at 4 bits."""
+    ranges = "weight-range=percentile activation-range=percentile"
+    middle = ("balance-channels", "absorb-affines", "rotate-channels", "split-low-rank{iterations=4}")
+    return _recipe(precision, layers, *middle, ranges=ranges)

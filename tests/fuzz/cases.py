@@ -71,9 +71,8 @@ def case(seed: int) -> Case:
     """The case of a seed."""
     r = Random(seed)
     steps = tuple(r.getrandbits(32) for _ in range(r.randint(1, 14)))
-    return Case(
-        r.getrandbits(32), steps, r.getrandbits(32), r.choice(PREPARE), pipeline(r), replayed=r.random() < 1 / 4
-    )
+    first, last, before, passes = r.getrandbits(32), r.getrandbits(32), r.choice(PREPARE), pipeline(r)
+    return Case(first, steps, last, before, passes + low_bits(Random(seed)), replayed=r.random() < 1 / 4)
 
 
 def pipeline(r: Random) -> str:
@@ -87,6 +86,13 @@ def pipeline(r: Random) -> str:
     shift = f"group-timesteps{{{grouping} {shared}}},shift-channels{{{shared}}},absorb-shifts"
     recipe = algebraic(r.choice(["htg-w8a8", "repq-w8a8", "ptq4dit-w8a8"]))
     return r.choice([recipe, balance, shift, f"{shift},{balance}", f"{shift},{balance}", f"{balance},{shift}"])
+
+
+def low_bits(r: Random) -> str:
+    """Rotations and branches behind the other passes, or neither."""
+    rotation = f",rotate-channels{{least=2 seed={r.randint(0, 3)} offline={r.random() < 3 / 4}}}"
+    branch = f",split-low-rank{{rank={r.randint(1, 2)} iterations={r.choice([0, 0, 1])}}}"
+    return r.choice(["", "", rotation, branch, rotation + branch])
 
 
 @functools.cache

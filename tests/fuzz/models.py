@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.testing.random_models import Call, Choices, RandomTransformer, filled, kinds
-from tests.fuzz.cases import pipeline
+from tests.fuzz.cases import low_bits, pipeline
 from tests.fuzz.proof import BAR, CALIBRATED, SenselessError, bar, error
 
 
@@ -25,7 +25,7 @@ def run(seed: int) -> None:
     """
     r = Random(seed)
     choices, calls = Choices(r), kinds(r)
-    before, passes = "remove-no-ops,assign-precision", pipeline(r)
+    before, passes = "remove-no-ops,assign-precision", pipeline(r) + low_bits(Random(seed))
     seen = r.randint(1, len(calls))  # Other kinds come later, and are refused if they run more layers.
     weights = r.getrandbits(32)
     for order in (calls, calls[::-1]):

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn import functional
 
 import fxquant
 from fxquant.authoring import (
@@ -238,9 +239,26 @@ def test_a_pass_may_say_that_it_keeps_what_layers_read() -> None:
 
 
 def test_our_own_passes_declare_what_they_change() -> None:
+    """In the plan, as factors and shifts; a rotation by a function, which the pipeline compares with the graph."""
     from fxquant.testing import own_passes
 
-    assert all(PASSES[name].keeps_inputs for name in own_passes())
+    assert [name for name in own_passes() if not PASSES[name].keeps_inputs] == ["rotate-channels"]
+
+
+def test_a_model_that_drops_out_values_in_evaluation_is_compared_with_the_same_ones() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.second(functional.dropout(functional.gelu(self.first(x)), 0.5, True)) + timestep[:, None, None]
+
+    torch.manual_seed(0)
+    calls = [{"x": torch.randn(2, 5, 16), "timestep": torch.full((2,), step)} for step in (0.9, 0.1)]
+    step = "rotate-channels{roles=block+adaln+embedder+patch+final}"
+    trial = try_pass(step, Dropping().eval(), calls, before="assign-precision{layers=all} ; ")
+    assert [*trial.context.transforms] == ["first", "second"]
 
 
 def test_each_graph_of_a_model_begins_anew_and_proofs_leave_no_trace() -> None:
