@@ -18,7 +18,7 @@ from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import plus_rows
 from fxquant.numerics.finite import require_finite
 from fxquant.numerics.low_rank import low_rank_factors
-from fxquant.numerics.weights import quantize_weight
+from fxquant.numerics.weights import encode_weight
 from fxquant.passes._quantization import importance_of
 from fxquant.passes._seeds import is_transformed, parse_roles
 from fxquant.passes._targets import check_patterns, targets
@@ -176,6 +176,8 @@ class SplitLowRank(Pass):
         if self.weighting is Weighting.IMPORTANCE:
             importance = importance_of(layer.name, context, weight.device)
         goal, best, least = weight.double(), None, float("inf")
+        kind = layer.plan.format_of_weight
+        assert kind is not None
         target = goal
         for _ in range(self.iterations + 1):
             parts = low_rank_factors(target, branch.rank, importance)
@@ -183,9 +185,9 @@ class SplitLowRank(Pass):
             if not self.iterations:
                 return left, right
             rest = goal - left.double() @ right.double()
-            rounded = quantize_weight(rest, bits=layer.plan.weight_bits, group_size=layer.plan.group_size).dequantize(
-                torch.float64
-            )
+            rounded = encode_weight(
+                rest, format=kind.name, group_size=layer.plan.group_size, group_rows=layer.plan.group_rows
+            ).dequantize(torch.float64)
             squares = (rest - rounded).square()
             error = float((squares if importance is None else squares * importance).sum())
             if error < least:
