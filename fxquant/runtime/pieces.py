@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ _CUTS = {_aten.slice.Tensor: (2, 3), _aten.split_with_sizes.default: (1,), _aten
 """Ops that cut a sequence, such as that of the prompt and the image, with the positions of the lengths."""
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 _FRAGMENT = 0.5  # A part of a block with a smaller share of the ops of the largest block is not compiled.
+_EARLY = 0.3  # Share of the ops of a block from which a value of it follows that is not the result of the block.
 _SHARED = 0.75  # Share of the other blocks that read a value which is computed once for all blocks.
 
 WithTensors = Mapping[Any, tuple[Any, tuple[int, ...]]]
@@ -134,7 +135,8 @@ def _hoisted(found: Sequence[Segment]) -> Iterable[list[tuple[str, tuple[fx.Node
     """The segments, without what the first block computes for most other blocks, which becomes a piece before it.
 
     The first block that needs an embedding of the timestep computes it in the captured graph, so without this the first
-    block would differ from the others.
+    block would differ from the others. Of two blocks, the second reads this and the result of the first. The result
+    follows from most ops of the first.
     """
     owner = {node: _block(segment.name) for segment in found for node in segment.nodes}
     count = len({_block(segment.name) for segment in found if _is_block(segment.name)})
@@ -150,11 +152,23 @@ def _hoisted(found: Sequence[Segment]) -> Iterable[list[tuple[str, tuple[fx.Node
             for node in reversed(segment.nodes):
                 others = {owner[user] for user in node.users if user in owner} - {owner[node]}
                 readers = len([name for name in others if _is_block(name)])
-                if node in shared or readers >= (1 if node in weightless else least):
+                early = node in weightless or (count == 2 and len(_sources(node, own)) <= _EARLY * len(own))
+                if node in shared or readers >= (1 if early else least):
                     shared.update({node, *(source for source in node.all_input_nodes if source in own)})
         first = tuple(node for node in segment.nodes if node in shared)
         rest = tuple(node for node in segment.nodes if node not in shared)
         yield [part for part in (("shared", first), (segment.name, rest)) if part[1]]
+
+
+def _sources(node: fx.Node, own: Container[fx.Node]) -> set[fx.Node]:
+    """The nodes of a block that a node follows from, itself included."""
+    found, stack = set[fx.Node](), [node]
+    while stack:
+        last = stack.pop()
+        if last in own and last not in found:
+            found.add(last)
+            stack += last.all_input_nodes
+    return found
 
 
 def _block(name: str) -> str:

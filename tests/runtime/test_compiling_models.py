@@ -42,9 +42,9 @@ def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, Tensor)])
 
 
-def quantized(name: str) -> tuple[Entry, nn.Module, GraphModel]:
+def quantized(name: str, options: dict[str, int] | None = None) -> tuple[Entry, nn.Module, GraphModel]:
     entry = next(entry for entry in ENTRIES if entry.id == name)
-    entry = replace(entry, config=entry.config | BLOCKS[name][0])
+    entry = replace(entry, config=entry.config | (options or BLOCKS[name][0]))
     model = entry.model()
     made = fxquant.compile(
         model,
@@ -98,6 +98,26 @@ def test_loras_are_set_scaled_and_swapped(name: str) -> None:
     made.set_adapters("a", 0.3)
     assert torch.equal(output(made, entry.call()), swapped)
     assert not torch.allclose(swapped, loaded) and not torch.allclose(loaded, plain)
+
+
+def test_two_blocks_that_share_an_op() -> None:
+    """The first of two computes what both read, such as a quantized prompt, and is like the second all the same."""
+    entry, _, made = quantized("PixArt2D-Sigma", {"num_layers": 2})
+    expected = output(made, entry.call())
+    counter = in_pieces(made)
+    assert torch.equal(output(made, entry.call()), expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.exhaustive
+def test_sana_is_compiled_once_per_size() -> None:
+    """Its blocks rearrange tokens into an image. The first one reads the image in another order of memory."""
+    entry, _, made = quantized("Sana2D", {"num_layers": 4})
+    calls = [entry.call(), entry.call(3, seed=2), entry.call(1, size=entry.other_size, seed=1)]
+    expected = [output(made, call) for call in calls]
+    counter = in_pieces(made)
+    for call, want, count in zip(calls, expected, (2, 2, 4), strict=True):
+        assert torch.equal(output(made, call), want) and counter.frame_count == count
 
 
 @pytest.mark.parametrize("dim", [0, -1])
