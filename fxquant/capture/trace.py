@@ -37,6 +37,7 @@ from fxquant.capture.known_values import Tracing, is_followed
 from fxquant.capture.memoized import Memos
 from fxquant.capture.naming import fake_mode_of_model, name_constants, name_layers, names_of
 from fxquant.capture.normalize import (
+    condition_on_batch,
     drop_assertions,
     flatten_signature,
     inline_regions,
@@ -354,8 +355,13 @@ class Architecture:
         module.meta[NAMES] = names_of(self.skeleton)
         name_layers(module, self.skeleton)
         module.graph.lint()
-        if call.batched and not is_batch_open(module, call):
-            call = call.at_batch(batch, "the model's own code fixes the batch size")
+        if call.batched:
+            condition = condition_on_batch(program)
+            if condition is not None:
+                log.info("the batch size of %s: %s", type(self.skeleton).__name__, condition)
+                call = call.at_batch(batch, "the model's own code depends on the batch size")
+            elif not is_batch_open(module, call):
+                call = call.at_batch(batch, "the model's own code fixes the batch size")
         return CapturedGraph(module, call, out_spec, code=fingerprint(module.graph))
 
     def _refuse_originals(self, module: fx.GraphModule) -> None:

@@ -511,3 +511,42 @@ def test_weights_of_another_model_are_refused() -> None:
     found = architecture.capture(architecture.canonical((sample(2), 1), {}))
     with pytest.raises(CheckpointError, match=r"no tensor 'into.bias'"):
         bind(found.module, weights)
+
+
+class _Branching(nn.Module):
+    """Takes another path for other batch sizes."""
+
+    def __init__(self, path: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.path = path
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(self.path(x))
+        return found
+
+
+def _in_pieces(x: Tensor) -> Tensor:
+    """Six rows per sample in pieces of eight, as the norms of Mochi's VAE take them."""
+    pieces = x.repeat_interleave(6, 0).split(8)
+    return torch.cat([piece * (number + 1) for number, piece in enumerate(pieces)])[::6]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        _in_pieces,
+        lambda x: x * 2 if x.shape[0] > 4 else x,
+        lambda x: x * 3 if x.shape[0] % 2 == 0 else x,
+        lambda x: torch.cat([piece * (number + 1) for number, piece in enumerate(x.split(3))]),
+    ],
+)
+def test_conditions_on_the_batch_size(path: Callable[[Tensor], Tensor]) -> None:
+    """A graph is one path through the code, so it serves only the batch size of its call."""
+    model = _Branching(path).eval()
+    traced = trace(model, timestep=None)
+    for batch in (2, 1, 3, 5, 8, 2):
+        x = torch.randn(batch, 8, generator=torch.Generator().manual_seed(batch))
+        assert torch.equal(traced(x), model(x)), batch
+    assert len(traced.captured) == 5
+    assert traced.captured[0].static_batch == "the model's own code depends on the batch size"
