@@ -6,6 +6,7 @@ not part of the model. A graph that recorded them would be right for one call on
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,13 @@ def hand_on_hooks(model: nn.Module, other: nn.Module) -> None:
     """Let torch's hooks of a model run around the calls of another one too. Removing a hook removes it from both."""
     for name in _OF_TORCH:
         vars(other)[name] = vars(model)[name]
+
+
+def copy_hooks(model: nn.Module, other: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a deep copy of a model its own hooks of torch, as :func:`copy.deepcopy` of a float model does."""
+    memo[id(model)] = other
+    for name in _OF_TORCH:
+        vars(other)[name] = copy.deepcopy(vars(model)[name], memo)
 
 
 def refuse_hooks(model: nn.Module) -> None:

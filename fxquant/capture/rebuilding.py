@@ -108,7 +108,9 @@ def rebuilt(model: nn.Module, timestep: str | None) -> Architecture:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(f"{cls.__name__}.from_config fails: {type(error).__name__}: {reason}") from error
-    difference = _difference(dict(weights_and_buffers(model)), dict(weights_and_buffers(architecture.skeleton)))
+    difference = difference_of_tensors(
+        dict(weights_and_buffers(model)), dict(weights_and_buffers(architecture.skeleton))
+    )
     if difference is not None:
         raise CheckpointError(difference)
     return architecture
@@ -123,7 +125,7 @@ def obstacle(model: nn.Module, timestep: str | None) -> str | None:
     return None
 
 
-def _difference(had: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> str | None:
+def difference_of_tensors(had: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> str | None:
     """A description of the first tensor in which two models differ, or None."""
     for name, tensor in had.items():
         if name not in made:

@@ -36,6 +36,7 @@ from fxquant.runtime.float_model import (
     refuse_adapters,
     weights_digest,
 )
+from fxquant.runtime.parts import has_entries
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import Run
 
@@ -171,6 +172,11 @@ def _has_cost(step: Pass) -> bool:
 
 
 def _check(model: Any, measure: int, calibrate: Any, statistics: Any) -> None:
+    if has_entries(model):
+        raise ConfigurationError(
+            f"pipelines call the methods encode and decode of this {type(model).__name__}, and balancing follows one "
+            "call; give a model with one entry, such as pipe.transformer"
+        )
     check_model(model)
     refuse_adapters(model)
     check_storage(model)

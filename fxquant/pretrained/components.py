@@ -14,6 +14,7 @@ from fxquant.pipeline.recipes import Recipe
 from fxquant.pretrained.entries import check_entries, compilable, named_parts, optional_of, part_options
 from fxquant.pretrained.together import compile_together
 from fxquant.runtime.model import GraphModel
+from fxquant.runtime.offloading import on_its_device
 from fxquant.runtime.parts import has_entries
 from fxquant.runtime.wrappers import unwrapped
 from fxquant.storage.parts import made_of_parts
@@ -71,6 +72,7 @@ def compile_pipeline(
             if not has_entries(parts[name]):
                 models[name] = parts[name]
                 continue
+            stack.enter_context(on_its_device(parts[name]))
             check_entries(parts[name])
             inner = named_parts(parts[name], None)
             ready = stack.enter_context(compilable(parts[name], inner))

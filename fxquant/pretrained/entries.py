@@ -17,7 +17,8 @@ from fxquant.errors import AlreadyCompiledError, ConfigurationError
 from fxquant.pipeline.recipes import Recipe
 from fxquant.pretrained.together import compile_together
 from fxquant.runtime.float_model import dtype_of
-from fxquant.runtime.parts import entries_of, has_entries, quantized_parts
+from fxquant.runtime.offloading import meanwhile_on_its_device
+from fxquant.runtime.parts import entries_of, has_entries, quantized_parts, replaced_methods
 from fxquant.storage.parts import made_of_parts
 
 REQUIRED = "decoder"
@@ -25,6 +26,7 @@ REQUIRED = "decoder"
 _OF_ONE_PART = ("plan", "statistics", "resume")
 
 
+@meanwhile_on_its_device
 def compile_parts(
     model: Any,
     *,
@@ -85,6 +87,10 @@ def check_entries(model: Any) -> None:
         AlreadyCompiledError: If they are quantized already.
         ConfigurationError: Says what to do.
     """
+    if "_orig_mod" in getattr(model, "_modules", ()):  # Of torch.compile.
+        raise ConfigurationError(
+            "this model went through torch.compile; give the original to fxquant, and the result to torch.compile"
+        )
     if not has_entries(model):
         raise ConfigurationError(
             f"a {type(model).__name__} is not a model with a method decode and a decoder; give a VAE, such as "
@@ -103,12 +109,22 @@ def check_entries(model: Any) -> None:
             "bfloat16 or float32: "
             'from_pretrained(..., dtype={"vae": torch.bfloat16, "default": torch.float16})'
         )
+    replaced = replaced_methods(model)
+    if replaced:
+        name = replaced[0]
+        raise ConfigurationError(
+            f"the method {name!r} of this {type(model).__name__} was replaced on the object, by torch.compile or by "
+            f"another function, which would call the float parts. Undo it (del model.{name}), give the model to "
+            "fxquant, and replace the method of the result"
+        )
     refuse_hooks(model)
 
 
 def named_parts(model: nn.Module, parts: Sequence[str] | None) -> list[str]:
     """The parts to quantize by name, with those that calibration need not call first."""
     known = entries_of(model)
+    if parts is not None and not [*parts]:
+        raise ConfigurationError(f"parts names nothing; this {type(model).__name__} has {', '.join(known)}")
     for name in parts or ():
         if name not in known:
             raise ConfigurationError(f"this {type(model).__name__} has no part {name!r}; it has {', '.join(known)}")

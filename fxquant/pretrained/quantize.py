@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxquant.api import compile as compile_model
-from fxquant.capture.feature_caches import functional, is_functional, keeps_features, stateful
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.capture.feature_caches import Stateful, functional, is_functional, keeps_features, stateful
+from fxquant.capture.hooks import drop_own_hooks, hand_on_hooks
+from fxquant.errors import ConfigurationError
 from fxquant.planning.plan import Plan
 from fxquant.pretrained.config import FxQuantConfig
 from fxquant.pretrained.entries import check_entries, compile_parts, mark, part_options
 from fxquant.runtime.model import GraphModel
-from fxquant.runtime.parts import entries_of, quantized_parts
+from fxquant.runtime.parts import entries_of, quantized_parts, with_modules
 from fxquant.statistics.collection import Statistics
 from fxquant.storage.parts import savable
 
 _OF_DIFFUSERS = ("quantization_config", "_pre_quantization_dtype", "_name_or_path")
+_LATENT_FRAMES, _FRAMES = 3, 9
+"""Frames of the shortest clip whose chunks run all layers: a first, a second and a third chunk."""
+Clip = Callable[..., None]
 _HOOKS = ("_hf_hook", "_old_forward", "forward")  # accelerate replaces ``forward`` and keeps the original.
 
 
@@ -46,7 +51,12 @@ def quantize_at_first_call(model: nn.Module, config: FxQuantConfig) -> None:
 
     ``torch.compile`` does not trace this call.
     """
-    model.forward = functools.partial(torch.compiler.disable(_first_call), model, config)
+    _quantize_at_first_call(model, config, None)
+
+
+def _quantize_at_first_call(model: nn.Module, config: FxQuantConfig, clip: Clip | None) -> None:
+    """The same; ``clip`` runs the float model in place of the first call, with which it is called too."""
+    model.forward = functools.partial(torch.compiler.disable(_first_call), model, config, clip)
     functools.update_wrapper(model.forward, type(model).forward)
 
 
@@ -84,36 +94,51 @@ def quantize_parts(model: nn.Module, config: FxQuantConfig) -> None:
         model._modules.update(quantized_parts(made))
     else:
         check_entries(original)
-        _refuse_chunks(original)
         own = copy.copy(config)
         for option, value in part_options({"layers": config.layers}).items():
             setattr(own, option, value)
         own.check_complete()
         for name in entries_of(model):
-            mark(original, name)  # The copy shares its parts with the model.
-            quantize_at_first_call(getattr(model, name), own)
+            part = mark(original, name)  # The copy shares its parts with the model.
+            _quantize_at_first_call(part, own, functools.partial(_clip, original, name) if _needs_clip(part) else None)
     savable(model)
 
 
-def _refuse_chunks(model: nn.Module) -> None:
-    """Refuse a model that takes clips in chunks: the first chunk does not run all layers."""
-    name = next((name for name in entries_of(model) if keeps_features(getattr(model, name))), None)
-    if name is not None:
-        raise CalibrationError(
-            f"the {name} of a {type(model).__name__} takes a clip in chunks, and its first call does not run all "
-            "layers. Give FxQuantConfig(calibrate=function), a function that gets the model and decodes a clip with "
-            "it; or load the pipeline in float and call fxquant.compile_pipeline"
-        )
+def _needs_clip(part: nn.Module) -> bool:
+    """Whether a part takes clips in chunks, so that its first call does not run all layers."""
+    return keeps_features(part) and any(isinstance(module, nn.Conv3d) for module in part.modules())
 
 
-def _first_call(model: nn.Module, config: FxQuantConfig, *args: Any, **kwargs: Any) -> Any:
+def _clip(whole: nn.Module, name: str, part: nn.Module, first: Tensor, *_: Any, **__: Any) -> None:
+    """Encode or decode a clip of three latent frames of noise with a model, in the size of the first call of a part.
+
+    Args:
+        whole: The model.
+        name: The name of the part.
+        part: The part in the form in which it is traced.
+        first: The first chunk that the part was called with, ``(batch, channels, frames, height, width)``.
+    """
+    decodes = name == "decoder"
+    frames, patch = (_LATENT_FRAMES, 1) if decodes else (_FRAMES, getattr(whole.config, "patch_size", None) or 1)
+    channels, height, width = first.shape[1], *first.shape[-2:]
+    shape = 1, channels // patch**2, frames, height * patch, width * patch
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first)
+    model: Any = with_modules(whole, {name: Stateful(part)})
+    (model.decode if decodes else model.encode)(noise)
+
+
+def _first_call(model: nn.Module, config: FxQuantConfig, clip: Clip | None, *args: Any, **kwargs: Any) -> Any:
     original = functional(_float_copy(model))
+    drop_own_hooks(original)  # They run around this call of the model already.
     hook = vars(model).get("_hf_hook")
     call = stateful(original) if is_functional(original) else original
+    if clip is not None:
+        call = functools.partial(clip, original)
     given = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # A part of a VAE writes into lists that it is given.
     with torch.no_grad():
         quantized = _quantized(original, config, lambda: call(*given[0], **given[1]))
         output = quantized(*args, **kwargs)
+    hand_on_hooks(model, quantized)
     quantized.take_place_of(model)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module

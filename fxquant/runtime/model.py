@@ -18,6 +18,7 @@ from fxquant.adapters.branches import Branching
 from fxquant.capture.calls import Call, CallSpec
 from fxquant.capture.feature_caches import is_functional, number_of_features, stateful
 from fxquant.capture.graph import CapturedGraph
+from fxquant.capture.hooks import copy_hooks, hand_on_hooks
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError, QualityWarning
@@ -334,6 +335,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
             clone.add(captured)
         copy_adapters(self, clone)
         self._copy_cache_to(clone)
+        hand_on_hooks(self, clone)
 
     def take_place_of(self, model: nn.Module) -> None:
         """Turn an object into a quantized model that shares everything with this one.
@@ -359,6 +361,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
             clone.add(replace(captured, module=module))
         copy_adapters(self, clone)
         self._copy_cache_to(clone)
+        copy_hooks(self, clone, memo)
         return clone
 
 
@@ -382,7 +385,12 @@ def quantized_model(model: Any, taker: str) -> tuple[GraphModel, Plan]:
     """
     model = unwrapped(model)
     if not isinstance(model, GraphModel):
-        raise ConfigurationError(f"{taker} takes a model that fxquant.compile made, not a {type(model).__name__}")
+        inner = model.named_children() if isinstance(model, nn.Module) else ()
+        parts = " or ".join(f"model.{name}" for name, part in inner if isinstance(part, GraphModel))
+        raise ConfigurationError(
+            f"{taker} takes a model that fxquant.compile made, not a {type(model).__name__}"
+            f"{f'; give a part of it: {parts}' if parts else ''}"
+        )
     if model.plan is None:
         raise ConfigurationError(
             f"{taker} takes a model that fxquant.compile made; this one was traced by fxquant.trace, and is not "

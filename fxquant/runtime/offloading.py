@@ -6,11 +6,12 @@ an offloaded graph moves each tensor right before the op that reads it, and forg
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -135,30 +136,53 @@ class Slot(nn.Module):
 def meanwhile_on_its_device(function: F) -> F:
     """Decorate a function that makes a model in place of a float model: it takes one that is offloaded as a whole.
 
-    The hook of ``pipe.enable_model_cpu_offload()`` is taken off, because it would move the weights while graphs are
-    traced, and the model is on the device of the hook meanwhile. A pipeline that is run meanwhile attaches a hook again
-    after each call. At the end the made model gets the hook, or if the function fails, the float model.
+    The made model is offloaded in place of the float model; if the function fails, the float model stays offloaded.
     """
 
     @functools.wraps(function)
     def with_hook_off(model: Any, *args: Any, **options: Any) -> Any:
-        hooks: Any = sys.modules.get("accelerate.hooks")
-        hook: Any = getattr(model, "__dict__", {}).get("_hf_hook")
-        if hooks is None or type(hook) is not hooks.CpuOffload:
-            return function(model, *args, **options)
-        offloaded = model
-        hooks.remove_hook_from_module(model)
-        model.to(hook.execution_device)
-        try:
-            offloaded = made = function(model, *args, **options)
-        finally:
-            newest = vars(model).pop("_hf_hook", hook)
-            vars(model).pop("_old_forward", None)
-            model.to("cpu")
-            hooks.add_hook_to_module(offloaded, newest)
+        with on_its_device(model) as hand_on:
+            made = function(model, *args, **options)
+            hand_on(made)
         return made
 
     return with_hook_off  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def on_its_device(model: Any) -> Iterator[Callable[[Any], None]]:
+    """A context in which a model that is offloaded as a whole is on its device and has no hook.
+
+    The hook of ``pipe.enable_model_cpu_offload()`` is taken off, because it would move the weights while graphs are
+    traced. A pipeline that is run meanwhile attaches a hook again after each call. At the end the model gets the newest
+    hook, or the one does that was made in its place: call what the context gives with it.
+    """
+    offloaded = [model]
+    hooks: Any = sys.modules.get("accelerate.hooks")
+    hook: Any = getattr(model, "__dict__", {}).get("_hf_hook")
+    if hooks is None or type(hook) is not hooks.CpuOffload:
+        yield offloaded.append
+        return
+    _take_hook(model)
+    model.to(hook.execution_device)
+    try:
+        yield offloaded.append
+    finally:
+        newest = _take_hook(model) or hook
+        model.to("cpu")
+        hooks.add_hook_to_module(offloaded[-1], newest)
+
+
+def _take_hook(model: Any) -> Any:
+    """Take a hook of accelerate off a model, and return it. The model has its own ``forward`` again."""
+    from accelerate.hooks import remove_hook_from_module
+
+    hook = vars(model).get("_hf_hook")
+    remove_hook_from_module(model)
+    forward = vars(model).get("forward")  # accelerate leaves the method of the class among the attributes.
+    if getattr(forward, "__func__", None) is type(model).forward:
+        del model.forward
+    return hook
 
 
 def is_offloading(hook: Any) -> bool:

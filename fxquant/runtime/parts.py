@@ -11,6 +11,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -78,16 +79,40 @@ def with_parts(model: nn.Module, parts: Mapping[str, GraphModel]) -> nn.Module:
         model: The float model. It does not change.
         parts: The quantized parts by name.
     """
-    return guarded(_with_modules(model, parts))
+    return guarded(with_modules(model, parts))
 
 
-def _with_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+def with_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Another object of the same class that shares everything with a model but some modules, given by name."""
     made = copy.copy(model)
     for name, value in vars(made).items():
         if type(value) in (dict, OrderedDict):  # torch's tables of modules, tensors and hooks.
             vars(made)[name] = value.copy()
+        else:
+            vars(made)[name] = _rebound(value, model, made)
     made._modules.update(modules)
     return made
+
+
+def _rebound(value: Any, model: nn.Module, made: nn.Module) -> Any:
+    """An attribute of a model for its copy: methods, and the wrappers of accelerate, are bound to the copy."""
+    if isinstance(value, MethodType) and value.__self__ is model:
+        return MethodType(value.__func__, made)
+    if isinstance(value, functools.partial) and any(given is model for given in value.args):
+        bound = functools.partial(value.func, *(made if given is model else given for given in value.args))
+        return functools.update_wrapper(bound, value)
+    return value
+
+
+def replaced_methods(model: nn.Module) -> list[str]:
+    """The names of the methods of a model that were replaced on the object by functions that hold the object itself."""
+    return [
+        name
+        for name, value in vars(model).items()
+        if callable(value)
+        and callable(getattr(type(model), name, None))
+        and not isinstance(value, (MethodType, functools.partial, type))
+    ]
 
 
 def guarded(model: nn.Module) -> nn.Module:
@@ -124,5 +149,5 @@ def _train(model: nn.Module, mode: bool = True) -> nn.Module:
 def _num_parameters(model: Any, *args: Any, **kwargs: Any) -> int:
     """The number of parameters of the original; the parts count as they were in float."""
     originals = {name: part.architecture.skeleton for name, part in quantized_parts(model).items()}
-    number: int = type(model).num_parameters(_with_modules(model, originals), *args, **kwargs)
+    number: int = type(model).num_parameters(with_modules(model, originals), *args, **kwargs)
     return number

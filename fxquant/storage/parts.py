@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.capture.rebuilding import class_of
+from fxquant.capture.rebuilding import class_of, difference_of_tensors, is_made_from_config
+from fxquant.capture.trace import Architecture
+from fxquant.capture.whole import whole_of
 from fxquant.disk.files import blaming, dtype_name, is_plain_file, refuse_to_replace
 from fxquant.disk.folders import whole_folder
 from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.ir.tensors import weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.runtime.float_model import class_path
 from fxquant.runtime.model import GraphModel
-from fxquant.runtime.parts import guarded, quantized_parts, with_parts
+from fxquant.runtime.parts import guarded, quantized_parts, with_modules, with_parts
 from fxquant.schemas.common import read_json
 from fxquant.storage.aot.model import CONFIG_FILE
 from fxquant.storage.checkpoint import is_checkpoint_file, load, save
@@ -90,12 +93,25 @@ def save_model(
             f"no part of this {type(model).__name__} is quantized yet: its parts are quantized when they are first "
             "called. Decode something before you save it"
         )
+    _check_rest(model, parts)
     with whole_folder(Path(folder).resolve(), lambda path: refuse_existing(path, overwrite)) as written:
         for name, part in parts.items():
             save(part, written / name, variant=variant, max_shard_size=max_shard_size)
         rest = {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] not in parts}
         write_weights(rest, written, class_path(model), variant, max_shard_size)
         (written / CONFIG_FILE).write_text(_config_text(model, parts), encoding="utf-8")
+
+
+def _check_rest(model: nn.Module, parts: Mapping[str, GraphModel]) -> None:
+    """Refuse to write a model from which modules were removed, or to which some were added: it could not be read."""
+    whole = next(filter(None, (whole_of(part.architecture.skeleton) for part in parts.values())), None)
+    if whole is None or not is_made_from_config(whole.model_class):
+        return
+    made = Architecture.from_config(whole.model_class, whole.config, None).skeleton
+    original = with_modules(model, {name: part.architecture.skeleton for name, part in parts.items()})
+    difference = difference_of_tensors(dict(weights_and_buffers(original)), dict(weights_and_buffers(made)))
+    if difference is not None:
+        raise CheckpointError(f"loading would not build this {type(model).__name__} again: {difference}. Undo that")
 
 
 def _config_text(model: Any, parts: Mapping[str, GraphModel]) -> str:
@@ -169,6 +185,12 @@ def read_parts(
         vars(model).pop(name, None)
     for name, part in read.items():
         setattr(model, name, part)
+    missing = [name for name, tensor in weights_and_buffers(model) if tensor.is_meta]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]!r} and {len(missing) - 1} more tensors of a {type(model).__name__}; copy the "
+            "model again"
+        )
     return savable(model).to(device)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import CpuOffload, remove_hook_from_module
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, PipelineQuantizationConfig
 
 import fxquant
@@ -103,6 +106,8 @@ def test_chosen_parts(vae: AutoencoderKL) -> None:
     assert torch.equal(decoded(made), decoded(vae))
     with pytest.raises(CalibrationError, match="encoder of this AutoencoderKL"):
         fxquant.compile_parts(vae, recipe="rtn-w8a16", parts=["encoder"], calibrate=lambda: decoded(vae))
+    with pytest.raises(ConfigurationError, match="parts names nothing; this AutoencoderKL has encoder, decoder"):
+        fxquant.compile_parts(vae, recipe="rtn-w8a16", parts=[], calibrate=lambda: decoded(vae))
     with pytest.raises(ConfigurationError, match="has no part 'quant_conv'; it has encoder, decoder"):
         fxquant.compile_parts(vae, recipe="rtn-w8a16", parts=["quant_conv"], calibrate=lambda: decoded(vae))
 
@@ -159,6 +164,28 @@ def test_what_the_model_refuses(both: Any, monkeypatch: pytest.MonkeyPatch) -> N
         fxquant.report(both)
 
 
+def test_messages_about_models_with_one_entry(vae: AutoencoderKL, both: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"give a part of it: model\.encoder or model\.decoder"):
+        fxquant.export_compressed_tensors(both, tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="balancing follows one call"):
+        fxquant.balance(vae, calibrate=lambda: decoded(vae))
+    with pytest.raises(ConfigurationError, match=r"this model went through torch\.compile; give the original"):
+        fxquant.compile_parts(torch.compile(vae), recipe="rtn-w8a16", calibrate=lambda: decoded(vae))
+
+
+def test_hooks_of_torch_on_a_part(vae: AutoencoderKL) -> None:
+    """They run around the calls of the quantized part too, and of its copies."""
+    model = copy.deepcopy(vae)
+    handle = model.decoder.register_forward_hook(lambda *call: call[2] * 2)
+    made = fxquant.compile_parts(model, recipe="rtn-w8a16", calibrate=lambda: decoded(model))
+    for copied in (made, copy.copy(made), copy.deepcopy(made)):
+        assert psnr(decoded(copied), decoded(model)) > 45
+    own = copy.deepcopy(made)
+    handle.remove()
+    assert psnr(decoded(made), decoded(vae)) > 45
+    assert psnr(decoded(own), 2 * decoded(vae)) > 45, "a deep copy has its own hooks"
+
+
 # --- pipelines ---
 
 
@@ -192,12 +219,8 @@ def test_one_run_for_the_transformer_and_the_vae() -> None:
 
 
 def test_an_offloaded_pipeline(fine: Any) -> None:
-    """Offloading moves the VAE with its parts. A float VAE that is offloaded already is refused by name."""
+    """Offloading moves the VAE with its parts."""
     pipe = make_pipeline()
-    pipe.enable_model_cpu_offload(device="cpu")
-    with pytest.raises(ConfigurationError, match=r"is moved between devices by accelerate.*pipe\.remove_all_hooks"):
-        fxquant.compile_pipeline(pipe, recipe={"vae": "rtn-w8a16"}, calibrate=lambda: made_images(pipe))
-    pipe.remove_all_hooks()
     pipe.vae = copy.deepcopy(fine)
     expected = made_images(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
@@ -208,6 +231,50 @@ def test_an_offloaded_pipeline(fine: Any) -> None:
     assert moved.vae is pipe.vae
 
 
+def test_a_pipeline_that_is_offloaded_already() -> None:
+    """The quantized VAE is offloaded in place of the float one; if quantizing fails, the float one still is."""
+    pipe = make_pipeline()
+    original, expected = pipe.vae, made_images(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(MissingTimestepError):
+        fxquant.compile_pipeline(pipe, recipe={"vae": "htg-w8a8"}, calibrate=lambda: made_images(pipe))
+    assert pipe.vae is original and type(original._hf_hook) is CpuOffload
+    assert torch.equal(made_images(pipe), expected)
+    both: dict[str, Any] = {"transformer": "rtn-w8a16", "vae": "rtn-w8a16"}
+    fxquant.compile_pipeline(pipe, recipe=both, calibrate=lambda: made_images(pipe), measure=0)
+    assert type(pipe.vae.decoder) is GraphModel and type(pipe.vae._hf_hook) is CpuOffload
+    found = made_images(pipe)
+    assert (found - expected).abs().max() < 0.05
+    pipe.remove_all_hooks()
+    assert torch.equal(made_images(pipe), found)
+
+
+def test_a_vae_that_was_offloaded(vae: AutoencoderKL) -> None:
+    """accelerate leaves the method of the float VAE among its attributes; the quantized VAE has its own."""
+    model, image = copy.deepcopy(vae), images(8)
+    cpu_offload_with_hook(model, "cpu")
+    made = fxquant.compile_parts(model, recipe="rtn-w8a16", calibrate=lambda: model(image))
+    assert type(made._hf_hook) is CpuOffload and not hasattr(model, "_hf_hook")
+    remove_hook_from_module(made)
+    model.forward = model.forward  # As accelerate leaves it.
+    again = fxquant.compile_parts(model, recipe="rtn-w8a16", calibrate=lambda: model(image))
+    with torch.no_grad():
+        assert torch.equal(made(image).sample, again(image).sample)
+        assert not torch.equal(made(image).sample, model(image).sample)
+
+
+def test_methods_that_were_replaced_on_the_object(vae: AutoencoderKL) -> None:
+    """A function that holds the float model would go on calling its float decoder."""
+    model = copy.deepcopy(vae)
+    decode = model.decode
+    model.decode = functools.wraps(decode)(lambda latent: decode(latent * 1.0))
+    with pytest.raises(ConfigurationError, match=r"the method 'decode' of this AutoencoderKL was replaced.*del model"):
+        fxquant.compile_parts(model, recipe="rtn-w8a16", calibrate=lambda: decoded(model))
+    model.decode = decode
+    made = fxquant.compile_parts(model, recipe="rtn-w8a16", calibrate=lambda: decoded(model))
+    assert not torch.equal(decoded(made), decoded(model))
+
+
 def test_at_the_first_call(tmp_path: Path) -> None:
     """Each part is quantized when it is first called; until then the model is not saved."""
     make_pipeline().save_pretrained(tmp_path / "float")
@@ -216,11 +283,14 @@ def test_at_the_first_call(tmp_path: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "float", quantization_config=parts)
     with pytest.raises(ConfigurationError, match="no part of this AutoencoderKL is quantized yet"):
         pipe.vae.save_pretrained(tmp_path / "early")
+    calls: list[int] = []
+    pipe.vae.decoder.register_forward_hook(lambda *_: calls.append(0))
     first = made_images(pipe)
     assert type(pipe.vae) is AutoencoderKL and type(pipe.vae.decoder) is GraphModel
     assert all(layer.weight_bits == 8 for layer in pipe.vae.decoder.plan.layers.values())
     assert type(pipe.vae.encoder) is not GraphModel
     assert torch.equal(made_images(pipe), first)
+    assert len(calls) == 2, "the hook stays, and runs once in each call"
     fxquant.save_pipeline(pipe, tmp_path / "q")
     assert torch.equal(made_images(fxquant.load_pipeline(tmp_path / "q")), first)
 

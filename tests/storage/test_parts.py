@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError
@@ -143,6 +144,22 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     (damaged / "decoder" / "diffusion_pytorch_model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged"):
         read(damaged)
+
+
+def test_float_layers_that_are_missing(vae: Any, folder: Path, tmp_path: Path) -> None:
+    """Some remove the encoder to save memory. A folder without it could not be read."""
+    model = copy.deepcopy(vae)
+    del model.encoder
+    assert torch.equal(decoded(model), decoded(vae))
+    with pytest.raises(CheckpointError, match=r"would not build this Autoenc.*: tensor 'encoder.*was removed"):
+        model.save_pretrained(tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged")) / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(damaged)
+    del tensors["quant_conv.weight"]
+    save_file(tensors, damaged, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 'quant_conv\.weight' and 0 more tensors of a AutoencoderKL"):
+        read(damaged.parent)
 
 
 def test_the_rest_of_a_repository_is_downloaded(
