@@ -118,6 +118,10 @@ class InPieces:
             kept = self._plans[id(module)] = module._code, self._made(module)
         return kept[1]
 
+    def forget_parts(self) -> None:
+        """Forget how parts of graphs are run, which caches of steps made; the code of blocks is kept."""
+        self._plans = {key: kept for key, kept in self._plans.items() if PART not in kept[1].module.meta}
+
     def _made(self, module: fx.GraphModule) -> _Plan:
         found = pieces(module, {} if self.backend is None else self.backend.with_tensors())
         if not repeated(found) and PART not in module.meta:
@@ -139,7 +143,7 @@ class _Plan:
     """The steps that compute a graph."""
 
     def __init__(self, module: fx.GraphModule, parts: Sequence[tuple[Piece, Code]]) -> None:
-        self._module = module
+        self.module = module
         self._parts = parts
         self._inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._output = module.graph.output_node()
@@ -171,7 +175,7 @@ class _Plan:
         return tuple(leaves)
 
     def _tensor(self, target: str) -> Tensor:
-        found: Tensor = operator.attrgetter(target)(self._module)
+        found: Tensor = operator.attrgetter(target)(self.module)
         return found
 
     def _numbers_of(self, step: int, piece: Piece, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -27,6 +27,7 @@ from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.plan import Plan
 from fxquant.runtime.caches.cacheable import Cacheable
+from fxquant.runtime.caches.state import Context
 from fxquant.runtime.compiling import Compilable
 from fxquant.runtime.drop_in import changes, hand_on, refusal
 from fxquant.runtime.forward import forward_of_graphs
@@ -96,6 +97,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         self._place = Place()
         self._watched = 0
         self._pieces = None
+        self._context = Context()
         # Not a submodule, to hide its fake parameters. From here on, attributes of the original cannot be set.
         object.__setattr__(self, "architecture", architecture)
         forward = functools.partial(forward_of_graphs, self)

@@ -397,6 +397,23 @@ def test_contexts_are_apart(traced: GraphModel) -> None:
                 call["hidden_states"] = call["hidden_states"] - 0.05 * found[:, :4]
 
 
+def test_a_cache_that_is_enabled_within_a_context(traced: GraphModel) -> None:
+    """As by a callback, or a loop of one's own. Its calls are in that context."""
+    contexts: list[Any] = []
+    with traced.cache_context("cond"):
+        traced.enable_cache(ALWAYS)
+        first = sample(traced, STEPS[:3])
+        traced.disable_cache()
+        traced.enable_cache(ALWAYS)
+        assert traced._cache is not None
+        held = traced._cache.states._held
+        assert torch.equal(sample(traced, STEPS[:3]), first)
+        contexts += [key[0] for key in held]
+    sample(traced, STEPS[:3])
+    contexts += [key[0] for key in held]
+    assert contexts == ["cond", "cond", None]
+
+
 def test_an_error_in_a_context_forgets_the_generation(traced: GraphModel) -> None:
     traced.enable_cache(ALWAYS)
     with traced.cache_context("cond"):
@@ -485,6 +502,7 @@ def test_blocks_that_are_compiled_one_by_one(dit: nn.Module) -> None:
         expected, skipped = counted(made)
         made.compile_repeated_blocks(backend="eager")
         found, again = counted(made)
+    assert made._pieces is not None and len(made._pieces._plans) == 1  # Those of parts are forgotten.
     assert 0 < skipped == again < len(STEPS) - 1
     torch.testing.assert_close(found, expected)
 

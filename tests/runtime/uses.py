@@ -364,6 +364,11 @@ USES: dict[str, list[Use]] = {
             "runtime/step_caches::contexts_are_apart",
             "runtime/step_caches::a_generation_does_not_read_what_another_one_left",
         ),
+        works(
+            "A cache with the residuals of a ControlNet",
+            "each step adds its own once; diffusers adds those of the last full step and its own",
+            "runtime/cached_controlnets::residuals_are_those_of_the_step",
+        ),
         refused(
             "`FasterCacheConfig`, `SeaCacheConfig`, `TextKVCacheConfig`; a second cache",
             "a first-block cache needs no module; `disable_cache()` first",
@@ -379,6 +384,18 @@ USES: dict[str, list[Use]] = {
             "leave the cache out",
             "runtime/step_caches::graphs_that_cannot_be_cut_are_refused",
             "runtime/step_caches::models_without_blocks_are_refused",
+        ),
+        refused(
+            "Configs with values that no cache can use, such as NaN or an interval of 0; other objects",
+            "the message names the field and what it may hold",
+            "runtime/step_caches::wrong_values_are_refused_by_name",
+            "runtime/step_caches::other_caches_are_refused",
+        ),
+        refused(
+            "Caches of modules whose results the recipe shifts by timestep; of blocks that it scales differently",
+            "name attentions or whole blocks; another recipe",
+            "runtime/changed_borders::values_that_move_with_the_timestep_are_refused",
+            "runtime/changed_borders::blocks_that_are_scaled_differently_are_refused",
         ),
         refused(
             "A cache that was enabled before quantization",

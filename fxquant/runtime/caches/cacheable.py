@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -16,7 +16,10 @@ from fxquant.capture.trace import Architecture
 from fxquant.errors import ConfigurationError
 from fxquant.runtime.caches.cutting import Run
 from fxquant.runtime.caches.rules import rule_of
-from fxquant.runtime.caches.state import States, kind_of
+from fxquant.runtime.caches.state import Context, States, kind_of
+
+if TYPE_CHECKING:
+    from fxquant.runtime.compiling import InPieces
 
 log = logging.getLogger(__name__)
 
@@ -59,25 +62,29 @@ class StepCache:
             kept = self._cuts[module] = module._code, self._rule.cut(module)
         return kept[1]
 
-    def run(self, captured: CapturedGraph, inputs: Sequence[Any], run: Run) -> tuple[Any, ...]:
+    def run(
+        self, captured: CapturedGraph, inputs: Sequence[Any], run: Run, context: str | None = None
+    ) -> tuple[Any, ...]:
         """The outputs of a graph.
 
         Args:
             captured: The graph, with the names of its inputs.
             inputs: Its tensor inputs.
             run: Runs a part of it.
+            context: Name of the ``cache_context`` of the call.
 
         Raises:
             ConfigurationError: If the graph cannot be cut, or the call is in no context of a model that needs one.
         """
-        if self.states.name is None and self._rule.needs_context and self._sets_context:
+        if context is None and self._rule.needs_context and self._sets_context:
             raise ConfigurationError(
                 "the model has a cache of steps, and this call is in no cache_context, which keeps calls with a prompt "
                 'apart from calls without; write: with model.cache_context("cond"): model(...)'
             )
         parts = self.parts(captured.module)
         named = dict(zip((name for name, _ in captured.call.tensors), inputs, strict=True))
-        memory = self.states.of(kind_of(parts, list(inputs)), named, self._timestep, self._rule.memory)
+        key = context, kind_of(parts, list(inputs))
+        memory = self.states.of(key, named, self._timestep, self._rule.memory)
         try:
             leaves, skipped = self._rule.run(parts, inputs, memory, run)
         except BaseException:  # Memory may have run out; the state is half of this step.
@@ -95,6 +102,8 @@ class Cacheable(nn.Module):
     architecture: Architecture
     captured: list[CapturedGraph]
     _cache: StepCache | None = None
+    _context: Context
+    _pieces: InPieces | None
 
     @property
     def is_cache_enabled(self) -> bool:
@@ -144,6 +153,8 @@ class Cacheable(nn.Module):
         if self._cache is None:
             log.warning("no cache of steps is enabled, so there is nothing to disable")
         self._cache = None
+        if self._pieces is not None:
+            self._pieces.forget_parts()
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
@@ -155,18 +166,15 @@ class Cacheable(nn.Module):
         Args:
             name: The name, such as ``"cond"``.
         """
-        states = None if self._cache is None else self._cache.states
-        if states is None:
-            yield
-            return
-        before, states.name = states.name, name
+        context = self._context
+        before, context.name = context.name, name
         try:
             yield
         except BaseException:
-            states.reset()
+            self._reset_stateful_cache()
             raise
         finally:
-            states.name = before
+            context.name = before
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Forget what the last generation left; pipelines call it when they end."""
@@ -182,7 +190,7 @@ class Cacheable(nn.Module):
         """The outputs of a graph, with a cache if one is enabled."""
         if self._cache is None:
             return run(captured.module, inputs)
-        return self._cache.run(captured, inputs, run)
+        return self._cache.run(captured, inputs, run, self._context.name)
 
 
 def refuse_compiling(model: Cacheable) -> None:

@@ -88,26 +88,31 @@ class _Held:
 
 
 @dataclass
-class States(threading.local):
-    """The states of one thread.
+class Context(threading.local):
+    """Where one thread is.
 
     Attributes:
         name: The name of the ``cache_context`` that the thread is in; None outside of one.
     """
 
     name: str | None = None
+
+
+@dataclass
+class States(threading.local):
+    """The states of one thread."""
+
     _held: dict[Hashable, _Held] = field(default_factory=dict)
 
-    def of(self, kind: Hashable, named: Mapping[str, Tensor], timestep: str | None, make: Callable[[], Any]) -> Any:
-        """The state for a call in the present context; made anew if the call begins a generation.
+    def of(self, key: Hashable, named: Mapping[str, Tensor], timestep: str | None, make: Callable[[], Any]) -> Any:
+        """The state for a call; made anew if the call begins a generation.
 
         Args:
-            kind: What calls that share a state have in common.
+            key: What calls that share a state have in common.
             named: The tensor inputs of the call by name.
             timestep: Name of the input that holds the timestep, or None.
             make: Makes an empty state.
         """
-        key = self.name, kind
         held = self._held.pop(key, None) or _Held(Progress(), make())
         if held.progress.begins_anew(named, timestep):
             held.memory = make()
