@@ -272,8 +272,9 @@ USES: dict[str, list[Use]] = {
         ),
         works(
             "Hot swap, also of a compiled model",
-            "values change, nothing is compiled again",
+            "values change, nothing is compiled again; for a higher rank or further layers the graphs are traced again",
             "adapters/methods::a_hot_swap_changes_values_only",
+            "adapters/methods::a_hot_swap_to_a_higher_rank_makes_room",
             "adapters/compiled::a_swap_compiles_nothing",
         ),
         works(
