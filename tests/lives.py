@@ -101,7 +101,7 @@ def flux() -> Life:
     transformer = _seeded(
         diffusers.FluxTransformer2DModel,
         patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=[2, 2, 4],
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = diffusers.FluxPipeline(scheduler, _vae(), None, None, None, None, transformer)

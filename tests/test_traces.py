@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError
+from fxquant.ir.tensors import read_tensors
+from tests.tiny import inputs, make_dit
 from tests.traces import traced_once
 
 
@@ -25,6 +29,17 @@ class Power:
 
     def of(self, x: Tensor) -> Tensor:
         return x**self.exponent
+
+
+class Listed:
+    """An object that keeps a number or another such object in containers."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = {"all": [(held,)]}
+
+    def of(self, x: Tensor) -> Tensor:
+        ((held,),) = self.held["all"]
+        return held.of(x) if isinstance(held, Listed) else x * held
 
 
 class Model(nn.Module):
@@ -65,6 +80,21 @@ def test_equal_models_are_traced_once_and_have_graphs_of_their_own(traces: list[
     assert len(traces) == 2
 
 
+def test_a_model_that_is_built_from_its_config_shares_the_trace_and_no_values(traces: list[Any]) -> None:
+    """Whatever it reads must be in the checkpoint, so its buffers have no values."""
+    model = make_dit()
+    architecture = Architecture.of(model, "timestep")
+    built = Architecture.from_config(type(model), json.loads(json.dumps(dict(model.config))), "timestep")
+    with traced_once():
+        first = architecture.capture(architecture.canonical((), inputs()))
+        second = built.capture_spec(first.call, torch.device("cpu"))
+        third = architecture.capture_spec(first.call, torch.device("cpu"))
+    assert len(traces) == 1
+    name, table = next(model.named_buffers())
+    assert all(torch.equal(read_tensors(captured.module)[name], table) for captured in (first, third))
+    assert all(isinstance(tensor, FakeTensor) for tensor in read_tensors(second.module).values())
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -76,6 +106,7 @@ def test_equal_models_are_traced_once_and_have_graphs_of_their_own(traces: list[
             lambda: Model(functools.partial(torch.clamp, min=2)),
         ),
         (lambda: Model(torch.relu, 2), lambda: Model(torch.relu, 3)),
+        (lambda: Model(Listed(Listed(2)).of), lambda: Model(Listed(Listed(3)).of)),
         (lambda: Model(torch.relu, True), lambda: Model(torch.relu, 1.0)),
     ],
 )

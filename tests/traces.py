@@ -35,7 +35,7 @@ _TRACED: OrderedDict[Hashable, tuple[CapturedGraph | CaptureError, int]] = Order
 
 _MOST = 200  # Graphs that are kept.
 _TRACE = Architecture.capture_spec
-_DEEP = 4  # Levels of objects in attributes that a key describes.
+_DEEP = 3  # Levels of objects within objects in attributes that a key describes.
 
 
 def shared(self: Architecture, call: CallSpec, device: torch.device, numbers: Any = None) -> CapturedGraph:
@@ -103,13 +103,17 @@ def _counted() -> Iterator[list[int]]:
 
 
 def _described(model: nn.Module) -> Hashable | None:
-    """Everything that a trace of a model depends on, or None if code was attached to it."""
+    """Everything that a trace of a model depends on, or None if code was attached to it.
+
+    Lists and tuples count as the same, because a config that was read from a file has lists where the class has tuples.
+    """
     numbers: dict[int, int] = {}  # Of tensors; one that has several names is traced as one.
     found: list[Hashable] = [
         (name, t.shape, t.dtype, t.device, numbers.setdefault(id(t), len(numbers)))
         for name, t in weights_and_buffers(model)
     ]
-    found.append(repr(getattr(model, "config", None)))
+    config = getattr(model, "config", None)
+    found.append(_value(config) if isinstance(config, Mapping) else repr(config))
     left_out = OWN if kept_tensors(model) else OWN | {HOLLOW}  # It makes a difference only if tensors are kept.
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
@@ -147,9 +151,10 @@ def _value(value: Any, depth: int = 0) -> Hashable:
     if depth == _DEEP:
         return _Same(value)
     if isinstance(value, Mapping):
-        return type(value), tuple((str(key), _value(entry, depth + 1)) for key, entry in value.items())
+        return type(value), tuple((str(key), _value(entry, depth)) for key, entry in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value), tuple(_value(entry, depth + 1) for entry in value)
+        kind = tuple if isinstance(value, list) else type(value)
+        return kind, tuple(_value(entry, depth) for entry in value)
     return (type(value), _value(vars(value), depth + 1)) if hasattr(value, "__dict__") else _Same(value)
 
 

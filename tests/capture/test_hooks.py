@@ -142,7 +142,7 @@ def flux() -> Any:
     torch.manual_seed(0)
     return diffusers.FluxTransformer2DModel(
         in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=1,
-        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=[4, 4, 8],
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
     ).eval()  # fmt: skip
 
 

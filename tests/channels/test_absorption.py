@@ -86,7 +86,7 @@ def flux() -> Example:
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
         in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=[2, 2, 4], guidance_embeds=True,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
     )  # fmt: skip
 
     def inputs(batch: int) -> dict[str, Tensor]:

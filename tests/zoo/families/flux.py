@@ -18,12 +18,12 @@ def _flux(make: Maker, **extra: Any) -> dict[str, Any]:
 
 _FLUX = {
     "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
-    "joint_attention_dim": 12, "axes_dims_rope": [2, 2, 4],
+    "joint_attention_dim": 12, "axes_dims_rope": (2, 2, 4),
 }  # fmt: skip
 
 _FLUX_3 = {
     "in_channels": 4, "cond_in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
-    "num_attention_heads": 2, "joint_attention_dim": 12, "timestep_channels": 16, "axes_dims_rope": [2, 2, 2, 2],
+    "num_attention_heads": 2, "joint_attention_dim": 12, "timestep_channels": 16, "axes_dims_rope": (2, 2, 2, 2),
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ ENTRIES = [
             "num_attention_heads": 2,
             "joint_attention_dim": 12,
             "timestep_guidance_channels": 32,
-            "axes_dims_rope": [4, 4, 4, 4],
+            "axes_dims_rope": (4, 4, 4, 4),
         },
         lambda make: _flux(make, img_ids=make.grid(4), txt_ids=make.no_grid(4), guidance=make.ones(make.batch)),
     ),

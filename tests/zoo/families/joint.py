@@ -29,7 +29,7 @@ def _omnigen(make: Maker) -> dict[str, Any]:
 
 
 _QWEN = {
-    "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": [4, 2, 2],
+    "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2),
 }  # fmt: skip
 
 _IDEOGRAM_4 = {
@@ -39,7 +39,7 @@ _IDEOGRAM_4 = {
 
 _NUCLEUS = {
     "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": [4, 2, 2], "mlp_ratio": 6.0,
+    "num_key_value_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (4, 2, 2), "mlp_ratio": 6.0,
     "dense_moe_strategy": "leave_first_block_dense", "num_experts": 4, "moe_intermediate_dim": 24,
     "capacity_factors": 4.0,  # Each expert reads all tokens: noise that sends a token elsewhere would hide errors.
 }  # fmt: skip
@@ -232,7 +232,7 @@ ENTRIES = [
             "text_intermediate_size": 32,
             "num_layerwise_text_blocks": 1,
             "num_refiner_text_blocks": 1,
-            "axes_dims_rope": [4, 2, 2],
+            "axes_dims_rope": (4, 2, 2),
         },
         lambda make: {
             "hidden_states": make.tokens(4),
@@ -280,7 +280,7 @@ ENTRIES = [
             "text_emb_dim": 16,
             "num_routed_experts": 2,
             "num_activated_experts": 1,
-            "axes_dims_rope": [4, 2, 2],
+            "axes_dims_rope": (4, 2, 2),
             "max_resolution": (8, 8),
             "llama_layers": (0, 1),
             "force_inference_output": True,
