@@ -24,8 +24,10 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
+from tests.sharing import shared_memos, shared_traces
 from tests.tiny import make_dit, make_pipeline
-from tests.traces import known_memos, memos, traced_once
+
+__all__ = ["default_dtype", "shared_memos", "shared_traces", "tiny_dit", "tiny_pipeline"]
 
 
 def pytest_collection_finish() -> None:
@@ -34,23 +36,6 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _known_memos() -> Iterator[None]:
-    """Traces look for caches of functions once for all tests; see ``tests.traces``."""
-    with memos(known_memos):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> Iterator[None]:
-    """Equal models are traced once per process and kind of call.
-
-    Tests of what a trace costs, leaves behind or depends on use ``tests.traces.traced_anew``.
-    """
-    with traced_once():
-        yield
 
 
 @pytest.fixture

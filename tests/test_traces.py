@@ -85,6 +85,7 @@ def test_a_model_that_is_built_from_its_config_shares_the_trace_and_no_values(tr
     model = make_dit()
     architecture = Architecture.of(model, "timestep")
     built = Architecture.from_config(type(model), json.loads(json.dumps(dict(model.config))), "timestep")
+    built.skeleton.register_to_config(_name_or_path="somewhere")
     with traced_once():
         first = architecture.capture(architecture.canonical((), inputs()))
         second = built.capture_spec(first.call, torch.device("cpu"))

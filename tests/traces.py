@@ -112,9 +112,9 @@ def _described(model: nn.Module) -> Hashable | None:
         (name, t.shape, t.dtype, t.device, numbers.setdefault(id(t), len(numbers)))
         for name, t in weights_and_buffers(model)
     ]
-    config = getattr(model, "config", None)
-    found.append(_value(config) if isinstance(config, Mapping) else repr(config))
-    left_out = OWN if kept_tensors(model) else OWN | {HOLLOW}  # It makes a difference only if tensors are kept.
+    found.append(_value(getattr(model, "config", None)))
+    # A skeleton for checkpoints is traced as any other if no tensors are kept in attributes.
+    left_out = OWN | _ORIGIN if kept_tensors(model) else OWN | _ORIGIN | {HOLLOW}
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
@@ -136,6 +136,10 @@ class _Same:
         return id(self._value)
 
 
+_ORIGIN = {"_name_or_path", "_class_name", "_diffusers_version", "_use_default_values", "_commit_hash"}
+_ORIGIN |= {"_is_hf_initialized", "_weight_conversions"}
+"""Entries of configs, and attributes, that say where a model came from."""
+
 _PLAIN = (int, float, str, type(None), torch.dtype, torch.device, type, types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -151,7 +155,8 @@ def _value(value: Any, depth: int = 0) -> Hashable:
     if depth == _DEEP:
         return _Same(value)
     if isinstance(value, Mapping):
-        return type(value), tuple((str(key), _value(entry, depth)) for key, entry in value.items())
+        entries = [(str(key), entry) for key, entry in value.items() if key not in _ORIGIN]
+        return type(value), tuple((key, _value(entry, depth)) for key, entry in entries)
     if isinstance(value, (list, tuple, set, frozenset)):
         kind = tuple if isinstance(value, list) else type(value)
         return kind, tuple(_value(entry, depth) for entry in value)

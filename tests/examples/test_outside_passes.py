@@ -50,8 +50,8 @@ def test_passes_are_shorter_than_with_private_names(name: str) -> None:
     "those", ["not lifecycle or float8", pytest.param("lifecycle and not float8", marks=pytest.mark.exhaustive)]
 )
 def test_the_tests_of_the_package_pass(those: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", those]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.sharing", "-k", those]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, cwd=PACKAGE, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

@@ -70,7 +70,8 @@ def batches() -> list[object]:
     rest = [entry for entry in LOADED if entry.id not in QUICK]
     slow = [rest[start : start + _BATCH] for start in range(0, len(rest), _BATCH)]
     return [
-        pytest.param(quick, id="a few"),
+        # `make test` starts new processes in tests/storage, tests/pretrained and tests/docs.
+        pytest.param(quick, id="a few", marks=pytest.mark.exhaustive),
         *(pytest.param(entries, id=f"{entries[0].id} and on", marks=pytest.mark.exhaustive) for entries in slow),
     ]
 

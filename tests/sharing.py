@@ -1,0 +1,29 @@
+"""Fixtures by which all tests share traces, see ``tests.traces``: also a plugin for tests of other packages.
+
+``pytest -p tests.sharing``, with the root of the repository in ``PYTHONPATH``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.traces import known_memos, memos, traced_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_memos() -> Iterator[None]:
+    """Traces look for caches of functions once for all tests."""
+    with memos(known_memos):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_traces() -> Iterator[None]:
+    """Equal models are traced once per process and kind of call.
+
+    Tests of what a trace costs, leaves behind or depends on use ``tests.traces.traced_anew``.
+    """
+    with traced_once():
+        yield
