@@ -75,22 +75,25 @@ def test_sharded_and_bf16_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "seconds", "peak"),
+    ("recipe", "blocks", "seconds", "peak"),
     [
-        ("rtn-w8a8", 6.6, 4.84),
-        ("ptq4dit-w8a8", 25.5, 6.29),
-        ("ptq4dit-w4a8", 26.8, 6.16),
-        ("ptq4dit-gptq-w4a8", 172, 7.88),
+        ("rtn-w8a8", 28, 6.6, 4.84),
+        ("ptq4dit-w8a8", 4, 2.5, 1.43),
+        ("ptq4dit-w8a8", 14, 8.7, 3.44),
+        ("ptq4dit-w8a8", 28, 25.5, 6.29),
+        ("ptq4dit-w8a8", 56, 43.1, 11.72),
+        ("ptq4dit-w4a8", 28, 26.8, 6.16),
+        ("ptq4dit-gptq-w4a8", 28, 172, 7.88),
     ],
 )
-def test_time_and_memory_of_dit_xl(recipe: str, seconds: float, peak: float) -> None:
+def test_time_and_memory_of_dit_xl(recipe: str, blocks: int, seconds: float, peak: float) -> None:
     """As measured in benchmarks/results/convert.md, in seconds and GB."""
     with torch.device("meta"):
-        model = DiTTransformer2DModel(num_layers=28, sample_size=32, out_channels=8)
+        model = DiTTransformer2DModel(num_layers=blocks, sample_size=32, out_channels=8)
     tensors = {name: Header("float32", tuple(tensor.shape)) for name, tensor in model.named_parameters()}
     chosen = fxquant.make_recipe(recipe)
     part = forecast_of_part(tensors, chosen, torch.float32, "diffusers")
-    assert part["convert_seconds"] == pytest.approx(seconds, rel=0.3)
+    assert part["convert_seconds"] == pytest.approx(seconds, rel=0.35)
     assert 0.65 + (part["float_bytes"] + bytes_beside(chosen, part)) / 1e9 == pytest.approx(peak, rel=0.3)
 
 
