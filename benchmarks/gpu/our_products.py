@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.gpu.products import BF16_STEP, FLOAT_SUMS, FP8, FP8_SUMS, Case, Product, Shape
 from fxquant.backends.native.gpu import machine, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
+from fxquant.numerics.formats import Scales
 from fxquant.numerics.packing import pack
 from fxquant.numerics.weights import dequantize_weight
 
@@ -67,11 +68,11 @@ def _codes(kind: _Kind, shape: Shape, device: torch.device) -> Case:
     bias = torch.randn(outputs, device=device).to(torch.bfloat16)
     arguments = (x, x_scale, x_zero_point, held, scale, zero_point, sums, bias, kind.bits, outputs, "none")
     nothing = (None, None, None, None, 255, torch.bfloat16, kind.group_size, offset, x_sums)
-    grid = kind.bits, kind.group_size, inputs, torch.float64
+    grid = f"int{kind.bits}", kind.group_size, inputs, torch.float64
     return Case(
         lambda: torch.ops.fxquant_native.triton_linear(*arguments, *nothing),
         lambda part: x_scale.double() * (x[part].double() + (weights.MIDDLE - _ZERO_POINT)),
-        lambda: dequantize_weight(packed, scale.double(), zero_point, *grid),
+        lambda: dequantize_weight(packed, Scales(scale.double(), zero_point), *grid),
         _step(),
         FLOAT_SUMS,
         bias=bias,
@@ -86,11 +87,11 @@ def _weights_alone(kind: _Kind, shape: Shape, device: torch.device) -> Case:
     x = torch.randn(rows, inputs, device=device).to(torch.bfloat16)
     bias = torch.randn(outputs, device=device).to(torch.bfloat16)
     arguments = (x, held, scale, zero_point, bias, kind.bits, kind.group_size, outputs)
-    grid = kind.bits, kind.group_size, inputs, torch.float64
+    grid = f"int{kind.bits}", kind.group_size, inputs, torch.float64
     return Case(
         lambda: torch.ops.fxquant_native.triton_weight_only_linear(*arguments),
         lambda part: x[part].double(),
-        lambda: dequantize_weight(packed, scale.double(), zero_point, *grid),
+        lambda: dequantize_weight(packed, Scales(scale.double(), zero_point), *grid),
         _step(),
         FLOAT_SUMS,
         bias=bias,

@@ -166,12 +166,17 @@ class _Choices:
             method = "nearest"
         if "reconstruct-blocks" in self.passes and self.layer.kind == "linear":
             method = "learned by reconstruct-blocks"
-        groups = self.layer.group_size
+        groups, rows = self.layer.group_size, self.layer.group_rows
         grids = f"one grid per {groups} input channels" if groups else "one grid per output channel"
-        return f"{self.layer.weight_bits} bits, {method}, {grids}"
+        if rows != 1:
+            grids += f", shared by {rows or 'all'} output channels"
+        return f"{self.layer.weight_format or f'{self.layer.weight_bits} bits'}, {method}, {grids}"
 
     def _why_range(self) -> str | None:
         assert self.layer.activation is not None
+        format = self.layer.format_of_input
+        if format is not None and format.block:
+            return f"every block of {format.block} channels gets its own scale when the model runs"
         if self.layer.activation.method == "dynamic":
             return "every token gets its own range when the model runs; the plan holds the extremes of calibration"
         return None
@@ -180,7 +185,7 @@ class _Choices:
 def _of_attention(plan: Plan, name: str) -> list[Choice]:
     entry: AttentionPlan = plan.attentions[name]
     passes = passes_of(plan)
-    bits = "float" if entry.bits is None else f"q, k and v in {entry.bits} bits"
+    bits = "float" if entry.bits is None else f"q, k and v in {entry.format or f'{entry.bits} bits'}"
     found = [Choice(str(passes.get("assign-precision", "assign-precision")), "precision", bits, entry.reason)]
     if entry.bits is not None:
         text = str(passes.get("quantize-attention", "quantize-attention"))

@@ -196,7 +196,12 @@ def _layer(name: str, header: Header, step: Any) -> LayerPlan | None:
     chosen: Precision = precision_of(layer, role, Precision.parse(step.precision), step.layers, step.overrides)
     shape = [header.shape[0], math.prod(header.shape[1:])]
     group = chosen.group_size if kind == "linear" else 0
-    return LayerPlan(kind, role, shape, chosen.weight_bits, chosen.activation_bits, group)
+    return LayerPlan(
+        *(kind, role, shape, chosen.weight_bits, chosen.activation_bits, group),
+        weight_format=chosen.weight_format,
+        activation_format=chosen.activation_format,
+        group_rows=chosen.group_rows if kind == "linear" else 1,
+    )
 
 
 def _seconds(recipe: Recipe, parameters: int, layers: int) -> float | None:

@@ -23,7 +23,7 @@ from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, shortened
 from fxquant.planning.attribution import Attribution, kept_attribution
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
-from fxquant.planning.formats import blocks_of, check_formats
+from fxquant.planning.formats import blocks_of, check_formats, check_known
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
 from fxquant.planning.plan_types import changed, check_json, check_types, check_vectors
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
@@ -272,6 +272,7 @@ class Plan:
             for name in tensors:
                 if is_of_pass(name):
                     raise CheckpointError(f"tensor {name!r} belongs to no decision of the plan")
+            check_known([*values["layers"].values(), *values["attentions"].values()])
             return cls(**values, vectors=tensors)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan cannot be read: {error!r}") from error

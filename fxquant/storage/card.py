@@ -111,9 +111,10 @@ def _facts(plan: Plan, dtype: str) -> str:
 def _precisions(plan: Plan) -> Counter[str]:
     found: Counter[str] = Counter()
     for _, layer in plan.quantized():
-        inputs = "float activations" if layer.activation_bits is None else f"{layer.activation_bits}-bit activations"
+        kind = layer.activation_format or f"{layer.activation_bits}-bit"
+        inputs = "float activations" if layer.activation_bits is None else f"{kind} activations"
         groups = f" in groups of {layer.group_size}" if layer.group_size else ""
-        found[f"{layer.weight_bits}-bit weights{groups} and {inputs}"] += 1
+        found[f"{layer.weight_format or f'{layer.weight_bits}-bit'} weights{groups} and {inputs}"] += 1
     return found
 
 

@@ -62,7 +62,7 @@ def test_rows_of_every_grid(bits: int, symmetric: bool, grid: str) -> None:
     sums = weight.sum(1, dtype=torch.int32)
     y = ours.linear_rows(codes, scale, zero_point, weight, made.scale, sums, excess, bias, F32)
     grids = codes, scale, zero_point, made.packed, made.scale, made.zero_point
-    close(y, reference.linear(*grids, bias, bits, 0, torch.float64))
+    close(y, reference.linear(*grids, bias, "int8", f"int{bits}", 0, torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ class Told(nn.Module):
         self.register_buffer("zero", torch.full((24, 1), 128, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        both = reference.token_grid(x, 8)
+        both = reference.token_grid(x, "int8")
         scale, zero_point = both[0], both[1]
         codes = reference.quantize(x, scale, zero_point, "int8")
         grid = (self.packed, self.step, self.zero)

@@ -1,0 +1,54 @@
+"""Compare number formats on the digits model, plain and with planted salience: `python -m examples.digits.formats`.
+
+Prints, for each recipe, the SQNR of the predicted noise (mean over test timesteps and at the worst one) and the size
+of the checkpoint. It takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from fxquant.pipeline.recipes import make_recipe
+
+from .compare import Calibrated, checkpoint_megabytes, noise_sqnr, predicted_noise, test_calls
+from .generator import load_pipeline
+from .salience import plant_salience
+
+RECIPES = (
+    *("rtn-w8a8", "rtn-dynamic-w8a8", "rtn-wfp8afp8", "rtn-dynamic-wfp8afp8", "rtn-wmxfp8amxfp8"),
+    *("rtn-wmxfp6amxfp6", "rtn-w4a8", "rtn-wmxfp4amxfp8", "rtn-w4a4", "rtn-dynamic-w4a4", "rtn-dynamic-w4a4-g32"),
+    *("rtn-dynamic-w4a4-g16", "rtn-wmxfp4amxfp4", "rtn-wnvfp4anvfp4", "rtn-dynamic-wnvfp4anvfp4"),
+    *("ptq4dit-dynamic-gptq-w4a4-g32", "ptq4dit-gptq-wmxfp4amxfp4", "ptq4dit-gptq-wnvfp4anvfp4"),
+    *("rtn-w4a16-g64", "rtn-wnf4a16-g64", "rtn-wmxfp4a16", "rtn-wnvfp4a16"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="recipes with precision")
+    parser.add_argument("--layers", default="blocks", help="layers that are quantized: default, blocks or all")
+    options = parser.parse_args(arguments)
+    pipe = load_pipeline()
+    rows: dict[str, list[float]] = {recipe: [] for recipe in options.recipes}
+    for name, model in (("plain", pipe.transformer), ("planted", plant_salience(pipe.transformer))):
+        calls = test_calls(pipe, model)
+        noise, calibrated = predicted_noise(model, calls), Calibrated(pipe, model, options.layers)
+        for recipe, row in rows.items():
+            quantized, _ = calibrated.quantize(make_recipe(recipe, options.layers))
+            sqnr = noise_sqnr(quantized, noise, calls)
+            row += [sum(sqnr) / len(sqnr), min(sqnr)]
+            print(f"{name} {recipe}: mean {row[-2]:.2f} dB, worst {row[-1]:.2f} dB", flush=True)
+            if name == "planted":
+                row.append(checkpoint_megabytes(quantized))
+    headers = ["recipe", "plain: mean dB", "worst dB", "planted: mean dB", "worst dB", "MB"]
+    print(
+        tabulate([[recipe, *row] for recipe, row in rows.items()], headers=headers, floatfmt=".2f", tablefmt="github")
+    )
+
+
+if __name__ == "__main__":
+    main()
