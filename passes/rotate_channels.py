@@ -58,7 +58,8 @@ class RotateChannels(Pass):
     Where the channel walk finds that the producers of x can be rotated offline, nothing is computed at run time: the
     projection to v takes the rotation of an output projection through attention, in blocks within a head, and a linear
     that of the next linear. The rules are in :mod:`fxquant.channels.rules.rotations`. Elsewhere the input is rotated by
-    ``fxquant::hadamard``, once for all linears that read it. Equal in real arithmetic.
+    ``fxquant::hadamard``, once for all linears that read it. Equal in real arithmetic. It runs after calibration, and
+    after the passes that balance and shift channels; statistics follow the rotation.
 
     Attributes:
         block: Channels per Hadamard matrix; 0 for the largest power of two that divides the number of channels, and

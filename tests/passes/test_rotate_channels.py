@@ -167,17 +167,21 @@ def test_roles() -> None:
     assert roles.count("rotate") == 1 and roles.count("factor") == 1
 
 
-@pytest.mark.parametrize("place", [" ; rotate-channels{least=4},", ",rotate-channels{least=4} ; "])
-def test_lifecycle(place: str) -> None:
+def test_lifecycle() -> None:
     model = tiny_dit()
-    recipe = f"remove-no-ops,assign-precision{{precision=w4a4}}{place}quantize-linears"
     check_lifecycle(
-        recipe,
+        "remove-no-ops,assign-precision{precision=w4a4} ; rotate-channels{least=4},quantize-linears",
         model,
         example_calls(model),
         other_shape=example_call(model, size=4),
         backends=["fake-quant", "native"],
     )
+
+
+def test_it_runs_after_calibration() -> None:
+    recipe = "assign-precision,rotate-channels ; quantize-linears"
+    with pytest.raises(ConfigurationError, match="insert-observers works on observed graphs"):
+        compiled(tiny_dit(), recipe)
 
 
 def test_lifecycle_of_the_composition() -> None:
