@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 from fxquant.pretrained.registration import watch
 
 if TYPE_CHECKING:
+    from fxquant.allocation.measure import sensitivity
+    from fxquant.allocation.result import SearchResult
+    from fxquant.allocation.search import search
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
     from fxquant.export.balance import balance
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.attribution import Attribution
     from fxquant.planning.plan import Plan
+    from fxquant.planning.sensitivities import Sensitivities
     from fxquant.pretrained.components import compile_pipeline
     from fxquant.pretrained.config import FxQuantConfig
     from fxquant.pretrained.entries import compile_parts
@@ -51,6 +55,8 @@ __all__ = [
     "QualityWarning",
     "Recipe",
     "Report",
+    "SearchResult",
+    "Sensitivities",
     "SpeedWarning",
     "Statistics",
     "attribute",
@@ -80,6 +86,8 @@ __all__ = [
     "rewrite_history",
     "save",
     "save_pipeline",
+    "search",
+    "sensitivity",
     "trace",
 ]
 
@@ -100,6 +108,8 @@ _HOMES = {
     "QualityWarning": "errors",
     "Recipe": "pipeline.recipes",
     "Report": "inspect.report",
+    "SearchResult": "allocation.result",
+    "Sensitivities": "planning.sensitivities",
     "SpeedWarning": "errors",
     "Statistics": "statistics.collection",
     "attribute": "inspect.errors",
@@ -129,6 +139,8 @@ _HOMES = {
     "rewrite_history": "inspect.history",
     "save": "storage.checkpoint",
     "save_pipeline": "storage.diffusers_io",
+    "search": "allocation.search",
+    "sensitivity": "allocation.measure",
     "trace": "api",
 }
 

@@ -72,6 +72,18 @@ class DuplicateNameError(FxquantError, ValueError):
     """Two objects were registered under one name."""
 
 
+class UnreachableTargetError(ConfigurationError):
+    """A search cannot reach its target; the message says the best that it can reach, and what to change.
+
+    Attributes:
+        best: The best that can be reached, in the unit of the target.
+    """
+
+    def __init__(self, message: str, best: float) -> None:
+        super().__init__(message)
+        self.best = best
+
+
 class PluginError(FxquantError, ImportError):
     """Another package offers a pass, recipe or backend that cannot be imported; the message names the package."""
 

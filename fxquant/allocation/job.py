@@ -110,6 +110,7 @@ class Job:
         for call in calls_at(self.kept, step):
             sweep, alternatives = sweeps[call.kind]
             spec = sweep.pair.call
+            assert spec is not None
             inputs = some_inputs(spec, inputs_on(call, spec, self.prepared.base.device), self.samples)
             sweep.forward(inputs)
             signal += sweep.signal
@@ -174,6 +175,7 @@ class Job:
             probes=self.probes,
             seconds=round(self.earlier + time.monotonic() - self.began, 3),
             made_for=key,
+            weights=weights_digest(self.prepared.model),
             left_out=self._left_out(),
         )
 

@@ -74,7 +74,7 @@ def sensitivity(
         ConfigurationError: If an option is out of range, a candidate is not a precision, or no calls were kept.
         CalibrationError: If calibration fails, or the statistics lack what the recipe needs.
     """
-    _check(timesteps, samples, probes, measure, budget, resume, seed)
+    check_options(timesteps, samples, probes, measure, budget, resume, seed)
     most = wanted_calls(timesteps)
     prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
     with without_autocast(device_of(model).type):
@@ -82,7 +82,12 @@ def sensitivity(
         return job.run(None if resume is None else Path(resume), progress or (lambda what, done, total: None))
 
 
-def _check(timesteps: Any, samples: Any, probes: Any, measure: Any, budget: Any, resume: Any, seed: Any) -> None:
+def check_options(timesteps: Any, samples: Any, probes: Any, measure: Any, budget: Any, resume: Any, seed: Any) -> None:
+    """Refuse options that are out of range.
+
+    Raises:
+        ConfigurationError: Names the option.
+    """
     check_type("samples", samples, int, "a whole number")
     check_type("probes", probes, int, "a whole number")
     check_type("measure", measure, int, "a number of layers and precisions")

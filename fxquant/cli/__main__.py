@@ -6,6 +6,7 @@ from fxquant.cli.export import export  # isort: skip
 from fxquant.cli.balance import balance  # isort: skip
 from fxquant.cli.report import report  # isort: skip
 from fxquant.cli.attribute import attribute  # isort: skip
+from fxquant.cli.allocate import search, sensitivity  # isort: skip
 from fxquant.cli.statistics import statistics  # isort: skip
 from fxquant.cli.inspect import inspect  # isort: skip
 from fxquant.cli.explain import explain  # isort: skip
@@ -38,6 +39,8 @@ __all__ = [
     "profile",
     "quantize",
     "report",
+    "search",
+    "sensitivity",
     "statistics",
 ]
 

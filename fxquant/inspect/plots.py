@@ -47,7 +47,7 @@ _STYLE: Any = {
 }
 
 
-def _for_papers(function: Callable[P, Figure]) -> Callable[P, Figure]:
+def for_papers(function: Callable[P, Figure]) -> Callable[P, Figure]:
     """Decorator: draw with the fonts and lines of papers, if matplotlib is there."""
 
     @functools.wraps(function)
@@ -74,7 +74,7 @@ def check_suffix(path: str | Path) -> Path:
     return path
 
 
-@_for_papers
+@for_papers
 def salience_figure(
     plan: Plan, statistics: Statistics, layer: str, weights: Mapping[str, Tensor] | None = None
 ) -> Figure:
@@ -100,7 +100,7 @@ def salience_figure(
         rows.append([("weight", found.weight_before)])
     if found.weight_before is not None and found.weight_after is not None:
         rows[1] = [("weight, before", found.weight_before), ("weight, after", found.weight_after)]
-    figure, axes = _figure(3.4 * len(rows[0]), 1.9 * len(rows), len(rows), len(rows[0]))
+    figure, axes = new_figure(3.4 * len(rows[0]), 1.9 * len(rows), len(rows), len(rows[0]))
     colours = _colours()
     for line, row in zip(axes, rows, strict=True):
         for axis, (title, values) in zip(line, row, strict=False):
@@ -120,7 +120,7 @@ def salience_figure(
     return figure
 
 
-@_for_papers
+@for_papers
 def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any, unit: str = "SQNR in dB") -> Figure:
     """A heat map of errors, one row per layer and one column per timestep.
 
@@ -140,7 +140,7 @@ def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any
             f"a heat map of {len(layers)} layers and {len(timesteps)} timesteps needs as many rows and columns"
         )
     names = min(max(map(len, layers)), _NAME)
-    figure, axes = _figure(1.4 + 0.05 * names + 0.28 * len(timesteps), 0.8 + 0.16 * len(layers))
+    figure, axes = new_figure(1.4 + 0.05 * names + 0.28 * len(timesteps), 0.8 + 0.16 * len(layers))
     axis = axes[0][0]
     low = min((value for row in rows for value in row if not math.isnan(value)), default=0.0)
     high = max((value for row in rows for value in row if not math.isnan(value)), default=1.0)
@@ -158,7 +158,7 @@ def errors_figure(layers: Sequence[str], timesteps: Sequence[float], values: Any
     return figure
 
 
-@_for_papers
+@for_papers
 def output_figure(plans: Mapping[str, Plan]) -> Figure:
     """SQNR of the output against float by timestep, one curve per plan.
 
@@ -172,7 +172,7 @@ def output_figure(plans: Mapping[str, Plan]) -> Figure:
     measured = {name: sorted(plan.output_sqnr_db.items()) for name, plan in plans.items() if plan.output_sqnr_db}
     if not measured:
         raise ConfigurationError("the output error was not measured; compile the model with measure=True")
-    figure, axes = _figure(3.4, 2.2)
+    figure, axes = new_figure(3.4, 2.2)
     for name, values in measured.items():
         axes[0][0].plot(*zip(*values, strict=True), marker=".", linewidth=1, label=_legend_text(name))
     axes[0][0].set(xlabel="timestep", ylabel="output SQNR in dB")
@@ -180,7 +180,7 @@ def output_figure(plans: Mapping[str, Plan]) -> Figure:
     return figure
 
 
-@_for_papers
+@for_papers
 def timesteps_figure(plan: Plan, layer: str) -> Figure:
     """The dendrogram of the timesteps of a layer, with the boundaries of its groups.
 
@@ -198,7 +198,7 @@ def timesteps_figure(plan: Plan, layer: str) -> Figure:
         raise ConfigurationError(
             f"the timesteps of {layer} were not grouped; a recipe with the pass group-timesteps, such as htg-w4a8, does"
         )
-    figure, axes = _figure(5.0, 2.4)
+    figure, axes = new_figure(5.0, 2.4)
     axis, steps = axes[0][0], sorted(plan.timesteps)
     for x, y, bin_ in dendrogram_lines(steps, groups.dendrogram, groups.boundaries):
         axis.plot(x, y, color="0.6" if bin_ is None else f"C{bin_ % 10}", linewidth=1)
@@ -210,7 +210,7 @@ def timesteps_figure(plan: Plan, layer: str) -> Figure:
     return figure
 
 
-@_for_papers
+@for_papers
 def block_figure(history: History, module: str, step: str) -> Figure:
     """The nodes of a module before and after a pass, side by side; what the pass changed is coloured.
 
@@ -233,7 +233,7 @@ def block_figure(history: History, module: str, step: str) -> Figure:
     layouts = [layered(nodes) for nodes in sides]
     sizes = [layout.size for layout in layouts]
     width, height = sum(wide for wide, _ in sizes), max(high for _, high in sizes)
-    figure, axes = _figure(width, height + 0.4, 1, 2, width_ratios=[wide for wide, _ in sizes])
+    figure, axes = new_figure(width, height + 0.4, 1, 2, width_ratios=[wide for wide, _ in sizes])
     for axis, nodes, layout, changes, title in zip(axes[0], sides, layouts, (removed, changed), titles, strict=True):
         draw_nodes(axis, nodes, layout, changes, module)
         axis.set_title(f"{module or history.model_class}, {title}")
@@ -320,7 +320,7 @@ def _legend_text(name: str) -> str:
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves out what begins with an underscore.
 
 
-def _figure(
+def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, width_ratios: Sequence[float] | None = None
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure of a size in inches, not known to pyplot, and its axes by row."""

@@ -249,6 +249,21 @@ def dynamic(precision: Precision, layers: str) -> Recipe:
     return _recipe(precision, layers, linears="activation-range=dynamic")
 
 
+def auto(precision: Precision, layers: str) -> Recipe:
+    """SmoothQuant with alpha searched, GPTQ, and the best ranges by measured error, chosen layer by layer."""
+    if precision.activation_bits is None:
+        return make_recipe(f"ptq4dit-gptq-{precision}", layers)
+    groups = 0 if precision.group_size else 64
+    return _recipe(
+        precision,
+        layers,
+        "balance-channels{salience=max search=11}",
+        "absorb-affines",
+        f"choose-variants{{groups={groups} rounding=gptq}}",
+        linears="rounding=gptq",
+    )
+
+
 def repq(precision: Precision, layers: str) -> Recipe:
     """RepQ-ViT: each channel has a range whose middle and width are absorbed, so that one range remains."""
     return _recipe(

@@ -100,6 +100,7 @@ class Sensitivities:
         probes: Random gradients per timestep.
         seconds: How long the measurement took.
         made_for: Digest of the model's weights and of everything else that the numbers depend on.
+        weights: Digest of the model's weights.
         left_out: What was not measured, and why.
     """
 
@@ -115,6 +116,7 @@ class Sensitivities:
     probes: int
     seconds: float
     made_for: str
+    weights: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, layer: str) -> LayerSensitivity:

@@ -41,6 +41,7 @@ class SensitivitiesFile(Entry):
     made_for: Digest
     digest: Digest
     recipe: Text
+    weights: Text
     model_class: Text
     precisions: Annotated[list[Name], Field(max_length=1_000)]
     timesteps: Annotated[list[Finite], Field(max_length=10_000)]

@@ -56,6 +56,7 @@ for name in ("dit", "pixart", "sd3", "flux", "wan", "cogvideox"):
 del original
 """,
     "docs/questions.md": f"{_MODEL}{_PIPE}",
+    "docs/search.md": _MODEL,
     "docs/speed.md": f"""{_MODEL}{_PIPE}
 fxquant.save(fxquant.compile(model, recipe='rtn-w4a8', calibrate=calibrate), "dit-w4a8")
 """,

@@ -33,7 +33,14 @@ from fxquant.testing import own_passes
 from tests.support import captured, count, outputs, relative_error, text
 
 C = 16
-PLAN_ONLY = ("assign-precision", "bin-ranges", "group-timesteps", "observe-step", "reconstruct-blocks")
+PLAN_ONLY = (
+    "assign-precision",
+    "bin-ranges",
+    "choose-variants",
+    "group-timesteps",
+    "observe-step",
+    "reconstruct-blocks",
+)
 """Passes that decide and leave the graph as it is."""
 
 SQNR_AT_8_BITS = 30.0
@@ -127,6 +134,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "balance-channels": Example("assign-precision", "exponent=0.3 salience=max dearest=free", calibrated),
     "bin-ranges": Example("assign-precision", "bins=2", calibrated),
+    "choose-variants": Example("assign-precision", "bins=2 calls=1", with_calls, run_with="calls=1 probes=1"),
     "group-timesteps": Example("assign-precision", "groups=2 method=optimal dearest=free", calibrated),
     "insert-observers": Example("assign-precision{attention=quantized}"),
     "observe-step": Example(options="step=2"),

@@ -47,12 +47,12 @@ class Pair:
     """One kind of call.
 
     Attributes:
-        call: The inputs that the graph serves.
+        call: The inputs that the graph serves; None in a pass, which does not know them.
         quantized: The quantized graph, not lowered.
         weights: The float weight of each layer, with what passes folded into it, by name.
     """
 
-    call: CallSpec
+    call: CallSpec | None
     quantized: fx.GraphModule
     weights: Mapping[str, Tensor]
 
@@ -110,8 +110,11 @@ def other_pairs(quantized: GraphModel, pairs: Iterable[Pair]) -> list[Pair]:
     """
     plan = copy.deepcopy(quantized.plan)
     assert plan is not None
-    twin = _twin(quantized, plan)
-    return [Pair(pair.call, twin.captured[plan.calls.index(pair.call)].module, pair.weights) for pair in pairs]
+    twin, found = _twin(quantized, plan), []
+    for pair in pairs:
+        assert pair.call is not None
+        found.append(Pair(pair.call, twin.captured[plan.calls.index(pair.call)].module, pair.weights))
+    return found
 
 
 def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> list[dict[str, Tensor]]:

@@ -175,6 +175,7 @@ class _Job:
     ) -> float:
         """Measure one call; returns the seconds without the measured contributions."""
         start, spec = time.monotonic(), sweep.pair.call
+        assert spec is not None
         inputs = some_inputs(spec, inputs_on(call, spec, device), self.samples)
         sweep.forward(inputs)
         output = Energies(sweep.signal, sweep.whole_error(inputs))

@@ -1,0 +1,354 @@
+"""Search the precision of each layer for a size, a quality or a speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from types import NoneType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxquant import api
+from fxquant.allocation.candidates import with_precisions
+from fxquant.allocation.job import Job, Progress
+from fxquant.allocation.measure import CANDIDATES, RECIPE, check_options
+from fxquant.allocation.prepared import Prepared, prepare
+from fxquant.allocation.problem import Problem
+from fxquant.allocation.result import Choice, Point, SearchResult
+from fxquant.calibration.kept_calls import some_inputs
+from fxquant.calibration.recorded import arguments_of, inputs_on
+from fxquant.calibration.samples import KEPT_SAMPLES, Sample, output_sqnr
+from fxquant.capture.calls import CallSpec
+from fxquant.capture.threads import without_autocast
+from fxquant.errors import ConfigurationError, UnreachableTargetError, check_type
+from fxquant.inspect.errors.schedule import calls_at, wanted_calls
+from fxquant.pipeline.backend import Backend
+from fxquant.pipeline.recipes import Recipe
+from fxquant.planning.attribution import to_db
+from fxquant.planning.precision import FLOAT, Precision
+from fxquant.planning.sensitivities import Sensitivities
+from fxquant.runtime.float_model import device_of, weights_digest
+from fxquant.runtime.model import GraphModel
+from fxquant.statistics.collection import Statistics
+
+_CLOSE = 0.1
+"""dB above the target at which a search for the smallest size stops."""
+_HALVINGS = 12
+_CURVE = 9
+
+PRODUCTS = "products: each costs its multiplications times the bits of the wider operand, 16 if one operand is float"
+"""The model of time. It knows no device: what a kernel gains on one, ``fxquant profile`` measures."""
+
+
+def search(
+    model: nn.Module,
+    *,
+    size: float | None = None,
+    sqnr: float | None = None,
+    speed: float | None = None,
+    sensitivities: Sensitivities | None = None,
+    recipe: str | Recipe = RECIPE,
+    candidates: Sequence[str] = CANDIDATES,
+    calibrate: Callable[[], Any] | None = None,
+    statistics: Statistics | None = None,
+    layers: str = "default",
+    timestep: str | None = "timestep",
+    backend: str | Backend = "fake-quant",
+    timesteps: int | Sequence[float] = 10,
+    samples: int = 1,
+    probes: int = 8,
+    measure: int = 2,
+    budget: float | None = None,
+    checks: int = 4,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> SearchResult:
+    """Choose the precision of each layer, and quantize the model with it.
+
+    Sensitivities are measured unless they are given (:func:`fxquant.sensitivity`). An integer program then chooses one
+    precision per layer: for ``size`` and ``speed`` those with the highest mean SQNR of the output within the limit, for
+    ``sqnr`` those with the smallest size that reach it. The result is measured. If it misses the SQNR that was asked
+    for, or passes it by far, the search is repeated with a corrected target. Layers that read the same value get the
+    same activation precision, so that kernels share its codes. The same call makes the same plan.
+
+    Args:
+        model: The float model, in evaluation mode.
+        size: Share of the float model's bytes, up to 1; or a number of bytes.
+        sqnr: Mean SQNR of the output over the kept calls' timesteps, in dB.
+        speed: How many times faster the products of the varied layers should be, by :data:`PRODUCTS`.
+        sensitivities: Those of an earlier measurement of the same model with the same recipe.
+        recipe: As in :func:`fxquant.sensitivity`.
+        candidates: As in :func:`fxquant.sensitivity`; those of the sensitivities, if they are given.
+        calibrate: As in :func:`fxquant.sensitivity`.
+        statistics: As in :func:`fxquant.sensitivity`.
+        layers: As in :func:`fxquant.compile`.
+        timestep: As in :func:`fxquant.compile`.
+        backend: What the result is lowered to.
+        timesteps: As in :func:`fxquant.sensitivity`, as the following four.
+        samples: Samples per timestep.
+        probes: Random gradients per timestep.
+        measure: Errors per timestep that are measured, not estimated.
+        budget: Seconds for the sensitivities.
+        checks: The most models that are compiled and measured for an ``sqnr``.
+        progress: Called as ``progress(what, done, total)``.
+        seed: Seed of the random vectors.
+
+    Raises:
+        ConfigurationError: If not exactly one target is given, an option is out of range, or the sensitivities are of
+            another model or recipe.
+        UnreachableTargetError: If no choice of the candidates reaches the target; says the best that does.
+        CalibrationError: If calibration fails, or the statistics lack what the recipe needs.
+    """
+    target = check_target(size, sqnr, speed)
+    check_options(timesteps, samples, probes, measure, budget, None, seed)
+    check_type("checks", checks, int, "a number of models")
+    check_type("sensitivities", sensitivities, (Sensitivities, NoneType), "what fxquant.sensitivity returned")
+    if checks < 1:
+        raise ConfigurationError(f"checks={checks} leaves nothing to measure; give 1 or more")
+    if sensitivities is not None:
+        candidates = sensitivities.precisions
+        if sensitivities.weights != weights_digest(model):
+            raise ConfigurationError("the sensitivities are of other weights than this model's; measure them again")
+        recipe = Recipe.parse(sensitivities.recipe)
+    most = wanted_calls(timesteps)
+    prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
+    show = progress or (lambda what, done, total: None)
+    with without_autocast(device_of(model).type):
+        if sensitivities is None:
+            sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(None, show)
+        return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed)
+
+
+class _Search:
+    """One search."""
+
+    def __init__(
+        self, prepared: Prepared, found: Sensitivities, backend: str | Backend, checks: int, progress: Progress
+    ) -> None:
+        self.prepared, self.found, self.backend, self.limit_of_checks = prepared, found, backend, checks
+        self.progress = progress
+        missing = [name for name in found.layers if name not in prepared.layers]
+        if missing:
+            raise ConfigurationError(f"the sensitivities are of other layers, such as {missing[0]}; measure them again")
+        self.sizes = problem_of(found, {n: np.array(one.bytes, float) for n, one in found.layers.items()})
+        self.samples = _samples(prepared)
+        self.checked: list[Point] = []
+
+    def run(self, target: str, size: float | None, sqnr: float | None, speed: float | None) -> SearchResult:
+        """Choose, compile, measure."""
+        if size is not None:
+            chosen = self._within(self.sizes, size * self.found.bytes_before if size <= 1 else size)
+        elif speed is not None:
+            chosen = self._faster(speed)
+        else:
+            assert sqnr is not None
+            return self._result(target, *self._reaching(sqnr), cost_model="")
+        made, point = self._made(chosen)
+        return self._result(target, chosen, made, point, PRODUCTS if speed is not None else "")
+
+    def _within(self, problem: Problem, limit: float) -> dict[str, str]:
+        chosen = problem.best(limit)
+        if chosen is None:
+            least = problem.cheapest()
+            smallest, share = problem.cost(least), problem.cost(least) / max(self.found.bytes_before, 1)
+            raise UnreachableTargetError(
+                f"a model of {limit / 1e6:.3g} MB cannot be made of these candidates: the smallest has "
+                f"{smallest / 1e6:.3g} MB, {share:.1%} of float, with an estimated SQNR of "
+                f"{problem.mean_db(least):.1f} dB. Give size={math.ceil(share * 1000) / 1000}, or candidates with "
+                "fewer bits",
+                share,
+            )
+        return chosen
+
+    def _faster(self, speed: float) -> dict[str, str]:
+        costs = {
+            name: np.array([one.macs * _width(text) / 16 for text in one.precisions], float)
+            for name, one in self.found.layers.items()
+        }
+        problem = problem_of(self.found, costs, fixed=0.0)
+        whole = float(sum(one.macs for one in self.found.layers.values()))
+        chosen = problem.best(whole / speed)
+        if chosen is None:
+            best = whole / problem.cost(problem.cheapest())
+            raise UnreachableTargetError(
+                f"products cannot be {speed:g} times faster with these candidates: {best:.3g} times is the most. Give "
+                f"speed={math.floor(best * 100) / 100}, or candidates with fewer bits on both sides",
+                best,
+            )
+        return chosen
+
+    def _reaching(self, sqnr: float) -> tuple[dict[str, str], GraphModel, Point]:
+        """The smallest model that measures an SQNR: the estimate's target is corrected by what was measured."""
+        wanted, good = sqnr, None
+        for _ in range(self.limit_of_checks):
+            chosen = self._smallest(wanted)
+            if good is not None and chosen == good[0]:
+                break
+            made, point = self._made(chosen)
+            assert point.measured_db is not None and point.estimated_db is not None
+            if point.measured_db >= sqnr and (good is None or point.size < good[2].size):
+                good = chosen, made, point
+            if sqnr <= point.measured_db < sqnr + _CLOSE or chosen == self.sizes.best():
+                break
+            wanted = point.estimated_db + (sqnr - point.measured_db) + _CLOSE / 4
+        if good is None:
+            chosen = self.sizes.best() or self.sizes.cheapest()
+            made, point = self._made(chosen)
+            assert point.measured_db is not None
+            if point.measured_db < sqnr:
+                raise UnreachableTargetError(
+                    f"an SQNR of {sqnr:g} dB cannot be reached with these candidates: the best has "
+                    f"{point.measured_db:.1f} dB at {point.size / 1e6:.3g} MB. Add candidates with more bits, or float",
+                    point.measured_db,
+                )
+            good = chosen, made, point
+        return good
+
+    def _smallest(self, sqnr: float) -> dict[str, str]:
+        """The smallest choice whose estimate reaches an SQNR, by bisection on the size; the best if none does."""
+        best, least = self.sizes.best(), self.sizes.cheapest()
+        assert best is not None
+        if self.sizes.mean_db(least) >= sqnr:
+            return least
+        low, high, found = self.sizes.cost(least), self.sizes.cost(best), best
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            tried = self.sizes.best(middle)
+            if tried is not None and self.sizes.mean_db(tried) >= sqnr:
+                high, found = min(middle, self.sizes.cost(tried)), tried
+            else:
+                low = middle
+        return found
+
+    def _made(self, chosen: dict[str, str]) -> tuple[GraphModel, Point]:
+        """Quantize the model with a choice, and measure it."""
+        self.progress("check", len(self.checked), self.limit_of_checks)
+        base = self.prepared.base.plan
+        assert base is not None
+        plan = with_precisions(base, {name: Precision.parse(text) for name, text in chosen.items()})
+        plan.decisions_of(Choice).update(self.choices(chosen))
+        made = api.compile(
+            self.prepared.model, plan=plan, statistics=self.prepared.statistics, backend=self.backend, measure=0
+        )
+        assert made.plan is not None
+        made.plan.output_sqnr_db = output_sqnr(made, self.samples)
+        values = [db for db in made.plan.output_sqnr_db.values() if math.isfinite(db)]
+        measured = sum(values) / len(values) if values else None
+        point = Point("searched", int(self.sizes.cost(chosen)), self.sizes.mean_db(chosen), measured)
+        self.checked.append(point)
+        return made, point
+
+    def choices(self, chosen: dict[str, str]) -> dict[str, Choice]:
+        """Each layer's choice with its reason."""
+        whole, found = self.sizes.error(chosen), dict[str, Choice]()
+        for name, text in chosen.items():
+            layer = self.found.layers[name]
+            errors = dict(zip(layer.precisions, self.sizes.errors[name], strict=True))
+            share = float((errors[text] / np.maximum(whole, 1e-30)).mean())
+            cheaper = [p for p in layer.precisions if layer.size(p) < layer.size(text)]
+            if not cheaper:
+                why = "the smallest of its candidates"
+            else:
+                other = max(cheaper, key=layer.size)
+                more = float(((errors[other] - errors[text]) / np.maximum(whole, 1e-30)).mean())
+                saved = layer.size(text) - layer.size(other)
+                why = f"{other} would save {saved:,} bytes and change the model's error by {more:+.1%}"
+            alone = to_db(float(errors[text].mean()))
+            finite = alone if alone is not None and math.isfinite(alone) else None
+            found[name] = Choice(text, layer.size(text), finite, share, why)
+        return found
+
+    def _result(
+        self, target: str, chosen: dict[str, str], made: GraphModel, point: Point, cost_model: str
+    ) -> SearchResult:
+        least, most = self.sizes.cost(self.sizes.cheapest()), self.sizes.cost(self.sizes.best() or chosen)
+        curve = []
+        for limit in np.linspace(least, most, _CURVE):
+            tried = self.sizes.best(float(limit) + 1)
+            if tried is not None:
+                curve.append(Point("searched", int(self.sizes.cost(tried)), self.sizes.mean_db(tried)))
+        uniform = [
+            Point(name, self.found.uniform_bytes(name), None, self.found.uniform_db(name)) for name in self.found.output
+        ]
+        self.progress("done", len(self.checked), len(self.checked))
+        return SearchResult(
+            made, target, chosen, point, tuple(curve), tuple(uniform), tuple(self.checked), self.found, cost_model,
+            self.choices(chosen),
+        )  # fmt: skip
+
+
+def problem_of(found: Sensitivities, costs: dict[str, Any], fixed: float | None = None) -> Problem:
+    """The choice of precisions as a problem.
+
+    Args:
+        found: The sensitivities.
+        costs: By layer, the cost of each of its precisions.
+        fixed: The cost of everything else; None for the bytes of everything else.
+    """
+    errors = {
+        name: np.array([[cell or 0.0 for cell in one.alone(text)] for text in one.precisions])
+        for name, one in found.layers.items()
+    }
+    readers: dict[str, list[str]] = {}
+    for name, one in found.layers.items():
+        readers.setdefault(one.reads, []).append(name)
+    ties = [
+        {name: [_activation(text) for text in found.layers[name].precisions] for name in names}
+        for names in readers.values()
+        if len(names) > 1
+    ]
+    options = {name: one.precisions for name, one in found.layers.items()}
+    return Problem(options, errors, costs, found.bytes_fixed if fixed is None else fixed, ties)
+
+
+def _activation(text: str) -> str:
+    """What two precisions have to agree in to share the codes of an input."""
+    precision = Precision.parse(text)
+    return f"{getattr(precision, 'activation_format', None) or ''}{precision.activation_bits}"
+
+
+def _width(text: str) -> int:
+    precision = Precision.parse(text)
+    if precision == FLOAT or precision.weight_bits is None or precision.activation_bits is None:
+        return 16
+    return max(precision.weight_bits, precision.activation_bits)
+
+
+def _samples(prepared: Prepared) -> list[Sample]:
+    """A few samples of a kept call of each kind at each timestep, with the float model's output."""
+    kept, found = prepared.statistics.calls, []
+    specs = [CallSpec.from_json(kind) for kind in kept.kinds]
+    for step in sorted({call.timestep for call in kept}, reverse=True):
+        for call in calls_at(kept, step):
+            spec = specs[call.kind]
+            inputs = some_inputs(spec, inputs_on(call, spec, device_of(prepared.model)), KEPT_SAMPLES)
+            arguments = arguments_of(spec, inputs)
+            with torch.no_grad():
+                leaves = pytree.tree_leaves(prepared.model(**arguments))
+            output = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            found.append(Sample(step, arguments, output))
+    return found
+
+
+def check_target(size: Any, sqnr: Any, speed: Any) -> str:
+    """The target in words.
+
+    Raises:
+        ConfigurationError: If not exactly one is given, or it is not a positive number.
+    """
+    given = {name: value for name, value in (("size", size), ("sqnr", sqnr), ("speed", speed)) if value is not None}
+    if len(given) != 1:
+        what = " and ".join(given) or "none"
+        raise ConfigurationError(f"give exactly one of size, sqnr and speed, not {what}")
+    ((name, value),) = given.items()
+    check_type(name, value, Real, "a number")
+    if not math.isfinite(value) or (name != "sqnr" and value <= 0):
+        raise ConfigurationError(f"{name}={value} is not a target; give a positive number")
+    if name == "size":
+        return f"size {value:.1%} of float" if value <= 1 else f"size {value:,.0f} bytes"
+    return f"SQNR {value:g} dB" if name == "sqnr" else f"{value:g} times faster products"

@@ -1,0 +1,154 @@
+"""Precisions for a size, a quality or a speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import fxquant
+from fxquant.allocation.picture import pareto_figure
+from fxquant.allocation.result import Choice, SearchResult
+from fxquant.errors import ConfigurationError, UnreachableTargetError
+from fxquant.inspect.plots import save_figure
+from fxquant.planning.plan import Plan
+from fxquant.planning.sensitivities import Sensitivities
+from fxquant.statistics.collection import Statistics
+from tests.tiny import calibrate, make_dit
+
+OPTIONS: dict[str, Any] = {
+    "candidates": ("w3a8", "w5a8", "w8a8"),
+    "recipe": "smoothquant",
+    "timesteps": 2,
+    "measure": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return make_dit()
+
+
+@pytest.fixture(scope="module")
+def statistics(model: nn.Module) -> Statistics:
+    found = Statistics(keep_calls=6)
+    fxquant.compile(model, recipe="smoothquant-w8a8", calibrate=calibrate(model), statistics=found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def known(model: nn.Module, statistics: Statistics) -> Sensitivities:
+    return fxquant.sensitivity(model, statistics=statistics, probes=8, samples=4, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def found(model: nn.Module, statistics: Statistics, known: Sensitivities) -> SearchResult:
+    return fxquant.search(model, size=known.uniform_bytes("w5a8"), sensitivities=known, statistics=statistics)
+
+
+def test_the_size_is_kept_and_the_quality_better_than_uniform(found: SearchResult, known: Sensitivities) -> None:
+    assert found.point.size <= known.uniform_bytes("w5a8")
+    assert found.point.size == found.plan.bytes_after  # What the choice predicts is what the model has.
+    assert len(set(found.chosen.values())) > 1
+    uniform, measured = known.uniform_db("w5a8"), found.point.measured_db
+    assert uniform is not None and measured is not None and measured > uniform
+    assert found.average_bits <= 8 * (known.uniform_bytes("w5a8") - known.bytes_fixed) / sum(
+        layer.weights for layer in known.layers.values()
+    )
+
+
+def test_the_plan_holds_the_choices_and_why(found: SearchResult, tmp_path: Path) -> None:
+    for name, text in found.chosen.items():
+        assert str(found.plan.layers[name].precision) == text
+    choices = found.plan.decisions_of(Choice)
+    assert choices.keys() == found.chosen.keys()
+    assert sum(choice.share for choice in choices.values()) == pytest.approx(1, abs=1e-6)
+    found.plan.save(tmp_path)
+    assert Plan.load(tmp_path) == found.plan
+    text = str(fxquant.report(found.model))
+    assert "decisions of search" in text and "would save" in text
+    assert "bits per weight" in str(found) and max(map(len, str(found).splitlines())) <= 140
+    assert found.to_json()["choices"].keys() == found.chosen.keys()
+
+
+def test_the_same_call_makes_the_same_plan(
+    found: SearchResult, model: nn.Module, statistics: Statistics, known: Sensitivities
+) -> None:
+    again = fxquant.search(model, size=known.uniform_bytes("w5a8"), sensitivities=known, statistics=statistics)
+    assert again.plan == found.plan
+
+
+def test_layers_that_read_the_same_value_share_their_codes(model: nn.Module, statistics: Statistics) -> None:
+    options = {**OPTIONS, "candidates": ("w3a4", "w3a8", "w8a4", "w8a8"), "timesteps": 1, "probes": 1}
+    result = fxquant.search(model, size=0.4, statistics=statistics, **options)
+    bits = {name: layer.activation_bits for name, layer in result.plan.layers.items()}
+    for number in ("q", "k", "v"):
+        assert bits[f"transformer_blocks.0.attn1.to_{number}"] == bits["transformer_blocks.0.attn1.to_q"]
+
+
+def test_an_sqnr_is_reached_by_the_smallest_model_that_measures_it(
+    model: nn.Module, statistics: Statistics, known: Sensitivities
+) -> None:
+    low, high = known.uniform_db("w3a8"), known.uniform_db("w8a8")
+    assert low is not None and high is not None
+    target = (low + high) / 2
+    result = fxquant.search(model, sqnr=target, sensitivities=known, statistics=statistics)
+    assert result.point.measured_db is not None and result.point.measured_db >= target
+    assert result.point.size < known.uniform_bytes("w8a8")
+    assert all(one.size >= result.point.size or (one.measured_db or 0) < target for one in result.checks)
+
+
+def test_a_speed_counts_the_wider_operand(model: nn.Module, statistics: Statistics) -> None:
+    options = {**OPTIONS, "candidates": ("w4a4", "w8a8", "w8a16"), "timesteps": 1, "probes": 1}
+    result = fxquant.search(model, speed=3, statistics=statistics, **options)
+    layers = result.sensitivities.layers
+    width = {"w4a4": 4, "w8a8": 8, "w8a16": 16}
+    time = sum(layers[name].macs * width[text] for name, text in result.chosen.items())
+    assert 16 * sum(layer.macs for layer in layers.values()) >= 3 * time
+    assert "wider operand" in str(result)
+    with pytest.raises(UnreachableTargetError, match="4 times is the most") as said:
+        fxquant.search(model, speed=5, statistics=statistics, sensitivities=result.sensitivities)
+    assert said.value.best == pytest.approx(4)
+
+
+def test_targets_that_cannot_be_reached(model: nn.Module, statistics: Statistics, known: Sensitivities) -> None:
+    with pytest.raises(UnreachableTargetError, match="the smallest has") as said:
+        fxquant.search(model, size=0.01, sensitivities=known, statistics=statistics)
+    assert said.value.best == pytest.approx(known.uniform_bytes("w3a8") / known.bytes_before)
+    with pytest.raises(UnreachableTargetError, match="the best has") as said:
+        fxquant.search(model, sqnr=200, sensitivities=known, statistics=statistics)
+    assert said.value.best < 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of size, sqnr and speed, not none"),
+        ({"size": 0.2, "speed": 2}, "not size and speed"),
+        ({"size": -1}, "size=-1"),
+        ({"speed": float("nan")}, "speed=nan"),
+        ({"size": "small"}, "a number"),
+        ({"size": 0.2, "checks": 0}, "checks=0"),
+        ({"size": 0.2, "sensitivities": "file"}, "what fxquant.sensitivity returned"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str, model: nn.Module, statistics: Statistics) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        fxquant.search(model, statistics=statistics, **options)
+
+
+def test_sensitivities_of_other_weights_are_refused(known: Sensitivities, statistics: Statistics) -> None:
+    with pytest.raises(ConfigurationError, match="other weights"):
+        fxquant.search(make_dit(layers=2), size=0.2, sensitivities=known, statistics=statistics)
+
+
+def test_the_picture(found: SearchResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = pareto_figure(found)
+    (axis,) = figure.axes
+    labels = [text.get_text() for text in axis.texts]
+    assert labels == list(found.sensitivities.output)
+    save_figure(figure, tmp_path / "pareto.svg")
+    assert "uniform, measured" in (tmp_path / "pareto.svg").read_text()

@@ -1,0 +1,59 @@
+"""The commands ``fxquant sensitivity`` and ``fxquant search``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import fxquant
+from fxquant.cli.__main__ import app
+from tests.tiny import make_pipeline
+
+QUICK = ("--samples", "1", "--steps", "2", "--timesteps", "1", "--probes", "1", "--recipe", "rtn")
+CANDIDATES = ("--candidates", "w4a8,w8a8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("pipeline") / "dit"
+    make_pipeline().save_pretrained(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable[..., str]:
+    def invoke(*arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return invoke
+
+
+def test_measure_search_and_load(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    file, out = tmp_path / "dit.sensitivities", tmp_path / "mixed"
+    text = run("sensitivity", folder, "--out", file, "--measure", 0, *QUICK, *CANDIDATES)
+    assert "all layers" in text and "w4a8" in text and str(file) in text.replace("\n", "")
+    known = fxquant.Sensitivities.load(file)
+    share = (known.uniform_bytes("w4a8") + known.uniform_bytes("w8a8")) / 2 / known.bytes_before
+    options = ("--sensitivities", file, "--size", share, "--out", out, "--picture", tmp_path / "pareto.svg", "--json")
+    text = run("search", folder, *options, *QUICK)
+    found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    assert found["point"]["size"] <= share * known.bytes_before
+    plan = fxquant.Plan.load(out / "transformer")
+    chosen = {name: choice["precision"] for name, choice in found["choices"].items()}
+    assert {name: str(plan.layers[name].precision) for name in chosen} == chosen
+    assert fxquant.load(out / "transformer") is not None
+    assert (tmp_path / "pareto.svg").read_text().startswith("<?xml")
+
+
+def test_what_is_refused(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    assert "exactly one of size" in run("search", folder, *QUICK, code=2)
+    assert "choose one of these suffixes" in run("search", folder, "--size", 0.5, "--picture", "a.txt", code=2)
+    assert "the smallest has" in run("search", folder, "--size", 0.001, *QUICK, *CANDIDATES, code=2).replace("\n", " ")
+    (tmp_path / "other").write_text("{}")
+    assert "other" in run("search", folder, "--size", 0.5, "--sensitivities", tmp_path / "other", code=2)
