@@ -15,6 +15,7 @@ from fxquant.channels.apply import fold_into_parameters
 from fxquant.channels.solution import Seed
 from fxquant.channels.turning import Classes, Rotations, largest_rotations
 from fxquant.errors import ConfigurationError
+from fxquant.ir.borders import note_rotation
 from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
@@ -177,6 +178,8 @@ class RotateChannels(Pass):
             if value.undecided:
                 decided = Rotation(block, "free", torch.cat([signs[key] for key in keys]), found.into(value.name))
                 value.decide(decided, rotations)
+        for node, turn in found.marked(signs):
+            note_rotation(node, turn)
         for edit, turn in found.turns(signs):
             assert edit.end is not None
             fold_into_parameters(edit, edit.end, rewriter, turn)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxquant.channels.solution import Edit, Request, Seed, Solution
 from fxquant.channels.walk import solve
+from fxquant.channels.wants import Want
 from fxquant.ir.layer_changes import OutputTurn
 
 Classes = tuple[int, ...]
@@ -41,17 +42,27 @@ class Rotations:
 
     def turns(self, signs: Mapping[Classes, Tensor]) -> Iterator[tuple[Edit, OutputTurn]]:
         """Each edit with the rotation that it carries out, given the signs of each block, int8 ``[block]``."""
-        home = {number: key for key in signs for number in key}
         for edit in self.solution.edits:
-            classes = _flat_classes(self.solution, edit)
-            place = {number: position for position, number in enumerate(classes) if number in home}
-            keys = dict.fromkeys(home[number] for number in place)
-            sizes: dict[int, list[Classes]] = {}
-            for key in keys:
-                sizes.setdefault(len(key), []).append(key)
-            for of_size in sizes.values():
-                places = torch.tensor([[place[number] for number in key] for key in of_size])
-                yield edit, OutputTurn(places, torch.stack([signs[key] for key in of_size]))
+            for turn in self._turns_of(edit.want, signs):
+                yield edit, turn
+
+    def marked(self, signs: Mapping[Classes, Tensor]) -> Iterator[tuple[fx.Node, OutputTurn]]:
+        """Each value that a module receives or returns with its rotation; signs as for :meth:`turns`."""
+        for node, want in self.solution.marked.items():
+            for turn in self._turns_of(want, signs):
+                yield node, turn
+
+    def _turns_of(self, want: Want, signs: Mapping[Classes, Tensor]) -> Iterator[OutputTurn]:
+        home = {number: key for key in signs for number in key}
+        classes = _flat_classes(self.solution, want)
+        place = {number: position for position, number in enumerate(classes) if number in home}
+        keys = dict.fromkeys(home[number] for number in place)
+        sizes: dict[int, list[Classes]] = {}
+        for key in keys:
+            sizes.setdefault(len(key), []).append(key)
+        for of_size in sizes.values():
+            places = torch.tensor([[place[number] for number in key] for key in of_size])
+            yield OutputTurn(places, torch.stack([signs[key] for key in of_size]))
 
 
 def largest_rotations(graph: fx.Graph, sizes: Mapping[Seed, Sequence[int]], fixed: Mapping[str, Tensor]) -> Rotations:
@@ -111,8 +122,8 @@ def solve_rotations(graph: fx.Graph, seeds: Sequence[Seed], fixed: Mapping[str, 
         kept = [seed for seed in kept if seed not in left]
 
 
-def _flat_classes(solution: Solution, edit: Edit) -> list[int]:
-    return [int(number) for number in np.asarray(solution._class_of[edit.want.scale]).ravel()]
+def _flat_classes(solution: Solution, want: Want) -> list[int]:
+    return [int(number) for number in np.asarray(solution._class_of[want.scale]).ravel()]
 
 
 def _wrong_classes(solution: Solution) -> set[int]:
@@ -126,7 +137,7 @@ def _wrong_classes(solution: Solution) -> set[int]:
             if others != {key} or len(set(key)) < len(key):
                 wrong.update(key, *others)
     for edit in solution.edits:
-        counts = Counter(number for number in _flat_classes(solution, edit) if number in home)
+        counts = Counter(number for number in _flat_classes(solution, edit.want) if number in home)
         for number, count in counts.items():
             if count > 1:
                 wrong.update(home[number])

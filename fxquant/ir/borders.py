@@ -8,12 +8,15 @@ backends rewrite the graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, fx
 
 from fxquant.ir.histories import digest
 from fxquant.ir.meta import BORDER_CHANGES, BORDERS
+
+if TYPE_CHECKING:
+    from fxquant.ir.layer_changes import OutputTurn
 
 
 class Border(NamedTuple):
@@ -35,7 +38,7 @@ class Change:
     """How a pass changed a marked value, per channel.
 
     Attributes:
-        values: Digest of the factors and shifts.
+        values: Digest of the factors, the shifts or the rotation.
         shifts: Whether something is added to the value; if not, it is only multiplied.
         moves: Whether what is added depends on the timestep.
     """
@@ -61,6 +64,11 @@ def note_shifts(node: fx.Node, rows: Tensor) -> None:
     if (rows != 0).any():
         moves = bool((rows != rows[:1]).any())
         _note(node, Change(digest("shifts", rows.flatten(1)), shifts=True, moves=moves))
+
+
+def note_rotation(node: fx.Node, turn: OutputTurn) -> None:
+    """Note that the channels of a marked value are rotated within blocks."""
+    _note(node, Change(digest("rotation", turn.places, turn.signs)))
 
 
 def changes_of(node: fx.Node) -> tuple[Change, ...]:

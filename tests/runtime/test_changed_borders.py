@@ -114,8 +114,29 @@ def test_blocks_that_are_scaled_differently_are_refused() -> None:
     made = fxquant.compile(
         model, recipe="ptq4dit-w8a8", calibrate=lambda: model(**call), measure=0, backend="fake-quant"
     )
-    with pytest.raises(ConfigurationError, match=r"scales or shifts .* blocks\.0 gets and .* blocks\.2 returns"):
+    with pytest.raises(ConfigurationError, match=r"scales, shifts or rotates .* blocks\.0 gets"):
         made.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     made.enable_cache(MagCacheConfig(mag_ratios=[1.0] * 4, num_inference_steps=4))  # Neither end is scaled.
     plain = fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: model(**call), measure=0)
     plain.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+
+
+def test_blocks_that_are_rotated_differently_are_refused() -> None:
+    """By rotations that producers absorb."""
+    torch.manual_seed(0)
+
+    class Linears(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(3))
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x * timestep[:, None]
+
+    model, call = Linears().eval(), {"x": torch.randn(4, 16), "timestep": torch.full((4,), 500.0)}
+    recipe = "assign-precision ; rotate-channels,quantize-linears"
+    made = fxquant.compile(model, recipe=recipe, calibrate=lambda: model(**call), measure=0, backend="fake-quant")
+    with pytest.raises(ConfigurationError, match=r"scales, shifts or rotates .* blocks\.0 gets"):
+        made.enable_cache(FirstBlockCacheConfig(threshold=1e9))

@@ -152,8 +152,8 @@ def _check_alike(first: Block, last: Block, values: Sequence[fx.Node | None]) ->
     found = [changes_of(value) for value in values if value is not None]
     if any(change.moves for changes in found for change in changes) or len(set(found)) > 1:
         raise _refusal(
-            f"the recipe scales or shifts the channels of what {first.path} gets and of what {last.path} returns "
-            "differently, so the result of one step cannot be added to that of another"
+            f"the recipe scales, shifts or rotates the channels of what {first.path} gets and of what {last.path} "
+            "returns differently, so the result of one step cannot be added to that of another"
         )
 
 
