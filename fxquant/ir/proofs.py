@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
 
 _PROVEN = "fxquant_proven"  # Key of ``node.meta``: the latest proof of the node's value.
 _PLAIN = (int, float, str, torch.device)
+
+
+@contextmanager
+def inferring(mode: FakeTensorMode) -> Iterator[None]:
+    """Within this context, ops on fake values of a graph give the shapes and dtypes of their results.
+
+    Without the dispatcher in Python, ops that broadcast an open size, such as addcmul, fail if torch does not have
+    their result in its cache.
+    """
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 def prove(node: fx.Node) -> None:

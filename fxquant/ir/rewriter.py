@@ -28,7 +28,7 @@ from fxquant.ir.inlining import infer_again, inline
 from fxquant.ir.layer_changes import note_fold
 from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.places import Origin, place_of
-from fxquant.ir.proofs import prove
+from fxquant.ir.proofs import inferring, prove
 from fxquant.ir.tensors import are_alike, contiguous, fake_in, fake_mode_of, get_tensor, is_finite, set_tensor
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
@@ -349,7 +349,7 @@ class Rewriter:
     def infer(self, node: fx.Node) -> Any:
         """The fake value of a node, computed from the fake values of its inputs."""
         values, named = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with self._fake_mode, torch.no_grad():
+        with inferring(self._fake_mode):
             return node.target(*values, **named)  # type: ignore[operator]
 
     def _private(self, attribute: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:

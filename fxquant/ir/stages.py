@@ -21,7 +21,7 @@ from fxquant.errors import ConfigurationError, DuplicateNameError, VerificationE
 from fxquant.ir import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.ir.op_checks import CHECKS, broken, text_of
 from fxquant.ir.places import label
-from fxquant.ir.proofs import is_proven, prove
+from fxquant.ir.proofs import inferring, is_proven, prove
 from fxquant.ir.stage_order import (
     STAGES,
     Stage,
@@ -260,8 +260,7 @@ def verify(module: fx.GraphModule, spec: StageSpec) -> None:
         module.graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"the graph of stage {spec.name!r} is not well-formed: {error}") from error
-    mode = fake_mode_of(module.graph)
-    with mode, torch.no_grad():
+    with inferring(fake_mode_of(module.graph)):
         for node in module.graph.nodes:
             if node.op == "call_function":
                 if not spec.allows(node):

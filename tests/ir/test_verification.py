@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import VerificationError
+from fxquant.ir.doubles import in_float64
 from fxquant.ir.proofs import is_proven
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
@@ -176,3 +177,17 @@ def test_values_that_differ_are_proven_again(module, change):
     source = chunk.all_input_nodes[0]
     source.meta["val"] = change(source.meta["val"])
     assert (before, is_proven(chunk)) == (True, False)
+
+
+class Modulated(nn.Module):
+    def forward(self, x, timestep):
+        return torch.addcmul(timestep[:, None], x, timestep[:, None] + 1)
+
+
+def test_an_op_that_broadcasts_the_open_batch_is_verified():
+    """torch cannot run its meta kernel on open sizes without the dispatcher in Python."""
+    architecture = Architecture.of(Modulated().eval(), "timestep")
+    found = architecture.capture(architecture.canonical((torch.randn(2, 4), torch.zeros(2)), {}))
+    assert found.static_batch is None and nodes(found.module, "addcmul")
+    check(found.module)
+    check(in_float64(found.module))
