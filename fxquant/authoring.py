@@ -16,6 +16,7 @@ what calibration saw        ``Statistics``, ``ChannelStatistics``, ``layer_input
 to quantize                 ``quantize_weight``, ``dequantize_weight``, ``QuantizedWeight``, ``gptq``,
                             ``ErrorFeedback``, ``Precision``, ``FLOAT``, ``activation_range``, ``weight_range``,
                             ``affine_parameters``, ``fake_quantize``, ``sqnr_db``
+number formats              ``Format``, ``Scales``, ``FORMATS``, ``register_format``: formats of yours
 to derive tensors           ``History``, ``made_from``: what a tensor is made from, so that graphs share it
 ops and stages              ``register_op``: let graphs hold an op of yours; ``register_stage``: a stage of yours
                             between two others; ``stage_named``, ``unregister_stage``
@@ -34,6 +35,7 @@ from fxquant.ir.printing import graph_text
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.running import run_with
 from fxquant.ir.stages import Stage, register_op, register_stage, stage_named, unregister_stage
+from fxquant.numerics.formats import FORMATS, Format, Scales, register_format
 from fxquant.numerics.grids import affine_parameters, fake_quantize
 from fxquant.numerics.ranges import activation_range, weight_range
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
@@ -54,6 +56,7 @@ from fxquant.statistics.collection import Statistics
 
 __all__ = [
     "FLOAT",
+    "FORMATS",
     "Attention",
     "CalibrationError",
     "ChannelStatistics",
@@ -61,6 +64,7 @@ __all__ = [
     "Decision",
     "ErrorFeedback",
     "FloatLinear",
+    "Format",
     "History",
     "Instrument",
     "LayerInput",
@@ -77,6 +81,7 @@ __all__ = [
     "QuantizedWeight",
     "Recipe",
     "Rewriter",
+    "Scales",
     "Stage",
     "Statistics",
     "Tier",
@@ -103,6 +108,7 @@ __all__ = [
     "provenance_of",
     "quantize_weight",
     "reached",
+    "register_format",
     "register_op",
     "register_pass",
     "register_recipe",

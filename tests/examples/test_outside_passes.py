@@ -46,9 +46,11 @@ def test_passes_are_shorter_than_with_private_names(name: str) -> None:
     assert len((PACKAGE / "example_passes" / f"{name}.py").read_text().splitlines()) < LONGEST[name]
 
 
-@pytest.mark.parametrize(
-    "those", ["not lifecycle or float8", pytest.param("lifecycle and not float8", marks=pytest.mark.exhaustive)]
-)
+_QUICK = "not lifecycle or float8 or powers"
+_SLOW = "lifecycle and not float8 and not powers"
+
+
+@pytest.mark.parametrize("those", [_QUICK, pytest.param(_SLOW, marks=pytest.mark.exhaustive)])
 def test_the_tests_of_the_package_pass(those: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.sharing", "-k", those]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
@@ -70,4 +72,5 @@ def test_pip_installs_it_with_its_entry_points(tmp_path: Path) -> None:
     assert {f"example_passes/{name}.py" for name in ("__init__", *LONGEST)} <= names
     assert not any(name.startswith("tests/") for name in names)
     assert "[fxquant.passes]" in text and "low-rank-branch = example_passes.low_rank_branch:LowRankBranch" in text
+    assert "[fxquant.formats]" in text and "pow4 = example_passes.powers:POW4" in text
     assert "[fxquant.recipes]" in text
