@@ -31,10 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, help="recipes with precision")
     parser.add_argument("--layers", default="blocks", help="layers that are quantized: default, blocks or all")
+    parser.add_argument("--models", nargs="+", default=["plain", "planted"], choices=["plain", "planted"])
     options = parser.parse_args(arguments)
     pipe = load_pipeline()
+    models = {"plain": lambda: pipe.transformer, "planted": lambda: plant_salience(pipe.transformer)}
     rows: dict[str, list[float]] = {recipe: [] for recipe in options.recipes}
-    for name, model in (("plain", pipe.transformer), ("planted", plant_salience(pipe.transformer))):
+    for name in options.models:
+        model = models[name]()
         calls = test_calls(pipe, model)
         noise, calibrated = predicted_noise(model, calls), Calibrated(pipe, model, options.layers)
         for recipe, row in rows.items():
@@ -42,12 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sqnr = noise_sqnr(quantized, noise, calls)
             row += [sum(sqnr) / len(sqnr), min(sqnr)]
             print(f"{name} {recipe}: mean {row[-2]:.2f} dB, worst {row[-1]:.2f} dB", flush=True)
-            if name == "planted":
+            if name == options.models[-1]:
                 row.append(checkpoint_megabytes(quantized))
-    headers = ["recipe", "plain: mean dB", "worst dB", "planted: mean dB", "worst dB", "MB"]
-    print(
-        tabulate([[recipe, *row] for recipe, row in rows.items()], headers=headers, floatfmt=".2f", tablefmt="github")
-    )
+    headers = ["recipe", *(f"{name}: {what} dB" for name in options.models for what in ("mean", "worst")), "MB"]
+    table = [[recipe, *row] for recipe, row in rows.items()]
+    print(tabulate(table, headers=headers, floatfmt=".2f", tablefmt="github"))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def bytes_of_weights(pairs: Iterable[Pair], names: Iterable[str]) -> dict[str, i
         for node in pair.quantized.graph.nodes:
             name = str(node.meta.get(LAYER, ""))
             if name in wanted and name not in found and (codes := codes_of(node)) is not None:
-                found[name] = sum(_bytes(pair.quantized, code) for code in codes)
+                found[name] = sum(_bytes(pair.quantized, part) for part in codes if part is not None)
     return found
 
 

@@ -35,6 +35,7 @@ save_file(lora(make_dit(layers=3), rank=2), "dit-sketch.safetensors")
 save_file(lora(MODEL, targets=("to_q", "to_v")), "style.safetensors")
 save_file(lora(MODEL, rank=8, targets=("to_q", "to_v", "proj_mlp")), "sketch.safetensors")
 """,
+    "docs/formats.md": _MODEL,
     "docs/inspect.md": f"""{_MODEL}
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")
 """,

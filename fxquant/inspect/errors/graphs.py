@@ -11,7 +11,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -203,8 +203,7 @@ _WEIGHTS: dict[Any, tuple[str, ...]] = {
 """The arguments that are the weight of an op: packed codes, scales, zero points, the scale of the scales."""
 
 
-@dataclass(frozen=True, eq=False)
-class WeightNodes:
+class WeightNodes(NamedTuple):
     """Nodes of the stored weight that a layer reads; None for parts that its format does not have."""
 
     codes: fx.Node
