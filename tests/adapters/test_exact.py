@@ -19,6 +19,10 @@ from tests.adapters.loras import composed, lora, relative, without_rounding
 from tests.zoo.models import ENTRIES
 
 RECIPES = ["htg-w8a8", "ptq4dit-w8a8", "smoothquant-w8a8"]
+ROTATED = (
+    "remove-no-ops,assign-precision{precision=w8a8} ; balance-channels,absorb-affines,rotate-channels{least=4},"
+    "split-low-rank{rank=2},quantize-linears"
+)
 MODELS = ["DiT2D", "PixArt2D-Sigma", "SD32D", "Flux2D"]
 
 
@@ -37,9 +41,14 @@ def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        pytest.param(name, recipe, marks=[pytest.mark.exhaustive] * (recipe != RECIPES[0] and name != MODELS[0]))
+        pytest.param(
+            name,
+            recipe,
+            marks=[pytest.mark.exhaustive] * (recipe != RECIPES[0] and name != MODELS[0]),
+            id=f"{name}-{'rotated' if recipe == ROTATED else recipe}",
+        )
         for name in MODELS
-        for recipe in RECIPES
+        for recipe in (*RECIPES, ROTATED)
     ],
 )
 def test_a_lora_acts_on_the_coordinates_of_the_original_model(name: str, recipe: str) -> None:
@@ -64,6 +73,8 @@ def test_a_lora_acts_on_the_coordinates_of_the_original_model(name: str, recipe:
     assert any(change.columns.numel() > 1 for change in changes)
     assert any(change.rows.numel() > 1 for change in changes)
     assert any(change.shift is not None for change in changes) == recipe.startswith("htg")
+    assert any(change.turned is not None for change in changes) == (recipe == ROTATED)
+    assert any(change.rows_turned is not None for change in changes) == (recipe == ROTATED)
 
 
 def fused(model: nn.Module, adapter: dict[str, Tensor]) -> nn.Module:
