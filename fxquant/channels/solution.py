@@ -153,7 +153,7 @@ class Solution:
         order = {name: position for position, name in enumerate(self.grants)}
         return [sorted(group, key=order.__getitem__) for group in nx.connected_components(graph)]
 
-    def _classes_of(self, want: Want) -> Indices:
+    def classes_of(self, want: Want) -> Indices:
         """Class of each variable of a want, in the layout of the want; for a number, an array without axes."""
         return np.asarray(self._class_of[want.scale])
 
@@ -165,20 +165,20 @@ class Solution:
         """
         table = self._factors(chosen)
         for edit in self.edits:
-            yield edit, table[torch.from_numpy(self._classes_of(edit.want))]
+            yield edit, table[torch.from_numpy(self.classes_of(edit.want))]
 
     def mixed_factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
         """For each reader of a mixed value v that becomes ``a * v + c``: a and c, in the layout of its want."""
         table = self._factors(chosen)
         for reader, want in self.mixed.items():
-            a = table[torch.from_numpy(self._classes_of(want))]
+            a = table[torch.from_numpy(self.classes_of(want))]
             yield reader, a, (a - 1) * torch.from_numpy(want.offset.copy())
 
     def marked_factors(self, chosen: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
         """Each marked value v that becomes ``a * v + c``: a and c, in the layout of its want."""
         table = self._factors(chosen)
         for node, want in self.marked.items():
-            a = table[torch.from_numpy(self._classes_of(want))]
+            a = table[torch.from_numpy(self.classes_of(want))]
             yield node, a, (a - 1) * torch.from_numpy(want.offset.copy())
 
     def _factors(self, chosen: Mapping[str, Tensor]) -> Tensor:
@@ -218,7 +218,7 @@ class Solution:
             owner[classes], place[classes] = position, np.arange(len(classes))
         owner[IDENTITY] = -1
         for want in wants:
-            classes = self._classes_of(want)
+            classes = self.classes_of(want)
             parts = []
             for position in np.unique(owner[classes][owner[classes] >= 0]):
                 table = chosen[names[position]]

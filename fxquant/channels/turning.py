@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -123,7 +122,7 @@ def solve_rotations(graph: fx.Graph, seeds: Sequence[Seed], fixed: Mapping[str, 
 
 
 def _flat_classes(solution: Solution, want: Want) -> list[int]:
-    return [int(number) for number in np.asarray(solution._class_of[want.scale]).ravel()]
+    return [int(number) for number in solution.classes_of(want).ravel()]
 
 
 def _wrong_classes(solution: Solution) -> set[int]:

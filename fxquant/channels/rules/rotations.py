@@ -7,6 +7,7 @@ Layout ops move channels and blocks together. A rule of any other op first makes
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ _MOVES: tuple[tuple[Rule, tuple[Any, ...]], ...] = (
 
 def block_codes(channels: int, block: int) -> npt.NDArray[np.float64]:
     """The code of the block of each channel, ``[channels]``: what offsets of a want hold."""
-    return np.arange(channels) // block + block * _UNIT
+    return np.arange(channels, dtype=np.float64) // block + block * _UNIT
 
 
 def _blocks(want: Want) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
@@ -117,7 +118,7 @@ def rotation_rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 for _rule, _targets in _MOVES:
     shift_rule(*_targets, table=ROTATIONS)(_rule)
-shift_rule(layout.operator.getitem, table=ROTATIONS)(layout.getitem)
+shift_rule(operator.getitem, table=ROTATIONS)(layout.getitem)
 
 
 @rotation_rule(aten.dropout.default)
