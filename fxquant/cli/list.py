@@ -21,17 +21,18 @@ class Kind(StrEnum):
     backends = "backends"
     rules = "rules"
     stages = "stages"
+    formats = "formats"
 
 
 @app.command("list", no_args_is_help=True)
 def list_(
-    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="recipes, passes, backends, rules or stages.")],
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="recipes, passes, backends, rules, stages or formats.")],
     debug: Debug = False,
 ) -> None:
-    """List recipes, passes, backends, channel rules or stages of graphs, one line each."""
+    """List recipes, passes, backends, channel rules, stages of graphs or number formats, one line each."""
     with quiet(), status("importing torch"):
         listed = {"recipes": _recipes, "passes": _passes, "backends": _backends, "rules": _rules, "stages": _stages}
-        rows = listed[kind]()
+        rows = _formats() if kind is Kind.formats else listed[kind]()
     print_rows(rows)
 
 
@@ -92,6 +93,16 @@ def _stages() -> list[tuple[str, str]]:
         place = "" if start is None else f"after {start} and before {end}, of {stage.home}: "
         rows.append((str(stage), place + ops))
     return rows + failed
+
+
+def _formats() -> list[tuple[str, str]]:
+    from fxquant.numerics.formats import FORMATS, Format
+
+    def describe(format: Format) -> str:
+        scales = f"a scale per {format.block} channels" if format.block else "scales as the plan says"
+        return f"{format.bits} bits, {scales}{'; weights only' if format.weights_only else ''}. {_summary(format)}"
+
+    return [(name, _described(FORMATS, name, describe)) for name in FORMATS]
 
 
 def _described(registry: Any, name: str, describe: Callable[[Any], str]) -> str:
