@@ -55,6 +55,13 @@ def test_absorption_is_exact_and_covers_what_the_page_says(entry: Entry) -> None
         assert f"- {entry.name}{entry.variant}: {line}\n" in page
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry", params({"DiT2D", "SD32D"}))
+def test_rotations_and_branches_are_exact(entry: Entry) -> None:
+    passes = "balance-channels,absorb-affines,rotate-channels{least=2},split-low-rank{rank=1}"
+    assert audit(entry, passes).error < 1e-12
+
+
 def quantize(entry: Entry, model: nn.Module, recipe: str) -> fxquant.GraphModel:
     """The model quantized with a recipe, calibrated at a few timesteps."""
     return fxquant.compile(
