@@ -29,7 +29,7 @@ from fxquant.planning.plan import Plan
 
 Floats = npt.NDArray[np.float64]
 
-STATIC, BINS, TOKEN = "one range", "range per bin", "range per token"
+STATIC, BINS, CLIPPED, TOKEN = "one range", "range per bin", "clipped range per bin", "range per token"
 
 _TINY = 1e-30
 _SAMPLES = 16  # Of a call, as calibration keeps them.
@@ -40,7 +40,7 @@ class Variant(Decision, of="choose-variants"):
     """What was chosen for a layer.
 
     Attributes:
-        chosen: ``one range``, ``range per bin`` or ``range per token``.
+        chosen: ``one range``, ``range per bin``, ``clipped range per bin`` or ``range per token``.
         gain_db: What this changed in the estimated SQNR of the model's output, against one range in this layer, in dB,
             mean over the measured calls.
         others_db: The same for the other variants.
@@ -58,12 +58,14 @@ class Variant(Decision, of="choose-variants"):
 class ChooseVariants(Pass):
     """Write into the plan how the range of each quantized linear input is found. The graph does not change.
 
-    The variants are: one range (free at run time), a range per bin of timesteps (``bin-ranges``; a row of a table), and
-    a range per token, which has to be found at run time. Every variant is tried for all layers at once, on copies of
-    the graph. A float run and gradients of random products with the model's output then estimate what each layer alone
-    adds to the output's error in each variant (:mod:`fxquant.inspect.errors.sweep`). From one range in every layer, the
-    pass takes a step to the variant that gains most mean SQNR, as long as bins gain anything, or a range per token
-    gains at least ``gain``. Linears that read the same value have the same variant.
+    The variants are: one range, a range per bin of timesteps (``bin-ranges``; a row of a table), the same with ends
+    that are clipped to the lowest squared error of the input, and a range per token, which has to be found at run time.
+
+    Every variant is tried for all layers at once, on copies of the graph. A float run and gradients of random products
+    with the model's output then estimate what each layer alone adds to the output's error in each variant
+    (:mod:`fxquant.inspect.errors.sweep`). From one range in every layer, the pass takes a step to the variant that
+    gains most mean SQNR, as long as a static one gains anything, or a range per token gains at least ``gain``. Linears
+    that read the same value have the same variant.
 
     Before that, weights are given groups of ``groups`` input channels, where these divide the width, if the backend
     runs them; layers whose plan has groups keep them. The weights that are rounded here are those that
@@ -111,7 +113,7 @@ class ChooseVariants(Pass):
         return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and coded
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
-        linears = [one for one in linears_to_quantize(graph, context.plan) if one.plan.activation is None]
+        linears = [one for one in linears_to_quantize(graph, context.plan) if _is_open(one.plan)]
         if not linears or is_replayed(rewriter.module):
             return
         if not context.inputs:
@@ -134,9 +136,11 @@ class ChooseVariants(Pass):
     def _variants(self, context: PassContext, linears: Sequence[FloatLinear]) -> dict[str, str]:
         """The passes of each variant, as text."""
         rounding = f"rounding={self.rounding.value}"
-        found = {STATIC: f"quantize-linears{{{rounding}}}"}
+        found, bins = {STATIC: f"quantize-linears{{{rounding}}}"}, ""
         if context.plan.timestep is not None and any(one.plan.timesteps is None for one in linears):
-            found[BINS] = f"bin-ranges{{bins={self.bins}}},quantize-linears{{{rounding}}}"
+            bins = f"bin-ranges{{bins={self.bins}}},"
+            found[BINS] = f"{bins}quantize-linears{{{rounding}}}"
+        found[CLIPPED] = f"{bins}quantize-linears{{{rounding} activation-range=mse}}"
         found[TOKEN] = f"quantize-linears{{{rounding} activation-range=dynamic}}"
         return found
 
@@ -151,7 +155,8 @@ class ChooseVariants(Pass):
                 return
 
     def _fits(self, layer: LayerPlan) -> bool:
-        few, width = layer.weight_bits is not None and layer.weight_bits <= 4, layer.shape[1]
+        few = layer.weight_bits is not None and layer.weight_bits <= 4 and layer.weight_format is None
+        width = layer.shape[1]
         return few and not layer.group_size and 0 < self.groups < width and width % self.groups == 0
 
     def _errors(self, pairs: Mapping[str, Pair], calls: Sequence[Sequence[Tensor]]) -> dict[str, dict[str, Floats]]:
@@ -216,6 +221,11 @@ def choose(sums: Sequence[Mapping[str, Floats]], gain: float) -> list[str]:
         _, number, variant = max(steps, key=lambda step: (step[0], -step[1]))
         whole = whole - sums[number][chosen[number]] + sums[number][variant]
         chosen[number] = variant
+
+
+def _is_open(layer: LayerPlan) -> bool:
+    """Whether the range of a layer's input is to be chosen. Formats with a scale per block have no ranges."""
+    return layer.activation is None and layer.activation_format is None
 
 
 def _runs(plan: Plan) -> bool:

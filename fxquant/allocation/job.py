@@ -165,6 +165,7 @@ class Job:
         return Sensitivities(
             recipe=str(self.prepared.recipe),
             model_class=plan.model_class,
+            base=base,
             precisions=(*self.prepared.precisions, *floats),
             timesteps=steps,
             layers=layers,

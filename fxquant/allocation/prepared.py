@@ -112,6 +112,9 @@ def _recipe(recipe: str | Recipe, precisions: list[Precision], layers: str) -> R
     """The recipe with the middle one of the precisions, of those with quantized activations if there are any."""
     if isinstance(recipe, Recipe) or ";" in recipe:
         return make_recipe(recipe, layers)
-    coded = [one for one in precisions if one.activation_bits is not None] or precisions
+    whole = [
+        one for one in precisions if one.weight_format is None and not one.group_size
+    ] or precisions  # Fit anywhere.
+    coded = [one for one in whole if one.activation_bits is not None] or whole
     ordered = sorted(coded, key=lambda one: (one.weight_bits or 16, one.activation_bits or 16))
     return make_recipe(recipe if _PRECISION.search(recipe) else f"{recipe}-{ordered[len(ordered) // 2]}", layers)

@@ -146,6 +146,8 @@ ROUNDINGS = {
 DYNAMIC = "dynamic"
 """May come after a recipe's name, before the rounding: each token that a linear reads then has its own range."""
 
+_CHOOSES = "choose-variants"
+
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\w+a\w+(?:-g\d+|-b\d+(?:x\d+)?|-tensor)?)")
 
 
@@ -187,7 +189,8 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
 
 
 def _by_token(recipe: Recipe) -> Recipe:
-    """The same recipe with a range for each token that a linear reads, found at run time."""
+    """The same recipe with a range for each token that a linear reads, found at run time; nothing is left to choose."""
+    recipe = Recipe(recipe.prepare, tuple(step for step in recipe.convert if step.name != _CHOOSES))
     changed = ("quantize-linears", "reconstruct-blocks")
     for name in dict.fromkeys(step.name for step in recipe.convert if step.name in changed):
         recipe = recipe.with_options(name, activation_range=DYNAMIC)
@@ -196,6 +199,8 @@ def _by_token(recipe: Recipe) -> Recipe:
 
 def _rounded(recipe: Recipe, rounding: str) -> Recipe:
     """The same recipe with another rounding of the weights of linears."""
+    if any(step.name == _CHOOSES for step in recipe.convert):  # It rounds the weights before quantize-linears does.
+        recipe = recipe.with_options(_CHOOSES, rounding="nearest" if rounding == "reconstruct" else rounding)
     if rounding != "reconstruct":
         return recipe.with_options("quantize-linears", rounding=rounding)
     convert = list(recipe.convert)
@@ -253,7 +258,7 @@ def auto(precision: Precision, layers: str) -> Recipe:
     """SmoothQuant with alpha searched, GPTQ, and the best ranges by measured error, chosen layer by layer."""
     if precision.activation_bits is None:
         return make_recipe(f"ptq4dit-gptq-{precision}", layers)
-    groups = 0 if precision.group_size else 64
+    groups = 0 if precision.group_size else 32
     return _recipe(
         precision,
         layers,

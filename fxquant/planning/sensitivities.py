@@ -90,6 +90,7 @@ class Sensitivities:
     Attributes:
         recipe: The recipe that folded factors into weights, as text. All precisions were compared on its graph.
         model_class: Import path of the model's class.
+        base: The precision that the recipe begins from; layers that cannot have another one keep it.
         precisions: All precisions that were compared.
         timesteps: The measured timesteps, the noisiest first.
         layers: The layers whose precision can be chosen, in the order of the graph.
@@ -106,6 +107,7 @@ class Sensitivities:
 
     recipe: str
     model_class: str
+    base: str
     precisions: tuple[str, ...]
     timesteps: tuple[float, ...]
     layers: Mapping[str, LayerSensitivity]
@@ -130,11 +132,12 @@ class Sensitivities:
         return self.layers[layer]
 
     def uniform_bytes(self, precision: str) -> int:
-        """Size of the model's tensors if every layer has a precision; one that cannot have it is float."""
-        return self.bytes_fixed + sum(
-            layer.size(precision) if precision in layer.precisions else max(layer.bytes)
-            for layer in self.layers.values()
-        )
+        """Size of the model's tensors if every layer has a precision; layers that cannot have it keep the recipe's."""
+        return self.bytes_fixed + sum(self._size(layer, precision) for layer in self.layers.values())
+
+    def _size(self, layer: LayerSensitivity, precision: str) -> int:
+        named = next((text for text in (precision, self.base) if text in layer.precisions), None)
+        return max(layer.bytes) if named is None else layer.size(named)
 
     def uniform_db(self, precision: str) -> float | None:
         """Mean over timesteps of the SQNR in dB if every layer has a precision, as measured."""

@@ -42,6 +42,7 @@ class SensitivitiesFile(Entry):
     digest: Digest
     recipe: Text
     weights: Text
+    base: Name
     model_class: Text
     precisions: Annotated[list[Name], Field(max_length=1_000)]
     timesteps: Annotated[list[Finite], Field(max_length=10_000)]

@@ -186,3 +186,14 @@ def test_bad_options(options: dict[str, Any], message: str, model: nn.Module, st
 
 def test_torch_is_left_as_it_was(model: nn.Module) -> None:
     assert torch.is_grad_enabled() and all(not parameter.grad for parameter in model.parameters())
+
+
+def test_number_formats_are_candidates(model: nn.Module, statistics: Statistics) -> None:
+    options = {**EXACT, "candidates": ("w4a8", "wfp8afp8", "wnvfp4anvfp4", "wnf4a16"), "timesteps": 1}
+    found = fxquant.sensitivity(model, statistics=statistics, probes=32, measure=1000, **options)
+    for layer in found.layers.values():
+        assert layer.precisions == options["candidates"]
+        for estimated, measured in zip(layer.estimated, layer.measured, strict=True):
+            assert estimated[0] and measured[0] and 0.2 < estimated[0] / measured[0] < 5
+    worst, best = found.uniform_db("wnvfp4anvfp4"), found.uniform_db("wfp8afp8")
+    assert worst is not None and best is not None and best > worst

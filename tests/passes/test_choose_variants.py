@@ -7,7 +7,7 @@ import pytest
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError
-from fxquant.passes.choose_variants import BINS, STATIC, TOKEN, ChooseVariants, Variant, choose
+from fxquant.passes.choose_variants import BINS, CLIPPED, STATIC, TOKEN, ChooseVariants, Variant, choose
 from fxquant.pipeline.pipeline import parse_pass
 from fxquant.statistics.collection import Statistics
 from tests.tiny import calibrate, make_dit
@@ -44,13 +44,14 @@ def test_a_model_is_better_than_with_either_kind_alone() -> None:
     made = fxquant.compile(model, recipe=recipe, statistics=statistics)
     assert plain.plan is not None and made.plan is not None
     choices = made.plan.decisions_of(Variant)
-    assert {choice.chosen for choice in choices.values()} <= {STATIC, BINS, TOKEN}
+    assert {choice.chosen for choice in choices.values()} <= {STATIC, BINS, CLIPPED, TOKEN}
     assert any(choice.chosen != STATIC for choice in choices.values())
     for name, choice in choices.items():
         layer = made.plan.layers[name]
         assert layer.activation is not None
         assert (layer.activation.method == "dynamic") == (choice.chosen == TOKEN)
-        assert bool(layer.boundaries) == (choice.chosen == BINS)
+        assert (layer.activation.method == "mse") == (choice.chosen == CLIPPED)
+        assert bool(layer.boundaries) == (choice.chosen in (BINS, CLIPPED))
     before, after = (np.mean(list(each.plan.output_sqnr_db.values())) for each in (plain, made))
     assert after > before
     assert "decisions of choose-variants" in str(fxquant.report(made))

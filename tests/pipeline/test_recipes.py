@@ -33,7 +33,8 @@ def test_ranges_of_tokens_are_a_choice_of_every_recipe(name: str, rounding: str)
     changed = plain.with_options("quantize-linears", activation_range="dynamic")
     if learned:
         changed = changed.with_options("reconstruct-blocks", activation_range="dynamic")
-    assert made == changed
+    left = tuple(one for one in changed.convert if one.name != "choose-variants")  # Nothing is left to choose.
+    assert made == Recipe(changed.prepare, left)
     assert step(made, "quantize-convolutions") == step(plain, "quantize-convolutions")
 
 
@@ -53,7 +54,20 @@ def test_another_spelling_of_a_precision(name: str, right: str) -> None:
 def test_rounding_is_a_choice_of_every_recipe(name: str) -> None:
     assert step(make_recipe(f"{name}-gptq-w4a8"), "quantize-linears").rounding is Rounding.GPTQ
     assert step(make_recipe(f"{name}-adaround-w4a8"), "quantize-linears").rounding is Rounding.ADAROUND
-    assert step(make_recipe(f"{name}-w4a8"), "quantize-linears").rounding is Rounding.NEAREST
+    default = Rounding.GPTQ if name == "auto" else Rounding.NEAREST
+    assert step(make_recipe(f"{name}-w4a8"), "quantize-linears").rounding is default
+
+
+def test_what_is_chosen_is_rounded_as_the_recipe_says() -> None:
+    for rounding in (Rounding.GPTQ, Rounding.ADAROUND):
+        assert step(make_recipe(f"auto-{rounding.value}-w4a8"), "choose-variants").rounding is rounding
+    learned = make_recipe("auto-reconstruct-w4a8")  # Weights that are rounded before would not be learned.
+    assert step(learned, "choose-variants").rounding is Rounding.NEAREST
+    assert step(learned, "reconstruct-blocks")
+    assert "choose-variants" not in str(make_recipe("auto-dynamic-w4a8"))
+    assert str(make_recipe("auto-w4a16")) == str(make_recipe("ptq4dit-gptq-w4a16"))
+    assert step(make_recipe("auto-w4a8"), "choose-variants").groups == 32
+    assert step(make_recipe("auto-w4a8-g64"), "choose-variants").groups == 0
 
 
 def test_reconstruction_begins_with_the_ranges_that_the_recipe_searches() -> None:
