@@ -75,14 +75,13 @@ def possible(plan: Plan, name: str, precision: Precision) -> str | None:
 
 
 def bytes_of_weights(pairs: Iterable[Pair], names: Iterable[str]) -> dict[str, int]:
-    """Bytes of the stored weights of layers, with their scales; those that have none are left out."""
+    """Bytes of the codes, scales and zero points of layers; those that have none are left out."""
     wanted, found = set(names), dict[str, int]()
     for pair in pairs:
         for node in pair.quantized.graph.nodes:
             name = str(node.meta.get(LAYER, ""))
-            if name in wanted and name not in found and (stored := codes_of(node)) is not None:
-                parts = (stored.codes, stored.scale, stored.zero_point, stored.global_scale)
-                found[name] = sum(_bytes(pair.quantized, part) for part in parts if part is not None)
+            if name in wanted and name not in found and (codes := codes_of(node)) is not None:
+                found[name] = sum(_bytes(pair.quantized, part) for part in codes if part is not None)
     return found
 
 

@@ -205,15 +205,15 @@ class Sensitivities:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sensitivities:
         """Read back what :meth:`to_json` wrote; the values were compared with the schema."""
-        layers = {}
+        layers = dict[str, LayerSensitivity]()
         for name, entry in data["layers"].items():
-            cells = {key: tuple(map(tuple, entry[key])) for key in ("estimated", "measured", "all_but")}
-            plain = {key: entry[key] for key in ("weights", "macs", "reads")}
-            sizes = tuple(entry["bytes"])
-            layers[name] = LayerSensitivity(name, precisions=tuple(entry["precisions"]), bytes=sizes, **plain, **cells)
-        own = {f.name: data[f.name] for f in fields(cls) if f.name not in ("layers", "output")}
-        own |= {key: tuple(data[key]) for key in ("precisions", "timesteps")}
-        return cls(layers=layers, output={name: tuple(row) for name, row in data["output"].items()}, **own)
+            own: dict[str, Any] = {key: tuple(entry[key]) for key in ("precisions", "bytes")}
+            own |= {key: tuple(map(tuple, entry[key])) for key in ("estimated", "measured", "all_but")}
+            own |= {key: entry[key] for key in ("weights", "macs", "reads")}
+            layers[name] = LayerSensitivity(name, **own)
+        given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name not in ("layers", "output")}
+        given |= {key: tuple(data[key]) for key in ("precisions", "timesteps")}
+        return cls(layers=layers, output={name: tuple(row) for name, row in data["output"].items()}, **given)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, completely or not at all.
