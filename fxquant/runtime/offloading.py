@@ -175,13 +175,12 @@ def on_its_device(model: Any) -> Iterator[Callable[[Any], None]]:
 
 def _take_hook(model: Any) -> Any:
     """Take a hook of accelerate off a model, and return it. The model has its own ``forward`` again."""
-    from accelerate.hooks import remove_hook_from_module
-
-    hook = vars(model).get("_hf_hook")
-    remove_hook_from_module(model)
-    forward = vars(model).get("forward")  # accelerate leaves the method of the class among the attributes.
-    if getattr(forward, "__func__", None) is type(model).forward:
-        del model.forward
+    attributes = vars(model)
+    hook, old = attributes.pop("_hf_hook", None), attributes.pop("_old_forward", None)
+    if isinstance(attributes.get("forward"), functools.partial):  # Otherwise a calibration took it away already.
+        attributes["forward"] = old
+    if getattr(attributes.get("forward"), "__func__", None) is type(model).forward:
+        del attributes["forward"]  # accelerate leaves the method of the class among the attributes.
     return hook
 
 
