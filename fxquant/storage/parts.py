@@ -44,8 +44,13 @@ def made_of_parts(model: nn.Module, parts: Mapping[str, GraphModel]) -> nn.Modul
         parts: The quantized parts by name.
 
     Raises:
-        ConfigurationError: If no layer of a part is quantized.
+        ConfigurationError: If there is no part, or no layer of a part is quantized.
     """
+    if not parts:
+        raise ConfigurationError(
+            f"calibrate called no part of this {type(model).__name__} that can be quantized; name the parts (parts=), "
+            "and call them, or leave the model float"
+        )
     for name, part in parts.items():
         if part.plan is None or not any(True for _ in part.plan.quantized()):
             raise ConfigurationError(

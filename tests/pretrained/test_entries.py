@@ -164,6 +164,15 @@ def test_what_the_model_refuses(both: Any, monkeypatch: pytest.MonkeyPatch) -> N
         fxquant.report(both)
 
 
+def test_a_vae_whose_decoder_has_another_name(vae: AutoencoderKL) -> None:
+    """As that of ConsistencyDecoderVAE. It is not returned as if it were quantized."""
+    model = copy.deepcopy(vae)
+    model.decoder_unet = model.decoder
+    del model.decoder
+    with pytest.raises(ConfigurationError, match="called no part of this AutoencoderKL that can be quantized"):
+        fxquant.compile_parts(model, recipe="rtn-w8a16", calibrate=lambda: model.decoder_unet(latents()))
+
+
 def test_messages_about_models_with_one_entry(vae: AutoencoderKL, both: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"give a part of it: model\.encoder or model\.decoder"):
         fxquant.export_compressed_tensors(both, tmp_path / "out")
