@@ -18,7 +18,8 @@ from fxquant.capture.trace import Architecture
 from fxquant.errors import CaptureError
 from fxquant.ir.tensors import read_tensors
 from tests.tiny import inputs, make_dit
-from tests.traces import traced_once
+from tests.traces import traced_anew, traced_once
+from tests.zoo.models import ENTRIES
 
 
 class Power:
@@ -131,3 +132,20 @@ def test_a_failure_is_raised_again(traces: list[Any]) -> None:
         made.append(len(traces))
     assert messages[0] == messages[1]
     assert made[1] < made[0]
+
+
+@pytest.mark.parametrize("name", ["DiT2D", "OwnDiT"])
+def test_graphs_do_not_depend_on_the_cache_of_fake_tensors(name: str) -> None:
+    """Tests trace without it, and users with it."""
+    entry = next(entry for entry in ENTRIES if entry.id == name)
+    model, found = entry.model(), []
+    for cached in (False, True):
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=cached), traced_anew():
+            architecture = Architecture.of(model, entry.timestep)
+            found.append(architecture.capture(architecture.canonical((), entry.call())))
+    first, second = found
+    assert first.code == second.code and first.call == second.call
+    values = [
+        [str(node.meta["val"]) for node in captured.module.graph.nodes if "val" in node.meta] for captured in found
+    ]
+    assert len(values[0]) > 50 and values[0] == values[1]
