@@ -96,6 +96,7 @@ class TestList:
             ("passes", "absorb-affines"),
             ("backends", "fake-quant"),
             ("rules", "scaled_dot_product_attention"),
+            ("formats", "nvfp4"),
         ],
     )
     def test_one_line_each(self, kind, expected):

@@ -12,9 +12,9 @@ from torch.library import opcheck
 from fxquant.errors import CalibrationError, ConfigurationError, UnknownNameError
 from fxquant.ir import ops  # noqa: F401 - registers the operators
 from fxquant.ir.ops import recording
-from fxquant.numerics.formats import Scales
+from fxquant.numerics.formats import FORMATS, Scales
 from fxquant.numerics.packing import pack, unpack
-from fxquant.numerics.weights import QuantizedWeight, quantize_weight
+from fxquant.numerics.weights import QuantizedWeight, encode_weight, quantize_weight
 
 OPS = torch.ops.fxquant
 
@@ -146,6 +146,50 @@ class TestLinear:
     def test_rounds_once_to_the_result(self, dtype: torch.dtype) -> None:
         *arguments, _ = linear_arguments(group_size=8)
         assert torch.equal(OPS.linear(*arguments, dtype), OPS.linear(*arguments, torch.float32).to(dtype))
+
+
+def block_arguments() -> tuple[object, ...]:
+    x, outer = torch.randn(2, 5, 64), torch.tensor(1e-3)
+    return x, OPS.block_scale(x, "nvfp4", outer), None, "nvfp4", outer
+
+
+def float_arguments() -> tuple[object, ...]:
+    """A linear of nvfp4 activations and mxfp4 weights."""
+    x, scale, _, format, outer = block_arguments()
+    weight = encode_weight(torch.randn(7, 64), format="mxfp4", group_size=32)
+    codes = OPS.quantize(x, scale, None, format, outer)
+    factors = codes, scale, None, weight.packed, weight.scale, None, torch.randn(7)
+    return *factors, format, "mxfp4", 32, torch.float32, outer, None
+
+
+def test_a_linear_of_floats_multiplies_decoded_values() -> None:
+    arguments = float_arguments()
+    x, scale, _, format, outer = arguments[0], arguments[1], None, "nvfp4", arguments[11]
+    assert isinstance(x, Tensor) and isinstance(scale, Tensor) and isinstance(outer, Tensor)
+    decoded = FORMATS[format].values()[x.int()].unflatten(-1, (-1, 16))
+    decoded = (decoded * scale.view(torch.float8_e4m3fn).float()[..., None] * outer).flatten(-2)
+    packed, steps = arguments[3], arguments[4]
+    assert isinstance(packed, Tensor) and isinstance(steps, Tensor)
+    weight = FORMATS["mxfp4"].values()[unpack(packed, 4, 64).int()].unflatten(-1, (-1, 32))
+    weight = (weight * steps.view(torch.float8_e8m0fnu).float()[..., None]).flatten(-2)
+    torch.testing.assert_close(OPS.linear(*arguments), nn.functional.linear(decoded, weight, arguments[6]))
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        (OPS.block_scale, (torch.ones(2, 40), "mxfp4"), "mxfp4 has a scale per 32 channels, and 32 does not divide"),
+        (OPS.block_scale, (torch.ones(2, 32), "fp8"), "fp8 has no blocks"),
+        (OPS.block_scale, (torch.ones(2, 32), "nvfp4"), "nvfp4 has a global scale"),
+        (OPS.token_scale, (torch.ones(2, 32), "mxfp4"), "mxfp4 has no scale without a zero point for each token"),
+        (OPS.token_scale, (torch.ones(2, 32), "int8"), "int8 has no scale without a zero point for each token"),
+        (OPS.quantize, (torch.ones(2, 32), torch.ones(()), None, "mxfp4"), "scales of mxfp4 are bytes"),
+        (OPS.token_grid, (torch.ones(2, 32).to("meta"), "fp8"), "fp8 is not an integer format; choose one of int2"),
+    ],
+)
+def test_scales_of_other_formats_are_refused(op: object, arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        op(*arguments)  # type: ignore[operator]
 
 
 def matmul_arguments(a_grid: tuple[int, ...] = (), b_grid: tuple[int, ...] = ()) -> tuple[object, ...]:
@@ -351,6 +395,11 @@ CALLS = {
         OPS.matmul.default,
         lambda: matmul_arguments((2, 3, 5, 1), (2, 1, 1, 7)),
     ),
+    "token_scale": (OPS.token_scale.default, lambda: (torch.randn(2, 5, 32), "fp8")),
+    "block_scale": (OPS.block_scale.default, lambda: (torch.randn(2, 5, 64), "mxfp4")),
+    "block_scale on a scale": (OPS.block_scale.default, lambda: (torch.randn(2, 5, 64), "nvfp4", torch.rand(2, 1, 1))),
+    "quantize blocks": (OPS.quantize.default, block_arguments),
+    "linear of floats": (OPS.linear.default, float_arguments),
     "conv2d": (OPS.conv2d.default, conv_arguments),
     "conv2d in groups": (OPS.conv2d.default, lambda: conv_arguments(2, (2, 6, 1, 1))),
 }
