@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
-from fxquant.errors import ConfigurationError, shortened
+from fxquant.errors import ConfigurationError, UnknownNameError, shortened
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import ITEM, LAYER
 from fxquant.numerics.formats import FORMATS, Format, format_of, is_integer
@@ -135,7 +135,10 @@ def _checked(what: str, bits: int | None, name: str | None) -> Format | None:
     Raises:
         ConfigurationError: If it is unknown, or has another number of bits.
     """
-    format = None if bits is None else format_of(bits, name)
+    try:
+        format = None if bits is None else format_of(bits, name)
+    except UnknownNameError as error:
+        raise ConfigurationError(f"{what}_format: {error}") from None
     if name is not None and is_integer(name):
         raise ConfigurationError(f"integers have no {what}_format; set it to null, and {what}_bits to their bits")
     if format is not None and format.bits != bits:

@@ -55,6 +55,8 @@ def test_what_is_no_precision(text: str, message: str) -> None:
         ((8, 8, 32, "mxfp4"), "mxfp4 has 4 bits, not 8; set weight_bits to 4, or weight_format to null"),
         ((4, 8, 0, "mxfp4"), "set group_size to 32"),
         ((4, 8, 32, "mxfp4", None, 8), "group_rows to 1"),
+        ((8, 8, 0, "posit8"), "weight_format: unknown format 'posit8'. Known: fp8, "),
+        ((8, 8, 0, None, "posit8"), "activation_format: unknown format 'posit8'"),
         ((4, 8, 0, "int4"), "integers have no weight_format"),
         ((8, 8, 0, None, None, -1), "a group of -1 output channels"),
     ],
