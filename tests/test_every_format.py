@@ -12,6 +12,8 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError, FxquantError
+from fxquant.export.int8 import export_int8
+from fxquant.export.onnx import export_onnx
 from fxquant.numerics.formats import FORMATS
 from fxquant.numerics.weights import stored_bytes
 from fxquant.planning.plan import PLAN_FILE
@@ -124,3 +126,14 @@ def test_a_checkpoint_of_a_format_that_is_not_installed_says_so(tmp_path: Path) 
     (tmp_path / PLAN_FILE).write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match="number format 'posit8', which is not known here; install the package"):
         fxquant.Plan.load(tmp_path)
+
+
+def test_exports_of_integers_refuse_other_formats_by_layer(tmp_path: Path) -> None:
+    float_model = model()
+    made = fxquant.compile(float_model, recipe="rtn-wfp8afp8", measure=0, calibrate=calibrate(float_model))
+    message = r"(?s)cannot hold this model:.*(weights in|input has|weight has) the format fp8: .*transformer_blocks.0"
+    with pytest.raises(ConfigurationError, match=message):
+        export_int8(made, tmp_path / "int8")
+    with pytest.raises(ConfigurationError, match=message):
+        export_onnx(made, tmp_path / "onnx")
+    assert not any(tmp_path.iterdir())
