@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from fxquant.ir.ops.hadamard import hadamard
+from fxquant.ir.ops.low_rank import low_rank
 from fxquant.ir.tensors import get_tensor
 from fxquant.numerics.grids import affine_parameters
 from fxquant.reconstruction.cache import Values
@@ -63,7 +65,12 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     return (y if shift is None else y + shift).to(x.dtype)
 
 
-_DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {_AFFINE: _affine, torch.ops.aten.copy.default: _copy}
+_DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {
+    _AFFINE: _affine,
+    torch.ops.aten.copy.default: _copy,
+    torch.ops.fxquant.low_rank.default: low_rank,
+    torch.ops.fxquant.hadamard.default: hadamard,
+}
 """Ops without a derivative, and for each a function that computes the same with ops that have one."""
 
 

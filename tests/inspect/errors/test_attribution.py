@@ -133,6 +133,21 @@ def test_measured_contributions_are_those_of_a_model_with_one_quantized_layer(
         assert found.of(BAD).measured[found.timesteps.index(step)] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("error:.*autograd kernel:UserWarning")
+@pytest.mark.parametrize("recipe", ["svdquant-w4a8", "svdquant-rotated-w4a8"])
+def test_estimates_reach_through_branches_and_rotations(recipe: str) -> None:
+    chosen = fxquant.make_recipe(recipe).with_options("split-low-rank", rank=4)
+    found = fxquant.attribute(*made(str(chosen)), timesteps=1, probes=64, **EXACT)
+    ratios = [
+        layer.estimated[0] / layer.measured[0]
+        for layer in found.layers.values()
+        if layer.estimated[0] is not None and layer.measured[0]
+    ]
+    assert len(ratios) == len(found.layers)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
+    assert min(ratios) > 0.4 and max(ratios) < 2.5
+
+
 @pytest.mark.parametrize(
     ("recipe", "layers"),
     [("ptq4dit-w4a8", "all"), ("dynamic-w8a8", "default"), ("htg-w6a8", "default"), ("rtn-w4a16-g4", "blocks")],
