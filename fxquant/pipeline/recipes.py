@@ -147,6 +147,7 @@ DYNAMIC = "dynamic"
 """May come after a recipe's name, before the rounding: each token that a linear reads then has its own range."""
 
 _CHOOSES = "choose-variants"
+_FEW = 4  # Bits of which rounding is the larger part of the error, so that branches and rotations are worth their cost.
 
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\w+a\w+(?:-g\d+|-b\d+(?:x\d+)?|-tensor)?)")
 
@@ -255,18 +256,15 @@ def dynamic(precision: Precision, layers: str) -> Recipe:
 
 
 def auto(precision: Precision, layers: str) -> Recipe:
-    """SmoothQuant with alpha searched, GPTQ, and the best ranges by measured error, chosen layer by layer."""
+    """SmoothQuant with alpha searched, branches and rotations at few bits, GPTQ, and ranges chosen layer by layer."""
     if precision.activation_bits is None:
         return make_recipe(f"ptq4dit-gptq-{precision}", layers)
-    groups = 0 if precision.group_size else 32
-    return _recipe(
-        precision,
-        layers,
-        "balance-channels{salience=max search=11}",
-        "absorb-affines",
-        f"choose-variants{{groups={groups} rounding=gptq}}",
-        linears="rounding=gptq",
-    )
+    middle = ["balance-channels{salience=max search=11}", "absorb-affines"]
+    if precision.activation_bits <= _FEW:
+        middle.append("rotate-channels")
+    if precision.weight_bits is not None and precision.weight_bits <= _FEW:
+        middle.append("split-low-rank{iterations=4}")
+    return _recipe(precision, layers, *middle, "choose-variants{rounding=gptq}", linears="rounding=gptq")
 
 
 def repq(precision: Precision, layers: str) -> Recipe:

@@ -66,8 +66,9 @@ def test_what_is_chosen_is_rounded_as_the_recipe_says() -> None:
     assert step(learned, "reconstruct-blocks")
     assert "choose-variants" not in str(make_recipe("auto-dynamic-w4a8"))
     assert str(make_recipe("auto-w4a16")) == str(make_recipe("ptq4dit-gptq-w4a16"))
-    assert step(make_recipe("auto-w4a8"), "choose-variants").groups == 32
-    assert step(make_recipe("auto-w4a8-g64"), "choose-variants").groups == 0
+    passes = {bits: [one.name for one in make_recipe(f"auto-{bits}").convert] for bits in ("w8a8", "w4a8", "w4a4")}
+    added = {bits: {"rotate-channels", "split-low-rank"} & {*names} for bits, names in passes.items()}
+    assert added == {"w8a8": set(), "w4a8": {"split-low-rank"}, "w4a4": {"rotate-channels", "split-low-rank"}}
 
 
 def test_reconstruction_begins_with_the_ranges_that_the_recipe_searches() -> None:
