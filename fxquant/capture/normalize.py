@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import sympy
 import torch
-from torch import SymInt, Tensor, fx
+from torch import fx
 from torch._ops import HigherOrderOperator
-from torch.export import ExportedProgram
 from torch.fx.graph import CodeGen
 
-from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
+from fxquant.capture.calls import CallSpec, TensorSpec
 from fxquant.errors import CaptureError
 from fxquant.ir.arguments import args, item_of
 from fxquant.ir.meta import ITEM
@@ -20,8 +17,6 @@ from fxquant.ir.tensors import get_tensor, set_tensor
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 _RANDOM_IN_TRAINING = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
-_BATCHES = [sympy.Integer(size) for size in range(1, 65)]
-"""The batch sizes for which a graph with an open batch must be valid."""
 
 
 def flatten_signature(graph: fx.Graph, call: CallSpec) -> None:
@@ -137,33 +132,3 @@ def loosen_views(graph: fx.Graph) -> None:
             source = args(node).node("self")
             if source in loose or not source.meta["val"].is_contiguous():
                 node.target = torch.ops.aten.reshape.default
-
-
-def is_batch_open(module: fx.GraphModule, call: CallSpec) -> bool:
-    """Whether every batch dimension that the graph reads is still symbolic.
-
-    The symbols may differ: for example, the batch of a mask is never compared with the batch of the masked values.
-    """
-    placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
-    return all(
-        not str(node.meta["val"].shape[dim]).isdigit()
-        for node, (_, spec) in zip(placeholders, call.tensors, strict=True)
-        for dim, size in enumerate(spec.shape)
-        if size == BATCH and node.users
-    )
-
-
-def condition_on_batch(program: ExportedProgram) -> str | None:
-    """What the traced code asks of the batch size, if other sizes would take another path; None if nothing.
-
-    Code that cuts the batch into pieces of eight, or that branches on its size, is traced along one path only. The
-    conditions of that path are those that the tracer noted. A condition that all sizes up to 64 meet is none.
-    """
-    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    sizes: Iterable[Any] = (size for value in values if isinstance(value, Tensor) for size in value.shape)
-    first = next((size for size in sizes if isinstance(size, SymInt)), None)
-    for condition in () if first is None else {guard.expr for guard in first.node.shape_env.guards}:
-        symbols = condition.free_symbols  # Nothing but the batch has symbols; that of each input may have its own.
-        if any(condition.xreplace(dict.fromkeys(symbols, size)) == sympy.false for size in _BATCHES):
-            return str(condition)
-    return None

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from fxquant.capture.batches import is_batch_open, serves_all
 from fxquant.capture.borders import marking, settle
 from fxquant.capture.calls import BATCH, TRACED_BATCH, Call, CallSpec, TensorSpec
 from fxquant.capture.constants import is_plain
@@ -37,11 +38,9 @@ from fxquant.capture.known_values import Tracing, is_followed
 from fxquant.capture.memoized import Memos
 from fxquant.capture.naming import fake_mode_of_model, name_constants, name_layers, names_of
 from fxquant.capture.normalize import (
-    condition_on_batch,
     drop_assertions,
     flatten_signature,
     inline_regions,
-    is_batch_open,
     loosen_views,
     refuse_inner_graphs,
 )
@@ -276,7 +275,16 @@ class Architecture:
             tracing = Tracing()
             program = here._export(call, device, batch, call.batched, tracing, numbers)
             read = {name: number for name, number in (numbers or {}).items() if name in tracing.read}
-            return here._finish(program, call.knowing_numbers(read), batch)
+            captured = here._finish(program, call.knowing_numbers(read), batch)
+
+            def again(size: int) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+                other = here._export(call, device, size, True, Tracing(), numbers)
+                return other, here._finish(other, call, size).code
+
+            if captured.call.batched and not serves_all(program, captured.code, again):
+                fixed = captured.call.at_batch(batch, "the model's own code depends on the batch size")
+                return replace(captured, call=fixed)
+            return captured
 
     def _export(
         self,
@@ -355,13 +363,8 @@ class Architecture:
         module.meta[NAMES] = names_of(self.skeleton)
         name_layers(module, self.skeleton)
         module.graph.lint()
-        if call.batched:
-            condition = condition_on_batch(program)
-            if condition is not None:
-                log.info("the batch size of %s: %s", type(self.skeleton).__name__, condition)
-                call = call.at_batch(batch, "the model's own code depends on the batch size")
-            elif not is_batch_open(module, call):
-                call = call.at_batch(batch, "the model's own code fixes the batch size")
+        if call.batched and not is_batch_open(module, call):
+            call = call.at_batch(batch, "the model's own code fixes the batch size")
         return CapturedGraph(module, call, out_spec, code=fingerprint(module.graph))
 
     def _refuse_originals(self, module: fx.GraphModule) -> None:

@@ -550,3 +550,20 @@ def test_conditions_on_the_batch_size(path: Callable[[Tensor], Tensor]) -> None:
         assert torch.equal(traced(x), model(x)), batch
     assert len(traced.captured) == 5
     assert traced.captured[0].static_batch == "the model's own code depends on the batch size"
+
+
+class _Mixing(nn.Module):
+    """Mixes the channels with the batch and undoes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 2).reshape(-1, 5).unflatten(0, (8, -1)).transpose(0, 2)
+
+
+def test_conditions_on_the_batch_size_that_do_not_matter() -> None:
+    """How a reshaped value lies in memory depends on the batch size, but the ops do not."""
+    model = _Mixing().eval()
+    traced = trace(model, timestep=None)
+    for batch in (2, 5, 1, 10):
+        x = torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(batch))
+        assert torch.equal(traced(x), model(x))
+    assert len(traced.captured) == 1 and traced.captured[0].static_batch is None
