@@ -1,11 +1,10 @@
-"""Helpers of the quantizing passes: quantize weights and inputs as the plan says, and record decisions in the plan."""
+"""Helpers of the quantizing passes: quantize weights as the plan says, and record decisions in the plan."""
 
 from __future__ import annotations
 
-import copy
 import enum
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -17,17 +16,13 @@ from fxquant.ir.histories import made_from
 from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
-from fxquant.ir.time_tables import TimeTable, rows_at, timestep_input
-from fxquant.numerics.activations import round_by_token, round_in_range
 from fxquant.numerics.finite import require_finite
-from fxquant.numerics.formats import Format, is_integer
-from fxquant.numerics.ranges import activation_range
+from fxquant.numerics.formats import is_integer
 from fxquant.numerics.rounding.adaround import adaround
 from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
-from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import QuantizedWeight, encode_weight
 from fxquant.planning.context import PassContext
-from fxquant.planning.decisions import ActivationRange, LayerPlan
+from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.layer_inputs import layer_input, moments
 from fxquant.planning.plan import Plan
 from fxquant.planning.uses import unnumbered
@@ -57,15 +52,6 @@ class RangeSearch(enum.Enum):
     MINMAX = "minmax"
     PERCENTILE = "percentile"
     MSE = "mse"
-
-
-class InputRange(enum.Enum):
-    """The same for activations, which can also have a range per token, found at run time."""
-
-    MINMAX = "minmax"
-    PERCENTILE = "percentile"
-    MSE = "mse"
-    DYNAMIC = "dynamic"
 
 
 class Rounding(enum.Enum):
@@ -314,156 +300,11 @@ def is_quantized(weight: fx.Node) -> bool:
     return weight.target is torch.ops.fxquant.dequantize_weight.default
 
 
-def quantized_input(node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewriter, method: InputRange) -> Coded:
-    """Quantize the input of a layer; returns nodes of its codes and scales.
-
-    Raises:
-        CalibrationError: If the plan has no range for the input and calibration never reached the layer.
-    """
-    name = node.meta[LAYER]
-    layer = context.plan.layer(name)
-    format = layer.format_of_input
-    assert format is not None
-    decide_range(node, x, context, rewriter, method)
-    assert layer.activation is not None
-    if layer.activation.method == InputRange.DYNAMIC.value:
-        return _codes_by_token(x, format, rewriter)
-    low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (layer.activation.low, layer.activation.high))
-    key = (x, format.name, layer.boundaries, str(low.tolist()), str(high.tolist()))
-    if key not in rewriter.memo:
-        rewriter.memo[key] = _codes_of_range(node, x, low, high, format, context, rewriter)
-    coded = rewriter.memo[key]
-    assert isinstance(coded, Coded)
-    return coded
-
-
-def _codes_of_range(
-    node: fx.Node, x: fx.Node, low: Tensor, high: Tensor, format: Format, context: PassContext, rewriter: Rewriter
-) -> Coded:
-    """Codes of an input whose range is known, or one range per bin of timesteps."""
-    name = node.meta[LAYER]
-    layer = context.plan.layer(name)
-
-    def stored(part: str, value: Tensor | None) -> fx.Node | None:
-        if value is None:
-            return None
-        value = value.to(x.meta["val"].device)
-        if low.dim() == 0:
-            return rewriter.constant(f"{name}.input_{part}", value, [x])
-        timestep, rank = timestep_input(rewriter.graph, context.plan.timestep), x.meta["val"].dim()
-        table = TimeTable(timestep, layer.boundaries, value[:, None])
-        return rows_at(rewriter, table, rank, f"{name}.input_{part}", [x])
-
-    if format.block:
-        return _codes_of_blocks(x, stored("global_scale", format.global_scale(low, high)), format, rewriter)
-    found = format.scales(low, high)
-    scale, zero_point = stored("scale", found.scale), stored("zero_point", found.zero_point)
-    assert scale is not None
-    return _quantize(x, Coded(x, scale, zero_point, format.name), rewriter)
-
-
-def _codes_of_blocks(x: fx.Node, scale: fx.Node | None, format: Format, rewriter: Rewriter) -> Coded:
-    """Codes of floats. For formats with blocks the scales of blocks are found at run time, on the scale that is given.
-
-    Args:
-        x: The value.
-        scale: Its scale, or for formats with blocks the scale of their scales, if they have one.
-        format: The number format.
-        rewriter: The rewriter of the graph.
-    """
-    if not format.block:
-        assert scale is not None
-        return _quantize(x, Coded(x, scale, None, format.name), rewriter)
-    op, arguments = torch.ops.fxquant.block_scale.default, (x, format.name, *optional(scale))
-    blocks = rewriter.call(op, arguments, sources=[x], name=f"{x.name}_block_scale", layer=True)
-    return _quantize(x, Coded(x, blocks, None, format.name, scale), rewriter)
-
-
-def _quantize(x: fx.Node, scales: Coded, rewriter: Rewriter) -> Coded:
-    """The codes of a value on scales whose nodes are given."""
-    given = (x, scales.scale, scales.zero_point, scales.format, *optional(scales.global_scale))
-    op = torch.ops.fxquant.quantize.default
-    return scales._replace(codes=rewriter.call(op, given, sources=[x], name=f"{x.name}_codes", layer=True))
-
-
 def optional(*trailing: fx.Node | None) -> tuple[fx.Node | None, ...]:
     """Trailing arguments of an op; none at all if all of them are None, which is their default."""
     return () if all(argument is None for argument in trailing) else trailing
 
 
-def decide_range(node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewriter, method: InputRange) -> None:
-    """Write the range of a layer's input into the plan, if it has none. Layers that read the same value share it."""
-    name = node.meta[LAYER]
-    layer = context.plan.layer(name)
-    if layer.activation is not None:
-        return
-    decided = context.memo.setdefault(("range", x, layer.format_of_input, layer.observed), name)
-    if decided == name:
-        _decide_range(name, context, method)
-    else:
-        first = context.plan.layer(decided)
-        layer.activation = copy.copy(first.activation)
-        layer.spread, layer.activation_sqnr_db = copy.copy(first.spread), first.activation_sqnr_db
-
-
 def is_rounded(layer: LayerPlan) -> bool:
     """Whether a weight is quantized for more than 8-bit storage: it has fewer bits, or its input is quantized."""
     return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
-
-
-def _codes_by_token(x: fx.Node, format: Format, rewriter: Rewriter) -> Coded:
-    """Codes of an input whose scales are found at run time."""
-    key = (x, format.name, InputRange.DYNAMIC)
-    if key not in rewriter.memo and not format.zero_points:
-        needs_outer = not format.block or format.global_scales
-        op, arguments = torch.ops.fxquant.token_scale.default, (x, format.name)
-        found = rewriter.call(op, arguments, sources=[x], name=f"{x.name}_scale", layer=True) if needs_outer else None
-        rewriter.memo[key] = _codes_of_blocks(x, found, format, rewriter)
-    if key not in rewriter.memo:
-
-        def call(op: Any, *arguments: Any, name: str) -> fx.Node:
-            return rewriter.call(op, arguments, sources=[x], name=f"{x.name}_{name}", layer=True)
-
-        grid = call(torch.ops.fxquant.token_grid.default, x, format.name, name="grid")
-        scale, zero_point = (
-            call(torch.ops.aten.select.int, grid, 0, number, name=name)
-            for number, name in enumerate(("scale", "zero_point"))
-        )
-        rewriter.memo[key] = _quantize(x, Coded(x, scale, zero_point, format.name), rewriter)
-    coded = rewriter.memo[key]
-    assert isinstance(coded, Coded)
-    return coded
-
-
-def _decide_range(name: str, context: PassContext, method: InputRange) -> None:
-    """Write the range of a layer's input, and its SQNR on the sampled rows, into the plan."""
-    layer = context.plan.layer(name)
-    format = layer.format_of_input
-    assert format is not None
-    if format.block:  # Blocks find their scales at run time. The scale of these scales covers the whole range.
-        method = InputRange.MINMAX if format.global_scales and method is not InputRange.DYNAMIC else InputRange.DYNAMIC
-    if method is InputRange.DYNAMIC:
-        seen = layer_input(context, name)
-        rows = torch.cat(seen.rows)
-        layer.activation = ActivationRange(float(seen.minimum.min()), float(seen.maximum.max()), method.value)
-        layer.activation_sqnr_db = sqnr_db(rows, round_by_token(rows, format))
-        tops = seen.absmax.amax(dim=1)
-        layer.spread = [float(tops.min()), float(tops.max())]
-        return
-    count = len(layer.boundaries) + 1
-    ranges, exact, coded = [], [], []
-    for number in range(count):
-        seen = layer_input(context, name, number if count > 1 else None)
-        rows = torch.cat(seen.rows)
-        ends = float(seen.minimum.min()), float(seen.maximum.max())
-        ranges.append(ends if format.block else activation_range(rows, *ends, format, method.value))
-        exact.append(rows)
-        coded.append(round_in_range(rows, format, *ranges[-1]))
-    lows, highs = ([end[side] for end in ranges] for side in (0, 1))
-    if len(ranges) == 1:
-        layer.activation = ActivationRange(lows[0], highs[0], method.value)
-    else:
-        layer.activation = ActivationRange(lows, highs, method.value)
-    tops = layer_input(context, name).absmax.amax(dim=1)
-    layer.spread = [float(tops.min()), float(tops.max())]
-    layer.activation_sqnr_db = sqnr_db(torch.cat(exact), torch.cat(coded))

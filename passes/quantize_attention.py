@@ -21,7 +21,7 @@ from fxquant.numerics.activations import round_in_range
 from fxquant.numerics.formats import FORMATS, Format, Scales, format_of
 from fxquant.numerics.ranges import activation_range
 from fxquant.numerics.sqnr import sqnr_db
-from fxquant.passes._quantization import InputRange
+from fxquant.passes._inputs import InputRange
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange, AttentionPlan

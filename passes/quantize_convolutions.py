@@ -14,7 +14,8 @@ from fxquant.ir.arguments import args
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
-from fxquant.passes._quantization import InputRange, RangeSearch, is_quantized, quantized_input, quantized_weight
+from fxquant.passes._inputs import InputRange, quantized_input
+from fxquant.passes._quantization import RangeSearch, is_quantized, quantized_weight
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan

@@ -13,17 +13,16 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import plus_rows
+from fxquant.passes._inputs import InputRange, quantized_input
 from fxquant.passes._quantization import (
     GPTQ,
     AdaRound,
-    InputRange,
     RangeSearch,
     Rounder,
     Rounding,
     is_quantized,
     is_rounded,
     optional,
-    quantized_input,
     quantized_weight,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass

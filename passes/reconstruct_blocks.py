@@ -18,14 +18,8 @@ from fxquant.ir.stages import Stage, is_replayed
 from fxquant.numerics.finite import require_finite
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
 from fxquant.numerics.weights import weight_scales
-from fxquant.passes._quantization import (
-    InputRange,
-    RangeSearch,
-    decide_range,
-    importance_of,
-    is_rounded,
-    refuse_learned_rounding,
-)
+from fxquant.passes._inputs import InputRange, decide_range
+from fxquant.passes._quantization import RangeSearch, importance_of, is_rounded, refuse_learned_rounding
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan

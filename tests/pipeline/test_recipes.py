@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fxquant.errors import ConfigurationError, UnknownNameError
-from fxquant.passes._quantization import InputRange, RangeSearch, Rounding
+from fxquant.passes._inputs import InputRange
+from fxquant.passes._quantization import RangeSearch, Rounding
 from fxquant.pipeline.recipes import DYNAMIC, ROUNDINGS, Recipe, make_recipe
 from fxquant.testing import own_recipes
 
