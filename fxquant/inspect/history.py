@@ -348,4 +348,5 @@ def _fill(module: fx.GraphModule) -> None:
     """Give a graph without weights ones in their place. Which ops a backend chooses does not depend on their values."""
     for name, tensor in read_tensors(module).items():
         if isinstance(tensor, FakeTensor):
-            set_tensor(module, name, torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+            shape = [int(size) for size in tensor.shape]  # torch may hold a size that it knows as a symbolic one.
+            set_tensor(module, name, torch.ones(shape, dtype=tensor.dtype, device=tensor.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxquant.inspect.snapshots import Snapshot
+from fxquant.numerics.packing import packed_size
 from fxquant.numerics.weights import stored_bytes
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
@@ -22,7 +23,11 @@ def weight_bytes(layer: LayerPlan, dtype: torch.dtype) -> tuple[int, int]:
     format = layer.format_of_weight
     if format is None:
         return before, before
-    return before, stored_bytes(format, (rows, columns), layer.group_size, layer.group_rows)
+    if layer.group_size < 1 or columns % layer.group_size == 0:
+        return before, stored_bytes(format, (rows, columns), layer.group_size, layer.group_rows)
+    # A plan that was edited by hand: a scale for each group that has begun.
+    codes, groups = rows * packed_size(columns, format.bits), -(-columns // layer.group_size)
+    return before, codes + groups * (stored_bytes(format, (rows, columns), 0, layer.group_rows) - codes)
 
 
 def dtype_of_plan(plan: Plan) -> torch.dtype:

@@ -19,6 +19,7 @@ from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.names import qualified_name
 from fxquant.ir.roles import assign_roles, module_path, roles_of
 from fxquant.ir.source_lines import source_line
+from fxquant.numerics.formats import FORMATS
 
 _KINDS = {"call_function": "call", "get_attr": "tensor", "placeholder": "input", "output": "output"}
 BATCH = "B"
@@ -62,6 +63,11 @@ class NodeState:
     @property
     def bits(self) -> int | None:
         """Bits of the codes that it makes or multiplies with; None for other nodes."""
+        # Of a product, the bits of the weight. Other ops and graphs dumped by earlier versions state bits or ends.
+        named = (self.arguments.get(key) for key in ("w_format", "format"))
+        format = next((name for name in named if isinstance(name, str)), None)
+        if format is not None:
+            return FORMATS[format].bits if format in FORMATS else None
         bits, top = self.arguments.get("bits"), self.arguments.get("qmax", self.arguments.get("quant_max"))
         if isinstance(bits, int):
             return bits

@@ -61,7 +61,7 @@ def test_explain(folders: tuple[Path, Path]) -> None:
 
 def test_diff(folders: tuple[Path, Path]) -> None:
     text = good("diff", *folders)
-    assert "transformer_blocks.0-1.attn1.to_q" in text and "bits=4 -> bits=8" in text
+    assert "transformer_blocks.0-1.attn1.to_q" in text and "w_format=int4 -> w_format=int8" in text
     block = good("diff", folders[0], "--pass", "absorb-affines", "--block", 1)
     assert "transformer_blocks.1.norm1.linear.weight: absorb-affines: folded times" in block
     assert "transformer_blocks.0" not in block

@@ -54,7 +54,7 @@ def test_graphs_are_aligned_by_layer(four: GraphModel, eight: GraphModel) -> Non
     found = diff(four, eight, layer=QUERY)
     assert (found.nodes.added, found.nodes.removed) == ((), ())
     (rewired,) = found.nodes.rewired
-    assert (rewired.before, rewired.after) == ({"bits": 4}, {"bits": 8})
+    assert (rewired.before, rewired.after) == ({"w_format": "int4"}, {"w_format": "int8"})
     assert found.ops[rewired.node] == f"fxquant::linear (product of {QUERY})"
 
 

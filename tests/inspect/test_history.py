@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fxquant
 from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
@@ -34,7 +36,13 @@ def test_model_checkpoint_and_plan_have_one_history(
     quantized: GraphModel, history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fxquant.save(quantized, tmp_path / "model")
-    monkeypatch.setattr(torch.Tensor, "copy_", None)  # Nothing is loaded into a tensor.
+    copy = torch.Tensor.copy_
+
+    def fake_copy(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert isinstance(self, FakeTensor), "a tensor with values was loaded"
+        return copy(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", fake_copy)
     for found in (rewrite_history(tmp_path / "model"), rewrite_history(quantized.plan, model=make_dit())):
         assert [step.nodes for step in found.steps] == [step.nodes for step in history.steps]
         assert [step.tensors for step in found.steps] == [step.tensors for step in history.steps]
@@ -92,7 +100,7 @@ def test_a_node_says_where_it_comes_from(history: History) -> None:
     assert (node.module, node.module_class) == (VALUE, "torch.nn.modules.linear.Linear")
     assert node.source.startswith("diffusers/models/attention_processor.py:")
     assert node.made_by[-1][0] == "quantize-linears"
-    assert node.bits == node.arguments["bits"] == 8
+    assert (node.bits, node.arguments["w_format"]) == (8, "int8")
     assert node.arguments["wq"] == "%" + node.inputs[3]
     codes = next(s for s in history.steps[-1].nodes if s.roles.get(VALUE) == "quantize")
     assert codes.bits == 8

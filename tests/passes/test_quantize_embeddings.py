@@ -42,7 +42,7 @@ def test_before_and_after() -> None:
         "embedding_default_1: float32[B, 1] = embedding(@table.weight_scale, labels)",
         "embedding_default_2: uint8[B, 1] = embedding(@table.weight_zero_point, labels)",
         "dequantize_weight_default: float32[B, 4] = fxquant::dequantize_weight("
-        "embedding_default, embedding_default_1, embedding_default_2, 8, 0, 4, float32)",
+        "embedding_default, embedding_default_1, embedding_default_2, int8, 0, 4, float32)",
         "add: float32[B, 4] = add.Tensor(x, dequantize_weight_default)",
         "return add",
     ]
