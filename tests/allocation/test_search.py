@@ -16,7 +16,7 @@ from fxquant.inspect.plots import save_figure
 from fxquant.planning.plan import Plan
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.statistics.collection import Statistics
-from tests.tiny import calibrate, make_dit
+from tests.tiny import make_dit
 
 OPTIONS: dict[str, Any] = {
     "candidates": ("w3a8", "w5a8", "w8a8"),
@@ -24,18 +24,6 @@ OPTIONS: dict[str, Any] = {
     "timesteps": 2,
     "measure": 0,
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return make_dit()
-
-
-@pytest.fixture(scope="module")
-def statistics(model: nn.Module) -> Statistics:
-    found = Statistics(keep_calls=6)
-    fxquant.compile(model, recipe="smoothquant-w8a8", calibrate=calibrate(model), statistics=found)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -22,23 +22,10 @@ from fxquant.inspect.errors.schedule import calls_at
 from fxquant.planning.precision import Precision
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.statistics.collection import Statistics
-from tests.tiny import calibrate, make_dit
 
 CANDIDATES = ("w4a8", "w8a8", "w4a16", "float")
 EXACT: dict[str, Any] = {"candidates": CANDIDATES, "recipe": "smoothquant", "timesteps": 2, "samples": 4}
 LAYER = "transformer_blocks.0.attn1.to_v"
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return make_dit()
-
-
-@pytest.fixture(scope="module")
-def statistics(model: nn.Module) -> Statistics:
-    found = Statistics(keep_calls=6)
-    fxquant.compile(model, recipe="smoothquant-w8a8", calibrate=calibrate(model), statistics=found)
-    return found
 
 
 @pytest.fixture(scope="module")
