@@ -36,6 +36,7 @@ def pareto_figure(found: SearchResult) -> Figure:
         for x, y, name in uniform:
             axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, -8), fontsize=7)
     axis.set(xlabel="MB", ylabel="output SQNR in dB", title=f"target: {found.target}")
+    axis.margins(0.15)  # Room for the names of the points.
     axis.legend(loc="lower right")
     return figure
 
