@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.layer_inputs import layer_input, moments
 from fxquant.planning.plan import Plan
+from fxquant.planning.roundings import Roundings, digest_of_values, with_precision
 from fxquant.planning.uses import unnumbered
 
 
@@ -66,9 +68,9 @@ class Rounder(Protocol):
     """A rounding method that uses more than the values of the weight itself."""
 
     def quantize(
-        self, name: str, values: Tensor, context: PassContext, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+        self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
-        """Round the weight of a layer.
+        """Round the weight of a layer to the format of its entry in the plan, or of a copy with another format.
 
         Raises:
             CalibrationError: If there are no second moments of the layer's input.
@@ -83,14 +85,13 @@ class GPTQ:
     activation_order: bool
 
     def quantize(
-        self, name: str, values: Tensor, context: PassContext, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+        self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
         """See :class:`Rounder`."""
-        layer = context.plan.layer(name)
         assert layer.format_of_weight is not None
         return gptq(
             values,
-            self._feedback(name, context, rewriter),
+            self._feedback(name, context),
             format=layer.format_of_weight.name,
             group_size=layer.group_size,
             group_rows=layer.group_rows,
@@ -98,7 +99,7 @@ class GPTQ:
             method=method.value,
         )
 
-    def _feedback(self, name: str, context: PassContext, rewriter: Rewriter) -> ErrorFeedback:
+    def _feedback(self, name: str, context: PassContext) -> ErrorFeedback:
         """Error feedback of the layer's input. It is large, so only that of the latest input is kept."""
         key = context.plan.layer(name).observed or name
         kept, feedback = context.memo.get("feedback", (None, None))
@@ -118,10 +119,9 @@ class AdaRound:
     """Learns how to round weights from second moments of inputs; see :mod:`fxquant.numerics.rounding.adaround`."""
 
     def quantize(
-        self, name: str, values: Tensor, context: PassContext, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+        self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
         """See :class:`Rounder`."""
-        layer = context.plan.layer(name)
         assert layer.format_of_weight is not None
         refuse_learned_rounding(name, layer)
         try:
@@ -219,11 +219,11 @@ def quantized_weight(
         )
     elif not own:
         assert rounder is not None
-        quantized = rounder.quantize(name, values, context, rewriter, method, symmetric)
+        quantized = _rounded(name, values, rounder, context, method, symmetric)
     else:
         if name not in context.codes:  # Neither learned before nor rounded for another graph of the model.
             assert rounder is not None
-            context.codes[name] = rounder.quantize(name, values, context, rewriter, method, symmetric)
+            context.codes[name] = _rounded(name, values, rounder, context, method, symmetric)
             _drop_used_moments(name, context)
         quantized = context.codes[name]
     if layer.weight_sqnr_db is None:
@@ -247,6 +247,26 @@ def quantized_weight(
     if _reads_alone(node, weight):
         rewriter.forget(weight)
     return coded
+
+
+def _rounded(
+    name: str, values: Tensor, rounder: Rounder, context: PassContext, method: RangeSearch, symmetric: bool
+) -> QuantizedWeight:
+    """A weight rounded by the statistics of its input; conversions that share roundings find it there."""
+    layer = context.plan.layer(name)
+    shared = None if context.statistics is None else context.statistics.roundings
+    if not isinstance(shared, Roundings):
+        return rounder.quantize(name, layer, values, context, method, symmetric)
+    values_digest = digest_of_values(values)
+
+    def key(of: LayerPlan) -> Hashable:
+        return of.observed or name, values_digest, _grid_of(of), str(rounder), method, symmetric
+
+    wanted = [layer, *(with_precision(layer, precision) for precision in shared.wanted(context.plan, name))]
+    if key(layer) not in shared.found:
+        for other in wanted:
+            shared.found[key(other)] = rounder.quantize(name, other, values, context, method, symmetric)
+    return shared.found[key(layer)]
 
 
 def _grid_of(layer: LayerPlan) -> tuple[str, ...]:

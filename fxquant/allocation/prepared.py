@@ -13,8 +13,11 @@ from torch import nn
 from fxquant import api
 from fxquant.allocation.candidates import possible, precision_of_recipe, varied_layers, with_precisions
 from fxquant.errors import ConfigurationError, check_type
+from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision
+from fxquant.planning.roundings import Roundings
 from fxquant.planning.sensitivities import FLOAT_BITS
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
@@ -33,6 +36,7 @@ class Prepared:
         base: The first quantized model, which decided the factors.
         precisions: The precisions by name, without float.
         layers: The layers whose precision is varied, each with the precisions that it can have.
+        roundings: The weights rounded so far. Each was rounded in all precisions at once.
         left_out: Which layers cannot have which precision.
     """
 
@@ -42,6 +46,7 @@ class Prepared:
     base: GraphModel
     precisions: dict[str, Precision]
     layers: dict[str, list[str]]
+    roundings: Roundings
     left_out: dict[str, str] = field(default_factory=dict)
 
     def quantized(self, precision: str) -> GraphModel:
@@ -50,8 +55,12 @@ class Prepared:
             return self.base
         assert self.base.plan is not None
         chosen = {name: self.precisions[precision] for name, own in self.layers.items() if precision in own}
-        plan = with_precisions(self.base.plan, chosen)
-        return api.compile(self.model, plan=plan, statistics=self.statistics, measure=0)
+        return self.compile(with_precisions(self.base.plan, chosen))
+
+    def compile(self, plan: Plan, backend: str | Backend = "fake-quant") -> GraphModel:
+        """The model with a plan that differs from the base's in precisions only."""
+        with self.roundings.used_with(self.statistics):
+            return api.compile(self.model, plan=plan, statistics=self.statistics, backend=backend, measure=0)
 
 
 def prepare(
@@ -85,7 +94,11 @@ def prepare(
             "were recorded with fxquant.Statistics(keep_calls=64)"
         )
     chosen = _recipe(recipe, list(quantizing.values()), layers)
-    base = api.compile(model, recipe=chosen, calibrate=calibrate, statistics=statistics, measure=0, timestep=timestep)
+    roundings = Roundings(_wanted(precision_of_recipe(chosen), list(quantizing.values())))
+    with roundings.used_with(statistics):
+        base = api.compile(
+            model, recipe=chosen, calibrate=calibrate, statistics=statistics, measure=0, timestep=timestep
+        )
     if not len(statistics.calls):
         raise ConfigurationError("these statistics keep no calls; record them with fxquant.Statistics(keep_calls=64)")
     plan = base.plan
@@ -93,7 +106,7 @@ def prepare(
     own = varied_layers(plan, precision_of_recipe(chosen))
     if not own:
         raise ConfigurationError("the recipe quantizes no linear with its own precision, so there is nothing to vary")
-    made = Prepared(model, statistics, chosen, base, quantizing, {name: [] for name in own})
+    made = Prepared(model, statistics, chosen, base, quantizing, {name: [] for name in own}, roundings)
     for text, precision in quantizing.items():
         refused = {name: reason for name in own if (reason := possible(plan, name, precision)) is not None}
         for name in own:
@@ -106,6 +119,18 @@ def prepare(
         for name in own:
             made.layers[name].append(FLOAT_BITS)
     return made
+
+
+def _wanted(base: Precision, precisions: list[Precision]) -> Callable[[Plan, str], list[Precision]]:
+    """The precisions in which a layer will be compared: all that it can have, if it is one of those that vary."""
+
+    def wanted(plan: Plan, name: str) -> list[Precision]:
+        layer = plan.layer(name)
+        if layer.kind != "linear" or layer.precision != base:
+            return []
+        return [precision for precision in precisions if precision != base and possible(plan, name, precision) is None]
+
+    return wanted
 
 
 def _recipe(recipe: str | Recipe, precisions: list[Precision], layers: str) -> Recipe:

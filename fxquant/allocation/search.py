@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxquant import api
 from fxquant.allocation.candidates import with_precisions
 from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.measure import CANDIDATES, RECIPE, check_options
@@ -232,9 +231,7 @@ class _Search:
         assert base is not None
         plan = with_precisions(base, {name: Precision.parse(text) for name, text in chosen.items()})
         plan.decisions_of(Choice).update(self.choices(chosen))
-        made = api.compile(
-            self.prepared.model, plan=plan, statistics=self.prepared.statistics, backend=self.backend, measure=0
-        )
+        made = self.prepared.compile(plan, self.backend)
         assert made.plan is not None
         made.plan.output_sqnr_db = output_sqnr(made, self.samples)
         values = [db for db in made.plan.output_sqnr_db.values() if math.isfinite(db)]

@@ -62,6 +62,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
         self.transient = transient
         self.wants_moments: Callable[[str], bool] = lambda key: False
         """Whether to record second moments ``[C, C]`` for a key; calibration sets it to what the recipe needs."""
+        self.roundings: object | None = None
+        """Weights rounded by these statistics, while several conversions share them; never saved."""
         self._by_key: dict[str, ChannelStatistics] = {}
 
     def __getitem__(self, key: str) -> ChannelStatistics:

@@ -37,13 +37,14 @@ class Alternative:
         self.layers = {unit.name: unit for unit in units if isinstance(unit, (CodedLayer, StoredLayer))}
         self._inputs = [node for node in self.pair.quantized.graph.nodes if node.op == "placeholder"]
 
-    def error(self, name: str, x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    def error(self, name: str, x: Tensor, inputs: Sequence[Tensor], exact: Tensor | None = None) -> Tensor:
         """The error of a layer's output if it alone is quantized, of the output's shape.
 
         Args:
             name: The layer.
             x: What it reads in the float model.
             inputs: The inputs of the model.
+            exact: What :meth:`CodedLayer.exact` gives for it, if it was computed before.
         """
         unit = self.layers[name]
         first = unit.output.args[0]
@@ -57,7 +58,15 @@ class Alternative:
                 known[node] = self._compute(node, value)
             return known[node]
 
-        return unit.error(map_arg(unit.output.args, value), value).both
+        arguments = map_arg(unit.output.args, value)
+        if exact is not None and isinstance(unit, CodedLayer):
+            return unit.coded(arguments) - exact
+        return unit.error(arguments, value).both
+
+    def exact(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
+        """The float product of a layer with quantized input, without a bias; None for other layers."""
+        unit = self.layers[name]
+        return unit.exact(args) if isinstance(unit, CodedLayer) else None
 
     def _compute(self, node: fx.Node, value: Lookup) -> Any:
         """The value of a node between the layer's input and its output: the grid of its input, its bias."""
@@ -103,8 +112,9 @@ class Candidates:
         if not having:
             return
         self._errors[unit] = found = {}
+        exact = self.alternatives[having[0]].exact(unit.name, args)  # The same for all of them.
         for name in having:
-            found[name] = self.alternatives[name].error(unit.name, args[0], self.inputs)
+            found[name] = self.alternatives[name].error(unit.name, args[0], self.inputs, exact)
             self.local[name][unit.name] = float(found[name].float().square().sum(dtype=torch.float64))
             self.products[name][unit.name] = []
         weight = self.alternatives[having[0]].pair.weights[unit.name]

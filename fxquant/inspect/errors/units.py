@@ -79,6 +79,17 @@ class CodedLayer:
         inputs = _product(self.output, args, moved, delta.add_(exact))  # The quantized weight.
         return LocalError(weights + inputs, weights, inputs)
 
+    def exact(self, args: tuple[Any, ...]) -> Tensor:
+        """The product in float, without a bias."""
+        weight = float_weight(self.output, self.pair)
+        return _product(self.output, args, args[0].to(weight.dtype), weight)
+
+    def coded(self, args: tuple[Any, ...]) -> Tensor:
+        """The product of rounded weight and input, without a bias, in the dtype of :meth:`exact`."""
+        weight = rounded_weight(self.output, self.pair, float_weight(self.output, self.pair))
+        x = args[0].to(weight.dtype)
+        return _product(self.output, args, _fake_quantized((x, *_input_scales(self.output, args))), weight)
+
 
 @dataclass(frozen=True, eq=False)
 class StoredLayer:
