@@ -25,7 +25,7 @@ def lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
     rewriter.replace(node, new)
 
 
-def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None:
+def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, qmax: int, *rest: Any) -> None:
     """Compute codes and the grids of their rows in one kernel, if only linears read them.
 
     Before::
@@ -40,25 +40,36 @@ def lower_tokens(node: fx.Node, rewriter: Rewriter, op: Any, *rest: Any) -> None
         found = op(x, 255, ...)
         y = fxquant.linear(found[0], found[1], found[2], ...)
 
+    Grids of floats are ``fxquant.token_scale(x, "fp8")``, without zero points.
+
     Args:
         node: A ``fxquant.quantize``.
         rewriter: The rewriter of the graph.
         op: The kernel; its first results are codes, scales and zero points.
+        qmax: The highest code.
         rest: Arguments of the kernel after the highest code.
     """
-    x, scale, zero_point = (args(node).node(name) for name in ("x", "scale", "zero_point"))
-    grids = {_grid_of(x, scale, 0), _grid_of(x, zero_point, 1)}
-    if None in grids or len(grids) != 1 or x.meta["val"].dtype not in FLOATS:
+    x, scale, zero_point = args(node).node("x"), args(node).node("scale"), args(node).zero_point
+    old = [node, scale] if zero_point is None else [node, scale, zero_point]
+    if x.meta["val"].dtype not in FLOATS or not _is_grid_of(x, *old[1:]):
         return
     if not all(reader.target is reference.linear.default and args(reader).xq is node for reader in node.users):
         return
-    if not {*scale.users, *zero_point.users} <= {node, *node.users}:
+    if not {user for part in old[1:] for user in part.users} <= {node, *node.users}:
         return
     with rewriter.before(node):
-        found = rewriter.call(op, (x, top_of(args(node).format), *rest), [scale, zero_point, node], layer=True)
-        parts = [rewriter.call(operator.getitem, (found, number), [node], layer=True) for number in range(3)]
-    for old, part in zip((node, scale, zero_point), parts, strict=True):
-        rewriter.replace(old, part)
+        found = rewriter.call(op, (x, qmax, *rest), [*old[1:], node], layer=True)
+        parts = [rewriter.call(operator.getitem, (found, number), [node], layer=True) for number in range(len(old))]
+    for before, part in zip(old, parts, strict=True):
+        rewriter.replace(before, part)
+
+
+def _is_grid_of(x: fx.Node, scale: fx.Node, zero_point: fx.Node | None = None) -> bool:
+    """Whether a scale, with or without a zero point, is the one that the rows of `x` find for themselves."""
+    if zero_point is None:
+        return scale.target is reference.token_scale.default and args(scale).x is x
+    grid = _grid_of(x, scale, 0)
+    return grid is not None and grid is _grid_of(x, zero_point, 1)
 
 
 def _grid_of(x: fx.Node, part: fx.Node, number: int) -> fx.Node | None:

@@ -17,6 +17,7 @@ from fxquant.backends.native.gpu import machine as gpus
 from fxquant.backends.native.onednn import weights
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
+from fxquant.numerics.formats import INTEGERS, is_integer
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
@@ -45,7 +46,6 @@ class Native(Backend):
         packed: Keep weights of up to 4 bits in half a byte each, if the kernels can.
         attention: ``bf16`` multiplies attention that the plan leaves float in bfloat16, if the compiled kernels can;
             ``float`` leaves it to ATen, as on GPUs.
-        products: ``int8``, or on GPUs ``fp8``: 8-bit floats (e4m3) with the plan's ranges in place of 8-bit codes.
         device: The device of the models, which decides the kernels; :func:`fxquant.compile` and :func:`fxquant.load`
             set it themselves.
 
@@ -67,20 +67,16 @@ class Native(Backend):
         kernels: str = "auto",
         packed: bool = True,
         attention: str = "bf16",
-        products: str = "int8",
         device: torch.device | str = "cpu",
     ) -> None:
         try:
             self._asked = Kernels(kernels)
         except ValueError:
             raise BackendError(f"kernels={kernels!r} is not known; choose auto, compiled, onednn or triton") from None
-        if products not in ("int8", "fp8"):
-            raise BackendError(f"products={products!r} is not known; choose int8 or fp8")
         if attention not in ("bf16", "float"):
             raise BackendError(f"attention={attention!r} is not known; choose bf16 or float")
         self._packed = packed
         self._bf16_attention = attention == "bf16"
-        self._fp8 = products == "fp8"
         self._device = torch.device(device)
 
     def on(self, device: torch.device) -> Native:
@@ -111,14 +107,12 @@ class Native(Backend):
     def kernels(self) -> Kernels:
         """Which kernels run: never :attr:`Kernels.AUTO`."""
         if self._asked is Kernels.TRITON or (self._asked is Kernels.AUTO and self._device.type == "cuda"):
-            reason = gpus.missing(self._device, self._fp8)
+            reason = gpus.missing(self._device)
             if reason is not None:
                 raise BackendError(f"backend 'native' cannot run: {reason}")
             return Kernels.TRITON
         if self._device.type == "cuda":
             raise BackendError(f"kernels={self._asked.value!r} run on CPUs, and the model is on {self._device}")
-        if self._fp8:
-            raise BackendError("products='fp8' are made by the Triton kernels, which run on GPUs; use 'int8' on CPUs")
         if self._asked is Kernels.ONEDNN or (self._asked is Kernels.AUTO and machine.has_tiles()):
             return Kernels.ONEDNN
         reason = machine.missing_kernels()
@@ -128,9 +122,18 @@ class Native(Backend):
             raise BackendError(f"there are no compiled kernels: {reason}; or use kernels='onednn'")
         return Kernels.ONEDNN
 
+    def product_formats(self) -> frozenset[str]:
+        """Integers, and on GPUs that multiply 8-bit floats ``fp8``."""
+        takes_floats = self.kernels is Kernels.TRITON and gpus.missing(self._device, fp8=True) is None
+        return INTEGERS | {"fp8"} if takes_floats else INTEGERS
+
     def refuse(self, layer: LayerPlan) -> str | None:
         """Refuse weight groups, sums of more than 32 bits, and builds of torch without the kernels."""
-        if layer.weight_bits is None or layer.activation_bits is None or layer.kind != "linear":
+        if layer.weight_bits is None or layer.activation_bits is None:
+            return None
+        if layer.kind != "linear":
+            if "fp8" in (layer.weight_format, layer.activation_format):
+                return f"it multiplies convolutions in integers only; choose w8a8 for it, or {_ELSE}"
             return None
         kernels = self.kernels
         if kernels is Kernels.TRITON:
@@ -150,7 +153,7 @@ class Native(Backend):
     def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
         """Lower linears and attention, with the ops around them, to the kernels."""
         if self.kernels is Kernels.TRITON:
-            gpu.lower(module, others, gpu.Options(self._packed, self._fp8))
+            gpu.lower(module, others, gpu.Options(self._packed))
             return
         if self.kernels is Kernels.COMPILED:
             compiled.lower(module, others, compiled.Options(self._packed, self._uses_bf16()))
@@ -187,9 +190,12 @@ class Native(Backend):
             return "aten float"
         kernels = self.kernels
         if kernels is Kernels.TRITON and layer.kind == "linear" and layer.activation_bits is not None:
-            return gpu.kernel(layer, gpu.Options(self._packed, self._fp8))
+            return gpu.kernel(layer, gpu.Options(self._packed))
         own = kernels is Kernels.COMPILED
         if layer.activation_bits is None:
+            format = layer.format_of_weight
+            if format is None or not is_integer(format.name) or layer.group_rows != 1:
+                return "dequantize + aten float"
             if own and layer.kind == "linear" and compiled.fits(layer.group_size):
                 return f"native weight-only {self._weight(layer)}, float32 sums"
             if kernels is Kernels.TRITON and layer.kind == "linear":

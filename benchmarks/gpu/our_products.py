@@ -100,18 +100,14 @@ def _weights_alone(kind: _Kind, shape: Shape, device: torch.device) -> Case:
 
 def _floats(shape: Shape, device: torch.device) -> Case:
     rows, inputs, outputs = shape
-    packed, scale, zero_point = _weight(shape, _Kind(8), device)
-    held, step = weights.floats(packed, scale, zero_point, 8, inputs, 0)
-    x = (torch.randn(rows, inputs, device=device) * 100).clamp(-weights.FP8_MAX, weights.FP8_MAX).to(FP8)
-    x_scale, x_zero_point = _grid(device)
-    # With this unit, the largest float reaches the farther end of the grid of codes.
-    unit = x_scale.double() * max(_ZERO_POINT, 255 - _ZERO_POINT) / weights.FP8_MAX
+    x, held = ((torch.randn(n, inputs, device=device) * 100).clamp(-448, 448).to(FP8) for n in (rows, outputs))
+    unit, step = torch.tensor(0.02, device=device), torch.rand(outputs, 1, device=device) * 1e-4
     bias = torch.randn(outputs, device=device).to(torch.bfloat16)
-    arguments = (x, x_scale, x_zero_point, held, step, zero_point, step, bias, 8, outputs, "none")
+    arguments = (x, unit, None, held, step, None, None, bias, 8, outputs, "none")
     nothing = (None, None, None, None, 255, torch.bfloat16, 0, None, None)
     return Case(
         lambda: torch.ops.fxquant_native.triton_linear(*arguments, *nothing),
-        lambda part: unit * x[part].double(),
+        lambda part: unit.double() * x[part].double(),
         lambda: held.double() * step.double(),
         _step(),
         FP8_SUMS,

@@ -79,7 +79,7 @@ def quantize(
             "--backend",
             "-b",
             autocompletion=backends,
-            help="Backend, such as native{products=fp8}; see [bold]fxquant list backends[/].",
+            help="Backend, such as native{kernels=onednn}; see [bold]fxquant list backends[/].",
         ),
     ] = "fake-quant",
     layers: Annotated[

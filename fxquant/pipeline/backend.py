@@ -107,14 +107,19 @@ class Backend(ABC):
     def kernel(self, layer: LayerPlan) -> str:
         """Name of the kernel that runs a layer, for the report; the name of a fallback contains :data:`REFERENCE`."""
 
+    def product_formats(self) -> frozenset[str] | None:
+        """Names of the number formats whose products it runs on its device; by default :attr:`formats`."""
+        return self.formats
+
     def refuse_format(self, layer: LayerPlan) -> str | None:
-        """Why the backend cannot run a layer in its number formats, or None; see :attr:`formats`."""
+        """Why the backend cannot run a layer in its number formats, or None; see :meth:`product_formats`."""
         weights, inputs = layer.format_of_weight, layer.format_of_input
-        if self.formats is None or weights is None or (inputs is None and "dequantize_weight" in self.spec.ops):
+        formats = self.product_formats()
+        if formats is None or weights is None or (inputs is None and "dequantize_weight" in self.spec.ops):
             return None
-        known = ", ".join(sorted(self.formats))
+        known = ", ".join(sorted(formats))
         for what, format in (("weight", weights), ("input", inputs)):
-            if format is not None and format.name not in self.formats:
+            if format is not None and format.name not in formats:
                 return (
                     f"its {what} has the format {format.name}, and the products of this backend take {known}; choose "
                     f"one of these, keep the activations float (a16), or use backend {_ANY!r}"
@@ -248,7 +253,7 @@ BACKENDS: Registry[type[Backend]] = Registry("backend", "fxquant.backends")
 
 
 def resolve_backend(backend: str | Backend) -> Backend:
-    """A backend from its name, optionally with options as in ``native{products=fp8}``, or the backend itself.
+    """A backend from its name, optionally with options as in ``native{kernels=onednn}``, or the backend itself.
 
     Raises:
         UnknownNameError: If there is no backend of this name.

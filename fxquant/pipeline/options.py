@@ -1,4 +1,4 @@
-"""Options in text, such as ``balance-channels{exponent=0.5 salience=max}`` or ``native{products=fp8}``.
+"""Options in text, such as ``balance-channels{exponent=0.5 salience=max}`` or ``native{kernels=onednn}``.
 
 An option is a bool, a number, a text, a path, a member of an enum, one of the values of a ``Literal``, a tuple of
 these, or one of them or None. What is printed parses back to an equal value; types for which this cannot hold are

@@ -132,9 +132,13 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
         "SUPER_M": config.super_m,
         "WARPS": config.warps,
     }
+    if kind == "fp8":
+        constants |= dict.fromkeys(("x_zero_point", "w_zero_point", "w_sums"))
     if fused:
         types |= {"out": codes, "out_scale": "*fp32", "out_zero_point": "*u8", "out_sums": "*i32"}
-        constants |= {"gate": None, "residual": None} | ({"out_sums": None} if kind == "fp8" else {})
+        constants |= {"gate": None, "residual": None} | (
+            {"out_sums": None, "out_zero_point": None} if kind == "fp8" else {}
+        )
     else:
         types |= {"gate": "*bf16", "residual": "*bf16"}
         constants |= {"out_scale": None, "out_zero_point": None, "out_sums": None}

@@ -21,6 +21,13 @@ def check_floats(op: str, x: Tensor) -> None:
         raise BackendError(f"{op} reads float32, bfloat16 and float16, not {x.dtype}")
 
 
+def check_zero_point(op: str, dtype: torch.dtype, zero_point: Tensor | None) -> None:
+    """Integers have zero points, and 8-bit floats have none."""
+    if (zero_point is None) != (dtype == FP8):
+        what = "8-bit floats have no zero point" if dtype == FP8 else "integers need a zero point"
+        raise BackendError(f"{op} was called {'without' if zero_point is None else 'with'} a zero point: {what}")
+
+
 def per_row(values: Any, x: Tensor, rows: int, what: str) -> tuple[Any, int]:
     """The entries of a grid in contiguous memory, and how many rows of `x` share one entry."""
     if values is None:

@@ -21,7 +21,6 @@ from fxquant.backends.native.gpu.arguments import FP8
 from fxquant.backends.native.gpu.weight_only import fits
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
-from fxquant.errors import BackendError
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
@@ -48,9 +47,10 @@ _WITH_SUMS = {
     native.triton_quantize.default: native.triton_quantize_sums.default,
     native.triton_norm_quantize.default: native.triton_norm_quantize_sums.default,
 }
+_FP8 = "fp8"
 _ROWS, _SUMS, _OFFSET = "_rows", "_sums", "_offset"
 _TOKEN_SUMS = 3  # Position of the sums among the results of kernels that compute a grid per token.
-_FLOATS, _FLOAT_SCALE = "_fp8", "_fp8_scale"
+_FLOATS = "_fp8"
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,9 @@ class Options:
 
     Attributes:
         packed: Store weights of up to 4 bits in half a byte each.
-        fp8: Multiply 8-bit floats instead of 8-bit integers, with the same ranges.
     """
 
     packed: bool = True
-    fp8: bool = False
 
 
 def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options) -> None:
@@ -80,7 +78,8 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
         y = fxquant_native.triton_linear(codes, s, z, W_rows, W_scale, W_zero_point, W_sums, bias, bits, out, "none",
                                          None, None, None, None, 255, dtype, group, None, None)
 
-    A linear with a dequantized weight becomes ``triton_weight_only_linear``. Operations before and after these are
+    Codes of the format ``fp8`` are made and multiplied by the same ops, as 8-bit floats without zero points. A linear
+    with a dequantized weight becomes ``triton_weight_only_linear``. Operations before and after these are
     fused into the kernels where possible: see :mod:`fxquant.backends.native.fusions`. Codes that any other op reads
     stay reference codes.
     """
@@ -98,7 +97,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     module.graph.eliminate_dead_code()
     for node in list(module.graph.nodes):
         if node.target is reference.quantize.default:
-            _lower_quantize(node, rewriter, options)
+            _lower_quantize(node, rewriter)
     module.graph.eliminate_dead_code()
     for node in list(module.graph.nodes):
         if node.target is reference.linear.default:
@@ -118,23 +117,16 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
 
 
 def stored(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors of a lowered graph, with packed codes instead of rows and without derived tensors.
-
-    Raises:
-        BackendError: If weights are stored as 8-bit floats, which cannot be converted back to codes.
-    """
+    """The tensors of a lowered graph, with packed codes instead of rows and without derived tensors."""
     found = read_tensors(module)
     for node in module.graph.nodes:
         if node.target not in _LINEARS:
             continue
         given = args(node)
         name = str(given.node("weight").target)
-        if name.endswith(_FLOATS):
-            raise BackendError(
-                f"{name.removesuffix(_FLOATS)} is stored as 8-bit floats, which cannot be converted back to codes; "
-                "save the model from another backend or with products='int8', then load it with products='fp8'"
-            )
-        if name in found:
+        if name in found and name.endswith(_FLOATS):
+            found[name.removesuffix(_FLOATS)] = found.pop(name).view(torch.uint8)
+        elif name in found:
             packed, inner = name.removesuffix(_ROWS), int(source_of(node).meta["val"].shape[-1])
             zeros = found[str(given.node("w_zero_point").target)]
             found[packed] = weights.unpacked(found.pop(name), zeros, given.bits, inner, given.group_size)
@@ -145,7 +137,17 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
 
 def refuse(layer: LayerPlan) -> str | None:
     """Why the kernels cannot run a linear with quantized activations as planned, and what to use instead."""
-    assert layer.weight_bits is not None
+    assert layer.weight_bits is not None and layer.format_of_weight is not None and layer.format_of_input is not None
+    formats = layer.format_of_weight.name, layer.format_of_input.name
+    if _FP8 in formats:
+        if formats != (_FP8, _FP8):
+            return (
+                f"its kernel multiplies fp8 by fp8, not {formats[1]} by {formats[0]}; choose wfp8afp8, or backend "
+                "'fake-quant'"
+            )
+        if layer.group_size:
+            return "its kernel takes one fp8 scale per output channel, not per group; choose wfp8afp8 without -g"
+        return None
     if layer.group_size and not weights.fits_groups(layer.group_size, layer.weight_bits):
         return (
             f"its kernel takes groups of a multiple of {weights.LEAST_GROUP} inputs and weights of up to 7 bits, not "
@@ -160,7 +162,7 @@ def refuse(layer: LayerPlan) -> str | None:
 def kernel(layer: LayerPlan, options: Options) -> str:
     """Name of the kernel that runs a linear with quantized activations."""
     assert layer.weight_bits is not None
-    if options.fp8 and layer.activation_bits == 8:
+    if layer.weight_format == _FP8:
         return "native triton e4m3 x e4m3"
     return f"native triton s8 x {_weight_name(layer.weight_bits, layer.group_size, options)}"
 
@@ -178,15 +180,15 @@ def _weight_name(bits: int, group_size: int, options: Options) -> str:
     return f"{stored} in groups of {group_size}" if group_size else stored
 
 
-def _lower_quantize(node: fx.Node, rewriter: Rewriter, options: Options) -> None:
-    """Make signed codes for linears, and reference codes for all other readers."""
+def _lower_quantize(node: fx.Node, rewriter: Rewriter) -> None:
+    """Make signed codes or 8-bit floats for linears, and reference codes for all other readers."""
     given = args(node)
-    x, qmax, grid = given.node("x"), top_of(given.format), (given.scale, given.zero_point)
+    floats = given.format == _FP8  # Only linears read these; a highest code means nothing for them.
+    x, grid = given.node("x"), (given.scale, given.zero_point)
+    qmax, dtype = (255, FP8) if floats else (top_of(given.format), torch.int8)
     linears = [reader for reader in node.users if _multiplies(reader, node)]
     signed = [reader for reader in node.users if reader.target is native.signed.default]
-    read_otherwise = len(linears) < len(node.users)
-    dtype = FP8 if options.fp8 and qmax == 255 and not read_otherwise else torch.int8
-    lower_tokens(node, rewriter, _KERNELS.quantize_tokens, dtype)
+    lower_tokens(node, rewriter, _KERNELS.quantize_tokens, qmax, dtype)
     if not node.users:
         return
     with rewriter.before(node):
@@ -208,7 +210,7 @@ def _multiplies(reader: fx.Node, codes: fx.Node) -> bool:
 
 def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor], options: Options) -> None:
     given = args(node)
-    codes, packed, w_scale, w_zero_point = (given.node(name) for name in ("xq", "wq", "w_scale", "w_zero_point"))
+    codes, packed, w_scale, w_zero_point = given.node("xq"), given.node("wq"), given.node("w_scale"), given.w_zero_point
     bits, group_size, dtype = bits_of(given.w_format), given.group_size, given.out_dtype
     out, inner = int(packed.meta["val"].shape[0]), int(codes.meta["val"].shape[-1])
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
@@ -225,9 +227,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor
     x_sums, offset = None, None
     with rewriter.before(node):
         if codes.meta["val"].dtype == FP8:
-            rounded = functools.cache(lambda: weights.floats(*grid()))
-            weight, w_scale = make(_FLOATS, lambda: rounded()[0]), make(_FLOAT_SCALE, lambda: rounded()[1])
-            sums, group_size = w_scale, 0  # Products of floats need no sums; any tensor serves.
+            weight, sums = make(_FLOATS, lambda: rewriter.tensor(packed).view(FP8)), None
         else:
             if codes.meta["val"].dtype != torch.int8:
                 codes = rewriter.call(native.signed.default, (codes,), [node], layer=True)

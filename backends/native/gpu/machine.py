@@ -52,7 +52,7 @@ def _missing_on_gpu(device: torch.device, fp8: bool) -> str | None:
     found = torch.cuda.get_device_capability(device)
     if found < needed:
         what = "products of 8-bit floats need" if fp8 else "products of signed bytes need"
-        instead = "; use products='int8'" if fp8 and found >= _INTEGERS else "; use backend 'fake-quant'"
+        instead = "; use a precision such as w8a8" if fp8 and found >= _INTEGERS else "; use backend 'fake-quant'"
         return (
             f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and {what} "
             f"{needed[0]}.{needed[1]}{instead}"

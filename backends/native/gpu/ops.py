@@ -1,9 +1,9 @@
 """The operators of the Triton kernels: schemas, shapes and dtypes of results, and the functions that run them.
 
 Codes of activations are int8: the code of the plan, 0 to 255, minus 128, because tensor cores multiply signed bytes.
-Or they are 8-bit floats that span the same range. Scales and zero points are those of the plan. There is one grid for
-all, one per sample along the first axis, or one per row. The arguments have the same order as those of the compiled
-kernels for CPUs, so that the same patterns fuse into both.
+Or they are 8-bit floats (e4m3), those of the format ``fp8``, which have no zero points. Scales and zero points are
+those of the plan. There is one grid for all, one per sample along the first axis, or one per row. The arguments have
+the same order as those of the compiled kernels for CPUs, so that the same patterns fuse into both.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _fake_norm_quantize_tokens(x: Tensor, *arguments: Any) -> tuple[Tensor, Tens
     return _fake_quantize_tokens(x, *arguments[-2:])
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype) -> Tensor:
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -80,8 +80,8 @@ def _fake_row_sums(xq: Tensor) -> Tensor:
 # each group and groups are added up in float32. w_offset holds zero points that are not yet subtracted from the stored
 # weight; it requires x_sums, the row sums of xq.
 _LINEAR = (
-    "Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
-    "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
+    "Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor weight, Tensor w_scale, Tensor? w_zero_point, "
+    "Tensor? w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
     "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, int group_size, Tensor? w_offset, "
     "Tensor? x_sums"
 )
@@ -101,7 +101,7 @@ define_kernel(
 # the sums of the codes, which linears need if their weights have zero points; `*_tokens` compute a grid for each row,
 # and return codes, scales, zero points and sums.
 _NORM = "bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, Tensor? shift"
-_CODES = "Tensor scale, Tensor zero_point, int qmax, ScalarType dtype"
+_CODES = "Tensor scale, Tensor? zero_point, int qmax, ScalarType dtype"
 define_kernel(
     f"triton_norm_quantize(Tensor x, {_NORM}, {_CODES}) -> Tensor",
     rows.norm_quantize,

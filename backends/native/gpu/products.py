@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxquant.backends.native.gpu import machine
-from fxquant.backends.native.gpu.arguments import CODES, FP8, per_row, vectors
+from fxquant.backends.native.gpu.arguments import CODES, FP8, check_zero_point, per_row, vectors
 from fxquant.backends.native.gpu.configs import Config, choose, step_of
 from fxquant.backends.native.gpu.weights import half_of, held_width
 from fxquant.errors import BackendError
@@ -17,11 +17,11 @@ from fxquant.errors import BackendError
 def linear(
     xq: Tensor,
     x_scale: Tensor,
-    x_zero_point: Tensor,
+    x_zero_point: Tensor | None,
     weight: Tensor,
     w_scale: Tensor,
-    w_zero_point: Tensor,
-    w_sums: Tensor,
+    w_zero_point: Tensor | None,
+    w_sums: Tensor | None,
     bias: Tensor | None,
     bits: int,
     out_features: int,
@@ -43,11 +43,11 @@ def linear(
     Args:
         xq: int8 or float8_e4m3fn `[..., in]`.
         x_scale: float32, one for all, one per sample or one per row.
-        x_zero_point: The same in uint8 or int32, for codes that start at 0.
+        x_zero_point: The same in uint8 or int32, for codes that start at 0; None for 8-bit floats.
         weight: In the layout of :mod:`fxquant.backends.native.gpu.weights`.
         w_scale: float32 `[out, groups]`.
-        w_zero_point: uint8 `[out, groups]`.
-        w_sums: Row sums of the stored weight, `[out]`.
+        w_zero_point: uint8 `[out, groups]`; None for 8-bit floats.
+        w_sums: Row sums of the stored weight, `[out]`; None for 8-bit floats.
         bias: `[out]`, or one per sample.
         bits: Bits of the weight.
         out_features: Output channels.
@@ -75,6 +75,8 @@ def linear(
     inner = codes.shape[-1]
     halves = weight.dtype == torch.uint8
     _check_linear(xq, weight, out_features, group_size, halves, activation)
+    for zero_point in (x_zero_point, w_zero_point, *(() if out_scale is None else (out_zero_point,))):
+        check_zero_point("triton_linear", xq.dtype, zero_point)
     rows = codes.numel() // inner
     dtype = out_dtype if out_scale is None else xq.dtype
     out = codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)

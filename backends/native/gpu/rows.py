@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.backends.native.gpu import machine
-from fxquant.backends.native.gpu.arguments import FP8, check_floats, per_row, vectors
+from fxquant.backends.native.gpu.arguments import FP8, check_floats, check_zero_point, per_row, vectors
 from fxquant.errors import BackendError
 
 _MOST_CHANNELS = 65536
@@ -83,7 +83,7 @@ def _rows(
     op: str,
     x: Tensor,
     norm: Norm | None,
-    grid: tuple[Tensor, Tensor] | None,
+    grid: tuple[Tensor, Tensor | None] | None,
     qmax: int,
     dtype: torch.dtype,
     with_sums: bool = True,
@@ -104,6 +104,8 @@ def _rows(
     """
     parts = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.factor, norm.shift)
     machine.check_tensors(op, x, *parts, *(grid or ()))
+    if grid is not None:
+        check_zero_point(op, dtype, grid[1])
     from fxquant.backends.native.gpu.kernels.rows import quantize_rows_kernel
 
     check_floats(op, x)
@@ -156,13 +158,16 @@ def _rows(
     return out, scale, zero_point, sums
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int, dtype: torch.dtype) -> Tensor:
     """The op ``triton_quantize``: quantize float `x` to codes of `dtype`, on the grid of the reference, bit for bit.
+
+    8-bit floats have no zero point, and `qmax` means nothing for them.
 
     Raises:
         BackendError: If arguments do not fit.
     """
     machine.check_tensors("triton_quantize", x, scale, zero_point)
+    check_zero_point("triton_quantize", dtype, zero_point)
     from fxquant.backends.native.gpu.kernels.rows import quantize_kernel
 
     check_floats("triton_quantize", x)

@@ -8,7 +8,8 @@ A weight is stored as rows of its input channels, one byte per channel, int8:
 
 Codes of up to 4 bits may be stored two per byte, uint8. Of each run of 2 HALF inputs, the first half is in the low
 4 bits of HALF bytes and the second half is in the high 4 bits, so a kernel unpacks each half with one operation and no
-shuffle. All these layouts can be converted back to codes. Weights stored as 8-bit floats cannot: see :func:`floats`.
+shuffle. All these layouts can be converted back to codes. Codes of the format ``fp8`` are the bytes of 8-bit floats,
+and stay as they are.
 """
 
 from __future__ import annotations
@@ -17,15 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fxquant.numerics.formats import Scales
 from fxquant.numerics.packing import pack, unpack
-from fxquant.numerics.weights import dequantize_weight
 
 MIDDLE = 128
 MAX_FEATURES = (2**31 - 1) // (255 * 255)
 """The most input channels for which the sums, including the terms of zero points, always fit 32 bits."""
 
-FP8_MAX = 448.0
 LEAST_GROUP = 32
 """Inputs that tensor cores multiply in one instruction."""
 
@@ -107,18 +105,6 @@ def offset(zero_point: Tensor, bits: int) -> Tensor | None:
     if bits < 8 or bool((zero_point == MIDDLE).all()):
         return None
     return zero_point.flatten().to(torch.int32) - MIDDLE
-
-
-def floats(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, in_features: int, group_size: int
-) -> tuple[Tensor, Tensor]:
-    """The weight as 8-bit floats, float8_e4m3fn `[out, in]`, and a scale for each row, float32 `[out, 1]`.
-
-    Its values are rounded to 3 mantissa bits, so they cannot be converted back to 8-bit codes.
-    """
-    real = dequantize_weight(packed, Scales(scale, zero_point), f"int{bits}", group_size, in_features, torch.float32)
-    step = real.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / FP8_MAX
-    return (real / step).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), step
 
 
 def _signed(codes: Tensor, zero_point: Tensor, bits: int, group_size: int) -> Tensor:

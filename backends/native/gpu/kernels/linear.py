@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, activate, held_codes, step_of
+from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, activate, held_codes
 
 SPLIT_BEYOND = tl.constexpr(2048)  # Sums per warp: 64 registers per thread.
 
@@ -55,7 +55,8 @@ def linear_kernel(
     ``x`` is `[M, K]`. ``w`` is `[N, K]`; with HALF > 0 it is `[N, ceil(K / (2 HALF)) HALF]` with two codes per byte,
     which combines the first and the second HALF of each 2 HALF inputs. ``*_rows`` is the number of rows that share an
     entry of a vector. With GROUP > 0 the grid of the weight is `[N, ceil(K / GROUP)]`, and ``w_sums`` are float32 and
-    include the scales. The sums of the rows of codes are added to ``out_sums``, which must start at zero.
+    include the scales. The sums of the rows of codes are added to ``out_sums``, which must start at zero. 8-bit floats
+    have no zero points and no sums, so these pointers are None for them.
     """
     pid = tl.program_id(0)
     # Tiles that run at the same time share rows of x and of w, which stay in the L2 cache.
@@ -116,6 +117,7 @@ def linear_kernel(
             ACTIVATION,
             GROUP,
             FP8,
+            BLOCK_M,
         )
 
 
@@ -152,13 +154,14 @@ def _finish(
     ACTIVATION: tl.constexpr,
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Compute the result from the sums and write it, for some columns of a tile."""
     within_m, within_n = rows < M, columns < N
     within = within_m[:, None] & within_n[None, :]
     scale = tl.load(x_scale + rows // x_scale_rows, mask=within_m, other=0.0)
-    zero_point = tl.load(x_zero_point + rows // x_zero_point_rows, mask=within_m, other=0).to(tl.int32)
     if not FP8:
+        zero_point = tl.load(x_zero_point + rows // x_zero_point_rows, mask=within_m, other=0).to(tl.int32)
         shift = zero_point - MIDDLE
         sums = tl.load(w_sums + columns, mask=within_n, other=0)
         if GROUP > 0:
@@ -169,7 +172,7 @@ def _finish(
                 held = tl.load(w_offset + columns, mask=within_n, other=0)
                 row_sums = tl.load(x_sums + rows, mask=within_m, other=0) - K * shift
                 total -= row_sums[:, None] * held[None, :]
-    y = total.to(tl.float32) * step_of(scale, zero_point, 255, FP8)[:, None]
+    y = total.to(tl.float32) * scale[:, None]
     if GROUP == 0:
         y *= tl.load(w_scale + columns, mask=within_n, other=0.0)[None, :]
     if bias is not None:
@@ -183,9 +186,12 @@ def _finish(
     if residual is not None:
         y += tl.load(residual + place, mask=within, other=0.0).to(tl.float32)
     if out_scale is not None:
-        middle = tl.load(out_zero_point + rows // out_zero_point_rows, mask=within_m, other=0).to(tl.int32)
-        step = step_of(tl.load(out_scale + rows // out_scale_rows, mask=within_m, other=1.0), middle, qmax, FP8)
-        codes = held_codes(y, (1.0 / step)[:, None], middle[:, None], qmax, FP8)
+        step = tl.load(out_scale + rows // out_scale_rows, mask=within_m, other=1.0)
+        if FP8:
+            middle = tl.zeros((BLOCK_M, 1), dtype=tl.int32)
+        else:
+            middle = tl.load(out_zero_point + rows // out_zero_point_rows, mask=within_m, other=0).to(tl.int32)[:, None]
+        codes = held_codes(y, (1.0 / step)[:, None], middle, qmax, FP8)
         tl.store(out + place, codes, mask=within)
         if out_sums is not None:
             # The sums are integers, so the order in which tiles add to a row does not change them.

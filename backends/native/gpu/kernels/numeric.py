@@ -26,26 +26,23 @@ def round_even(x):
 
 
 @triton.jit
-def step_of(scale, zero_point, qmax, FP8: tl.constexpr):
-    """The value of one unit of a stored code: the scale, or the scale of 8-bit floats that span the same range."""
-    if FP8:
-        reach = tl.maximum(zero_point, qmax - zero_point).to(tl.float32)
-        step = scale * reach / FP8_MAX
-    else:
-        step = scale
-    return step
-
-
-@triton.jit
 def to_fp8(y):
-    """Round float32 values to the nearest 8-bit floats (e4m3); values beyond the largest are clamped to it."""
-    y = tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX)
+    """Round float32 values to the nearest 8-bit floats (e4m3); values beyond the largest are clamped to it.
+
+    NaN stays NaN.
+    """
+    unknown = y != y
+    y = tl.where(unknown, y, tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX))
     if _INTERPRETED:
         # The interpreter loses the carry of a mantissa that rounds up to the next power of two, so round here first.
         bits = y.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         y = tl.where(tl.abs(y) < 0.015625, round_even(y * 512.0) / 512.0, nearest)
-    return y.to(tl.float8e4nv)
+    held = y.to(tl.float8e4nv)
+    if _INTERPRETED:
+        # It also makes a number of NaN.
+        held = tl.where(unknown, 127, held.to(tl.uint8, bitcast=True)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return held
 
 
 @triton.jit
@@ -83,6 +80,13 @@ def token_grid(low, high, qmax):
     scale = tl.where(step == 0.0, 1.0, bounded).to(tl.float32)
     zero_point = ((-low / scale.to(tl.float64)) + _ROUNDER_64) - _ROUNDER_64
     return scale, tl.minimum(tl.maximum(zero_point, 0.0), qmax.to(tl.float64)).to(tl.int32)
+
+
+@triton.jit
+def token_step(low, high):
+    """Scale of 8-bit floats for the range of a row, computed as the format ``fp8`` of the reference computes it."""
+    step = tl.maximum(tl.maximum(-low, high), 0.0).to(tl.float64) / FP8_MAX
+    return tl.where(step == 0.0, 1.0, tl.minimum(tl.maximum(step, _LEAST_SCALE), _MOST_SCALE)).to(tl.float32)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxquant.backends.native.gpu.kernels.numeric import exact_codes, held_codes, step_of, token_grid
+from fxquant.backends.native.gpu.kernels.numeric import exact_codes, held_codes, token_grid, token_step
 
 
 @triton.jit
@@ -36,6 +36,8 @@ def quantize_rows_kernel(
 ):
     """Codes of one row of C channels after a norm and its modulation. Operations whose pointer is None are skipped.
 
+    8-bit floats have no zero point: it is not read, and with TOKENS zeros are written.
+
     NORM is ``layer``, ``rms`` or ``none``. With TOKENS, the grid of a row is computed from its values and written to
     ``scale`` and ``zero_point``; otherwise it is read from there. ``sums`` receives the sum of the codes as stored.
     """
@@ -60,13 +62,16 @@ def quantize_rows_kernel(
         at = (row // shift_rows).to(tl.int64) * shift_stride
         y += tl.load(shift + at + channels, mask=within, other=0.0).to(tl.float32)
     if TOKENS:
-        grid, middle = token_grid(tl.min(y, 0), tl.max(y, 0), qmax)
-        tl.store(scale + row, grid)
-        tl.store(zero_point + row, middle.to(tl.uint8))
+        if FP8:
+            step, middle = token_step(tl.min(y, 0), tl.max(y, 0)), 0
+            tl.store(zero_point + row, 0)
+        else:
+            step, middle = token_grid(tl.min(y, 0), tl.max(y, 0), qmax)
+            tl.store(zero_point + row, middle.to(tl.uint8))
+        tl.store(scale + row, step)
     else:
-        grid = tl.load(scale + row // scale_rows)
-        middle = tl.load(zero_point + row // zero_point_rows).to(tl.int32)
-    step = step_of(grid, middle, qmax, FP8)
+        step = tl.load(scale + row // scale_rows)
+        middle = 0 if FP8 else tl.load(zero_point + row // zero_point_rows).to(tl.int32)
     if NORM == "none":
         codes = exact_codes(y, step + tl.zeros((BLOCK,), dtype=tl.float32), middle, qmax, FP8)
     else:
@@ -100,10 +105,13 @@ def quantize_kernel(
     within = inside[:, None] & (columns < N)[None, :]
     place = rows.to(tl.int64)[:, None] * N + columns[None, :]
     values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
-    middle = tl.load(zero_point + rows // zero_point_rows, mask=inside, other=0).to(tl.int32)
-    step = step_of(tl.load(scale + rows // scale_rows, mask=inside, other=1.0), middle, qmax, FP8)
+    step = tl.load(scale + rows // scale_rows, mask=inside, other=1.0)
+    if FP8:
+        middle = tl.zeros((BLOCK_M, 1), dtype=tl.int32)
+    else:
+        middle = tl.load(zero_point + rows // zero_point_rows, mask=inside, other=0).to(tl.int32)[:, None]
     steps = tl.broadcast_to(step[:, None], (BLOCK_M, BLOCK_N))
-    tl.store(out + place, exact_codes(values, steps, middle[:, None], qmax, FP8), mask=within)
+    tl.store(out + place, exact_codes(values, steps, middle, qmax, FP8), mask=within)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -415,27 +416,44 @@ fp8 = pytest.mark.skipif(NO_FP8 is not None, reason=f"no products of 8-bit float
 @fp8
 def test_values_in_8_bit_floats() -> None:
     torch.manual_seed(0)
-    x, scale, zero_point = torch.randn(2, 500, 33) * 3, torch.tensor(0.05), torch.tensor(100, dtype=torch.uint8)
+    x, scale = torch.randn(2, 500, 33) * 3, torch.tensor(0.02)
     x[0, 0] = 1e9
     x[1] *= 1e-3  # Some of these are no normal numbers of 8 bits.
-    step = scale * 155 / 448
-    found = native.triton_quantize(x.to(DEVICE), scale.to(DEVICE), zero_point.to(DEVICE), 255, FP8).cpu()
-    assert torch.equal(found.float(), (x / step).clamp(-448, 448).to(FP8).float())
+    x[0, 1, 0], x[0, 1, 1] = math.nan, -math.inf
+    found = native.triton_quantize(x.to(DEVICE), scale.to(DEVICE), None, 255, FP8).cpu()
+    right = torch.ops.fxquant.quantize(x, scale, None, "fp8").view(FP8)
+    assert found[0, 1, 0].float().isnan() and found[0, 1, 1].float() == -448
+    assert torch.equal(found.float().nan_to_num(), right.float().nan_to_num())
+
+
+@fp8
+def test_tokens_find_their_scale_of_8_bit_floats() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 33) * torch.logspace(-8, 8, 7)[:, None]
+    x[0, 0] = 0.0
+    codes, scale, *_ = native.triton_quantize_tokens(x.to(DEVICE), 255, FP8)
+    assert torch.equal(scale.cpu(), torch.ops.fxquant.token_scale(x, "fp8"))
+    assert torch.equal(codes.cpu().view(torch.uint8), torch.ops.fxquant.quantize(x, scale.cpu(), None, "fp8"))
+
+
+@fp8
+def test_8_bit_floats_have_no_zero_points() -> None:
+    x, scale, zero_point = torch.randn(4, 32, device=DEVICE), torch.tensor(0.02, device=DEVICE), torch.tensor(3)
+    with pytest.raises(BackendError, match="with a zero point: 8-bit floats have no zero point"):
+        native.triton_quantize(x, scale, zero_point.to(DEVICE), 255, FP8)
+    with pytest.raises(BackendError, match="without a zero point: integers need a zero point"):
+        native.triton_quantize(x, scale, None, 255, torch.int8)
 
 
 @fp8
 @pytest.mark.parametrize(("tokens", "inner", "out"), SHAPES)
 def test_products_of_8_bit_floats(tokens: int, inner: int, out: int) -> None:
     torch.manual_seed(0)
-    weight = Weight(out, inner, 8)
-    grid = weight.scale, weight.zero_point
-    rows, row_scale = weights.floats(pack(weight.codes, 8), *grid, 8, inner, 0)
-    scale, zero_point = torch.rand(3, 1, 1) + 0.5, torch.randint(0, 256, (3, 1, 1), dtype=torch.uint8)
+    rows, row_scale = (torch.randn(out, inner) * 100).to(FP8), torch.rand(out, 1) + 0.5
+    scale = torch.rand(3, 1, 1) + 0.5
     x = (torch.randn(3, tokens, inner) * 100).to(FP8)
-    step = scale.double() * torch.maximum(zero_point, 255 - zero_point).double() / 448
-    right = x.double() * step @ (rows.double() * row_scale.double()).t()
-    arguments = (x, scale, zero_point, rows, row_scale, weight.zero_point, row_scale, None, 8, out, "none")
+    right = x.double() * scale.double() @ (rows.double() * row_scale.double()).t()
+    arguments = (x, scale, None, rows, row_scale, None, None, None, 8, out, "none")
     rest = (None, None, None, None, 255, torch.float32, 0, None, None)
     moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in (*arguments, *rest)]
     assert sqnr_db(right, native.triton_linear(*moved).cpu()) > (60.0 if DEVICE.type == "cuda" else 100.0)
-    assert sqnr_db(weight.real(), rows.double() * row_scale.double()) > 28.0
