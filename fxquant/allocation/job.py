@@ -17,10 +17,14 @@ from fxquant.allocation.prepared import Prepared
 from fxquant.calibration.kept_calls import some_inputs
 from fxquant.calibration.recorded import inputs_on
 from fxquant.capture.calls import CallSpec
+from fxquant.errors import ConfigurationError
 from fxquant.inspect.errors.alternatives import Alternative, Candidates
 from fxquant.inspect.errors.graphs import Pair, make_pairs, other_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order
 from fxquant.inspect.errors.sweep import Sweep, energy
+from fxquant.inspect.sizes import weight_bytes
+from fxquant.planning.branches import branch_bytes
+from fxquant.planning.plan import Plan
 from fxquant.planning.sensitivities import FLOAT_BITS, LayerSensitivity, Sensitivities
 from fxquant.runtime.float_model import dtype_of, weights_digest
 from fxquant.statistics.kept_calls import KeptCalls
@@ -48,6 +52,7 @@ class Job:
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     earlier: float = 0.0
 
     def __post_init__(self) -> None:
@@ -88,20 +93,24 @@ class Job:
 
     def _pairs(self, name: str, base: list[Pair]) -> list[Pair]:
         quantized = self.prepared.quantized(name)
+        assert quantized.plan is not None
+        self.plans[name] = quantized.plan
         return base if quantized is self.prepared.base else other_pairs(quantized, base)
 
     def _weigh(self, base: list[Pair], others: dict[str, list[Pair]]) -> None:
         """Bytes of every layer in every precision."""
-        names, width = self.prepared.layers, dtype_of(self.prepared.model).itemsize
-        self.weights = {name: pair.weights[name].numel() for pair in base for name in names if name in pair.weights}
+        names, dtype = self.prepared.layers, dtype_of(self.prepared.model)
+        held = {name: pair.weights[name] for pair in base for name in names if name in pair.weights}
+        self.weights = {name: weight.numel() for name, weight in held.items()}
         for text, pairs in others.items():
             found = bytes_of_weights(pairs, names)
             for name, own in names.items():
                 if text in own and name in found:
-                    self.sizes.setdefault(name, {})[text] = found[name]
+                    size = found[name] + branch_bytes(self.plans[text], name, dtype)
+                    self.sizes.setdefault(name, {})[text] = size
         for name, own in names.items():
-            if FLOAT_BITS in own:
-                self.sizes.setdefault(name, {})[FLOAT_BITS] = self.weights[name] * width
+            if FLOAT_BITS in own and name in held:
+                self.sizes.setdefault(name, {})[FLOAT_BITS] = held[name].nbytes
 
     def _one(self, step: float, sweeps: dict[int, tuple[Sweep, dict[str, Alternative]]]) -> None:
         """Measure one timestep; the energies of calls of several kinds are added."""
@@ -159,7 +168,8 @@ class Job:
             rows = (tuple(tuple(cell[part] for cell in row) for row in cells) for part in range(3))
             layers[name] = LayerSensitivity(name, self.weights[name], self.macs[name], reads, texts, sizes, *rows)
         base = str(precision_of_recipe(self.prepared.recipe))
-        varied = sum(self.sizes[name].get(base, 0) for name in layers)
+        dtype = dtype_of(self.prepared.model)
+        varied = sum(weight_bytes(plan.layers[name], dtype)[1] + branch_bytes(plan, name, dtype) for name in layers)
         output = {name: tuple(self.output[step][name] for step in steps) for name in self.prepared.precisions}
         floats = {FLOAT_BITS} & {text for own in self.prepared.layers.values() for text in own}
         return Sensitivities(
@@ -194,12 +204,20 @@ class Job:
         return out
 
     def _adopt(self, folder: Path, key: str) -> None:
-        """Continue from what an interrupted run found."""
+        """Continue from what an interrupted run found.
+
+        Raises:
+            ConfigurationError: The folder holds a measurement of something else, which would be lost.
+        """
         if not (folder / FILE).exists():
             return
         earlier = Sensitivities.load(folder / FILE)
         if earlier.made_for != key:
-            return
+            raise ConfigurationError(
+                f"{folder / FILE} holds sensitivities of {len(earlier.timesteps)} timesteps that were measured with "
+                "other options, another model or another calibration, so they cannot be continued; give another "
+                "folder as resume, or remove that file"
+            )
         self.earlier = earlier.seconds
         self.sizes = {name: dict(zip(one.precisions, one.bytes, strict=True)) for name, one in earlier.layers.items()}
         self.macs = {name: one.macs for name, one in earlier.layers.items()}

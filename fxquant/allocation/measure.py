@@ -66,7 +66,8 @@ def sensitivity(
             those with the largest estimates.
         budget: Seconds for the timesteps, after calibration and rounding. What does not fit is listed in ``left_out``.
             At least one timestep is measured. None for no limit.
-        resume: Folder in which finished timesteps are kept. The same call with the same folder continues from them.
+        resume: Folder in which finished timesteps are kept. The same call with the same folder continues from them; a
+            call that measures something else is refused.
         progress: Called as ``progress(what, done, total)``.
         seed: Seed of the random vectors.
 
@@ -96,6 +97,8 @@ def check_options(timesteps: Any, samples: Any, probes: Any, measure: Any, budge
     check_type("seed", seed, int, "a whole number")
     if not isinstance(timesteps, int):
         check_type("timesteps", timesteps, Sequence, "a number of timesteps, or a list of timesteps")
+        for step in timesteps:
+            check_type("each of timesteps", step, Real, "a number")
     if (isinstance(timesteps, int) and timesteps < 1) or (not isinstance(timesteps, int) and not list(timesteps)):
         raise ConfigurationError(f"timesteps={timesteps!r} leaves nothing to measure; give 1 or more")
     for name, number in (("samples", samples), ("probes", probes)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from fxquant.allocation.result import Point, SearchResult
@@ -42,4 +43,5 @@ def pareto_figure(found: SearchResult) -> Figure:
 
 
 def _measured(points: tuple[Point, ...]) -> list[tuple[float, float, str]]:
-    return [(one.size / 1e6, one.measured_db, one.name) for one in points if one.measured_db is not None]
+    known = [(one.size / 1e6, one.measured_db, one.name) for one in points if one.measured_db is not None]
+    return [point for point in known if math.isfinite(point[1])]

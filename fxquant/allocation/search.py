@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from types import NoneType
 from typing import Any
@@ -234,9 +234,8 @@ class _Search:
         made = self.prepared.compile(plan, self.backend)
         assert made.plan is not None
         made.plan.output_sqnr_db = output_sqnr(made, self.samples)
-        values = [db for db in made.plan.output_sqnr_db.values() if math.isfinite(db)]
-        measured = sum(values) / len(values) if values else None
-        point = Point("searched", int(self.sizes.cost(chosen)), self.sizes.mean_db(chosen), measured)
+        measured = mean_sqnr(made.plan.output_sqnr_db.values())
+        point = Point("searched", made.plan.bytes_after, self.sizes.mean_db(chosen), measured)
         self.checked.append(point)
         return made, point
 
@@ -314,6 +313,19 @@ def _width(text: str) -> int:
     if precision == FLOAT or precision.weight_bits is None or precision.activation_bits is None:
         return 16
     return max(precision.weight_bits, precision.activation_bits)
+
+
+def mean_sqnr(values: Iterable[float]) -> float | None:
+    """The mean of SQNRs in dB; None of none.
+
+    Outputs without any error are left out, unless all are such: infinite. One that is not finite makes the mean
+    ``-inf``, so that no target is reached with it.
+    """
+    found = list(values)
+    if any(math.isnan(db) or db == -math.inf for db in found):
+        return -math.inf
+    known = [db for db in found if math.isfinite(db)]
+    return sum(known) / len(known) if known else max(found, default=None)
 
 
 def _samples(prepared: Prepared) -> list[Sample]:

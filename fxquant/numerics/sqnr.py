@@ -34,10 +34,15 @@ def decibels(energies: Sequence[tuple[float, float]]) -> float:
 
 
 def snr_db(signal: float, noise: float) -> float:
-    """The ratio of two energies in decibels; infinite without noise, minus infinity without a signal."""
+    """The ratio of two energies in decibels; infinite without noise, minus infinity without a signal.
+
+    Infinite noise makes it minus infinity, NaN in one of the energies NaN.
+    """
     if noise == 0.0:
         return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else (math.nan if math.isnan(noise) else -math.inf)
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 and math.isfinite(noise) else -math.inf
 
 
 def energies_of(reference: Tensor, approximation: Tensor) -> tuple[float, float]:

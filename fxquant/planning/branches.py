@@ -26,11 +26,14 @@ class Branch(Decision, of="split-low-rank"):
 
 
 def branch_bytes(plan: Plan, layer: str, dtype: torch.dtype) -> int:
-    """Bytes of the two factors beside a layer of a model of this dtype; 0 if it has no branch."""
-    branch = plan.decisions_of(Branch).get(layer)
-    if branch is None or layer not in plan.layers:
+    """Bytes of the two factors beside a layer of a model of this dtype; 0 if it has no branch.
+
+    Only layers with quantized weights and inputs have one, whatever was decided before they got another precision.
+    """
+    branch, own = plan.decisions_of(Branch).get(layer), plan.layers.get(layer)
+    if branch is None or own is None or own.weight_bits is None or own.activation_bits is None:
         return 0
-    return branch.rank * sum(plan.layers[layer].shape) * branch_dtype(branch, dtype).itemsize
+    return branch.rank * sum(own.shape) * branch_dtype(branch, dtype).itemsize
 
 
 def branch_dtype(branch: Branch, model: torch.dtype) -> torch.dtype:

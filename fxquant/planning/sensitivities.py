@@ -34,7 +34,7 @@ class LayerSensitivity:
         macs: Multiplications and additions for one sample.
         reads: Key of the value that it reads; layers with the same key read the same value.
         precisions: Those that it can have, such as ``w4a8``.
-        bytes: Storage of its weight in each of them, with scales and zero points.
+        bytes: Storage of its weight in each of them, with scales, zero points and a low-rank branch.
         estimated: Estimated error of the output if this layer alone is quantized, one row per precision, one number per
             timestep.
         measured: The same, measured by running the model; None where it was not.
@@ -70,7 +70,7 @@ class LayerSensitivity:
         return self.all_but[self._number(precision)]
 
     def size(self, precision: str) -> int:
-        """Bytes of its weight in a precision.
+        """Bytes of its weight in a precision, with scales, zero points and a low-rank branch.
 
         Raises:
             UnknownNameError: If the layer cannot have the precision.

@@ -9,14 +9,17 @@ import pytest
 from torch import nn
 
 import fxquant
+from fxquant.allocation.candidates import with_precisions
 from fxquant.allocation.picture import pareto_figure
 from fxquant.allocation.result import Choice, SearchResult
+from fxquant.allocation.search import mean_sqnr
 from fxquant.errors import ConfigurationError, UnreachableTargetError
 from fxquant.inspect.plots import save_figure
 from fxquant.planning.plan import Plan
+from fxquant.planning.precision import Precision
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.statistics.collection import Statistics
-from tests.tiny import make_dit
+from tests.tiny import calibrate, make_dit
 
 OPTIONS: dict[str, Any] = {
     "candidates": ("w3a8", "w5a8", "w8a8"),
@@ -140,3 +143,38 @@ def test_the_picture(found: SearchResult, tmp_path: Path) -> None:
     assert labels == list(found.sensitivities.output)
     save_figure(figure, tmp_path / "pareto.svg")
     assert "uniform, measured" in (tmp_path / "pareto.svg").read_text()
+
+
+def test_sizes_are_those_of_the_model_whatever_the_recipe_begins_from(model: nn.Module) -> None:
+    recipe = fxquant.make_recipe("svdquant-w6a8").with_options("split-low-rank", rank=2)
+    candidates = ("w4a8", "w8a16", "float")
+    collected = Statistics(keep_calls=6)
+    options: dict[str, Any] = {"recipe": recipe, "candidates": candidates, "timesteps": 1, "probes": 1, "measure": 0}
+    known = fxquant.sensitivity(model, calibrate=calibrate(model), statistics=collected, **options)
+    for precision in ("w4a8", "w8a16"):  # Neither is the precision of the recipe; the second one has no branches.
+        limit = known.uniform_bytes(precision)
+        result = fxquant.search(model, size=limit, sensitivities=known, statistics=collected)
+        assert result.point.size == result.plan.bytes_after <= limit
+        forced = {name: precision for name in known.layers}
+        uniform = with_precisions(result.plan, {name: Precision.parse(text) for name, text in forced.items()})
+        made = fxquant.compile(model, plan=uniform, statistics=collected, measure=0)
+        assert made.plan is not None
+        # Scales of inputs, which layers with float inputs do not have, are not counted by layer.
+        assert 0 <= limit - made.plan.bytes_after <= 8 * len(known.layers)
+        layers = fxquant.report(made).layers
+        own = [layer.bytes_after for layer in layers if "@" not in layer.name]  # Further uses share the weight.
+        assert sum(own) <= made.plan.bytes_after
+
+
+def test_a_model_without_error_reaches_every_target(model: nn.Module, statistics: Statistics) -> None:
+    options = {**OPTIONS, "candidates": ("w4a8", "float"), "layers": "blocks", "probes": 1}
+    result = fxquant.search(model, sqnr=500, statistics=statistics, **options)
+    assert set(result.chosen.values()) == {"float"} and result.point.measured_db == float("inf")
+    assert "inf" in str(result) and result.to_json()["point"]["measured_db"] == "inf"
+    pareto_figure(result)
+
+
+def test_outputs_that_are_not_finite_count() -> None:
+    assert mean_sqnr([20.0, float("nan")]) == mean_sqnr([20.0, -float("inf")]) == -float("inf")
+    assert mean_sqnr([20.0, float("inf"), 30.0]) == 25 and mean_sqnr([float("inf")]) == float("inf")
+    assert mean_sqnr([]) is None

@@ -147,6 +147,10 @@ def test_an_interrupted_measurement_continues(
     monkeypatch.setattr(jobs, "make_pairs", None)  # Nothing is left to measure.
     third = fxquant.sensitivity(model, statistics=statistics, resume=tmp_path, **options)
     assert third.layers == whole.layers
+    for other in ({"probes": 3}, {"candidates": ("w4a8", "w6a8")}, {"timesteps": 1}):
+        with pytest.raises(ConfigurationError, match=r"measured with other options.*remove that file"):
+            fxquant.sensitivity(model, statistics=statistics, resume=tmp_path, **{**options, **other})
+    fxquant.sensitivity(model, statistics=statistics, resume=tmp_path, **options)  # The file is as it was.
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,7 @@ def test_an_interrupted_measurement_continues(
         ({"samples": 0}, "samples=0"),
         ({"timesteps": 0}, "timesteps=0"),
         ({"timesteps": [123.0]}, "no call was kept at timestep 123"),
+        ({"timesteps": "500"}, "each of timesteps should be a number"),
         ({"measure": -1}, "measure=-1"),
         ({"budget": 0.0}, "budget=0"),
         ({"statistics": Statistics()}, "there are none"),
