@@ -183,8 +183,9 @@ class AssignPrecision(Pass):
             return AttentionPlan(None, reason="its activations are to stay float")
         format = chosen.activation_format
         reason = found.reason or not_by_sample(found, timestep)
-        if reason is None and format is not None and FORMATS[format].block:
-            reason = f"the products of attention have no blocks of channels for {format}; fp8 and integers fit"
+        if reason is None and format is not None and not FORMATS[format].plain_scales:
+            why = "no blocks of channels" if FORMATS[format].block else "no scales of 8 bits"
+            reason = f"the products of attention have {why} for {format}; fp8 and integers fit"
         bits = None if reason else chosen.activation_bits
         return AttentionPlan(bits, reason=reason, format=None if reason else format)
 

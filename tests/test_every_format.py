@@ -16,6 +16,7 @@ from fxquant.export.int8 import export_int8
 from fxquant.export.onnx import export_onnx
 from fxquant.numerics.formats import FORMATS
 from fxquant.numerics.weights import stored_bytes
+from fxquant.planning.decisions import AttentionPlan
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.testing.lifecycle import check_lifecycle
 from tests.tiny import calibrate, inputs, make_dit, run
@@ -137,3 +138,34 @@ def test_exports_of_integers_refuse_other_formats_by_layer(tmp_path: Path) -> No
     with pytest.raises(ConfigurationError, match=message):
         export_onnx(made, tmp_path / "onnx")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "nf4"}, r"nf4 has 4 bits, not 8; set bits to 4"),
+        ({"format": "nf4", "bits": 4}, r"nf4 is a format of weights only; .* null for integers, or to one of fp8"),
+        ({"format": "nvfp4", "bits": 4}, r"nvfp4 needs other scales than one per q, k and v"),
+        ({"format": "mxfp8"}, r"mxfp8 needs other scales"),
+        ({"bits": 4}, r"fp8 has 8 bits, not 4"),
+        ({"format": "int8"}, r"integers have no format"),
+        ({"format": "posit8"}, r"unknown format 'posit8'. Known: fp8"),
+        ({"softmax_bits": 9}, r"9 bits; 2 to 8"),
+    ],
+)
+def test_formats_of_attention_in_a_plan_are_checked(changes: dict[str, Any], message: str) -> None:
+    plan = fxquant.Plan("", "", None, attentions={"attn": AttentionPlan(8, 8, format="fp8")})
+    plan.check()
+    for name, value in changes.items():
+        setattr(plan.attentions["attn"], name, value)
+    with pytest.raises(ConfigurationError, match=f"attention attn: {message}"):
+        plan.check()
+
+
+def test_a_refused_block_says_how_to_leave_a_layer_out() -> None:
+    float_model = make_dit()
+    with pytest.raises(ConfigurationError, match=r"give these layers another one: overrides=transformer_blocks\.0\."):
+        fxquant.compile(float_model, recipe="rtn-wmxfp4amxfp4", measure=0, calibrate=calibrate(float_model))
+    recipe, float_model = fxquant.make_recipe("rtn-wmxfp4amxfp4", "all"), model()
+    with pytest.raises(ConfigurationError, match=r"another format for it: overrides=pos_embed\.proj=w8a8"):
+        fxquant.compile(float_model, recipe=recipe, measure=0, calibrate=calibrate(float_model))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fxquant.errors import ConfigurationError, PluginError
-from fxquant.numerics.formats import FORMATS
+from fxquant.numerics.formats import FORMATS, is_integer
+from fxquant.numerics.packing import MAX_BITS, MIN_BITS
 from fxquant.numerics.weights import row_count
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 
@@ -35,6 +36,40 @@ def check_known(decided: Iterable[LayerPlan | AttentionPlan]) -> None:
                 )
 
 
+def check_attention(name: str, attention: AttentionPlan) -> None:
+    """Refuse bits and number formats that an attention cannot have.
+
+    Raises:
+        ConfigurationError: Names the attention and says what to set.
+    """
+    for bits in (attention.bits, attention.softmax_bits):
+        if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
+            raise ConfigurationError(
+                f"attention {name}: {bits} bits; {MIN_BITS} to {MAX_BITS} are possible, and null for float"
+            )
+    if attention.format is None or attention.bits is None:
+        return
+    if attention.format not in FORMATS:
+        raise ConfigurationError(
+            f"attention {name}: unknown format {attention.format!r}. Known: {', '.join(FORMATS)}; or null for integers"
+        )
+    format = FORMATS[attention.format]
+    if is_integer(format.name):
+        raise ConfigurationError(f"attention {name}: integers have no format; set it to null, and bits to their bits")
+    if format.bits != attention.bits:
+        raise ConfigurationError(
+            f"attention {name}: {format.name} has {format.bits} bits, not {attention.bits}; set bits to {format.bits}, "
+            "or format to null for integers"
+        )
+    if format.weights_only or not format.plain_scales:
+        why = "is a format of weights only" if format.weights_only else "needs other scales than one per q, k and v"
+        fitting = [own for own in FORMATS if FORMATS[own].plain_scales and not FORMATS[own].weights_only]
+        listed = ", ".join(own for own in fitting if not is_integer(own))
+        raise ConfigurationError(
+            f"attention {name}: {format.name} {why}; set format to null for integers, or to one of {listed}"
+        )
+
+
 def check_formats(name: str, layer: LayerPlan) -> None:
     """Refuse groups and blocks that a layer cannot have.
 
@@ -46,7 +81,7 @@ def check_formats(name: str, layer: LayerPlan) -> None:
         return
     if layer.kind != "linear" and layer.group_size:
         groups = f"in the format {weights.name}" if weights.block else f"in groups of {layer.group_size}"
-        instead = "choose another format for it" if weights.block else "set its group_size to 0"
+        instead = f"choose another format for it: overrides={name}=w8a8" if weights.block else "set its group_size to 0"
         raise ConfigurationError(
             f"layer {name}: weights {groups} are possible for linears only, but this is {_KINDS[layer.kind]}; {instead}"
         )
@@ -55,11 +90,14 @@ def check_formats(name: str, layer: LayerPlan) -> None:
             f"layer {name}: a scale for several output channels is possible for linears only, but this is "
             f"{_KINDS[layer.kind]}; set its group_rows to 1"
         )
-    if layer.kind == "conv" and inputs is not None and inputs.block:
-        raise ConfigurationError(
-            f"layer {name}: a convolution has one scale for its input, and {inputs.name} has one per {inputs.block} "
-            f"channels; keep its activations float: {name}=w{layer.weight_format or layer.weight_bits}a16"
-        )
+    if layer.kind == "conv" and inputs is not None:
+        for format, what in ((inputs, "its input"), (weights, "each output channel")):
+            if not format.plain_scales:
+                has = f"one per {format.block} channels" if format.block else "one of 8 bits"
+                raise ConfigurationError(
+                    f"layer {name}: a convolution has one float32 scale for {what}, and {format.name} has {has}; keep "
+                    f"its activations float: {name}=w{layer.weight_format or layer.weight_bits}a16"
+                )
     try:
         row_count(layer.shape[0], layer.group_rows)
     except ConfigurationError as error:

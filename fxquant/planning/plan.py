@@ -23,7 +23,7 @@ from fxquant.disk.folders import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, shortened
 from fxquant.planning.attribution import Attribution, kept_attribution
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups
-from fxquant.planning.formats import blocks_of, check_formats, check_known
+from fxquant.planning.formats import blocks_of, check_attention, check_formats, check_known
 from fxquant.planning.pass_decisions import D, PassDecisions, is_of_pass, same_tensors
 from fxquant.planning.plan_types import changed, check_json, check_types, check_vectors
 from fxquant.schemas.common import LARGEST_FILE, check, read_json
@@ -175,9 +175,7 @@ class Plan:
             ConfigurationError: Names the layers and the numbers.
         """
         for name, attention in self.attentions.items():
-            for bits in (attention.bits, attention.softmax_bits):
-                if bits is not None and not 2 <= bits <= 8:
-                    raise ConfigurationError(f"attention {name}: {bits} bits; 2 to 8 are possible, and null for float")
+            check_attention(name, attention)
         indivisible: dict[tuple[int, int], list[str]] = {}
         for name, layer in self.layers.items():
             try:
@@ -194,9 +192,11 @@ class Plan:
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                 for (group, channels), names in indivisible.items()
             ]
+            first = next(iter(indivisible.values()))[0]
             raise ConfigurationError(
                 "choose a group size that divides the number of input channels, or none; nothing is padded:\n"
                 + "\n".join(lines)
+                + f"\nWhere the format fixes the groups, give these layers another one: overrides={first}=w8a8"
             )
 
     # --- files ---

@@ -156,9 +156,12 @@ def _sides(pair: str, text: str) -> tuple[tuple[int, str | None], tuple[int | No
         ConfigurationError: If one of the formats is unknown.
     """
     splits = [(pair[:at], pair[at + 1 :]) for at, letter in enumerate(pair) if letter == "a"]
-    for left, right in splits:
-        if _is_side(left) and _is_side(right):
-            return _side(left), (None, None) if right.isdecimal() and int(right) == 16 else _side(right)
+    fitting = [(left, right) for left, right in splits if _is_side(left) and _is_side(right)]
+    if len(fitting) > 1:
+        found = " or ".join(f"weights in {left} and activations in {right}" for left, right in fitting)
+        raise ConfigurationError(f"{shortened(text)!r} may mean {found}; give one of these formats another name")
+    for left, right in fitting:
+        return _side(left), (None, None) if right.isdecimal() and int(right) == 16 else _side(right)
     known = [name for name in FORMATS if not is_integer(name)]
     raise ConfigurationError(
         f"{shortened(text)!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float. Formats by "

@@ -184,7 +184,7 @@ def test_a_linear_of_floats_multiplies_decoded_values() -> None:
         (OPS.token_scale, (torch.ones(2, 32), "mxfp4"), "mxfp4 has no scale without a zero point for each token"),
         (OPS.token_scale, (torch.ones(2, 32), "int8"), "int8 has no scale without a zero point for each token"),
         (OPS.quantize, (torch.ones(2, 32), torch.ones(()), None, "mxfp4"), "scales of mxfp4 are bytes"),
-        (OPS.token_grid, (torch.ones(2, 32).to("meta"), "fp8"), "fp8 is not an integer format; choose one of int2"),
+        (OPS.token_grid, (torch.ones(2, 32).to("meta"), "fp8"), "fp8 has no zero points; token_scale finds its scales"),
     ],
 )
 def test_scales_of_other_formats_are_refused(op: object, arguments: tuple[object, ...], message: str) -> None:

@@ -19,7 +19,7 @@ from fxquant.ir.ops.definition import (
     define,
 )
 from fxquant.numerics import grids
-from fxquant.numerics.formats import FORMATS, Format, Scales, bits_of, top_of
+from fxquant.numerics.formats import FORMATS, Format, Scales
 
 Recorder = Callable[[str, Tensor, Tensor, int], None]
 """Called as `recorder(key, x, timestep, axis)` by each :func:`observe`; it must neither keep nor change `x` itself."""
@@ -107,23 +107,24 @@ def _fake_quantize(
 def token_grid(x: Tensor, format: str) -> Tensor:
     """Scale and zero point of each token for its min-max range, `[2, ..., 1]` in float32 for `x` `[..., channels]`.
 
-    For dynamic quantization to integers: `torch.unbind` of the result gives the arguments of :func:`quantize` and
-    :func:`linear`.
+    For dynamic quantization to integers and other formats with zero points: `torch.unbind` of the result gives the
+    arguments of :func:`quantize` and :func:`linear`.
     """
-    low, high = torch.aminmax(x.to(grids.compute_dtype(x.dtype)), dim=-1, keepdim=True)
-    scale, zero_point = grids.affine_parameters(low, high, bits_of(format))
-    return torch.stack([scale, zero_point.float()])
+    kind = _format_with_zero_points(format)
+    found = kind.scales(*torch.aminmax(x.to(grids.compute_dtype(x.dtype)), dim=-1, keepdim=True))
+    assert found.zero_point is not None
+    return torch.stack([found.scale, found.zero_point.float()])
 
 
 def _fake_token_grid(x: Tensor, format: str) -> Tensor:
-    top_of(format)  # Refuses formats other than integers.
+    _format_with_zero_points(format)
     return x.new_empty((2, *x.shape[:-1], 1), dtype=torch.float32)
 
 
 def token_scale(x: Tensor, format: str) -> Tensor:
-    """The scale of each token for its largest magnitude, `[..., 1]` in float32 for `x` `[..., channels]`.
+    """The scale of each token for its largest magnitude, `[..., 1]` for `x` `[..., channels]`, as the format stores it.
 
-    For dynamic quantization to floats. For formats with scales of scales it is the scale of each token's scales.
+    For dynamic quantization to floats. For formats with scales of scales it is a token's float32 scale of its scales.
     """
     kind = _float_format(format)
     low, high = torch.aminmax(x.to(grids.compute_dtype(x.dtype)), dim=-1, keepdim=True)
@@ -132,8 +133,8 @@ def token_scale(x: Tensor, format: str) -> Tensor:
 
 
 def _fake_token_scale(x: Tensor, format: str) -> Tensor:
-    _float_format(format)
-    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    kind = _float_format(format)
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32 if kind.global_scales else kind.scale_dtype)
 
 
 def block_scale(x: Tensor, format: str, global_scale: Tensor | None = None) -> Tensor:
@@ -149,6 +150,13 @@ def block_scale(x: Tensor, format: str, global_scale: Tensor | None = None) -> T
 def _fake_block_scale(x: Tensor, format: str, global_scale: Tensor | None = None) -> Tensor:
     kind = _block_format(x, format, global_scale)
     return x.new_empty((*x.shape[:-1], x.shape[-1] // kind.block), dtype=kind.scale_dtype)
+
+
+def _format_with_zero_points(name: str) -> Format:
+    format = FORMATS[name]
+    if not format.zero_points:
+        raise ConfigurationError(f"{name} has no zero points; token_scale finds its scales.")
+    return format
 
 
 def _float_format(name: str) -> Format:

@@ -212,7 +212,7 @@ def _checked_conv(
     kernel: list[int],
 ) -> tuple[Scales, Scales]:
     for format in (FORMATS[x_format], FORMATS[w_format]):
-        if format.block or format.global_scales or format.scale_dtype != torch.float32:
+        if not format.plain_scales:
             raise ConfigurationError(
                 f"a convolution has one scale per output channel and one for its input, and {format.name} needs others."
             )

@@ -76,7 +76,7 @@ def _checked_factors(
                 f"{tuple(codes.shape)}."
             )
         format = FORMATS[name]
-        if format.block or format.global_scales or format.scale_dtype != torch.float32:
+        if not format.plain_scales:
             raise ConfigurationError(
                 f"the {what} factor of a product has one scale per row or column, and {name} needs others."
             )

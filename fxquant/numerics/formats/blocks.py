@@ -18,6 +18,8 @@ from fxquant.numerics.grids import compute_dtype
 
 _NAN = 255
 _FLOAT32_MANTISSA = 23
+_LEAST_GLOBAL = 2.0**-120
+"""With a smaller scale of scales, its reciprocal over the smallest scale of a block, 2**-6, would be infinite."""
 
 
 class MX(Format):
@@ -88,7 +90,7 @@ class NVFP4(Format):
         limits = torch.finfo(torch.float32)
         top = torch.finfo(torch.float8_e4m3fn).max * self.element.largest
         step = largest_magnitude(low.to(torch.float64), high.to(torch.float64)) / top
-        return torch.where(step == 0.0, 1.0, step.clamp(limits.tiny, limits.max)).to(torch.float32)
+        return torch.where(step == 0.0, 1.0, step.clamp(_LEAST_GLOBAL, limits.max)).to(torch.float32)
 
     def scales(
         self, low: Tensor, high: Tensor, *, symmetric: bool = False, global_scale: Tensor | None = None

@@ -41,8 +41,8 @@ class Format(abc.ABC):
         name: Its name in texts, files and graphs.
         bits: Bits per code, 2 to 8.
         block: Channels that share a scale; 0 if the plan decides it.
-        zero_points: Whether codes have a zero point beside their scale.
-        global_scales: Whether the scales have a float32 scale of their own.
+        zero_points: Whether codes have a zero point beside their scale; not with blocks or scales of 8 bits.
+        global_scales: Whether the scales have a float32 scale of their own; only with blocks.
         scale_dtype: Dtype of the stored scales: float32, or uint8 for scales of 8 bits.
         weights_only: Whether only weights can have this format.
     """
@@ -108,6 +108,11 @@ class Format(abc.ABC):
     def round(self, x: Tensor, scales: Scales) -> Tensor:
         """Encode and decode: the values of ``x`` on the grid, of its shape and dtype."""
         return self.decode(self.encode(x, scales), scales, x.dtype)
+
+    @property
+    def plain_scales(self) -> bool:
+        """Whether a value can have one float32 scale: convolutions and the products of attention need such formats."""
+        return not (self.block or self.global_scales) and self.scale_dtype == torch.float32
 
     def __repr__(self) -> str:
         return f"<format {self.name}>"

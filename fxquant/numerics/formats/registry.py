@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fxquant.errors import ConfigurationError
 from fxquant.numerics.formats.format import Format
 from fxquant.numerics.formats.integers import Integer
@@ -23,6 +25,13 @@ def _check(name: str, item: Any) -> None:
             f"the format {name!r} has blocks of {item.block}; a format has a name of letters and digits, and a block "
             "of some channels, or 0"
         )
+    if item.scale_dtype not in (torch.float32, torch.uint8):
+        raise ConfigurationError(f"the format {name!r} has scales in {item.scale_dtype}; set float32 or uint8")
+    if item.global_scales and not item.block:
+        raise ConfigurationError(f"the format {name!r} has scales of scales and no block; set block to some channels")
+    if item.zero_points and (item.block or item.scale_dtype != torch.float32):
+        what = "a block" if item.block else "scales of 8 bits"
+        raise ConfigurationError(f"the format {name!r} has zero points and {what}; both together are not possible")
 
 
 FORMATS: Registry[Format] = Registry("format", "fxquant.formats", _check)
