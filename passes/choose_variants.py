@@ -73,6 +73,7 @@ class ChooseVariants(Pass):
 
     Attributes:
         bins: The most bins of timesteps.
+        clip: Whether to try clipped ends.
         gain: What a range per token has to gain, in dB of the mean SQNR of the model's output, per layer.
         groups: Size of weight groups for weights of at most 4 bits; 0 for none.
         rounding: How weights are rounded, as in ``quantize-linears``.
@@ -88,6 +89,7 @@ class ChooseVariants(Pass):
     keeps_inputs: ClassVar[bool] = True
 
     bins: int = 10
+    clip: bool = True
     gain: float = 0.05
     groups: int = 0
     rounding: Rounding = Rounding.NEAREST
@@ -140,7 +142,8 @@ class ChooseVariants(Pass):
         if context.plan.timestep is not None and any(one.plan.timesteps is None for one in linears):
             bins = f"bin-ranges{{bins={self.bins}}},"
             found[BINS] = f"{bins}quantize-linears{{{rounding}}}"
-        found[CLIPPED] = f"{bins}quantize-linears{{{rounding} activation-range=mse}}"
+        if self.clip:
+            found[CLIPPED] = f"{bins}quantize-linears{{{rounding} activation-range=mse}}"
         found[TOKEN] = f"quantize-linears{{{rounding} activation-range=dynamic}}"
         return found
 

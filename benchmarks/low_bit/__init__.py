@@ -1,0 +1,1 @@
+"""Recipes in every number format, and the parts of recipes that choose: ``python -m benchmarks.low_bit``."""
