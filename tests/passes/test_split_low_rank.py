@@ -61,6 +61,38 @@ def test_the_branch_is_that_of_a_plain_singular_value_decomposition() -> None:
     np.testing.assert_allclose(tensors["first.weight"].numpy(), rest, atol=1e-7)
 
 
+def rounded_to_4_bits(weight: np.ndarray) -> np.ndarray:
+    """Each row on a grid of its own from its smallest to its largest value, with 0 on it, in plain numpy."""
+    low, high = np.minimum(weight.min(axis=1), 0), np.maximum(weight.max(axis=1), 0)
+    scale = ((high - low) / 15).astype(np.float32).astype(np.float64)[:, None]
+    zero = np.round(-low[:, None] / scale)
+    return (np.clip(np.round(weight / scale) + zero, 0, 15) - zero) * scale
+
+
+@pytest.mark.parametrize("iterations", [1, 6])
+def test_iterations_are_those_of_plain_numpy(iterations: int) -> None:
+    model = tiny_linears().double()
+    weight = model.first.weight.detach().numpy()
+    made = [{name: value.double() for name, value in call.items()} for call in calls()]
+    trial = try_pass(SplitLowRank(rank=3, iterations=iterations, roles=EACH), model, made, before=ALL)
+    tensors = read_tensors(trial.after)
+    left, right = (tensors[f"first.low_rank_{side}"].numpy() for side in ("out", "in"))
+
+    target, fits = weight, []
+    for _ in range(iterations + 1):
+        u, s, v = np.linalg.svd(target)
+        branch = (u[:, :3] * s[:3]) @ v[:3]
+        rest = weight - branch
+        rounded = rounded_to_4_bits(rest)
+        fits.append((((rest - rounded) ** 2).sum(), branch))
+        target = weight - rounded
+    errors = [error for error, _ in fits]
+    best = errors.index(min(errors))
+    assert iterations == 1 or best > 0, "no iteration was better than the first fit"
+    np.testing.assert_allclose(left @ right, fits[best][1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(tensors["first.weight"].numpy(), weight - fits[best][1], rtol=0, atol=1e-12)
+
+
 def test_more_iterations_never_make_the_rounded_weight_worse() -> None:
     def error(iterations: int) -> float:
         model = tiny_linears()

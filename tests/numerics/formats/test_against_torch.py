@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxquant.numerics.activations import round_by_token, round_in_range
 from fxquant.numerics.formats import FORMATS, Scales
 from fxquant.numerics.packing import pack
+from fxquant.numerics.weights import encode_weight
 
 torchao_mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
 torchao_kernels = pytest.importorskip("torchao.prototype.mx_formats.kernels")
@@ -125,6 +127,47 @@ def test_blocks_are_those_of_nvfp4_quantize(largest: float) -> None:
     assert torch.equal(pack(codes.flatten(-2), 4), data)
     held = torchao_nvfp4.NVFP4Tensor(data, scale, 16, torch.float32, per_tensor_scale=outer)
     assert torch.equal(format.decode(codes, each, torch.float32).flatten(-2), held.dequantize(torch.float32))
+
+
+def weight() -> Tensor:
+    """A weight whose rows and blocks differ in size, with a block of zeros."""
+    found = torch.randn(48, 192, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 1, 48)[:, None]
+    found[:, 64:96] *= 30.0
+    found[5, 32:64] = 0.0
+    return found
+
+
+@pytest.mark.parametrize("name", MX)
+def test_whole_weights_are_those_of_mx_tensors(name: str) -> None:
+    ours = encode_weight(weight(), format=name, group_size=32)
+    theirs = torchao_mx.MXTensor.to_mx(weight(), MX[name], 32, is_swizzled_scales=False)
+    normal = ours.scale > 0  # As above: the block of zeros has the scale 2**-127.
+    assert int((~normal).sum()) == 1
+    assert torch.equal(ours.scale, theirs.scale.view(torch.uint8))
+    codes = theirs.qdata.view(torch.uint8)
+    assert torch.equal(ours.packed if name == "mxfp4" else ours.codes(), codes)
+    assert torch.equal(ours.dequantize(torch.float32), theirs.dequantize(torch.float32))
+
+
+def test_whole_weights_are_those_of_nvfp4_tensors() -> None:
+    outer = torchao_nvfp4.per_tensor_amax_to_scale(weight().abs().max())
+    ours = encode_weight(weight(), format="nvfp4", group_size=16)
+    theirs = torchao_nvfp4.NVFP4Tensor.to_nvfp4(weight(), per_tensor_scale=outer, is_swizzled_scales=False)
+    assert torch.equal(ours.global_scale, outer)
+    assert torch.equal(ours.scale, theirs.scale.view(torch.uint8))
+    assert torch.equal(ours.packed, theirs.qdata)
+    assert torch.equal(ours.dequantize(torch.float32), theirs.dequantize(torch.float32))
+
+
+def test_activations_are_those_of_tensors_of_torchao() -> None:
+    tokens = weight().reshape(4, 12, 192)
+    for name, dtype in MX.items():
+        theirs = torchao_mx.MXTensor.to_mx(tokens, dtype, 32, is_swizzled_scales=False)
+        assert torch.equal(round_by_token(tokens, FORMATS[name]), theirs.dequantize(torch.float32))
+    low, high = float(tokens.min()), float(tokens.max())
+    outer = torchao_nvfp4.per_tensor_amax_to_scale(tokens.abs().max())
+    expected = torchao_nvfp4.NVFP4Tensor.to_nvfp4(weight(), per_tensor_scale=outer).dequantize(torch.float32)
+    assert torch.equal(round_in_range(tokens, FORMATS["nvfp4"], low, high).flatten(0, 1), expected)
 
 
 def test_nf4_is_that_of_torchao() -> None:
