@@ -21,6 +21,7 @@ from tests.zoo.coverage import HEAD, exceptions, row, summary, title
 from tests.zoo.models import CAPTURED, ENTRIES, NOT_TRANSFORMERS, QUANTIZED_SAMPLE, REFUSED, SAMPLE, Entry
 
 REFUSED_SAMPLE = {"HiDreamImageTransformer2DModel", "WanAnimate2Transformer3DModel"}
+SHIFTED_SAMPLE = {"DiT2D", "PixArt2D-Sigma"}
 COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 
 
@@ -56,10 +57,20 @@ def test_absorption_is_exact_and_covers_what_the_page_says(entry: Entry) -> None
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("entry", params({"DiT2D", "SD32D"}))
+@pytest.mark.parametrize("entry", params({"DiT2D", "SD32D", "Flux2D", "PixArt2D-Sigma"}))
 def test_rotations_and_branches_are_exact(entry: Entry) -> None:
     passes = "balance-channels,absorb-affines,rotate-channels{least=2},split-low-rank{rank=1}"
     assert audit(entry, passes).error < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry", params(SHIFTED_SAMPLE))
+def test_shifts_are_exact(entry: Entry) -> None:
+    passes = "group-timesteps{groups=2},shift-channels,absorb-shifts,balance-channels{salience=max},absorb-affines"
+    found = audit(entry, passes)
+    assert found.error < 1e-12
+    if entry.id in SHIFTED_SAMPLE:
+        assert any(layer.shift is not None for layer in found.plan.layers.values()), "nothing was shifted"
 
 
 def quantize(entry: Entry, model: nn.Module, recipe: str) -> fxquant.GraphModel:
