@@ -47,6 +47,8 @@ class Kernels:
         bf16_attention: The attention that multiplies in bfloat16, whatever dtype it reads.
         quantize_tokens: Codes of values on grids that each row finds itself; its arguments are ``(x, qmax, ...)``.
         norm_quantize_tokens: ``norm_quantize`` with such grids.
+        quantize_down: ``quantize``, and the inner values of branches of low rank.
+        norm_quantize_down: ``norm_quantize``, and these inner values.
     """
 
     linear: Any
@@ -56,6 +58,8 @@ class Kernels:
     bf16_attention: Any = None
     quantize_tokens: Any = None
     norm_quantize_tokens: Any = None
+    quantize_down: Any = None
+    norm_quantize_down: Any = None
 
     @property
     def with_codes(self) -> tuple[Any, ...]:
@@ -65,8 +69,8 @@ class Kernels:
     @property
     def read_dense(self) -> dict[Any, tuple[str, ...]]:
         """Arguments that kernels read as contiguous. Each kernel would copy an argument that is not contiguous."""
-        found = {self.linear: ("xq", "residual"), self.norm_quantize: ("x",)}
-        return found if self.norm_quantize_tokens is None else {**found, self.norm_quantize_tokens: ("x",)}
+        rows = (self.norm_quantize, self.norm_quantize_tokens, self.quantize_down, self.norm_quantize_down)
+        return {self.linear: ("xq", "residual"), **{op: ("x",) for op in rows if op is not None}}
 
 
 def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kernels: Kernels) -> None:
@@ -90,6 +94,8 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kern
                 _fuse_norm(node, rewriter, kernels.norm_quantize)
         elif kernels.quantize_tokens is not None and node.target is kernels.quantize_tokens:
             _fuse_norm(node, rewriter, kernels.norm_quantize_tokens)
+        elif kernels.quantize_down is not None and node.target is kernels.quantize_down:
+            _fuse_norm(node, rewriter, kernels.norm_quantize_down)
     for node in list(graph.nodes):
         if node.target is kernels.linear:
             _fuse_gate_and_residual(node, rewriter)

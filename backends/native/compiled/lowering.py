@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.activations import lower_quantize
-from fxquant.backends.native.compiled import attention, weights
+from fxquant.backends.native.compiled import attention, branches, weights
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
@@ -31,6 +31,8 @@ _KERNELS = fusions.Kernels(
     native.quantize.default,
     (native.bf16_attention.default, native.int8_attention.default),
     native.bf16_attention.default,
+    quantize_down=native.quantize_down.default,
+    norm_quantize_down=native.norm_quantize_down.default,
 )
 _PANELS = "_panels"
 _SUMS = "_sums"
@@ -43,10 +45,12 @@ class Options:
     Attributes:
         packed: Keep weights of up to 4 bits in half a byte each.
         bf16_attention: Multiply float attention in bfloat16; otherwise ATen computes it.
+        bf16_branches: Multiply branches of low rank in bfloat16; otherwise in float32.
     """
 
     packed: bool = True
     bf16_attention: bool = True
+    bf16_branches: bool = True
 
 
 def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options) -> None:
@@ -64,8 +68,8 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
                                        None, None, None, None, 255, dtype)
 
     A linear with a dequantized weight becomes ``weight_only_linear``. The ops before and after these are fused into the
-    kernels if possible: see :mod:`fxquant.backends.native.fusions` and
-    :mod:`fxquant.backends.native.compiled.attention`.
+    kernels if possible: see :mod:`fxquant.backends.native.fusions`,
+    :mod:`fxquant.backends.native.compiled.attention` and :mod:`fxquant.backends.native.compiled.branches`.
     """
     rewriter = Rewriter(module, "lower to native")
     share(module.graph, rewriter)
@@ -84,6 +88,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
             weight_only.lower_linear(node, rewriter, native.weight_only_linear.default, fits, hold)
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
+    branches.lower(module.graph, rewriter, options.bf16_branches)
     attention.lower(module.graph, rewriter, options.bf16_attention)
     module.graph.eliminate_dead_code()
     fusions.fuse(module.graph, rewriter, others, _KERNELS)

@@ -6,6 +6,8 @@ in panels (:mod:`fxquant.backends.native.compiled.weights`); ``bits`` is the num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,10 @@ def _fake_vnni_linear(
     out_zero_point: Tensor | None,
     qmax: int,
     out_dtype: torch.dtype,
+    inner: Tensor | None = None,
+    up: Tensor | None = None,
+    inner_from: int = 0,
+    strength: Tensor | None = None,
 ) -> Tensor:
     dtype = out_dtype if out_scale is None else torch.uint8
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
@@ -62,6 +68,37 @@ def _fake_norm_quantize(
     qmax: int,
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def _fake_norm_quantize_down(
+    x: Tensor,
+    centered: bool,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    plus: float,
+    shift: Tensor | None,
+    out_scale: Tensor,
+    out_zero_point: Tensor,
+    qmax: int,
+    downs: Sequence[Tensor],
+    bf16: bool,
+) -> tuple[Tensor, Tensor]:
+    return _fake_quantize_down(x, out_scale, out_zero_point, qmax, downs, bf16)
+
+
+def _fake_quantize_down(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, downs: Sequence[Tensor], bf16: bool
+) -> tuple[Tensor, Tensor]:
+    width = sum(inner_columns(down.shape[0]) for down in downs)
+    inner = x.new_empty((*x.shape[:-1], width), dtype=torch.bfloat16 if bf16 else torch.float32)
+    return x.new_empty(x.shape, dtype=torch.uint8), inner
+
+
+def inner_columns(rank: int) -> int:
+    """The columns that inner values of a branch occupy: its rank, up to the next multiple of four."""
+    return -(-rank // 4) * 4
 
 
 def _attended(q: Tensor, v: Tensor, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -105,13 +142,15 @@ def _fake_int8_attention(
     return _attended(q, v, out_scale, out_dtype)
 
 
-# `x_scale * w_scale * sum_k (xq_k - x_zero_point) (w_k - w_zero_point) + bias`, summed exactly; then the activation
+# `x_scale * w_scale * sum_k (xq_k - x_zero_point) (w_k - w_zero_point) + bias`, summed exactly; plus a branch of low
+# rank, `strength * up inner`, whose inner values begin at column `inner_from` of `inner`; then the activation
 # ("none", "gelu_tanh", "silu"); then codes of the grid out_scale, out_zero_point, or times gate, plus residual.
 # gate and bias are vectors over the output channels, one for all samples or one per sample.
 define_kernel(
     "vnni_linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
-    "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype) -> Tensor",
+    "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, Tensor? inner=None, Tensor? up=None, "
+    "int inner_from=0, Tensor? strength=None) -> Tensor",
     None,
     _fake_vnni_linear,
 )
@@ -129,6 +168,19 @@ define_kernel(
     "Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax) -> Tensor",
     None,
     _fake_norm_quantize,
+)
+# The same codes, and the inner values of branches of low rank: x as it is quantized times each of `downs`, [rank, in].
+# The inner values of a branch start at a multiple of four columns. Products are of bfloat16, or else of float32.
+define_kernel(
+    "norm_quantize_down(Tensor x, bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, "
+    "Tensor? shift, Tensor out_scale, Tensor out_zero_point, int qmax, Tensor[] downs, bool bf16) -> (Tensor, Tensor)",
+    None,
+    _fake_norm_quantize_down,
+)
+define_kernel(
+    "quantize_down(Tensor x, Tensor scale, Tensor zero_point, int qmax, Tensor[] downs, bool bf16) -> (Tensor, Tensor)",
+    None,
+    _fake_quantize_down,
 )
 # Attention of [batch, heads, tokens, channels]. The result is [batch, tokens, heads, channels], values or codes.
 # A bool mask is true for keys that are seen; a float mask is added to the scores.

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "branch.h"
 #include "memory.h"
 #include "parallel.h"
 #include "simd.h"
@@ -97,10 +98,12 @@ struct Linear {
   const int32_t* w_sums;
   // The ops that follow.
   std::vector<const float*> bias;  // Empty if there is no bias.
+  Branch branch;
   Activation activation;
 };
 
-// Real values of one row of a tile: activation of `scale * w_scale * sum (x - zero_point) (w - w_zero_point) + bias`.
+// Real values of one row of a tile: activation of `scale * w_scale * sum (x - zero_point) (w - w_zero_point) + bias`
+// plus the branch, 32 values or null.
 class Epilogue {
  public:
   Epilogue(const Linear& linear, int64_t column) : linear_(linear), column_(column) {
@@ -114,7 +117,7 @@ class Epilogue {
 
   __mmask16 lanes(int v) const { return lanes_[v]; }
 
-  void values(const int32_t* sums, int64_t row, int32_t code_sum, __m512 (&y)[2]) {
+  void values(const int32_t* sums, int64_t row, int32_t code_sum, const float* branch, __m512 (&y)[2]) {
     const int32_t zero_point = linear_.zero_point[row];
     if (zero_point != last_) {
       last_ = zero_point;
@@ -128,6 +131,7 @@ class Epilogue {
         total = _mm512_sub_epi32(total, _mm512_mullo_epi32(w_zero_point_[v], _mm512_set1_epi32(real_sum)));
       y[v] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), w_scale_[v]), scale);
       if (!linear_.bias.empty()) y[v] = _mm512_add_ps(y[v], load(linear_.bias[row] + column_ + v * kLanes, lanes_[v]));
+      if (branch) y[v] = _mm512_add_ps(y[v], _mm512_loadu_ps(branch + v * kLanes));
       if (linear_.activation == Activation::kGeluTanh) y[v] = gelu_tanh(y[v]);
       if (linear_.activation == Activation::kSilu) y[v] = silu(y[v]);
     }
@@ -155,6 +159,7 @@ void multiply(const Linear& linear, const Finish& finish) {
   share_out(blocks * panels, least, [&](const auto& take) {
     std::vector<int32_t> code_sums;
     alignas(64) int32_t sums[kRows * kPanel];
+    alignas(64) float branch_sums[kRows * kPanel];
     int64_t summed = -1;
     take([&](int64_t unit) {
       const int64_t first = unit / panels * block, count = std::min(block, linear.rows - first);
@@ -167,14 +172,17 @@ void multiply(const Linear& linear, const Finish& finish) {
       }
       const int64_t tiles = divide_up(count, kRows);
       Epilogue epilogue(linear, panel * kPanel);
+      const UpPanel up(linear.branch, panel * kPanel, linear.out);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t top = count * tile / tiles, bottom = count * (tile + 1) / tiles;
         for (int64_t r = top; r < bottom; ++r) finish.prefetch(first + r, panel * kPanel);
         kernels[bottom - top - 1](linear.codes + (first + top) * linear.row_bytes, linear.row_bytes,
                                   linear.weight + panel * linear.panel_bytes, linear.quads, sums);
+        if (linear.branch) up.multiply(first + top, bottom - top, branch_sums);
         for (int64_t r = top; r < bottom; ++r) {
           __m512 y[2];
-          epilogue.values(sums + (r - top) * kPanel, first + r, linear.w_zero_point ? code_sums[r] : 0, y);
+          epilogue.values(sums + (r - top) * kPanel, first + r, linear.w_zero_point ? code_sums[r] : 0,
+                          linear.branch ? branch_sums + (r - top) * kPanel : nullptr, y);
           for (int v = 0; v < 2; ++v)
             if (epilogue.lanes(v)) finish.write(first + r, panel * kPanel + v * kLanes, epilogue.lanes(v), y[v]);
         }
@@ -248,7 +256,9 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
                   const at::Tensor& w_sums, const std::optional<at::Tensor>& bias, int64_t bits, int64_t out_features,
                   c10::string_view activation, const std::optional<at::Tensor>& gate,
                   const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& out_scale,
-                  const std::optional<at::Tensor>& out_zero_point, int64_t qmax, at::ScalarType out_dtype) {
+                  const std::optional<at::Tensor>& out_zero_point, int64_t qmax, at::ScalarType out_dtype,
+                  const std::optional<at::Tensor>& inner, const std::optional<at::Tensor>& up, int64_t inner_from,
+                  const std::optional<at::Tensor>& strength) {
   TORCH_CHECK(xq.scalar_type() == at::kByte && xq.dim() >= 1, "vnni_linear reads uint8 codes, not ", xq.scalar_type());
   const at::Tensor codes = xq.contiguous();
   Linear task{};
@@ -295,6 +305,7 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   TORCH_CHECK(activation == "none" || activation == "gelu_tanh" || activation == "silu", "no activation ", activation);
   task.activation = activation == "none" ? Activation::kNone
                     : activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+  task.branch = make_branch(inner, up, inner_from, strength, task.rows, out_features);
   auto sizes = codes.sizes().vec();
   sizes.back() = out_features;
   at::Tensor result = pooled(sizes, codes.options().dtype(out_scale ? at::kByte : out_dtype));

@@ -5,7 +5,9 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
 
+#include "down.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -35,11 +37,56 @@ Statistics statistics(const T* row, int64_t channels, float eps, bool centered) 
   return {mean, 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / count + eps)};
 }
 
+// What happens to a row before it is quantized; null where it has no such part.
 template <class T>
-at::Tensor run(const at::Tensor& x, bool centered, double eps, const std::optional<at::Tensor>& weight,
-               const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& factor, double plus,
-               const std::optional<at::Tensor>& shift, const at::Tensor& out_scale, const at::Tensor& out_zero_point,
-               int64_t qmax) {
+struct Row {
+  const T *weight, *bias, *factor, *shift;
+};
+
+// Codes of rows, and the inner values of branches that read the rows; see down.h.
+template <class T, class Value>
+void write_codes(const T* from, int64_t rows, int64_t channels, const std::vector<float>& scales,
+                 const std::vector<int32_t>& zero_points, int64_t qmax, uint8_t* to, const Down* down, void* inner,
+                 const Value& value) {
+  const __m512i highest = _mm512_set1_epi32(static_cast<int32_t>(qmax));
+  const int64_t least = std::max<int64_t>(1, 16384 / (channels + (down ? down->work() / 32 : 0)));
+  at::parallel_for(0, rows, least, [&](int64_t begin, int64_t end) {
+    std::vector<char> kept = down ? down->scratch() : std::vector<char>();
+    for (int64_t top = begin; top < end; top += kDownRows) {
+      const int64_t bottom = std::min(top + kDownRows, end);
+      for (int64_t r = top; r < bottom; ++r) {
+        const auto at = value(from + r * channels, r);
+        const __m512 scale = _mm512_set1_ps(scales[r]);
+        const __m512i zero_point = _mm512_set1_epi32(zero_points[r]);
+        for (int64_t c = 0; c < channels; c += kLanes) {
+          const __mmask16 lanes = first_lanes(channels - c);
+          const __m512 y = at(c, lanes);
+          if (down) down->keep(kept.data() + (r - top) * down->row_bytes(), c, _mm512_maskz_mov_ps(lanes, y));
+          _mm_mask_storeu_epi8(to + r * channels + c, lanes, quantize(y, scale, zero_point, highest));
+        }
+      }
+      if (down) down->multiply(kept.data(), bottom - top, inner, top);
+    }
+  });
+}
+
+struct Results {
+  at::Tensor codes, inner;
+};
+
+// Memory for the inner values of all rows.
+at::Tensor inner_of(const at::Tensor& input, const Down* down) {
+  if (!down) return at::Tensor();
+  auto sizes = input.sizes().vec();
+  sizes.back() = down->width();
+  return pooled(sizes, input.options().dtype(down->dtype()));
+}
+
+template <class T>
+Results run(const at::Tensor& x, bool centered, double eps, const std::optional<at::Tensor>& weight,
+            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& factor, double plus,
+            const std::optional<at::Tensor>& shift, const at::Tensor& out_scale, const at::Tensor& out_zero_point,
+            int64_t qmax, const Down* down) {
   const at::Tensor input = x.contiguous();
   const int64_t channels = input.size(-1), rows = input.numel() / channels;
   const int64_t samples = input.dim() > 1 ? input.size(0) : 1;
@@ -50,39 +97,32 @@ at::Tensor run(const at::Tensor& x, bool centered, double eps, const std::option
   const auto factors = vector(factor, "the factor"), shifts = vector(shift, "the shift");
   const auto scales = inverses(per_row<float>(out_scale, input, rows, "the scale of the result"));
   const auto zero_points = per_row<uint8_t, int32_t>(out_zero_point, input, rows, "the zero point of the result");
-  at::Tensor result = pooled(input.sizes(), input.options().dtype(at::kByte));
-  const T* from = input.const_data_ptr<T>();
-  uint8_t* to = result.mutable_data_ptr<uint8_t>();
+  at::Tensor result = pooled(input.sizes(), input.options().dtype(at::kByte)), inner = inner_of(input, down);
   const __m512 more = _mm512_set1_ps(static_cast<float>(plus));
-  const __m512i highest = _mm512_set1_epi32(static_cast<int32_t>(qmax));
-  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / channels), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const T* row = from + r * channels;
-      const Statistics found = statistics(row, channels, static_cast<float>(eps), centered);
-      const __m512 mean = _mm512_set1_ps(found.mean), inverse = _mm512_set1_ps(found.inverse);
-      const __m512 scale = _mm512_set1_ps(scales[r]);
-      const __m512i zero_point = _mm512_set1_epi32(zero_points[r]);
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        const __mmask16 lanes = first_lanes(channels - c);
-        __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(row + c, lanes), mean), inverse);
-        if (!weights.empty()) y = _mm512_mul_ps(y, load(weights[r] + c, lanes));
-        if (!biases.empty()) y = _mm512_add_ps(y, load(biases[r] + c, lanes));
-        if (!factors.empty()) y = _mm512_mul_ps(y, _mm512_add_ps(load(factors[r] + c, lanes), more));
-        if (!shifts.empty()) y = _mm512_add_ps(y, load(shifts[r] + c, lanes));
-        _mm_mask_storeu_epi8(to + r * channels + c, lanes, quantize(y, scale, zero_point, highest));
-      }
-    }
+  write_codes(input.const_data_ptr<T>(), rows, channels, scales, zero_points, qmax, result.mutable_data_ptr<uint8_t>(),
+              down, down ? inner.mutable_data_ptr() : nullptr, [&](const T* row, int64_t r) {
+    const Statistics found = statistics(row, channels, static_cast<float>(eps), centered);
+    const Row<T> own{weights.empty() ? nullptr : weights[r], biases.empty() ? nullptr : biases[r],
+                     factors.empty() ? nullptr : factors[r], shifts.empty() ? nullptr : shifts[r]};
+    const __m512 mean = _mm512_set1_ps(found.mean), inverse = _mm512_set1_ps(found.inverse);
+    return [=](int64_t c, __mmask16 lanes) __attribute__((always_inline)) {
+      __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(row + c, lanes), mean), inverse);
+      if (own.weight) y = _mm512_mul_ps(y, load(own.weight + c, lanes));
+      if (own.bias) y = _mm512_add_ps(y, load(own.bias + c, lanes));
+      if (own.factor) y = _mm512_mul_ps(y, _mm512_add_ps(load(own.factor + c, lanes), more));
+      if (own.shift) y = _mm512_add_ps(y, load(own.shift + c, lanes));
+      return y;
+    };
   });
-  return result;
+  return {result, inner};
 }
 
-at::Tensor norm_quantize(const at::Tensor& x, bool centered, double eps, const std::optional<at::Tensor>& weight,
-                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& factor, double plus,
-                         const std::optional<at::Tensor>& shift, const at::Tensor& out_scale,
-                         const at::Tensor& out_zero_point, int64_t qmax) {
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "norm_quantize reads rows of one channel or more, not ", x.sizes());
+Results norm(const at::Tensor& x, bool centered, double eps, const std::optional<at::Tensor>& weight,
+             const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& factor, double plus,
+             const std::optional<at::Tensor>& shift, const at::Tensor& out_scale, const at::Tensor& out_zero_point,
+             int64_t qmax, const Down* down) {
   const auto call = [&](auto zero) {
-    return run<decltype(zero)>(x, centered, eps, weight, bias, factor, plus, shift, out_scale, out_zero_point, qmax);
+    return run<decltype(zero)>(x, centered, eps, weight, bias, factor, plus, shift, out_scale, out_zero_point, qmax, down);
   };
   if (x.scalar_type() == at::kFloat) return call(0.0f);
   if (x.scalar_type() == at::kBFloat16) return call(c10::BFloat16());
@@ -90,8 +130,59 @@ at::Tensor norm_quantize(const at::Tensor& x, bool centered, double eps, const s
   return call(c10::Half());
 }
 
+at::Tensor norm_quantize(const at::Tensor& x, bool centered, double eps, const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& factor, double plus,
+                         const std::optional<at::Tensor>& shift, const at::Tensor& out_scale,
+                         const at::Tensor& out_zero_point, int64_t qmax) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "norm_quantize reads rows of one channel or more, not ", x.sizes());
+  return norm(x, centered, eps, weight, bias, factor, plus, shift, out_scale, out_zero_point, qmax, nullptr).codes;
+}
+
+std::tuple<at::Tensor, at::Tensor> norm_quantize_down(
+    const at::Tensor& x, bool centered, double eps, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& factor, double plus,
+    const std::optional<at::Tensor>& shift, const at::Tensor& out_scale, const at::Tensor& out_zero_point, int64_t qmax,
+    at::TensorList downs, bool bf16) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && !downs.empty(), "norm_quantize_down reads rows of one channel or more, ",
+              "and one factor or more, not ", x.sizes(), " and ", downs.size(), " factors");
+  const Down down(downs, x.size(-1), bf16);
+  Results found = norm(x, centered, eps, weight, bias, factor, plus, shift, out_scale, out_zero_point, qmax, &down);
+  return {found.codes, found.inner};
+}
+
+template <class T>
+Results plain(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& zero_point, int64_t qmax, const Down& down) {
+  const at::Tensor input = x.contiguous();
+  const int64_t channels = input.size(-1), rows = input.numel() / channels;
+  at::Tensor codes = pooled(input.sizes(), input.options().dtype(at::kByte)), inner = inner_of(input, &down);
+  write_codes(input.const_data_ptr<T>(), rows, channels, inverses(per_row<float>(scale, input, rows, "the scale")),
+              per_row<uint8_t, int32_t>(zero_point, input, rows, "the zero point"), qmax,
+              codes.mutable_data_ptr<uint8_t>(), &down, inner.mutable_data_ptr(), [](const T* row, int64_t) {
+    return [=](int64_t c, __mmask16 lanes) __attribute__((always_inline)) { return load(row + c, lanes); };
+  });
+  return {codes, inner};
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_down(const at::Tensor& x, const at::Tensor& scale,
+                                                 const at::Tensor& zero_point, int64_t qmax, at::TensorList downs,
+                                                 bool bf16) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && !downs.empty(), "quantize_down reads rows of one channel or more, and ",
+              "one factor or more, not ", x.sizes(), " and ", downs.size(), " factors");
+  const Down down(downs, x.size(-1), bf16);
+  const auto call = [&](auto zero) { return plain<decltype(zero)>(x, scale, zero_point, qmax, down); };
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+              "quantize_down reads float32, bfloat16 and float16, not ", x.scalar_type());
+  Results found = x.scalar_type() == at::kFloat ? call(0.0f)
+                  : x.scalar_type() == at::kHalf ? call(c10::Half()) : call(c10::BFloat16());
+  return {found.codes, found.inner};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("norm_quantize", &norm_quantize); }
+TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
+  library.impl("norm_quantize", &norm_quantize);
+  library.impl("norm_quantize_down", &norm_quantize_down);
+  library.impl("quantize_down", &quantize_down);
+}
 
 }  // namespace fxquant
