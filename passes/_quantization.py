@@ -101,7 +101,8 @@ class GPTQ:
 
     def _feedback(self, name: str, context: PassContext) -> ErrorFeedback:
         """Error feedback of the layer's input. It is large, so only that of the latest input is kept."""
-        key = context.plan.layer(name).observed or name
+        # Layers that read one value share it, unless each has weights of the timesteps of its own.
+        key = name if name in context.timestep_weights else context.plan.layer(name).observed or name
         kept, feedback = context.memo.get("feedback", (None, None))
         if kept != key:
             context.memo.pop("feedback", None)

@@ -36,6 +36,8 @@ class PassContext:
         memo: Decisions that a pass may use again within one graph, by keys that the pass chooses.
         transforms: How passes changed the inputs of layers since calibration, by layer (:meth:`transform_input`).
         changed: Layers whose input a pass changed without saying how, each with that pass.
+        timestep_weights: How much each timestep counts in the second moments of a layer's input, by layer and timestep;
+            layers that are not listed count all rows alike.
         progress: Called as ``progress(what, done, total)`` by passes that take long; None if progress is not shown.
     """
 
@@ -48,6 +50,7 @@ class PassContext:
     memo: dict[Any, Any] = field(default_factory=dict)
     transforms: dict[str, list[InputTransform]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
+    timestep_weights: dict[str, dict[float, float]] = field(default_factory=dict)
     progress: Callable[[str, int, int], object] | None = None
 
     def transform_input(self, layer: str, function: Rows) -> None:
@@ -81,14 +84,18 @@ class PassContext:
         plan, shared = copy.deepcopy(self.plan), copy.deepcopy(self.shared)
         changed = dict(self.changed)
         return replace(
-            self, plan=plan, shared=shared, transforms=transforms, changed=changed, memo={}, codes=dict(self.codes)
-        )
+            self, plan=plan, shared=shared, transforms=transforms, changed=changed, memo={}, codes=dict(self.codes),
+            timestep_weights=dict(self.timestep_weights),
+        )  # fmt: skip
 
     def take_back(self, earlier: PassContext) -> None:
         """Undo what a pass that failed changed: ``earlier`` is what :meth:`for_trial` gave before the pass."""
         vars(self.plan).update(vars(earlier.plan))
         kept = [(vars(self.shared)[name], before) for name, before in vars(earlier.shared).items()]
-        kept += [(getattr(self, name), getattr(earlier, name)) for name in ("codes", "transforms", "changed")]
+        kept += [
+            (getattr(self, name), getattr(earlier, name))
+            for name in ("codes", "transforms", "changed", "timestep_weights")
+        ]
         for held, before in kept:
             if isinstance(held, (dict, set)):  # Other contexts may hold the same dict.
                 held.clear()

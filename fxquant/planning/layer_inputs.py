@@ -11,6 +11,7 @@ from torch import Tensor
 from fxquant.planning.context import PassContext
 from fxquant.planning.input_transforms import Rows, checked, in_order, transformed_moments
 from fxquant.planning.plan import Plan
+from fxquant.planning.weighted_moments import weighted_moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +86,20 @@ def moments(context: PassContext, name: str) -> Tensor | None:
     """Second moments E[x x^T] of a layer's input, shifted and balanced: float64 ``[C, C]``; None if not recorded.
 
     If a pass transformed the input by a linear function, they follow from what was recorded; for other functions, and
-    with shifts, they are those of the sampled rows.
+    with shifts, they are those of the sampled rows. Timesteps count as much as :attr:`PassContext.timestep_weights`
+    says.
 
     Raises:
         PassError: A pass changed the input and did not declare how.
     """
+    found, weights = _unweighted(context, name), context.timestep_weights.get(name)
+    if found is None or weights is None:
+        return found
+    seen = layer_input(context, name)
+    return weighted_moments(found, seen.rows, seen.timesteps, weights)
+
+
+def _unweighted(context: PassContext, name: str) -> Tensor | None:
     plan = context.plan
     seen = context.observed(plan.layer(name).observed or name)
     context.refuse_changed(name)

@@ -40,6 +40,7 @@ PLAN_ONLY = (
     "group-timesteps",
     "observe-step",
     "reconstruct-blocks",
+    "weigh-timesteps",
 )
 """Passes that decide and leave the graph as it is."""
 
@@ -158,6 +159,7 @@ EXAMPLES: dict[str, Example] = {
         calibrated,
         run_with="rank=2 iterations=1 weighting=importance",
     ),
+    "weigh-timesteps": Example("assign-precision", "by=signal calls=3", with_calls, run_with="calls=1 probes=1"),
 }
 
 WEIGHT_ONLY = {
