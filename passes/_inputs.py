@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.time_tables import TimeTable, rows_at, timestep_input
 from fxquant.numerics.activations import round_by_token, round_in_range
-from fxquant.numerics.formats import Format
+from fxquant.numerics.formats import Format, top_of
 from fxquant.numerics.ranges import activation_range
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes._quantization import Coded, optional
@@ -46,20 +47,28 @@ def quantized_input(node: fx.Node, x: fx.Node, context: PassContext, rewriter: R
     if layer.activation.method == InputRange.DYNAMIC.value:
         return _codes_by_token(x, format, rewriter)
     low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (layer.activation.low, layer.activation.high))
-    key = (x, format.name, layer.boundaries, str(low.tolist()), str(high.tolist()))
+    kinds = layer.formats_of_input
+    key = (x, tuple(kind.name for kind in kinds), layer.boundaries, str(low.tolist()), str(high.tolist()))
     if key not in rewriter.memo:
-        rewriter.memo[key] = _codes_of_range(node, x, low, high, format, context, rewriter)
+        rewriter.memo[key] = _codes_of_range(node, x, low, high, kinds, context, rewriter)
     coded = rewriter.memo[key]
     assert isinstance(coded, Coded)
     return coded
 
 
 def _codes_of_range(
-    node: fx.Node, x: fx.Node, low: Tensor, high: Tensor, format: Format, context: PassContext, rewriter: Rewriter
+    node: fx.Node,
+    x: fx.Node,
+    low: Tensor,
+    high: Tensor,
+    kinds: Sequence[Format],
+    context: PassContext,
+    rewriter: Rewriter,
 ) -> Coded:
-    """Codes of an input whose range is known, or one range per bin of timesteps."""
+    """Codes of an input whose range is known, or one range per bin of timesteps, each in the format of its bin."""
     name = node.meta[LAYER]
     layer = context.plan.layer(name)
+    format = max(kinds, key=lambda kind: kind.bits)
 
     def stored(part: str, value: Tensor | None) -> fx.Node | None:
         if value is None:
@@ -73,10 +82,18 @@ def _codes_of_range(
 
     if format.block:
         return _codes_of_blocks(x, stored("global_scale", format.global_scale(low, high)), format, rewriter)
-    found = format.scales(low, high)
-    scale, zero_point = stored("scale", found.scale), stored("zero_point", found.zero_point)
+    found = [kind.scales(low, high) for kind in kinds] if len({*kinds}) > 1 else [format.scales(low, high)]
+    scale = stored("scale", _of_bins([one.scale for one in found]))
+    zeros = [one.zero_point for one in found if one.zero_point is not None]
+    zero_point = stored("zero_point", _of_bins(zeros) if zeros else None)
+    tops = torch.tensor([top_of(kind.name) for kind in kinds], dtype=torch.uint8) if len(found) > 1 else None
     assert scale is not None
-    return _quantize(x, Coded(x, scale, zero_point, format.name), rewriter)
+    return _quantize(x, Coded(x, scale, zero_point, format.name), rewriter, stored("top", tops))
+
+
+def _of_bins(found: Sequence[Tensor]) -> Tensor:
+    """Values of all bins: of bin i those that were found in its format, which is the i-th; of one format all."""
+    return found[0] if len(found) == 1 else torch.stack([own[number] for number, own in enumerate(found)])
 
 
 def _codes_of_blocks(x: fx.Node, scale: fx.Node | None, format: Format, rewriter: Rewriter) -> Coded:
@@ -96,9 +113,10 @@ def _codes_of_blocks(x: fx.Node, scale: fx.Node | None, format: Format, rewriter
     return _quantize(x, Coded(x, blocks, None, format.name, scale), rewriter)
 
 
-def _quantize(x: fx.Node, scales: Coded, rewriter: Rewriter) -> Coded:
-    """The codes of a value on scales whose nodes are given."""
-    given = (x, scales.scale, scales.zero_point, scales.format, *optional(scales.global_scale))
+def _quantize(x: fx.Node, scales: Coded, rewriter: Rewriter, top: fx.Node | None = None) -> Coded:
+    """The codes of a value on scales whose nodes are given, and the highest code if not that of the format."""
+    rest = optional(scales.global_scale) if top is None else (scales.global_scale, top)
+    given = (x, scales.scale, scales.zero_point, scales.format, *rest)
     op = torch.ops.fxquant.quantize.default
     return scales._replace(codes=rewriter.call(op, given, sources=[x], name=f"{x.name}_codes", layer=True))
 
@@ -109,7 +127,7 @@ def decide_range(node: fx.Node, x: fx.Node, context: PassContext, rewriter: Rewr
     layer = context.plan.layer(name)
     if layer.activation is not None:
         return
-    decided = context.memo.setdefault(("range", x, layer.format_of_input, layer.observed), name)
+    decided = context.memo.setdefault(("range", x, *layer.formats_of_input, layer.observed), name)
     if decided == name:
         _decide_range(name, context, method)
     else:
@@ -157,9 +175,10 @@ def _decide_range(name: str, context: PassContext, method: InputRange) -> None:
         tops = seen.absmax.amax(dim=1)
         layer.spread = [float(tops.min()), float(tops.max())]
         return
-    count = len(layer.boundaries) + 1
+    kinds = layer.formats_of_input
+    count = len(kinds)
     ranges, exact, coded = [], [], []
-    for number in range(count):
+    for number, format in enumerate(kinds):
         seen = layer_input(context, name, number if count > 1 else None)
         rows = torch.cat(seen.rows)
         ends = float(seen.minimum.min()), float(seen.maximum.max())

@@ -105,6 +105,11 @@ class ReconstructBlocks(Pass):
                     f"layer {node.meta[LAYER]}: {self.name} learns the steps of integer activations, and its input is "
                     f"{layer.activation_format}; choose integers for it, or another rounding (gptq)"
                 )
+            if layer.timesteps is not None and layer.timesteps.bits is not None:
+                raise ConfigurationError(
+                    f"layer {node.meta[LAYER]}: {self.name} learns steps for one number of bits, and its input has "
+                    "bits for each bin of timesteps; leave out bin-bits, or choose another rounding (gptq)"
+                )
             if layer.activation_bits is not None:
                 decide_range(node, args(node).node("input"), context, rewriter, self.activation_range)
             soft[node] = partial(self._soft_weight, node, context, rewriter)

@@ -17,6 +17,7 @@ from fxquant.backends.torchao.tensors import DerivedTensors, Weight
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors
+from fxquant.ir.tops import separate_tops
 from fxquant.numerics.formats import bits_of, is_integer, top_of
 
 aten, ours, pt2e = torch.ops.aten, torch.ops.fxquant_torchao, torch.ops.quantized_decomposed
@@ -65,6 +66,7 @@ class Lowering:
             torch.ops.fxquant.conv2d.default: self._conv2d,
             torch.ops.fxquant.dequantize_weight.default: self._dequantize_weight,
         }
+        separate_tops(self.rewriter.graph, self.rewriter)
         for node in list(self.rewriter.graph.nodes):
             if node.target in steps:
                 steps[node.target](node)

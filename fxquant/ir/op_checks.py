@@ -42,6 +42,9 @@ def _check_quantize(node: fx.Node) -> None:
     format = _format(node, "format")
     scale, zero_point = _values(node, "scale", "zero_point")
     _check_scales(node, "", format, scale, zero_point)
+    (top,) = _values(node, "top")
+    if top is not None and (top.dtype != torch.uint8 or zero_point is None or top.shape != zero_point.shape):
+        raise broken(node, f"its highest code {text_of(top)} is not uint8 and of the shape of {text_of(zero_point)}")
 
 
 def _format(node: fx.Node, name: str) -> Format:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fxquant.errors import ConfigurationError
 from fxquant.ir.time_tables import bin_of
-from fxquant.numerics.formats import Format, format_of
+from fxquant.numerics.formats import FORMATS, Format, format_of
 from fxquant.planning.precision import Precision
 
 
@@ -69,11 +70,13 @@ class TimestepGroups:
         dendrogram: How neighbouring groups were merged, the closest first. Each entry holds the first timesteps of the
             two groups and their squared distance. To get other groups, edit the boundaries.
         reason: Why there is only one bin, or None.
+        bits: Bits of the input in each bin, one more than boundaries; None for those of the layer in every bin.
     """
 
     boundaries: list[float]
     dendrogram: list[list[float]] = field(default_factory=list)
     reason: str | None = None
+    bits: list[int] | None = None
 
 
 @dataclass
@@ -143,6 +146,20 @@ class LayerPlan:
     def boundaries(self) -> tuple[float, ...]:
         """Boundaries between bins of timesteps, ascending."""
         return tuple(self.timesteps.boundaries) if self.timesteps else ()
+
+    @property
+    def formats_of_input(self) -> list[Format]:
+        """The number format of its input in each bin of timesteps.
+
+        Raises:
+            ConfigurationError: If its input is float.
+        """
+        if self.format_of_input is None:
+            raise ConfigurationError("the input of a float layer has no number format")
+        bits = self.timesteps.bits if self.timesteps else None
+        if bits is None:
+            return [self.format_of_input] * (len(self.boundaries) + 1)
+        return [FORMATS[f"int{own}"] for own in bits]
 
     def bins(self, timesteps: Tensor) -> Tensor:
         """Bin of each of these timesteps: int64, of the same shape."""

@@ -337,7 +337,10 @@ _FORMATS = {"weight_format": None, "activation_format": None, "group_rows": 1, "
 
 
 def _entry(decided: LayerPlan | AttentionPlan) -> dict[str, Any]:
-    return {name: value for name, value in asdict(decided).items() if name not in _FORMATS or value != _FORMATS[name]}
+    found = {name: value for name, value in asdict(decided).items() if name not in _FORMATS or value != _FORMATS[name]}
+    if found.get("timesteps") and found["timesteps"]["bits"] is None:  # As earlier versions write it.
+        del found["timesteps"]["bits"]
+    return found
 
 
 _BEFORE_CALIBRATION = (

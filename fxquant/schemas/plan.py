@@ -75,6 +75,7 @@ class Groups(Entry):
         list[Annotated[list[float], Field(max_length=8)]], Field(fail_fast=True, max_length=10_000)
     ] = Field(default_factory=list)
     reason: Text | None = None
+    bits: Annotated[list[Bits], Field(fail_fast=True, max_length=10_001)] | None = None
 
 
 class Layer(Entry):
@@ -104,7 +105,19 @@ class Layer(Entry):
         bins = len(self.timesteps.boundaries) + 1 if self.timesteps else 1
         if self.activation is not None and isinstance(self.activation.low, list) and len(self.activation.low) != bins:
             raise ValueError(f"there are {len(self.activation.low)} ranges for {bins} bins of timesteps")
+        self._check_bits(bins)
         return self
+
+    def _check_bits(self, bins: int) -> None:
+        bits = self.timesteps.bits if self.timesteps else None
+        if bits is None:
+            return
+        if len(bits) != bins:
+            raise ValueError(f"there are bits for {len(bits)} of {bins} bins of timesteps")
+        if self.activation_bits is None or self.activation_format is not None or max(bits) > self.activation_bits:
+            raise ValueError("bits of bins of timesteps should be those of integers, and at most activation_bits")
+        if self.activation is not None and not isinstance(self.activation.low, list) and bins > 1:
+            raise ValueError("a layer with bits for each bin of timesteps should have a range for each")
 
 
 class Attention(Entry):

@@ -35,6 +35,7 @@ from tests.support import captured, count, outputs, relative_error, text
 C = 16
 PLAN_ONLY = (
     "assign-precision",
+    "bin-bits",
     "bin-ranges",
     "choose-variants",
     "group-timesteps",
@@ -112,6 +113,11 @@ def with_calls(found: CapturedGraph, context: PassContext) -> None:
     context.inputs = [list(inputs(dtype, 2)), list(inputs(dtype, 3))]
 
 
+def weighed(found: CapturedGraph, context: PassContext) -> None:
+    with_calls(found, context)
+    Pipeline.parse("bin-ranges{bins=2},weigh-timesteps{calls=1 probes=1}").run(found.module, context)
+
+
 def balanced(found: CapturedGraph, context: PassContext) -> None:
     calibrated(found, context)
     Pipeline.parse("balance-channels").run(found.module, context)
@@ -134,6 +140,7 @@ EXAMPLES: dict[str, Example] = {
         options="precision=w4a8-g8 layers=all overrides=last=w8a16;blocks.0.q=float attention=quantized"
     ),
     "balance-channels": Example("assign-precision", "exponent=0.3 salience=max dearest=free", calibrated),
+    "bin-bits": Example("assign-precision", "bits=5 lowest=3", weighed),
     "bin-ranges": Example("assign-precision", "bins=2", calibrated),
     "choose-variants": Example("assign-precision", "bins=2 calls=1", with_calls, run_with="calls=1 probes=1"),
     "group-timesteps": Example("assign-precision", "groups=2 method=optimal dearest=free", calibrated),

@@ -19,6 +19,7 @@ from fxquant.backends.native.sharing import share
 from fxquant.ir.arguments import args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
+from fxquant.ir.tops import separate_tops
 from fxquant.numerics.formats import bits_of
 from fxquant.runtime.devices import give_back_memory
 
@@ -72,6 +73,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     :mod:`fxquant.backends.native.compiled.attention` and :mod:`fxquant.backends.native.compiled.branches`.
     """
     rewriter = Rewriter(module, "lower to native")
+    separate_tops(module.graph, rewriter)
     share(module.graph, rewriter)
     lowered = 0
     for node in list(module.graph.nodes):

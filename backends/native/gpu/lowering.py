@@ -154,6 +154,11 @@ def refuse(layer: LayerPlan) -> str | None:
             f"groups of {layer.group_size} and {layer.weight_bits} bits; use groups such as w4a8-g64, no groups, or "
             "backend 'fake-quant'"
         )
+    if layer.timesteps is not None and layer.timesteps.bits is not None:
+        return (
+            "its input has bits that differ from bin to bin of timesteps, which the Triton kernels do not know; leave "
+            "out bin-bits, or use 'fake-quant'"
+        )
     if layer.shape[1] > weights.MAX_FEATURES:
         return f"sums over {layer.shape[1]} inputs do not fit 32 bits; keep the layer float, or use 'fake-quant'"
     return None

@@ -15,6 +15,7 @@ from fxquant.backends.native.tensors import by_sample, only_reader
 from fxquant.ir.arguments import args
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
+from fxquant.ir.tops import separate_tops
 from fxquant.numerics.formats import bits_of
 
 aten, native = torch.ops.aten, torch.ops.fxquant_native
@@ -45,6 +46,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor]) -> None:
     results of the linear and the GELU.
     """
     rewriter = Rewriter(module, "lower to native")
+    separate_tops(module.graph, rewriter)
     for node in list(module.graph.nodes):
         if node.target is torch.ops.fxquant.quantize.default:
             lower_quantize(node, rewriter)

@@ -74,7 +74,8 @@ class CodedLayer:
         exact = float_weight(self.output, self.pair)
         delta = rounded_weight(self.output, self.pair, exact) - exact
         x = args[0].to(exact.dtype)
-        moved = _fake_quantized((x, *_input_scales(self.output, args))) - x
+        top = value(self.reads[0]) if self.reads else None
+        moved = _fake_quantized((x, *_input_scales(self.output, args)), top) - x
         weights = _product(self.output, args, x, delta)
         inputs = _product(self.output, args, moved, delta.add_(exact))  # The quantized weight.
         return LocalError(weights + inputs, weights, inputs)
@@ -165,7 +166,7 @@ def units_of(pair: Pair) -> dict[fx.Node, Unit]:
     for node in pair.quantized.graph.nodes:
         name = str(node.meta.get(LAYER, ""))
         if node.target in (ours.linear.default, ours.conv2d.default) and name in pair.weights:
-            found[node] = CodedLayer(name, node, pair)
+            found[node] = CodedLayer(name, node, pair, _top(node.args[0]))
         elif node.target is ours.dequantize_weight.default and name in pair.weights:
             if codes_of(node) is None:
                 found[node] = StoredTable(name, node, pair, (node.args[0].args[1],))
@@ -229,10 +230,18 @@ def _input_scales(node: fx.Node, args: Sequence[Any]) -> tuple[Any, ...]:
     return (args[1], args[2], args[7], *outer)
 
 
-def _fake_quantized(args: Sequence[Any]) -> Tensor:
+def _top(codes: Any) -> tuple[fx.Node, ...]:
+    """The node of the highest code of codes, if it is not that of their format."""
+    if isinstance(codes, fx.Node) and codes.target is ours.quantize.default and len(codes.args) > 5:
+        return tuple(node for node in codes.args[5:] if isinstance(node, fx.Node))
+    return ()
+
+
+def _fake_quantized(args: Sequence[Any], top: Tensor | None = None) -> Tensor:
     """The dequantized codes of ``fxquant.quantize``, given its arguments."""
     x, scale, zero_point, format, *outer = args
-    return decode_input(ours.quantize(*args), Scales(scale, zero_point, *outer), format, x.dtype)
+    codes = ours.quantize(x, scale, zero_point, format, *(outer or [None]), top)
+    return decode_input(codes, Scales(scale, zero_point, *outer), format, x.dtype)
 
 
 def _product(node: fx.Node, args: Sequence[Any], x: Tensor, weight: Tensor) -> Tensor:

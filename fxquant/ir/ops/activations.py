@@ -85,22 +85,38 @@ def _fake_channel_affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tens
 
 
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, global_scale: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    global_scale: Tensor | None = None,
+    top: Tensor | None = None,
 ) -> Tensor:
     """The codes of `x` in a number format, uint8 of the shape of `x`, each the nearest value of the format's grid.
 
     For integers this is `clamp(round(x / scale) + zero_point, 0, 2**bits - 1)`, halves rounded to even. `x` is float
     and finite. Formats with blocks have a `scale` per block of the last axis, `[..., channels / block]`.
+
+    For integers, `top` is the highest code where it is lower than that of the format: uint8, one for each scale. So
+    rows of a table can have fewer bits than others.
     """
     scales = _checked(x, scale, zero_point, format, global_scale)
+    _check_top(x, top, format)
     blocks, each = by_block(x, scales, format)
-    return FORMATS[format].encode(blocks, each).reshape(x.shape).contiguous()
+    codes = FORMATS[format].encode(blocks, each).reshape(x.shape).contiguous()
+    return codes if top is None else torch.minimum(codes, top)
 
 
 def _fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, global_scale: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    global_scale: Tensor | None = None,
+    top: Tensor | None = None,
 ) -> Tensor:
     _checked(x, scale, zero_point, format, global_scale)
+    _check_top(x, top, format)
     return x.new_empty(x.shape, dtype=torch.uint8)
 
 
@@ -186,6 +202,15 @@ def _check_affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> None:
         check_broadcast("shift", shift, x.shape)
 
 
+def _check_top(x: Tensor, top: Tensor | None, format: str) -> None:
+    if top is None:
+        return
+    top_of(format)  # Refuses formats other than integers.
+    if top.dtype != torch.uint8:
+        raise ConfigurationError(f"the highest code is {top.dtype}, not uint8.")
+    check_broadcast("highest code", top, (*x.shape[:-1], 1))
+
+
 def _checked(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, global_scale: Tensor | None) -> Scales:
     scales = Scales(scale, zero_point, global_scale)
     check_parts(FORMATS[format], scales, "input")
@@ -200,7 +225,8 @@ define(
     _fake_channel_affine,
 )
 define(
-    "quantize(Tensor x, Tensor scale, Tensor? zero_point, str format, Tensor? global_scale=None) -> Tensor",
+    "quantize(Tensor x, Tensor scale, Tensor? zero_point, str format, Tensor? global_scale=None, Tensor? top=None) "
+    "-> Tensor",
     quantize,
     _fake_quantize,
 )
