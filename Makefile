@@ -30,7 +30,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-all fuzz fuzz-load storm zoo-calls check links docs format coverage bench bench-cpu bench-gpu clean distclean
+.PHONY: help setup demo compare test test-all fuzz fuzz-load storm zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -93,6 +93,9 @@ bench-cpu: $(STAMP) ## time quantized models on the CPU, compared with other qua
 
 bench-gpu: $(STAMP) ## check products and models on a GPU or in Triton's interpreter, and time them on a GPU
 	$(PY) -m benchmarks.gpu $(GPU_ARGS) --json $(OUT)/gpu.json --markdown $(OUT)/gpu.md
+
+low-bit: $(STAMP) ## measure recipes in every number format and each part of auto-*, into docs/results.md; an hour or two
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.low_bit --json $(OUT)/low_bit.json --into docs/results.md --picture docs/pictures/parts.svg
 
 clean: ## remove built files, but not the virtual environment
 	rm -rf build dist $(OUT) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.low_bit import ablation, tables
+from benchmarks.low_bit import ablation, page, tables
 from benchmarks.low_bit.measure import SUBJECTS, Results
 
 _DIGITS = ("plain", "planted")
@@ -28,20 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=Path("out/low_bit.json"), help="file of the measurements")
     parser.add_argument("--print", action="store_true", help="measure nothing; print what the file holds")
     parser.add_argument("--picture", type=Path, help="also draw the ablation over the timesteps, as .svg, .png or .pdf")
+    parser.add_argument("--into", type=Path, help="also write the tables into this page, as docs/results.md")
     options = parser.parse_args(arguments)
-    results, printed = Results(options.json), []
+    results, printed = Results(options.json), {}
     if options.only != "ablation":
         if not options.print:
             results.fill(tables.jobs(options.models), "recipes and formats")
-        printed.append(tables.text(results, options.models))
+        printed["tables"] = tables.text(results, options.models)
     if options.only != "tables":
         names = [name for name in options.models if name in _DIGITS]
         if not options.print:
             results.fill(ablation.jobs(names), "ablation")
-        printed.append(ablation.text(results, names))
+        printed["ablation"] = ablation.text(results, names)
         if options.picture is not None and names:
             ablation.draw(results, names[-1], options.picture)
-    print("\n\n".join(printed))
+    print("\n\n".join(printed.values()))
+    if options.into is not None:
+        page.insert(options.into, printed)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,10 @@ def text(results: Results, subjects: Sequence[str]) -> str:
 
 
 def _cell(found: Measured | None) -> str:
-    return f"{found.mean:.1f} / {found.worst:.1f}" if found is not None and found.steps else ""
+    """Mean and worst step; empty if it was not measured, a dash if the recipe refuses the model."""
+    if found is None:
+        return ""
+    return f"{found.mean:.1f} / {found.worst:.1f}" if found.steps else "-"
 
 
 def _table(rows: list[list[str]], headers: list[str]) -> str:

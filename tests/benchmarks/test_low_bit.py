@@ -29,10 +29,15 @@ def test_planted_models_compute_the_same(
     monkeypatch.setattr(random_models, planting, lambda model: None)
     plain = make()
     weights = zip(plain.parameters(), planted.parameters(), strict=True)
-    assert any(float(b.abs().max()) > 5 * float(a.abs().max()) for a, b in weights), "nothing is salient"
+    assert any(float(b.detach().abs().max()) > 5 * float(a.detach().abs().max()) for a, b in weights), (
+        "nothing is salient"
+    )
     with torch.no_grad():
         for call in random_models.calls(plain, [900, 10], seed=0, batch=2):
             assert sqnr_db(plain(**call)[0], planted(**call)[0]) > 110
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def subject(name: str) -> Subject:
@@ -84,10 +89,20 @@ def test_the_command_prints_and_draws_what_the_file_holds(tmp_path: Path, capsys
         results._held[measure._key(*job)] = Measured([30.0 + number % 7, 20.0, math.inf], 1.5, 1.0)
     results._write()
     arguments = ["--models", "planted", "--print", "--json", str(results.path)]
-    main([*arguments, "--picture", str(tmp_path / "parts.svg")])
+    page = tmp_path / "results.md"
+    page.write_text((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), encoding="utf-8")
+    for _ in range(2):  # The second time replaces what the first wrote.
+        main([*arguments, "--picture", str(tmp_path / "parts.svg"), "--into", str(page)])
     printed = capsys.readouterr().out
     assert "| planted" in printed and "| without clipping" in printed and "1.50" in printed
     assert "without GPTQ" in (tmp_path / "parts.svg").read_text()
+    written = page.read_text(encoding="utf-8")
+    assert written.count("## Recipes in every number format") == written.count("| without clipping") // 3 == 1
+    assert written.endswith((ROOT / "docs" / "results.md").read_text(encoding="utf-8")[-2_000:])
+    page.write_text("# Results\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        main([*arguments, "--into", str(page)])
+    assert page.read_text(encoding="utf-8") == "# Results\n"
 
 
 def test_the_grid_of_the_table_is_mxfp4() -> None:

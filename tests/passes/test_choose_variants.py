@@ -59,6 +59,15 @@ def test_a_model_is_better_than_with_either_kind_alone() -> None:
     assert again.plan is not None and again.plan.layers == made.plan.layers
 
 
+def test_without_clipping_no_end_is_clipped() -> None:
+    model, statistics = make_dit(), Statistics(keep_calls=3)
+    recipe = fxquant.Recipe.parse(RECIPE % ("clip=False gain=100 calls=1 probes=1", ""))
+    made = fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), statistics=statistics, measure=0)
+    assert made.plan is not None
+    for choice in made.plan.decisions_of(Variant).values():
+        assert CLIPPED not in {choice.chosen, *choice.others_db} and choice.chosen != TOKEN
+
+
 def test_groups_where_they_fit_and_where_weights_have_few_bits() -> None:
     model, statistics = make_dit(), Statistics(keep_calls=3)
     text = (RECIPE % ("groups=32 calls=1 probes=1", "")).replace("w8a8", "w4a8")
