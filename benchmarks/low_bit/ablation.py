@@ -40,9 +40,11 @@ PARTS: dict[str, Callable[[Recipe], Recipe]] = {
     "bins": lambda recipe: recipe.with_options(_CHOOSE, bins=1),
     "clipping": lambda recipe: recipe.with_options(_CHOOSE, clip=False),
     "range per token": lambda recipe: recipe.with_options(_CHOOSE, gain=_NEVER),
+    "timestep weights": _without("weigh-timesteps"),
+    "bits per bin": _without("bin-bits"),
     "GPTQ": _nearest,
 }
-"""The parts, and how a recipe is changed to have all but one."""
+"""Parts that recipes may have, and how a recipe is changed to have all but one."""
 
 
 def variants(precision: str) -> dict[str, Recipe]:

@@ -23,13 +23,13 @@ from benchmarks.low_bit import random_models
 from examples.digits.compare import RecordMoments, calibration, predicted_noise, test_calls
 from examples.digits.generator import load_pipeline
 from examples.digits.salience import plant_salience
+from fxquant.calibration.calibrate import calls_wanted
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.recipes import Recipe, make_recipe
 
 CALIBRATED, TESTED = 25, 20
 """Numbers of timesteps, as for the digits model."""
 
-_KEPT = 8  # Calls that recipes which choose run again, as many as they would keep themselves.
 _CALIBRATION_SEED, _TEST_SEED = 0, 10_000
 
 
@@ -93,7 +93,9 @@ class Subject:
     @cached_property
     def statistics(self) -> fxquant.Statistics:
         """What one calibration recorded: all that any recipe of the tables needs."""
-        found = fxquant.Statistics(keep_calls=_KEPT)
+        choosing = [make_recipe(f"auto-{precision}").convert for precision in ("w8a8", "w4a8", "w4a4")]
+        # As many calls to run again as these recipes would keep themselves.
+        found = fxquant.Statistics(keep_calls=max(map(calls_wanted, choosing)))
         recipe = Recipe(make_recipe("rtn-gptq-w8a8").prepare, (RecordMoments(),))
         fxquant.compile(self.model, recipe=recipe, calibrate=self._calibrate, statistics=found, measure=0)
         return found

@@ -142,7 +142,9 @@ EXAMPLES: dict[str, Example] = {
     "balance-channels": Example("assign-precision", "exponent=0.3 salience=max dearest=free", calibrated),
     "bin-bits": Example("assign-precision", "bits=5 lowest=3", weighed),
     "bin-ranges": Example("assign-precision", "bins=2", calibrated),
-    "choose-variants": Example("assign-precision", "bins=2 clip=False calls=1", with_calls, run_with="calls=1 probes=1"),
+    "choose-variants": Example(
+        "assign-precision", "bins=2 clip=False calls=1", with_calls, run_with="calls=1 probes=1"
+    ),
     "group-timesteps": Example("assign-precision", "groups=2 method=optimal dearest=free", calibrated),
     "insert-observers": Example("assign-precision{attention=quantized}"),
     "observe-step": Example(options="step=2"),
