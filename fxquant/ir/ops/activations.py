@@ -19,7 +19,7 @@ from fxquant.ir.ops.definition import (
     define,
 )
 from fxquant.numerics import grids
-from fxquant.numerics.formats import FORMATS, Format, Scales
+from fxquant.numerics.formats import FORMATS, Format, Scales, top_of
 
 Recorder = Callable[[str, Tensor, Tensor, int], None]
 """Called as `recorder(key, x, timestep, axis)` by each :func:`observe`; it must neither keep nor change `x` itself."""
