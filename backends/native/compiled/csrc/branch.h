@@ -73,14 +73,10 @@ class UpPanel {
   // Strength times the products of rows, float32 [count][32].
   void multiply(int64_t row, int64_t count, float* sums) const {
     const char* inner = branch_.inner + row * branch_.stride * branch_.bytes;
-    for (; count >= 6; count -= 6, sums += 6 * 32, inner += 6 * branch_.stride * branch_.bytes) rows<6>(inner, sums);
-    switch (count) {
-      case 5: return rows<5>(inner, sums);
-      case 4: return rows<4>(inner, sums);
-      case 3: return rows<3>(inner, sums);
-      case 2: return rows<2>(inner, sums);
-      case 1: return rows<1>(inner, sums);
-    }
+    const int64_t row_bytes = branch_.stride * branch_.bytes;
+    const auto call = branch_.bf16 ? &UpPanel::split<true> : &UpPanel::split<false>;
+    for (; count > 0; count -= 12, sums += 12 * 32, inner += 12 * row_bytes)
+      (this->*call)(inner, std::min<int64_t>(count, 12), sums);
   }
 
  private:
@@ -91,29 +87,46 @@ class UpPanel {
     return 2 * step + 1 < branch_.rank ? bits | bf16_bits(from[2 * step + 1]) << 16 : bits;
   }
 
-  template <int R>
+  template <bool kBf16>
+  void split(const char* inner, int64_t count, float* sums) const {
+    const int64_t row_bytes = branch_.stride * branch_.bytes;
+    switch (count) {
+      case 12: return rows<12, kBf16>(inner, sums);
+      case 11: return rows<11, kBf16>(inner, sums);
+      case 10: return rows<10, kBf16>(inner, sums);
+    }
+    for (; count >= 3; count -= 3, sums += 3 * 32, inner += 3 * row_bytes) rows<3, kBf16>(inner, sums);
+    if (count == 2) rows<2, kBf16>(inner, sums);
+    if (count == 1) rows<1, kBf16>(inner, sums);
+  }
+
+  template <int R, bool kBf16>
   void rows(const char* inner, float* sums) const {
     __m512 acc[R][2];
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
     const int64_t row_bytes = branch_.stride * branch_.bytes;
     const uint32_t* weight = held_.data();
     for (int64_t step = 0; step < steps_; ++step, weight += 32) {
       const __m512i left = _mm512_loadu_si512(weight), right = _mm512_loadu_si512(weight + 16);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(inner + r * row_bytes + step * 4));
-        add(acc[r][0], x, left);
-        add(acc[r][1], x, right);
+        add<kBf16>(acc[r][0], x, left);
+        add<kBf16>(acc[r][1], x, right);
       }
     }
     const __m512 strength = _mm512_set1_ps(branch_.strength);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + r * 32 + v * kLanes, _mm512_mul_ps(acc[r][v], strength));
   }
 
-  inline __attribute__((always_inline)) void add(__m512& acc, __m512i x, __m512i weight) const {
+  template <bool kBf16>
+  static inline __attribute__((always_inline)) void add(__m512& acc, __m512i x, __m512i weight) {
 #ifdef __AVX512BF16__
-    if (branch_.bf16) return add_products_bf16(acc, x, weight);
+    if constexpr (kBf16) return add_products_bf16(acc, x, weight);
 #endif
     acc = _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(weight), acc);
   }
