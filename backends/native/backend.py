@@ -134,7 +134,7 @@ class Native(Backend):
         return INTEGERS | {"fp8"} if takes_floats else INTEGERS
 
     def refuse(self, layer: LayerPlan) -> str | None:
-        """Refuse weight groups, sums of more than 32 bits, and builds of torch without the kernels."""
+        """Refuse weight groups that the kernels lack, sums of more than 32 bits, and builds without the kernels."""
         if layer.weight_bits is None or layer.activation_bits is None:
             return None
         if layer.kind != "linear":
@@ -147,10 +147,15 @@ class Native(Backend):
         own = kernels is Kernels.COMPILED
         if not own and not onednn_products.has_kernels():
             return f"this build of torch has no oneDNN quantized linear; install a CPU build for x86, or {_ELSE}"
-        if layer.group_size:
+        if layer.group_size and not own:
             return (
-                f"its weight has one grid per {layer.group_size} input channels, and integer sums run over all; "
-                f"leave out the groups (w4a8 in place of w4a8-g{layer.group_size}), or {_ELSE}"
+                f"its weight has one grid per {layer.group_size} input channels, and integer sums of oneDNN run over "
+                f"all; leave out the groups (w4a8 in place of w4a8-g{layer.group_size}), or {_ELSE}"
+            )
+        if not compiled.sums_groups(layer.group_size):
+            return (
+                f"its weight has one grid per {layer.group_size} input channels, and the kernels add up four channels "
+                f"at a time; choose a group size that is a multiple of 4, or {_ELSE}"
             )
         if layer.shape[1] > (compiled.MAX_FEATURES if own else onednn.MAX_FEATURES):
             return f"sums over {layer.shape[1]} inputs do not fit 32 bits; keep the layer float, or {_ELSE}"
@@ -227,7 +232,9 @@ class Native(Backend):
 
     def _weight(self, layer: LayerPlan) -> str:
         assert layer.weight_bits is not None
-        return "u4" if compiled.in_halves(layer.weight_bits, self._packed) else "s8"
+        halves = compiled.in_halves(layer.weight_bits, self._packed, layer.group_size)
+        groups = f" in groups of {layer.group_size}" if layer.group_size and layer.activation_bits is not None else ""
+        return ("u4" if halves else "s8") + groups
 
     def _uses_bf16(self) -> bool:
         return self._bf16_attention and machine.has_bf16_products()

@@ -16,7 +16,7 @@ from fxquant.backends.native.compiled import attention, branches, weights
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
-from fxquant.ir.arguments import args, source_of
+from fxquant.ir.arguments import Arguments, args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 from fxquant.ir.tops import separate_tops
@@ -37,6 +37,7 @@ _KERNELS = fusions.Kernels(
 )
 _PANELS = "_panels"
 _SUMS = "_sums"
+_BY_GROUP = "_by_group"
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,10 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
         y = fxquant_native.vnni_linear(codes, s, z, W_panels, W_scale, W_zero_point, W_sums, bias, bits, out, "none",
                                        None, None, None, None, 255, dtype)
 
-    A linear with a dequantized weight becomes ``weight_only_linear``. The ops before and after these are fused into the
-    kernels if possible: see :mod:`fxquant.backends.native.fusions`,
-    :mod:`fxquant.backends.native.compiled.attention` and :mod:`fxquant.backends.native.compiled.branches`.
+    A weight in groups adds one argument, the inputs per group, and its grid is ``[groups, out]``. A linear with a
+    dequantized weight becomes ``weight_only_linear``. The ops before and after these are fused into the kernels if
+    possible: see :mod:`fxquant.backends.native.fusions`, :mod:`fxquant.backends.native.compiled.attention` and
+    :mod:`fxquant.backends.native.compiled.branches`.
     """
     rewriter = Rewriter(module, "lower to native")
     separate_tops(module.graph, rewriter)
@@ -110,18 +112,28 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
             packed = name.removesuffix(_PANELS)
             found[packed] = weights.unpacked(found.pop(name), given.bits, given.out_features, inner)
             found.pop(f"{packed}{_SUMS}", None)
+        if node.target is native.vnni_linear.default and given.group_size:
+            for grid in (str(given.node(name).target) for name in ("w_scale", "w_zero_point")):
+                if grid in found:
+                    found[grid.removesuffix(_BY_GROUP)] = found.pop(grid).t().contiguous()
     return {name: tensor for name, tensor in found.items() if not name.endswith(fusions.DIVIDED)}
 
 
 def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor], options: Options) -> None:
     given = args(node)
     codes, packed, bits, dtype = given.node("xq"), given.node("wq"), bits_of(given.w_format), given.out_dtype
-    weight = _panels(packed, bits, int(codes.meta["val"].shape[-1]), rewriter, others, options)
-    sums = rewriter.memo[f"{packed.target}{_SUMS}"]
+    group_size, inner = given.group_size, int(codes.meta["val"].shape[-1])
+    weight = _panels(packed, bits, inner, group_size, rewriter, others, options)
+    sums = _sums(given, bits, inner, rewriter, others)
     out = int(packed.meta["val"].shape[0])
     kernel_dtype = dtype if dtype in FLOATS else torch.float32
-    factors = (codes, given.x_scale, given.x_zero_point, weight, given.w_scale, given.w_zero_point)
+    grid = given.node("w_scale"), given.node("w_zero_point")
+    if group_size:
+        grid = _by_group(grid[0], rewriter, others), _by_group(grid[1], rewriter, others)
+    factors = (codes, given.x_scale, given.x_zero_point, weight, *grid)
     arguments = (*factors, sums, given.bias, bits, out, "none", None, None, None, None, 255, kernel_dtype)
+    if group_size:
+        arguments = (*arguments, None, None, 0, None, group_size)
     with rewriter.before(node):
         new = rewriter.call(native.vnni_linear.default, arguments, [node], layer=True)
         if kernel_dtype != dtype:
@@ -153,22 +165,42 @@ def _unsummed_panels(
     others: Mapping[str, Tensor],
     options: Options,
 ) -> fx.Node:
-    return _panels(packed, bits, in_features, rewriter, others, options, with_sums=False)
+    return _panels(packed, bits, in_features, group_size, rewriter, others, options)
 
 
 def _panels(
     packed: fx.Node,
     bits: int,
     in_features: int,
+    group_size: int,
     rewriter: Rewriter,
     others: Mapping[str, Tensor],
     options: Options,
-    with_sums: bool = True,
 ) -> fx.Node:
     codes = rewriter.tensor(packed)
-    halves = weights.in_halves(bits, options.packed)
+    halves = weights.in_halves(bits, options.packed, group_size)
     node = derived(packed, _PANELS, rewriter, others, lambda: weights.panels(codes, bits, in_features, halves))
-    if with_sums:
-        derived(packed, _SUMS, rewriter, others, lambda: weights.sums(codes, bits, in_features))
+    assert node is not None
+    return node
+
+
+def _sums(linear: Arguments, bits: int, in_features: int, rewriter: Rewriter, others: Mapping[str, Tensor]) -> fx.Node:
+    packed = linear.node("wq")
+    codes = rewriter.tensor(packed)
+
+    def make() -> Tensor:
+        if not linear.group_size:
+            return weights.sums(codes, bits, in_features)
+        grid = rewriter.tensor(linear.w_scale), rewriter.tensor(linear.w_zero_point)
+        return weights.group_sums(codes, *grid, bits, in_features, linear.group_size)
+
+    node = derived(packed, _SUMS, rewriter, others, make)
+    assert node is not None
+    return node
+
+
+def _by_group(grid: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor]) -> fx.Node:
+    """The grid `[groups, out]` of a weight, of which the kernel reads adjacent outputs."""
+    node = derived(grid, _BY_GROUP, rewriter, others, lambda: rewriter.tensor(grid).t().contiguous())
     assert node is not None
     return node

@@ -36,6 +36,7 @@ def _fake_vnni_linear(
     up: Tensor | None = None,
     inner_from: int = 0,
     strength: Tensor | None = None,
+    group_size: int = 0,
 ) -> Tensor:
     dtype = out_dtype if out_scale is None else torch.uint8
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
@@ -146,11 +147,13 @@ def _fake_int8_attention(
 # rank, `strength * up inner`, whose inner values begin at column `inner_from` of `inner`; then the activation
 # ("none", "gelu_tanh", "silu"); then codes of the grid out_scale, out_zero_point, or times gate, plus residual.
 # gate and bias are vectors over the output channels, one for all samples or one per sample.
+# With group_size, the grid of the weight is `[groups, out]`, the sums of groups are added in float32, and w_sums are
+# float32 and include the grid.
 define_kernel(
     "vnni_linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
     "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, Tensor? inner=None, Tensor? up=None, "
-    "int inner_from=0, Tensor? strength=None) -> Tensor",
+    "int inner_from=0, Tensor? strength=None, int group_size=0) -> Tensor",
     None,
     _fake_vnni_linear,
 )

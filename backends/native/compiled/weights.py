@@ -21,9 +21,14 @@ MAX_FEATURES = (2**31 - 1) // (255 * 255)
 """The most input channels for which 32-bit sums of products and zero-point terms cannot overflow."""
 
 
-def in_halves(bits: int, packed: bool) -> bool:
-    """Whether two codes share a byte."""
-    return packed and bits <= 4
+def in_halves(bits: int, packed: bool, group_size: int = 0) -> bool:
+    """Whether two codes share a byte. Groups have to hold whole runs of eight channels then."""
+    return packed and bits <= 4 and group_size % 8 == 0
+
+
+def sums_groups(group_size: int) -> bool:
+    """Whether the kernel adds up groups of this many inputs; 0 means one group."""
+    return group_size % 4 == 0
 
 
 def panels(codes: Tensor, bits: int, in_features: int, halves: bool) -> Tensor:
@@ -63,3 +68,29 @@ def sums(codes: Tensor, bits: int, in_features: int) -> Tensor:
     rows = codes.split(_ROWS)  # One sum over all rows would hold all codes as int32.
     values = torch.cat([unpack(part, bits, in_features).sum(1, dtype=torch.int32) for part in rows])
     return values - (MIDDLE * in_features if bits == 8 else 0)
+
+
+def group_sums(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, in_features: int, group_size: int
+) -> Tensor:
+    """The sum of the real weights of each output channel, float32 `[out]`, of a weight in groups.
+
+    Args:
+        codes: uint8 `[out, packed_size(in_features, bits)]`.
+        scale: float32 `[out, groups]`.
+        zero_point: uint8 `[out, groups]`.
+        bits: Bits per code.
+        in_features: Codes per row.
+        group_size: Codes per group; the last group may have fewer.
+    """
+    groups = scale.shape[1]
+    sizes = torch.full((groups,), group_size)
+    sizes[-1] = in_features - group_size * (groups - 1)
+
+    def of(part: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+        values = pad(unpack(part, bits, in_features), (0, groups * group_size - in_features))
+        totals = values.view(-1, groups, group_size).sum(2, dtype=torch.int64) - zero.to(torch.int64) * sizes
+        return (totals * step.to(torch.float64)).sum(1).to(torch.float32)
+
+    parts = zip(codes.split(_ROWS), scale.split(_ROWS), zero_point.split(_ROWS), strict=True)
+    return torch.cat([of(*part) for part in parts])

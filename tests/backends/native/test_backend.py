@@ -309,7 +309,11 @@ def test_groups_of_inputs_are_refused_before_anything_runs() -> None:
     model = make_dit()
     with pytest.raises(BackendError) as caught:
         fxquant.compile(
-            model, recipe="rtn-w4a8-g8", backend="native", calibrate=lambda: calls.append(run(model)), measure=0
+            model,
+            recipe="rtn-w4a8-g8",
+            backend="native{kernels=onednn}",
+            calibrate=lambda: calls.append(run(model)),
+            measure=0,
         )
     message = str(caught.value)
     assert "backend 'native' cannot run this plan" in message

@@ -14,60 +14,23 @@
 #include <vector>
 
 #include "branch.h"
+#include "groups.h"
 #include "memory.h"
 #include "parallel.h"
+#include "products.h"
 #include "simd.h"
 
 namespace fxquant {
 namespace {
 
-constexpr int64_t kPanel = 32;
 constexpr int kRows = 12;                  // Rows per tile: 24 accumulators leave 8 registers for operands.
 constexpr int64_t kBlockBytes = 640 << 10; // Bytes of codes that stay in the second-level cache for all panels.
 
 enum class Activation { kNone, kGeluTanh, kSilu };
 
-// Sums of products of R rows of codes and one panel, int32 [R][32].
-template <int R, bool kHalves>
-void accumulate(const uint8_t* codes, int64_t row_bytes, const int8_t* panel, int64_t quads, int32_t* sums) {
-  __m512i acc[R][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
-  const auto add = [&](int64_t quad, __m512i left, __m512i right) __attribute__((always_inline)) {
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(codes + r * row_bytes + quad * 4));
-      add_products_u8s8(acc[r][0], x, left);
-      add_products_u8s8(acc[r][1], x, right);
-    }
-  };
-  if constexpr (kHalves) {
-    const __m512i low = _mm512_set1_epi8(15);
-    for (int64_t quad = 0; quad < quads; quad += 2, panel += 128) {
-      const __m512i left = _mm512_loadu_si512(panel), right = _mm512_loadu_si512(panel + 64);
-      add(quad, _mm512_and_si512(left, low), _mm512_and_si512(right, low));
-      add(quad + 1, _mm512_and_si512(_mm512_srli_epi16(left, 4), low),
-          _mm512_and_si512(_mm512_srli_epi16(right, 4), low));
-    }
-  } else {
-    for (int64_t quad = 0; quad < quads; ++quad, panel += 128) {
-      _mm_prefetch(reinterpret_cast<const char*>(panel + 1024), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(panel + 1088), _MM_HINT_T0);
-      add(quad, _mm512_loadu_si512(panel), _mm512_loadu_si512(panel + 64));
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    _mm512_storeu_si512(sums + r * kPanel, acc[r][0]);
-    _mm512_storeu_si512(sums + r * kPanel + kLanes, acc[r][1]);
-  }
-}
-
-using Accumulate = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
-
 template <bool kHalves, size_t... R>
 constexpr std::array<Accumulate, kRows> make_accumulates(std::index_sequence<R...>) {
-  return {accumulate<R + 1, kHalves>...};
+  return {accumulate<R + 1, kHalves, false>...};
 }
 
 constexpr auto kWhole = make_accumulates<false>(std::make_index_sequence<kRows>());
@@ -96,6 +59,7 @@ struct Linear {
   const float* w_scale;
   const int32_t* w_zero_point;  // Null if all are 0. w_scale and w_zero_point are padded to whole panels.
   const int32_t* w_sums;
+  const Groups* groups;  // Null if a weight has one grid per output; else w_scale, w_zero_point and w_sums are null.
   // The ops that follow.
   std::vector<const float*> bias;  // Empty if there is no bias.
   Branch branch;
@@ -109,6 +73,10 @@ class Epilogue {
   Epilogue(const Linear& linear, int64_t column) : linear_(linear), column_(column) {
     for (int v = 0; v < 2; ++v) {
       lanes_[v] = first_lanes(linear.out - column - v * kLanes);
+      if (linear.groups) {
+        real_sums_[v] = _mm512_maskz_loadu_ps(lanes_[v], linear.groups->w_sums + column + v * kLanes);
+        continue;
+      }
       w_scale_[v] = _mm512_loadu_ps(linear.w_scale + column + v * kLanes);
       w_sums_[v] = _mm512_loadu_si512(linear.w_sums + column + v * kLanes);
       if (linear.w_zero_point) w_zero_point_[v] = _mm512_loadu_si512(linear.w_zero_point + column + v * kLanes);
@@ -130,6 +98,22 @@ class Epilogue {
       if (linear_.w_zero_point)
         total = _mm512_sub_epi32(total, _mm512_mullo_epi32(w_zero_point_[v], _mm512_set1_epi32(real_sum)));
       y[v] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), w_scale_[v]), scale);
+    }
+    finish(row, branch, y);
+  }
+
+  // The same for a weight in groups, whose sums include its scales and zero points.
+  void values(const float* sums, int64_t row, const float* branch, __m512 (&y)[2]) const {
+    const __m512 scale = _mm512_set1_ps(linear_.scale[row]);
+    const __m512 zero_point = _mm512_set1_ps(static_cast<float>(linear_.zero_point[row]));
+    for (int v = 0; v < 2; ++v)
+      y[v] = _mm512_mul_ps(_mm512_fnmadd_ps(zero_point, real_sums_[v], _mm512_loadu_ps(sums + v * kLanes)), scale);
+    finish(row, branch, y);
+  }
+
+ private:
+  void finish(int64_t row, const float* branch, __m512 (&y)[2]) const {
+    for (int v = 0; v < 2; ++v) {
       if (!linear_.bias.empty()) y[v] = _mm512_add_ps(y[v], load(linear_.bias[row] + column_ + v * kLanes, lanes_[v]));
       if (branch) y[v] = _mm512_add_ps(y[v], _mm512_loadu_ps(branch + v * kLanes));
       if (linear_.activation == Activation::kGeluTanh) y[v] = gelu_tanh(y[v]);
@@ -137,14 +121,24 @@ class Epilogue {
     }
   }
 
- private:
   const Linear& linear_;
   int64_t column_;
   __mmask16 lanes_[2];
-  __m512 w_scale_[2];
+  __m512 w_scale_[2], real_sums_[2];
   __m512i w_sums_[2], w_zero_point_[2], offset_[2];
   int32_t last_ = -1;
 };
+
+// The sums of `count` rows of codes, one per row, or one per group of each row.
+void sum_codes(const Linear& linear, int64_t first, int64_t count, std::vector<int32_t>& sums) {
+  const int64_t groups = linear.groups ? linear.groups->count : 1;
+  const int64_t size = linear.groups ? linear.groups->quads * 4 : linear.in;
+  sums.resize(count * groups);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t group = 0; group < groups; ++group)
+      sums[r * groups + group] = sum_of(linear.codes + (first + r) * linear.row_bytes + group * size,
+                                        std::min(size, linear.in - group * size));
+}
 
 // Loops over blocks of rows that fit the cache; in a block, over panels; in a panel, over tiles of rows. The memory
 // that a tile reads and writes at its end is prefetched at its start, because the sums take as long as memory access.
@@ -155,19 +149,20 @@ void multiply(const Linear& linear, const Finish& finish) {
   const int64_t blocks = divide_up(linear.rows, most), block = divide_up(linear.rows, blocks);
   const int64_t work = block * linear.in * kPanel;  // Multiplications per panel and block.
   const auto& kernels = linear.halves ? kHalf : kWhole;
+  const Groups* groups = linear.groups;
+  const auto& group_kernels = kernels_of_groups<kRows>(linear.halves, groups && groups->subtracts);
   const int64_t least = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(work, 1));
   share_out(blocks * panels, least, [&](const auto& take) {
     std::vector<int32_t> code_sums;
     alignas(64) int32_t sums[kRows * kPanel];
     alignas(64) float branch_sums[kRows * kPanel];
+    alignas(64) float totals[kRows * kPanel];
     int64_t summed = -1;
     take([&](int64_t unit) {
       const int64_t first = unit / panels * block, count = std::min(block, linear.rows - first);
       const int64_t panel = unit % panels;
-      if (linear.w_zero_point && summed != first) {
-        code_sums.resize(count);
-        for (int64_t r = 0; r < count; ++r)
-          code_sums[r] = sum_of(linear.codes + (first + r) * linear.row_bytes, linear.in);
+      if ((linear.w_zero_point || (groups && groups->corrects)) && summed != first) {
+        sum_codes(linear, first, count, code_sums);
         summed = first;
       }
       const int64_t tiles = divide_up(count, kRows);
@@ -176,13 +171,20 @@ void multiply(const Linear& linear, const Finish& finish) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t top = count * tile / tiles, bottom = count * (tile + 1) / tiles;
         for (int64_t r = top; r < bottom; ++r) finish.prefetch(first + r, panel * kPanel);
-        kernels[bottom - top - 1](linear.codes + (first + top) * linear.row_bytes, linear.row_bytes,
-                                  linear.weight + panel * linear.panel_bytes, linear.quads, sums);
+        const uint8_t* codes = linear.codes + (first + top) * linear.row_bytes;
+        const int8_t* weight = linear.weight + panel * linear.panel_bytes;
+        if (groups)
+          group_kernels[bottom - top - 1](*groups, codes, linear.row_bytes, weight, linear.quads, panel * kPanel,
+                                          groups->corrects ? code_sums.data() + top * groups->count : nullptr, totals);
+        else
+          kernels[bottom - top - 1](codes, linear.row_bytes, weight, linear.quads, nullptr, sums);
         if (linear.branch) up.multiply(first + top, bottom - top, branch_sums);
         for (int64_t r = top; r < bottom; ++r) {
+          const float* branch = linear.branch ? branch_sums + (r - top) * kPanel : nullptr;
           __m512 y[2];
-          epilogue.values(sums + (r - top) * kPanel, first + r, linear.w_zero_point ? code_sums[r] : 0,
-                          linear.branch ? branch_sums + (r - top) * kPanel : nullptr, y);
+          if (groups) epilogue.values(totals + (r - top) * kPanel, first + r, branch, y);
+          else
+            epilogue.values(sums + (r - top) * kPanel, first + r, linear.w_zero_point ? code_sums[r] : 0, branch, y);
           for (int v = 0; v < 2; ++v)
             if (epilogue.lanes(v)) finish.write(first + r, panel * kPanel + v * kLanes, epilogue.lanes(v), y[v]);
         }
@@ -251,6 +253,26 @@ std::vector<T> padded(const at::Tensor& values, int64_t size, int32_t minus = 0)
   return result;
 }
 
+// Scales, zero points and sums of a weight, one for each output, with zeros up to whole panels.
+struct Grids {
+  std::vector<float> scales;
+  std::vector<int32_t> zero_points, sums;
+
+  void read(const at::Tensor& w_scale, const at::Tensor& w_zero_point, const at::Tensor& w_sums, int64_t bits,
+            Linear& task) {
+    const int64_t size = divide_up(task.out, kPanel) * kPanel;
+    TORCH_CHECK(w_scale.numel() == task.out && w_zero_point.numel() == task.out && w_sums.numel() == task.out,
+                "scales, zero points and sums of a weight are one for each of ", task.out, " outputs");
+    scales = padded<float>(w_scale, size);
+    zero_points = padded<int32_t>(w_zero_point, size, bits == 8 ? 128 : 0);
+    sums = padded<int32_t>(w_sums, size);
+    task.w_scale = scales.data();
+    task.w_sums = sums.data();
+    const bool zero = std::all_of(zero_points.begin(), zero_points.begin() + task.out, [](int32_t z) { return z == 0; });
+    task.w_zero_point = zero ? nullptr : zero_points.data();
+  }
+};
+
 at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Tensor& x_zero_point,
                   const at::Tensor& weight, const at::Tensor& w_scale, const at::Tensor& w_zero_point,
                   const at::Tensor& w_sums, const std::optional<at::Tensor>& bias, int64_t bits, int64_t out_features,
@@ -258,7 +280,7 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
                   const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& out_scale,
                   const std::optional<at::Tensor>& out_zero_point, int64_t qmax, at::ScalarType out_dtype,
                   const std::optional<at::Tensor>& inner, const std::optional<at::Tensor>& up, int64_t inner_from,
-                  const std::optional<at::Tensor>& strength) {
+                  const std::optional<at::Tensor>& strength, int64_t group_size) {
   TORCH_CHECK(xq.scalar_type() == at::kByte && xq.dim() >= 1, "vnni_linear reads uint8 codes, not ", xq.scalar_type());
   const at::Tensor codes = xq.contiguous();
   Linear task{};
@@ -272,8 +294,6 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
                   weight.is_contiguous(),
               "a weight of ", task.in, " inputs and ", out_features, " outputs in panels is [", panels, ", ", groups,
               ", 128], not ", weight.sizes());
-  TORCH_CHECK(w_scale.numel() == out_features && w_zero_point.numel() == out_features && w_sums.numel() == out_features,
-              "scales, zero points and sums of a weight are one for each of ", out_features, " outputs");
   task.quads = groups * each / 4;
   task.weight = static_cast<const int8_t*>(weight.const_data_ptr());
   task.panel_bytes = groups * 128;
@@ -289,13 +309,15 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   }
   task.scale = per_row<float>(x_scale, codes, task.rows, "the scale of the codes");
   task.zero_point = per_row<uint8_t, int32_t>(x_zero_point, codes, task.rows, "the zero point of the codes");
-  const auto scales = padded<float>(w_scale, panels * kPanel);
-  const auto zero_points = padded<int32_t>(w_zero_point, panels * kPanel, bits == 8 ? 128 : 0);
-  const auto sums = padded<int32_t>(w_sums, panels * kPanel);
-  task.w_scale = scales.data();
-  task.w_sums = sums.data();
-  const bool symmetric = std::all_of(zero_points.begin(), zero_points.begin() + out_features, [](int32_t z) { return z == 0; });
-  task.w_zero_point = symmetric ? nullptr : zero_points.data();
+  std::optional<Groups> grouped;
+  Grids grids;
+  if (group_size) {
+    TORCH_CHECK(group_size > 0 && group_size % each == 0, "groups of ", group_size, " inputs are not multiples of ", each);
+    grouped.emplace(w_scale, w_zero_point, w_sums, bits, group_size, task.in, out_features);
+    task.groups = &*grouped;
+  } else {
+    grids.read(w_scale, w_zero_point, w_sums, bits, task);
+  }
   const int64_t samples = codes.dim() > 1 ? codes.size(0) : 1;
   at::Tensor row;
   if (bias) {
