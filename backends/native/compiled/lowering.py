@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.activations import lower_quantize
-from fxquant.backends.native.compiled import attention, branches, weights
+from fxquant.backends.native.compiled import attention, branches, rotations, weights
 from fxquant.backends.native.compiled import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
@@ -94,6 +94,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
             weight_only.lower_lookup(node, rewriter)
     branches.lower(module.graph, rewriter, options.bf16_branches)
     attention.lower(module.graph, rewriter, options.bf16_attention)
+    rotations.lower(module.graph, rewriter)
     module.graph.eliminate_dead_code()
     fusions.fuse(module.graph, rewriter, others, _KERNELS)
     module.graph.eliminate_dead_code()

@@ -102,6 +102,16 @@ def inner_columns(rank: int) -> int:
     return -(-rank // 4) * 4
 
 
+def _fake_hadamard(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_hadamard_quantize(
+    x: Tensor, signs: Tensor, block: int, out_scale: Tensor, out_zero_point: Tensor, qmax: int
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
 def _attended(q: Tensor, v: Tensor, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     batch, heads, tokens, _ = q.shape
     return q.new_empty((batch, tokens, heads, v.shape[3]), dtype=dtype if out_scale is None else torch.uint8)
@@ -184,6 +194,14 @@ define_kernel(
     "quantize_down(Tensor x, Tensor scale, Tensor zero_point, int qmax, Tensor[] downs, bool bf16) -> (Tensor, Tensor)",
     None,
     _fake_quantize_down,
+)
+# `(x * signs) H` in the dtype of x, as `fxquant::hadamard`, computed in float32.
+define_kernel("hadamard(Tensor x, Tensor signs, int block) -> Tensor", None, _fake_hadamard)
+# Codes of the same. The grid is one for all rows, one per sample or one per row.
+define_kernel(
+    "hadamard_quantize(Tensor x, Tensor signs, int block, Tensor out_scale, Tensor out_zero_point, int qmax) -> Tensor",
+    None,
+    _fake_hadamard_quantize,
 )
 # Attention of [batch, heads, tokens, channels]. The result is [batch, tokens, heads, channels], values or codes.
 # A bool mask is true for keys that are seen; a float mask is added to the scores.
