@@ -132,9 +132,8 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor
     if group_size:
         grid = _by_group(grid[0], rewriter, others), _by_group(grid[1], rewriter, others)
     factors = (codes, given.x_scale, given.x_zero_point, weight, *grid)
-    arguments = (*factors, sums, given.bias, bits, out, "none", None, None, None, None, 255, kernel_dtype)
-    if group_size:
-        arguments = (*arguments, None, None, 0, None, group_size)
+    groups = (None, None, 0, None, group_size) if group_size else ()
+    arguments = (*factors, sums, given.bias, bits, out, "none", None, None, None, None, 255, kernel_dtype, *groups)
     with rewriter.before(node):
         new = rewriter.call(native.vnni_linear.default, arguments, [node], layer=True)
         if kernel_dtype != dtype:

@@ -320,3 +320,16 @@ def test_the_report_names_what_stores_weights() -> None:
     assert kernels == {"aten _weight_int4pack_mm in 16-bit floats; dequantize + aten float in others"}
     kernels = {layer.kernel for layer in fxquant.report(shared("dynamic-w8a8")).layers if layer.precision == "w8a8"}
     assert kernels == {"_int_mm, rows scaled behind it; compiled and frozen: onednn qlinear u8 x s8"}
+
+
+@pytest.mark.parametrize("recipe", ["quarot-w4a4", "svdquant-w4a8", "svdquant-rotated-w4a4"])
+def test_rotations_and_branches(recipe: str) -> None:
+    made = make_recipe(recipe)
+    if recipe.startswith("svdquant"):
+        made = made.with_options("split-low-rank", rank=2)  # The model is 16 channels wide.
+    right, found = compiled(made, "fake-quant"), compiled(made, "torchao")
+    module = found.captured[0].module
+    kinds = [name for name in ("hadamard", "low_rank") if count(module, getattr(torch.ops.fxquant, name).default)]
+    assert kinds == {"quarot-w4a4": ["hadamard"], "svdquant-w4a8": ["low_rank"]}.get(recipe, ["hadamard", "low_rank"])
+    assert count(module, torch.ops.fxquant.linear.default) == 0
+    assert sqnr_db(run(right), run(found)) > FLOOR
