@@ -194,7 +194,8 @@ def compile(
             calibrate_from_statistics(calibration, device)
     else:
         run_calibration(calibration, model, calibrate)
-    calibration.statistics.run = replace(run, step=made.observed_step, prepared=chosen.may_change_inputs)
+    run = replace(run, step=made.observed_step, later=made.later_steps)
+    calibration.statistics.run = replace(run, prepared=chosen.may_change_inputs)
     made.calls = [captured.call for captured in calibration.prepared]
     made.timesteps = calibration.statistics.timesteps.tolist()
     if calibration.statistics.transient:

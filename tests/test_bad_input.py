@@ -27,7 +27,7 @@ from fxquant.errors import (
 from fxquant.pipeline.pipeline import parse_pass
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.runtime.model import GraphModel
-from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
+from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline, run
 from tests.traces import traced_anew
 
 
@@ -381,7 +381,7 @@ def test_one_timestep_for_htg(tiny_dit: DiTTransformer2DModel) -> None:
 
 
 def test_a_step_that_never_comes(tiny_dit: DiTTransformer2DModel) -> None:
-    recipe = fxquant.Recipe.parse(str(make_recipe("single-step-w8a8")).replace("observe-step", "observe-step{step=3}"))
+    recipe = fxquant.Recipe.parse(str(make_recipe("single-step-w8a8")).replace("observe-step{", "observe-step{step=3 "))
     with refused(tiny_dit, CalibrationError, "step 3 is to be observed", "make more steps, or observe an earlier one"):
         fxquant.compile(tiny_dit, recipe=recipe, calibrate=calibrate(tiny_dit))
 
@@ -406,7 +406,7 @@ def test_single_step_of_all_bits_and_groups_that_divide(bits: int, group: int) -
     found = fxquant.compile(model, recipe=name, layers="blocks", calibrate=calibrate(model), measure=0)
     layer = found.plan.layers["transformer_blocks.0.attn1.to_q"]
     assert (layer.weight_bits, layer.activation_bits, layer.group_size) == (bits, 8, group)
-    assert found.plan.timesteps == [900.0]
+    assert found.plan.timesteps == sorted(STEPS)  # The first step and two later ones are all three.
     scales = [t for name, t in found.tensors().items() if name.endswith("to_q.weight_scale")]
     assert [list(scale.shape) for scale in scales] == [[16, 16 // group if group else 1]]
     assert torch.isfinite(run(found)).all()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.calibration.kept_calls import Spread, some_samples
+from fxquant.calibration.later_steps import LaterSteps
 from fxquant.calibration.samples import KEPT_SAMPLES, Sample, timestep_of
 from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
@@ -91,6 +92,7 @@ class Calibration:
         self.failure: FxquantError | None = None
         self.steps: list[float] = []
         self._last: dict[int, tuple[int, Any]] = {}  # By number of the graph: batch size and output of its last call.
+        self._later = LaterSteps(0)
         self._lock = threading.Lock()  # Capture and statistics handle one call at a time.
         self._observed: list[fx.GraphModule] = []
         self._kinds: list[int] = []  # By number of the graph: the number of its kind of call in the statistics.
@@ -118,20 +120,40 @@ class Calibration:
         if number is None:
             number = self._capture(call)
         captured = self.prepared[number]
-        late = 0 if self.plan.observed_step is None else self._step(call) - self.plan.observed_step
+        first = self.plan.observed_step
+        step = 0 if first is None else self._step(call)
+        late = 0 if first is None else step - first
+        if self._later.ended_before(step):
+            self._observe_later()
         if late > 0 and number in self._last and self._last[number][0] == captured.call.batch_size(leaves):
+            self._later.keep(step, number, call)
             return captured.output(self._last[number][1])  # After the observed step, the sampler gets this output.
-        with recording(self.statistics.record), torch.no_grad():
-            output = (captured.module if late else self._observed[number])(*captured.inputs(leaves))
-        if self.plan.observed_step is not None:
+        if late:
+            with torch.no_grad():
+                output = captured.module(*captured.inputs(leaves))
+            if late < 0:
+                self._keep_sample(captured, call, output)
+        else:
+            output = self._observe(number, call)
+        if first is not None:
             self._last[number] = captured.call.batch_size(leaves), output
-        if late <= 0:
-            self._keep_sample(captured, call, output)
-        if not late:
-            self._keep_inputs(number, leaves)
-            self._keep_call(captured, self._kinds[number], call)
         self.calls += 1
         return captured.output(output)
+
+    def _observe(self, number: int, call: Call) -> Any:
+        """Run a call on an observed graph, and keep of it what passes and the measurement want; returns the output."""
+        captured = self.prepared[number]
+        with recording(self.statistics.record), torch.no_grad():
+            output = self._observed[number](*captured.inputs(call.leaves))
+        self._keep_sample(captured, call, output)
+        self._keep_inputs(number, call.leaves)
+        self._keep_call(captured, self._kinds[number], call)
+        return output
+
+    def _observe_later(self) -> None:
+        for number, call in self._later.take():
+            self._observe(number, call)
+            self.calls += 1
 
     def _step(self, call: Call) -> int:
         """Number of the denoising step of a call: how many other timesteps came before its own."""
@@ -168,7 +190,9 @@ class Calibration:
 
         Raises:
             ConfigurationError: If an option of a pass matches nothing in any of the graphs.
+            NonFiniteError: If a later step that is observed now holds NaN or infinity.
         """
+        self._observe_later()
         for step in (*self.prepare.passes, *self.convert):
             ask(step, "check_plan", self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
@@ -206,15 +230,8 @@ class Calibration:
         """
         records = self.prepare.run(captured.module, PassContext(self.plan, inputs=list(inputs)))
         self.records = self.records or records
-        if self.statistics.run is not None and self.statistics.run.step != self.plan.observed_step:
-            held, wanted = (
-                "all steps" if step is None else f"step {step}"
-                for step in (self.statistics.run.step, self.plan.observed_step)
-            )
-            raise CalibrationError(
-                f"the statistics hold {held} of the sampler, and the recipe observes {wanted}; calibrate with this "
-                "recipe"
-            )
+        self._refuse_other_steps()
+        self._later.wanted = self.plan.later_steps
         for step in (*self.prepare.passes, *self.convert):
             ask(step, "check_graph", captured.module.graph, self.plan)
         self._check()
@@ -235,6 +252,18 @@ class Calibration:
         self._inputs.append(Spread(calls_wanted(self.convert) or (_COMPARED if compared else 0)))
         self._observed.append(observed)
         return len(self.prepared) - 1
+
+    def _refuse_other_steps(self) -> None:
+        run, plan = self.statistics.run, self.plan
+        if run is not None and (run.step, run.later) != (plan.observed_step, plan.later_steps):
+            held, wanted = (
+                "all steps" if step is None else f"step {step}" + (f" and {later} later" if later else "")
+                for step, later in ((run.step, run.later), (plan.observed_step, plan.later_steps))
+            )
+            raise CalibrationError(
+                f"the statistics hold {held} of the sampler, and the recipe observes {wanted}; calibrate with this "
+                "recipe"
+            )
 
     def _wants_float_input(self, layer: LayerPlan) -> bool:
         wanted = any(ask(step, "wants_statistics", layer) or ask(step, "wants_moments", layer) for step in self.convert)

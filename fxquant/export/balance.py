@@ -222,7 +222,7 @@ def _calibrated(
             calibrate_from_statistics(calibration, device_of(model))
     else:
         run_calibration(calibration, model, calibrate)
-    calibration.statistics.run = replace(run, step=plan.observed_step)
+    calibration.statistics.run = replace(run, step=plan.observed_step, later=plan.later_steps)
     if calibration.statistics.transient:
         calibration.statistics.seal()
     return calibration

@@ -63,7 +63,7 @@ def facts_of(left: Plan, right: Plan) -> dict[str, tuple[str, str]]:
             "timesteps": f"{len(plan.timesteps)}: "
             + ", ".join(f"{step:g}" for step in plan.timesteps[:8])
             + (", ..." if len(plan.timesteps) > 8 else ""),
-            "observed step": str(plan.observed_step),
+            "observed step": str(plan.observed_step) + (f" and {plan.later_steps} later" if plan.later_steps else ""),
             "graphs": str(len(plan.calls)),
             "size": size(plan.bytes_after),
             "output SQNR": _mean(plan.output_sqnr_db.values()),

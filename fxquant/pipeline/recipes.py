@@ -282,8 +282,8 @@ def repq(precision: Precision, layers: str) -> Recipe:
 
 
 def single_step(precision: Precision, layers: str) -> Recipe:
-    """Single-step calibration: statistics of only the first denoising step, min-max ranges, nothing optimized."""
-    return _recipe(precision, layers, before=["observe-step"])
+    """Single-step calibration: the first step and two later ones from its output; min-max ranges, nothing else."""
+    return _recipe(precision, layers, before=["observe-step{later=2}"])
 
 
 def htg(precision: Precision, layers: str) -> Recipe:

@@ -63,6 +63,7 @@ class Plan:
         bytes_after: Size of the quantized model's tensors.
         passes: What the pipeline did, one entry per pass.
         observed_step: Number of the one denoising step that calibration observes, counted from 0; None for all steps.
+        later_steps: Number of later steps that it observes as well, on inputs that follow from the output of that step.
         reconstruction: SQNR of each block's output in dB, first rounded to nearest, then as learned.
         attribution: Where the output error comes from, if :func:`fxquant.attribute` measured it; ``==`` ignores it.
         naming: Version of the rules that name layers. The rules of version 1 named layers with a shared weight after
@@ -82,6 +83,7 @@ class Plan:
     backend: str = "fake-quant"
     passes: list[dict[str, Any]] = field(default_factory=list)
     observed_step: int | None = None
+    later_steps: int = 0
     reconstruction: dict[str, list[float]] = field(default_factory=dict)
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
@@ -328,7 +330,9 @@ class Plan:
 
 
 _NOT_IN_JSON = ("vectors", "attribution")
-_NEW_IN_JSON = frozenset({"observed_step", "reconstruction", "attentions", "products", "naming", "pass_decisions"})
+_NEW_IN_JSON = frozenset(
+    {"observed_step", "later_steps", "reconstruction", "attentions", "products", "naming", "pass_decisions"}
+)
 """Entries that earlier plans of this format lack."""
 
 

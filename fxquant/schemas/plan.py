@@ -164,6 +164,7 @@ class PlanFile(Schema):
     passes: Annotated[list[LogEntry], Field(fail_fast=True, max_length=_MOST_PASSES)]
     naming: Count = 1
     observed_step: Count | None = None
+    later_steps: Count = 0
     reconstruction: Annotated[dict[Name, list[float]], Field(max_length=20_000)] = Field(default_factory=dict)
     attentions: Annotated[dict[Name, Attention], Field(max_length=20_000)] = Field(default_factory=dict)
     products: Annotated[dict[Name, Text], Field(max_length=20_000)] = Field(default_factory=dict)

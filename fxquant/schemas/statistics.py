@@ -20,6 +20,7 @@ class Run(Entry):
     weights: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     timestep: Name | None
     step: Count | None = None
+    later: Count = 0
     prepared: list[str] = Field(default_factory=list)  # Not in files of earlier versions.
 
 

@@ -30,6 +30,7 @@ class Run:
         weights: Digest of the model's weights.
         timestep: Name of the model's timestep input.
         step: Number of the one denoising step that was observed, counted from 0; None for all steps.
+        later: Number of later steps that were observed as well.
         prepared: The passes before calibration that may change what layers read, as text. Observed values are those of
             the graph after them.
     """
@@ -38,6 +39,7 @@ class Run:
     weights: str
     timestep: str | None
     step: int | None = None
+    later: int = 0
     prepared: tuple[str, ...] = ()
 
     def check_prepared(self, passes: Sequence[str], what: str) -> None:

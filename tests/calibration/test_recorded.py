@@ -70,7 +70,7 @@ def test_calls_that_were_not_kept(file: Path) -> None:
     ("recipe", "layers", "message"),
     [
         ("ptq4dit-gptq-w4a8", "default", "second moments"),
-        ("single-step-w8a8", "default", "hold all steps of the sampler, and the recipe observes step 0"),
+        ("single-step-w8a8", "default", "hold all steps of the sampler, and the recipe observes step 0 and 2 later"),
         ("rtn-w4a8", "all", "do not hold the inputs of"),
     ],
 )

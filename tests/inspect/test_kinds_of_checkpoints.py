@@ -21,7 +21,9 @@ from fxquant.errors import ConfigurationError, MissingTimestepError
 from tests.tiny import calibrate, make_dit
 
 LAYER = "transformer_blocks.0.attn1.to_q"
-_ADDED_LATER = ("attentions", "products", "reconstruction", "observed_step", "naming", "infinite", "made_with")
+_ADDED_LATER = (
+    *("attentions", "products", "reconstruction", "observed_step", "later_steps", "naming", "infinite", "made_with"),
+)
 
 
 class Convolutions(nn.Module):
