@@ -41,15 +41,12 @@ class Registry(Generic[T]):
 
         Raises:
             DuplicateNameError: If the name is taken, by code or by an installed package.
-            ConfigurationError: If the object is not what this registry holds.
         """
 
         def decorate(item: T) -> T:
-            if self._check is not None:
-                self._check(name, item)
             known = self._objects.get(name)
             entry = self._entries().get(name)
-            again = known is not None and _is_again(known, item)  # As a cell of a notebook that runs twice does.
+            again = known is not None and _path(known) == _path(item)  # As a cell of a notebook that runs twice does.
             if not again and (known is not None or (entry is not None and not _defines(entry, item))):
                 holder = known if known is not None else entry
                 raise DuplicateNameError(f"{self.kind} {name!r} is already registered by {holder!r}")
@@ -77,6 +74,10 @@ class Registry(Generic[T]):
                 ) from error
             self._objects.setdefault(name, loaded)
         return self._objects[name]
+
+    def loaded(self, name: str) -> T | None:
+        """The object of a name if it is here already; None if nothing was registered, or no package imported yet."""
+        return self._objects.get(name)
 
     def remove(self, name: str) -> None:
         """Forget an object that code registered; one that an entry point names is loaded again if asked for."""
@@ -118,19 +119,6 @@ class Registry(Generic[T]):
                     )
             self._pending = found
         return self._pending
-
-
-def _is_again(known: object, item: object) -> bool:
-    """Whether an item is defined where the known one is; instances also have to hold the same plain values."""
-    if hasattr(known, "__qualname__") or hasattr(item, "__qualname__"):
-        return _path(known) == _path(item)
-    if known is item or _path(type(known)) != _path(type(item)):
-        return known is item
-    old, new = (getattr(each, "__dict__", {}) for each in (known, item))
-    plain = (bool, int, float, str, type(None))
-    return old.keys() == new.keys() and all(
-        old[key] is new[key] or (isinstance(old[key], plain) and old[key] == new[key]) for key in old
-    )
 
 
 def _path(item: object) -> tuple[str, str] | object:

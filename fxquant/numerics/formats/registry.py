@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,11 +38,39 @@ def _check(name: str, item: Any) -> None:
 FORMATS: Registry[Format] = Registry("format", "fxquant.formats", _check)
 """All known number formats by name. An entry point names an instance of :class:`Format`."""
 
-register_format = FORMATS.register
-"""``register_format("name")(format)`` adds a format from a script or notebook."""
+
+def register_format(name: str) -> Callable[[Format], Format]:
+    """``register_format("name")(format)`` adds a format from a script or notebook, and returns it.
+
+    Raises:
+        ConfigurationError: If it is not a format, or its attributes do not fit together.
+        DuplicateNameError: If the name is taken, by code or by an installed package.
+    """
+
+    def register(item: Format) -> Format:
+        _check(name, item)
+        known = FORMATS.loaded(name)
+        if known is not None and _is_again(known, item):
+            FORMATS.remove(name)
+        return FORMATS.register(name)(item)
+
+    return register
+
 
 INTEGERS = frozenset(f"int{bits}" for bits in range(MIN_BITS, MAX_BITS + 1))
 """Names of the integer formats."""
+
+
+def _is_again(known: Format, item: Format) -> bool:
+    """Whether a format is that of a cell of a notebook that runs twice: of the same class, with the same numbers."""
+    classes = [(type(each).__module__, type(each).__qualname__) for each in (known, item)]
+    old, new = vars(known), vars(item)
+    plain = (bool, int, float, str, type(None))
+    return (
+        classes[0] == classes[1]
+        and old.keys() == new.keys()
+        and all(old[key] is new[key] or (isinstance(old[key], plain) and old[key] == new[key]) for key in old)
+    )
 
 
 def format_of(bits: int | None, name: str | None) -> Format | None:

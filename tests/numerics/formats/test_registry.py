@@ -51,6 +51,7 @@ def test_a_cell_of_a_notebook_runs_twice_and_names_stay_unique() -> None:
         other.bits = 5
         with pytest.raises(DuplicateNameError, match="wide6"):
             register_format("wide6")(other)
+    assert FORMATS["mxfp4"].block == 32
     with pytest.raises(DuplicateNameError, match="mxfp4"):
         register_format("mxfp4")(MX("mxfp4", SmallFloat(2, 1)))
 
