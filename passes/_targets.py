@@ -9,6 +9,7 @@ from torch import fx
 
 from fxquant.errors import ConfigurationError, shortened
 from fxquant.passes.assign_precision import nearest
+from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.linears import FloatLinear, linears_to_quantize
 from fxquant.planning.plan import Plan
 
@@ -28,13 +29,17 @@ def targets(graph: fx.Graph, plan: Plan, roles: str, layers: str, decided: Conta
         layers: Patterns of names joined by ``;``.
         decided: Names of layers that are listed whatever the options say, because the plan decided about them.
     """
-    wanted, patterns = roles.split("+"), patterns_of(layers)
     return [
         layer
         for layer in linears_to_quantize(graph, plan)
-        if layer.name in decided
-        or (layer.plan.role in wanted and any(fnmatchcase(layer.name, pattern) for pattern in patterns))
+        if layer.name in decided or is_targeted(layer.name, layer.plan, roles, layers)
     ]
+
+
+def is_targeted(name: str, layer: LayerPlan, roles: str, layers: str) -> bool:
+    """Whether a linear has quantized weights and inputs, one of these roles, and a name that fits these patterns."""
+    quantized = layer.weight_bits is not None and layer.activation_bits is not None
+    return quantized and layer.role in roles.split("+") and any(fnmatchcase(name, one) for one in patterns_of(layers))
 
 
 def check_patterns(pass_name: str, layers: str, plan: Plan) -> None:

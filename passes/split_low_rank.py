@@ -21,7 +21,7 @@ from fxquant.numerics.low_rank import low_rank_factors
 from fxquant.numerics.weights import encode_weight
 from fxquant.passes._quantization import importance_of
 from fxquant.passes._seeds import is_transformed, parse_roles
-from fxquant.passes._targets import check_patterns, targets
+from fxquant.passes._targets import check_patterns, is_targeted, targets
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.branches import Branch, branch_dtype
 from fxquant.planning.context import PassContext
@@ -109,6 +109,10 @@ class SplitLowRank(Pass):
         wanted = self.weighting is Weighting.IMPORTANCE and is_transformed(layer, self.roles.split("+"))
         return wanted and layer.activation_bits is not None
 
+    def splits(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides about a layer of a model, by its name, role and precision."""
+        return layer.kind == "linear" and is_targeted(name, layer, self.roles, self.layers)
+
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         branches = context.plan.decisions_of(Branch)
         refused = []
@@ -116,7 +120,7 @@ class SplitLowRank(Pass):
             if changed_by(layer.weight, self.name):
                 continue
             if layer.name not in branches:
-                branches[layer.name] = self._decide(layer)
+                branches[layer.name] = self.branch_for(layer.plan)
                 refused += [layer.name] * (branches[layer.name].rank == 0)
             branch = branches[layer.name]
             _check_rank(layer, branch.rank)
@@ -130,8 +134,9 @@ class SplitLowRank(Pass):
                 stacklevel=2,
             )
 
-    def _decide(self, layer: FloatLinear) -> Branch:
-        (out, columns), given = layer.plan.shape, self.branch.value
+    def branch_for(self, layer: LayerPlan) -> Branch:
+        """The branch that a layer is given, by its shape; its rank is 0 if the layer gets none."""
+        (out, columns), given = layer.shape, self.branch.value
         if self.rank > min(out, columns):
             return Branch(0, given, f"rank {self.rank} is above the width of a weight of {out} x {columns}")
         if self.rank * (out + columns) >= out * columns:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from fxquant.errors import ConfigurationError
 from fxquant.inspect.sizes import weight_bytes
 from fxquant.pipeline.recipes import Recipe
+from fxquant.planning.branches import factor_bytes
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.precision import Precision, precision_of
 from fxquant.storage.agreement import Header
@@ -26,6 +27,7 @@ from fxquant.storage.weights import headers_of
 
 _BLOCK = re.compile(r"\.\d+\.")
 _EMBEDDER = re.compile(r"embed|time|caption|context|guidance|label")
+_MODULATION = re.compile(r"norm|adaln|(?<![a-z])mod(ulation)?(?![a-z])")
 _FILE = re.compile(r"(?P<stem>[^.]+?)(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors")
 _IMPORTS = 0.65e9  # Bytes of a process that imported torch, diffusers and transformers.
 _COPY = 0.95  # Float weights that balancing holds once more, as a share of all.
@@ -38,12 +40,14 @@ on the recipe.
 """
 _SECONDS_FOLDED = (0.3, 0.013, 22.5)
 _SECONDS_GPTQ = (0.3, 0.013, 215.0)
-_UNKNOWN = ("adaround", "reconstruct")
+_UNKNOWN = ("adaround", "reconstruct", "split-low-rank", "choose-variants", "weigh-timesteps", "bin-bits")
+"""Learns, factorizes weights or runs calibration calls again, whose time depends on the machine most."""
 
 HOW = {
     "float_bytes": "sum of the tensors in the headers of the files, in the dtype of the conversion",
-    "quantized_bytes": "the same, with the recipe's bits, scales and zero points for matrices in numbered modules, "
-    "8 bits for embedders with layers=default, and float for the rest; tables over timesteps are not included",
+    "quantized_bytes": "the same, with the recipe's bits, scales, zero points and low-rank branches for matrices in "
+    "numbered modules, 8 bits for embedders with layers=default, and float for the rest; tables over timesteps are "
+    "not included",
     "peak_bytes": "0.65 GB for imports, all parts of the pipeline, and beside each float part the quantized one, or a "
     "float copy where the recipe balances; activations and calibration statistics come on top",
     "calls": "batches of samples times steps; seconds of calibration are this number times those of one call",
@@ -67,11 +71,13 @@ def forecast(
 
     Returns:
         ``components``: for each part ``parameters``, ``float_bytes``, ``quantized_bytes`` and ``convert_seconds``
-        (None where a recipe learns roundings, whose time depends on the machine most). Beside it their sums under the
-        same names, ``peak_bytes``, ``calls``, and ``how``, which says how each is derived.
+        (None where a recipe learns roundings, factorizes weights or runs calibration calls again, whose time depends
+        on the machine most). Beside it their sums under the same names, ``peak_bytes``, ``calls``, and ``how``, which
+        says how each is derived.
 
     Raises:
-        ConfigurationError: If the folder holds no pipeline with these parts in safetensors files.
+        ConfigurationError: If the folder holds no pipeline with these parts in safetensors files, or a recipe does not
+            assign precisions.
         CheckpointError: If a file is damaged.
     """
     held = _components(folder)
@@ -126,7 +132,7 @@ def forecast_text(found: Mapping[str, Any]) -> str:
         lines.append(_line(f"float {name}", _megabytes(part["float_bytes"]), "float_bytes"))
         lines.append(_line(f"quantized {name}", f"about {_megabytes(part['quantized_bytes'])}", "quantized_bytes"))
     seconds = found["convert_seconds"]
-    learned = "not estimated: it learns" if seconds is None else f"about {seconds:.0f} s"
+    learned = "not estimated for this recipe" if seconds is None else f"about {seconds:.0f} s"
     lines.append(_line("peak memory", f"about {_megabytes(found['peak_bytes'])}", "peak_bytes"))
     lines.append(_line("calibration", f"{found['calls']} calls of the float transformer", "calls"))
     lines.append(_line("conversion", learned, "convert_seconds"))
@@ -168,7 +174,13 @@ def _quantized(tensors: Mapping[str, Header], recipe: Recipe, dtype: torch.dtype
 
     Of a VAE, all layers of the decoder are quantized by default, and calibration from prompts encodes nothing.
     """
-    step: Any = next(step for step in recipe.prepare if step.name == "assign-precision")
+    step: Any = next((step for step in recipe.prepare if step.name == "assign-precision"), None)
+    if step is None:
+        raise ConfigurationError(
+            "the recipe has no pass assign-precision, so --dry-run cannot tell which layers it quantizes; put "
+            "assign-precision{precision=w8a8} before the semicolon"
+        )
+    splits: list[Any] = [each for each in recipe.convert if each.name == "split-low-rank"]
     is_vae = library != "transformers" and {"encoder", "decoder"} <= {name.partition(".")[0] for name in tensors}
     if is_vae and step.layers == "default":
         step = replace(step, layers="all")
@@ -179,6 +191,8 @@ def _quantized(tensors: Mapping[str, Header], recipe: Recipe, dtype: torch.dtype
             layer = None  # Token embeddings of text encoders stay float.
         size = math.prod(header.shape) * dtype.itemsize
         total += size if layer is None else weight_bytes(layer, dtype)[1]
+        if layer is not None:
+            total += _branch_bytes(name.removesuffix(".weight"), layer, splits, dtype)
         layers += layer is not None and layer.weight_bits is not None
     return total, layers
 
@@ -193,6 +207,7 @@ def _layer(name: str, header: Header, step: Any) -> LayerPlan | None:
     role = "embedder" if embedder else "block" if _BLOCK.search(f".{layer}.") else "final"
     kind = "conv" if len(header.shape) > 2 else "embedding" if "embedding_table" in own else "linear"
     role = "patch" if kind == "conv" and role == "embedder" else role
+    role = "adaln" if role == "block" and _MODULATION.search(layer.lower()) is not None else role
     chosen: Precision = precision_of(layer, role, Precision.parse(step.precision), step.layers, step.overrides)
     shape = [header.shape[0], math.prod(header.shape[1:])]
     group = chosen.group_size if kind == "linear" else 0
@@ -202,6 +217,12 @@ def _layer(name: str, header: Header, step: Any) -> LayerPlan | None:
         activation_format=chosen.activation_format,
         group_rows=chosen.group_rows if kind == "linear" else 1,
     )
+
+
+def _branch_bytes(name: str, layer: LayerPlan, splits: Sequence[Any], dtype: torch.dtype) -> int:
+    """Bytes of the branch beside a layer, as the first pass that splits it decides."""
+    step = next((each for each in splits if each.splits(name, layer)), None)
+    return 0 if step is None else factor_bytes(step.branch_for(layer), layer.shape, dtype)
 
 
 def _seconds(recipe: Recipe, parameters: int, layers: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,12 @@ def branch_bytes(plan: Plan, layer: str, dtype: torch.dtype) -> int:
     branch, own = plan.decisions_of(Branch).get(layer), plan.layers.get(layer)
     if branch is None or own is None or own.weight_bits is None or own.activation_bits is None:
         return 0
-    return branch.rank * sum(own.shape) * branch_dtype(branch, dtype).itemsize
+    return factor_bytes(branch, own.shape, dtype)
+
+
+def factor_bytes(branch: Branch, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of the two factors of a branch beside a weight of this shape ``[out, in]`` and dtype."""
+    return branch.rank * sum(shape) * branch_dtype(branch, dtype).itemsize
 
 
 def branch_dtype(branch: Branch, model: torch.dtype) -> torch.dtype:

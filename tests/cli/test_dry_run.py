@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli.__main__ import app
+from fxquant.errors import ConfigurationError
 from fxquant.inspect.forecast import bytes_beside, forecast, forecast_of_part
 from fxquant.storage.agreement import Header
 from tests.cli.test_components import make_wan
-from tests.tiny import make_dit, make_pipeline
+from tests.tiny import calibrate, make_dit, make_pipeline
 from tests.zoo.models import ENTRIES
 from tests.zoo.test_zoo import run as run_zoo
 
@@ -46,6 +47,28 @@ def test_the_size_of_the_digits(recipe: str, tmp_path: Path) -> None:
     assert found["quantized_bytes"] == pytest.approx(stored(made), rel=0.02)
     assert found["calls"] == 10
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["svdquant-w4a8-g16", "svdquant-rotated-w4a4", "auto-w4a8"])
+def test_branches_count(recipe: str) -> None:
+    model = make_dit(layers=2)
+    made = fxquant.compile(model, recipe=_narrow(recipe), calibrate=calibrate(model, (500,)), measure=0)
+    tensors = {name: Header("float32", tuple(tensor.shape)) for name, tensor in model.named_parameters()}
+    plain = forecast_of_part(tensors, fxquant.make_recipe("rtn-w4a8"), torch.float32, "diffusers")
+    found = forecast_of_part(tensors, _narrow(recipe), torch.float32, "diffusers")
+    assert found["quantized_bytes"] == pytest.approx(stored(made), rel=0.02)
+    assert found["quantized_bytes"] > 1.1 * plain["quantized_bytes"]
+    assert found["convert_seconds"] is None
+
+
+def _narrow(recipe: str) -> fxquant.Recipe:
+    return fxquant.make_recipe(recipe).with_options("split-low-rank", rank=6, iterations=0)
+
+
+def test_a_recipe_without_precisions_is_refused() -> None:
+    recipe = fxquant.Recipe.parse("remove-no-ops ; quantize-linears")
+    with pytest.raises(ConfigurationError, match="no pass assign-precision"):
+        forecast_of_part({"a.weight": Header("float32", (4, 4))}, recipe, torch.float32, "diffusers")
 
 
 def test_the_size_of_a_tiny_flux(tmp_path: Path) -> None:
