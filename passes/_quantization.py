@@ -324,8 +324,3 @@ def is_quantized(weight: fx.Node) -> bool:
 def optional(*trailing: fx.Node | None) -> tuple[fx.Node | None, ...]:
     """Trailing arguments of an op; none at all if all of them are None, which is their default."""
     return () if all(argument is None for argument in trailing) else trailing
-
-
-def is_rounded(layer: LayerPlan) -> bool:
-    """Whether a weight is quantized for more than 8-bit storage: it has fewer bits, or its input is quantized."""
-    return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)

@@ -21,13 +21,13 @@ from fxquant.passes._quantization import (
     Rounder,
     Rounding,
     is_quantized,
-    is_rounded,
     optional,
     quantized_weight,
 )
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.linears import is_rounded
 
 
 @register_pass

@@ -18,10 +18,10 @@ from fxquant.errors import ConfigurationError
 from fxquant.ir.borders import note_rotation
 from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
-from fxquant.ir.stages import Stage
+from fxquant.ir.stages import Stage, is_replayed
 from fxquant.numerics.hadamard import check_block, largest_block, rotate
 from fxquant.passes._seeds import parse_roles
-from fxquant.passes._targets import check_patterns, targets
+from fxquant.passes._targets import check_patterns, targets, warn_of_none
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.linears import FloatLinear
@@ -102,6 +102,9 @@ class RotateChannels(Pass):
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         rotations = context.plan.decisions_of(Rotation)
         values = self._values(graph, context, rewriter)
+        if not values and not rotations and not is_replayed(rewriter.module):
+            what = "inputs that stay float are not rotated; leave the pass out, or quantize inputs (w4a8)"
+            warn_of_none(self.name, context.plan, self.roles, self.layers, what)
         alone = self._absorb(self._offline(graph, values, context), values, context, rewriter)
         for value in alone:
             if value.undecided:

@@ -14,19 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.histories import made_from
 from fxquant.ir.rewriter import Rewriter
-from fxquant.ir.stages import Stage
+from fxquant.ir.stages import Stage, is_replayed
 from fxquant.ir.time_tables import plus_rows
 from fxquant.numerics.finite import require_finite
 from fxquant.numerics.low_rank import low_rank_factors
 from fxquant.numerics.weights import encode_weight
 from fxquant.passes._quantization import importance_of
 from fxquant.passes._seeds import is_transformed, parse_roles
-from fxquant.passes._targets import check_patterns, is_targeted, targets
+from fxquant.passes._targets import check_patterns, is_targeted, targets, warn_of_none
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.branches import Branch, branch_dtype
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
-from fxquant.planning.linears import FloatLinear, changed_by
+from fxquant.planning.linears import FloatLinear, changed_by, is_rounded
 from fxquant.planning.plan import Plan
 
 
@@ -68,7 +68,8 @@ class SplitLowRank(Pass):
     ``rank * (in + out)`` float products per token and as many float weights. Run it after the passes that fold factors
     into weights.
 
-    Layers whose branch would not be smaller than the weight itself get none; a warning names them.
+    Layers whose branch would not be smaller than the weight itself get none; a warning names them. Layers with float
+    inputs are split if their weight has fewer than 8 bits.
 
     Attributes:
         rank: Rank of the branches.
@@ -107,16 +108,20 @@ class SplitLowRank(Pass):
     def wants_statistics(self, layer: LayerPlan) -> bool:
         """Whether errors are weighted by the inputs of a layer."""
         wanted = self.weighting is Weighting.IMPORTANCE and is_transformed(layer, self.roles.split("+"))
-        return wanted and layer.activation_bits is not None
+        return wanted and is_rounded(layer)
 
     def splits(self, name: str, layer: LayerPlan) -> bool:
         """Whether the pass decides about a layer of a model, by its name, role and precision."""
-        return layer.kind == "linear" and is_targeted(name, layer, self.roles, self.layers)
+        return layer.kind == "linear" and is_rounded(layer) and is_targeted(name, layer, self.roles, self.layers)
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         branches = context.plan.decisions_of(Branch)
         refused = []
-        for layer in targets(graph, context.plan, self.roles, self.layers, branches):
+        linears = targets(graph, context.plan, self.roles, self.layers, branches, weights_only=True)
+        if not linears and not is_replayed(rewriter.module):
+            what = "weights of 8 bits beside float inputs need no branch; leave the pass out, or choose fewer bits"
+            warn_of_none(self.name, context.plan, self.roles, self.layers, what)
+        for layer in linears:
             if changed_by(layer.weight, self.name):
                 continue
             if layer.name not in branches:

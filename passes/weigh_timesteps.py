@@ -18,10 +18,9 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
 from fxquant.ir.tensors import copy_graph
 from fxquant.ir.time_tables import timestep_input
-from fxquant.passes._quantization import is_rounded
 from fxquant.pipeline.pipeline import Pass, Pipeline, Tier, register_pass
 from fxquant.planning.context import PassContext
-from fxquant.planning.linears import FloatLinear, linears_to_quantize
+from fxquant.planning.linears import FloatLinear, is_rounded, linears_to_quantize
 from fxquant.planning.pass_decisions import Decision
 from fxquant.reconstruction.simulate import Lookup
 

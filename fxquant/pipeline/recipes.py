@@ -303,11 +303,14 @@ def htg(precision: Precision, layers: str) -> Recipe:
 def ptq4dit(precision: Precision, layers: str) -> Recipe:
     """PTQ4DiT: Spearman-guided balancing absorbed offline, ranges by the best of three percentiles."""
     ranges = "weight-range=percentile activation-range=percentile"
+    return _recipe(precision, layers, _balance(precision), "absorb-affines", ranges=ranges)
+
+
+def _balance(precision: Precision) -> str:
     # Float activations are not rounded, so only salient channels are balanced, and less of their salience moves to the
     # weights.
     for_weights = "balance-channels{exponent=0.25 salient=2}"
-    balance = "balance-channels" if precision.activation_bits is not None else for_weights
-    return _recipe(precision, layers, balance, "absorb-affines", ranges=ranges)
+    return "balance-channels" if precision.activation_bits is not None else for_weights
 
 
 def q_diffusion(precision: Precision, layers: str) -> Recipe:
@@ -319,7 +322,7 @@ def q_diffusion(precision: Precision, layers: str) -> Recipe:
 def svdquant(precision: Precision, layers: str) -> Recipe:
     """SVDQuant: balancing as PTQ4DiT, then a float branch of rank 32 beside each linear of the blocks."""
     ranges = "weight-range=percentile activation-range=percentile"
-    middle = ("balance-channels", "absorb-affines", "split-low-rank{iterations=4}")
+    middle = (_balance(precision), "absorb-affines", "split-low-rank{iterations=4}")
     return _recipe(precision, layers, *middle, ranges=ranges)
 
 
@@ -332,5 +335,5 @@ def quarot(precision: Precision, layers: str) -> Recipe:
 def svdquant_rotated(precision: Precision, layers: str) -> Recipe:
     """SVDQuant on inputs that are balanced and then rotated: the best of these recipes at 4 bits."""
     ranges = "weight-range=percentile activation-range=percentile"
-    middle = ("balance-channels", "absorb-affines", "rotate-channels", "split-low-rank{iterations=4}")
+    middle = (_balance(precision), "absorb-affines", "rotate-channels", "split-low-rank{iterations=4}")
     return _recipe(precision, layers, *middle, ranges=ranges)

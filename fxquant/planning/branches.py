@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxquant.planning.linears import is_rounded
 from fxquant.planning.pass_decisions import Decision
 from fxquant.planning.plan import Plan
 
@@ -29,10 +30,10 @@ class Branch(Decision, of="split-low-rank"):
 def branch_bytes(plan: Plan, layer: str, dtype: torch.dtype) -> int:
     """Bytes of the two factors beside a layer of a model of this dtype; 0 if it has no branch.
 
-    Only layers with quantized weights and inputs have one, whatever was decided before they got another precision.
+    Only layers whose weight is rounded have one, whatever was decided before they got another precision.
     """
     branch, own = plan.decisions_of(Branch).get(layer), plan.layers.get(layer)
-    if branch is None or own is None or own.weight_bits is None or own.activation_bits is None:
+    if branch is None or own is None or not is_rounded(own):
         return 0
     return factor_bytes(branch, own.shape, dtype)
 

@@ -59,6 +59,11 @@ def linears_to_quantize(graph: fx.Graph, plan: Plan, decided: Container[str] = (
     return found
 
 
+def is_rounded(layer: LayerPlan) -> bool:
+    """Whether a weight is quantized for more than 8-bit storage: it has fewer bits, or its input is quantized."""
+    return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
+
+
 def changed_by(node: fx.Node, pass_name: str) -> bool:
     """Whether a pass made a node, or changed the tensor that it reads: so a pass finds what it has rewritten already.
 

@@ -49,7 +49,7 @@ def test_the_size_of_the_digits(recipe: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["svdquant-w4a8-g16", "svdquant-rotated-w4a4", "auto-w4a8"])
+@pytest.mark.parametrize("recipe", ["svdquant-w4a8-g16", "svdquant-rotated-w4a4", "auto-w4a8", "svdquant-w4a16"])
 def test_branches_count(recipe: str) -> None:
     model = make_dit(layers=2)
     made = fxquant.compile(model, recipe=_narrow(recipe), calibrate=calibrate(model, (500,)), measure=0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.roles import assign_roles, roles_of
 from fxquant.ir.tensors import read_tensors
 from fxquant.numerics.hadamard import rotate
@@ -193,3 +193,12 @@ def test_lifecycle_of_the_composition() -> None:
     check_lifecycle(
         recipe, model, example_calls(model), other_shape=example_call(model, size=4), backends=["fake-quant", "native"]
     )
+
+
+def test_inputs_that_stay_float_are_not_rotated_and_a_warning_says_so() -> None:
+    model = tiny_dit()
+    with pytest.warns(QualityWarning, match=r"rotate-channels changes no layer, such as .*: inputs that stay float"):
+        made = fxquant.compile(
+            model, recipe="quarot-w4a16", calibrate=lambda: [model(**call) for call in example_calls(model)]
+        )
+    assert not made.plan.decisions_of(Rotation)

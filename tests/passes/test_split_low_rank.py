@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.authoring import quantize_weight
+from fxquant.authoring import quantize_weight, sqnr_db
 from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.inspect.report import report
 from fxquant.ir.roles import assign_roles, roles_of
@@ -175,3 +175,49 @@ def test_lifecycle() -> None:
             other_shape=example_call(model, size=4),
             backends=["fake-quant", "native"],
         )
+
+
+WEIGHTS_ONLY = "remove-no-ops,assign-precision{precision=w4a16} ; split-low-rank{rank=4},quantize-linears"
+
+
+def test_the_split_of_layers_with_float_inputs_is_exact() -> None:
+    before = "assign-precision{precision=w4a16 layers=all} ; "
+    proof = prove(f"split-low-rank{{rank=4 roles={EACH}}}", tiny_linears(), calls(), before=before)
+    assert proof.tier == "algebraic" and proof.error < 1e-12
+    trial = try_pass(SplitLowRank(rank=4, roles=EACH), tiny_linears(), calls(), before=before)
+    assert trial.plan.decisions_of(Branch) == {"first": Branch(4, "model"), "second": Branch(4, "model")}
+
+
+@pytest.mark.parametrize("rounding", ["", "{rounding=gptq}"])
+def test_lifecycle_with_float_inputs(rounding: str) -> None:
+    model = tiny_dit()
+    check_lifecycle(
+        WEIGHTS_ONLY + rounding,
+        model,
+        example_calls(model),
+        other_shape=example_call(model, size=4),
+        backends=["fake-quant", "native", "torchao"],
+    )
+
+
+def test_branches_beside_float_inputs_lower_the_error() -> None:
+    model = tiny_dit()
+
+    def measured(recipe: str) -> float:
+        made = fxquant.compile(model, recipe=recipe, calibrate=lambda: [model(**call) for call in example_calls(model)])
+        pairs = [(model(**call).sample, made(**call).sample) for call in example_calls(model)]
+        return min(sqnr_db(right, found) for right, found in pairs)
+
+    with torch.no_grad():
+        assert measured(WEIGHTS_ONLY) > measured(WEIGHTS_ONLY.replace("split-low-rank{rank=4},", "")) + 1
+
+
+def test_weights_of_8_bits_beside_float_inputs_need_no_branch_and_a_warning_says_so() -> None:
+    model = tiny_dit()
+    with pytest.warns(QualityWarning, match=r"split-low-rank changes no layer, such as .*to_q: weights of 8 bits"):
+        made = fxquant.compile(
+            model,
+            recipe=WEIGHTS_ONLY.replace("w4", "w8"),
+            calibrate=lambda: [model(**call) for call in example_calls(model)],
+        )
+    assert not made.plan.decisions_of(Branch)
