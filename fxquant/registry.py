@@ -7,6 +7,7 @@ never imports its plugins. Notebooks and scripts register with a decorator inste
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -129,5 +130,8 @@ def _path(item: object) -> tuple[str, str] | object:
 
 def _defines(entry: EntryPoint, item: object) -> bool:
     """Whether the entry point names ``item`` itself, which is the case if its module is imported and decorates it."""
-    name = getattr(item, "__qualname__", entry.attr)  # An instance does not know the variable that holds it.
-    return (entry.module, entry.attr) == (getattr(item, "__module__", None), name)
+    module = getattr(item, "__module__", None)
+    if hasattr(item, "__qualname__"):
+        return (entry.module, entry.attr) == (module, item.__qualname__)
+    # An instance does not know the variable that holds it. While its module is imported, the variable is not set yet.
+    return module == entry.module and getattr(sys.modules.get(entry.module), entry.attr, item) is item

@@ -141,7 +141,7 @@ class _Search:
     def run(self, target: str, size: float | None, sqnr: float | None, speed: float | None) -> SearchResult:
         """Choose, compile, measure."""
         if size is not None:
-            chosen = self._within(self.sizes, size * self.found.bytes_before if size <= 1 else size)
+            chosen = self._within(self.sizes, size)
         elif speed is not None:
             chosen = self._faster(speed)
         else:
@@ -150,13 +150,17 @@ class _Search:
         made, point = self._made(chosen)
         return self._result(target, chosen, made, point, PRODUCTS if speed is not None else "")
 
-    def _within(self, problem: Problem, limit: float) -> dict[str, str]:
+    def _within(self, problem: Problem, size: float) -> dict[str, str]:
+        limit = size * self.found.bytes_before if size <= 1 else size
         chosen = problem.best(limit)
         if chosen is None:
             least = problem.cheapest()
             smallest, share = problem.cost(least), problem.cost(least) / max(self.found.bytes_before, 1)
+            wanted = (
+                f"{limit / 1e6:.3g} MB" if size <= 1 else f"{size:g} bytes (a size above 1 counts bytes, not shares)"
+            )
             raise UnreachableTargetError(
-                f"a model of {limit / 1e6:.3g} MB cannot be made of these candidates: the smallest has "
+                f"a model of {wanted} cannot be made of these candidates: the smallest has "
                 f"{smallest / 1e6:.3g} MB, {share:.1%} of float, with an estimated SQNR of "
                 f"{problem.mean_db(least):.1f} dB. Give size={math.ceil(share * 1000) / 1000}, or candidates with "
                 "fewer bits",

@@ -108,6 +108,10 @@ def test_targets_that_cannot_be_reached(model: nn.Module, statistics: Statistics
     with pytest.raises(UnreachableTargetError, match="the smallest has") as said:
         fxquant.search(model, size=0.01, sensitivities=known, statistics=statistics)
     assert said.value.best == pytest.approx(known.uniform_bytes("w3a8") / known.bytes_before)
+    with pytest.raises(
+        UnreachableTargetError, match=r"a model of 1\.5 bytes \(a size above 1 counts bytes, not shares"
+    ):
+        fxquant.search(model, size=1.5, sensitivities=known, statistics=statistics)
     with pytest.raises(UnreachableTargetError, match="the best has") as said:
         fxquant.search(model, sqnr=200, sensitivities=known, statistics=statistics)
     assert said.value.best < 200

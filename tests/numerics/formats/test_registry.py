@@ -11,10 +11,11 @@ import fxquant
 from fxquant.authoring import register_format
 from fxquant.errors import ConfigurationError, DuplicateNameError
 from fxquant.numerics.activations import round_by_token
-from fxquant.numerics.formats import FORMATS
+from fxquant.numerics.formats import FORMATS, Format
 from fxquant.numerics.formats.blocks import MX
 from fxquant.numerics.formats.elements import SmallFloat
 from fxquant.planning.precision import Precision
+from fxquant.registry import Registry
 from tests.numerics.formats.own import BytesOfScales, Doubled, registered
 from tests.tiny import calibrate, make_dit, run
 
@@ -54,6 +55,14 @@ def test_a_cell_of_a_notebook_runs_twice_and_names_stay_unique() -> None:
     assert FORMATS["mxfp4"].block == 32
     with pytest.raises(DuplicateNameError, match="mxfp4"):
         register_format("mxfp4")(MX("mxfp4", SmallFloat(2, 1)))
+
+
+def test_a_format_of_fxquant_is_not_replaced_before_it_is_loaded() -> None:
+    registry: Registry[Format] = Registry("format", "fxquant.formats")  # As in a new process: nothing is loaded.
+    with pytest.raises(DuplicateNameError, match="mxfp4"):
+        registry.register("mxfp4")(MX("mxfp4", SmallFloat(3, 2)))
+    assert registry["mxfp4"] is FORMATS["mxfp4"]
+    registry.register("mxfp4")(FORMATS["mxfp4"])  # The one that the entry point names.
 
 
 def test_names_that_can_be_read_in_two_ways_are_refused() -> None:
