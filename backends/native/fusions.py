@@ -178,18 +178,29 @@ def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
         if args(source).out_dtype != torch.float32 or args(source).out_scale is not None:
             return
         found.append((views, source))
-    if args(node).out_scale is None:  # Its result has the dtype of its inputs.
-        return
+    changed: dict[str, Any] = {}
+    if args(node).out_scale is None:
+        if not _is_quantized_next(node, kernels):
+            return
+        changed["out_dtype"] = torch.float32  # Of the result: codes and inner values do not change.
     with rewriter.before(node):
         q, k, v = (
             _rebuild(source, args(source).replaced(out_dtype=torch.bfloat16), views, rewriter)
             for views, source in found
         )
-        new = rewriter.call(node.target, args(node).replaced(q=q, k=k, v=v), [node], layer=True)
+        new = rewriter.call(node.target, args(node).replaced(q=q, k=k, v=v, **changed), [node], layer=True)
     rewriter.replace(node, new)
     for views, source in found:
         for view in (*views, source):
             rewriter.erase(view)
+
+
+def _is_quantized_next(node: fx.Node, kernels: Kernels) -> bool:
+    """Whether only ``quantize_down`` reads a value, perhaps through views."""
+    reader = only_reader(node)
+    while reader is not None and reader.target in _VIEWS:
+        reader = only_reader(reader)
+    return reader is not None and reader.target is kernels.quantize_down
 
 
 def _read_dense(node: fx.Node, value: Any, rewriter: Rewriter) -> None:

@@ -127,8 +127,9 @@ def _fake_bf16_attention(
     out_scale: Tensor | None,
     out_zero_point: Tensor | None,
     qmax: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return _attended(q, v, out_scale, q.dtype)
+    return _attended(q, v, out_scale, out_dtype or q.dtype)
 
 
 def _fake_int8_attention(
@@ -204,10 +205,11 @@ define_kernel(
     _fake_hadamard_quantize,
 )
 # Attention of [batch, heads, tokens, channels]. The result is [batch, tokens, heads, channels], values or codes.
-# A bool mask is true for keys that are seen; a float mask is added to the scores.
+# A bool mask is true for keys that are seen; a float mask is added to the scores. Values have the dtype of q, or
+# out_dtype: bfloat16 inputs can give float32 values.
 define_kernel(
     "bf16_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, Tensor? out_scale, "
-    "Tensor? out_zero_point, int qmax) -> Tensor",
+    "Tensor? out_zero_point, int qmax, ScalarType? out_dtype=None) -> Tensor",
     None,
     _fake_bf16_attention,
 )

@@ -9,7 +9,7 @@
 namespace fxquant {
 namespace {
 
-template <class T>
+template <class T, class Out>
 class Bf16Worker {
  public:
   Bf16Worker(const Heads<T>& q, const Heads<T>& k, const Heads<T>& v, const Mask& mask, float scale,
@@ -73,7 +73,7 @@ class Bf16Worker {
       const __m512 inverse = _mm512_set1_ps(inverses[r]);
       const int64_t at = output_.row(batch_, head_, first + r);
       for (int64_t d = 0; d < channels_; d += kLanes)
-        output_.template write<T>(batch_, at + d, first_lanes(channels_ - d),
+        output_.template write<Out>(batch_, at + d, first_lanes(channels_ - d),
                                   _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * wide_ + d), inverse));
     }
   }
@@ -103,27 +103,31 @@ class Bf16Worker {
 at::Tensor bf16_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                           const std::optional<at::Tensor>& mask, bool causal, double scale,
                           const std::optional<at::Tensor>& out_scale, const std::optional<at::Tensor>& out_zero_point,
-                          int64_t qmax) {
+                          int64_t qmax, std::optional<at::ScalarType> out_dtype) {
   check_shapes(q, k, v);
   TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
               "queries, keys and values are of one dtype");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t scores[] = {batch, heads, tokens, k.size(2)};
   const Mask added(mask, scores, causal);
-  const Output output = make_output(q.sizes(), v.size(3), q, out_scale, out_zero_point, qmax, q.scalar_type());
+  const Output output = make_output(q.sizes(), v.size(3), q, out_scale, out_zero_point, qmax, out_dtype.value_or(q.scalar_type()));
   if (!output.result.numel()) return output.result;
   TORCH_CHECK(k.size(2), "attention over no keys");
-  const auto run = [&](auto zero) {
+  const auto run = [&](auto zero, auto result) {
     using T = decltype(zero);
     const Heads<T> queries(q, heads, "queries"), keys(k, heads, "keys"), values(v, heads, "values");
     for_each_head(batch, heads, tokens, [&] {
-      return Bf16Worker<T>(queries, keys, values, added, static_cast<float>(scale), output);
+      return Bf16Worker<T, decltype(result)>(queries, keys, values, added, static_cast<float>(scale), output);
     });
   };
-  if (q.scalar_type() == at::kFloat) run(0.0f);
-  else if (q.scalar_type() == at::kBFloat16) run(c10::BFloat16());
-  else if (q.scalar_type() == at::kHalf) run(c10::Half());
-  else TORCH_CHECK(false, "bf16_attention reads float32, bfloat16 and float16, not ", q.scalar_type());
+  const at::ScalarType reads = q.scalar_type(), writes = out_dtype.value_or(reads);
+  TORCH_CHECK(writes == reads || (writes == at::kFloat && reads == at::kBFloat16),
+              "bf16_attention of bfloat16 writes bfloat16 or float32, and any other its own dtype, not ", writes);
+  if (reads == at::kFloat) run(0.0f, 0.0f);
+  else if (reads == at::kBFloat16 && writes == at::kFloat) run(c10::BFloat16(), 0.0f);
+  else if (reads == at::kBFloat16) run(c10::BFloat16(), c10::BFloat16());
+  else if (reads == at::kHalf) run(c10::Half(), c10::Half());
+  else TORCH_CHECK(false, "bf16_attention reads float32, bfloat16 and float16, not ", reads);
   return output.result;
 }
 

@@ -7,22 +7,15 @@
 
 #include <torch/library.h>
 
-#include <cstring>
 #include <optional>
+#include <vector>
 
+#include "factors.h"
 #include "simd.h"
 
 namespace fxquant {
 
 constexpr int64_t kSection = 4;  // The inner values of a branch start at a multiple of this many columns.
-
-#ifdef __AVX512BF16__
-constexpr bool kHasBf16 = true;
-#else
-constexpr bool kHasBf16 = false;
-#endif
-
-inline uint32_t bf16_bits(float value) { return c10::BFloat16(value).x; }
 
 // The branch of one linear. Rows of `inner` have `stride` values, of which `rank` belong to this branch.
 struct Branch {
@@ -62,78 +55,25 @@ class UpPanel {
  public:
   UpPanel(const Branch& branch, int64_t column, int64_t out) : branch_(branch) {
     if (!branch) return;
-    steps_ = branch.bf16 ? divide_up(branch.rank, 2) : branch.rank;
-    held_.assign(steps_ * 32, 0);
-    const float* from = branch.up.const_data_ptr<float>() + column * branch.rank;
-    const int64_t count = std::min<int64_t>(32, out - column);
-    for (int64_t c = 0; c < count; ++c, from += branch.rank)
-      for (int64_t step = 0; step < steps_; ++step) held_[step * 32 + c] = word(from, step);
+    steps_ = factor_steps(branch.rank, branch.bf16);
+    panel_.resize(steps_ * kFactorPanel);
+    const float* from = branch.up.const_data_ptr<float>();
+    pack_factor(branch.rank, branch.bf16, panel_.data(), [&](int64_t c) {
+      return column + c < out ? from + (column + c) * branch.rank : nullptr;
+    });
   }
 
-  // Strength times the products of rows, float32 [count][32].
+  // Strength times the products of `count` rows, 1 to 12, float32 [count][32].
   void multiply(int64_t row, int64_t count, float* sums) const {
-    const char* inner = branch_.inner + row * branch_.stride * branch_.bytes;
     const int64_t row_bytes = branch_.stride * branch_.bytes;
-    const auto call = branch_.bf16 ? &UpPanel::split<true> : &UpPanel::split<false>;
-    for (; count > 0; count -= 12, sums += 12 * 32, inner += 12 * row_bytes)
-      (this->*call)(inner, std::min<int64_t>(count, 12), sums);
+    factor_kernels(branch_.bf16, false)[count - 1](branch_.inner + row * row_bytes, row_bytes, panel_.data(), steps_,
+                                                   branch_.strength, sums);
   }
 
  private:
-  uint32_t word(const float* from, int64_t step) const {
-    uint32_t bits;
-    if (!branch_.bf16) return std::memcpy(&bits, from + step, 4), bits;
-    bits = bf16_bits(from[2 * step]);
-    return 2 * step + 1 < branch_.rank ? bits | bf16_bits(from[2 * step + 1]) << 16 : bits;
-  }
-
-  template <bool kBf16>
-  void split(const char* inner, int64_t count, float* sums) const {
-    const int64_t row_bytes = branch_.stride * branch_.bytes;
-    switch (count) {
-      case 12: return rows<12, kBf16>(inner, sums);
-      case 11: return rows<11, kBf16>(inner, sums);
-      case 10: return rows<10, kBf16>(inner, sums);
-    }
-    for (; count >= 3; count -= 3, sums += 3 * 32, inner += 3 * row_bytes) rows<3, kBf16>(inner, sums);
-    if (count == 2) rows<2, kBf16>(inner, sums);
-    if (count == 1) rows<1, kBf16>(inner, sums);
-  }
-
-  template <int R, bool kBf16>
-  void rows(const char* inner, float* sums) const {
-    __m512 acc[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-    const int64_t row_bytes = branch_.stride * branch_.bytes;
-    const uint32_t* weight = held_.data();
-    for (int64_t step = 0; step < steps_; ++step, weight += 32) {
-      const __m512i left = _mm512_loadu_si512(weight), right = _mm512_loadu_si512(weight + 16);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(inner + r * row_bytes + step * 4));
-        add<kBf16>(acc[r][0], x, left);
-        add<kBf16>(acc[r][1], x, right);
-      }
-    }
-    const __m512 strength = _mm512_set1_ps(branch_.strength);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + r * 32 + v * kLanes, _mm512_mul_ps(acc[r][v], strength));
-  }
-
-  template <bool kBf16>
-  static inline __attribute__((always_inline)) void add(__m512& acc, __m512i x, __m512i weight) {
-#ifdef __AVX512BF16__
-    if constexpr (kBf16) return add_products_bf16(acc, x, weight);
-#endif
-    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(weight), acc);
-  }
-
   const Branch& branch_;
   int64_t steps_ = 0;
-  std::vector<uint32_t> held_;
+  std::vector<uint32_t> panel_;
 };
 
 }  // namespace fxquant

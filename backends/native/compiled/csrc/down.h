@@ -1,47 +1,53 @@
 // The inner values `a x` of branches of low rank, for rows that a kernel quantizes.
 //
-// A worker writes up to 12 rows of x into its own memory while it quantizes them. Then each four rows of `a` are
-// multiplied with six of them. Both are padded with zeros, so loops have no ends to treat.
+// A worker writes up to 12 rows of x into its own memory while it quantizes them. Then they are multiplied with the
+// panels of `a`: twelve accumulators of 32 inner values need one load of `a` for two products of each row.
 
 #pragma once
 
 #include <ATen/core/List.h>
-#include <ATen/ops/zeros.h>
 
 #include "branch.h"
 #include "memory.h"
 
 namespace fxquant {
 
-constexpr int64_t kDownRows = 12;
+constexpr int64_t kDownRows = kFactorRows;
 
 // The factors `a` of all branches that read x, one below the other, each padded to a multiple of kSection rows.
 class Down {
  public:
-  Down(at::TensorList factors, int64_t channels, bool bf16) : bf16_(bf16), bytes_(bf16 ? 2 : 4) {
+  Down(at::TensorList factors, int64_t channels, bool bf16)
+      : bf16_(bf16), bytes_(bf16 ? 2 : 4), steps_(factor_steps(channels, bf16)) {
     TORCH_CHECK(!bf16 || kHasBf16, "this processor does not multiply bfloat16");
+    std::vector<at::Tensor> held;
+    std::vector<const float*> rows;
     for (const at::Tensor& factor : factors) {
       TORCH_CHECK(factor.dim() == 2 && factor.size(1) == channels, "a factor for ", channels, " inputs is [rank, ",
                   channels, "], not ", factor.sizes());
-      width_ += divide_up(factor.size(0), kSection) * kSection;
+      held.push_back(factor.to(at::kFloat).contiguous());
+      for (int64_t r = 0; r < factor.size(0); ++r) rows.push_back(held.back().const_data_ptr<float>() + r * channels);
+      rows.resize(divide_up(rows.size(), kSection) * kSection, nullptr);
     }
-    padded_ = divide_up(channels, 32) * 32;
-    held_ = at::zeros({width_, padded_}, factors[0].options().dtype(dtype()));
-    int64_t from = 0;
-    for (const at::Tensor& factor : factors) {
-      held_.narrow(0, from, factor.size(0)).narrow(1, 0, channels).copy_(factor);
-      from += divide_up(factor.size(0), kSection) * kSection;
-    }
-    weight_ = static_cast<const char*>(held_.const_data_ptr());
+    width_ = rows.size();
+    const int64_t panels = divide_up(width_, kFactorPanel);
+    packed_ = pooled({panels, steps_, kFactorPanel}, factors[0].options().dtype(at::kInt));
+    for (int64_t panel = 0; panel < panels; ++panel)
+      pack_factor(channels, bf16, panel_at(panel), [&](int64_t c) {
+        const int64_t row = panel * kFactorPanel + c;
+        return row < width_ ? rows[row] : nullptr;
+      });
+    // Rows that begin at multiples of 4096 bytes would compete for the same lines of the first-level cache.
+    row_bytes_ = divide_up(channels, 32) * 32 * bytes_ + 64;
   }
 
   at::ScalarType dtype() const { return bf16_ ? at::kBFloat16 : at::kFloat; }
   int64_t width() const { return width_; }
-  int64_t row_bytes() const { return padded_ * bytes_; }
-  int64_t work() const { return padded_ * width_; }
+  int64_t row_bytes() const { return row_bytes_; }
+  int64_t work() const { return steps_ * width_; }
 
   // Memory for the rows that one worker holds.
-  std::vector<char> scratch() const { return std::vector<char>(kDownRows * row_bytes()); }
+  std::vector<char> scratch() const { return std::vector<char>(kDownRows * row_bytes_); }
 
   // Keeps 16 values of a row of the scratch memory.
   void keep(char* row, int64_t channel, __m512 value) const {
@@ -49,84 +55,31 @@ class Down {
     else _mm512_storeu_ps(row + channel * 4, value);
   }
 
-  // Inner values of `count` kept rows, written to rows `row` and following of `inner`.
+  // Inner values of `count` kept rows, 1 to 12, written to rows `row` and following of `inner`.
   void multiply(const char* kept, int64_t count, void* inner, int64_t row) const {
-    for (int64_t column = 0; column < width_; column += kSection) {
-      const char* x = kept;
-      int64_t left = count, at = row;
-      for (; left >= 6; left -= 6, x += 6 * row_bytes(), at += 6) dots<6>(x, column, inner, at);
-      switch (left) {
-        case 5: dots<5>(x, column, inner, at); break;
-        case 4: dots<4>(x, column, inner, at); break;
-        case 3: dots<3>(x, column, inner, at); break;
-        case 2: dots<2>(x, column, inner, at); break;
-        case 1: dots<1>(x, column, inner, at); break;
-      }
+    alignas(64) float sums[kDownRows * kFactorPanel];
+    for (int64_t column = 0; column < width_; column += kFactorPanel) {
+      const int64_t columns = std::min(width_ - column, kFactorPanel);
+      factor_kernels(bf16_, columns <= kLanes)[count - 1](kept, row_bytes_, panel_at(column / kFactorPanel), steps_,
+                                                          1.0f, sums);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          const int64_t at = (row + r) * width_ + column + c;
+          const __m512 value = _mm512_loadu_ps(sums + r * kFactorPanel + c);
+          if (bf16_) store(static_cast<c10::BFloat16*>(inner) + at, first_lanes(columns - c), value);
+          else store(static_cast<float*>(inner) + at, first_lanes(columns - c), value);
+        }
     }
   }
 
  private:
-  template <int R>
-  void dots(const char* x, int64_t column, void* inner, int64_t row) const {
-    if (bf16_) run<R, true>(x, column, inner, row);
-    else run<R, false>(x, column, inner, row);
-  }
-
-  template <int R, bool kBf16>
-  void run(const char* x, int64_t column, void* inner, int64_t row) const {
-    const int64_t stride = row_bytes();
-    const char* weight = weight_ + column * stride;
-    __m512 acc[R][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
-    for (int64_t byte = 0; byte < stride; byte += 64) {
-      __m512i w[4];
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) w[c] = _mm512_loadu_si512(weight + c * stride + byte);
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const __m512i value = _mm512_loadu_si512(x + r * stride + byte);
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) {
-#ifdef __AVX512BF16__
-          if constexpr (kBf16) add_products_bf16(acc[r][c], value, w[c]);
-          else
-#endif
-            acc[r][c] = _mm512_fmadd_ps(_mm512_castsi512_ps(value), _mm512_castsi512_ps(w[c]), acc[r][c]);
-        }
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const int64_t at = (row + r) * width_ + column;
-      const __m128 sums = totals(acc[r]);
-      if (kBf16) {
-        const __m256i narrow = to_bf16(_mm512_castps128_ps512(sums));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(static_cast<char*>(inner) + at * 2), _mm256_castsi256_si128(narrow));
-      } else {
-        _mm_storeu_ps(static_cast<float*>(inner) + at, sums);
-      }
-    }
-  }
-
-  // The totals of four vectors.
-  static __m128 totals(const __m512 (&v)[4]) {
-    const __m512 left = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    const __m512 right = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(left), _mm512_castps_pd(right));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(left), _mm512_castps_pd(right));
-    const __m512 both = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both),
-                                      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(both), 1)));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  uint32_t* panel_at(int64_t panel) const {
+    return reinterpret_cast<uint32_t*>(packed_.data_ptr<int32_t>()) + panel * steps_ * kFactorPanel;
   }
 
   bool bf16_;
-  int64_t bytes_, width_ = 0, padded_ = 0;
-  at::Tensor held_;
-  const char* weight_;
+  int64_t bytes_, steps_, width_ = 0, row_bytes_ = 0;
+  at::Tensor packed_;
 };
 
 }  // namespace fxquant

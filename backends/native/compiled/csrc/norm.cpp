@@ -52,8 +52,9 @@ void write_codes(const T* from, int64_t rows, int64_t channels, const std::vecto
   const int64_t least = std::max<int64_t>(1, 16384 / (channels + (down ? down->work() / 32 : 0)));
   at::parallel_for(0, rows, least, [&](int64_t begin, int64_t end) {
     std::vector<char> kept = down ? down->scratch() : std::vector<char>();
-    for (int64_t top = begin; top < end; top += kDownRows) {
-      const int64_t bottom = std::min(top + kDownRows, end);
+    const int64_t tiles = divide_up(end - begin, kDownRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t top = begin + (end - begin) * tile / tiles, bottom = begin + (end - begin) * (tile + 1) / tiles;
       for (int64_t r = top; r < bottom; ++r) {
         const auto at = value(from + r * channels, r);
         const __m512 scale = _mm512_set1_ps(scales[r]);

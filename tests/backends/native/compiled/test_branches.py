@@ -55,6 +55,15 @@ def test_inner_values_and_codes(rows: int, inner: int, dtype: torch.dtype, bf16:
 
 
 @pytest.mark.parametrize("bf16", BF16)
+def test_inner_values_of_many_channels_and_rows(bf16: bool) -> None:
+    torch.manual_seed(0)
+    x, downs = torch.randn(25, 2050), [torch.randn(rank, 2050) for rank in (40, 5)]
+    _, found = native.quantize_down(x, *grid(), 255, downs, bf16)
+    right = torch.cat([x.double() @ down.double().t() for down in downs], -1)
+    assert sqnr_db(right, found[:, :45].double()) > (40.0 if bf16 else 110.0)
+
+
+@pytest.mark.parametrize("bf16", BF16)
 def test_inner_values_behind_a_norm(bf16: bool) -> None:
     torch.manual_seed(0)
     x, factor, shift = torch.randn(2, 13, 40), torch.randn(2, 1, 40), torch.randn(2, 1, 40)
@@ -146,6 +155,37 @@ def test_graphs_agree_with_the_quantized_graph(dtype: torch.dtype, rank: int, br
     back = backend.stored(module)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], held) for name, held in before.items())
+
+
+class Attention(nn.Module):
+    """An attention whose result one linear reads; with ``shared``, the result is an output too."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.shared = shared
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        q, k, v = (layer(x + c).view(x.shape[0], -1, 2, 16).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.out(y) + y if self.shared else self.out(y)
+
+
+@pytest.mark.skipif(not machine.has_bf16_products(), reason="no AVX-512 BF16")
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_attention_before_a_branch_reads_bfloat16_and_writes_float32(shared: bool) -> None:
+    x, c = torch.randn(2, 5, 32), torch.randn(2, 1, 32)
+    module, plan = quantized(Attention(shared), x, c)
+    (right,) = outputs(module, x, c)
+    Native("compiled").finish(module, plan)
+    (attention,) = (node for node in module.graph.nodes if node.target is native.bf16_attention.default)
+    assert attention.meta["val"].dtype == torch.float32
+    linears = [node for node in module.graph.nodes if node.target is native.vnni_linear.default]
+    written = sorted(str(node.meta["val"].dtype) for node in linears)
+    narrow = 0 if shared else 3  # A result that more than the quantization reads keeps its dtype throughout.
+    assert written == ["torch.bfloat16"] * narrow + ["torch.float32"] * (4 - narrow)
+    assert sqnr_db(right, outputs(module, x, c)[0]) > 38.0
 
 
 def test_a_branch_whose_linear_is_read_elsewhere_stays() -> None:

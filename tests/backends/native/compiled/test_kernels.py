@@ -249,6 +249,21 @@ def test_attention_of_floats(
     assert torch.equal(codes, ((found / 0.02).round() + 128).clamp(0, 255).to(torch.uint8))
 
 
+def test_attention_of_bfloat16_writes_float32() -> None:
+    if not machine.has_bf16_products():
+        pytest.skip("this processor does not multiply bfloat16")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 9, 24, dtype=torch.bfloat16) for _ in range(3))
+    given = (None, False, 0.2, None, None, 255)
+    found = native.bf16_attention(q, k, v, *given, torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.bfloat16(), native.bf16_attention(q, k, v, *given))
+    right = functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.2).transpose(1, 2)
+    assert sqnr_db(right, found) > 45.0
+    with pytest.raises(RuntimeError, match="writes bfloat16 or float32, and any other its own dtype, not Half"):
+        native.bf16_attention(q, k, v, *given, torch.float16)
+
+
 def coded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     scale = (high - low) / 255
