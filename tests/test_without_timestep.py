@@ -67,9 +67,10 @@ def test_it_is_quantized_saved_and_loaded(tmp_path: Path, make: Any, recipe: str
         assert (run(loaded, **options) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_recipes_that_group_timesteps_are_refused() -> None:
-    with pytest.raises(MissingTimestepError, match="the model has no timestep, so nothing can depend on it"):
-        compiled(make_t5(), "htg-w8a8")
+@pytest.mark.parametrize("recipe", ["htg-w8a8", "svdquant-bins-w8a8"])
+def test_recipes_that_group_timesteps_are_refused(recipe: str) -> None:
+    with pytest.raises(MissingTimestepError, match=r"nothing can depend on it.*shift-channels and bin-ranges"):
+        compiled(make_t5(), recipe)
 
 
 def test_the_message_names_the_option() -> None:

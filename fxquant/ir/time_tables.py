@@ -101,8 +101,8 @@ def timestep_input(graph: fx.Graph, name: str | None) -> fx.Node:
     """
     if name is None:
         raise MissingTimestepError(
-            "the model has no timestep, so nothing can depend on it; choose a recipe without group-timesteps and "
-            "shift-channels"
+            "the model has no timestep, so nothing can depend on it; choose a recipe without group-timesteps, "
+            "shift-channels and bin-ranges"
         )
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in inputs:

@@ -147,6 +147,7 @@ DYNAMIC = "dynamic"
 """May come after a recipe's name, before the rounding: each token that a linear reads then has its own range."""
 
 _CHOOSES = "choose-variants"
+_STATIC = (_CHOOSES, "bin-ranges")  # Passes without effect where each token has its own range.
 _FEW = 4  # Bits of which rounding is the larger part of the error, so that branches and rotations are worth their cost.
 
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\w+a\w+(?:-g\d+|-b\d+(?:x\d+)?|-tensor)?)")
@@ -191,7 +192,7 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
 
 def _by_token(recipe: Recipe) -> Recipe:
     """The same recipe with a range for each token that a linear reads, found at run time; nothing is left to choose."""
-    recipe = Recipe(recipe.prepare, tuple(step for step in recipe.convert if step.name != _CHOOSES))
+    recipe = Recipe(recipe.prepare, tuple(step for step in recipe.convert if step.name not in _STATIC))
     changed = ("quantize-linears", "reconstruct-blocks")
     for name in dict.fromkeys(step.name for step in recipe.convert if step.name in changed):
         recipe = recipe.with_options(name, activation_range=DYNAMIC)
@@ -324,6 +325,12 @@ def svdquant(precision: Precision, layers: str) -> Recipe:
     ranges = "weight-range=percentile activation-range=percentile"
     middle = (_balance(precision), "absorb-affines", "split-low-rank{iterations=4}")
     return _recipe(precision, layers, *middle, ranges=ranges)
+
+
+def svdquant_bins(precision: Precision, layers: str) -> Recipe:
+    """SVDQuant at 8 bits: alpha searched, branches of rank 16, and for each input a range per bin of timesteps."""
+    middle = ("balance-channels{salience=max search=11}", "absorb-affines", "split-low-rank{rank=16}", "bin-ranges")
+    return _recipe(precision, layers, *middle)
 
 
 def quarot(precision: Precision, layers: str) -> Recipe:

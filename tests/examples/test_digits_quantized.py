@@ -112,3 +112,8 @@ def test_planting_is_undone(sqnr: Callable[[str, str], float]) -> None:
 @pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), "planted"])
 def test_gptq_takes_down_the_wall_of_four_bits(sqnr: Callable[[str, str], float], name: str) -> None:
     assert sqnr(name, "ptq4dit-gptq-w4a8") > sqnr(name, "ptq4dit-w4a8") + 6
+
+
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), "planted"])
+def test_branches_and_bins_gain_at_eight_bits(sqnr: Callable[[str, str], float], name: str) -> None:
+    assert sqnr(name, "svdquant-bins-w8a8") > sqnr(name, "smoothquant-search-w8a8") + 3

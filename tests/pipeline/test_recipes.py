@@ -34,7 +34,8 @@ def test_ranges_of_tokens_are_a_choice_of_every_recipe(name: str, rounding: str)
     changed = plain.with_options("quantize-linears", activation_range="dynamic")
     if learned:
         changed = changed.with_options("reconstruct-blocks", activation_range="dynamic")
-    left = tuple(one for one in changed.convert if one.name != "choose-variants")  # Nothing is left to choose.
+    static = ("choose-variants", "bin-ranges")  # Nothing is left to choose, and no range depends on the timestep.
+    left = tuple(one for one in changed.convert if one.name not in static)
     assert made == Recipe(changed.prepare, left)
     assert step(made, "quantize-convolutions") == step(plain, "quantize-convolutions")
 
@@ -70,6 +71,15 @@ def test_what_is_chosen_is_rounded_as_the_recipe_says() -> None:
     passes = {bits: [one.name for one in make_recipe(f"auto-{bits}").convert] for bits in ("w8a8", "w4a8", "w4a4")}
     added = {bits: {"rotate-channels", "split-low-rank"} & {*names} for bits, names in passes.items()}
     assert added == {"w8a8": set(), "w4a8": {"split-low-rank"}, "w4a4": {"rotate-channels", "split-low-rank"}}
+
+
+def test_bins_follow_the_branch_that_follows_balancing() -> None:
+    made = make_recipe("svdquant-bins-w8a8")
+    names = [one.name for one in made.convert]
+    order = ["balance-channels", "absorb-affines", "split-low-rank", "bin-ranges", "quantize-linears"]
+    assert [name for name in names if name in order] == order
+    assert step(made, "split-low-rank").rank == 16
+    assert step(made, "quantize-linears").activation_range is InputRange.MINMAX
 
 
 def test_reconstruction_begins_with_the_ranges_that_the_recipe_searches() -> None:
