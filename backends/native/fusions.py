@@ -83,7 +83,8 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kern
     * a gate and a residual after a linear,
     * and the modulation between a norm and its quantization.
 
-    A linear whose result only a bfloat16 attention reads writes bfloat16.
+    A linear writes bfloat16 if only a bfloat16 attention reads its result, or only a quantization that multiplies it
+    with branches in bfloat16.
     """
     for node in list(graph.nodes):
         if node.target is kernels.linear:
@@ -101,6 +102,8 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kern
             _fuse_gate_and_residual(node, rewriter)
         elif kernels.bf16_attention is not None and node.target is kernels.bf16_attention:
             _read_bf16(node, rewriter, kernels)
+        elif kernels.quantize_down is not None and node.target is kernels.quantize_down:
+            _write_bf16(node, rewriter, kernels)
     for node in list(graph.nodes):
         for name in kernels.read_dense.get(node.target, ()):
             _read_dense(node, getattr(args(node), name), rewriter)
@@ -193,6 +196,22 @@ def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
     for views, source in found:
         for view in (*views, source):
             rewriter.erase(view)
+
+
+def _write_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
+    """Halve the memory between a linear and a branch that rounds its input to bfloat16 anyway."""
+    views, _, source = _through_views(args(node).x, None)
+    if not args(node).bf16 or source is None or source.target is not kernels.linear:
+        return
+    given = args(source)
+    if given.out_dtype != torch.float32 or given.out_scale is not None or given.gate or given.residual:
+        return
+    with rewriter.before(node):
+        x = _rebuild(source, given.replaced(out_dtype=torch.bfloat16), views, rewriter)
+        new = rewriter.call(node.target, args(node).replaced(x=x), [node], layer=True)
+    rewriter.replace(node, new)
+    for view in (*views, source):
+        rewriter.erase(view)
 
 
 def _is_quantized_next(node: fx.Node, kernels: Kernels) -> bool:

@@ -157,6 +157,17 @@ def test_graphs_agree_with_the_quantized_graph(dtype: torch.dtype, rank: int, br
     assert all(torch.equal(back[name], held) for name, held in before.items())
 
 
+@pytest.mark.parametrize("bf16", BF16)
+def test_values_before_a_branch_in_bfloat16_are_written_in_bfloat16(bf16: bool) -> None:
+    x, c = torch.randn(2, 5, 40), torch.randn(2, 120)
+    module, plan = quantized(Layers(), x, c)
+    Native("compiled", branches="bf16" if bf16 else "float").finish(module, plan)
+    linears = [node for node in module.graph.nodes if node.target is native.vnni_linear.default]
+    before = [node for node in linears if "gelu_tanh" in node.args]
+    assert [node.meta["val"].dtype for node in before] == [torch.bfloat16 if bf16 else torch.float32]
+    assert all(node.meta["val"].dtype == torch.float32 for node in linears if node not in before)
+
+
 class Attention(nn.Module):
     """An attention whose result one linear reads; with ``shared``, the result is an output too."""
 
