@@ -135,8 +135,10 @@ def test_exports_of_integers_refuse_other_formats_by_layer(tmp_path: Path) -> No
     message = r"(?s)cannot hold this model:.*(weights in|input has|weight has) the format fp8: .*transformer_blocks.0"
     with pytest.raises(ConfigurationError, match=message):
         export_int8(made, tmp_path / "int8")
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=message) as said:
         export_onnx(made, tmp_path / "onnx")
+    listed = next(line for line in str(said.value).splitlines() if "its input has the format fp8" in line)
+    assert "_codes" not in listed and "transformer_blocks.0.attn1.to_v" in listed
     assert not any(tmp_path.iterdir())
 
 

@@ -92,9 +92,8 @@ def ranges_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
                 continue
             dynamic = any(one.target in _AT_RUN_TIME for one in _producers(scale))
             reason = "each token has a range of its own" if dynamic else "the range depends on the timestep"
-            names = [user.meta[LAYER] for user in node.users if LAYER in user.meta] or [node.name]
             own = found.setdefault(reason, [])
-            own += [name for name in names if name not in own]
+            own += [name for name in _readers(node) if name not in own]
     return found
 
 
@@ -110,9 +109,10 @@ def formats_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for graph in graphs:
         for node in graph.nodes:
-            given, reasons = args(node), []
+            given, reasons, names = args(node), [], [str(node.meta.get(LAYER, node.name))]
             if node.target is ops.quantize.default and not is_integer(given.format):
                 reasons.append(f"its input has the format {given.format}")
+                names = _readers(node)
             elif node.target in (ops.linear.default, ops.conv2d.default, ops.dequantize_weight.default):
                 format = format_of_weight(node)
                 scale = given.node("scale" if node.target is ops.dequantize_weight.default else "w_scale")
@@ -122,7 +122,7 @@ def formats_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
                     reasons.append("several output channels of its weight share a scale")
             for reason in reasons:
                 own = found.setdefault(reason, [])
-                own += [name for name in [str(node.meta.get(LAYER, node.name))] if name not in own]
+                own += [name for name in names if name not in own]
     return found
 
 
@@ -135,6 +135,11 @@ def doubles_of_graphs(graphs: Sequence[fx.Graph]) -> dict[str, list[str]]:
         if LAYER in node.meta and isinstance(value := node.meta.get("val"), Tensor) and value.dtype is torch.float64
     ]
     return {"it computes in float64": list(dict.fromkeys(layers))} if layers else {}
+
+
+def _readers(codes: fx.Node) -> list[str]:
+    """The layers that read the codes of a value; the name of the node if no layer does."""
+    return [str(user.meta[LAYER]) for user in codes.users if LAYER in user.meta] or [codes.name]
 
 
 def _producers(node: fx.Node) -> list[fx.Node]:
