@@ -12,7 +12,7 @@ from torch import nn
 
 from fxquant import api
 from fxquant.allocation.candidates import possible, precision_of_recipe, varied_layers, with_precisions
-from fxquant.errors import ConfigurationError, check_type
+from fxquant.errors import CalibrationError, ConfigurationError, check_type
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.plan import Plan
@@ -50,12 +50,26 @@ class Prepared:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def quantized(self, precision: str) -> GraphModel:
-        """The model with every layer in one precision, if it can have it."""
+        """The model with every layer in one precision, if it can have it.
+
+        Raises:
+            ConfigurationError: If the precision quantizes inputs that calibration of the recipe did not record.
+        """
         if self.precisions[precision] == precision_of_recipe(self.recipe):
             return self.base
         assert self.base.plan is not None
         chosen = {name: self.precisions[precision] for name, own in self.layers.items() if precision in own}
-        return self.compile(with_precisions(self.base.plan, chosen))
+        try:
+            return self.compile(with_precisions(self.base.plan, chosen))
+        except CalibrationError as error:
+            begun = precision_of_recipe(self.recipe)
+            if begun.activation_bits is not None or self.precisions[precision].activation_bits is None:
+                raise
+            raise ConfigurationError(
+                f"candidate {precision} quantizes inputs, and calibration did not record all of them, because the "
+                f"recipe begins from {begun}, which keeps them float ({str(error).splitlines()[0]}); begin from a "
+                "recipe that quantizes inputs, such as w4a8, or leave this candidate out"
+            ) from error
 
     def compile(self, plan: Plan, backend: str | Backend = "fake-quant") -> GraphModel:
         """The model with a plan that differs from the base's in precisions only."""

@@ -22,6 +22,7 @@ from fxquant.inspect.errors.schedule import calls_at
 from fxquant.planning.precision import Precision
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.statistics.collection import Statistics
+from fxquant.testing import example_calls, tiny_dit
 
 CANDIDATES = ("w4a8", "w8a8", "w4a16", "float")
 EXACT: dict[str, Any] = {"candidates": CANDIDATES, "recipe": "smoothquant", "timesteps": 2, "samples": 4}
@@ -189,3 +190,15 @@ def test_number_formats_are_candidates(model: nn.Module, statistics: Statistics)
             assert estimated[0] and measured[0] and 0.2 < estimated[0] / measured[0] < 5
     worst, best = found.uniform_db("wnvfp4anvfp4"), found.uniform_db("wfp8afp8")
     assert worst is not None and best is not None and best > worst
+
+
+def test_candidates_with_inputs_that_the_recipe_did_not_record_are_refused() -> None:
+    model = tiny_dit()
+    with pytest.raises(ConfigurationError, match=r"candidate w4a8 quantizes inputs, .* the recipe begins from w4a16"):
+        fxquant.sensitivity(
+            model,
+            recipe="rtn-w4a16",
+            candidates=("w4a16", "w4a8"),
+            calibrate=lambda: [model(**call) for call in example_calls(model)],
+            timesteps=1,
+        )
