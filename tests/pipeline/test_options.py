@@ -59,7 +59,7 @@ def test_backends_by_text() -> None:
         resolve_backend("abacus{beads=10}")
     with pytest.raises(ConfigurationError, match=r"'fake-quant' has no option 'speed=2'\. Its options: none"):
         resolve_backend("fake-quant{speed=2}")
-    with pytest.raises(ConfigurationError, match="Its options: attention, kernels, packed, products"):
+    with pytest.raises(ConfigurationError, match="Its options: attention, branches, kernels, packed"):
         resolve_backend("native{device=cuda}")  # That is the model's.
-    with pytest.raises(BackendError, match="choose int8 or fp8"):
-        resolve_backend("native{products=int7}")
+    with pytest.raises(BackendError, match="choose bf16 or float"):
+        resolve_backend("native{attention=int7}")

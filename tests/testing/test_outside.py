@@ -87,7 +87,7 @@ def test_they_are_known_and_kept_out_of_our_own_tests(outsiders: None) -> None:
     assert "outside_of_fxquant" not in sys.modules  # Nothing of others is imported for that.
     assert {"outside-idle", "outside-broken"} <= set(PASSES) and "outside" in RECIPES and "outside-backend" in BACKENDS
     assert not any(name.startswith("outside") for names in ours for name in names)
-    assert (len(ours[0]), "rtn" in ours[1], ours[2]) == (18, True, ["fake-quant", "native", "torchao"])
+    assert (len(ours[0]), "rtn" in ours[1], ours[2]) == (20, True, ["fake-quant", "native", "torchao"])
     assert str(parse_pass("outside-idle{sizes=[3]}")) == "outside-idle{sizes=[3]}"
     assert make_recipe("outside-w4a8") == make_recipe("rtn-w4a8")
 
