@@ -261,7 +261,7 @@ def _rounded(
     values_digest = digest_of_values(values)
 
     def key(of: LayerPlan) -> Hashable:
-        return of.observed or name, values_digest, _grid_of(of), str(rounder), method, symmetric
+        return name, values_digest, _grid_of(of), str(rounder), method, symmetric
 
     wanted = [layer, *(with_precision(layer, precision) for precision in shared.wanted(context.plan, name))]
     if key(layer) not in shared.found:

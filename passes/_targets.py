@@ -11,7 +11,7 @@ from torch import fx
 from fxquant.errors import ConfigurationError, QualityWarning, shortened
 from fxquant.passes.assign_precision import nearest
 from fxquant.planning.decisions import LayerPlan
-from fxquant.planning.linears import FloatLinear, is_rounded, linears_to_quantize
+from fxquant.planning.linears import FloatLinear, linears_to_quantize, rounded_linears
 from fxquant.planning.plan import Plan
 
 
@@ -33,10 +33,9 @@ def targets(
         decided: Names of layers that are listed whatever the options say, because the plan decided about them.
         weights_only: Whether linears with float inputs count too, if their weight is rounded to less than 8 bits.
     """
-    rounded = {name for name, layer in plan.layers.items() if is_rounded(layer)} if weights_only else ()
     return [
         layer
-        for layer in linears_to_quantize(graph, plan, rounded)
+        for layer in (rounded_linears if weights_only else linears_to_quantize)(graph, plan)
         if layer.name in decided or is_targeted(layer.name, layer.plan, roles, layers)
     ]
 

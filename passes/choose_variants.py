@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, fx
 
+from fxquant.calibration.samples import RUN_SAMPLES
 from fxquant.errors import BackendError, CalibrationError, ConfigurationError, UnknownNameError
 from fxquant.inspect.errors.alternatives import Alternative, Candidates
 from fxquant.inspect.errors.graphs import Pair
@@ -32,7 +33,6 @@ Floats = npt.NDArray[np.float64]
 STATIC, BINS, CLIPPED, TOKEN = "one range", "range per bin", "clipped range per bin", "range per token"
 
 _TINY = 1e-30
-_SAMPLES = 16  # Of a call, as calibration keeps them.
 
 
 @dataclass
@@ -107,7 +107,7 @@ class ChooseVariants(Pass):
 
     def wants_samples(self) -> int:
         """The number of samples of calls that run again."""
-        return self.calls * _SAMPLES
+        return self.calls * RUN_SAMPLES
 
     def wants_moments(self, layer: LayerPlan) -> bool:
         """Whether the rounding of the trials needs second moments."""

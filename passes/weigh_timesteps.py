@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, fx
 
+from fxquant.calibration.samples import RUN_SAMPLES
 from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.inspect.errors.graphs import Pair
 from fxquant.inspect.errors.sweep import Sweep, energy
@@ -20,11 +21,10 @@ from fxquant.ir.tensors import copy_graph
 from fxquant.ir.time_tables import timestep_input
 from fxquant.pipeline.pipeline import Pass, Pipeline, Tier, register_pass
 from fxquant.planning.context import PassContext
-from fxquant.planning.linears import FloatLinear, is_rounded, linears_to_quantize
+from fxquant.planning.linears import FloatLinear, rounded_linears
 from fxquant.planning.pass_decisions import Decision
 from fxquant.reconstruction.simulate import Lookup
 
-_SAMPLES = 16  # Of a call, as calibration keeps them.
 _TINY = 1e-30
 
 
@@ -94,11 +94,11 @@ class WeighTimesteps(Pass):
 
     def wants_samples(self) -> int:
         """The number of samples of calls that run again."""
-        return self.calls * _SAMPLES
+        return self.calls * RUN_SAMPLES
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         decisions = context.plan.decisions_of(TimestepWeights)
-        linears = _rounded(graph, context)
+        linears = rounded_linears(graph, context.plan)
         if not is_replayed(rewriter.module) and any(one.name not in decisions for one in linears):
             found = self._measure(graph, context, rewriter, linears)
             decisions.update({name: own for name, own in found.items() if name not in decisions})
@@ -161,10 +161,3 @@ class _Gradients:
 def _decided(own: Mapping[float, Sequence[float]]) -> TimestepWeights:
     steps = sorted(own)
     return TimestepWeights(steps, [float(np.mean(own[step])) for step in steps])
-
-
-def _rounded(graph: fx.Graph, context: PassContext) -> list[FloatLinear]:
-    """The linears whose weights are rounded by moments, also those whose inputs stay float."""
-    layers = context.plan.layers.items()
-    names = {name for name, layer in layers if layer.kind == "linear" and is_rounded(layer)}
-    return [one for one in linears_to_quantize(graph, context.plan, names) if one.name in names]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 
 from torch import fx
 
@@ -15,6 +14,7 @@ from fxquant.ir.tensors import get_tensor
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import Precision
+from fxquant.planning.roundings import with_precision
 
 
 def precision_of_recipe(recipe: Recipe) -> Precision:
@@ -48,8 +48,7 @@ def with_precisions(plan: Plan, chosen: Mapping[str, Precision]) -> Plan:
         layer = made.layer(name)
         if layer.precision == precision:
             continue
-        for option in fields(precision):
-            setattr(layer, option.name, getattr(precision, option.name))
+        layer = made.layers[name] = with_precision(layer, precision)
         layer.activation = layer.activation_sqnr_db = layer.spread = None
         layer.weight_sqnr_db = None
         layer.reason = None

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.calibration.kept_calls import Spread, some_samples
 from fxquant.calibration.later_steps import LaterSteps
-from fxquant.calibration.samples import KEPT_SAMPLES, Sample, timestep_of
+from fxquant.calibration.samples import KEPT_SAMPLES, RUN_SAMPLES, Sample, timestep_of
 from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
 from fxquant.capture.fidelity import Original
@@ -33,7 +33,6 @@ from fxquant.planning.uses import combine, keys_in
 from fxquant.statistics.collection import Statistics
 
 _COMPARED = 2  # Calls that are kept to run graphs before and after a pass, if no pass asks for any.
-_ROWS = 16  # Samples of a call that are kept to run the graph again.
 
 
 class Calibration:
@@ -283,18 +282,18 @@ class Calibration:
         timestep, calls = timestep_of(call, self.plan.timestep), self.statistics.calls
         priority = calls.wants(kind, timestep)
         if priority is not None:
-            calls.keep(kind, timestep, priority, captured.inputs(some_samples(captured, call.leaves, _ROWS)[0]))
+            calls.keep(kind, timestep, priority, captured.inputs(some_samples(captured, call.leaves, RUN_SAMPLES)[0]))
 
     def _keep_inputs(self, number: int, leaves: Sequence[Any]) -> None:
         kept = self._inputs[number]
         if kept.wants_next():
             captured = self.prepared[number]
-            kept.keep(captured.inputs(some_samples(captured, leaves, _ROWS)[0]))
+            kept.keep(captured.inputs(some_samples(captured, leaves, RUN_SAMPLES)[0]))
 
 
 def calls_wanted(passes: Sequence[Pass]) -> int:
     """The number of calls to keep for passes that run graphs again."""
-    return -(-max((ask(step, "wants_samples") for step in passes), default=0) // _ROWS)
+    return -(-max((ask(step, "wants_samples") for step in passes), default=0) // RUN_SAMPLES)
 
 
 @contextmanager

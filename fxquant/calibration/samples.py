@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fxquant.capture.calls import Call
 from fxquant.numerics.sqnr import sqnr_db
 
+RUN_SAMPLES = 16  # Samples of a call that are kept to run the graph again.
 KEPT_SAMPLES = 4  # Samples of a call that are kept to measure the output error.
 
 

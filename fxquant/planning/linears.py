@@ -64,6 +64,11 @@ def is_rounded(layer: LayerPlan) -> bool:
     return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
 
 
+def rounded_linears(graph: fx.Graph, plan: Plan) -> list[FloatLinear]:
+    """As :func:`linears_to_quantize`, with those whose input stays float if their weight has fewer than 8 bits."""
+    return linears_to_quantize(graph, plan, {name for name, layer in plan.layers.items() if is_rounded(layer)})
+
+
 def changed_by(node: fx.Node, pass_name: str) -> bool:
     """Whether a pass made a node, or changed the tensor that it reads: so a pass finds what it has rewritten already.
 

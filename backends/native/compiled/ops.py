@@ -7,6 +7,7 @@ in panels (:mod:`fxquant.backends.native.compiled.weights`); ``bits`` is the num
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,21 +72,8 @@ def _fake_norm_quantize(
     return x.new_empty(x.shape, dtype=torch.uint8)
 
 
-def _fake_norm_quantize_down(
-    x: Tensor,
-    centered: bool,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    plus: float,
-    shift: Tensor | None,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    qmax: int,
-    downs: Sequence[Tensor],
-    bf16: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_norm_quantize_down(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, out_scale, out_zero_point, qmax, downs, bf16 = arguments
     return _fake_quantize_down(x, out_scale, out_zero_point, qmax, downs, bf16)
 
 
