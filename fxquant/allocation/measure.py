@@ -12,6 +12,7 @@ from torch import nn
 
 from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.prepared import prepare
+from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
 from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.errors.schedule import wanted_calls
@@ -77,10 +78,11 @@ def sensitivity(
     """
     check_options(timesteps, samples, probes, measure, budget, resume, seed)
     most = wanted_calls(timesteps)
-    prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
-    with without_autocast(device_of(model).type):
-        job = Job(prepared, timesteps, samples, probes, measure, budget, seed)
-        return job.run(None if resume is None else Path(resume), progress or (lambda what, done, total: None))
+    with sharing_traces(model):
+        prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
+        with without_autocast(device_of(model).type):
+            job = Job(prepared, timesteps, samples, probes, measure, budget, seed)
+            return job.run(None if resume is None else Path(resume), progress or (lambda what, done, total: None))
 
 
 def check_options(timesteps: Any, samples: Any, probes: Any, measure: Any, budget: Any, resume: Any, seed: Any) -> None:

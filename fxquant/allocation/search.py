@@ -23,6 +23,7 @@ from fxquant.calibration.kept_calls import some_inputs
 from fxquant.calibration.recorded import arguments_of, inputs_on
 from fxquant.calibration.samples import KEPT_SAMPLES, Sample, output_sqnr
 from fxquant.capture.calls import CallSpec
+from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
 from fxquant.errors import ConfigurationError, UnreachableTargetError, check_type
 from fxquant.inspect.errors.schedule import calls_at, wanted_calls
@@ -115,12 +116,13 @@ def search(
             raise ConfigurationError("the sensitivities are of other weights than this model's; measure them again")
         recipe = Recipe.parse(sensitivities.recipe)
     most = wanted_calls(timesteps)
-    prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
     show = progress or (lambda what, done, total: None)
-    with without_autocast(device_of(model).type):
-        if sensitivities is None:
-            sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(None, show)
-        return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed)
+    with sharing_traces(model):
+        prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
+        with without_autocast(device_of(model).type):
+            if sensitivities is None:
+                sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(None, show)
+            return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed)
 
 
 class _Search:

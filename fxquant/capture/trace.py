@@ -44,6 +44,7 @@ from fxquant.capture.normalize import (
     loosen_views,
     refuse_inner_graphs,
 )
+from fxquant.capture.sharing import shared_trace
 from fxquant.capture.state import detached, hollow_out, kept
 from fxquant.capture.threads import tracing_alone, without_autocast
 from fxquant.capture.transformers_models import built
@@ -269,6 +270,10 @@ class Architecture:
         Raises:
             CaptureError: If ``torch.export`` cannot trace the model for calls of this spec.
         """
+        key = (repr(call), str(device), repr(numbers or {}), torch.get_default_dtype())
+        return shared_trace(self.original(), key, lambda: self._capture_spec(call, device, numbers))
+
+    def _capture_spec(self, call: CallSpec, device: torch.device, numbers: Mapping[str, float] | None) -> CapturedGraph:
         with tracing_alone(), without_autocast(device.type):
             here = self.on(device)
             batch = TRACED_BATCH if call.batched else 1
