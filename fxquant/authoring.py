@@ -3,8 +3,8 @@
 These names stay when modules move. What they do is described where they are defined.
 
 ==========================  ==========================================================================================
-to write a pass             ``Pass``, ``Tier``, ``Stage``, ``register_pass``, ``PassContext``, ``Rewriter``, ``Plan``,
-                            ``LayerPlan``, ``Decision`` (what the pass decides and keeps in the plan)
+to write a pass             ``Pass``, ``Tier``, ``Stage``, ``register_pass``, ``PassContext``, ``BackendLimits``,
+                            ``Rewriter``, ``Plan``, ``LayerPlan``, ``Decision`` (what the pass decides)
 to run and print passes     ``Pipeline``, ``PassRecord``, ``Instrument``, ``parse_pass``, ``Recipe``, ``make_recipe``,
                             ``register_recipe``, ``graph_text``
 to read a graph             ``args(node).weight``, ``source_of``, ``layer_of``, ``layer_kind``, ``layer_kinds``,
@@ -43,7 +43,7 @@ from fxquant.numerics.sqnr import sqnr_db
 from fxquant.numerics.weights import QuantizedWeight, dequantize_weight, quantize_weight
 from fxquant.pipeline.pipeline import Instrument, Pass, PassRecord, Pipeline, Tier, parse_pass, register_pass
 from fxquant.pipeline.recipes import Recipe, make_recipe, register_recipe
-from fxquant.planning.context import PassContext
+from fxquant.planning.context import BackendLimits, PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.kinds import layer_kind, layer_kinds
 from fxquant.planning.layer_inputs import LayerInput, layer_input, moments
@@ -58,6 +58,7 @@ __all__ = [
     "FLOAT",
     "FORMATS",
     "Attention",
+    "BackendLimits",
     "CalibrationError",
     "ChannelStatistics",
     "ConfigurationError",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor, fx
 
 from fxquant.calibration.samples import RUN_SAMPLES
-from fxquant.errors import BackendError, CalibrationError, ConfigurationError, UnknownNameError
+from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.inspect.errors.alternatives import Alternative, Candidates
 from fxquant.inspect.errors.graphs import Pair
 from fxquant.inspect.errors.sweep import Sweep
@@ -20,9 +19,8 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
 from fxquant.ir.tensors import copy_graph
 from fxquant.passes._quantization import Rounding
-from fxquant.pipeline.backend import resolve_backend
 from fxquant.pipeline.pipeline import Pass, Pipeline, Tier, register_pass
-from fxquant.planning.context import PassContext
+from fxquant.planning.context import BackendLimits, PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.linears import FloatLinear, linears_to_quantize
 from fxquant.planning.pass_decisions import Decision
@@ -123,7 +121,7 @@ class ChooseVariants(Pass):
                 f"{self.name} runs calibration calls again, and there are no calls of this kind; pass calibrate= to "
                 "fxquant.compile, or statistics that were recorded with fxquant.Statistics(keep_calls=32)"
             )
-        self._group(linears, context.plan)
+        self._group(linears, context.backend)
         weights = {one.name: rewriter.tensor(one.weight).detach() for one in linears}
         plans, pairs = {}, {}
         for name, passes in self._variants(context, linears).items():
@@ -147,15 +145,12 @@ class ChooseVariants(Pass):
         found[TOKEN] = f"quantize-linears{{{rounding} activation-range=dynamic}}"
         return found
 
-    def _group(self, linears: Sequence[FloatLinear], plan: Plan) -> None:
-        """Give weights groups, if the backend of the plan runs them."""
-        wanted = [one.name for one in linears if self._fits(one.plan)]
-        trial = copy.deepcopy(plan)
-        for changed in (trial, plan):
-            for name in wanted:
-                changed.layer(name).group_size = self.groups
-            if changed is trial and not _runs(trial):
-                return
+    def _group(self, linears: Sequence[FloatLinear], backend: BackendLimits | None) -> None:
+        """Give weights groups, where the backend runs them."""
+        for one in linears:
+            grouped = replace(one.plan, group_size=self.groups)
+            if self._fits(one.plan) and (backend is None or backend.refuse(grouped) is None):
+                one.plan.group_size = self.groups
 
     def _fits(self, layer: LayerPlan) -> bool:
         few = layer.weight_bits is not None and layer.weight_bits <= 4 and layer.weight_format is None
@@ -229,15 +224,6 @@ def choose(sums: Sequence[Mapping[str, Floats]], gain: float) -> list[str]:
 def _is_open(layer: LayerPlan) -> bool:
     """Whether the range of a layer's input is to be chosen. Formats with a scale per block have no ranges."""
     return layer.activation is None and layer.activation_format is None
-
-
-def _runs(plan: Plan) -> bool:
-    """Whether the backend that the plan names runs it."""
-    try:
-        resolve_backend(plan.backend).check(plan)
-    except (BackendError, UnknownNameError):
-        return False
-    return True
 
 
 def _db(errors: Floats) -> float:

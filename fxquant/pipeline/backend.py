@@ -18,6 +18,7 @@ from fxquant.ir.stages import StageSpec, is_registered, verify
 from fxquant.ir.tensors import read_tensors
 from fxquant.numerics.formats import INTEGERS
 from fxquant.pipeline.options import read_named
+from fxquant.planning.context import BackendLimits
 from fxquant.planning.decisions import AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.registry import Registry
@@ -189,6 +190,12 @@ class Backend(ABC):
         """The context of calls of a model that :meth:`torch.nn.Module.compile` compiled: settings of the compiler."""
         return contextlib.nullcontext()
 
+    def limits(self) -> BackendLimits:
+        """What passes are given to know of the backend (:attr:`fxquant.planning.context.PassContext.backend`)."""
+        return BackendLimits(
+            self.name, self.product_formats(), lambda layer: self.refuse_format(layer) or self.refuse(layer)
+        )
+
     def check(self, plan: Plan) -> None:
         """Refuse a plan before anything is converted.
 
@@ -196,7 +203,8 @@ class Backend(ABC):
             BackendError: If the backend cannot run some layers; the message lists them, why, and what works instead.
         """
         refused: dict[str, list[str]] = {}
-        reasons = [(name, self.refuse_format(layer) or self.refuse(layer)) for name, layer in plan.layers.items()]
+        refuse = self.limits().refuse
+        reasons = [(name, refuse(layer)) for name, layer in plan.layers.items()]
         reasons += [(name, self.refuse_attention(attention)) for name, attention in plan.attentions.items()]
         for name, reason in reasons:
             if reason is not None:

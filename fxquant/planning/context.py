@@ -13,10 +13,26 @@ from torch import Tensor
 from fxquant.errors import CalibrationError, PassError
 from fxquant.ir.shared import SharedTensors
 from fxquant.numerics.weights import QuantizedWeight
+from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.input_transforms import InputTransform, Rows
 from fxquant.planning.plan import Plan
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.collection import Statistics
+
+
+@dataclass(frozen=True)
+class BackendLimits:
+    """What the backend of a model runs, with its options and on the device of the model.
+
+    Attributes:
+        name: Name of the backend.
+        formats: Names of the number formats whose products it runs; None for all.
+        refuse: Says why it cannot run a layer as planned, and what works instead; None if it can.
+    """
+
+    name: str
+    formats: frozenset[str] | None
+    refuse: Callable[[LayerPlan], str | None]
 
 
 @dataclass(eq=False)
@@ -38,6 +54,7 @@ class PassContext:
         changed: Layers whose input a pass changed without saying how, each with that pass.
         timestep_weights: How much each timestep counts in the second moments of a layer's input, by layer and timestep;
             layers that are not listed count all rows alike.
+        backend: What the backend runs for which the model is converted; None if the passes run without one.
         progress: Called as ``progress(what, done, total)`` by passes that take long; None if progress is not shown.
     """
 
@@ -51,6 +68,7 @@ class PassContext:
     transforms: dict[str, list[InputTransform]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
     timestep_weights: dict[str, dict[float, float]] = field(default_factory=dict)
+    backend: BackendLimits | None = None
     progress: Callable[[str, int, int], object] | None = None
 
     def transform_input(self, layer: str, function: Rows) -> None:

@@ -62,7 +62,9 @@ def convert(
     """
     plan = calibration.plan
     quantized = GraphModel(calibration.architecture, dtype, plan, further_graph(recipe, backend), backend)
-    context = PassContext(plan, calibration.statistics, workspace=workspace, shared=quantized.shared)
+    context = PassContext(
+        plan, calibration.statistics, workspace=workspace, shared=quantized.shared, backend=backend.limits()
+    )
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):
         context.inputs = calibration.inputs_of(number)
@@ -95,7 +97,7 @@ def replay(
     warn_if_not_rebuilt(model, plan.timestep)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(model), plan, further_graph(recipe, backend), backend)
-    context = PassContext(plan, statistics, shared=quantized.shared)
+    context = PassContext(plan, statistics, shared=quantized.shared, backend=backend.limits())
     device, original = device_of(model), Original(model, plan.timestep)
     for call in plan.calls:
         original.warm(example(call, device), architecture)
@@ -188,7 +190,8 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
                 f"like it: {captured.call}"
             ) from error
         again = None if branching is None else captured.copy()
-        context, tensors = PassContext(plan, shared=owner.shared.without_weights()), owner.tensors()
+        tensors, limits = owner.tensors(), backend.limits()
+        context = PassContext(plan, shared=owner.shared.without_weights(), backend=limits)
         convert_graph(captured, context, recipe, backend, tensors, branching=branching)
         try:
             return bound_graph(captured, tensors)
@@ -196,7 +199,7 @@ def further_graph(recipe: Recipe, backend: Backend) -> Callable[..., CapturedGra
             if again is None:
                 raise
         # Beside a branch, the backend runs a layer by another kernel, for which no graph holds the weight.
-        context = PassContext(plan, shared=owner.shared.without_weights())
+        context = PassContext(plan, shared=owner.shared.without_weights(), backend=limits)
         stored = owner.stored_tensors()
         convert_graph(again, context, recipe, backend, tensors, branching=branching, stored=stored)
         return bound_graph(again, tensors)
@@ -236,7 +239,7 @@ def model_from_plan(
         raise CheckpointError("the plan records no call of the model")
     recipe = recipe_of(plan)
     quantized = GraphModel(architecture, dtype, plan, further_graph(recipe, backend), backend)
-    context = PassContext(plan, shared=quantized.shared)
+    context = PassContext(plan, shared=quantized.shared, backend=backend.limits())
     for call in plan.calls:
         with at_most(len(plan.layers)):
             captured = architecture.capture_spec(call, device)

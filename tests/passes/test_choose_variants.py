@@ -81,15 +81,22 @@ def test_groups_where_they_fit_and_where_weights_have_few_bits() -> None:
     assert 32 in groups.values()
 
 
-def test_no_groups_on_a_backend_that_does_not_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "missing_kernels", lambda: "they are left out here")  # So oneDNN multiplies.
+@pytest.mark.parametrize(
+    ("backend", "missing"),
+    [("native", "they are left out here"), ("native{kernels=onednn}", None)],  # In both, oneDNN multiplies.
+)
+def test_no_groups_on_a_backend_that_does_not_run_them(
+    backend: str, missing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "missing_kernels", lambda: missing)
+    monkeypatch.setattr(machine, "has_tiles", lambda: False)
     model = make_dit()
     text = (RECIPE % ("groups=32 calls=1 probes=1", "")).replace("w8a8", "w4a8")
     statistics = Statistics(keep_calls=3)
     made = fxquant.compile(
         model,
         recipe=fxquant.Recipe.parse(text),
-        backend="native",
+        backend=backend,
         calibrate=calibrate(model),
         statistics=statistics,
         measure=0,
