@@ -26,7 +26,7 @@ from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.layer_inputs import layer_input, moments
 from fxquant.planning.plan import Plan
-from fxquant.planning.roundings import Roundings, digest_of_values, with_precision
+from fxquant.planning.roundings import digest_of_values, with_precision
 from fxquant.planning.uses import unnumbered
 
 
@@ -256,7 +256,7 @@ def _rounded(
     """A weight rounded by the statistics of its input; conversions that share roundings find it there."""
     layer = context.plan.layer(name)
     shared = None if context.statistics is None else context.statistics.roundings
-    if not isinstance(shared, Roundings):
+    if shared is None:
         return rounder.quantize(name, layer, values, context, method, symmetric)
     values_digest = digest_of_values(values)
 

@@ -11,13 +11,15 @@ the number of *different* timesteps, so calibrate on the sampler's own schedule 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError, ConfigurationError, shortened
+from fxquant.numerics.weights import QuantizedWeight
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.file import read, write
 from fxquant.statistics.kept_calls import KeptCalls, Run
@@ -28,6 +30,20 @@ class _NeverReachedError(CalibrationError, KeyError):
     """It is also a ``KeyError``, because the mixin methods of ``Mapping`` (``get``, ``in``) catch this type."""
 
     __str__ = Exception.__str__  # KeyError would print the message as a quoted literal
+
+
+class SharedRoundings(Protocol):
+    """Weights that several conversions from the same statistics share: :class:`fxquant.planning.roundings.Roundings`.
+
+    Attributes:
+        found: The weights, by everything that they depend on.
+    """
+
+    found: dict[Hashable, QuantizedWeight]
+
+    @property
+    def wanted(self) -> Callable[[Any, str], Sequence[Any]]:
+        """Gives the precisions in which a layer will be rounded, from the plan and its name."""
 
 
 class Statistics(Mapping[str, ChannelStatistics]):
@@ -62,7 +78,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         self.transient = transient
         self.wants_moments: Callable[[str], bool] = lambda key: False
         """Whether to record second moments ``[C, C]`` for a key; calibration sets it to what the recipe needs."""
-        self.roundings: object | None = None
+        self.roundings: SharedRoundings | None = None
         """Weights rounded by these statistics, while several conversions share them; never saved."""
         self._by_key: dict[str, ChannelStatistics] = {}
 
