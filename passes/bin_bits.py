@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +19,8 @@ from fxquant.numerics.activations import round_in_range
 from fxquant.numerics.formats import FORMATS
 from fxquant.numerics.packing import MAX_BITS, MIN_BITS
 from fxquant.numerics.ranges import activation_range
+from fxquant.passes._inputs import InputRange, decide_range
+from fxquant.passes.choose_variants import Variant
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.layer_inputs import layer_input
@@ -71,8 +73,9 @@ class BinBits(Pass):
     everywhere, one bit after the other goes where it takes away most error per multiplication, as long as the mean
     stays at most ``bits``. It counts each timestep alike, and each layer by its multiplications.
 
-    Only integer inputs with bins are changed (``bin-ranges`` or ``group-timesteps`` before), up to the bits that the
-    plan gives the layer. Linears that read the same value share bits.
+    Only integer inputs with bins are changed (``bin-ranges``, ``group-timesteps`` or ``choose-variants`` before), up to
+    the bits that the plan gives the layer. Linears that read the same value share bits. Ranges that ``choose-variants``
+    found for these bins are found again for their bits, by the same search.
 
     Attributes:
         bits: The mean number of bits.
@@ -98,7 +101,8 @@ class BinBits(Pass):
             )
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
-        found = [one for one in linears_to_quantize(graph, context.plan) if self._is_open(one)]
+        variants = context.plan.decisions_of(Variant)
+        found = [one for one in linears_to_quantize(graph, context.plan) if self._is_open(one, variants)]
         if not found or is_replayed(rewriter.module) or context.statistics is None:
             return
         readers: dict[fx.Node, list[FloatLinear]] = {}
@@ -109,6 +113,7 @@ class BinBits(Pass):
         decided: dict[tuple[str, ...], list[int]] = {}
         for place, extra in zip(places, chosen, strict=True):
             decided.setdefault(place.names, []).extend([self.lowest + extra] * place.bins)
+        open_nodes = {one.name: one for one in found}
         for names, bits in decided.items():
             steps = context.plan.layer(names[0]).bins(
                 context.observed(context.plan.layer(names[0]).observed or names[0]).timesteps
@@ -120,12 +125,18 @@ class BinBits(Pass):
                 assert layer.timesteps is not None
                 layer.timesteps.bits = list(bits)
                 context.plan.decisions_of(Bits)[name] = Bits(list(bits), mean)
+                if layer.activation is not None:
+                    one, method = open_nodes[name], InputRange(layer.activation.method)
+                    layer.activation = None
+                    decide_range(one.node, one.input, context, rewriter, method)
 
-    def _is_open(self, one: FloatLinear) -> bool:
+    def _is_open(self, one: FloatLinear, variants: Container[str]) -> bool:
         layer = one.plan
         integer = layer.activation_format is None and layer.activation_bits is not None
         binned = layer.timesteps is not None and layer.timesteps.bits is None and len(layer.boundaries) > 0
-        return integer and binned and layer.activation is None and (layer.activation_bits or 0) > self.lowest
+        dynamic = layer.activation is not None and layer.activation.method == InputRange.DYNAMIC.value
+        decided = layer.activation is not None and one.name not in variants
+        return integer and binned and not dynamic and not decided and (layer.activation_bits or 0) > self.lowest
 
     def _places(self, linears: Sequence[FloatLinear], context: PassContext, rewriter: Rewriter) -> list[_Place]:
         """The bins of a value, with the errors of the linears that read it."""

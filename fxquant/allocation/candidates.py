@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import fx
 
@@ -37,18 +38,20 @@ def varied_layers(plan: Plan, precision: Precision) -> list[str]:
 def with_precisions(plan: Plan, chosen: Mapping[str, Precision]) -> Plan:
     """A copy of a plan in which some layers have other precisions; their ranges are decided again.
 
-    What was folded into weights and the bins of timesteps stay as they are.
+    What was folded into weights and the bins of timesteps stay as they are. What ``bin-bits`` and ``choose-variants``
+    decided about such a layer was decided for its earlier precision, for all layers that read the same value together;
+    they decide it again.
 
     Args:
         plan: A plan of a compiled model.
         chosen: Precisions by layer.
     """
     made = copy.deepcopy(plan)
-    for name, precision in chosen.items():
-        layer = made.layer(name)
-        if layer.precision == precision:
-            continue
-        layer = made.layers[name] = with_precision(layer, precision)
+    changed = {name: precision for name, precision in chosen.items() if made.layer(name).precision != precision}
+    for name in _readers(made, changed):
+        _forget_by_bin(made, name)
+    for name, precision in changed.items():
+        layer = made.layers[name] = with_precision(made.layer(name), precision)
         layer.activation = layer.activation_sqnr_db = layer.spread = None
         layer.weight_sqnr_db = None
         layer.reason = None
@@ -58,6 +61,25 @@ def with_precisions(plan: Plan, chosen: Mapping[str, Precision]) -> Plan:
             layer.reason = f"the search chose {precision}, which keeps its activations in float"
     made.output_sqnr_db, made.attribution, made.passes = {}, None, []
     return made
+
+
+def _readers(plan: Plan, names: Iterable[str]) -> list[str]:
+    """These layers, and those that read the same values."""
+    values = {plan.layer(name).observed or name for name in names}
+    return [name for name, layer in plan.layers.items() if (layer.observed or name) in values]
+
+
+def _forget_by_bin(plan: Plan, name: str) -> None:
+    """Drop what passes decided about a layer's input for its precision: bits of bins, and how its range is found."""
+    layer, forget = plan.layer(name), plan.pass_decisions.forget
+    by_bits, by_variant = forget("bin-bits", name), forget("choose-variants", name)
+    if not (by_bits or by_variant):
+        return
+    layer.activation = layer.activation_sqnr_db = layer.spread = None
+    if by_variant and layer.shift is None:  # Bins that shifts depend on stay.
+        layer.timesteps = None
+    elif layer.timesteps is not None:
+        layer.timesteps = replace(layer.timesteps, bits=None)
 
 
 def possible(plan: Plan, name: str, precision: Precision) -> str | None:

@@ -105,6 +105,10 @@ class PassDecisions:
                 )
         return entries
 
+    def forget(self, of: str, name: str) -> bool:
+        """Drop what a pass decided under a name, so that it decides again; returns whether there was something."""
+        return self._passes.get(of, {}).pop(name, None) is not None
+
     def stored(self) -> Iterator[tuple[str, str, Stored]]:
         """Every entry with the name of its pass and its own name, as files hold it."""
         for of, entries in self._passes.items():

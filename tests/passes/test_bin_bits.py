@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import fxquant
+from fxquant.allocation.candidates import with_precisions
 from fxquant.backends.native import gpu
 from fxquant.errors import ConfigurationError
 from fxquant.ir.meta import LAYER
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.bin_bits import BinBits, Bits, allocate
+from fxquant.passes.choose_variants import CLIPPED, Variant
 from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.precision import Precision
 from fxquant.runtime.model import GraphModel
 from fxquant.schemas.plan import Layer
 from fxquant.statistics.collection import Statistics
@@ -152,3 +155,45 @@ def test_bad_options_missing_weights_and_edited_plans(made: GraphModel, statisti
     for bad, message in (({"bits": [4]}, "1 of 2 bins"), ({"bits": [4, 8]}, "at most"), ({"bits": [1, 4]}, "bits")):
         with pytest.raises(ValueError, match=message):
             Layer.model_validate({**entry, "timesteps": {**good, **bad}})
+
+
+def test_bits_follow_ranges_that_were_chosen_layer_by_layer(statistics: Statistics, made: GraphModel) -> None:
+    """Where bins were chosen, they get bits, and ranges for these bits; a range per token stays as it is."""
+    text = (RECIPE % WEIGH).replace("bin-ranges{bins=4},", "choose-variants{bins=4 calls=3 probes=4 gain=0.5},")
+    found, whole = (
+        fxquant.compile(make_dit(), recipe=fxquant.Recipe.parse(recipe), statistics=statistics, measure=0).plan
+        for recipe in (text, text.replace("bin-bits{bits=5 lowest=2},", ""))
+    )
+    assert found is not None and whole is not None
+    variants = found.decisions_of(Variant)
+    assert {name: one.chosen for name, one in variants.items()} == {
+        name: one.chosen for name, one in whole.decisions_of(Variant).items()
+    }
+    clipped = [name for name, one in variants.items() if one.chosen == CLIPPED]
+    assert clipped
+    for name in variants:
+        layer, other = found.layers[name], whole.layers[name]
+        assert layer.activation is not None and other.activation is not None
+        assert layer.activation.method == other.activation.method
+        assert layer.boundaries == other.boundaries
+        assert bool(layer.timesteps and layer.timesteps.bits) == bool(layer.boundaries)
+        assert (layer.activation.ends != other.activation.ends) == (name in clipped)
+
+
+def test_another_precision_gets_bits_of_its_own(made: GraphModel, statistics: Statistics) -> None:
+    assert made.plan is not None
+    name = "transformer_blocks.0.attn1.to_q"
+    plan = with_precisions(made.plan, {name: Precision.parse("w8a4")})
+    for reader in ("to_q", "to_k", "to_v"):  # They share the bits of the value that they read.
+        layer = plan.layers[f"transformer_blocks.0.attn1.{reader}"]
+        assert layer.timesteps is not None and layer.timesteps.bits is None and layer.boundaries
+    kept = plan.layers["transformer_blocks.0.attn1.to_out.0"].timesteps
+    assert kept == made.plan.layers["transformer_blocks.0.attn1.to_out.0"].timesteps
+    assert name not in plan.decisions_of(Bits) and len(plan.decisions_of(Bits)) == len(binned(made)) - 3
+    again = fxquant.compile(make_dit(), plan=plan, statistics=statistics)
+    assert again.plan is not None
+    found = again.plan.layers[name].timesteps
+    assert found is not None and found.bits is not None and max(found.bits) <= 4
+    gone = with_precisions(made.plan, {name: Precision.parse("w8a16")})
+    after = gone.layers[name].timesteps
+    assert after is not None and after.bits is None
