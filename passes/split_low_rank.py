@@ -118,7 +118,7 @@ class SplitLowRank(Pass):
         branches = context.plan.decisions_of(Branch)
         refused = []
         linears = targets(graph, context.plan, self.roles, self.layers, branches, weights_only=True)
-        if not linears and not is_replayed(rewriter.module):
+        if not linears and not branches and not is_replayed(rewriter.module):
             what = "weights of 8 bits beside float inputs need no branch; leave the pass out, or choose fewer bits"
             warn_of_none(self.name, context.plan, self.roles, self.layers, what)
         for layer in linears:

@@ -95,7 +95,10 @@ class Job:
         quantized = self.prepared.quantized(name)
         assert quantized.plan is not None
         self.plans[name] = quantized.plan
-        return base if quantized is self.prepared.base else other_pairs(quantized, base)
+        first = self.prepared.base.plan
+        assert first is not None
+        same = quantized is self.prepared.base
+        return base if same else other_pairs(quantized, base, first, self.prepared.model)
 
     def _weigh(self, base: list[Pair], others: dict[str, list[Pair]]) -> None:
         """Bytes of every layer in every precision."""

@@ -27,15 +27,20 @@ class Branch(Decision, of="split-low-rank"):
     reason: str | None = None
 
 
-def branch_bytes(plan: Plan, layer: str, dtype: torch.dtype) -> int:
-    """Bytes of the two factors beside a layer of a model of this dtype; 0 if it has no branch.
+def branch_rank(plan: Plan, layer: str) -> int:
+    """Rank of the branch beside a layer; 0 if it has none.
 
     Only layers whose weight is rounded have one, whatever was decided before they got another precision.
     """
     branch, own = plan.decisions_of(Branch).get(layer), plan.layers.get(layer)
-    if branch is None or own is None or not is_rounded(own):
+    return 0 if branch is None or own is None or not is_rounded(own) else branch.rank
+
+
+def branch_bytes(plan: Plan, layer: str, dtype: torch.dtype) -> int:
+    """Bytes of the two factors beside a layer of a model of this dtype; 0 if it has no branch."""
+    if not branch_rank(plan, layer):
         return 0
-    return factor_bytes(branch, own.shape, dtype)
+    return factor_bytes(plan.decisions_of(Branch)[layer], plan.layer(layer).shape, dtype)
 
 
 def factor_bytes(branch: Branch, shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,14 @@ def test_sizes_are_those_of_the_model_whatever_the_recipe_begins_from(model: nn.
     candidates = ("w4a8", "w8a16", "float")
     collected = Statistics(keep_calls=6)
     options: dict[str, Any] = {"recipe": recipe, "candidates": candidates, "timesteps": 1, "probes": 1, "measure": 0}
-    known = fxquant.sensitivity(model, calibrate=calibrate(model), statistics=collected, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        known = fxquant.sensitivity(model, calibrate=calibrate(model), statistics=collected, **options)
+    assert not [one for one in said if "changes no layer" in str(one.message)]  # Branches were decided before.
+    for layer in known.layers.values():  # Without its branch, a layer has the whole weight to round.
+        for precision in ("w4a8", "w8a16"):
+            (alone,), (together,) = layer.alone(precision), known.output[precision]
+            assert alone is not None and together is not None and alone < 4 * together
     for precision in ("w4a8", "w8a16"):  # Neither is the precision of the recipe; the second one has no branches.
         limit = known.uniform_bytes(precision)
         result = fxquant.search(model, size=limit, sensitivities=known, statistics=collected)

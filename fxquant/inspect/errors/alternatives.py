@@ -112,13 +112,17 @@ class Candidates:
         if not having:
             return
         self._errors[unit] = found = {}
-        exact = self.alternatives[having[0]].exact(unit.name, args)  # The same for all of them.
+        exact = dict[int, Tensor | None]()  # The same for all that share the float weight.
         for name in having:
-            found[name] = self.alternatives[name].error(unit.name, args[0], self.inputs, exact)
+            other = self.alternatives[name]
+            weight = id(other.pair.weights[unit.name])
+            if weight not in exact:
+                exact[weight] = other.exact(unit.name, args)
+            found[name] = other.error(unit.name, args[0], self.inputs, exact[weight])
             self.local[name][unit.name] = float(found[name].float().square().sum(dtype=torch.float64))
             self.products[name][unit.name] = []
-        weight = self.alternatives[having[0]].pair.weights[unit.name]
-        self.macs[unit.name] = y.numel() // max(self.sweep.samples, 1) * weight[0].numel()
+        columns = self.alternatives[having[0]].pair.weights[unit.name][0].numel()
+        self.macs[unit.name] = y.numel() // max(self.sweep.samples, 1) * columns
 
     def pulled(self, unit: Unit, gradient: Tensor | None) -> None:
         """Keep the products with one gradient."""

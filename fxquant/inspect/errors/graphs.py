@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from fxquant.numerics.weights import dequantize_weight
 from fxquant.pipeline.backend import resolve_backend
 from fxquant.pipeline.pipeline import Pass, Pipeline
 from fxquant.pipeline.recipes import recipe_of
+from fxquant.planning.branches import Branch, branch_rank
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.runtime.float_model import device_of
@@ -101,20 +102,40 @@ def _twin(quantized: GraphModel, plan: Plan) -> GraphModel:
     return twin
 
 
-def other_pairs(quantized: GraphModel, pairs: Iterable[Pair]) -> list[Pair]:
+def other_pairs(quantized: GraphModel, pairs: Sequence[Pair], first: Plan, model: nn.Module) -> list[Pair]:
     """The graphs of a model whose layers have other precisions, and the same factors folded into their weights.
 
+    Layers that have another branch of low rank than in the first model, or none, have another float weight.
+
     Args:
-        quantized: The other model; its plan is the first one's, but for precisions, ranges and bins.
+        quantized: The other model; its plan is the first one's, but for precisions, ranges, bins and branches.
         pairs: What :func:`make_pairs` made for the first one.
+        first: The plan of the first one.
+        model: The float model that both were made from.
     """
     plan = copy.deepcopy(quantized.plan)
     assert plan is not None
-    twin, found = _twin(quantized, plan), []
-    for pair in pairs:
-        assert pair.call is not None
-        found.append(Pair(pair.call, twin.captured[plan.calls.index(pair.call)].module, pair.weights))
-    return found
+    twin, calls = _twin(quantized, plan), [pair.call for pair in pairs if pair.call is not None]
+    own = _weights_beside_branches(model, plan, first, calls)
+    return [
+        Pair(call, twin.captured[plan.calls.index(call)].module, {**pair.weights, **weights})
+        for call, pair, weights in zip(calls, pairs, own, strict=True)
+    ]
+
+
+def _weights_beside_branches(
+    model: nn.Module, plan: Plan, first: Plan, calls: Sequence[CallSpec]
+) -> list[dict[str, Tensor]]:
+    """For each call, the float weights of the layers whose branches of low rank differ between two plans."""
+    changed = {name for name in plan.layers if branch_rank(plan, name) != branch_rank(first, name)}
+    if not changed:
+        return [{} for _ in calls]
+    wanted = copy.deepcopy(plan)
+    for name, branch in wanted.decisions_of(Branch).items():
+        if name not in changed:
+            branch.rank = 0  # Its factors are not needed, and take long.
+    found = _float_weights(model, wanted, calls)
+    return [{name: weight for name, weight in weights.items() if name in changed} for weights in found]
 
 
 def _float_weights(model: nn.Module, plan: Plan, calls: Iterable[CallSpec]) -> list[dict[str, Tensor]]:
