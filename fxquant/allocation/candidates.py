@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -95,14 +95,28 @@ def possible(plan: Plan, name: str, precision: Precision) -> str | None:
     return None
 
 
-def bytes_of_weights(pairs: Iterable[Pair], names: Iterable[str]) -> dict[str, int]:
-    """Bytes of the codes, scales and zero points of layers; those that have none are left out."""
-    wanted, found = set(names), dict[str, int]()
+@dataclass(frozen=True)
+class StoredWeight:
+    """The codes, scales and zero points that a layer reads.
+
+    Attributes:
+        codes: Name of the tensor of codes. Layers with tied weights and the same format read the same one.
+        bytes: Size of all of them.
+    """
+
+    codes: str
+    bytes: int
+
+
+def stored_weights(pairs: Iterable[Pair], names: Iterable[str]) -> dict[str, StoredWeight]:
+    """What layers read, by their names; those whose weight has no codes are left out."""
+    wanted, found = set(names), dict[str, StoredWeight]()
     for pair in pairs:
         for node in pair.quantized.graph.nodes:
             name = str(node.meta.get(LAYER, ""))
             if name in wanted and name not in found and (codes := codes_of(node)) is not None:
-                found[name] = sum(_bytes(pair.quantized, part) for part in codes if part is not None)
+                size = sum(_bytes(pair.quantized, part) for part in codes if part is not None)
+                found[name] = StoredWeight(str(codes.codes.target), size)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxquant.allocation.candidates import bytes_of_weights, precision_of_recipe
+from fxquant.allocation.candidates import precision_of_recipe, stored_weights
 from fxquant.allocation.prepared import Prepared
 from fxquant.calibration.kept_calls import some_inputs
 from fxquant.calibration.recorded import inputs_on
@@ -52,6 +52,7 @@ class Job:
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, str] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     earlier: float = 0.0
 
@@ -101,19 +102,22 @@ class Job:
         return base if same else other_pairs(quantized, base, first, self.prepared.model)
 
     def _weigh(self, base: list[Pair], others: dict[str, list[Pair]]) -> None:
-        """Bytes of every layer in every precision."""
+        """Bytes of every layer in every precision; a weight that several layers share counts for the first one."""
         names, dtype = self.prepared.layers, dtype_of(self.prepared.model)
         held = {name: pair.weights[name] for pair in base for name in names if name in pair.weights}
         self.weights = {name: weight.numel() for name, weight in held.items()}
         for text, pairs in others.items():
-            found = bytes_of_weights(pairs, names)
+            found, owners = stored_weights(pairs, names), dict[str, str]()
             for name, own in names.items():
                 if text in own and name in found:
-                    size = found[name] + branch_bytes(self.plans[text], name, dtype)
-                    self.sizes.setdefault(name, {})[text] = size
+                    owner = owners.setdefault(found[name].codes, name)
+                    if owner != name:
+                        self.shares[name] = owner
+                    size = 0 if owner != name else found[name].bytes
+                    self.sizes.setdefault(name, {})[text] = size + branch_bytes(self.plans[text], name, dtype)
         for name, own in names.items():
             if FLOAT_BITS in own and name in held:
-                self.sizes.setdefault(name, {})[FLOAT_BITS] = held[name].nbytes
+                self.sizes.setdefault(name, {})[FLOAT_BITS] = 0 if name in self.shares else held[name].nbytes
 
     def _one(self, step: float, sweeps: dict[int, tuple[Sweep, dict[str, Alternative]]]) -> None:
         """Measure one timestep; the energies of calls of several kinds are added."""
@@ -169,10 +173,13 @@ class Job:
             sizes = tuple(self.sizes[name][text] for text in texts)
             reads = plan.layers[name].observed or name
             rows = (tuple(tuple(cell[part] for cell in row) for row in cells) for part in range(3))
-            layers[name] = LayerSensitivity(name, self.weights[name], self.macs[name], reads, texts, sizes, *rows)
+            layers[name] = LayerSensitivity(
+                name, self.weights[name], self.macs[name], reads, texts, sizes, *rows, shares=self.shares.get(name, "")
+            )
         base = str(precision_of_recipe(self.prepared.recipe))
         dtype = dtype_of(self.prepared.model)
-        varied = sum(weight_bytes(plan.layers[name], dtype)[1] + branch_bytes(plan, name, dtype) for name in layers)
+        varied = sum(branch_bytes(plan, name, dtype) for name in layers)
+        varied += sum(weight_bytes(plan.layers[name], dtype)[1] for name in layers if name not in self.shares)
         output = {name: tuple(self.output[step][name] for step in steps) for name in self.prepared.precisions}
         floats = {FLOAT_BITS} & {text for own in self.prepared.layers.values() for text in own}
         return Sensitivities(
@@ -225,6 +232,7 @@ class Job:
         self.sizes = {name: dict(zip(one.precisions, one.bytes, strict=True)) for name, one in earlier.layers.items()}
         self.macs = {name: one.macs for name, one in earlier.layers.items()}
         self.weights = {name: one.weights for name, one in earlier.layers.items()}
+        self.shares = {name: one.shares for name, one in earlier.layers.items() if one.shares}
         for number, step in enumerate(earlier.timesteps):
             self.output[step] = {name: float(row[number] or 0.0) for name, row in earlier.output.items()}
             self.found[step] = {}

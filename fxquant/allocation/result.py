@@ -87,7 +87,7 @@ class SearchResult:
         """Bits per weight of the chosen layers, with scales and zero points."""
         layers = self.sensitivities.layers
         total = sum(layers[name].size(precision) for name, precision in self.chosen.items())
-        return 8 * total / sum(layers[name].weights for name in self.chosen)
+        return 8 * total / self.sensitivities.weights_of_layers
 
     def table(self) -> str:
         """The result, the choices, and the uniform precisions beside it."""

@@ -74,7 +74,8 @@ def search(
     precision per layer: for ``size`` and ``speed`` those with the highest mean SQNR of the output within the limit, for
     ``sqnr`` those with the smallest size that reach it. The result is measured. If it misses the SQNR that was asked
     for, or passes it by far, the search is repeated with a corrected target. Layers that read the same value get the
-    same activation precision, so that kernels share its codes. The same call makes the same plan.
+    same activation precision, so that kernels share its codes; layers with tied weights get the same precision. The
+    same call makes the same plan.
 
     Args:
         model: The float model, in evaluation mode.
@@ -253,7 +254,9 @@ class _Search:
             errors = dict(zip(layer.precisions, self.sizes.errors[name], strict=True))
             share = float((errors[text] / np.maximum(whole, 1e-30)).mean())
             cheaper = [p for p in layer.precisions if layer.size(p) < layer.size(text)]
-            if not cheaper:
+            if layer.shares:
+                why = f"shares the weight of {layer.shares}"
+            elif not cheaper:
                 why = "the smallest of its candidates"
             else:
                 other = max(cheaper, key=layer.size)
@@ -303,6 +306,11 @@ def problem_of(found: Sensitivities, costs: dict[str, Any], fixed: float | None 
         {name: [_activation(text) for text in found.layers[name].precisions] for name in names}
         for names in readers.values()
         if len(names) > 1
+    ]
+    ties += [
+        {other: found.layers[other].precisions for other in (one.shares, name)}
+        for name, one in found.layers.items()
+        if one.shares in found.layers
     ]
     options = {name: one.precisions for name, one in found.layers.items()}
     return Problem(options, errors, costs, found.bytes_fixed if fixed is None else fixed, ties)

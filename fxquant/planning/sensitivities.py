@@ -34,11 +34,13 @@ class LayerSensitivity:
         macs: Multiplications and additions for one sample.
         reads: Key of the value that it reads; layers with the same key read the same value.
         precisions: Those that it can have, such as ``w4a8``.
-        bytes: Storage of its weight in each of them, with scales, zero points and a low-rank branch.
+        bytes: Storage of its weight in each of them, with scales, zero points and a low-rank branch. A weight that
+            several layers share counts for the first one.
         estimated: Estimated error of the output if this layer alone is quantized, one row per precision, one number per
             timestep.
         measured: The same, measured by running the model; None where it was not.
         all_but: Estimated error of the output if all layers but this one have the precision.
+        shares: Name of the layer whose stored weight it reads; empty if the weight counts as its own.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayerSensitivity:
     estimated: tuple[Cells, ...]
     measured: tuple[Cells, ...]
     all_but: tuple[Cells, ...]
+    shares: str = ""
 
     def alone(self, precision: str) -> Cells:
         """Error of the output if this layer alone has a precision, by timestep: measured where it was, else estimated.
@@ -131,6 +134,11 @@ class Sensitivities:
             raise UnknownNameError("layer with sensitivities", layer, list(self.layers)[:10])
         return self.layers[layer]
 
+    @property
+    def weights_of_layers(self) -> int:
+        """Number of weights of all layers; a weight that several share counts once."""
+        return sum(layer.weights for layer in self.layers.values() if not layer.shares)
+
     def uniform_bytes(self, precision: str) -> int:
         """Size of the model's tensors if every layer has a precision; layers that cannot have it keep the recipe's."""
         return self.bytes_fixed + sum(self._size(layer, precision) for layer in self.layers.values())
@@ -176,7 +184,7 @@ class Sensitivities:
         for layer in ranked[:most]:
             alone = [_db(mean_db(layer.alone(p))) if p in layer.precisions else "" for p in shown]
             cells.append([layer.name, f"{layer.weights:,}", *alone])
-        uniform = ["all layers", f"{sum(layer.weights for layer in self.layers.values()):,}"]
+        uniform = ["all layers", f"{self.weights_of_layers:,}"]
         cells.append([*uniform, *(_db(self.uniform_db(precision)) for precision in shown)])
         size = ["size", "", *(f"{self.uniform_bytes(p) / max(self.bytes_before, 1):.1%}" for p in shown)]
         cells.append(size)
@@ -198,6 +206,8 @@ class Sensitivities:
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
         for layer in layers.values():
             del layer["name"]
+            if not layer["shares"]:  # Most layers; their entries stay as earlier versions read them.
+                del layer["shares"]
         values = json_values({**data, "layers": layers})
         assert isinstance(values, dict)
         return values
@@ -210,7 +220,7 @@ class Sensitivities:
             own: dict[str, Any] = {key: tuple(entry[key]) for key in ("precisions", "bytes")}
             own |= {key: tuple(map(tuple, entry[key])) for key in ("estimated", "measured", "all_but")}
             own |= {key: entry[key] for key in ("weights", "macs", "reads")}
-            layers[name] = LayerSensitivity(name, **own)
+            layers[name] = LayerSensitivity(name, **own, shares=entry.get("shares", ""))
         given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name not in ("layers", "output")}
         given |= {key: tuple(data[key]) for key in ("precisions", "timesteps")}
         return cls(layers=layers, output={name: tuple(row) for name, row in data["output"].items()}, **given)

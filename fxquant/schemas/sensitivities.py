@@ -23,6 +23,7 @@ class LayerEntry(Entry):
     estimated: Matrix
     measured: Matrix
     all_but: Matrix
+    shares: Name | None = None
 
     @model_validator(mode="after")
     def _shaped(self) -> LayerEntry:

@@ -192,6 +192,47 @@ def test_number_formats_are_candidates(model: nn.Module, statistics: Statistics)
     assert worst is not None and best is not None and best > worst
 
 
+class Tied(nn.Module):
+    """Three linears, of which two share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.ModuleDict({name: nn.Linear(32, 32) for name in ("a", "b", "c")})])
+        self.blocks[0]["b"].weight = self.blocks[0]["a"].weight
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        (block,) = self.blocks
+        h = sample + block["b"](sample * 0.02)
+        found: torch.Tensor = block["c"](h + block["a"](h).relu() * torch.sin(timestep.float())[:, None, None])
+        return found
+
+
+def test_a_shared_weight_counts_once(tmp_path: Path) -> None:
+    tied, collected = Tied().eval(), Statistics(keep_calls=3)
+
+    def calls() -> None:
+        for seed in range(3):
+            torch.manual_seed(seed)
+            tied(torch.randn(2, 4, 32), torch.full((2,), 100 * (seed + 1)))
+
+    candidates = ("w4a8", "w8a8", "float")
+    options: dict[str, Any] = {"recipe": "rtn", "candidates": candidates, "timesteps": 1, "measure": 0, "probes": 1}
+    found = fxquant.sensitivity(tied, calibrate=calls, statistics=collected, resume=tmp_path, **options)
+    assert {name: one.shares for name, one in found.layers.items() if one.shares} == {"blocks.0.a": "blocks.0.b"}
+    assert found.weights_of_layers == 2 * 32 * 32
+    for precision in candidates:
+        limit = found.uniform_bytes(precision)
+        result = fxquant.search(tied, size=limit, sensitivities=found, statistics=collected)
+        # Scales of inputs, which float layers do not have, are not counted by layer.
+        assert result.point.size <= limit <= result.point.size + 3 * 5
+        assert result.chosen["blocks.0.a"] == result.chosen["blocks.0.b"]
+        assert result.choices["blocks.0.a"].why == "shares the weight of blocks.0.b"
+    assert result.average_bits == 32
+    again = fxquant.sensitivity(tied, statistics=collected, resume=tmp_path, **options)
+    assert again.layers == found.layers and again.bytes_fixed == found.bytes_fixed
+
+
 def test_candidates_with_inputs_that_the_recipe_did_not_record_are_refused() -> None:
     model = tiny_dit()
     with pytest.raises(ConfigurationError, match=r"candidate w4a8 quantizes inputs, .* the recipe begins from w4a16"):
