@@ -47,7 +47,8 @@ class Native(Backend):
         attention: ``bf16`` multiplies attention that the plan leaves float in bfloat16, if the compiled kernels can;
             ``float`` leaves it to ATen, as on GPUs.
         branches: ``bf16`` multiplies branches of low rank in bfloat16, if the compiled kernels can, with float32 sums;
-            ``float`` multiplies them in float32.
+            ``float`` multiplies them in float32; ``separate`` leaves each branch an op of its own, in the wider of the
+            dtypes of its input and its factors.
         device: The device of the models, which decides the kernels; :func:`fxquant.compile` and :func:`fxquant.load`
             set it themselves.
 
@@ -78,11 +79,11 @@ class Native(Backend):
             raise BackendError(f"kernels={kernels!r} is not known; choose auto, compiled, onednn or triton") from None
         if attention not in ("bf16", "float"):
             raise BackendError(f"attention={attention!r} is not known; choose bf16 or float")
-        if branches not in ("bf16", "float"):
-            raise BackendError(f"branches={branches!r} is not known; choose bf16 or float")
+        if branches not in ("bf16", "float", "separate"):
+            raise BackendError(f"branches={branches!r} is not known; choose bf16, float or separate")
         self._packed = packed
         self._bf16_attention = attention == "bf16"
-        self._bf16_branches = branches == "bf16"
+        self._branches = branches
         self._device = torch.device(device)
 
     def on(self, device: torch.device) -> Native:
@@ -167,8 +168,9 @@ class Native(Backend):
             gpu.lower(module, others, gpu.Options(self._packed))
             return
         if self.kernels is Kernels.COMPILED:
-            bf16 = self._bf16_branches and machine.has_bf16_products()
-            compiled.lower(module, others, compiled.Options(self._packed, self._uses_bf16(), bf16))
+            bf16 = self._branches == "bf16" and machine.has_bf16_products()
+            fused = self._branches != "separate"
+            compiled.lower(module, others, compiled.Options(self._packed, self._uses_bf16(), bf16, fused))
             return
         if self._asked is Kernels.AUTO and not machine.has_tiles():
             _tell_what_is_lost()

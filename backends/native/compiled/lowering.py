@@ -48,11 +48,13 @@ class Options:
         packed: Keep weights of up to 4 bits in half a byte each.
         bf16_attention: Multiply float attention in bfloat16; otherwise ATen computes it.
         bf16_branches: Multiply branches of low rank in bfloat16; otherwise in float32.
+        fused_branches: Compute branches of low rank in the kernels beside them; otherwise they are ops of their own.
     """
 
     packed: bool = True
     bf16_attention: bool = True
     bf16_branches: bool = True
+    fused_branches: bool = True
 
 
 def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options) -> None:
@@ -92,7 +94,8 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
             weight_only.lower_linear(node, rewriter, native.weight_only_linear.default, fits, hold)
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
-    branches.lower(module.graph, rewriter, options.bf16_branches)
+    if options.fused_branches:
+        branches.lower(module.graph, rewriter, options.bf16_branches)
     attention.lower(module.graph, rewriter, options.bf16_attention)
     rotations.lower(module.graph, rewriter)
     module.graph.eliminate_dead_code()

@@ -168,6 +168,16 @@ def test_values_before_a_branch_in_bfloat16_are_written_in_bfloat16(bf16: bool) 
     assert all(node.meta["val"].dtype == torch.float32 for node in linears if node not in before)
 
 
+def test_separate_branches_stay_ops_of_their_own() -> None:
+    x, c = torch.randn(2, 5, 40), torch.randn(2, 120)
+    module, plan = quantized(Layers(), x, c)
+    (right,) = outputs(module, x, c)
+    Native("compiled", branches="separate").finish(module, plan)
+    assert count(module, reference.low_rank.default) == 5
+    assert count(module, native.quantize_down.default) + count(module, native.norm_quantize_down.default) == 0
+    assert sqnr_db(right, outputs(module, x, c)[0]) > 38.0
+
+
 class Attention(nn.Module):
     """An attention whose result one linear reads; with ``shared``, the result is an output too."""
 
@@ -216,5 +226,5 @@ def test_a_branch_whose_linear_is_read_elsewhere_stays() -> None:
 
 
 def test_unknown_products_of_branches_are_refused() -> None:
-    with pytest.raises(BackendError, match="branches='int4' is not known; choose bf16 or float"):
+    with pytest.raises(BackendError, match="branches='int4' is not known; choose bf16, float or separate"):
         Native(branches="int4")
