@@ -92,11 +92,11 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kern
     for node in list(graph.nodes):
         if node.target is kernels.quantize:
             if not _fuse_quantize(node, rewriter, others, kernels) and by_sample(args(node).node("scale")):
-                _fuse_norm(node, rewriter, kernels.norm_quantize)
+                fuse_norm(node, rewriter, kernels.norm_quantize)
         elif kernels.quantize_tokens is not None and node.target is kernels.quantize_tokens:
-            _fuse_norm(node, rewriter, kernels.norm_quantize_tokens)
+            fuse_norm(node, rewriter, kernels.norm_quantize_tokens)
         elif kernels.quantize_down is not None and node.target is kernels.quantize_down:
-            _fuse_norm(node, rewriter, kernels.norm_quantize_down)
+            fuse_norm(node, rewriter, kernels.norm_quantize_down)
     for node in list(graph.nodes):
         if node.target is kernels.linear:
             _fuse_gate_and_residual(node, rewriter)
@@ -280,7 +280,14 @@ def _keeps_samples(view: fx.Node) -> bool:
     return view.target is not aten.unsqueeze.default
 
 
-def _fuse_norm(node: fx.Node, rewriter: Rewriter, op: Any) -> None:
+def fuse_norm(node: fx.Node, rewriter: Rewriter, op: Any) -> None:
+    """Replace a kernel that makes codes by `op`, which computes the norm and the modulation before it as well.
+
+    Args:
+        node: The kernel; its first argument is the value.
+        rewriter: The rewriter of the graph.
+        op: Takes the arguments of the norm and the modulation in place of the value, then those of the kernel.
+    """
     x, rest = args(node).node("x"), node.args[1:]
     passed: list[fx.Node] = []
     shift, factor, plus = None, None, 0.0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.backends.native.gpu import products, rows, weight_only
+from fxquant.backends.native.gpu import products, rotations, rows, weight_only
 from fxquant.backends.native.library import define_composite, define_kernel
 
 _DEVICES = ("CUDA", "CPU")  # On CPUs kernels run in Triton's interpreter.
@@ -43,7 +43,7 @@ def _fake_weight_only_linear(
 
 
 def _fake_norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=arguments[-1])
+    return x.new_empty(x.shape, dtype=arguments[10])
 
 
 def _fake_norm_quantize_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -51,23 +51,27 @@ def _fake_norm_quantize_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
 
 
 def _fake_norm_quantize_tokens(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_quantize_tokens(x, *arguments[-2:])
+    return _fake_quantize_tokens(x, *arguments[7:])
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int, dtype: torch.dtype) -> Tensor:
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int, dtype: torch.dtype, *_: Any
+) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _fake_quantize_sums(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), _fake_row_sums(x)
+def _fake_quantize_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake_quantize(x, *arguments), _fake_row_sums(x)
 
 
-def _fake_quantize_tokens(x: Tensor, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_quantize_tokens(x: Tensor, qmax: int, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     each = (*x.shape[:-1], 1)
     scale, zero_point = (x.new_empty(each, dtype=part) for part in (torch.float32, torch.uint8))
     return x.new_empty(x.shape, dtype=dtype), scale, zero_point, _fake_row_sums(x)
+
+
+def _fake_hadamard(x: Tensor, signs: Tensor, block: int) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _fake_row_sums(xq: Tensor) -> Tensor:
@@ -99,9 +103,10 @@ define_kernel(
 # Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors over the channels,
 # one for all or one per sample. The norm is the layer norm if centered, otherwise the RMS norm. `*_sums` also return
 # the sums of the codes, which linears need if their weights have zero points; `*_tokens` compute a grid for each row,
-# and return codes, scales, zero points and sums.
+# and return codes, scales, zero points and sums. With signs the channels are rotated before they become codes.
 _NORM = "bool centered, float eps, Tensor? weight, Tensor? bias, Tensor? factor, float plus, Tensor? shift"
-_CODES = "Tensor scale, Tensor? zero_point, int qmax, ScalarType dtype"
+_TURN = "Tensor? signs=None, int block=1"
+_CODES = f"Tensor scale, Tensor? zero_point, int qmax, ScalarType dtype, {_TURN}"
 define_kernel(
     f"triton_norm_quantize(Tensor x, {_NORM}, {_CODES}) -> Tensor",
     rows.norm_quantize,
@@ -115,7 +120,8 @@ define_kernel(
     _DEVICES,
 )
 define_kernel(
-    f"triton_norm_quantize_tokens(Tensor x, {_NORM}, int qmax, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"triton_norm_quantize_tokens(Tensor x, {_NORM}, int qmax, ScalarType dtype, {_TURN}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     rows.norm_quantize_tokens,
     _fake_norm_quantize_tokens,
     _DEVICES,
@@ -133,10 +139,14 @@ define_kernel(
     _DEVICES,
 )
 define_kernel(
-    "triton_quantize_tokens(Tensor x, int qmax, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"triton_quantize_tokens(Tensor x, int qmax, ScalarType dtype, {_TURN}) -> (Tensor, Tensor, Tensor, Tensor)",
     rows.quantize_tokens,
     _fake_quantize_tokens,
     _DEVICES,
+)
+# `(x * signs) H`, with Hadamard matrices of size block along the channels, summed in float32.
+define_kernel(
+    "triton_hadamard(Tensor x, Tensor signs, int block) -> Tensor", rotations.hadamard, _fake_hadamard, _DEVICES
 )
 # The sum of each row of codes as stored, int32 `[..., 1]`.
 define_kernel("triton_row_sums(Tensor xq) -> Tensor", rows.row_sums, _fake_row_sums, _DEVICES)

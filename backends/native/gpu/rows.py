@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.backends.native.gpu import machine
+from fxquant.backends.native.gpu import machine, rotations
 from fxquant.backends.native.gpu.arguments import FP8, check_floats, check_zero_point, per_row, vectors
 from fxquant.errors import BackendError
 
@@ -39,43 +39,72 @@ class Norm:
     shift: Tensor | None
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A rotation of channels by Hadamard matrices, after the norm.
+
+    Attributes:
+        signs: int8 `[channels]` of 1 and -1; None for no rotation.
+        block: Channels per Hadamard matrix.
+    """
+
+    signs: Tensor | None = None
+    block: int = 1
+
+
 def norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
     """The op ``triton_norm_quantize``: codes of float `x` `[..., channels]` after a norm.
 
     Args:
         x: float32, bfloat16 or float16.
-        arguments: Those of :class:`Norm`, then the scale, the zero point, the highest code, and the dtype of codes.
+        arguments: Those of :class:`Norm`, then the scale, the zero point, the highest code and the dtype of codes;
+            then those of :class:`Turn`, which may be left out.
     """
-    *norm, scale, zero_point, qmax, dtype = arguments
-    return _rows("triton_norm_quantize", x, Norm(*norm), (scale, zero_point), qmax, dtype, with_sums=False)[0]
+    scale, zero_point, qmax, dtype, *turn = arguments[7:]
+    grid, norm = (scale, zero_point), Norm(*arguments[:7])
+    return _rows("triton_norm_quantize", x, norm, grid, qmax, dtype, Turn(*turn), with_sums=False)[0]
 
 
 def norm_quantize_sums(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The op ``triton_norm_quantize_sums``: :func:`norm_quantize`, and the sums of the codes, int32 `[..., 1]`."""
-    *norm, scale, zero_point, qmax, dtype = arguments
-    codes, *_, sums = _rows("triton_norm_quantize_sums", x, Norm(*norm), (scale, zero_point), qmax, dtype)
+    scale, zero_point, qmax, dtype, *turn = arguments[7:]
+    grid, norm = (scale, zero_point), Norm(*arguments[:7])
+    codes, *_, sums = _rows("triton_norm_quantize_sums", x, norm, grid, qmax, dtype, Turn(*turn))
     return codes, sums
 
 
 def norm_quantize_tokens(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``triton_norm_quantize_tokens``: :func:`quantize_tokens` after a norm."""
-    *norm, qmax, dtype = arguments
-    return _rows("triton_norm_quantize_tokens", x, Norm(*norm), None, qmax, dtype)
+    qmax, dtype, *turn = arguments[7:]
+    return _rows("triton_norm_quantize_tokens", x, Norm(*arguments[:7]), None, qmax, dtype, Turn(*turn))
 
 
-def quantize_tokens(x: Tensor, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_tokens(
+    x: Tensor, qmax: int, dtype: torch.dtype, signs: Tensor | None = None, block: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``triton_quantize_tokens``: codes on one grid per row, which covers the values of the row.
+
+    With signs the channels are rotated before; the grid covers the rotated values.
 
     Returns:
         Codes of `dtype`, `[..., channels]`. Scales in float32 and zero points in uint8, `[..., 1]`, which match the
         reference bit for bit. Sums of the codes in int32, `[..., 1]`.
     """
-    return _rows("triton_quantize_tokens", x, None, None, qmax, dtype)
+    return _rows("triton_quantize_tokens", x, None, None, qmax, dtype, Turn(signs, block))
 
 
-def quantize_sums(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_sums(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmax: int,
+    dtype: torch.dtype,
+    signs: Tensor | None = None,
+    block: int = 1,
+) -> tuple[Tensor, Tensor]:
     """The op ``triton_quantize_sums``: :func:`quantize`, and the sums of the codes, int32 `[..., 1]`."""
-    codes, *_, sums = _rows("triton_quantize_sums", x, None, (scale, zero_point), qmax, dtype)
+    turn = Turn(signs, block)
+    codes, *_, sums = _rows("triton_quantize_sums", x, None, (scale, zero_point), qmax, dtype, turn)
     return codes, sums
 
 
@@ -86,6 +115,7 @@ def _rows(
     grid: tuple[Tensor, Tensor | None] | None,
     qmax: int,
     dtype: torch.dtype,
+    turn: Turn,
     with_sums: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes of rows, their scales and zero points, and their sums, which are empty without `with_sums`.
@@ -97,13 +127,16 @@ def _rows(
         grid: Scale and zero point; None to compute them from each row's range.
         qmax: The highest code.
         dtype: Dtype of the codes.
+        turn: Applied after the norm.
         with_sums: Whether to compute the sums.
 
     Raises:
         BackendError: If arguments do not fit.
     """
     parts = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.factor, norm.shift)
-    machine.check_tensors(op, x, *parts, *(grid or ()))
+    machine.check_tensors(op, x, *parts, *(grid or ()), turn.signs)
+    if turn.signs is not None:
+        rotations.check(op, x, turn.signs, turn.block)
     if grid is not None:
         check_zero_point(op, dtype, grid[1])
     from fxquant.backends.native.gpu.kernels.rows import quantize_rows_kernel
@@ -139,6 +172,7 @@ def _rows(
             scale,
             zero_point,
             sums if with_sums else None,
+            None if turn.signs is None else turn.signs.contiguous(),
             channels,
             factor_rows,
             factor_stride,
@@ -153,19 +187,31 @@ def _rows(
             TOKENS=grid is None,
             FP8=dtype == FP8,
             BLOCK=block,
+            FACTOR=turn.block**-0.5,
+            STEPS=turn.block.bit_length() - 1,
             num_warps=max(1, min(16, block // 512)),
         )
     return out, scale, zero_point, sums
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmax: int, dtype: torch.dtype) -> Tensor:
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmax: int,
+    dtype: torch.dtype,
+    signs: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
     """The op ``triton_quantize``: quantize float `x` to codes of `dtype`, on the grid of the reference, bit for bit.
 
-    8-bit floats have no zero point, and `qmax` means nothing for them.
+    8-bit floats have no zero point, and `qmax` means nothing for them. With signs the channels are rotated before.
 
     Raises:
         BackendError: If arguments do not fit.
     """
+    if signs is not None:
+        return rotations.hadamard_quantize(x, signs, block, scale, zero_point, qmax, dtype)
     machine.check_tensors("triton_quantize", x, scale, zero_point)
     check_zero_point("triton_quantize", dtype, zero_point)
     from fxquant.backends.native.gpu.kernels.rows import quantize_kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fxquant.backends.native.gpu.kernels.hadamard import walsh_hadamard
 from fxquant.backends.native.gpu.kernels.numeric import exact_codes, held_codes, token_grid, token_step
 
 
@@ -19,6 +20,7 @@ def quantize_rows_kernel(
     scale,
     zero_point,
     sums,
+    signs,
     C,
     factor_rows,
     factor_stride,
@@ -33,8 +35,12 @@ def quantize_rows_kernel(
     TOKENS: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
+    FACTOR: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Codes of one row of C channels after a norm and its modulation. Operations whose pointer is None are skipped.
+    """Codes of one row of C channels after a norm, its modulation and a rotation, whose pointers may be None.
+
+    The rotation multiplies blocks of 2**STEPS channels, with their signs, by FACTOR times a Hadamard matrix.
 
     8-bit floats have no zero point: it is not read, and with TOKENS zeros are written.
 
@@ -61,6 +67,10 @@ def quantize_rows_kernel(
     if shift is not None:
         at = (row // shift_rows).to(tl.int64) * shift_stride
         y += tl.load(shift + at + channels, mask=within, other=0.0).to(tl.float32)
+    if signs is not None:
+        y = walsh_hadamard(y * (tl.load(signs + channels, mask=within, other=0).to(tl.float32) * FACTOR), STEPS)
+        if NORM == "none":  # As if the rotated values were stored before.
+            y = y.to(x.dtype.element_ty).to(tl.float32)
     if TOKENS:
         if FP8:
             step, middle = token_step(tl.min(y, 0), tl.max(y, 0)), 0

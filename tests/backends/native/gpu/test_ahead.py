@@ -27,9 +27,10 @@ for kind, group, config in [*all_linears()][::{step}]:
 """
 ROWS = """
 from fxquant.backends.native.gpu.ahead import compile_kernel
-from fxquant.backends.native.gpu.kernels import rows
+from fxquant.backends.native.gpu.kernels import hadamard, rows
 codes = {"int8": "*i8", "fp8": "*fp8e4nv"}
 grid = {"scale": "*fp32", "zero_point": "*u8"}
+none = dict.fromkeys(grid)
 for kind, held in codes.items():
     fp8 = {"FP8": kind == "fp8"}
     vectors = dict.fromkeys(("x", "weight", "bias", "factor", "shift"), "*bf16")
@@ -38,10 +39,16 @@ for kind, held in codes.items():
     found = [compile_kernel(rows.quantize_kernel, {"x": "*bf16", "out": held} | grid, tile | fp8, 4, 1)]
     for norm in ("none", "rms", "layer"):
         for tokens in (True, False):
-            options = {"NORM": norm, "TOKENS": tokens, "BLOCK": 2048, **fp8}
-            types = vectors | grid | numbers | {"out": held}
+            turn = {"STEPS": 7, "FACTOR": 2**-3.5} | ({} if tokens else {"signs": None})
+            options = {"NORM": norm, "TOKENS": tokens, "BLOCK": 2048, **fp8, **turn}
+            types = vectors | grid | numbers | {"out": held, "signs": "*i8"}
             found.append(compile_kernel(rows.quantize_rows_kernel, types, options, 4, 1, ("C",)))
     assert all(used.spilled == 0 for used in found), found
+for steps, out in ((14, {"out": "*bf16"}), (9, {"out": "*i8"} | grid)):
+    shape = {"FP8": False, "BLOCK": 2**steps, "TILE": max(1, 1024 >> steps), "STEPS": steps, "FACTOR": 0.125}
+    warps, types = min(16, max(1024, 2**steps) // 512), {"x": "*bf16", "signs": "*i8"} | out
+    used = compile_kernel(hadamard.hadamard_kernel, types, shape | ({} if "scale" in out else none), warps, 1)
+    assert used.spilled == 0, (steps, used)
 assert compile_kernel(rows.row_sums_kernel, {"x": "*i8", "out": "*i32"}, {"BLOCK": 2048}, 4, 1).spilled == 0
 """
 WEIGHTS_ALONE = """
