@@ -47,6 +47,8 @@ class BranchType(enum.Enum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+    HALF = "half"
+    """That of the layer's weight, or float16 if that is wider than 16 bits."""
 
 
 @register_pass
@@ -77,7 +79,8 @@ class SplitLowRank(Pass):
             SVDQuant does. The fit with the smallest error is kept.
         weighting: How errors in columns count in the fit: ``none`` or ``importance``. Counting them by their inputs
             leaves larger numbers in columns with small inputs, which widen the grids of all rows.
-        branch: Dtype of the factors: ``model`` (that of the weight), ``float32``, ``float16`` or ``bfloat16``.
+        branch: Dtype of the factors: ``model`` (that of the weight), ``float32``, ``float16``, ``bfloat16`` or ``half``
+            (16 bits, as in SVDQuant: float16 beside float32 weights, else that of the weight).
         roles: Roles of the layers to split, joined by ``+``; see :mod:`fxquant.planning.precision`.
         layers: Patterns of the names of the layers to split, joined by ``;``.
     """

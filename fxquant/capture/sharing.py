@@ -1,4 +1,4 @@
-"""Traces that several conversions of one model share. Tracing takes about as long as rounding the weights of a block."""
+"""Traces that several conversions of one model share."""
 
 from __future__ import annotations
 

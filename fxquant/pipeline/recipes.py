@@ -148,7 +148,7 @@ DYNAMIC = "dynamic"
 
 _CHOOSES = "choose-variants"
 _STATIC = (_CHOOSES, "bin-ranges")  # Passes without effect where each token has its own range.
-_FEW = 4  # Bits of which rounding is the larger part of the error, so that branches and rotations are worth their cost.
+_FEW = 4  # Bits at which rounding is most of the error, so that wide branches and rotations are worth their cost.
 
 _NAME = re.compile(r"(?P<name>.+?)-(?P<precision>w\w+a\w+(?:-g\d+|-b\d+(?:x\d+)?|-tensor)?)")
 
@@ -257,14 +257,16 @@ def dynamic(precision: Precision, layers: str) -> Recipe:
 
 
 def auto(precision: Precision, layers: str) -> Recipe:
-    """SmoothQuant with alpha searched, branches and rotations at few bits, GPTQ, and ranges chosen layer by layer."""
+    """SmoothQuant with alpha searched, branches, rotations at few bits, GPTQ, and ranges chosen layer by layer."""
     if precision.activation_bits is None:
         return make_recipe(f"ptq4dit-gptq-{precision}", layers)
     middle = ["balance-channels{salience=max search=11}", "absorb-affines"]
     if precision.activation_bits <= _FEW:
         middle.append("rotate-channels")
     if precision.weight_bits is not None and precision.weight_bits <= _FEW:
-        middle.append("split-low-rank{iterations=4}")
+        middle.append("split-low-rank{iterations=4 branch=half}")
+    else:
+        middle.append("split-low-rank{rank=16 branch=half}")
     return _recipe(precision, layers, *middle, "choose-variants{rounding=gptq}", linears="rounding=gptq")
 
 
@@ -323,13 +325,18 @@ def q_diffusion(precision: Precision, layers: str) -> Recipe:
 def svdquant(precision: Precision, layers: str) -> Recipe:
     """SVDQuant: balancing as PTQ4DiT, then a float branch of rank 32 beside each linear of the blocks."""
     ranges = "weight-range=percentile activation-range=percentile"
-    middle = (_balance(precision), "absorb-affines", "split-low-rank{iterations=4}")
+    middle = (_balance(precision), "absorb-affines", "split-low-rank{iterations=4 branch=half}")
     return _recipe(precision, layers, *middle, ranges=ranges)
 
 
 def svdquant_bins(precision: Precision, layers: str) -> Recipe:
     """SVDQuant at 8 bits: alpha searched, branches of rank 16, and for each input a range per bin of timesteps."""
-    middle = ("balance-channels{salience=max search=11}", "absorb-affines", "split-low-rank{rank=16}", "bin-ranges")
+    middle = (
+        "balance-channels{salience=max search=11}",
+        "absorb-affines",
+        "split-low-rank{rank=16 branch=half}",
+        "bin-ranges",
+    )
     return _recipe(precision, layers, *middle)
 
 
@@ -342,5 +349,5 @@ def quarot(precision: Precision, layers: str) -> Recipe:
 def svdquant_rotated(precision: Precision, layers: str) -> Recipe:
     """SVDQuant on inputs that are balanced and then rotated: the best of these recipes at 4 bits."""
     ranges = "weight-range=percentile activation-range=percentile"
-    middle = (_balance(precision), "absorb-affines", "rotate-channels", "split-low-rank{iterations=4}")
+    middle = (_balance(precision), "absorb-affines", "rotate-channels", "split-low-rank{iterations=4 branch=half}")
     return _recipe(precision, layers, *middle, ranges=ranges)

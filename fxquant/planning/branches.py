@@ -18,7 +18,8 @@ class Branch(Decision, of="split-low-rank"):
 
     Attributes:
         rank: Rank of the branch; 0 if the layer has none.
-        dtype: Dtype of its two factors, such as ``bfloat16``; ``model`` for that of the weight.
+        dtype: Dtype of its two factors, such as ``bfloat16``; ``model`` for that of the weight; ``half`` for float16
+            beside weights of more than 16 bits, and that of the weight beside others.
         reason: Why the layer has no branch, or None.
     """
 
@@ -50,6 +51,8 @@ def factor_bytes(branch: Branch, shape: Sequence[int], dtype: torch.dtype) -> in
 
 def branch_dtype(branch: Branch, model: torch.dtype) -> torch.dtype:
     """Dtype of the factors of a branch beside a weight of this dtype."""
+    if branch.dtype == "half":
+        return torch.float16 if model.itemsize > 2 else model
     found = model if branch.dtype == "model" else getattr(torch, branch.dtype)
     assert isinstance(found, torch.dtype)
     return found

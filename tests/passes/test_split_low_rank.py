@@ -44,7 +44,7 @@ def test_before_and_after() -> None:
     assert trial.plan.decisions_of(Branch) == {"first": Branch(4, "model"), "second": Branch(4, "model")}
 
 
-@pytest.mark.parametrize("options", ["", " iterations=3", " weighting=importance", " branch=bfloat16"])
+@pytest.mark.parametrize("options", ["", " iterations=3", " weighting=importance", " branch=bfloat16", " branch=half"])
 def test_the_split_is_exact(options: str) -> None:
     proof = prove(f"split-low-rank{{rank=4 roles={EACH}{options}}}", tiny_linears(), calls(), before=ALL)
     assert proof.tier == "algebraic" and proof.error < 1e-12

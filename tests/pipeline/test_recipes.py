@@ -7,6 +7,7 @@ import pytest
 from fxquant.errors import ConfigurationError, UnknownNameError
 from fxquant.passes._inputs import InputRange
 from fxquant.passes._quantization import RangeSearch, Rounding
+from fxquant.passes.split_low_rank import BranchType, SplitLowRank
 from fxquant.pipeline.recipes import DYNAMIC, ROUNDINGS, Recipe, make_recipe
 from fxquant.testing import own_recipes
 
@@ -70,7 +71,11 @@ def test_what_is_chosen_is_rounded_as_the_recipe_says() -> None:
     assert str(make_recipe("auto-w4a16")) == str(make_recipe("ptq4dit-gptq-w4a16"))
     passes = {bits: [one.name for one in make_recipe(f"auto-{bits}").convert] for bits in ("w8a8", "w4a8", "w4a4")}
     added = {bits: {"rotate-channels", "split-low-rank"} & {*names} for bits, names in passes.items()}
-    assert added == {"w8a8": set(), "w4a8": {"split-low-rank"}, "w4a4": {"rotate-channels", "split-low-rank"}}
+    assert added == {
+        "w8a8": {"split-low-rank"},
+        "w4a8": {"split-low-rank"},
+        "w4a4": {"rotate-channels", "split-low-rank"},
+    }
 
 
 def test_bins_follow_the_branch_that_follows_balancing() -> None:
@@ -78,7 +83,7 @@ def test_bins_follow_the_branch_that_follows_balancing() -> None:
     names = [one.name for one in made.convert]
     order = ["balance-channels", "absorb-affines", "split-low-rank", "bin-ranges", "quantize-linears"]
     assert [name for name in names if name in order] == order
-    assert step(made, "split-low-rank").rank == 16
+    assert step(made, "split-low-rank") == SplitLowRank(rank=16, branch=BranchType.HALF)
     assert step(made, "quantize-linears").activation_range is InputRange.MINMAX
 
 
