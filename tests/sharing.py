@@ -1,4 +1,6 @@
-"""Fixtures by which all tests share traces, see ``tests.traces``: also a plugin for tests of other packages.
+"""Fixtures by which all tests share traces and more, see ``tests.traces`` and ``tests.conversions``.
+
+It is also a plugin for tests of other packages:
 
 ``pytest -p tests.sharing``, with the root of the repository in ``PYTHONPATH``.
 """
@@ -9,13 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conversions import rebuilt_once, worked_out_once
 from tests.traces import known_memos, memos, traced_once
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_memos() -> Iterator[None]:
-    """Traces look for caches of functions once for all tests."""
-    with memos(known_memos):
+    """Traces look for caches of functions once for all tests, and conversions compile the code of equal graphs once."""
+    with memos(known_memos), worked_out_once():
         yield
 
 
@@ -25,5 +28,5 @@ def shared_traces() -> Iterator[None]:
 
     Tests of what a trace costs, leaves behind or depends on use ``tests.traces.traced_anew``.
     """
-    with traced_once():
+    with traced_once(), rebuilt_once():
         yield

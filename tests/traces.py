@@ -40,7 +40,7 @@ _DEEP = 3  # Levels of objects within objects in attributes that a key describes
 
 def shared(self: Architecture, call: CallSpec, device: torch.device, numbers: Any = None) -> CapturedGraph:
     """In place of ``Architecture.capture_spec``: trace once, and copy the graph for further calls of an equal model."""
-    model = _described(self.skeleton)
+    model = described(self.skeleton)
     if model is None:
         return _TRACE(self, call, device, numbers)
     key = (model, repr(call), str(device), repr(numbers or {}))
@@ -102,7 +102,7 @@ def _counted() -> Iterator[list[int]]:
         yield found
 
 
-def _described(model: nn.Module) -> Hashable | None:
+def described(model: nn.Module) -> Hashable | None:
     """Everything that a trace of a model depends on, or None if code was attached to it.
 
     Lists and tuples count as the same, because a config that was read from a file has lists where the class has tuples.

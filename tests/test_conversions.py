@@ -1,0 +1,70 @@
+"""What lets tests share the work of conversions shares no state, and tells apart what matters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.capture import rebuilding
+from fxquant.ir.rewriter import Rewriter
+from tests import conversions
+from tests.conversions import rebuilt_once, worked_out_once
+from tests.support import captured
+from tests.tiny import make_dit
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 + 1
+
+
+def test_equal_graphs_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile, tracebacks and the inspector find out about the code of one is not told of the other."""
+    monkeypatch.setattr(conversions, "_CODES", type(conversions._CODES)())
+    with worked_out_once():
+        first, second = (fx.symbolic_trace(Doubled()) for _ in range(2))
+    assert len(conversions._CODES) == 1
+    codes = [type(module).forward.__code__ for module in (first, second)]
+    assert codes[0] is not codes[1]
+    assert codes[0].co_filename != codes[1].co_filename
+    assert codes[0].co_code == codes[1].co_code
+    x = torch.randn(3)
+    assert torch.equal(first(x), second(x))
+    assert torch.equal(first(x), Doubled()(x))
+
+
+def test_shapes_are_the_same_and_the_cache_is_off_again() -> None:
+    module = captured(Doubled(), torch.randn(2, 3)).module
+    rewriter = Rewriter(module, "test")
+    node = next(node for node in module.graph.nodes if node.op == "call_function")
+    before = rewriter._fake_mode.cache_enabled
+    with worked_out_once():
+        found = [rewriter.infer(node) for _ in range(2)]
+    assert rewriter._fake_mode.cache_enabled == before
+    expected = rewriter.infer(node)
+    assert [(each.shape, each.dtype, each.stride()) for each in found] == 2 * [
+        (expected.shape, expected.dtype, expected.stride())
+    ]
+
+
+def test_equal_models_are_rebuilt_once_and_others_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def counted(model: nn.Module, timestep: str | None) -> str | None:
+        built.append(model)
+        return "because"
+
+    monkeypatch.setattr(conversions, "_OBSTACLE", counted)
+    monkeypatch.setattr(conversions, "_OBSTACLES", {})
+    with rebuilt_once():
+        for model in (make_dit(), make_dit(), make_dit(layers=2)):
+            assert rebuilding.obstacle(model, "timestep") == "because"
+        changed = make_dit()
+        changed.register_to_config(sample_size=(8,))
+        rebuilding.obstacle(changed, "timestep")
+        changed.register_to_config(sample_size=[8])
+        rebuilding.obstacle(changed, "timestep")
+        changed.register_forward_hook(lambda *_: None)
+        rebuilding.obstacle(changed, "timestep")
+    assert len(built) == 5
