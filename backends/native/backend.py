@@ -207,13 +207,12 @@ class Native(Backend):
             return gpu.kernel(layer, gpu.Options(self._packed))
         own = kernels is Kernels.COMPILED
         if layer.activation_bits is None:
-            format = layer.format_of_weight
-            if format is None or not is_integer(format.name) or layer.group_rows != 1:
-                return "dequantize + aten float"
-            if own and layer.kind == "linear" and compiled.fits(layer.group_size):
-                return f"native weight-only {self._weight(layer)}, float32 sums"
-            if kernels is Kernels.TRITON and layer.kind == "linear":
-                return gpu.weight_only_kernel(layer, gpu.Options(self._packed))
+            if layer.kind == "linear" and layer.group_rows == 1:
+                assert layer.format_of_weight is not None
+                if own and compiled.fits(layer.format_of_weight.name, layer.group_size):
+                    return f"native weight-only {self._weight(layer)}, float32 sums"
+                if kernels is Kernels.TRITON:
+                    return gpu.weight_only_kernel(layer, gpu.Options(self._packed))
             return "dequantize + aten float"
         if layer.kind == "conv":
             return "fxquant::conv2d (reference, float)"
@@ -233,7 +232,10 @@ class Native(Backend):
         return "native attention, bf16 products" if self._uses_bf16() else "aten float"
 
     def _weight(self, layer: LayerPlan) -> str:
-        assert layer.weight_bits is not None
+        format = layer.format_of_weight
+        assert layer.weight_bits is not None and format is not None
+        if not is_integer(format.name):
+            return format.name
         halves = compiled.in_halves(layer.weight_bits, self._packed, layer.group_size)
         groups = f" in groups of {layer.group_size}" if layer.group_size and layer.activation_bits is not None else ""
         return ("u4" if halves else "s8") + groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from fxquant.ir.arguments import Arguments, args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
 from fxquant.ir.tops import separate_tops
-from fxquant.numerics.formats import bits_of
+from fxquant.numerics.formats import bits_of, is_integer
 from fxquant.runtime.devices import give_back_memory
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
@@ -38,6 +37,12 @@ _KERNELS = fusions.Kernels(
 _PANELS = "_panels"
 _SUMS = "_sums"
 _BY_GROUP = "_by_group"
+_IN_PANELS = "_in_panels"
+_LINEARS = (
+    native.vnni_linear.default,
+    native.weight_only_linear.default,
+    native.float_weight_linear.default,
+)
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,14 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
                                        None, None, None, None, 255, dtype)
 
     A weight in groups adds one argument, the inputs per group, and its grid is ``[groups, out]``. A linear with a
-    dequantized weight becomes ``weight_only_linear``. The ops before and after these are fused into the kernels if
-    possible: see :mod:`fxquant.backends.native.fusions`, :mod:`fxquant.backends.native.compiled.attention` and
-    :mod:`fxquant.backends.native.compiled.branches`.
+    dequantized weight becomes ``weight_only_linear``, or ``float_weight_linear`` in a float format. The ops before and
+    after these are fused into the kernels if possible: see :mod:`fxquant.backends.native.fusions`,
+    :mod:`fxquant.backends.native.compiled.attention` and :mod:`fxquant.backends.native.compiled.branches`.
     """
     rewriter = Rewriter(module, "lower to native")
     separate_tops(module.graph, rewriter)
     share(module.graph, rewriter)
+    kernels = _weight_only_kernels(rewriter, others, options)
     lowered = 0
     for node in list(module.graph.nodes):
         if lowered > _KEPT:
@@ -90,8 +96,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
         elif node.target is reference.linear.default:
             _lower_linear(node, rewriter, others, options)
         elif node.target is aten.linear.default:
-            hold = functools.partial(_unsummed_panels, rewriter=rewriter, others=others, options=options)
-            weight_only.lower_linear(node, rewriter, native.weight_only_linear.default, fits, hold)
+            weight_only.lower_linear(node, rewriter, kernels)
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
     if options.fused_branches:
@@ -108,14 +113,16 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     """The tensors of a lowered graph, with packed codes in place of panels and without derived tensors."""
     found = read_tensors(module)
     for node in module.graph.nodes:
-        if node.target not in (native.vnni_linear.default, native.weight_only_linear.default):
+        if node.target not in _LINEARS:
             continue
         given, inner = args(node), int(source_of(node).meta["val"].shape[-1])
-        name = str(given.node("weight").target)
+        name, floats = str(given.node("weight").target), node.target is native.float_weight_linear.default
         if name in found:
-            packed = name.removesuffix(_PANELS)
-            found[packed] = weights.unpacked(found.pop(name), given.bits, given.out_features, inner)
+            packed, bits = name.removesuffix(_PANELS), bits_of(given.format) if floats else given.bits
+            found[packed] = weights.unpacked(found.pop(name), bits, given.out_features, inner)
             found.pop(f"{packed}{_SUMS}", None)
+        if floats and (scale := str(given.node("w_scale").target)) in found:
+            found[scale.removesuffix(_IN_PANELS)] = weights.scales(found.pop(scale), given.out_features)
         if node.target is native.vnni_linear.default and given.group_size:
             for grid in (str(given.node(name).target) for name in ("w_scale", "w_zero_point")):
                 if grid in found:
@@ -153,22 +160,35 @@ def _bytes_of_weight(node: fx.Node) -> int:
     return int(value.numel()) if isinstance(value.shape[0], int) else 0
 
 
-def fits(group_size: int) -> bool:
-    """Whether the kernel for float activations takes weights with this many inputs per group."""
-    return group_size % 8 == 0
+def fits(format: str, group_size: int) -> bool:
+    """Whether a kernel for float activations takes weights of this format with this many inputs per group."""
+    return group_size % 8 == 0 and (is_integer(format) or format in weight_only.FLOAT_FORMATS)
 
 
-def _unsummed_panels(
-    packed: fx.Node,
-    _: fx.Node,
-    bits: int,
-    in_features: int,
-    group_size: int,
-    rewriter: Rewriter,
-    others: Mapping[str, Tensor],
-    options: Options,
-) -> fx.Node:
-    return _panels(packed, bits, in_features, group_size, rewriter, others, options)
+def _weight_only_kernels(
+    rewriter: Rewriter, others: Mapping[str, Tensor], options: Options
+) -> list[weight_only.Kernel]:
+    def panels(given: Arguments) -> fx.Node:
+        return _panels(
+            given.node("wq"), bits_of(given.format), given.in_features, given.group_size, rewriter, others, options
+        )
+
+    def integers(given: Arguments) -> tuple[fx.Node | None, ...]:
+        return panels(given), given.scale, given.zero_point
+
+    def floats(given: Arguments) -> tuple[fx.Node | None, ...]:
+        scale = given.node("scale")
+        held = derived(scale, _IN_PANELS, rewriter, others, lambda: weights.scale_panels(rewriter.tensor(scale)))
+        return panels(given), held, given.global_scale
+
+    return [
+        weight_only.Kernel(
+            native.weight_only_linear.default,
+            lambda format, group: is_integer(format) and fits(format, group),
+            integers,
+        ),
+        weight_only.Kernel(native.float_weight_linear.default, fits, floats),
+    ]
 
 
 def _panels(

@@ -56,6 +56,19 @@ def _fake_weight_only_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _fake_float_weight_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 def _fake_norm_quantize(
     x: Tensor,
     centered: bool,
@@ -162,6 +175,15 @@ define_kernel(
     "int group_size, int out_features) -> Tensor",
     None,
     _fake_weight_only_linear,
+)
+# x times a weight in a float format (of 4 bits: nf4, mxfp4, nvfp4; of 6 and 8 bits too), plus bias, summed in float32.
+# Scales are `[panels, groups, 32]`, as they are stored: float32, or bytes of e8m0 or e4m3. Sums of more than a few rows
+# of bfloat16 are those of weights that are rounded to bfloat16, as the reference rounds them.
+define_kernel(
+    "float_weight_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? global_scale, Tensor? bias, str format, "
+    "int group_size, int out_features) -> Tensor",
+    None,
+    _fake_float_weight_linear,
 )
 # Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors over the channels,
 # one for all samples or one per sample. The norm is layer norm if centered, else RMS norm.

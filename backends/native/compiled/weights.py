@@ -2,8 +2,8 @@
 
 A panel is 32 output channels. For each group of input channels it holds 128 bytes. A group has four channels with one
 code per byte or, for codes of up to 4 bits, eight channels with the first four in the low halves of the bytes. Codes of
-8 bits are stored minus 128, as int8; all other codes are stored unchanged. Nothing is lost: :func:`unpacked` recovers
-every code.
+8 bits, of float formats too, are stored minus 128, as int8; all other codes are stored unchanged. Nothing is lost:
+:func:`unpacked` recovers every code.
 """
 
 from __future__ import annotations
@@ -61,6 +61,16 @@ def unpacked(held: Tensor, bits: int, out_features: int, in_features: int) -> Te
     if bits == 8:
         values = values ^ MIDDLE
     return pack(values.contiguous(), bits)
+
+
+def scale_panels(scale: Tensor) -> Tensor:
+    """Scales `[out, groups]` as `[ceil(out / 32), groups, 32]` of the same dtype; those beyond the outputs are 0."""
+    return pad(scale, (0, 0, 0, -scale.shape[0] % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def scales(held: Tensor, out_features: int) -> Tensor:
+    """Undo :func:`scale_panels`."""
+    return held.transpose(1, 2).flatten(0, 1)[:out_features].contiguous()
 
 
 def sums(codes: Tensor, bits: int, in_features: int) -> Tensor:

@@ -18,6 +18,7 @@ from tabulate import tabulate
 from fxquant.backends.native.gpu import machine
 from fxquant.backends.native.gpu.configs import Config, candidates
 from fxquant.errors import BackendError
+from fxquant.numerics.formats import bits_of
 
 HOPPER = 90
 
@@ -170,6 +171,39 @@ def weight_only_resources(dtype: str, bits: int, group_size: int, rows: int) -> 
         "BLOCK_K": config.block_k,
     }
     return compile_kernel(weight_only_kernel, types, constants, config.warps, config.stages, ("M", "N", "K"))
+
+
+def float_weight_resources(dtype: str, format: str, group_size: int, rows: int) -> Resources:
+    """Resources of the product of float activations and a weight in a float format, on Hopper GPUs.
+
+    Args:
+        dtype: Dtype of the activations, as Triton writes it: ``bf16``, ``fp16`` or ``fp32``.
+        format: Name of the format of the weight. Weights of 4 bits are stored two per byte.
+        group_size: Inputs per group of the weight.
+        rows: Rows of the activations.
+    """
+    from fxquant.backends.native.gpu.float_weights import LAYOUTS, choose
+    from fxquant.backends.native.gpu.kernels.float_weights import float_weight_kernel
+    from fxquant.backends.native.gpu.weights import half_of, in_halves
+
+    halves, config, layout = in_halves(bits_of(format), packed=True), choose(rows, group_size), LAYOUTS[format]
+    types = dict.fromkeys(("x", "out", "bias"), f"*{dtype}") | dict.fromkeys(("w_global", "numbers"), "*fp32")
+    types |= {"w": "*u8" if halves else "*i8", "w_scale": "*fp32" if layout.scales == "float32" else "*u8"}
+    constants: dict[str, Any] = {
+        "EXPONENT": layout.exponent,
+        "MANTISSA": layout.mantissa,
+        "SCALES": layout.scales,
+        "HALF": half_of(group_size) if halves else 0,
+        "GROUP": group_size,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    if layout.scales != "e4m3":
+        constants["w_global"] = None
+    if layout.exponent:
+        constants["numbers"] = None
+    return compile_kernel(float_weight_kernel, types, constants, config.warps, config.stages, ("M", "N", "K"))
 
 
 def all_linears() -> Iterator[tuple[str, int, Config]]:

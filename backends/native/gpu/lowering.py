@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,16 +14,16 @@ from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.activations import lower_tokens
 from fxquant.backends.native.attention import lower_codes
-from fxquant.backends.native.gpu import attention_ops, rotations, weights
+from fxquant.backends.native.gpu import attention_ops, float_weights, rotations, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.gpu.arguments import FP8
 from fxquant.backends.native.gpu.weight_only import fits
 from fxquant.backends.native.library import FLOATS
 from fxquant.backends.native.sharing import share
-from fxquant.ir.arguments import args, source_of
+from fxquant.ir.arguments import Arguments, args, source_of
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import drop_unread_tensors, read_tensors
-from fxquant.numerics.formats import bits_of, top_of
+from fxquant.numerics.formats import bits_of, is_integer, top_of
 from fxquant.planning.decisions import LayerPlan
 
 aten, reference, native = torch.ops.aten, torch.ops.fxquant, torch.ops.fxquant_native
@@ -41,6 +40,7 @@ _LINEARS = (
     native.triton_linear.default,
     native.triton_linear_sums.default,
     native.triton_weight_only_linear.default,
+    native.triton_float_weight_linear.default,
 )
 _WITH_SUMS = {
     native.triton_linear.default: native.triton_linear_sums.default,
@@ -79,9 +79,9 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
                                          None, None, None, None, 255, dtype, group, None, None)
 
     Codes of the format ``fp8`` are made and multiplied by the same ops, as 8-bit floats without zero points. A linear
-    with a dequantized weight becomes ``triton_weight_only_linear``. Operations before and after these are
-    fused into the kernels where possible: see :mod:`fxquant.backends.native.fusions` and
-    :mod:`fxquant.backends.native.gpu.rotations`. Codes that any other op reads
+    with a dequantized weight becomes ``triton_weight_only_linear``, or ``triton_float_weight_linear`` in a float
+    format. Operations before and after these are fused into the kernels where possible: see
+    :mod:`fxquant.backends.native.fusions` and :mod:`fxquant.backends.native.gpu.rotations`. Codes that any other op reads
     stay reference codes.
     """
     rewriter = Rewriter(module, "lower to native")
@@ -100,12 +100,12 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
         if node.target is reference.quantize.default:
             _lower_quantize(node, rewriter)
     module.graph.eliminate_dead_code()
+    kernels = _weight_only_kernels(rewriter, others, options)
     for node in list(module.graph.nodes):
         if node.target is reference.linear.default:
             _lower_linear(node, rewriter, others, options)
         elif node.target is aten.linear.default:
-            hold = functools.partial(_rows, rewriter=rewriter, others=others, options=options)
-            weight_only.lower_linear(node, rewriter, native.triton_weight_only_linear.default, fits, hold)
+            weight_only.lower_linear(node, rewriter, kernels)
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
     module.graph.eliminate_dead_code()
@@ -130,8 +130,10 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
             found[name.removesuffix(_FLOATS)] = found.pop(name).view(torch.uint8)
         elif name in found:
             packed, inner = name.removesuffix(_ROWS), int(source_of(node).meta["val"].shape[-1])
-            zeros = found[str(given.node("w_zero_point").target)]
-            found[packed] = weights.unpacked(found.pop(name), zeros, given.bits, inner, given.group_size)
+            floats = node.target is native.triton_float_weight_linear.default
+            zeros = None if floats else found[str(given.node("w_zero_point").target)]
+            bits = bits_of(given.format) if floats else given.bits
+            found[packed] = weights.unpacked(found.pop(name), zeros, bits, inner, given.group_size)
             for suffix in (_SUMS, _OFFSET):
                 found.pop(f"{packed}{suffix}", None)
     return {name: tensor for name, tensor in found.items() if not name.endswith(fusions.DIVIDED)}
@@ -176,10 +178,14 @@ def kernel(layer: LayerPlan, options: Options) -> str:
 
 def weight_only_kernel(layer: LayerPlan, options: Options) -> str:
     """Name of the kernel or fallback that runs a linear with float activations."""
-    assert layer.weight_bits is not None
-    if not fits(layer.group_size):
+    format = layer.format_of_weight
+    assert format is not None
+    if float_weights.fits(format.name, layer.group_size):
+        groups = f" in groups of {layer.group_size}" if layer.group_size and not format.block else ""
+        return f"native triton weight-only {format.name}{groups}, float32 sums"
+    if not is_integer(format.name) or not fits(layer.group_size):
         return "dequantize + aten float"
-    return f"native triton weight-only {_weight_name(layer.weight_bits, layer.group_size, options)}, float32 sums"
+    return f"native triton weight-only {_weight_name(format.bits, layer.group_size, options)}, float32 sums"
 
 
 def _weight_name(bits: int, group_size: int, options: Options) -> str:
@@ -257,7 +263,7 @@ def _lower_linear(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tensor
 
 def _rows(
     packed: fx.Node,
-    zero_point: fx.Node,
+    zero_point: fx.Node | None,
     bits: int,
     inner: int,
     group_size: int,
@@ -267,12 +273,33 @@ def _rows(
 ) -> fx.Node:
     """The weight in the form that kernels read."""
     halves = weights.in_halves(bits, options.packed)
-    tensors = rewriter.tensor(packed), rewriter.tensor(zero_point)
+    tensors = rewriter.tensor(packed), None if zero_point is None else rewriter.tensor(zero_point)
     node = derived(
         packed, _ROWS, rewriter, others, lambda: weights.kernel_codes(*tensors, bits, inner, halves, group_size)
     )
     assert node is not None
     return node
+
+
+def _weight_only_kernels(
+    rewriter: Rewriter, others: Mapping[str, Tensor], options: Options
+) -> list[weight_only.Kernel]:
+    def rows(given: Arguments) -> fx.Node:
+        layout = bits_of(given.format), given.in_features, given.group_size
+        return _rows(given.node("wq"), given.zero_point, *layout, rewriter, others, options)
+
+    return [
+        weight_only.Kernel(
+            native.triton_weight_only_linear.default,
+            lambda format, group_size: is_integer(format) and fits(group_size),
+            lambda given: (rows(given), given.scale, given.zero_point),
+        ),
+        weight_only.Kernel(
+            native.triton_float_weight_linear.default,
+            float_weights.fits,
+            lambda given: (rows(given), given.scale, given.global_scale),
+        ),
+    ]
 
 
 def _sums_of(codes: fx.Node, rewriter: Rewriter) -> fx.Node:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.backends.native.gpu import products, rotations, rows, weight_only
+from fxquant.backends.native.gpu import float_weights, products, rotations, rows, weight_only
 from fxquant.backends.native.library import define_composite, define_kernel
 
 _DEVICES = ("CUDA", "CPU")  # On CPUs kernels run in Triton's interpreter.
@@ -36,6 +36,19 @@ def _fake_weight_only_linear(
     w_zero_point: Tensor,
     bias: Tensor | None,
     bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_float_weight_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
     group_size: int,
     out_features: int,
 ) -> Tensor:
@@ -98,6 +111,14 @@ define_kernel(
     "int group_size, int out_features) -> Tensor",
     weight_only.weight_only_linear,
     _fake_weight_only_linear,
+    _DEVICES,
+)
+# x times a weight in a float format, with scales `[out, groups]` as they are stored, plus bias, summed in float32.
+define_kernel(
+    "triton_float_weight_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? global_scale, Tensor? bias, "
+    "str format, int group_size, int out_features) -> Tensor",
+    float_weights.float_weight_linear,
+    _fake_float_weight_linear,
     _DEVICES,
 )
 # Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors over the channels,

@@ -22,9 +22,14 @@ def fits(group_size: int) -> bool:
     return group_size % LEAST_GROUP == 0
 
 
+def config_for(rows: int) -> Config:
+    """The tiling for a product of `rows` rows of a weight in one group."""
+    return _FEW if rows < _LEAST_ROWS else _MANY
+
+
 def choose(rows: int, group_size: int) -> Config:
-    """The tiling for a product of `rows` rows."""
-    config = _FEW if rows < _LEAST_ROWS else _MANY
+    """The tiling for a product of `rows` rows. No step crosses the end of a group."""
+    config = config_for(rows)
     return Config(config.block_m, config.block_n, step_of(config, group_size), config.warps, config.stages)
 
 

@@ -8,8 +8,8 @@ A weight is stored as rows of its input channels, one byte per channel, int8:
 
 Codes of up to 4 bits may be stored two per byte, uint8. Of each run of 2 HALF inputs, the first half is in the low
 4 bits of HALF bytes and the second half is in the high 4 bits, so a kernel unpacks each half with one operation and no
-shuffle. All these layouts can be converted back to codes. Codes of the format ``fp8`` are the bytes of 8-bit floats,
-and stay as they are.
+shuffle. All these layouts can be converted back to codes. Codes of float formats have no zero point and stay as they
+are; for products of ``fp8`` they are the bytes of 8-bit floats.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def in_halves(bits: int, packed: bool) -> bool:
 
 
 def kernel_codes(
-    packed: Tensor, zero_point: Tensor, bits: int, in_features: int, halves: bool, group_size: int
+    packed: Tensor, zero_point: Tensor | None, bits: int, in_features: int, halves: bool, group_size: int
 ) -> Tensor:
     """The stored weight: int8 `[out, in]`, or uint8 `[out, held_width]` with two codes per byte.
 
     Args:
         packed: uint8 `[out, packed_size(in, bits)]`.
-        zero_point: uint8 `[out, groups]`.
+        zero_point: uint8 `[out, groups]`; None for float formats.
         bits: Bits per code, 2 to 8.
         in_features: Codes per row.
         halves: Whether two codes share a byte.
@@ -74,11 +74,13 @@ def kernel_codes(
     return (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
 
 
-def unpacked(weight: Tensor, zero_point: Tensor, bits: int, in_features: int, group_size: int) -> Tensor:
+def unpacked(weight: Tensor, zero_point: Tensor | None, bits: int, in_features: int, group_size: int) -> Tensor:
     """Undo :func:`kernel_codes`."""
     if weight.dtype == torch.uint8:
         runs = weight.unflatten(1, (-1, half_of(group_size)))
         return pack(torch.stack([runs & 15, runs >> 4], 2).flatten(1)[:, :in_features].contiguous(), bits)
+    if zero_point is None:
+        return pack(weight.view(torch.uint8), bits)
     offset = MIDDLE if bits == 8 else _spread(zero_point, in_features, group_size).to(torch.int16)
     return pack((weight.to(torch.int16) + offset).to(torch.uint8).contiguous(), bits)
 
@@ -107,7 +109,9 @@ def offset(zero_point: Tensor, bits: int) -> Tensor | None:
     return zero_point.flatten().to(torch.int32) - MIDDLE
 
 
-def _signed(codes: Tensor, zero_point: Tensor, bits: int, group_size: int) -> Tensor:
+def _signed(codes: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
+    if zero_point is None:
+        return codes.contiguous().view(torch.int8)
     if bits == 8:
         return (codes ^ MIDDLE).view(torch.int8)
     return (codes.to(torch.int16) - _spread(zero_point, codes.shape[1], group_size).to(torch.int16)).to(torch.int8)

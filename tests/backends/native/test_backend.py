@@ -33,7 +33,7 @@ from tests.zoo.test_zoo import run as run_zoo
 
 FLOOR = {"float": 45.0, "onednn": 45.0, "bf16": 38.0, "triton": 45.0}  # dB against the oracle.
 NAMES = [f"{name}-{bits}" for name in own_recipes() for bits in ("w8a8", "w4a8")]
-NAMES += ["rtn-w6a6", "rtn-w8a16", "rtn-w4a16-g8", "ptq4dit-gptq-w4a8"]
+NAMES += ["rtn-w6a6", "rtn-w8a16", "rtn-w4a16-g8", "ptq4dit-gptq-w4a8", "rtn-wnf4a16", "rtn-wnvfp4a16"]
 ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel",
        "WanTransformer3DModel", "HunyuanDiT2DModel", "Flux2Transformer2DModel", "AuraFlowTransformer2DModel",
        "CogVideoXTransformer3DModel", "CogView4Transformer2DModel", "LTXVideoTransformer3DModel")  # fmt: skip
@@ -216,7 +216,7 @@ def test_models_of_the_zoo(kind: str, entry: Entry) -> None:
 # --- how models live ------------------------------------------------------------------------------------------------
 
 
-SAVED = ["rtn-w8a8", "dynamic-w8a8", "htg-w8a8", "ptq4dit-w4a8"]
+SAVED = ["rtn-w8a8", "dynamic-w8a8", "htg-w8a8", "ptq4dit-w4a8", "rtn-wnf4a16-g8", "rtn-wnvfp4a16"]
 
 
 @pytest.mark.parametrize(("recipe", "kind"), sampled(SAVED, ["rtn-w8a8"]))
@@ -328,7 +328,7 @@ def test_groups_of_inputs_are_refused_before_anything_runs() -> None:
 def compilers() -> list[Any]:
     """Every recipe and kind with both compilers; ``make test`` runs inductor in tests/runtime/test_torch_compile.py."""
     found = []
-    for pair in sampled(["htg-w8a8", "rtn-w8a8", "ptq4dit-w4a8"], kinds=KINDS[-2::-1]):
+    for pair in sampled(["htg-w8a8", "rtn-w8a8", "ptq4dit-w4a8", "rtn-wnvfp4a16"], kinds=KINDS[-2::-1]):
         for compiler in ("inductor", "aot_eager"):
             marks = [*pair.marks, *(() if compiler == "aot_eager" else (pytest.mark.exhaustive,))]
             found.append(pytest.param(*pair.values, compiler, marks=marks, id=f"{pair.id}-{compiler}"))

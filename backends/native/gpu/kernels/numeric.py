@@ -91,13 +91,19 @@ def token_step(low, high):
 
 @triton.jit
 def dot_codes(values, codes):
-    """The product of floats and integers of up to 256, which all float dtypes represent exactly, summed in float32.
+    """The product of floats and integers of up to 256, which all float dtypes represent exactly, summed in float32."""
+    return dot_floats(values, codes.to(tl.float32))
+
+
+@triton.jit
+def dot_floats(values, weights):
+    """The product of floats and float32 weights, rounded to the dtype of the floats, summed in float32.
 
     A product of float32 is computed as three products of tf32 on tensor cores, which loses almost no precision.
     """
     if _INTERPRETED:
-        values = values.to(tl.float32)  # The interpreter multiplies the raw bits of bfloat16.
-    return tl.dot(values, codes.to(tl.float32).to(values.dtype), input_precision="tf32x3")
+        values = values.to(tl.float32)  # The interpreter multiplies the raw bits of bfloat16, and rounds towards zero.
+    return tl.dot(values, weights.to(values.dtype), input_precision="tf32x3")
 
 
 @triton.jit
