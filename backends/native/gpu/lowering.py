@@ -81,8 +81,8 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     Codes of the format ``fp8`` are made and multiplied by the same ops, as 8-bit floats without zero points. A linear
     with a dequantized weight becomes ``triton_weight_only_linear``, or ``triton_float_weight_linear`` in a float
     format. Operations before and after these are fused into the kernels where possible: see
-    :mod:`fxquant.backends.native.fusions` and :mod:`fxquant.backends.native.gpu.rotations`. Codes that any other op reads
-    stay reference codes.
+    :mod:`fxquant.backends.native.fusions` and :mod:`fxquant.backends.native.gpu.rotations`. Codes that any other op
+    reads stay reference codes.
     """
     rewriter = Rewriter(module, "lower to native")
     share(module.graph, rewriter)
