@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from fxquant.capture.graph import CapturedGraph
+from fxquant.errors import VerificationError
+from fxquant.ir.stages import SPECS, Stage, verify
 
 
 @dataclass(eq=False)
@@ -49,4 +51,6 @@ def shared_trace(model: nn.Module | None, key: Hashable, trace: Callable[[], Cap
         return trace()
     if key not in traces.found:
         traces.found[key] = trace()
+        with suppress(VerificationError):  # The first pipeline verifies its copy, and raises it.
+            verify(traces.found[key].module, SPECS[Stage.CAPTURED])  # What is proved of the graph holds for the copies.
     return traces.found[key].copy()
