@@ -28,7 +28,7 @@ from fxquant.disk.files import (
     refuse_to_replace,
 )
 from fxquant.disk.folders import whole_folder
-from fxquant.errors import CalibrationError, CaptureError, CheckpointError, QualityWarning
+from fxquant.errors import BackendError, CalibrationError, CaptureError, CheckpointError, QualityWarning
 from fxquant.ir.digest import graph_digest
 from fxquant.ir.tensors import read_tensors, weights_and_buffers
 from fxquant.pipeline.backend import Backend, resolve_backend
@@ -297,9 +297,9 @@ def load(
         runner = resolve_backend(plan.backend) if runner is None else runner
         check_headers(plan, found.headers)
     runner = runner.on(device)
-    plan.backend = runner.name
-    runner.check(plan)
     runner.check_device(device)
+    plan.backend = runner.name
+    _check_runs(runner, plan, device, folder)
     architecture = found.build(model)
     with blaming(folder / PLAN_FILE):
         try:
@@ -327,6 +327,23 @@ def load(
         read_adapters(quantized, folder, data["adapters"])
     give_back_memory()
     return quantized
+
+
+def _check_runs(runner: Backend, plan: Plan, device: torch.device, folder: Path) -> None:
+    """Refuse a checkpoint that the backend cannot run on the device.
+
+    Raises:
+        BackendError: Lists the layers, and says with which backend and where the checkpoint can be loaded.
+    """
+    try:
+        runner.check(plan)
+    except BackendError as error:
+        others = sorted((runner.devices or frozenset()) - {device.type})
+        elsewhere = f", or on a device that has their products (device={' or '.join(map(repr, others))})"
+        raise BackendError(
+            f"{error}\nOn {device.type}, load the checkpoint with fxquant.load({str(folder)!r}, backend='fake-quant'), "
+            f"whose reference ops run all layers, slowly{elsewhere if others else ''}"
+        ) from None
 
 
 def _versions() -> dict[str, str]:

@@ -30,6 +30,7 @@ import fxquant
 from fxquant.disk import files
 from fxquant.errors import (
     AlreadyCompiledError,
+    BackendError,
     CheckpointError,
     ConfigurationError,
     NonFiniteError,
@@ -730,6 +731,24 @@ def test_another_backend_and_device(quantized: GraphModel, saved: Path) -> None:
     loaded = fxquant.load(saved, backend="fake-quant", device=torch.device("cpu"))
     assert loaded.plan.backend == "fake-quant"
     assert torch.equal(run(loaded), run(quantized))
+
+
+def test_formats_that_the_device_lacks_are_refused_with_two_ways_out(tmp_path: Path) -> None:
+    """As a checkpoint that `native` wrote on a GPU with products of 8-bit floats."""
+    model = make_dit()
+    made = fxquant.compile(model, recipe="rtn-wfp8afp8", calibrate=calibrate(model), measure=0)
+    assert made.plan is not None
+    made.plan.backend = "native"
+    fxquant.save(made, tmp_path / "fp8")
+    with pytest.raises(BackendError) as caught:
+        fxquant.load(tmp_path / "fp8")
+    message = str(caught.value)
+    assert "7 layers (transformer_blocks.0.norm1.linear, transformer_blocks.0.attn1.to_q, " in message
+    assert "has the format fp8" in message
+    assert f"fxquant.load({str(tmp_path / 'fp8')!r}, backend='fake-quant')" in message
+    assert "a device that has their products (device='cuda')" in message
+    loaded = fxquant.load(tmp_path / "fp8", backend="fake-quant")
+    assert torch.equal(run(loaded), run(made))
 
 
 def test_no_escape_of_a_plan_reaches_the_terminal(folder: Path) -> None:
