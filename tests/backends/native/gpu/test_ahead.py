@@ -59,6 +59,15 @@ for dtype, bits, group, rows in [*itertools.product(("bf16", "fp16", "fp32"), (4
     used = weight_only_resources(dtype, bits, group, rows)
     print(json.dumps([f"{{dtype}} {{bits}} {{group}} {{rows}}", used.spilled, used.shared, used.instructions]))
 """
+FLOAT_WEIGHTS = """
+import itertools, json
+from fxquant.backends.native.gpu.ahead import float_weight_resources
+formats = [("nf4", 0), ("nf4", 64), ("mxfp4", 32), ("nvfp4", 16), ("fp8", 16), ("fp8e5m2", 0), ("mxfp6", 32)]
+for (format, group), dtype, rows in [*itertools.product(formats, ("bf16", "fp16", "fp32"), (2, 300))][::{step}]:
+    used = float_weight_resources(dtype, format, group, rows)
+    name = f"{{format}} {{group}} {{dtype}} {{rows}}"
+    print(json.dumps([name, used.spilled, used.shared, used.instructions]))
+"""
 
 
 def compiled(script: str, folder: Path) -> str:
@@ -91,6 +100,20 @@ def test_products_of_float_activations_compile(step: int, tmp_path: Path) -> Non
     assert len(made) == -(-24 // step)
     for place, values in enumerate(("bf16 fp16 fp32", "4 8", "0 32", "2 300")):
         assert {name.split()[place] for name, *_ in made} == set(values.split())
+    for name, spilled, shared, instructions in made:
+        assert spilled == 0, name
+        assert shared <= 227 * 1024, name
+        found = {word.split()[0] for word in instructions if " " in word}
+        assert found == {"mma" if name.endswith(" 2") else "wgmma"}, name
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 5])
+def test_products_of_float_weights_compile(step: int, tmp_path: Path) -> None:
+    """Every fifth combination holds every dtype, number of rows and format."""
+    made = [json.loads(line) for line in compiled(FLOAT_WEIGHTS.format(step=step), tmp_path).splitlines()]
+    assert len(made) == -(-42 // step)
+    for place, values in {0: "nf4 mxfp4 nvfp4 fp8 fp8e5m2", 2: "bf16 fp16 fp32", 3: "2 300"}.items():
+        assert {name.split()[place] for name, *_ in made} >= set(values.split())
     for name, spilled, shared, instructions in made:
         assert spilled == 0, name
         assert shared <= 227 * 1024, name
