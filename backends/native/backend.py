@@ -102,7 +102,9 @@ class Native(Backend):
         chosen = self.on(device).kernels
         if chosen is Kernels.TRITON:
             reason = gpus.missing(device, fp8=True)
-            return "runs Triton kernels for int8" + (" and fp8" if reason is None else f"; not for fp8: {reason}")
+            blocks = ", ".join(sorted(gpus.block_formats(device)))
+            known = f" and fp8{', and torch products of ' + blocks if blocks else ''}"
+            return "runs Triton kernels for int8" + (known if reason is None else f"; not for fp8: {reason}")
         if chosen is Kernels.COMPILED:
             bf16 = "bfloat16 products" if machine.has_bf16_products() else "float32 (no AVX-512 BF16)"
             return f"runs compiled kernels (AVX-512 VNNI), attention in {bf16}"
@@ -130,9 +132,11 @@ class Native(Backend):
         return Kernels.ONEDNN
 
     def product_formats(self) -> frozenset[str]:
-        """Integers, and on GPUs that multiply 8-bit floats ``fp8``."""
-        takes_floats = self.kernels is Kernels.TRITON and gpus.missing(self._device, fp8=True) is None
-        return INTEGERS | {"fp8"} if takes_floats else INTEGERS
+        """Integers, and on GPUs that multiply them ``fp8``, ``mxfp8``, ``mxfp4`` and ``nvfp4``."""
+        if self.kernels is not Kernels.TRITON:
+            return INTEGERS
+        floats = {"fp8"} if gpus.missing(self._device, fp8=True) is None else set()
+        return INTEGERS | floats | gpus.block_formats(self._device)
 
     def refuse(self, layer: LayerPlan) -> str | None:
         """Refuse weight groups that the kernels lack, sums of more than 32 bits, and builds without the kernels."""

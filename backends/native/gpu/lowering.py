@@ -14,7 +14,7 @@ from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.activations import lower_tokens
 from fxquant.backends.native.attention import lower_codes
-from fxquant.backends.native.gpu import attention_ops, float_weights, rotations, weights
+from fxquant.backends.native.gpu import attention_ops, block_lowering, float_weights, rotations, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.gpu.arguments import FP8
 from fxquant.backends.native.gpu.weight_only import fits
@@ -96,6 +96,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
                 attention_ops.MOST_CHANNELS,
             )
     module.graph.eliminate_dead_code()
+    block_lowering.lower(module.graph, rewriter, others)
     for node in list(module.graph.nodes):
         if node.target is reference.quantize.default:
             _lower_quantize(node, rewriter)
@@ -122,6 +123,8 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
     """The tensors of a lowered graph, with packed codes instead of rows and without derived tensors."""
     found = read_tensors(module)
     for node in module.graph.nodes:
+        if node.target is native.scaled_linear.default:
+            block_lowering.stored(node, found)
         if node.target not in _LINEARS:
             continue
         given = args(node)
@@ -143,6 +146,8 @@ def refuse(layer: LayerPlan) -> str | None:
     """Why the kernels cannot run a linear with quantized activations as planned, and what to use instead."""
     assert layer.weight_bits is not None and layer.format_of_weight is not None and layer.format_of_input is not None
     formats = layer.format_of_weight.name, layer.format_of_input.name
+    if not set(formats).isdisjoint(block_lowering.FORMAT_NAMES):
+        return block_lowering.refuse(layer)
     if _FP8 in formats:
         if formats != (_FP8, _FP8):
             return (
@@ -173,6 +178,8 @@ def kernel(layer: LayerPlan, options: Options) -> str:
     assert layer.weight_bits is not None
     if layer.weight_format == _FP8:
         return "native triton e4m3 x e4m3"
+    if layer.weight_format in block_lowering.FORMAT_NAMES:
+        return f"torch scaled_mm {layer.weight_format} x {layer.weight_format}"
     return f"native triton s8 x {_weight_name(layer.weight_bits, layer.group_size, options)}"
 
 

@@ -18,6 +18,9 @@ OLDEST_TRITON = (3, 6)
 # The lowest compute capabilities whose tensor cores multiply, in Triton, signed bytes and 8-bit floats.
 _INTEGERS = (8, 0)
 _FP8 = (8, 9)
+# Those with which torch multiplies block formats. The kernel of mxfp4 is built for 10.x alone.
+_BLOCKS = {"mxfp8": (10, 0), "nvfp4": (10, 0), "mxfp4": (10, 0)}
+_MXFP4_MAJOR = 10
 
 
 def interprets() -> bool:
@@ -58,6 +61,33 @@ def _missing_on_gpu(device: torch.device, fp8: bool) -> str | None:
             f"{needed[0]}.{needed[1]}{instead}"
         )
     return None
+
+
+def missing_blocks(device: torch.device, format: str) -> str | None:
+    """Why torch cannot multiply a block format on a device, and what to use instead; None if it can.
+
+    Args:
+        device: The device of the tensors.
+        format: ``mxfp8``, ``mxfp4`` or ``nvfp4``.
+    """
+    if device.type != "cuda":
+        return f"torch multiplies {format} on NVIDIA GPUs only, not on {device.type}; use backend 'fake-quant'"
+    reason = missing(device)
+    if reason is not None:
+        return reason
+    found, needed = torch.cuda.get_device_capability(device), _BLOCKS[format]
+    if found >= needed and (format != "mxfp4" or found[0] == _MXFP4_MAJOR):
+        return None
+    wanted = "10.x" if format == "mxfp4" else f"{needed[0]}.{needed[1]}"
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and products of {format} "
+        f"need {wanted}; use a precision such as w8a8 or wfp8afp8, or backend 'fake-quant'"
+    )
+
+
+def block_formats(device: torch.device) -> frozenset[str]:
+    """Names of the block formats that torch multiplies on a device."""
+    return frozenset(format for format in _BLOCKS if missing_blocks(device, format) is None)
 
 
 def check_tensors(op: str, first: Tensor, *others: Tensor | None) -> None:

@@ -8,13 +8,16 @@ the same order as those of the compiled kernels for CPUs, so that the same patte
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxquant.backends.native.gpu import float_weights, products, rotations, rows, weight_only
+from fxquant.backends.native.gpu import blocks, float_weights, products, rotations, rows, weight_only
+from fxquant.backends.native.gpu.arguments import FP8
 from fxquant.backends.native.library import define_composite, define_kernel
+from fxquant.numerics.formats import FORMATS
 
 _DEVICES = ("CUDA", "CPU")  # On CPUs kernels run in Triton's interpreter.
 
@@ -81,6 +84,21 @@ def _fake_quantize_tokens(x: Tensor, qmax: int, dtype: torch.dtype, *_: Any) -> 
     each = (*x.shape[:-1], 1)
     scale, zero_point = (x.new_empty(each, dtype=part) for part in (torch.float32, torch.uint8))
     return x.new_empty(x.shape, dtype=dtype), scale, zero_point, _fake_row_sums(x)
+
+
+def _fake_quantize_blocks(
+    x: Tensor, format: str, global_scale: Tensor | None = None, signs: Tensor | None = None, block: int = 1
+) -> tuple[Tensor, Tensor]:
+    channels, leading = x.shape[-1], x.shape[:-1]
+    dtype = FP8 if FORMATS[format].bits == 8 else torch.uint8
+    rows = math.prod(leading)
+    scales = x.new_empty((blocks.scale_bytes(rows, channels, format),), dtype=torch.uint8)
+    return x.new_empty((*leading, blocks.held_bytes(channels, format)), dtype=dtype), scales
+
+
+def _fake_scaled_linear(codes: Tensor, *arguments: Any) -> Tensor:
+    out_features, dtype = arguments[8:10]
+    return codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
 
 
 def _fake_hadamard(x: Tensor, signs: Tensor, block: int) -> Tensor:
@@ -168,6 +186,23 @@ define_kernel(
 # `(x * signs) H`, with Hadamard matrices of size block along the channels, summed in float32.
 define_kernel(
     "triton_hadamard(Tensor x, Tensor signs, int block) -> Tensor", rotations.hadamard, _fake_hadamard, _DEVICES
+)
+# Codes and scales of block formats as fxquant::quantize and block_scale make them: codes as bytes, filled up with zeros
+# at the end of rows, scales in the tiles that tensor cores read.
+define_kernel(
+    "triton_quantize_blocks(Tensor x, str format, Tensor? global_scale=None, Tensor? signs=None, int block=1) -> "
+    "(Tensor, Tensor)",
+    blocks.quantize_blocks,
+    _fake_quantize_blocks,
+    _DEVICES,
+)
+# The product of such codes with those of a weight, times scales and global scales, plus bias.
+define_kernel(
+    "scaled_linear(Tensor codes, Tensor scales, Tensor? x_global, Tensor weight, Tensor w_scales, Tensor? w_global, "
+    "Tensor? bias, str format, int in_features, int out_features, ScalarType dtype) -> Tensor",
+    blocks.scaled_linear,
+    _fake_scaled_linear,
+    _DEVICES,
 )
 # The sum of each row of codes as stored, int32 `[..., 1]`.
 define_kernel("triton_row_sums(Tensor xq) -> Tensor", rows.row_sums, _fake_row_sums, _DEVICES)

@@ -38,6 +38,7 @@ def lower(graph: fx.Graph, rewriter: Rewriter, kernels: fusions.Kernels) -> None
     read as well becomes ``fxquant_native.triton_hadamard``. Rotations of float64, and in blocks of more than
     :data:`MOST_CHANNELS` channels, stay as they are.
     """
+    makers = (kernels.quantize, kernels.quantize_tokens, native.triton_quantize_blocks.default)
     for node in list(graph.nodes):
         if node.target is not reference.hadamard.default or node.meta["val"].dtype not in FLOATS:
             continue
@@ -45,7 +46,7 @@ def lower(graph: fx.Graph, rewriter: Rewriter, kernels: fusions.Kernels) -> None
         if given[2] > MOST_CHANNELS:
             continue
         codes = only_reader(node)
-        if codes is None or codes.target not in (kernels.quantize, kernels.quantize_tokens):
+        if codes is None or codes.target not in makers:
             with rewriter.before(node):
                 rewriter.replace(node, rewriter.call(native.triton_hadamard.default, given, [node], layer=True))
             continue
@@ -56,7 +57,7 @@ def lower(graph: fx.Graph, rewriter: Rewriter, kernels: fusions.Kernels) -> None
         rewriter.erase(node)
         if new.target is kernels.quantize_tokens:
             fusions.fuse_norm(new, rewriter, kernels.norm_quantize_tokens)
-        elif by_sample(args(new).node("scale")):
+        elif new.target is kernels.quantize and by_sample(args(new).node("scale")):
             fusions.fuse_norm(new, rewriter, kernels.norm_quantize)
 
 

@@ -36,12 +36,14 @@ def to_fp8(y):
     if _INTERPRETED:
         # The interpreter loses the carry of a mantissa that rounds up to the next power of two, so round here first.
         bits = y.to(tl.int32, bitcast=True)
+        sign = (bits >> 24) & 128
         nearest = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         y = tl.where(tl.abs(y) < 0.015625, round_even(y * 512.0) / 512.0, nearest)
     held = y.to(tl.float8e4nv)
     if _INTERPRETED:
-        # It also makes a number of NaN.
-        held = tl.where(unknown, 127, held.to(tl.uint8, bitcast=True)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        # It also makes a number of NaN, and the rounding above lost the sign of values that become 0.
+        code = (held.to(tl.uint8, bitcast=True).to(tl.int32) & 127) | sign
+        held = tl.where(unknown, 127, code).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return held
 
 

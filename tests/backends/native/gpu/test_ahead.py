@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper GPUs, without one."""
+"""Every kernel compiles for GPUs, without one: for Hopper, those of block formats for Blackwell."""
 
 from __future__ import annotations
 
@@ -51,6 +51,17 @@ for steps, out in ((14, {"out": "*bf16"}), (9, {"out": "*i8"} | grid)):
     assert used.spilled == 0, (steps, used)
 assert compile_kernel(rows.row_sums_kernel, {"x": "*i8", "out": "*i32"}, {"BLOCK": 2048}, 4, 1).spilled == 0
 """
+BLOCKS = """
+from fxquant.backends.native.gpu.ahead import compile_kernel
+from fxquant.backends.native.gpu.kernels.blocks import quantize_blocks_kernel
+types = {"x": "*bf16", "signs": "*i8", "scales": "*u8", "global_scale": "*fp32"}
+mxfp8 = {"FP8": True, "BLOCK": 32, "EXPONENT": 8, "STEPS": 7, "global_scale": None}
+nvfp4 = {"FP8": False, "BLOCK": 16, "EXPONENT": 0, "STEPS": 0, "signs": None}
+for codes, format in (("*fp8e4nv", mxfp8), ("*u8", nvfp4)):
+    constants = format | {"FACTOR": 0.125, "ROWS": 32, "COLUMNS": 4}
+    used = compile_kernel(quantize_blocks_kernel, types | {"codes": codes}, constants, 4, 1, ("K", "held"), 100)
+    assert used.spilled <= 8, used  # The stack of a function that divides.
+"""
 WEIGHTS_ALONE = """
 import json
 from fxquant.backends.native.gpu.ahead import weight_only_resources
@@ -91,6 +102,10 @@ def test_ways_to_cut_a_product_compile_into_tensor_core_instructions(step: int, 
 
 def test_kernels_of_rows_compile(tmp_path: Path) -> None:
     compiled(ROWS, tmp_path)
+
+
+def test_codes_of_blocks_compile_for_the_devices_that_multiply_them(tmp_path: Path) -> None:
+    compiled(BLOCKS, tmp_path)
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 5])
