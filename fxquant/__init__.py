@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxquant.ir.roles import nodes_of
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.attribution import Attribution
+    from fxquant.planning.layer_times import LayerTimes
     from fxquant.planning.plan import Plan
     from fxquant.planning.sensitivities import Sensitivities
     from fxquant.pretrained.components import compile_pipeline
@@ -50,6 +51,7 @@ __all__ = [
     "FxQuantConfig",
     "FxquantError",
     "History",
+    "LayerTimes",
     "Plan",
     "Profile",
     "QualityWarning",
@@ -101,6 +103,7 @@ _HOMES = {
     "FxquantError": "errors",
     "GraphModel": "runtime.model",
     "History": "inspect.history",
+    "LayerTimes": "planning.layer_times",
     "PackagedModel": "storage.aot.model",
     "PipelineModel": "pretrained.parts",
     "Plan": "planning.plan",

@@ -172,9 +172,18 @@ class Job:
             cells = [[self._cell(step, name, text) for step in steps] for text in texts]
             sizes = tuple(self.sizes[name][text] for text in texts)
             reads = plan.layers[name].observed or name
-            rows = (tuple(tuple(cell[part] for cell in row) for row in cells) for part in range(3))
+            estimated, measured, rest = (tuple(tuple(cell[part] for cell in row) for row in cells) for part in range(3))
             layers[name] = LayerSensitivity(
-                name, self.weights[name], self.macs[name], reads, texts, sizes, *rows, shares=self.shares.get(name, "")
+                name,
+                self.weights[name],
+                self.macs[name],
+                reads,
+                texts,
+                sizes,
+                estimated,
+                measured,
+                rest,
+                self.shares.get(name, ""),
             )
         base = str(precision_of_recipe(self.prepared.recipe))
         dtype = dtype_of(self.prepared.model)

@@ -49,6 +49,12 @@ class Prepared:
     roundings: Roundings
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def plan_of(self, precision: str) -> Plan:
+        """The plan with every layer in one precision, also float, if it can have it."""
+        assert self.base.plan is not None
+        wanted = self.precisions.get(precision, FLOAT)
+        return with_precisions(self.base.plan, {name: wanted for name, own in self.layers.items() if precision in own})
+
     def quantized(self, precision: str) -> GraphModel:
         """The model with every layer in one precision, if it can have it.
 
@@ -57,10 +63,8 @@ class Prepared:
         """
         if self.precisions[precision] == precision_of_recipe(self.recipe):
             return self.base
-        assert self.base.plan is not None
-        chosen = {name: self.precisions[precision] for name, own in self.layers.items() if precision in own}
         try:
-            return self.compile(with_precisions(self.base.plan, chosen))
+            return self.compile(self.plan_of(precision))
         except CalibrationError as error:
             begun = precision_of_recipe(self.recipe)
             if begun.activation_bits is not None or self.precisions[precision].activation_bits is None:

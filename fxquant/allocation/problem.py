@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fxquant.errors import ConfigurationError
+from fxquant.planning.precision import Precision
+from fxquant.planning.sensitivities import Sensitivities
 
 Floats = npt.NDArray[np.float64]
 
@@ -149,3 +152,38 @@ class Problem:
                                 row[place[name] + number] = sign
                     rows.append(row)
         return rows
+
+
+def problem_of(found: Sensitivities, costs: dict[str, Any], fixed: float | None = None) -> Problem:
+    """The choice of precisions as a problem.
+
+    Args:
+        found: The sensitivities.
+        costs: By layer, the cost of each of its precisions.
+        fixed: The cost of everything else; None for the bytes of everything else.
+    """
+    errors = {
+        name: np.array([[cell or 0.0 for cell in one.alone(text)] for text in one.precisions])
+        for name, one in found.layers.items()
+    }
+    readers: dict[str, list[str]] = {}
+    for name, one in found.layers.items():
+        readers.setdefault(one.reads, []).append(name)
+    ties = [
+        {name: [_activation(text) for text in found.layers[name].precisions] for name in names}
+        for names in readers.values()
+        if len(names) > 1
+    ]
+    ties += [
+        {other: list(found.layers[other].precisions) for other in (one.shares, name)}
+        for name, one in found.layers.items()
+        if one.shares in found.layers
+    ]
+    options = {name: one.precisions for name, one in found.layers.items()}
+    return Problem(options, errors, costs, found.bytes_fixed if fixed is None else fixed, ties)
+
+
+def _activation(text: str) -> str:
+    """What two precisions have to agree in to share the codes of an input."""
+    precision = Precision.parse(text)
+    return f"{getattr(precision, 'activation_format', None) or ''}{precision.activation_bits}"

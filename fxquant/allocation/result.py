@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fxquant.planning.layer_times import LayerTimes
 from fxquant.planning.pass_decisions import Decision
 from fxquant.planning.plan import Plan
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.runtime.model import GraphModel
-from fxquant.text import decimal, fitted, json_values
+from fxquant.text import decimal, fitted, json_values, printable
 
 
 @dataclass
@@ -41,12 +44,14 @@ class Point:
         size: Bytes of the model's tensors.
         estimated_db: Estimated SQNR of the output in dB, mean over timesteps; None for uniform precisions.
         measured_db: The same, measured; None if it was not.
+        speed: How many times faster than the float model's a call is, measured; None if it was not.
     """
 
     name: str
     size: int
     estimated_db: float | None
     measured_db: float | None = None
+    speed: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +67,10 @@ class SearchResult:
         uniform: All layers in one precision, measured.
         checks: What was compiled and measured on the way; the last one is the result.
         sensitivities: What the choice was made from.
-        cost_model: What stands for time, in words; empty unless the target is a speed.
+        cost_model: The speed, and what was timed, in words; empty unless the target is a speed.
+        choices: By layer, the choice with its reason.
+        times: The times of layers that the choice was made from; None unless the target is a speed.
+        refused: Candidates that the backend does not run, and why.
     """
 
     model: GraphModel
@@ -75,6 +83,8 @@ class SearchResult:
     sensitivities: Sensitivities
     cost_model: str = ""
     choices: dict[str, Choice] = field(default_factory=dict)
+    times: LayerTimes | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -100,7 +110,9 @@ class SearchResult:
             "layers: " + ", ".join(f"{counts[name]} in {name}" for name in sorted(counts)),
         ]
         if self.cost_model:
-            lines.append(f"speed: {self.cost_model}")
+            lines += textwrap.wrap(f"speed: {self.cost_model}", 140, subsequent_indent="  ")
+        for what, why in self.refused.items():
+            lines += textwrap.wrap(printable(f"not considered: {what}: {why}"), 140, subsequent_indent="  ")
         cells = [
             [name, one.precision, f"{one.size:,}", _db(one.alone_db), f"{one.share:.1%}", one.why]
             for name, one in self.choices.items()
@@ -124,6 +136,8 @@ class SearchResult:
             {
                 "target": self.target,
                 "cost_model": self.cost_model,
+                "times": None if self.times is None else asdict(self.times),
+                "refused": self.refused,
                 "average_bits": self.average_bits,
                 "point": vars(self.point),
                 **points,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -17,20 +19,22 @@ from fxquant.allocation.candidates import with_precisions
 from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.measure import CANDIDATES, RECIPE, check_options
 from fxquant.allocation.prepared import Prepared, prepare
-from fxquant.allocation.problem import Problem
+from fxquant.allocation.problem import Problem, problem_of
 from fxquant.allocation.result import Choice, Point, SearchResult
+from fxquant.allocation.speed import SpeedSearch
 from fxquant.calibration.kept_calls import some_inputs
 from fxquant.calibration.recorded import arguments_of, inputs_on
 from fxquant.calibration.samples import KEPT_SAMPLES, Sample, output_sqnr
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
-from fxquant.errors import ConfigurationError, UnreachableTargetError, check_type
+from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError, check_type
 from fxquant.inspect.errors.schedule import calls_at, wanted_calls
-from fxquant.pipeline.backend import Backend
+from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.attribution import to_db
-from fxquant.planning.precision import FLOAT, Precision
+from fxquant.planning.layer_times import LayerTimes
+from fxquant.planning.precision import Precision
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.runtime.float_model import device_of, weights_digest
 from fxquant.runtime.model import GraphModel
@@ -40,9 +44,6 @@ _CLOSE = 0.1
 """dB above the target at which a search for the smallest size stops."""
 _HALVINGS = 12
 _CURVE = 9
-
-PRODUCTS = "products: each costs its multiplications times the bits of the wider operand, 16 if one operand is float"
-"""The model of time. It knows no device: what a kernel gains on one, ``fxquant profile`` measures."""
 
 
 def search(
@@ -65,23 +66,27 @@ def search(
     measure: int = 2,
     budget: float | None = None,
     checks: int = 4,
+    times: LayerTimes | str | Path | None = None,
     progress: Progress | None = None,
     seed: int = 0,
 ) -> SearchResult:
     """Choose the precision of each layer, and quantize the model with it.
 
     Sensitivities are measured unless they are given (:func:`fxquant.sensitivity`). An integer program then chooses one
-    precision per layer: for ``size`` and ``speed`` those with the highest mean SQNR of the output within the limit, for
-    ``sqnr`` those with the smallest size that reach it. The result is measured. If it misses the SQNR that was asked
-    for, or passes it by far, the search is repeated with a corrected target. Layers that read the same value get the
-    same activation precision, so that kernels share its codes; layers with tied weights get the same precision. The
-    same call makes the same plan.
+    precision per layer, of those that the backend runs: for ``size`` and ``speed`` those with the highest mean SQNR of
+    the output within the limit, for ``sqnr`` those with the smallest size that reach it. The result is measured. If it
+    misses the SQNR or the speed that was asked for, or passes it by far, the search is repeated with a corrected
+    target. Layers that read the same value get the same activation precision, so that kernels share its codes; layers
+    with tied weights get the same precision. The same call makes the same plan; for a ``speed`` with the same
+    ``times``.
 
     Args:
         model: The float model, in evaluation mode.
         size: Share of the float model's bytes, up to 1; or a number of bytes.
         sqnr: Mean SQNR of the output over the kept calls' timesteps, in dB.
-        speed: How many times faster the products of the varied layers should be, by :data:`PRODUCTS`.
+        speed: How many times faster than the float model's a call should be, on this device and ``backend``, both
+            uncompiled. Calls are the kept ones, with up to 16 samples. The layers are timed in each precision, and what
+            is made of them is timed beside the float model. A speed counts as reached from 99% of it.
         sensitivities: Those of an earlier measurement of the same model with the same recipe.
         recipe: As in :func:`fxquant.sensitivity`.
         candidates: As in :func:`fxquant.sensitivity`; those of the sensitivities, if they are given.
@@ -95,7 +100,10 @@ def search(
         probes: Random gradients per timestep.
         measure: Errors per timestep that are measured, not estimated.
         budget: Seconds for the sensitivities.
-        checks: The most models that are compiled and measured for an ``sqnr``.
+        checks: The most models that are compiled and measured for an ``sqnr`` or a ``speed``.
+        times: For a ``speed``: times of layers that were measured earlier, or a file of them
+            (:meth:`LayerTimes.save`). A file that does not exist is written. With given times the choice does not
+            depend on what is measured now, so the same call makes the same plan.
         progress: Called as ``progress(what, done, total)``.
         seed: Seed of the random vectors.
 
@@ -103,12 +111,16 @@ def search(
         ConfigurationError: If not exactly one target is given, an option is out of range, or the sensitivities are of
             another model or recipe.
         UnreachableTargetError: If no choice of the candidates reaches the target; says the best that does.
+        BackendError: If the backend runs a layer in none of the candidates.
         CalibrationError: If calibration fails, or the statistics lack what the recipe needs.
     """
     target = check_target(size, sqnr, speed)
     check_options(timesteps, samples, probes, measure, budget, None, seed)
     check_type("checks", checks, int, "a number of models")
     check_type("sensitivities", sensitivities, (Sensitivities, NoneType), "what fxquant.sensitivity returned")
+    check_type("times", times, (LayerTimes, str, Path, NoneType), "times of layers, or the path of a file of them")
+    if times is not None and speed is None:
+        raise ConfigurationError("times of layers are read for a speed only; give speed=, or leave times out")
     if checks < 1:
         raise ConfigurationError(f"checks={checks} leaves nothing to measure; give 1 or more")
     if sensitivities is not None:
@@ -123,7 +135,7 @@ def search(
         with without_autocast(device_of(model).type):
             if sensitivities is None:
                 sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(None, show)
-            return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed)
+            return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed, times)
 
 
 class _Search:
@@ -132,26 +144,33 @@ class _Search:
     def __init__(
         self, prepared: Prepared, found: Sensitivities, backend: str | Backend, checks: int, progress: Progress
     ) -> None:
-        self.prepared, self.found, self.backend, self.limit_of_checks = prepared, found, backend, checks
-        self.progress = progress
+        self.prepared, self.measured, self.limit_of_checks, self.progress = prepared, found, checks, progress
+        self.text = backend if isinstance(backend, str) else backend.name
+        self.backend = resolve_backend(backend).on(device_of(prepared.model))
         missing = [name for name in found.layers if name not in prepared.layers]
         if missing:
             raise ConfigurationError(f"the sensitivities are of other layers, such as {missing[0]}; measure them again")
-        self.sizes = problem_of(found, {n: np.array(one.bytes, float) for n, one in found.layers.items()})
+        self.found, self.refused = _that_run(prepared, found, self.backend)
+        self.sizes = problem_of(self.found, {n: np.array(one.bytes, float) for n, one in self.found.layers.items()})
         self.samples = _samples(prepared)
         self.checked: list[Point] = []
 
-    def run(self, target: str, size: float | None, sqnr: float | None, speed: float | None) -> SearchResult:
+    def run(
+        self, target: str, size: float | None, sqnr: float | None, speed: float | None,
+        times: LayerTimes | str | Path | None,
+    ) -> SearchResult:  # fmt: skip
         """Choose, compile, measure."""
         if size is not None:
             chosen = self._within(self.sizes, size)
-        elif speed is not None:
-            chosen = self._faster(speed)
-        else:
-            assert sqnr is not None
-            return self._result(target, *self._reaching(sqnr), cost_model="")
-        made, point = self._made(chosen)
-        return self._result(target, chosen, made, point, PRODUCTS if speed is not None else "")
+            return self._result(target, chosen, *self._made(chosen))
+        if sqnr is not None:
+            return self._result(target, *self._reaching(sqnr))
+        assert speed is not None
+        searching = SpeedSearch(
+            self.prepared, self.found, self.backend, self.text, self.limit_of_checks, self.progress, self._made
+        )
+        found, used, words = searching.run(speed, times)
+        return replace(self._result(target, *found), cost_model=words, times=used)
 
     def _within(self, problem: Problem, size: float) -> dict[str, str]:
         limit = size * self.found.bytes_before if size <= 1 else size
@@ -168,23 +187,6 @@ class _Search:
                 f"{problem.mean_db(least):.1f} dB. Give size={math.ceil(share * 1000) / 1000}, or candidates with "
                 "fewer bits",
                 share,
-            )
-        return chosen
-
-    def _faster(self, speed: float) -> dict[str, str]:
-        costs = {
-            name: np.array([one.macs * _width(text) / 16 for text in one.precisions], float)
-            for name, one in self.found.layers.items()
-        }
-        problem = problem_of(self.found, costs, fixed=0.0)
-        whole = float(sum(one.macs for one in self.found.layers.values()))
-        chosen = problem.best(whole / speed)
-        if chosen is None:
-            best = whole / problem.cost(problem.cheapest())
-            raise UnreachableTargetError(
-                f"products cannot be {speed:g} times faster with these candidates: {best:.3g} times is the most. Give "
-                f"speed={math.floor(best * 100) / 100}, or candidates with fewer bits on both sides",
-                best,
             )
         return chosen
 
@@ -256,6 +258,9 @@ class _Search:
             cheaper = [p for p in layer.precisions if layer.size(p) < layer.size(text)]
             if layer.shares:
                 why = f"shares the weight of {layer.shares}"
+            elif cheaper and not whole.any():
+                other = max(cheaper, key=layer.size)
+                why = f"{other} would save {layer.size(text) - layer.size(other):,} bytes; no layer is rounded now"
             elif not cheaper:
                 why = "the smallest of its candidates"
             else:
@@ -268,9 +273,7 @@ class _Search:
             found[name] = Choice(text, layer.size(text), finite, share, why)
         return found
 
-    def _result(
-        self, target: str, chosen: dict[str, str], made: GraphModel, point: Point, cost_model: str
-    ) -> SearchResult:
+    def _result(self, target: str, chosen: dict[str, str], made: GraphModel, point: Point) -> SearchResult:
         least, most = self.sizes.cost(self.sizes.cheapest()), self.sizes.cost(self.sizes.best() or chosen)
         curve = []
         for limit in np.linspace(least, most, _CURVE):
@@ -282,51 +285,39 @@ class _Search:
         ]
         self.progress("done", len(self.checked), len(self.checked))
         return SearchResult(
-            made, target, chosen, point, tuple(curve), tuple(uniform), tuple(self.checked), self.found, cost_model,
-            self.choices(chosen),
+            made, target, chosen, point, tuple(curve), tuple(uniform), tuple(self.checked), self.measured,
+            choices=self.choices(chosen), refused=self.refused,
         )  # fmt: skip
 
 
-def problem_of(found: Sensitivities, costs: dict[str, Any], fixed: float | None = None) -> Problem:
-    """The choice of precisions as a problem.
+def _that_run(prepared: Prepared, found: Sensitivities, backend: Backend) -> tuple[Sensitivities, dict[str, str]]:
+    """The sensitivities without the precisions that the backend does not run, and which these are.
 
-    Args:
-        found: The sensitivities.
-        costs: By layer, the cost of each of its precisions.
-        fixed: The cost of everything else; None for the bytes of everything else.
+    Raises:
+        BackendError: If it runs a layer in none of its precisions.
     """
-    errors = {
-        name: np.array([[cell or 0.0 for cell in one.alone(text)] for text in one.precisions])
+    refuse, reasons = backend.limits().refuse, dict[str, dict[str, str]]()
+    for text in dict.fromkeys(text for one in found.layers.values() for text in one.precisions):
+        plan = prepared.plan_of(text)
+        for name, one in found.layers.items():
+            if text in one.precisions and (reason := refuse(plan.layer(name))) is not None:
+                reasons.setdefault(text, {})[name] = reason
+    layers = {
+        name: one.only([text for text in one.precisions if name not in reasons.get(text, ())])
         for name, one in found.layers.items()
     }
-    readers: dict[str, list[str]] = {}
-    for name, one in found.layers.items():
-        readers.setdefault(one.reads, []).append(name)
-    ties = [
-        {name: [_activation(text) for text in found.layers[name].precisions] for name in names}
-        for names in readers.values()
-        if len(names) > 1
-    ]
-    ties += [
-        {other: found.layers[other].precisions for other in (one.shares, name)}
-        for name, one in found.layers.items()
-        if one.shares in found.layers
-    ]
-    options = {name: one.precisions for name, one in found.layers.items()}
-    return Problem(options, errors, costs, found.bytes_fixed if fixed is None else fixed, ties)
-
-
-def _activation(text: str) -> str:
-    """What two precisions have to agree in to share the codes of an input."""
-    precision = Precision.parse(text)
-    return f"{getattr(precision, 'activation_format', None) or ''}{precision.activation_bits}"
-
-
-def _width(text: str) -> int:
-    precision = Precision.parse(text)
-    if precision == FLOAT or precision.weight_bits is None or precision.activation_bits is None:
-        return 16
-    return max(precision.weight_bits, precision.activation_bits)
+    none = next((name for name, one in layers.items() if not one.precisions), None)
+    if none is not None:
+        tried = found.layers[none].precisions
+        raise BackendError(
+            f"backend {backend.name!r} runs layer {none!r} in none of the candidates {', '.join(tried)}: "
+            f"{reasons[tried[-1]][none]}"
+        )
+    refused = {
+        f"{text} in {len(own)} layers, such as {next(iter(own))}": next(iter(own.values()))
+        for text, own in reasons.items()
+    }
+    return replace(found, layers=layers), refused
 
 
 def mean_sqnr(values: Iterable[float]) -> float | None:
@@ -374,4 +365,4 @@ def check_target(size: Any, sqnr: Any, speed: Any) -> str:
         raise ConfigurationError(f"{name}={value} is not a target; give a positive number")
     if name == "size":
         return f"size {value:.1%} of float" if value <= 1 else f"size {value:,.0f} bytes"
-    return f"SQNR {value:g} dB" if name == "sqnr" else f"{value:g} times faster products"
+    return f"SQNR {value:g} dB" if name == "sqnr" else f"calls {value:g} times faster"

@@ -26,7 +26,7 @@ _SEARCH_EXAMPLES = """[bold]Examples[/]
 
   fxquant search facebook/DiT-XL-2-256 --sqnr 35 --candidates w4a8,w6a8,w8a8 --out dit-mixed --picture pareto.svg
 
-  fxquant search facebook/DiT-XL-2-256 --speed 2 --sensitivities dit.sensitivities
+  fxquant search facebook/DiT-XL-2-256 --speed 1.5 --backend native --times dit.times --out dit-mixed
 """
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the float pipeline.")]
@@ -114,7 +114,7 @@ def search(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write the quantized pipeline to.")] = None,
     size: Annotated[float | None, typer.Option(help="Share of the float model's bytes, up to 1; or bytes.")] = None,
     sqnr: Annotated[float | None, typer.Option(help="Mean SQNR of the output in dB.")] = None,
-    speed: Annotated[float | None, typer.Option(help="How many times faster the products should be.")] = None,
+    speed: Annotated[float | None, typer.Option(help="How many times faster than float a call should be.")] = None,
     candidates: Candidates = _CANDIDATES,
     recipe: RecipeName = _RECIPE,
     sensitivities: Annotated[
@@ -129,7 +129,11 @@ def search(
     timesteps: Timesteps = 10,
     probes: Probes = 8,
     budget: Budget = 1200.0,
-    checks: Annotated[int, typer.Option(min=1, help="Models that are measured at most to reach --sqnr.")] = 4,
+    checks: Annotated[int, typer.Option(min=1, help="Models that are measured at most for --sqnr or --speed.")] = 4,
+    times: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Times of layers for --speed: read, or kept if there is no file."),
+    ] = None,
     device: Device = "cpu",
     seed: Seed = 0,
     guidance: Guidance = None,
@@ -166,6 +170,7 @@ def search(
             probes=probes,
             budget=budget,
             checks=checks,
+            times=times,
             seed=seed,
             progress=lambda what, done, total: bars.update(task, description=what, completed=done, total=total),
         )

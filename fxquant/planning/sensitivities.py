@@ -6,8 +6,8 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,13 @@ class LayerSensitivity:
             UnknownNameError: If the layer cannot have the precision.
         """
         return self.bytes[self._number(precision)]
+
+    def only(self, precisions: Collection[str]) -> LayerSensitivity:
+        """The same without its other precisions."""
+        kept = [number for number, precision in enumerate(self.precisions) if precision in precisions]
+        rows = ("precisions", "bytes", "estimated", "measured", "all_but")
+        found: dict[str, Any] = {row: tuple(getattr(self, row)[number] for number in kept) for row in rows}
+        return replace(self, **found)
 
     def _number(self, precision: str) -> int:
         if precision not in self.precisions:

@@ -92,19 +92,6 @@ def test_an_sqnr_is_reached_by_the_smallest_model_that_measures_it(
     assert all(one.size >= result.point.size or (one.measured_db or 0) < target for one in result.checks)
 
 
-def test_a_speed_counts_the_wider_operand(model: nn.Module, statistics: Statistics) -> None:
-    options = {**OPTIONS, "candidates": ("w4a4", "w8a8", "w8a16"), "timesteps": 1, "probes": 1}
-    result = fxquant.search(model, speed=3, statistics=statistics, **options)
-    layers = result.sensitivities.layers
-    width = {"w4a4": 4, "w8a8": 8, "w8a16": 16}
-    time = sum(layers[name].macs * width[text] for name, text in result.chosen.items())
-    assert 16 * sum(layer.macs for layer in layers.values()) >= 3 * time
-    assert "wider operand" in str(result)
-    with pytest.raises(UnreachableTargetError, match="4 times is the most") as said:
-        fxquant.search(model, speed=5, statistics=statistics, sensitivities=result.sensitivities)
-    assert said.value.best == pytest.approx(4)
-
-
 def test_targets_that_cannot_be_reached(model: nn.Module, statistics: Statistics, known: Sensitivities) -> None:
     with pytest.raises(UnreachableTargetError, match="the smallest has") as said:
         fxquant.search(model, size=0.01, sensitivities=known, statistics=statistics)

@@ -51,6 +51,18 @@ def test_measure_search_and_load(folder: Path, run: Callable[..., str], tmp_path
     assert (tmp_path / "pareto.svg").read_text().startswith("<?xml")
 
 
+def test_times_are_kept_for_a_speed(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    """The reference ops are slower than float, so the speed is below 1."""
+    options = ("--speed", 0.001, "--times", tmp_path / "dit.times", "--json")
+    texts = [run("search", folder, *options, *QUICK, *CANDIDATES) for _ in range(2)]
+    first, second = (json.loads(text[text.index("{") : text.rindex("}") + 1]) for text in texts)
+    assert first["choices"] == second["choices"] and first["times"] == second["times"]
+    assert first["times"] == {
+        name: value for name, value in json.loads((tmp_path / "dit.times").read_text()).items() if name != "format"
+    }
+    assert 0.001 < first["point"]["speed"] < 1 and "times faster than float, measured" in first["cost_model"]
+
+
 def test_what_is_refused(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
     assert "exactly one of size" in run("search", folder, *QUICK, code=2)
     assert "choose one of these suffixes" in run("search", folder, "--size", 0.5, "--picture", "a.txt", code=2)
