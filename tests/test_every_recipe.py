@@ -22,10 +22,16 @@ NAMES += [f"ptq4dit-{rounding}-w4a8-g8" for rounding in ROUNDINGS]  # Other weig
 NAMES += ["ptq4dit-dynamic-gptq-w4a8-g8", "htg-w4a16-g8"]
 
 SAMPLE = [f"{name}-{PRECISIONS[number % 2]}" for number, name in enumerate(own_recipes())] + ["htg-w4a16-g8"]
-"""Every recipe once: ``make test`` runs mixed batches of these, and compiles and exports every second one."""
+"""Every recipe once: ``make test`` runs mixed batches of these."""
+
+COMPILED = ("auto-w8a8", "htg-w8a8", "svdquant-bins-w8a8", "htg-w4a16-g8")
+"""What ``make test`` compiles and exports: ranges by layer and by timestep, bins with branches, and float inputs."""
+
+BOTH = ("rtn", "ptq4dit", "htg", "quarot")
+"""Recipes of which ``make test`` compares both precisions, each with other ranges or graphs."""
 
 
-def every_recipe(sample: Collection[str] = tuple(NAMES)) -> pytest.MarkDecorator:
+def every_recipe(sample: Collection[str]) -> pytest.MarkDecorator:
     """Parametrizes a test with all recipes, exhaustive outside of the sample."""
     return pytest.mark.parametrize(
         "recipe",
@@ -43,7 +49,7 @@ def compiled(recipe: str) -> GraphModel:
     return fxquant.compile(model, recipe=made, calibrate=calibrate(model), measure=0)
 
 
-@every_recipe(SAMPLE[::2])
+@every_recipe(COMPILED)
 def test_it_compiles_without_a_graph_break_and_exports(recipe: str) -> None:
     quantized = compiled(recipe)
     call = inputs(timestep=None, seed=5)
@@ -58,7 +64,7 @@ def test_it_compiles_without_a_graph_break_and_exports(recipe: str) -> None:
         assert torch.equal(program.module()(*tensors)[0], expected)
 
 
-@every_recipe()
+@every_recipe(SAMPLE)
 def test_a_mixed_batch_is_as_each_sample_alone(recipe: str) -> None:
     quantized = compiled(recipe)
     call = inputs(5, timestep=None, seed=6) | {"timestep": torch.tensor([999, 700, 500, 300, 0])}
@@ -73,7 +79,9 @@ def test_a_mixed_batch_is_as_each_sample_alone(recipe: str) -> None:
     assert len(quantized.graphs) == 1
 
 
-@pytest.mark.parametrize("name", own_recipes())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in BOTH)) for name in own_recipes()]
+)
 def test_fewer_bits_cost_quality_and_none_cost_all_of_it(name: str) -> None:
     reference = run(make_dit(), seed=9)
     errors = [float((run(compiled(f"{name}-{bits}"), seed=9) - reference).norm()) for bits in PRECISIONS]

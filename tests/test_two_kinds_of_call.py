@@ -138,6 +138,7 @@ FLOAT = {("norm", "pe", "balanced")}
 """Cases that `make test` also runs with calls of another dtype than those of the calibration."""
 SECOND = {(kind, "p", "balanced") for kind in ("weightless", "parameter", "table", "convolved", "modulated")}
 SECOND |= {("norm", "p", "shifted by timestep"), ("layer", "pe", "shifted by timestep"), ("norm", "ep", "balanced")}
+SECOND |= {("elsewhere", "p", "balanced"), ("value", "p", "shifted by timestep"), ("norm", "pe", "shifted")}
 """Cases that are like another one as far as `make test` is concerned."""
 
 

@@ -49,8 +49,17 @@ def compiled(model: nn.Module, recipe: str) -> GraphModel:
     return fxquant.compile(model, recipe=recipe, calibrate=lambda: run(model), timestep=None)
 
 
-@pytest.mark.parametrize("make", [make_t5, make_clip])
-@pytest.mark.parametrize(("recipe", "most"), [("rtn-w8a16", 30), ("dynamic-w8a8", 25), ("ptq4dit-gptq-w8a8", 25)])
+@pytest.mark.parametrize(
+    ("recipe", "most", "make"),
+    [
+        ("rtn-w8a16", 30, make_t5),
+        ("dynamic-w8a8", 25, make_clip),
+        ("ptq4dit-gptq-w8a8", 25, make_t5),
+        pytest.param("rtn-w8a16", 30, make_clip, marks=pytest.mark.exhaustive),
+        pytest.param("dynamic-w8a8", 25, make_t5, marks=pytest.mark.exhaustive),
+        pytest.param("ptq4dit-gptq-w8a8", 25, make_clip, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_it_is_quantized_saved_and_loaded(tmp_path: Path, make: Any, recipe: str, most: float) -> None:
     model = make()
     quantized = compiled(model, recipe)

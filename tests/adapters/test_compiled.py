@@ -28,7 +28,7 @@ def _fresh() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("backend", "recipe"),
     [
-        ("native", "smoothquant-w8a8"),
+        pytest.param("native", "smoothquant-w8a8", marks=pytest.mark.exhaustive),
         ("native", "htg-w4a8"),
         ("torchao", "ptq4dit-w8a8"),
         ("torchao", "rtn-w4a16"),

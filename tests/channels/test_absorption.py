@@ -18,6 +18,7 @@ from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
+from tests.sampling import covering
 from tests.support import AFFINE, captured, count, outputs, relative_error
 
 Example = tuple[nn.Module, Callable[[int], dict[str, Tensor]]]
@@ -146,8 +147,7 @@ def reasons(plan: Plan, part: str) -> set[Any]:
     return {layer.balance.reason for name, layer in plan.layers.items() if part in name and layer.balance}
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("make", ["dit", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize(("make", "groups"), covering(["dit", "pixart", "sd3", "flux"], [1, 3], together=1))
 def test_shifts_by_timestep_are_absorbed_too(make: str, groups: int) -> None:
     first = f"group-timesteps{{groups={groups}}},shift-channels,absorb-shifts,"
     found, plan = balanced(globals()[make](), first=first)

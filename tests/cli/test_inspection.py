@@ -75,9 +75,9 @@ def test_diff(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("form", ["text", "dot", "json", "networkx", "model-explorer"])
 def test_graph(folders: tuple[Path, Path], form: str, tmp_path: Path) -> None:
     arguments = ("graph", folders[0], "--layer", VALUE, "--after", "balance-channels", "--format", form)
-    text = good(*arguments)
     assert run(*arguments, "--out", tmp_path / "graph").exit_code == 0
-    assert (tmp_path / "graph").read_text() == text
+    text = (tmp_path / "graph").read_text()
+    assert form != "text" or good(*arguments) == text
     assert f"{VALUE}.weight" in text
     if form == "text":
         line = next(line for line in text.splitlines() if " = linear(" in line)

@@ -70,5 +70,5 @@ pipe.transformer = fxquant.compile(model, recipe="rtn-w4a8", calibrate=calibrate
 QUICKLY = {"docs/diffusers.md", "docs/lives.md"}
 """Pages whose calls of ``torch.compile`` without a backend trace only: the default backend takes a minute."""
 
-ALIKE = {"docs/lives.md": {"PixArt-Sigma", "Stable Diffusion 3", "Wan 2.2", "CogVideoX"}}
+ALIKE = {"docs/lives.md": {"PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Wan 2.2", "CogVideoX"}}
 """Sections of pages that do with another model what the page does already; ``make test`` leaves them out."""

@@ -76,7 +76,7 @@ def backend() -> Iterator[Backend]:
         yield page.Int8Storage()
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w3a6", "dynamic-w4a8", "htg-w8a8"])
+@pytest.mark.parametrize("recipe", ["rtn-w3a6", pytest.param("dynamic-w4a8", marks=pytest.mark.exhaustive), "htg-w8a8"])
 def test_the_backend_of_the_page_agrees_with_the_reference(backend: Backend, recipe: str) -> None:
     model, chosen = make_dit(), make_recipe(recipe, "all")
     if recipe.startswith("htg"):

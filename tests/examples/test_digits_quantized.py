@@ -23,9 +23,9 @@ def planted(pipe: DiTPipeline) -> DiTTransformer2DModel:
 
 def test_tracing_reproduces_images_bit_for_bit(pipe: DiTPipeline) -> None:
     labels = [3, 1, 4, 1, 5]
-    eager = generate(pipe, labels, seed=5, steps=6)
+    eager = generate(pipe, labels, seed=5, steps=3)
     with compare.transformer_of(pipe, fxquant.trace(pipe.transformer)):
-        traced = generate(pipe, labels, seed=5, steps=6)
+        traced = generate(pipe, labels, seed=5, steps=3)
     assert torch.equal(traced, eager)
 
 
@@ -45,7 +45,7 @@ def test_absorption_is_free_and_exact_in_float64(pipe: DiTPipeline, kind: str) -
     model = plant_salience(model) if kind == "planted" else model
 
     def calibrate() -> None:
-        for timestep in range(0, 1000, 100):
+        for timestep in range(0, 1000, 200):
             model(**double_inputs(8, timestep))
 
     recipe = fxquant.Recipe.parse("remove-no-ops,assign-precision ; balance-channels,absorb-affines")

@@ -22,7 +22,7 @@ ASKED = int(os.environ.get("FXQUANT_FUZZ", "0"))
 SHARD = 500
 """Graphs per test of ``make fuzz``."""
 
-SAMPLE = 30
+SAMPLE = 12
 """Graphs that ``make test`` rewrites, always the same ones, besides those of COVERING."""
 
 COVERING = (68, 170, 111, 23, 20, 250, 26, 124, 240, 2, 33, 34, 152, 179, 16, 74, 155, 248)

@@ -115,8 +115,7 @@ def watched(calibration: Calibration, calls: list[dict[str, Any]]) -> Statistics
 
 MODELS = [
     "OwnDiT",
-    "SD32D",
-    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("PixArt2D-Sigma", "Flux2D")),
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("SD32D", "PixArt2D-Sigma", "Flux2D")),
 ]
 
 

@@ -57,7 +57,14 @@ def rounded(model: nn.Module) -> GraphModel:
     return compiled(model, recipe())
 
 
-@pytest.mark.parametrize("name", ["rtn-reconstruct-w4a8", "ptq4dit-reconstruct-w3a8-g8", "htg-reconstruct-w4a8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rtn-reconstruct-w4a8",
+        "ptq4dit-reconstruct-w3a8-g8",
+        pytest.param("htg-reconstruct-w4a8", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_it_comes_closer_to_the_float_model_than_rounding_to_nearest(
     model: nn.Module, rounded: GraphModel, name: str
 ) -> None:

@@ -167,6 +167,7 @@ def test_roles() -> None:
     assert roles.count("rotate") == 1 and roles.count("factor") == 1
 
 
+@pytest.mark.exhaustive  # ``make test`` runs the life of the composition with other passes.
 def test_lifecycle() -> None:
     model = tiny_dit()
     check_lifecycle(

@@ -162,6 +162,7 @@ def test_report_and_roles_count_the_branch() -> None:
     assert roles.count("branch") == 3
 
 
+@pytest.mark.exhaustive  # ``make test`` runs the life of the composition with rotations, in test_rotate_channels.py.
 def test_lifecycle() -> None:
     model = tiny_dit()
     recipe = "remove-no-ops,assign-precision{precision=w4a4} ; balance-channels,absorb-affines,"
@@ -188,7 +189,7 @@ def test_the_split_of_layers_with_float_inputs_is_exact() -> None:
     assert trial.plan.decisions_of(Branch) == {"first": Branch(4, "model"), "second": Branch(4, "model")}
 
 
-@pytest.mark.parametrize("rounding", ["", "{rounding=gptq}"])
+@pytest.mark.parametrize("rounding", ["", pytest.param("{rounding=gptq}", marks=pytest.mark.exhaustive)])
 def test_lifecycle_with_float_inputs(rounding: str) -> None:
     model = tiny_dit()
     check_lifecycle(

@@ -15,11 +15,20 @@ from fxquant.pipeline.backend import Backend
 from fxquant.runtime.nans import with_nans
 from tests.tiny import calibrate, inputs, make_dit
 
-BACKENDS = ["fake-quant", "native", Native(kernels="onednn")]
+BACKENDS = {"fake-quant": "fake-quant", "native": "native", "onednn": Native(kernels="onednn")}
+SAMPLE = {("fake-quant", "all"), ("native", "all"), ("onednn", "default")}
 
 
-@pytest.mark.parametrize("layers", ["default", "all"])
-@pytest.mark.parametrize("backend", BACKENDS, ids=["fake-quant", "native", "onednn"])
+@pytest.mark.parametrize(
+    ("backend", "layers"),
+    [
+        pytest.param(
+            backend, layers, marks=[pytest.mark.exhaustive] * ((name, layers) not in SAMPLE), id=f"{name}-{layers}"
+        )
+        for name, backend in BACKENDS.items()
+        for layers in ("default", "all")
+    ],
+)
 def test_one_nan_in_a_sample(backend: str | Backend, layers: str, tmp_path: Path) -> None:
     model = make_dit()
     quantized = fxquant.compile(

@@ -35,8 +35,17 @@ def made(backend: str) -> GraphModel:
     return fxquant.compile(model, recipe="ptq4dit-w4a8", backend=backend, calibrate=calibrate(model), measure=0)
 
 
-@pytest.mark.parametrize("through", [by_pickle, by_torch])
-@pytest.mark.parametrize("backend", ["fake-quant", "native{packed=False}", "torchao"])
+@pytest.mark.parametrize(
+    ("backend", "through"),
+    [
+        ("fake-quant", by_pickle),
+        ("native{packed=False}", by_torch),
+        ("torchao", by_pickle),
+        pytest.param("fake-quant", by_torch, marks=pytest.mark.exhaustive),
+        pytest.param("native{packed=False}", by_pickle, marks=pytest.mark.exhaustive),
+        pytest.param("torchao", by_torch, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_quantized_model_survives(backend: str, through: Callable[[Any], Any]) -> None:
     ours = made(backend)
     expected, other = run(ours), run(ours, size=4)

@@ -88,15 +88,24 @@ NOT_TRANSFORMERS = {
 """Classes of diffusers with a name like that of a diffusion transformer that are not audited, with the reason."""
 
 SAMPLE = {
-    *("DiT2D", "Flux2D", "HunyuanDiT2D", "LTXVideo3D", "OmniGen2D", "HunyuanImage2D", "ErnieImage2D", "QwenImage2D"),
-    *("ZImage2D", "OwnDiT", "OwnDiT-gated", "OwnVideoDiT"),
+    *(
+        "DiT2D",
+        "Flux2D",
+        "HunyuanDiT2D",
+        "LTXVideo3D",
+        "OmniGen2D",
+        "ZImage2D",
+        "OwnDiT",
+        "OwnDiT-gated",
+        "OwnVideoDiT",
+    ),
 }
 """Identifiers of the models that ``make test`` balances; ``make test-all`` balances all.
 
 Among them are open and fixed batch sizes, all kinds and costs of linears, and nearly all ops of all models.
 """
 
-QUANTIZED_SAMPLE = {"DiT2D", "LTXVideo3D", "OwnDiT-gated"}
+QUANTIZED_SAMPLE = {"DiT2D", "OwnDiT-gated"}
 """Identifiers of the models that ``make test`` also quantizes and runs at other sizes."""
 
 CAPTURED = [entry for entry in ENTRIES if entry.name + entry.variant not in REFUSED]

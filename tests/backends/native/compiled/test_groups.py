@@ -121,7 +121,13 @@ def test_groups_across_the_pairs_of_half_bytes_are_refused_by_the_kernel() -> No
 
 
 @pytest.mark.parametrize(
-    "recipe", ["rtn-w4a8-g8", "ptq4dit-gptq-w4a4-g8", "single-step-w8a8-g8", "dynamic-w8a8-g4", "rtn-w3a5-g4"]
+    "recipe",
+    [
+        "ptq4dit-gptq-w4a4-g8",
+        "dynamic-w8a8-g4",
+        "rtn-w3a5-g4",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("rtn-w4a8-g8", "single-step-w8a8-g8")),
+    ],
 )
 def test_models_with_groups(recipe: str, tmp_path: Any) -> None:
     model = make_dit()
