@@ -263,7 +263,8 @@ def auto(precision: Precision, layers: str) -> Recipe:
     middle = ["balance-channels{salience=max search=11}", "absorb-affines"]
     if precision.activation_bits <= _FEW:
         middle.append("rotate-channels")
-    if precision.weight_bits is not None and precision.weight_bits <= _FEW:
+    # Float formats of 8 bits have 3 bits or fewer between two powers of two.
+    if precision.weight_format is not None or (precision.weight_bits or _FEW) <= _FEW:
         middle.append("split-low-rank{iterations=4 branch=half}")
     else:
         middle.append("split-low-rank{rank=16 branch=half}")
