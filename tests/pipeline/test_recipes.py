@@ -71,11 +71,11 @@ def test_what_is_chosen_is_rounded_as_the_recipe_says() -> None:
     assert str(make_recipe("auto-w4a16")) == str(make_recipe("ptq4dit-gptq-w4a16"))
     passes = {bits: [one.name for one in make_recipe(f"auto-{bits}").convert] for bits in ("w8a8", "w4a8", "w4a4")}
     added = {bits: {"rotate-channels", "split-low-rank"} & {*names} for bits, names in passes.items()}
-    assert added == {
-        "w8a8": {"split-low-rank"},
-        "w4a8": {"split-low-rank"},
-        "w4a4": {"rotate-channels", "split-low-rank"},
-    }
+    assert added["w8a8"] == added["w4a8"] == {"split-low-rank"}
+    assert added["w4a4"] == {"rotate-channels", "split-low-rank"}
+    assert step(make_recipe("auto-w8a8"), "split-low-rank") == SplitLowRank(rank=16, branch=BranchType.HALF)
+    wide = SplitLowRank(rank=32, iterations=4, branch=BranchType.HALF)
+    assert all(step(make_recipe(f"auto-{bits}"), "split-low-rank") == wide for bits in ("w4a8", "wfp8afp8"))
 
 
 def test_bins_follow_the_branch_that_follows_balancing() -> None:
