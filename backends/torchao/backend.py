@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,11 +15,13 @@ from fxquant.backends.torchao import parts, weights
 from fxquant.backends.torchao.tensors import stored
 from fxquant.errors import BackendError, SpeedWarning
 from fxquant.ir.stages import SPECS, Stage, StageSpec
+from fxquant.numerics.formats import INTEGERS
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 
 _ELSE = "use backend 'fake-quant'"
+_FP8 = "fp8"
 
 
 class TorchAO(Backend):
@@ -26,6 +29,10 @@ class TorchAO(Backend):
 
     Compile the model with ``model.compile()``, which freezes weights as the fusions need. In a model that is not
     compiled, static layers dequantize their weights on each call.
+
+    Args:
+        device: The device of the models, which decides the number formats; :func:`fxquant.compile` and
+            :func:`fxquant.load` set it themselves.
     """
 
     name: ClassVar[str] = "torchao"
@@ -37,6 +44,19 @@ class TorchAO(Backend):
     devices: ClassVar[frozenset[str] | None] = frozenset({"cpu", "cuda"})
     moves: ClassVar[bool] = False
 
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+
+    def on(self, device: torch.device) -> TorchAO:
+        """This backend, with the products of the device."""
+        made = copy.copy(self)
+        made._device = device
+        return made
+
+    def product_formats(self) -> frozenset[str]:
+        """Integers, and where torch multiplies 8-bit floats ``fp8``."""
+        return INTEGERS | {_FP8} if parts.without_floats(self._device) is None else INTEGERS
+
     def refuse(self, layer: LayerPlan) -> str | None:
         """Refuse layers that no kernel takes, and all quantized layers if torchao is missing."""
         if layer.weight_bits is None:
@@ -46,6 +66,8 @@ class TorchAO(Backend):
             return f"{reason}, or {_ELSE}"
         if layer.activation_bits is None:
             return _refuse_storage(layer) if layer.kind == "linear" else None
+        if _FP8 in (layer.weight_format, layer.activation_format):
+            return _refuse_floats(layer)
         if layer.group_size:
             return (
                 f"its weight has one grid per {layer.group_size} input channels, and integer sums run over all; "
@@ -61,7 +83,11 @@ class TorchAO(Backend):
         from fxquant.backends.torchao.lowering import Lowering  # It names ops that torchao defines.
 
         on_cpu = any(node.op == "get_attr" and node.meta["val"].device.type == "cpu" for node in module.graph.nodes)
-        integer = [name for name, layer in plan.layers.items() if layer.activation_bits is not None]
+        integer = [
+            name
+            for name, layer in plan.layers.items()
+            if layer.activation_bits is not None and layer.weight_format != _FP8
+        ]
         reason = parts.unfit()
         if on_cpu and integer and reason is not None:
             raise BackendError(f"backend 'torchao' cannot run {', '.join(integer[:3])} ...: {reason}")
@@ -86,6 +112,8 @@ class TorchAO(Backend):
             return "aten float"
         if layer.activation_bits is None:
             return _storage_kernel(layer)
+        if layer.weight_format == _FP8:
+            return "torch scaled_mm e4m3 x e4m3"
         dynamic = layer.activation is not None and layer.activation.method == "dynamic"
         if layer.kind == "conv" and layer.boundaries:
             return "fxquant::conv2d (reference, float)"
@@ -103,9 +131,11 @@ class TorchAO(Backend):
         if reason is not None:
             raise BackendError(reason)
         reason = parts.unfit() if device.type == "cpu" else None
+        lacks = parts.without_floats(device)
+        floats = "products of fp8" if lacks is None else f"no products of fp8, because {lacks}"
         if reason is None:
-            return "runs integer products and weight-only layers"
-        return f"runs weight-only layers; no integer products, because {reason}"
+            return f"runs integer products and weight-only layers; {floats}"
+        return f"runs weight-only layers; no integer products, because {reason}; {floats}"
 
     def compiling(self) -> None:
         """Warn if weights are not frozen, because then nothing is fused."""
@@ -156,6 +186,21 @@ def _warn_if_not_frozen() -> None:
         SpeedWarning,
         stacklevel=2,
     )
+
+
+def _refuse_floats(layer: LayerPlan) -> str | None:
+    """Why no product takes a layer of which one side is ``fp8``, or None."""
+    formats = layer.weight_format, layer.activation_format
+    if layer.kind != "linear":
+        return f"it multiplies convolutions in integers only; choose w8a8 for it, or {_ELSE}"
+    if formats != (_FP8, _FP8):
+        known = [
+            name or f"int{bits}" for name, bits in zip(formats, (layer.weight_bits, layer.activation_bits), strict=True)
+        ]
+        return f"it multiplies fp8 by fp8, not {known[1]} by {known[0]}; choose wfp8afp8, or {_ELSE}"
+    if layer.group_size:
+        return f"it takes one fp8 scale per output channel, not per group; choose wfp8afp8 without -g, or {_ELSE}"
+    return None
 
 
 def _refuse_storage(layer: LayerPlan) -> str | None:

@@ -23,6 +23,7 @@ from fxquant.numerics.formats import bits_of, is_integer, top_of
 aten, ours, pt2e = torch.ops.aten, torch.ops.fxquant_torchao, torch.ops.quantized_decomposed
 
 Grid = tuple[float, int]
+_FP8 = "fp8"
 
 
 class Lowering:
@@ -55,6 +56,11 @@ class Lowering:
 
             y = fxquant_torchao.linear_rows(codes, s, z, W_int8, W_scale, W_sums, W_excess, bias, dtype)
 
+        The format ``fp8``, whatever the grids::
+
+            codes = fxquant_torchao.quantize_floats(x, s)
+            y = fxquant_torchao.linear_of_floats(codes, s, W_fp8, W_scale, bias, dtype)
+
         Float activations, ``linear(x, fxquant.dequantize_weight(...), bias)``, after::
 
             y = fxquant_torchao.linear_of_nibbles(x, W_int4, W_scale, W_zero_point, bits, group, bias)
@@ -77,6 +83,11 @@ class Lowering:
 
     def _quantize(self, node: fx.Node) -> None:
         given = args(node)
+        if given.format == _FP8:
+            with self.rewriter.before(node):
+                new = self._call(ours.quantize_floats.default, given.x, given.scale, of=node, name=node.name)
+            self.rewriter.replace(node, new)
+            return
         x, scale, zero_point, qmax = (
             given.node("x"),
             given.node("scale"),
@@ -106,6 +117,9 @@ class Lowering:
 
     def _linear(self, node: fx.Node) -> None:
         given, codes = args(node), args(node).node("xq")
+        if given.w_format == _FP8:
+            self._linear_of_floats(node)
+            return
         x_scale, x_zero_point = given.node("x_scale"), given.node("x_zero_point")
         weight = _weight(node, int(codes.meta["val"].shape[-1]))
         with self.rewriter.before(node):
@@ -118,6 +132,15 @@ class Lowering:
                 new = self._layer(node, aten.linear.default, (), grid, weight, (ours.input_sums.default, ()))
         self.rewriter.replace(node, new)
         self._forget(weight)
+
+    def _linear_of_floats(self, node: fx.Node) -> None:
+        given, packed = args(node), args(node).node("wq")
+        with self.rewriter.before(node):
+            sides = (given.xq, given.x_scale, self.derived.floats(packed), given.w_scale)
+            new = self._call(ours.linear_of_floats.default, *sides, given.bias, given.out_dtype, of=node)
+        self.rewriter.replace(node, new)
+        if not packed.users:
+            self.rewriter.forget(packed)
 
     def _conv2d(self, node: fx.Node) -> None:
         given = args(node)

@@ -11,11 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.functional import ScalingType
 
 from fxquant.backends.torchao.weights import MIDDLE, fits_byte_kernel, four_bit_product, grid_of_four_bits
 from fxquant.numerics import grids
 
 _library = torch.library.Library("fxquant_torchao", "DEF")
+FP8 = torch.float8_e4m3fn
+_FLOATS = 16  # Products of 8-bit floats on GPUs need multiples of this many inputs and outputs.
 _CUBLAS = 8  # Integer products of cuBLAS need multiples of this in every size, and more than twice as many rows.
 
 
@@ -88,6 +91,32 @@ def linear_rows(
     return (y if bias is None else y + bias).to(out_dtype)
 
 
+def quantize_floats(x: Tensor, scale: Tensor) -> Tensor:
+    """`fxquant::quantize` to the format ``fp8``, bit for bit, as float8_e4m3fn and as ops that can be fused."""
+    dtype = grids.compute_dtype(x.dtype)
+    most = torch.finfo(FP8).max
+    return (x.to(dtype) / scale.to(dtype)).clamp(-most, most).to(FP8)
+
+
+def linear_of_floats(
+    xq: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """A linear of 8-bit floats, summed in float32.
+
+    `xq` is float8_e4m3fn `[..., in]`, its scale broadcasts to `[..., 1]`. `weight` is float8_e4m3fn `[out, in]` with
+    scales `[out, 1]`. `bias` is `[out]` or broadcasts to the result, `[..., out]` of `out_dtype`.
+    """
+    rows, w_rows = xq.reshape(-1, xq.shape[-1]), weight
+    if xq.device.type == "cpu" or out_dtype == torch.bfloat16:
+        y = _rowwise(rows, _by_row(x_scale, xq), w_rows, w_scale, out_dtype)
+    else:  # On GPUs the product with a scale per row gives bfloat16.
+        one = torch.ones((), device=xq.device)
+        y = _scaled(rows, one, w_rows, one, ScalingType.TensorWise, torch.float32)
+        y = y * _by_row(x_scale, xq) * w_scale.flatten()
+    y = y.reshape(*xq.shape[:-1], weight.shape[0])
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
 def linear_of_bytes(x: Tensor, weight: Tensor, w_scale: Tensor, w_excess: Tensor | None, bias: Tensor | None) -> Tensor:
     """A linear of float `x` `[..., in]` and an int8 weight as in :func:`linear_rows`; the result has the dtype of `x`.
 
@@ -138,6 +167,28 @@ def _cublas(rows: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(codes, weight.t())[:count, :out]
 
 
+def _rowwise(rows: Tensor, scale: Tensor, weight: Tensor, w_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The product of 8-bit floats with a scale per row of both sides, in a dtype that the kernels write."""
+    dtype = out_dtype if out_dtype in (torch.bfloat16, torch.float16) else torch.float32
+    scales = scale.expand(rows.shape[0], 1).contiguous(), w_scale.reshape(1, -1)
+    return _scaled(rows, scales[0], weight, scales[1], ScalingType.RowWise, dtype)
+
+
+def _scaled(
+    rows: Tensor, scale: Tensor, weight: Tensor, w_scale: Tensor, recipe: ScalingType, dtype: torch.dtype
+) -> Tensor:
+    out, wide = weight.shape[0], -rows.shape[1] % _FLOATS
+    if rows.device.type != "cpu" and (wide or out % _FLOATS):
+        rows, weight = _padded(rows, wide, 0), _padded(weight, wide, -out % _FLOATS)
+        w_scale = w_scale if recipe == ScalingType.TensorWise else functional.pad(w_scale, (0, -out % _FLOATS))
+    y = functional.scaled_mm(rows, weight.t(), scale, recipe, w_scale, recipe, output_dtype=dtype)
+    return y.narrow(1, 0, out)
+
+
+def _padded(values: Tensor, columns: int, rows: int) -> Tensor:
+    return functional.pad(values.view(torch.uint8), (0, columns, 0, rows)).view(FP8)
+
+
 def input_sums_of_grid(xq: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """:func:`input_sums` with the grid as 0-d tensors."""
     return (xq.to(torch.float32).sum(-1, keepdim=True) - xq.shape[-1] * zero_point) * scale
@@ -160,6 +211,12 @@ _define(
     "linear_rows(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_sums, "
     "Tensor? w_excess, Tensor? bias, ScalarType out_dtype) -> Tensor",
     linear_rows,
+)
+_define("quantize_floats(Tensor x, Tensor scale) -> Tensor", quantize_floats)
+_define(
+    "linear_of_floats(Tensor xq, Tensor x_scale, Tensor weight, Tensor w_scale, Tensor? bias, ScalarType out_dtype) -> "
+    "Tensor",
+    linear_of_floats,
 )
 _define(
     "linear_of_bytes(Tensor x, Tensor weight, Tensor w_scale, Tensor? w_excess, Tensor? bias) -> Tensor",

@@ -8,6 +8,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch.nn import functional
+from torch.nn.functional import ScalingType
 
 from fxquant.backends.onednn_products import has_kernels, sums_exactly
 from fxquant.errors import BackendError
@@ -17,6 +19,9 @@ OLDEST = (0, 18)
 
 _INSTALL = "pip install 'fxquant[torchao]'"
 _ELSE = "use backend 'native', which"
+_FAKE = "use backend 'fake-quant'"
+_FLOATS = (8, 9)  # The lowest compute capability with products of 8-bit floats.
+_BY_ROW = ScalingType.RowWise
 
 
 @functools.cache
@@ -47,6 +52,28 @@ def unfit() -> str | None:
             f"products saturate; {_ELSE} is exact without them"
         )
     return None
+
+
+@functools.cache
+def without_floats(device: torch.device) -> str | None:
+    """Why torch cannot multiply 8-bit floats on a device and what to do, or None if it can."""
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no NVIDIA GPU here; leave the model on the CPU"
+        found = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and found < _FLOATS:
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, and products of "
+                f"8-bit floats need {_FLOATS[0]}.{_FLOATS[1]}; use a precision such as w8a8, or {_FAKE}"
+            )
+        return None
+    ones = torch.ones((16, 16)).to(torch.float8_e4m3fn)
+    each = torch.ones((16, 1))
+    try:
+        sums = functional.scaled_mm(ones, ones.t(), each, _BY_ROW, each.t(), _BY_ROW, output_dtype=torch.float32)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return f"this build of torch does not multiply 8-bit floats on CPUs ({str(error).splitlines()[0]}); {_FAKE}"
+    return None if bool((sums == 16.0).all()) else f"products of 8-bit floats of this build of torch are wrong; {_FAKE}"
 
 
 @functools.cache

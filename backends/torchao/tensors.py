@@ -15,9 +15,12 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.tensors import read_tensors
 
 _STORED = "fxquant_torchao_stored"
-"""Key of ``node.meta`` for the checkpoint tensors that a node replaces: the tensors by name, or how to recover them."""
+"""Key of ``node.meta`` for the checkpoint tensors that a node replaces.
 
-_INT8, _INT4 = "_int8", "_int4"
+It holds the tensors by name, or how to recover them, or the name of the tensor that has the same bytes.
+"""
+
+_INT8, _INT4, _FP8 = "_int8", "_int4", "_fp8"
 _SUMS, _EXCESS = "_sums", "_excess"
 _ZEROS = "zero_points_of_"
 
@@ -87,6 +90,15 @@ class DerivedTensors:
         packed = self._rewriter.tensor(weight.packed)
         return self._always(weight, _INT4, lambda: weights.four_bits(packed, weight.bits, weight.in_features))
 
+    def floats(self, packed: fx.Node) -> fx.Node:
+        """A weight of the format ``fp8``, float8_e4m3fn `[out, in]`; its bytes are the packed codes."""
+        node = derived(
+            packed, _FP8, self._rewriter, self._others, lambda: self._rewriter.tensor(packed).view(torch.float8_e4m3fn)
+        )
+        assert node is not None
+        node.meta[_STORED] = str(packed.target)
+        return node
+
     def sums(self, weight: Weight) -> fx.Node:
         """Sums of the rows of the symmetric weight, int32 `[out]`."""
         return self._always(weight, _SUMS, lambda: self._signed(weight).sum(1, dtype=torch.int32))
@@ -147,6 +159,8 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
         kept: Any = node.meta.get(_STORED)
         if isinstance(kept, dict):
             found |= kept
+        elif isinstance(kept, str):
+            found[kept] = found.pop(str(node.target)).view(torch.uint8)
         elif isinstance(kept, _Recipe):
             tensor = found.pop(str(node.target))
             found[kept.zero_point] = kept.zero_points
