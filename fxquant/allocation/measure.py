@@ -53,7 +53,8 @@ def sensitivity(
     Args:
         model: The float model, in evaluation mode.
         recipe: Name of a recipe without precision, or a recipe with the precision to begin from.
-        candidates: Precisions, such as ``w4a8``, ``w4a16-g64`` or ``float``.
+        candidates: Precisions, such as ``w4a8``, ``w4a16-g64`` or ``float``. With a recipe that has branches of low
+            rank (``svdquant``), ``w4a4-r16`` gives a layer a branch of rank 16 and ``w4a4-r0`` none.
         calibrate: Runs the model as in :func:`fxquant.compile`; not needed with statistics that hold all that the
             recipe needs.
         statistics: Statistics of an earlier calibration that kept calls, or an object that receives them.

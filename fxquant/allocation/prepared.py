@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from fxquant import api
-from fxquant.allocation.candidates import possible, precision_of_recipe, varied_layers, with_precisions
+from fxquant.allocation.candidates import Candidate, possible, precision_of_recipe, varied_layers, with_candidates
 from fxquant.errors import CalibrationError, ConfigurationError, check_type
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.planning.branches import branch_rank
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision
 from fxquant.planning.roundings import Roundings
@@ -34,7 +35,7 @@ class Prepared:
         statistics: What its calibration recorded, with kept calls.
         recipe: The recipe of the first quantized model.
         base: The first quantized model, which decided the factors.
-        precisions: The precisions by name, without float.
+        precisions: The candidates by name, without float.
         layers: The layers whose precision is varied, each with the precisions that it can have.
         roundings: The weights rounded so far. Each was rounded in all precisions at once.
         left_out: Which layers cannot have which precision.
@@ -44,7 +45,7 @@ class Prepared:
     statistics: Statistics
     recipe: Recipe
     base: GraphModel
-    precisions: dict[str, Precision]
+    precisions: dict[str, Candidate]
     layers: dict[str, list[str]]
     roundings: Roundings
     left_out: dict[str, str] = field(default_factory=dict)
@@ -52,8 +53,8 @@ class Prepared:
     def plan_of(self, precision: str) -> Plan:
         """The plan with every layer in one precision, also float, if it can have it."""
         assert self.base.plan is not None
-        wanted = self.precisions.get(precision, FLOAT)
-        return with_precisions(self.base.plan, {name: wanted for name, own in self.layers.items() if precision in own})
+        wanted = self.precisions.get(precision, Candidate(FLOAT))
+        return with_candidates(self.base.plan, {name: wanted for name, own in self.layers.items() if precision in own})
 
     def quantized(self, precision: str) -> GraphModel:
         """The model with every layer in one precision, if it can have it.
@@ -61,13 +62,14 @@ class Prepared:
         Raises:
             ConfigurationError: If the precision quantizes inputs that calibration of the recipe did not record.
         """
-        if self.precisions[precision] == precision_of_recipe(self.recipe):
+        candidate = self.precisions[precision]
+        if candidate == Candidate(precision_of_recipe(self.recipe)):
             return self.base
         try:
             return self.compile(self.plan_of(precision))
         except CalibrationError as error:
             begun = precision_of_recipe(self.recipe)
-            if begun.activation_bits is not None or self.precisions[precision].activation_bits is None:
+            if begun.activation_bits is not None or candidate.precision.activation_bits is None:
                 raise
             raise ConfigurationError(
                 f"candidate {precision} quantizes inputs, and calibration did not record all of them, because the "
@@ -100,8 +102,8 @@ def prepare(
     check_type("statistics", statistics, (Statistics, NoneType), "the statistics of a calibration")
     if isinstance(candidates, str):
         raise ConfigurationError(f"candidates should be a list of precisions, such as [{candidates!r}, 'w8a8']")
-    found = {str(precision): precision for precision in map(Precision.parse, candidates)}
-    quantizing = {name: precision for name, precision in found.items() if precision != FLOAT}
+    found = {str(candidate): candidate for candidate in map(Candidate.parse, candidates)}
+    quantizing = {name: candidate for name, candidate in found.items() if candidate.precision != FLOAT}
     if not quantizing:
         raise ConfigurationError("there is no precision to compare; give candidates, such as ['w4a8', 'w8a8']")
     if statistics is None:
@@ -111,7 +113,8 @@ def prepare(
             "errors are measured on kept calls of the model, and there are none; give calibrate=, or statistics that "
             "were recorded with fxquant.Statistics(keep_calls=64)"
         )
-    chosen = _recipe(recipe, list(quantizing.values()), layers)
+    chosen = _recipe(recipe, list(dict.fromkeys(one.precision for one in quantizing.values())), layers)
+    _check_ranks(quantizing, chosen)
     roundings = Roundings(_wanted(precision_of_recipe(chosen), list(quantizing.values())))
     with roundings.used_with(statistics):
         base = api.compile(
@@ -125,8 +128,8 @@ def prepare(
     if not own:
         raise ConfigurationError("the recipe quantizes no linear with its own precision, so there is nothing to vary")
     made = Prepared(model, statistics, chosen, base, quantizing, {name: [] for name in own}, roundings)
-    for text, precision in quantizing.items():
-        refused = {name: reason for name in own if (reason := possible(plan, name, precision)) is not None}
+    for text, candidate in quantizing.items():
+        refused = {name: reason for name in own if (reason := possible(plan, name, candidate)) is not None}
         for name in own:
             if name not in refused:
                 made.layers[name].append(text)
@@ -139,14 +142,33 @@ def prepare(
     return made
 
 
-def _wanted(base: Precision, precisions: list[Precision]) -> Callable[[Plan, str], list[Precision]]:
-    """The precisions in which a layer will be compared: all that it can have, if it is one of those that vary."""
+def _check_ranks(candidates: Mapping[str, Candidate], recipe: Recipe) -> None:
+    """Refuse ranks where the recipe makes no branches.
+
+    Raises:
+        ConfigurationError: Names the candidate.
+    """
+    ranked = next((name for name, one in candidates.items() if one.rank is not None), None)
+    if ranked is not None and not any(step.name == "split-low-rank" for step in recipe.convert):
+        raise ConfigurationError(
+            f"candidate {ranked} names the rank of a branch, and the recipe has no pass split-low-rank; begin from a "
+            "recipe that has it, such as svdquant, or leave out the rank"
+        )
+
+
+def _wanted(base: Precision, candidates: list[Candidate]) -> Callable[[Plan, str], list[Precision]]:
+    """The precisions in which a layer will be compared: all that it can have, if it is one of those that vary.
+
+    Beside another branch it has another weight to round, which is not rounded here for the candidates of this one.
+    """
 
     def wanted(plan: Plan, name: str) -> list[Precision]:
         layer = plan.layer(name)
         if layer.kind != "linear" or layer.precision != base:
             return []
-        return [precision for precision in precisions if precision != base and possible(plan, name, precision) is None]
+        rank = branch_rank(plan, name)
+        alike = [one for one in candidates if one.rank in (None, rank) and possible(plan, name, one) is None]
+        return list(dict.fromkeys(one.precision for one in alike if one.precision != base))
 
     return wanted
 

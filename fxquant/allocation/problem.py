@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from fxquant.allocation.candidates import Candidate
 from fxquant.errors import ConfigurationError
-from fxquant.planning.precision import Precision
 from fxquant.planning.sensitivities import Sensitivities
 
 Floats = npt.NDArray[np.float64]
@@ -185,5 +185,5 @@ def problem_of(found: Sensitivities, costs: dict[str, Any], fixed: float | None 
 
 def _activation(text: str) -> str:
     """What two precisions have to agree in to share the codes of an input."""
-    precision = Precision.parse(text)
+    precision = Candidate.parse(text).precision
     return f"{getattr(precision, 'activation_format', None) or ''}{precision.activation_bits}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.allocation.candidates import with_precisions
+from fxquant.allocation.candidates import Candidate, with_candidates
 from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.measure import CANDIDATES, RECIPE, check_options
 from fxquant.allocation.prepared import Prepared, prepare
@@ -34,7 +34,6 @@ from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.attribution import to_db
 from fxquant.planning.layer_times import LayerTimes
-from fxquant.planning.precision import Precision
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.runtime.float_model import device_of, weights_digest
 from fxquant.runtime.model import GraphModel
@@ -238,7 +237,7 @@ class _Search:
         self.progress("check", len(self.checked), self.limit_of_checks)
         base = self.prepared.base.plan
         assert base is not None
-        plan = with_precisions(base, {name: Precision.parse(text) for name, text in chosen.items()})
+        plan = with_candidates(base, {name: Candidate.parse(text) for name, text in chosen.items()})
         plan.decisions_of(Choice).update(self.choices(chosen))
         made = self.prepared.compile(plan, self.backend)
         assert made.plan is not None

@@ -30,7 +30,9 @@ _SEARCH_EXAMPLES = """[bold]Examples[/]
 """
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the float pipeline.")]
-Candidates = Annotated[str, typer.Option(help="Precisions to choose from, with commas between.")]
+Candidates = Annotated[
+    str, typer.Option(help="Precisions to choose from, with commas between; also w4a4-r16 with a branch of rank 16.")
+]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Recipe that balances and rounds, without precision.")]
 Samples = Annotated[int, typer.Option(min=1, max=1024, help="Images per batch of calibration.")]
 Steps = Annotated[int, typer.Option(min=1, max=10_000, help="Denoising steps of calibration.")]

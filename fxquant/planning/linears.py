@@ -12,6 +12,7 @@ from fxquant.ir.arguments import args
 from fxquant.ir.layers import layer_of, provenance_of, stored_weight
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
+from fxquant.planning.precision import Precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ def linears_to_quantize(graph: fx.Graph, plan: Plan, decided: Container[str] = (
     return found
 
 
-def is_rounded(layer: LayerPlan) -> bool:
+def is_rounded(layer: LayerPlan | Precision) -> bool:
     """Whether a weight is quantized for more than 8-bit storage: it has fewer bits, or its input is quantized."""
     return layer.weight_bits is not None and (layer.activation_bits is not None or layer.weight_bits < 8)
 
