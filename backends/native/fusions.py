@@ -83,8 +83,7 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kern
     * a gate and a residual after a linear,
     * and the modulation between a norm and its quantization.
 
-    A linear writes bfloat16 if only a bfloat16 attention reads its result, or only a quantization that multiplies it
-    with branches in bfloat16.
+    A linear writes bfloat16 if only a bfloat16 attention reads its result.
     """
     for node in list(graph.nodes):
         if node.target is kernels.linear:
@@ -102,8 +101,6 @@ def fuse(graph: fx.Graph, rewriter: Rewriter, others: Mapping[str, Tensor], kern
             _fuse_gate_and_residual(node, rewriter)
         elif kernels.bf16_attention is not None and node.target is kernels.bf16_attention:
             _read_bf16(node, rewriter, kernels)
-        elif kernels.quantize_down is not None and node.target is kernels.quantize_down:
-            _write_bf16(node, rewriter, kernels)
     for node in list(graph.nodes):
         for name in kernels.read_dense.get(node.target, ()):
             _read_dense(node, getattr(args(node), name), rewriter)
@@ -142,7 +139,7 @@ def _fuse_quantize(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tenso
     scale = args(node).node("scale")
     if not by_sample(scale):
         return False
-    views, factor, source = _through_views(args(node).x, scale)
+    views, factor, source = through_views(args(node).x, scale)
     if source is None or source.target not in kernels.with_codes or not _writes(source, node, kernels):
         return False
     if args(source).out_scale is not None:
@@ -156,7 +153,7 @@ def _fuse_quantize(node: fx.Node, rewriter: Rewriter, others: Mapping[str, Tenso
         scale = divided
     arguments = args(source).replaced(out_scale=scale, out_zero_point=args(node).zero_point, qmax=args(node).qmax)
     with rewriter.before(node):  # The grid, perhaps computed from the timestep, is known here.
-        codes = _rebuild(source, arguments, views, rewriter)
+        codes = rebuild(source, arguments, views, rewriter)
     rewriter.replace(node, codes)
     for view in (*views, source):
         rewriter.erase(view)
@@ -175,7 +172,7 @@ def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
     """Halve the memory between linears and an attention that rounds its inputs to bfloat16 anyway."""
     found: list[tuple[list[fx.Node], fx.Node]] = []
     for x in (args(node).q, args(node).k, args(node).v):
-        views, _, source = _through_views(x, None)
+        views, _, source = through_views(x, None)
         if source is None or source.target is not kernels.linear:
             return
         if args(source).out_dtype != torch.float32 or args(source).out_scale is not None:
@@ -188,30 +185,13 @@ def _read_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
         changed["out_dtype"] = torch.float32  # Of the result: codes and inner values do not change.
     with rewriter.before(node):
         q, k, v = (
-            _rebuild(source, args(source).replaced(out_dtype=torch.bfloat16), views, rewriter)
-            for views, source in found
+            rebuild(source, args(source).replaced(out_dtype=torch.bfloat16), views, rewriter) for views, source in found
         )
         new = rewriter.call(node.target, args(node).replaced(q=q, k=k, v=v, **changed), [node], layer=True)
     rewriter.replace(node, new)
     for views, source in found:
         for view in (*views, source):
             rewriter.erase(view)
-
-
-def _write_bf16(node: fx.Node, rewriter: Rewriter, kernels: Kernels) -> None:
-    """Halve the memory between a linear and a branch that rounds its input to bfloat16 anyway."""
-    views, _, source = _through_views(args(node).x, None)
-    if not args(node).bf16 or source is None or source.target is not kernels.linear:
-        return
-    given = args(source)
-    if given.out_dtype != torch.float32 or given.out_scale is not None or given.gate or given.residual:
-        return
-    with rewriter.before(node):
-        x = _rebuild(source, given.replaced(out_dtype=torch.bfloat16), views, rewriter)
-        new = rewriter.call(node.target, args(node).replaced(x=x), [node], layer=True)
-    rewriter.replace(node, new)
-    for view in (*views, source):
-        rewriter.erase(view)
 
 
 def _is_quantized_next(node: fx.Node, kernels: Kernels) -> bool:
@@ -233,16 +213,20 @@ def _read_dense(node: fx.Node, value: Any, rewriter: Rewriter) -> None:
     rewriter.redirect(node, value, rewriter.memo[key])
 
 
-def _rebuild(source: fx.Node, arguments: tuple[Any, ...], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
+def rebuild(source: fx.Node, arguments: tuple[Any, ...], views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
     """Rebuild a node with other arguments, and the views after it (last view first) without constant factors."""
-    value = rewriter.call(source.target, arguments, [source], layer=True)
+    return view_again(rewriter.call(source.target, arguments, [source], layer=True), views, rewriter)
+
+
+def view_again(value: fx.Node, views: list[fx.Node], rewriter: Rewriter) -> fx.Node:
+    """Rebuild views (last view first) of another value, without constant factors."""
     for view in reversed(views):
         if view.target is not aten.mul.Tensor:
             value = rewriter.call(view.target, args(view).replaced(self=value), [view], layer=True)
     return value
 
 
-def _through_views(x: Any, scale: fx.Node | None) -> tuple[list[fx.Node], float, fx.Node | None]:
+def through_views(x: Any, scale: fx.Node | None) -> tuple[list[fx.Node], float, fx.Node | None]:
     """Views and constant factors that a value has passed, the last first; the product of the factors; the source.
 
     Args:

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from fxquant.backends.native.compiled.ops import inner_columns
+from fxquant.backends.native.fusions import through_views, view_again
 from fxquant.backends.native.library import FLOATS
-from fxquant.backends.native.tensors import only_reader
-from fxquant.ir.arguments import args
+from fxquant.backends.native.tensors import by_sample, only_reader
+from fxquant.ir.arguments import args, item_of
 from fxquant.ir.rewriter import Rewriter
 
 reference, native = torch.ops.fxquant, torch.ops.fxquant_native
@@ -86,3 +87,58 @@ def _fuse(codes: fx.Node, branches: list[fx.Node], rewriter: Rewriter, bf16: boo
             new = rewriter.call(linear.target, arguments, [branch, linear], layer=True)
         rewriter.replace(branch, new)
         rewriter.erase(linear)
+
+
+def write_values(graph: fx.Graph, rewriter: Rewriter) -> None:
+    """Let linears and attentions write codes and bfloat16 values, where branches in bfloat16 read their results.
+
+    Before::
+
+        x = fxquant_native.vnni_linear(...)
+        codes, inner = fxquant_native.quantize_down(x, s, z, 255, [a], True)
+
+    After::
+
+        codes, values = fxquant_native.vnni_linear_values(..., s, z, 255, ...)
+        inner = fxquant_native.down(values, [a])
+
+    The codes are those of the float32 values. Views may be between the two.
+
+    Args:
+        graph: The graph, with the ops around linears and attentions fused into them.
+        rewriter: The rewriter of the graph.
+    """
+    for node in list(graph.nodes):
+        if node.target is native.quantize_down.default and args(node).bf16:
+            _write_values(node, rewriter)
+
+
+_WITH_VALUES = {
+    native.vnni_linear.default: native.vnni_linear_values.default,
+    native.bf16_attention.default: native.bf16_attention_values.default,
+}
+
+
+def _write_values(node: fx.Node, rewriter: Rewriter) -> None:
+    given = args(node)
+    scale = given.node("scale")
+    if not by_sample(scale):
+        return
+    views, factor, source = through_views(given.x, scale)
+    if source is None or source.target not in _WITH_VALUES or factor != 1.0 or args(source).out_scale is not None:
+        return
+    changed: dict[str, Any] = {"out_scale": scale, "out_zero_point": given.zero_point, "qmax": given.qmax}
+    if source.target is native.vnni_linear.default:
+        if args(source).gate or args(source).residual:
+            return
+    else:
+        changed["out_dtype"] = None  # It writes float32 for `quantize_down`, and now none.
+    with rewriter.before(node):  # The grid, perhaps computed from the timestep, is known here.
+        both = rewriter.call(_WITH_VALUES[source.target], args(source).replaced(**changed), [source, node], layer=True)
+        parts = [rewriter.call(operator.getitem, (both, part), [source, node], layer=True) for part in (0, 1)]
+        codes, values = (view_again(part, views, rewriter) for part in parts)
+        inner = rewriter.call(native.down.default, (values, given.downs), [node], layer=True)
+    for reader in list(node.users):
+        rewriter.replace(reader, (codes, inner)[item_of(reader)])
+    for old in (node, *views, source):
+        rewriter.erase(old)

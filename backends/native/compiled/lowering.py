@@ -38,11 +38,8 @@ _PANELS = "_panels"
 _SUMS = "_sums"
 _BY_GROUP = "_by_group"
 _IN_PANELS = "_in_panels"
-_LINEARS = (
-    native.vnni_linear.default,
-    native.weight_only_linear.default,
-    native.float_weight_linear.default,
-)
+_PRODUCTS = (native.vnni_linear.default, native.vnni_linear_values.default)
+_LINEARS = (*_PRODUCTS, native.weight_only_linear.default, native.float_weight_linear.default)
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     rotations.lower(module.graph, rewriter)
     module.graph.eliminate_dead_code()
     fusions.fuse(module.graph, rewriter, others, _KERNELS)
+    branches.write_values(module.graph, rewriter)
     module.graph.eliminate_dead_code()
     drop_unread_tensors(module)
 
@@ -123,7 +121,7 @@ def stored(module: fx.GraphModule) -> dict[str, Tensor]:
             found.pop(f"{packed}{_SUMS}", None)
         if floats and (scale := str(given.node("w_scale").target)) in found:
             found[scale.removesuffix(_IN_PANELS)] = weights.scales(found.pop(scale), given.out_features)
-        if node.target is native.vnni_linear.default and given.group_size:
+        if node.target in _PRODUCTS and given.group_size:
             for grid in (str(given.node(name).target) for name in ("w_scale", "w_zero_point")):
                 if grid in found:
                     found[grid.removesuffix(_BY_GROUP)] = found.pop(grid).t().contiguous()

@@ -43,6 +43,11 @@ def _fake_vnni_linear(
     return xq.new_empty((*xq.shape[:-1], out_features), dtype=dtype)
 
 
+def _fake_vnni_linear_values(*arguments: Any) -> tuple[Tensor, Tensor]:
+    codes = _fake_vnni_linear(*arguments)
+    return codes, codes.new_empty(codes.shape, dtype=torch.bfloat16)
+
+
 def _fake_weight_only_linear(
     x: Tensor,
     weight: Tensor,
@@ -98,6 +103,10 @@ def _fake_quantize_down(
     return x.new_empty(x.shape, dtype=torch.uint8), inner
 
 
+def _fake_down(x: Tensor, downs: Sequence[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(inner_columns(down.shape[0]) for down in downs)))
+
+
 def inner_columns(rank: int) -> int:
     """The columns that inner values of a branch occupy: its rank, up to the next multiple of four."""
     return -(-rank // 4) * 4
@@ -133,6 +142,11 @@ def _fake_bf16_attention(
     return _attended(q, v, out_scale, out_dtype or q.dtype)
 
 
+def _fake_bf16_attention_values(*arguments: Any) -> tuple[Tensor, Tensor]:
+    codes = _fake_bf16_attention(*arguments)
+    return codes, codes.new_empty(codes.shape, dtype=torch.bfloat16)
+
+
 def _fake_int8_attention(
     q: Tensor,
     q_scale: Tensor,
@@ -161,14 +175,15 @@ def _fake_int8_attention(
 # gate and bias are vectors over the output channels, one for all samples or one per sample.
 # With group_size, the grid of the weight is `[groups, out]`, the sums of groups are added in float32, and w_sums are
 # float32 and include the grid.
-define_kernel(
-    "vnni_linear(Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
+_LINEAR = (
+    "Tensor xq, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor w_scale, Tensor w_zero_point, "
     "Tensor w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
     "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, Tensor? inner=None, Tensor? up=None, "
-    "int inner_from=0, Tensor? strength=None, int group_size=0) -> Tensor",
-    None,
-    _fake_vnni_linear,
+    "int inner_from=0, Tensor? strength=None, int group_size=0"
 )
+define_kernel(f"vnni_linear({_LINEAR}) -> Tensor", None, _fake_vnni_linear)
+# Codes, and the values of the codes before rounding, in bfloat16.
+define_kernel(f"vnni_linear_values({_LINEAR}) -> (Tensor, Tensor)", None, _fake_vnni_linear_values)
 # x times the weight `w_scale * (w - w_zero_point)`, grids `[out, groups]`, plus bias, summed in float32.
 define_kernel(
     "weight_only_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, Tensor? bias, int bits, "
@@ -206,6 +221,8 @@ define_kernel(
     None,
     _fake_quantize_down,
 )
+# The same inner values of bfloat16 rows, multiplied in bfloat16.
+define_kernel("down(Tensor x, Tensor[] downs) -> Tensor", None, _fake_down)
 # `(x * signs) H` in the dtype of x, as `fxquant::hadamard`, computed in float32.
 define_kernel("hadamard(Tensor x, Tensor signs, int block) -> Tensor", None, _fake_hadamard)
 # Codes of the same. The grid is one for all rows, one per sample or one per row.
@@ -217,12 +234,13 @@ define_kernel(
 # Attention of [batch, heads, tokens, channels]. The result is [batch, tokens, heads, channels], values or codes.
 # A bool mask is true for keys that are seen; a float mask is added to the scores. Values have the dtype of q, or
 # out_dtype: bfloat16 inputs can give float32 values.
-define_kernel(
-    "bf16_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, Tensor? out_scale, "
-    "Tensor? out_zero_point, int qmax, ScalarType? out_dtype=None) -> Tensor",
-    None,
-    _fake_bf16_attention,
+_ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, Tensor? out_scale, "
+    "Tensor? out_zero_point, int qmax, ScalarType? out_dtype=None"
 )
+define_kernel(f"bf16_attention({_ATTENTION}) -> Tensor", None, _fake_bf16_attention)
+# Codes, and the values of the codes before rounding, in bfloat16.
+define_kernel(f"bf16_attention_values({_ATTENTION}) -> (Tensor, Tensor)", None, _fake_bf16_attention_values)
 # The same for codes; the probabilities are codes 0..softmax_qmax of the grid softmax_scale.
 define_kernel(
     "int8_attention(Tensor q, Tensor q_scale, Tensor q_zero_point, Tensor k, Tensor k_scale, Tensor k_zero_point, "

@@ -217,6 +217,8 @@ struct Output {
   std::vector<float> inverse_scale;  // One per sample.
   std::vector<int32_t> zero_point;
   int32_t qmax;
+  at::Tensor kept;                  // Values in bfloat16 beside codes, or undefined.
+  c10::BFloat16* values = nullptr;  // Those of `kept`.
 
   // The offset of a row, in elements.
   int64_t row(int64_t batch, int64_t head, int64_t token) const {
@@ -231,16 +233,22 @@ struct Output {
                                     _mm512_set1_epi32(zero_point[batch]), _mm512_set1_epi32(qmax)));
     else
       store(static_cast<T*>(data) + at, lanes, value);
+    if (values) store(values + at, lanes, value);
   }
 };
 
 inline Output make_output(at::IntArrayRef q, int64_t channels, const at::Tensor& like,
                           const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& zero_point,
-                          int64_t qmax, at::ScalarType dtype) {
+                          int64_t qmax, at::ScalarType dtype, bool keeps_values = false) {
   const int64_t sizes[] = {q[0], q[2], q[1], channels};
   const at::Tensor result = pooled(sizes, like.options().dtype(scale ? at::kByte : dtype));
   Output output{result, q[1], channels, q[2], result.mutable_data_ptr(), scale.has_value(), {}, {},
                 static_cast<int32_t>(qmax)};
+  TORCH_CHECK(!keeps_values || scale, "values are written beside codes, which need a scale");
+  if (keeps_values) {
+    output.kept = pooled(sizes, like.options().dtype(at::kBFloat16));
+    output.values = output.kept.mutable_data_ptr<c10::BFloat16>();
+  }
   if (scale) {
     const at::Tensor rows = result.flatten(1);
     output.inverse_scale = inverses(per_row<float>(*scale, rows, q[0], "the scale of the result"));

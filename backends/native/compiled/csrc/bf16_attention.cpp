@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "results.h"
 
 #ifdef __AVX512BF16__
 
@@ -100,18 +101,19 @@ class Bf16Worker {
   int64_t batch_ = 0, head_ = 0;
 };
 
-at::Tensor bf16_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const std::optional<at::Tensor>& mask, bool causal, double scale,
-                          const std::optional<at::Tensor>& out_scale, const std::optional<at::Tensor>& out_zero_point,
-                          int64_t qmax, std::optional<at::ScalarType> out_dtype) {
+Results attention(bool keeps_values, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const std::optional<at::Tensor>& mask, bool causal, double scale,
+                  const std::optional<at::Tensor>& out_scale, const std::optional<at::Tensor>& out_zero_point,
+                  int64_t qmax, std::optional<at::ScalarType> out_dtype) {
   check_shapes(q, k, v);
   TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
               "queries, keys and values are of one dtype");
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t scores[] = {batch, heads, tokens, k.size(2)};
   const Mask added(mask, scores, causal);
-  const Output output = make_output(q.sizes(), v.size(3), q, out_scale, out_zero_point, qmax, out_dtype.value_or(q.scalar_type()));
-  if (!output.result.numel()) return output.result;
+  const at::ScalarType reads = q.scalar_type(), writes = out_dtype.value_or(reads);
+  const Output output = make_output(q.sizes(), v.size(3), q, out_scale, out_zero_point, qmax, writes, keeps_values);
+  if (!output.result.numel()) return {output.result, output.kept};
   TORCH_CHECK(k.size(2), "attention over no keys");
   const auto run = [&](auto zero, auto result) {
     using T = decltype(zero);
@@ -120,7 +122,6 @@ at::Tensor bf16_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
       return Bf16Worker<T, decltype(result)>(queries, keys, values, added, static_cast<float>(scale), output);
     });
   };
-  const at::ScalarType reads = q.scalar_type(), writes = out_dtype.value_or(reads);
   TORCH_CHECK(writes == reads || (writes == at::kFloat && reads == at::kBFloat16),
               "bf16_attention of bfloat16 writes bfloat16 or float32, and any other its own dtype, not ", writes);
   if (reads == at::kFloat) run(0.0f, 0.0f);
@@ -128,12 +129,15 @@ at::Tensor bf16_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   else if (reads == at::kBFloat16) run(c10::BFloat16(), c10::BFloat16());
   else if (reads == at::kHalf) run(c10::Half(), c10::Half());
   else TORCH_CHECK(false, "bf16_attention reads float32, bfloat16 and float16, not ", reads);
-  return output.result;
+  return {output.result, output.kept};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("bf16_attention", &bf16_attention); }
+TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
+  library.impl("bf16_attention", &Op<&attention>::one);
+  library.impl("bf16_attention_values", &Op<&attention>::both);
+}
 
 }  // namespace fxquant
 

@@ -55,12 +55,12 @@ class Down {
     else _mm512_storeu_ps(row + channel * 4, value);
   }
 
-  // Inner values of `count` kept rows, 1 to 12, written to rows `row` and following of `inner`.
-  void multiply(const char* kept, int64_t count, void* inner, int64_t row) const {
+  // Inner values of `count` rows, 1 to 12, that are `row_bytes` apart, written to rows `row` and following of `inner`.
+  void multiply(const char* rows, int64_t row_bytes, int64_t count, void* inner, int64_t row) const {
     alignas(64) float sums[kDownRows * kFactorPanel];
     for (int64_t column = 0; column < width_; column += kFactorPanel) {
       const int64_t columns = std::min(width_ - column, kFactorPanel);
-      factor_kernels(bf16_, columns <= kLanes)[count - 1](kept, row_bytes_, panel_at(column / kFactorPanel), steps_,
+      factor_kernels(bf16_, columns <= kLanes)[count - 1](rows, row_bytes, panel_at(column / kFactorPanel), steps_,
                                                           1.0f, sums);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t c = 0; c < columns; c += kLanes) {

@@ -18,6 +18,7 @@
 #include "memory.h"
 #include "parallel.h"
 #include "products.h"
+#include "results.h"
 #include "simd.h"
 
 namespace fxquant {
@@ -170,7 +171,10 @@ void multiply(const Linear& linear, const Finish& finish) {
       const UpPanel up(linear.branch, panel * kPanel, linear.out);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t top = count * tile / tiles, bottom = count * (tile + 1) / tiles;
-        for (int64_t r = top; r < bottom; ++r) finish.prefetch(first + r, panel * kPanel);
+        for (int64_t r = top; r < bottom; ++r) {
+          finish.prefetch(first + r, panel * kPanel);
+          if (linear.branch) up.prefetch(first + r);
+        }
         const uint8_t* codes = linear.codes + (first + top) * linear.row_bytes;
         const int8_t* weight = linear.weight + panel * linear.panel_bytes;
         if (groups)
@@ -231,6 +235,22 @@ struct Codes {
   }
 };
 
+// Codes, and the values themselves in bfloat16 for a branch of low rank.
+struct CodesAndValues {
+  Codes codes;
+  c10::BFloat16* values;
+
+  void prefetch(int64_t row, int64_t column) const {
+    codes.prefetch(row, column);
+    __builtin_prefetch(values + row * codes.width + column, 1);
+  }
+
+  void write(int64_t row, int64_t column, __mmask16 lanes, __m512 y) const {
+    codes.write(row, column, lanes, y);
+    store(values + row * codes.width + column, lanes, y);
+  }
+};
+
 template <class T>
 void write_floats(const Linear& linear, const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual,
                   int64_t samples, at::Tensor& result) {
@@ -273,14 +293,14 @@ struct Grids {
   }
 };
 
-at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Tensor& x_zero_point,
-                  const at::Tensor& weight, const at::Tensor& w_scale, const at::Tensor& w_zero_point,
-                  const at::Tensor& w_sums, const std::optional<at::Tensor>& bias, int64_t bits, int64_t out_features,
-                  c10::string_view activation, const std::optional<at::Tensor>& gate,
-                  const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& out_scale,
-                  const std::optional<at::Tensor>& out_zero_point, int64_t qmax, at::ScalarType out_dtype,
-                  const std::optional<at::Tensor>& inner, const std::optional<at::Tensor>& up, int64_t inner_from,
-                  const std::optional<at::Tensor>& strength, int64_t group_size) {
+Results linear(bool keeps_values, const at::Tensor& xq, const at::Tensor& x_scale, const at::Tensor& x_zero_point,
+               const at::Tensor& weight, const at::Tensor& w_scale, const at::Tensor& w_zero_point,
+               const at::Tensor& w_sums, const std::optional<at::Tensor>& bias, int64_t bits, int64_t out_features,
+               c10::string_view activation, const std::optional<at::Tensor>& gate,
+               const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& out_scale,
+               const std::optional<at::Tensor>& out_zero_point, int64_t qmax, at::ScalarType out_dtype,
+               const std::optional<at::Tensor>& inner, const std::optional<at::Tensor>& up, int64_t inner_from,
+               const std::optional<at::Tensor>& strength, int64_t group_size) {
   TORCH_CHECK(xq.scalar_type() == at::kByte && xq.dim() >= 1, "vnni_linear reads uint8 codes, not ", xq.scalar_type());
   const at::Tensor codes = xq.contiguous();
   Linear task{};
@@ -330,15 +350,19 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   task.branch = make_branch(inner, up, inner_from, strength, task.rows, out_features);
   auto sizes = codes.sizes().vec();
   sizes.back() = out_features;
-  at::Tensor result = pooled(sizes, codes.options().dtype(out_scale ? at::kByte : out_dtype));
-  if (!task.rows || !out_features) return result;
+  at::Tensor result = pooled(sizes, codes.options().dtype(out_scale ? at::kByte : out_dtype)), values;
+  TORCH_CHECK(!keeps_values || out_scale, "values are written beside codes, which need a scale");
+  if (keeps_values) values = pooled(sizes, codes.options().dtype(at::kBFloat16));
+  if (!task.rows || !out_features) return {result, values};
   if (out_scale) {
     TORCH_CHECK(!gate && !residual && out_zero_point, "codes are written without gate and residual");
-    multiply(task, Codes{result.mutable_data_ptr<uint8_t>(), out_features,
-                         inverses(per_row<float>(*out_scale, result, task.rows, "the scale of the result")),
-                         per_row<uint8_t, int32_t>(*out_zero_point, result, task.rows, "the zero point of the result"),
-                         _mm512_set1_epi32(static_cast<int32_t>(qmax))});
-    return result;
+    Codes written{result.mutable_data_ptr<uint8_t>(), out_features,
+                  inverses(per_row<float>(*out_scale, result, task.rows, "the scale of the result")),
+                  per_row<uint8_t, int32_t>(*out_zero_point, result, task.rows, "the zero point of the result"),
+                  _mm512_set1_epi32(static_cast<int32_t>(qmax))};
+    if (keeps_values) multiply(task, CodesAndValues{std::move(written), values.mutable_data_ptr<c10::BFloat16>()});
+    else multiply(task, written);
+    return {result, values};
   }
   std::optional<at::Tensor> added;
   if (residual) {
@@ -350,11 +374,14 @@ at::Tensor linear(const at::Tensor& xq, const at::Tensor& x_scale, const at::Ten
   else if (out_dtype == at::kBFloat16) write_floats<c10::BFloat16>(task, gate, added, samples, result);
   else if (out_dtype == at::kHalf) write_floats<c10::Half>(task, gate, added, samples, result);
   else TORCH_CHECK(false, "vnni_linear writes float32, bfloat16 and float16, not ", out_dtype);
-  return result;
+  return {result, values};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) { library.impl("vnni_linear", &linear); }
+TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
+  library.impl("vnni_linear", &Op<&linear>::one);
+  library.impl("vnni_linear_values", &Op<&linear>::both);
+}
 
 }  // namespace fxquant

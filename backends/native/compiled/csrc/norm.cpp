@@ -66,7 +66,7 @@ void write_codes(const T* from, int64_t rows, int64_t channels, const std::vecto
           _mm_mask_storeu_epi8(to + r * channels + c, lanes, quantize(y, scale, zero_point, highest));
         }
       }
-      if (down) down->multiply(kept.data(), bottom - top, inner, top);
+      if (down) down->multiply(kept.data(), down->row_bytes(), bottom - top, inner, top);
     }
   });
 }
@@ -178,12 +178,40 @@ std::tuple<at::Tensor, at::Tensor> quantize_down(const at::Tensor& x, const at::
   return {found.codes, found.inner};
 }
 
+// The inner values of rows of bfloat16 that are read as they are.
+at::Tensor down(const at::Tensor& x, at::TensorList downs) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && !downs.empty() && x.scalar_type() == at::kBFloat16,
+              "down reads rows of bfloat16 of one channel or more, and one factor or more, not ", x.sizes(), " of ",
+              x.scalar_type(), " and ", downs.size(), " factors");
+  const at::Tensor input = x.contiguous();
+  const int64_t channels = input.size(-1), rows = input.numel() / channels, row_bytes = channels * 2;
+  const Down down(downs, channels, true);
+  at::Tensor inner = inner_of(input, &down);
+  const char* from = static_cast<const char*>(input.const_data_ptr());
+  void* to = inner.mutable_data_ptr();
+  // Rows that end within a dword, or that compete for lines of the first-level cache, are copied first.
+  const bool copies = row_bytes % 4 || row_bytes % 4096 == 0;
+  at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 19) / down.work()), [&](int64_t begin, int64_t end) {
+    std::vector<char> kept = copies ? down.scratch() : std::vector<char>();
+    const int64_t tiles = divide_up(end - begin, kDownRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t top = begin + (end - begin) * tile / tiles, bottom = begin + (end - begin) * (tile + 1) / tiles;
+      for (int64_t r = top; copies && r < bottom; ++r)
+        std::memcpy(kept.data() + (r - top) * down.row_bytes(), from + r * row_bytes, row_bytes);
+      down.multiply(copies ? kept.data() : from + top * row_bytes, copies ? down.row_bytes() : row_bytes, bottom - top,
+                    to, top);
+    }
+  });
+  return inner;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fxquant_native, CPU, library) {
   library.impl("norm_quantize", &norm_quantize);
   library.impl("norm_quantize_down", &norm_quantize_down);
   library.impl("quantize_down", &quantize_down);
+  library.impl("down", &down);
 }
 
 }  // namespace fxquant

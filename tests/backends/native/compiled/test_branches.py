@@ -22,7 +22,8 @@ from tests.support import captured, count, outputs
 pytestmark = pytest.mark.skipif(machine.missing_kernels() is not None, reason="there are no compiled kernels here")
 native, reference = torch.ops.fxquant_native, torch.ops.fxquant
 
-BF16 = [False, pytest.param(True, marks=pytest.mark.skipif(not machine.has_bf16_products(), reason="no AVX-512 BF16"))]
+needs_bf16 = pytest.mark.skipif(not machine.has_bf16_products(), reason="no AVX-512 BF16")
+BF16 = [False, pytest.param(True, marks=needs_bf16)]
 RANKS = [1, 8, 16, 32, 33, 64]
 
 
@@ -61,6 +62,21 @@ def test_inner_values_of_many_channels_and_rows(bf16: bool) -> None:
     _, found = native.quantize_down(x, *grid(), 255, downs, bf16)
     right = torch.cat([x.double() @ down.double().t() for down in downs], -1)
     assert sqnr_db(right, found[:, :45].double()) > (40.0 if bf16 else 110.0)
+
+
+@needs_bf16
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("channels", [5, 32, 75, 2048])
+def test_inner_values_of_bfloat16_rows(channels: int, rows: int) -> None:
+    torch.manual_seed(0)
+    x, downs = torch.randn(2, rows, channels).bfloat16(), [torch.randn(rank, channels) for rank in RANKS]
+    _, right = native.quantize_down(x, *grid(), 255, downs, True)
+    assert torch.equal(native.down(x, downs), right)
+
+
+def test_inner_values_of_other_rows_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="down reads rows of bfloat16"):
+        native.down(torch.randn(3, 8), [torch.randn(2, 8)])
 
 
 @pytest.mark.parametrize("bf16", BF16)
@@ -107,6 +123,13 @@ def test_branches_are_added_before_what_follows(rows: int, out: int, rank: int, 
     values = functional.gelu(right + bias, approximate="tanh") / 0.1
     codes_out = values.round().add(9).clamp(0, 255)
     assert (written.double() - codes_out).abs().max() <= (1 + 0.02 * values.abs().max() if bf16 else 1)
+    given = (codes, *grid(), *weight, bias, 8, out, "gelu_tanh", None, None)
+    branch = (torch.float32, inner, up, 4, strength)
+    both = native.vnni_linear_values(*given, torch.tensor(0.1), torch.tensor(9, dtype=torch.uint8), 255, *branch)
+    assert torch.equal(both[0], written)
+    assert torch.equal(both[1], native.vnni_linear(*given, None, None, 255, *branch).bfloat16())
+    with pytest.raises(RuntimeError, match="values are written beside codes"):
+        native.vnni_linear_values(*given, None, None, 255, *branch)
 
 
 class Layers(nn.Module):
@@ -149,23 +172,15 @@ def test_graphs_agree_with_the_quantized_graph(dtype: torch.dtype, rank: int, br
     (found,) = outputs(module, x, c)
     assert sqnr_db(right.float(), found.float()) > 38.0
     assert count(module, native.norm_quantize_down.default) == 1
-    assert count(module, native.quantize_down.default) == 2
+    # The GELU is in the linear before the last, which writes values beside codes if the branch reads bfloat16.
+    values = int(branches == "bf16" and machine.has_bf16_products())
+    assert count(module, native.vnni_linear_values.default) == count(module, native.down.default) == values
+    assert count(module, native.quantize_down.default) == 2 - values
     assert count(module, reference.low_rank.default) == 0
     assert count(module, torch.ops.aten.gelu.default) == 0
     back = backend.stored(module)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], held) for name, held in before.items())
-
-
-@pytest.mark.parametrize("bf16", BF16)
-def test_values_before_a_branch_in_bfloat16_are_written_in_bfloat16(bf16: bool) -> None:
-    x, c = torch.randn(2, 5, 40), torch.randn(2, 120)
-    module, plan = quantized(Layers(), x, c)
-    Native("compiled", branches="bf16" if bf16 else "float").finish(module, plan)
-    linears = [node for node in module.graph.nodes if node.target is native.vnni_linear.default]
-    before = [node for node in linears if "gelu_tanh" in node.args]
-    assert [node.meta["val"].dtype for node in before] == [torch.bfloat16 if bf16 else torch.float32]
-    assert all(node.meta["val"].dtype == torch.float32 for node in linears if node not in before)
 
 
 def test_separate_branches_stay_ops_of_their_own() -> None:
@@ -193,15 +208,20 @@ class Attention(nn.Module):
         return self.out(y) + y if self.shared else self.out(y)
 
 
-@pytest.mark.skipif(not machine.has_bf16_products(), reason="no AVX-512 BF16")
+@needs_bf16
 @pytest.mark.parametrize("shared", [False, True])
-def test_an_attention_before_a_branch_reads_bfloat16_and_writes_float32(shared: bool) -> None:
+@pytest.mark.parametrize("branches", ["bf16", "float"])
+def test_an_attention_before_a_branch_reads_bfloat16(shared: bool, branches: str) -> None:
     x, c = torch.randn(2, 5, 32), torch.randn(2, 1, 32)
     module, plan = quantized(Attention(shared), x, c)
     (right,) = outputs(module, x, c)
-    Native("compiled").finish(module, plan)
-    (attention,) = (node for node in module.graph.nodes if node.target is native.bf16_attention.default)
-    assert attention.meta["val"].dtype == torch.float32
+    Native("compiled", branches=branches).finish(module, plan)
+    writes_codes = branches == "bf16" and not shared
+    ops = {True: native.bf16_attention_values.default, False: native.bf16_attention.default}
+    assert [count(module, ops[kind]) for kind in (writes_codes, not writes_codes)] == [1, 0]
+    assert count(module, native.down.default) == writes_codes
+    written = [node.meta["val"] for node in module.graph.nodes if node.target is ops[False]]
+    assert all(value.dtype == torch.float32 for value in written)
     linears = [node for node in module.graph.nodes if node.target is native.vnni_linear.default]
     written = sorted(str(node.meta["val"].dtype) for node in linears)
     narrow = 0 if shared else 3  # A result that more than the quantization reads keeps its dtype throughout.

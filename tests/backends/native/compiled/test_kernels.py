@@ -264,6 +264,20 @@ def test_attention_of_bfloat16_writes_float32() -> None:
         native.bf16_attention(q, k, v, *given, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_writes_codes_and_values(dtype: torch.dtype) -> None:
+    if not machine.has_bf16_products():
+        pytest.skip("this processor does not multiply bfloat16")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 9, 24, dtype=dtype) for _ in range(3))
+    given, grid = (None, False, 0.2), (torch.tensor(0.02), torch.tensor(128, dtype=torch.uint8), 255)
+    codes, values = native.bf16_attention_values(q, k, v, *given, *grid)
+    assert torch.equal(codes, native.bf16_attention(q, k, v, *given, *grid))
+    assert torch.equal(values, native.bf16_attention(q, k, v, *given, None, None, 255).bfloat16())
+    with pytest.raises(RuntimeError, match="values are written beside codes"):
+        native.bf16_attention_values(q, k, v, *given, None, None, 255)
+
+
 def coded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     scale = (high - low) / 255
