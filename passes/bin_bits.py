@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import warnings
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
 from fxquant.numerics.activations import round_in_range
@@ -26,6 +27,7 @@ from fxquant.planning.context import PassContext
 from fxquant.planning.layer_inputs import layer_input
 from fxquant.planning.linears import FloatLinear, linears_to_quantize
 from fxquant.planning.pass_decisions import Decision
+from fxquant.planning.plan import Plan
 from fxquant.planning.weighted_moments import interpolated
 
 
@@ -103,7 +105,10 @@ class BinBits(Pass):
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         variants = context.plan.decisions_of(Variant)
         found = [one for one in linears_to_quantize(graph, context.plan) if self._is_open(one, variants)]
-        if not found or is_replayed(rewriter.module) or context.statistics is None:
+        if is_replayed(rewriter.module) or context.statistics is None:
+            return
+        if not found:
+            self._warn_of_none(context.plan)
             return
         readers: dict[fx.Node, list[FloatLinear]] = {}
         for one in found:
@@ -129,6 +134,18 @@ class BinBits(Pass):
                     one, method = open_nodes[name], InputRange(layer.activation.method)
                     layer.activation = None
                     decide_range(one.node, one.input, context, rewriter, method)
+
+    def _warn_of_none(self, plan: Plan) -> None:
+        """Warn that the pass decides nothing, although inputs of linears are quantized."""
+        inputs = [name for name, own in plan.layers.items() if own.kind == "linear" and own.activation_bits is not None]
+        if inputs and not plan.decisions_of(Bits):
+            warnings.warn(
+                f"{self.name} changes no layer, such as {inputs[0]}: only integer inputs of more than {self.lowest} "
+                "bits with a range per bin of timesteps have bits by bin. Put bin-ranges, group-timesteps or "
+                "choose-variants before it, and weigh-timesteps{by=error} between them",
+                QualityWarning,
+                stacklevel=3,
+            )
 
     def _is_open(self, one: FloatLinear, variants: Container[str]) -> bool:
         layer = one.plan

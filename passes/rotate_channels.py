@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from fxquant.channels.apply import fold_into_parameters
 from fxquant.channels.solution import Seed
 from fxquant.channels.turning import Classes, Rotations, largest_rotations
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.borders import note_rotation
 from fxquant.ir.histories import digest
 from fxquant.ir.rewriter import Rewriter
@@ -113,11 +114,24 @@ class RotateChannels(Pass):
                 rotation = rotations[layer.name]
                 if rotation.block > 1:
                     _rotate_online(layer, rotation, rewriter)
+        if any(value.undecided for value in values):
+            self._warn_of_narrow(rotations)
         for value in values:
             for layer in value.layers:
                 rotation = rotations[layer.name]
                 if rotation.block > 1:
                     _declare(layer, rotation, context)
+
+    def _warn_of_narrow(self, rotations: Mapping[str, Rotation]) -> None:
+        """Warn that no input of the model is rotated because of the numbers of channels."""
+        if self.online is Online.ON and all(rotation.block == 1 for rotation in rotations.values()):
+            name, first = next(iter(rotations.items()))
+            warnings.warn(
+                f"{self.name} rotates no layer, such as {name}: {first.reason}, and least={self.least}. Leave the pass "
+                "out, or choose a smaller least",
+                QualityWarning,
+                stacklevel=3,
+            )
 
     def _values(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> list[_Value]:
         """The values that layers to rotate read and that are not rotated yet, each with these layers."""

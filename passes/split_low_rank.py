@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.errors import ConfigurationError, QualityWarning
+from fxquant.errors import ConfigurationError, NonFiniteError, QualityWarning
 from fxquant.ir.histories import made_from
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
@@ -195,6 +195,7 @@ class SplitLowRank(Pass):
         for _ in range(self.iterations + 1):
             parts = low_rank_factors(target, branch.rank, importance)
             left, right = (part.to(dtype).to(held).contiguous() for part in parts)
+            self._check_range(layer, dtype, left, right)
             if not self.iterations:
                 return left, right
             rest = goal - left.double() @ right.double()
@@ -208,6 +209,18 @@ class SplitLowRank(Pass):
             target = goal - rounded
         assert best is not None
         return best
+
+    def _check_range(self, layer: FloatLinear, dtype: torch.dtype, *factors: Tensor) -> None:
+        """Refuse factors beyond the range of float16; without this check the rest of the weight would hold NaN.
+
+        Raises:
+            NonFiniteError: Names the layer.
+        """
+        if not all(bool(factor.isfinite().all()) for factor in factors):
+            raise NonFiniteError(
+                f"{self.name}: layer {layer.name!r}: the factors of its branch are too large for {dtype}; choose "
+                "branch=bfloat16 or branch=float32, or leave the layer out (layers=...)"
+            )
 
 
 def _check_rank(layer: FloatLinear, rank: int) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxquant.errors import ConfigurationError, PluginError, UnknownNameError, shortened
+from fxquant.ir.stages import Stage, later
 from fxquant.pipeline.options import convert, no_option, option_types
 from fxquant.pipeline.pipeline import PASSES, Pass, Pipeline, parse_pass, parse_passes
 from fxquant.pipeline.syntax import Reader
@@ -48,6 +49,7 @@ class Recipe:
                     f"pass {step.name} is not registered, so the recipe could not be read back from a plan; decorate "
                     f"{type(step).__name__} with @register_pass"
                 )
+        _check_observable(self.prepare)
 
     def __str__(self) -> str:
         return ",".join(map(str, self.prepare)) + " ; " + ",".join(map(str, self.convert))
@@ -103,6 +105,22 @@ class Recipe:
             )
         reader.at += 1
         return cls(tuple(prepare), tuple(parse_passes(reader)))
+
+
+def _check_observable(prepare: Sequence[Pass]) -> None:
+    """Refuse passes before calibration that leave graphs that cannot be observed.
+
+    Raises:
+        ConfigurationError: Names the pass.
+    """
+    stage, latest = Stage.CAPTURED, PASSES["insert-observers"].requires
+    for step in prepare:
+        stage = later(stage, step.establishes)
+        if not stage <= latest:
+            raise ConfigurationError(
+                f"{step.name} comes before calibration and makes {stage} graphs, and calibration observes {latest} "
+                "graphs at most; move it behind the semicolon of the recipe, to the passes after calibration"
+            )
 
 
 def recipe_of(plan: Plan) -> Recipe:
@@ -173,6 +191,7 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
     if match is None:
         if recipe in RECIPES:
             raise ConfigurationError(f"recipe {recipe!r} lacks a precision; write {recipe}-w8a8 or {recipe}-w4a8")
+        _check_precision(recipe)
         raise UnknownNameError("recipe", recipe, (f"{name}-w4a8" for name in RECIPES))
     name, precision = match["name"], Precision.parse(match["precision"])
     if name in RECIPES:
@@ -188,6 +207,18 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
     if by_token:
         recipe = _by_token(recipe)
     return recipe if rounding is None else _rounded(recipe, rounding)
+
+
+def _check_precision(name: str) -> None:
+    """Refuse what stands behind the name of a known recipe and is not a precision, such as ``rtn-wnvfp4``.
+
+    Raises:
+        ConfigurationError: Says what is wrong with it.
+    """
+    parts = name.split("-")
+    start = next((at for at, part in enumerate(parts) if at and part[:1] in ("w", "W")), None)
+    if start is not None and parts[0] in {known.partition("-")[0] for known in RECIPES}:
+        Precision.parse("-".join(parts[start:]))
 
 
 def _by_token(recipe: Recipe) -> Recipe:

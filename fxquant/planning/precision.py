@@ -37,6 +37,10 @@ _ATTENTION = (
 )
 
 
+class _NotRead(ConfigurationError):
+    """A text does not have the form of a precision."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """Number formats of one layer. Prints and parses as ``w4a8``, ``w4a16-g64``, ``wmxfp4amxfp8``, ``float``.
@@ -60,7 +64,8 @@ class Precision:
     def __post_init__(self) -> None:
         for what, bits in (("weights", self.weight_bits), ("activations", self.activation_bits)):
             if bits is not None and not 2 <= bits <= 8:
-                raise ConfigurationError(f"{bits} bits for {what}: 2 to 8 are possible, and 16 for float activations")
+                unrounded = "float for a layer that stays float" if what == "weights" else "16 for float activations"
+                raise ConfigurationError(f"{bits} bits for {what}: 2 to 8 are possible, and {unrounded}")
         if self.weight_bits is None and self.activation_bits is not None:
             raise ConfigurationError("quantized activations need quantized weights: give w2 to w8")
         if self.group_size < 0 or self.group_rows < 0:
@@ -88,13 +93,22 @@ class Precision:
         128 input channels (``-b64x128``: of 64 and 128), and ``-tensor`` the whole weight.
 
         Raises:
-            ConfigurationError: If the text is none of these or the bits are out of range.
+            ConfigurationError: If the text is none of these or the bits are out of range. If it is nearly one, as
+                ``W4A8``, ``w4a8g64`` or ``wnvfp4``, the message says which.
         """
+        try:
+            return cls._read(text)
+        except _NotRead as error:
+            meant = " or ".join(_meant(text))
+            raise ConfigurationError(f"{error}. Did you mean {meant}?" if meant else str(error)) from None
+
+    @classmethod
+    def _read(cls, text: str) -> Precision:
         if text == "float":
             return FLOAT
         match = _FORM.fullmatch(text)
         if match is None:
-            raise ConfigurationError(
+            raise _NotRead(
                 f"{shortened(text)!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float, or "
                 "formats by name as in wfp8afp8"
             )
@@ -163,7 +177,7 @@ def _sides(pair: str, text: str) -> tuple[tuple[int, str | None], tuple[int | No
     for left, right in fitting:
         return _side(left), (None, None) if right.isdecimal() and int(right) == 16 else _side(right)
     known = [name for name in FORMATS if not is_integer(name)]
-    raise ConfigurationError(
+    raise _NotRead(
         f"{shortened(text)!r} is not a precision; write w4a8, w8a16 (float activations), w4a8-g64 or float. Formats by "
         f"name: {', '.join(known)}"
     )
@@ -177,6 +191,22 @@ def _side(text: str) -> tuple[int, str | None]:
     if text.isdecimal():
         return int(text), None
     return FORMATS[text].bits, None if is_integer(text) else text
+
+
+def _meant(text: str) -> list[str]:
+    """The precisions that a text may stand for: one in other letters or without the hyphen, or with activations."""
+    plain = re.sub(r"[\s_]+", "-", text.strip().lower())
+    side = plain.removeprefix("w")
+    for tries in ([plain], [re.sub(r"-?g?(\d+)$", r"-g\1", plain)], [f"w{side}a{side}", f"w{side}a16"]):
+        found = []
+        for one in tries:
+            try:
+                found.append(str(Precision._read(one)))
+            except ConfigurationError:
+                continue
+        if found:
+            return found
+    return []
 
 
 FLOAT = Precision(None, None)

@@ -12,7 +12,7 @@ import torch
 import fxquant
 from fxquant.allocation.candidates import with_precisions
 from fxquant.backends.native import gpu
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, QualityWarning
 from fxquant.ir.meta import LAYER
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.passes.bin_bits import BinBits, Bits, allocate
@@ -197,3 +197,10 @@ def test_another_precision_gets_bits_of_its_own(made: GraphModel, statistics: St
     gone = with_precisions(made.plan, {name: Precision.parse("w8a16")})
     after = gone.layers[name].timesteps
     assert after is not None and after.bits is None
+
+
+def test_without_bins_nothing_is_decided_and_a_warning_says_so(statistics: Statistics, made: GraphModel) -> None:
+    text = (RECIPE % WEIGH).replace("bin-ranges{bins=4},", "")
+    with pytest.warns(QualityWarning, match=r"bin-bits changes no layer, such as .* integer inputs .* bin-ranges"):
+        found = fxquant.compile(make_dit(), recipe=text, statistics=statistics, measure=0).plan
+    assert found is not None and not found.decisions_of(Bits) and made.plan is not None

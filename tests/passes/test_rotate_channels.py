@@ -203,3 +203,9 @@ def test_inputs_that_stay_float_are_not_rotated_and_a_warning_says_so() -> None:
             model, recipe="quarot-w4a16", calibrate=lambda: [model(**call) for call in example_calls(model)]
         )
     assert not made.plan.decisions_of(Rotation)
+
+
+def test_inputs_that_are_too_narrow_are_not_rotated_and_a_warning_says_so() -> None:
+    with pytest.warns(QualityWarning, match=r"rotates no layer, such as first: its 16 channels .* of 16, and least=32"):
+        trial = try_pass(RotateChannels(roles=EACH, least=32), tiny_linears(), calls(), before=ALL)
+    assert {rotation.block for rotation in trial.plan.decisions_of(Rotation).values()} == {1}

@@ -9,11 +9,11 @@ from torch import nn
 
 import fxquant
 from fxquant.authoring import quantize_weight, sqnr_db
-from fxquant.errors import ConfigurationError, QualityWarning
+from fxquant.errors import ConfigurationError, NonFiniteError, QualityWarning
 from fxquant.inspect.report import report
 from fxquant.ir.roles import assign_roles, roles_of
 from fxquant.ir.tensors import read_tensors
-from fxquant.passes.split_low_rank import SplitLowRank
+from fxquant.passes.split_low_rank import BranchType, SplitLowRank
 from fxquant.planning.branches import Branch
 from fxquant.testing import (
     check_lifecycle,
@@ -222,3 +222,13 @@ def test_weights_of_8_bits_beside_float_inputs_need_no_branch_and_a_warning_says
             calibrate=lambda: [model(**call) for call in example_calls(model)],
         )
     assert not made.plan.decisions_of(Branch)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_factors_beyond_the_range_of_float16_are_refused(iterations: int) -> None:
+    model = tiny_linears()
+    model.first.weight.data.mul_(1e13)
+    layers = {"rank": 2, "roles": EACH, "layers": "first", "iterations": iterations}
+    with pytest.raises(NonFiniteError, match=r"layer 'first': .* too large for torch.float16; choose branch=bfloat16"):
+        try_pass(SplitLowRank(branch=BranchType.HALF, **layers), model, calls(), before=ALL)
+    try_pass(SplitLowRank(branch=BranchType.BFLOAT16, **layers), model, calls(), before=ALL)

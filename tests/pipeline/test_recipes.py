@@ -53,6 +53,28 @@ def test_another_spelling_of_a_precision(name: str, right: str) -> None:
         make_recipe(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rtn-wnvfp4", r"'wnvfp4' is not a precision; .* Did you mean wnvfp4anvfp4 or wnvfp4a16\?$"),
+        ("svdquant-bins-w8", r"'w8' is not a precision; .* Did you mean w8a8 or w8a16\?$"),
+        ("smoothquant-search-W4A8", r"Did you mean w4a8\?$"),
+        ("svdquant-gptq-w4a4-rank16", "'w4a4-rank16' is not a precision; write w4a8"),
+        ("rtn-w4a4g32", r"Did you mean w4a4-g32\?$"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_precision_is_named(name: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_recipe(name)
+
+
+@pytest.mark.parametrize("name", ["rotate-channels", "split-low-rank", "quantize-linears", "balance-channels"])
+def test_passes_that_need_calibration_come_after_it(name: str) -> None:
+    text = f"remove-no-ops,assign-precision{{precision=w4a8}},{name} ; quantize-embeddings"
+    with pytest.raises(ConfigurationError, match=f"^{name} comes before calibration .* behind the semicolon"):
+        make_recipe(text)
+
+
 @pytest.mark.parametrize("name", own_recipes())
 def test_rounding_is_a_choice_of_every_recipe(name: str) -> None:
     assert step(make_recipe(f"{name}-gptq-w4a8"), "quantize-linears").rounding is Rounding.GPTQ
