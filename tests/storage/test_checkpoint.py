@@ -108,6 +108,7 @@ torch.save([run(model, timestep=None), run(model, batch=1)], sys.argv[2])
 """
 
 
+@pytest.mark.exhaustive  # ``make test`` does so in tests/pretrained/test_from_pretrained.py and for docs/lives.md.
 def test_a_new_process_gives_the_same_bits(quantized: GraphModel, saved: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", _OTHER_PROCESS, saved, tmp_path / "out.pt"], check=True, cwd=root)

@@ -146,6 +146,12 @@ def test_without_a_compiler_another_path_runs_and_says_so(tmp_path: Path) -> Non
     assert float(said.splitlines()[-1]) > 45.0
 
 
+def test_the_compiled_kernels_need_wide_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "no AVX-512 instructions" in str(machine.missing_kernels.__wrapped__())
+
+
+@pytest.mark.exhaustive  # As without a compiler, for another reason.
 def test_without_wide_instructions_another_path_runs_and_says_so() -> None:
     said = run_script(ONE, ATEN_CPU_CAPABILITY="avx2")
     assert "no AVX-512 instructions" in said

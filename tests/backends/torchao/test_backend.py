@@ -300,6 +300,16 @@ def test_importing_fxquant_imports_no_torchao() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would do")
+def test_sums_that_saturate_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes them saturate is tested in processes of their own, in tests/backends/native/test_machine.py."""
+    monkeypatch.setattr(parts, "sums_exactly", lambda: False)
+    with pytest.raises(BackendError, match="no VNNI instructions") as caught:
+        compiled("rtn-w8a8", "torchao")
+    assert "use backend 'native'" in str(caught.value)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would do")
 def test_processors_on_which_sums_saturate() -> None:
     code = (
         "import fxquant\nfrom tests.tiny import calibrate, make_dit\nmodel = make_dit()\n"

@@ -15,6 +15,7 @@ LABELS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # ``make test`` runs small models on this backend, and this model on native.
 def test_noise_and_images_are_those_of_the_oracle(tmp_path: Path) -> None:
     """The noise of single calls is compared in dB: over a whole generation differences of rounding grow."""
     pipe, classifier = load_pipeline(), load_classifier()
