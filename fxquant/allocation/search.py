@@ -169,6 +169,7 @@ class _Search:
             self.prepared, self.found, self.backend, self.text, self.limit_of_checks, self.progress, self._made
         )
         found, used, words = searching.run(speed, times)
+        self.checked = searching.points
         return replace(self._result(target, *found), cost_model=words, times=used)
 
     def _within(self, problem: Problem, size: float) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class SpeedSearch:
         checks: The most models that are compiled and measured.
         progress: Called as ``progress(what, done, total)``.
         make: Compiles a choice, and measures its SQNR.
+        points: What was compiled and measured so far.
     """
 
     prepared: Prepared
@@ -55,6 +56,7 @@ class SpeedSearch:
     checks: int
     progress: Progress
     make: Callable[[dict[str, str]], tuple[GraphModel, Point]]
+    points: list[Point] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.device = device_of(self.prepared.model)
@@ -147,7 +149,8 @@ class SpeedSearch:
         """Compile a choice; with the milliseconds of a call of the float model, and of its own."""
         quantized, point = self.make(chosen)
         floating, own = time_calls(self.prepared.model, quantized, self.arguments, self.device)
-        return (chosen, quantized, replace(point, speed=floating / own)), floating, own
+        self.points.append(replace(point, speed=floating / own))
+        return (chosen, quantized, self.points[-1]), floating, own
 
     @staticmethod
     def _own(times: LayerTimes, chosen: dict[str, str]) -> list[float]:

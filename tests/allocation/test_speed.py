@@ -87,6 +87,7 @@ def test_the_rest_is_measured_and_corrected_and_the_file_repeats_the_choice(
     assert FLOAT_CALL / 2 * 0.85 < spent <= FLOAT_CALL / 2 / 0.99
     speeds = [FLOAT_CALL / 1.25 / (REST + len(known.layers) * MS["w3a8"]), result.point.speed]
     assert 2 * 0.99 <= speeds[1] < speeds[0]
+    assert result.checks[0].speed == pytest.approx(speeds[0]) and result.point in result.checks
     assert clock["calls"] > 2  # The fastest, one that is too slow, and a corrected one.
     monkeypatch.setattr(searching, "time_layers", None)
     again = fxquant.search(model, speed=2, **options)
