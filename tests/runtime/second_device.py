@@ -8,6 +8,7 @@ tests run this module as a program: it prints the error of each check, or null, 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from fxquant.pipeline.recipes import make_recipe
 from fxquant.planning.plan import Plan, tensor_bytes
 from fxquant.runtime.model import GraphModel
 from tests.adapters.loras import lora
+from tests.conversions import rebuilt_once, worked_out_once
 from tests.test_without_timestep import make_t5
 from tests.tiny import STEPS, calibrate, inputs, make_dit, make_pipeline
 from tests.traces import known_memos, memos, traced_once
@@ -178,6 +180,11 @@ BACKENDS = (FakeQuant, PerDevice)
 
 def quantized(backend: type[Backend]) -> GraphModel:
     """A fresh quantized model on the CPU."""
+    return copy.deepcopy(_quantized(backend))
+
+
+@functools.cache
+def _quantized(backend: type[Backend]) -> GraphModel:
     return fxquant.compile(
         MODEL, recipe="ptq4dit-w4a8", backend=backend(), calibrate=calibrate(MODEL, STEPS[:2]), measure=0
     )
@@ -474,7 +481,7 @@ def main(names: list[str]) -> None:
     """Run checks and print the outcome of each."""
     library = install()
     outcomes: dict[str, str | None] = {}
-    with traced_once(), memos(known_memos):
+    with traced_once(), memos(known_memos), worked_out_once(), rebuilt_once():
         for name in names:
             try:
                 globals()[f"check_{name}"]()
