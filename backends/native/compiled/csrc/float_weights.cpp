@@ -159,7 +159,7 @@ template <bool kHalves, class Element, class Write>
 void run(const Task& task, const Element& element, int64_t panels, const Write& write) {
   const bool few = task.rows <= kFew;
   const int64_t parts = divide_up(task.rows, kMostRows), rows = divide_up(task.rows, parts);
-  const int64_t least = std::max<int64_t>(1, (1 << 15) / (task.width * kPanel));
+  const int64_t least = std::max<int64_t>(1, (1 << 17) / (task.width * kPanel * rows));
   share_out(panels * parts, least, [&](const auto& take) {
     std::vector<float> out(rows * kPanel);
     std::vector<uint32_t> decoded(few ? 0 : kDwords * kPanel);

@@ -159,6 +159,20 @@ def test_a_strided_input_and_no_rows() -> None:
     assert product(torch.randn(32), weight).shape == (33,)
 
 
+@pytest.mark.parametrize("rows", [1, 1100])
+def test_threads_share_panels_and_rows(rows: int) -> None:
+    torch.manual_seed(0)
+    weight = encode_weight(torch.randn(200, 1024), format="nvfp4", group_size=16)
+    x, before, found = torch.randn(rows, 1024), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(product(x, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("out", [1, 32, 40])
