@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.errors import ConfigurationError
 from fxquant.export.comfyui import FILE, PREFIX, export_comfyui
+from fxquant.export.float8 import IN_PLACE as FLOATS
 from fxquant.export.weights import IN_PLACE
 from tests.export.test_original_names import converted
-from tests.tiny import calibrate, make_dit
+from tests.tiny import calibrate, inputs, make_dit
 from tests.zoo.models import ENTRIES
 
 QKV = f"{PREFIX}joint_blocks.0.x_block.attn.qkv"
@@ -169,6 +171,97 @@ def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
     tensors = load_file(export_comfyui(model, tmp_path / "out", names="class"))
     names = [f"{PREFIX}transformer_blocks.{number}.attn1.to_q.weight" for number in (0, 1)]
     assert torch.equal(*(tensors[name].float() for name in names))
+
+
+# --- float8 of a quantized model ---
+
+
+def compiled(model: nn.Module, recipe: str) -> Any:
+    return fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), measure=0)
+
+
+@pytest.fixture(scope="module")
+def eights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A DiT in fp8, one linear in int8 and one with float inputs, and its file."""
+    overrides = "overrides=*.to_k=w8a16;*.to_v=wfp8a16-tensor"
+    quantized = compiled(make_dit(1), FLOATS.replace("-tensor}", f"-tensor {overrides}}}"))
+    return quantized, export_comfyui(quantized, tmp_path_factory.mktemp("dit") / "out", prefix="", names="class")
+
+
+def test_float8_of_a_quantized_model(eights: tuple[Any, Path]) -> None:
+    quantized, file = eights
+    tensors, found = load_file(file), marks(file)
+    q, k, v = (f"transformer_blocks.0.attn1.to_{side}" for side in "qkv")
+    assert found[q] == {"format": "float8_e4m3fn"}
+    assert found[k] == {"format": "int8_tensorwise"}
+    assert found[v] == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    plain = {name: value for captured in quantized.captured for name, value in captured.module.state_dict().items()}
+    for name in (q, v):
+        assert torch.equal(tensors[f"{name}.weight"].view(torch.uint8), plain[f"{name}.weight_packed"])
+        assert tensors[f"{name}.weight_scale"].shape == ()
+        assert tensors[f"{name}.weight_scale"] == plain[f"{name}.weight_scale"].flatten()[0]
+    assert tensors[f"{q}.input_scale"].shape == () and f"{v}.input_scale" not in tensors
+    assert tensors[f"{k}.weight"].dtype == torch.int8
+
+
+def test_the_file_computes_what_the_quantized_model_computes(eights: tuple[Any, Path]) -> None:
+    """By the definition of the format: the class with decoded weights, whose linears round their inputs."""
+    quantized, file = eights
+    tensors = load_file(file)
+    read = make_dit(1)
+    read.load_state_dict(dequantized(file))
+    for name, module in read.named_modules():
+        if (scale := tensors.get(f"{name}.input_scale")) is not None:
+            module.register_forward_pre_hook(
+                lambda _, given, scale=scale: (
+                    (given[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale,
+                )
+            )
+    call = inputs(2)
+    assert error(output(read, call), output(quantized, call)) < 1e-2  # A code at a tie moves by 6 %.
+
+
+def test_kernels_of_comfyui_read_the_floats(eights: tuple[Any, Path]) -> None:
+    kitchen = pytest.importorskip("comfy_kitchen.tensor")
+    _, file = eights
+    tensors, name = load_file(file), "transformer_blocks.0.attn1.to_q"
+    weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+    params = kitchen.TensorCoreFP8Layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=tuple(weight.shape))
+    held = kitchen.QuantizedTensor(weight, "TensorCoreFP8Layout", params)
+    assert torch.equal(held.dequantize(), dequantized(file)[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("wfp8afp8", r"float8 weights with several scales: transformer(?s:.)*precision=wfp8afp8-tensor"),
+        ("wfp8a8-tensor", "float8 weights with inputs in int8: transformer"),
+        ("wmxfp8amxfp8", "weights in the format mxfp8"),
+    ],
+)
+def test_float8_that_the_layout_cannot_hold(precision: str, message: str, tmp_path: Path) -> None:
+    quantized = compiled(make_dit(1, attention_head_dim=16), FLOATS.replace("wfp8afp8-tensor", precision))
+    with pytest.raises(ConfigurationError, match=message):
+        export_comfyui(quantized, tmp_path / "out", names="class")
+
+
+def test_float8_with_ranges_of_tokens(tmp_path: Path) -> None:
+    quantized = compiled(make_dit(1), FLOATS)
+    for layer in quantized.plan.layers.values():
+        if layer.activation is not None and layer.activation_format == "fp8":
+            layer.activation = replace(layer.activation, method="dynamic")
+    dynamic = fxquant.compile(make_dit(1), plan=quantized.plan, backend="fake-quant")
+    with pytest.raises(ConfigurationError, match="inputs in float8 where each token has a range of its own"):
+        export_comfyui(dynamic, tmp_path / "out", names="class")
+
+
+def test_float8_of_layers_that_are_one_in_comfyui(tmp_path: Path) -> None:
+    one = entry("SD3Transformer2DModel")
+    model, call = one.model(), one.call(seed=1, step=500)
+    recipe = FLOATS.replace("wfp8afp8", "wfp8a16")
+    quantized = fxquant.compile(model, recipe=recipe, calibrate=lambda: model(**call), measure=0)
+    with pytest.raises(ConfigurationError, match=r"attn\.qkv' as one linear with one scale, .*names='class'"):
+        export_comfyui(quantized, tmp_path / "out")
 
 
 # --- refusals ---
