@@ -102,7 +102,7 @@ def compile_kernel(
     return Resources(*_usage(made.asm["cubin"]), int(made.metadata.shared), words)
 
 
-def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool = True) -> Resources:
+def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool = True, rank: int = 0) -> Resources:
     """Resources of the matrix-product kernel with one tiling, on Hopper GPUs.
 
     Args:
@@ -110,6 +110,7 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
         config: The tiling.
         group_size: Inputs per group of the weight.
         fused: True if GELU and the next quantization follow the product; False if a gate and a residual do.
+        rank: Rank of a branch of bfloat16 that is added, a power of two of at least 16; 0 for no branch.
     """
     from fxquant.backends.native.gpu.configs import step_of
     from fxquant.backends.native.gpu.kernels.linear import linear_kernel
@@ -132,7 +133,12 @@ def linear_resources(kind: str, config: Config, group_size: int = 0, fused: bool
         "BLOCK_K": step_of(config, group_size),
         "SUPER_M": config.super_m,
         "WARPS": config.warps,
+        "RANK": rank,
     }
+    if rank:
+        types |= dict.fromkeys(("inner", "up"), "*bf16")
+    else:
+        constants |= {"inner": None, "up": None}
     if kind == "fp8":
         constants |= dict.fromkeys(("x_zero_point", "w_zero_point", "w_sums"))
     if fused:

@@ -14,7 +14,7 @@ from fxquant.backends.derived_tensors import derived
 from fxquant.backends.native import fusions, weight_only
 from fxquant.backends.native.activations import lower_tokens
 from fxquant.backends.native.attention import lower_codes
-from fxquant.backends.native.gpu import attention_ops, block_lowering, float_weights, rotations, weights
+from fxquant.backends.native.gpu import attention_ops, block_lowering, branches, float_weights, rotations, weights
 from fxquant.backends.native.gpu import ops as _ops  # noqa: F401  (registers the ops)
 from fxquant.backends.native.gpu.arguments import FP8
 from fxquant.backends.native.gpu.weight_only import fits
@@ -81,8 +81,8 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
     Codes of the format ``fp8`` are made and multiplied by the same ops, as 8-bit floats without zero points. A linear
     with a dequantized weight becomes ``triton_weight_only_linear``, or ``triton_float_weight_linear`` in a float
     format. Operations before and after these are fused into the kernels where possible: see
-    :mod:`fxquant.backends.native.fusions` and :mod:`fxquant.backends.native.gpu.rotations`. Codes that any other op
-    reads stay reference codes.
+    :mod:`fxquant.backends.native.fusions`, :mod:`fxquant.backends.native.gpu.rotations` and
+    :mod:`fxquant.backends.native.gpu.branches`. Codes that any other op reads stay reference codes.
     """
     rewriter = Rewriter(module, "lower to native")
     share(module.graph, rewriter)
@@ -110,6 +110,7 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
     module.graph.eliminate_dead_code()
+    branches.lower(module.graph, rewriter)
     fusions.fuse(module.graph, rewriter, others, _KERNELS)
     rotations.lower(module.graph, rewriter, _KERNELS)
     for node in list(module.graph.nodes):

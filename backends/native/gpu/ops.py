@@ -113,12 +113,13 @@ def _fake_row_sums(xq: Tensor) -> Tensor:
 # ("none", "gelu_tanh", "silu"); then either codes on the grid out_scale, out_zero_point, or times gate, plus residual.
 # gate and bias are vectors over the output channels, one for all or one per sample. With groups, sums are exact within
 # each group and groups are added up in float32. w_offset holds zero points that are not yet subtracted from the stored
-# weight; it requires x_sums, the row sums of xq.
+# weight; it requires x_sums, the row sums of xq. A branch of low rank adds inner, `[..., rank]`, times up,
+# `[out, rank]`, before the bias.
 _LINEAR = (
     "Tensor xq, Tensor x_scale, Tensor? x_zero_point, Tensor weight, Tensor w_scale, Tensor? w_zero_point, "
     "Tensor? w_sums, Tensor? bias, int bits, int out_features, str activation, Tensor? gate, Tensor? residual, "
     "Tensor? out_scale, Tensor? out_zero_point, int qmax, ScalarType out_dtype, int group_size, Tensor? w_offset, "
-    "Tensor? x_sums"
+    "Tensor? x_sums, Tensor? inner=None, Tensor? up=None"
 )
 define_kernel(f"triton_linear({_LINEAR}) -> Tensor", products.linear, _fake_linear, _DEVICES)
 # triton_linear that also returns the sums of the codes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, activate, held_codes
+from fxquant.backends.native.gpu.kernels.numeric import MIDDLE, activate, dot_floats, held_codes
 
 SPLIT_BEYOND = tl.constexpr(2048)  # Sums per warp: 64 registers per thread.
 
@@ -25,6 +25,8 @@ def linear_kernel(
     bias,
     gate,
     residual,
+    inner,
+    up,
     out_scale,
     out_zero_point,
     out_sums,
@@ -40,6 +42,7 @@ def linear_kernel(
     out_scale_rows,
     out_zero_point_rows,
     qmax,
+    rank,
     ACTIVATION: tl.constexpr,
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
@@ -49,6 +52,7 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     SUPER_M: tl.constexpr,
     WARPS: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     """Compute one tile `[BLOCK_M, BLOCK_N]` of the result. Operations whose pointer is None are skipped.
 
@@ -56,7 +60,8 @@ def linear_kernel(
     which combines the first and the second HALF of each 2 HALF inputs. ``*_rows`` is the number of rows that share an
     entry of a vector. With GROUP > 0 the grid of the weight is `[N, ceil(K / GROUP)]`, and ``w_sums`` are float32 and
     include the scales. The sums of the rows of codes are added to ``out_sums``, which must start at zero. 8-bit floats
-    have no zero points and no sums, so these pointers are None for them.
+    have no zero points and no sums, so these pointers are None for them. A branch of low rank adds ``inner``,
+    `[M, rank]`, times ``up``, `[N, rank]`; RANK is the next power of two of at least 16.
     """
     pid = tl.program_id(0)
     # Tiles that run at the same time share rows of x and of w, which stay in the L2 cache.
@@ -99,6 +104,8 @@ def linear_kernel(
             bias,
             gate,
             residual,
+            inner,
+            up,
             out_scale,
             out_zero_point,
             out_sums,
@@ -114,10 +121,12 @@ def linear_kernel(
             out_scale_rows,
             out_zero_point_rows,
             qmax,
+            rank,
             ACTIVATION,
             GROUP,
             FP8,
             BLOCK_M,
+            RANK,
         )
 
 
@@ -136,6 +145,8 @@ def _finish(
     bias,
     gate,
     residual,
+    inner,
+    up,
     out_scale,
     out_zero_point,
     out_sums,
@@ -151,10 +162,12 @@ def _finish(
     out_scale_rows,
     out_zero_point_rows,
     qmax,
+    rank,
     ACTIVATION: tl.constexpr,
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     """Compute the result from the sums and write it, for some columns of a tile."""
     within_m, within_n = rows < M, columns < N
@@ -175,6 +188,15 @@ def _finish(
     y = total.to(tl.float32) * scale[:, None]
     if GROUP == 0:
         y *= tl.load(w_scale + columns, mask=within_n, other=0.0)[None, :]
+    if inner is not None:
+        ranks = tl.arange(0, RANK)
+        known = ranks < rank
+        held = inner + rows.to(tl.int64)[:, None] * rank + ranks[None, :]
+        factor = up + columns.to(tl.int64)[None, :] * rank + ranks[:, None]
+        y += dot_floats(
+            tl.load(held, mask=within_m[:, None] & known[None, :], other=0.0),
+            tl.load(factor, mask=known[:, None] & within_n[None, :], other=0.0),
+        )
     if bias is not None:
         at = (rows // bias_rows).to(tl.int64)[:, None] * bias_stride + columns[None, :]
         y += tl.load(bias + at, mask=within, other=0.0).to(tl.float32)

@@ -21,7 +21,7 @@ import json
 from fxquant.backends.native.gpu.ahead import all_linears, linear_resources
 for kind, group, config in [*all_linears()][::{step}]:
     for fused in (True, False):
-        used = linear_resources(kind, config, group, fused)
+        used = linear_resources(kind, config, group, fused, rank={rank})
         name = f"{{kind}}-g{{group}} {{config}} {{'codes' if fused else 'values'}}"
         print(json.dumps([name, config.block_m, used.spilled, used.shared, used.instructions]))
 """
@@ -91,9 +91,11 @@ def compiled(script: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 9])
-def test_ways_to_cut_a_product_compile_into_tensor_core_instructions(step: int, tmp_path: Path) -> None:
-    made = [json.loads(line) for line in compiled(LINEARS.format(step=step), tmp_path).splitlines()]
+@pytest.mark.parametrize(
+    ("step", "rank"), [(9, 0), *(pytest.param(*given, marks=pytest.mark.exhaustive) for given in ((1, 0), (7, 32)))]
+)
+def test_ways_to_cut_a_product_compile_into_tensor_core_instructions(step: int, rank: int, tmp_path: Path) -> None:
+    made = [json.loads(line) for line in compiled(LINEARS.format(step=step, rank=rank), tmp_path).splitlines()]
     assert len(made) >= 50 // step
     for name, rows, spilled, shared, instructions in made:
         assert spilled == 0, name
