@@ -188,10 +188,13 @@ class SpeedSearch:
 
     def _words(self, speed: float, made: Made, times: LayerTimes) -> str:
         estimated = times.float_call / max(times.estimate(made[0]), 1e-9)
+        rest = f"a call takes {times.rest:.3g} ms beside these layers"
+        if times.rest < 0:
+            rest = f"the layers take {-times.rest:.3g} ms more by themselves than in a call"
         return (
             f"a call is {made[2].speed:.3g} times faster than float, measured, {estimated:.3g} by the times of its "
             f"layers, {speed:g} wanted; a float call of {times.batch} samples takes {times.float_call:.3g} ms, and "
-            f"{times.rest:.3g} ms are not in these layers; times are of {times.machine}, backend {times.backend}"
+            f"{rest}; times are of {times.machine}, backend {times.backend}"
         )
 
 

@@ -61,7 +61,7 @@ def test_each_layer_has_the_branches_that_fit_it(known: Sensitivities, model: nn
     for name, layer in known.layers.items():
         assert layer.precisions == (CANDIDATES[:2] if name == ADALN else CANDIDATES)
         rows, columns = model.get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
-        beside = 0 if name == ADALN else 4 * (rows + columns) * 4
+        beside = 0 if name == ADALN else 4 * (rows + columns) * 2  # Branches have 16 bits.
         assert layer.size("w4a8") - layer.size("w4a8-r0") == beside
     (what,) = known.left_out
     assert what == f"w4a8-g8-r2 in 1 layers, such as {ADALN}"
