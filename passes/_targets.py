@@ -21,7 +21,13 @@ def patterns_of(text: str) -> list[str]:
 
 
 def targets(
-    graph: fx.Graph, plan: Plan, roles: str, layers: str, decided: Container[str] = (), weights_only: bool = False
+    graph: fx.Graph,
+    plan: Plan,
+    roles: str,
+    layers: str,
+    decided: Container[str] = (),
+    weights_only: bool = False,
+    kept: Container[str] = (),
 ) -> list[FloatLinear]:
     """The linears with quantized weights and inputs whose role is one of ``roles`` and whose name fits ``layers``.
 
@@ -32,10 +38,11 @@ def targets(
         layers: Patterns of names joined by ``;``.
         decided: Names of layers that are listed whatever the options say, because the plan decided about them.
         weights_only: Whether linears with float inputs count too, if their weight is rounded to less than 8 bits.
+        kept: Names of linears that count whatever their precision.
     """
     return [
         layer
-        for layer in (rounded_linears if weights_only else linears_to_quantize)(graph, plan)
+        for layer in (rounded_linears(graph, plan) if weights_only else linears_to_quantize(graph, plan, kept))
         if layer.name in decided or is_targeted(layer.name, layer.plan, roles, layers)
     ]
 

@@ -61,7 +61,8 @@ class RotateChannels(Pass):
     projection to v takes the rotation of an output projection through attention, in blocks within a head, and a linear
     that of the next linear. The rules are in :mod:`fxquant.channels.rules.rotations`. Elsewhere the input is rotated by
     ``fxquant::hadamard``, once for all linears that read it. Equal in real arithmetic. It runs after calibration, and
-    after the passes that balance and shift channels; statistics follow the rotation.
+    after the passes that balance and shift channels; statistics follow the rotation. A layer whose rotation is in the
+    plan keeps it if the plan is edited so that its input stays float.
 
     Attributes:
         block: Channels per Hadamard matrix; 0 for the largest power of two that divides the number of channels, and
@@ -137,7 +138,7 @@ class RotateChannels(Pass):
         """The values that layers to rotate read and that are not rotated yet, each with these layers."""
         rotations = context.plan.decisions_of(Rotation)
         found: dict[tuple[fx.Node, tuple[int, bytes] | None], _Value] = {}
-        for layer in targets(graph, context.plan, self.roles, self.layers, rotations):
+        for layer in targets(graph, context.plan, self.roles, self.layers, rotations, kept=_kept(context.plan)):
             decided = rotations.get(layer.name)
             if decided is not None and _is_done(layer, decided, rewriter):
                 continue
@@ -260,6 +261,14 @@ class _Value:
 
     def seed(self) -> Seed:
         return Seed(self.name, self.source, tuple(layer.node for layer in self.layers))
+
+
+def _kept(plan: Plan) -> set[str]:
+    """Layers whose rotation was decided for another precision and that still have a quantized weight.
+
+    A search compares precisions of a layer by what it reads in one float run, so all of them read the same value.
+    """
+    return {name for name in plan.decisions_of(Rotation) if name in plan.layers and plan.layer(name).weight_bits}
 
 
 def draw_signs(seed: int, name: str, channels: int) -> Tensor:

@@ -38,6 +38,7 @@ from fxquant.ir.ops import dequantize_weight
 from fxquant.ir.tensors import copy_graph, get_tensor, set_tensor
 from fxquant.numerics import grids
 from fxquant.numerics.formats import bits_of, top_of
+from fxquant.numerics.hadamard import rotate
 from fxquant.numerics.packing import unpack
 from fxquant.runtime.lora import refuse_loaded
 from fxquant.runtime.model import quantized_model
@@ -269,6 +270,19 @@ def _affine(op: SimpleNamespace) -> Tensor:
     return (y if op.shift is None else y + op.shift.to(dtype)).to(op.x.dtype)
 
 
+def _hadamard(op: SimpleNamespace) -> Tensor:
+    return rotate(op.x.to(grids.compute_dtype(op.x.dtype)), op.signs, op.block).to(op.x.dtype)
+
+
+def _low_rank(op: SimpleNamespace) -> Tensor:
+    dtype = torch.promote_types(op.x.dtype, op.a.dtype)
+    inner = functional.linear(op.x.to(dtype), op.a.to(dtype))
+    if op.offset is not None:
+        inner = inner + op.offset.to(dtype)
+    branch = functional.linear(inner * op.strength.to(dtype), op.b.to(dtype))
+    return op.y + branch.to(op.y.dtype)
+
+
 _TRANSLATED: dict[Any, Callable[[SimpleNamespace], Tensor]] = {
     _ops.quantize.default: _quantize,
     _ops.linear.default: _linear,
@@ -276,5 +290,7 @@ _TRANSLATED: dict[Any, Callable[[SimpleNamespace], Tensor]] = {
     _ops.matmul.default: _matmul,
     _ops.dequantize_weight.default: _stored_weight,
     _ops.channel_affine.default: _affine,
+    _ops.hadamard.default: _hadamard,
+    _ops.low_rank.default: _low_rank,
 }
 """For each op of fxquant a function of its arguments by the names in the op's schema; `wq` holds unpacked codes."""

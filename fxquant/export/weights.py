@@ -335,15 +335,24 @@ def _unfit(module: fx.GraphModule, wanted: Mapping[str, torch.Size]) -> Iterator
             yield "a factor is multiplied at run time", _place(node)
         elif node.target is _ops.matmul.default:
             yield "a product of attention has 8 bits", _place(node)
+        elif node.target is _ops.low_rank.default:
+            yield "a branch of low rank is added at run time", _place(node)
+        elif node.target is _ops.hadamard.default:
+            yield "its input is rotated at run time", _place(node)
         elif node.op == "get_attr":
             name, held = str(node.target), get_tensor(module, str(node.target))
             owner, _, last = name.rpartition(".")
-            if last in _SUFFIXES or last.startswith("constant_"):
+            if last in _SUFFIXES or last.startswith("constant_") or _belongs_to_op(node):
                 continue
             if name in wanted and held.shape != wanted[name]:
                 yield "a tensor has another shape", name
             elif name not in wanted and not _is_buffer(name, wanted, node):
                 yield "a tensor was added or copied", owner or name
+
+
+def _belongs_to_op(node: fx.Node) -> bool:
+    """Whether a tensor is read only by ops that are refused themselves."""
+    return {user.target for user in node.users} <= {_ops.low_rank.default, _ops.hadamard.default}
 
 
 def _is_buffer(name: str, wanted: Mapping[str, torch.Size], node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from fxquant.allocation.candidates import with_precisions
 from fxquant.allocation.picture import pareto_figure
 from fxquant.allocation.result import Choice, SearchResult
 from fxquant.allocation.search import mean_sqnr
-from fxquant.errors import ConfigurationError, UnreachableTargetError
+from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError
 from fxquant.inspect.plots import save_figure
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import Precision
@@ -177,3 +177,36 @@ def test_outputs_that_are_not_finite_count() -> None:
     assert mean_sqnr([20.0, float("nan")]) == mean_sqnr([20.0, -float("inf")]) == -float("inf")
     assert mean_sqnr([20.0, float("inf"), 30.0]) == 25 and mean_sqnr([float("inf")]) == float("inf")
     assert mean_sqnr([]) is None
+
+
+def test_rotated_layers_are_compared_with_rotated_ones(model: nn.Module) -> None:
+    """Layers with float inputs read the same rotated values as the recipe's own precision."""
+    options: dict[str, Any] = {"calibrate": calibrate(model), "timesteps": 1, "probes": 1, "measure": 0}
+    known = fxquant.sensitivity(model, recipe="quarot-w8a8", candidates=("w4a16", "w8a16"), **options)
+    for layer in known.layers.values():
+        for precision in ("w4a16", "w8a16"):
+            (alone,), (together,) = layer.alone(precision), known.output[precision]
+            assert alone is not None and together is not None and alone < 4 * together
+    with pytest.raises(ConfigurationError, match=r"is rotated as w4a8 and not as w4a16.*; begin from a recipe that"):
+        fxquant.sensitivity(model, recipe="quarot-gptq-w4a16", candidates=("w4a8",), **options)
+
+
+def test_candidates_that_the_backend_cannot_run_are_refused_before_they_are_measured(
+    model: nn.Module, statistics: Statistics
+) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        raise AssertionError(what)
+
+    options: dict[str, Any] = {"candidates": ("wnvfp4anvfp4", "w8a8"), "statistics": statistics, "progress": progress}
+    message = (
+        r"backend 'native' cannot run candidate wnvfp4anvfp4, for example in layer 'transformer_blocks\.0.*; leave"
+    )
+    with pytest.raises(BackendError, match=message):
+        fxquant.search(model, size=0.3, recipe="smoothquant-w8a8", backend="native", **options)
+
+
+def test_the_reason_why_a_candidate_is_left_out_is_whole(model: nn.Module, statistics: Statistics) -> None:
+    options: dict[str, Any] = {"candidates": ("w4a8-g48", "w8a8"), "recipe": "smoothquant-w8a8", "timesteps": 1}
+    known = fxquant.sensitivity(model, statistics=statistics, probes=1, measure=0, **options)
+    assert {key.split()[0]: text.split(" of ")[0] for key, text in known.left_out.items()} == {"w4a8-g48": "groups"}
+    assert not any(text.endswith(":") for text in known.left_out.values())

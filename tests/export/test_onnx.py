@@ -13,9 +13,11 @@ from torch import Tensor
 
 import fxquant
 from fxquant.errors import BackendError, CheckpointError, ConfigurationError, WriteError
+from fxquant.export.compressed_tensors import export_compressed_tensors
 from fxquant.export.onnx import export_onnx
 from fxquant.export.openvino import export_openvino
 from fxquant.runtime.model import GraphModel
+from fxquant.testing import calibration, example_call, tiny_linears
 from tests.export.small import Small, small_call
 from tests.tiny import calibrate, inputs, make_dit
 
@@ -62,6 +64,31 @@ def test_onnxruntime_computes_the_same(recipe: str, layers: str, tmp_path: Path)
             (found,) = session.run(None, {name: value.numpy() for name, value in call.items()})
             with torch.no_grad():
                 assert error(found, model(**call).sample) < tolerance
+
+
+def test_branches_and_rotations(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model = tiny_linears()
+    roles = "roles=patch+final+block"
+    recipe = (
+        f"assign-precision{{precision=w4a8 layers=all}} ; rotate-channels{{{roles}}},"
+        f"split-low-rank{{rank=2 branch=float16 {roles}}},quantize-linears"
+    )
+    made = fxquant.compile(model, recipe=recipe, calibrate=calibration(model), measure=0)
+    targets = [node.target for node in made.graphs[0].graph.nodes]
+    assert targets.count(torch.ops.fxquant.hadamard.default) and targets.count(torch.ops.fxquant.low_rank.default) == 2
+    exported = export_onnx(made, tmp_path / "out")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(str(exported.files[0]), options)
+    call = example_call(model, batch=3, seed=1)
+    (found,) = session.run(None, {name: call[name].numpy() for name in exported.inputs[0]})
+    with torch.no_grad():
+        assert error(found, made(**call)) < 1e-5
+    with pytest.raises(ConfigurationError, match=r"input is rotated at run time.*: first, second\n") as caught:
+        export_compressed_tensors(made, tmp_path / "other")
+    assert "a branch of low rank is added at run time: first, second\n" in str(caught.value)
+    assert "tensor was added" not in str(caught.value)
 
 
 def test_squeezes_and_copies_that_torch_writes_otherwise(tmp_path: Path) -> None:

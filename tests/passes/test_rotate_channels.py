@@ -181,7 +181,7 @@ def test_lifecycle() -> None:
 
 def test_it_runs_after_calibration() -> None:
     recipe = "assign-precision,rotate-channels ; quantize-linears"
-    with pytest.raises(ConfigurationError, match="insert-observers works on observed graphs"):
+    with pytest.raises(ConfigurationError, match="rotate-channels comes before calibration"):
         compiled(tiny_dit(), recipe)
 
 

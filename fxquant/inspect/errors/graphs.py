@@ -34,6 +34,7 @@ from fxquant.pipeline.recipes import recipe_of
 from fxquant.planning.branches import Branch, branch_rank
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
+from fxquant.planning.rotations import Rotation
 from fxquant.runtime.float_model import device_of
 from fxquant.runtime.model import GraphModel
 from fxquant.runtime.replay import bind_all, model_from_plan, refuse_unknown_layers
@@ -112,15 +113,31 @@ def other_pairs(quantized: GraphModel, pairs: Sequence[Pair], first: Plan, model
         pairs: What :func:`make_pairs` made for the first one.
         first: The plan of the first one.
         model: The float model that both were made from.
+
+    Raises:
+        ConfigurationError: If a layer is rotated in one of them only, so that it reads another value.
     """
     plan = copy.deepcopy(quantized.plan)
     assert plan is not None
+    _refuse_other_rotations(plan, first)
     twin, calls = _twin(quantized, plan), [pair.call for pair in pairs if pair.call is not None]
     own = _weights_beside_branches(model, plan, first, calls)
     return [
         Pair(call, twin.captured[plan.calls.index(call)].module, {**pair.weights, **weights})
         for call, pair, weights in zip(calls, pairs, own, strict=True)
     ]
+
+
+def _refuse_other_rotations(plan: Plan, first: Plan) -> None:
+    """Compare the rotations of two plans, layer by layer."""
+    before = first.decisions_of(Rotation)
+    for name, rotation in plan.decisions_of(Rotation).items():
+        if rotation.block > 1 and name not in before and plan.layer(name).weight_bits is not None:
+            raise ConfigurationError(
+                f"layer {name!r} is rotated as {plan.layer(name).precision} and not as {first.layer(name).precision}, "
+                "from which the recipe begins, so their errors cannot be compared; begin from a recipe that quantizes "
+                "inputs, such as w4a8, or leave out the candidates that do"
+            )
 
 
 def _weights_beside_branches(
