@@ -12,7 +12,7 @@ from torch import nn
 
 from fxquant import api
 from fxquant.allocation.candidates import Candidate, possible, precision_of_recipe, varied_layers, with_candidates
-from fxquant.errors import BackendError, CalibrationError, ConfigurationError, check_type
+from fxquant.errors import CalibrationError, ConfigurationError, check_type
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.branches import branch_rank
@@ -76,24 +76,6 @@ class Prepared:
                 f"recipe begins from {begun}, which keeps them float ({str(error).splitlines()[0]}); begin from a "
                 "recipe that quantizes inputs, such as w4a8, or leave this candidate out"
             ) from error
-
-    def refuse_unsupported(self, backend: Backend) -> None:
-        """Refuse a backend that cannot run a layer in one of its precisions, before anything is measured.
-
-        Raises:
-            BackendError: Names the precision and a layer, and says what works instead.
-        """
-        assert self.base.plan is not None
-        limits = backend.limits()
-        for text, precision in self.precisions.items():
-            for name in (name for name, own in self.layers.items() if text in own):
-                alone = Plan("", "", None, layers={name: self.base.plan.layer(name)})
-                reason = limits.refuse(with_precisions(alone, {name: precision}).layer(name))
-                if reason is not None:
-                    raise BackendError(
-                        f"backend {limits.name!r} cannot run candidate {text}, for example in layer {name!r}: "
-                        f"{reason}; leave this candidate out, or search with backend 'fake-quant'"
-                    )
 
     def compile(self, plan: Plan, backend: str | Backend = "fake-quant") -> GraphModel:
         """The model with a plan that differs from the base's in precisions only."""

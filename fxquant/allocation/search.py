@@ -112,7 +112,6 @@ def search(
         UnreachableTargetError: If no choice of the candidates reaches the target; says the best that does.
         BackendError: If the backend runs a layer in none of the candidates.
         CalibrationError: If calibration fails, or the statistics lack what the recipe needs.
-        BackendError: If the backend cannot run one of the candidates.
     """
     target = check_target(size, sqnr, speed)
     check_options(timesteps, samples, probes, measure, budget, None, seed)
@@ -129,11 +128,9 @@ def search(
             raise ConfigurationError("the sensitivities are of other weights than this model's; measure them again")
         recipe = Recipe.parse(sensitivities.recipe)
     most = wanted_calls(timesteps)
-    runner = resolve_backend(backend).on(device_of(model))
     show = progress or (lambda what, done, total: None)
     with sharing_traces(model):
         prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
-        prepared.refuse_unsupported(runner)
         with without_autocast(device_of(model).type):
             if sensitivities is None:
                 sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(None, show)

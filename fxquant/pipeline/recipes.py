@@ -288,10 +288,10 @@ def dynamic(precision: Precision, layers: str) -> Recipe:
 
 
 def auto(precision: Precision, layers: str) -> Recipe:
-    """SmoothQuant with alpha searched, branches, rotations at few bits, GPTQ, and ranges chosen layer by layer."""
+    """PTQ4DiT's balancing, branches, rotations at few bits, GPTQ, and ranges chosen layer by layer."""
     if precision.activation_bits is None:
         return make_recipe(f"ptq4dit-gptq-{precision}", layers)
-    middle = ["balance-channels{salience=max search=11}", "absorb-affines"]
+    middle = ["balance-channels", "absorb-affines"]
     if precision.activation_bits <= _FEW:
         middle.append("rotate-channels")
     # Float formats of 8 bits have 3 bits or fewer between two powers of two.

@@ -14,7 +14,7 @@ from fxquant.allocation.candidates import with_precisions
 from fxquant.allocation.picture import pareto_figure
 from fxquant.allocation.result import Choice, SearchResult
 from fxquant.allocation.search import mean_sqnr
-from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError
+from fxquant.errors import ConfigurationError, UnreachableTargetError
 from fxquant.inspect.plots import save_figure
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import Precision
@@ -189,20 +189,6 @@ def test_rotated_layers_are_compared_with_rotated_ones(model: nn.Module) -> None
             assert alone is not None and together is not None and alone < 4 * together
     with pytest.raises(ConfigurationError, match=r"is rotated as w4a8 and not as w4a16.*; begin from a recipe that"):
         fxquant.sensitivity(model, recipe="quarot-gptq-w4a16", candidates=("w4a8",), **options)
-
-
-def test_candidates_that_the_backend_cannot_run_are_refused_before_they_are_measured(
-    model: nn.Module, statistics: Statistics
-) -> None:
-    def progress(what: str, done: int, total: int) -> None:
-        raise AssertionError(what)
-
-    options: dict[str, Any] = {"candidates": ("wnvfp4anvfp4", "w8a8"), "statistics": statistics, "progress": progress}
-    message = (
-        r"backend 'native' cannot run candidate wnvfp4anvfp4, for example in layer 'transformer_blocks\.0.*; leave"
-    )
-    with pytest.raises(BackendError, match=message):
-        fxquant.search(model, size=0.3, recipe="smoothquant-w8a8", backend="native", **options)
 
 
 def test_the_reason_why_a_candidate_is_left_out_is_whole(model: nn.Module, statistics: Statistics) -> None:
