@@ -43,6 +43,7 @@ def linear(
     x_sums: Tensor | None,
     inner: Tensor | None = None,
     up: Tensor | None = None,
+    *,
     config: Config | None = None,
     out_sums: Tensor | None = None,
 ) -> Tensor:
