@@ -76,7 +76,7 @@ def test_thirds_of_the_timesteps() -> None:
 
 def test_each_variant_lacks_one_part() -> None:
     eight, four = ablation.variants("w8a8"), ablation.variants("w4a4")
-    assert set(four) - set(eight) == {"without rotation", "without branch"}
+    assert set(four) - set(eight) == {"without rotation"}
     least = ("balancing", "rotation", "branch", "bins", "clipping", "range per token", "GPTQ")
     assert {ablation.WHOLE, *(f"without {part}" for part in least)} <= set(four)
     assert len({str(recipe) for recipe in four.values()}) == len(four)
