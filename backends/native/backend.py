@@ -169,7 +169,7 @@ class Native(Backend):
     def lower(self, module: fx.GraphModule, plan: Plan, others: Mapping[str, Tensor]) -> None:
         """Lower linears and attention, with the ops around them, to the kernels."""
         if self.kernels is Kernels.TRITON:
-            gpu.lower(module, others, gpu.Options(self._packed))
+            gpu.lower(module, others, gpu.Options(self._packed, self._branches != "separate"))
             return
         if self.kernels is Kernels.COMPILED:
             bf16 = self._branches == "bf16" and machine.has_bf16_products()

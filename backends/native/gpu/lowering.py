@@ -59,9 +59,11 @@ class Options:
 
     Attributes:
         packed: Store weights of up to 4 bits in half a byte each.
+        branches: Add branches of low rank in the linear beside them.
     """
 
     packed: bool = True
+    branches: bool = True
 
 
 def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options) -> None:
@@ -110,7 +112,8 @@ def lower(module: fx.GraphModule, others: Mapping[str, Tensor], options: Options
         elif node.target is reference.dequantize_weight.default:
             weight_only.lower_lookup(node, rewriter)
     module.graph.eliminate_dead_code()
-    branches.lower(module.graph, rewriter)
+    if options.branches:
+        branches.lower(module.graph, rewriter)
     fusions.fuse(module.graph, rewriter, others, _KERNELS)
     rotations.lower(module.graph, rewriter, _KERNELS)
     for node in list(module.graph.nodes):

@@ -102,6 +102,8 @@ def test_models_with_branches(tmp_path: Path) -> None:
     assert any(args(node).inner is not None and args(node).activation == "gelu_tanh" for node in linears)
     assert any(args(node).inner is not None and args(node).residual is not None for node in linears)
     assert sqnr_db(run(right, **options), run(ours, **options)) > 45.0
+    apart = fxquant.load(tmp_path / "right", backend=Native("triton", branches="separate")).captured[0].module
+    assert count(apart, reference.low_rank.default) == count(right.captured[0].module, reference.low_rank.default) > 0
     fxquant.save(ours, tmp_path / "ours")
     again = fxquant.load(tmp_path / "ours", backend="fake-quant")
     assert torch.equal(run(again, **options), run(right, **options))
