@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fxquant.disk.files import blaming
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, ConfigurationError
-from fxquant.schemas.common import check, read_json
+from fxquant.errors import ConfigurationError
+from fxquant.planning.measured_files import reading
+from fxquant.schemas.common import check
 from fxquant.schemas.layer_times import LayerTimesFile
 
 _FORMAT = 1
@@ -83,14 +82,7 @@ class LayerTimes:
         Raises:
             CheckpointError: If there is no such file, it is damaged, or a newer fxquant wrote it.
         """
-        path = Path(path)
-        if not path.is_file():
-            what = "is not a file" if os.path.lexists(path) else "does not exist"
-            raise CheckpointError(f"{path} {what}; fxquant search writes such a file with --times")
-        _, data = read_json(path, "file of layer times")
-        with blaming(path):
-            number = data.get("format") if isinstance(data, Mapping) else None
-            if isinstance(number, int) and number > _FORMAT:
-                raise CheckpointError(f"it has format {number}, this fxquant reads {_FORMAT}; install a newer fxquant")
-            check(LayerTimesFile, data, "the file")
+        made_by = "fxquant search writes such a file with --times"
+        what = "file of layer times"
+        with reading(Path(path), LayerTimesFile, format=_FORMAT, what=what, made_by=made_by) as data:
             return cls(**{name: value for name, value in data.items() if name != "format"})

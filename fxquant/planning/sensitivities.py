@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fxquant.disk.files import blaming, digest_of
+from fxquant.disk.files import digest_of
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import CheckpointError, UnknownNameError
 from fxquant.planning.attribution import Cells, to_db
-from fxquant.schemas.common import check, read_json
+from fxquant.planning.measured_files import reading
+from fxquant.schemas.common import check
 from fxquant.schemas.sensitivities import SensitivitiesFile
 from fxquant.text import decimal, fitted, json_values, printable
 
@@ -251,16 +251,9 @@ class Sensitivities:
         Raises:
             CheckpointError: If there is no such file, it is damaged, or a newer fxquant wrote it.
         """
-        path = Path(path)
-        if not path.is_file():
-            what = "is not a file" if os.path.lexists(path) else "does not exist"
-            raise CheckpointError(f"{path} {what}; fxquant sensitivity writes such a file with --out")
-        _, data = read_json(path, "file of sensitivities")
-        with blaming(path):
-            number = data.get("format") if isinstance(data, Mapping) else None
-            if isinstance(number, int) and number > _FORMAT:
-                raise CheckpointError(f"it has format {number}, this fxquant reads {_FORMAT}; install a newer fxquant")
-            check(SensitivitiesFile, data, "the file")
+        made_by = "fxquant sensitivity writes such a file with --out"
+        what = "file of sensitivities"
+        with reading(Path(path), SensitivitiesFile, format=_FORMAT, what=what, made_by=made_by) as data:
             if data["digest"] != digest_of(data):
                 raise CheckpointError("it does not match its digest; remove it, and measure again")
             return cls.from_json(data)
