@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,3 +58,9 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
 
 
 define_composite("quantize(Tensor x, Tensor scale, Tensor zero_point, int qmax) -> Tensor", quantize)
+
+
+def fake_weight_only_linear(x: Tensor, *arguments: Any) -> Tensor:
+    """The result of a linear of float activations, without values; its last argument is the output channels."""
+    out_features = arguments[-1]
+    return x.new_empty((*x.shape[:-1], out_features))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.backends.native.library import define_kernel
+from fxquant.backends.native.library import define_kernel, fake_weight_only_linear
 
 
 def _fake_vnni_linear(
@@ -46,32 +46,6 @@ def _fake_vnni_linear(
 def _fake_vnni_linear_values(*arguments: Any) -> tuple[Tensor, Tensor]:
     codes = _fake_vnni_linear(*arguments)
     return codes, codes.new_empty(codes.shape, dtype=torch.bfloat16)
-
-
-def _fake_weight_only_linear(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _fake_float_weight_linear(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _fake_norm_quantize(
@@ -189,7 +163,7 @@ define_kernel(
     "weight_only_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, Tensor? bias, int bits, "
     "int group_size, int out_features) -> Tensor",
     None,
-    _fake_weight_only_linear,
+    fake_weight_only_linear,
 )
 # x times a weight in a float format (of 4 bits: nf4, mxfp4, nvfp4; of 6 and 8 bits too), plus bias, summed in float32.
 # Scales are `[panels, groups, 32]`, as they are stored: float32, or bytes of e8m0 or e4m3. Sums of more than a few rows
@@ -198,7 +172,7 @@ define_kernel(
     "float_weight_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? global_scale, Tensor? bias, str format, "
     "int group_size, int out_features) -> Tensor",
     None,
-    _fake_float_weight_linear,
+    fake_weight_only_linear,
 )
 # Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors over the channels,
 # one for all samples or one per sample. The norm is layer norm if centered, else RMS norm.

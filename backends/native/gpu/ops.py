@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxquant.backends.native.gpu import blocks, float_weights, products, rotations, rows, weight_only
 from fxquant.backends.native.gpu.arguments import FP8
-from fxquant.backends.native.library import define_composite, define_kernel
+from fxquant.backends.native.library import define_composite, define_kernel, fake_weight_only_linear
 from fxquant.numerics.formats import FORMATS
 
 _DEVICES = ("CUDA", "CPU")  # On CPUs kernels run in Triton's interpreter.
@@ -30,32 +30,6 @@ def _fake_linear(xq: Tensor, *arguments: Any) -> Tensor:
 
 def _fake_linear_sums(xq: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _fake_linear(xq, *arguments), _fake_row_sums(xq)
-
-
-def _fake_weight_only_linear(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _fake_float_weight_linear(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _fake_norm_quantize(x: Tensor, *arguments: Any) -> Tensor:
@@ -129,7 +103,7 @@ define_kernel(
     "triton_weight_only_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor w_zero_point, Tensor? bias, int bits, "
     "int group_size, int out_features) -> Tensor",
     weight_only.weight_only_linear,
-    _fake_weight_only_linear,
+    fake_weight_only_linear,
     _DEVICES,
 )
 # x times a weight in a float format, with scales `[out, groups]` as they are stored, plus bias, summed in float32.
@@ -137,7 +111,7 @@ define_kernel(
     "triton_float_weight_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? global_scale, Tensor? bias, "
     "str format, int group_size, int out_features) -> Tensor",
     float_weights.float_weight_linear,
-    _fake_float_weight_linear,
+    fake_weight_only_linear,
     _DEVICES,
 )
 # Codes of `norm(x) * weight + bias`, times `factor + plus`, plus shift; factor and shift are vectors over the channels,
