@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxquant.backends.native.gpu.kernels.numeric import exact_codes
+from fxquant.backends.native.gpu.kernels.numeric import codes_of_rows
 
 
 @triton.jit
@@ -60,10 +60,5 @@ def hadamard_kernel(
     else:
         values = values.to(x.dtype.element_ty).to(tl.float32)
         row = index // blocks_per_row
-        step = tl.load(scale + row // scale_rows, mask=inside, other=1.0)
-        if FP8:
-            middle = tl.zeros((TILE, 1), dtype=tl.int32)
-        else:
-            middle = tl.load(zero_point + row // zero_point_rows, mask=inside, other=0).to(tl.int32)[:, None]
-        steps = tl.broadcast_to(step[:, None], (TILE, BLOCK))
-        tl.store(out + place, exact_codes(values, steps, middle, qmax, FP8), mask=within)
+        codes = codes_of_rows(values, row, inside, scale, zero_point, scale_rows, zero_point_rows, qmax, FP8)
+        tl.store(out + place, codes, mask=within)

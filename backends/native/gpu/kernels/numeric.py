@@ -63,6 +63,17 @@ def exact_codes(y, step, zero_point, qmax, FP8: tl.constexpr):
 
 
 @triton.jit
+def codes_of_rows(values, rows, inside, scale, zero_point, scale_rows, zero_point_rows, qmax, FP8: tl.constexpr):
+    """Codes of a tile of these rows; ``*_rows`` is the number of rows that share an entry of the grid."""
+    step = tl.load(scale + rows // scale_rows, mask=inside, other=1.0)
+    if FP8:
+        middle = tl.zeros((values.shape[0], 1), dtype=tl.int32)
+    else:
+        middle = tl.load(zero_point + rows // zero_point_rows, mask=inside, other=0).to(tl.int32)[:, None]
+    return exact_codes(values, tl.broadcast_to(step[:, None], values.shape), middle, qmax, FP8)
+
+
+@triton.jit
 def _held(steps, zero_point, qmax, FP8: tl.constexpr):
     if FP8:
         held = to_fp8(steps)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fxquant.backends.native.gpu.kernels.hadamard import walsh_hadamard
-from fxquant.backends.native.gpu.kernels.numeric import exact_codes, held_codes, token_grid, token_step
+from fxquant.backends.native.gpu.kernels.numeric import codes_of_rows, exact_codes, held_codes, token_grid, token_step
 
 
 @triton.jit
@@ -115,13 +115,8 @@ def quantize_kernel(
     within = inside[:, None] & (columns < N)[None, :]
     place = rows.to(tl.int64)[:, None] * N + columns[None, :]
     values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
-    step = tl.load(scale + rows // scale_rows, mask=inside, other=1.0)
-    if FP8:
-        middle = tl.zeros((BLOCK_M, 1), dtype=tl.int32)
-    else:
-        middle = tl.load(zero_point + rows // zero_point_rows, mask=inside, other=0).to(tl.int32)[:, None]
-    steps = tl.broadcast_to(step[:, None], (BLOCK_M, BLOCK_N))
-    tl.store(out + place, exact_codes(values, steps, middle, qmax, FP8), mask=within)
+    codes = codes_of_rows(values, rows, inside, scale, zero_point, scale_rows, zero_point_rows, qmax, FP8)
+    tl.store(out + place, codes, mask=within)
 
 
 @triton.jit
