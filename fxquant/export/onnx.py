@@ -35,6 +35,7 @@ from fxquant.export.limits import (
 )
 from fxquant.ir.arguments import args
 from fxquant.ir.ops import dequantize_weight
+from fxquant.ir.ops.low_rank import with_branch
 from fxquant.ir.tensors import copy_graph, get_tensor, set_tensor
 from fxquant.numerics import grids
 from fxquant.numerics.formats import bits_of, top_of
@@ -275,12 +276,7 @@ def _hadamard(op: SimpleNamespace) -> Tensor:
 
 
 def _low_rank(op: SimpleNamespace) -> Tensor:
-    dtype = torch.promote_types(op.x.dtype, op.a.dtype)
-    inner = functional.linear(op.x.to(dtype), op.a.to(dtype))
-    if op.offset is not None:
-        inner = inner + op.offset.to(dtype)
-    branch = functional.linear(inner * op.strength.to(dtype), op.b.to(dtype))
-    return op.y + branch.to(op.y.dtype)
+    return with_branch(op.y, op.x, op.a, op.b, op.offset, op.strength)
 
 
 _TRANSLATED: dict[Any, Callable[[SimpleNamespace], Tensor]] = {

@@ -19,13 +19,18 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, offset: Tensor | None, 
     contiguous.
     """
     _check(y, x, a, b, offset)
-    dtype = torch.promote_types(x.dtype, a.dtype)
     with torch.autocast(y.device.type, enabled=False):
-        inner = functional.linear(x.to(dtype), a.to(dtype))
-        if offset is not None:
-            inner = inner + offset.to(dtype)
-        branch = functional.linear(inner * strength.to(dtype), b.to(dtype))
-    return (y + branch.to(y.dtype)).contiguous()
+        return with_branch(y, x, a, b, offset, strength).contiguous()
+
+
+def with_branch(y: Tensor, x: Tensor, a: Tensor, b: Tensor, offset: Tensor | None, strength: Tensor) -> Tensor:
+    """What :func:`low_rank` computes, in ATen ops alone."""
+    dtype = torch.promote_types(x.dtype, a.dtype)
+    inner = functional.linear(x.to(dtype), a.to(dtype))
+    if offset is not None:
+        inner = inner + offset.to(dtype)
+    branch = functional.linear(inner * strength.to(dtype), b.to(dtype))
+    return y + branch.to(y.dtype)
 
 
 def _fake_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, offset: Tensor | None, strength: Tensor) -> Tensor:
