@@ -38,8 +38,9 @@ class SampleOrder:
 
     def start(self, value: fx.Node) -> None:
         """Record that the samples are along the leading axis of this value, to which a shift is added."""
-        if self._count > 1 and shape_of(value):
-            self._note(value, self._in_front(value))
+        if self._timestep is not None and self._count > 1 and shape_of(value):
+            fits = unfit(self._timestep, value.meta["val"]) is None  # Tokens may lead, if a call holds one sample.
+            self._note(value, self._in_front(value) if fits else None)
 
     def follow(self, node: fx.Node, sources: Iterable[fx.Node]) -> None:
         """Move the places from a node's value to these sources, to which a request on the value moves."""

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, ConfigurationError, QualityWarning
 from fxquant.inspect.report import report
@@ -119,6 +120,29 @@ def test_a_timestep_that_is_not_one_number_a_sample_has_one_bin_and_a_reason() -
         rewritten(AdaLN(), "group-timesteps{groups=2}", context, **adaln())
     groups = context.plan.layers["q"].timesteps
     assert groups is not None and groups.boundaries == [] and groups.reason == reason
+
+
+class Packed(nn.Module):
+    """Tokens without a batch axis, and a timestep for some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.v, self.q = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        values = self.v(x + timestep.mean()).view(5, 2, 2).unsqueeze(0).transpose(1, 2)
+        return self.q(values.transpose(1, 2).squeeze(0).reshape(5, 4))
+
+
+def test_tokens_that_lead_in_place_of_samples_share_one_bin() -> None:
+    context = PassContext(planned(q=("linear", [4, 4], 8, 8, 0), v=("linear", [4, 4], None, None, 0)))
+    seen(context, "q", {step: [(0.0, step)] * 4 for step in (1.0, 2.0, 3.0)})
+    inputs = {"x": torch.randn(5, 4), "timestep": torch.zeros(3)}
+    rewritten(Packed(), "group-timesteps{groups=2},shift-channels,absorb-shifts", context, **inputs)
+    groups = context.plan.layers["q"].timesteps
+    assert groups is not None and groups.boundaries == [] and groups.reason == "the leading axis is not the batch"
+    assert context.plan.layers["q"].shift is not None
 
 
 def test_what_cannot_be_grouped_changes_nothing() -> None:
