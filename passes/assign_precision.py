@@ -71,6 +71,10 @@ class AssignPrecision(Pass):
     def __post_init__(self) -> None:
         precision_of("", "block", Precision.parse(self.precision), self.layers, self.overrides)
 
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides the precision of a layer: it decides that of all layers."""
+        return True
+
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         plan = context.plan
         default = Precision.parse(self.precision)

@@ -132,6 +132,10 @@ class BalanceChannels(Pass):
     def wants_statistics(self, layer: LayerPlan) -> bool:
         return is_transformed(layer, self.roles.split("+"))
 
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides the factors of a layer's input."""
+        return layer.weight_bits is not None and is_transformed(layer, self.roles.split("+"))
+
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
         dearest = parse_cost(self.dearest)

@@ -24,6 +24,7 @@ from fxquant.passes._inputs import InputRange, decide_range
 from fxquant.passes.choose_variants import Variant
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
+from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.layer_inputs import layer_input
 from fxquant.planning.linears import FloatLinear, linears_to_quantize
 from fxquant.planning.pass_decisions import Decision
@@ -101,6 +102,10 @@ class BinBits(Pass):
                 f"{self.name}: a mean of {self.bits:g} bits with {self.lowest} or more in each bin is not possible; "
                 f"choose lowest from {MIN_BITS} and bits from lowest to {MAX_BITS}"
             )
+
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides the bits of a layer's input."""
+        return layer.kind == "linear" and layer.weight_bits is not None and layer.activation_bits is not None
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         variants = context.plan.decisions_of(Variant)

@@ -53,6 +53,10 @@ class BinRanges(Pass):
         if self.bins < 1:
             raise ConfigurationError(f"{self.name}: {self.bins} bins of timesteps are not possible; choose 1 or more")
 
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides the bins of a layer's input."""
+        return layer.kind == "linear" and layer.weight_bits is not None and layer.activation_bits is not None
+
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         linears = [linear for linear in linears_to_quantize(graph, context.plan) if _is_open(linear.plan)]
         if not linears or context.statistics is None:

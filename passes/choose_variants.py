@@ -112,6 +112,10 @@ class ChooseVariants(Pass):
         coded = layer.weight_bits is not None and layer.activation_bits is not None
         return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and coded
 
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass chooses the range of a layer's input."""
+        return layer.kind == "linear" and layer.weight_bits is not None and layer.activation_bits is not None
+
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         linears = [one for one in linears_to_quantize(graph, context.plan) if _is_open(one.plan)]
         if not linears or is_replayed(rewriter.module):

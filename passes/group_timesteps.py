@@ -76,6 +76,10 @@ class GroupTimesteps(Pass):
     def wants_statistics(self, layer: LayerPlan) -> bool:
         return is_transformed(layer, self.roles.split("+"))
 
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides the groups of a layer."""
+        return layer.weight_bits is not None and is_transformed(layer, self.roles.split("+"))
+
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         roles = self.roles.split("+")
         seeds = seeds_to_transform(graph, context, roles)

@@ -12,6 +12,7 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
+from fxquant.planning.decisions import LayerPlan
 
 
 @register_pass
@@ -50,6 +51,10 @@ class ObserveStep(Pass):
             raise ConfigurationError(f"observe-step: step {self.step} is negative; choose 0 or more")
         if self.later < 0:
             raise ConfigurationError(f"observe-step: {self.later} later steps are not possible; choose 0 or more")
+
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides which steps a layer is observed in: it decides for all layers."""
+        return True
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         context.plan.observed_step, context.plan.later_steps = self.step, self.later

@@ -18,6 +18,7 @@ from fxquant.passes._inputs import InputRange, quantized_input
 from fxquant.passes._quantization import RangeSearch, is_quantized, quantized_weight
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
+from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 
 aten = torch.ops.aten
@@ -65,6 +66,10 @@ class QuantizeConvolutions(Pass):
         for node in graph.nodes:
             if LAYER in node.meta and plan.layer(node.meta[LAYER]).activation_bits is not None:
                 _refuse(node, plan)
+
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass quantizes a layer."""
+        return layer.kind == "conv" and layer.weight_bits is not None
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):

@@ -85,6 +85,10 @@ class QuantizeLinears(Pass):
         """Whether GPTQ or AdaRound needs second moments: not for layers that only store their weight in 8 bits."""
         return self.rounding is not Rounding.NEAREST and layer.kind == "linear" and is_rounded(layer)
 
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass quantizes a layer."""
+        return layer.kind == "linear" and layer.weight_bits is not None
+
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         for node in list(graph.nodes):
             if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:

@@ -22,6 +22,7 @@ from fxquant.passes._inputs import InputRange, decide_range
 from fxquant.passes._quantization import RangeSearch, importance_of, refuse_learned_rounding
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
+from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.linears import is_rounded
 from fxquant.planning.plan import Plan
 from fxquant.reconstruction.engine import reconstruct
@@ -88,6 +89,10 @@ class ReconstructBlocks(Pass):
     def wants_samples(self) -> int:
         """The number of samples to learn from."""
         return self.samples
+
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass learns the rounding of a layer."""
+        return layer.kind == "linear" and layer.weight_bits is not None and layer.activation_bits is not None
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         layers = [node for node in graph.nodes if _is_learned(node, context.plan)]

@@ -22,9 +22,10 @@ from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage, is_replayed
 from fxquant.numerics.hadamard import check_block, largest_block, rotate
 from fxquant.passes._seeds import parse_roles
-from fxquant.passes._targets import check_patterns, targets, warn_of_none
+from fxquant.passes._targets import check_patterns, is_targeted, targets, warn_of_none
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
+from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.linears import FloatLinear
 from fxquant.planning.plan import Plan
 from fxquant.planning.rotations import Rotation
@@ -100,6 +101,15 @@ class RotateChannels(Pass):
 
     def check_plan(self, plan: Plan) -> None:
         check_patterns(self.name, self.layers, plan)
+
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides the rotation of a layer's input."""
+        return (
+            layer.kind == "linear"
+            and layer.weight_bits is not None
+            and layer.activation_bits is not None
+            and is_targeted(name, layer, self.roles, self.layers)
+        )
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         rotations = context.plan.decisions_of(Rotation)

@@ -113,8 +113,8 @@ class SplitLowRank(Pass):
         wanted = self.weighting is Weighting.IMPORTANCE and is_transformed(layer, self.roles.split("+"))
         return wanted and is_rounded(layer)
 
-    def splits(self, name: str, layer: LayerPlan) -> bool:
-        """Whether the pass decides about a layer of a model, by its name, role and precision."""
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides about the branch of a layer, by its name, role and precision."""
         return layer.kind == "linear" and is_rounded(layer) and is_targeted(name, layer, self.roles, self.layers)
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:

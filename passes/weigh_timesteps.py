@@ -21,7 +21,8 @@ from fxquant.ir.tensors import copy_graph
 from fxquant.ir.time_tables import timestep_input
 from fxquant.pipeline.pipeline import Pass, Pipeline, Tier, register_pass
 from fxquant.planning.context import PassContext
-from fxquant.planning.linears import FloatLinear, rounded_linears
+from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.linears import FloatLinear, is_rounded, rounded_linears
 from fxquant.planning.pass_decisions import Decision
 from fxquant.reconstruction.simulate import Lookup
 
@@ -95,6 +96,10 @@ class WeighTimesteps(Pass):
     def wants_samples(self) -> int:
         """The number of samples of calls that run again."""
         return self.calls * RUN_SAMPLES
+
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass weighs the timesteps of a layer."""
+        return layer.kind == "linear" and is_rounded(layer)
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
         decisions = context.plan.decisions_of(TimestepWeights)

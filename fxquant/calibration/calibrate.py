@@ -24,7 +24,7 @@ from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, N
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.ir.time_tables import missing_timestep
-from fxquant.pipeline.conduct import ask
+from fxquant.pipeline.conduct import ask, check_repeats
 from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
@@ -231,7 +231,9 @@ class Calibration:
         self.records = self.records or records
         self._refuse_other_steps()
         self._later.wanted = self.plan.later_steps
-        for step in (*self.prepare.passes, *self.convert):
+        steps = (*self.prepare.passes, *self.convert)
+        check_repeats(steps, self.plan)
+        for step in steps:
             ask(step, "check_graph", captured.module.graph, self.plan)
         self._check()
         observed = copy_graph(captured.module)

@@ -221,7 +221,7 @@ def _layer(name: str, header: Header, step: Any) -> LayerPlan | None:
 
 def _branch_bytes(name: str, layer: LayerPlan, splits: Sequence[Any], dtype: torch.dtype) -> int:
     """Bytes of the branch beside a layer, as the first pass that splits it decides."""
-    step = next((each for each in splits if each.splits(name, layer)), None)
+    step = next((each for each in splits if each.decides(name, layer)), None)
     return 0 if step is None else factor_bytes(step.branch_for(layer), layer.shape, dtype)
 
 

@@ -22,9 +22,10 @@ from fxquant.errors import UnknownNameError, check_type
 from fxquant.inspect.snapshots import GraphChange, NodeState, Snapshot, change_between, order_of, snapshot
 from fxquant.inspect.sources import Graphs, Source, graphs_of
 from fxquant.ir.edits import Span, TensorEdit
+from fxquant.ir.names import count_ops
 from fxquant.ir.stages import Stage, later
 from fxquant.ir.tensors import read_tensors, set_tensor
-from fxquant.pipeline.pipeline import Pass, PassRecord, count_ops
+from fxquant.pipeline.pipeline import Pass, PassRecord
 from fxquant.pipeline.recipes import Recipe, recipe_of
 from fxquant.planning.context import PassContext
 from fxquant.runtime.replay import refuse_unknown_layers, rewrite_graph

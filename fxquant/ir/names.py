@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
+
+from torch import fx
 
 
 def qualified_name(target: Any) -> str:
@@ -25,3 +28,8 @@ def base_name(target: Any) -> str:
     Empty for the name that is the target of an input or a parameter: an input may be called ``view``.
     """
     return "" if isinstance(target, str) else op_name(target).partition(".")[0]
+
+
+def count_ops(graph: fx.Graph) -> Counter[str]:
+    """Number of nodes by op name, without parameters and inputs."""
+    return Counter(qualified_name(node.target) for node in graph.nodes if node.op == "call_function")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from fxquant.errors import ConfigurationError, FxquantError, PassError
@@ -23,6 +25,32 @@ def ask(step: Pass, method: str, *arguments: Any) -> Any:
         raise
     except Exception as error:
         raise PassError(f"pass {step}: its method {method} failed: {type(error).__name__}: {error}") from error
+
+
+def check_repeats(passes: Sequence[Pass], plan: Plan) -> None:
+    """Refuse two passes of one name that decide about the same layer with different options.
+
+    The first decision stays, so the second pass would do nothing.
+
+    Raises:
+        ConfigurationError: Names both passes and the layer.
+    """
+    for number, second in enumerate(passes):
+        for first in passes[:number]:
+            if first.name != second.name or str(first) == str(second):
+                continue
+            for name, layer in plan.layers.items():
+                if ask(first, "decides", name, layer) and ask(second, "decides", name, layer):
+                    raise ConfigurationError(
+                        f"the recipe has {first} and {second}, and both decide about layer {name!r}, where only the "
+                        f"first one would count; {_remedy(second)}"
+                    )
+
+
+def _remedy(step: Pass) -> str:
+    options = [option.name for option in fields(step) if option.name in ("layers", "roles")]  # type: ignore[arg-type]
+    apart = f"give them different {' or '.join(options)}, or " if options and step.name != "assign-precision" else ""
+    return f"{apart}keep one {step.name}"
 
 
 def check_conduct(before: str, after: str, returned: object) -> None:

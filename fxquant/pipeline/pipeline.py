@@ -12,7 +12,6 @@ import enum
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
@@ -23,7 +22,7 @@ from torch import fx
 from fxquant.errors import ConfigurationError, FxquantError, PassError
 from fxquant.ir.edits import EditLog
 from fxquant.ir.fingerprint import Fingerprint
-from fxquant.ir.names import qualified_name
+from fxquant.ir.names import count_ops
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.roles import assign_roles
 from fxquant.ir.stages import SPECS, Stage, StageSpec, later, verify
@@ -86,6 +85,10 @@ class Pass(ABC):
     def wants_samples(self) -> int:
         """How many samples of calibration calls the pass runs again; it reads them from ``context.inputs``."""
         return 0
+
+    def decides(self, name: str, layer: LayerPlan) -> bool:
+        """Whether the pass decides about a layer; a second pass of its name with other options is then refused."""
+        return False
 
     def check_graph(self, graph: fx.Graph, plan: Plan) -> None:  # noqa: B027  (most can carry out everything)
         """Refuse what the pass cannot carry out, before anything is observed; called with each calibrated graph.
@@ -391,8 +394,3 @@ class Pipeline:
 def _show(shown: Sequence[ShowsProgress], step: Pass, what: str, done: int, total: int) -> None:
     for instrument in shown:
         instrument.progress(step, what, done, total)
-
-
-def count_ops(graph: fx.Graph) -> Counter[str]:
-    """Number of nodes by op name, without parameters and inputs."""
-    return Counter(qualified_name(node.target) for node in graph.nodes if node.op == "call_function")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,14 +12,17 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import fxquant
 from fxquant.authoring import Decision
 from fxquant.errors import ConfigurationError, PassError
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.pipeline.pipeline import Pass, Pipeline, Tier
+from fxquant.planning.branches import Branch
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, LayerPlan
 from fxquant.planning.plan import Plan
+from fxquant.testing import calibration, tiny_linears
 from tests.support import captured
 
 
@@ -151,3 +155,33 @@ def test_values_that_a_plan_can_hold() -> None:
     own = plan()
     Pipeline([type("Decides", (Decides,), {"write": staticmethod(write)})()]).run(graph(), own)
     assert isinstance(own.vectors["up"], Tensor)
+
+
+ANY = "roles=block+adaln+embedder+patch+final"
+
+REPEATED = (
+    (f"split-low-rank{{rank=4 {ANY}}}", f"split-low-rank{{rank=2 {ANY}}}", "different roles or layers"),
+    (f"rotate-channels{{{ANY}}}", f"rotate-channels{{block=8 {ANY}}}", "different roles or layers"),
+    (f"balance-channels{{{ANY}}}", f"balance-channels{{salience=max {ANY}}}", "different roles"),
+    ("bin-ranges{bins=2}", "bin-ranges{bins=3}", "keep one bin-ranges"),
+    ("quantize-linears", "quantize-linears{rounding=gptq}", "keep one quantize-linears"),
+)
+
+
+@pytest.mark.parametrize(("first", "second", "remedy"), REPEATED)
+def test_a_second_pass_that_would_change_nothing_is_refused(first: str, second: str, remedy: str) -> None:
+    model = tiny_linears()
+    rest = () if first.startswith("quantize") else ("quantize-linears",)
+    recipe = f"assign-precision{{layers=all}} ; {','.join((first, second, *rest))}"
+    message = f"has {re.escape(first)} and {re.escape(second)}, and both decide about layer 'first'.*{remedy}"
+    with pytest.raises(ConfigurationError, match=message):
+        fxquant.compile(model, recipe=recipe, calibrate=calibration(model))
+
+
+def test_passes_of_one_name_share_the_layers_among_them() -> None:
+    model = tiny_linears()
+    passes = f"split-low-rank{{rank=4 {ANY} layers=first}},split-low-rank{{rank=2 {ANY} layers=second}}"
+    recipe = f"assign-precision{{layers=all}} ; {passes},bin-ranges,bin-ranges,quantize-linears"
+    quantized = fxquant.compile(model, recipe=recipe, calibrate=calibration(model))
+    assert quantized.plan is not None
+    assert {name: own.rank for name, own in quantized.plan.decisions_of(Branch).items()} == {"first": 4, "second": 2}
