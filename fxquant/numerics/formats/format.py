@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fxquant.numerics.formats.conduct import guard
+from fxquant.registry import OWN
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,11 @@ class Format(abc.ABC):
     global_scales: bool = False
     scale_dtype: torch.dtype = torch.float32
     weights_only: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not cls.__module__.startswith(OWN):
+            guard(cls)
 
     @abc.abstractmethod
     def values(self) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from fxquant.errors import ConfigurationError
+from fxquant.numerics.formats.conduct import check_attributes, try_out
 from fxquant.numerics.formats.format import Format
 from fxquant.numerics.formats.integers import Integer
 from fxquant.numerics.packing import MAX_BITS, MIN_BITS
-from fxquant.registry import Registry
+from fxquant.registry import OWN, Registry
 
 
 def _check(name: str, item: Any) -> None:
@@ -19,20 +18,9 @@ def _check(name: str, item: Any) -> None:
         raise ConfigurationError(f"the format {name!r} is {item!r}, not an instance of fxquant.authoring.Format")
     if item.name != name:
         raise ConfigurationError(f"the format {name!r} calls itself {item.name!r}; both names have to agree")
-    if not MIN_BITS <= item.bits <= MAX_BITS:
-        raise ConfigurationError(f"the format {name!r} has {item.bits} bits; {MIN_BITS} to {MAX_BITS} are possible")
-    if item.block < 0 or not name.isidentifier():
-        raise ConfigurationError(
-            f"the format {name!r} has blocks of {item.block}; a format has a name of letters and digits, and a block "
-            "of some channels, or 0"
-        )
-    if item.scale_dtype not in (torch.float32, torch.uint8):
-        raise ConfigurationError(f"the format {name!r} has scales in {item.scale_dtype}; set float32 or uint8")
-    if item.global_scales and not item.block:
-        raise ConfigurationError(f"the format {name!r} has scales of scales and no block; set block to some channels")
-    if item.zero_points and (item.block or item.scale_dtype != torch.float32):
-        what = "a block" if item.block else "scales of 8 bits"
-        raise ConfigurationError(f"the format {name!r} has zero points and {what}; both together are not possible")
+    check_attributes(name, item)
+    if not type(item).__module__.startswith(OWN):
+        try_out(item)
 
 
 FORMATS: Registry[Format] = Registry("format", "fxquant.formats", _check)

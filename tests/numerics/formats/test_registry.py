@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.authoring import register_format
+from fxquant.authoring import Scales, register_format
 from fxquant.errors import ConfigurationError, DuplicateNameError
 from fxquant.numerics.activations import round_by_token
 from fxquant.numerics.formats import FORMATS, Format
@@ -45,11 +45,81 @@ def test_what_is_no_format_is_refused_at_once() -> None:
         register_format("byte4")(BytesOfScales)  # type: ignore[arg-type]
 
 
+def boom(*arguments: Any, **options: Any) -> Any:
+    raise RuntimeError("boom")
+
+
+def writes(format: Any, x: torch.Tensor, scales: Scales) -> torch.Tensor:
+    return BytesOfScales.encode(format, x.mul_(0.5), scales)
+
+
+def asks_values(format: Any, x: torch.Tensor, scales: Scales) -> torch.Tensor:
+    return BytesOfScales.encode(format, x if bool(x.sum() > 0) else -x, scales)
+
+
+MISBEHAVING: tuple[tuple[str, Any, str], ...] = (
+    ("encode", boom, r"encode failed: RuntimeError: boom; repair the format"),
+    ("decode", boom, r"decode failed: RuntimeError: boom"),
+    ("values", boom, r"values failed"),
+    ("scales", lambda self, low: None, r"scales failed: TypeError"),
+    ("scales", lambda self, low, high, **options: low, r"scales returned a Tensor, not fxquant\.authoring\.Scales"),
+    (
+        "scales",
+        lambda self, low, high, **options: Scales(torch.ones(3)),
+        r"scales returned the shape \[3\] in place of",
+    ),
+    ("scales", lambda self, low, high, **options: Scales(low.float()), r"scales returned torch.float32 in place of"),
+    ("scale_values", lambda self, scale: scale * float("nan"), r"scales makes a scale of 0, NaN or infinity"),
+    ("encode", lambda self, x, scales: None, r"encode returned a NoneType, not a tensor"),
+    ("encode", lambda self, x, scales: BytesOfScales().encode(x, scales)[..., :1], r"encode returned the shape"),
+    ("encode", lambda self, x, scales: BytesOfScales().encode(x, scales).int(), r"returned torch.int32 in place of"),
+    ("encode", lambda self, x, scales: BytesOfScales().encode(x, scales) + 16, r"which 4 bits cannot hold"),
+    ("encode", writes, r"encode writes into a tensor that it was given"),
+    ("encode", asks_values, r"encode failed"),
+    ("decode", lambda self, codes, scales, dtype: codes.double(), r"decode returned torch.float64 in place of"),
+    ("decode", lambda self, codes, scales, dtype: codes.to(dtype) * float("nan"), r"makes NaN or infinity of codes"),
+    ("values", lambda self: torch.arange(5.0), r"values returned the shape \[5\] in place of \[16\]"),
+    ("global_scale", lambda self, low, high: high, r"the format says global_scales = False"),
+)
+
+
+@pytest.mark.parametrize(("method", "wrong", "message"), MISBEHAVING)
+def test_formats_that_misbehave_are_refused_at_once(method: str, wrong: Any, message: str) -> None:
+    made = type("Misbehaving", (BytesOfScales,), {method: wrong, "__module__": "somewhere"})()
+    with pytest.raises(ConfigurationError, match=rf"the format 'byte4' \(somewhere\): its method .*{message}"):
+        register_format("byte4")(made)
+    assert "byte4" not in FORMATS
+
+
+@pytest.mark.parametrize("changes", [{"bits": None}, {"bits": 4.0}, {"bits": True}, {"block": "8"}, {"block": 8.0}])
+def test_attributes_of_another_type_are_refused_at_once(changes: dict[str, Any]) -> None:
+    format = BytesOfScales()
+    vars(format).update(changes)
+    ((what, value),) = changes.items()
+    with pytest.raises(ConfigurationError, match=f"'byte4' has {what}={value!r}; set a whole number"):
+        register_format("byte4")(format)
+
+
+def test_a_format_that_fails_on_the_values_of_a_model_is_named() -> None:
+    class Fragile(BytesOfScales):
+        def encode(self, x: torch.Tensor, scales: Scales) -> torch.Tensor:
+            if x.numel() > 100:
+                raise RuntimeError("boom")
+            return super().encode(x, scales)
+
+    model = make_dit()
+    with (
+        registered(Fragile()),
+        pytest.raises(ConfigurationError, match=r"the format 'byte4' .*encode failed: RuntimeError: boom"),
+    ):
+        fxquant.compile(model, recipe="rtn-wbyte4a16", calibrate=calibrate(model), measure=0)
+
+
 def test_a_cell_of_a_notebook_runs_twice_and_names_stay_unique() -> None:
     with registered(Doubled()):
         register_format("wide6")(Doubled())
         other = Doubled()
-        other.bits = 5
+        other.weights_only = True
         with pytest.raises(DuplicateNameError, match="wide6"):
             register_format("wide6")(other)
     assert FORMATS["mxfp4"].block == 32
