@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from fxquant.allocation.prepared import Prepared
 from fxquant.calibration.kept_calls import some_inputs
 from fxquant.calibration.recorded import inputs_on
 from fxquant.capture.calls import CallSpec
-from fxquant.errors import ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError
 from fxquant.inspect.errors.alternatives import Alternative, Candidates
 from fxquant.inspect.errors.graphs import Pair, make_pairs, other_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order
@@ -138,10 +139,16 @@ class Job:
             for cell, numbers in self._cells(watcher).items():
                 old = sums.setdefault(cell, [0.0, 0.0, 0.0])
                 sums[cell] = [None if a is None or b is None else a + b for a, b in zip(old, numbers, strict=True)]
-        self.output[step] = {name: value / signal for name, value in outputs.items()}
+        if not 0 < signal < math.inf:
+            what = "0 everywhere" if signal == 0 else "not finite"
+            raise CalibrationError(
+                f"the output of the float model at timestep {step:g} is {what}, so there are no errors relative to it; "
+                "calibrate with calls whose output is neither, or leave this timestep out (timesteps=[...])"
+            )
+        self.output[step] = {name: _bounded(value / signal) for name, value in outputs.items()}
         found: dict[str, dict[str, Cell]] = {}
         for (layer, precision), numbers in sums.items():
-            estimated, measured, rest = (None if number is None else number / signal for number in numbers)
+            estimated, measured, rest = (None if one is None else _bounded(one / signal) for one in numbers)
             assert estimated is not None
             found.setdefault(layer, {})[precision] = (estimated, measured, rest)
         self.found[step] = found
@@ -153,7 +160,7 @@ class Job:
             rest = watcher.all_but(precision)
             for layer in watcher.products[precision]:
                 if precision in self.prepared.layers.get(layer, ()):
-                    found[layer, precision] = [watcher.alone(precision, layer), None, rest[layer]]
+                    found[layer, precision] = [_bounded(watcher.alone(precision, layer)), None, rest[layer]]
         largest = sorted(found, key=lambda cell: -(found[cell][0] or 0.0))
         for layer, precision in largest[: self.measure]:
             found[layer, precision][1] = watcher.measure(precision, layer)
@@ -265,6 +272,11 @@ class Job:
                 for tensor in call.inputs:
                     found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+
+def _bounded(error: float) -> float:
+    """An error; infinite if it is not a number, as where an output is not finite."""
+    return math.inf if math.isnan(error) else error
 
 
 def _whole_error(other: Alternative, inputs: Sequence[Tensor], exact: Tensor) -> float:

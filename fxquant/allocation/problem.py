@@ -37,7 +37,8 @@ class Problem:
 
     Attributes:
         options: By layer, the names of its options.
-        errors: By layer, ``[options, timesteps]``: error of the output from this layer alone, relative.
+        errors: By layer, ``[options, timesteps]``: error of the output from this layer alone, relative. Options with
+            infinite errors are not chosen.
         costs: By layer, ``[options]``, for example bytes.
         fixed: Cost of everything else.
         ties: Sets of layers that read the same value: each maps a layer to what the options have to agree in, one value
@@ -109,7 +110,9 @@ class Problem:
         starts = np.cumsum([0, *(len(self.options[name]) for name in names)])
         count = int(starts[-1])
         place = dict(zip(names, starts[:-1].tolist(), strict=True))
-        c = np.concatenate([objective[name] for name in names])
+        # Options with infinite errors are never chosen; the solver takes finite numbers only.
+        usable = np.concatenate([np.isfinite(self.errors[name]).all(axis=1) for name in names])
+        c = np.where(usable, np.concatenate([objective[name] for name in names]), 0.0)
         c = c / max(float(np.abs(c).max()), _TINY)
         rows, low, high = [], list[float](), list[float]()
         for name in names:
@@ -131,7 +134,11 @@ class Problem:
             high.append(0.0)
         constraint = LinearConstraint(np.array(rows), np.array(low), np.array(high))
         found = milp(
-            c, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=constraint, options={"mip_rel_gap": _GAP}
+            c,
+            integrality=np.ones(count),
+            bounds=Bounds(0, usable.astype(float)),
+            constraints=constraint,
+            options={"mip_rel_gap": _GAP},
         )
         if found.x is None:
             return None
@@ -161,11 +168,21 @@ def problem_of(found: Sensitivities, costs: dict[str, Any], fixed: float | None 
         found: The sensitivities.
         costs: By layer, the cost of each of its precisions.
         fixed: The cost of everything else; None for the bytes of everything else.
+
+    Raises:
+        ConfigurationError: If the output is not finite with any precision of a layer; names the layer.
     """
     errors = {
         name: np.array([[cell or 0.0 for cell in one.alone(text)] for text in one.precisions])
         for name, one in found.layers.items()
     }
+    for name, rows in errors.items():
+        if not np.isfinite(rows).all(axis=1).any():
+            tried = ", ".join(found.layers[name].precisions)
+            raise ConfigurationError(
+                f"layer {name!r} makes the output infinite or NaN in each of {tried}; add candidates with more bits, "
+                "or float"
+            )
     readers: dict[str, list[str]] = {}
     for name, one in found.layers.items():
         readers.setdefault(one.reads, []).append(name)

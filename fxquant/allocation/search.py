@@ -64,6 +64,7 @@ def search(
     probes: int = 8,
     measure: int = 2,
     budget: float | None = None,
+    resume: str | Path | None = None,
     checks: int = 4,
     times: LayerTimes | str | Path | None = None,
     progress: Progress | None = None,
@@ -99,6 +100,7 @@ def search(
         probes: Random gradients per timestep.
         measure: Errors per timestep that are measured, not estimated.
         budget: Seconds for the sensitivities.
+        resume: Folder in which finished timesteps of the sensitivities are kept, as in :func:`fxquant.sensitivity`.
         checks: The most models that are compiled and measured for an ``sqnr`` or a ``speed``.
         times: For a ``speed``: times of layers that were measured earlier, or a file of them
             (:meth:`LayerTimes.save`). A file that does not exist is written. With given times the choice does not
@@ -114,7 +116,7 @@ def search(
         CalibrationError: If calibration fails, or the statistics lack what the recipe needs.
     """
     target = check_target(size, sqnr, speed)
-    check_options(timesteps, samples, probes, measure, budget, None, seed)
+    check_options(timesteps, samples, probes, measure, budget, resume, seed)
     check_type("checks", checks, int, "a number of models")
     check_type("sensitivities", sensitivities, (Sensitivities, NoneType), "what fxquant.sensitivity returned")
     check_type("times", times, (LayerTimes, str, Path, NoneType), "times of layers, or the path of a file of them")
@@ -127,13 +129,19 @@ def search(
         if sensitivities.weights != weights_digest(model):
             raise ConfigurationError("the sensitivities are of other weights than this model's; measure them again")
         recipe = Recipe.parse(sensitivities.recipe)
+        if resume is not None:
+            raise ConfigurationError(
+                "sensitivities are given, so nothing is measured that could be resumed; give one of both"
+            )
     most = wanted_calls(timesteps)
     show = progress or (lambda what, done, total: None)
     with sharing_traces(model):
         prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
         with without_autocast(device_of(model).type):
             if sensitivities is None:
-                sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(None, show)
+                sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(
+                    None if resume is None else Path(resume), show
+                )
             return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed, times)
 
 

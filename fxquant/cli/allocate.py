@@ -11,7 +11,14 @@ from rich.text import Text
 from fxquant.cli.app import Debug, Device, Guidance, Prompts, Seed, app
 from fxquant.cli.completion import backends
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, status
-from fxquant.cli.running import blaming_the_pipeline, open_pipeline, read_prompts, save_or_keep_aside
+from fxquant.cli.running import (
+    blaming_the_pipeline,
+    open_pipeline,
+    read_prompts,
+    refuse_quantized,
+    save_or_keep_aside,
+)
+from fxquant.errors import ConfigurationError
 
 _SENSITIVITY_EXAMPLES = """[bold]Examples[/]
 
@@ -39,6 +46,7 @@ Steps = Annotated[int, typer.Option(min=1, max=10_000, help="Denoising steps of 
 Timesteps = Annotated[int, typer.Option(min=1, max=10_000, help="Timesteps to measure.")]
 Probes = Annotated[int, typer.Option(min=1, max=10_000, help="Random gradients per timestep; more are exacter.")]
 Budget = Annotated[float | None, typer.Option(min=1.0, help="Seconds for the timesteps of the measurement.")]
+Resume = Annotated[Path | None, typer.Option(help="Folder in which finished timesteps are kept.")]
 
 _CANDIDATES = "w4a8,w5a8,w6a8,w8a8"
 _RECIPE = "smoothquant-search-gptq"
@@ -71,7 +79,7 @@ def sensitivity(
     probes: Probes = 8,
     measure: Annotated[int, typer.Option(min=0, help="Largest errors per timestep that are measured by a run.")] = 2,
     budget: Budget = 1200.0,
-    resume: Annotated[Path | None, typer.Option(help="Folder in which finished timesteps are kept.")] = None,
+    resume: Resume = None,
     device: Device = "cpu",
     seed: Seed = 0,
     guidance: Guidance = None,
@@ -84,6 +92,7 @@ def sensitivity(
     import fxquant
 
     with quiet(), status("reading"):
+        _check_outputs(model, {"--out": out}, resume)
         opened = _Opened(model, device, samples, steps, seed, guidance, prompts)
     with quiet(), progress_bars() as bars, blaming_the_pipeline(opened.pipe):
         task = bars.add_task("measure sensitivities", total=timesteps)
@@ -131,6 +140,7 @@ def search(
     timesteps: Timesteps = 10,
     probes: Probes = 8,
     budget: Budget = 1200.0,
+    resume: Resume = None,
     checks: Annotated[int, typer.Option(min=1, help="Models that are measured at most for --sqnr or --speed.")] = 4,
     times: Annotated[
         Path | None,
@@ -154,6 +164,9 @@ def search(
             from fxquant.inspect.plots import check_suffix
 
             check_suffix(picture)
+        _check_outputs(model, {"--picture": picture, "--times": times}, resume, out)
+        _check_folder(model, out, overwrite)
+        _check_backend(backend, device)
         known = None if sensitivities is None else fxquant.Sensitivities.load(sensitivities)
         opened = _Opened(model, device, samples, steps, seed, guidance, prompts)
     with quiet(), progress_bars() as bars, blaming_the_pipeline(opened.pipe):
@@ -171,6 +184,7 @@ def search(
             timesteps=timesteps,
             probes=probes,
             budget=budget,
+            resume=resume,
             checks=checks,
             times=times,
             seed=seed,
@@ -191,6 +205,52 @@ def search(
     _show(found, as_json)
     if out is not None:
         err.print(Text(f"written to {out}; see fxquant report {out}"))
+
+
+def _check_outputs(model: str, files: dict[str, Path | None], resume: Path | None, out: Path | None = None) -> None:
+    """Refuse a quantized model, and outputs that cannot be written, before anything that takes long.
+
+    Args:
+        model: The float pipeline.
+        files: Files to write, by option.
+        resume: Folder of finished timesteps.
+        out: Folder that is written as a whole, so that the others have to lie elsewhere.
+
+    Raises:
+        ConfigurationError: Names the option.
+        AlreadyCompiledError: If the model is quantized.
+        WriteError: If a folder cannot be written.
+    """
+    from fxquant.disk.folders import check_writable
+
+    refuse_quantized(Path(model), ["transformer"])
+    for option, path in {**files, "--resume": resume}.items():
+        if path is None:
+            continue
+        if option != "--resume" and path.is_dir():
+            raise ConfigurationError(f"{option} {path} is a folder; give the name of a file")
+        if out is not None and path.resolve().is_relative_to(out.resolve()):
+            raise ConfigurationError(
+                f"{option} {path} lies in --out {out}, which holds only the pipeline; choose another folder"
+            )
+        check_writable(path if option == "--resume" else path.resolve().parent)
+
+
+def _check_folder(model: str, out: Path | None, overwrite: bool) -> None:
+    from fxquant.disk.folders import prepare
+    from fxquant.storage.pipeline_folders import refuse_existing, refuse_input
+
+    if out is not None:
+        refuse_input(out, Path(model))
+        prepare(out.resolve(), lambda path: refuse_existing(path, overwrite))
+
+
+def _check_backend(backend: str, device: str) -> None:
+    from fxquant.pipeline.backend import resolve_backend
+    from fxquant.runtime.devices import usable_device
+
+    place = usable_device(device)
+    resolve_backend(backend).on(place).check_device(place)
 
 
 def _show(found: Any, as_json: bool) -> None:

@@ -309,7 +309,7 @@ _MATRICES = ("local", "weights", "inputs", "estimated", "measured")
 
 
 def to_db(ratio: float | None) -> float | None:
-    """SQNR in dB of an error relative to its signal; infinite for no error."""
+    """SQNR in dB of an error relative to its signal; infinite for no error, minus infinite for an infinite one."""
     if ratio is None:
         return None
     return math.inf if ratio <= 0 else -10 * math.log10(ratio)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ FLOAT_BITS = "float"
 @dataclass(frozen=True)
 class LayerSensitivity:
     """One layer. Errors are energies relative to that of the float output: 0.01 is an SQNR of 20 dB.
+
+    An error is infinite if the output is not finite.
 
     Attributes:
         name: Its name in the plan.
@@ -155,9 +157,12 @@ class Sensitivities:
         return max(layer.bytes) if named is None else layer.size(named)
 
     def uniform_db(self, precision: str) -> float | None:
-        """Mean over timesteps of the SQNR in dB if every layer has a precision, as measured."""
+        """Mean over timesteps of the SQNR in dB if every layer has a precision, as measured.
+
+        Timesteps without any error are left out.
+        """
         cells = [to_db(cell) for cell in self.output.get(precision, ())]
-        known = [cell for cell in cells if cell is not None and math.isfinite(cell)]
+        known = [cell for cell in cells if cell is not None and cell != math.inf]
         return sum(known) / len(known) if known else None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -225,12 +230,12 @@ class Sensitivities:
         layers = dict[str, LayerSensitivity]()
         for name, entry in data["layers"].items():
             own: dict[str, Any] = {key: tuple(entry[key]) for key in ("precisions", "bytes")}
-            own |= {key: tuple(map(tuple, entry[key])) for key in ("estimated", "measured", "all_but")}
+            own |= {key: tuple(map(_cells, entry[key])) for key in ("estimated", "measured", "all_but")}
             own |= {key: entry[key] for key in ("weights", "macs", "reads")}
             layers[name] = LayerSensitivity(name, **own, shares=entry.get("shares", ""))
         given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name not in ("layers", "output")}
         given |= {key: tuple(data[key]) for key in ("precisions", "timesteps")}
-        return cls(layers=layers, output={name: tuple(row) for name, row in data["output"].items()}, **given)
+        return cls(layers=layers, output={name: _cells(row) for name, row in data["output"].items()}, **given)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, completely or not at all.
@@ -257,6 +262,11 @@ class Sensitivities:
             if data["digest"] != digest_of(data):
                 raise CheckpointError("it does not match its digest; remove it, and measure again")
             return cls.from_json(data)
+
+
+def _cells(row: Sequence[Any]) -> Cells:
+    """A row of a file; JSON has no infinity."""
+    return tuple(math.inf if cell == "inf" else cell for cell in row)
 
 
 def mean_db(cells: Cells) -> float | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fxquant.schemas.attribution import Matrix, Ratio, Row
+from fxquant.schemas.attribution import Ratio
 from fxquant.schemas.common import Digest, Entry, Finite, Name, Size, Text
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Row = Annotated[list[Ratio | Literal["inf"] | None], Field(fail_fast=True, max_length=10_000)]
+Matrix = Annotated[list[Row], Field(fail_fast=True, max_length=100_000)]
 
 
 class LayerEntry(Entry):

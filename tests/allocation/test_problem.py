@@ -82,3 +82,13 @@ def test_ties_that_cannot_be_met() -> None:
 def test_the_same_problem_has_the_same_solution() -> None:
     given = problem(layers=40, timesteps=5)
     assert given.best(200.0) == problem(layers=40, timesteps=5).best(200.0)
+
+
+def test_options_with_infinite_errors_are_not_chosen() -> None:
+    """As in a model whose output overflows in float16 with few bits in one layer."""
+    given = problem(timesteps=2)
+    given.errors["layer2"][:2, 1] = np.inf
+    assert given.cheapest() == {**dict.fromkeys(given.options, "w2"), "layer2": "w8"}
+    found = given.best(3 + 8 + 4 * 4)
+    assert found is not None and found["layer2"] == "w8" and given.cost(found) <= 3 + 8 + 4 * 4
+    assert given.best(3 + 7 + 4 * 2) is None

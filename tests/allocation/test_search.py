@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fxquant.allocation.candidates import with_precisions
 from fxquant.allocation.picture import pareto_figure
 from fxquant.allocation.result import Choice, SearchResult
 from fxquant.allocation.search import mean_sqnr
-from fxquant.errors import ConfigurationError, UnreachableTargetError
+from fxquant.errors import CalibrationError, ConfigurationError, UnreachableTargetError
 from fxquant.inspect.plots import save_figure
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import Precision
@@ -114,6 +115,7 @@ def test_targets_that_cannot_be_reached(model: nn.Module, statistics: Statistics
         ({"speed": float("nan")}, "speed=nan"),
         ({"size": "small"}, "a number"),
         ({"size": 0.2, "checks": 0}, "checks=0"),
+        ({"size": 0.2, "resume": 3}, "the path of a folder"),
         ({"size": 0.2, "sensitivities": "file"}, "what fxquant.sensitivity returned"),
     ],
 )
@@ -196,3 +198,53 @@ def test_the_reason_why_a_candidate_is_left_out_is_whole(model: nn.Module, stati
     known = fxquant.sensitivity(model, statistics=statistics, probes=1, measure=0, **options)
     assert {key.split()[0]: text.split(" of ")[0] for key, text in known.left_out.items()} == {"w4a8-g48": "groups"}
     assert not any(text.endswith(":") for text in known.left_out.values())
+
+
+def test_an_interrupted_search_continues(model: nn.Module, statistics: Statistics, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**OPTIONS, "size": 0.4, "probes": 1, "recipe": "rtn", "statistics": statistics}
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fxquant.search(model, **options, resume=tmp_path, progress=kill)
+    seen: list[str] = []
+    again = fxquant.search(model, **options, resume=tmp_path, progress=lambda what, done, total: seen.append(what))
+    assert sum(what.startswith("timestep") for what in seen) == 1  # Of two.
+    assert again.plan == fxquant.search(model, **options).plan
+    with pytest.raises(ConfigurationError, match="sensitivities are given, so nothing is measured"):
+        fxquant.search(model, size=0.3, statistics=statistics, sensitivities=again.sensitivities, resume=tmp_path)
+
+
+def test_errors_that_are_not_finite_are_kept_and_avoided(
+    model: nn.Module, statistics: Statistics, known: Sensitivities, tmp_path: Path
+) -> None:
+    """A layer whose output overflows in one precision does not get it; one that has no other is named."""
+    name, layer = next(iter(known.layers.items()))
+    row = (float("inf"), *layer.estimated[0][1:])
+    given = replace(
+        known,
+        layers={**known.layers, name: replace(layer, estimated=(row, *layer.estimated[1:]))},
+        output={**known.output, "w3a8": (float("inf"), *known.output["w3a8"][1:])},
+    )
+    given.save(tmp_path / "kept")
+    assert Sensitivities.load(tmp_path / "kept") == given
+    assert given.uniform_db("w3a8") == -float("inf") and "-inf" in str(given)
+    least = given.uniform_bytes("w3a8") + layer.size("w5a8") - layer.size("w3a8")
+    found = fxquant.search(model, size=least, sensitivities=given, statistics=statistics)
+    assert found.chosen[name] == "w5a8" and {*found.chosen.values()} == {"w3a8", "w5a8"}
+    pareto_figure(found)
+    bad = replace(layer, estimated=(row,) * len(layer.precisions))
+    given = replace(given, layers={**known.layers, name: bad})
+    with pytest.raises(ConfigurationError, match=f"layer '{name}' makes the output infinite or NaN in each of w3a8"):
+        fxquant.search(model, size=0.5, sensitivities=given, statistics=statistics)
+
+
+def test_a_model_whose_output_is_0_is_refused() -> None:
+    """As that of a model whose last layer was initialized with zeros."""
+    model = make_dit()
+    for parameter in model.proj_out_2.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(CalibrationError, match=r"at timestep \d+ is 0 everywhere.*leave this timestep out"):
+        fxquant.sensitivity(model, calibrate=calibrate(model), **{**OPTIONS, "probes": 1, "recipe": "rtn"})

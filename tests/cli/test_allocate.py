@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli.__main__ import app
+from fxquant.planning.plan import PLAN_FILE
 from tests.tiny import make_pipeline
 
 QUICK = ("--samples", "1", "--steps", "2", "--timesteps", "1", "--probes", "1", "--recipe", "rtn")
@@ -69,3 +70,34 @@ def test_what_is_refused(folder: Path, run: Callable[..., str], tmp_path: Path) 
     assert "the smallest has" in run("search", folder, "--size", 0.001, *QUICK, *CANDIDATES, code=2).replace("\n", " ")
     (tmp_path / "other").write_text("{}")
     assert "other" in run("search", folder, "--size", 0.5, "--sensitivities", tmp_path / "other", code=2)
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_read(run: Callable[..., str], tmp_path: Path) -> None:
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    (full / "mine").write_text("mine")
+    file.write_text("mine")
+    nothing = tmp_path / "no-pipeline"
+
+    def said(*arguments: object) -> str:
+        return run(*arguments, code=2).replace("\n", " ")
+
+    assert f"{full} exists; choose another folder" in said("search", nothing, "--size", 0.5, "--out", full)
+    assert "--picture" in said("search", nothing, "--size", 0.5, "--out", full / "a", "--picture", full / "a" / "b.svg")
+    assert "--times" in said("search", nothing, "--speed", 2, "--times", full)
+    assert "cannot be written" in said("search", nothing, "--size", 0.5, "--resume", file / "a")
+    assert "nope" in said("search", nothing, "--size", 0.5, "--backend", "nope")
+    assert "--out" in said("sensitivity", nothing, "--out", full)
+    assert "cannot be written" in said("sensitivity", nothing, "--out", file / "a")
+    (nothing / "transformer").mkdir(parents=True)
+    (nothing / "transformer" / PLAN_FILE).write_text("{}")
+    assert "give the original float pipeline" in said("search", nothing, "--size", 0.5)
+    assert "give the original float pipeline" in said("sensitivity", nothing)
+
+
+def test_a_search_keeps_finished_timesteps(folder: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    options = ("search", folder, "--size", 0.5, *QUICK, *CANDIDATES, "--resume", tmp_path / "unfinished", "--json")
+    first, second = (
+        json.loads(text[text.index("{") : text.rindex("}") + 1]) for text in (run(*options), run(*options))
+    )
+    assert first["choices"] == second["choices"] and (tmp_path / "unfinished" / "sensitivities.json").is_file()
