@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxquant.capture import rebuilding
 from fxquant.ir import proofs, rewriter, stages
@@ -72,6 +73,56 @@ def obstacle(model: nn.Module, timestep: str | None) -> str | None:
     return _OBSTACLES[key]
 
 
+_TRUE: set[Hashable] = set()
+"""What :func:`_facts` says of nodes whose recorded values were found to be true."""
+
+_CHECK_VALUE = stages._check_value
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class _UnknownError(Exception):
+    """Something of which the facts that matter are not known."""
+
+
+def check_value(node: fx.Node) -> None:
+    """In place of ``stages._check_value``: an op on inputs of equal sizes is run once.
+
+    torch's own cache holds results with open sizes for each trace of its own, although they are the same in all.
+    """
+    if proofs.is_proven(node):
+        return
+    try:
+        key = node.target, torch.get_default_dtype(), _facts((node.args, dict(node.kwargs), node.meta["val"]))
+    except (_UnknownError, KeyError):
+        return _CHECK_VALUE(node)
+    if key not in _TRUE:
+        _CHECK_VALUE(node)
+        _TRUE.add(key)
+    proofs.prove(node)
+
+
+def _facts(value: Any) -> Hashable:
+    """Everything about arguments and results of an op that its shapes and dtypes depend on."""
+    if isinstance(value, fx.Node):
+        return _facts(value.meta["val"])
+    if isinstance(value, FakeTensor):
+        if value.constant is not None or value.layout != torch.strided:
+            raise _UnknownError
+        flags = value.dtype, value.device, type(value), value.requires_grad, value.is_conj(), value.is_neg()
+        return flags, value.dim(), *map(_facts, (*value.shape, *value.stride(), value.storage_offset()))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        ranges = value.node.shape_env.var_to_range
+        bounds = [ranges.get(symbol) for symbol in value.node.expr.free_symbols]
+        return type(value), value.node.expr, *sorted(str(each) for each in bounds)
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_facts, value)
+    if isinstance(value, dict):
+        return dict, *((key, _facts(each)) for key, each in value.items())
+    raise _UnknownError
+
+
 @contextmanager
 def worked_out_once() -> Iterator[None]:
     """Within this context, code of equal graphs is compiled once, and equal ops give their shapes once."""
@@ -79,6 +130,7 @@ def worked_out_once() -> Iterator[None]:
         patch.setattr(fx.graph_module, "compile", compiled, raising=False)
         patch.setattr(rewriter, "inferring", inferring)
         patch.setattr(stages, "inferring", inferring)
+        patch.setattr(stages, "_check_value", check_value)
         yield
 
 

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.capture import rebuilding
+from fxquant.errors import VerificationError
+from fxquant.ir import proofs
 from fxquant.ir.rewriter import Rewriter
+from fxquant.ir.stages import SPECS, Stage, verify
 from tests import conversions
 from tests.conversions import rebuilt_once, worked_out_once
 from tests.support import captured
 from tests.tiny import make_dit
+
+CHECK = conversions._CHECK_VALUE
 
 
 class Doubled(nn.Module):
@@ -68,3 +73,28 @@ def test_equal_models_are_rebuilt_once_and_others_anew(monkeypatch: pytest.Monke
         changed.register_forward_hook(lambda *_: None)
         rebuilding.obstacle(changed, "timestep")
     assert len(built) == 5
+
+
+def test_values_of_equal_ops_are_checked_once_and_others_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in another trace with open sizes, whose symbols are others; what is recorded wrongly is still found."""
+    checked = []
+
+    def counted(node: fx.Node) -> None:
+        checked.append(node)
+        CHECK(node)
+
+    modules = [captured(Doubled(), torch.randn(2, width)).module for width in (3, 3, 5)]
+    monkeypatch.setattr(conversions, "_CHECK_VALUE", counted)
+    monkeypatch.setattr(conversions, "_TRUE", set())
+    found = []
+    with worked_out_once():
+        for module in modules:
+            for node in module.graph.nodes:
+                node.meta.pop(proofs._PROVEN, None)
+            verify(module, SPECS[Stage.CAPTURED])
+            found.append(len(checked))
+        assert found == [2, 2, 4]
+        node = next(node for node in modules[1].graph.nodes if node.op == "call_function")
+        node.meta["val"] = node.meta["val"].to(torch.float64)
+        with pytest.raises(VerificationError, match="is recorded as"):
+            verify(modules[1], SPECS[Stage.CAPTURED])
