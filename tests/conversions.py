@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import types
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +101,14 @@ def check_value(node: fx.Node) -> None:
     proofs.prove(node)
 
 
+@contextmanager
+def checked_anew() -> Iterator[None]:
+    """Within this context, values are checked in each graph, for tests of these checks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_check_value", _CHECK_VALUE)
+        yield
+
+
 def _facts(value: Any) -> Hashable:
     """Everything about arguments and results of an op that its shapes and dtypes depend on."""
     if isinstance(value, fx.Node):
@@ -123,14 +131,34 @@ def _facts(value: Any) -> Hashable:
     raise _UnknownError
 
 
+_RESETS: dict[Any, Callable[[Any], None]] = {
+    kind: kind.reset_parameters for kind in (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm)
+}
+
+
+def without_values(reset: Callable[[Any], None]) -> Callable[[Any], None]:
+    """In place of ``reset_parameters``: fake tensors have no values that could be set."""
+
+    def reset_parameters(module: Any) -> None:
+        if not isinstance(module.weight, FakeTensor):
+            reset(module)
+
+    return reset_parameters
+
+
 @contextmanager
 def worked_out_once() -> Iterator[None]:
-    """Within this context, code of equal graphs is compiled once, and equal ops give their shapes once."""
+    """Within this context, code of equal graphs is compiled once, and equal ops give their shapes once.
+
+    Skeletons of models, which have no values, are made without setting them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fx.graph_module, "compile", compiled, raising=False)
         patch.setattr(rewriter, "inferring", inferring)
         patch.setattr(stages, "inferring", inferring)
         patch.setattr(stages, "_check_value", check_value)
+        for kind, reset in _RESETS.items():
+            patch.setattr(kind, "reset_parameters", without_values(reset))
         yield
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxquant.capture import rebuilding
 from fxquant.errors import VerificationError
@@ -98,3 +102,18 @@ def test_values_of_equal_ops_are_checked_once_and_others_anew(monkeypatch: pytes
         node.meta["val"] = node.meta["val"].to(torch.float64)
         with pytest.raises(VerificationError, match="is recorded as"):
             verify(modules[1], SPECS[Stage.CAPTURED])
+
+
+def test_models_get_their_values_and_skeletons_take_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Linear, "reset_parameters", conversions._RESETS[nn.Linear])
+    found = []
+    for context in (nullcontext, worked_out_once):
+        torch.manual_seed(0)
+        with context(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with FakeTensorMode():
+                skeleton = nn.Linear(3, 2)
+            found.append((nn.Linear(3, 2).weight, torch.rand(2)))
+        assert isinstance(skeleton.weight, FakeTensor) and skeleton.weight.requires_grad
+    for expected, actual in zip(*found, strict=True):
+        assert torch.equal(expected, actual)

@@ -55,20 +55,21 @@ class _Proof:
         self._take((node.args, node.kwargs, node.meta.get("val")))
 
     def _take(self, value: Any) -> None:
+        # Most often called with nodes and numbers; whether something is a mapping takes longest to find out.
         if isinstance(value, fx.Node):
             value = value.meta["val"]
-        if isinstance(value, (tuple, list)):
+        if isinstance(value, Tensor):
+            self.leaves += (value, value.dtype)
+            # Symbolic sizes are kept as their nodes, see _size.
+            self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
+        elif isinstance(value, (tuple, list)):
             self.leaves.append(len(value))
             for item in value:
                 self._take(item)
-        elif isinstance(value, Mapping):
+        elif value is not None and not isinstance(value, _PLAIN) and isinstance(value, Mapping):
             self._take([*value, *value.values()])
         else:
             self.leaves.append(value)
-            if isinstance(value, Tensor):
-                # Symbolic sizes are kept as their nodes, see _size.
-                self.leaves.append(value.dtype)
-                self.leaves += [size if isinstance(size, int) else size.node for size in value.shape]
 
     def same_as(self, other: _Proof | None) -> bool:
         """Whether there is another proof, and it is of the same facts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,11 +16,17 @@ from fxquant.ir.doubles import in_float64
 from fxquant.ir.proofs import is_proven
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import SPECS, Stage, verify
+from tests.conversions import checked_anew
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shared_traces() -> None:
-    """In place of the fixture of other tests: these change values in place that copies of a graph share."""
+def shared_traces() -> Iterator[None]:
+    """In place of the fixture of other tests: these change values in place that copies of a graph share.
+
+    Verification is that of users, which finds nothing proven in other graphs.
+    """
+    with checked_anew():
+        yield
 
 
 class Model(nn.Module):
