@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,6 @@ from fxquant.errors import BackendError
 pytestmark = pytest.mark.skipif(machine.missing_triton() is not None, reason="there is no Triton")
 
 LINEARS = """
-import json
 from fxquant.backends.native.gpu.ahead import all_linears, linear_resources
 for kind, group, config in [*all_linears()][::{step}]:
     for fused in (True, False):
@@ -26,7 +27,6 @@ for kind, group, config in [*all_linears()][::{step}]:
         print(json.dumps([name, config.block_m, used.spilled, used.shared, used.instructions]))
 """
 ROWS = """
-import itertools
 from fxquant.backends.native.gpu.ahead import compile_kernel
 from fxquant.backends.native.gpu.kernels import hadamard, rows
 codes = {"int8": "*i8", "fp8": "*fp8e4nv"}
@@ -39,7 +39,7 @@ found = []
 for kind, held in codes.items():
     types = {"x": "*bf16", "out": held} | grid
     found.append(compile_kernel(rows.quantize_kernel, types, tile | {"FP8": kind == "fp8"}, 4, 1))
-for kind, norm, tokens in [*itertools.product(codes, ("none", "rms", "layer"), (True, False))][::STRIDE]:
+for kind, norm, tokens in [*itertools.product(codes, ("none", "rms", "layer"), (True, False))][::{step}]:
     turn = {"STEPS": 7, "FACTOR": 2**-3.5} | ({} if tokens else {"signs": None})
     options = {"NORM": norm, "TOKENS": tokens, "BLOCK": 2048, "FP8": kind == "fp8", **turn}
     types = vectors | grid | numbers | {"out": codes[kind], "signs": "*i8"}
@@ -64,15 +64,12 @@ for codes, format in (("*fp8e4nv", mxfp8), ("*u8", nvfp4)):
     assert used.spilled <= 8, used  # The stack of a function that divides.
 """
 WEIGHTS_ALONE = """
-import json
 from fxquant.backends.native.gpu.ahead import weight_only_resources
-import itertools
 for dtype, bits, group, rows in [*itertools.product(("bf16", "fp16", "fp32"), (4, 8), (0, 32), (2, 300))][::{step}]:
     used = weight_only_resources(dtype, bits, group, rows)
     print(json.dumps([f"{{dtype}} {{bits}} {{group}} {{rows}}", used.spilled, used.shared, used.instructions]))
 """
 FLOAT_WEIGHTS = """
-import itertools, json
 from fxquant.backends.native.gpu.ahead import float_weight_resources
 formats = [("nf4", 0), ("nf4", 64), ("mxfp4", 32), ("nvfp4", 16), ("fp8", 16), ("fp8e5m2", 0), ("mxfp6", 32)]
 for (format, group), dtype, rows in [*itertools.product(formats, ("bf16", "fp16", "fp32"), (2, 300))][::{step}]:
@@ -82,45 +79,88 @@ for (format, group), dtype, rows in [*itertools.product(formats, ("bf16", "fp16"
 """
 
 
-def compiled(script: str, folder: Path) -> str:
-    """In a process of its own: this one may have imported Triton as an interpreter."""
+ALL = """
+import itertools, json, sys, traceback
+for name, code in json.loads(sys.argv[1]).items():
+    print("=====" + name)
+    try:
+        exec(code, {"itertools": itertools, "json": json})
+    except Exception:
+        print(traceback.format_exc(), file=sys.stderr)
+        print("failed")
+"""
+Compiled = Callable[..., list[Any]]
+
+
+def compiled(folder: Path, **scripts: str) -> dict[str, list[str]]:
+    """The lines that each script prints in another process: this one may have imported Triton as an interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", ALL, json.dumps(scripts)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    sys.stderr.write(ran.stderr)
+    parts = [part.splitlines() for part in ran.stdout.split("=====")[1:]]
+    return {name: lines for name, *lines in parts}
+
+
+SAMPLE = {
+    "linears": LINEARS.format(step=9, rank=0),
+    "rows": ROWS.replace("{step}", "5"),
+    "blocks": BLOCKS,
+    "weights_alone": WEIGHTS_ALONE.format(step=5),
+    "float_weights": FLOAT_WEIGHTS.format(step=5),
+}
+"""What `make test` compiles."""
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return compiled(tmp_path_factory.mktemp("triton"), **SAMPLE)
+
+
+@pytest.fixture
+def made(sample: dict[str, list[str]], tmp_path: Path) -> Compiled:
+    """What a script prints, from the process that runs all scripts of the sample or from one of its own."""
+
+    def make(name: str, script: str) -> list[Any]:
+        lines = sample[name] if script == SAMPLE[name] else compiled(tmp_path, **{name: script})[name]
+        assert lines[-1:] != ["failed"], "the traceback is in the captured output of the process"
+        return [json.loads(line) for line in lines]
+
+    return make
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "rank"), [(9, 0), *(pytest.param(*given, marks=pytest.mark.exhaustive) for given in ((1, 0), (7, 32)))]
 )
-def test_ways_to_cut_a_product_compile_into_tensor_core_instructions(step: int, rank: int, tmp_path: Path) -> None:
-    made = [json.loads(line) for line in compiled(LINEARS.format(step=step, rank=rank), tmp_path).splitlines()]
-    assert len(made) >= 50 // step
-    for name, rows, spilled, shared, instructions in made:
+def test_ways_to_cut_a_product_compile_into_tensor_core_instructions(step: int, rank: int, made: Compiled) -> None:
+    found = made("linears", LINEARS.format(step=step, rank=rank))
+    assert len(found) >= 50 // step
+    for name, rows, spilled, shared, instructions in found:
         assert spilled == 0, name
         assert shared <= 227 * 1024, name
         assert {word.split()[0] for word in instructions if " " in word} == {"mma" if rows < 64 else "wgmma"}, name
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 5])
-def test_kernels_of_rows_compile(step: int, tmp_path: Path) -> None:
+def test_kernels_of_rows_compile(step: int, made: Compiled) -> None:
     """Every fifth combination holds every kind of codes and of norm, with and without ranges of tokens."""
-    compiled(ROWS.replace("STRIDE", str(step)), tmp_path)
+    assert not made("rows", ROWS.replace("{step}", str(step)))
 
 
-def test_codes_of_blocks_compile_for_the_devices_that_multiply_them(tmp_path: Path) -> None:
-    compiled(BLOCKS, tmp_path)
+def test_codes_of_blocks_compile_for_the_devices_that_multiply_them(made: Compiled) -> None:
+    assert not made("blocks", BLOCKS)
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 5])
-def test_products_of_float_activations_compile(step: int, tmp_path: Path) -> None:
+def test_products_of_float_activations_compile(step: int, made: Compiled) -> None:
     """Every fifth combination holds every dtype, number of bits, group and number of rows."""
-    made = [json.loads(line) for line in compiled(WEIGHTS_ALONE.format(step=step), tmp_path).splitlines()]
-    assert len(made) == -(-24 // step)
+    results = made("weights_alone", WEIGHTS_ALONE.format(step=step))
+    assert len(results) == -(-24 // step)
     for place, values in enumerate(("bf16 fp16 fp32", "4 8", "0 32", "2 300")):
-        assert {name.split()[place] for name, *_ in made} == set(values.split())
-    for name, spilled, shared, instructions in made:
+        assert {name.split()[place] for name, *_ in results} == set(values.split())
+    for name, spilled, shared, instructions in results:
         assert spilled == 0, name
         assert shared <= 227 * 1024, name
         found = {word.split()[0] for word in instructions if " " in word}
@@ -128,13 +168,13 @@ def test_products_of_float_activations_compile(step: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 5])
-def test_products_of_float_weights_compile(step: int, tmp_path: Path) -> None:
+def test_products_of_float_weights_compile(step: int, made: Compiled) -> None:
     """Every fifth combination holds every dtype, number of rows and format."""
-    made = [json.loads(line) for line in compiled(FLOAT_WEIGHTS.format(step=step), tmp_path).splitlines()]
-    assert len(made) == -(-42 // step)
+    results = made("float_weights", FLOAT_WEIGHTS.format(step=step))
+    assert len(results) == -(-42 // step)
     for place, values in {0: "nf4 mxfp4 nvfp4 fp8 fp8e5m2", 2: "bf16 fp16 fp32", 3: "2 300"}.items():
-        assert {name.split()[place] for name, *_ in made} >= set(values.split())
-    for name, spilled, shared, instructions in made:
+        assert {name.split()[place] for name, *_ in results} >= set(values.split())
+    for name, spilled, shared, instructions in results:
         assert spilled == 0, name
         assert shared <= 227 * 1024, name
         found = {word.split()[0] for word in instructions if " " in word}
