@@ -43,11 +43,12 @@ from tests.support import count
 from tests.tiny import calibrate, inputs, make_dit, make_pipeline, run
 
 pytestmark = [
-    pytest.mark.slow,  # Two backends, four graphs: as many runs of the C++ compiler.
+    pytest.mark.slow,  # Two graphs: as many runs of the C++ compiler.
 ]
 
 BACKENDS = (
-    "fake-quant",
+    # Inductor's code of its ops: tests/runtime/test_torch_compile.py.
+    pytest.param("fake-quant", marks=pytest.mark.exhaustive),
     "native",
     pytest.param("onednn", marks=pytest.mark.exhaustive),
 )
@@ -56,22 +57,31 @@ Made = tuple[GraphModel, Path]
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A pipeline whose native transformer was exported on the command line."""
+    """A pipeline whose native transformer, calibrated with calls of two sizes, was exported on the command line."""
     folder, pipe = tmp_path_factory.mktemp("native"), make_pipeline()
+    model = pipe.transformer
     pipe.transformer = fxquant.compile(
-        pipe.transformer, recipe="htg-w4a8", calibrate=calibrate(pipe.transformer), measure=0
+        model, recipe="htg-w4a8", calibrate=lambda: [calibrate(model)(), run(model, size=4)], measure=0
     )
     save_pipeline(pipe, folder / "quantized")
     arguments = ("export", folder / "quantized", folder / "compiled", "--aot", "--backend", "native")
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    assert "graph 1 of 1: compiled in" in result.stderr
+    assert "graph 1 of 2: compiled in" in result.stderr
     assert result.stdout.startswith("compiled in ")
     return fxquant.load(folder / "quantized/transformer", backend="native"), folder / "compiled"
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def several(pipeline: Made) -> Made:
+    """A model with graphs of two sizes."""
+    quantized, folder = pipeline
+    assert len(quantized.graphs) == 2
+    return quantized, folder / "transformer"
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A fake-quant model that has seen calls of two sizes."""
     model, folder = make_dit(), tmp_path_factory.mktemp("fake-quant") / "package"
     quantized = fxquant.compile(model, recipe="ptq4dit-w8a8", calibrate=calibrate(model), measure=0)
@@ -98,10 +108,8 @@ def opaque(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture
 def made(request: pytest.FixtureRequest, backend: str) -> Made:
     """The quantized model and the package of a backend."""
-    if backend == "native":
-        quantized, folder = request.getfixturevalue("pipeline")
-        return quantized, folder / "transformer"
-    found: Made = request.getfixturevalue("opaque" if backend == "onednn" else "several")
+    names = {"native": "several", "onednn": "opaque", "fake-quant": "oracle"}
+    found: Made = request.getfixturevalue(names[backend])
     return found
 
 
