@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,6 @@ from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
-from tests.sampling import covering
 from tests.support import AFFINE, captured, count, outputs, relative_error
 
 Example = tuple[nn.Module, Callable[[int], dict[str, Tensor]]]
@@ -147,7 +147,17 @@ def reasons(plan: Plan, part: str) -> set[Any]:
     return {layer.balance.reason for name, layer in plan.layers.items() if part in name and layer.balance}
 
 
-@pytest.mark.parametrize(("make", "groups"), covering(["dit", "pixart", "sd3", "flux"], [1, 3], together=1))
+BY_TIMESTEP = {("pixart", 3), ("flux", 1)}
+"""Both ways to modulate, from a shared table and in each block, and attention of one stream and of two."""
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [
+        pytest.param(*case, marks=[pytest.mark.exhaustive] * (case not in BY_TIMESTEP))
+        for case in itertools.product(["dit", "pixart", "sd3", "flux"], [1, 3])
+    ],
+)
 def test_shifts_by_timestep_are_absorbed_too(make: str, groups: int) -> None:
     first = f"group-timesteps{{groups={groups}}},shift-channels,absorb-shifts,"
     found, plan = balanced(globals()[make](), first=first)

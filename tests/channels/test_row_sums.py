@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.sampling import covering
 from tests.support import Absorbed, absorb, absorb_shift
 
 B, T, S, C = 3, 4, 5, 8
@@ -61,6 +62,8 @@ def tried(attend: Callable[..., Tensor], mask: Tensor | None, request: str) -> A
         return absorb_shift(Masked(attend, 0.0), **inputs)
     return absorb(Masked(attend, 1.0 if request == "factor with shift" else 0.0), force=True, **inputs)
 
+
+REQUESTS = ["factor with shift", "shift"]
 
 # Name: (attention, mask of the call).
 PASSES: dict[str, tuple[Callable[..., Tensor], Tensor | None]] = {
@@ -158,8 +161,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Tensor | None, str]] = {
 }
 
 
-@pytest.mark.parametrize("request_for", ["shift", "factor with shift"])
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize(("name", "request_for"), covering([*PASSES], REQUESTS, together=1))
 def test_a_shift_passes(name: str, request_for: str) -> None:
     result = tried(*PASSES[name], request_for)
     assert result.error < 1e-12
@@ -167,8 +169,7 @@ def test_a_shift_passes(name: str, request_for: str) -> None:
     assert set(result.grant.into) == {"v"}
 
 
-@pytest.mark.parametrize("request_for", ["shift", "factor with shift"])
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(("name", "request_for"), covering([*REFUSED], REQUESTS, together=1))
 def test_a_shift_stops(name: str, request_for: str) -> None:
     attend, mask, reason = REFUSED[name]
     result = tried(attend, mask, request_for)
