@@ -16,6 +16,7 @@ from fxquant.pipeline.pipeline import Pipeline
 from fxquant.planning.context import PassContext
 from fxquant.planning.plan import Plan
 from fxquant.statistics.collection import Statistics
+from tests.sampling import covering
 from tests.support import captured, outputs, relative_error
 
 C, HEADS, GROUPS = 8, 2, 3
@@ -148,9 +149,10 @@ def test_boundaries_and_mixed_batches(made: tuple[Block, CapturedGraph, PassCont
         assert relative_error(outputs(found.module, *alone), [model(*alone)]) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(), (1,), (3,)])
-def test_shapes_and_dtypes_of_the_timestep(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shape"), covering([torch.int64, torch.float32, torch.float64], [[], [1], [3]], together=1)
+)
+def test_shapes_and_dtypes_of_the_timestep(shape: list[int], dtype: torch.dtype) -> None:
     model, found, context = rewritten([torch.full(shape, step).to(dtype) for step in STEPS])
     model = Block().double()
     for step in edges(context.plan):

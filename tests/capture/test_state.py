@@ -69,8 +69,16 @@ def test_traces_leave_no_marks_and_every_size_is_right() -> None:
     assert [name for name, _ in plain_objects(model)] == ["table"]
 
 
-@pytest.mark.parametrize("written", ["empty", "full", "made"])
-@pytest.mark.parametrize("read", ["empty", "full"])
+@pytest.mark.parametrize(
+    ("read", "written"),
+    [
+        *(("empty", "full"), ("full", "empty"), ("full", "made")),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (2 * ("empty",), 2 * ("full",), ("empty", "made"))
+        ),
+    ],
+)
 def test_a_checkpoint_is_read_whether_the_cache_is_full(written: str, read: str, tmp_path: Path) -> None:
     model = model_with(written)
     quantized = fxquant.compile(model, recipe="rtn-w8a8", calibrate=lambda: model(*call()))

@@ -38,7 +38,8 @@ def double_inputs(batch: int, timestep: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.exhaustive), "planted"])
+@pytest.mark.exhaustive  # A DiT of two blocks: tests/channels/test_absorption.py.
+@pytest.mark.parametrize("kind", ["plain", "planted"])
 @torch.no_grad()
 def test_absorption_is_free_and_exact_in_float64(pipe: DiTPipeline, kind: str) -> None:
     model = copy.deepcopy(pipe.transformer).double()
@@ -114,6 +115,7 @@ def test_gptq_takes_down_the_wall_of_four_bits(sqnr: Callable[[str, str], float]
     assert sqnr(name, "ptq4dit-gptq-w4a8") > sqnr(name, "ptq4dit-w4a8") + 6
 
 
-@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), "planted"])
+@pytest.mark.exhaustive  # On smaller models: test_split_low_rank.py and test_bin_ranges.py in tests/passes.
+@pytest.mark.parametrize("name", ["plain", "planted"])
 def test_branches_and_bins_gain_at_eight_bits(sqnr: Callable[[str, str], float], name: str) -> None:
     assert sqnr(name, "svdquant-bins-w8a8") > sqnr(name, "smoothquant-search-w8a8") + 3

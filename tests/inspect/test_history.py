@@ -15,6 +15,7 @@ from fxquant.errors import CheckpointError, ConfigurationError, UnknownNameError
 from fxquant.inspect.history import History, rewrite_histories, rewrite_history
 from fxquant.inspect.sources import graphs_of
 from fxquant.runtime.model import GraphModel
+from tests.sampling import covering
 from tests.tiny import calibrate, make_dit, run
 
 OUT = "transformer_blocks.0.attn1.to_out.0"
@@ -48,8 +49,9 @@ def test_model_checkpoint_and_plan_have_one_history(
         assert [step.tensors for step in found.steps] == [step.tensors for step in history.steps]
 
 
-@pytest.mark.parametrize("backend", ["native", "torchao"])
-@pytest.mark.parametrize("recipe", ["ptq4dit-w4a8", "rtn-dynamic-w8a8"])
+@pytest.mark.parametrize(
+    ("recipe", "backend"), covering(["ptq4dit-w4a8", "rtn-dynamic-w8a8"], ["native", "torchao"], together=1)
+)
 def test_the_lowered_graph_of_a_checkpoint_is_that_of_the_model(backend: str, recipe: str, tmp_path: Path) -> None:
     model = make_dit()
     quantized = fxquant.compile(model, recipe=recipe, backend=backend, calibrate=calibrate(model), measure=0)

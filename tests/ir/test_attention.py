@@ -61,7 +61,7 @@ def calibrating(one: Entry, model: nn.Module) -> Any:
     [
         pytest.param("DiT2D", "ptq4dit-w8a8", marks=pytest.mark.exhaustive),
         ("SD32D", "ptq4dit-w8a8"),
-        ("PixArt2D-Sigma", "repq-w8a8"),
+        pytest.param("PixArt2D-Sigma", "repq-w8a8", marks=pytest.mark.exhaustive),
         ("OwnDiT", "htg-w8a8"),
         pytest.param("SD32D", "htg-w8a8", marks=pytest.mark.exhaustive),
     ],

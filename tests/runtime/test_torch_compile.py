@@ -108,7 +108,8 @@ def test_models_of_the_zoo_compile_once(entry: Entry, backend: str) -> None:
     ("backend", "order"),
     [
         pytest.param("fake-quant", ORDERS[1], id="8-1-fake-quant"),
-        pytest.param("native", ORDERS[2], id="4-1-native"),
+        # Blocks of the native backend: test_compiling.py.
+        pytest.param("native", ORDERS[2], id="4-1-native", marks=pytest.mark.exhaustive),
         pytest.param("fake-quant", ORDERS[2], id="4-1-fake-quant", marks=pytest.mark.exhaustive),
         pytest.param("native", ORDERS[1], id="8-1-native", marks=pytest.mark.exhaustive),
     ],

@@ -92,7 +92,6 @@ SAMPLE = {
         "DiT2D",
         "Flux2D",
         "HunyuanDiT2D",
-        "LTXVideo3D",
         "OmniGen2D",
         "ZImage2D",
         "OwnDiT",

@@ -42,8 +42,8 @@ ZOO = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DMo
        "WanTransformer3DModel", "HunyuanDiT2DModel", "Flux2Transformer2DModel", "AuraFlowTransformer2DModel",
        "CogVideoXTransformer3DModel", "CogView4Transformer2DModel", "LTXVideoTransformer3DModel")  # fmt: skip
 
-ZOO_SAMPLE = ("SD32D", "HunyuanDiT2D")
-"""Identifiers of the models that ``make test`` runs, each with other kernels; other tests of the zoo share traces."""
+ZOO_SAMPLE = ("SD32D",)
+"""Identifiers of the models that ``make test`` runs; other tests of the zoo share traces."""
 
 MISSING = machine.missing_kernels()
 OWN = pytest.mark.skipif(MISSING is not None, reason=f"no compiled kernels: {MISSING}")
@@ -160,7 +160,7 @@ def test_all_layers_convolution_and_attention_too(kind: str) -> None:
     assert {row.kernel for row in report.attentions} == {attention}
 
 
-@pytest.mark.parametrize(("shape", "kind"), sampled([(1, 4, 2), (3, 12, 6), (2, 22, 10)], [(3, 12, 6)]))
+@pytest.mark.parametrize(("shape", "kind"), sampled([(1, 4, 2), (3, 12, 6), (2, 22, 10)]))
 def test_odd_shapes(shape: tuple[int, int, int], kind: str) -> None:
     """One token; widths that are no multiple of any block."""
     call = inputs(3, timestep=None, size=shape[-1])
@@ -176,7 +176,7 @@ def odd(shape: tuple[int, int, int], kind: str) -> GraphModel:
     )
 
 
-@pytest.mark.parametrize(("dtype", "kind"), sampled([torch.bfloat16, torch.float16, torch.float64], [torch.bfloat16]))
+@pytest.mark.parametrize(("dtype", "kind"), sampled([torch.bfloat16, torch.float16, torch.float64]))
 def test_other_dtypes(dtype: torch.dtype, kind: str) -> None:
     size = size_of(kind)
     found = [sample(in_dtype(dtype, side, size), call_in(dtype, size)) for side in (kind, "oracle")]
@@ -234,7 +234,7 @@ def test_models_of_the_zoo(kind: str, entry: Entry) -> None:
 SAVED = ["rtn-w8a8", "dynamic-w8a8", "htg-w8a8", "ptq4dit-w4a8", "rtn-wnf4a16-g8", "rtn-wnvfp4a16"]
 
 
-@pytest.mark.parametrize(("recipe", "kind"), sampled(SAVED, ["rtn-w8a8"]))
+@pytest.mark.parametrize(("recipe", "kind"), sampled(SAVED))
 def test_a_checkpoint_is_the_oracles(recipe: str, kind: str, tmp_path: Path) -> None:
     ours, oracle, backend = shared(recipe, kind), oracle_of(kind, recipe), runner(kind)
     call = mixed(kind)
@@ -363,7 +363,7 @@ def test_torch_compile_serves_eight_batch_sizes_at_once(recipe: str, kind: str, 
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("recipe", "kind"), sampled(SAVED, ["rtn-w8a8"]))
+@pytest.mark.parametrize(("recipe", "kind"), sampled(SAVED))
 def test_it_exports(recipe: str, kind: str) -> None:
     ours, call = shared(recipe, kind), mixed(kind)
     (captured,) = ours.captured

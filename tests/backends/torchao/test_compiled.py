@@ -153,7 +153,8 @@ def every_linear() -> Recipe:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["static", pytest.param("dynamic-w8a8", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # Layers are compiled above, and whole models without inductor in runtime/test_compiling.py.
+@pytest.mark.parametrize("recipe", ["static", "dynamic-w8a8"])
 def test_a_model_compiles_once_for_all_batches(recipe: str) -> None:
     made = every_linear() if recipe == "static" else make_recipe(recipe)
     mine, oracle = quantized(made), quantized(made, "fake-quant")
