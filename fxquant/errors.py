@@ -215,6 +215,26 @@ class WriteError(CheckpointError, OSError):
         self.errno = errno
 
 
+class EvaluationError(FxquantError, RuntimeError):
+    """Images cannot be made or measured: other options in the folder, a broken feature extractor, too few images."""
+
+
+class MetricWeightsError(EvaluationError):
+    """A metric needs a network whose weights are not given; the message says where they are and what runs without."""
+
+
+class GateError(FxquantError, AssertionError):
+    """A metric is beyond its limit; the message names each metric, its limit and by how much it fails.
+
+    Attributes:
+        failures: What failed, by metric.
+    """
+
+    def __init__(self, message: str, failures: dict[str, str]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
 class AlreadyCompiledError(FxquantError, TypeError):
     """The model given to ``compile`` is already an fxquant model."""
 
