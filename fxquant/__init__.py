@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fxquant.allocation.search import search
     from fxquant.api import compile, trace
     from fxquant.errors import FxquantError, QualityWarning, SpeedWarning
+    from fxquant.evaluation.evaluate import evaluate
+    from fxquant.evaluation.result import Evaluation
     from fxquant.export.balance import balance
     from fxquant.export.balance_pipeline import balance_pipeline
     from fxquant.export.comfyui import export_comfyui
@@ -47,6 +49,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Attribution",
     "Difference",
+    "Evaluation",
     "Explanation",
     "FxQuantConfig",
     "FxquantError",
@@ -68,6 +71,7 @@ __all__ = [
     "compile_parts",
     "compile_pipeline",
     "diff",
+    "evaluate",
     "explain",
     "export_aot",
     "export_comfyui",
@@ -97,6 +101,7 @@ __all__ = [
 # GraphModel, PackagedModel and PipelineModel.
 _HOMES = {
     "Difference": "inspect.difference",
+    "Evaluation": "evaluation.result",
     "Explanation": "inspect.explain",
     "Attribution": "planning.attribution",
     "FxQuantConfig": "pretrained.config",
@@ -122,6 +127,7 @@ _HOMES = {
     "compile_parts": "pretrained.entries",
     "compile_pipeline": "pretrained.components",
     "diff": "inspect.difference",
+    "evaluate": "evaluation.evaluate",
     "explain": "inspect.explain",
     "export_aot": "storage.aot.export",
     "export_comfyui": "export.comfyui",

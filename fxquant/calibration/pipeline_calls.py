@@ -79,8 +79,19 @@ def generate(
     prompts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     sizes: Mapping[str, int] | None = None,
+    at_once: int = SAMPLES_AT_ONCE,
 ) -> list[Any]:
     """Make an image or a clip for each label or prompt.
+
+    Args:
+        pipe: A pipeline that takes class labels, such as ``DiTPipeline``, or prompts.
+        steps: Denoising steps per image.
+        seed: Seed of the initial noise.
+        guidance: Guidance scale; the default of the pipeline if None.
+        prompts: One prompt per image, for text pipelines.
+        labels: One class label per image, for other pipelines.
+        sizes: ``height``, ``width`` and ``num_frames`` of the output.
+        at_once: Images that go through the pipeline at once; the noise depends on it.
 
     Returns:
         PIL images, or a list of PIL images for each clip. The same seed, labels and steps give the same initial noise
@@ -94,7 +105,7 @@ def generate(
     if not given:
         raise ConfigurationError("nothing to generate: give labels or prompts")
     _check_seed(seed)
-    call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance, sizes)
+    call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance, sizes, at_once)
     images: list[Any] = []
     for output in call(seed, "pil"):
         found = getattr(output, "images", getattr(output, "frames", None))
@@ -165,18 +176,32 @@ def _conditions(
 
 
 def _labels(pipe: Any, samples: int, labels: Sequence[int] | None) -> list[int]:
-    count = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
+    count = _num_classes(pipe)
     if labels is not None:
         for label in labels:
             if count is not None and not 0 <= label < count:
                 raise ConfigurationError(f"label {label} is out of range; the model knows classes 0 to {count - 1}")
         return [labels[i % len(labels)] for i in range(samples)]
-    known = sorted(set(getattr(pipe, "labels", {}).values()))
-    if not known:
-        known = list(range(count or 1000))
+    known = classes_of(pipe)
     if samples < len(known):
         return [known[i * len(known) // samples] for i in range(samples)]
     return [known[i % len(known)] for i in range(samples)]
+
+
+def _num_classes(pipe: Any) -> int | None:
+    count = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
+    return count if isinstance(count, int) else None
+
+
+def classes_of(pipe: Any) -> list[int]:
+    """The class labels that a pipeline knows: those that it has names for, else all that its transformer has."""
+    return sorted(set(getattr(pipe, "labels", {}).values())) or list(range(_num_classes(pipe) or 1000))
+
+
+def takes_prompts(pipe: Any) -> bool:
+    """Whether a pipeline draws what a prompt says, and not a class."""
+    names = _signature(pipe)
+    return "prompt" in names and "class_labels" not in names
 
 
 def _bound_call(
@@ -185,6 +210,7 @@ def _bound_call(
     steps: int,
     guidance: float | None,
     sizes: Mapping[str, int] | None = None,
+    at_once: int = SAMPLES_AT_ONCE,
 ) -> Callable[[int, str], Iterator[Any]]:
     """Set all arguments but the seed and the output type. The result runs the pipeline batch by batch."""
     if steps < 1:
@@ -223,8 +249,8 @@ def _bound_call(
             kwargs["output_type"] = output_type
         elif "output_type" in names:
             kwargs["output_type"] = "pt"
-        for start in range(0, len(values), SAMPLES_AT_ONCE):
-            yield pipe(**{condition: values[start : start + SAMPLES_AT_ONCE]}, generator=generator, **kwargs)
+        for start in range(0, len(values), at_once):
+            yield pipe(**{condition: values[start : start + at_once]}, generator=generator, **kwargs)
 
     return run
 

@@ -1,0 +1,168 @@
+"""Folders of images in numbered batches, which an interrupted evaluation continues.
+
+A folder holds ``settings.json``, one file ``images-000000.safetensors`` for each batch, and the features that
+extractors found in them. Each file is written completely or not at all. Several processes may fill one folder, each
+with batches of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.disk.files import load_tensors, write_tensors
+from fxquant.disk.folders import check_writable, writing
+from fxquant.disk.locks import Lock
+from fxquant.disk.whole_file import whole_file
+from fxquant.errors import CheckpointError, EvaluationError
+from fxquant.evaluation.features import Extractor, Features
+
+SETTINGS = "settings.json"
+_OURS = re.compile(r"images-\d{6,}\.safetensors|features-[0-9a-f]{16}-\d{6,}\.safetensors")
+_CPU = torch.device("cpu")
+_POLL = 1.0  # Seconds between looks at batches that other processes make.
+
+
+class Store:
+    """The images of one pipeline.
+
+    Args:
+        folder: Where they are; made if it is missing.
+        settings: What the images depend on. A folder with other settings is refused.
+        overwrite: Whether images of other settings are removed instead.
+
+    Raises:
+        EvaluationError: If the folder holds images of other settings; names the differences.
+        CheckpointError: If its settings cannot be read.
+        WriteError: If it cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.folder = folder
+        self.restarted = False
+        check_writable(folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / SETTINGS
+        wanted = json.loads(json.dumps(dict(settings)))
+        if path.exists():
+            held = _read_settings(path)
+            if held == wanted:
+                return
+            if not overwrite:
+                raise EvaluationError(
+                    f"{folder} holds images of other settings ({_differences(held, wanted)}); give another folder, or "
+                    "--overwrite (overwrite=True) to make them anew"
+                )
+            self._remove_images()
+            self.restarted = True
+        elif any(_OURS.fullmatch(file.name) for file in folder.iterdir()):
+            raise CheckpointError(f"{path} is missing, so it is unknown what made the images; give another folder")
+        with whole_file(path) as scratch:
+            scratch.write_text(json.dumps(wanted, indent=1) + "\n")
+
+    def _remove_images(self) -> None:
+        with writing(self.folder):
+            (self.folder / SETTINGS).unlink()
+            for file in list(self.folder.iterdir()):
+                if _OURS.fullmatch(file.name):
+                    file.unlink()
+
+    def _images(self, number: int) -> Path:
+        return self.folder / f"images-{number:06d}.safetensors"
+
+    def has(self, number: int) -> bool:
+        """Whether a batch was made."""
+        return self._images(number).exists()
+
+    def write(self, number: int, images: Tensor) -> None:
+        """Keep a batch, uint8 ``[n, 3, H, W]``."""
+        _write({"images": images}, self._images(number))
+
+    def read(self, number: int) -> Tensor:
+        """The images of a batch, uint8 ``[n, 3, H, W]``.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+        """
+        path = self._images(number)
+        images = _read(path).get("images")
+        if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise CheckpointError(f"{path} does not hold images; remove it, and the same command makes it again")
+        return images
+
+    def features(self, number: int, extractor: Extractor) -> Features:
+        """The features of a batch, from its file if they were computed before.
+
+        Raises:
+            CheckpointError: If a file cannot be read.
+            EvaluationError: If the extractor fails.
+        """
+        path = self.folder / f"features-{extractor.key}-{number:06d}.safetensors"
+        if path.exists():
+            return Features(**_read(path))
+        found = extractor(self.read(number))
+        _write(found.tensors(), path)
+        return found
+
+    def wait_for(self, numbers: range) -> None:
+        """Wait until other processes have made these batches."""
+        for number in numbers:
+            while not self.has(number):
+                time.sleep(_POLL)
+
+
+@contextmanager
+def one_process(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
+    """Keep other processes with the same share of the work away.
+
+    Raises:
+        EvaluationError: If there is one.
+    """
+    place = folder / f".shard-{shard[0]}-of-{shard[1]}"
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    lock = Lock.of(place)
+    if lock is None:
+        raise EvaluationError(f"another process evaluates in {folder}; wait for it, or give another folder")
+    yield
+    del lock
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    with whole_file(path) as scratch:
+        write_tensors(tensors, scratch)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_tensors(path, _CPU)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged; remove it, and the same command makes it again") from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; give another folder") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not hold settings; give another folder")
+    return found
+
+
+def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
+    shown = [
+        f"another {name}" if name in ("model", "prompts") else f"{name} {held.get(name)}, not {wanted.get(name)}"
+        for name in names
+    ]
+    return ", ".join(shown)
