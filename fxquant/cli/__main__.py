@@ -2,6 +2,7 @@
 
 from fxquant.cli.quantize import quantize  # isort: skip
 from fxquant.cli.generate import generate  # isort: skip
+from fxquant.cli.eval import evaluate  # isort: skip
 from fxquant.cli.export import export  # isort: skip
 from fxquant.cli.balance import balance  # isort: skip
 from fxquant.cli.report import report  # isort: skip
@@ -26,6 +27,7 @@ __all__ = [
     "balance",
     "diff",
     "doctor",
+    "evaluate",
     "explain",
     "export",
     "generate",

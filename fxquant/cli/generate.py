@@ -57,7 +57,7 @@ def generate(
     """Generate images with a pipeline, as one grid or as a folder of files; or clips, as animated images."""
     if (labels is None) == (not prompts):
         raise ConfigurationError("give either --labels, such as --labels 1,2,3, or --prompts")
-    wanted = None if labels is None else _read_labels(labels)
+    wanted = None if labels is None else read_labels(labels)
     lines = _all_prompts(prompts) if prompts else None
     _check_image_path(out_path)
     with quiet():
@@ -159,7 +159,12 @@ def _write_image(image: Any, path: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _read_labels(text: str) -> list[int]:
+def read_labels(text: str) -> list[int]:
+    """The classes that a text such as ``1,2,3`` or ``0-9`` names.
+
+    Raises:
+        ConfigurationError: If it names none, or too many.
+    """
     labels: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

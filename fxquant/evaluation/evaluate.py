@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from fxquant.errors import ConfigurationError
+from fxquant.disk.folders import no_folder
+from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.evaluation.choice import OF_FEATURES, Choice, Given, choose
 from fxquant.evaluation.features import Extractor, Input, inception, named_extractor
 from fxquant.evaluation.generation import Labels, Sampling, make_images
@@ -110,6 +111,9 @@ def evaluate(
         EvaluationError: If ``work`` holds images of other settings, or another process works there.
         CheckpointError: If a file cannot be read.
     """
+    for source in (pipe, reference):
+        if isinstance(source, (str, Path)):
+            check_pipeline(source)
     job = _Job(
         Sampling(
             min(batch, images),
@@ -122,7 +126,7 @@ def evaluate(
         ),
         images,
         sfid_images,
-        _device_of_rank(device),
+        device_of_rank(device),
         progress,
     )
     share, alone = _share(shard, work, overwrite)
@@ -321,9 +325,25 @@ def _share(shard: tuple[int, int] | None, work: str | Path | None, overwrite: bo
     return share, share == (0, 1)
 
 
-def _device_of_rank(device: str) -> str:
+def device_of_rank(device: str) -> str:
+    """The device of this process: under ``torchrun``, ``cuda`` is the GPU of its rank."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+
+
+def check_pipeline(source: str | Path) -> None:
+    """Refuse a folder that is not a pipeline, before anything slow. Names on the hub are not looked up.
+
+    Raises:
+        CheckpointError: Says what is missing.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is not a pipeline, because it has no model_index.json")
+    if not folder.is_dir() and (
+        folder.exists() or len(str(source).strip("/").split("/")) != 2 or str(source)[0] in "./~"
+    ):
+        raise CheckpointError(f"{no_folder(folder)}; give a folder of a diffusers pipeline, or a name on the hub")
 
 
 @contextmanager

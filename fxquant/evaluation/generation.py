@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.calibration import pipeline_calls
-from fxquant.errors import ConfigurationError, EvaluationError
+from fxquant.errors import ConfigurationError, EvaluationError, FxquantError
 from fxquant.evaluation.features import digest_of_tensors
 from fxquant.evaluation.store import Store
 from fxquant.runtime.model import GraphModel
@@ -108,7 +109,7 @@ class Sampling:
         given = self.prompts_of(number)
         labels = None if given is not None else self.labels_of(number, pipeline_calls.classes_of(pipe))
         seed = int(_entropy(self.seed, number).generate_state(1, np.uint64)[0])
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _blaming(pipe, number):
             torch.manual_seed(seed)
             made = pipeline_calls.generate(
                 pipe,
@@ -122,6 +123,19 @@ class Sampling:
             )
         frames = [frame for one in made for frame in (one if isinstance(one, list) else [one])]
         return torch.stack([_pixels(frame) for frame in frames])
+
+
+@contextmanager
+def _blaming(pipe: Any, number: int) -> Iterator[None]:
+    """Say which pipeline failed, and in which batch."""
+    try:
+        yield
+    except FxquantError:
+        raise
+    except Exception as error:  # Pipelines raise anything.
+        raise EvaluationError(
+            f"{type(pipe).__name__} failed while it made batch {number}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _entropy(seed: int, *path: int) -> np.random.SeedSequence:

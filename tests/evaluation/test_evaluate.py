@@ -1,0 +1,337 @@
+"""Evaluations of a small pipeline: figures, resuming, shares, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fxquant
+from fxquant.errors import (
+    CheckpointError,
+    ConfigurationError,
+    EvaluationError,
+    MetricWeightsError,
+    UnknownNameError,
+)
+from fxquant.evaluation.evaluate import evaluate
+from fxquant.evaluation.frechet import Moments, frechet_distance
+from fxquant.evaluation.generation import Sampling
+from fxquant.evaluation.result import Evaluation
+from fxquant.evaluation.store import one_process
+from tests.evaluation.pipes import Pooled, make_pipe, quantized_pipe
+
+OPTIONS: dict[str, Any] = {"images": 13, "batch": 5, "steps": 2, "features": Pooled()}
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Any, Any]:
+    return quantized_pipe(), make_pipe()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 images."""
+    folder = tmp_path_factory.mktemp("real")
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(both: tuple[Any, Any], real: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
+    """One evaluation with all metrics that need no weights, and its folder."""
+    work = tmp_path_factory.mktemp("work")
+    found = evaluate(*both, **OPTIONS, against=real, work=work, picture=work / "grid.png")
+    assert found is not None
+    return found, work
+
+
+def images_of(pipe: Any, count: int = 13, **options: Any) -> torch.Tensor:
+    sampling = Sampling(batch=5, steps=2, **options)
+    return torch.cat([sampling.batch_of(pipe, number) for number in range(-(-count // 5))])[:count]
+
+
+def test_figures_are_those_of_the_images(whole: tuple[Evaluation, Path], both: tuple[Any, Any], real: Path) -> None:
+    found = whole[0]
+    made, truth = (images_of(pipe) for pipe in both)
+    assert found.images == 13
+    mean = (made.double() - truth.double()).square().mean().item()
+    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / mean))
+    assert 0.5 < found["ssim"] < 1
+    files = sorted(real.iterdir())
+    others = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in files])
+    moments = []
+    for images in (made, truth, others):
+        moments.append(Moments())
+        moments[-1].add(Pooled()(images.float() / 255)["features"])
+    mine, theirs, photos = ((each.mean, each.covariance) for each in moments)
+    assert found["fid"] == pytest.approx(frechet_distance(*mine, *photos), rel=1e-9)
+    assert found["fid_to_float"] == pytest.approx(frechet_distance(*mine, *theirs), rel=1e-6)
+    assert found.float_metrics["fid"] == pytest.approx(frechet_distance(*theirs, *photos), rel=1e-9)
+    assert {"sfid", "inception_score", "precision", "recall"} <= found.metrics.keys() & found.float_metrics.keys()
+    assert found.left_out.keys() == {"clip_score", "lpips"}
+
+
+def test_the_picture_shows_float_above_quantized(whole: tuple[Evaluation, Path], both: tuple[Any, Any]) -> None:
+    with Image.open(whole[1] / "grid.png") as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).int()
+    assert pixels.shape == (3, 2 * 3 * 16, 8 * 16)
+    made, truth = (images_of(pipe, 10) for pipe in both)
+    assert torch.equal(pixels[:, :16, :16], truth[0].int())
+    assert torch.equal(pixels[:, 16:32, 16:32], made[1].int())
+    difference = (made[1].int() - truth[1].int()).abs()
+    assert torch.equal(pixels[:, 32:48, 16:32], (4 * difference).clamp(max=255))
+    assert torch.equal(pixels[:, 48:64, 16:32], truth[9].int() if len(truth) > 9 else truth[0].int())
+
+
+def test_batches_do_not_depend_on_each_other_or_on_torch(both: tuple[Any, Any]) -> None:
+    sampling = Sampling(batch=3, steps=2)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    second = sampling.batch_of(both[1], 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    sampling.batch_of(both[1], 0)
+    assert torch.equal(sampling.batch_of(both[1], 1), second)
+    assert not torch.equal(sampling.batch_of(both[1], 2), second)
+    assert not torch.equal(Sampling(batch=3, steps=2, seed=1).batch_of(both[1], 1), second)
+
+
+def test_a_scheduler_that_draws_noise_gives_equal_batches() -> None:
+    from diffusers import DDPMScheduler
+
+    pipe: Any = make_pipe()
+    pipe.scheduler = DDPMScheduler()
+    sampling = Sampling(batch=2, steps=3)
+    torch.manual_seed(0)
+    first = sampling.batch_of(pipe, 0)
+    torch.manual_seed(1)
+    assert torch.equal(sampling.batch_of(pipe, 0), first)
+
+
+def test_labels() -> None:
+    classes = list(range(1000))
+    balanced = [label for number in range(125) for label in Sampling(batch=16).labels_of(number, classes)]
+    assert sorted(balanced) == sorted(classes * 2)
+    assert np.std(np.histogram(balanced[:100], 10, (0, 1000))[0]) < 1.5
+    drawn = Sampling(batch=500, labels="uniform").labels_of(3, classes)
+    assert drawn == Sampling(batch=500, labels="uniform").labels_of(3, classes)
+    assert drawn != Sampling(batch=500, labels="uniform", seed=1).labels_of(3, classes)
+    assert 300 < len(set(drawn)) < 480  # 1000 (1 - 1/e^(1/2)) = 393 are expected.
+    assert Sampling(batch=4, labels=(7, 8, 9)).labels_of(1, classes) == [8, 9, 7, 8]
+
+
+def test_the_same_call_continues(whole: tuple[Evaluation, Path], both: tuple[Any, Any], real: Path) -> None:
+    found, work = whole
+    lost = work / "quantized" / "images-000001.safetensors"
+    kept = {path.name: path.stat().st_mtime_ns for path in lost.parent.glob("images-*")}
+    before = lost.read_bytes()
+    lost.unlink()
+    for path in work.glob("*/features-*"):
+        path.unlink()
+    again = evaluate(*both, **OPTIONS, against=real, work=work)
+    assert again is not None
+    assert (again.metrics, again.float_metrics) == (found.metrics, found.float_metrics)
+    assert lost.read_bytes() == before
+    assert all(path.stat().st_mtime_ns == kept[path.name] for path in lost.parent.glob("images-*") if path != lost)
+    assert "2 of 3 batches" in again.notes[0]
+
+
+def test_more_images_are_made_in_the_same_folder(both: tuple[Any, Any], tmp_path: Path) -> None:
+    evaluate(both[0], **OPTIONS | {"images": 11}, work=tmp_path)
+    more = evaluate(both[0], **OPTIONS | {"images": 17}, work=tmp_path)
+    alone = evaluate(both[0], **OPTIONS | {"images": 17})
+    assert more is not None and alone is not None
+    assert more.metrics == alone.metrics
+    assert "3 of 4 batches" in more.notes[0]
+
+
+def test_other_settings_are_refused_or_replaced(
+    whole: tuple[Evaluation, Path], both: tuple[Any, Any], tmp_path: Path
+) -> None:
+    work = whole[1]
+    before = sorted(work.rglob("*"))
+    with pytest.raises(EvaluationError, match="steps 2, not 3"):
+        evaluate(*both, **OPTIONS | {"steps": 3}, work=work)
+    with pytest.raises(EvaluationError, match="another model"):
+        evaluate(both[1], **OPTIONS, work=work)
+    assert sorted(work.rglob("*")) == before
+    evaluate(both[0], **OPTIONS, work=tmp_path)
+    (tmp_path / "quantized" / "mine.txt").write_text("stays")
+    anew = evaluate(both[0], **OPTIONS | {"steps": 3}, work=tmp_path, overwrite=True)
+    alone = evaluate(both[0], **OPTIONS | {"steps": 3})
+    assert anew is not None and alone is not None and anew.metrics == alone.metrics
+    assert "were removed" in anew.notes[0]
+    assert (tmp_path / "quantized" / "mine.txt").exists()
+
+
+def test_damaged_files_are_named(both: tuple[Any, Any], tmp_path: Path) -> None:
+    evaluate(both[0], **OPTIONS, work=tmp_path)
+    path = tmp_path / "quantized" / "images-000001.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    for features in tmp_path.glob("*/features-*"):
+        features.unlink()
+    with pytest.raises(CheckpointError, match=r"images-000001.*remove it"):
+        evaluate(both[0], **OPTIONS, work=tmp_path)
+    path.unlink()
+    assert evaluate(both[0], **OPTIONS, work=tmp_path) is not None
+    (tmp_path / "quantized" / "settings.json").unlink()
+    with pytest.raises(CheckpointError, match=r"settings.json is missing"):
+        evaluate(both[0], **OPTIONS, work=tmp_path)
+
+
+def test_shares_give_the_images_of_one_process(
+    whole: tuple[Evaluation, Path], both: tuple[Any, Any], real: Path, tmp_path: Path
+) -> None:
+    for number in (1, 0):
+        assert evaluate(*both, **OPTIONS, against=real, work=tmp_path, shard=(number, 2)) is None
+    found = evaluate(*both, **OPTIONS, against=real, work=tmp_path)
+    assert found is not None
+    assert found.metrics == whole[0].metrics
+    assert found.notes == [f"3 of 3 batches in {tmp_path / name} were there before" for name in ("quantized", "float")]
+    with pytest.raises(ConfigurationError, match="one folder"):
+        evaluate(*both, **OPTIONS, shard=(0, 2))
+    with pytest.raises(ConfigurationError, match="shard 2/2"):
+        evaluate(*both, **OPTIONS, shard=(2, 2), work=tmp_path)
+
+
+def _rank(rank: int, work: str, results: Any) -> None:
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2"})
+    torch.set_num_threads(1)
+    found = evaluate(make_pipe(), **OPTIONS, work=work)
+    results.put(None if found is None else found.metrics)
+
+
+def test_ranks_share_the_images_and_the_first_one_measures(both: tuple[Any, Any], tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path), results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = [results.get(timeout=240) for _ in ranks]
+    for rank in ranks:
+        rank.join()
+    alone = evaluate(both[1], **OPTIONS)
+    assert alone is not None
+    assert [metrics for metrics in found if metrics is not None] == [alone.metrics]
+    assert len(found) == 2
+
+
+def _until_killed(work: str) -> None:
+    torch.set_num_threads(1)
+    evaluate(make_pipe(), **OPTIONS | {"images": 500}, work=work)
+
+
+def test_a_killed_process_loses_at_most_one_batch(both: tuple[Any, Any], tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_until_killed, args=(str(tmp_path),))
+    process.start()
+    folder = tmp_path / "quantized"
+    for _ in range(2400):
+        if (folder / "images-000002.safetensors").exists():
+            break
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    there = len(list(folder.glob("images-*")))
+    assert there >= 3
+    count = 5 * (there + 1)
+    found = evaluate(both[1], **OPTIONS | {"images": count}, work=tmp_path)
+    alone = evaluate(both[1], **OPTIONS | {"images": count})
+    assert found is not None and alone is not None
+    assert found.metrics == alone.metrics
+    assert found.notes[0].startswith(f"{there} of {there + 1} batches")
+
+
+def test_two_processes_in_one_folder(both: tuple[Any, Any], tmp_path: Path) -> None:
+    with one_process(tmp_path, (0, 1)), pytest.raises(EvaluationError, match="another process"):
+        evaluate(both[0], **OPTIONS, work=tmp_path)
+    assert evaluate(both[0], **OPTIONS, work=tmp_path) is not None
+
+
+def test_too_few_images(both: tuple[Any, Any], real: Path) -> None:
+    few = evaluate(*both, **OPTIONS | {"images": 6, "batch": 6}, against=real)
+    assert few is not None
+    assert few.left_out["fid"] == "needs at least 7 images, because it has 6 features; there are 6"
+    assert few.left_out["inception_score"].startswith("needs at least 10 images")
+    assert "psnr" in few.metrics and "precision" in few.metrics
+    for options in ({"metrics": ["fid"]}, {"limits": {"fid": 1.0}}):
+        with pytest.raises(ConfigurationError, match="fid needs at least 7 images"):
+            evaluate(*both, **OPTIONS | {"images": 6}, against=real, **options)
+    some = evaluate(both[0], **OPTIONS, against=real, metrics=["sfid"], sfid_images=9)
+    assert some is not None and some.counts == {"sfid": 9}
+    with pytest.raises(ConfigurationError, match="sfid needs at least 9 images"):
+        evaluate(both[0], **OPTIONS, against=real, metrics=["sfid"], sfid_images=8)
+
+
+def test_missing_weights(both: tuple[Any, Any], real: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("INCEPTION", "LPIPS", "CLIP"):
+        monkeypatch.delenv(f"FXQUANT_{name}", raising=False)
+    options = OPTIONS | {"features": None}
+    with pytest.raises(MetricWeightsError, match=r"pt_inception-2015-12-05-6726825d.pth.*Without it run: psnr, ssim"):
+        evaluate(*both, **options, against=real, metrics=["fid"])
+    with pytest.raises(MetricWeightsError, match=r"alexnet-owt-7be5be79.pth.*FXQUANT_LPIPS"):
+        evaluate(*both, **options, limits={"lpips": 0.1})
+    with pytest.raises(MetricWeightsError, match=r"FXQUANT_INCEPTION.*no metrics; a float model"):
+        evaluate(both[0], **options, metrics=["inception_score"])
+    monkeypatch.setenv("FXQUANT_LPIPS", str(tmp_path / "nowhere.pth"))
+    with pytest.raises(MetricWeightsError, match=r"FXQUANT_LPIPS .*nowhere.pth is not a file"):
+        evaluate(*both, **options)
+    monkeypatch.delenv("FXQUANT_LPIPS")
+    found = evaluate(*both, **options)
+    assert found is not None
+    assert found.metrics.keys() == {"psnr", "psnr_per_image", "ssim"}
+    assert "FXQUANT_LPIPS" in found.table()
+
+
+def test_other_options_that_do_not_fit(both: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="inception_score"):
+        evaluate(*both, **OPTIONS, metrics=["fjd"])
+    with pytest.raises(ConfigurationError, match="class labels, not prompts"):
+        evaluate(*both, **OPTIONS, prompts=["a fox"])
+    with pytest.raises(ConfigurationError, match="fid needs real images"):
+        evaluate(*both, **OPTIONS, metrics=["fid"])
+    with pytest.raises(ConfigurationError, match="not the name of a picture"):
+        evaluate(*both, **OPTIONS, picture="grid.txt")
+    with pytest.raises(CheckpointError, match="is not a pipeline"):
+        evaluate(both[0], tmp_path, **OPTIONS)
+    with pytest.raises(ConfigurationError, match="not a number"):
+        evaluate(*both, **OPTIONS, limits={"psnr": float("nan")})
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        evaluate(*both, **OPTIONS | {"images": 0})
+    with pytest.raises(ConfigurationError, match="classes 0 to 999"):
+        evaluate(both[0], **OPTIONS, labels=[4000])
+
+
+def test_a_pipeline_that_fails_is_named(tmp_path: Path) -> None:
+    pipe: Any = make_pipe()
+    pipe.vae.decode = None
+    with pytest.raises(EvaluationError, match=r"DiTPipeline failed while it made batch 0: TypeError"):
+        evaluate(pipe, **OPTIONS, work=tmp_path)
+    assert not list(tmp_path.rglob("images-*"))
+
+
+def test_equal_pipelines(both: tuple[Any, Any]) -> None:
+    found = evaluate(both[1], make_pipe(), **OPTIONS)
+    assert found is not None
+    assert found["psnr"] == found["psnr_per_image"] == float("inf")
+    assert found["ssim"] == pytest.approx(1)
+    assert found["fid_to_float"] == pytest.approx(0, abs=1e-9)
+    text = json.dumps(found.to_json(), allow_nan=False)
+    assert json.loads(text)["metrics"]["psnr"] == "inf"
+
+
+def test_it_is_public() -> None:
+    assert fxquant.evaluate is evaluate
+    assert fxquant.Evaluation is Evaluation
