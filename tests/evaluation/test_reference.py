@@ -1,0 +1,112 @@
+"""Real images: statistics of ADM's evaluation, and folders of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.evaluation import reference as module
+from fxquant.evaluation.features import Extractor
+from fxquant.evaluation.reference import check_features, check_reference, has_spatial, read_reference
+from tests.evaluation.pipes import Pooled
+
+EXTRACTOR = Extractor(Pooled())
+IMAGES = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)
+
+
+def statistics(images: np.ndarray) -> dict[str, np.ndarray]:
+    """As ADM's evaluation computes them."""
+    found = EXTRACTOR(torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert found.spatial is not None
+    pooled, spatial = found.pooled.double().numpy(), found.spatial.double().numpy()
+    return {
+        "mu": pooled.mean(axis=0),
+        "sigma": np.cov(pooled, rowvar=False),
+        "mu_s": spatial.mean(axis=0),
+        "sigma_s": np.cov(spatial, rowvar=False),
+    }
+
+
+def test_statistics_and_images_of_adm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH", 4)
+    path = tmp_path / "VIRTUAL.npz"
+    np.savez(path, arr_0=IMAGES[:5], **statistics(IMAGES))
+    assert check_reference(path) and has_spatial(path)
+    found = read_reference(path, EXTRACTOR)
+    np.testing.assert_array_equal(found.mean, statistics(IMAGES)["mu"])  # Of all images, not of the five.
+    assert found.pooled is not None and len(found.pooled) == 5
+    np.savez(path, **{name: statistics(IMAGES)[name].astype(np.float32) for name in ("mu", "sigma")})
+    assert not check_reference(path) and not has_spatial(path)
+    found = read_reference(path, EXTRACTOR)
+    assert found.pooled is None and found.spatial_mean is None and found.mean.dtype == np.float64
+
+
+@pytest.mark.parametrize("kind", ["npz", "compressed", "folder"])
+def test_images_give_the_same_statistics(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH", 4)
+    path = tmp_path / "images.npz"
+    if kind == "folder":
+        path = tmp_path / "images" / "deep"
+        path.mkdir(parents=True)
+        for number, image in enumerate(IMAGES):
+            Image.fromarray(image).save(path / f"{number:02d}.png")
+        path = path.parent
+    else:
+        (np.savez if kind == "npz" else np.savez_compressed)(path, arr_0=IMAGES)
+    assert check_reference(path) and has_spatial(path)
+    found, expected = read_reference(path, EXTRACTOR), statistics(IMAGES)
+    np.testing.assert_allclose(found.mean, expected["mu"], rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, expected["sigma"], rtol=1e-9)
+    np.testing.assert_allclose(found.spatial_covariance, expected["sigma_s"], rtol=1e-9)
+    assert found.pooled is not None and len(found.pooled) == 11
+
+
+def test_saved_statistics_are_read_back(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=IMAGES)
+    made = read_reference(tmp_path / "images.npz", EXTRACTOR)
+    made.save(tmp_path / "saved.npz")
+    assert check_reference(tmp_path / "saved.npz") and has_spatial(tmp_path / "saved.npz")
+    found = read_reference(tmp_path / "saved.npz", EXTRACTOR)
+    np.testing.assert_array_equal(found.covariance, made.covariance)
+    assert found.pooled is not None and made.pooled is not None and torch.equal(found.pooled, made.pooled)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.npz"
+    cases: list[tuple[Any, str]] = [
+        (lambda: None, r"r.npz cannot be read as an npz"),
+        (lambda: path.write_bytes(b"PK nothing"), r"r.npz cannot be read as an npz"),
+        (lambda: np.savez(path, x=IMAGES), r"r.npz holds x; a reference has mu and sigma"),
+        (lambda: np.savez(path, mu=np.zeros(6)), r"r.npz holds mu; a reference"),
+        (lambda: np.savez(path, mu=np.zeros(6), sigma=np.zeros((6, 5))), r"sigma of shape \(6, 5\)"),
+        (lambda: np.savez(path, mu=np.full(6, np.nan), sigma=np.zeros((6, 6))), r"mu of shape"),
+        (lambda: np.savez(path, arr_0=IMAGES.astype(np.float32)), r"arr_0 should be uint8 images"),
+        (lambda: np.savez(path, mu=np.array([None]), sigma=np.zeros((1, 1))), r"r.npz cannot be read"),
+    ]
+    for make, reason in cases:
+        make()
+        with pytest.raises(CheckpointError, match=reason):
+            check_reference(path)
+            read_reference(path, EXTRACTOR)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(CheckpointError, match="empty holds no images"):
+        check_reference(empty)
+    (empty / "a.png").write_bytes(b"no image")
+    with pytest.raises(CheckpointError, match=r"a.png cannot be read"):
+        read_reference(empty, EXTRACTOR)
+
+
+def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "r.npz", **statistics(IMAGES))
+    found = read_reference(tmp_path / "r.npz", EXTRACTOR)
+    check_features(found, 6, 8, "r.npz")
+    for sizes in ((2048, 8), (6, 2023)):
+        with pytest.raises(ConfigurationError, match=r"r.npz has statistics of \d features, but the extractor finds 2"):
+            check_features(found, *sizes, "r.npz")
