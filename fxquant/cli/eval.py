@@ -165,7 +165,7 @@ def evaluate(
 
 def _show(found: Evaluation, limits: dict[str, float], as_json: bool) -> None:
     for note in found.notes:
-        err.print(Text(note))
+        err.print(Text(note), soft_wrap=True)
     failures: dict[str, str] = {}
     try:
         found.check(limits)

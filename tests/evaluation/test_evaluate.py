@@ -335,3 +335,24 @@ def test_equal_pipelines(both: tuple[Any, Any]) -> None:
 def test_it_is_public() -> None:
     assert fxquant.evaluate is evaluate
     assert fxquant.Evaluation is Evaluation
+
+
+def test_prompts_and_frames_of_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts repeat over images, and the frames of a clip count as images."""
+    from tests import lives
+
+    pipe, _ = lives.wan()
+    pipe.set_progress_bar_config(disable=True)
+    embedded = torch.randn(1, 5, pipe.transformer.config.text_dim, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(pipe, "encode_prompt", lambda prompt, **_: (embedded.expand(len(prompt), -1, -1), None))
+    options: dict[str, Any] = {"images": 3, "batch": 2, "steps": 1, "features": Pooled(), "guidance": 1.0}
+    sizes = {"height": 16, "width": 16, "num_frames": 5}
+    with pytest.raises(ConfigurationError, match="draws what a prompt says"):
+        evaluate(pipe, pipe, **options, sizes=sizes)
+    with pytest.raises(ConfigurationError, match="takes prompts, not class labels"):
+        evaluate(pipe, pipe, **options, prompts=["a"], labels="uniform")
+    found = evaluate(pipe, pipe, **options, sizes=sizes, prompts=["a fox", "snow"])
+    assert found is not None
+    assert found.images == 15 and found["psnr"] == float("inf")
+    assert found.settings["prompts"] == 2 and found.settings["labels"] is None
+    assert Sampling(batch=3, prompts=("a", "b")).prompts_of(1) == ["b", "a", "b"]
