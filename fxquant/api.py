@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fxquant.calibration.calibrate import Calibration, run_calibration
@@ -46,6 +48,11 @@ from fxquant.runtime.replay import convert, replay
 from fxquant.runtime.tracing import traced
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import Run
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from fxquant.distributed.team import Team
 
 _POOR_DB = 10.0
 
@@ -87,6 +94,7 @@ def compile(
     instruments: Sequence[Instrument] = (),
     resume: str | Path | None = None,
     prove: bool = False,
+    group: ProcessGroup | None = None,
 ) -> GraphModel:
     """Quantize a diffusion transformer. As ``torch.compile`` does, it takes a module and returns a drop-in module.
 
@@ -119,6 +127,10 @@ def compile(
             For those who write passes. It costs several calls of the model per pass, and memory for its weights in
             float64; without that memory float32 or the model's own dtype is used, with a tolerance for rounding. In 16
             bits this tolerance can hide a mistake in a small layer, and a ``ProofWarning`` says so.
+        group: A process group, such as ``torch.distributed.group.WORLD``, whose ranks quantize the model together. All
+            of them call this function, with the same options and model; ``calibrate`` of each rank makes only
+            its share of the calls. All ranks end with the same statistics, plan and codes (``docs/distributed.md``).
+            None: this process works alone, also if there are process groups.
 
     A model that ``pipe.enable_model_cpu_offload()`` offloads is on its device meanwhile, and the quantized model is
     offloaded in its place.
@@ -135,6 +147,8 @@ def compile(
         MissingTimestepError: If the model has no input of the name ``timestep``.
         CaptureError: If the model cannot be traced.
         NonFiniteError: If a weight or activation holds NaN or infinity.
+        RanksDifferError: If the ranks of ``group`` have other models, options or versions.
+        RankError: If another rank of ``group`` failed or died; names it.
         BackendError: If the backend cannot run what the recipe requires.
         PassError: If a pass fails; with ``prove`` a ProofError if it does not keep its tier.
     """
@@ -175,25 +189,64 @@ def compile(
             "static activation ranges come from calibration, and the graph from its first call; pass calibrate=, "
             "a function that runs the model, such as lambda: pipe(class_labels=labels, num_inference_steps=25)"
         )
+    options = Options(chosen, runner, layers, timestep, measure, prove)
+    team = None if group is None else _team(group, device, run, options, statistics)
+    with contextlib.nullcontext() if team is None else team:
+        return _converted(model, options, calibrate, statistics, instruments, resume, run, team)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of a conversion."""
+
+    recipe: Recipe
+    backend: Backend
+    layers: str
+    timestep: str | None
+    measure: int
+    prove: bool
+
+
+def _converted(
+    model: nn.Module,
+    options: Options,
+    calibrate: Callable[[], Any] | None,
+    statistics: Statistics | None,
+    instruments: Sequence[Instrument],
+    resume: str | Path | None,
+    run: Run,
+    team: Team | None,
+) -> GraphModel:
+    chosen, runner, timestep, device = options.recipe, options.backend, options.timestep, device_of(model)
     weights = weights_of(model)
     check_weights(model)
     warn_if_not_rebuilt(model, timestep)
     architecture = Architecture.of(model, timestep)
-    made = Plan(str(chosen), class_path(model), timestep)
-    made.backend = runner.name
 
-    def check() -> None:
-        made.check()
-        runner.check(made)
+    def start(statistics: Statistics | None) -> Calibration:
+        plan = Plan(str(chosen), class_path(model), timestep)
+        plan.backend = runner.name
 
-    calibration = Calibration(
-        model, architecture, made, chosen.prepare, chosen.convert, measure, instruments, statistics, check, prove
-    )
+        def check() -> None:
+            plan.check()
+            runner.check(plan)
+
+        passes, measure, prove = (chosen.prepare, chosen.convert), options.measure, options.prove
+        return Calibration(model, architecture, plan, *passes, measure, instruments, statistics, check, prove)
+
     if calibrate is None:
+        calibration = start(statistics)
         with without_autocast(device.type):
             calibrate_from_statistics(calibration, device)
-    else:
+    elif team is None:
+        calibration = start(statistics)
         run_calibration(calibration, model, calibrate)
+    else:
+        from fxquant.calibration.on_ranks import calibrate_on_ranks
+
+        recorded = Statistics(transient=True) if statistics is None else statistics
+        calibration = calibrate_on_ranks(start, model, calibrate, recorded, team)
+    made = calibration.plan
     run = replace(run, step=made.observed_step, later=made.later_steps)
     calibration.statistics.run = replace(run, prepared=chosen.may_change_inputs)
     made.calls = [captured.call for captured in calibration.prepared]
@@ -203,12 +256,33 @@ def compile(
     made.bytes_before = tensor_bytes(weights)
     workspace = None if resume is None else Path(resume)
     with without_autocast(device.type):
-        quantized = convert(calibration, chosen, runner, dtype_of(model), instruments, workspace)
+        quantized = convert(calibration, chosen, runner, dtype_of(model), instruments, workspace, team)
     made.bytes_after = tensor_bytes(quantized.tensors())
-    made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples())
+    made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples(), team)
     hand_on_hooks(model, quantized)
     _warn_if_poor(made)
     return quantized
+
+
+def _team(
+    group: ProcessGroup, device: torch.device, run: Run, options: Options, statistics: Statistics | None
+) -> Team | None:
+    """The ranks of a group, which were given the same; None if there is one.
+
+    Raises:
+        RanksDifferError: If they were given something else.
+    """
+    from fxquant.distributed.agreement import check_alike, versions
+    from fxquant.distributed.team import Team
+
+    team = Team(group, device)
+    given: dict[str, object] = {"class of the model": run.model_class, "digest of the weights": run.weights}
+    given |= vars(options) | {"backend": options.backend.name}
+    if statistics is not None:
+        before = statistics.num_rows, statistics.seed, statistics.calls.most, statistics.calls.seen, list(statistics)
+        given["statistics"] = before
+    check_alike(team, versions() | given)
+    return team if team.size > 1 else None
 
 
 def _check_options(recipe: Any, backend: Any, plan: Any, measure: Any, statistics: Any) -> None:

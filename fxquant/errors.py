@@ -104,6 +104,22 @@ class MissingTimestepError(FxquantError, ValueError):
     """The model has no input of the name that should hold the timestep."""
 
 
+class RankError(FxquantError, RuntimeError):
+    """Another process of a distributed run failed, died, or cannot be reached; the message names its rank.
+
+    Attributes:
+        rank: The rank, or None if it is not known which one.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class RanksDifferError(ConfigurationError):
+    """The processes of a distributed run have other options, files or versions; the message names the difference."""
+
+
 class CalibrationError(FxquantError, RuntimeError):
     """Calibration is missing, never called the model, or did not reach a layer.
 

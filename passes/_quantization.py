@@ -164,7 +164,7 @@ def _moments(name: str, context: PassContext, method: str) -> Tensor:
     return together
 
 
-def _drop_used_moments(name: str, context: PassContext) -> None:
+def drop_used_moments(name: str, context: PassContext) -> None:
     """Free second moments that no layer needs any more. Those of a whole model are as large as its weights."""
     if len(context.plan.calls) > 1:  # A further graph may fold other factors into the weight and round it again.
         return
@@ -225,7 +225,7 @@ def quantized_weight(
         if name not in context.codes:  # Neither learned before nor rounded for another graph of the model.
             assert rounder is not None
             context.codes[name] = _rounded(name, values, rounder, context, method, symmetric)
-            _drop_used_moments(name, context)
+            drop_used_moments(name, context)
         quantized = context.codes[name]
     if layer.weight_sqnr_db is None:
         layer.weight_sqnr_db = quantized.sqnr_db(values)
@@ -248,6 +248,22 @@ def quantized_weight(
     if _reads_alone(node, weight):
         rewriter.forget(weight)
     return coded
+
+
+def rounded_weight(
+    node: fx.Node, rounder: Rounder, context: PassContext, rewriter: Rewriter, method: RangeSearch, symmetric: bool
+) -> QuantizedWeight:
+    """The weight of a layer rounded by a method that uses more than its values; the graph stays as it is.
+
+    Raises:
+        NonFiniteError: If the weight holds NaN or infinity.
+        CalibrationError: If there are no second moments of the layer's input.
+    """
+    name, weight = node.meta[LAYER], stored_weight(node)
+    assert weight is not None
+    values = rewriter.tensor(weight).flatten(1)
+    require_finite(values, f"the weight of layer {name}")
+    return _rounded(name, values, rounder, context, method, symmetric)
 
 
 def _rounded(

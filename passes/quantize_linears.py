@@ -13,6 +13,7 @@ from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
 from fxquant.ir.stages import Stage
 from fxquant.ir.time_tables import plus_rows
+from fxquant.numerics.weights import QuantizedWeight
 from fxquant.passes._inputs import InputRange, quantized_input
 from fxquant.passes._quantization import (
     GPTQ,
@@ -20,10 +21,13 @@ from fxquant.passes._quantization import (
     RangeSearch,
     Rounder,
     Rounding,
+    drop_used_moments,
     is_quantized,
     optional,
     quantized_weight,
+    rounded_weight,
 )
+from fxquant.passes._sharing import round_on_ranks, unrounded
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
@@ -90,13 +94,13 @@ class QuantizeLinears(Pass):
         return layer.kind == "linear" and layer.weight_bits is not None
 
     def run(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        if context.team is not None and self.rounding is not Rounding.NEAREST:
+            self._round_on_ranks(graph, context, rewriter)
         for node in list(graph.nodes):
-            if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:
+            if not _has_codes(node, context):
                 continue
             layer = context.plan.layer(node.meta[LAYER])
             x, weight, bias = args(node).node("input"), args(node).node("weight"), args(node).bias
-            if layer.weight_bits is None or is_quantized(weight):
-                continue
             total = plus_rows(node) if bias is None and layer.activation_bits is not None else None
             dtype = node.meta["val"].dtype
             w = quantized_weight(node, context, rewriter, self.weight_range, self.symmetric, self._rounder(layer))
@@ -124,7 +128,27 @@ class QuantizeLinears(Pass):
             if total is not None:
                 rewriter.erase(node)
 
+    def _round_on_ranks(self, graph: fx.Graph, context: PassContext, rewriter: Rewriter) -> None:
+        linears = [node for node in graph.nodes if _has_codes(node, context)]
+
+        def round_one(node: fx.Node) -> QuantizedWeight:
+            rounder = self._rounder(context.plan.layer(node.meta[LAYER]))
+            assert rounder is not None
+            return rounded_weight(node, rounder, context, rewriter, self.weight_range, self.symmetric)
+
+        nodes = unrounded(linears, context, rewriter, is_rounded)
+        round_on_ranks(nodes, context, rewriter, round_one)
+        for node in nodes:
+            drop_used_moments(node.meta[LAYER], context)
+
     def _rounder(self, layer: LayerPlan) -> Rounder | None:
         if self.rounding is Rounding.NEAREST or not is_rounded(layer):
             return None
         return AdaRound() if self.rounding is Rounding.ADAROUND else GPTQ(self.damping, self.activation_order)
+
+
+def _has_codes(node: fx.Node, context: PassContext) -> bool:
+    """Whether a node is a linear that gets codes, and has none yet."""
+    if node.target is not torch.ops.aten.linear.default or LAYER not in node.meta:
+        return False
+    return context.plan.layer(node.meta[LAYER]).weight_bits is not None and not is_quantized(args(node).node("weight"))

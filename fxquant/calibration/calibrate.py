@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.calibration.attributes import instance_attribute
 from fxquant.calibration.kept_calls import Spread, some_samples
 from fxquant.calibration.later_steps import LaterSteps
 from fxquant.calibration.samples import KEPT_SAMPLES, RUN_SAMPLES, Sample, timestep_of
@@ -123,7 +124,7 @@ class Calibration:
         step = 0 if first is None else self._step(call)
         late = 0 if first is None else step - first
         if self._later.ended_before(step):
-            self._observe_later()
+            self.observe_later()
         if late > 0 and number in self._last and self._last[number][0] == captured.call.batch_size(leaves):
             self._later.keep(step, number, call)
             return captured.output(self._last[number][1])  # After the observed step, the sampler gets this output.
@@ -149,7 +150,8 @@ class Calibration:
         self._keep_call(captured, self._kinds[number], call)
         return output
 
-    def _observe_later(self) -> None:
+    def observe_later(self) -> None:
+        """Observe the later steps that are wanted, once the sampler has made its last step."""
         for number, call in self._later.take():
             self._observe(number, call)
             self.calls += 1
@@ -191,7 +193,7 @@ class Calibration:
             ConfigurationError: If an option of a pass matches nothing in any of the graphs.
             NonFiniteError: If a later step that is observed now holds NaN or infinity.
         """
-        self._observe_later()
+        self.observe_later()
         for step in (*self.prepare.passes, *self.convert):
             ask(step, "check_plan", self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
@@ -307,21 +309,6 @@ def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
         yield
 
 
-@contextmanager
-def instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Within this context, set an instance attribute of a module, in place of its own or over that of its class."""
-    missing = object()
-    own = module.__dict__.get(name, missing)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if own is missing:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = own
-
-
 def _refuse_autocast(leaves: Sequence[Any]) -> None:
     devices = {"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))}
     dtype = next(filter(None, map(autocast_dtype, sorted(devices))), None)
@@ -351,6 +338,18 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
         CalibrationError: If the callable raised, or never called the model. The model is unchanged.
         FxquantError: Whatever typed error a call of the model raised, even if the callable swallowed it.
     """
+    make_calls(calibration, model, calibrate)
+    check_called(calibration, model)
+    calibration.finish()
+
+
+def make_calls(calibration: Calibration, model: nn.Module, calibrate: Callable[[], Any]) -> None:
+    """Run the user's callable, which may make no call: another process may make them.
+
+    Raises:
+        CalibrationError: If the callable raised, or made too few denoising steps. The model is unchanged.
+        FxquantError: Whatever typed error a call of the model raised, even if the callable swallowed it.
+    """
     if not callable(calibrate):
         raise CalibrationError(
             f"calibrate is a {type(calibrate).__name__}; pass a function that runs the model, such as "
@@ -369,21 +368,29 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
         ) from error
     if calibration.failure is not None:
         raise calibration.failure
-    if not calibration.calls:
-        whole = whole_of(model)
-        if whole is not None:
-            raise NotCalledError(
-                f"calibrate returned without calling the {whole.path} of this {whole.model_class.__name__}; it must "
-                "use this very object, for example in a pipeline that makes images, without output_type='latent'"
-            )
-        raise NotCalledError(
-            f"calibrate returned without calling the model ({type(model).__name__}); it must call this very object, "
-            "for example through the pipeline that holds it"
-        )
     step = calibration.plan.observed_step
-    if step is not None and step >= len(calibration.steps):
+    if calibration.calls and step is not None and step >= len(calibration.steps):
         raise CalibrationError(
             f"step {step} is to be observed, counted from 0, but calibrate made {len(calibration.steps)}; make more "
             "steps, or observe an earlier one"
         )
-    calibration.finish()
+
+
+def check_called(calibration: Calibration, model: nn.Module) -> None:
+    """Check that the user's callable called the model.
+
+    Raises:
+        NotCalledError: If it did not.
+    """
+    if calibration.calls:
+        return
+    whole = whole_of(model)
+    if whole is not None:
+        raise NotCalledError(
+            f"calibrate returned without calling the {whole.path} of this {whole.model_class.__name__}; it must "
+            "use this very object, for example in a pipeline that makes images, without output_type='latent'"
+        )
+    raise NotCalledError(
+        f"calibrate returned without calling the model ({type(model).__name__}); it must call this very object, "
+        "for example through the pipeline that holds it"
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.calibration.calibrate import instance_attribute
+from fxquant.calibration.attributes import instance_attribute
 from fxquant.errors import ConfigurationError
 
 STEPS = 25

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from fxquant.planning.input_transforms import InputTransform, Rows
 from fxquant.planning.plan import Plan
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.collection import Statistics
+
+if TYPE_CHECKING:
+    from fxquant.distributed.team import Team
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class PassContext:
         timestep_weights: How much each timestep counts in the second moments of a layer's input, by layer and timestep;
             layers that are not listed count all rows alike.
         backend: What the backend runs for which the model is converted; None if the passes run without one.
+        team: The processes that convert the model together, each the same graphs with the same statistics; None if one
+            process works alone.
         progress: Called as ``progress(what, done, total)`` by passes that take long; None if progress is not shown.
     """
 
@@ -70,6 +75,7 @@ class PassContext:
     timestep_weights: dict[str, dict[float, float]] = field(default_factory=dict)
     backend: BackendLimits | None = None
     progress: Callable[[str, int, int], object] | None = None
+    team: Team | None = None
 
     def transform_input(self, layer: str, function: Rows) -> None:
         """Declare how a pass changes the input of a layer, other than by channel factors and shifts in the plan.

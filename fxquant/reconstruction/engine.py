@@ -89,19 +89,29 @@ class _Engine:
         part = self.parts[number]
         inputs = [{node: chunk[node] for node in part.inputs} for chunk in self.coded]
         with torch.no_grad():
-            exact = [run_segment(self.module, part, _only(chunk, part.inputs), as_it_is) for chunk in self.exact]
+            exact = self._each_call(
+                lambda call: run_segment(self.module, part, _only(self.exact[call], part.inputs), as_it_is), part
+            )
         share_alike(exact, part.outputs)
         simulation = self._simulation(part)
         if simulation.weights:
             with torch.inference_mode(False), torch.enable_grad():
                 self._learn(simulation, inputs, exact, advance)
         with torch.no_grad():
-            pairs = zip(inputs, self.timesteps, strict=True)
-            coded = [simulation.run(given, rows, as_codes) for given, rows in pairs]
+            coded = self._each_call(lambda call: simulation.run(inputs[call], self.timesteps[call], as_codes), part)
         share_alike(coded, part.outputs)
         for held, made in zip([*self.exact, *self.coded], [*exact, *coded], strict=True):
             held.update(made)
             drop_unused(held, self.needed, number + 1)
+
+    def _each_call(self, run: Callable[[int], Values], part: Segment) -> list[Values]:
+        """The outputs of a segment for each call, by its number; ranks run a part of the calls each."""
+        team, calls = self.context.team, len(self.exact)
+        if team is None:
+            return [run(call) for call in range(calls)]
+        mine = [run(call) for call in team.share(calls)]
+        found = team.gather([[values[node] for node in part.outputs] for values in mine])
+        return [dict(zip(part.outputs, values, strict=True)) for values in (one for rank in found for one in rank)]
 
     def _simulation(self, part: Segment) -> Simulation:
         found = Simulation(self.module, part)
@@ -137,18 +147,17 @@ class _Engine:
         said = ";".join(f"{name}={self.plan.layer(name)}" for name in named.values())
         weights = (get_tensor(self.module, str(node.all_input_nodes[1].target)) for node in named)
         self.fingerprint = digest(f"{self.fingerprint};{part.name};{said}", weights)
-        learned = self.store.load(part.name, self.fingerprint)
-        if learned is None:
-            errors = learn(simulation, inputs, targets, self.timesteps, self.settings, advance)
-            codes, ranges = {}, {}
-            for node, name in named.items():
-                weight, grid = simulation.weights[node], simulation.steps.get(node)
-                if isinstance(weight, SoftWeight):
-                    codes[name] = weight.hard()
-                if isinstance(grid, LearnedSteps):
-                    ranges[name] = grid.range()
-            learned = Learned(codes, ranges, errors)
-            self.store.save(part.name, self.fingerprint, learned)
+        team = self.context.team
+        learned = None
+        if team is None or team.rank == 0:  # Each segment needs what was learned for the one before.
+            learned = self.store.load(part.name, self.fingerprint)
+            if learned is None:
+                errors = learn(simulation, inputs, targets, self.timesteps, self.settings, advance)
+                learned = _result(simulation, named, errors)
+                self.store.save(part.name, self.fingerprint, learned)
+        if team is not None:
+            learned = team.broadcast(learned, 0)
+        assert learned is not None
         before, after = (snr_db(1.0, error) for error in learned.errors)
         log.info("%s: %.2f dB rounded to nearest, %.2f dB learned", part.name, before, after)
         self.plan.reconstruction[part.name] = [before, after]
@@ -167,6 +176,17 @@ class _Engine:
                 layer.activation = ActivationRange(low if many else low[0], high if many else high[0], "learned")
                 weight = get_tensor(self.module, str(node.all_input_nodes[1].target))
                 simulation.steps[node] = _grid(layer.activation, layer.activation_bits, weight)
+
+
+def _result(simulation: Simulation, named: Mapping[fx.Node, str], errors: tuple[float, float]) -> Learned:
+    codes, ranges = {}, {}
+    for node, name in named.items():
+        weight, grid = simulation.weights[node], simulation.steps.get(node)
+        if isinstance(weight, SoftWeight):
+            codes[name] = weight.hard()
+        if isinstance(grid, LearnedSteps):
+            ranges[name] = grid.range()
+    return Learned(codes, ranges, errors)
 
 
 def _grid(found: ActivationRange, bits: int, like: Tensor) -> LearnedSteps | TokenSteps:

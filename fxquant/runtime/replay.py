@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from fxquant.runtime.float_model import device_of, dtype_of
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 
+if TYPE_CHECKING:
+    from fxquant.distributed.team import Team
+
 
 def convert(
     calibration: Calibration,
@@ -49,6 +52,7 @@ def convert(
     dtype: torch.dtype,
     instruments: Sequence[Instrument],
     workspace: Path | None,
+    team: Team | None = None,
 ) -> GraphModel:
     """Make a quantized model of the graphs that were calibrated.
 
@@ -59,11 +63,12 @@ def convert(
         dtype: Dtype of the float model.
         instruments: They watch the passes.
         workspace: Folder in which slow passes keep finished results, or None.
+        team: The processes that share the work, or None.
     """
     plan = calibration.plan
     quantized = GraphModel(calibration.architecture, dtype, plan, further_graph(recipe, backend), backend)
     context = PassContext(
-        plan, calibration.statistics, workspace=workspace, shared=quantized.shared, backend=backend.limits()
+        plan, calibration.statistics, workspace=workspace, shared=quantized.shared, backend=backend.limits(), team=team
     )
     calibration.forget_observed()
     for number, captured in enumerate(calibration.prepared):

@@ -11,6 +11,7 @@ the number of *different* timesteps, so calibrate on the sampler's own schedule 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,6 +82,19 @@ class Statistics(Mapping[str, ChannelStatistics]):
         self.roundings: SharedRoundings | None = None
         """Weights rounded by these statistics, while several conversions share them; never saved."""
         self._by_key: dict[str, ChannelStatistics] = {}
+
+    def for_rank(self, rank: int) -> Statistics:
+        """Empty statistics with the same options, for one of several processes that record at the same time.
+
+        Args:
+            rank: Number of the process. Each draws its rows with another seed; the first has the seed of these
+                statistics, if they are empty.
+        """
+        seed, before = self.seed, self.calls.seen
+        if rank or len(self) or before:
+            text = f"{seed}:{rank}:{before}".encode()
+            seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
+        return Statistics(num_rows=self.num_rows, seed=seed, transient=self.transient, keep_calls=self.calls.most)
 
     def __getitem__(self, key: str) -> ChannelStatistics:
         """Statistics of one observed value.

@@ -8,11 +8,15 @@ only the upper triangle is kept, in bands of rows, which take little more than h
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from fxquant.distributed.team import Team
 
 ROWS_PER_CALL = 1024
 """The most rows of one call that are recorded; more rows would cost much and add little information."""
@@ -72,6 +76,27 @@ class SecondMoments:
             self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
             self.counts[timestep] = self.counts.get(timestep, 0) + other.counts[timestep]
 
+    def sum_over(
+        self, team: Team, dtype: torch.dtype, parts: Sequence[tuple[Mapping[float, Tensor], Mapping[float, int]]]
+    ) -> None:
+        """Add up the moments of all ranks of a team, each of which calls this method of its own.
+
+        Args:
+            team: The ranks.
+            dtype: The widest dtype of their sums.
+            parts: Sums and counts by timestep of the ranks that recorded any, in the order of the ranks.
+        """
+        self.check_open()
+        if dtype == torch.float64:
+            self._widen()
+        team.add_up(self._held)
+        self.sums, self.counts = {}, {}
+        for sums, counts in parts:
+            for timestep, some in sums.items():
+                total = some.to(self._held.device)
+                self.sums[timestep] = self.sums[timestep] + total if timestep in self.sums else total.clone()
+                self.counts[timestep] = self.counts.get(timestep, 0) + counts[timestep]
+
     def seal(self) -> None:
         """Halve the memory; nothing can be added after that.
 
@@ -99,6 +124,11 @@ class SecondMoments:
                 "these statistics were reduced to what rounding needs, so they can be neither saved nor added to; to "
                 "keep statistics, pass your own: fxquant.compile(..., statistics=fxquant.Statistics())"
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the sums of x x^T."""
+        return self._held.dtype
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,120 @@
+"""What the processes of the tests do. Each function gets its rank and the number of ranks first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fxquant
+from fxquant.distributed.agreement import check_alike
+from fxquant.distributed.team import Team
+from tests.tiny import make_dit
+from tests.tiny import run as run_dit
+
+Calls = Sequence[dict[str, Any]]
+
+
+def quantize(
+    rank: int, size: int, folder: Path, recipe: str, shares: Sequence[Calls], options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Quantize a tiny DiT; this rank calibrates with its share of the calls."""
+    with group():
+        statistics = fxquant.Statistics(keep_calls=32)
+        more: dict[str, Any] = {"statistics": statistics, "group": dist.group.WORLD, **(options or {})}
+        model = make_dit(2)
+        quantized = compiled(model, recipe, shares[rank], **more)
+        statistics.save(folder / f"{rank}.statistics")
+        return facts(quantized)
+
+
+def compiled(model: Any, recipe: Any, calls: Calls, **options: Any) -> Any:
+    """Compile a model on calls, without warnings."""
+
+    def calibrate() -> None:
+        for call in calls:
+            run_dit(model, **call)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fxquant.compile(model, recipe=recipe, calibrate=calibrate, **options)
+
+
+def facts(quantized: Any) -> dict[str, Any]:
+    """What all ranks should have in common."""
+    plan = quantized.plan.to_json()
+    plan.pop("passes", None)
+    return {"plan": plan, "tensors": {name: tensor.clone() for name, tensor in quantized.tensors().items()}}
+
+
+class group:
+    """The process group of all ranks, as a context."""
+
+    def __enter__(self) -> None:
+        dist.init_process_group("gloo")
+
+    def __exit__(self, *_: object) -> None:
+        dist.destroy_process_group()
+
+
+def exchange(rank: int, size: int) -> dict[str, Any]:
+    """Values of every kind that a team exchanges."""
+    with group(), Team(dist.group.WORLD) as team:
+        total = torch.arange(5.0) * (rank + 1)
+        team.add_up(total)
+        sums = [team.count("steps", rank + 1)]
+        team.wait()
+        return {
+            "gathered": team.gather({"rank": rank, "tensor": torch.full((rank + 1,), rank)}),
+            "from 1": team.broadcast(f"of {rank}" if rank == 1 else None, 1),
+            "total": total,
+            "count": max(sums + [team.count("steps", 0)]),
+            "share": list(team.share(10)),
+            "first": team.claim("message"),
+        }
+
+
+def fail(rank: int, size: int, how: str, wait: float) -> float:
+    """Rank 1 fails while the others wait; returns how long they waited."""
+    began = time.monotonic()
+    with group(), Team(dist.group.WORLD) as team:
+        team.wait()
+        if rank == 1:
+            time.sleep(wait)
+            if how == "raises":
+                raise ValueError("no more ink")
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            team.gather(rank)
+        except fxquant.FxquantError as error:
+            error.waited = time.monotonic() - began  # type: ignore[attr-defined]
+            raise
+    return time.monotonic() - began
+
+
+def slow(rank: int, size: int, seconds: float) -> float:
+    """Rank 0 takes longer than the timeout of the process group."""
+    import datetime
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
+    began = time.monotonic()
+    with Team(dist.group.WORLD) as team:
+        if rank == 0:
+            time.sleep(seconds)
+        team.gather(rank)
+    dist.destroy_process_group()
+    return time.monotonic() - began
+
+
+def differ(rank: int, size: int, given: Sequence[dict[str, Any]]) -> None:
+    """Ranks compare what they were given."""
+    with group(), Team(dist.group.WORLD) as team:
+        check_alike(team, given[rank])
