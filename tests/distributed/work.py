@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,23 +18,41 @@ import torch.distributed as dist
 import fxquant
 from fxquant.distributed.agreement import check_alike
 from fxquant.distributed.team import Team
+from tests.conversions import rebuilt_once, worked_out_once
 from tests.tiny import make_dit
 from tests.tiny import run as run_dit
+from tests.traces import known_memos, memos, traced_once
 
 Calls = Sequence[dict[str, Any]]
+
+
+def jobs(rank: int, size: int, wanted: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The results of several functions of this module, or what they raise, each with its arguments.
+
+    The processes trace a model once for all of them.
+    """
+    found: list[Any] = []
+    with group(), traced_once(), rebuilt_once(), memos(known_memos), worked_out_once():
+        for function, *arguments in wanted:
+            try:
+                found.append(function(rank, size, *arguments))
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                found.append(error)
+            dist.barrier()  # A function that fails on one rank ends later on the others.
+    return found
 
 
 def quantize(
     rank: int, size: int, folder: Path, recipe: str, shares: Sequence[Calls], options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Quantize a tiny DiT; this rank calibrates with its share of the calls."""
-    with group():
-        statistics = fxquant.Statistics(keep_calls=32)
-        more: dict[str, Any] = {"statistics": statistics, "group": dist.group.WORLD, **(options or {})}
-        model = make_dit(2)
-        quantized = compiled(model, recipe, shares[rank], **more)
-        statistics.save(folder / f"{rank}.statistics")
-        return facts(quantized)
+    statistics = fxquant.Statistics(keep_calls=32)
+    more: dict[str, Any] = {"statistics": statistics, "group": dist.group.WORLD, **(options or {})}
+    model = make_dit(2)
+    quantized = compiled(model, recipe, shares[rank], **more)
+    statistics.save(folder / f"{rank}.statistics")
+    return facts(quantized)
 
 
 def compiled(model: Any, recipe: Any, calls: Calls, **options: Any) -> Any:
@@ -47,11 +67,56 @@ def compiled(model: Any, recipe: Any, calls: Calls, **options: Any) -> Any:
         return fxquant.compile(model, recipe=recipe, calibrate=calibrate, **options)
 
 
+def compiled_from(model: Any, recipe: Any, statistics: fxquant.Statistics, **options: Any) -> Any:
+    """Compile a model from statistics, without warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fxquant.compile(model, recipe=recipe, statistics=statistics, **options)
+
+
 def facts(quantized: Any) -> dict[str, Any]:
     """What all ranks should have in common."""
     plan = quantized.plan.to_json()
     plan.pop("passes", None)
     return {"plan": plan, "tensors": {name: tensor.clone() for name, tensor in quantized.tensors().items()}}
+
+
+def twice(rank: int, size: int, folder: Path, calls: Calls) -> None:
+    """Quantize twice with the same statistics."""
+    statistics = fxquant.Statistics()
+    for _ in range(2):
+        mine = calls[len(calls) * rank // size : len(calls) * (rank + 1) // size]
+        compiled(make_dit(2), "rtn-w8a8", mine, statistics=statistics, group=dist.group.WORLD)
+    statistics.save(folder / f"{rank}.statistics")
+
+
+def quantize_other(rank: int, size: int, calls: Calls) -> None:
+    """The last rank has another model."""
+    model = make_dit(2)
+    if rank == size - 1:
+        model.transformer_blocks[1].attn1.to_q.weight.data += 1
+    compiled(model, "rtn-w8a8", calls, group=dist.group.WORLD)
+
+
+def quantize_recipes(rank: int, size: int, recipes: Sequence[str], calls: Calls) -> None:
+    """Each rank has a recipe of its own."""
+    compiled(make_dit(2), recipes[rank], calls, group=dist.group.WORLD)
+
+
+def quantize_broken(rank: int, size: int, calls: Calls) -> None:
+    """One weight cannot be rounded, on the rank that rounds it."""
+    from fxquant.errors import NonFiniteError
+    from fxquant.passes import _quantization
+
+    original = _quantization.GPTQ.quantize
+
+    def quantize(self: Any, name: str, *arguments: Any) -> Any:
+        if name == "transformer_blocks.1.ff.net.2":
+            raise NonFiniteError(f"layer {name}: cannot be factorized")
+        return original(self, name, *arguments)
+
+    with mock.patch.object(_quantization.GPTQ, "quantize", quantize):
+        compiled(make_dit(2), "ptq4dit-gptq-w4a8", calls, group=dist.group.WORLD)
 
 
 class group:
@@ -75,7 +140,7 @@ def exchange(rank: int, size: int) -> dict[str, Any]:
             "gathered": team.gather({"rank": rank, "tensor": torch.full((rank + 1,), rank)}),
             "from 1": team.broadcast(f"of {rank}" if rank == 1 else None, 1),
             "total": total,
-            "count": max(sums + [team.count("steps", 0)]),
+            "count": max(*sums, team.count("steps", 0)),
             "share": list(team.share(10)),
             "first": team.claim("message"),
         }
