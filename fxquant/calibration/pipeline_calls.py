@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.calibration.attributes import instance_attribute
-from fxquant.errors import ConfigurationError
+from fxquant.calibration.noise import Draws, without_models
+from fxquant.errors import CalibrationError, ConfigurationError
 
 STEPS = 25
 """Denoising steps of a calibration, as in PTQ4DiT (arXiv 2405.16005)."""
@@ -37,6 +38,7 @@ def calibration_call(
     labels: Sequence[int] | None = None,
     sizes: Mapping[str, int] | None = None,
     decode: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Callable[[], None]:
     """A function that runs the pipeline the way it is used, to pass as ``calibrate=`` to :func:`fxquant.compile`.
 
@@ -53,21 +55,79 @@ def calibration_call(
         sizes: ``height``, ``width`` and ``num_frames`` of the output; those of the pipeline for names that are left
             out.
         decode: Whether latents are decoded to pixels, which only the calibration of a VAE needs.
+        share: Rank and number of the processes that share the batches. Each batch has the noise that it has in one
+            process. For a rank that does not begin with the first batch, the pipeline runs once with zeros in place of
+            the outputs of its transformers, to learn what noise the batches before draw.
 
     Raises:
         ConfigurationError: If the pipeline needs prompts and there are none, or needs arguments that this function
-            cannot give, or has no such size.
+            cannot give, or has no such size; or if there are fewer batches than processes.
+        CalibrationError: If the noise cannot be shared, because it depends on outputs of the model.
     """
     _check_seed(seed)
     conditions = _conditions(pipe, samples, prompts, labels)
     call = _bound_call(pipe, conditions, steps, guidance, sizes)
 
+    output = "pt" if decode else "latent"
+    batches = _share(samples, *share)
+    with contextlib.nullcontext() if decode else _without_decoder(pipe):
+        first = _draws_of_first(pipe, call, seed, output) if batches.start else None
+
     def calibrate() -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(batches.start):
+            assert first is not None
+            first.repeat(generator)
         with contextlib.nullcontext() if decode else _without_decoder(pipe):
-            for _ in call(seed, "pt" if decode else "latent"):
-                pass
+            for number in batches:
+                before = generator.get_state()
+                call(number, generator, output)
+                if first is not None and (number + 1) * SAMPLES_AT_ONCE <= samples:
+                    _check_draws(first, before, generator, pipe)
 
     return calibrate
+
+
+def _share(samples: int, rank: int, size: int) -> range:
+    """The batches that a rank runs."""
+    count = num_batches(samples)
+    if count < size:
+        raise ConfigurationError(
+            f"{samples} samples are {count} {'batch' if count == 1 else 'batches'} of {SAMPLES_AT_ONCE}, too few for "
+            f"{size} processes; give at least {SAMPLES_AT_ONCE * (size - 1) + 1} samples, or start fewer processes"
+        )
+    return range(count * rank // size, count * (rank + 1) // size)
+
+
+def _draws_of_first(pipe: Any, call: Callable[[int, torch.Generator, str], Any], seed: int, output: str) -> Draws:
+    """What the first batch draws from the generator, found without running the model on it."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {name: part for name, part in pipe.components.items() if name.startswith("transformer")}
+    models = {id(part): part for part in parts.values() if isinstance(part, nn.Module)}
+    with without_models(list(models.values())), Draws(generator) as draws:
+        call(0, generator, output)
+    return draws
+
+
+def _check_draws(first: Draws, before: Tensor, generator: torch.Generator, pipe: Any) -> None:
+    """Check that a whole batch drew what the first did.
+
+    Args:
+        first: What the first batch drew.
+        before: State of the generator before the batch.
+        generator: The generator after the batch.
+        pipe: The pipeline.
+
+    Raises:
+        CalibrationError: If it drew something else.
+    """
+    twin = torch.Generator().set_state(before)
+    first.repeat(twin)
+    if not torch.equal(twin.get_state(), generator.get_state()):
+        raise CalibrationError(
+            f"the noise that {type(pipe).__name__} draws depends on what its models return, so several processes "
+            "cannot draw that of one; calibrate in one process"
+        )
 
 
 def generate(
@@ -107,7 +167,9 @@ def generate(
     _check_seed(seed)
     call = _bound_call(pipe, _conditions(pipe, len(given), prompts, labels), steps, guidance, sizes, at_once)
     images: list[Any] = []
-    for output in call(seed, "pil"):
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(num_batches(len(given), at_once)):
+        output = call(number, generator, "pil")
         found = getattr(output, "images", getattr(output, "frames", None))
         if found is None:
             raise ConfigurationError(f"{type(pipe).__name__} makes no images; call the pipeline itself")
@@ -120,9 +182,9 @@ def _check_seed(seed: int) -> None:
         raise ConfigurationError(f"seed {seed} does not fit 64 bits; give a smaller one")
 
 
-def num_batches(samples: int) -> int:
+def num_batches(samples: int, at_once: int = SAMPLES_AT_ONCE) -> int:
     """How many times :func:`calibration_call` and :func:`generate` run the pipeline for this many samples."""
-    return -(-samples // SAMPLES_AT_ONCE)
+    return -(-samples // at_once)
 
 
 @contextmanager
@@ -211,8 +273,8 @@ def _bound_call(
     guidance: float | None,
     sizes: Mapping[str, int] | None = None,
     at_once: int = SAMPLES_AT_ONCE,
-) -> Callable[[int, str], Iterator[Any]]:
-    """Set all arguments but the seed and the output type. The result runs the pipeline batch by batch."""
+) -> Callable[[int, torch.Generator, str], Any]:
+    """Set all arguments but the generator and the output type. The result runs one batch of the pipeline."""
     if steps < 1:
         raise ConfigurationError(f"{steps} steps are too few; at least one is needed")
     names = _signature(pipe)
@@ -242,15 +304,14 @@ def _bound_call(
             "fxquant.compile: calibrate=lambda: pipe(...)"
         )
 
-    def run(seed: int, output_type: str) -> Iterator[Any]:
-        generator = torch.Generator().manual_seed(seed)
+    def run(batch: int, generator: torch.Generator, output_type: str) -> Any:
         kwargs = dict(arguments)
         if "output_type" in names and (output_type != "latent" or _offers_latents(pipe)):
             kwargs["output_type"] = output_type
         elif "output_type" in names:
             kwargs["output_type"] = "pt"
-        for start in range(0, len(values), at_once):
-            yield pipe(**{condition: values[start : start + at_once]}, generator=generator, **kwargs)
+        start = batch * at_once
+        return pipe(**{condition: values[start : start + at_once]}, generator=generator, **kwargs)
 
     return run
 
