@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -14,7 +13,7 @@ from fxquant import api
 from fxquant.allocation.candidates import Candidate, possible, precision_of_recipe, varied_layers, with_candidates
 from fxquant.errors import CalibrationError, ConfigurationError, check_type
 from fxquant.pipeline.backend import Backend
-from fxquant.pipeline.recipes import Recipe, make_recipe
+from fxquant.pipeline.recipes import Recipe, has_precision, make_recipe
 from fxquant.planning.branches import branch_rank
 from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision
@@ -22,8 +21,6 @@ from fxquant.planning.roundings import Roundings
 from fxquant.planning.sensitivities import FLOAT_BITS
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
-
-_PRECISION = re.compile(r"-w[a-z]*\d+a[a-z]*\d+")
 
 
 @dataclass(eq=False)
@@ -113,7 +110,7 @@ def prepare(
             "errors are measured on kept calls of the model, and there are none; give calibrate=, or statistics that "
             "were recorded with fxquant.Statistics(keep_calls=64)"
         )
-    chosen = _recipe(recipe, list(dict.fromkeys(one.precision for one in quantizing.values())), layers)
+    chosen = begun_from(recipe, list(dict.fromkeys(one.precision for one in quantizing.values())), layers)
     _check_ranks(quantizing, chosen)
     roundings = Roundings(_wanted(precision_of_recipe(chosen), list(quantizing.values())))
     with roundings.used_with(statistics):
@@ -176,7 +173,7 @@ def _wanted(base: Precision, candidates: list[Candidate]) -> Callable[[Plan, str
     return wanted
 
 
-def _recipe(recipe: str | Recipe, precisions: list[Precision], layers: str) -> Recipe:
+def begun_from(recipe: str | Recipe, precisions: list[Precision], layers: str) -> Recipe:
     """The recipe with the middle one of the precisions, of those with quantized activations if there are any."""
     if isinstance(recipe, Recipe) or ";" in recipe:
         return make_recipe(recipe, layers)
@@ -185,4 +182,4 @@ def _recipe(recipe: str | Recipe, precisions: list[Precision], layers: str) -> R
     ] or precisions  # Fit anywhere.
     coded = [one for one in whole if one.activation_bits is not None] or whole
     ordered = sorted(coded, key=lambda one: (one.weight_bits or 16, one.activation_bits or 16))
-    return make_recipe(recipe if _PRECISION.search(recipe) else f"{recipe}-{ordered[len(ordered) // 2]}", layers)
+    return make_recipe(recipe if has_precision(recipe) else f"{recipe}-{ordered[len(ordered) // 2]}", layers)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fxquant.allocation.candidates import Candidate, with_candidates
 from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.measure import CANDIDATES, RECIPE, check_options
-from fxquant.allocation.prepared import Prepared, prepare
+from fxquant.allocation.prepared import Prepared, begun_from, prepare
 from fxquant.allocation.problem import Problem, problem_of
 from fxquant.allocation.result import Choice, Point, SearchResult
 from fxquant.allocation.speed import SpeedSearch
@@ -125,6 +125,7 @@ def search(
     if checks < 1:
         raise ConfigurationError(f"checks={checks} leaves nothing to measure; give 1 or more")
     if sensitivities is not None:
+        _refuse_other(sensitivities, recipe, candidates, layers)
         candidates = sensitivities.precisions
         if sensitivities.weights != weights_digest(model):
             raise ConfigurationError("the sensitivities are of other weights than this model's; measure them again")
@@ -143,6 +144,27 @@ def search(
                     None if resume is None else Path(resume), show
                 )
             return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed, times)
+
+
+def _refuse_other(found: Sensitivities, recipe: str | Recipe, candidates: Sequence[str], layers: str) -> None:
+    """Refuse candidates and a recipe that are given beside sensitivities of others; the defaults stand for theirs.
+
+    Raises:
+        ConfigurationError: Names what differs.
+    """
+    check_type("candidates", candidates, Sequence, "a list of precisions, such as ['w4a8', 'w8a8']")
+    measured = [Candidate.parse(text) for text in found.precisions]
+    if tuple(candidates) != CANDIDATES and {*map(Candidate.parse, candidates)} != {*measured}:
+        raise ConfigurationError(
+            f"the candidates are {', '.join(candidates)}, and the sensitivities are those of "
+            f"{', '.join(found.precisions)}; leave the candidates out, or measure them"
+        )
+    begun = recipe if recipe == RECIPE else begun_from(recipe, [one.precision for one in measured], layers)
+    if begun != RECIPE and str(begun) != found.recipe:
+        raise ConfigurationError(
+            f"the recipe is {recipe}, and the sensitivities are those of the recipe {found.recipe}; leave the recipe "
+            "out, or measure again"
+        )
 
 
 class _Search:

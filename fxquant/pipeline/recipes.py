@@ -209,6 +209,11 @@ def make_recipe(recipe: str | Recipe, layers: str = "default") -> Recipe:
     return recipe if rounding is None else _rounded(recipe, rounding)
 
 
+def has_precision(recipe: str) -> bool:
+    """Whether the name of a recipe ends in a precision, also one of formats, such as ``rtn-wfp8e5m2afp8``."""
+    return _NAME.fullmatch(recipe) is not None
+
+
 def _check_precision(name: str) -> None:
     """Refuse what stands behind the name of a known recipe and is not a precision, such as ``rtn-wnvfp4``.
 

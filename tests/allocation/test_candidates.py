@@ -9,8 +9,9 @@ from torch import nn
 
 import fxquant
 from fxquant.allocation.candidates import Candidate
+from fxquant.allocation.prepared import begun_from
 from fxquant.errors import ConfigurationError
-from fxquant.pipeline.recipes import Recipe
+from fxquant.pipeline.recipes import Recipe, make_recipe
 from fxquant.planning.branches import Branch, branch_bytes, branch_rank
 from fxquant.planning.precision import Precision
 from fxquant.planning.sensitivities import Sensitivities
@@ -108,3 +109,9 @@ def test_a_search_chooses_branches_layer_by_layer(
 def test_ranks_without_branches_are_refused(model: nn.Module, collected: Statistics) -> None:
     with pytest.raises(ConfigurationError, match=r"candidate w4a8-r2 names the rank .* such as svdquant"):
         fxquant.sensitivity(model, recipe="rtn", candidates=("w4a8-r2",), statistics=collected, **OPTIONS)
+
+
+@pytest.mark.parametrize("recipe", ["rtn-wfp8e5m2afp8", "rtn-wmxfp6e3m2amxfp6", "rtn-w4afp8e5m2-g16", "rtn-w4a8-b8x16"])
+def test_a_recipe_may_begin_from_formats(recipe: str) -> None:
+    assert begun_from(recipe, [Precision.parse("w8a8")], "default") == make_recipe(recipe)
+    assert begun_from("rtn", [Precision.parse("w8a8")], "default") == make_recipe("rtn-w8a8")

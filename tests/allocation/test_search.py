@@ -124,6 +124,18 @@ def test_bad_options(options: dict[str, Any], message: str, model: nn.Module, st
         fxquant.search(model, statistics=statistics, **options)
 
 
+def test_sensitivities_of_other_candidates_are_refused(
+    model: nn.Module, known: Sensitivities, statistics: Statistics
+) -> None:
+    given: dict[str, Any] = {"size": 1e-9, "sensitivities": known, "statistics": statistics}
+    with pytest.raises(ConfigurationError, match=r"candidates are w3a3, .* those of w3a8, w5a8, w8a8; leave"):
+        fxquant.search(model, candidates=("w3a3",), **given)
+    with pytest.raises(ConfigurationError, match=r"recipe is svdquant, .* of the recipe remove-no-ops,"):
+        fxquant.search(model, recipe="svdquant", **given)
+    with pytest.raises(UnreachableTargetError):  # Those that were measured may be named.
+        fxquant.search(model, candidates=("w8a8", "w3a8", "w5a8"), recipe="smoothquant", **given)
+
+
 def test_sensitivities_of_other_weights_are_refused(known: Sensitivities, statistics: Statistics) -> None:
     with pytest.raises(ConfigurationError, match="other weights"):
         fxquant.search(make_dit(layers=2), size=0.2, sensitivities=known, statistics=statistics)
