@@ -30,7 +30,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-all fuzz fuzz-load storm zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
+.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -43,10 +43,17 @@ demo: $(STAMP) ## quantize a small diffusion transformer; write pictures and fig
 compare: $(STAMP) ## the demo with every available method and more images, in five times the time
 	$(PY) -m examples.digits.demo --all --images 100 --out $(OUT)
 
-test: check ## run the checks, then the tests
+# Types take half a minute on one core, so they are checked beside the tests.
+test: lint ## run the checks and the tests
+	@$(MAKE) --no-print-directory --jobs 2 types sample
+
+test-all: lint ## run the checks, the tests and every combination that `make test` samples
+	@$(MAKE) --no-print-directory --jobs 2 types every
+
+sample: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not exhaustive"
 
-test-all: check ## run the checks, then the tests and every combination that `make test` samples
+every: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, different ones each time, and compare
@@ -66,11 +73,15 @@ links:
 	@rm -rf $(LINKS)/fxquant && mkdir -p $(LINKS)/fxquant
 	@ln -s "$(CURDIR)"/fxquant/* "$(CURDIR)/passes" "$(CURDIR)/backends" $(LINKS)/fxquant
 
-check: $(STAMP) links ## check lint, format, types and import directions
+check: lint types ## check lint, format, types and import directions
+
+lint: $(STAMP) links
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	cd $(LINKS) && "$(abspath $(PY))" -m mypy --config-file "$(CURDIR)/pyproject.toml"
 	cd $(LINKS) && "$(abspath $(VENV))/bin/lint-imports" "$(CURDIR)/pyproject.toml" --no-cache
+
+types: $(STAMP) links
+	cd $(LINKS) && "$(abspath $(PY))" -m mypy --config-file "$(CURDIR)/pyproject.toml"
 
 docs: $(DOCS_STAMP) links ## build the documentation site into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -56,7 +56,8 @@ def call(model: nn.Module, batch: int = 4, size: int = 8) -> Tensor:
 @pytest.mark.parametrize(
     ("recipe", "backend", "options"),
     [
-        ("ptq4dit-w8a8", "fake-quant", {}),
+        # That backend is compiled in all other tests of this file, with the compiler `eager`.
+        pytest.param("ptq4dit-w8a8", "fake-quant", {}, marks=pytest.mark.exhaustive),
         pytest.param("htg-w8a8", "fake-quant", {"steps": MANY_STEPS}, marks=pytest.mark.exhaustive),
         ("htg-w8a8", "native", {"steps": MANY_STEPS}),
         pytest.param("dynamic-w4a8", "native", {}, marks=pytest.mark.exhaustive),
