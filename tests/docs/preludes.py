@@ -70,5 +70,11 @@ pipe.transformer = fxquant.compile(model, recipe="rtn-w4a8", calibrate=calibrate
 QUICKLY = {"docs/diffusers.md", "docs/lives.md"}
 """Pages whose calls of ``torch.compile`` without a backend trace only: the default backend takes a minute."""
 
-ALIKE = {"docs/lives.md": {"PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Wan 2.2", "CogVideoX"}}
-"""Sections of pages that do with another model what the page does already; ``make test`` leaves them out."""
+ALIKE = {
+    "docs/diffusers.md": {
+        "Two experts",
+        "Compiling in pieces",
+    },  # As tests/test_two_experts.py and runtime/test_compiling.py.
+    "docs/lives.md": {"PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Wan 2.2", "CogVideoX"},
+}
+"""Sections that do what their page does with another model, or what other tests do; ``make test`` leaves them out."""
