@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from torch._logging._internal import trace_log
 
 from tests.conversions import rebuilt_once, worked_out_once
 from tests.traces import known_memos, memos, traced_once
@@ -17,8 +18,12 @@ from tests.traces import known_memos, memos, traced_once
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_memos() -> Iterator[None]:
-    """Traces look for caches of functions once for all tests, and conversions compile the code of equal graphs once."""
-    with memos(known_memos), worked_out_once():
+    """Traces look for caches of functions once for all tests, and conversions compile the code of equal graphs once.
+
+    What torch logs of each trace for its own tools, which pytest would keep for each test, is not written.
+    """
+    with memos(known_memos), worked_out_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_log, "handlers", [])
         yield
 
 
