@@ -1,7 +1,8 @@
 """The demo: quantize the digits pipeline with several recipes and measure the error of each.
 
 ``python -m examples.digits.demo --out out`` from the root of the repository writes ``samples.png``, ``salience.png``
-and ``results.json``, and prints one table. Two models are quantized: the trained one, and one that computes the same
+and ``results.json``, and prints one table. It evaluates one of the quantized models as ``fxquant eval`` does, into
+``evaluation.json`` and ``evaluation.png``. Two models are quantized: the trained one, and one that computes the same
 function with planted salient channels, which large diffusion transformers have. ``--all`` compares every method;
 ``--methods rtn,ptq4dit-gptq`` compares the named methods.
 """
@@ -134,6 +135,14 @@ def run(
     }
     draw_samples(shown, out / "samples.png")
     results = [measured[job].result for job in order]
+    for job, found in measured.items():
+        if found.evaluation is not None:
+            console.print(
+                f"\nfxquant eval of {job.recipe} ({job.model}); the digit classifier takes the place of Inception:\n"
+                f"{found.evaluation.table()}",
+                highlight=False,
+                soft_wrap=True,
+            )
     (out / "results.json").write_text(json.dumps([result.to_json() for result in results], indent=1) + "\n")
     return results
 

@@ -64,3 +64,21 @@ def load_classifier(folder: Path = CLASSIFIER_FOLDER) -> DigitClassifier:
         model = DigitClassifier(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().requires_grad_(False)
+
+
+class JudgeFeatures(nn.Module):
+    """The classifier as a feature extractor of ``fxquant.evaluate``, for images [n, 3, 32, 32] in [0, 1]."""
+
+    def __init__(self, classifier: DigitClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The pooled features [n, 64] and the logits [n, 10]."""
+        features = self.classifier.features(2 * images - 1)
+        return {"features": features, "logits": self.classifier.head(features)}
+
+
+def features() -> JudgeFeatures:
+    """The shipped classifier as a feature extractor: ``fxquant eval --features examples.digits.judge:features``."""
+    return JudgeFeatures(load_classifier())

@@ -4,22 +4,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+
+from fxquant.evaluation.frechet import Moments
+from fxquant.evaluation.frechet import frechet_distance as distance_of
 
 from .judge import DigitClassifier
 
 BATCH = 250
-
-
-class _Features(nn.Module):
-    """Classifier features of images in [0, 1], float64 [n, d], in the form that torchmetrics requires."""
-
-    def __init__(self, classifier: DigitClassifier) -> None:
-        super().__init__()
-        self.classifier, self.num_features = classifier, classifier.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier.features(2 * images - 1).double()
 
 
 @torch.no_grad()
@@ -48,11 +39,13 @@ def frechet_distance(real: Tensor, generated: Tensor, classifier: DigitClassifie
         raise ValueError(
             f"{len(real)} and {len(generated)} images; more than {classifier.num_features} of each are needed"
         )
-    distance = FrechetInceptionDistance(feature=_Features(classifier))
-    for images, is_real in ((real, True), (generated, False)):
+    sets = []
+    for images in (real, generated):
+        found = Moments()
         for part in images.split(BATCH):
-            distance.update(part, real=is_real)
-    return max(0.0, distance.compute().item())  # rounding can make a distance of zero slightly negative
+            found.add(classifier.features(2 * part - 1))
+        sets += [found.mean, found.covariance]
+    return distance_of(*sets)
 
 
 def psnr(images: Tensor, reference: Tensor, peak: float = 1.0) -> float:

@@ -5,6 +5,7 @@ A small model does not keep two threads busy, but two models keep two cores busy
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,10 @@ import torch
 from diffusers import DiTPipeline
 from torch import Tensor, nn
 
+import fxquant
+from fxquant.evaluation.features import Extractor
+from fxquant.evaluation.reference import reference_of
+from fxquant.evaluation.result import Evaluation
 from fxquant.pipeline.recipes import Recipe, make_recipe
 
 from .compare import (
@@ -32,8 +37,8 @@ from .compare import (
     transformer_of,
 )
 from .data import digits
-from .generator import generate, load_pipeline
-from .judge import load_classifier
+from .generator import GUIDANCE, STEPS, build_pipeline, generate, load_pipeline
+from .judge import DigitClassifier, JudgeFeatures, load_classifier
 from .pictures import draw_salience
 from .salience import plant_salience
 
@@ -62,12 +67,17 @@ class Job:
         return f"{self.recipe}, all layers" if self.layers == "all" else self.recipe
 
 
+EVALUATED = Job("plain", "ptq4dit-gptq-w4a8", "default")
+"""The row that ``fxquant.evaluate`` measures as well."""
+
+
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one row, and its first images, float32 ``[SHOWN, 3, 32, 32]``."""
+    """The figures of one row, and its first images, float32 ``[SHOWN, 3, 32, 32]``; of one row, more figures."""
 
     result: Result
     images: Tensor
+    evaluation: Evaluation | None = None
 
 
 def measure_all(jobs: Mapping[str, Sequence[Job]], count: int, out: Path) -> Iterator[tuple[Job, Measured]]:
@@ -94,16 +104,16 @@ def measure_all(jobs: Mapping[str, Sequence[Job]], count: int, out: Path) -> Ite
             if found is None:
                 left -= 1
             else:
-                yield found[0], Measured(found[1], torch.from_numpy(found[2]))
+                yield found[0], Measured(found[1], torch.from_numpy(found[2]), found[3])
         for task in running:
             task.result()  # Raises what the process raised.
 
 
-_OF_PROCESS: dict[str, Queue[tuple[Job, Result, Any] | None]] = {}
+_OF_PROCESS: dict[str, Queue[tuple[Job, Result, Any, Evaluation | None] | None]] = {}
 """What a process was started with."""
 
 
-def _begin(queue: Queue[tuple[Job, Result, Any] | None], threads: int) -> None:
+def _begin(queue: Queue[tuple[Job, Result, Any, Evaluation | None] | None], threads: int) -> None:
     _OF_PROCESS["queue"] = queue
     torch.set_num_threads(threads)
 
@@ -112,7 +122,9 @@ def _measure_model(model: str, jobs: Sequence[Job], count: int, out: Path) -> No
     queue = _OF_PROCESS["queue"]
     try:
         for job, found in rows(load_pipeline(), model, jobs, count, out):
-            queue.put((job, found.result, found.images.numpy()))  # A tensor in a queue needs its process alive.
+            queue.put(
+                (job, found.result, found.images.numpy(), found.evaluation)
+            )  # A tensor in a queue needs its process alive.
     finally:
         queue.put(None)
 
@@ -155,7 +167,41 @@ def rows(pipe: DiTPipeline, name: str, jobs: Sequence[Job], count: int, out: Pat
         )
         if job == Job("planted", "ptq4dit-w8a8", "default"):
             draw_salience(calibrated[job.layers].statistics, quantized.plan, BLOCK, out / "salience.png")
-        yield job, Measured(result, images[:SHOWN])
+        evaluation = evaluated(pipe, quantized, real, classifier, count, out) if job == EVALUATED else None
+        yield job, Measured(result, images[:SHOWN], evaluation)
+
+
+def evaluated(
+    pipe: DiTPipeline, quantized: nn.Module, real: Tensor, classifier: DigitClassifier, count: int, out: Path
+) -> Evaluation | None:
+    """What ``fxquant eval`` says about a quantized transformer, with the classifier in place of Inception.
+
+    Args:
+        pipe: The pipeline, with the float transformer.
+        quantized: The quantized transformer.
+        real: Real images to compare with, ``[n, 3, 32, 32]`` in [0, 1].
+        classifier: Finds features.
+        count: Images to make with each transformer.
+        out: Folder for ``evaluation.json`` and the picture ``evaluation.png``.
+    """
+    extractor = Extractor(JudgeFeatures(classifier), name="digit classifier")
+    of_quantized = build_pipeline(quantized, pipe.vae)
+    of_quantized.set_progress_bar_config(disable=True)
+    found = fxquant.evaluate(
+        of_quantized,
+        pipe,
+        images=count,
+        batch=count,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        labels=range(10),
+        features=extractor,
+        against=reference_of((255 * real).round().byte().split(250), extractor),
+        picture=out / "evaluation.png",
+    )
+    if found is not None:
+        (out / "evaluation.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    return found
 
 
 def quick(recipe: Recipe) -> Recipe:

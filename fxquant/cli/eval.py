@@ -70,6 +70,9 @@ def evaluate(
     work: Annotated[
         Path | None, typer.Option(help="Folder that keeps images; the same command again continues from there.")
     ] = None,
+    float_work: Annotated[
+        Path | None, typer.Option(help="Folder for images of the float pipeline, to share them between evaluations.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove images of other settings in --work, and make them anew.")
     ] = False,
@@ -151,6 +154,7 @@ def evaluate(
             clip=clip,
             sfid_images=sfid_images,
             work=work,
+            float_work=float_work,
             overwrite=overwrite,
             shard=None if shard is None else _shard(shard),
             picture=picture,

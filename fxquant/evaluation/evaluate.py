@@ -20,7 +20,7 @@ from fxquant.evaluation.generation import Labels, Sampling, make_images
 from fxquant.evaluation.measuring import Extent, Networks, check_possible, first_images, measure
 from fxquant.evaluation.pairs import lpips_network
 from fxquant.evaluation.picture import check_picture, write_grid
-from fxquant.evaluation.reference import check_reference, has_spatial, read_reference
+from fxquant.evaluation.reference import Reference, check_reference, has_spatial, read_reference
 from fxquant.evaluation.result import Evaluation, check_limits
 from fxquant.evaluation.store import Store, one_process
 from fxquant.evaluation.weights import CLIP, INCEPTION, LPIPS, find_weights
@@ -46,7 +46,7 @@ def evaluate(
     labels: Labels | Sequence[int] = "balanced",
     prompts: Sequence[str] | None = None,
     sizes: Mapping[str, int] | None = None,
-    against: str | Path | None = None,
+    against: str | Path | Reference | None = None,
     metrics: Collection[str] | None = None,
     limits: Mapping[str, float] | None = None,
     features: str | Extractor | nn.Module | None = None,
@@ -56,6 +56,7 @@ def evaluate(
     clip: str | Path | None = None,
     sfid_images: int = SFID_IMAGES,
     work: str | Path | None = None,
+    float_work: str | Path | None = None,
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     picture: str | Path | None = None,
@@ -81,7 +82,8 @@ def evaluate(
         labels: ``balanced`` for every class equally often, ``uniform`` to draw them, or labels to repeat.
         prompts: Prompts to repeat, for text pipelines.
         sizes: ``height``, ``width`` and ``num_frames`` of the output.
-        against: Real images to compare with: an npz of ADM's evaluation, or a folder of images.
+        against: Real images to compare with: an npz of ADM's evaluation, a folder of images, or what
+            :func:`fxquant.evaluation.reference.reference_of` made of images.
         metrics: Which metrics (:data:`fxquant.evaluation.choice.METRICS`); all that can be computed if None.
         limits: Lowest or highest value by metric, for :meth:`Evaluation.check`. They are not checked here, but their
             metrics are computed in any case.
@@ -94,6 +96,8 @@ def evaluate(
         clip: Folder of a CLIP model; ``FXQUANT_CLIP`` if None.
         sfid_images: Images that sFID uses, the first ones.
         work: Folder for images and features; a temporary one if None.
+        float_work: Folder for those of the float pipeline, which evaluations of several quantized pipelines can share;
+            a folder in ``work`` if None.
         overwrite: Whether images of other settings in ``work`` are removed; else they are refused.
         shard: ``(i, n)`` to make only the i-th of n shares of the images. Under ``torchrun`` each rank makes its share,
             and rank 0 measures.
@@ -136,24 +140,25 @@ def evaluate(
         find_weights(INCEPTION, inception),
         find_weights(LPIPS, lpips),
         find_weights(CLIP, clip),
-        None if against is None else Path(against),
+        Path(against) if isinstance(against, str) else against,
     )
     job.choice = _choice(job.sampling, features, reference, files, metrics, limits or {})
     job.networks = _networks(job.choice, features, takes, files, job.device)
     with _folder(work) as folder, one_process(folder, share):
-        made = job.make(pipe, folder / "quantized", share, overwrite)
-        original = None if reference is None else job.make(reference, folder / "float", share, overwrite)
+        made = job.make(pipe, folder / "quantized", share, overwrite, "quantized")
+        of_float = folder / "float" if float_work is None else Path(float_work).resolve()
+        original = None if reference is None else job.make(reference, of_float, share, overwrite, "float")
         if not alone and (shard is not None or share[0]):
             return None
         extent = job.wait([made, *([] if original is None else [original])])
-        found, of_float = measure(
+        found, float_metrics = measure(
             job.choice, extent, job.networks, job.sampling, made, original, job.told("measure", extent.batches)
         )
         if picture is not None:
             count = min(_PICTURED, extent.images)
             write_grid(picture, first_images(made, count), None if original is None else first_images(original, count))
     counts = {"sfid": extent.of_sfid} if "sfid" in found else {}
-    return Evaluation(found, of_float, extent.images, counts, job.choice.left_out, job.settings(files), job.notes)
+    return Evaluation(found, float_metrics, extent.images, counts, job.choice.left_out, job.settings(files), job.notes)
 
 
 @dataclass
@@ -163,7 +168,12 @@ class _Files:
     inception: Path | None
     lpips: Path | None
     clip: Path | None
-    against: Path | None
+    against: Path | Reference | None
+
+    @property
+    def where(self) -> str | None:
+        """Name of what images are compared with."""
+        return self.against.name if isinstance(self.against, Path) else self.against and "the given reference"
 
 
 @dataclass
@@ -193,9 +203,9 @@ class _Job:
         self.progress(what, 0, total)
         return lambda done: self.progress(what, done, total)
 
-    def make(self, source: Any, folder: Path, share: tuple[int, int], overwrite: bool) -> Store:
+    def make(self, source: Any, folder: Path, share: tuple[int, int], overwrite: bool, name: str) -> Store:
         """Make the images of a pipeline, and find their features."""
-        self.progress(f"read the {folder.name} pipeline", 0, 1)
+        self.progress(f"read the {name} pipeline", 0, 1)
         pipe = _opened(source, self.device)
         self.sampling.check(pipe)
         store = Store(folder, self.sampling.settings(pipe), overwrite)
@@ -206,7 +216,7 @@ class _Job:
         there = sum(map(store.has, numbers))
         if there:
             self.notes.append(f"{there} of {len(numbers)} batches in {folder} were there before")
-        told = self.told(f"make {folder.name} images", len(numbers))
+        told = self.told(f"make {name} images", len(numbers))
         if share[0] == 0:  # The first batch shows what is possible.
             make_images(pipe, self.sampling, store, 1)
             self._look(store)
@@ -214,7 +224,7 @@ class _Job:
         del pipe
         extractor = self._extractor()
         if extractor is not None:
-            told = self.told(f"features of {folder.name} images", len(numbers))
+            told = self.told(f"features of {name} images", len(numbers))
             for done, number in enumerate(numbers):
                 store.features(number, extractor)
                 told(done + 1)
@@ -255,7 +265,7 @@ class _Job:
             "prompts": None if sampling.prompts is None else len(sampling.prompts),
             "sizes": dict(sampling.sizes),
             "features": None if extractor is None else {"name": extractor.name, "key": extractor.key},
-            "against": None if files.against is None else files.against.name,
+            "against": files.where,
         }
 
 
@@ -270,11 +280,16 @@ def _choice(
     check_limits(limits)
     limited = [_COMPANIONS.get(name, name) for name in limits]
     real = files.against
+    if isinstance(real, Path):
+        with_images, with_spatial = check_reference(real), has_spatial(real)
+    else:
+        with_images = real is not None and real.pooled is not None
+        with_spatial = real is not None and real.spatial_mean is not None
     given = Given(
         extractor=features is not None or files.inception is not None,
         real=real is not None,
-        real_images=real is not None and check_reference(real),
-        real_spatial=real is not None and has_spatial(real),
+        real_images=with_images,
+        real_spatial=with_spatial,
         float_model=reference is not None,
         lpips=files.lpips is not None,
         clip=files.clip is not None,
@@ -285,7 +300,7 @@ def _choice(
 
 def _networks(choice: Choice, features: Any, takes: Input, files: _Files, device: str) -> Networks:
     """Read the networks that the metrics need."""
-    found = Networks(device=device, where=files.against)
+    found = Networks(device=device, where=files.where)
     if choice.run & {*OF_FEATURES}:
         if isinstance(features, Extractor):
             found.extractor = features
@@ -298,7 +313,9 @@ def _networks(choice: Choice, features: Any, takes: Input, files: _Files, device
     if "lpips" in choice.run and files.lpips is not None:
         found.lpips = lpips_network(files.lpips, device)
     found.clip = files.clip
-    if found.extractor is not None and files.against is not None:
+    if isinstance(files.against, Reference):
+        found.against = files.against
+    elif found.extractor is not None and files.against is not None:
         found.against = read_reference(files.against, found.extractor)
     return found
 

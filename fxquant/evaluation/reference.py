@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     return Reference(found["mu"], found["sigma"], found.get("mu_s"), found.get("sigma_s"), pooled)
 
 
-def reference_of(batches: Iterator[Tensor], extractor: Extractor) -> Reference:
+def reference_of(batches: Iterable[Tensor], extractor: Extractor) -> Reference:
     """The reference that batches of uint8 images ``[n, 3, H, W]`` are."""
     moments, spatial, pooled = Moments(), Moments(), []
     for images in batches:

@@ -35,6 +35,11 @@ save_file(lora(make_dit(layers=3), rank=2), "dit-sketch.safetensors")
 save_file(lora(MODEL, targets=("to_q", "to_v")), "style.safetensors")
 save_file(lora(MODEL, rank=8, targets=("to_q", "to_v", "proj_mlp")), "sketch.safetensors")
 """,
+    "docs/evaluation.md": """
+import fxquant
+from tests.evaluation.pipes import make_pipe, quantized_pipe as quantize
+pipe, quantized_pipe = make_pipe(), quantize()
+""",
     "docs/formats.md": _MODEL,
     "docs/inspect.md": f"""{_MODEL}
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")

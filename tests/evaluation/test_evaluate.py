@@ -254,6 +254,14 @@ def test_a_killed_process_loses_at_most_one_batch(both: tuple[Any, Any], tmp_pat
     assert found.notes[0].startswith(f"{there} of {there + 1} batches")
 
 
+def test_evaluations_share_images_of_the_float_model(both: tuple[Any, Any], tmp_path: Path) -> None:
+    first = evaluate(*both, **OPTIONS, work=tmp_path / "a", float_work=tmp_path / "float")
+    second = evaluate(both[1], both[1], **OPTIONS, work=tmp_path / "b", float_work=tmp_path / "float")
+    assert first is not None and second is not None
+    assert second.notes == [f"3 of 3 batches in {tmp_path / 'float'} were there before"]
+    assert second["psnr"] == float("inf") and not (tmp_path / "b" / "float").exists()
+
+
 def test_two_processes_in_one_folder(both: tuple[Any, Any], tmp_path: Path) -> None:
     with one_process(tmp_path, (0, 1)), pytest.raises(EvaluationError, match="another process"):
         evaluate(both[0], **OPTIONS, work=tmp_path)
