@@ -173,7 +173,9 @@ class _Files:
     @property
     def where(self) -> str | None:
         """Name of what images are compared with."""
-        return self.against.name if isinstance(self.against, Path) else self.against and "the given reference"
+        if isinstance(self.against, Path):
+            return self.against.name
+        return None if self.against is None else "the given reference"
 
 
 @dataclass

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from examples.digits import digits, frechet_distance, psnr, read_accuracy
+from examples.digits.judge import features
+from examples.digits.rows import evaluated
 
 
 def test_psnr() -> None:
@@ -51,3 +53,18 @@ def test_frechet_distance_equals_its_definition(classifier) -> None:
 def test_frechet_distance_needs_enough_images(classifier) -> None:
     with pytest.raises(ValueError, match="needed"):
         frechet_distance(torch.rand(64, 3, 32, 32), torch.rand(64, 3, 32, 32), classifier)
+
+
+def test_the_classifier_is_a_feature_extractor(classifier) -> None:
+    images = digits("held_back")[0][:3]
+    found = features()((images + 1) / 2)
+    assert torch.equal(found["features"], classifier.features(2 * ((images + 1) / 2) - 1))
+    assert torch.allclose(found["logits"], classifier(images), atol=1e-4)
+
+
+def test_the_demo_evaluates_a_model(pipe, classifier, tmp_path) -> None:
+    real = digits("held_back")[0][:100] / 2 + 0.5
+    found = evaluated(pipe, pipe.transformer, real, classifier, 4, tmp_path)
+    assert found is not None and found["psnr"] == math.inf and found.images == 4
+    assert "needs at least 65 images" in found.left_out["fid"]
+    assert (tmp_path / "evaluation.json").is_file() and (tmp_path / "evaluation.png").is_file()
