@@ -8,22 +8,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fxquant.calibration.calibrate import Calibration, run_calibration
+from fxquant.calibration.journal import Journal
 from fxquant.calibration.recorded import calibrate_from_statistics
 from fxquant.calibration.samples import output_sqnr
 from fxquant.capture.hooks import hand_on_hooks
 from fxquant.capture.rebuilding import warn_if_not_rebuilt
 from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
+from fxquant.disk.finished_work import FinishedWork, working_in
 from fxquant.errors import (
     CalibrationError,
     ConfigurationError,
     QualityWarning,
+    check_type,
 )
 from fxquant.ir.tensors import weights_of
 from fxquant.pipeline.backend import Backend, resolve_backend
@@ -120,8 +124,10 @@ def compile(
             the recipe decides. Roundings that use more than the weights (GPTQ, reconstruction) need them with a plan.
         instruments: They watch every pass: timing, dumps, reproducers (:mod:`fxquant.pipeline.pipeline`). The
             environment variable ``FXQUANT_DUMP`` names a folder for dumps of all graphs after every change.
-        resume: Folder in which slow passes (block reconstruction) keep finished results. The same call with the same
-            folder continues from them. Results learned from other weights, inputs or options are ignored.
+        resume: Folder that keeps what is finished: calls of the calibration, rounded layers, branches of low rank,
+            reconstructed blocks. After an interruption the same call with the same folder continues from there, and
+            returns what an uninterrupted run does, bit for bit. Results of other weights, inputs, options or versions
+            are not used; a ``ResumeWarning`` names what differs.
         prove: Run the graph before and after each pass on calibration calls, and refuse a pass that does not keep its
             tier: the same bits for an exact pass, the same outputs in float64 to a relative 1e-12 for an algebraic one.
             For those who write passes. It costs several calls of the model per pass, and memory for its weights in
@@ -151,6 +157,8 @@ def compile(
         RankError: If another rank of ``group`` failed or died; names it.
         BackendError: If the backend cannot run what the recipe requires.
         PassError: If a pass fails; with ``prove`` a ProofError if it does not keep its tier.
+        FolderInUseError: If another process works in the folder ``resume``.
+        WriteError: If the folder ``resume`` cannot be written, for example because its disk is full.
     """
     instruments = with_dumps(instruments)
     if has_entries(model):
@@ -161,6 +169,7 @@ def compile(
     check_model(model)
     refuse_adapters(model)
     _check_options(recipe, backend, plan, measure, statistics)
+    check_type("resume", resume, (str, Path, NoneType), "the path of a folder")
     check_storage(model)
     device = device_of(model)
     runner = resolve_backend(backend).on(device)
@@ -234,34 +243,50 @@ def _converted(
         passes, measure, prove = (chosen.prepare, chosen.convert), options.measure, options.prove
         return Calibration(model, architecture, plan, *passes, measure, instruments, statistics, check, prove)
 
-    if calibrate is None:
-        calibration = start(statistics)
-        with without_autocast(device.type):
-            calibrate_from_statistics(calibration, device)
-    elif team is None:
-        calibration = start(statistics)
-        run_calibration(calibration, model, calibrate)
-    else:
-        from fxquant.calibration.on_ranks import calibrate_on_ranks
+    with working_in(_own_folder(resume, team)) as workspace:
+        if calibrate is None:
+            calibration = start(statistics)
+            with without_autocast(device.type):
+                calibrate_from_statistics(calibration, device)
+        elif team is None:
+            calibration = start(statistics)
+            _keep_calls(calibration, workspace, run)
+            run_calibration(calibration, model, calibrate)
+        else:
+            from fxquant.calibration.on_ranks import calibrate_on_ranks
 
-        recorded = Statistics(transient=True) if statistics is None else statistics
-        calibration = calibrate_on_ranks(start, model, calibrate, recorded, team)
-    made = calibration.plan
-    run = replace(run, step=made.observed_step, later=made.later_steps)
-    calibration.statistics.run = replace(run, prepared=chosen.may_change_inputs)
-    made.calls = [captured.call for captured in calibration.prepared]
-    made.timesteps = calibration.statistics.timesteps.tolist()
-    if calibration.statistics.transient:
-        calibration.statistics.seal()
-    made.bytes_before = tensor_bytes(weights)
-    workspace = None if resume is None else Path(resume)
-    with without_autocast(device.type):
-        quantized = convert(calibration, chosen, runner, dtype_of(model), instruments, workspace, team)
+            recorded = Statistics(transient=True) if statistics is None else statistics
+            calibration = calibrate_on_ranks(
+                start, model, calibrate, recorded, team, lambda own: _keep_calls(own, workspace, run)
+            )
+        made = calibration.plan
+        sampled = replace(run, step=made.observed_step, later=made.later_steps)
+        calibration.statistics.run = replace(sampled, prepared=chosen.may_change_inputs)
+        made.calls = [captured.call for captured in calibration.prepared]
+        made.timesteps = calibration.statistics.timesteps.tolist()
+        if calibration.statistics.transient:
+            calibration.statistics.seal()
+        made.bytes_before = tensor_bytes(weights)
+        with without_autocast(device.type):
+            quantized = convert(calibration, chosen, runner, dtype_of(model), instruments, workspace, team)
     made.bytes_after = tensor_bytes(quantized.tensors())
     made.output_sqnr_db = output_sqnr(quantized, calibration.chosen_samples(), team)
     hand_on_hooks(model, quantized)
     _warn_if_poor(made)
     return quantized
+
+
+def _own_folder(resume: str | Path | None, team: Team | None) -> Path | None:
+    """The folder in which this process keeps what it has finished."""
+    if resume is None or team is None:
+        return None if resume is None else Path(resume)
+    return Path(resume) / f"rank-{team.rank}-of-{team.size}"
+
+
+def _keep_calls(calibration: Calibration, workspace: FinishedWork | None, run: Run) -> None:
+    if workspace is not None:
+        room, recipe = workspace.room("calibration"), calibration.plan.recipe
+        calibration.journal = Journal(room, run, recipe, calibration.statistics, calibration.compute)
 
 
 def _team(

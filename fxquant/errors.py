@@ -251,6 +251,10 @@ class GateError(FxquantError, AssertionError):
         self.failures = failures
 
 
+class FolderInUseError(WriteError):
+    """Another process works in a folder; the message names the folder."""
+
+
 class AlreadyCompiledError(FxquantError, TypeError):
     """The model given to ``compile`` is already an fxquant model."""
 
@@ -273,3 +277,7 @@ class DamagedFileWarning(UserWarning):
 
 class ProofWarning(UserWarning):
     """A pass was proved with a tolerance that can hide a mistake in a small layer; the message says how large it is."""
+
+
+class ResumeWarning(UserWarning):
+    """What an interrupted run kept cannot be used; the message says why, and that it is computed anew."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.disk.finished_work import Part, digest_of_tensor
 from fxquant.errors import CalibrationError, ConfigurationError, NonFiniteError
 from fxquant.ir.arguments import args
 from fxquant.ir.histories import made_from
@@ -24,6 +25,7 @@ from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
 from fxquant.numerics.weights import QuantizedWeight, encode_weight
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.kept_weights import kept, part_of_weights, weights_of_part
 from fxquant.planning.layer_inputs import layer_input, moments
 from fxquant.planning.plan import Plan
 from fxquant.planning.roundings import digest_of_values, with_precision
@@ -65,7 +67,17 @@ class Rounding(enum.Enum):
 
 
 class Rounder(Protocol):
-    """A rounding method that uses more than the values of the weight itself."""
+    """A rounding method that uses more than the values of the weight itself.
+
+    Its text, the representation of the dataclass, holds all of its options.
+    """
+
+    def inputs(self, name: str, context: PassContext) -> Tensor:
+        """All that it reads of the inputs of a layer: second moments, float64 ``[in, in]``.
+
+        Raises:
+            CalibrationError: If there are none.
+        """
 
     def quantize(
         self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
@@ -84,6 +96,10 @@ class GPTQ:
     damping: float
     activation_order: bool
 
+    def inputs(self, name: str, context: PassContext) -> Tensor:
+        """See :class:`Rounder`."""
+        return _moments(name, context, "GPTQ")
+
     def quantize(
         self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
@@ -101,13 +117,12 @@ class GPTQ:
 
     def _feedback(self, name: str, context: PassContext) -> ErrorFeedback:
         """Error feedback of the layer's input. It is large, so only that of the latest input is kept."""
-        # Layers that read one value share it, unless each has weights of the timesteps of its own.
-        key = name if name in context.timestep_weights else context.plan.layer(name).observed or name
+        key = _moments_key(name, context)
         kept, feedback = context.memo.get("feedback", (None, None))
         if kept != key:
             context.memo.pop("feedback", None)
             try:
-                feedback = ErrorFeedback.of(_moments(name, context, "GPTQ"), self.damping, self.activation_order)
+                feedback = ErrorFeedback.of(self.inputs(name, context), self.damping, self.activation_order)
             except NonFiniteError as error:
                 raise NonFiniteError(f"layer {name}: {error}") from None
             context.memo["feedback"] = key, feedback
@@ -119,6 +134,10 @@ class GPTQ:
 class AdaRound:
     """Learns how to round weights from second moments of inputs; see :mod:`fxquant.numerics.rounding.adaround`."""
 
+    def inputs(self, name: str, context: PassContext) -> Tensor:
+        """See :class:`Rounder`."""
+        return _moments(name, context, "AdaRound")
+
     def quantize(
         self, name: str, layer: LayerPlan, values: Tensor, context: PassContext, method: RangeSearch, symmetric: bool
     ) -> QuantizedWeight:
@@ -128,7 +147,7 @@ class AdaRound:
         try:
             return adaround(
                 values,
-                _moments(name, context, "AdaRound"),
+                self.inputs(name, context),
                 format=layer.format_of_weight.name,
                 group_size=layer.group_size,
                 symmetric=symmetric,
@@ -151,6 +170,12 @@ def refuse_learned_rounding(name: str, layer: LayerPlan) -> None:
             f"layer {name}: learned rounding chooses between two neighbouring integers of an output channel, and its "
             f"weight has {what}; choose rounding=gptq or rounding=nearest"
         )
+
+
+def _moments_key(name: str, context: PassContext) -> str:
+    """Layers with the same key have the same second moments, because they read one value."""
+    # Unless each has weights of the timesteps of its own.
+    return name if name in context.timestep_weights else context.plan.layer(name).observed or name
 
 
 def _moments(name: str, context: PassContext, method: str) -> Tensor:
@@ -272,8 +297,12 @@ def _rounded(
     """A weight rounded by the statistics of its input; conversions that share roundings find it there."""
     layer = context.plan.layer(name)
     shared = None if context.statistics is None else context.statistics.roundings
+
+    def rounded(of: LayerPlan) -> QuantizedWeight:
+        return _kept_rounding(name, of, values, rounder, context, method, symmetric)
+
     if shared is None:
-        return rounder.quantize(name, layer, values, context, method, symmetric)
+        return rounded(layer)
     values_digest = digest_of_values(values)
 
     def key(of: LayerPlan) -> Hashable:
@@ -282,8 +311,33 @@ def _rounded(
     wanted = [layer, *(with_precision(layer, precision) for precision in shared.wanted(context.plan, name))]
     if key(layer) not in shared.found:
         for other in wanted:
-            shared.found[key(other)] = rounder.quantize(name, other, values, context, method, symmetric)
+            shared.found[key(other)] = rounded(other)
     return shared.found[key(layer)]
+
+
+def _kept_rounding(
+    name: str,
+    layer: LayerPlan,
+    values: Tensor,
+    rounder: Rounder,
+    context: PassContext,
+    method: RangeSearch,
+    symmetric: bool,
+) -> QuantizedWeight:
+    """A rounded weight; one that an interrupted run has kept, if it was made from the same."""
+
+    def made_from() -> dict[str, str]:
+        memo, key = context.memo.get("digest of moments"), _moments_key(name, context)
+        if memo is None or memo[0] != key:
+            memo = context.memo["digest of moments"] = key, digest_of_tensor(rounder.inputs(name, context))
+        options = f"{rounder} {method.value} symmetric={symmetric} {'/'.join(_grid_of(layer))}"
+        return {"inputs of layers": memo[1], "options of rounding": options}
+
+    def compute() -> Part:
+        return part_of_weights({name: rounder.quantize(name, layer, values, context, method, symmetric)})
+
+    file = "-".join((name, *(option for option in _grid_of(layer) if option)))
+    return weights_of_part(kept(context, "rounding", file, values, made_from, compute), values.device)[name]
 
 
 def _grid_of(layer: LayerPlan) -> tuple[str, ...]:

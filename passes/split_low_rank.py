@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxquant.disk.finished_work import Part, digest_of_tensor
 from fxquant.errors import ConfigurationError, NonFiniteError, QualityWarning
 from fxquant.ir.histories import made_from
 from fxquant.ir.rewriter import Rewriter
@@ -26,6 +27,7 @@ from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.branches import Branch, branch_dtype
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
+from fxquant.planning.kept_weights import kept
 from fxquant.planning.linears import FloatLinear, changed_by, is_rounded
 from fxquant.planning.plan import Plan
 
@@ -188,6 +190,25 @@ class SplitLowRank(Pass):
         importance = None
         if self.weighting is Weighting.IMPORTANCE:
             importance = importance_of(layer.name, context, weight.device)
+
+        def made_from() -> dict[str, str]:
+            inputs = "" if importance is None else digest_of_tensor(importance)
+            options = f"{self} {branch} {held} {layer.plan.precision} {layer.plan.group_rows}"
+            return {"inputs of layers": inputs, "options of the branch": options}
+
+        def compute() -> Part:
+            left, right = self._fitted(layer, weight, branch, importance)
+            return Part({"left": left, "right": right}, None)
+
+        found = kept(context, "low-rank", layer.name, weight, made_from, compute).tensors
+        return found["left"].to(weight.device), found["right"].to(weight.device)
+
+    def _fitted(
+        self, layer: FloatLinear, weight: Tensor, branch: Branch, importance: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The factors of a weight that has values."""
+        dtype = branch_dtype(branch, weight.dtype)
+        held = weight.dtype if weight.dtype == torch.float64 else dtype
         goal, best, least = weight.double(), None, float("inf")
         kind = layer.plan.format_of_weight
         assert kind is not None

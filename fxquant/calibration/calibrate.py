@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.calibration.attributes import instance_attribute
+from fxquant.calibration.journal import Journal
 from fxquant.calibration.kept_calls import Spread, some_samples
 from fxquant.calibration.later_steps import LaterSteps
 from fxquant.calibration.samples import KEPT_SAMPLES, RUN_SAMPLES, Sample, timestep_of
@@ -60,6 +61,7 @@ class Calibration:
         calls: Number of calls of the model so far.
         steps: The timesteps seen so far, in order. Recorded only if a single denoising step is observed.
         failure: The first error of a call, which the user's code may have swallowed.
+        journal: Keeps what calls compute, so that an interrupted calibration continues; None to keep nothing.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Calibration:
         self._kinds: list[int] = []  # By number of the graph: the number of its kind of call in the statistics.
         self._keys: dict[str, dict[str, None]] = {}  # See fxquant.planning.uses.
         self._check = check
+        self.journal: Journal | None = None
 
     def __deepcopy__(self, memo: Any) -> Calibration:
         """Refuse to copy. Calls of a copy of the model would also come here and calibrate."""
@@ -129,8 +132,7 @@ class Calibration:
             self._later.keep(step, number, call)
             return captured.output(self._last[number][1])  # After the observed step, the sampler gets this output.
         if late:
-            with torch.no_grad():
-                output = captured.module(*captured.inputs(leaves))
+            output = self._run(number, call, observed=False)
             if late < 0:
                 self._keep_sample(captured, call, output)
         else:
@@ -143,18 +145,34 @@ class Calibration:
     def _observe(self, number: int, call: Call) -> Any:
         """Run a call on an observed graph, and keep of it what passes and the measurement want; returns the output."""
         captured = self.prepared[number]
-        with recording(self.statistics.record), torch.no_grad():
-            output = self._observed[number](*captured.inputs(call.leaves))
+        output = self._run(number, call, observed=True)
         self._keep_sample(captured, call, output)
         self._keep_inputs(number, call.leaves)
         self._keep_call(captured, self._kinds[number], call)
         return output
+
+    def _run(self, number: int, call: Call, observed: bool) -> Any:
+        """The leaves of the output of a call; an interrupted run may have computed them."""
+        run = self.compute if self.journal is None else self.journal.run
+        return run(number, call, observed)
+
+    def compute(self, number: int, call: Call, observed: bool) -> Any:
+        """Run a call on a graph; returns the leaves of the output."""
+        module = self._observed[number] if observed else self.prepared[number].module
+        with recording(self.statistics.record), torch.no_grad():
+            return module(*self.prepared[number].inputs(call.leaves))
 
     def observe_later(self) -> None:
         """Observe the later steps that are wanted, once the sampler has made its last step."""
         for number, call in self._later.take():
             self._observe(number, call)
             self.calls += 1
+
+    def end_calls(self) -> None:
+        """Observe what is left to observe, and keep it. Called after the last call."""
+        self.observe_later()
+        if self.journal is not None:
+            self.journal.finish()
 
     def _step(self, call: Call) -> int:
         """Number of the denoising step of a call: how many other timesteps came before its own."""
@@ -193,7 +211,7 @@ class Calibration:
             ConfigurationError: If an option of a pass matches nothing in any of the graphs.
             NonFiniteError: If a later step that is observed now holds NaN or infinity.
         """
-        self.observe_later()
+        self.end_calls()
         for step in (*self.prepare.passes, *self.convert):
             ask(step, "check_plan", self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)

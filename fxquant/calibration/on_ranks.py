@@ -25,6 +25,7 @@ def calibrate_on_ranks(
     calibrate: Callable[[], Any],
     statistics: Statistics,
     team: Team,
+    ready: Callable[[Calibration], object] = lambda _: None,
 ) -> Calibration:
     """Run the callables of all ranks, each of which calls the model for its share of the data.
 
@@ -37,6 +38,7 @@ def calibrate_on_ranks(
         calibrate: Makes the calls of this rank.
         statistics: Receives what all ranks recorded.
         team: The ranks.
+        ready: Called with the calibration of this rank's calls, before the first one.
 
     Returns:
         The finished calibration. Its graphs, statistics, plan and kept calls are the same on all ranks.
@@ -47,8 +49,9 @@ def calibrate_on_ranks(
     """
     own = statistics.for_rank(team.rank)
     calibration = start(own)
+    ready(calibration)
     make_calls(calibration, model, calibrate)
-    calibration.observe_later()
+    calibration.end_calls()
     calls = sum(team.gather(calibration.calls))
     if not calls:
         check_called(calibration, model)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from fxquant.errors import PortabilityWarning, QualityWarning, SpeedWarning
+from fxquant.errors import PortabilityWarning, QualityWarning, ResumeWarning, SpeedWarning
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -109,7 +109,12 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"fxquant(\.|$)")
-        for category in (PortabilityWarning, QualityWarning, SpeedWarning):  # Located in the code of the caller.
+        for category in (
+            PortabilityWarning,
+            QualityWarning,
+            ResumeWarning,
+            SpeedWarning,
+        ):  # Located in the code of the caller.
             warnings.filterwarnings("default", category=category)
         warnings.showwarning = show_warning
         yield

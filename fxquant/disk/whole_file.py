@@ -19,13 +19,15 @@ _OF_MODELS = frozenset(
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, *, forced: bool = True) -> Iterator[Path]:
     """Yield the path of a file to write; afterwards it becomes ``path`` and replaces what is there.
 
     If the block raises, the file that is there stays, and nothing else is left.
 
     Args:
         path: The final place; its folder is created.
+        forced: Whether the file is forced to the disk before it takes its place. Without this, the file survives the
+            end of the process, but may be damaged after a power failure.
 
     Raises:
         WriteError: If the file cannot be written, or a folder or a file of a model is in its place.
@@ -39,9 +41,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         unfinished = path.with_name(beside(path, SAVING))
         try:
             yield unfinished
-            force(unfinished)
+            if forced:
+                force(unfinished)
             os.replace(unfinished, path)
             with suppress(PermissionError):  # The folder may be writable but not readable.
-                force(path.parent)
+                if forced:
+                    force(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fxquant.disk.finished_work import FinishedWork
 from fxquant.errors import CalibrationError, PassError
 from fxquant.ir.shared import SharedTensors
 from fxquant.numerics.weights import QuantizedWeight
@@ -49,7 +49,7 @@ class PassContext:
         statistics: What calibration recorded; None if a plan is carried out without them.
         inputs: Tensor inputs of calibration calls of the graph, for passes that run the graph again. One list per call,
             one tensor per graph input. Empty if no pass asked for them (:meth:`Pass.wants_samples`).
-        workspace: Folder for finished results of slow passes, or None.
+        workspace: Keeps finished results of slow passes in the folder of ``resume=``; None without such a folder.
         codes: Weights that are rounded already, by layer. ``quantize-linears`` takes them from here.
         shared: What the graphs of the model decided about the tensors that they share.
         memo: Decisions that a pass may use again within one graph, by keys that the pass chooses.
@@ -66,7 +66,7 @@ class PassContext:
     plan: Plan
     statistics: Statistics | None = None
     inputs: list[list[Tensor]] = field(default_factory=list)
-    workspace: Path | None = None
+    workspace: FinishedWork | None = None
     codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     shared: SharedTensors = field(default_factory=SharedTensors)
     memo: dict[Any, Any] = field(default_factory=dict)

@@ -79,7 +79,11 @@ class _Engine:
         time = next(node for node in inputs if node.target == self.plan.timestep)
         self.timesteps = [_by_sample(call[time], call[inputs[0]]) for call in calls]
         self.store = Store(context.workspace)
-        self.fingerprint = digest(text, (tensor for call in calls for tensor in call.values()))
+        self.fingerprint = ""
+        inputs_digest = digest("", (tensor for call in calls for tensor in call.values()))
+        self.made_from = {"options of the pass": text, "calibration calls": inputs_digest}
+        # Segments of further graphs of the model have the same names, and files of their own.
+        self.suffix = f"~{inputs_digest[:8]}" if context.codes else ""
         share_alike(calls, inputs)
         self.exact: list[Values] = calls
         self.coded: list[Values] = [dict(call) for call in calls]
@@ -145,16 +149,17 @@ class _Engine:
         part = simulation.segment
         named = {node: str(node.meta[LAYER]) for node in simulation.weights}
         said = ";".join(f"{name}={self.plan.layer(name)}" for name in named.values())
-        weights = (get_tensor(self.module, str(node.all_input_nodes[1].target)) for node in named)
+        weights = [get_tensor(self.module, str(node.all_input_nodes[1].target)) for node in named]
         self.fingerprint = digest(f"{self.fingerprint};{part.name};{said}", weights)
-        team = self.context.team
+        made_from = {**self.made_from, "weights or plan": self.fingerprint}
+        file, team = part.name + self.suffix, self.context.team
         learned = None
         if team is None or team.rank == 0:  # Each segment needs what was learned for the one before.
-            learned = self.store.load(part.name, self.fingerprint)
+            learned = self.store.load(file, made_from, weights[0].device)
             if learned is None:
                 errors = learn(simulation, inputs, targets, self.timesteps, self.settings, advance)
                 learned = _result(simulation, named, errors)
-                self.store.save(part.name, self.fingerprint, learned)
+                self.store.save(file, made_from, learned)
         if team is not None:
             learned = team.broadcast(learned, 0)
         assert learned is not None

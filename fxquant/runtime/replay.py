@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.known_values import at_most
 from fxquant.capture.rebuilding import warn_if_not_rebuilt
 from fxquant.capture.trace import Architecture
+from fxquant.disk.finished_work import FinishedWork
 from fxquant.errors import CalibrationError, CaptureError, CheckpointError, ConfigurationError
 from fxquant.ir.attention import find_attentions
 from fxquant.ir.digest import graph_digest
@@ -51,7 +51,7 @@ def convert(
     backend: Backend,
     dtype: torch.dtype,
     instruments: Sequence[Instrument],
-    workspace: Path | None,
+    workspace: FinishedWork | None,
     team: Team | None = None,
 ) -> GraphModel:
     """Make a quantized model of the graphs that were calibrated.
@@ -62,7 +62,7 @@ def convert(
         backend: What the graphs are lowered to.
         dtype: Dtype of the float model.
         instruments: They watch the passes.
-        workspace: Folder in which slow passes keep finished results, or None.
+        workspace: Where slow passes keep finished results, or None.
         team: The processes that share the work, or None.
     """
     plan = calibration.plan

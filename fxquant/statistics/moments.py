@@ -131,6 +131,17 @@ class SecondMoments:
         return self._held.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self._held.device
+
+    def to(self, device: torch.device | str) -> SecondMoments:
+        """Move all sums to a device; returns the object."""
+        self._held = self._held.to(device)
+        self.sums = {timestep: total.to(device) for timestep, total in self.sums.items()}
+        return self
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self._held.nbytes + 8 * len(self.sums) * self.channels
