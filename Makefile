@@ -12,6 +12,8 @@ GRAPHS ?= 20000
 CASES ?= 5000
 # Number of saves that `make storm` kills, and number of races between saves.
 STORMS ?= 200
+# Number of commands that `make chaos` kills.
+KILLS ?= 50
 # Models that `make bench-cpu` measures, with their number of layers; dit:28 is a complete DiT-XL/2.
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
 # Options of `make bench-gpu`, such as --model dit,flux@1 --batch 2,16 --budget 500.
@@ -30,7 +32,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
+.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm chaos zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -64,6 +66,9 @@ fuzz-load: $(STAMP) ## load $(CASES) damaged checkpoints, different ones each ti
 
 storm: $(STAMP) ## kill and race saves at random times, $(STORMS) of each
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms --kills $(STORMS) --races $(STORMS)
+
+chaos: $(STAMP) ## kill $(KILLS) conversions at random times, repeat them, and compare the results byte for byte
+	OMP_NUM_THREADS=1 $(PY) -m tests.storms.chaos --kills $(KILLS)
 
 zoo-calls: $(STAMP) ## test every zoo model with each optional input on and off, in every order, in float64
 	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.calls

@@ -62,6 +62,7 @@ _QUANTIZE_EXAMPLES = """[bold]Examples[/]
 
 @app.command(epilog=_QUANTIZE_EXAMPLES, no_args_is_help=True)
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a diffusers pipeline.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write the quantized pipeline to.")] = None,
     recipe: Annotated[
@@ -119,7 +120,7 @@ def quantize(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Folder in which block reconstruction keeps finished blocks, to resume from there."),
+        typer.Option(help="Folder for finished calls, layers and blocks; the same command continues from there."),
     ] = None,
     prove: Annotated[
         bool,
@@ -176,6 +177,7 @@ def quantize(
     with quiet(), status("importing torch and diffusers"):
         import fxquant
         from fxquant.calibration.pipeline_calls import calibration_call, num_batches, steps_watched
+        from fxquant.disk.claims import claimed
         from fxquant.disk.files import dtype_of_name
         from fxquant.disk.folders import prepare
         from fxquant.pipeline.backend import resolve_backend
@@ -190,6 +192,7 @@ def quantize(
         # Invalid options are refused before any slow step.
         refuse_input(out_folder, Path(model))
         prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
+        context.with_resource(claimed(out_folder.resolve()))
         for option, folder in (("--dump", dump), ("--resume", resume)):
             _check_folder(option, folder, out_folder)
         recipes = _recipes_of(components, recipe)

@@ -182,7 +182,7 @@ def working_in(folder: str | Path | None, versions: Mapping[str, str] | None = N
     place = Path(folder).resolve()
     check_writable(place)
     with parents_of(place):
-        lock = locked(place, "resume")
+        lock = locked(place)
         try:
             _tidy(place)
             yield FinishedWork(place, _versions() if versions is None else versions)
@@ -192,12 +192,11 @@ def working_in(folder: str | Path | None, versions: Mapping[str, str] | None = N
             del lock
 
 
-def locked(folder: Path, option: str) -> Lock:
+def locked(folder: Path) -> Lock:
     """Make a folder and lock it.
 
     Args:
         folder: The folder, whose parent exists.
-        option: What names the folder, for the message.
 
     Raises:
         FolderInUseError: If it is locked.
@@ -211,7 +210,7 @@ def locked(folder: Path, option: str) -> Lock:
             return lock
         if folder.is_dir():  # Otherwise the process that held it has just removed it.
             break
-    raise FolderInUseError(f"another process works in {folder}; wait until it ends, or give another folder as {option}")
+    raise FolderInUseError(f"another process works in {folder}; wait until it ends, or give another folder")
 
 
 def digest_of_tensor(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -25,10 +26,13 @@ from safetensors import SafetensorError
 from fxquant.disk.exchange import exchange, force, force_to_disk
 from fxquant.disk.locks import Lock
 from fxquant.errors import CheckpointError, WriteError
+from fxquant.text import size
 
 _TRIES = 100  # Attempts at a step that another process can interfere with.
 _LONGEST = 200  # Bytes of a name before the suffixes below are added; most file systems allow 255.
 SAVING, _REPLACED = "saving", "replaced"
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Check = Callable[[Path], None]
 
@@ -135,11 +139,29 @@ def writing(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason, number = getattr(error, "strerror", None) or error, _errno_of(error)
+        advice = "check the disk and its permissions"
+        if number in _FULL:
+            advice = f"{_space(path, number)}, and what was there before is unchanged"
         raise WriteError(
-            f"{path} cannot be written: {reason}; check the disk and its permissions, or choose another place",
-            errno=getattr(error, "errno", None),
+            f"{path} cannot be written: {reason}; {advice}, or choose another place", errno=number
         ) from error
+
+
+def _errno_of(error: OSError | SafetensorError) -> int | None:
+    """The number of an error of the system; errors of safetensors have it in their text only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(found[1]) if found else None)
+
+
+def _space(path: Path, number: int | None) -> str:
+    """What to do about a disk that takes no more."""
+    if number == errno.EFBIG:
+        return "raise the limit of the size of files (ulimit -f)"
+    there = path.absolute()
+    while not there.is_dir():
+        there = there.parent
+    return f"free space on the disk of {there}, which has {size(shutil.disk_usage(there).free)} left"
 
 
 @contextmanager
@@ -372,4 +394,9 @@ def _stem(folder: Path) -> str:
 
 def beside(folder: Path, kind: str) -> str:
     """A new name, next to a folder or file, for what is written or set aside."""
-    return f".{_stem(folder)}.{kind}-{secrets.token_hex(4)}"
+    return f"{beside_always(folder, kind)}-{secrets.token_hex(4)}"
+
+
+def beside_always(folder: Path, kind: str) -> str:
+    """A name next to a folder or file, always the same."""
+    return f".{_stem(folder)}.{kind}"
