@@ -185,8 +185,8 @@ def compile(
         if prove:
             raise ConfigurationError("passes are proved on calibration calls; give a recipe with calibrate, not a plan")
         check_weights(model)
-        with without_autocast(device.type):
-            replayed = replay(model, copy.deepcopy(plan), runner, instruments, statistics)
+        with without_autocast(device.type), working_in(resume) as workspace:
+            replayed = replay(model, copy.deepcopy(plan), runner, instruments, statistics, workspace)
         hand_on_hooks(model, replayed)
         return replayed
     if recipe is None:

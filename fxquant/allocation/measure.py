@@ -14,6 +14,7 @@ from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.prepared import prepare
 from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
+from fxquant.disk.finished_work import working_in
 from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.errors.schedule import wanted_calls
 from fxquant.pipeline.recipes import Recipe
@@ -68,22 +69,23 @@ def sensitivity(
             those with the largest estimates.
         budget: Seconds for the timesteps, after calibration and rounding. What does not fit is listed in ``left_out``.
             At least one timestep is measured. None for no limit.
-        resume: Folder in which finished timesteps are kept. The same call with the same folder continues from them; a
-            call that measures something else is refused.
+        resume: Folder that keeps what is finished: calls of the calibration, rounded layers, timesteps. The same call
+            with the same folder continues from there; a call that measures something else is refused.
         progress: Called as ``progress(what, done, total)``.
         seed: Seed of the random vectors.
 
     Raises:
         ConfigurationError: If an option is out of range, a candidate is not a precision, or no calls were kept.
         CalibrationError: If calibration fails, or the statistics lack what the recipe needs.
+        FolderInUseError: If another process works in the folder ``resume``.
     """
     check_options(timesteps, samples, probes, measure, budget, resume, seed)
     most = wanted_calls(timesteps)
-    with sharing_traces(model):
-        prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
+    with sharing_traces(model), working_in(resume) as work:
+        prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most, work)
         with without_autocast(device_of(model).type):
             job = Job(prepared, timesteps, samples, probes, measure, budget, seed)
-            return job.run(None if resume is None else Path(resume), progress or (lambda what, done, total: None))
+            return job.run(None if work is None else work.folder, progress or (lambda what, done, total: None))
 
 
 def check_options(timesteps: Any, samples: Any, probes: Any, measure: Any, budget: Any, resume: Any, seed: Any) -> None:

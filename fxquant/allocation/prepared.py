@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from fxquant import api
 from fxquant.allocation.candidates import Candidate, possible, precision_of_recipe, varied_layers, with_candidates
+from fxquant.disk.finished_work import FinishedWork
 from fxquant.errors import CalibrationError, ConfigurationError, check_type
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.recipes import Recipe, has_precision, make_recipe
@@ -36,6 +38,7 @@ class Prepared:
         layers: The layers whose precision is varied, each with the precisions that it can have.
         roundings: The weights rounded so far. Each was rounded in all precisions at once.
         left_out: Which layers cannot have which precision.
+        work: Keeps rounded layers; None to keep nothing.
     """
 
     model: nn.Module
@@ -46,6 +49,7 @@ class Prepared:
     layers: dict[str, list[str]]
     roundings: Roundings
     left_out: dict[str, str] = field(default_factory=dict)
+    work: FinishedWork | None = None
 
     def plan_of(self, precision: str) -> Plan:
         """The plan with every layer in one precision, also float, if it can have it."""
@@ -77,7 +81,14 @@ class Prepared:
     def compile(self, plan: Plan, backend: str | Backend = "fake-quant") -> GraphModel:
         """The model with a plan that differs from the base's in precisions only."""
         with self.roundings.used_with(self.statistics):
-            return api.compile(self.model, plan=plan, statistics=self.statistics, backend=backend, measure=0)
+            return api.compile(
+                self.model,
+                plan=plan,
+                statistics=self.statistics,
+                backend=backend,
+                measure=0,
+                resume=_folder(self.work, f"candidate-{plan.fingerprint()[:12]}"),
+            )
 
 
 def prepare(
@@ -89,6 +100,7 @@ def prepare(
     layers: str,
     timestep: str | None,
     most_calls: int,
+    work: FinishedWork | None = None,
 ) -> Prepared:
     """Calibrate if necessary, and quantize the model in the middle one of the precisions.
 
@@ -115,7 +127,13 @@ def prepare(
     roundings = Roundings(_wanted(precision_of_recipe(chosen), list(quantizing.values())))
     with roundings.used_with(statistics):
         base = api.compile(
-            model, recipe=chosen, calibrate=calibrate, statistics=statistics, measure=0, timestep=timestep
+            model,
+            recipe=chosen,
+            calibrate=calibrate,
+            statistics=statistics,
+            measure=0,
+            timestep=timestep,
+            resume=_folder(work, "conversion"),
         )
     if not len(statistics.calls):
         raise ConfigurationError("these statistics keep no calls; record them with fxquant.Statistics(keep_calls=64)")
@@ -124,7 +142,7 @@ def prepare(
     own = varied_layers(plan, precision_of_recipe(chosen))
     if not own:
         raise ConfigurationError("the recipe quantizes no linear with its own precision, so there is nothing to vary")
-    made = Prepared(model, statistics, chosen, base, quantizing, {name: [] for name in own}, roundings)
+    made = Prepared(model, statistics, chosen, base, quantizing, {name: [] for name in own}, roundings, work=work)
     for text, candidate in quantizing.items():
         refused = {name: reason for name in own if (reason := possible(plan, name, candidate)) is not None}
         for name in own:
@@ -140,6 +158,11 @@ def prepare(
         for name in own:
             made.layers[name].append(FLOAT_BITS)
     return made
+
+
+def _folder(work: FinishedWork | None, name: str) -> Path | None:
+    """The folder of a conversion."""
+    return None if work is None else work.folder / name
 
 
 def _check_ranks(candidates: Mapping[str, Candidate], recipe: Recipe) -> None:

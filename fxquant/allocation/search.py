@@ -28,12 +28,14 @@ from fxquant.calibration.samples import KEPT_SAMPLES, Sample, output_sqnr
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
+from fxquant.disk.finished_work import Part, working_in
 from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError, check_type
 from fxquant.inspect.errors.schedule import calls_at, wanted_calls
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.attribution import to_db
 from fxquant.planning.layer_times import LayerTimes
+from fxquant.planning.plan import Plan
 from fxquant.planning.sensitivities import Sensitivities
 from fxquant.runtime.float_model import device_of, weights_digest
 from fxquant.runtime.model import GraphModel
@@ -100,7 +102,9 @@ def search(
         probes: Random gradients per timestep.
         measure: Errors per timestep that are measured, not estimated.
         budget: Seconds for the sensitivities.
-        resume: Folder in which finished timesteps of the sensitivities are kept, as in :func:`fxquant.sensitivity`.
+        resume: Folder that keeps what is finished: calls of the calibration, rounded layers, timesteps of the
+            sensitivities, times of layers, and what was measured of each model. The same call with the same folder
+            continues from there.
         checks: The most models that are compiled and measured for an ``sqnr`` or a ``speed``.
         times: For a ``speed``: times of layers that were measured earlier, or a file of them
             (:meth:`LayerTimes.save`). A file that does not exist is written. With given times the choice does not
@@ -114,6 +118,7 @@ def search(
         UnreachableTargetError: If no choice of the candidates reaches the target; says the best that does.
         BackendError: If the backend runs a layer in none of the candidates.
         CalibrationError: If calibration fails, or the statistics lack what the recipe needs.
+        FolderInUseError: If another process works in the folder ``resume``.
     """
     target = check_target(size, sqnr, speed)
     check_options(timesteps, samples, probes, measure, budget, resume, seed)
@@ -130,19 +135,14 @@ def search(
         if sensitivities.weights != weights_digest(model):
             raise ConfigurationError("the sensitivities are of other weights than this model's; measure them again")
         recipe = Recipe.parse(sensitivities.recipe)
-        if resume is not None:
-            raise ConfigurationError(
-                "sensitivities are given, so nothing is measured that could be resumed; give one of both"
-            )
     most = wanted_calls(timesteps)
     show = progress or (lambda what, done, total: None)
-    with sharing_traces(model):
-        prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most)
+    with sharing_traces(model), working_in(resume) as work:
+        prepared = prepare(model, recipe, candidates, calibrate, statistics, layers, timestep, most, work)
         with without_autocast(device_of(model).type):
             if sensitivities is None:
-                sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(
-                    None if resume is None else Path(resume), show
-                )
+                folder = None if work is None else work.folder
+                sensitivities = Job(prepared, timesteps, samples, probes, measure, budget, seed).run(folder, show)
             return _Search(prepared, sensitivities, backend, checks, show).run(target, size, sqnr, speed, times)
 
 
@@ -272,11 +272,22 @@ class _Search:
         plan.decisions_of(Choice).update(self.choices(chosen))
         made = self.prepared.compile(plan, self.backend)
         assert made.plan is not None
-        made.plan.output_sqnr_db = output_sqnr(made, self.samples)
+        made.plan.output_sqnr_db = self._sqnr(made, made.plan)
         measured = mean_sqnr(made.plan.output_sqnr_db.values())
         point = Point("searched", made.plan.bytes_after, self.sizes.mean_db(chosen), measured)
         self.checked.append(point)
         return made, point
+
+    def _sqnr(self, made: GraphModel, plan: Plan) -> dict[float, float]:
+        """The SQNR by timestep; an interrupted search may have measured it."""
+        work, text = self.prepared.work, plan.fingerprint()
+        if work is None:
+            return output_sqnr(made, self.samples)
+        made_from = {"weights": self.measured.weights, "plan": text, "backend": self.text}
+        found = work.part(
+            f"sqnr-{text[:12]}", made_from, lambda: Part({}, list(output_sqnr(made, self.samples).items()))
+        )
+        return dict(found.data)
 
     def choices(self, chosen: dict[str, str]) -> dict[str, Choice]:
         """Each layer's choice with its reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fxquant.allocation.result import Point
 from fxquant.allocation.timing import Timed, machine_text, time_calls, time_layers
 from fxquant.calibration.recorded import arguments_of, inputs_on
 from fxquant.capture.calls import BATCH, CallSpec
+from fxquant.disk.finished_work import Part
 from fxquant.errors import ConfigurationError, SpeedWarning, UnreachableTargetError
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.layer_times import LayerTimes
@@ -148,9 +150,19 @@ class SpeedSearch:
     def _measured(self, chosen: dict[str, str]) -> tuple[Made, float, float]:
         """Compile a choice; with the milliseconds of a call of the float model, and of its own."""
         quantized, point = self.make(chosen)
-        floating, own = time_calls(self.prepared.model, quantized, self.arguments, self.device)
+        name = f"call-times-{hashlib.sha256(repr(chosen).encode()).hexdigest()[:12]}"
+        floating, own = self._kept(
+            name, repr(chosen), lambda: time_calls(self.prepared.model, quantized, self.arguments, self.device)
+        )
         self.points.append(replace(point, speed=floating / own))
         return (chosen, quantized, self.points[-1]), floating, own
+
+    def _kept(self, name: str, of: str, measure: Callable[[], Any]) -> Any:
+        """JSON values that were measured; an interrupted search on this machine may have measured them."""
+        if self.prepared.work is None:
+            return measure()
+        made_from = {"machine": machine_text(self.device), "backend": self.text, "layers or precisions": of}
+        return self.prepared.work.part(name, made_from, lambda: Part({}, measure())).data
 
     @staticmethod
     def _own(times: LayerTimes, chosen: dict[str, str]) -> list[float]:
@@ -169,7 +181,13 @@ class SpeedSearch:
             for text in one.precisions:
                 cells[name, text] = Timed.of(one, plans[text], by_token, self.batch)
         self.progress("times of layers", 0, 1)
-        timed = time_layers(list(cells.values()), self.backend, dtype_of(self.prepared.model), self.device)
+        wanted = list(dict.fromkeys(cells.values()))
+
+        def measured() -> list[tuple[float, float]]:
+            found = time_layers(wanted, self.backend, dtype_of(self.prepared.model), self.device)
+            return [found[one] for one in wanted]
+
+        timed = dict(zip(wanted, self._kept("layer-times", repr(wanted), measured), strict=True))
         readers: dict[str, int] = {}
         for one in self.found.layers.values():
             readers[one.reads] = readers.get(one.reads, 0) + 1

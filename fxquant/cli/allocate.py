@@ -33,7 +33,7 @@ _SEARCH_EXAMPLES = """[bold]Examples[/]
 
   fxquant search facebook/DiT-XL-2-256 --sqnr 35 --candidates w4a8,w6a8,w8a8 --out dit-mixed --picture pareto.svg
 
-  fxquant search facebook/DiT-XL-2-256 --speed 1.5 --backend native --times dit.times --out dit-mixed
+  fxquant search facebook/DiT-XL-2-256 --speed 1.5 --backend native --times dit.times --out dit-mixed --resume parts
 """
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the float pipeline.")]
@@ -46,7 +46,9 @@ Steps = Annotated[int, typer.Option(min=1, max=10_000, help="Denoising steps of 
 Timesteps = Annotated[int, typer.Option(min=1, max=10_000, help="Timesteps to measure.")]
 Probes = Annotated[int, typer.Option(min=1, max=10_000, help="Random gradients per timestep; more are exacter.")]
 Budget = Annotated[float | None, typer.Option(min=1.0, help="Seconds for the timesteps of the measurement.")]
-Resume = Annotated[Path | None, typer.Option(help="Folder in which finished timesteps are kept.")]
+Resume = Annotated[
+    Path | None, typer.Option(help="Folder for what is finished; the same command continues from there.")
+]
 
 _CANDIDATES = "w4a8,w5a8,w6a8,w8a8"
 _RECIPE = "smoothquant-search-gptq"

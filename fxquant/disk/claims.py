@@ -7,7 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fxquant.disk.finished_work import locked
-from fxquant.disk.folders import beside_always, writing
+from fxquant.disk.folders import beside_always
+from fxquant.disk.locks import Lock
+from fxquant.disk.refusals import writing
 from fxquant.errors import FolderInUseError
 
 
@@ -30,12 +32,7 @@ def claimed(folder: Path) -> Iterator[None]:
         made = [parent for parent in folder.parents if not parent.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        try:
-            lock = locked(place)
-        except FolderInUseError:
-            raise FolderInUseError(
-                f"another process is making {folder}; wait until it ends, or choose another folder"
-            ) from None
+        lock = _lock(place, folder)
         try:
             yield
         finally:
@@ -46,3 +43,12 @@ def claimed(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # They are not empty.
             for parent in made:
                 parent.rmdir()
+
+
+def _lock(place: Path, folder: Path) -> Lock:
+    try:
+        return locked(place)
+    except FolderInUseError:
+        raise FolderInUseError(
+            f"another process is making {folder}; wait until it ends, or choose another folder"
+        ) from None

@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxquant.disk.files import few, write_tensors
-from fxquant.disk.folders import SAVING, check_writable, parents_of, writing
+from fxquant.disk.folders import SAVING, check_writable, parents_of
 from fxquant.disk.locks import Lock
+from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import FolderInUseError, ResumeWarning
 

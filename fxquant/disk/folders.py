@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -21,18 +20,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from fxquant.disk.exchange import exchange, force, force_to_disk
 from fxquant.disk.locks import Lock
+from fxquant.disk.refusals import writing
 from fxquant.errors import CheckpointError, WriteError
-from fxquant.text import size
 
 _TRIES = 100  # Attempts at a step that another process can interfere with.
 _LONGEST = 200  # Bytes of a name before the suffixes below are added; most file systems allow 255.
-SAVING, _REPLACED = "saving", "replaced"
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SAVING, _REPLACED, _TRIAL = "saving", "replaced", ".fxquant-trial-"
 
 Check = Callable[[Path], None]
 
@@ -121,47 +116,19 @@ def _try_to_make(path: Path) -> None:
     there = path
     while not there.exists():
         there = there.parent
-    with tempfile.TemporaryDirectory(dir=there, prefix=".fxquant-") as trial:
+    for left in there.glob(f"{_TRIAL}*"):  # Of processes that were killed; those that run hold a lock.
+        if Lock.of(left, certain=True) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=there, prefix=_TRIAL) as trial:
+        lock = Lock.of(Path(trial))
         made = Path(trial, *path.relative_to(there).parts)
         made.mkdir(parents=True, exist_ok=True)
         _try_to_write(made)
+        del lock
 
 
 def _try_to_write(folder: Path) -> None:
     (folder / "trial").write_bytes(b"x" * 4096)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the system while a path is written into a :class:`WriteError`."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason, number = getattr(error, "strerror", None) or error, _errno_of(error)
-        advice = "check the disk and its permissions"
-        if number in _FULL:
-            advice = f"{_space(path, number)}, and what was there before is unchanged"
-        raise WriteError(
-            f"{path} cannot be written: {reason}; {advice}, or choose another place", errno=number
-        ) from error
-
-
-def _errno_of(error: OSError | SafetensorError) -> int | None:
-    """The number of an error of the system; errors of safetensors have it in their text only."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return getattr(error, "errno", None) or (int(found[1]) if found else None)
-
-
-def _space(path: Path, number: int | None) -> str:
-    """What to do about a disk that takes no more."""
-    if number == errno.EFBIG:
-        return "raise the limit of the size of files (ulimit -f)"
-    there = path.absolute()
-    while not there.is_dir():
-        there = there.parent
-    return f"free space on the disk of {there}, which has {size(shutil.disk_usage(there).free)} left"
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fxquant.disk.exchange import force
-from fxquant.disk.folders import SAVING, beside, parents_of, writing
+from fxquant.disk.folders import SAVING, beside, parents_of
+from fxquant.disk.refusals import writing
 from fxquant.errors import WriteError
 
 _OF_MODELS = frozenset(

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxquant.disk.folders import writing
+from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import ConfigurationError
 from fxquant.ir.dumps import LARGEST, Dump, dump_of

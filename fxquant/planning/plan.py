@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxquant.capture.calls import CallSpec
 from fxquant.disk.files import blaming, digest_of, load_tensors, share
-from fxquant.disk.folders import writing
+from fxquant.disk.refusals import writing
 from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError, shortened
 from fxquant.planning.attribution import Attribution, kept_attribution
 from fxquant.planning.decisions import ActivationRange, AttentionPlan, Balance, LayerPlan, Shift, TimestepGroups

@@ -83,9 +83,14 @@ def convert(
 
 
 def replay(
-    model: nn.Module, plan: Plan, backend: Backend, instruments: Sequence[Instrument], statistics: Statistics | None
+    model: nn.Module,
+    plan: Plan,
+    backend: Backend,
+    instruments: Sequence[Instrument],
+    statistics: Statistics | None,
+    workspace: FinishedWork | None = None,
 ) -> GraphModel:
-    """Apply a recorded plan to a float model."""
+    """Apply a recorded plan to a float model; ``workspace`` keeps finished results of slow passes."""
     if not plan.calls:
         raise ConfigurationError(
             "the plan records no call of the model: no calibration made it. Give the plan of a compiled model"
@@ -102,7 +107,7 @@ def replay(
     warn_if_not_rebuilt(model, plan.timestep)
     architecture = Architecture.of(model, plan.timestep)
     quantized = GraphModel(architecture, dtype_of(model), plan, further_graph(recipe, backend), backend)
-    context = PassContext(plan, statistics, shared=quantized.shared, backend=backend.limits())
+    context = PassContext(plan, statistics, workspace=workspace, shared=quantized.shared, backend=backend.limits())
     device, original = device_of(model), Original(model, plan.timestep)
     for call in plan.calls:
         original.warm(example(call, device), architecture)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -448,3 +450,18 @@ def test_permissions(tmp_path: Path) -> None:
     (tmp_path / "q").chmod(0o700)  # Whoever closed a folder keeps it closed.
     save(tmp_path / "q", OLD)
     assert stat.S_IMODE((tmp_path / "q").stat().st_mode) == 0o700
+
+
+def test_a_trial_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        folders._try_to_write = lambda folder: (os.write(writer, b"."), time.sleep(60))  # type: ignore[assignment]
+        folders.check_writable(tmp_path / "a" / "b")
+    os.read(reader, 1)
+    check_writable(tmp_path / "a" / "b")
+    assert len(names(tmp_path)) == 1  # That of a process that still runs.
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path) == []

@@ -120,7 +120,7 @@ class Chaos:
         if sum(more.values()) > killed:
             self.outcome.wrong.append(f"trial {number}, {recipe}: {dict(more)} computed again after {killed} kills")
         if [path.name for path in place.iterdir() if path.name.startswith(".")]:
-            self.outcome.wrong.append(f"trial {number}: leftovers in {place}")
+            self.outcome.wrong.append(f"trial {number}: {place} holds what a killed process left")
         if not self.outcome.wrong:
             shutil.rmtree(place)
 

@@ -21,6 +21,7 @@ from fxquant.calibration.recorded import arguments_of, inputs_on, record_calls
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.threads import without_autocast
 from fxquant.capture.trace import Architecture
+from fxquant.disk.finished_work import working_in
 from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.errors.graphs import make_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order, wanted_calls
@@ -98,7 +99,7 @@ def attribute(
     check_type("seed", seed, int, "a whole number")
     _check_options(timesteps, samples, probes, measure, budget)
     began = time.monotonic()
-    with without_autocast(device_of(model).type):
+    with without_autocast(device_of(model).type), working_in(resume):
         kept = _calls(plan, model, inputs, wanted_calls(timesteps))
         job = _Job(plan, kept, chosen_timesteps(kept, timesteps), samples, probes, measure, seed, began, budget)
         key = _fingerprint(job, model) if resume is not None else ""
