@@ -20,7 +20,9 @@ import fxquant
 from fxquant.cli import output
 from fxquant.cli import quantize as command_quantize
 from fxquant.cli.__main__ import app
+from fxquant.disk.claims import claimed
 from fxquant.disk.files import digest_of
+from fxquant.disk.finished_work import working_in
 from fxquant.errors import CheckpointError, PortabilityWarning, QualityWarning, SpeedWarning
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.pretrained import together
@@ -135,6 +137,16 @@ class TestQuantize:
         result = run("quantize", float_folder, *options, "--out", tmp_path / "q")
         assert result.exit_code == 0, result.output
         assert (tmp_path / "parts" / "transformer_blocks.0.safetensors").exists()
+
+    def test_a_second_command_for_one_folder_is_refused_at_once(self, float_folder, tmp_path):
+        options = ("quantize", float_folder, "-r", "rtn-w8a8", "--out", tmp_path / "q", "--resume", tmp_path / "parts")
+        with claimed(tmp_path / "q"):
+            assert "another process is making" in refused(*options, *FAST)
+        with working_in(tmp_path / "parts"):
+            assert "another process works in" in refused(*options, *FAST)
+        assert list(tmp_path.iterdir()) == []
+        assert run(*options, *FAST).exit_code == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "q"]
 
     def test_mistakes_cost_no_time(self, float_folder, quantized, tmp_path):
         out = ("--out", tmp_path / "x")

@@ -44,8 +44,11 @@ RECIPES = (
     "single-step-w4a8",
     "svdquant-w4a4",
     "rtn-reconstruct-w4a8",
+    "transformer=ptq4dit-w8a8,vae=rtn-w8a16",
 )
-_OPTIONS = ("--samples", "10", "--steps", "4", "--measure", "2", "--layers", "blocks", "--overwrite")
+"""Recipes of the transformer, or several parts of the pipeline with theirs."""
+
+_OPTIONS = ("--samples", "10", "--steps", "4", "--measure", "2", "--overwrite")
 
 Files = dict[str, bytes]
 
@@ -95,7 +98,8 @@ class Chaos:
         self.whole: dict[str, tuple[Files, Counter[str]]] = {}
         self.seconds: dict[str, float] = {}
         for recipe in recipes:
-            warm, place = folder / f"warm-{recipe}", folder / f"whole-{recipe}"
+            name = recipe.replace("=", "-")
+            warm, place = folder / f"warm-{name}", folder / f"whole-{name}"
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 assert not quantize(folder / "float", recipe, warm)  # Forks inherit the traces.
             began = time.perf_counter()
@@ -165,7 +169,8 @@ def quantize(model: Path, recipe: str, place: Path) -> int:
     """The command, in this process; returns its exit code."""
     from fxquant.cli.__main__ import app
 
-    options = ["quantize", str(model), "-r", recipe_text(recipe), *_OPTIONS]
+    what = ["--components", recipe] if "=" in recipe else ["-r", recipe_text(recipe)]
+    options = ["quantize", str(model), *what, *_OPTIONS]
     try:
         app([*options, "--out", str(place / "q"), "--resume", str(place / "parts")])
     except SystemExit as error:
@@ -177,7 +182,7 @@ def recipe_text(recipe: str) -> str:
     """The recipe, with few steps where it learns, and branches that are small enough for a small model."""
     from fxquant.pipeline.recipes import make_recipe
 
-    made = make_recipe(recipe, "blocks")
+    made = make_recipe(recipe)
     small = {"reconstruct-blocks": {"iterations": 10, "samples": 16}, "split-low-rank": {"rank": 2}}
     for name in {step.name for step in made.convert} & small.keys():
         made = made.with_options(name, **small[name])

@@ -1,0 +1,106 @@
+"""Statistics that are kept while they are recorded come back with the same bits, and go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxquant.disk.finished_work import FinishedWork, working_in
+from fxquant.errors import ResumeWarning
+from fxquant.statistics.collection import Statistics
+from fxquant.statistics.keeping import KeptStatistics
+
+FROM = {"model": "a"}
+STEPS = (700.0, 20.0, 700.0, 300.0)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[FinishedWork]:
+    with working_in(tmp_path / "work") as opened:
+        assert opened is not None
+        yield opened
+
+
+def new() -> Statistics:
+    statistics = Statistics(num_rows=5)
+    statistics.wants_moments = lambda key: key != "c"
+    return statistics
+
+
+def record(statistics: Statistics, number: int) -> None:
+    """One call: three values with two widths; the last call is so large that second moments become float64."""
+    generator = torch.Generator().manual_seed(number)
+    scale = 2.0**45 if number == 3 else 1.0
+    for key, channels in (("b", 6), ("a", 4), ("c", 6)):
+        x = scale * torch.randn(3, 7, channels, generator=generator)
+        statistics.record(key, x, torch.tensor(STEPS[number]))
+
+
+def file_of(statistics: Statistics, folder: Path) -> bytes:
+    statistics.save(folder / "statistics")
+    return (folder / "statistics").read_bytes()
+
+
+@pytest.mark.parametrize("interrupted", range(1, 5))
+def test_recording_goes_on_with_the_same_bits(interrupted: int, work: FinishedWork, tmp_path: Path) -> None:
+    whole, first, resumed = new(), new(), new()
+    for number in range(4):
+        record(whole, number)
+    kept = KeptStatistics(work)
+    for number in range(interrupted):
+        record(first, number)
+        index = kept.save(first, FROM)
+    again = KeptStatistics(work)
+    assert again.load(index, resumed, FROM)
+    for number in range(interrupted, 4):
+        record(resumed, number)
+        index = again.save(resumed, FROM)
+    assert list(resumed) == list(whole)
+    assert file_of(resumed, tmp_path) == file_of(whole, tmp_path)
+    for key in ("a", "b"):
+        found, expected = resumed[key].moments, whole[key].moments
+        assert found is not None and expected is not None
+        assert list(found.sums) == list(expected.sums)  # Products over timesteps depend on their order.
+        assert torch.equal(found.matrix, expected.matrix)
+    last = new()
+    assert KeptStatistics(work).load(index, last, FROM)
+    assert file_of(last, tmp_path) == file_of(whole, tmp_path)
+
+
+def test_only_what_changed_is_written(work: FinishedWork) -> None:
+    statistics, kept = new(), KeptStatistics(work)
+    record(statistics, 0)
+    first = kept.save(statistics, FROM)
+    assert kept.save(statistics, FROM) == first
+    record(statistics, 1)  # At another timestep.
+    second = kept.save(statistics, FROM)
+    assert set(kept.files(first)) & set(kept.files(second)) == {first["rows"][0][1]}
+    assert all(work.load(name, FROM) for name in (*kept.files(first), *kept.files(second)))
+    kept.remove_replaced(first, second)
+    assert {path.stem for path in work.folder.iterdir()} == set(kept.files(second))
+
+
+def test_nothing_changes_if_a_file_is_damaged(work: FinishedWork, tmp_path: Path) -> None:
+    statistics, kept, other = new(), KeptStatistics(work), new()
+    record(statistics, 0)
+    index = kept.save(statistics, FROM)
+    record(other, 1)
+    before = file_of(other, tmp_path)
+    path = work.path(kept.files(index)[-1])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(ResumeWarning, match="is damaged"):
+        assert not KeptStatistics(work).load(index, other, FROM)
+    assert file_of(other, tmp_path) == before
+
+
+def test_the_digest_tells_options_and_content_apart() -> None:
+    recorded, other = new(), new()
+    record(recorded, 0)
+    record(other, 1)
+    every = [new(), Statistics(num_rows=6), Statistics(num_rows=5, seed=1), Statistics(num_rows=5, keep_calls=1)]
+    digests = [KeptStatistics.digest(statistics) for statistics in (*every, recorded, other)]
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == KeptStatistics.digest(new())
