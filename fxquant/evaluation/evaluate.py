@@ -191,6 +191,7 @@ class _Job:
     networks: Networks = field(default_factory=Networks)
     notes: list[str] = field(default_factory=list)
     frames: int = 1
+    classes: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sfid < 1:
@@ -210,6 +211,7 @@ class _Job:
         self.progress(f"read the {name} pipeline", 0, 1)
         pipe = _opened(source, self.device)
         self.sampling.check(pipe)
+        self._check_classes(pipe)
         store = Store(folder, self.sampling.settings(pipe), overwrite)
         if store.restarted:
             self.notes.append(f"images of other settings in {folder} were removed")
@@ -231,6 +233,16 @@ class _Job:
                 store.features(number, extractor)
                 told(done + 1)
         return store
+
+    def _check_classes(self, pipe: Any) -> None:
+        """Refuse pipelines that know different classes, because their images would have different labels."""
+        known = self.sampling.classes(pipe)
+        if self.classes not in (None, known):
+            raise ConfigurationError(
+                f"the quantized pipeline knows classes {self.classes} and the float one {known}, so their images would "
+                "show different classes; give labels, such as --labels 0-9"
+            )
+        self.classes = known
 
     def _extractor(self) -> Extractor | None:
         return self.networks.extractor if self.choice.run & {*OF_FEATURES} else None

@@ -77,9 +77,18 @@ class Sampling:
             "seed": self.seed,
             "guidance": self.guidance,
             "labels": self.labels if isinstance(self.labels, str) else list(self.labels),
+            "classes": self.classes(pipe),
             "prompts": None if self.prompts is None else list(self.prompts),
             "sizes": dict(self.sizes),
         }
+
+    def classes(self, pipe: Any) -> str | None:
+        """The classes that labels are chosen from, such as ``0 to 999``; None if labels are given, or prompts."""
+        if self.prompts is not None or not isinstance(self.labels, str):
+            return None
+        known = pipeline_calls.classes_of(pipe)
+        whole = f"{known[0]} to {known[-1]}"
+        return whole if known == list(range(known[0], known[-1] + 1)) else f"{len(known)} of {whole}"
 
     def prompts_of(self, number: int) -> list[str] | None:
         """The prompts of a batch, or None without any."""

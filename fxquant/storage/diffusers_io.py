@@ -277,6 +277,13 @@ def _write_index(pipe: Any, parts: Mapping[str, Any], quantized: set[str], folde
         # transformers knows no quantizers of others, so diffusers is to call the quantized model's own class.
         of_diffusers = original.__module__.startswith("diffusers.")
         index[name] = ["diffusers" if of_diffusers else "fxquant", (original if of_diffusers else GraphModel).__name__]
+    words = getattr(pipe, "labels", None)
+    if isinstance(words, dict) and words and "id2label" not in index:
+        # DiTPipeline reads the names of classes, but does not write them.
+        names: dict[str, list[str]] = {}
+        for word, label in words.items():
+            names.setdefault(str(label), []).append(word)
+        index["id2label"] = {label: ", ".join(names[label]) for label in sorted(names, key=int)}
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

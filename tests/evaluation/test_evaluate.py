@@ -322,6 +322,16 @@ def test_other_options_that_do_not_fit(both: tuple[Any, Any], tmp_path: Path) ->
         evaluate(both[0], **OPTIONS, labels=[4000])
 
 
+def test_pipelines_with_other_classes_are_refused(both: tuple[Any, Any]) -> None:
+    from diffusers import DiTPipeline
+
+    other = DiTPipeline(**make_pipe().components, id2label={0: "zero", 1: "one", 5: "five"})
+    other.set_progress_bar_config(disable=True)
+    with pytest.raises(ConfigurationError, match=r"classes 0 to 999 and the float one 3 of 0 to 5.*--labels"):
+        evaluate(both[0], other, **OPTIONS)
+    assert evaluate(both[0], other, **OPTIONS, labels=[0, 5]) is not None
+
+
 def test_a_pipeline_that_fails_is_named(tmp_path: Path) -> None:
     pipe: Any = make_pipe()
     pipe.vae.decode = None

@@ -460,3 +460,17 @@ def test_steps_are_watched(tiny_pipeline):
 def test_nothing_to_generate(tiny_pipeline):
     with pytest.raises(ConfigurationError, match="nothing to generate"):
         generate(tiny_pipeline, labels=[])
+
+
+def test_names_of_classes_are_kept(tmp_path):
+    """diffusers reads them from the index, but does not write them."""
+    pipe = DiTPipeline(**make_pipeline().components, id2label={0: "zero, 0", 1: "one", 12: "twelve"})
+    pipe.transformer = fxquant.compile(
+        pipe.transformer, recipe="rtn-w8a8", calibrate=calibration_call(pipe, 2, 2), measure=0
+    )
+    save_pipeline(pipe, tmp_path / "dit")
+    found = load_pipeline(tmp_path / "dit")
+    assert found.labels == pipe.labels == {"0": 0, "zero": 0, "one": 1, "twelve": 12}
+    assert found.get_label_ids(["twelve", "zero"]) == [12, 0]
+    save_pipeline(found, tmp_path / "again")
+    assert load_pipeline(tmp_path / "again").labels == pipe.labels
