@@ -8,12 +8,19 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxquant import api
 from fxquant.allocation.candidates import Candidate, possible, precision_of_recipe, varied_layers, with_candidates
+from fxquant.calibration.kept_calls import some_inputs
+from fxquant.calibration.recorded import arguments_of, inputs_on
+from fxquant.calibration.samples import KEPT_SAMPLES, Sample
+from fxquant.capture.calls import CallSpec
 from fxquant.disk.finished_work import FinishedWork
 from fxquant.errors import CalibrationError, ConfigurationError, check_type
+from fxquant.inspect.errors.schedule import calls_at
 from fxquant.pipeline.backend import Backend
 from fxquant.pipeline.recipes import Recipe, has_precision, make_recipe
 from fxquant.planning.branches import branch_rank
@@ -21,6 +28,7 @@ from fxquant.planning.plan import Plan
 from fxquant.planning.precision import FLOAT, Precision
 from fxquant.planning.roundings import Roundings
 from fxquant.planning.sensitivities import FLOAT_BITS
+from fxquant.runtime.float_model import device_of
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 
@@ -194,6 +202,22 @@ def _wanted(base: Precision, candidates: list[Candidate]) -> Callable[[Plan, str
         return list(dict.fromkeys(one.precision for one in alike if one.precision != base))
 
     return wanted
+
+
+def samples_of(prepared: Prepared) -> list[Sample]:
+    """A few samples of a kept call of each kind at each timestep, with the float model's output."""
+    kept, found = prepared.statistics.calls, []
+    specs = [CallSpec.from_json(kind) for kind in kept.kinds]
+    for step in sorted({call.timestep for call in kept}, reverse=True):
+        for call in calls_at(kept, step):
+            spec = specs[call.kind]
+            inputs = some_inputs(spec, inputs_on(call, spec, device_of(prepared.model)), KEPT_SAMPLES)
+            arguments = arguments_of(spec, inputs)
+            with torch.no_grad():
+                leaves = pytree.tree_leaves(prepared.model(**arguments))
+            output = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            found.append(Sample(step, arguments, output))
+    return found
 
 
 def begun_from(recipe: str | Recipe, precisions: list[Precision], layers: str) -> Recipe:

@@ -11,26 +11,21 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from fxquant.allocation.candidates import Candidate, with_candidates
 from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.measure import CANDIDATES, RECIPE, check_options
-from fxquant.allocation.prepared import Prepared, begun_from, prepare
+from fxquant.allocation.prepared import Prepared, begun_from, prepare, samples_of
 from fxquant.allocation.problem import Problem, problem_of
 from fxquant.allocation.result import Choice, Point, SearchResult
 from fxquant.allocation.speed import SpeedSearch
-from fxquant.calibration.kept_calls import some_inputs
-from fxquant.calibration.recorded import arguments_of, inputs_on
-from fxquant.calibration.samples import KEPT_SAMPLES, Sample, output_sqnr
-from fxquant.capture.calls import CallSpec
+from fxquant.calibration.samples import output_sqnr
 from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
 from fxquant.disk.finished_work import Part, working_in
 from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError, check_type
-from fxquant.inspect.errors.schedule import calls_at, wanted_calls
+from fxquant.inspect.errors.schedule import wanted_calls
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.attribution import to_db
@@ -181,7 +176,7 @@ class _Search:
             raise ConfigurationError(f"the sensitivities are of other layers, such as {missing[0]}; measure them again")
         self.found, self.refused = _that_run(prepared, found, self.backend)
         self.sizes = problem_of(self.found, {n: np.array(one.bytes, float) for n, one in self.found.layers.items()})
-        self.samples = _samples(prepared)
+        self.samples = samples_of(prepared)
         self.checked: list[Point] = []
 
     def run(
@@ -372,22 +367,6 @@ def mean_sqnr(values: Iterable[float]) -> float | None:
         return -math.inf
     known = [db for db in found if math.isfinite(db)]
     return sum(known) / len(known) if known else max(found, default=None)
-
-
-def _samples(prepared: Prepared) -> list[Sample]:
-    """A few samples of a kept call of each kind at each timestep, with the float model's output."""
-    kept, found = prepared.statistics.calls, []
-    specs = [CallSpec.from_json(kind) for kind in kept.kinds]
-    for step in sorted({call.timestep for call in kept}, reverse=True):
-        for call in calls_at(kept, step):
-            spec = specs[call.kind]
-            inputs = some_inputs(spec, inputs_on(call, spec, device_of(prepared.model)), KEPT_SAMPLES)
-            arguments = arguments_of(spec, inputs)
-            with torch.no_grad():
-                leaves = pytree.tree_leaves(prepared.model(**arguments))
-            output = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-            found.append(Sample(step, arguments, output))
-    return found
 
 
 def check_target(size: Any, sqnr: Any, speed: Any) -> str:

@@ -14,15 +14,14 @@ from fxquant.calibration.attributes import instance_attribute
 from fxquant.calibration.journal import Journal
 from fxquant.calibration.kept_calls import Spread, some_samples
 from fxquant.calibration.later_steps import LaterSteps
+from fxquant.calibration.refusals import not_called, refuse_autocast
 from fxquant.calibration.samples import KEPT_SAMPLES, RUN_SAMPLES, Sample, timestep_of
 from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
 from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
-from fxquant.capture.threads import autocast_dtype
 from fxquant.capture.trace import Architecture
-from fxquant.capture.whole import whole_of
-from fxquant.errors import CalibrationError, ConfigurationError, FxquantError, NotCalledError
+from fxquant.errors import CalibrationError, ConfigurationError, FxquantError
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.ir.time_tables import missing_timestep
@@ -118,7 +117,7 @@ class Calibration:
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         call = self.architecture.canonical(args, kwargs)
         leaves = call.leaves
-        _refuse_autocast(leaves)
+        refuse_autocast(leaves)
         number = next((i for i, graph in enumerate(self.prepared) if graph.call.fits(call)), None)
         if number is None:
             number = self._capture(call)
@@ -327,16 +326,6 @@ def calls_redirected(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
         yield
 
 
-def _refuse_autocast(leaves: Sequence[Any]) -> None:
-    devices = {"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))}
-    dtype = next(filter(None, map(autocast_dtype, sorted(devices))), None)
-    if dtype is not None:
-        raise CalibrationError(
-            f"calibrate calls the model under torch.autocast, which computes in {dtype} whatever the model's dtype; "
-            f"convert the model with model.to({dtype}) and call it outside of torch.autocast"
-        )
-
-
 def refuse_redirected(model: nn.Module) -> None:
     """Raise if calls of the model already go to a calibration, of another thread or further up in this thread."""
     if isinstance(getattr(model.__dict__.get("forward"), "__self__", None), Calibration):
@@ -357,7 +346,8 @@ def run_calibration(calibration: Calibration, model: nn.Module, calibrate: Calla
         FxquantError: Whatever typed error a call of the model raised, even if the callable swallowed it.
     """
     make_calls(calibration, model, calibrate)
-    check_called(calibration, model)
+    if not calibration.calls:
+        raise not_called(model)
     calibration.finish()
 
 
@@ -392,23 +382,3 @@ def make_calls(calibration: Calibration, model: nn.Module, calibrate: Callable[[
             f"step {step} is to be observed, counted from 0, but calibrate made {len(calibration.steps)}; make more "
             "steps, or observe an earlier one"
         )
-
-
-def check_called(calibration: Calibration, model: nn.Module) -> None:
-    """Check that the user's callable called the model.
-
-    Raises:
-        NotCalledError: If it did not.
-    """
-    if calibration.calls:
-        return
-    whole = whole_of(model)
-    if whole is not None:
-        raise NotCalledError(
-            f"calibrate returned without calling the {whole.path} of this {whole.model_class.__name__}; it must "
-            "use this very object, for example in a pipeline that makes images, without output_type='latent'"
-        )
-    raise NotCalledError(
-        f"calibrate returned without calling the model ({type(model).__name__}); it must call this very object, "
-        "for example through the pipeline that holds it"
-    )

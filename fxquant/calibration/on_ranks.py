@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fxquant.calibration.calibrate import Calibration, check_called, make_calls
+from fxquant.calibration.calibrate import Calibration, make_calls
 from fxquant.calibration.kept_calls import Spread
+from fxquant.calibration.refusals import not_called
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.fidelity import example
 from fxquant.ir.tensors import bind
@@ -54,7 +55,7 @@ def calibrate_on_ranks(
     calibration.end_calls()
     calls = sum(team.gather(calibration.calls))
     if not calls:
-        check_called(calibration, model)
+        raise not_called(model)
     merged = merge_ranks(own, team, statistics.seed)
     samples = _together(calibration._samples, team)
     inputs = [_inputs_of(calibration, kind, team) for kind in merged.calls.kinds]
