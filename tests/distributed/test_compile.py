@@ -59,6 +59,7 @@ def two(tmp_path_factory):
         "twice": (work.twice, lambda folder: (folder, CALLS)),
         "other weights": (work.quantize_other, lambda folder: (CALLS[:1],)),
         "other recipe": (work.quantize_recipes, lambda folder: (["rtn-w8a8", "rtn-w4a8"], CALLS[:1])),
+        "resumed": (work.resumed, lambda folder: (folder, GPTQ, shares(2))),
         "broken": (work.quantize_broken, lambda folder: (CALLS[:2],)),
     }
     return results(2, folder, wanted), folder
@@ -177,3 +178,13 @@ def test_failed_rounding(two):
     found = two[0]["broken"]
     assert sum(isinstance(error, RankError) for error in found) == 1
     assert all("layer transformer_blocks.1.ff.net.2: cannot be factorized" in str(error) for error in found)
+
+
+def test_ranks_continue_from_what_each_has_finished(two):
+    ranks = two[0]["resumed"]
+    for found in ranks:
+        assert not isinstance(found, Exception), found
+        assert_same(found["again"], found["whole"])
+        assert found["calls"] == len(CALLS) // 2
+        assert len(found["layers"]) == len(set(found["layers"])) > 2
+    assert not set(ranks[0]["layers"]) & set(ranks[1]["layers"])

@@ -119,6 +119,50 @@ def quantize_broken(rank: int, size: int, calls: Calls) -> None:
         compiled(make_dit(2), "ptq4dit-gptq-w4a8", calls, group=dist.group.WORLD)
 
 
+def resumed(rank: int, size: int, folder: Path, recipe: str, shares: Sequence[Calls]) -> dict[str, Any]:
+    """Quantize without interruption, then again with a failure on one rank while it rounds, and then to the end."""
+    from fxquant.calibration.calibrate import Calibration
+    from fxquant.errors import NonFiniteError, RankError
+    from fxquant.passes import _quantization
+    from fxquant.planning import kept_weights
+
+    compute, quantize = Calibration.compute, _quantization.GPTQ.quantize
+    calls: list[int] = []
+    layers: list[str] = []
+    stops = [2] if rank == size - 1 else []
+
+    def counted(self: Any, *given: Any) -> Any:
+        calls.append(1)
+        return compute(self, *given)
+
+    def rounded(self: Any, name: str, *given: Any) -> Any:
+        if stops and len(layers) == stops[0]:
+            stops.clear()
+            raise NonFiniteError("interrupted")
+        layers.append(name)
+        return quantize(self, name, *given)
+
+    def made(**options: Any) -> Any:
+        statistics = fxquant.Statistics(keep_calls=8)
+        model = make_dit(2)
+        return facts(
+            compiled(model, recipe, shares[rank], statistics=statistics, group=dist.group.WORLD, measure=0, **options)
+        )
+
+    whole = made()
+    with (
+        mock.patch.object(Calibration, "compute", counted),
+        mock.patch.object(_quantization.GPTQ, "quantize", rounded),
+        mock.patch.object(kept_weights, "WORTH_KEEPING", 0.0),
+    ):
+        try:
+            made(resume=folder)
+        except (NonFiniteError, RankError):
+            dist.barrier()
+        again = made(resume=folder)
+    return {"whole": whole, "again": again, "calls": len(calls), "layers": layers}
+
+
 class group:
     """The process group of all ranks, as a context."""
 
