@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,9 +154,8 @@ def try_out(format: Format) -> None:
         low, high = blocks.amin(-1), blocks.amax(-1)
         outer = format.global_scale(low.amin(), high.amax())
         found = format.scales(low, high, global_scale=outer)
-        scales = type(found)(
-            *(None if one is None else one[..., None] for one in (found.scale, found.zero_point)), outer
-        )
+        zero_point = None if found.zero_point is None else found.zero_point[..., None]
+        scales = replace(found, scale=found.scale[..., None], zero_point=zero_point, global_scale=outer)
         codes = format.encode(blocks, scales)
         decoded = format.decode(codes, scales, blocks.dtype)
         if x.is_meta:
