@@ -18,7 +18,7 @@ from fxquant.allocation.prepared import Prepared
 from fxquant.calibration.kept_calls import some_inputs
 from fxquant.calibration.recorded import inputs_on
 from fxquant.capture.calls import CallSpec
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.errors import CalibrationError, CheckpointError, ConfigurationError
 from fxquant.inspect.errors.alternatives import Alternative, Candidates
 from fxquant.inspect.errors.graphs import Pair, make_pairs, other_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order
@@ -234,10 +234,14 @@ class Job:
 
         Raises:
             ConfigurationError: The folder holds a measurement of something else, which would be lost.
+            CheckpointError: What it holds is damaged.
         """
         if not (folder / FILE).exists():
             return
-        earlier = Sensitivities.load(folder / FILE)
+        try:
+            earlier = Sensitivities.load(folder / FILE)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; or remove it, and its timesteps are measured again") from error
         if earlier.made_for != key:
             raise ConfigurationError(
                 f"{folder / FILE} holds sensitivities of {len(earlier.timesteps)} timesteps that were measured with "

@@ -152,6 +152,9 @@ def test_an_interrupted_measurement_continues(
         with pytest.raises(ConfigurationError, match=r"measured with other options.*remove that file"):
             fxquant.sensitivity(model, statistics=statistics, resume=tmp_path, **{**options, **other})
     fxquant.sensitivity(model, statistics=statistics, resume=tmp_path, **options)  # The file is as it was.
+    (tmp_path / "sensitivities.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"is damaged .*; or remove it, and its timesteps are measured again"):
+        fxquant.sensitivity(model, statistics=statistics, resume=tmp_path, **options)
 
 
 @pytest.mark.parametrize(
