@@ -13,6 +13,7 @@ from fxquant.cli.generate import read_labels
 from fxquant.cli.output import err, print_error, print_json, print_plain, progress_bars, quiet, status
 from fxquant.cli.running import open_pipeline, read_prompts, sizes_of
 from fxquant.errors import ConfigurationError, GateError
+from fxquant.text import json_values
 
 if TYPE_CHECKING:
     from fxquant.evaluation.result import Evaluation
@@ -176,7 +177,7 @@ def _show(found: Evaluation, limits: dict[str, float], as_json: bool) -> None:
     except GateError as error:
         failures = error.failures
     if as_json:
-        print_json(found.to_json() | {"limits": limits, "failures": failures})
+        print_json(found.to_json() | {"limits": json_values(limits), "failures": failures})
     else:
         print_plain(found.table())
     for failure in failures.values():

@@ -18,7 +18,8 @@ from fxquant.calibration import pipeline_calls
 from fxquant.errors import ConfigurationError, EvaluationError, FxquantError
 from fxquant.evaluation.features import digest_of_tensors
 from fxquant.evaluation.store import Store
-from fxquant.runtime.model import GraphModel
+from fxquant.runtime.parts import quantized_models
+from fxquant.storage.aot.model import PackagedModel
 
 Labels = Literal["balanced", "uniform"]
 _STRIDE = 0.618  # Of the number of classes: consecutive labels are far apart, and any few images hold classes evenly.
@@ -192,15 +193,19 @@ def make_images(
 def identity(pipe: Any) -> str:
     """A digest of what determines a pipeline's images: weights, plans, backends, and the configs of all parts."""
     found = hashlib.sha256(type(pipe).__qualname__.encode())
-    for name, part in sorted(getattr(pipe, "components", {}).items()):
+    parts = getattr(pipe, "components", {})
+    for name, part in sorted(parts.items()):
         found.update(f"{name} {type(part).__qualname__}".encode())
         config = getattr(part, "config", None)
         if isinstance(config, Mapping):
             plain = {key: value for key, value in config.items() if not str(key).startswith("_")}
             found.update(json.dumps(plain, sort_keys=True, default=str).encode())
-        if isinstance(part, nn.Module):
+        if isinstance(part, PackagedModel):  # It does not hand out its tensors, but it knows their digests.
+            found.update(json.dumps(part.info, sort_keys=True, default=str).encode())
+        elif isinstance(part, nn.Module):
             found.update(digest_of_tensors(part.state_dict(), "").encode())
-        if isinstance(part, GraphModel):
-            found.update(b"" if part.backend is None else part.backend.name.encode())
-            found.update(b"" if part.plan is None else part.plan.fingerprint().encode())
+    for path, model in sorted(quantized_models(parts).items()):
+        found.update(
+            f"{path} {model.backend and model.backend.name} {model.plan and model.plan.fingerprint()}".encode()
+        )
     return found.hexdigest()

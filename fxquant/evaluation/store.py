@@ -108,7 +108,14 @@ class Store:
         """
         path = self.folder / f"features-{extractor.key}-{number:06d}.safetensors"
         if path.exists():
-            return Features(**_read(path))
+            held = _read(path)
+            if (
+                "pooled" not in held
+                or held.keys() - {"pooled", "spatial", "logits"}
+                or any(t.ndim != 2 for t in held.values())
+            ):
+                raise CheckpointError(f"{path} does not hold features; remove it, and they are computed again")
+            return Features(**held)
         found = extractor(self.read(number))
         _write(found.tensors(), path)
         return found

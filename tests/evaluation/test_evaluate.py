@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import fxquant
+from fxquant.disk.files import write_tensors
 from fxquant.errors import (
     CheckpointError,
     ConfigurationError,
@@ -25,7 +26,7 @@ from fxquant.errors import (
 )
 from fxquant.evaluation.evaluate import evaluate
 from fxquant.evaluation.frechet import Moments, frechet_distance
-from fxquant.evaluation.generation import Sampling
+from fxquant.evaluation.generation import Sampling, identity
 from fxquant.evaluation.result import Evaluation
 from fxquant.evaluation.store import one_process
 from tests.evaluation.pipes import Pooled, make_pipe, quantized_pipe
@@ -186,6 +187,11 @@ def test_damaged_files_are_named(both: tuple[Any, Any], tmp_path: Path) -> None:
         evaluate(both[0], **OPTIONS, work=tmp_path)
     path.unlink()
     assert evaluate(both[0], **OPTIONS, work=tmp_path) is not None
+    features = next(tmp_path.glob("*/features-*-000001*"))
+    write_tensors({"other": torch.zeros(2, 3)}, features)
+    with pytest.raises(CheckpointError, match=r"features-.*-000001.* does not hold features"):
+        evaluate(both[0], **OPTIONS, work=tmp_path)
+    features.unlink()
     (tmp_path / "quantized" / "settings.json").unlink()
     with pytest.raises(CheckpointError, match=r"settings.json is missing"):
         evaluate(both[0], **OPTIONS, work=tmp_path)
@@ -374,3 +380,15 @@ def test_prompts_and_frames_of_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.images == 15 and found["psnr"] == float("inf")
     assert found.settings["prompts"] == 2 and found.settings["labels"] is None
     assert Sampling(batch=3, prompts=("a", "b")).prompts_of(1) == ["b", "a", "b"]
+
+
+def test_backends_are_told_apart_and_models_known_again(both: tuple[Any, Any], tmp_path: Path) -> None:
+    """A model that was saved and loaded continues in the folder; the same model on another backend does not."""
+    fxquant.save(both[0].transformer, tmp_path / "dit")
+    pipe: Any = make_pipe()
+    pipe.transformer = fxquant.load(tmp_path / "dit")
+    assert identity(pipe) == identity(both[0])
+    pipe.transformer = fxquant.load(tmp_path / "dit", backend="native")
+    assert identity(pipe) != identity(both[0])
+    pipe.scheduler.register_to_config(beta_schedule="scaled_linear")
+    assert identity(pipe) != identity(both[0])
