@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fxquant.disk.files import load_tensors, write_tensors
-from fxquant.disk.folders import check_writable, writing
+from fxquant.disk.folders import check_writable
 from fxquant.disk.locks import Lock
+from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import CheckpointError, EvaluationError
 from fxquant.evaluation.features import Extractor, Features
