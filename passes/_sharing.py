@@ -100,7 +100,8 @@ def _units(nodes: Sequence[fx.Node], context: PassContext, rewriter: Rewriter) -
 
 def _owners(units: Sequence[_Unit], team: Team) -> dict[fx.Node, int]:
     """The rank that rounds each layer: the costliest units first, each to the rank with the least work."""
-    work, owner_of = [0.0] * team.size, {}
+    work = [0.0] * team.size
+    owner_of: dict[fx.Node, int] = {}
     for unit in sorted(units, key=lambda unit: -unit.cost):
         rank = min(range(team.size), key=lambda number: work[number])
         work[rank] += unit.cost

@@ -62,7 +62,8 @@ def calibration_call(
     Raises:
         ConfigurationError: If the pipeline needs prompts and there are none, or needs arguments that this function
             cannot give, or has no such size; or if there are fewer batches than processes.
-        CalibrationError: If the noise cannot be shared, because it depends on outputs of the model.
+        CalibrationError: If the pipeline fails, or the noise cannot be shared, because it depends on outputs of the
+            model.
     """
     _check_seed(seed)
     conditions = _conditions(pipe, samples, prompts, labels)
@@ -104,8 +105,11 @@ def _draws_of_first(pipe: Any, call: Callable[[int, torch.Generator, str], Any],
     generator = torch.Generator().manual_seed(seed)
     parts = {name: part for name, part in pipe.components.items() if name.startswith("transformer")}
     models = {id(part): part for part in parts.values() if isinstance(part, nn.Module)}
-    with without_models(list(models.values())), Draws(generator) as draws:
-        call(0, generator, output)
+    try:
+        with without_models(list(models.values())), Draws(generator) as draws:
+            call(0, generator, output)
+    except Exception as error:
+        raise CalibrationError(f"{type(pipe).__name__} raised {type(error).__name__}: {error}") from error
     return draws
 
 

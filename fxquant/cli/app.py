@@ -10,9 +10,11 @@ from typer.core import TyperGroup
 
 from fxquant import __version__
 from fxquant.cli.output import err, out, print_error
-from fxquant.errors import FxquantError
+from fxquant.cli.ranks import Terminated, on_ranks, ranks
+from fxquant.errors import FxquantError, RankError
 
 _ERROR = 2
+_UsageError: Any = typer.BadParameter.__base__  # Typer has a copy of click, or uses click, by its version.
 _INTERRUPTED = 130  # The exit code that shells report after Ctrl-C.
 
 
@@ -20,22 +22,44 @@ class _Group(TyperGroup):
     """Prints errors that fxquant raises on purpose as one message, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        with on_ranks() as ranks:
+            try:
+                return self._run(ctx)
+            except Terminated:
+                error = ranks.terminated()
+                if ranks.failed(error):
+                    print_error(str(error))
+                raise
+            except (typer.Exit, typer.Abort):
+                raise
+            except _UsageError:
+                if ranks.first:
+                    raise
+                raise typer.Exit(_ERROR) from None  # The first process prints it.
+            except BaseException as error:  # Printed by Python, or by click.
+                ranks.failed(error)
+                raise
+
+    def _run(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except FxquantError as error:
             if _debugging(ctx):
                 raise
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-            print_error(f"{error}{notes}")
+            if ranks().failed(error):
+                print_error(f"{ranks().named(error)}{notes}")
             raise typer.Exit(_ERROR) from None
         except BrokenPipeError:  # For example from `fxquant report | head`; click handles it.
             raise
         except OSError as error:
             if _debugging(ctx) or error.filename is None:
                 raise
-            print_error(f"{error.filename} cannot be read or written: {error.strerror}")
+            if ranks().failed(error):
+                print_error(f"{error.filename} cannot be read or written: {error.strerror}")
             raise typer.Exit(_ERROR) from None
         except KeyboardInterrupt:
+            ranks().failed(RankError("the processes were interrupted"))
             err.print("interrupted; no folder or file was partly written", style="red")
             raise typer.Exit(_INTERRUPTED) from None
 
@@ -103,9 +127,11 @@ Device = Annotated[str, typer.Option("--device", "-d", help="Device to run on, s
 
 @app.callback()
 def _main(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    pass
+    if not ranks().admit(ctx.invoked_subcommand):
+        raise typer.Exit

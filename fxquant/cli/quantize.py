@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,8 @@ from rich.text import Text
 from fxquant.cli.app import Debug, Device, Frames, Guidance, Height, Prompts, Seed, Steps, Variant, Width, app
 from fxquant.cli.completion import backends, recipes
 from fxquant.cli.output import err, print_json, print_plain, progress_bars, quiet, show_warning, status
+from fxquant.cli.progress import PassProgress
+from fxquant.cli.ranks import ranks
 from fxquant.cli.running import (
     blaming_the_pipeline,
     check_alone,
@@ -24,11 +27,6 @@ from fxquant.cli.running import (
 from fxquant.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-    from torch import fx
-
-    from fxquant.pipeline.pipeline import Pass, PassRecord
-    from fxquant.pipeline.recipes import Recipe
     from fxquant.statistics.collection import Statistics
 
 
@@ -177,7 +175,7 @@ def quantize(
     with quiet(), status("importing torch and diffusers"):
         import fxquant
         from fxquant.calibration.pipeline_calls import calibration_call, num_batches, steps_watched
-        from fxquant.disk.claims import claimed
+        from fxquant.disk.claims import claimed, remove_unfinished
         from fxquant.disk.files import dtype_of_name
         from fxquant.disk.folders import prepare
         from fxquant.pipeline.backend import resolve_backend
@@ -191,17 +189,20 @@ def quantize(
 
         # Invalid options are refused before any slow step.
         refuse_input(out_folder, Path(model))
-        prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
-        context.with_resource(claimed(out_folder.resolve()))
-        for option, folder in (("--dump", dump), ("--resume", resume)):
-            _check_folder(option, folder, out_folder)
+        ranks().join(_given(context.params, lines), Path(model))
+        if ranks().first:
+            prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
+            context.with_resource(claimed(out_folder.resolve()))
+            for option, folder in (("--dump", dump), ("--resume", resume)):
+                _check_folder(option, folder, out_folder)
+        ranks().clean = lambda: remove_unfinished(out_folder.resolve())
         recipes = _recipes_of(components, recipe)
         names = list(recipes)
         refuse_quantized(Path(model), names)
         check_alone(names, {"--keep-statistics": keep_statistics, "--statistics": statistics, "--attribute": attribute})
         recorded = _statistics(statistics, keep_statistics, keep_calls, attribute, out_folder)
         chosen = {name: make_recipe(text, layers.value) for name, text in recipes.items()}
-        place = usable_device(device)
+        place = usable_device(device if (started := ranks().place) is None else started.device(device))
         runner = resolve_backend(backend).on(place)
         runner.check_device(place)
     with quiet():
@@ -217,23 +218,32 @@ def quantize(
             calibrate = None
             if statistics is None:
                 sizes = sizes_of(height, width, num_frames)
-                calibrate = calibration_call(pipe, samples, steps, seed, guidance, lines, sizes=sizes, decode=decode)
+                with blaming_the_pipeline(pipe):
+                    calibrate = calibration_call(
+                        pipe, samples, steps, seed, guidance, lines, sizes=sizes, decode=decode, share=ranks().share
+                    )
         with progress_bars() as progress:
-            watches: list[_PassProgress] = []
+            watches: list[PassProgress] = []
 
             def for_component(name: str) -> dict[str, Any]:
                 """What each part has of its own: a progress bar, and folders if there are several parts."""
-                watches.append(_PassProgress(progress, chosen[name.partition(".")[0]]))
+                watches.append(PassProgress(progress, chosen[name.partition(".")[0]]))
                 several = len(names) > 1 or name not in names
                 own = [path and (path / name if several else path) for path in (dump, resume)]
                 instruments: list[Instrument] = [watches[-1]]
-                if own[0] is not None:
+                if own[0] is not None and ranks().first:
                     instruments.append(DumpGraphs(own[0]))
                 return {"instruments": instruments, "resume": own[1], "statistics": recorded}
 
             told = f"calibrate: {samples} samples, {steps} steps" if calibrate else "calibrated before"
             task = progress.add_task(told, total=num_batches(samples) * steps if calibrate else 0)
-            with steps_watched(pipe, lambda: progress.advance(task)), blaming_the_pipeline(pipe):
+
+            own = itertools.count(1)
+
+            def tick() -> None:
+                progress.update(task, completed=ranks().count_step(next(own)))
+
+            with steps_watched(pipe, tick), blaming_the_pipeline(pipe):
                 original = getattr(pipe, names[0])
                 made = compile_pipeline(
                     pipe,
@@ -244,6 +254,7 @@ def quantize(
                     layers=layers.value,
                     measure=measure,
                     prove=prove,
+                    group=ranks().group,
                 )
             for watch in watches:
                 watch.done()
@@ -258,11 +269,15 @@ def quantize(
                         bar, description=f"errors: {what}", completed=done, total=total
                     ),
                 )
-        if keep_statistics is not None and recorded is not None:
+        if keep_statistics is not None and recorded is not None and ranks().first:
             with status(f"writing {keep_statistics}"):
                 recorded.save(keep_statistics)
-        with status(f"writing {out_folder}"):
-            _save(pipe, out_folder, overwrite)
+        if ranks().first:
+            with status(f"writing {out_folder}"):
+                _save(pipe, out_folder, overwrite)
+        ranks().wait()
+        if not ranks().first:
+            return
         _mention_float_transformers(pipe, names)
     found = {path: fxquant.report(model) for path, model in quantized_models(made).items()}
     if as_json:
@@ -274,6 +289,12 @@ def quantize(
             if report.attribution is not None:
                 print_plain(f"\n{report.attribution.table()}")
         err.print(Text(f"written to {out_folder}; see fxquant report {out_folder}"))
+
+
+def _given(given: dict[str, Any], prompts: list[str] | None) -> dict[str, object]:
+    """The options that all processes must have in common, as they are typed; of the prompts, what they say."""
+    kept = {f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in ("device", "model")}
+    return kept | {"MODEL": given["model"], "--prompts": prompts}
 
 
 def _forecast(
@@ -312,6 +333,8 @@ def _statistics(
         raise ConfigurationError("give --statistics to use a file, or --keep-statistics to write one, not both")
     if given is not None:
         return fxquant.Statistics.load(given)
+    if attribute and ranks().place is not None:
+        raise ConfigurationError("--attribute runs in one process; run fxquant attribute on the result")
     if attribute and not calls:
         raise ConfigurationError("--attribute runs kept calls again, so --keep-calls cannot be 0")
     if keep is None:
@@ -356,44 +379,3 @@ def _mention_float_transformers(pipe: Any, names: list[str]) -> None:
     for name, part in pipe.components.items():
         if name.startswith("transformer") and part is not None and name not in names:
             show_warning(f"{name} stays float; for both give --components {','.join([*names, name])}")
-
-
-class _PassProgress:
-    """Instrument that shows the passes as a progress bar."""
-
-    def __init__(self, progress: Progress, recipe: Recipe) -> None:
-        self.progress_bar = progress
-        self.prepare, self.convert = len(recipe.prepare), len(recipe.convert)
-        self.first = recipe.prepare[0] if recipe.prepare else None
-        self.task: Any = None
-        self.inner: Any = None
-        self.seen = self.graphs = 0
-
-    def before(self, step: Pass, module: fx.GraphModule) -> None:
-        """Show the name of the pass."""
-        self.graphs += step == self.first
-        total = max(self.graphs, 1) * (self.prepare + self.convert)
-        if self.task is None:
-            self.task = self.progress_bar.add_task("", total=total)
-        self.progress_bar.update(self.task, total=total, description=f"pass: {step.name}")
-
-    def after(self, step: Pass, module: fx.GraphModule, record: PassRecord) -> None:
-        """Advance by one; after the last pass the output error is measured."""
-        self.seen += 1
-        last = self.seen >= max(self.graphs, 1) * (self.prepare + self.convert)
-        self.progress_bar.update(self.task, advance=1, description="measure the output" if last else None)
-
-    def progress(self, step: Pass, what: str, done: int, total: int) -> None:
-        """Show the progress of a slow pass."""
-        if self.inner is None:
-            self.inner = self.progress_bar.add_task("", total=total)
-        self.progress_bar.update(self.inner, description=f"{step.name}: {what}", completed=done, total=total)
-
-    def failed(self, step: Pass, module: fx.GraphModule, error: Exception) -> None:
-        """Show which pass failed."""
-        self.progress_bar.update(self.task, description=f"failed: {step.name}")
-
-    def done(self) -> None:
-        """Show that all passes are done."""
-        if self.task is not None:
-            self.progress_bar.update(self.task, description=f"passes: {self.seen} done")

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fxquant.disk.finished_work import locked
-from fxquant.disk.folders import beside_always
+from fxquant.disk.folders import beside_always, tidy
 from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.errors import FolderInUseError
@@ -52,3 +52,9 @@ def _lock(place: Path, folder: Path) -> Lock:
         raise FolderInUseError(
             f"another process is making {folder}; wait until it ends, or choose another folder"
         ) from None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left of a save to a folder, unless another process works on it."""
+    with suppress(FolderInUseError), claimed(folder):
+        tidy(folder)

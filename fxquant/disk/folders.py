@@ -84,7 +84,7 @@ def prepare(folder: Path, check: Check) -> None:
 
 def _ready(folder: Path, check: Check) -> None:
     with writing(folder):
-        _tidy(folder)
+        tidy(folder)
         check(folder)
     if _current_folder().is_relative_to(folder):
         raise WriteError(
@@ -337,7 +337,7 @@ def parents_of(folder: Path) -> Iterator[None]:
 # --- what others left -------------------------------------------------------------------------------------------------
 
 
-def _tidy(folder: Path) -> None:
+def tidy(folder: Path) -> None:
     """Put back what an interrupted save has set aside, and remove what it wrote."""
     for path in leftovers(folder):
         # The lock is held until the folder is gone, because a process that has just made it locks it next.

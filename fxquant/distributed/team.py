@@ -29,13 +29,14 @@ _FAILED = "failed"  # Key of the first failure.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # Seconds between two looks at the store.
 _LOOK = 1.0  # Seconds between two looks whether the processes of other ranks still exist.
 _made: Counter[str] = Counter()  # Teams by process group: all ranks make them in the same order.
+_entered: list[Team] = []
 
 
 class Team:
     """The ranks of a process group, as seen by one of them.
 
     All ranks call the same methods in the same order. As a context, a team tells the other ranks of an error that
-    leaves the context.
+    leaves the context, also those that wait in a team that was made within the context.
 
     Args:
         group: The process group, such as ``torch.distributed.group.WORLD``.
@@ -63,20 +64,24 @@ class Team:
         self._group = group
         number = _made[group.group_name]
         _made[group.group_name] += 1
-        self._store: Any = dist.PrefixStore(f"fxquant-{number}", group.get_group_store())
+        self._store: Any = dist.distributed_c10d.PrefixStore(f"fxquant-{number}", group.get_group_store())
         self._met = 0
+        self._outer = tuple(_entered)
+        self._processes: dict[int, tuple[str, int]] = {}  # Machines and process numbers, once all ranks have met.
         self._store.set(f"process-{self.rank}", json.dumps([_machine(), os.getpid()]))
 
     def __enter__(self) -> Self:
+        _entered.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
+        _entered.remove(self)
         if error is not None:
             self.report(error)
         else:
-            self._leave()
+            self.leave()
         return False
 
     def report(self, error: BaseException) -> None:
@@ -92,13 +97,14 @@ class Team:
             error.add_note(f"The other ranks could not be told: {lost}")
 
     def failure(self) -> RankError | None:
-        """What another rank reported; None if none did."""
-        if not self._store.check([_FAILED]):
-            return None
-        rank, text = json.loads(self._store.get(_FAILED))
-        return None if rank == self.rank else RankError(text, rank)
+        """What another rank reported, to this team or to one in whose context it was made; None if none did."""
+        for team in (self, *self._outer):
+            if team._store.check([_FAILED]):
+                rank, text = json.loads(team._store.get(_FAILED))
+                return None if rank == self.rank else RankError(text, rank)
+        return None
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Let rank 0, whose process may hold the store, end after the others have read what they need."""
         self._store.set(f"left-{self.rank}", "")
         pause = _FIRST_PAUSE
@@ -109,8 +115,15 @@ class Team:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def claim(self, what: str) -> bool:
-        """Whether this is the first rank that asks this, such as for the right to print a message."""
-        return int(self._store.add(f"claim-{what}", 1)) == 1
+        """Whether this is the first rank that asks this, such as for the right to print a message.
+
+        If the process with the store is gone, it is the first of the ranks that still exist.
+        """
+        try:
+            return int(self._store.add(f"claim-{what}", 1)) == 1
+        except RuntimeError:
+            dead = self.dead()
+            return self.rank == min(rank for rank in range(self.size) if rank not in dead)
 
     def count(self, what: str, more: int = 1) -> int:
         """Add to a counter that all ranks share; returns the sum so far."""
@@ -135,6 +148,9 @@ class Team:
                     self.on_wait()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+            if not self._processes:
+                held = [json.loads(self._store.get(f"process-{rank}")) for rank in range(self.size)]
+                self._processes = {rank: (machine, process) for rank, (machine, process) in enumerate(held)}
         except RuntimeError as error:
             if isinstance(error, RankError):
                 raise
@@ -190,9 +206,8 @@ class Team:
         return [rank for rank in range(self.size) if rank != self.rank and self._is_dead(rank)]
 
     def _is_dead(self, rank: int) -> bool:
-        if not self._store.check([f"process-{rank}"]):
-            return False  # It has not come so far.
-        machine, process = json.loads(self._store.get(f"process-{rank}"))
+        known = next((team._processes for team in (self, *self._outer) if team._processes), {})
+        machine, process = known.get(rank, ("", 0))
         return machine == _machine() and not _exists(process)
 
     def _refuse_failed(self) -> None:
@@ -209,10 +224,11 @@ class Team:
     def _lost(self, error: BaseException) -> RankError:
         """The error for a connection that broke: it names the rank that is gone, if that is known."""
         time.sleep(_LOOK)  # So that the process of a rank that was killed is gone.
+        dead = self.dead()
         try:
-            failure, dead = self.failure(), self.dead()
+            failure = self.failure()
         except RuntimeError:
-            failure, dead = None, []
+            failure = None
         if failure is not None:
             return failure
         if dead:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.collection import Statistics
-from fxquant.statistics.kept_calls import KeptCalls
+from fxquant.statistics.kept_calls import KeptCall, KeptCalls
 from fxquant.statistics.moments import SecondMoments
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def _channels(made: Statistics, key: str, own: ChannelStatistics | None, team: T
     return merged
 
 
-def _kept(kinds: list[dict[str, object]], calls: list[object], seen: int) -> KeptCalls:
+def _kept(kinds: list[dict[str, Any]], calls: list[KeptCall], seen: int) -> KeptCalls:
     found = KeptCalls(len(calls), kinds=kinds)
-    found.restore(calls, seen)  # type: ignore[arg-type]
+    found.restore(calls, seen)
     return found
 
 

@@ -47,8 +47,8 @@ def run_ranks(
     results: list[Any] = []
     for process, (receiver, _) in zip(started, pipes, strict=True):
         try:
-            got = receiver.poll(300)
-            results.append(pickle.loads(receiver.recv_bytes()) if got else TimeoutError("no result after 300 s"))
+            got = receiver.poll(60)
+            results.append(pickle.loads(receiver.recv_bytes()) if got else TimeoutError("no result after 60 s"))
         except EOFError:
             process.join()
             results.append(Ended(process.exitcode))

@@ -40,6 +40,14 @@ def test_killed_rank_is_named_within_seconds():
         assert str(found[rank]).startswith("rank 1 died without a message")
 
 
+def test_killed_rank_that_holds_the_store():
+    found = run_ranks(work.fail, 3, "dies", 0.5, 0)
+    assert isinstance(found[0], Ended)
+    for rank in (1, 2):
+        assert isinstance(found[rank], RankError)
+        assert str(found[rank]).startswith("rank 0 died without a message")
+
+
 def test_waiting_is_longer_than_the_timeout_of_the_group():
     assert min(run_ranks(work.slow, 2, 3.0)) >= 2.9
 

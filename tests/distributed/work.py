@@ -190,12 +190,12 @@ def exchange(rank: int, size: int) -> dict[str, Any]:
         }
 
 
-def fail(rank: int, size: int, how: str, wait: float) -> float:
-    """Rank 1 fails while the others wait; returns how long they waited."""
+def fail(rank: int, size: int, how: str, wait: float, on: int = 1) -> float:
+    """One rank fails while the others wait; returns how long they waited."""
     began = time.monotonic()
     with group(), Team(dist.group.WORLD) as team:
         team.wait()
-        if rank == 1:
+        if rank == on:
             time.sleep(wait)
             if how == "raises":
                 raise ValueError("no more ink")

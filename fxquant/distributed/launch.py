@@ -1,0 +1,74 @@
+"""Joining the processes that torchrun, accelerate or another launcher started."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from fxquant.errors import ConfigurationError, RankError
+
+_LINGER = 1.0  # Seconds for which a process that holds the store waits for others to read why it ends.
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launcher says about this process.
+
+    Attributes:
+        rank: Its number, from 0.
+        size: Number of processes.
+        local_rank: Its number on this machine, from 0.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> Place | None:
+        """What the environment says; None for a process that works alone.
+
+        Raises:
+            ConfigurationError: If a variable is not a number, or the rank is not one of the processes.
+        """
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        if any(name not in os.environ for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT")):
+            return None
+        try:
+            rank, size, local = (int(os.environ.get(name, os.environ["RANK"])) for name in names)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK should be numbers, as torchrun sets them: {error}"
+            ) from None
+        if not 0 <= rank < size:
+            raise ConfigurationError(f"RANK is {rank} and WORLD_SIZE is {size}; start the processes with torchrun")
+        return None if size == 1 else cls(rank, size, local)
+
+    def device(self, name: str) -> str:
+        """The device of this process: of several GPUs each process gets one."""
+        return f"cuda:{self.local_rank}" if name == "cuda" else name
+
+    def join(self) -> None:
+        """Make the process group of all processes: nccl for tensors on GPUs, gloo for others.
+
+        Raises:
+            RankError: If it cannot be made.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        try:
+            dist.init_process_group()
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} cannot join the {self.size} processes at {os.environ['MASTER_ADDR']}: {error}",
+                self.rank,
+            ) from error
+
+    def linger(self) -> None:
+        """Before this process ends with an error, let others read why, if it holds their store."""
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(_LINGER)
