@@ -17,7 +17,7 @@ from fxquant.allocation.candidates import Candidate, with_candidates
 from fxquant.allocation.job import Job, Progress
 from fxquant.allocation.measure import CANDIDATES, RECIPE, check_options
 from fxquant.allocation.prepared import Prepared, begun_from, prepare, samples_of
-from fxquant.allocation.problem import Problem, problem_of
+from fxquant.allocation.problem import problem_of
 from fxquant.allocation.result import Choice, Point, SearchResult
 from fxquant.allocation.speed import SpeedSearch
 from fxquant.calibration.samples import output_sqnr
@@ -73,9 +73,9 @@ def search(
     precision per layer, of those that the backend runs: for ``size`` and ``speed`` those with the highest mean SQNR of
     the output within the limit, for ``sqnr`` those with the smallest size that reach it. The result is measured. If it
     misses the SQNR or the speed that was asked for, or passes it by far, the search is repeated with a corrected
-    target. Layers that read the same value get the same activation precision, so that kernels share its codes; layers
-    with tied weights get the same precision. The same call makes the same plan; for a ``speed`` with the same
-    ``times``.
+    target. If one precision for all layers fits a ``size`` and measures better, it is taken. Layers that read the same
+    value get the same activation precision, so that kernels share its codes; layers with tied weights get the same
+    precision. The same call makes the same plan; for a ``speed`` with the same ``times``.
 
     Args:
         model: The float model, in evaluation mode.
@@ -185,8 +185,8 @@ class _Search:
     ) -> SearchResult:  # fmt: skip
         """Choose, compile, measure."""
         if size is not None:
-            chosen = self._within(self.sizes, size)
-            return self._result(target, chosen, *self._made(chosen))
+            limit = size * self.found.bytes_before if size <= 1 else size
+            return self._result(target, *self._best_of(self._within(limit, size), limit))
         if sqnr is not None:
             return self._result(target, *self._reaching(sqnr))
         assert speed is not None
@@ -197,8 +197,22 @@ class _Search:
         self.checked = searching.points
         return replace(self._result(target, *found), cost_model=words, times=used)
 
-    def _within(self, problem: Problem, size: float) -> dict[str, str]:
-        limit = size * self.found.bytes_before if size <= 1 else size
+    def _best_of(self, chosen: dict[str, str], limit: float) -> tuple[dict[str, str], GraphModel, Point]:
+        """A choice, or one precision for all layers that fits and measures better: estimates of few probes may err."""
+        found = chosen, *self._made(chosen)
+        fitting = {
+            text: self.found.uniform_db(text) or -math.inf
+            for text in self.found.output
+            if (one := self.found.uniform(text)) is not None and one != chosen and self.sizes.cost(one) <= limit
+        }
+        best = max(fitting, key=lambda text: fitting[text], default=None)
+        if best is not None and fitting[best] > (found[2].measured_db or math.inf):
+            other = dict.fromkeys(chosen, best)
+            found = max(found, (other, *self._made(other)), key=lambda one: one[2].measured_db or -math.inf)
+        return found
+
+    def _within(self, limit: float, size: float) -> dict[str, str]:
+        problem = self.sizes
         chosen = problem.best(limit)
         if chosen is None:
             least = problem.cheapest()

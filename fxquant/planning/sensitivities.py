@@ -148,6 +148,11 @@ class Sensitivities:
         """Number of weights of all layers; a weight that several share counts once."""
         return sum(layer.weights for layer in self.layers.values() if not layer.shares)
 
+    def uniform(self, precision: str) -> dict[str, str] | None:
+        """The choice of one precision for all layers; None if a layer cannot have it."""
+        has = all(precision in layer.precisions for layer in self.layers.values())
+        return dict.fromkeys(self.layers, precision) if has else None
+
     def uniform_bytes(self, precision: str) -> int:
         """Size of the model's tensors if every layer has a precision; layers that cannot have it keep the recipe's."""
         return self.bytes_fixed + sum(self._size(layer, precision) for layer in self.layers.values())

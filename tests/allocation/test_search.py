@@ -52,6 +52,21 @@ def test_the_size_is_kept_and_the_quality_better_than_uniform(found: SearchResul
     )
 
 
+def test_one_precision_for_all_layers_wins_if_it_fits_and_measures_better(
+    model: nn.Module, statistics: Statistics, known: Sensitivities
+) -> None:
+    """Estimates that are upside down choose the worst precisions, which the measurement shows."""
+    layers = {
+        name: replace(one, estimated=one.estimated[::-1], measured=tuple((None,) * len(row) for row in one.measured))
+        for name, one in known.layers.items()
+    }
+    wrong = replace(known, layers=layers)
+    result = fxquant.search(model, size=known.uniform_bytes("w8a8"), sensitivities=wrong, statistics=statistics)
+    assert set(result.chosen.values()) == {"w8a8"}
+    first, second = (point.measured_db for point in result.checks)
+    assert first is not None and second == result.point.measured_db and second > first + 10
+
+
 def test_the_plan_holds_the_choices_and_why(found: SearchResult, tmp_path: Path) -> None:
     for name, text in found.chosen.items():
         assert str(found.plan.layers[name].precision) == text
@@ -225,8 +240,6 @@ def test_an_interrupted_search_continues(model: nn.Module, statistics: Statistic
     again = fxquant.search(model, **options, resume=tmp_path, progress=lambda what, done, total: seen.append(what))
     assert sum(what.startswith("timestep") for what in seen) == 1  # Of two.
     assert again.plan == fxquant.search(model, **options).plan
-    with pytest.raises(ConfigurationError, match="sensitivities are given, so nothing is measured"):
-        fxquant.search(model, size=0.3, statistics=statistics, sensitivities=again.sensitivities, resume=tmp_path)
 
 
 def test_errors_that_are_not_finite_are_kept_and_avoided(
