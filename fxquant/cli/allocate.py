@@ -123,6 +123,7 @@ def sensitivity(
 
 @app.command(epilog=_SEARCH_EXAMPLES, no_args_is_help=True)
 def search(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write the quantized pipeline to.")] = None,
     size: Annotated[float | None, typer.Option(help="Share of the float model's bytes, up to 1; or bytes.")] = None,
@@ -159,6 +160,7 @@ def search(
     """Choose the precision of each layer for a size, a quality or a speed, and quantize the model with it."""
     import fxquant
     from fxquant.allocation.search import check_target
+    from fxquant.disk.claims import claimed
 
     check_target(size, sqnr, speed)
     with quiet(), status("reading"):
@@ -168,6 +170,8 @@ def search(
             check_suffix(picture)
         _check_outputs(model, {"--picture": picture, "--times": times}, resume, out)
         _check_folder(model, out, overwrite)
+        if out is not None:
+            context.with_resource(claimed(out.resolve()))
         _check_backend(backend, device)
         known = None if sensitivities is None else fxquant.Sensitivities.load(sensitivities)
         opened = _Opened(model, device, samples, steps, seed, guidance, prompts)

@@ -33,6 +33,7 @@ from fxquant.disk.whole_file import whole_file
 from fxquant.errors import FolderInUseError, ResumeWarning
 
 _KEY = "fxquant-finished-work"
+_FORMAT = "1"  # Another one whenever parts hold something else or something else is computed from the same.
 _SUFFIX = ".safetensors"
 _LONGEST = 150  # Bytes of the name of a part in the name of its file.
 _TRIES = 10
@@ -224,7 +225,8 @@ def digest_of_tensor(tensor: Tensor) -> str:
 
 def _versions() -> dict[str, str]:
     package = sys.modules[__name__.partition(".")[0]]  # An import would be against the direction of imports.
-    return {"version of fxquant": str(package.__version__), "version of torch": torch.__version__}
+    versions = {"version of fxquant": str(package.__version__), "version of torch": torch.__version__}
+    return {"format of the folder": _FORMAT, **versions}
 
 
 def _tidy(folder: Path) -> None:

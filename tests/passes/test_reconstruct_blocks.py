@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import CalibrationError, ConfigurationError
@@ -145,6 +145,47 @@ def test_it_goes_on_where_it_was_cut_off(model: nn.Module, tmp_path: Path, monke
     names.clear()
     compiled(model, recipe(iterations=8, seed=1), resume=tmp_path)
     assert names[0] == "transformer_blocks.0"  # Learned otherwise, so anew.
+
+
+class Optional(nn.Module):
+    """A model whose second block runs only in calls with an optional input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, more: Tensor | None = None) -> Tensor:
+        x = hidden_states + self.blocks[0](hidden_states * timestep[:, None, None] / 1000)
+        return x if more is None else x + self.blocks[1](x + more)
+
+
+def test_blocks_of_all_kinds_of_call_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Optional().eval()
+    made = make_recipe("rtn-reconstruct-w4a8", "all").with_options("reconstruct-blocks", iterations=4, batch=4)
+    x, names = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1)), []
+    learn = engine.learn
+
+    def watched(simulation: Any, *arguments: Any) -> Any:
+        names.append(simulation.segment.name)
+        return learn(simulation, *arguments)
+
+    def calibrate() -> None:
+        for step in (900.0, 100.0):
+            model(x, torch.full((6,), step))
+            model(x, torch.full((6,), step), more=x.flip(0))
+
+    def quantized() -> GraphModel:
+        return fxquant.compile(model, recipe=made, calibrate=calibrate, measure=0, resume=tmp_path)
+
+    monkeypatch.setattr(engine, "learn", watched)
+    first = quantized()
+    assert names.count("blocks.0") == 2 and "blocks.1" in names
+    names.clear()
+    again = quantized()
+    assert not names
+    given = (x, torch.full((6,), 500.0), x)
+    assert torch.equal(again(*given), first(*given))
 
 
 class Watch:
