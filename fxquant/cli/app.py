@@ -27,13 +27,13 @@ class _Group(TyperGroup):
                 return self._run(ctx)
             except Terminated:
                 error = ranks.terminated()
-                if ranks.failed(error):
+                if not ranks.separate and ranks.failed(error):
                     print_error(str(error))
                 raise
             except (typer.Exit, typer.Abort):
                 raise
             except _UsageError:
-                if ranks.first:
+                if ranks.first or ranks.separate:
                     raise
                 raise typer.Exit(_ERROR) from None  # The first process prints it.
             except BaseException as error:  # Printed by Python, or by click.

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from fxquant.distributed.team import Team
 
 _SHARED = {"quantize"}
-_ALONE = {"attribute", "balance", "eval", "export", "generate", "search", "sensitivity"}
+_SEPARATE = {"eval"}  # Each process makes its share by itself, and keeps it in files.
+_ALONE = {"attribute", "balance", "export", "generate", "search", "sensitivity"}
 _COURTESY = 0.5  # Seconds in which a rank that failed may print its error itself.
 
 
@@ -33,12 +34,14 @@ class Ranks:
     Attributes:
         place: What the launcher says about this process; None if it works alone.
         team: The processes, once they have joined.
+        separate: Whether the processes do not join, so that each prints its own errors.
         clean: Called if the process that writes is gone, which may have left unfinished files behind.
     """
 
     def __init__(self, place: Place | None = None) -> None:
         self.place = place
         self.team: Team | None = None
+        self.separate = False
         self.clean: Callable[[], object] = lambda: None
 
     @property
@@ -71,7 +74,10 @@ class Ranks:
                 f"fxquant {command} runs in one process, and {self.place.size} were started; run it without torchrun "
                 "or accelerate launch"
             )
-        return self.first or command in _SHARED
+        if command in _SEPARATE:
+            self.separate = True
+            output.out.quiet = output.err.quiet = False
+        return self.first or self.separate or command in _SHARED
 
     def join(self, options: Mapping[str, object], folder: Path) -> None:
         """Join the other processes, and compare versions, options and the files of a folder; nothing for one process.
@@ -121,7 +127,7 @@ class Ranks:
 
     def failed(self, error: BaseException) -> bool:
         """Tell the other processes of an error; returns whether this process is to print it."""
-        if self.place is None:
+        if self.place is None or self.separate:
             return True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # This process ends by itself.
         prints = self.first
@@ -138,7 +144,11 @@ class Ranks:
 
     def named(self, error: BaseException) -> str:
         """The message of an error, with the rank that it is from."""
-        known = self.team is None or isinstance(error, (RankError, RanksDifferError))
+        known = (
+            self.place is None
+            or (self.team is None and not self.separate)
+            or isinstance(error, (RankError, RanksDifferError))
+        )
         return str(error) if known else f"rank {self.share[0]}: {error}"
 
     def terminated(self) -> RankError:

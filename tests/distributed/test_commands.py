@@ -139,6 +139,14 @@ def test_refusals(folder, arguments, message):
     assert out == ["", ""]
 
 
+def test_evaluation_runs_in_each_process(folder):
+    """Processes of an evaluation do not join, so each prints its error."""
+    codes, _, err = run(folder, "eval", "float", "--images", "2", "--metrics", "nonsense")
+    assert codes == [2, 2]
+    for rank in range(2):
+        assert f"rank {rank}:" in only_message(err[rank : rank + 1])
+
+
 def test_mistake_in_the_arguments(folder):
     codes, _, err = run(folder, *QUANTIZE, "--nonsense")
     assert codes == [2, 2]

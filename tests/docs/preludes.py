@@ -40,6 +40,11 @@ import fxquant
 from tests.evaluation.pipes import make_pipe, quantized_pipe as quantize
 pipe, quantized_pipe = make_pipe(), quantize()
 """,
+    "docs/distributed.md": f"""{_MODEL}{_PIPE}
+import os
+os.environ |= {{"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}}
+labels = [1, 2]
+""",
     "docs/formats.md": _MODEL,
     "docs/inspect.md": f"""{_MODEL}
 fxquant.save(fxquant.compile(model, recipe='ptq4dit-w4a8', calibrate=calibrate), "dit-w4a8")
