@@ -15,7 +15,7 @@ from fxquant.evaluation.features import Extractor, Features
 from fxquant.evaluation.frechet import Moments, frechet_distance
 from fxquant.evaluation.generation import Sampling
 from fxquant.evaluation.inception_score import SPLITS, InceptionScore
-from fxquant.evaluation.pairs import SSIM_PIXELS, Pairs
+from fxquant.evaluation.pairs import LPIPS_PIXELS, SSIM_PIXELS, Pairs
 from fxquant.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from fxquant.evaluation.reference import Reference, check_features
 from fxquant.evaluation.store import Store
@@ -93,10 +93,10 @@ def check_possible(choice: Choice, extent: Extent, images: Tensor, found: Featur
     Raises:
         ConfigurationError: If a required metric is not possible; says how many images it needs.
     """
-    if min(images.shape[2:]) < SSIM_PIXELS:
-        choice.drop(
-            "ssim", f"needs images of at least 11 x 11 pixels; these have {images.shape[3]} x {images.shape[2]}"
-        )
+    for name, pixels in (("ssim", SSIM_PIXELS), ("lpips", LPIPS_PIXELS)):
+        if min(images.shape[2:]) < pixels:
+            there = f"{images.shape[3]} x {images.shape[2]}"
+            choice.drop(name, f"needs images of at least {pixels} x {pixels} pixels; these have {there}")
     if found is None:
         return
     width = found.pooled.shape[1]

@@ -17,6 +17,9 @@ from fxquant.evaluation.weights import LPIPS, load_weights, require
 SSIM_PIXELS = 11
 """Width of SSIM's window; smaller images have no SSIM."""
 
+LPIPS_PIXELS = 31
+"""Width of the smallest images that AlexNet takes."""
+
 
 class Pairs:
     """Sums over pairs of images.

@@ -24,9 +24,11 @@ from fxquant.errors import (
     MetricWeightsError,
     UnknownNameError,
 )
+from fxquant.evaluation.choice import Choice
 from fxquant.evaluation.evaluate import evaluate
 from fxquant.evaluation.frechet import Moments, frechet_distance
 from fxquant.evaluation.generation import Sampling, identity
+from fxquant.evaluation.measuring import Extent, Networks, check_possible
 from fxquant.evaluation.result import Evaluation
 from fxquant.evaluation.store import one_process
 from tests.evaluation.pipes import Pooled, make_pipe, quantized_pipe
@@ -287,6 +289,15 @@ def test_too_few_images(both: tuple[Any, Any], real: Path) -> None:
     assert some is not None and some.counts == {"sfid": 9}
     with pytest.raises(ConfigurationError, match="sfid needs at least 9 images"):
         evaluate(both[0], **OPTIONS, against=real, metrics=["sfid"], sfid_images=8)
+
+
+def test_too_small_images() -> None:
+    extent = Extent(samples=4, batch=4, frames=1, sfid=4)
+    for pixels, missing in ((10, {"ssim", "lpips"}), (16, {"lpips"}), (31, set())):
+        choice = Choice({"psnr", "ssim", "lpips"})
+        check_possible(choice, extent, torch.zeros(4, 3, 40, pixels, dtype=torch.uint8), None, Networks())
+        assert choice.left_out.keys() == missing
+        assert all(f"these have {pixels} x 40" in reason for reason in choice.left_out.values())
 
 
 def test_missing_weights(both: tuple[Any, Any], real: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
