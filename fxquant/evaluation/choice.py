@@ -90,8 +90,7 @@ def choose(given: Given, asked: Collection[str] | None = None, limited: Collecti
 
     Raises:
         UnknownNameError: If there is no such metric.
-        MetricWeightsError: If one that was asked for needs weights that are not given, or no metric can run and weights
-            would help.
+        MetricWeightsError: If one that was asked for needs weights that are not given.
         ConfigurationError: If one that was asked for needs something else, or no metric can run.
     """
     required = dict.fromkeys([*(asked or ()), *limited])
@@ -102,7 +101,12 @@ def choose(given: Given, asked: Collection[str] | None = None, limited: Collecti
     possible = [name for name in METRICS if name not in reasons]
     wanted = list(METRICS) if asked is None else list(required)
     missing = {name: reasons[name] for name in wanted if name in reasons}
-    first = next((name for name in wanted if name in reasons and (name in required or not possible)), None)
+    if not possible and not required:
+        raise ConfigurationError(
+            "no metric can run: give the float model (--reference) for psnr and ssim, weights of Inception (--inception) "
+            "or another network (--features) for the inception score, and real images (--against) for fid"
+        )
+    first = next((name for name in wanted if name in reasons and name in required), None)
     if first is not None:
         raise _error(f"{first} {missing[first]}", possible)
     if not wanted:

@@ -65,7 +65,8 @@ def test_refusals(folders: Path, tmp_path: Path) -> None:
         (("--features-input", "bytes", *FAST[-2:]), "'unit' or 'uint8'"),
         (("--features", "nothing"), "module:attribute"),
         (("--inception", tmp_path / "no.pth"), "--inception"),
-        (("--prompts", folders / "w4a8" / "model_index.json"), "class labels, not prompts"),
+        (("--prompts", folders / "w4a8" / "model_index.json", *FAST[-2:]), "class labels, not prompts"),
+        ((), "no metric can run"),
     ]
     for options, reason in cases:
         assert reason in refused("eval", quantized, "--images", "2", "--steps", "1", *options), options

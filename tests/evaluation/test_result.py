@@ -81,6 +81,8 @@ def test_what_is_missing_is_named() -> None:
         choose(ALL, [])
     with pytest.raises(MetricWeightsError, match="lpips needs the weights of AlexNet"):
         choose(Given(float_model=True), None, ["lpips"])
+    with pytest.raises(ConfigurationError, match=r"no metric can run: give the float model \(--reference\)"):
+        choose(Given())
     choice = choose(ALL, None, ["fid"])
     choice.drop("recall", "is too slow")
     assert "recall" not in choice.run and choice.left_out == {"recall": "is too slow"}

@@ -13,6 +13,7 @@ from rich.console import Console
 from examples.digits import compare, demo, rows
 from examples.digits.compare import Result
 from examples.digits.rows import Job, Measured
+from fxquant.evaluation.result import Evaluation
 from fxquant.pipeline.recipes import make_recipe
 
 
@@ -44,6 +45,19 @@ def test_rows_are_printed_in_order_whichever_is_measured_first(tmp_path: Path, m
     assert [(result.model, result.recipe) for result in results] == printed
     assert len(json.loads((tmp_path / "results.json").read_text())) == 8
     assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_the_evaluation_is_printed_below_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(jobs: dict[str, list[Job]], count: int, out: Path) -> Iterator[tuple[Job, Measured]]:
+        for job in (job for each in jobs.values() for job in each):
+            found = Evaluation({"psnr": 41.5}, images=count) if job == rows.EVALUATED else None
+            yield job, Measured(result_of(job), torch.zeros(2, 3, 32, 32), found)
+
+    monkeypatch.setattr(demo, "measure_all", measured)
+    text = StringIO()
+    demo.run(tmp_path, 2, demo.METHODS, (), Console(file=text, width=200))
+    below = text.getvalue().partition("fxquant eval of ptq4dit-gptq-w4a8 (plain)")[2].splitlines()
+    assert below[-1].split() == ["psnr", "41.50", "higher", "2"]
 
 
 def test_the_demo_shows_each_method_once_and_the_choice_of_layers_on_one_model() -> None:
