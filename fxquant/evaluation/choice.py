@@ -103,8 +103,8 @@ def choose(given: Given, asked: Collection[str] | None = None, limited: Collecti
     missing = {name: reasons[name] for name in wanted if name in reasons}
     if not possible and not required:
         raise ConfigurationError(
-            "no metric can run: give the float model (--reference) for psnr and ssim, weights of Inception (--inception) "
-            "or another network (--features) for the inception score, and real images (--against) for fid"
+            "no metric can run: give the float model (--reference) for psnr and ssim, weights of Inception "
+            "(--inception) or another network (--features) for the inception score, real images (--against) for fid"
         )
     first = next((name for name in wanted if name in reasons and name in required), None)
     if first is not None:
