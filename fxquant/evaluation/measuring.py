@@ -109,8 +109,10 @@ def check_possible(choice: Choice, extent: Extent, images: Tensor, found: Featur
         choice.drop("sfid", "needs spatial features, which the feature extractor does not find")
     else:
         _needs(choice, "sfid", extent.of_sfid, found.spatial.shape[1] + 1, f"has {found.spatial.shape[1]} features")
-    if networks.against is not None and networks.against.spatial_mean is None:
-        choice.drop("sfid", "needs spatial statistics of real images, which --against does not hold")
+    if networks.against is not None:
+        if networks.against.spatial_mean is None:
+            choice.drop("sfid", "needs spatial statistics of real images, which --against does not hold")
+        _check_real(choice, networks.against, width, None if found.spatial is None else found.spatial.shape[1])
     if found.logits is None:
         choice.drop("inception_score", "needs class scores (logits), which the feature extractor does not find")
     _needs(choice, "inception_score", extent.images, SPLITS, f"is averaged over {SPLITS} parts")
@@ -118,9 +120,21 @@ def check_possible(choice: Choice, extent: Extent, images: Tensor, found: Featur
         _needs(choice, name, extent.images, NEIGHBOURS + 1, f"looks at {NEIGHBOURS} neighbours")
 
 
-def _needs(choice: Choice, metric: str, there: int, needed: int, why: str) -> None:
+def _check_real(choice: Choice, against: Reference, width: int, spatial: int | None) -> None:
+    """Leave out metrics for which there are too few real images."""
+    if against.images is not None:
+        _needs(choice, "fid", against.images, width + 1, f"has {width} features", "real images")
+        if spatial is not None:
+            _needs(choice, "sfid", against.images, spatial + 1, f"has {spatial} features", "real images")
+    if against.pooled is not None:
+        for name in ("precision", "recall"):
+            why = f"looks at {NEIGHBOURS} neighbours"
+            _needs(choice, name, len(against.pooled), NEIGHBOURS + 1, why, "real images")
+
+
+def _needs(choice: Choice, metric: str, there: int, needed: int, why: str, what: str = "images") -> None:
     if there < needed:
-        choice.drop(metric, f"needs at least {needed} images, because it {why}; there are {there}")
+        choice.drop(metric, f"needs at least {needed} {what}, because it {why}; there are {there}")
 
 
 class Measured:

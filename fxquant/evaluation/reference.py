@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
 from fxquant.evaluation.features import Extractor
 from fxquant.evaluation.frechet import Array, Moments
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _BATCH = 32
 _STATISTICS = {"mu": 1, "sigma": 2, "mu_s": 1, "sigma_s": 2}
+_PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))
+_ROUNDING = 1e-6  # Of the largest covariance: how far files of covariances are from symmetric.
+_DEEP = ("I", "F")  # Modes of pictures with more than 8 bits per channel begin so; PIL cuts them off.
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Reference:
         spatial_mean: Mean of the spatial features of sFID; None if they are not known.
         spatial_covariance: Their covariance.
         pooled: The pooled features themselves, float32 ``[n, d]``, for precision and recall; None if unknown.
+        images: From how many images the statistics were computed; None if unknown.
     """
 
     mean: Array
@@ -39,6 +44,7 @@ class Reference:
     spatial_mean: Array | None = None
     spatial_covariance: Array | None = None
     pooled: Tensor | None = None
+    images: int | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as an npz of ADM's evaluation: ``mu``, ``sigma``, and ``mu_s``, ``sigma_s``."""
@@ -65,7 +71,12 @@ def check_reference(path: Path) -> bool:
             raise CheckpointError(f"{path} holds no images ({', '.join(SUFFIXES)}); give another folder or an npz")
         return True
     names = _names(path)
-    if "arr_0" not in names and not {"mu", "sigma"} <= names:
+    for pair in _PAIRS:
+        held = names.intersection(pair)
+        if len(held) == 1:
+            other = next(name for name in pair if name not in held)
+            raise CheckpointError(f"{path} holds {held.pop()} but not {other}; copy it again")
+    if not names & {"arr_0", "mu"}:
         raise CheckpointError(
             f"{path} holds {', '.join(sorted(names)) or 'nothing'}; a reference has mu and sigma, or images in arr_0, "
             "as the reference batches of openai/guided-diffusion have"
@@ -91,16 +102,18 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     if path.is_dir():
         return reference_of(_read_pictures(path), extractor)
     names = _names(path)
-    found: dict[str, Any] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: np.asarray(file[name], np.float64) for name in _STATISTICS if name in names}
-            pooled = torch.from_numpy(np.asarray(file["pooled"], np.float32)) if "pooled" in names else None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from error
+    with _reading(path), np.load(path, allow_pickle=False) as file:
+        found = {name: _numbers(file[name]) for name in _STATISTICS if name in names}
+        pooled = torch.from_numpy(_numbers(file["pooled"]).astype(np.float32)) if "pooled" in names else None
     for name, array in found.items():
-        if array.ndim != _STATISTICS[name] or len({*array.shape}) != 1 or not np.isfinite(array).all():
-            raise CheckpointError(f"{path}: {name} of shape {array.shape} is not a mean or covariance; copy it again")
+        _check_statistic(path, name, array)
+    for first, second in _PAIRS:
+        if first in found and len(found[first]) != len(found[second]):
+            raise CheckpointError(
+                f"{path}: {first} has {len(found[first])} features and {second} {len(found[second])}; copy it again"
+            )
+    if pooled is not None and not (pooled.ndim == 2 and len(pooled) and pooled.isfinite().all()):
+        raise CheckpointError(f"{path}: pooled of shape {tuple(pooled.shape)} does not hold features; copy it again")
     computed = None
     if "arr_0" in names and (pooled is None or "mu" not in found):
         computed = reference_of(_images_of(path), extractor)
@@ -109,6 +122,22 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
         assert computed is not None
         return computed
     return Reference(found["mu"], found["sigma"], found.get("mu_s"), found.get("sigma_s"), pooled)
+
+
+def _numbers(array: Any) -> Array:
+    array = np.asarray(array)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"it holds {array.dtype} where numbers are expected")
+    return np.asarray(array, np.float64)
+
+
+def _check_statistic(path: Path, name: str, array: Array) -> None:
+    good = array.ndim == _STATISTICS[name] and len({*array.shape}) == 1 and array.size and np.isfinite(array).all()
+    if good and array.ndim == 2:
+        near = _ROUNDING * np.abs(array).max()
+        good = np.abs(array - array.T).max() <= near and array.diagonal().min() >= -near
+    if not good:
+        raise CheckpointError(f"{path}: {name} of shape {array.shape} is not a mean or covariance; copy it again")
 
 
 def reference_of(batches: Iterable[Tensor], extractor: Extractor) -> Reference:
@@ -122,19 +151,33 @@ def reference_of(batches: Iterable[Tensor], extractor: Extractor) -> Reference:
             spatial.add(found.spatial)
     whole = torch.cat(pooled)
     if not spatial.count:
-        return Reference(moments.mean, moments.covariance, pooled=whole)
-    return Reference(moments.mean, moments.covariance, spatial.mean, spatial.covariance, whole)
+        return Reference(moments.mean, moments.covariance, pooled=whole, images=len(whole))
+    return Reference(moments.mean, moments.covariance, spatial.mean, spatial.covariance, whole, len(whole))
 
 
 def _names(path: Path) -> set[str]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return set(getattr(file, "files", ()))
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        with _reading(path):
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, as npy files do; write it with numpy.savez")
+            with file:
+                return set(file.files)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{path} cannot be read as an npz: {error}; give the reference batch of openai/guided-diffusion, or a "
-            "folder of images"
+            f"{error}; give the reference batch of openai/guided-diffusion, or a folder of images"
         ) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which npz cannot be read."""
+    try:
+        yield
+    except FxquantError:
+        raise
+    except Exception as error:  # A damaged zip file raises nearly anything.
+        raise CheckpointError(f"{path} cannot be read as an npz: {error}; copy it again") from error
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -148,9 +191,11 @@ def _read_pictures(folder: Path) -> Iterator[Tensor]:
     for path in _pictures(folder):
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(_DEEP):
+                    raise ValueError("it has more than 8 bits per channel")
                 pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as an image: {error}; remove it") from error
+        except Exception as error:  # A damaged image raises nearly anything.
+            raise CheckpointError(f"{path} cannot be read as an image: {error}; remove or convert it") from error
         if held and (len(held) == _BATCH or held[0].shape != pixels.shape):
             yield torch.stack(held)
             held = []
@@ -161,11 +206,11 @@ def _read_pictures(folder: Path) -> Iterator[Tensor]:
 
 def _images_of(path: Path) -> Iterator[Tensor]:
     """The images ``arr_0`` of an npz, ``[n, H, W, 3]`` there, of which only a batch is in memory at a time."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+    with _reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not shape[0]:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
             raise CheckpointError(f"{path}: arr_0 should be uint8 images [n, H, W, 3], not {dtype} {shape}")
         for start in range(0, shape[0], _BATCH):
             count = min(_BATCH, shape[0] - start)
@@ -181,7 +226,8 @@ def check_features(reference: Reference, pooled: int, spatial: int | None, where
         ConfigurationError: Names both numbers of features.
     """
     known = None if reference.spatial_mean is None else len(reference.spatial_mean)
-    for there, here in ((len(reference.mean), pooled), (known, spatial)):
+    features = None if reference.pooled is None else reference.pooled.shape[1]
+    for there, here in ((len(reference.mean), pooled), (features, pooled), (known, spatial)):
         if there is not None and here is not None and there != here:
             raise ConfigurationError(
                 f"{where} has statistics of {there} features, but the extractor finds {here}; use the network that the "

@@ -300,6 +300,26 @@ def test_too_small_images() -> None:
         assert all(f"these have {pixels} x 40" in reason for reason in choice.left_out.values())
 
 
+def test_too_few_real_images(both: tuple[Any, Any], real: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(real.iterdir())[:2]:
+        (few / path.name).write_bytes(path.read_bytes())
+    options: dict[str, Any] = {"images": 10, "batch": 5, "steps": 1, "features": Pooled()}
+    told: list[str] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append(what)
+
+    with pytest.raises(ConfigurationError, match=r"precision needs at least 4 real images.* there are 2"):
+        evaluate(both[0], against=few, metrics=["precision"], progress=progress, **options)
+    assert "measure" not in told
+    found = evaluate(both[0], against=few, **options)
+    assert found is not None and "fid" not in found.metrics
+    assert "needs at least 7 real images" in found.left_out["fid"]
+    assert "needs at least 9 real images" in found.left_out["sfid"]
+
+
 def test_missing_weights(both: tuple[Any, Any], real: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("INCEPTION", "LPIPS", "CLIP"):
         monkeypatch.delenv(f"FXQUANT_{name}", raising=False)

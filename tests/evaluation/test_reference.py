@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +87,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         (lambda: None, r"r.npz cannot be read as an npz"),
         (lambda: path.write_bytes(b"PK nothing"), r"r.npz cannot be read as an npz"),
         (lambda: np.savez(path, x=IMAGES), r"r.npz holds x; a reference has mu and sigma"),
-        (lambda: np.savez(path, mu=np.zeros(6)), r"r.npz holds mu; a reference"),
+        (lambda: np.savez(path, mu=np.zeros(6)), r"r.npz holds mu but not sigma"),
         (lambda: np.savez(path, mu=np.zeros(6), sigma=np.zeros((6, 5))), r"sigma of shape \(6, 5\)"),
         (lambda: np.savez(path, mu=np.full(6, np.nan), sigma=np.zeros((6, 6))), r"mu of shape"),
         (lambda: np.savez(path, arr_0=IMAGES.astype(np.float32)), r"arr_0 should be uint8 images"),
@@ -110,3 +114,74 @@ def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
     for sizes in ((2048, 8), (6, 2023)):
         with pytest.raises(ConfigurationError, match=r"r.npz has statistics of \d features, but the extractor finds 2"):
             check_features(found, *sizes, "r.npz")
+
+
+def test_files_that_numpy_reads_but_no_tool_wrote_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.npz"
+    good = statistics(IMAGES)
+    own = {name: good[name] for name in ("mu", "sigma")}
+
+    def member(name: str, data: bytes) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, data)
+
+    def images(shape: tuple[int, ...]) -> None:
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        member("arr_0.npy", file.getvalue() + IMAGES.tobytes())
+
+    def damaged() -> None:
+        np.savez(path, arr_0=IMAGES)
+        data = bytearray(path.read_bytes())
+        data[400] ^= 255
+        path.write_bytes(data)
+
+    cases: list[tuple[Any, str]] = [
+        (lambda: np.save(path.open("wb"), IMAGES), "it holds one array, as npy files do"),
+        (lambda: member("arr_0", b"text"), "cannot be read as an npz"),
+        (lambda: member("arr_0.npy", b""), "cannot be read as an npz"),
+        (lambda: member("arr_0.npy", b"text" * 9), "cannot be read as an npz"),
+        (damaged, "cannot be read as an npz: Bad CRC"),
+        (lambda: images((10**9, 16, 16, 3)), "cannot be read as an npz"),
+        (lambda: images((-5, 16, 16, 3)), r"arr_0 should be uint8 images \[n, H, W, 3\], not uint8 \(-5"),
+        (lambda: images((11, 16, 0, 3)), "arr_0 should be uint8 images"),
+        (lambda: np.savez(path, **own, mu_s=good["mu_s"]), "holds mu_s but not sigma_s"),
+        (lambda: np.savez(path, arr_0=IMAGES, sigma=good["sigma"]), "holds sigma but not mu"),
+        (lambda: np.savez(path, mu=good["mu"], sigma=np.eye(7)), "mu has 6 features and sigma 7"),
+        (lambda: np.savez(path, **own, mu_s=good["mu_s"], sigma_s=np.eye(3)), "mu_s has 8 features and sigma_s 3"),
+        (lambda: np.savez(path, mu=good["mu"], sigma=good["sigma"] * 1j), "holds complex128 where numbers"),
+        (lambda: np.savez(path, mu=np.zeros(6, [("a", "f4")]), sigma=good["sigma"]), "where numbers are expected"),
+        (lambda: np.savez(path, mu=np.zeros(0), sigma=np.zeros((0, 0))), "mu of shape"),
+        (lambda: np.savez(path, mu=good["mu"], sigma=-good["sigma"]), "is not a mean or covariance"),
+        (lambda: np.savez(path, mu=good["mu"], sigma=np.triu(good["sigma"])), "is not a mean or covariance"),
+        (lambda: np.savez(path, **own, pooled=np.full((9, 6), np.nan)), "pooled of shape"),
+        (lambda: np.savez(path, **own, pooled=np.zeros(6)), "pooled of shape"),
+    ]
+    for make, reason in cases:
+        make()
+        with pytest.raises(CheckpointError, match=reason):
+            check_reference(path)
+            read_reference(path, EXTRACTOR)
+
+
+def test_pictures_that_bytes_cannot_hold_are_refused(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)  # Unpacked it would have 10 GB.
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+    with pytest.raises(CheckpointError, match=r"bomb.png cannot be read as an image: Image size"):
+        read_reference(tmp_path, EXTRACTOR)
+    (tmp_path / "bomb.png").unlink()
+    Image.fromarray(IMAGES[0, :, :, 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    with pytest.raises(CheckpointError, match=r"deep.png cannot be read as an image: it has more than 8 bits"):
+        read_reference(tmp_path, EXTRACTOR)
+
+
+def test_features_of_another_network_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "r.npz", **statistics(IMAGES), pooled=np.zeros((9, 5)))
+    found = read_reference(tmp_path / "r.npz", EXTRACTOR)
+    with pytest.raises(ConfigurationError, match=r"statistics of 5 features, but the extractor finds 6"):
+        check_features(found, 6, 8, "r.npz")
