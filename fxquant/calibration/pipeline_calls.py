@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.utils.pil_utils import numpy_to_pil
 from torch import Tensor, nn
 
 from fxquant.calibration.attributes import instance_attribute
 from fxquant.calibration.noise import Draws, without_models
-from fxquant.errors import CalibrationError, ConfigurationError
+from fxquant.errors import CalibrationError, ConfigurationError, EvaluationError
 
 STEPS = 25
 """Denoising steps of a calibration, as in PTQ4DiT (arXiv 2405.16005)."""
@@ -164,6 +166,7 @@ def generate(
     Raises:
         ConfigurationError: If neither labels nor prompts fit the pipeline, a label is out of range, the pipeline has no
             such size, or it makes neither images nor clips.
+        EvaluationError: If what it makes holds NaN or infinity.
     """
     given = prompts if prompts is not None else labels
     if not given:
@@ -173,12 +176,29 @@ def generate(
     images: list[Any] = []
     generator = torch.Generator().manual_seed(seed)
     for number in range(num_batches(len(given), at_once)):
-        output = call(number, generator, "pil")
+        output = call(number, generator, "np")
         found = getattr(output, "images", getattr(output, "frames", None))
         if found is None:
             raise ConfigurationError(f"{type(pipe).__name__} makes no images; call the pipeline itself")
-        images += found
+        images += [_picture(pipe, one) for one in found]
     return images
+
+
+def _picture(pipe: Any, made: Any) -> Any:
+    """A PIL image, or a list of them for a clip, of an array in [0, 1]; other things as they are.
+
+    Raises:
+        EvaluationError: If the array holds NaN or infinity, which an image would show as black.
+    """
+    if not isinstance(made, np.ndarray):
+        return made
+    if not np.isfinite(made).all():
+        raise EvaluationError(
+            f"{type(pipe).__name__} made images of NaN or infinity; look at their weights and dtype: "
+            "some VAEs overflow in float16, and not in bfloat16 or float32"
+        )
+    found = numpy_to_pil(made)
+    return found if made.ndim == 4 else found[0]
 
 
 def _check_seed(seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import sys
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fxquant.disk.files import digest
 from fxquant.errors import CheckpointError, ConfigurationError, EvaluationError, QualityWarning
+from fxquant.evaluation.keys import described, digest_of_tensors
 from fxquant.evaluation.weights import INCEPTION, load_weights, require
 
 Input = Literal["unit", "uint8"]
@@ -76,12 +76,10 @@ class Extractor:
 
     @property
     def key(self) -> str:
-        """16 characters that are equal for equal extractors: a digest of the class, the input and the weights."""
+        """16 characters that are equal for equal extractors: a digest of the input, the weights, options and code."""
         if self._key is None:
             state = self._module.state_dict() if isinstance(self._module, nn.Module) else {}
-            kind = self._module if not isinstance(self._module, nn.Module) else type(self._module)
-            what = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')} {self.takes}"
-            self._key = digest_of_tensors(state, what)[:16]
+            self._key = digest_of_tensors(state, f"{self.takes} {described(self._module)}")[:16]
         return self._key
 
     @torch.no_grad()
@@ -118,18 +116,23 @@ class Extractor:
                 f"the feature extractor {self.name} returned {shape} for {count} images; [{count}, d] is needed, so "
                 "pool or flatten the rest"
             )
-        return tensor.detach().float().cpu().contiguous()
-
-
-def digest_of_tensors(tensors: Mapping[str, Any], what: str) -> str:
-    """SHA-256 of a text, and of tensors with their names, shapes and dtypes."""
-    found = hashlib.sha256(what.encode())
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            data = tensor.detach().cpu().contiguous().reshape(-1)
-            found.update(data.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        if tensor.is_complex() or not tensor.shape[1]:
+            raise EvaluationError(
+                f"the feature extractor {self.name} returned {tensor.dtype} of shape {tuple(tensor.shape)}; real "
+                "numbers are needed, at least one per image"
+            )
+        try:
+            found = tensor.detach().to(torch.float32).cpu().contiguous()
+        except Exception as error:  # Sparse tensors, those without data, and others raise different errors.
+            raise EvaluationError(
+                f"the feature extractor {self.name} returned a tensor that cannot be read: {error}"
+            ) from error
+        if not found.isfinite().all():
+            raise EvaluationError(
+                "the features hold NaN or infinity; look at the images, and at the weights of the feature extractor "
+                f"{self.name}"
+            )
+        return found
 
 
 def named_extractor(text: str, takes: Input = "unit", device: str = "cpu") -> Extractor:

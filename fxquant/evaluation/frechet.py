@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +89,7 @@ def frechet_distance(mean: Array, covariance: Array, other_mean: Array, other_co
 
     Raises:
         ConfigurationError: If the numbers of features differ.
+        EvaluationError: If the distance is not a finite number.
     """
     if mean.shape != other_mean.shape or covariance.shape != other_covariance.shape:
         raise ConfigurationError(
@@ -99,4 +101,7 @@ def frechet_distance(mean: Array, covariance: Array, other_mean: Array, other_co
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     inner = scipy.linalg.eigvalsh(root @ second @ root)
     trace = np.trace(first) + np.trace(second) - 2 * np.sqrt(inner.clip(0)).sum()
-    return max(0.0, float(difference @ difference + trace))  # Rounding can make a distance of zero slightly negative.
+    found = float(difference @ difference + trace)
+    if not math.isfinite(found):
+        raise EvaluationError(f"the Fréchet distance is {found}; the features or the statistics are too large")
+    return max(0.0, found)  # Rounding can make a distance of zero slightly negative.

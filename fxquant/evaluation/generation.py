@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxquant.calibration import pipeline_calls
 from fxquant.errors import ConfigurationError, EvaluationError, FxquantError
-from fxquant.evaluation.features import digest_of_tensors
+from fxquant.evaluation.keys import digest_of_tensors
 from fxquant.evaluation.store import Store
 from fxquant.runtime.parts import quantized_models
 from fxquant.storage.aot.model import PackagedModel

@@ -223,8 +223,11 @@ def check_features(reference: Reference, pooled: int, spatial: int | None, where
     """Refuse statistics of another extractor.
 
     Raises:
-        ConfigurationError: Names both numbers of features.
+        ConfigurationError: Names both numbers of features, or says that the statistics are not finite.
     """
+    for held in (reference.mean, reference.covariance, reference.spatial_mean, reference.spatial_covariance):
+        if held is not None and not np.isfinite(held).all():
+            raise ConfigurationError(f"{where} has statistics with NaN or infinity; compute them again")
     known = None if reference.spatial_mean is None else len(reference.spatial_mean)
     features = None if reference.pooled is None else reference.pooled.shape[1]
     for there, here in ((len(reference.mean), pooled), (features, pooled), (known, spatial)):

@@ -377,6 +377,18 @@ def test_a_pipeline_that_fails_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("images-*"))
 
 
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_images_of_nan_are_refused(both: tuple[Any, Any], part: str) -> None:
+    """They would be black, and equal for both models."""
+    broken = make_pipe()
+    weight = broken.vae.decoder.conv_out.weight if part == "vae" else broken.transformer.proj_out_2.weight
+    torch.nn.init.constant_(weight, float("nan"))
+    with pytest.raises(EvaluationError, match="DiTPipeline made images of NaN or infinity"):
+        evaluate(broken, broken, images=2, batch=2, steps=1)
+    with pytest.raises(EvaluationError, match="DiTPipeline made images of NaN or infinity"):
+        evaluate(both[0], broken, images=2, batch=2, steps=1)
+
+
 def test_equal_pipelines(both: tuple[Any, Any]) -> None:
     found = evaluate(both[1], make_pipe(), **OPTIONS)
     assert found is not None

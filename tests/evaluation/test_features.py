@@ -74,6 +74,50 @@ def test_keys_depend_on_weights_class_and_input() -> None:
     assert Extractor(linear(0)).key == keys[0]
 
 
+def test_keys_depend_on_options_and_code() -> None:
+    def scaled(factor: float) -> Any:
+        return lambda images: factor * images.mean((2, 3))
+
+    class Options(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.size = size
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images[:, 0, : self.size, 0]
+
+    def other() -> type[nn.Module]:
+        class Options(nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                return images[:, 0, :, 1]
+
+        Options.__qualname__ = "test_keys_depend_on_options_and_code.<locals>.Options"
+        return Options
+
+    def pooled(size: int) -> nn.Module:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten())
+
+    made: list[Any] = [pooled(1), pooled(2), scaled(1), scaled(2), lambda images: images.amax((2, 3))]
+    made += [lambda images: images.amin((2, 3)), Options(1), Options(2), other()()]
+    keys = [Extractor(one).key for one in made]
+    assert len({*keys}) == len(made)
+    assert [Extractor(one).key for one in (pooled(2), scaled(2), Options(2))] == [keys[1], keys[3], keys[7]]
+
+
+@pytest.mark.parametrize("make", [
+    lambda images: images.mean((2, 3)) * float("nan"),
+    lambda images: {"features": images.mean((2, 3)), "logits": images.mean((2, 3)) / 0},
+    lambda images: images.mean((2, 3)).double() * 1e300,
+    lambda images: images.mean((2, 3)) * 1j,
+    lambda images: images.mean((2, 3))[:, :0],
+    lambda images: images.mean((2, 3)).to("meta"),
+    lambda images: images.mean((2, 3)).to_sparse(),
+])  # fmt: skip
+def test_features_that_are_not_finite_real_numbers_are_refused(make: Any) -> None:
+    with pytest.raises(EvaluationError, match=r"NaN or infinity|real numbers|cannot be read"):
+        Extractor(make)(IMAGES)
+
+
 def test_extractors_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = named_extractor("tests.evaluation.pipes:pooled")
     assert found.name == "tests.evaluation.pipes:pooled"

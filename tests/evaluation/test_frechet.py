@@ -96,3 +96,9 @@ def test_wrong_features_are_refused(two_sets: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(EvaluationError, match="NaN"):
         found.add(torch.full((2, 24), float("nan")))
     assert found.count == len(two_sets[0])
+
+
+def test_a_distance_of_nan_does_not_pass_as_zero() -> None:
+    for mean in (1e200, np.nan):
+        with pytest.raises(EvaluationError, match="the Fréchet distance is"):
+            frechet_distance(np.full(2, mean), np.eye(2), np.zeros(2), np.eye(2))
