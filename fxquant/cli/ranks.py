@@ -144,12 +144,10 @@ class Ranks:
 
     def named(self, error: BaseException) -> str:
         """The message of an error, with the rank that it is from."""
-        known = (
-            self.place is None
-            or (self.team is None and not self.separate)
-            or isinstance(error, (RankError, RanksDifferError))
-        )
-        return str(error) if known else f"rank {self.share[0]}: {error}"
+        if self.place is None or isinstance(error, (RankError, RanksDifferError)):
+            return str(error)
+        alike = self.team is None and not self.separate  # All processes find a mistake before they join.
+        return str(error) if alike else f"rank {self.share[0]}: {error}"
 
     def terminated(self) -> RankError:
         """Why the launcher ends this process."""

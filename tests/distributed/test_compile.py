@@ -14,6 +14,7 @@ from tests.tiny import make_dit
 CALLS = [{"timestep": step, "seed": seed} for seed in range(4) for step in (900.0, 500.0, 20.0)]
 SMALL = [{**call, "size": 4} for call in CALLS[:3]]
 GPTQ = "ptq4dit-gptq-w4a8"
+FLUX = "svdquant-gptq-w4a8"
 RECIPES = ["rtn-w8a8", GPTQ, "ptq4dit-reconstruct-w4a8"]
 KINDS = {
     "other order": [[*CALLS[:2], *SMALL], [*SMALL, *CALLS[2:4]]],
@@ -56,6 +57,7 @@ def two(tmp_path_factory):
         **{name: quantize(GPTQ, parts, measure=0) for name, parts in KINDS.items()},
         "not called": quantize("rtn-w8a8", [[], []]),
         "failed": quantize("rtn-w8a8", [CALLS[:2], [{"timestep": 500.0, "batch": 0}]]),
+        "flux": (work.flux, lambda folder: (folder, FLUX)),
         "twice": (work.twice, lambda folder: (folder, CALLS)),
         "other weights": (work.quantize_other, lambda folder: (CALLS[:1],)),
         "other recipe": (work.quantize_recipes, lambda folder: (["rtn-w8a8", "rtn-w4a8"], CALLS[:1])),
@@ -126,6 +128,15 @@ def test_ranks_end_with_what_one_process_makes_of_the_statistics(recipe, two):
     first, second = two[0][recipe]
     assert_same(second, first)
     alone = work.compiled_from(make_dit(2), made(recipe), loaded(two[1] / recipe, 2), measure=0)
+    assert_same(first, work.facts(alone))
+
+
+def test_flux(two):
+    first, second = two[0]["flux"]
+    assert_same(second, first)
+    statistics = loaded(two[1] / "flux", 2)
+    assert statistics.calls.seen == 4
+    alone = work.compiled_from(work.flux_pipe().transformer, FLUX, statistics, measure=0)
     assert_same(first, work.facts(alone))
 
 

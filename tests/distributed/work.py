@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import fxquant
 from fxquant.distributed.agreement import check_alike
 from fxquant.distributed.team import Team
+from tests.adapters.fluxes import MODEL, PROMPT, make_pipe
 from tests.conversions import rebuilt_once, worked_out_once
 from tests.tiny import make_dit
 from tests.tiny import run as run_dit
@@ -79,6 +81,28 @@ def facts(quantized: Any) -> dict[str, Any]:
     plan = quantized.plan.to_json()
     plan.pop("passes", None)
     return {"plan": plan, "tensors": {name: tensor.clone() for name, tensor in quantized.tensors().items()}}
+
+
+def flux(rank: int, size: int, folder: Path, recipe: str) -> dict[str, Any]:
+    """Quantize the transformer of a FLUX pipeline; each rank makes an image of its own."""
+    pipe, statistics = flux_pipe(), fxquant.Statistics(keep_calls=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = fxquant.compile(
+            pipe.transformer,
+            recipe=recipe,
+            calibrate=lambda: pipe(**PROMPT, generator=torch.Generator().manual_seed(rank)),
+            measure=0,
+            statistics=statistics,
+            group=dist.group.WORLD,
+        )
+    statistics.save(folder / f"{rank}.statistics")
+    return facts(quantized)
+
+
+def flux_pipe() -> Any:
+    """A tiny FLUX pipeline."""
+    return make_pipe(copy.deepcopy(MODEL))
 
 
 def twice(rank: int, size: int, folder: Path, calls: Calls) -> None:
