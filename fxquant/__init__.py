@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxquant.inspect.report import Report, report
     from fxquant.ir.origins import origin
     from fxquant.ir.roles import nodes_of
+    from fxquant.memory.bound import limit_memory
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.attribution import Attribution
     from fxquant.planning.layer_times import LayerTimes
@@ -81,6 +82,7 @@ __all__ = [
     "export_onnx",
     "export_openvino",
     "inspect_page",
+    "limit_memory",
     "load",
     "load_package",
     "load_pipeline",
@@ -139,6 +141,7 @@ _HOMES = {
     "inspect_page": "inspect.page.write",
     "load": "storage.checkpoint",
     "load_package": "storage.aot.package",
+    "limit_memory": "memory.bound",
     "load_pipeline": "storage.diffusers_io",
     "make_recipe": "pipeline.recipes",
     "nodes_of": "ir.roles",

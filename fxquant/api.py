@@ -30,6 +30,7 @@ from fxquant.errors import (
     check_type,
 )
 from fxquant.ir.tensors import weights_of
+from fxquant.memory.bound import limit_memory, place_weights
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.dumps import with_dumps
 from fxquant.pipeline.pipeline import Instrument
@@ -99,6 +100,8 @@ def compile(
     resume: str | Path | None = None,
     prove: bool = False,
     group: ProcessGroup | None = None,
+    max_memory: int | str | None = None,
+    scratch: str | Path | None = None,
 ) -> GraphModel:
     """Quantize a diffusion transformer. As ``torch.compile`` does, it takes a module and returns a drop-in module.
 
@@ -137,6 +140,11 @@ def compile(
             of them call this function, with the same options and model; ``calibrate`` of each rank makes only
             its share of the calls. All ranks end with the same statistics, plan and codes (``docs/distributed.md``).
             None: this process works alone, also if there are process groups.
+        max_memory: A bound on the memory of this process: bytes, or a text such as ``"8GB"``. Large tensors lie in
+            memory-mapped files meanwhile: the weights in those that they were loaded from, all others in files in
+            ``scratch``. The result is the same bit for bit. For loading and saving within the same bound, enter
+            :func:`fxquant.limit_memory` instead. On Linux, for models on the CPU.
+        scratch: Folder for these files; by default ``resume``, or the folder of temporary files.
 
     A model that ``pipe.enable_model_cpu_offload()`` offloads is on its device meanwhile, and the quantized model is
     offloaded in its place.
@@ -156,10 +164,15 @@ def compile(
         RanksDifferError: If the ranks of ``group`` have other models, options or versions.
         RankError: If another rank of ``group`` failed or died; names it.
         BackendError: If the backend cannot run what the recipe requires.
+        MemoryLimitError: If ``max_memory`` is too small for the largest layer; the message says what would do.
         PassError: If a pass fails; with ``prove`` a ProofError if it does not keep its tier.
         FolderInUseError: If another process works in the folder ``resume``.
         WriteError: If the folder ``resume`` cannot be written, for example because its disk is full.
     """
+    if max_memory is not None:
+        given = {**locals(), "max_memory": None}
+        with limit_memory(max_memory, resume if scratch is None else scratch):
+            return compile(**given)
     instruments = with_dumps(instruments)
     if has_entries(model):
         raise ConfigurationError(
@@ -175,6 +188,7 @@ def compile(
     runner = resolve_backend(backend).on(device)
     runner.check_device(device)
     name = timestep if plan is None else plan.timestep
+    place_weights(model, device)
     run = Run(class_path(model), weights_digest(model), name)
     if statistics is not None and statistics.run is not None:
         statistics.run.check_same(run, "this model")
@@ -241,7 +255,9 @@ def _converted(
             runner.check(plan)
 
         passes, measure, prove = (chosen.prepare, chosen.convert), options.measure, options.prove
-        return Calibration(model, architecture, plan, *passes, measure, instruments, statistics, check, prove)
+        made = Calibration(model, architecture, plan, *passes, measure, instruments, statistics, check, prove)
+        made.alone = team is None
+        return made
 
     with working_in(_own_folder(resume, team)) as workspace:
         if calibrate is None:

@@ -255,6 +255,18 @@ class FolderInUseError(WriteError):
     """Another process works in a folder; the message names the folder."""
 
 
+class MemoryLimitError(FxquantError, MemoryError):
+    """A bound on memory is too small for a step; the message names the step.
+
+    Attributes:
+        smallest: The smallest bound that would do, in bytes.
+    """
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 class AlreadyCompiledError(FxquantError, TypeError):
     """The model given to ``compile`` is already an fxquant model."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from fxquant.ir.histories import made_from
 from fxquant.ir.layers import layer_name, stored_weight
 from fxquant.ir.meta import LAYER
 from fxquant.ir.rewriter import Rewriter
+from fxquant.memory.bound import kept as in_file
 from fxquant.numerics.finite import require_finite
 from fxquant.numerics.formats import is_integer
 from fxquant.numerics.rounding.adaround import adaround
@@ -122,7 +123,9 @@ class GPTQ:
         if kept != key:
             context.memo.pop("feedback", None)
             try:
-                feedback = ErrorFeedback.of(self.inputs(name, context), self.damping, self.activation_order)
+                feedback = ErrorFeedback.of(
+                    self.inputs(name, context), self.damping, self.activation_order, overwrite=True
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(f"layer {name}: {error}") from None
             context.memo["feedback"] = key, feedback
@@ -196,7 +199,7 @@ def drop_used_moments(name: str, context: PassContext) -> None:
     key = context.plan.layer(name).observed
     readers = (other for other, layer in context.plan.layers.items() if layer.observed == key)
     if key and context.statistics is not None and context.statistics.transient and context.codes.keys() >= set(readers):
-        context.statistics[key].moments = None
+        context.statistics.drop_moments(key)
 
 
 def quantized_weight(
@@ -249,7 +252,8 @@ def quantized_weight(
     else:
         if name not in context.codes:  # Neither learned before nor rounded for another graph of the model.
             assert rounder is not None
-            context.codes[name] = _rounded(name, values, rounder, context, method, symmetric)
+            rounded = _rounded(name, values, rounder, context, method, symmetric)
+            context.codes[name] = replace(rounded, packed=in_file(rounded.packed))
             drop_used_moments(name, context)
         quantized = context.codes[name]
     if layer.weight_sqnr_db is None:

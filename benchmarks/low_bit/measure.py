@@ -23,7 +23,7 @@ from benchmarks.low_bit import random_models
 from examples.digits.compare import RecordMoments, calibration, predicted_noise, test_calls
 from examples.digits.generator import load_pipeline
 from examples.digits.salience import plant_salience
-from fxquant.calibration.calibrate import calls_wanted
+from fxquant.calibration.kept_calls import calls_wanted
 from fxquant.numerics.sqnr import sqnr_db
 from fxquant.pipeline.recipes import Recipe, make_recipe
 

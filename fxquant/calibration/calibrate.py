@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from fxquant.calibration.attributes import instance_attribute
 from fxquant.calibration.journal import Journal
-from fxquant.calibration.kept_calls import Spread, some_samples
+from fxquant.calibration.kept_calls import Spread, calls_wanted, some_samples
+from fxquant.calibration.later_moments import LaterMoments
 from fxquant.calibration.later_steps import LaterSteps
 from fxquant.calibration.refusals import not_called, refuse_autocast
 from fxquant.calibration.samples import KEPT_SAMPLES, RUN_SAMPLES, Sample, timestep_of
@@ -25,12 +26,14 @@ from fxquant.errors import CalibrationError, ConfigurationError, FxquantError
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.ir.time_tables import missing_timestep
+from fxquant.memory.bound import current
 from fxquant.pipeline.conduct import ask, check_repeats
 from fxquant.pipeline.pipeline import PASSES, Instrument, Pass, PassRecord, Pipeline
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.plan import Plan
 from fxquant.planning.uses import combine, keys_in
+from fxquant.planning.working_sets import require_largest
 from fxquant.statistics.collection import Statistics
 
 _COMPARED = 2  # Calls that are kept to run graphs before and after a pass, if no pass asks for any.
@@ -100,6 +103,8 @@ class Calibration:
         self._keys: dict[str, dict[str, None]] = {}  # See fxquant.planning.uses.
         self._check = check
         self.journal: Journal | None = None
+        self.alone = True  # Whether the calls of no other process belong to the same calibration.
+        self._moments: LaterMoments | None = None
 
     def __deepcopy__(self, memo: Any) -> Calibration:
         """Refuse to copy. Calls of a copy of the model would also come here and calibrate."""
@@ -147,6 +152,8 @@ class Calibration:
         output = self._run(number, call, observed=True)
         self._keep_sample(captured, call, output)
         self._keep_inputs(number, call.leaves)
+        if self._moments is not None:
+            self._moments.keep(number, captured.inputs(call.leaves))
         self._keep_call(captured, self._kinds[number], call)
         return output
 
@@ -214,6 +221,9 @@ class Calibration:
         for step in (*self.prepare.passes, *self.convert):
             ask(step, "check_plan", self.plan)
         combine([captured.module.graph for captured in self.prepared], self.plan, self._keys, self.statistics)
+        if self._moments is not None:
+            self._moments.begin(self._observed)
+            self.statistics.later = self._moments
 
     def forget_observed(self) -> None:
         """Drop the observed graphs and the weights, so that tensors that passes replace are freed at once."""
@@ -260,18 +270,26 @@ class Calibration:
         Pipeline([PASSES["insert-observers"](**options)]).run(observed, self.plan, self.prepare.stage)
         for name, key in keys_in(self.plan, captured.module.graph):
             self._keys.setdefault(name, {})[key] = None
-        self.statistics.wants_moments = frozenset(
-            key
-            for name, layer in self.plan.layers.items()
-            if any(ask(step, "wants_moments", layer) for step in self.convert)
-            for key in self._keys.get(name, ())
-        ).__contains__
+        layers = self.plan.layers.items()
+        rounded = [name for name, own in layers if any(ask(step, "wants_moments", own) for step in self.convert)]
+        require_largest(self.plan, rounded)
+        moments = frozenset(key for name in rounded for key in self._keys.get(name, ()))
+        if moments and self._records_later():
+            self._moments = self._moments or LaterMoments(self.statistics)
+            self._moments.keys |= moments
+        else:
+            self.statistics.wants_moments = moments.__contains__
         self.prepared.append(captured)
         self._kinds.append(self.statistics.calls.kind(captured.call.to_json()))
         compared = self.prepare.prove or not all(step.keeps_inputs for step in self.convert)
         self._inputs.append(Spread(calls_wanted(self.convert) or (_COMPARED if compared else 0)))
         self._observed.append(observed)
         return len(self.prepared) - 1
+
+    def _records_later(self) -> bool:
+        """Whether second moments are recorded after calibration: where memory is bounded and nobody keeps them."""
+        unkept = self.statistics.transient and self.statistics.run is None and self.journal is None
+        return current() is not None and unkept and self.alone
 
     def _refuse_other_steps(self) -> None:
         run, plan = self.statistics.run, self.plan
@@ -310,11 +328,6 @@ class Calibration:
         if kept.wants_next():
             captured = self.prepared[number]
             kept.keep(captured.inputs(some_samples(captured, leaves, RUN_SAMPLES)[0]))
-
-
-def calls_wanted(passes: Sequence[Pass]) -> int:
-    """The number of calls to keep for passes that run graphs again."""
-    return -(-max((ask(step, "wants_samples") for step in passes), default=0) // RUN_SAMPLES)
 
 
 @contextmanager

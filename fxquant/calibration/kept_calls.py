@@ -8,8 +8,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fxquant.calibration.samples import RUN_SAMPLES
 from fxquant.capture.calls import BATCH, CallSpec, TensorSpec
 from fxquant.capture.graph import CapturedGraph
+from fxquant.memory.bound import kept
+from fxquant.pipeline.conduct import ask
+from fxquant.pipeline.pipeline import Pass
 
 T = TypeVar("T")
 
@@ -52,6 +56,11 @@ class Spread(Generic[T]):
         return [self.kept[number * len(self.kept) // self.wanted] for number in range(self.wanted)]
 
 
+def calls_wanted(passes: Sequence[Pass]) -> int:
+    """The number of calls to keep for passes that run graphs again."""
+    return -(-max((ask(step, "wants_samples") for step in passes), default=0) // RUN_SAMPLES)
+
+
 def some_samples(captured: CapturedGraph, leaves: Sequence[Any], most: int) -> tuple[list[Any], Tensor | None]:
     """Copies of the leaves of a call with at most ``most`` of its samples, and the indices of these samples.
 
@@ -62,8 +71,8 @@ def some_samples(captured: CapturedGraph, leaves: Sequence[Any], most: int) -> t
 
     def take(leaf: Any, spec: Any) -> Any:
         if isinstance(leaf, Tensor) and isinstance(spec, TensorSpec) and BATCH in spec.shape and chosen is not None:
-            return _selected(leaf, spec, chosen)
-        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+            return kept(_selected(leaf, spec, chosen))
+        return kept(leaf.clone()) if isinstance(leaf, Tensor) else leaf
 
     return [take(leaf, spec) for leaf, spec in zip(leaves, captured.call.leaves, strict=True)], chosen
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.calibration.calibrate import Calibration, calls_redirected, calls_wanted
-from fxquant.calibration.kept_calls import Spread, some_inputs
+from fxquant.calibration.calibrate import Calibration, calls_redirected
+from fxquant.calibration.kept_calls import Spread, calls_wanted, some_inputs
 from fxquant.calibration.samples import KEPT_SAMPLES, Sample, timestep_of
 from fxquant.capture.calls import CallSpec
 from fxquant.capture.fidelity import example

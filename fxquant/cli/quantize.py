@@ -157,6 +157,21 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only estimate sizes, memory and time, from the headers of the files.")
     ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bound on the memory of the process, such as 8GB. Large tensors lie in files meanwhile; on the CPU.",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for these files; by default [bold]--resume[/], or the folder that holds [bold]--out[/].",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     debug: Debug = False,
@@ -178,6 +193,7 @@ def quantize(
         from fxquant.disk.claims import claimed, remove_unfinished
         from fxquant.disk.files import dtype_of_name
         from fxquant.disk.folders import prepare
+        from fxquant.memory.bound import check_place, limit_memory
         from fxquant.pipeline.backend import resolve_backend
         from fxquant.pipeline.dumps import DumpGraphs
         from fxquant.pipeline.pipeline import Instrument
@@ -193,7 +209,7 @@ def quantize(
         if ranks().first:
             prepare(out_folder.resolve(), lambda path: refuse_existing(path, overwrite))
             context.with_resource(claimed(out_folder.resolve()))
-            for option, folder in (("--dump", dump), ("--resume", resume)):
+            for option, folder in (("--dump", dump), ("--resume", resume), ("--scratch", scratch)):
                 _check_folder(option, folder, out_folder)
         ranks().clean = lambda: remove_unfinished(out_folder.resolve())
         recipes = _recipes_of(components, recipe)
@@ -205,7 +221,8 @@ def quantize(
         place = usable_device(device if (started := ranks().place) is None else started.device(device))
         runner = resolve_backend(backend).on(place)
         runner.check_device(place)
-    with quiet():
+        check_place(max_memory, place)
+    with quiet(), limit_memory(max_memory, scratch or resume or out_folder.resolve().parent):
         with status(f"reading {model}"):
             pipe = open_pipeline(model, device=place, torch_dtype=dtype_of_name(dtype.value), variant=variant)
             check_components(pipe, names)

@@ -30,6 +30,7 @@ from fxquant.ir.meta import LAYER, PROVENANCE
 from fxquant.ir.places import Origin, place_of
 from fxquant.ir.proofs import inferring, prove
 from fxquant.ir.tensors import are_alike, contiguous, fake_in, fake_mode_of, get_tensor, is_finite, set_tensor
+from fxquant.memory.bound import kept
 
 _PLACE = ("nn_module_stack", "stack_trace")  # Keys of ``node.meta`` for the place in the model's code.
 _FEWEST_EDITS, _EDITS_PER_NODE = 20_000, 100  # A pass that makes more edits is taken to loop for ever.
@@ -147,7 +148,7 @@ class Rewriter:
 
     def put(self, attribute: fx.Node, value: Tensor, by: Sequence[Tensor | str] = ()) -> None:
         """Make ``value`` the tensor of a ``get_attr`` node, contiguous in memory; ``by`` as in :meth:`fold`."""
-        value = contiguous(value)
+        value = kept(contiguous(value))
         if not has_content(attribute):
             record(attribute, self.history(attribute).then(*(by or (self.pass_name,))))
         note_fold(self.module, attribute, by, self.pass_name)
@@ -181,7 +182,7 @@ class Rewriter:
                 "torch.tensor(value). Numbers can be arguments of ops as they are"
             )
         made_from = next((node.meta["val"] for node in sources if isinstance(node.meta.get("val"), Tensor)), value)
-        target, value = self._names.take(name), contiguous(value.to(made_from.device))
+        target, value = self._names.take(name), kept(contiguous(value.to(made_from.device)))
         set_tensor(self.module, target, value)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(target)

@@ -101,13 +101,15 @@ def moments(context: PassContext, name: str) -> Tensor | None:
 
 def _unweighted(context: PassContext, name: str) -> Tensor | None:
     plan = context.plan
-    seen = context.observed(plan.layer(name).observed or name)
+    key = plan.layer(name).observed or name
+    context.observed(key)
     context.refuse_changed(name)
-    if seen.moments is None:
+    recorded = None if context.statistics is None else context.statistics.moments_of(key)
+    if recorded is None:
         return None
     if name in context.transforms:
         made = list(_changes(context, name, 0))
-        found = transformed_moments(seen.moments, made, shifts=f"{name}.shift" in plan.vectors)
+        found = transformed_moments(recorded, made, shifts=f"{name}.shift" in plan.vectors)
         if found is None:
             rows = torch.cat([row.double() for row in layer_input(context, name).rows])
             found = rows.T @ rows / len(rows)
@@ -115,9 +117,9 @@ def _unweighted(context: PassContext, name: str) -> Tensor | None:
     shift = _shift(plan, name)
     shifts = None
     if shift is not None:
-        steps = torch.tensor(list(seen.moments.sums), dtype=torch.float64)
+        steps = torch.tensor(list(recorded.sums), dtype=torch.float64)
         shifts = dict(zip(steps.tolist(), shift[plan.layer(name).bins(steps)], strict=True))
-    return seen.moments.of(plan.vectors.get(name), shifts)
+    return recorded.of(plan.vectors.get(name), shifts)
 
 
 def _changes(context: PassContext, name: str, bin_: int) -> Iterator[Rows]:

@@ -71,6 +71,13 @@ def segments(graph: fx.Graph, also_read: Callable[[fx.Node], Iterable[fx.Node]] 
     return parts
 
 
+def whole(graph: fx.Graph) -> Segment:
+    """All ops of a graph as one segment."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    reads = {node: _unique(node.all_input_nodes) for node in nodes}
+    return _segment("whole", nodes, reads, {source: node for node in nodes for source in reads[node]})
+
+
 def block_of(node: fx.Node) -> str | None:
     """The repeated block that a node belongs to: the first part of its module path that ends in a number."""
     paths = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]

@@ -24,6 +24,7 @@ from fxquant.numerics.weights import QuantizedWeight
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.file import read, write
 from fxquant.statistics.kept_calls import KeptCalls, Run
+from fxquant.statistics.moments import SecondMoments
 from fxquant.statistics.table import ObservedRow, rows_of, summary_of, text_of
 
 
@@ -45,6 +46,16 @@ class SharedRoundings(Protocol):
     @property
     def wanted(self) -> Callable[[Any, str], Sequence[Any]]:
         """Gives the precisions in which a layer will be rounded, from the plan and its name."""
+
+
+class MomentsOnDemand(Protocol):
+    """Records second moments after calibration: :class:`fxquant.calibration.later_moments.LaterMoments`."""
+
+    def moments(self, key: str) -> SecondMoments | None:
+        """The moments of a key; None if they are not wanted."""
+
+    def forget(self, key: str) -> None:
+        """Drop the moments of a key."""
 
 
 class Statistics(Mapping[str, ChannelStatistics]):
@@ -79,6 +90,10 @@ class Statistics(Mapping[str, ChannelStatistics]):
         self.transient = transient
         self.wants_moments: Callable[[str], bool] = lambda key: False
         """Whether to record second moments ``[C, C]`` for a key; calibration sets it to what the recipe needs."""
+        self.later: MomentsOnDemand | None = None
+        """Records second moments when they are asked for, in place of calibration; never saved."""
+        self.combined: dict[str, list[str]] = {}
+        """The keys of values whose statistics were combined, by the key of the combined ones."""
         self.roundings: SharedRoundings | None = None
         """Weights rounded by these statistics, while several conversions share them; never saved."""
         self._by_key: dict[str, ChannelStatistics] = {}
@@ -168,6 +183,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             CalibrationError: nothing was recorded under a key.
         """
         together = self._new(name)
+        self.combined[name] = keys = list(keys)
         for key in keys:  # Each value drew its rows with its own random numbers, so the samples compete fairly.
             together._take(self[key])
         self._by_key[name] = together
@@ -177,6 +193,21 @@ class Statistics(Mapping[str, ChannelStatistics]):
         for statistics in self._by_key.values():
             if statistics.moments is not None:
                 statistics.moments.seal()
+
+    def moments_of(self, key: str) -> SecondMoments | None:
+        """Second moments of one observed value; None if they were not recorded.
+
+        Raises:
+            CalibrationError: nothing was recorded under ``key``.
+        """
+        found = self[key].moments
+        return self.later.moments(key) if found is None and self.later is not None else found
+
+    def drop_moments(self, key: str) -> None:
+        """Free the second moments of one observed value."""
+        self[key].moments = None
+        if self.later is not None:
+            self.later.forget(key)
 
     @property
     def timesteps(self) -> Tensor:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxquant.memory.bound import current, zeros
+
 EMPTY = np.inf  # the priority of a slot that holds no row: every row has a smaller one
 
 
@@ -34,13 +36,17 @@ class Entry:
     @classmethod
     def empty(cls, channels: int, num_rows: int) -> Entry:
         """An entry that has seen no row."""
-        return cls(
-            minimum=torch.full((channels,), torch.inf, dtype=torch.float32),
-            maximum=torch.full((channels,), -torch.inf, dtype=torch.float32),
+        if current() is None:
+            minimum, maximum = torch.empty(channels, dtype=torch.float32), torch.empty(channels, dtype=torch.float32)
             # Made by numpy, which requests zeroed pages; torch would fill the pages in a parallel region.
-            rows=torch.from_numpy(np.zeros((num_rows, channels), dtype=np.float32)),
-            priorities=np.full(num_rows, EMPTY),
-        )
+            rows = torch.from_numpy(np.zeros((num_rows, channels), dtype=np.float32))
+        else:  # In one piece, which is large enough for a file.
+            held = zeros((num_rows + 2, channels), torch.float32)
+            minimum, maximum, rows = held[0], held[1], held[2:]
+        entry = cls(minimum, maximum, rows, np.full(num_rows, EMPTY))
+        entry.minimum.fill_(torch.inf)
+        entry.maximum.fill_(-torch.inf)
+        return entry
 
     def widen(self, minimum: Tensor, maximum: Tensor, count: int) -> None:
         """Include ``count`` further rows with these extremes ``[C]``."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
+from fxquant.memory.bound import kept
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class KeptCalls:
         return max(calls, key=lambda call: (sizes[call.group], call.priority))
 
     def _pooled(self, tensor: Tensor) -> Tensor:
-        held = tensor.detach().to("cpu", copy=True).contiguous()
+        held = kept(tensor.detach().to("cpu", copy=True).contiguous())
         return self._pool.setdefault(_digest(held), held)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
+from fxquant.memory.bound import kept, zeros
 
 if TYPE_CHECKING:
     from fxquant.distributed.team import Team
@@ -41,7 +42,7 @@ class SecondMoments:
         self.channels = channels
         # One allocation, because freeing many small ones would fragment the memory.
         size = sum(rows * columns for rows, columns in _shapes(channels))
-        self._held = torch.zeros(size, dtype=torch.float32, device=device)
+        self._held = zeros((size,), torch.float32, device)
         self.scale: Tensor | None = None
         self.sums: dict[float, Tensor] = {}
         self.counts: dict[float, int] = {}
@@ -61,7 +62,8 @@ class SecondMoments:
         self.counts[timestep] = self.counts.get(timestep, 0) + len(rows)
 
     def _widen(self) -> None:
-        self._held = self._held.double()
+        held, self._held = self._held, zeros(self._held.shape, torch.float64, self._held.device)
+        self._held.copy_(held)
 
     def merge(self, other: SecondMoments) -> None:
         """Add what another run saw."""
@@ -108,7 +110,7 @@ class SecondMoments:
         bands = self.bands
         self.scale = torch.cat([band.diagonal() for band in bands]).sqrt()
         inverse = torch.where(self.scale > 0, 1 / self.scale, 0.0)
-        self._held = torch.empty_like(self._held, dtype=torch.float16)
+        self._held = zeros(self._held.shape, torch.float16, self._held.device)
         for number, (sealed, band) in enumerate(zip(self.bands, bands, strict=True)):
             start = number * _BAND
             sealed.copy_(band * inverse[start : start + len(band), None] * inverse[start:])
@@ -229,7 +231,7 @@ class SecondMoments:
         found = cls(channels)
         if tensors["moments"].dtype not in (torch.float32, torch.float64):
             raise ValueError(f"second moments are {tensors['moments'].dtype}, not float32 or float64")
-        found._held = tensors["moments"].clone()
+        found._held = kept(tensors["moments"].clone())
         found.sums = dict(zip(steps, sums.clone(), strict=True))
         found.counts = dict(zip(steps, counts, strict=True))
         return found

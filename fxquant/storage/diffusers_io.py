@@ -19,6 +19,7 @@ from fxquant.capture.rebuilding import LIBRARIES
 from fxquant.disk.files import dtype_name, share
 from fxquant.disk.folders import mention_leftovers, no_folder, whole_folder
 from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
+from fxquant.memory.bound import place_weights
 from fxquant.planning.plan import PLAN_FILE
 from fxquant.runtime.devices import usable_device
 from fxquant.runtime.drop_in import DropIn
@@ -29,6 +30,7 @@ from fxquant.storage.aot.model import PACKAGE_FILE, PackagedModel
 from fxquant.storage.aot.package import load_package
 from fxquant.storage.card import CARD_FILE, pipeline_card
 from fxquant.storage.checkpoint import load, save
+from fxquant.storage.float_weights import check_shards, mapped_parts
 from fxquant.storage.load_options import check_dtypes, default_dtype, device_of_map, dtype_for, dtype_option
 from fxquant.storage.part_names import dtype_in
 from fxquant.storage.pipeline_folders import INDEX_FILE, parts_of, read_index, refuse_existing
@@ -98,8 +100,12 @@ def load_pipeline(
     # diffusers accepts only classes that it knows, so it gets the originals without weights. Their config is the same.
     index = read_index(folder) if folder.is_dir() else {}
     stand_ins = {name: _stand_in(model, index.get(name)) for name, model in read.items()}
+    others = [name for name in names if name not in read]
+    for name in others:
+        check_shards(folder / name)
     try:
-        pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **options})
+        with mapped_parts(folder, others, options) as ready:
+            pipe = kind.from_pretrained(source, **{**_absent_parts(folder, kind), **stand_ins, **ready, **options})
     except FxquantError:
         raise
     except Exception as error:
@@ -107,6 +113,9 @@ def load_pipeline(
         raise CheckpointError(f"diffusers cannot read a pipeline from {source}: {reason}") from error
     for name, model in read.items():
         setattr(pipe, name, model)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and not isinstance(part, DropIn):
+            place_weights(part, torch.device("cpu"))
     return pipe if device.type == "cpu" else pipe.to(device)
 
 

@@ -67,6 +67,13 @@ for name in ("dit", "pixart", "sd3", "flux", "wan", "cogvideox"):
 del original
 """,
     "docs/questions.md": f"{_MODEL}{_PIPE}",
+    "docs/scale.md": """
+import fxquant
+from tests.tiny import make_dit, make_pipeline
+make_pipeline(make_dit()).save_pretrained("dit")
+def calibrate_with(pipe):
+    return lambda: pipe(class_labels=[1, 2], num_inference_steps=3)
+""",
     "docs/search.md": _MODEL,
     "docs/speed.md": f"""{_MODEL}{_PIPE}
 fxquant.save(fxquant.compile(model, recipe='rtn-w4a8', calibrate=calibrate), "dit-w4a8")

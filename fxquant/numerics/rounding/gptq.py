@@ -41,7 +41,9 @@ class ErrorFeedback:
     importance: Tensor
 
     @classmethod
-    def of(cls, moments: Tensor, damping: float = 0.01, activation_order: bool = True) -> ErrorFeedback:
+    def of(
+        cls, moments: Tensor, damping: float = 0.01, activation_order: bool = True, *, overwrite: bool = False
+    ) -> ErrorFeedback:
         """Factorize second moments.
 
         Args:
@@ -49,6 +51,7 @@ class ErrorFeedback:
             damping: Added to the diagonal, as a share of its mean. If the matrix cannot be factorized then, ten times
                 as much is added, and so on.
             activation_order: Round the channels with the largest inputs first, while most others can still compensate.
+            overwrite: Whether ``moments`` may be overwritten, which saves a copy if they are float64 on the CPU.
 
         Raises:
             NonFiniteError: The moments hold NaN or infinity, or no damping makes them positive definite.
@@ -57,8 +60,11 @@ class ErrorFeedback:
         squares = moments.diagonal().to(torch.float32).clone()
         order = squares.argsort(descending=True, stable=True) if activation_order else torch.arange(len(squares))
         backwards = order.cpu().numpy()[::-1]
-        matrix = moments.detach().cpu().double().numpy()[np.ix_(backwards, backwards)]
+        matrix = moments.detach().cpu().double().numpy()
+        if not (overwrite or moments.dtype != torch.float64 or moments.device.type != "cpu"):
+            matrix = matrix.copy()
         del moments  # As large as everything else here together; the caller may hold no reference.
+        _permute(matrix, backwards)
         diagonal = matrix.diagonal().copy()
         if not (np.isfinite(matrix.min()) and np.isfinite(matrix.max())):
             raise NonFiniteError("the second moments of a layer's input hold NaN or infinity")
@@ -94,8 +100,27 @@ def _inverse_factor(backwards: npt.NDArray[np.float64]) -> npt.NDArray[np.float3
     lower, failed = lapack.dtrtri(lower, lower=1, overwrite_c=1)
     if failed:
         return None
-    factor = np.triu(lower[::-1, ::-1].astype(np.float32))
-    return factor if np.isfinite(factor).all() else None
+    factor = lower[::-1, ::-1].astype(np.float32, order="C")
+    for row in range(1, len(factor)):  # As np.triu, which would make a copy.
+        factor[row, :row] = 0
+    return factor if np.isfinite(factor.min()) and np.isfinite(factor.max()) else None
+
+
+def _permute(matrix: npt.NDArray[np.float64], order: npt.NDArray[np.int64]) -> None:
+    """Set a matrix to ``matrix[order][:, order]`` in its own memory, which may be most of what there is."""
+    left = np.ones(len(order), dtype=bool)
+    for start in range(len(order)):
+        if not left[start]:
+            continue
+        first, place = matrix[start].copy(), start
+        while order[place] != start:  # Along a cycle of the permutation.
+            matrix[place] = matrix[order[place]]
+            left[place] = False
+            place = order[place]
+        matrix[place] = first
+        left[place] = False
+    for row in matrix:
+        row[:] = row[order]
 
 
 def gptq(

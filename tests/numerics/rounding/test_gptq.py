@@ -142,3 +142,16 @@ def test_moments_that_float32_does_not_hold(largest):
     assert torch.isfinite(feedback.importance).all()
     expected = gptq(weight, ErrorFeedback.of(moments / largest**2), format="int4", method="mse")
     assert torch.equal(gptq(weight, feedback, format="int4", method="mse").codes(), expected.codes())
+
+
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_factors_in_the_memory_of_the_moments_are_the_same(activation_order: bool) -> None:
+    x = torch.randn(200, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 5:9] = 0
+    moments = x.T @ x / len(x)
+    before = moments.clone()
+    found = ErrorFeedback.of(moments, activation_order=activation_order)
+    assert torch.equal(moments, before)
+    again = ErrorFeedback.of(moments, activation_order=activation_order, overwrite=True)
+    assert torch.equal(again.factor, found.factor) and torch.equal(again.order, found.order)
+    assert torch.equal(found.factor, found.factor.triu()) and not torch.equal(moments, before)
