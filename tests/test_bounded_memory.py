@@ -93,6 +93,18 @@ def test_a_model_in_memory_is_equal_too(tmp_path: Path) -> None:
     _check_equal(load, "rtn-w8a8", tmp_path)
 
 
+def test_a_run_that_keeps_what_it_finished_is_equal_too(tmp_path: Path) -> None:
+    recipe = "ptq4dit-gptq-w4a8"
+    model = make_dit(1)
+    fxquant.save(fxquant.compile(model, recipe=recipe, calibrate=calibrate(model), measure=0), tmp_path / "memory")
+    for name in ("first", "resumed"):
+        model = make_dit(1)
+        with tight(tmp_path):
+            options = {"calibrate": calibrate(model), "measure": 0, "resume": tmp_path / "parts"}
+            fxquant.save(fxquant.compile(model, recipe=recipe, **options), tmp_path / name)
+        assert _content(tmp_path / name) == _content(tmp_path / "memory")
+
+
 def test_compile_alone_takes_a_bound(tmp_path: Path) -> None:
     model = make_dit(1)
     made = fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model), max_memory="64GB", scratch=tmp_path)

@@ -74,6 +74,7 @@ def test_values_survive_when_memory_is_given_back(tmp_path: Path) -> None:
 def test_room_on_the_disk_is_free_again_when_a_tensor_ends(tmp_path: Path) -> None:
     scratch = Scratch(tmp_path)
     first, second = (scratch.copy(torch.ones(16 * _MIB)) for _ in range(2))
+    gc.collect()  # What other tests left.
     before, view = _file_bytes(), nn.Parameter(first).detach()[3:]
     del first
     gc.collect()
