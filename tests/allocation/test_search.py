@@ -240,6 +240,9 @@ def test_an_interrupted_search_continues(model: nn.Module, statistics: Statistic
     again = fxquant.search(model, **options, resume=tmp_path, progress=lambda what, done, total: seen.append(what))
     assert sum(what.startswith("timestep") for what in seen) == 1  # Of two.
     assert again.plan == fxquant.search(model, **options).plan
+    known = again.sensitivities
+    given = fxquant.search(model, size=0.4, statistics=statistics, sensitivities=known, resume=tmp_path)
+    assert given.plan == again.plan
 
 
 def test_errors_that_are_not_finite_are_kept_and_avoided(
