@@ -188,7 +188,7 @@ def test_a_damaged_file_is_said_and_computed_anew(file: str, tmp_path: Path, com
     path = next((tmp_path / "parts" / "calibration").glob(f"{file}*"))
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
-    path.write_bytes(content)
+    path.write_bytes(content if file != "calibration" else content[:-5])  # It ends with its header, not with tensors.
     computed.clear()
     with pytest.warns(ResumeWarning, match="is damaged"):
         found, statistics = attempt(tmp_path / "parts", None, recipe)
