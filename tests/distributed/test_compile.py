@@ -58,6 +58,7 @@ def two(tmp_path_factory):
         "not called": quantize("rtn-w8a8", [[], []]),
         "failed": quantize("rtn-w8a8", [CALLS[:2], [{"timestep": 500.0, "batch": 0}]]),
         "flux": (work.flux, lambda folder: (folder, FLUX)),
+        "experts": (work.experts, lambda folder: ()),
         "twice": (work.twice, lambda folder: (folder, CALLS)),
         "other weights": (work.quantize_other, lambda folder: (CALLS[:1],)),
         "other recipe": (work.quantize_recipes, lambda folder: (["rtn-w8a8", "rtn-w4a8"], CALLS[:1])),
@@ -138,6 +139,13 @@ def test_flux(two):
     assert statistics.calls.seen == 4
     alone = work.compiled_from(work.flux_pipe().transformer, FLUX, statistics, measure=0)
     assert_same(first, work.facts(alone))
+
+
+def test_two_models_in_one_calibration(two):
+    first, second = two[0]["experts"]
+    assert list(first) == list(second) == ["transformer", "transformer_2"]
+    for name in first:
+        assert_same(second[name], first[name])
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -21,6 +21,7 @@ from fxquant.distributed.agreement import check_alike
 from fxquant.distributed.team import Team
 from tests.adapters.fluxes import MODEL, PROMPT, make_pipe
 from tests.conversions import rebuilt_once, worked_out_once
+from tests.test_two_experts import clip, pipeline
 from tests.tiny import make_dit
 from tests.tiny import run as run_dit
 from tests.traces import known_memos, memos, traced_once
@@ -103,6 +104,17 @@ def flux(rank: int, size: int, folder: Path, recipe: str) -> dict[str, Any]:
 def flux_pipe() -> Any:
     """A tiny FLUX pipeline."""
     return make_pipe(copy.deepcopy(MODEL))
+
+
+def experts(rank: int, size: int) -> dict[str, Any]:
+    """Quantize the two experts of a pipeline in one calibration; each rank makes a clip of its own."""
+    pipe = pipeline()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = fxquant.compile_pipeline(
+            pipe, recipe="rtn-w8a8", calibrate=lambda: clip(pipe, seed=rank), measure=2, group=dist.group.WORLD
+        )
+    return {name: facts(model) for name, model in made.items()}
 
 
 def twice(rank: int, size: int, folder: Path, calls: Calls) -> None:
