@@ -403,7 +403,7 @@ def test_the_output_error_is_measured(model: DiTTransformer2DModel, quantized: G
 def test_how_many_calls_are_measured(measure: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Small().eval()
     samples: list[Any] = []
-    monkeypatch.setattr(fxquant.api, "output_sqnr", lambda _, kept: samples.extend(kept) or {})
+    monkeypatch.setattr(fxquant.api, "output_sqnr", lambda _, kept, team: samples.extend(kept) or {})
 
     def many() -> None:
         for number in range(30):
