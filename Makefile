@@ -12,7 +12,7 @@ GRAPHS ?= 20000
 CASES ?= 5000
 # Number of saves that `make storm` kills, and number of races between saves.
 STORMS ?= 200
-# Number of commands that `make chaos` kills.
+# Number of commands, and of evaluations, that `make chaos` kills.
 KILLS ?= 50
 # Models that `make bench-cpu` measures, with their number of layers; dit:28 is a complete DiT-XL/2.
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
@@ -67,8 +67,9 @@ fuzz-load: $(STAMP) ## load $(CASES) damaged checkpoints, different ones each ti
 storm: $(STAMP) ## kill and race saves at random times, $(STORMS) of each
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms --kills $(STORMS) --races $(STORMS)
 
-chaos: $(STAMP) ## kill $(KILLS) conversions at random times, repeat them, and compare the results byte for byte
+chaos: $(STAMP) ## kill $(KILLS) conversions and evaluations at random times, repeat them, and compare the results byte for byte
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms.chaos --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.storms.evaluations --kills $(KILLS)
 
 zoo-calls: $(STAMP) ## test every zoo model with each optional input on and off, in every order, in float64
 	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.calls

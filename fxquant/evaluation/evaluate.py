@@ -213,6 +213,7 @@ class _Job:
         self.sampling.check(pipe)
         self._check_classes(pipe)
         store = Store(folder, self.sampling.settings(pipe), overwrite)
+        store.tidy(share)
         if store.restarted:
             self.notes.append(f"images of other settings in {folder} were removed")
         batches = self.extent.batches

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from fxquant.disk.files import load_tensors, write_tensors
-from fxquant.disk.folders import check_writable
+from fxquant.disk.files import load_tensors
+from fxquant.disk.folders import SAVING
 from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
@@ -28,6 +29,9 @@ from fxquant.evaluation.features import Extractor, Features
 
 SETTINGS = "settings.json"
 _OURS = re.compile(r"images-\d{6,}\.safetensors|features-[0-9a-f]{16}-\d{6,}\.safetensors")
+_UNFINISHED = re.compile(
+    rf"\.(settings\.json|(images|features-[0-9a-f]{{16}})-(?P<number>\d{{6,}})\.safetensors)\.{SAVING}-"
+)
 _CPU = torch.device("cpu")
 _POLL = 1.0  # Seconds between looks at batches that other processes make.
 
@@ -49,7 +53,6 @@ class Store:
     def __init__(self, folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
         self.folder = folder
         self.restarted = False
-        check_writable(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS
@@ -76,6 +79,17 @@ class Store:
             for file in list(self.folder.iterdir()):
                 if _OURS.fullmatch(file.name):
                     file.unlink()
+
+    def tidy(self, shard: tuple[int, int]) -> None:
+        """Remove what a killed process left of files of this share, which no other process writes."""
+        with writing(self.folder):
+            for file in list(self.folder.iterdir()):
+                found = _UNFINISHED.match(file.name)
+                if found is None:
+                    continue
+                number = found["number"]  # All processes write the settings.
+                if shard[1] == 1 if number is None else int(number) % shard[1] == shard[0]:
+                    file.unlink(missing_ok=True)
 
     def _images(self, number: int) -> Path:
         return self.folder / f"images-{number:06d}.safetensors"
@@ -146,8 +160,11 @@ def one_process(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # As bytes: safetensors would write a file under a random name first, which a killed process leaves behind. It
+    # refuses tensors that share memory, such as features that are the class scores too, so all are copied.
+    data = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
     with whole_file(path) as scratch:
-        write_tensors(tensors, scratch)
+        scratch.write_bytes(data)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -236,32 +234,6 @@ def test_ranks_share_the_images_and_the_first_one_measures(both: tuple[Any, Any]
     assert len(found) == 2
 
 
-def _until_killed(work: str) -> None:
-    torch.set_num_threads(1)
-    evaluate(make_pipe(), **OPTIONS | {"images": 500}, work=work)
-
-
-def test_a_killed_process_loses_at_most_one_batch(both: tuple[Any, Any], tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_until_killed, args=(str(tmp_path),))
-    process.start()
-    folder = tmp_path / "quantized"
-    for _ in range(2400):
-        if (folder / "images-000002.safetensors").exists():
-            break
-        time.sleep(0.05)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    there = len(list(folder.glob("images-*")))
-    assert there >= 3
-    count = 5 * (there + 1)
-    found = evaluate(both[1], **OPTIONS | {"images": count}, work=tmp_path)
-    alone = evaluate(both[1], **OPTIONS | {"images": count})
-    assert found is not None and alone is not None
-    assert found.metrics == alone.metrics
-    assert found.notes[0].startswith(f"{there} of {there + 1} batches")
-
-
 def test_evaluations_share_images_of_the_float_model(both: tuple[Any, Any], tmp_path: Path) -> None:
     first = evaluate(*both, **OPTIONS, work=tmp_path / "a", float_work=tmp_path / "float")
     second = evaluate(both[1], both[1], **OPTIONS, work=tmp_path / "b", float_work=tmp_path / "float")
@@ -397,6 +369,16 @@ def test_equal_pipelines(both: tuple[Any, Any]) -> None:
     assert found["fid_to_float"] == pytest.approx(0, abs=1e-9)
     text = json.dumps(found.to_json(), allow_nan=False)
     assert json.loads(text)["metrics"]["psnr"] == "inf"
+
+
+def test_features_may_be_the_class_scores_too(both: tuple[Any, Any]) -> None:
+    class Shared(Pooled):
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            pooled = super().forward(images)["features"]
+            return {"features": pooled, "logits": pooled}
+
+    found = evaluate(*both, **OPTIONS | {"features": Shared()})
+    assert found is not None and {"inception_score", "fid_to_float"} <= found.metrics.keys()
 
 
 def test_it_is_public() -> None:
