@@ -302,7 +302,8 @@ def _own_folder(resume: str | Path | None, team: Team | None) -> Path | None:
 def _keep_calls(calibration: Calibration, workspace: FinishedWork | None, run: Run) -> None:
     if workspace is not None:
         room, recipe = workspace.room("calibration"), calibration.plan.recipe
-        calibration.journal = Journal(room, run, recipe, calibration.statistics, calibration.compute)
+        kept = calibration.statistics, calibration.compute, calibration.identity
+        calibration.journal = Journal(room, run, recipe, *kept)
 
 
 def _team(

@@ -23,6 +23,7 @@ from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError
+from fxquant.ir.graph_digest import digest_of_graph
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.ir.time_tables import missing_timestep
@@ -167,6 +168,10 @@ class Calibration:
         module = self._observed[number] if observed else self.prepared[number].module
         with recording(self.statistics.record), torch.no_grad():
             return module(*self.prepared[number].inputs(call.leaves))
+
+    def identity(self, number: int) -> str:
+        """A digest of what a graph computes, with its weights."""
+        return digest_of_graph(self.prepared[number].module)
 
     def observe_later(self) -> None:
         """Observe the later steps that are wanted, once the sampler has made its last step."""

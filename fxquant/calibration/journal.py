@@ -4,12 +4,14 @@ The sampler of an interrupted run starts from the beginning when the run is repe
 For each call that was finished, it gets the output that was kept, and nothing is computed or observed. Then the
 statistics are put back, and the next call runs as usual. So the result has the same bits as without the interruption.
 
-A call is recognized by its inputs. If a repeated run makes another call than the first run, nothing of the first run is
-used: calls that were answered from the journal up to there are observed again.
+A call is recognized by its inputs, and by the operations and weights of its graph. If a repeated run makes another call
+than the first run, nothing of the first run is used: calls that were answered from the journal up to there are observed
+again.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
@@ -52,13 +54,23 @@ class Journal:
         recipe: The recipe as text.
         statistics: Receives what was observed. The calibration also depends on what it holds at the beginning.
         compute: Runs a call.
+        identity: Digest of what the graph of a number computes.
 
     Attributes:
         computed: Number of calls that were computed, not taken from the journal.
     """
 
-    def __init__(self, work: FinishedWork, run: Run, recipe: str, statistics: Statistics, compute: Compute) -> None:
+    def __init__(
+        self,
+        work: FinishedWork,
+        run: Run,
+        recipe: str,
+        statistics: Statistics,
+        compute: Compute,
+        identity: Callable[[int], str],
+    ) -> None:
         self.work, self.statistics, self.compute = work, statistics, compute
+        self.identity = functools.cache(identity)
         self.computed = 0
         self._kept = KeptStatistics(work)
         self.made_from = {
@@ -89,7 +101,9 @@ class Journal:
             WriteError: If what it computed cannot be kept.
         """
         leaves = [digest_of_tensor(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in call.leaves]
-        key = hashlib.sha256(repr((call.names, call.structure, leaves, observed)).encode()).hexdigest()
+        key = hashlib.sha256(
+            repr((self.identity(graph), call.names, call.structure, leaves, observed)).encode()
+        ).hexdigest()
         if self._position < self._held:
             found = self._answer(key)
             if found is not None:
@@ -126,8 +140,8 @@ class Journal:
             return None
         if part.data["key"] != key:
             self._observe_again(
-                f"call {self._position} of this run has other inputs than the call that is kept; calibrate with the "
-                "same samples, steps, seed and other models"
+                f"call {self._position} of this run has other inputs than the call that is kept, or the model computes "
+                "something else; calibrate the same model with the same samples, steps, seed and other models"
             )
             return None
         leaves = []

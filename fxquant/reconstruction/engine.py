@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx
 
+from fxquant.ir.graph_digest import digest_of_code
 from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import get_tensor
 from fxquant.numerics.rounding.soft import SoftWeight
@@ -81,7 +82,11 @@ class _Engine:
         self.store = Store(context.workspace)
         self.fingerprint = ""
         inputs_digest = digest("", (tensor for call in calls for tensor in call.values()))
-        self.made_from = {"options of the pass": text, "calibration calls": inputs_digest}
+        self.made_from = {
+            "options of the pass": text,
+            "calibration calls": inputs_digest,
+            "operations": digest_of_code(module),
+        }
         # Segments of further graphs of the model have the same names, and files of their own.
         self.suffix = f"~{inputs_digest[:8]}" if context.codes else ""
         share_alike(calls, inputs)

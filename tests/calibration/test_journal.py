@@ -15,6 +15,7 @@ import fxquant
 from fxquant.calibration import journal
 from fxquant.calibration.calibrate import Calibration
 from fxquant.errors import ResumeWarning
+from fxquant.runtime.float_model import weights_digest
 from fxquant.runtime.model import GraphModel
 from tests.tiny import inputs, make_dit
 
@@ -212,3 +213,43 @@ def test_statistics_wait_if_keeping_takes_long(
     found, statistics = attempt(tmp_path / "parts", None, recipe)
     assert not computed  # At the end everything is kept.
     assert saved(found, statistics, tmp_path) == expected
+
+
+def with_other_epsilon(model: nn.Module) -> nn.Module:
+    for part in model.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 0.5
+    return model
+
+
+def with_other_activation(model: nn.Module) -> nn.Module:
+    for part in model.modules():
+        if hasattr(part, "approximate"):
+            part.approximate = "none"
+    return model
+
+
+def with_other_elements(model: nn.Module) -> nn.Module:
+    """Changes elements between those of which short digests are made."""
+    before = weights_digest(model)
+    weight = model.get_parameter("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight")
+    with torch.no_grad():
+        weight.view(-1)[1 :: weight.numel() // 1024] += 5
+    assert weights_digest(model) == before
+    return model
+
+
+@pytest.mark.parametrize("change", [with_other_epsilon, with_other_activation, with_other_elements])
+def test_a_model_that_computes_something_else_starts_anew(
+    change: Callable[[nn.Module], nn.Module], tmp_path: Path, computed: list[bool]
+) -> None:
+    """Its class is the same, and so are its weights, or the elements of which there is a short digest."""
+    first, changed = make_dit(), change(make_dit())
+    compiled(first, sampler(first), recipe="rtn-w4a8", resume=tmp_path)
+    calls = len(computed)
+    with pytest.warns(ResumeWarning, match="or the model computes something else"):
+        made = compiled(changed, sampler(changed), recipe="rtn-w4a8", resume=tmp_path)
+    assert len(computed) == 2 * calls
+    fresh = compiled(changed, sampler(changed), recipe="rtn-w4a8")
+    assert made.plan is not None and fresh.plan is not None
+    assert made.plan.fingerprint() == fresh.plan.fingerprint()
