@@ -24,10 +24,11 @@ from fxquant.inspect.errors.graphs import Pair, make_pairs, other_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order
 from fxquant.inspect.errors.sweep import Sweep, energy
 from fxquant.inspect.sizes import weight_bytes
+from fxquant.ir.graph_digest import digest_of_code
 from fxquant.planning.branches import branch_bytes
 from fxquant.planning.plan import Plan
 from fxquant.planning.sensitivities import FLOAT_BITS, LayerSensitivity, Sensitivities
-from fxquant.runtime.float_model import dtype_of, weights_digest
+from fxquant.runtime.float_model import dtype_of, weights_digest, whole_digest
 from fxquant.statistics.kept_calls import KeptCalls
 
 FILE = "sensitivities.json"
@@ -268,9 +269,12 @@ class Job:
         """A digest of everything that the numbers depend on."""
         names = {name: tuple(own) for name, own in self.prepared.layers.items()}
         options = (str(self.prepared.recipe), names, self.timesteps, self.samples, self.probes, self.measure, self.seed)
-        found = hashlib.sha256(f"{weights_digest(self.prepared.model)}{options}".encode())
-        assert self.prepared.base.plan is not None
-        found.update(self.prepared.base.plan.fingerprint().encode())
+        found = hashlib.sha256(f"{whole_digest(self.prepared.model)}{options}".encode())
+        base = self.prepared.base
+        assert base.plan is not None
+        found.update(base.plan.fingerprint().encode())
+        for graph in base.graphs:
+            found.update(digest_of_code(graph).encode())
         for step in self.timesteps:
             for call in calls_at(self.kept, step):
                 for tensor in call.inputs:

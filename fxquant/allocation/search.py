@@ -26,13 +26,14 @@ from fxquant.capture.threads import without_autocast
 from fxquant.disk.finished_work import Part, working_in
 from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError, check_type
 from fxquant.inspect.errors.schedule import wanted_calls
+from fxquant.ir.graph_digest import digest_of_code
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.attribution import to_db
 from fxquant.planning.layer_times import LayerTimes
 from fxquant.planning.plan import Plan
 from fxquant.planning.sensitivities import Sensitivities
-from fxquant.runtime.float_model import device_of, weights_digest
+from fxquant.runtime.float_model import device_of, weights_digest, whole_digest
 from fxquant.runtime.model import GraphModel
 from fxquant.statistics.collection import Statistics
 
@@ -292,7 +293,13 @@ class _Search:
         work, text = self.prepared.work, plan.fingerprint()
         if work is None:
             return output_sqnr(made, self.samples)
-        made_from = {"weights": self.measured.weights, "plan": text, "backend": self.text}
+        made_from = {
+            "weights": whole_digest(self.prepared.model),
+            "operations": " ".join(map(digest_of_code, made.graphs)),
+            "sensitivities": self.measured.made_for,
+            "plan": text,
+            "backend": self.text,
+        }
         found = work.part(
             f"sqnr-{text[:12]}", made_from, lambda: Part({}, list(output_sqnr(made, self.samples).items()))
         )

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from fxquant.calibration.calibrate import refuse_redirected
 from fxquant.capture.hooks import refuse_hooks
 from fxquant.capture.whole import own_class, whole_of
+from fxquant.disk.finished_work import digest_of_tensor
 from fxquant.errors import AlreadyCompiledError, ConfigurationError, NonFiniteError
 from fxquant.ir.tensors import weights_of
 from fxquant.numerics.finite import require_finite
@@ -50,6 +51,14 @@ def weights_digest(model: nn.Module) -> str:
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // _DIGESTED)].cpu().contiguous()
         found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def whole_digest(model: nn.Module) -> str:
+    """A digest of all values of a model's tensors, for results that are kept in files."""
+    found = hashlib.sha256()
+    for name, tensor in weights_of(model).items():
+        found.update(f"{name}{digest_of_tensor(tensor)}".encode())
     return found.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import fxquant
 from fxquant.allocation import search as searching
 from fxquant.allocation import speed as speeds
 from fxquant.calibration.calibrate import Calibration
-from fxquant.errors import FolderInUseError
+from fxquant.errors import ConfigurationError, FolderInUseError
 from fxquant.planning import kept_weights
 from fxquant.statistics.collection import Statistics
 from tests.tiny import calibrate
@@ -92,3 +93,18 @@ def test_two_measurements_in_one_folder(model: nn.Module, statistics: Statistics
 
     with pytest.raises(Interrupted):
         fxquant.sensitivity(model, progress=second, **wanted)
+
+
+def test_a_model_that_computes_something_else_is_refused(
+    model: nn.Module, statistics: Statistics, tmp_path: Path
+) -> None:
+    """Its weights are equal; the epsilon of its norms is not."""
+    options: dict[str, Any] = {"statistics": statistics, "recipe": "smoothquant", "candidates": ("w4a8", "w8a8")}
+    options |= {"timesteps": 1, "measure": 0}
+    fxquant.sensitivity(model, resume=tmp_path, **options)
+    changed = copy.deepcopy(model)
+    for part in changed.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 0.5
+    with pytest.raises(ConfigurationError, match="another model"):
+        fxquant.sensitivity(changed, resume=tmp_path, **options)

@@ -26,10 +26,11 @@ from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.errors.graphs import make_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order, wanted_calls
 from fxquant.inspect.errors.sweep import Energies, Sweep
+from fxquant.ir.graph_digest import digest_of_code
 from fxquant.planning.attribution import Attribution, LayerErrors
 from fxquant.planning.plan import Plan
-from fxquant.runtime.float_model import check_model, check_weights, class_path, device_of, weights_digest
-from fxquant.runtime.model import quantized_model
+from fxquant.runtime.float_model import check_model, check_weights, class_path, device_of, weights_digest, whole_digest
+from fxquant.runtime.model import GraphModel, quantized_model
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.kept_calls import KeptCall, KeptCalls, Run
 
@@ -102,7 +103,7 @@ def attribute(
     with without_autocast(device_of(model).type), working_in(resume):
         kept = _calls(plan, model, inputs, wanted_calls(timesteps))
         job = _Job(plan, kept, chosen_timesteps(kept, timesteps), samples, probes, measure, seed, began, budget)
-        key = _fingerprint(job, model) if resume is not None else ""
+        key = _fingerprint(job, model, quantized) if resume is not None else ""
         if resume is not None:
             job.adopt(Attribution.load(resume, key))
         if job.left():
@@ -332,10 +333,12 @@ def _check_options(timesteps: Any, samples: Any, probes: Any, measure: Any, budg
         raise ConfigurationError(f"budget={budget} is not a number of seconds; give a positive one, or None")
 
 
-def _fingerprint(job: _Job, model: nn.Module) -> str:
+def _fingerprint(job: _Job, model: nn.Module, quantized: GraphModel) -> str:
     """A digest of everything that the result depends on."""
     options = (job.timesteps, job.samples, job.probes, job.measure, job.seed)
-    found = hashlib.sha256(f"{job.plan.fingerprint()}{weights_digest(model)}{options}".encode())
+    found = hashlib.sha256(f"{job.plan.fingerprint()}{whole_digest(model)}{options}".encode())
+    for graph in quantized.graphs:
+        found.update(digest_of_code(graph).encode())
     for step in job.timesteps:
         for call in job.calls_at(step):
             for tensor in call.inputs:
