@@ -69,7 +69,7 @@ def _value(value: Any, depth: int) -> str:
     if isinstance(value, (set, frozenset)):
         return f"set({', '.join(sorted(_value(item, depth - 1) for item in value))})"
     if isinstance(value, MethodType):
-        return f"{_function(value.__func__, depth)} of {_value(value.__self__, depth - 1)}"
+        return f"{_value(value.__func__, depth)} of {_value(value.__self__, depth - 1)}"
     if isinstance(value, FunctionType):
         return _function(value, depth)
     if isinstance(value, Tensor):

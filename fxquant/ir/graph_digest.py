@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 
-from torch import fx
+from torch import fx, nn
 
 from fxquant.disk.finished_work import digest_of_tensor
 from fxquant.ir.tensors import get_tensor
 
 
-def digest_of_code(module: fx.GraphModule) -> str:
+def digest_of_code(module: nn.Module) -> str:
     """SHA-256 of the operations of a graph and of their arguments, without the values of tensors."""
     parts = [part.code for part in module.modules() if isinstance(part, fx.GraphModule)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
