@@ -85,7 +85,9 @@ def prepare(folder: Path, check: Check) -> None:
 def _ready(folder: Path, check: Check) -> None:
     with writing(folder):
         tidy(folder)
-        check(folder)
+        for _ in range(_TRIES):
+            if _may_replace(folder, check):
+                break
     if _current_folder().is_relative_to(folder):
         raise WriteError(
             f"{folder} is or contains the current folder, which would be gone after the folder is replaced; choose "
@@ -231,7 +233,7 @@ class _Scratch:
                     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                         continue  # Another process has moved what was there.
                     raise
-            if not self._may_replace(check):
+            if not _may_replace(self.folder, check):
                 continue
             try:
                 if exchange(self.path, self.folder):
@@ -240,21 +242,6 @@ class _Scratch:
             except FileNotFoundError:  # Another process has moved it.
                 continue
         raise WriteError(f"{self.folder} cannot be replaced, because other processes keep writing it; try later")
-
-    def _may_replace(self, check: Check) -> bool:
-        """Check what is there; False if another process has meanwhile put something else there.
-
-        Raises:
-            CheckpointError: What ``check`` raises.
-        """
-        there = _inode(self.folder)
-        try:
-            check(self.folder)
-        except (CheckpointError, FileNotFoundError):
-            if there is not None and there == _inode(self.folder):
-                raise
-            return False
-        return True
 
     def _set_aside(self) -> None:
         """Move away what is there, so that the next attempt can put this folder there."""
@@ -288,6 +275,22 @@ class _Scratch:
             else:
                 _discard(self.path, self.folder, check)
         self.lock = None
+
+
+def _may_replace(folder: Path, check: Check) -> bool:
+    """Check what is there; False if another process has meanwhile put something else there.
+
+    Raises:
+        CheckpointError: What ``check`` raises.
+    """
+    there = _inode(folder)
+    try:
+        check(folder)
+    except (CheckpointError, FileNotFoundError):
+        if there is not None and there == _inode(folder):
+            raise
+        return False
+    return True
 
 
 def _inode(folder: Path) -> int | None:

@@ -452,6 +452,23 @@ def test_permissions(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "q").stat().st_mode) == 0o700
 
 
+def test_a_folder_that_another_saver_replaces_during_the_first_check(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "q", []
+    put(folder, OLD)
+
+    def checking(path: Path) -> None:
+        if not moved:
+            moved.append(path.rename(tmp_path / "moved"))
+            put(folder, OLD)
+            raise CheckpointError("what was listed is not there")
+        check(True)(path)
+
+    with whole_folder(folder, checking) as written:
+        for name, text in NEW.items():
+            (written / name).write_text(text)
+    assert held(folder) == NEW
+
+
 def test_a_trial_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     child = os.fork()
