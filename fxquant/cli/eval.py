@@ -127,7 +127,7 @@ def evaluate(
     given = {name: limit for name, limit in limits.items() if limit is not None}
     with quiet(), status("importing torch and diffusers"):
         import fxquant
-        from fxquant.evaluation.evaluate import check_pipeline, device_of_rank
+        from fxquant.evaluation.sources import check_pipeline, device_of_rank
 
         place = device_of_rank(device)
         for source in (quantized, *([] if reference is None else [reference])):

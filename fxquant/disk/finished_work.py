@@ -128,10 +128,10 @@ class FinishedWork:
         self.path(name).unlink(missing_ok=True)
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Remove all other parts of this folder; those of its rooms stay."""
+        """Remove all other parts of this folder; those of its rooms stay, and so do files that are not parts."""
         wanted = {self.path(name) for name in names}
         for path in self.folder.glob(f"*{_SUFFIX}"):
-            if path not in wanted:
+            if path not in wanted and _is_part(path):
                 path.unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
@@ -233,6 +233,15 @@ def _tidy(folder: Path) -> None:
     """Remove what killed processes were writing."""
     for path in folder.rglob(f".*.{SAVING}-*"):
         path.unlink(missing_ok=True)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file was written as a part, and is not one of the user's."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return _KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read(path: Path) -> tuple[dict[str, str], Part]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fxquant.disk.folders import no_folder
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import ConfigurationError, check_type
 from fxquant.evaluation.choice import OF_FEATURES, Choice, Given, choose
 from fxquant.evaluation.features import Extractor, Input, inception, named_extractor
 from fxquant.evaluation.generation import Labels, Sampling, make_images
@@ -22,9 +19,9 @@ from fxquant.evaluation.pairs import lpips_network
 from fxquant.evaluation.picture import check_picture, write_grid
 from fxquant.evaluation.reference import Reference, check_reference, has_spatial, read_reference
 from fxquant.evaluation.result import Evaluation, check_limits
-from fxquant.evaluation.store import Store, one_process
+from fxquant.evaluation.sources import check_source, device_of_rank, folder_of_float, open_source, share_of, work_folder
+from fxquant.evaluation.store import Store
 from fxquant.evaluation.weights import CLIP, INCEPTION, LPIPS, find_weights
-from fxquant.storage.diffusers_io import load_pipeline
 
 Progress = Callable[[str, int, int], None]
 SFID_IMAGES = 10_000
@@ -115,9 +112,12 @@ def evaluate(
         EvaluationError: If ``work`` holds images of other settings, or another process works there.
         CheckpointError: If a file cannot be read.
     """
-    for source in (pipe, reference):
-        if isinstance(source, (str, Path)):
-            check_pipeline(source)
+    for source in (pipe, *([] if reference is None else [reference])):
+        check_source(source)
+    if isinstance(prompts, str):
+        raise ConfigurationError(f"prompts is one text; give a list, such as [{prompts!r}]")
+    if not isinstance(against, (str, Path, Reference, type(None))):
+        raise ConfigurationError(f"against is a {type(against).__name__}; give a file, a folder, or a Reference")
     job = _Job(
         Sampling(
             min(batch, images),
@@ -133,7 +133,7 @@ def evaluate(
         device_of_rank(device),
         progress,
     )
-    share, alone = _share(shard, work, overwrite)
+    share, alone = share_of(shard, work, overwrite)
     if picture is not None:
         check_picture(Path(picture))
     files = _Files(
@@ -144,9 +144,8 @@ def evaluate(
     )
     job.choice = _choice(job.sampling, features, reference, files, metrics, limits or {})
     job.networks = _networks(job.choice, features, takes, files, job.device)
-    with _folder(work) as folder, one_process(folder, share):
+    with work_folder(work) as folder, folder_of_float(folder, float_work, share) as of_float:
         made = job.make(pipe, folder / "quantized", share, overwrite, "quantized")
-        of_float = folder / "float" if float_work is None else Path(float_work).resolve()
         original = None if reference is None else job.make(reference, of_float, share, overwrite, "float")
         if not alone and (shard is not None or share[0]):
             return None
@@ -194,6 +193,8 @@ class _Job:
     classes: str | None = None
 
     def __post_init__(self) -> None:
+        for number in (self.samples, self.sampling.batch, self.sampling.steps, self.sampling.seed, self.sfid):
+            check_type("each of images, batch, steps, seed and sfid_images", number, Integral, "a whole number")
         if self.samples < 1 or self.sfid < 1:
             raise ConfigurationError("images and sfid_images should be at least 1")
 
@@ -209,7 +210,7 @@ class _Job:
     def make(self, source: Any, folder: Path, share: tuple[int, int], overwrite: bool, name: str) -> Store:
         """Make the images of a pipeline, and find their features."""
         self.progress(f"read the {name} pipeline", 0, 1)
-        pipe = _opened(source, self.device)
+        pipe = open_source(source, self.device)
         self.sampling.check(pipe)
         self._check_classes(pipe)
         store = Store(folder, self.sampling.settings(pipe), overwrite)
@@ -333,55 +334,3 @@ def _networks(choice: Choice, features: Any, takes: Input, files: _Files, device
     elif found.extractor is not None and files.against is not None:
         found.against = read_reference(files.against, found.extractor)
     return found
-
-
-def _opened(source: Any, device: str) -> Any:
-    if isinstance(source, (str, Path)):
-        pipe = load_pipeline(source, device=device)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-    return source if hasattr(source, "components") else source()
-
-
-def _share(shard: tuple[int, int] | None, work: str | Path | None, overwrite: bool) -> tuple[tuple[int, int], bool]:
-    """The share of this process, and whether it is all."""
-    share = shard or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    if not 0 <= share[0] < share[1]:
-        raise ConfigurationError(
-            f"shard {share[0]}/{share[1]} should be from 0/{share[1]} to {share[1] - 1}/{share[1]}"
-        )
-    if share[1] > 1 and work is None:
-        raise ConfigurationError("several processes need one folder for their images; give work=..., or --work FOLDER")
-    if share[1] > 1 and overwrite:
-        raise ConfigurationError("several processes cannot overwrite one folder; remove it, or give another one")
-    return share, share == (0, 1)
-
-
-def device_of_rank(device: str) -> str:
-    """The device of this process: under ``torchrun``, ``cuda`` is the GPU of its rank."""
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
-
-
-def check_pipeline(source: str | Path) -> None:
-    """Refuse a folder that is not a pipeline, before anything slow. Names on the hub are not looked up.
-
-    Raises:
-        CheckpointError: Says what is missing.
-    """
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} is not a pipeline, because it has no model_index.json")
-    if not folder.is_dir() and (
-        folder.exists() or len(str(source).strip("/").split("/")) != 2 or str(source)[0] in "./~"
-    ):
-        raise CheckpointError(f"{no_folder(folder)}; give a folder of a diffusers pipeline, or a name on the hub")
-
-
-@contextmanager
-def _folder(work: str | Path | None) -> Iterator[Path]:
-    if work is not None:
-        yield Path(work).resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="fxquant-") as place:
-        yield Path(place)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxquant.disk.folders import check_writable
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, WriteError
 
 COLUMNS = 8
 DIFFERENCE = 4
@@ -18,13 +19,17 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a name that no picture can have.
+    """Refuse a name that no picture can have, or a place where none can be written.
 
     Raises:
         ConfigurationError: Says which names can.
+        WriteError: If a folder has the name, or the folder of the picture cannot be written.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigurationError(f"{path} is not the name of a picture; give one such as grid.png")
+    if path.is_dir():
+        raise WriteError(f"{path} is a folder; choose another name for the picture")
+    check_writable(path.resolve().parent)
 
 
 def grid(images: Tensor, reference: Tensor | None = None, columns: int = COLUMNS) -> Tensor:

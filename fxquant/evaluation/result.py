@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from fxquant.errors import ConfigurationError, GateError, UnknownNameError
@@ -119,7 +120,7 @@ def check_limits(limits: Mapping[str, float]) -> None:
         ConfigurationError: If one is not a number.
     """
     for name, limit in limits.items():
-        if math.isnan(limit):
+        if isinstance(limit, bool) or not isinstance(limit, Real) or math.isnan(limit):
             raise ConfigurationError(f"the limit of {name} is not a number; give one such as 0.1")
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fxquant.disk.files import load_tensors
-from fxquant.disk.folders import SAVING
+from fxquant.disk.folders import SAVING, check_writable
 from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
@@ -53,6 +53,8 @@ class Store:
     def __init__(self, folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
         self.folder = folder
         self.restarted = False
+        self._shape: torch.Size | None = None  # Of the first batch that was read.
+        check_writable(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / SETTINGS
@@ -69,16 +71,22 @@ class Store:
             self._remove_images()
             self.restarted = True
         elif any(_OURS.fullmatch(file.name) for file in folder.iterdir()):
-            raise CheckpointError(f"{path} is missing, so it is unknown what made the images; give another folder")
+            if not overwrite:
+                raise CheckpointError(
+                    f"{path} is missing, so it is unknown what made the images; give another folder, or --overwrite "
+                    "(overwrite=True) to make them anew"
+                )
+            self._remove_images()
+            self.restarted = True
         with whole_file(path) as scratch:
             scratch.write_text(json.dumps(wanted, indent=1) + "\n")
 
     def _remove_images(self) -> None:
         with writing(self.folder):
-            (self.folder / SETTINGS).unlink()
             for file in list(self.folder.iterdir()):
                 if _OURS.fullmatch(file.name):
                     file.unlink()
+            (self.folder / SETTINGS).unlink(missing_ok=True)  # Last: a killed process leaves images that it names.
 
     def tidy(self, shard: tuple[int, int]) -> None:
         """Remove what a killed process left of files of this share, which no other process writes."""
@@ -103,7 +111,7 @@ class Store:
         _write({"images": images}, self._images(number))
 
     def read(self, number: int) -> Tensor:
-        """The images of a batch, uint8 ``[n, 3, H, W]``.
+        """The images of a batch, uint8 ``[n, 3, H, W]``; all batches have one shape.
 
         Raises:
             CheckpointError: If it cannot be read.
@@ -112,6 +120,12 @@ class Store:
         images = _read(path).get("images")
         if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise CheckpointError(f"{path} does not hold images; remove it, and the same command makes it again")
+        if self._shape not in (None, images.shape):
+            raise CheckpointError(
+                f"{path} holds images of shape {tuple(images.shape)} where other batches have "
+                f"{tuple(self._shape or ())}; remove it, and the same command makes it again"
+            )
+        self._shape = images.shape
         return images
 
     def features(self, number: int, extractor: Extractor) -> Features:
@@ -123,14 +137,7 @@ class Store:
         """
         path = self.folder / f"features-{extractor.key}-{number:06d}.safetensors"
         if path.exists():
-            held = _read(path)
-            if (
-                "pooled" not in held
-                or held.keys() - {"pooled", "spatial", "logits"}
-                or any(t.ndim != 2 for t in held.values())
-            ):
-                raise CheckpointError(f"{path} does not hold features; remove it, and they are computed again")
-            return Features(**held)
+            return _checked(_read(path), len(self.read(number)) if self._shape is None else self._shape[0], path)
         found = extractor(self.read(number))
         _write(found.tensors(), path)
         return found
@@ -150,6 +157,7 @@ def one_process(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
         EvaluationError: If there is one.
     """
     place = folder / f".shard-{shard[0]}-of-{shard[1]}"
+    check_writable(folder)
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
     lock = Lock.of(place)
@@ -172,6 +180,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_tensors(path, _CPU)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is damaged; remove it, and the same command makes it again") from error
+
+
+def _checked(found: Mapping[str, Tensor], count: int, path: Path) -> Features:
+    """The features in a file, which belong to so many images."""
+    good = found.keys() <= {"pooled", "spatial", "logits"} and "pooled" in found
+    for tensor in found.values():
+        good = good and tensor.dtype == torch.float32 and tensor.ndim == 2 and len(tensor) == count
+        good = good and bool(tensor.isfinite().all())
+    if not good:
+        raise CheckpointError(f"{path} does not hold the features of {count} images; remove it, and repeat the command")
+    return Features(**found)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

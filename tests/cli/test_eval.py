@@ -42,6 +42,9 @@ def test_figures_limits_and_picture(folders: Path, tmp_path: Path) -> None:
     assert direct is not None
     assert data["metrics"] == direct.to_json()["metrics"]
     assert (tmp_path / "grid.png").is_file()
+    beyond = run("eval", *inputs, *work, "--min-psnr", "inf", "--max-fid", "inf", "--json")
+    assert beyond.exit_code == 1
+    assert json.loads(beyond.stdout, parse_constant=pytest.fail)["limits"] == {"fid": "inf", "psnr": "inf"}
     again = run("eval", *inputs, *work, "--min-psnr", "200", "--max-fid", "1e6", "--max-fid-to-float", "0")
     assert again.exit_code == 1
     assert f"psnr is {direct['psnr']:.2f}, {200 - direct['psnr']:.2f} below its limit 200" in again.stderr
@@ -65,7 +68,7 @@ def test_refusals(folders: Path, tmp_path: Path) -> None:
         (("--features-input", "bytes", *FAST[-2:]), "'unit' or 'uint8'"),
         (("--features", "nothing"), "module:attribute"),
         (("--inception", tmp_path / "no.pth"), "--inception"),
-        (("--prompts", folders / "w4a8" / "model_index.json", *FAST[-2:]), "class labels, not prompts"),
+        (("--prompts", quantized / "model_index.json", "-r", folders / "float"), "class labels, not prompts"),
         ((), "no metric can run"),
     ]
     for options, reason in cases:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.disk.finished_work import FinishedWork, Part, digest_of_tensor, working_in
@@ -156,3 +157,15 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(WriteError, match="cannot be written"), working_in(tmp_path / "file" / "work"):
         pass
+
+
+def test_files_of_the_user_stay(work: FinishedWork) -> None:
+    """The folder may be one that holds other things."""
+    for name in ("kept", "other"):
+        work.save(name, FROM, tensors())
+    own = work.folder / "weights.safetensors"
+    save_file({"weight": torch.zeros(2)}, own)
+    broken = work.folder / "broken.safetensors"
+    broken.write_bytes(b"text")
+    work.keep_only(["kept"])
+    assert own.is_file() and broken.is_file() and work.path("kept").is_file() and not work.path("other").exists()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import fxquant
 from fxquant.disk.files import write_tensors
@@ -21,6 +22,7 @@ from fxquant.errors import (
     EvaluationError,
     MetricWeightsError,
     UnknownNameError,
+    WriteError,
 )
 from fxquant.evaluation.choice import Choice
 from fxquant.evaluation.evaluate import evaluate
@@ -189,7 +191,7 @@ def test_damaged_files_are_named(both: tuple[Any, Any], tmp_path: Path) -> None:
     assert evaluate(both[0], **OPTIONS, work=tmp_path) is not None
     features = next(tmp_path.glob("*/features-*-000001*"))
     write_tensors({"other": torch.zeros(2, 3)}, features)
-    with pytest.raises(CheckpointError, match=r"features-.*-000001.* does not hold features"):
+    with pytest.raises(CheckpointError, match=r"features-.*-000001.* does not hold the features of"):
         evaluate(both[0], **OPTIONS, work=tmp_path)
     features.unlink()
     (tmp_path / "quantized" / "settings.json").unlink()
@@ -417,3 +419,74 @@ def test_backends_are_told_apart_and_models_known_again(both: tuple[Any, Any], t
     assert identity(pipe) != identity(both[0])
     pipe.scheduler.register_to_config(beta_schedule="scaled_linear")
     assert identity(pipe) != identity(both[0])
+
+
+def test_the_float_images_have_another_folder(both: tuple[Any, Any], tmp_path: Path) -> None:
+    """With overwrite, the float pipeline's images would take the place of those that they are compared with."""
+    options: dict[str, Any] = {"images": 2, "batch": 2, "steps": 1, "work": tmp_path, "overwrite": True}
+    with pytest.raises(ConfigurationError, match="holds the quantized pipeline's images; give another float_work"):
+        evaluate(*both, float_work=tmp_path / "quantized", **options)
+    with one_process(tmp_path / "shared", (0, 1)), pytest.raises(EvaluationError, match="another process evaluates in"):
+        evaluate(*both, float_work=tmp_path / "shared", **options)
+
+
+def test_a_killed_overwrite_is_repeated(both: tuple[Any, Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"images": 4, "batch": 2, "steps": 1, "work": tmp_path}
+    evaluate(*both, **options)
+    (tmp_path / "quantized" / "settings.json").unlink()
+    with pytest.raises(CheckpointError, match=r"settings.json is missing.*--overwrite"):
+        evaluate(*both, **options)
+    assert evaluate(*both, overwrite=True, **options) is not None
+
+
+def test_files_of_other_runs_are_refused(both: tuple[Any, Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"images": 10, "batch": 5, "steps": 1, "features": Pooled(), "work": tmp_path}
+    evaluate(*both, **options)
+    folder = tmp_path / "quantized"
+    features = next(folder.glob("features-*-000001.safetensors"))
+    kept = features.read_bytes()
+    good = load_file(features)
+    wrong: list[dict[str, torch.Tensor]] = [
+        {"other": torch.zeros(5, 6)},
+        {**good, "pooled": good["pooled"][:3]},
+        {**good, "pooled": good["pooled"] * float("nan")},
+        {**good, "pooled": good["pooled"].double()},
+    ]
+    for tensors in wrong:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, features)
+        with pytest.raises(CheckpointError, match="does not hold the features of 5 images"):
+            evaluate(*both, **options)
+    features.write_bytes(kept)
+    save_file({"images": torch.zeros(3, 3, 16, 16, dtype=torch.uint8)}, folder / "images-000001.safetensors")
+    with pytest.raises(CheckpointError, match=r"images-000001.safetensors holds images of shape \(3, 3, 16, 16\)"):
+        evaluate(*both, **options)
+
+
+@pytest.mark.parametrize("options", [
+    {"pipe": None}, {"pipe": 3}, {"pipe": lambda: None}, {"reference": 3}, {"reference": lambda: 3}, {"against": 5},
+    {"prompts": "a cat"}, {"images": 2.5}, {"batch": 1.5}, {"steps": "3"}, {"shard": (0, 0)},
+    {"limits": {"psnr": "a"}}, {"limits": {"psnr": None}},
+])  # fmt: skip
+def test_arguments_of_other_kinds(both: tuple[Any, Any], options: dict[str, Any], tmp_path: Path) -> None:
+    given = {"pipe": both[0], "reference": both[1], "images": 2, "batch": 2, "steps": 1, "work": tmp_path, **options}
+    with pytest.raises(ConfigurationError):
+        evaluate(**given)
+
+
+def test_a_transformer_is_not_a_pipeline(both: tuple[Any, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="a GraphModel was given where a diffusers pipeline"):
+        evaluate(both[0].transformer, both[1], images=2, batch=2, steps=1)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_at_once(both: tuple[Any, Any], tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append(what)
+
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for picture in (tmp_path / "folder.png", tmp_path / "file" / "grid.png"):
+        with pytest.raises(WriteError):
+            evaluate(*both, images=2, batch=2, steps=1, picture=picture, progress=progress)
+    assert not told
