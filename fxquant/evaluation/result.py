@@ -113,7 +113,7 @@ class Evaluation:
             raise GateError("; ".join(failures.values()), failures)
 
 
-def check_limits(limits: Mapping[str, float]) -> None:
+def check_limits(limits: Mapping[str, object]) -> None:
     """Refuse limits that no figure can be compared with.
 
     Raises:
