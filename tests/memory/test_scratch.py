@@ -63,7 +63,7 @@ def test_a_forked_process_does_not_free_tensors_of_its_parent(tmp_path: Path) ->
 def test_values_survive_when_memory_is_given_back(tmp_path: Path) -> None:
     scratch = Scratch(tmp_path)
     made = scratch.copy(torch.arange(8 * _MIB, dtype=torch.float32))
-    before = resident()
+    before = [float(made.sum()), resident()][1]  # Reading brings all of it into memory.
     scratch.release()
     assert before - resident() > 24 * _MIB
     made[5] = -1
@@ -78,10 +78,11 @@ def test_room_on_the_disk_is_free_again_when_a_tensor_ends(tmp_path: Path) -> No
     before, view = _file_bytes(), nn.Parameter(first).detach()[3:]
     del first
     gc.collect()
-    assert _file_bytes() == before and float(view.sum()) == 16 * _MIB - 3
+    # File systems add and drop blocks of their own while they write.
+    assert abs(_file_bytes() - before) < _MIB and float(view.sum()) == 16 * _MIB - 3
     del view
     gc.collect()
-    assert before - _file_bytes() == 64 * _MIB
+    assert abs(before - _file_bytes() - 64 * _MIB) < _MIB
     assert scratch.nbytes == 64 * _MIB and float(second.sum()) == 16 * _MIB
 
 
