@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.disk.files import few
 from fxquant.errors import CheckpointError
 from fxquant.evaluation.weights import CLIP, require
 
@@ -30,11 +31,16 @@ class ClipScore:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            self._model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+            found: Any = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
             self._processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises nearly anything.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{folder} cannot be read as {CLIP.what}: {reason}; get {CLIP.where}") from error
+        made, info = found
+        missing = sorted({*info["missing_keys"], *(str(name) for name, *_ in info["mismatched_keys"])})
+        if missing:  # transformers draws these at random.
+            raise CheckpointError(f"{folder} does not hold {CLIP.what}: it lacks {few(missing)}; get {CLIP.where}")
+        self._model: Any = made.to(device).eval()
         self._device = torch.device(device)
         self._sum, self.count = 0.0, 0
 

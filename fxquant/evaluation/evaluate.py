@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -12,6 +13,7 @@ from torch import nn
 
 from fxquant.errors import ConfigurationError, check_type
 from fxquant.evaluation.choice import OF_FEATURES, Choice, Given, choose
+from fxquant.evaluation.clip import ClipScore
 from fxquant.evaluation.features import Extractor, Input, inception, named_extractor
 from fxquant.evaluation.generation import Labels, Sampling, make_images
 from fxquant.evaluation.measuring import Extent, Networks, check_possible, first_images, measure
@@ -328,7 +330,11 @@ def _networks(choice: Choice, features: Any, takes: Input, files: _Files, device
             found.extractor = inception(files.inception, device)
     if "lpips" in choice.run and files.lpips is not None:
         found.lpips = lpips_network(files.lpips, device)
-    found.clip = files.clip
+    if "clip_score" in choice.run and files.clip is not None:
+        found.clip = files.clip
+        ClipScore(files.clip, device)  # So that a folder of something else is refused before images are made.
+    if importlib.util.find_spec("torchmetrics") is None:
+        choice.drop("ssim", "needs torchmetrics, which is not installed: pip install 'fxquant[evaluation]'")
     if isinstance(files.against, Reference):
         found.against = files.against
     elif found.extractor is not None and files.against is not None:

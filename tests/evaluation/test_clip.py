@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
-from fxquant.errors import CheckpointError
+from fxquant.errors import CheckpointError, ConfigurationError
 from fxquant.evaluation.clip import ClipScore
+from fxquant.evaluation.evaluate import evaluate
+from tests.evaluation.pipes import make_pipe
 
 IMAGES = torch.randint(0, 256, (5, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a fox", "a red fox", "snow", "a fox " * 40, ""]
@@ -62,3 +68,29 @@ def test_the_score_is_the_mean_of_positive_cosines(folder: Path) -> None:
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be read as a CLIP model.*openai/clip-vit"):
         ClipScore(tmp_path)
+
+
+def test_models_that_lack_weights_are_refused_before_images_are_made(folder: Path, tmp_path: Path) -> None:
+    """transformers would draw what is missing at random."""
+    shutil.copytree(folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("vision_model")}
+    save_file(kept, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not hold a CLIP model: it lacks vision_model"):
+        ClipScore(tmp_path / "clip")
+    with pytest.raises(CheckpointError, match="does not hold a CLIP model"):
+        evaluate(
+            lambda: pytest.fail("images are made"), metrics=["clip_score"], prompts=["a fox"], clip=tmp_path / "clip"
+        )
+
+
+def test_evaluations_run_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchmetrics" else find(name))
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    pipe = make_pipe()
+    found = evaluate(pipe, pipe, images=1, batch=1, steps=1)
+    assert found is not None and "psnr" in found.metrics
+    assert "needs torchmetrics" in found.left_out["ssim"]
+    with pytest.raises(ConfigurationError, match="ssim needs torchmetrics"):
+        evaluate(pipe, pipe, images=1, batch=1, steps=1, metrics=["ssim"])
