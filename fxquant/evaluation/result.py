@@ -119,8 +119,7 @@ def check_limits(limits: Mapping[str, object]) -> None:
     Raises:
         ConfigurationError: If one is not a number.
     """
-    given: Mapping[str, object] = limits
-    for name, limit in given.items():
+    for name, limit in limits.items():
         if isinstance(limit, bool) or not isinstance(limit, Real) or math.isnan(limit):
             raise ConfigurationError(f"the limit of {name} is not a number; give one such as 0.1")
 
