@@ -26,9 +26,9 @@ def test_each_input_is_factorized_once(model: nn.Module, recorded: Statistics, m
     factorized = []
     of = ErrorFeedback.of.__func__  # type: ignore[attr-defined]
 
-    def counted(cls: type[ErrorFeedback], *args: object) -> ErrorFeedback:
+    def counted(cls: type[ErrorFeedback], *args: object, **options: bool) -> ErrorFeedback:
         factorized.append(args)
-        made: ErrorFeedback = of(cls, *args)
+        made: ErrorFeedback = of(cls, *args, **options)
         return made
 
     monkeypatch.setattr(ErrorFeedback, "of", classmethod(counted))
