@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from numbers import Real
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,13 +20,14 @@ from fxquant.allocation.prepared import Prepared, begun_from, prepare, samples_o
 from fxquant.allocation.problem import problem_of
 from fxquant.allocation.result import Choice, Point, SearchResult
 from fxquant.allocation.speed import SpeedSearch
+from fxquant.allocation.targets import check_target
 from fxquant.calibration.samples import output_sqnr
 from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
 from fxquant.disk.finished_work import Part, working_in
 from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError, check_type
 from fxquant.inspect.errors.schedule import wanted_calls
-from fxquant.ir.graph_digest import digest_of_code
+from fxquant.ir.digest import digest_of_code
 from fxquant.pipeline.backend import Backend, resolve_backend
 from fxquant.pipeline.recipes import Recipe
 from fxquant.planning.attribution import to_db
@@ -288,13 +289,17 @@ class _Search:
         self.checked.append(point)
         return made, point
 
+    @cached_property
+    def _weights(self) -> str:
+        return whole_digest(self.prepared.model)
+
     def _sqnr(self, made: GraphModel, plan: Plan) -> dict[float, float]:
         """The SQNR by timestep; an interrupted search may have measured it."""
         work, text = self.prepared.work, plan.fingerprint()
         if work is None:
             return output_sqnr(made, self.samples)
         made_from = {
-            "weights": whole_digest(self.prepared.model),
+            "weights": self._weights,
             "operations": " ".join(map(digest_of_code, made.graphs)),
             "sensitivities": self.measured.made_for,
             "plan": text,
@@ -388,22 +393,3 @@ def mean_sqnr(values: Iterable[float]) -> float | None:
         return -math.inf
     known = [db for db in found if math.isfinite(db)]
     return sum(known) / len(known) if known else max(found, default=None)
-
-
-def check_target(size: Any, sqnr: Any, speed: Any) -> str:
-    """The target in words.
-
-    Raises:
-        ConfigurationError: If not exactly one is given, or it is not a positive number.
-    """
-    given = {name: value for name, value in (("size", size), ("sqnr", sqnr), ("speed", speed)) if value is not None}
-    if len(given) != 1:
-        what = " and ".join(given) or "none"
-        raise ConfigurationError(f"give exactly one of size, sqnr and speed, not {what}")
-    ((name, value),) = given.items()
-    check_type(name, value, Real, "a number")
-    if not math.isfinite(value) or (name != "sqnr" and value <= 0):
-        raise ConfigurationError(f"{name}={value} is not a target; give a positive number")
-    if name == "size":
-        return f"size {value:.1%} of float" if value <= 1 else f"size {value:,.0f} bytes"
-    return f"SQNR {value:g} dB" if name == "sqnr" else f"calls {value:g} times faster"

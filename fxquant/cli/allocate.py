@@ -159,7 +159,7 @@ def search(
 ) -> None:
     """Choose the precision of each layer for a size, a quality or a speed, and quantize the model with it."""
     import fxquant
-    from fxquant.allocation.search import check_target
+    from fxquant.allocation.targets import check_target
     from fxquant.disk.claims import claimed
 
     check_target(size, sqnr, speed)
