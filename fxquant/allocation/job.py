@@ -24,7 +24,7 @@ from fxquant.inspect.errors.graphs import Pair, make_pairs, other_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order
 from fxquant.inspect.errors.sweep import Sweep, energy
 from fxquant.inspect.sizes import weight_bytes
-from fxquant.ir.graph_digest import digest_of_code
+from fxquant.ir.digest import digest_of_code
 from fxquant.planning.branches import branch_bytes
 from fxquant.planning.plan import Plan
 from fxquant.planning.sensitivities import FLOAT_BITS, LayerSensitivity, Sensitivities

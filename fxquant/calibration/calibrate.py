@@ -23,7 +23,7 @@ from fxquant.capture.fidelity import Original
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.trace import Architecture
 from fxquant.errors import CalibrationError, ConfigurationError, FxquantError
-from fxquant.ir.graph_digest import digest_of_graph
+from fxquant.ir.digest import digest_of_graph
 from fxquant.ir.ops import recording
 from fxquant.ir.tensors import bind, copy_graph, weights_of
 from fxquant.ir.time_tables import missing_timestep

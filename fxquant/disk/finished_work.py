@@ -223,6 +223,14 @@ def digest_of_tensor(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
+def digest_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of tensors with their names, in order, behind a text."""
+    found = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        found.update(f"{name}{digest_of_tensor(tensor)}".encode())
+    return found.hexdigest()
+
+
 def _versions() -> dict[str, str]:
     package = sys.modules[__name__.partition(".")[0]]  # An import would be against the direction of imports.
     versions = {"version of fxquant": str(package.__version__), "version of torch": torch.__version__}

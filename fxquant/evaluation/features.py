@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxquant.disk.files import digest
 from fxquant.errors import CheckpointError, ConfigurationError, EvaluationError, QualityWarning
-from fxquant.evaluation.keys import described, digest_of_tensors
+from fxquant.evaluation.keys import described, digest_of_state
 from fxquant.evaluation.weights import INCEPTION, load_weights, require
 
 Input = Literal["unit", "uint8"]
@@ -78,8 +78,7 @@ class Extractor:
     def key(self) -> str:
         """16 characters that are equal for equal extractors: a digest of the input, the weights, options and code."""
         if self._key is None:
-            state = self._module.state_dict() if isinstance(self._module, nn.Module) else {}
-            self._key = digest_of_tensors(state, f"{self.takes} {described(self._module)}")[:16]
+            self._key = digest_of_state(self._module, f"{self.takes} {described(self._module)}")[:16]
         return self._key
 
     @torch.no_grad()

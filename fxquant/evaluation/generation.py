@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxquant.calibration import pipeline_calls
 from fxquant.errors import ConfigurationError, EvaluationError, FxquantError
-from fxquant.evaluation.keys import digest_of_tensors
+from fxquant.evaluation.keys import digest_of_state
 from fxquant.evaluation.store import Store
 from fxquant.runtime.parts import quantized_models
 from fxquant.storage.aot.model import PackagedModel
@@ -203,7 +203,7 @@ def identity(pipe: Any) -> str:
         if isinstance(part, PackagedModel):  # It does not hand out its tensors, but it knows their digests.
             found.update(json.dumps(part.info, sort_keys=True, default=str).encode())
         elif isinstance(part, nn.Module):
-            found.update(digest_of_tensors(part.state_dict(), "").encode())
+            found.update(digest_of_state(part).encode())
     for path, model in sorted(quantized_models(parts).items()):
         found.update(
             f"{path} {model.backend and model.backend.name} {model.plan and model.plan.fingerprint()}".encode()

@@ -5,13 +5,13 @@ Code of functions that they call is not part of it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from fxquant.disk.finished_work import digest_of_tensor, digest_of_tensors
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _OF_MODULES = frozenset(vars(nn.Module()))  # What every module has for torch itself.
@@ -25,15 +25,10 @@ def described(what: Any) -> str:
     return _value(what, _DEEPEST)
 
 
-def digest_of_tensors(tensors: Mapping[str, Any], what: str) -> str:
-    """SHA-256 of a text, and of tensors with their names, shapes and dtypes."""
-    found = hashlib.sha256(what.encode())
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            data = tensor.detach().cpu().contiguous().reshape(-1)
-            found.update(data.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+def digest_of_state(what: Any, text: str = "") -> str:
+    """SHA-256 of a text and, if it is a module, of its tensors."""
+    state = what.state_dict() if isinstance(what, nn.Module) else {}
+    return digest_of_tensors({name: value for name, value in state.items() if isinstance(value, Tensor)}, text)
 
 
 def _of_object(what: Any, depth: int = _DEEPEST) -> str:
@@ -73,7 +68,7 @@ def _value(value: Any, depth: int) -> str:
     if isinstance(value, FunctionType):
         return _function(value, depth)
     if isinstance(value, Tensor):
-        return digest_of_tensors({"tensor": value}, "")
+        return digest_of_tensor(value)
     if isinstance(value, nn.Module):
         return described(value)
     return _of_object(value, depth)

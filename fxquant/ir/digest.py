@@ -1,4 +1,4 @@
-"""A digest of what a graph computes: its ops and constants, and the names of its inputs and tensors."""
+"""Digests of what a graph computes: its ops and constants, the names of its inputs and tensors, and their values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from fxquant.disk.finished_work import digest_of_tensors
+from fxquant.ir.tensors import read_tensors
 
 
 def graph_digest(graph: fx.Graph, layouts: bool = True) -> str:
@@ -31,6 +34,21 @@ def graph_digest(graph: fx.Graph, layouts: bool = True) -> str:
             text = f"{_name(node.target)} {_text(node.args, known)} {_text(node.kwargs, known)}"
         known[node] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return next(known[node] for node in graph.nodes if node.op == "output")
+
+
+def digest_of_code(module: nn.Module) -> str:
+    """SHA-256 of the operations of a graph and of graphs within it, and of their arguments, without tensors."""
+    parts = [graph_digest(part.graph) for part in module.modules() if isinstance(part, fx.GraphModule)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def digest_of_graph(module: fx.GraphModule) -> str:
+    """SHA-256 of the operations of a graph, of their arguments, and of all values of its tensors.
+
+    Two models whose weights are equal may differ in the operations: in the kind of an activation, or in the epsilon of
+    a norm.
+    """
+    return digest_of_tensors(dict(sorted(read_tensors(module).items())), digest_of_code(module))
 
 
 def _name(target: Any) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx
 
-from fxquant.ir.graph_digest import digest_of_code
+from fxquant.ir.digest import digest_of_code
 from fxquant.ir.meta import LAYER
 from fxquant.ir.tensors import get_tensor
 from fxquant.numerics.rounding.soft import SoftWeight

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from fxquant.calibration.calibrate import refuse_redirected
 from fxquant.capture.hooks import refuse_hooks
 from fxquant.capture.whole import own_class, whole_of
-from fxquant.disk.finished_work import digest_of_tensor
+from fxquant.disk.finished_work import digest_of_tensors
 from fxquant.errors import AlreadyCompiledError, ConfigurationError, NonFiniteError
 from fxquant.ir.tensors import weights_of
 from fxquant.numerics.finite import require_finite
@@ -56,10 +56,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def whole_digest(model: nn.Module) -> str:
     """A digest of all values of a model's tensors, for results that are kept in files."""
-    found = hashlib.sha256()
-    for name, tensor in weights_of(model).items():
-        found.update(f"{name}{digest_of_tensor(tensor)}".encode())
-    return found.hexdigest()
+    return digest_of_tensors(weights_of(model))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.disk.finished_work import FinishedWork, Part, digest_of_tensor
+from fxquant.disk.finished_work import FinishedWork, Part, digest_of_tensors
 from fxquant.statistics.channels import ChannelStatistics
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.entry import Entry
@@ -118,8 +118,7 @@ class KeptStatistics:
         found = hashlib.sha256(repr(options).encode())
         for key, one in statistics.items():
             found.update(f"{key}{sorted(one.seeds)}".encode())
-            for name, tensor in one._tensors().items():
-                found.update(f"{name}{digest_of_tensor(tensor)}".encode())
+            found.update(digest_of_tensors(one._tensors()).encode())
         return found.hexdigest()
 
     def _new_name(self, kind: str) -> str:

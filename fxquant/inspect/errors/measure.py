@@ -26,7 +26,7 @@ from fxquant.errors import ConfigurationError, check_type
 from fxquant.inspect.errors.graphs import make_pairs
 from fxquant.inspect.errors.schedule import calls_at, chosen_timesteps, spread_order, wanted_calls
 from fxquant.inspect.errors.sweep import Energies, Sweep
-from fxquant.ir.graph_digest import digest_of_code
+from fxquant.ir.digest import digest_of_code
 from fxquant.planning.attribution import Attribution, LayerErrors
 from fxquant.planning.plan import Plan
 from fxquant.runtime.float_model import check_model, check_weights, class_path, device_of, weights_digest, whole_digest
