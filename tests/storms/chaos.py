@@ -11,7 +11,6 @@ most of the time with imports, and most kills would come there.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -19,11 +18,8 @@ import math
 import os
 import random
 import shutil
-import signal
 import sys
-import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +32,7 @@ from fxquant.calibration import journal
 from fxquant.calibration.calibrate import Calibration
 from fxquant.planning import kept_weights
 from tests.conversions import rebuilt_once
+from tests.storms.forks import exit_code, forked, killed, main
 from tests.tiny import make_dit, make_pipeline
 from tests.traces import traced_once
 
@@ -111,7 +108,7 @@ class Chaos:
         """Kill the command once or twice, run it to its end, and compare."""
         recipe = self.recipes[number % len(self.recipes)]
         place = self.folder / str(number)
-        killed = sum(self.killed(recipe, place) for _ in range(2 if random.random() < 1 / 3 else 1))
+        kills = sum(self.killed(recipe, place) for _ in range(2 if random.random() < 1 / 3 else 1))
         self.ended(self.forked(recipe, place))
         expected, once = self.whole[recipe]
         found = held(place / "q")
@@ -120,9 +117,9 @@ class Chaos:
             self.outcome.wrong.append(f"trial {number}, {recipe}: {', '.join(sorted(differ))} differ")
         more = counted(place) - once
         for what, count in more.items():
-            self.outcome.lost[what] = max(self.outcome.lost[what], math.ceil(count / max(killed, 1)))
-        if sum(more.values()) > killed:
-            self.outcome.wrong.append(f"trial {number}, {recipe}: {dict(more)} computed again after {killed} kills")
+            self.outcome.lost[what] = max(self.outcome.lost[what], math.ceil(count / max(kills, 1)))
+        if sum(more.values()) > kills:
+            self.outcome.wrong.append(f"trial {number}, {recipe}: {dict(more)} computed again after {kills} kills")
         if [path.name for path in place.iterdir() if path.name.startswith(".")]:
             self.outcome.wrong.append(f"trial {number}: {place} holds what a killed process left")
         if not self.outcome.wrong:
@@ -130,11 +127,7 @@ class Chaos:
 
     def killed(self, recipe: str, place: Path) -> bool:
         """Run the command and kill it at a random moment; False if it had ended before."""
-        child = self.forked(recipe, place)
-        time.sleep(random.uniform(0, self.seconds[recipe]))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
+        if not killed(self.forked(recipe, place), self.seconds[recipe]):
             return False
         self.outcome.kills += 1
         self.outcome.where[stage_of(place)] += 1
@@ -143,24 +136,19 @@ class Chaos:
     def forked(self, recipe: str, place: Path) -> int:
         """Start the command in a fork; returns its process id."""
         place.mkdir(exist_ok=True)
-        child = os.fork()
-        if child:
-            return child
-        answer = 1
-        try:
+
+        def run() -> int:
             log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             with (place / "output").open("a") as output, contextlib.redirect_stdout(output):
                 os.dup2(output.fileno(), 2)
                 _watch(lambda what: os.write(log, f"{what}\n".encode()))
-                answer = quantize(self.folder / "float", recipe, place)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(answer)
+                return quantize(self.folder / "float", recipe, place)
+
+        return forked(run)
 
     def ended(self, child: int) -> None:
         """Wait for a command that nobody kills."""
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = exit_code(child)
         if code:
             self.outcome.wrong.append(f"a command ended with {code}; see the files named output in {self.folder}")
 
@@ -271,22 +259,10 @@ def chaos(kills: int, folder: Path, recipes: Sequence[str] = RECIPES, layers: in
     return made.outcome
 
 
-def main() -> int:
-    """Run the trials; return 1 if something was not as promised, otherwise 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=None)
-    options = parser.parse_args()
-    random.seed(options.seed)
-    folder = Path(tempfile.mkdtemp(prefix="fxquant-chaos-"))
-    outcome = chaos(options.kills, folder)
-    print("\n".join(outcome.lines()))
-    if outcome.wrong:
-        print(f"what is left of it is in {folder}", file=sys.stderr)
-        return 1
-    shutil.rmtree(folder)
-    return 0
+def _run(kills: int, folder: Path) -> tuple[list[str], bool]:
+    outcome = chaos(kills, folder)
+    return outcome.lines(), not outcome.wrong
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "chaos", _run))

@@ -9,15 +9,11 @@ The evaluations run in forks of this process, which imports torch once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
-import signal
 import sys
-import tempfile
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +22,7 @@ import torch
 from fxquant.evaluation.evaluate import evaluate
 from fxquant.evaluation.generation import Sampling
 from tests.evaluation.pipes import Pooled, make_pipe, quantized_pipe
+from tests.storms.forks import exit_code, forked, killed, main
 
 _IMAGES, _BATCH = 30, 5
 Files = dict[str, bytes]
@@ -71,25 +68,21 @@ class Evaluations:
     def trial(self, number: int) -> None:
         """Kill an evaluation some times, let it end, and compare."""
         place = self.folder / str(number)
-        killed = sum(self._killed(place) for _ in range(random.randint(1, 3)))
+        kills = sum(self._killed(place) for _ in range(random.randint(1, 3)))
         self._ended(self._forked(place))
         found = held(place)
         differ = sorted(name for name in self.whole.keys() | found.keys() if self.whole.get(name) != found.get(name))
         if differ:
             self.outcome.wrong.append(f"trial {number}: {', '.join(differ)} differ")
         more = made(place) - self.made
-        self.outcome.lost = max(self.outcome.lost, -(-more // max(killed, 1)))
-        if more > killed:
-            self.outcome.wrong.append(f"trial {number}: {more} batches made again after {killed} kills")
+        self.outcome.lost = max(self.outcome.lost, -(-more // max(kills, 1)))
+        if more > kills:
+            self.outcome.wrong.append(f"trial {number}: {more} batches made again after {kills} kills")
 
     def _killed(self, place: Path) -> bool:
-        child = self._forked(place)
-        time.sleep(random.uniform(0, self.seconds))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status)
-        self.outcome.kills += killed
-        return killed
+        found = killed(self._forked(place), self.seconds)
+        self.outcome.kills += found
+        return found
 
     def _evaluate(self, place: Path) -> None:
         options = {"images": _IMAGES, "batch": _BATCH, "steps": 2}
@@ -99,11 +92,8 @@ class Evaluations:
 
     def _forked(self, place: Path) -> int:
         place.mkdir(exist_ok=True)
-        child = os.fork()
-        if child:
-            return child
-        answer = 1
-        try:
+
+        def run() -> int:
             log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             make = Sampling.batch_of
 
@@ -114,14 +104,12 @@ class Evaluations:
 
             Sampling.batch_of = counted  # type: ignore[method-assign, assignment]
             self._evaluate(place)
-            answer = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(answer)
+            return 0
+
+        return forked(run)
 
     def _ended(self, child: int) -> None:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = exit_code(child)
         if code:
             self.outcome.wrong.append(f"an evaluation ended with {code}")
 
@@ -147,18 +135,10 @@ def storm(kills: int, folder: Path) -> Outcome:
     return trials.outcome
 
 
-def main() -> int:
-    """Run the trials; return 1 if something was not as promised, otherwise 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=None)
-    options = parser.parse_args()
-    random.seed(options.seed)
-    with tempfile.TemporaryDirectory(prefix="fxquant-chaos-") as folder:
-        outcome = storm(options.kills, Path(folder))
-    print("\n".join(outcome.lines()))
-    return 1 if outcome.wrong else 0
+def _run(kills: int, folder: Path) -> tuple[list[str], bool]:
+    outcome = storm(kills, folder)
+    return outcome.lines(), not outcome.wrong
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "chaos", _run))
