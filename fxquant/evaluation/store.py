@@ -20,11 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fxquant.disk.files import load_tensors
+from fxquant.disk.finished_work import locked
 from fxquant.disk.folders import SAVING, check_writable
-from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, EvaluationError
+from fxquant.errors import CheckpointError, EvaluationError, FolderInUseError
 from fxquant.evaluation.features import Extractor, Features
 
 SETTINGS = "settings.json"
@@ -158,11 +158,12 @@ def one_process(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
     """
     place = folder / f".shard-{shard[0]}-of-{shard[1]}"
     check_writable(folder)
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    lock = Lock.of(place)
-    if lock is None:
-        raise EvaluationError(f"another process evaluates in {folder}; wait for it, or give another folder")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = locked(place)
+    except FolderInUseError:
+        raise EvaluationError(f"another process evaluates in {folder}; wait for it, or give another folder") from None
     yield
     del lock
 
