@@ -181,7 +181,6 @@ def on_ranks() -> Iterator[Ranks]:
         yield started
         started.leave()
     except BaseException as error:
-        place.linger()
         started.abandon(error)
         raise
     finally:

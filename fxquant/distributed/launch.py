@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 
 from fxquant.errors import ConfigurationError, RankError
-
-_LINGER = 1.0  # Seconds for which a process that holds the store waits for others to read why it ends.
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Place:
                 self.rank,
             ) from error
 
-    def linger(self) -> None:
-        """Before this process ends with an error, let others read why, if it holds their store."""
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(_LINGER)
+
+def launcher_holds_store() -> bool:
+    """Whether torchrun keeps the store of the processes, which then outlives each of them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

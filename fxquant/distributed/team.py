@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxquant.distributed.launch import launcher_holds_store
 from fxquant.errors import ConfigurationError, RankError
 
 T = TypeVar("T")
@@ -28,6 +30,7 @@ T = TypeVar("T")
 _FAILED = "failed"  # Key of the first failure.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # Seconds between two looks at the store.
 _LOOK = 1.0  # Seconds between two looks whether the processes of other ranks still exist.
+_FAREWELL = 30.0  # Seconds for which the process with the store waits for others to read why it ends.
 _made: Counter[str] = Counter()  # Teams by process group: all ranks make them in the same order.
 _entered: list[Team] = []
 
@@ -36,7 +39,9 @@ class Team:
     """The ranks of a process group, as seen by one of them.
 
     All ranks call the same methods in the same order. As a context, a team tells the other ranks of an error that
-    leaves the context, also those that wait in a team that was made within the context.
+    leaves the context, also those that wait in a team that was made within the context. The process that holds the
+    store of the group leaves the outermost context last: it waits until the others have left theirs or are gone, for at
+    most 30 seconds if there is an error.
 
     Args:
         group: The process group, such as ``torch.distributed.group.WORLD``.
@@ -80,6 +85,8 @@ class Team:
         _entered.remove(self)
         if error is not None:
             self.report(error)
+            with suppress(RuntimeError):  # The process with the store is gone, so nobody is left to be told.
+                self._say_farewell()
         else:
             self.leave()
         return False
@@ -105,14 +112,33 @@ class Team:
         return None
 
     def leave(self) -> None:
-        """Let rank 0, whose process may hold the store, end after the others have read what they need."""
+        """Let the process that may hold the store end after the others have read what they need."""
         self._store.set(f"left-{self.rank}", "")
+        if dist.get_rank() == 0:
+            self._until_left(lambda: self.failure() is not None or bool(self.dead()))
+            self._say_farewell()
+
+    def _say_farewell(self) -> None:
+        """After an error: end after the others have read why, if this process may hold the store.
+
+        A rank that has left has read the failure, or needs the store no more.
+        """
+        self._store.set(f"left-{self.rank}", "")
+        if not self._outer and dist.get_rank() == 0 and not launcher_holds_store():
+            until = time.monotonic() + _FAREWELL
+            self._until_left(lambda: time.monotonic() > until)
+
+    def _until_left(self, is_over: Callable[[], bool]) -> None:
         pause = _FIRST_PAUSE
-        while self.rank == 0 and not self._store.check([f"left-{rank}" for rank in range(self.size)]):
-            if self.failure() is not None or self.dead():
+        missing = [rank for rank in range(self.size) if rank != self.rank]
+        while missing := [rank for rank in missing if not self._has_left(rank)]:
+            if is_over():
                 return
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _has_left(self, rank: int) -> bool:
+        return bool(self._store.check([f"left-{rank}"])) or self._is_dead(rank)
 
     def claim(self, what: str) -> bool:
         """Whether this is the first rank that asks this, such as for the right to print a message.

@@ -31,6 +31,15 @@ def test_error_of_one_rank_reaches_the_others_at_once():
         assert str(found[rank]) == "rank 1 failed: ValueError: no more ink"
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_error_reaches_a_rank_that_was_busy(failing):
+    """The process with the store sees the error, or has it, long before; it ends after the others have read it."""
+    found = run_ranks(work.fail, 3, "raises", 0.1, failing, 1.5)
+    assert isinstance(found[failing], ValueError)
+    for rank in {0, 1, 2} - {failing}:
+        assert str(found[rank]) == f"rank {failing} failed: ValueError: no more ink"
+
+
 def test_killed_rank_is_named_within_seconds():
     found = run_ranks(work.fail, 4, "dies", 0.5)
     assert isinstance(found[1], Ended)

@@ -226,8 +226,8 @@ def exchange(rank: int, size: int) -> dict[str, Any]:
         }
 
 
-def fail(rank: int, size: int, how: str, wait: float, on: int = 1) -> float:
-    """One rank fails while the others wait; returns how long they waited."""
+def fail(rank: int, size: int, how: str, wait: float, on: int = 1, busy: float = 0.0) -> float:
+    """One rank fails while the others wait; returns how long they waited. The last one begins to wait later."""
     began = time.monotonic()
     with group(), Team(dist.group.WORLD) as team:
         team.wait()
@@ -236,6 +236,7 @@ def fail(rank: int, size: int, how: str, wait: float, on: int = 1) -> float:
             if how == "raises":
                 raise ValueError("no more ink")
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(busy if rank == size - 1 else 0.0)
         began = time.monotonic()
         try:
             team.gather(rank)

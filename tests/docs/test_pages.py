@@ -18,15 +18,17 @@ import torch
 from diffusers import DiTPipeline
 
 import fxquant
-from fxquant.authoring import register_stage, unregister_stage
+from fxquant.authoring import register_format, register_stage, unregister_stage
 from fxquant.channels.rules import RULES
 from fxquant.ir import stages
 from fxquant.ir.stages import Stage, in_order
+from fxquant.numerics.formats.registry import FORMATS
 from fxquant.pipeline.backend import BACKENDS
 from fxquant.pipeline.pipeline import PASSES
 from fxquant.pipeline.recipes import RECIPES
 from tests.docs.pages import ROOT, Block, blocks_of, pages
 from tests.docs.preludes import ALIKE, PRELUDES, QUICKLY
+from tests.numerics.formats.own import BytesOfScales
 from tests.tiny import make_pipeline
 
 WITH_CODE = [page for page in pages() if blocks_of(page, "python")]
@@ -77,7 +79,8 @@ def run(block: Block, module: ModuleType) -> None:
 @contextmanager
 def registries_kept() -> Iterator[None]:
     """Within this context code may register whatever other packages register; afterwards it is gone."""
-    held: list[dict[Any, Any]] = [PASSES._objects, RECIPES._objects, BACKENDS._objects, RULES, stages._REGISTERED]
+    registries = PASSES, RECIPES, BACKENDS, FORMATS
+    held: list[dict[Any, Any]] = [*(registry._objects for registry in registries), RULES, stages._REGISTERED]
     known = {*in_order()}
     with ExitStack() as stack:
         stack.callback(lambda: [unregister_stage(each) for each in reversed(in_order()) if each not in known])
@@ -87,9 +90,12 @@ def registries_kept() -> Iterator[None]:
 
 
 def test_registries_are_as_before_afterwards() -> None:
-    """The order of stages too: code of a page once left a stage to the tests that followed in the process."""
-    before = [*in_order()]
+    """The order of stages and formats too: pages once left both to the tests that followed in the process."""
+    before, formats = [*in_order()], [*FORMATS]
     with registries_kept():
+        register_format(BytesOfScales.name)(BytesOfScales())
         first = register_stage("page-first", after=Stage.TRANSFORMED)
         register_stage("page-second", after=first)
+        assert BytesOfScales.name in FORMATS
     assert in_order() == before
+    assert [*FORMATS] == formats
