@@ -1,10 +1,10 @@
-"""Rounding of weights by several processes: each rounds some layers, and all end with the codes of all layers."""
+"""Work on layers by several processes: each does it for some layers, and all end with the results of all layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, fx
 
@@ -18,6 +18,8 @@ from fxquant.planning.decisions import LayerPlan
 if TYPE_CHECKING:
     from fxquant.distributed.team import Team
 
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 Round = Callable[[fx.Node], QuantizedWeight]
 
 
@@ -48,12 +50,14 @@ def round_on_ranks(nodes: Sequence[fx.Node], context: PassContext, rewriter: Rew
     """
     team = context.team
     assert team is not None
-    owners = _owners(_units(nodes, context, rewriter), team)
-    for node, owner in owners.items():
+    units = _units(nodes, context, rewriter)
+    ranks = owners([unit.cost for unit in units], team)
+    owner_of = {node: rank for unit, rank in zip(units, ranks, strict=True) for node in unit.layers}
+    for node, owner in owner_of.items():
         if owner == team.rank:
             context.codes[node.meta[LAYER]] = round_one(node)
     context.memo.pop("feedback", None)  # As large as two weights, and not needed by what comes next.
-    for node, owner in owners.items():
+    for node, owner in owner_of.items():
         name = node.meta[LAYER]
         context.codes[name] = team.broadcast(context.codes.get(name), owner)
 
@@ -98,12 +102,29 @@ def _units(nodes: Sequence[fx.Node], context: PassContext, rewriter: Rewriter) -
     return list(found.values())
 
 
-def _owners(units: Sequence[_Unit], team: Team) -> dict[fx.Node, int]:
-    """The rank that rounds each layer: the costliest units first, each to the rank with the least work."""
+def on_ranks(costs: Mapping[K, float], team: Team, compute: Callable[[K], T]) -> dict[K, T]:
+    """Compute something for each of several things, each on one rank; all ranks get all results.
+
+    Args:
+        costs: The things, the same on all ranks, and what each takes, in any unit.
+        team: The ranks.
+        compute: Computes the result for one of them.
+
+    Raises:
+        RankError: If another rank failed or died.
+        FxquantError: What ``compute`` raises on this rank.
+    """
+    ranks = dict(zip(costs, owners(list(costs.values()), team), strict=True))
+    found = {key: compute(key) for key, rank in ranks.items() if rank == team.rank}
+    return {key: team.broadcast(found.get(key), rank) for key, rank in ranks.items()}
+
+
+def owners(costs: Sequence[float], team: Team) -> list[int]:
+    """The rank that takes each piece of work: the costliest pieces first, each to the rank with the least work."""
     work = [0.0] * team.size
-    owner_of: dict[fx.Node, int] = {}
-    for unit in sorted(units, key=lambda unit: -unit.cost):
-        rank = min(range(team.size), key=lambda number: work[number])
-        work[rank] += unit.cost
-        owner_of |= dict.fromkeys(unit.layers, rank)
-    return {node: owner_of[node] for unit in units for node in unit.layers}
+    found = [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        rank = min(range(team.size), key=lambda rank: work[rank])
+        work[rank] += costs[number]
+        found[number] = rank
+    return found

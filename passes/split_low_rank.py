@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +24,7 @@ from fxquant.numerics.low_rank import low_rank_factors
 from fxquant.numerics.weights import encode_weight
 from fxquant.passes._quantization import importance_of
 from fxquant.passes._seeds import is_transformed, parse_roles
+from fxquant.passes._sharing import on_ranks
 from fxquant.passes._targets import check_patterns, is_targeted, targets, warn_of_none
 from fxquant.pipeline.pipeline import Pass, Tier, register_pass
 from fxquant.planning.branches import Branch, branch_dtype
@@ -30,6 +33,9 @@ from fxquant.planning.decisions import LayerPlan
 from fxquant.planning.kept_weights import kept
 from fxquant.planning.linears import FloatLinear, changed_by, is_rounded
 from fxquant.planning.plan import Plan
+
+Factors = tuple[Tensor, Tensor]
+"""L1 ``[out, rank]`` and L2 ``[rank, in]`` of a branch."""
 
 
 class Weighting(enum.Enum):
@@ -126,6 +132,7 @@ class SplitLowRank(Pass):
         if not linears and not branches and not is_replayed(rewriter.module):
             what = "weights of 8 bits beside float inputs need no branch; leave the pass out, or choose fewer bits"
             warn_of_none(self.name, context.plan, self.roles, self.layers, what)
+        shared = self._on_ranks(linears, branches, context, rewriter)
         for layer in linears:
             if changed_by(layer.weight, self.name):
                 continue
@@ -135,7 +142,7 @@ class SplitLowRank(Pass):
             branch = branches[layer.name]
             _check_rank(layer, branch.rank)
             if branch.rank:
-                self._split(layer, branch, context, rewriter)
+                self._split(layer, branch, shared.get(layer.name), context, rewriter)
         if refused:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
             warnings.warn(
@@ -153,10 +160,37 @@ class SplitLowRank(Pass):
             return Branch(0, given, f"a branch of rank {self.rank} is not smaller than a weight of {out} x {columns}")
         return Branch(self.rank, given)
 
-    def _split(self, layer: FloatLinear, branch: Branch, context: PassContext, rewriter: Rewriter) -> None:
-        values, history = rewriter.tensor(layer.weight), rewriter.history(layer.weight)
-        require_finite(values, f"the weight of layer {layer.name}")
-        left, right = self._factors(layer, values, branch, context)
+    def _on_ranks(
+        self, linears: Sequence[FloatLinear], branches: Mapping[str, Branch], context: PassContext, rewriter: Rewriter
+    ) -> dict[str, Factors]:
+        """The factors of all branches by layer, if several processes share the work; otherwise none."""
+        if context.team is None or is_replayed(rewriter.module):
+            return {}
+        layers: dict[str, tuple[FloatLinear, Branch]] = {}
+        seen = set()
+        for layer in linears:
+            branch = branches.get(layer.name) or self.branch_for(layer.plan)
+            if changed_by(layer.weight, self.name) or layer.weight in seen:
+                continue
+            _check_rank(layer, branch.rank)
+            if branch.rank:
+                seen.add(layer.weight)
+                layers[layer.name] = layer, branch
+
+        def compute(name: str) -> Factors:
+            layer, branch = layers[name]
+            return self._factors(layer, _finite(layer, rewriter), branch, context)
+
+        costs = {
+            name: float(min(layer.plan.shape) * math.prod(layer.plan.shape)) for name, (layer, _) in layers.items()
+        }
+        return on_ranks(costs, context.team, compute)
+
+    def _split(
+        self, layer: FloatLinear, branch: Branch, given: Factors | None, context: PassContext, rewriter: Rewriter
+    ) -> None:
+        values, history = _finite(layer, rewriter), rewriter.history(layer.weight)
+        left, right = given or self._factors(layer, values, branch, context)
         by = ("split", str(branch.rank), branch.dtype, self.weighting.value, str(self.iterations))
         a, b = (
             rewriter.constant(f"{layer.name}.{what}", factor, [layer.weight], made_from(what, history, by))
@@ -242,6 +276,12 @@ class SplitLowRank(Pass):
                 f"{self.name}: layer {layer.name!r}: the factors of its branch are too large for {dtype}; choose "
                 "branch=bfloat16 or branch=float32, or leave the layer out (layers=...)"
             )
+
+
+def _finite(layer: FloatLinear, rewriter: Rewriter) -> Tensor:
+    values = rewriter.tensor(layer.weight)
+    require_finite(values, f"the weight of layer {layer.name}")
+    return values
 
 
 def _check_rank(layer: FloatLinear, rank: int) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 _FAILED = "failed"  # Key of the first failure.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # Seconds between two looks at the store.
+_SHORTEST_PAUSE = 0.00005  # Seconds between two looks whether a sum is there.
 _LOOK = 1.0  # Seconds between two looks whether the processes of other ranks still exist.
 _FAREWELL = 30.0  # Seconds for which the process with the store waits for others to read why it ends.
 _made: Counter[str] = Counter()  # Teams by process group: all ranks make them in the same order.
@@ -54,7 +55,7 @@ class Team:
         on_wait: Called now and then while this rank waits for others.
 
     Raises:
-        ConfigurationError: If this process is not in the group.
+        ConfigurationError: If this process is not in the group, or the group cannot exchange tensors of the device.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
@@ -62,6 +63,13 @@ class Team:
             raise ConfigurationError(
                 "group is not a process group that this process belongs to; pass torch.distributed.group.WORLD after "
                 "torch.distributed.init_process_group(), and only on the ranks of the group"
+            )
+        kind = torch.device(device).type
+        if kind not in [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]:
+            raise ConfigurationError(
+                f"the process group has no backend for tensors on {kind}: it was made for "
+                f"{dist.get_backend_config(group)}; make it by torch.distributed.init_process_group(), without backend= "
+                "or with backend='cpu:gloo,cuda:nccl'"
             )
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.on_wait: Callable[[], object] = lambda: None
@@ -188,10 +196,11 @@ class Team:
         Raises:
             RankError: If another rank failed or died; names it.
         """
+        packed = _packed(value)  # Before the meeting: others would wait in the exchange for a rank that fails here.
         self.wait()
         found: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(found, _packed(value), group=self._group)
+            dist.all_gather_object(found, packed, group=self._group)
         except RuntimeError as error:
             raise self._lost(error) from error
         return [value if rank == self.rank else self._unpacked(data) for rank, data in enumerate(found)]
@@ -202,8 +211,8 @@ class Team:
         Raises:
             RankError: If another rank failed or died; names it.
         """
-        self.wait()
         found: list[Any] = [_packed(value) if self.rank == source else None]
+        self.wait()
         try:
             dist.broadcast_object_list(found, dist.get_global_rank(self._group, source), group=self._group)
         except RuntimeError as error:
@@ -218,9 +227,32 @@ class Team:
             RankError: If another rank failed or died; names it.
         """
         self.wait()
+        self.add_up_at_once([tensor])
+
+    def add_up_at_once(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by the sums of those of all ranks, in place, without a meeting before: for many short steps.
+
+        They have the same bits on all ranks. The timeout of the process group bounds how long ranks wait here.
+
+        Raises:
+            RankError: If another rank failed or died; names it.
+        """
         try:
-            dist.all_reduce(tensor, group=self._group)
+            sums = [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors]
+            pause, looked = _SHORTEST_PAUSE, time.monotonic()
+            while not all(each.is_completed() for each in sums):
+                if time.monotonic() - looked > _LOOK:
+                    looked = time.monotonic()
+                    self._refuse_failed()
+                    if dead := self.dead():  # Gloo notices it by itself, nccl does not.
+                        raise died(dead[0])
+                time.sleep(pause)
+                pause = min(2 * pause, _FIRST_PAUSE)
+            for each in sums:
+                each.wait()
         except RuntimeError as error:
+            if isinstance(error, RankError):
+                raise
             raise self._lost(error) from error
 
     def share(self, items: int) -> range:

@@ -11,6 +11,9 @@ from torch import SymInt, Tensor, fx
 Values = dict[fx.Node, Any]
 """Values of a graph by node: tensors, sizes, or tuples of tensors."""
 
+Picked = list[tuple[int, Tensor]]
+"""Samples of a minibatch: for each of its calls the number of the call, and places of samples in it."""
+
 _PARTS = 4  # Calls that a minibatch is mixed from.
 
 
@@ -52,21 +55,40 @@ def minibatch(
     if not mixed:
         number = int(torch.randint(len(chunks), (), generator=generator))
         return {node: chunks[number][node] for node in nodes}, rows[number]
-    parts = min(_PARTS, len(chunks))
-    numbers = torch.randperm(len(chunks), generator=generator)[:parts].tolist()
-    picked = [torch.randperm(len(rows[n]), generator=generator)[: max(1, size // parts)] for n in numbers]
-    chosen = torch.cat([rows[n][index] for n, index in zip(numbers, picked, strict=True)])
+    return taken(chunks, nodes, rows, pick(rows, generator, size))
+
+
+def pick(rows: Sequence[Tensor], generator: torch.Generator, size: int) -> Picked:
+    """Samples of a random minibatch that is mixed from several calls; the arguments are those of :func:`minibatch`."""
+    parts = min(_PARTS, len(rows))
+    numbers = torch.randperm(len(rows), generator=generator)[:parts].tolist()
+    return [(n, torch.randperm(len(rows[n]), generator=generator)[: max(1, size // parts)]) for n in numbers]
+
+
+def part_of(picked: Picked, part: range) -> Picked:
+    """The samples of a minibatch at some of its places."""
+    found, first = [], 0
+    for number, index in picked:
+        own = index[max(0, part.start - first) : max(0, part.stop - first)]
+        first += len(index)
+        if len(own):
+            found.append((number, own))
+    return found
+
+
+def taken(
+    chunks: Sequence[Values], nodes: Sequence[fx.Node], rows: Sequence[Tensor], picked: Picked
+) -> tuple[Values, Tensor]:
+    """The values of picked samples, at least one, whose calls can be mixed, as :func:`minibatch` returns them."""
+    chosen = torch.cat([rows[n][index] for n, index in picked])
     values: Values = {}
     for node in nodes:
         axis = _axis(node)
         if axis is None:
             values[node] = _at(node, chunks[0][node], len(chosen))
         else:
-            taken = [
-                chunks[n][node].index_select(axis, index.to(chunks[n][node].device))
-                for n, index in zip(numbers, picked, strict=True)
-            ]
-            values[node] = torch.cat(taken, dim=axis)
+            parts = [chunks[n][node].index_select(axis, index.to(chunks[n][node].device)) for n, index in picked]
+            values[node] = torch.cat(parts, dim=axis)
     return values, chosen
 
 

@@ -19,7 +19,7 @@ from fxquant.numerics.sqnr import snr_db
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import ActivationRange
 from fxquant.reconstruction.cache import Values, drop_unused, share_alike
-from fxquant.reconstruction.learn import Settings, Simulation, as_codes, learn
+from fxquant.reconstruction.learn import Settings, Simulation, as_codes, can_be_shared, learn
 from fxquant.reconstruction.segments import Segment, segments
 from fxquant.reconstruction.simulate import LearnedSteps, TokenSteps, as_it_is, run_segment
 from fxquant.reconstruction.store import Learned, Store, digest
@@ -158,15 +158,19 @@ class _Engine:
         self.fingerprint = digest(f"{self.fingerprint};{part.name};{said}", weights)
         made_from = {**self.made_from, "weights or plan": self.fingerprint}
         file, team = part.name + self.suffix, self.context.team
-        learned = None
-        if team is None or team.rank == 0:  # Each segment needs what was learned for the one before.
-            learned = self.store.load(file, made_from, weights[0].device)
-            if learned is None:
-                errors = learn(simulation, inputs, targets, self.timesteps, self.settings, advance)
-                learned = _result(simulation, named, errors)
-                self.store.save(file, made_from, learned)
+        first = team is None or team.rank == 0
+        learned = self.store.load(file, made_from, weights[0].device) if first else None
         if team is not None:
             learned = team.broadcast(learned, 0)
+        if learned is None:
+            together = team if can_be_shared(part, inputs, targets) else None
+            if first or together is not None:
+                errors = learn(simulation, inputs, targets, self.timesteps, self.settings, advance, together)
+                learned = _result(simulation, named, errors)
+                if first:
+                    self.store.save(file, made_from, learned)
+            if team is not None:
+                learned = team.broadcast(learned, 0)  # The next segment needs it.
         assert learned is not None
         before, after = (snr_db(1.0, error) for error in learned.errors)
         log.info("%s: %.2f dB rounded to nearest, %.2f dB learned", part.name, before, after)

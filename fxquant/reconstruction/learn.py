@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxquant.numerics.rounding.soft import Hardening, SoftWeight
-from fxquant.reconstruction.cache import Values, minibatch, mixable
+from fxquant.reconstruction.cache import Values, minibatch, mixable, part_of, pick, taken
 from fxquant.reconstruction.segments import Segment
 from fxquant.reconstruction.simulate import LearnedSteps, Lookup, TokenSteps, as_it_is, run_segment
+
+if TYPE_CHECKING:
+    from fxquant.distributed.team import Team
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ class Simulation:
         return list({id(grid): grid for grid in grids if grid.growth.requires_grad}.values())
 
 
+def can_be_shared(segment: Segment, inputs: Sequence[Values], targets: Sequence[Values]) -> bool:
+    """Whether several processes can share the samples of a segment's minibatches; arguments as of :func:`learn`."""
+    return mixable(inputs, segment.inputs) and mixable(targets, _compared(segment, targets))
+
+
 def learn(
     simulation: Simulation,
     inputs: Sequence[Values],
@@ -97,6 +106,7 @@ def learn(
     timesteps: Sequence[Tensor],
     settings: Settings,
     advance: Callable[[int], object] = lambda iteration: None,
+    team: Team | None = None,
 ) -> tuple[float, float]:
     """Learn one segment; if the result is not better than the start, go back to the start.
 
@@ -107,12 +117,18 @@ def learn(
         timesteps: Timestep of each sample by call, ``[n]``.
         settings: How the segment is learned.
         advance: Called after each step with its number, from 1.
+        team: Processes that call this with the same arguments and take a part of the samples of each step, if the
+            segment :func:`can_be_shared`. Gradients are added up, so all learn the same, and what one process learns
+            up to rounding.
 
     Returns:
         Error of the outputs relative to their energy, before and after.
+
+    Raises:
+        RankError: If another rank failed or died.
     """
     segment = simulation.segment
-    outputs = [node for node in segment.outputs if _is_float(targets[0][node])]
+    outputs = _compared(segment, targets)
     # A segment does not make the values that it reads, so one mapping holds both.
     chunks = [
         {**given, **{node: wanted[node] for node in outputs}} for given, wanted in zip(inputs, targets, strict=True)
@@ -127,8 +143,19 @@ def learn(
 
     @torch.no_grad()
     def error(how: Callable[[SoftWeight], Tensor]) -> float:
-        pairs = zip(chunks, timesteps, strict=True)
-        return sum(float(loss_of(simulation.run(chunk, rows, how), chunk)) for chunk, rows in pairs)
+        mine = range(len(chunks)) if team is None else team.share(len(chunks))
+        errors = [float(loss_of(simulation.run(chunks[n], timesteps[n], how), chunks[n])) for n in mine]
+        return sum(errors) if team is None else sum(itertools.chain.from_iterable(team.gather(errors)))
+
+    def batch() -> tuple[Values, Tensor, int]:
+        """Values and timesteps of the samples of this process, and the number of samples of all processes."""
+        if team is None:
+            values, rows = minibatch(chunks, nodes, timesteps, mixed, generator, settings.batch)
+            return values, rows, len(rows)
+        picked = pick(timesteps, generator, settings.batch)
+        total = sum(len(index) for _, index in picked)
+        mine = part_of(picked, team.share(total))
+        return (*taken(chunks, nodes, timesteps, mine), total) if mine else ({}, timesteps[0][:0], total)
 
     soft, steps = simulation.soft(), simulation.learned_steps()
     before = error(SoftWeight.nearest)
@@ -141,19 +168,26 @@ def learn(
     groups = [group for group in groups if group["params"]]
     if not groups or not before > 0:
         return before, before
+    learned = [weight for group in groups for weight in group["params"]]
     optimizer = torch.optim.Adam(groups)
     generator = torch.Generator().manual_seed(settings.seed)
     hardening = settings.hardening
     for iteration in range(hardening.iterations):
-        values, rows = minibatch(chunks, nodes, timesteps, mixed, generator, settings.batch)
-        made = simulation.run(values, rows, SoftWeight.__call__)
-        # The unit is the error of rounding to nearest, one unit per weight, as in the regularizer.
-        loss = loss_of(made, values) * (samples / len(rows)) * (elements / before)
+        values, rows, total = batch()
+        losses = []
+        if len(rows):
+            made = simulation.run(values, rows, SoftWeight.__call__)
+            # The unit is the error of rounding to nearest, one unit per weight, as in the regularizer.
+            losses.append(loss_of(made, values) * (samples / total) * (elements / before))
         exponent = hardening.exponent(iteration)
         if exponent is not None and soft:
-            loss = loss + hardening.weight * torch.stack([weight.undecided(exponent) for weight in soft]).sum()
+            share = hardening.weight if team is None else hardening.weight / team.size
+            losses.append(share * torch.stack([weight.undecided(exponent) for weight in soft]).sum())
         optimizer.zero_grad()
-        loss.backward()
+        if losses:
+            torch.stack(losses).sum().backward()
+        if team is not None:
+            _add_up_gradients(learned, team)
         if steps:
             optimizer.param_groups[-1]["lr"] = (
                 settings.step_rate * (1 + math.cos(math.pi * iteration / hardening.iterations)) / 2
@@ -174,6 +208,18 @@ def learn(
 def as_codes(weight: SoftWeight) -> Tensor:
     """A soft weight with the values of its final codes."""
     return weight.hard().dequantize(torch.float32)
+
+
+def _compared(segment: Segment, targets: Sequence[Values]) -> list[fx.Node]:
+    """The outputs of a segment that are compared with those of the float model."""
+    return [node for node in segment.outputs if _is_float(targets[0][node])]
+
+
+def _add_up_gradients(learned: Sequence[Tensor], team: Team) -> None:
+    for weight in learned:
+        if weight.grad is None:  # No sample of this step is of this process.
+            weight.grad = torch.zeros_like(weight)
+    team.add_up_at_once([weight.grad for weight in learned if weight.grad is not None])
 
 
 def _is_float(value: Any) -> bool:

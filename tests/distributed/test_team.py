@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from fxquant.distributed.team import Team
 from fxquant.errors import ConfigurationError, RankError, RanksDifferError
 from tests.distributed import work
 from tests.distributed.ranks import Ended, run_ranks
@@ -59,6 +61,15 @@ def test_killed_rank_that_holds_the_store():
 
 def test_waiting_is_longer_than_the_timeout_of_the_group():
     assert min(run_ranks(work.slow, 2, 3.0)) >= 2.9
+
+
+def test_group_without_a_backend_for_the_device():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ConfigurationError, match="no backend for tensors on meta: it was made for cpu:gloo"):
+            Team(dist.group.WORLD, "meta")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_ranks_that_were_given_something_else():

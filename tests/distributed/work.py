@@ -53,9 +53,10 @@ def quantize(
     statistics = fxquant.Statistics(keep_calls=32)
     more: dict[str, Any] = {"statistics": statistics, "group": dist.group.WORLD, **(options or {})}
     model = make_dit(2)
-    quantized = compiled(model, recipe, shares[rank], **more)
+    with mock.patch.object(Team, "add_up_at_once", autospec=True, side_effect=Team.add_up_at_once) as added:
+        quantized = compiled(model, recipe, shares[rank], **more)
     statistics.save(folder / f"{rank}.statistics")
-    return facts(quantized)
+    return {**facts(quantized), "gradients": added.call_count}
 
 
 def compiled(model: Any, recipe: Any, calls: Calls, **options: Any) -> Any:
@@ -86,8 +87,16 @@ def facts(quantized: Any) -> dict[str, Any]:
 
 def flux(rank: int, size: int, folder: Path, recipe: str) -> dict[str, Any]:
     """Quantize the transformer of a FLUX pipeline; each rank makes an image of its own."""
+    from fxquant.passes.split_low_rank import SplitLowRank
+
     pipe, statistics = flux_pipe(), fxquant.Statistics(keep_calls=32)
-    with warnings.catch_warnings():
+    fitted, original = [], SplitLowRank._fitted
+
+    def fit(self: Any, layer: Any, *given: Any) -> Any:
+        fitted.append(layer.name)
+        return original(self, layer, *given)
+
+    with warnings.catch_warnings(), mock.patch.object(SplitLowRank, "_fitted", fit):
         warnings.simplefilter("ignore")
         quantized = fxquant.compile(
             pipe.transformer,
@@ -98,7 +107,7 @@ def flux(rank: int, size: int, folder: Path, recipe: str) -> dict[str, Any]:
             group=dist.group.WORLD,
         )
     statistics.save(folder / f"{rank}.statistics")
-    return facts(quantized)
+    return {**facts(quantized), "fitted": fitted}
 
 
 def flux_pipe() -> Any:
@@ -153,6 +162,20 @@ def quantize_broken(rank: int, size: int, calls: Calls) -> None:
 
     with mock.patch.object(_quantization.GPTQ, "quantize", quantize):
         compiled(make_dit(2), "ptq4dit-gptq-w4a8", calls, group=dist.group.WORLD)
+
+
+def quantize_until(rank: int, size: int, recipe: Any, shares: Sequence[Calls], step: int) -> None:
+    """The last rank fails in a step of learning, while the others wait for its gradients."""
+    original, steps = Team.add_up_at_once, []
+
+    def add_up(self: Team, tensors: Any) -> None:
+        steps.append(0)
+        if rank == size - 1 and len(steps) == step:
+            raise MemoryError("no more memory")
+        original(self, tensors)
+
+    with mock.patch.object(Team, "add_up_at_once", add_up):
+        compiled(make_dit(2), recipe, shares[rank], group=dist.group.WORLD)
 
 
 def resumed(rank: int, size: int, folder: Path, recipe: str, shares: Sequence[Calls]) -> dict[str, Any]:
