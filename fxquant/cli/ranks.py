@@ -35,6 +35,7 @@ class Ranks:
         place: What the launcher says about this process; None if it works alone.
         team: The processes, once they have joined.
         separate: Whether the processes do not join, so that each prints its own errors.
+        shared: Whether the processes join, so that they wait for one that fails before.
         clean: Called if the process that writes is gone, which may have left unfinished files behind.
     """
 
@@ -42,6 +43,7 @@ class Ranks:
         self.place = place
         self.team: Team | None = None
         self.separate = False
+        self.shared = False
         self.clean: Callable[[], object] = lambda: None
 
     @property
@@ -77,6 +79,7 @@ class Ranks:
         if command in _SEPARATE:
             self.separate = True
             output.out.quiet = output.err.quiet = False
+        self.shared = command in _SHARED and self.place is not None
         return self.first or self.separate or command in _SHARED
 
     def join(self, options: Mapping[str, object], folder: Path) -> None:
@@ -118,6 +121,7 @@ class Ranks:
     def abandon(self, error: BaseException) -> None:
         """Leave the process group after an error: a process that still has one can hang at its end."""
         if self.team is None:
+            self._leave_meeting()
             return
         import torch.distributed as dist
 
@@ -125,34 +129,58 @@ class Ranks:
         with suppress(RuntimeError):  # The others are gone.
             dist.destroy_process_group()
 
+    def _leave_meeting(self) -> None:
+        """After an error before all have joined."""
+        if self.shared and self.place is not None:
+            with suppress(RuntimeError, ImportError):  # The others are gone, or torch cannot be imported.
+                from fxquant.distributed.meeting import leave
+
+                leave(self.place)
+
     def failed(self, error: BaseException) -> bool:
         """Tell the other processes of an error; returns whether this process is to print it."""
         if self.place is None or self.separate:
             return True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # This process ends by itself.
         prints = self.first
+        if isinstance(error, RankError) and (self.team is not None or self.shared):
+            time.sleep(_COURTESY)
         if self.team is not None:
-            if isinstance(error, RankError):
-                time.sleep(_COURTESY)
             self.team.report(error)
             prints = self.team.claim("message")
+        elif self.shared:
+            prints = self._tell(error)
         if isinstance(error, RankError) and error.rank == 0:
             self.clean()
         if prints:
             output.err.quiet = False
         return prints
 
+    def _tell(self, error: BaseException) -> bool:
+        """Tell processes that wait for this one to join."""
+        assert self.place is not None
+        try:
+            from fxquant.distributed.meeting import tell
+        except ImportError as broken:  # Without torch there is no store.
+            error.add_note(f"The other ranks could not be told: {broken}")
+            return True
+        return tell(self.place, error)
+
     def named(self, error: BaseException) -> str:
         """The message of an error, with the rank that it is from."""
         if self.place is None or isinstance(error, (RankError, RanksDifferError)):
             return str(error)
-        alike = self.team is None and not self.separate  # All processes find a mistake before they join.
+        alike = self.team is None and not self.separate and self.first  # All may have found the mistake.
         return str(error) if alike else f"rank {self.share[0]}: {error}"
 
     def terminated(self) -> RankError:
         """Why the launcher ends this process."""
+        from fxquant.distributed.meeting import reported
         from fxquant.distributed.team import died
 
+        failure = reported(self.place) if self.team is None and self.place is not None else None
+        if failure is not None:
+            return failure
         dead = [] if self.team is None else self.team.dead()
         return died(dead[0]) if dead else RankError("the launcher stopped the processes; nothing was written")
 

@@ -47,18 +47,22 @@ class Place:
         return f"cuda:{self.local_rank}" if name == "cuda" else name
 
     def join(self) -> None:
-        """Make the process group of all processes: nccl for tensors on GPUs, gloo for others.
+        """Wait for all processes and make their process group: nccl for tensors on GPUs, gloo for others.
 
         Raises:
-            RankError: If it cannot be made.
+            RankError: If it cannot be made, or another process failed before it came here; names it.
         """
         import torch
         import torch.distributed as dist
 
+        from fxquant.distributed.meeting import Meeting
+
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        meeting = Meeting.of(self)
+        meeting.wait()
         try:
-            dist.init_process_group()
+            dist.init_process_group(store=meeting.store, rank=self.rank, world_size=self.size)
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} cannot join the {self.size} processes at {os.environ['MASTER_ADDR']}: {error}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -97,6 +98,15 @@ def test_rank_that_is_killed_while_it_writes(folder):
     assert_nothing_written(folder)
 
 
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
+def test_rank_that_is_killed_while_it_learns(rank, folder):
+    command = [part.replace("gptq", "reconstruct") for part in QUANTIZE]
+    codes, _, err = run(folder, *command, accident="killed_in_learning", on=rank)
+    assert codes == ([-9, 2] if rank == 0 else [2, -9])
+    assert f"rank {rank} died without a message" in only_message(err)
+    assert_nothing_written(folder)
+
+
 def test_too_few_samples(folder):
     codes, _, err = run(folder, *QUANTIZE[:4], "--samples", "8", "--out", "made")
     assert codes == [2, 2]
@@ -121,6 +131,21 @@ def test_other_files(source, tmp_path):
     codes, _, err = run(tmp_path, *QUANTIZE)
     assert codes == [2, 2]
     assert "rank 1 has another file scheduler/scheduler_config.json than rank 0" in only_message(err)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_that_one_process_lacks(rank, tmp_path):
+    """The process fails before it has met the others, which wait for it."""
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+    (tmp_path / str(1 - rank) / "prompts.txt").write_text("a cat")
+    began = time.monotonic()
+    codes, _, err = run(tmp_path, *QUANTIZE, "--prompts", "prompts.txt")
+    assert codes == [2, 2]
+    assert "prompts.txt" in only_message(err)
+    assert (f"rank {rank}: " in only_message(err)) == bool(rank)
+    assert time.monotonic() - began < 600  # Others would wait for half an hour.
+    assert [path.name for path in (tmp_path / str(rank)).iterdir()] == []
 
 
 @pytest.mark.parametrize(
