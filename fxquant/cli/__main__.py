@@ -8,7 +8,7 @@ from fxquant.cli.balance import balance  # isort: skip
 from fxquant.cli.report import report  # isort: skip
 from fxquant.cli.attribute import attribute  # isort: skip
 from fxquant.cli.allocate import search, sensitivity  # isort: skip
-from fxquant.cli.statistics import statistics  # isort: skip
+from fxquant.cli.statistics import merge_statistics, statistics  # isort: skip
 from fxquant.cli.inspect import inspect  # isort: skip
 from fxquant.cli.explain import explain  # isort: skip
 from fxquant.cli.diff import diff  # isort: skip
@@ -35,6 +35,7 @@ __all__ = [
     "inspect",
     "list_",
     "main",
+    "merge_statistics",
     "new_pass",
     "opt",
     "plot",

@@ -216,7 +216,7 @@ def quantize(
         names = list(recipes)
         refuse_quantized(Path(model), names)
         check_alone(names, {"--keep-statistics": keep_statistics, "--statistics": statistics, "--attribute": attribute})
-        recorded = _statistics(statistics, keep_statistics, keep_calls, attribute, out_folder)
+        recorded = _statistics(statistics, keep_statistics, (keep_calls, seed), attribute, out_folder)
         chosen = {name: make_recipe(text, layers.value) for name, text in recipes.items()}
         place = usable_device(device if (started := ranks().place) is None else started.device(device))
         runner = resolve_backend(backend).on(place)
@@ -341,11 +341,12 @@ def _forecast(
 
 
 def _statistics(
-    given: Path | None, keep: Path | None, calls: int, attribute: bool, out_folder: Path
+    given: Path | None, keep: Path | None, kept: tuple[int, int], attribute: bool, out_folder: Path
 ) -> Statistics | None:
     """The statistics to read or to record; None if they are not needed afterwards."""
     import fxquant
 
+    calls, seed = kept
     if given is not None and keep is not None:
         raise ConfigurationError("give --statistics to use a file, or --keep-statistics to write one, not both")
     if given is not None:
@@ -359,7 +360,7 @@ def _statistics(
     _check_folder("--keep-statistics", keep.resolve().parent, out_folder)
     if keep.is_dir():
         raise ConfigurationError(f"--keep-statistics {keep} is a folder; give the name of a file")
-    return fxquant.Statistics(keep_calls=calls)
+    return fxquant.Statistics(keep_calls=calls, seed=seed)  # Files of other seeds can be merged.
 
 
 def _recipes_of(components: str, recipe: str) -> dict[str, str]:

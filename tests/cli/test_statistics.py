@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from fxquant import Statistics
 from tests.cli.test_cli import FAST, refused, run
 
 
@@ -40,6 +42,24 @@ def test_it_is_shown(kept: Path) -> None:
     rows = json.loads(run("statistics", kept, "transformer_blocks.0.attn1.to_q", "--json").stdout)
     assert rows[0]["timestep"] is None and len(rows) == 1 + rows[0]["timesteps"]
     assert "transformer_blocks.0.attn1.to_q" in refused("statistics", kept, "transformer_blocks.0.attn1.to_x")
+
+
+def test_files_are_merged(float_folder: Path, kept: Path, tmp_path: Path) -> None:
+    other, both = tmp_path / "other", tmp_path / "both"
+    made = ("--recipe", "rtn-w8a8", "--out", tmp_path / "second", "--seed", "1", "--keep-statistics", other)
+    result = run("quantize", float_folder, *made, *FAST)
+    assert result.exit_code == 0, result.output
+    result = run("merge-statistics", kept, other, "--out", both)
+    assert result.exit_code == 0, result.output
+    first, second, merged = (Statistics.load(file) for file in (kept, other, both))
+    assert list(merged) == list(first)
+    assert merged.calls.seen == first.calls.seen + second.calls.seen
+    for key, channels in merged.items():
+        assert channels.maximum.equal(torch.maximum(first[key].maximum, second[key].maximum))
+    assert "exists" in refused("merge-statistics", kept, other, "--out", both)
+    assert "two or more" in refused("merge-statistics", kept, "--out", tmp_path / "one")
+    assert "seed" in refused("merge-statistics", kept, kept, "--out", tmp_path / "same")
+    assert not (tmp_path / "one").exists() and not (tmp_path / "same").exists()
 
 
 def test_refusals(float_folder: Path, kept: Path, tmp_path: Path) -> None:
