@@ -67,9 +67,8 @@ class Team:
         kind = torch.device(device).type
         if kind not in [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]:
             raise ConfigurationError(
-                f"the process group has no backend for tensors on {kind}: it was made for "
-                f"{dist.get_backend_config(group)}; make it by torch.distributed.init_process_group(), without backend= "
-                "or with backend='cpu:gloo,cuda:nccl'"
+                f"the process group has no backend for tensors on {kind}, only {dist.get_backend_config(group)}; make "
+                "it by torch.distributed.init_process_group() without backend=, or with backend='cpu:gloo,cuda:nccl'"
             )
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.on_wait: Callable[[], object] = lambda: None
