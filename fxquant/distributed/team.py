@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 _FAILED = "failed"  # Key of the first failure.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # Seconds between two looks at the store.
-_SHORTEST_PAUSE = 0.00005  # Seconds between two looks whether a sum is there.
+_SHORT_PAUSE, _SHORTEST_PAUSE = 0.002, 0.0001  # The same if ranks meet often, and if all are there.
 _LOOK = 1.0  # Seconds between two looks whether the processes of other ranks still exist.
 _FAREWELL = 30.0  # Seconds for which the process with the store waits for others to read why it ends.
 _made: Counter[str] = Counter()  # Teams by process group: all ranks make them in the same order.
@@ -162,8 +162,11 @@ class Team:
         """Add to a counter that all ranks share; returns the sum so far."""
         return int(self._store.add(f"count-{what}", more))
 
-    def wait(self) -> None:
+    def wait(self, longest_pause: float = _LONGEST_PAUSE) -> None:
         """Wait until all ranks have come here.
+
+        Args:
+            longest_pause: Seconds between two looks at the most.
 
         Raises:
             RankError: If another rank failed or died; names it.
@@ -180,7 +183,8 @@ class Team:
                     self._refuse_dead(missing)
                     self.on_wait()
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, longest_pause)
+            self._store.delete_key(f"{self._met - 1}-{self.rank}")  # All that are here have read it.
             if not self._processes:
                 held = [json.loads(self._store.get(f"process-{rank}")) for rank in range(self.size)]
                 self._processes = {rank: (machine, process) for rank, (machine, process) in enumerate(held)}
@@ -226,27 +230,27 @@ class Team:
             RankError: If another rank failed or died; names it.
         """
         self.wait()
-        self.add_up_at_once([tensor])
+        self._add_up([tensor])
 
-    def add_up_at_once(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by the sums of those of all ranks, in place, without a meeting before: for many short steps.
-
-        They have the same bits on all ranks. The timeout of the process group bounds how long ranks wait here.
+    def add_up_often(self, tensors: Sequence[Tensor]) -> None:
+        """The same for several tensors, for many short steps: this rank looks for the others more often.
 
         Raises:
             RankError: If another rank failed or died; names it.
         """
+        self.wait(_SHORT_PAUSE)
+        self._add_up(tensors)
+
+    def _add_up(self, tensors: Sequence[Tensor]) -> None:
         try:
             sums = [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors]
-            pause, looked = _SHORTEST_PAUSE, time.monotonic()
+            looked = time.monotonic()
             while not all(each.is_completed() for each in sums):
                 if time.monotonic() - looked > _LOOK:
                     looked = time.monotonic()
-                    self._refuse_failed()
                     if dead := self.dead():  # Gloo notices it by itself, nccl does not.
                         raise died(dead[0])
-                time.sleep(pause)
-                pause = min(2 * pause, _FIRST_PAUSE)
+                time.sleep(_SHORTEST_PAUSE)
             for each in sums:
                 each.wait()
         except RuntimeError as error:

@@ -219,7 +219,7 @@ def _add_up_gradients(learned: Sequence[Tensor], team: Team) -> None:
     for weight in learned:
         if weight.grad is None:  # No sample of this step is of this process.
             weight.grad = torch.zeros_like(weight)
-    team.add_up_at_once([weight.grad for weight in learned if weight.grad is not None])
+    team.add_up_often([weight.grad for weight in learned if weight.grad is not None])
 
 
 def _is_float(value: Any) -> bool:

@@ -53,7 +53,7 @@ def quantize(
     statistics = fxquant.Statistics(keep_calls=32)
     more: dict[str, Any] = {"statistics": statistics, "group": dist.group.WORLD, **(options or {})}
     model = make_dit(2)
-    with mock.patch.object(Team, "add_up_at_once", autospec=True, side_effect=Team.add_up_at_once) as added:
+    with mock.patch.object(Team, "add_up_often", autospec=True, side_effect=Team.add_up_often) as added:
         quantized = compiled(model, recipe, shares[rank], **more)
     statistics.save(folder / f"{rank}.statistics")
     return {**facts(quantized), "gradients": added.call_count}
@@ -166,7 +166,7 @@ def quantize_broken(rank: int, size: int, calls: Calls) -> None:
 
 def quantize_until(rank: int, size: int, recipe: Any, shares: Sequence[Calls], step: int) -> None:
     """The last rank fails in a step of learning, while the others wait for its gradients."""
-    original, steps = Team.add_up_at_once, []
+    original, steps = Team.add_up_often, []
 
     def add_up(self: Team, tensors: Any) -> None:
         steps.append(0)
@@ -174,7 +174,7 @@ def quantize_until(rank: int, size: int, recipe: Any, shares: Sequence[Calls], s
             raise MemoryError("no more memory")
         original(self, tensors)
 
-    with mock.patch.object(Team, "add_up_at_once", add_up):
+    with mock.patch.object(Team, "add_up_often", add_up):
         compiled(make_dit(2), recipe, shares[rank], group=dist.group.WORLD)
 
 
