@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -44,17 +45,16 @@ class Meeting:
         try:
             if not self._serves:
                 _await(host, int(port), patience)
-            self.store = dist.PrefixStore(
-                f"fxquant-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-                dist.TCPStore(
-                    host,
-                    int(port),
-                    place.size,
-                    is_master=self._serves,
-                    timeout=timedelta(seconds=_LONGEST),
-                    wait_for_workers=False,
-                ),
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                host,
+                int(port),
+                place.size,
+                is_master=self._serves,
+                timeout=timedelta(seconds=_LONGEST),
+                wait_for_workers=False,
             )
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store: Any = dist.PrefixStore(f"fxquant-{attempt}", store)  # type: ignore[attr-defined]
         except (OSError, RuntimeError) as error:
             raise RankError(
                 f"rank {place.rank} cannot reach the store of the {place.size} processes at {host}:{port}: {error}; "
