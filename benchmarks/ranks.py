@@ -46,7 +46,7 @@ def main() -> None:
     shape = {name: getattr(options, name) for name in SMALL}
     report = measure([int(size) for size in options.sizes.split(",")], options.rounds, shape)
     write(options.json, json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    print(f"{table(report)}\n\n{conditions(report)}")
     if options.into:
         show(report, options.into)
 
@@ -214,13 +214,24 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def conditions(report: dict[str, Any]) -> str:
+    """What was measured, and where."""
+    shape, rounds = report["shape"], len(report["times"]["1"])
+    load = "" if report["load"] is None else f"; on average {report['load']:.0f} programs wanted to run"
+    return (
+        f"{shape['layers']} block(s) of {64 * shape['heads']} channels, {shape['calls']} calls of {shape['samples']} "
+        f"samples of 64 tokens, {shape['iterations']} steps per block; the best of {rounds} round(s) on "
+        f"{report['cores']} cores{load}."
+    )
+
+
 def show(report: dict[str, Any], page: Path) -> None:
     """Write the table into a page."""
     text = page.read_text(encoding="utf-8")
     if text.count(_START) != 1 or text.count(_END) != 1:
         raise SystemExit(f"{page} lacks the lines {_START!r} and {_END!r}")
     before, after = text.partition(_START)[0], text.partition(_END)[2]
-    write(page, f"{before}{_START}\n\n{table(report)}\n\n{_END}{after}")
+    write(page, f"{before}{_START}\n\n{table(report)}\n\n{conditions(report)}\n\n{_END}{after}")
 
 
 if __name__ == "__main__":
