@@ -145,7 +145,8 @@ def learn(
     def error(how: Callable[[SoftWeight], Tensor]) -> float:
         mine = range(len(chunks)) if team is None else team.share(len(chunks))
         errors = [float(loss_of(simulation.run(chunks[n], timesteps[n], how), chunks[n])) for n in mine]
-        return sum(errors) if team is None else sum(itertools.chain.from_iterable(team.gather(errors)))
+        of_ranks: list[list[float]] = [errors] if team is None else team.gather(errors)
+        return sum(itertools.chain.from_iterable(of_ranks))
 
     def batch() -> tuple[Values, Tensor, int]:
         """Values and timesteps of the samples of this process, and the number of samples of all processes."""
