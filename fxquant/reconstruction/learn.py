@@ -162,7 +162,7 @@ def learn(
     before = error(SoftWeight.nearest)
     started = [weight.v.detach().clone() for weight in soft]
     elements = sum(weight.v.numel() for weight in soft)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [weight.v for weight in soft], "lr": settings.rounding_rate},
         {"params": [grid.growth for grid in steps], "lr": settings.step_rate},
     ]
