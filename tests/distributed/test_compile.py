@@ -14,7 +14,7 @@ from tests.tiny import make_dit
 CALLS = [{"timestep": step, "seed": seed} for seed in range(4) for step in (900.0, 500.0, 20.0)]
 SMALL = [{**call, "size": 4} for call in CALLS[:3]]
 GPTQ = "ptq4dit-gptq-w4a8"
-FLUX = "svdquant-gptq-w4a8"
+FLUX = fxquant.make_recipe("svdquant-gptq-w4a8").with_options("split-low-rank", rank=2)
 RECIPES = ["rtn-w8a8", GPTQ, "ptq4dit-reconstruct-w4a8"]
 KINDS = {
     "other order": [[*CALLS[:2], *SMALL], [*SMALL, *CALLS[2:4]]],
