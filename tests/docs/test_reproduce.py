@@ -31,13 +31,36 @@ def small(words: list[str]) -> list[str]:
     return found + (["--features", "tests.evaluation.pipes:pooled", "--json"] if words[0] == "eval" else [])
 
 
-def test_each_quantized_model_is_evaluated() -> None:
-    made = [words[words.index("--out") + 1] for words in COMMANDS if words[0] == "quantize"]
-    assert set(made) == {words[1] for words in COMMANDS if words[0] == "eval"} and len(made) == 8
+def value(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
 
 
-@pytest.mark.parametrize("which", ["ptq4dit-w8a8", pytest.param("", id="all", marks=pytest.mark.exhaustive)])
-def test_the_commands_run(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_quantized_model_is_evaluated_with_the_steps_of_the_tables() -> None:
+    made = [value(words, "--out") for words in COMMANDS if words[0] == "quantize"]
+    evaluated = {(words[1], int(value(words, "--steps"))) for words in COMMANDS if words[0] == "eval"}
+    assert {model for model, _ in evaluated} == {*made} and len(made) == 9
+    for model in ("ptq4dit-w8a8", "ptq4dit-w4a8", "ptq4dit-gptq-w4a8"):
+        assert {steps for name, steps in evaluated if name == model} == {250, 100, 50}
+    assert {steps for name, steps in evaluated if "512" in name} == {100, 50}
+
+
+def test_settings_are_those_of_the_papers() -> None:
+    for words in COMMANDS:
+        assert value(words, "--guidance") == "1.5"
+        if words[0] == "quantize":
+            settings = int(value(words, "--samples")), int(value(words, "--steps"))
+            assert settings == {"dit-512": (64, 10)}.get(words[1], (32, 100 if "htg" in words[-1] else 25))
+            assert value(words, "--layers") == "all"
+        else:  # Models share float images only of the same steps.
+            assert value(words, "--work") == f"runs/{words[1]}-{value(words, '--steps')}"
+            assert value(words, "--float-work").endswith(f"-{value(words, '--steps')}")
+            assert (
+                ("512" in value(words, "--float-work")) == ("512" in words[1]) == ("512" in value(words, "--against"))
+            )
+
+
+@pytest.mark.parametrize("work", ["runs/ptq4dit-w8a8-250", pytest.param("", id="all", marks=pytest.mark.exhaustive)])
+def test_the_commands_run(work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pipe = make_pipe()
     pipe.register_modules(scheduler=DDPMScheduler())
@@ -46,9 +69,11 @@ def test_the_commands_run(which: str, tmp_path: Path, monkeypatch: pytest.Monkey
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
     for name in ("VIRTUAL_imagenet256_labeled.npz", "VIRTUAL_imagenet512.npz"):
         np.savez(name, arr_0=images)
+    evaluations = [words for words in COMMANDS if words[0] == "eval" and work in ("", value(words, "--work"))]
+    models = {words[1] for words in evaluations}
     evaluated = []
     for words in COMMANDS:
-        if which not in ("", words[-1], words[1]):  # The end of a conversion, and the beginning of an evaluation.
+        if words not in evaluations and (words[0] == "eval" or value(words, "--out") not in models):
             continue
         result = run(*small(words))
         assert result.exit_code == 0, (words, result.output)
@@ -57,4 +82,4 @@ def test_the_commands_run(which: str, tmp_path: Path, monkeypatch: pytest.Monkey
             both = data["metrics"].keys() & data["float_metrics"].keys()
             assert {"fid", "sfid", "inception_score", "precision"} <= both
             evaluated.append((data["images"], "3 of 4 batches" in result.stderr))
-    assert evaluated.count((16, True)) == 1 and len(evaluated) == (2 if which else 9)
+    assert evaluated.count((16, True)) == 1 and len(evaluated) == (2 if work else len(evaluations))
