@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = ("torchrun", "accelerate", "python")
 
 _FENCE = re.compile(
     r"(?:^[ ]*<!-- not run: (?P<reason>[^\n]+?) -->\n)?"
@@ -73,13 +74,18 @@ def blocks_of(page: str, language: str | None = None) -> list[Block]:
 
 
 def commands_of(page: str, program: str) -> Iterator[list[str]]:
-    """The words of each command of a program, such as ``fxquant``, in blocks of the shell and in indented blocks."""
+    """The words of each command of a program, such as ``fxquant``, in blocks of the shell and in indented blocks.
+
+    Commands that a launcher such as ``torchrun`` starts (``torchrun ... -m fxquant ...``) are among them.
+    """
     shown = [block.code for block in blocks_of(page) if block.language in ("console", "bash", "sh", "")]
     rest = _FENCE.sub("", text_of(page))
     shown += re.findall(r"(?:^ {4}.*\n)+", rest, flags=re.M)
     for code in shown:
         for line in code.replace("\\\n", " ").splitlines():
             command = line.strip().removeprefix("$ ")
+            if command.split(" ")[0] in LAUNCHERS and f" -m {program} " in command:
+                command = program + command.partition(f" -m {program}")[2]
             if command.split(" ")[0] == program:
                 words = shlex.split(command, comments=True)
                 yield words[1 : words.index("|") if "|" in words else None]
@@ -87,5 +93,7 @@ def commands_of(page: str, program: str) -> Iterator[list[str]]:
 
 def inline_of(page: str, program: str) -> Iterator[list[str]]:
     """The words of each command of a program that stands within a sentence."""
-    for found in re.findall(rf"`{program} ([^`]+)`", _FENCE.sub("", text_of(page))):
+    for found in re.findall(
+        rf"`(?:(?:{'|'.join(LAUNCHERS)}) [^`]*-m )?{program} ([^`]+)`", _FENCE.sub("", text_of(page))
+    ):
         yield found.split()

@@ -43,6 +43,11 @@ def test_modules_exist(page: str) -> None:
             assert importlib.util.find_spec(words[1]), f"{page} runs {words[1]}"
 
 
+def test_commands_that_launchers_start_are_found() -> None:
+    assert [words[0] for words in commands_of("docs/distributed.md", "fxquant")] == ["quantize", "quantize"]
+    assert ["eval"] in list(inline_of("docs/evaluation.md", "fxquant"))
+
+
 def test_a_wrong_command_is_found() -> None:
     with pytest.raises(Exception, match=r"(?i)no such option"):
         GROUP.commands["report"].make_context("report", ["folder", "--colour"])
