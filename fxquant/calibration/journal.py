@@ -141,7 +141,7 @@ class Journal:
         if part.data["key"] != key:
             self._observe_again(
                 f"call {self._position} of this run has other inputs than the call that is kept, or the model computes "
-                "something else; calibrate the same model with the same samples, steps, seed and other models"
+                "something else; to continue, give the same model, samples, steps, seed, guidance and prompts"
             )
             return None
         leaves = []
@@ -186,7 +186,7 @@ class Journal:
             self._answered.clear()
             self._pool.clear()
         else:
-            self._observe_again("the statistics that are kept are damaged")
+            self._observe_again("statistics that are kept are missing or damaged")
 
     def _observe_again(self, reason: str) -> None:
         """Give up what an interrupted run observed. The calls that were answered up to here are observed now."""

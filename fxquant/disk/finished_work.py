@@ -30,7 +30,7 @@ from fxquant.disk.folders import SAVING, check_writable, parents_of
 from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import FolderInUseError, ResumeWarning
+from fxquant.errors import FolderInUseError, ResumeWarning, WriteError
 
 _KEY = "fxquant-finished-work"
 _FORMAT = "1"  # Another one whenever parts hold something else or something else is computed from the same.
@@ -176,12 +176,14 @@ def working_in(folder: str | Path | None, versions: Mapping[str, str] | None = N
 
     Raises:
         FolderInUseError: If another process, or another job of this one, works in the folder.
-        WriteError: If the folder cannot be written.
+        WriteError: If the folder cannot be written, or is a pipeline.
     """
     if folder is None:
         yield None
         return
     place = Path(folder).resolve()
+    if (place / "model_index.json").exists():
+        raise WriteError(f"{place} is a pipeline; choose another folder for finished work")
     check_writable(place)
     with parents_of(place):
         lock = locked(place)
@@ -238,9 +240,10 @@ def _versions() -> dict[str, str]:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what killed processes were writing."""
-    for path in folder.rglob(f".*.{SAVING}-*"):
-        path.unlink(missing_ok=True)
+    """Remove parts that killed processes were writing. What others write here, such as ``--out``, stays."""
+    for path in folder.rglob(f".*{_SUFFIX}.{SAVING}-*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _is_part(path: Path) -> bool:

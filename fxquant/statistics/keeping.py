@@ -84,17 +84,23 @@ class KeptStatistics:
             for key, channels, seeds in index["keys"]:
                 found[key] = statistics._new(key)
                 found[key].channels, found[key].seeds = channels, frozenset(seeds)
-            for moment, name, _ in index["rows"]:
+            for moment, name, seen in index["rows"]:
                 part = self.work.load(name, made_from)
                 if part is None:
                     return False
-                for key, entry in _entries_of_part(part):
+                entries = dict(_entries_of_part(part))
+                if sum(entry.count for entry in entries.values()) != seen or not entries.keys() <= found.keys():
+                    return self._of_another_moment(name)
+                for key, entry in entries.items():
                     found[key]._entries[moment] = entry
-            for key, name, _ in index["moments"]:
+            for key, name, added in index["moments"]:
                 part = self.work.load(name, made_from)
                 if part is None:
                     return False
-                found[key].moments = SecondMoments.restore(part.tensors, found[key].channels).to(part.data)
+                restored = SecondMoments.restore(part.tensors, found[key].channels).to(part.data)
+                if sum(restored.counts.values()) != added:
+                    return self._of_another_moment(name)
+                found[key].moments = restored
         statistics._by_key = found
         self._number = index["number"]
         self._rows = {moment: (name, seen) for moment, name, seen in index["rows"]}
@@ -120,6 +126,11 @@ class KeptStatistics:
             found.update(f"{key}{sorted(one.seeds)}".encode())
             found.update(digest_of_tensors(one._tensors()).encode())
         return found.hexdigest()
+
+    def _of_another_moment(self, name: str) -> bool:
+        """Warn of a file that does not belong to the others, as if only some files of a folder were copied back."""
+        self.work.warn(f"{self.work.path(name)} holds other calls than the files next to it")
+        return False
 
     def _new_name(self, kind: str) -> str:
         self._number += 1

@@ -145,6 +145,18 @@ def test_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
         assert [path.name for path in opened.folder.iterdir()] == ["done.safetensors"]
 
 
+def test_unfinished_output_in_the_folder_stays(tmp_path: Path) -> None:
+    """Another command may be writing it, or a killed one left it, of which its own next save takes care."""
+    (tmp_path / ".out.saving-01234567").mkdir()
+    (tmp_path / "evaluation").mkdir()
+    other = tmp_path / "evaluation" / ".settings.json.saving-01234567"
+    other.write_text("{")
+    with working_in(tmp_path) as opened:
+        assert opened is not None
+        opened.save("done", FROM)
+    assert other.exists() and (tmp_path / ".out.saving-01234567").is_dir()
+
+
 def test_no_folder_keeps_nothing_and_an_empty_one_goes(tmp_path: Path) -> None:
     with working_in(None) as nothing:
         assert nothing is None
@@ -156,6 +168,9 @@ def test_no_folder_keeps_nothing_and_an_empty_one_goes(tmp_path: Path) -> None:
 def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(WriteError, match="cannot be written"), working_in(tmp_path / "file" / "work"):
+        pass
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(WriteError, match="is a pipeline; choose another folder"), working_in(tmp_path):
         pass
 
 

@@ -104,3 +104,18 @@ def test_the_digest_tells_options_and_content_apart() -> None:
     digests = [KeptStatistics.digest(statistics) for statistics in (*every, recorded, other)]
     assert len(set(digests)) == len(digests)
     assert digests[0] == KeptStatistics.digest(new())
+
+
+@pytest.mark.parametrize("kind", ["rows", "moments"])
+def test_files_of_another_moment_are_not_put_together(kind: str, work: FinishedWork) -> None:
+    """As if some files of a folder were copied back from an older copy: each is whole, and made from the same."""
+    statistics, kept = new(), KeptStatistics(work)
+    record(statistics, 0)
+    older = kept.save(statistics, FROM)
+    record(statistics, 2)  # At the same timestep.
+    newer = kept.save(statistics, FROM)
+    work.path(older[kind][0][1]).replace(work.path(newer[kind][0][1]))
+    untouched = new()
+    with pytest.warns(ResumeWarning, match="holds other calls than the files next to it"):
+        assert not KeptStatistics(work).load(newer, untouched, FROM)
+    assert not list(untouched)
