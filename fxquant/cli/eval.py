@@ -163,7 +163,8 @@ def evaluate(
             progress=lambda what, done, total: bars.update(task, description=what, completed=done, total=total),
         )
     if found is None:
-        err.print(Text(f"share {shard} is made" if shard else "this rank's share is made"))
+        rest = f"; when all are, the same command without --shard measures{' and checks the limits' if given else ''}"
+        err.print(Text(f"share {shard} is made{rest}" if shard else "this rank's share is made"), soft_wrap=True)
         return
     _show(found, given, as_json)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxquant.disk.files import few
 from fxquant.errors import CheckpointError
-from fxquant.evaluation.weights import CLIP, require
+from fxquant.evaluation.weights import CLIP, check_finite, require
 
 
 class ClipScore:
@@ -40,6 +40,7 @@ class ClipScore:
         missing = sorted({*info["missing_keys"], *(str(name) for name, *_ in info["mismatched_keys"])})
         if missing:  # transformers draws these at random.
             raise CheckpointError(f"{folder} does not hold {CLIP.what}: it lacks {few(missing)}; get {CLIP.where}")
+        check_finite(folder, CLIP, made.state_dict())
         self._model: Any = made.to(device).eval()
         self._device = torch.device(device)
         self._sum, self.count = 0.0, 0

@@ -5,23 +5,31 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fxquant.errors import ConfigurationError, check_type
+from fxquant.errors import ConfigurationError
+from fxquant.evaluation.arguments import check_arguments
 from fxquant.evaluation.choice import OF_FEATURES, Choice, Given, choose
 from fxquant.evaluation.clip import ClipScore
 from fxquant.evaluation.features import Extractor, Input, inception, named_extractor
-from fxquant.evaluation.generation import Labels, Sampling, make_images
+from fxquant.evaluation.generation import Labels, Sampling, is_quantized, make_images
 from fxquant.evaluation.measuring import Extent, Networks, check_possible, first_images, measure
 from fxquant.evaluation.pairs import lpips_network
 from fxquant.evaluation.picture import check_picture, write_grid
-from fxquant.evaluation.reference import Reference, check_reference, has_spatial, read_reference
+from fxquant.evaluation.reference import Reference, check_reference, check_sizes, has_spatial, read_reference
 from fxquant.evaluation.result import Evaluation, check_limits
-from fxquant.evaluation.sources import check_source, device_of_rank, folder_of_float, open_source, share_of, work_folder
+from fxquant.evaluation.sources import (
+    batch_of_folders,
+    check_source,
+    device_of_rank,
+    folder_of_float,
+    open_source,
+    share_of,
+    work_folder,
+)
 from fxquant.evaluation.store import Store
 from fxquant.evaluation.weights import CLIP, INCEPTION, LPIPS, find_weights
 
@@ -74,7 +82,7 @@ def evaluate(
             arguments that returns it.
         reference: The float pipeline, in the same forms. It is read after the images of the first one were made.
         images: Images to make, or clips, whose frames count as images.
-        batch: Images per batch, at most ``images``.
+        batch: Images per batch, at most ``images``. A folder that holds smaller batches is continued with these.
         steps: Denoising steps.
         seed: Seed of the noise.
         guidance: Guidance scale; the pipeline's own if None.
@@ -114,15 +122,12 @@ def evaluate(
         EvaluationError: If ``work`` holds images of other settings, or another process works there.
         CheckpointError: If a file cannot be read.
     """
+    check_arguments(locals())
     for source in (pipe, *([] if reference is None else [reference])):
         check_source(source)
-    if isinstance(prompts, str):
-        raise ConfigurationError(f"prompts is one text; give a list, such as [{prompts!r}]")
-    if not isinstance(against, (str, Path, Reference, type(None))):
-        raise ConfigurationError(f"against is a {type(against).__name__}; give a file, a folder, or a Reference")
     job = _Job(
         Sampling(
-            min(batch, images),
+            batch_of_folders(images, batch, work, float_work, overwrite),
             steps,
             seed,
             guidance,
@@ -145,7 +150,7 @@ def evaluate(
         Path(against) if isinstance(against, str) else against,
     )
     job.choice = _choice(job.sampling, features, reference, files, metrics, limits or {})
-    job.networks = _networks(job.choice, features, takes, files, job.device)
+    job.networks = _networks(job.choice, features, takes, files, job.device, measures=share[0] == 0)
     with work_folder(work) as folder, folder_of_float(folder, float_work, share) as of_float:
         made = job.make(pipe, folder / "quantized", share, overwrite, "quantized")
         original = None if reference is None else job.make(reference, of_float, share, overwrite, "float")
@@ -194,12 +199,6 @@ class _Job:
     frames: int = 1
     classes: str | None = None
 
-    def __post_init__(self) -> None:
-        for number in (self.samples, self.sampling.batch, self.sampling.steps, self.sampling.seed, self.sfid):
-            check_type("each of images, batch, steps, seed and sfid_images", number, Integral, "a whole number")
-        if self.samples < 1 or self.sfid < 1:
-            raise ConfigurationError("images and sfid_images should be at least 1")
-
     @property
     def extent(self) -> Extent:
         return Extent(self.samples, self.sampling.batch, self.frames, self.sfid)
@@ -215,6 +214,8 @@ class _Job:
         pipe = open_source(source, self.device)
         self.sampling.check(pipe)
         self._check_classes(pipe)
+        if name == "quantized" and not is_quantized(pipe):
+            self.notes.append("the first pipeline is not quantized")
         store = Store(folder, self.sampling.settings(pipe), overwrite)
         store.tidy(share)
         if store.restarted:
@@ -258,6 +259,8 @@ class _Job:
         extractor = self._extractor()
         found = None if extractor is None else store.features(0, extractor)
         check_possible(self.choice, self.extent, first, found, self.networks)
+        if self.networks.against is not None and found is not None:
+            check_sizes(self.networks.against, first.shape[3], first.shape[2], self.networks.where)
         if not self.choice.run:
             reasons = [f"{name} {reason}" for name, reason in self.choice.left_out.items()]
             raise ConfigurationError("no metric is possible: " + "; ".join(reasons))
@@ -316,8 +319,8 @@ def _choice(
     return choose(given, metrics, limited)
 
 
-def _networks(choice: Choice, features: Any, takes: Input, files: _Files, device: str) -> Networks:
-    """Read the networks that the metrics need."""
+def _networks(choice: Choice, features: Any, takes: Input, files: _Files, device: str, measures: bool) -> Networks:
+    """Read the networks that the metrics need, and the reference if this process has the first batch or measures."""
     found = Networks(device=device, where=files.where)
     if choice.run & {*OF_FEATURES}:
         if isinstance(features, Extractor):
@@ -337,6 +340,6 @@ def _networks(choice: Choice, features: Any, takes: Input, files: _Files, device
         choice.drop("ssim", "needs torchmetrics, which is not installed: pip install 'fxquant[evaluation]'")
     if isinstance(files.against, Reference):
         found.against = files.against
-    elif found.extractor is not None and files.against is not None:
+    elif found.extractor is not None and files.against is not None and measures:
         found.against = read_reference(files.against, found.extractor)
     return found

@@ -190,6 +190,12 @@ def make_images(
     return made
 
 
+def is_quantized(pipe: Any) -> bool:
+    """Whether a part of a pipeline was quantized by fxquant."""
+    parts = getattr(pipe, "components", {})
+    return bool(quantized_models(parts)) or any(isinstance(part, PackagedModel) for part in parts.values())
+
+
 def identity(pipe: Any) -> str:
     """A digest of what determines a pipeline's images: weights, plans, backends, and the configs of all parts."""
     found = hashlib.sha256(type(pipe).__qualname__.encode())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import ConfigurationError
+from fxquant.errors import ConfigurationError, EvaluationError
 from fxquant.evaluation.features import load_into
 from fxquant.evaluation.weights import LPIPS, load_weights, require
 
@@ -69,6 +69,9 @@ class Pairs:
 
         ``psnr`` is that of all values together, in dB; ``psnr_per_image`` the mean over images of their own. Both are
         infinite for equal images, the second one if one pair is equal.
+
+        Raises:
+            EvaluationError: If another metric is not finite.
         """
         mean = self._error / self._values
         found = {
@@ -79,6 +82,9 @@ class Pairs:
             found["ssim"] = self._sums["ssim"] / self.count
         if self._lpips is not None:
             found["lpips"] = self._sums["lpips"] / self.count
+        for name in self._sums.keys() & found.keys():
+            if not math.isfinite(found[name]):
+                raise EvaluationError(f"{name} is {found[name]}; look at the images, and at the weights of its network")
         return found
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxquant.disk.files import few
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, ConfigurationError, FxquantError
+from fxquant.errors import CheckpointError, ConfigurationError, FxquantError, QualityWarning
 from fxquant.evaluation.features import Extractor
 from fxquant.evaluation.frechet import Array, Moments
 
@@ -37,6 +39,7 @@ class Reference:
         spatial_covariance: Their covariance.
         pooled: The pooled features themselves, float32 ``[n, d]``, for precision and recall; None if unknown.
         images: From how many images the statistics were computed; None if unknown.
+        sizes: Width and height of the images, all that occur; empty if unknown.
     """
 
     mean: Array
@@ -45,6 +48,7 @@ class Reference:
     spatial_covariance: Array | None = None
     pooled: Tensor | None = None
     images: int | None = None
+    sizes: frozenset[tuple[int, int]] = frozenset()
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as an npz of ADM's evaluation: ``mu``, ``sigma``, and ``mu_s``, ``sigma_s``."""
@@ -121,7 +125,8 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     if "mu" not in found:
         assert computed is not None
         return computed
-    return Reference(found["mu"], found["sigma"], found.get("mu_s"), found.get("sigma_s"), pooled)
+    sizes = frozenset() if computed is None else computed.sizes
+    return Reference(found["mu"], found["sigma"], found.get("mu_s"), found.get("sigma_s"), pooled, sizes=sizes)
 
 
 def _numbers(array: Any) -> Array:
@@ -135,37 +140,53 @@ def _check_statistic(path: Path, name: str, array: Array) -> None:
     good = array.ndim == _STATISTICS[name] and len({*array.shape}) == 1 and array.size and np.isfinite(array).all()
     if good and array.ndim == 2:
         near = _ROUNDING * np.abs(array).max()
-        good = np.abs(array - array.T).max() <= near and array.diagonal().min() >= -near
+        good = np.abs(array - array.T).max() <= near and _is_covariance(array)
     if not good:
         raise CheckpointError(f"{path}: {name} of shape {array.shape} is not a mean or covariance; copy it again")
+
+
+def _is_covariance(array: Array) -> bool:
+    """Whether no variance is negative, in any direction and but for rounding in float32."""
+    try:
+        np.linalg.cholesky(array + (_ROUNDING * np.trace(array) + np.finfo(np.float64).tiny) * np.eye(len(array)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def reference_of(batches: Iterable[Tensor], extractor: Extractor) -> Reference:
     """The reference that batches of uint8 images ``[n, 3, H, W]`` are."""
     moments, spatial, pooled = Moments(), Moments(), []
+    sizes = set()
     for images in batches:
+        sizes.add((images.shape[3], images.shape[2]))
         found = extractor(images)
         moments.add(found.pooled)
         pooled.append(found.pooled)
         if found.spatial is not None:
             spatial.add(found.spatial)
     whole = torch.cat(pooled)
+    found_all = Reference(moments.mean, moments.covariance, pooled=whole, images=len(whole), sizes=frozenset(sizes))
     if not spatial.count:
-        return Reference(moments.mean, moments.covariance, pooled=whole, images=len(whole))
-    return Reference(moments.mean, moments.covariance, spatial.mean, spatial.covariance, whole, len(whole))
+        return found_all
+    return replace(found_all, spatial_mean=spatial.mean, spatial_covariance=spatial.covariance)
 
 
 def _names(path: Path) -> set[str]:
     try:
-        with _reading(path):
-            file = np.load(path, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array, as npy files do; write it with numpy.savez")
-            with file:
-                return set(file.files)
-    except CheckpointError as error:
+        if not path.exists():
+            raise ValueError("there is no such file")
+        if path.suffix.lower() in SUFFIXES:
+            raise ValueError("it is one picture")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, as npy files do; write it with numpy.savez")
+        with file:
+            return set(file.files)
+    except Exception as error:  # A damaged zip file raises nearly anything.
         raise CheckpointError(
-            f"{error}; give the reference batch of openai/guided-diffusion, or a folder of images"
+            f"{path} cannot be read as an npz: {error}; give the reference batch of openai/guided-diffusion, or a "
+            "folder of images"
         ) from error
 
 
@@ -217,6 +238,20 @@ def _images_of(path: Path) -> Iterator[Tensor]:
             data = file.read(count * shape[1] * shape[2] * 3)
             array = np.frombuffer(bytearray(data), np.uint8).reshape(count, *shape[1:])
             yield torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+
+
+def check_sizes(reference: Reference, width: int, height: int, where: object) -> None:
+    """Warn if real images have another size than the generated ones: networks see other details then."""
+    others = sorted(reference.sizes - {(width, height)})
+    if others:
+        shown = few([f"{across} x {down}" for across, down in others])
+        warnings.warn(
+            f"{where} has images of {shown} pixels, and the generated ones have {width} x {height}; figures that "
+            "compare them are not those of the papers. Cut the real images to the same shape and resize them to "
+            f"{width} x {height}, as ADM does, or give statistics of such images",
+            QualityWarning,
+            stacklevel=2,
+        )
 
 
 def check_features(reference: Reference, pooled: int, spatial: int | None, where: object) -> None:

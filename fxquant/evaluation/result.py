@@ -105,10 +105,7 @@ class Evaluation:
             value = self.metrics[name]
             higher = name in HIGHER
             if not (value >= limit if higher else value <= limit):  # NaN fails too.
-                side = "below" if higher else "above"
-                failures[name] = (
-                    f"{name} is {_shown(name, value)}, {_shown(name, abs(value - limit))} {side} its limit {limit:g}"
-                )
+                failures[name] = f"{name} is {_beyond(name, value, limit, 'below' if higher else 'above')} {limit:.10g}"
         if failures:
             raise GateError("; ".join(failures.values()), failures)
 
@@ -122,6 +119,16 @@ def check_limits(limits: Mapping[str, object]) -> None:
     for name, limit in limits.items():
         if isinstance(limit, bool) or not isinstance(limit, Real) or math.isnan(limit):
             raise ConfigurationError(f"the limit of {name} is not a number; give one such as 0.1")
+
+
+def _beyond(name: str, value: float, limit: float, side: str) -> str:
+    """A figure and how far it is beyond its limit, in as many digits as show this."""
+    if math.isnan(value):
+        return "not a number, so it does not keep its limit"
+    apart = abs(value - limit)
+    if float(_shown(name, apart)) == 0 or float(_shown(name, value)) == limit:
+        return f"{value:.10g}, {apart:.2g} {side} its limit"
+    return f"{_shown(name, value)}, {_shown(name, apart)} {side} its limit"
 
 
 def _shown(name: str, value: float) -> str:

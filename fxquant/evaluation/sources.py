@@ -13,7 +13,8 @@ from torch import nn
 
 from fxquant.disk.folders import no_folder
 from fxquant.errors import CheckpointError, ConfigurationError
-from fxquant.evaluation.store import one_process
+from fxquant.evaluation.store import batch_in, one_process
+from fxquant.runtime.devices import usable_device
 from fxquant.storage.diffusers_io import load_pipeline
 
 
@@ -71,9 +72,15 @@ def share_of(shard: tuple[int, int] | None, work: str | Path | None, overwrite: 
 
 
 def device_of_rank(device: str) -> str:
-    """The device of this process: under ``torchrun``, ``cuda`` is the GPU of its rank."""
+    """The device of this process: under ``torchrun``, ``cuda`` is the GPU of its rank.
+
+    Raises:
+        ConfigurationError: If there is no such device here.
+    """
     rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+    found = f"cuda:{rank}" if device == "cuda" and rank is not None else device
+    usable_device(found)
+    return found
 
 
 def check_pipeline(source: str | Path) -> None:
@@ -106,6 +113,22 @@ def folder_of_float(folder: Path, float_work: str | Path | None, share: tuple[in
         nullcontext() if of_float in (folder, folder / "float") else one_process(of_float, share),
     ):
         yield of_float
+
+
+def batch_of_folders(
+    images: int, batch: int, work: str | Path | None, float_work: str | Path | None, overwrite: bool
+) -> int:
+    """Images per batch: as many as the folders hold in each if these are at most ``batch``, else as many as asked for.
+
+    So a folder that was begun with few images, and then has small batches, can be continued.
+    """
+    if not overwrite:
+        kept = [] if work is None else [Path(work) / "quantized"]
+        kept += [Path(float_work)] if float_work is not None else [folder.with_name("float") for folder in kept]
+        for held in map(batch_in, kept):
+            if held is not None and held <= batch:
+                return held
+    return min(batch, images)
 
 
 @contextmanager

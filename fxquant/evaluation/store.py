@@ -22,6 +22,7 @@ from torch import Tensor
 from fxquant.disk.files import load_tensors
 from fxquant.disk.finished_work import locked
 from fxquant.disk.folders import SAVING, check_writable
+from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import CheckpointError, EvaluationError, FolderInUseError
@@ -64,6 +65,12 @@ class Store:
             if held == wanted:
                 return
             if not overwrite:
+                if _differing(held, wanted) == ["batch"]:
+                    raise EvaluationError(
+                        f"{folder} holds batches of {held.get('batch')} images, not {wanted['batch']}; give --batch "
+                        f"{held.get('batch')} (batch={held.get('batch')}) to continue, another folder, or --overwrite "
+                        "(overwrite=True) to make them anew"
+                    )
                 raise EvaluationError(
                     f"{folder} holds images of other settings ({_differences(held, wanted)}); give another folder, or "
                     "--overwrite (overwrite=True) to make them anew"
@@ -149,9 +156,18 @@ class Store:
                 time.sleep(_POLL)
 
 
+def batch_in(folder: Path) -> int | None:
+    """Images per batch of a folder; None if it holds none yet, or its settings cannot be read."""
+    try:
+        held = _read_settings(folder / SETTINGS).get("batch")
+    except CheckpointError:  # If the file is there but damaged, Store refuses the folder.
+        return None
+    return held if isinstance(held, int) and held > 0 else None
+
+
 @contextmanager
 def one_process(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """Keep other processes with the same share of the work away.
+    """Keep other processes with the same share of the work away, and those that divide it in another way.
 
     Raises:
         EvaluationError: If there is one.
@@ -164,6 +180,12 @@ def one_process(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
         lock = locked(place)
     except FolderInUseError:
         raise EvaluationError(f"another process evaluates in {folder}; wait for it, or give another folder") from None
+    for other in folder.glob(".shard-*-of-*"):
+        if not other.name.endswith(f"-of-{shard[1]}") and Lock.of(other) is None and other.is_dir():
+            made = other.name.removeprefix(".shard-").replace("-of-", "/")
+            raise EvaluationError(
+                f"another process makes share {made} in {folder}; wait for it, or give another folder"
+            )
     yield
     del lock
 
@@ -204,10 +226,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return found
 
 
+def _differing(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
+
+
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
     shown = [
         f"another {name}" if name in ("model", "prompts") else f"{name} {held.get(name)}, not {wanted.get(name)}"
-        for name in names
+        for name in _differing(held, wanted)
     ]
     return ", ".join(shown)

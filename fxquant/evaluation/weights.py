@@ -95,7 +95,19 @@ def load_weights(path: Path, weights: Weights) -> dict[str, Tensor]:
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise CheckpointError(f"{path} does not hold {weights.what}; get {weights.where}")
+    check_finite(path, weights, found)
     return dict(found)
+
+
+def check_finite(path: Path, weights: Weights, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights with NaN or infinity, whose figures would be NaN.
+
+    Raises:
+        CheckpointError: Names the first one.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; get {weights.where}")
 
 
 def require(*packages: str) -> None:

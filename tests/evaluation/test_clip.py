@@ -84,6 +84,15 @@ def test_models_that_lack_weights_are_refused_before_images_are_made(folder: Pat
         )
 
 
+def test_weights_of_nan_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    weights["visual_projection.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"visual_projection.weight holds NaN or infinity; get"):
+        ClipScore(tmp_path / "clip")
+
+
 def test_evaluations_run_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchmetrics" else find(name))

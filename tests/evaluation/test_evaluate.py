@@ -160,6 +160,25 @@ def test_more_images_are_made_in_the_same_folder(both: tuple[Any, Any], tmp_path
     assert "3 of 4 batches" in more.notes[0]
 
 
+def test_a_folder_that_was_begun_with_few_images_is_continued(both: tuple[Any, Any], tmp_path: Path) -> None:
+    """Its batches are smaller than ``batch``, because they were limited to the number of images."""
+    few = OPTIONS | {"images": 3, "features": None}
+    first = evaluate(*both, **few, work=tmp_path)
+    kept = [folder / "images-000000.safetensors" for folder in (tmp_path / "quantized", tmp_path / "float")]
+    before = [path.read_bytes() for path in kept]
+    more = evaluate(*both, **few | {"images": 7}, work=tmp_path)
+    alone = evaluate(*both, **few | {"images": 7, "batch": 3})
+    assert first is not None and more is not None and alone is not None
+    assert more.metrics == alone.metrics and more.settings["batch"] == 3
+    assert [path.read_bytes() for path in kept] == before
+    less = evaluate(*both, **few | {"images": 2}, work=tmp_path)  # Of the batch of three.
+    assert less is not None and less.images == 2 and less.notes[0].startswith("1 of 1 batches")
+    other = evaluate(both[1], both[1], **few | {"images": 7}, work=tmp_path / "b", float_work=tmp_path / "float")
+    assert other is not None and other.settings["batch"] == 3
+    with pytest.raises(EvaluationError, match=r"holds batches of 3 images, not 2; give --batch 3"):
+        evaluate(*both, **few | {"batch": 2}, work=tmp_path)
+
+
 def test_other_settings_are_refused_or_replaced(
     whole: tuple[Evaluation, Path], both: tuple[Any, Any], tmp_path: Path
 ) -> None:
@@ -240,13 +259,17 @@ def test_evaluations_share_images_of_the_float_model(both: tuple[Any, Any], tmp_
     first = evaluate(*both, **OPTIONS, work=tmp_path / "a", float_work=tmp_path / "float")
     second = evaluate(both[1], both[1], **OPTIONS, work=tmp_path / "b", float_work=tmp_path / "float")
     assert first is not None and second is not None
-    assert second.notes == [f"3 of 3 batches in {tmp_path / 'float'} were there before"]
+    assert second.notes[-1] == f"3 of 3 batches in {tmp_path / 'float'} were there before"
     assert second["psnr"] == float("inf") and not (tmp_path / "b" / "float").exists()
 
 
 def test_two_processes_in_one_folder(both: tuple[Any, Any], tmp_path: Path) -> None:
     with one_process(tmp_path, (0, 1)), pytest.raises(EvaluationError, match="another process"):
         evaluate(both[0], **OPTIONS, work=tmp_path)
+    with one_process(tmp_path, (1, 4)), pytest.raises(EvaluationError, match=r"another process makes share 1/4"):
+        evaluate(both[0], **OPTIONS, work=tmp_path)  # It would remove what the other one is writing.
+    with one_process(tmp_path, (1, 2)), one_process(tmp_path, (0, 2)):
+        pass
     assert evaluate(both[0], **OPTIONS, work=tmp_path) is not None
 
 
@@ -367,6 +390,7 @@ def test_equal_pipelines(both: tuple[Any, Any]) -> None:
     found = evaluate(both[1], make_pipe(), **OPTIONS)
     assert found is not None
     assert found["psnr"] == found["psnr_per_image"] == float("inf")
+    assert found.notes == ["the first pipeline is not quantized"]
     assert found["ssim"] == pytest.approx(1)
     assert found["fid_to_float"] == pytest.approx(0, abs=1e-9)
     text = json.dumps(found.to_json(), allow_nan=False)
@@ -465,7 +489,9 @@ def test_files_of_other_runs_are_refused(both: tuple[Any, Any], tmp_path: Path) 
 @pytest.mark.parametrize("options", [
     {"pipe": None}, {"pipe": 3}, {"pipe": lambda: None}, {"reference": 3}, {"reference": lambda: 3}, {"against": 5},
     {"prompts": "a cat"}, {"images": 2.5}, {"batch": 1.5}, {"steps": "3"}, {"shard": (0, 0)},
-    {"limits": {"psnr": "a"}}, {"limits": {"psnr": None}},
+    {"limits": {"psnr": "a"}}, {"limits": {"psnr": None}}, {"limits": [1]}, {"images": "5"}, {"batch": None},
+    {"labels": 3}, {"labels": ["a"]}, {"sizes": 4}, {"metrics": "psnr"}, {"metrics": [3]}, {"shard": 3},
+    {"shard": ("a", 2)}, {"shard": (0, 1, 2)}, {"picture": 3}, {"work": 3}, {"device": "gpu"},
 ])  # fmt: skip
 def test_arguments_of_other_kinds(both: tuple[Any, Any], options: dict[str, Any], tmp_path: Path) -> None:
     given = {"pipe": both[0], "reference": both[1], "images": 2, "batch": 2, "steps": 1, "work": tmp_path, **options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,9 @@ def test_weights_are_found_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_weights(path, INCEPTION)
     torch.save([torch.ones(2)], path)
     with pytest.raises(CheckpointError, match=r"w.pth does not hold"):
+        load_weights(path, INCEPTION)
+    torch.save({"a": torch.tensor([1.0, math.nan])}, path)
+    with pytest.raises(CheckpointError, match=r"w.pth: a holds NaN or infinity; get pt_inception"):
         load_weights(path, INCEPTION)
 
 

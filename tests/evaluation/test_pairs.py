@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import CheckpointError, ConfigurationError, EvaluationError
 from fxquant.evaluation.pairs import Pairs, lpips_network
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -61,6 +61,15 @@ def test_equal_and_unequal_images() -> None:
     assert figures(TRUTH, TRUTH, ssim=False) == {"psnr": math.inf, "psnr_per_image": math.inf}
     with pytest.raises(ConfigurationError, match="one by one"):
         Pairs().add(MADE, TRUTH[:, :, :32])
+
+
+def test_a_network_that_returns_nan_is_refused() -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, made: torch.Tensor, truth: torch.Tensor, normalize: bool) -> torch.Tensor:
+            return (made - truth).mean((1, 2, 3)) / 0
+
+    with pytest.raises(EvaluationError, match="lpips is nan; look at"):
+        figures(TRUTH, TRUTH, ssim=False, lpips=Broken())
 
 
 def test_lpips_equals_that_of_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.errors import CheckpointError, ConfigurationError, QualityWarning
 from fxquant.evaluation import reference as module
 from fxquant.evaluation.features import Extractor
-from fxquant.evaluation.reference import check_features, check_reference, has_spatial, read_reference
+from fxquant.evaluation.reference import check_features, check_reference, check_sizes, has_spatial, read_reference
 from tests.evaluation.pipes import Pooled
 
 EXTRACTOR = Extractor(Pooled())
@@ -84,12 +85,13 @@ def test_saved_statistics_are_read_back(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.npz"
     cases: list[tuple[Any, str]] = [
-        (lambda: None, r"r.npz cannot be read as an npz"),
+        (lambda: None, r"r.npz cannot be read as an npz: there is no such file"),
         (lambda: path.write_bytes(b"PK nothing"), r"r.npz cannot be read as an npz"),
         (lambda: np.savez(path, x=IMAGES), r"r.npz holds x; a reference has mu and sigma"),
         (lambda: np.savez(path, mu=np.zeros(6)), r"r.npz holds mu but not sigma"),
         (lambda: np.savez(path, mu=np.zeros(6), sigma=np.zeros((6, 5))), r"sigma of shape \(6, 5\)"),
         (lambda: np.savez(path, mu=np.full(6, np.nan), sigma=np.zeros((6, 6))), r"mu of shape"),
+        (lambda: np.savez(path, mu=np.zeros(2), sigma=np.array([[1.0, 3], [3, 1]])), r"sigma of shape"),
         (lambda: np.savez(path, arr_0=IMAGES.astype(np.float32)), r"arr_0 should be uint8 images"),
         (lambda: np.savez(path, mu=np.array([None]), sigma=np.zeros((1, 1))), r"r.npz cannot be read"),
     ]
@@ -103,6 +105,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="empty holds no images"):
         check_reference(empty)
     (empty / "a.png").write_bytes(b"no image")
+    with pytest.raises(CheckpointError, match=r"a.png cannot be read as an npz: it is one picture; .*or a folder"):
+        check_reference(empty / "a.png")
     with pytest.raises(CheckpointError, match=r"a.png cannot be read"):
         read_reference(empty, EXTRACTOR)
 
@@ -185,3 +189,19 @@ def test_features_of_another_network_are_refused(tmp_path: Path) -> None:
     found = read_reference(tmp_path / "r.npz", EXTRACTOR)
     with pytest.raises(ConfigurationError, match=r"statistics of 5 features, but the extractor finds 6"):
         check_features(found, 6, 8, "r.npz")
+
+
+def test_real_images_of_another_size_cause_a_warning(tmp_path: Path) -> None:
+    """Also if only precision and recall use them: then they are those of the reference of another resolution."""
+    path = tmp_path / "r.npz"
+    np.savez(path, arr_0=IMAGES, **statistics(IMAGES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_sizes(read_reference(path, EXTRACTOR), 16, 16, "r.npz")
+    with pytest.warns(QualityWarning, match=r"r.npz has images of 16 x 16 pixels, and the generated ones have 32 x 20"):
+        check_sizes(read_reference(path, EXTRACTOR), 32, 20, "r.npz")
+    for number, size in enumerate([(16, 16), (24, 16), (16, 16)]):
+        Image.new("L", size).save(tmp_path / f"{number}.png")
+    assert read_reference(tmp_path, EXTRACTOR).sizes == {(16, 16), (24, 16)}
+    with pytest.warns(QualityWarning, match=r"has images of 24 x 16 pixels"):
+        check_sizes(read_reference(tmp_path, EXTRACTOR), 16, 16, tmp_path)

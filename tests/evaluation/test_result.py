@@ -50,7 +50,13 @@ def test_limits() -> None:
         "fid": "fid is 7.09, 0.09 above its limit 7",
         "psnr": "psnr is 31.50, 0.50 below its limit 32",
         "lpips": "lpips is 0.1234, 0.0234 above its limit 0.1",
-        "ssim": "ssim is nan, nan below its limit 0.5",
+        "ssim": "ssim is not a number, so it does not keep its limit 0.5",
+    }
+    with pytest.raises(GateError) as caught:  # Rounded, they would seem to keep their limits.
+        FOUND.check({"psnr": 31.5001, "lpips": 0.1233999})
+    assert caught.value.failures == {
+        "psnr": "psnr is 31.5, 0.0001 below its limit 31.5001",
+        "lpips": "lpips is 0.1234, 1e-07 above its limit 0.1233999",
     }
     with pytest.raises(ConfigurationError, match="recall needs real images"):
         FOUND.check({"recall": 0.5})
