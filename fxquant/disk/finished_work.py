@@ -218,8 +218,9 @@ def locked(folder: Path) -> Lock:
 
 
 def digest_of_tensor(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bits, for what a part is made from."""
-    whole = tensor.detach().cpu().contiguous()
+    """SHA-256 of a tensor's dtype, shape and bits, for what a part is made from; the layout of a kernel is no part."""
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    whole = dense.cpu().contiguous()
     found = hashlib.sha256(f"{whole.dtype}{tuple(whole.shape)}".encode())
     found.update(_bytes_of(whole))
     return found.hexdigest()

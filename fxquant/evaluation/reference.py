@@ -138,15 +138,14 @@ def _numbers(array: Any) -> Array:
 
 def _check_statistic(path: Path, name: str, array: Array) -> None:
     good = array.ndim == _STATISTICS[name] and len({*array.shape}) == 1 and array.size and np.isfinite(array).all()
-    if good and array.ndim == 2:
-        near = _ROUNDING * np.abs(array).max()
-        good = np.abs(array - array.T).max() <= near and _is_covariance(array)
-    if not good:
+    if not good or (array.ndim == 2 and not _is_covariance(array)):
         raise CheckpointError(f"{path}: {name} of shape {array.shape} is not a mean or covariance; copy it again")
 
 
 def _is_covariance(array: Array) -> bool:
-    """Whether no variance is negative, in any direction and but for rounding in float32."""
+    """Whether a matrix is symmetric and no variance negative, in any direction and but for rounding in float32."""
+    if np.abs(array - array.T).max() > _ROUNDING * np.abs(array).max():
+        return False
     try:
         np.linalg.cholesky(array + (_ROUNDING * np.trace(array) + np.finfo(np.float64).tiny) * np.eye(len(array)))
     except np.linalg.LinAlgError:

@@ -61,7 +61,7 @@ class Store:
         path = folder / SETTINGS
         wanted = json.loads(json.dumps(dict(settings)))
         if path.exists():
-            held = _read_settings(path)
+            held = _read_settings(path, {} if overwrite else None)
             if held == wanted:
                 return
             if not overwrite:
@@ -216,13 +216,19 @@ def _checked(found: Mapping[str, Tensor], count: int, path: Path) -> Features:
     return Features(**found)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path, instead: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings in a file, or ``instead`` if they cannot be read and this is given."""
     try:
         found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it does not hold settings")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; give another folder") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} does not hold settings; give another folder")
+        if instead is not None:
+            return instead
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; give another folder, or --overwrite (overwrite=True) to make the images "
+            "anew"
+        ) from error
     return found
 
 

@@ -51,6 +51,15 @@ def test_tensors_of_all_kinds_and_values_come_back(work: FinishedWork) -> None:
     assert work.load("empty", FROM) == Part({}, None)
 
 
+def test_digests_do_not_depend_on_layouts() -> None:
+    """Kernels for processors without AVX-512 keep weights in a layout of oneDNN."""
+    tensor = torch.eye(3)
+    found = {digest_of_tensor(tensor), digest_of_tensor(tensor.to_sparse())}
+    if torch.backends.mkldnn.is_available():
+        found.add(digest_of_tensor(tensor.to_mkldnn()))
+    assert len(found) == 1 and digest_of_tensor(2 * tensor) not in found
+
+
 def test_a_part_is_computed_once(work: FinishedWork) -> None:
     computed: list[int] = []
 

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 from fxquant.errors import CheckpointError, ConfigurationError
+from fxquant.evaluation.choice import Choice
 from fxquant.evaluation.clip import ClipScore
 from fxquant.evaluation.evaluate import evaluate
+from fxquant.evaluation.measuring import Extent, Measured, Networks
 from tests.evaluation.pipes import make_pipe
 
 IMAGES = torch.randint(0, 256, (5, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -63,6 +65,17 @@ def test_the_score_is_the_mean_of_positive_cosines(folder: Path) -> None:
         expected.append(max(100 * cosine.item(), 0))
     assert score.compute() == pytest.approx(sum(expected) / 5, rel=1e-5)
     assert any(expected) and score.count == 5
+
+
+def test_frames_of_a_clip_have_its_prompt(folder: Path) -> None:
+    """And of the last batch only the clips that count."""
+    extent = Extent(samples=3, batch=2, frames=2, sfid=1)
+    measured = Measured(Choice({"clip_score"}), extent, Networks(clip=folder))
+    measured.add(0, IMAGES[:4], None, ["a fox", "snow"])
+    measured.add(1, IMAGES[3:5][: extent.used(1)], None, ["a red fox", "a fox"])
+    expected = ClipScore(folder)
+    expected.add(torch.cat([IMAGES[:4], IMAGES[3:5]]), ["a fox"] * 2 + ["snow"] * 2 + ["a red fox"] * 2)
+    assert measured.compute() == {"clip_score": pytest.approx(expected.compute(), rel=1e-5)}
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

@@ -460,6 +460,9 @@ def test_a_killed_overwrite_is_repeated(both: tuple[Any, Any], tmp_path: Path) -
     (tmp_path / "quantized" / "settings.json").unlink()
     with pytest.raises(CheckpointError, match=r"settings.json is missing.*--overwrite"):
         evaluate(*both, **options)
+    (tmp_path / "quantized" / "settings.json").write_text('{"model"')  # Damaged, as after a power failure.
+    with pytest.raises(CheckpointError, match=r"settings.json cannot be read.*--overwrite"):
+        evaluate(*both, **options)
     assert evaluate(*both, overwrite=True, **options) is not None
 
 
