@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxquant.disk.files import few
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import CheckpointError, ConfigurationError, FxquantError, QualityWarning
+from fxquant.errors import CheckpointError, ConfigurationError, EvaluationError, FxquantError, QualityWarning
 from fxquant.evaluation.features import Extractor
 from fxquant.evaluation.frechet import Array, Moments
 
@@ -101,10 +101,10 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
 
     Raises:
         CheckpointError: If it cannot be read.
-        ConfigurationError: If its statistics have another number of features than the extractor finds.
+        EvaluationError: If the extractor fails on its images, for example because of their size.
     """
     if path.is_dir():
-        return reference_of(_read_pictures(path), extractor)
+        return _computed(path, _read_pictures(path), extractor)
     names = _names(path)
     with _reading(path), np.load(path, allow_pickle=False) as file:
         found = {name: _numbers(file[name]) for name in _STATISTICS if name in names}
@@ -120,7 +120,7 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
         raise CheckpointError(f"{path}: pooled of shape {tuple(pooled.shape)} does not hold features; copy it again")
     computed = None
     if "arr_0" in names and (pooled is None or "mu" not in found):
-        computed = reference_of(_images_of(path), extractor)
+        computed = _computed(path, _images_of(path), extractor)
         pooled = computed.pooled
     if "mu" not in found:
         assert computed is not None
@@ -169,6 +169,14 @@ def reference_of(batches: Iterable[Tensor], extractor: Extractor) -> Reference:
     if not spatial.count:
         return found_all
     return replace(found_all, spatial_mean=spatial.mean, spatial_covariance=spatial.covariance)
+
+
+def _computed(path: Path, batches: Iterable[Tensor], extractor: Extractor) -> Reference:
+    """The reference that the images of a file or folder are; errors of the extractor name it."""
+    try:
+        return reference_of(batches, extractor)
+    except EvaluationError as error:
+        raise EvaluationError(f"{path}: {error}") from error
 
 
 def _names(path: Path) -> set[str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fxquant.errors import CheckpointError, ConfigurationError, QualityWarning
+from fxquant.errors import CheckpointError, ConfigurationError, EvaluationError, QualityWarning
 from fxquant.evaluation import reference as module
 from fxquant.evaluation.features import Extractor
 from fxquant.evaluation.reference import check_features, check_reference, check_sizes, has_spatial, read_reference
@@ -205,3 +205,12 @@ def test_real_images_of_another_size_cause_a_warning(tmp_path: Path) -> None:
     assert read_reference(tmp_path, EXTRACTOR).sizes == {(16, 16), (24, 16)}
     with pytest.warns(QualityWarning, match=r"has images of 24 x 16 pixels"):
         check_sizes(read_reference(tmp_path, EXTRACTOR), 16, 16, tmp_path)
+
+
+def test_an_extractor_that_fails_on_real_images_names_them(tmp_path: Path) -> None:
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
+    np.savez(tmp_path / "r.npz", arr_0=IMAGES)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
+    for path in (tmp_path / "r.npz", tmp_path):
+        with pytest.raises(EvaluationError, match=rf"{path}: the feature extractor Sequential failed on unit images"):
+            read_reference(path, Extractor(linear))
