@@ -8,12 +8,16 @@ OUT ?= out
 JOBS ?= 2
 # Number of graphs that `make fuzz` rewrites, 500 per line of its output.
 GRAPHS ?= 20000
-# Number of damaged checkpoints that `make fuzz-load` loads, 50 per line of its output.
-CASES ?= 5000
+# Number of damaged files of all kinds that `make fuzz-load` reads, 200 per line of its output; over half are checkpoints.
+CASES ?= 50000
+# Options of `make fuzz-load`, such as --kinds plan statistics, --seed 3, --minutes 60 or --report counts.json.
+FUZZ_ARGS ?=
 # Number of saves that `make storm` kills, and number of races between saves.
 STORMS ?= 200
 # Number of commands, and of evaluations, that `make chaos` kills.
 KILLS ?= 50
+# Number of calls that `make soak` makes.
+CALLS ?= 2000
 # Models that `make bench-cpu` measures, with their number of layers; dit:28 is a complete DiT-XL/2.
 MODELS ?= dit:4,dit-1024:2,pixart-sigma:2,sd3-medium:2
 # Options of `make bench-gpu`, such as --model dit,flux@1 --batch 2,16 --budget 500.
@@ -32,7 +36,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm chaos zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
+.PHONY: help setup demo compare test test-all sample every lint types fuzz fuzz-load storm chaos soak zoo-calls check links docs format coverage bench bench-cpu bench-gpu low-bit clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -61,8 +65,8 @@ every: $(STAMP)
 fuzz: $(STAMP) ## rewrite $(GRAPHS) random graphs, different ones each time, and compare
 	FXQUANT_FUZZ=$(GRAPHS) OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz -v -n $(JOBS) -rA
 
-fuzz-load: $(STAMP) ## load $(CASES) damaged checkpoints, different ones each time
-	FXQUANT_FUZZ_LOAD=$(CASES) OMP_NUM_THREADS=1 $(PY) -m pytest tests/mutations -v -n $(JOBS) -rA
+fuzz-load: $(STAMP) ## read $(CASES) damaged checkpoints, plans, statistics and other files, different ones each time
+	OMP_NUM_THREADS=1 TORCH_FAKE_TENSOR_DISPATCH_CACHE=0 $(PY) -m tests.mutations --cases $(CASES) $(FUZZ_ARGS)
 
 storm: $(STAMP) ## kill and race saves at random times, $(STORMS) of each
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms --kills $(STORMS) --races $(STORMS)
@@ -70,6 +74,9 @@ storm: $(STAMP) ## kill and race saves at random times, $(STORMS) of each
 chaos: $(STAMP) ## kill $(KILLS) conversions and evaluations at random times, repeat them, and compare the results byte for byte
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms.chaos --kills $(KILLS)
 	OMP_NUM_THREADS=1 $(PY) -m tests.storms.evaluations --kills $(KILLS)
+
+soak: $(STAMP) ## make $(CALLS) calls of quantized models in every way, and compare results and memory
+	OMP_NUM_THREADS=1 $(PY) -m tests.storms.soak --calls $(CALLS)
 
 zoo-calls: $(STAMP) ## test every zoo model with each optional input on and off, in every order, in float64
 	OMP_NUM_THREADS=1 $(PY) -m tests.zoo.calls

@@ -26,7 +26,7 @@ from fxquant.numerics.rounding.gptq import ErrorFeedback, gptq
 from fxquant.numerics.weights import QuantizedWeight, encode_weight
 from fxquant.planning.context import PassContext
 from fxquant.planning.decisions import LayerPlan
-from fxquant.planning.kept_weights import kept, part_of_weights, weights_of_part
+from fxquant.planning.kept_weights import check_weight, kept, part_of_weights, weights_of_part
 from fxquant.planning.layer_inputs import layer_input, moments
 from fxquant.planning.plan import Plan
 from fxquant.planning.roundings import digest_of_values, with_precision
@@ -341,7 +341,11 @@ def _kept_rounding(
         return part_of_weights({name: rounder.quantize(name, layer, values, context, method, symmetric)})
 
     file = "-".join((name, *(option for option in _grid_of(layer) if option)))
-    return weights_of_part(kept(context, "rounding", file, values, made_from, compute), values.device)[name]
+
+    def check(part: Part) -> None:
+        check_weight(part, name, values.shape)
+
+    return weights_of_part(kept(context, "rounding", file, values, made_from, compute, check), values.device)[name]
 
 
 def _grid_of(layer: LayerPlan) -> tuple[str, ...]:

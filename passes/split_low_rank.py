@@ -234,7 +234,13 @@ class SplitLowRank(Pass):
             left, right = self._fitted(layer, weight, branch, importance)
             return Part({"left": left, "right": right}, None)
 
-        found = kept(context, "low-rank", layer.name, weight, made_from, compute).tensors
+        def check(part: Part) -> None:
+            shapes = [tuple(part.tensors[side].shape) for side in ("left", "right")]
+            finite = all(bool(tensor.isfinite().all()) for tensor in part.tensors.values())
+            if shapes != [(len(weight), branch.rank), (branch.rank, weight.shape[1])] or not finite:
+                raise ValueError(f"factors of shapes {shapes} are not a branch of rank {branch.rank}")
+
+        found = kept(context, "low-rank", layer.name, weight, made_from, compute, check).tensors
         return found["left"].to(weight.device), found["right"].to(weight.device)
 
     def _fitted(

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fxquant.errors import AdapterError
+from fxquant.text import printable
 
 _SOURCE = (
     *("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder", "weight_name"),
@@ -24,6 +26,9 @@ def read_adapter(
     Args:
         source: What the caller gave.
         options: Keyword arguments of the caller; those that say where to read are taken out.
+
+    Raises:
+        AdapterError: If its file is damaged or holds something else. Errors of diffusers about a missing file stay.
     """
     from diffusers.loaders.lora_base import _fetch_state_dict
 
@@ -33,13 +38,18 @@ def read_adapter(
     metadata = options.pop("metadata", None)
     if isinstance(source, Mapping):
         return dict(source), metadata
-    state_dict, metadata = _fetch_state_dict(
-        pretrained_model_name_or_path_or_dict=source,
-        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-        allow_pickle=False,
-        metadata=metadata,
-        **where,
-    )
+    try:
+        state_dict, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict=source,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+            metadata=metadata,
+            **where,
+        )
+    except (SafetensorError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise AdapterError(
+            f"the adapter {printable(str(source), 300)} cannot be read: {printable(str(error), 300)}; copy it again"
+        ) from error
     return state_dict, metadata
 
 

@@ -24,7 +24,7 @@ from fxquant.allocation.targets import check_target
 from fxquant.calibration.samples import output_sqnr
 from fxquant.capture.sharing import sharing_traces
 from fxquant.capture.threads import without_autocast
-from fxquant.disk.finished_work import Part, working_in
+from fxquant.disk.finished_work import Part, check_numbers, working_in
 from fxquant.errors import BackendError, ConfigurationError, UnreachableTargetError, check_type
 from fxquant.inspect.errors.schedule import wanted_calls
 from fxquant.ir.digest import digest_of_code
@@ -306,7 +306,10 @@ class _Search:
             "backend": self.text,
         }
         found = work.part(
-            f"sqnr-{text[:12]}", made_from, lambda: Part({}, list(output_sqnr(made, self.samples).items()))
+            f"sqnr-{text[:12]}",
+            made_from,
+            lambda: Part({}, list(output_sqnr(made, self.samples).items())),
+            lambda part: check_numbers(part, len(part.data), 2),
         )
         return dict(found.data)
 

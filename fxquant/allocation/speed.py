@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fxquant.allocation.result import Point
 from fxquant.allocation.timing import Timed, machine_text, time_calls, time_layers
 from fxquant.calibration.recorded import arguments_of, inputs_on
 from fxquant.capture.calls import BATCH, CallSpec
-from fxquant.disk.finished_work import Part
+from fxquant.disk.finished_work import Part, check_numbers
 from fxquant.errors import ConfigurationError, SpeedWarning, UnreachableTargetError
 from fxquant.pipeline.backend import Backend
 from fxquant.planning.layer_times import LayerTimes
@@ -32,6 +33,8 @@ _CLOSE = 0.01
 _FAR = 0.04
 """The part of a speed by which a model may be faster before a slower one with more quality is tried."""
 _NANOSECONDS = 1e6
+_SHORTEST = 1e-6
+"""Milliseconds that a call takes at least; anything less is a damaged file."""
 
 Made = tuple[dict[str, str], GraphModel, Point]
 
@@ -151,18 +154,18 @@ class SpeedSearch:
         """Compile a choice; with the milliseconds of a call of the float model, and of its own."""
         quantized, point = self.make(chosen)
         name = f"call-times-{hashlib.sha256(repr(chosen).encode()).hexdigest()[:12]}"
-        floating, own = self._kept(
-            name, repr(chosen), lambda: time_calls(self.prepared.model, quantized, self.arguments, self.device)
-        )
+        measure = partial(time_calls, self.prepared.model, quantized, self.arguments, self.device)
+        floating, own = self._kept(name, repr(chosen), measure, partial(check_numbers, least=_SHORTEST), 2)
         self.points.append(replace(point, speed=floating / own))
         return (chosen, quantized, self.points[-1]), floating, own
 
-    def _kept(self, name: str, of: str, measure: Callable[[], Any]) -> Any:
-        """JSON values that were measured; an interrupted search on this machine may have measured them."""
+    def _kept(self, name: str, of: str, measure: Callable[[], Any], check: Callable[..., None], *shape: int) -> Any:
+        """Numbers that were measured; an interrupted search on this machine may have measured them."""
         if self.prepared.work is None:
             return measure()
         made_from = {"machine": machine_text(self.device), "backend": self.text, "layers or precisions": of}
-        return self.prepared.work.part(name, made_from, lambda: Part({}, measure())).data
+        work = self.prepared.work
+        return work.part(name, made_from, lambda: Part({}, measure()), lambda part: check(part, *shape)).data
 
     @staticmethod
     def _own(times: LayerTimes, chosen: dict[str, str]) -> list[float]:
@@ -187,7 +190,9 @@ class SpeedSearch:
             found = time_layers(wanted, self.backend, dtype_of(self.prepared.model), self.device)
             return [found[one] for one in wanted]
 
-        timed = dict(zip(wanted, self._kept("layer-times", repr(wanted), measured), strict=True))
+        timed = dict(
+            zip(wanted, self._kept("layer-times", repr(wanted), measured, check_numbers, len(wanted), 2), strict=True)
+        )
         readers: dict[str, int] = {}
         for one in self.found.layers.values():
             readers[one.reads] = readers.get(one.reads, 0) + 1

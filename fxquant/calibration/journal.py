@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fxquant.capture import constants
 from fxquant.capture.calls import Call
-from fxquant.disk.finished_work import FinishedWork, digest_of_tensor
+from fxquant.disk.finished_work import FinishedWork, Part, digest_of_tensor
 from fxquant.statistics.collection import Statistics
 from fxquant.statistics.keeping import Index, KeptStatistics
 from fxquant.statistics.kept_calls import Run
@@ -34,6 +34,9 @@ SHARE = 0.2
 """The share of the time of calls that keeping may take; if it takes more, it waits until further calls have run."""
 SHORT = 0.05
 """Seconds that keeping may take after each call, whatever the share is."""
+
+_SPREAD = 1000
+"""The most elements of memory for each element of an output, which may be a slice of a larger tensor."""
 
 _STATE = "calibration"
 
@@ -80,9 +83,8 @@ class Journal:
             "recipe": recipe,
             "earlier statistics": self._kept.digest(statistics),
         }
-        state = work.load(_STATE, self.made_from)
-        self._index: Index | None = None if state is None else state.data["statistics"]
-        self._held = 0 if state is None else int(state.data["calls"])
+        self._index: Index | None
+        self._index, self._held = work.load(_STATE, self.made_from, _state_of) or (None, 0)
         """How many calls are answered from the journal; later ones that it holds were not observed to the end."""
         self._position = 0
         self._answered: list[tuple[int, Call, bool]] = []  # Since the beginning, until the statistics are back.
@@ -134,22 +136,17 @@ class Journal:
 
     def _answer(self, key: str) -> Sequence[Any] | None:
         """The output that was kept of the next call; None if there is none, and then the journal is given up."""
-        part = self.work.load(_name(self._position), self.made_from)
-        if part is None:
+        found = self.work.load(_name(self._position), self.made_from, _answer_of)
+        if found is None:
             self._observe_again(f"what is kept of call {self._position} cannot be used")
             return None
-        if part.data["key"] != key:
+        of, leaves = found
+        if of != key:
             self._observe_again(
                 f"call {self._position} of this run has other inputs than the call that is kept, or the model computes "
                 "something else; to continue, give the same model, samples, steps, seed, guidance and prompts"
             )
             return None
-        leaves = []
-        for number, entry in enumerate(part.data["leaves"]):
-            if "strides" in entry:
-                leaves.append(_laid_out(part.tensors[str(number)], entry["strides"], entry["device"]))
-            else:
-                leaves.append(constants.from_json(entry["constant"]))
         return leaves
 
     def _write(self, key: str, output: Sequence[Any]) -> None:
@@ -219,9 +216,36 @@ def _name(call: int) -> str:
     return f"call-{call:06}"
 
 
+def _state_of(part: Part) -> tuple[Index, int]:
+    """The index of the statistics, and the number of calls that they are of.
+
+    Raises:
+        ValueError: There is another number of calls than of at least one.
+    """
+    index, calls = part.data["statistics"], part.data["calls"]
+    KeptStatistics.check(index)
+    if type(calls) is not int or calls < 0:
+        raise ValueError(f"it is of {calls!r} calls")
+    return index, calls
+
+
+def _answer_of(part: Part) -> tuple[str, list[Any]]:
+    """The key of a call, and the leaves of its output."""
+    leaves: list[Any] = []
+    for number, entry in enumerate(part.data["leaves"]):
+        if "strides" in entry:
+            leaves.append(_laid_out(part.tensors[str(number)], entry["strides"], entry["device"]))
+        else:
+            leaves.append(constants.from_json(entry["constant"]))
+    return part.data["key"], leaves
+
+
 def _laid_out(tensor: Tensor, strides: Sequence[int], device: str) -> Tensor:
     """A tensor on a device with the memory layout that it had, because sums over it depend on the layout."""
     if 0 in strides and tensor.numel():  # An expanded tensor has no memory of its own for each element.
         return tensor.to(device)
+    reach = sum(stride * (size - 1) for size, stride in zip(tensor.shape, strides, strict=True))
+    if tensor.numel() and reach > _SPREAD * tensor.numel():
+        raise ValueError(f"strides {strides} do not belong to a tensor of shape {list(tensor.shape)}")
     laid_out = torch.empty_strided(tensor.shape, tuple(strides), dtype=tensor.dtype, device=device)
     return laid_out.copy_(tensor)

@@ -22,6 +22,16 @@ _owners: list[int] = []  # The thread that traces; empty if none does.
 
 
 @contextmanager
+def taking_turns() -> Iterator[None]:
+    """Wait until no other thread traces or is within this context, and let none begin.
+
+    It is one lock for both, so that threads which need both cannot wait for each other.
+    """
+    with _lock:
+        yield
+
+
+@contextmanager
 def tracing_alone() -> Iterator[None]:
     """Wait until no other thread traces, then keep others from tracing. Their calls of modules are not recorded."""
     with _lock:

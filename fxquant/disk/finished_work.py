@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import warnings
@@ -19,8 +20,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,13 +32,22 @@ from fxquant.disk.folders import SAVING, check_writable, parents_of
 from fxquant.disk.locks import Lock
 from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
-from fxquant.errors import FolderInUseError, ResumeWarning, WriteError
+from fxquant.errors import FolderInUseError, FxquantError, ResumeWarning, WriteError
+from fxquant.text import printable
 
 _KEY = "fxquant-finished-work"
 _FORMAT = "1"  # Another one whenever parts hold something else or something else is computed from the same.
 _SUFFIX = ".safetensors"
 _LONGEST = 150  # Bytes of the name of a part in the name of its file.
 _TRIES = 10
+_REASON = 500  # The most characters of an error that a file causes.
+_DAMAGE = (
+    *(OSError, SafetensorError, FxquantError, LookupError, TypeError, ValueError, AttributeError, RuntimeError),
+    *(ArithmeticError, AssertionError),
+)
+"""What reading a damaged part may raise."""
+
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -69,7 +80,13 @@ class FinishedWork:
         """The parts in a folder of this one, whose names do not clash with other parts."""
         return FinishedWork(self.folder / name, self.versions, self._said)
 
-    def part(self, name: str, made_from: Mapping[str, str], compute: Callable[[], Part]) -> Part:
+    def part(
+        self,
+        name: str,
+        made_from: Mapping[str, str],
+        compute: Callable[[], Part],
+        check: Callable[[Part], object] = lambda part: part,
+    ) -> Part:
         """A part that was kept, or else what ``compute`` returns, which is then kept.
 
         Args:
@@ -77,32 +94,52 @@ class FinishedWork:
             made_from: Everything that the part depends on: words for a message, such as ``weights``, each with a text
                 or a digest that differs if it differs.
             compute: Computes the part.
+            check: Raises an error, such as a ValueError, if a part that was kept holds something else than expected.
+                Then it is computed anew.
 
         Raises:
             WriteError: If it cannot be written.
         """
-        found = self.load(name, made_from)
+
+        def read(part: Part) -> Part:
+            check(part)
+            return part
+
+        found = self.load(name, made_from, read)
         if found is None:
             found = compute()
             self.save(name, made_from, found.tensors, found.data)
         return found
 
-    def load(self, name: str, made_from: Mapping[str, str]) -> Part | None:
-        """A part that was kept, or None. Warns of a part that is damaged or was made from something else."""
+    @overload
+    def load(self, name: str, made_from: Mapping[str, str]) -> Part | None: ...
+
+    @overload
+    def load(self, name: str, made_from: Mapping[str, str], read: Callable[[Part], T]) -> T | None: ...
+
+    def load(self, name: str, made_from: Mapping[str, str], read: Callable[[Part], Any] = lambda part: part) -> Any:
+        """A part that was kept, or None. Warns of a part that is damaged or was made from something else.
+
+        Args:
+            name: Name of the part.
+            made_from: As in :meth:`part`.
+            read: Makes what is returned from the part. If it raises an error, such as a KeyError, the part counts as
+                damaged: a folder may come from anybody.
+        """
         path = self.path(name)
         if not path.is_file():
             return None
         try:
             head, part = _read(path)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            self.warn(f"{path} is damaged ({error}); {name} is computed anew")
+            wanted = {**self.versions, **made_from}
+            differ = [word for word in {**head, **wanted} if head.get(word) != wanted.get(word)]
+            found = None if differ else read(part)
+        except _DAMAGE as error:
+            self.warn(f"{path} is damaged ({printable(str(error), _REASON)}); {name} is computed anew")
             return None
-        wanted = {**self.versions, **made_from}
-        differ = [word for word in {**head, **wanted} if head.get(word) != wanted.get(word)]
         if differ:
             self.refuse(name, differ)
-            return None
-        return part
+        return found
 
     def save(
         self, name: str, made_from: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None, data: Any = None
@@ -234,6 +271,22 @@ def digest_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return found.hexdigest()
 
 
+def check_numbers(part: Part, *shape: int, least: float = -math.inf) -> None:
+    """Refuse a part whose JSON values are not numbers in lists of this shape.
+
+    Args:
+        part: The part.
+        shape: Lengths of the lists, from the outside in.
+        least: What no number is below.
+
+    Raises:
+        ValueError: It holds something else, or a NaN.
+    """
+    numbers = np.array(part.data)
+    if numbers.shape != shape or numbers.dtype.kind not in "if" or not (numbers >= least).all():
+        raise ValueError(f"it holds no numbers of shape {list(shape)}")
+
+
 def _versions() -> dict[str, str]:
     package = sys.modules[__name__.partition(".")[0]]  # An import would be against the direction of imports.
     versions = {"version of fxquant": str(package.__version__), "version of torch": torch.__version__}
@@ -267,6 +320,8 @@ def _read(path: Path) -> tuple[dict[str, str], Part]:
     for name in json.loads(metadata.get("complex", "[]")):
         tensors[name] = torch.view_as_complex(tensors[name])
     head = json.loads(text)
+    if not isinstance(head["made_from"], dict):
+        raise ValueError("it does not say what it was made from")
     return head["made_from"], Part(tensors, head["data"])
 
 

@@ -27,6 +27,7 @@ from fxquant.disk.refusals import writing
 from fxquant.disk.whole_file import whole_file
 from fxquant.errors import CheckpointError, EvaluationError, FolderInUseError
 from fxquant.evaluation.features import Extractor, Features
+from fxquant.text import printable
 
 SETTINGS = "settings.json"
 _OURS = re.compile(r"images-\d{6,}\.safetensors|features-[0-9a-f]{16}-\d{6,}\.safetensors")
@@ -34,6 +35,7 @@ _UNFINISHED = re.compile(
     rf"\.(settings\.json|(images|features-[0-9a-f]{{16}})-(?P<number>\d{{6,}})\.safetensors)\.{SAVING}-"
 )
 _CPU = torch.device("cpu")
+_MOST = 10  # Settings that a message names.
 _POLL = 1.0  # Seconds between looks at batches that other processes make.
 
 
@@ -222,7 +224,7 @@ def _read_settings(path: Path, instead: dict[str, Any] | None = None) -> dict[st
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
             raise ValueError("it does not hold settings")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if instead is not None:
             return instead
         raise CheckpointError(
@@ -237,8 +239,15 @@ def _differing(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names = _differing(held, wanted)
     shown = [
-        f"another {name}" if name in ("model", "prompts") else f"{name} {held.get(name)}, not {wanted.get(name)}"
-        for name in _differing(held, wanted)
+        f"another {_shown(name)}"
+        if name in ("model", "prompts")
+        else f"{_shown(name)} {_shown(held.get(name))}, not {_shown(wanted.get(name))}"
+        for name in names[:_MOST]
     ]
-    return ", ".join(shown)
+    return ", ".join(shown) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
+
+
+def _shown(value: Any) -> str:
+    return printable(str(value), 60).replace("\n", " ")

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxquant.api import compile as compile_model
 from fxquant.capture.feature_caches import Stateful, functional, is_functional, keeps_features, stateful
 from fxquant.capture.hooks import drop_own_hooks, hand_on_hooks
+from fxquant.capture.threads import taking_turns
 from fxquant.errors import ConfigurationError
 from fxquant.planning.plan import Plan
 from fxquant.pretrained.config import FxQuantConfig
@@ -128,6 +129,14 @@ def _clip(whole: nn.Module, name: str, part: nn.Module, first: Tensor, *_: Any, 
 
 
 def _first_call(model: nn.Module, config: FxQuantConfig, clip: Clip | None, *args: Any, **kwargs: Any) -> Any:
+    """Quantize the model, unless another thread has done so since this call began, and answer the call."""
+    with taking_turns():
+        if not isinstance(model, GraphModel):
+            return _quantizing_call(model, config, clip, *args, **kwargs)
+    return model.forward(*args, **kwargs)  # The hooks of the model run around this call already.
+
+
+def _quantizing_call(model: nn.Module, config: FxQuantConfig, clip: Clip | None, *args: Any, **kwargs: Any) -> Any:
     original = functional(_float_copy(model))
     drop_own_hooks(original)  # They run around this call of the model already.
     hook = vars(model).get("_hf_hook")

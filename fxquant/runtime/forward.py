@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from fxquant.capture.calls import Call
 from fxquant.capture.describe import warn_of_many
+from fxquant.capture.feature_caches import is_functional, number_of_features, stateful
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.threads import is_traced_elsewhere, tracing_alone, without_autocast
+from fxquant.capture.trace import Architecture
 from fxquant.runtime import torch_compile
 from fxquant.runtime.caches.cacheable import refuse_compiling
 from fxquant.runtime.caches.cutting import Run
@@ -25,6 +27,18 @@ if TYPE_CHECKING:
 
 
 _MANY_VALUES = 8  # Number of graphs for fixed input values at which to warn.
+
+
+def forward_for(model: Any, architecture: Architecture) -> Callable[..., Any]:
+    """The ``forward`` of a captured model, with the signature of the original."""
+    forward: Callable[..., Any] = functools.partial(forward_of_graphs, model)
+    if is_functional(architecture.skeleton):
+        forward = stateful(
+            forward, lambda: max((number_of_features(captured.call.names) for captured in model.captured), default=0)
+        )
+    functools.update_wrapper(forward, architecture.skeleton.forward)
+    forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
+    return forward
 
 
 def forward_of_graphs(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +101,7 @@ def _stream(self: GraphModel, args: Any, kwargs: Mapping[str, Any], begins: bool
     if begins:
         streaming.warn_uncompiled()
     captured, inputs, strength = _choose(self, *streaming.arrived((args, dict(kwargs))))
-    run = streaming.run if self._pieces is None else partial(self._pieces.run, moved=streaming.moved)
+    run = streaming.run if self._pieces is None else functools.partial(self._pieces.run, moved=streaming.moved)
     return _outputs(self, captured, inputs, strength, run)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.adapters.branches import Branching
 from fxquant.capture.calls import Call, CallSpec
-from fxquant.capture.feature_caches import is_functional, number_of_features, stateful
 from fxquant.capture.graph import CapturedGraph
 from fxquant.capture.hooks import copy_hooks, hand_on_hooks
 from fxquant.capture.threads import tracing_alone, without_autocast
@@ -30,7 +28,7 @@ from fxquant.runtime.caches.cacheable import Cacheable
 from fxquant.runtime.caches.state import Context
 from fxquant.runtime.compiling import Compilable
 from fxquant.runtime.drop_in import changes, hand_on, refusal
-from fxquant.runtime.forward import forward_of_graphs
+from fxquant.runtime.forward import forward_for
 from fxquant.runtime.lora import (
     NORMS,
     adapters_of,
@@ -100,11 +98,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         self._context = Context()
         # Not a submodule, to hide its fake parameters. From here on, attributes of the original cannot be set.
         object.__setattr__(self, "architecture", architecture)
-        forward = functools.partial(forward_of_graphs, self)
-        functional = is_functional(architecture.skeleton)
-        self.forward = stateful(forward, self._number_of_features) if functional else forward
-        functools.update_wrapper(self.forward, architecture.skeleton.forward)
-        self.forward.__signature__ = architecture.signature  # type: ignore[attr-defined]
+        self.forward = forward_for(self, architecture)
         self.eval()
         if self._is_part():
             self._expect_offload()
@@ -236,9 +230,6 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
                 stacklevel=4,
             )
 
-    def _number_of_features(self) -> int:
-        return max((number_of_features(captured.call.names) for captured in self.captured), default=0)
-
     def train(self, mode: bool = True) -> GraphModel:
         """Refuse training mode: the graphs were captured from the model in evaluation mode.
 
@@ -342,12 +333,16 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
     def take_place_of(self, model: nn.Module) -> None:
         """Turn an object into a quantized model that shares everything with this one.
 
-        ``from_pretrained`` of diffusers returns the object that it made, so this object has to become quantized.
+        ``from_pretrained`` of diffusers returns the object that it made, so this object has to become quantized. Other
+        threads may use the object meanwhile: its old ``forward`` goes last, and attributes are there at every moment.
         """
-        vars(model).clear()
+        own, old = vars(copy.copy(self)), vars(model)
+        gone = old.keys() - own.keys()
+        old.update({name: value for name, value in own.items() if name != "forward"})
         model.__class__ = GraphModel
-        assert isinstance(model, GraphModel)
-        self._fill(model)
+        old["forward"] = forward_for(model, self.architecture)
+        for name in gone:
+            del old[name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
         plan, weights = copy.deepcopy(self.plan, memo), copy.deepcopy(self.weights, memo)

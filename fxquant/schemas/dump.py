@@ -29,6 +29,7 @@ def _path(name: str) -> str:
 
 Identifier = Annotated[str, Field(max_length=2000), AfterValidator(_identifier)]
 Path = Annotated[Name, AfterValidator(_path)]
+Shape = Annotated[list[Size], Field(fail_fast=True, max_length=64)]
 Pair = Annotated[list[Any], Field(min_length=2, max_length=2)]
 
 
@@ -60,7 +61,7 @@ class DumpFile(Schema):
 
     stage: str
     nodes: list[Node]
-    shapes: dict[Path, Annotated[list[DtypeName | list[Size]], Field(min_length=2, max_length=2)]]
+    shapes: dict[Path, Annotated[list[DtypeName | Shape], Field(min_length=2, max_length=2)]]
     names: dict[str, bool] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
 

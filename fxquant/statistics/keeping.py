@@ -7,6 +7,7 @@ index of the new files is safe. So what a killed process leaves is complete.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,27 +86,42 @@ class KeptStatistics:
                 found[key] = statistics._new(key)
                 found[key].channels, found[key].seeds = channels, frozenset(seeds)
             for moment, name, seen in index["rows"]:
-                part = self.work.load(name, made_from)
-                if part is None:
+                entries = self.work.load(name, made_from, lambda part: _entries_of_part(part, found))
+                if entries is None:
                     return False
-                entries = dict(_entries_of_part(part))
-                if sum(entry.count for entry in entries.values()) != seen or not entries.keys() <= found.keys():
+                if sum(entry.count for _, entry in entries) != seen:
                     return self._of_another_moment(name)
-                for key, entry in entries.items():
+                for key, entry in entries:
                     found[key]._entries[moment] = entry
             for key, name, added in index["moments"]:
-                part = self.work.load(name, made_from)
-                if part is None:
+                channels = found[key].channels
+                moments = self.work.load(name, made_from, functools.partial(_moments_of_part, channels=channels))
+                if moments is None:
                     return False
-                restored = SecondMoments.restore(part.tensors, found[key].channels).to(part.data)
-                if sum(restored.counts.values()) != added:
+                if sum(moments.counts.values()) != added:
                     return self._of_another_moment(name)
-                found[key].moments = restored
+                found[key].moments = moments
         statistics._by_key = found
         self._number = index["number"]
         self._rows = {moment: (name, seen) for moment, name, seen in index["rows"]}
         self._moments = {key: (name, added) for key, name, added in index["moments"]}
         return True
+
+    @staticmethod
+    def check(index: Index) -> None:
+        """Refuse what is not an index.
+
+        Raises:
+            ValueError: An entry is missing, or has another type.
+        """
+        keys = [key for key, channels, seeds in index["keys"] if _are(int, channels, *seeds) and channels >= 0]
+        known = set(keys)
+        rows = [moment for moment, name, seen in index["rows"] if _are(str, name) and _are(int, seen)]
+        moments = [key for key, name, added in index["moments"] if _are(str, name) and _are(int, added)]
+        counts = len(index["keys"]), len(index["rows"]), len(index["moments"])
+        good = counts == (len(keys), len(rows), len(moments)) and known.issuperset(moments)
+        if not (good and _are(int, index["number"]) and all(type(moment) in (int, float) for moment in rows)):
+            raise ValueError("it is not an index of statistics")
 
     @staticmethod
     def files(index: Index) -> list[str]:
@@ -150,13 +166,35 @@ def _part_of_entries(held: Mapping[str, Entry]) -> Part:
     return Part(tensors, [[channels, [[key, held[key].count] for key in keys]] for channels, keys in groups.items()])
 
 
-def _entries_of_part(part: Part) -> Sequence[tuple[str, Entry]]:
+def _entries_of_part(part: Part, known: Mapping[str, ChannelStatistics]) -> Sequence[tuple[str, Entry]]:
+    """The entries of a part, by key.
+
+    Raises:
+        ValueError: A tensor has another shape or dtype than the statistics of its key.
+        KeyError: A key is unknown, or a tensor is missing.
+    """
     found = []
     for channels, keys in part.data:
+        held = [part.tensors[f"{channels}.{name}"] for name in _PARTS]
         for number, (key, count) in enumerate(keys):
-            low, high, rows, priorities = (part.tensors[f"{channels}.{name}"][number].clone() for name in _PARTS)
+            own, slots = known[key].channels, known[key].rows_per_timestep
+            shapes = [tuple(tensor.shape[1:]) for tensor in held]
+            dtypes = [tensor.dtype for tensor in held]
+            if shapes != [(own,), (own,), (slots, own), (slots,)] or dtypes != [*[torch.float32] * 3, torch.float64]:
+                raise ValueError(f"its tensors {shapes} {dtypes} are not the statistics of {own} channels")
+            if not _are(int, count) or count < 0:
+                raise ValueError(f"{key} has seen {count!r} rows")
+            low, high, rows, priorities = (tensor[number].clone() for tensor in held)
             found.append((key, Entry(low, high, rows, priorities.numpy(), count)))
     return found
+
+
+def _moments_of_part(part: Part, channels: int) -> SecondMoments:
+    return SecondMoments.restore(part.tensors, channels).to(part.data)
+
+
+def _are(kind: type, *values: Any) -> bool:
+    return all(type(value) is kind for value in values)
 
 
 def _as_tensor(values: Any) -> Tensor:

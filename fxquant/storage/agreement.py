@@ -110,6 +110,23 @@ def check_headers(plan: Plan, headers: Mapping[str, Header]) -> None:
             )
 
 
+def check_factors(plan: Plan) -> None:
+    """Check that the factors of each balanced linear are there, and have its input channels.
+
+    The stored weights contain them already, so a model without them computes the same until a LoRA is loaded.
+
+    Raises:
+        CheckpointError: Names the first layer whose factors are missing or have another shape.
+    """
+    for name, layer in plan.layers.items():
+        if layer.kind != "linear" or layer.balance is None or not layer.balance.channels:
+            continue
+        factors, wanted = plan.vectors.get(name), tuple(layer.shape[1:])
+        if factors is None or tuple(factors.shape) != wanted:
+            held = "are missing" if factors is None else f"have shape {tuple(factors.shape)}, not {wanted}"
+            raise CheckpointError(f"the balance factors of layer {name!r} {held}; copy the checkpoint again")
+
+
 def _stored_shapes(layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of a quantized weight."""
     assert layer.format_of_weight is not None

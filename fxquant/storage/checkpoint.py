@@ -44,6 +44,7 @@ from fxquant.schemas.config import Config
 from fxquant.schemas.plan import CheckpointFile
 from fxquant.storage.adapters import ADAPTERS_FILE, read_adapters, write_adapters
 from fxquant.storage.agreement import (
+    check_factors,
     check_finite,
     check_grids,
     check_headers,
@@ -296,6 +297,7 @@ def load(
     with blaming(folder / PLAN_FILE):
         runner = resolve_backend(plan.backend) if runner is None else runner
         check_headers(plan, found.headers)
+        check_factors(plan)
     runner = runner.on(device)
     runner.check_device(device)
     plan.backend = runner.name

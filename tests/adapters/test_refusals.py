@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -280,3 +281,9 @@ def test_a_float_model_with_a_lora_is_not_quantized() -> None:
     model.unload_lora()
     made = fxquant.compile(model, recipe="rtn-w8a8", calibrate=calibrate(model), measure=0)
     assert sqnr_db(expected, run(made)) > 40
+
+
+def test_a_file_that_holds_no_adapter_is_refused(quantized: GraphModel, tmp_path: Path) -> None:
+    (tmp_path / "adapter.safetensors").write_bytes(b"something else")
+    with pytest.raises(AdapterError, match=r"cannot be read: .*header.*; copy it again"):
+        quantized.load_lora_adapter(tmp_path, weight_name="adapter.safetensors", adapter_name="a")

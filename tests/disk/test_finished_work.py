@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fxquant.disk.finished_work import FinishedWork, Part, digest_of_tensor, working_in
+from fxquant.disk.finished_work import FinishedWork, Part, check_numbers, digest_of_tensor, working_in
 from fxquant.errors import FolderInUseError, ResumeWarning, WriteError
 
 FROM = {"weights": "1", "options": "a"}
@@ -193,3 +193,23 @@ def test_files_of_the_user_stay(work: FinishedWork) -> None:
     broken.write_bytes(b"text")
     work.keep_only(["kept"])
     assert own.is_file() and broken.is_file() and work.path("kept").is_file() and not work.path("other").exists()
+
+
+def test_a_part_that_its_reader_refuses_is_computed_anew(work: FinishedWork) -> None:
+    """A folder may come from anybody, so a right digest says nothing about the values."""
+    work.save("a", FROM, data={"rows": 3})
+    with pytest.warns(ResumeWarning, match=r"a\.safetensors is damaged \('missing'\); a is computed anew"):
+        assert work.load("a", FROM, lambda part: part.data["missing"]) is None
+    assert work.load("a", FROM, lambda part: part.data["rows"]) == 3
+    with pytest.warns(ResumeWarning, match="it holds no numbers of shape"):
+        found = work.part("a", FROM, lambda: Part({}, [1.0, 2.0]), lambda part: check_numbers(part, 2))
+    assert found.data == [1.0, 2.0]
+    assert work.part("a", FROM, lambda: Part({}, None), lambda part: check_numbers(part, 2)).data == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("wrong", [[1.0], [1.0, float("nan")], ["1", "2"], [[1.0], [2.0, 3.0]], None, [1.0, 10**400]])
+def test_what_are_not_numbers_is_refused(wrong: object) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        check_numbers(Part({}, wrong), 2)
+    with pytest.raises(ValueError, match="it holds no numbers"):
+        check_numbers(Part({}, [1.0, 0.0]), 2, least=0.5)

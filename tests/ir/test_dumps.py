@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,15 @@ def test_a_plan_is_not_needed_to_read(converted: tuple[object, Graphs]) -> None:
     module = module_of(converted[1].seen[0][1])
     (record,) = Pipeline.parse("remove-no-ops").run(module, Plan("", "", "timestep"))
     assert record.edits
+
+
+def test_a_shape_of_too_many_sizes_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    end = {"name": "output", "op": "output", "target": "output"}
+    shapes = {"weight": ["float32", [float(number) for number in range(200_000)]]}
+    data = {"format": 1, "stage": "captured", "nodes": [end], "shapes": shapes}
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="'shapes' > 'weight'"):
+        Dump.read(tmp_path / "a.json")
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()

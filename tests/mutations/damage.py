@@ -1,7 +1,7 @@
-"""Damages checkpoints and packages and makes their digests valid again, so that the content checks see the damage.
+"""Damages values in files and makes their digests valid again, so that the content checks see the damage.
 
-Changes that give another valid model of the same form, such as other finite weights, are excluded: no check could
-detect them.
+In checkpoints and packages, changes that give another valid model of the same form, such as other finite weights, are
+excluded: no check could detect them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import json
 import random
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
+from fxquant.disk import finished_work
 from fxquant.disk.files import digest_of
 
 _VALUES: tuple[Any, ...] = (
@@ -30,9 +33,9 @@ _VALUES: tuple[Any, ...] = (
 
 def sign(folder: Path) -> None:
     """Update the digests of a folder, as a forger would."""
-    path = next(folder / name for name in ("plan.json", "package.json") if (folder / name).is_file())
-    data = json.loads(path.read_text())
-    if not isinstance(data, dict):
+    path = next((folder / name for name in ("plan.json", "package.json") if (folder / name).is_file()), None)
+    data = None if path is None else _parsed(path)
+    if path is None or not isinstance(data, dict) or "files" not in data:
         return
     if isinstance(data.get("files"), dict):
         for name in data["files"]:
@@ -43,14 +46,41 @@ def sign(folder: Path) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def sign_alone(path: Path) -> None:
+    """Update the digest that a JSON file holds of itself, or a part of a job that is kept of its tensors."""
+    if path.suffix == ".json":
+        data = _parsed(path)
+        if isinstance(data, dict) and isinstance(data.get("digest"), str):
+            data["digest"] = digest_of(data)
+            path.write_text(json.dumps(data))
+    elif path.suffix == ".safetensors":
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if finished_work._KEY in metadata:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                metadata["digest"] = finished_work._digest(metadata[finished_work._KEY], tensors)
+                save_file(tensors, path, metadata=metadata)
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return None
+
+
 def damage(folder: Path, rng: random.Random) -> str:
     """Damage one thing in a checkpoint or a package; return a description for failing tests."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     path = folder / rng.choice(names)
-    change = _damage_json if path.suffix == ".json" else _damage_tensors
-    told = f"{path.name}: {change(path, rng)}"
+    told = f"{path.name}: {damage_values(path, rng)}"
     sign(folder)
     return told
+
+
+def damage_values(path: Path, rng: random.Random) -> str:
+    """Damage one value of a JSON file, or one tensor of a safetensors file."""
+    return _damage_json(path, rng) if path.suffix == ".json" else _damage_tensors(path, rng)
 
 
 # --- JSON ---
@@ -59,11 +89,17 @@ def damage(folder: Path, rng: random.Random) -> str:
 def _damage_json(path: Path, rng: random.Random) -> str:
     data = json.loads(path.read_text())
     places = [place for place in _places(data) if place[0] not in ("digest", "files")]
+    if not places:
+        path.write_text("[]")
+        return "no values"
     # Choose by top-level key rather than by size: a plan is mostly layers, and other parts would rarely be chosen.
     top = rng.choice(sorted({str(place[0]) for place in places}))
     place = rng.choice([place for place in places if str(place[0]) == top])
     # Reordered tensors of a graph give another valid program, and no check of a package could detect that.
-    how, change = rng.choice([entry for entry in _JSON if "tensors" not in place or entry[0] in ("replace", "remove")])
+    allowed = {"replace", "remove"} if "tensors" in place else {how for how, _ in _JSON}
+    if place[0] == "adapters":  # Scales of LoRAs are values of the model, as weights are.
+        allowed -= {"replace", "near", "swap"}
+    how, change = rng.choice([entry for entry in _JSON if entry[0] in allowed])
     holder = data
     for key in place[:-1]:
         holder = holder[key]
@@ -158,6 +194,13 @@ def _short(value: Any) -> str:
 def _damage_tensors(path: Path, rng: random.Random) -> str:
     content = path.read_bytes()
     tensors = load(content)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {"format": "pt"}
+    header = next((name for name, text in metadata.items() if text.startswith("{")), None)
+    if header is not None and rng.random() < 0.5:
+        told = _damage_metadata(path, metadata, header, rng)
+        path.write_bytes(save(tensors, metadata=metadata))
+        return told
     if not tensors or rng.random() < 0.2:
         return _damage_header(path, content, rng)
     name = rng.choice(sorted(tensors))
@@ -166,8 +209,18 @@ def _damage_tensors(path: Path, rng: random.Random) -> str:
         _poison(tensors, name, rng, packaged=(path.parent / "package.json").is_file())
     else:
         change(tensors, name, rng)
-    path.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}))
+    path.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=metadata))
     return f"{how} {name}"
+
+
+def _damage_metadata(path: Path, metadata: dict[str, str], header: str, rng: random.Random) -> str:
+    """Damage the JSON values that the metadata of a file holds as a text."""
+    scratch = path.with_suffix(".json")
+    scratch.write_text(metadata[header])
+    told = _damage_json(scratch, rng)
+    metadata[header] = scratch.read_text()
+    scratch.unlink()
+    return told
 
 
 def _damage_header(path: Path, content: bytes, rng: random.Random) -> str:
@@ -200,6 +253,8 @@ def _poison(tensors: dict[str, Tensor], name: str, rng: random.Random, packaged:
         if int(tensors[name].max()) < 16 and packed.numel():
             tensors[name].view(-1)[rng.randrange(tensors[name].numel())] = 255
             return
+    if not floats:
+        return _drop(tensors, name, rng)
     name = name if name in floats else rng.choice(floats)
     wrong = [float("nan"), float("inf"), float("-inf")]
     if name.endswith("_scale") and not packaged:  # A backend may have combined the scales of a package.
