@@ -107,7 +107,7 @@ class Native(Backend):
             return "runs Triton kernels for int8" + (known if reason is None else f"; not for fp8: {reason}")
         if chosen is Kernels.COMPILED:
             bf16 = "bfloat16 products" if machine.has_bf16_products() else "float32 (no AVX-512 BF16)"
-            return f"runs compiled kernels (AVX-512 VNNI), attention in {bf16}"
+            return f"runs compiled kernels ({_own().title}), attention in {bf16}"
         if machine.has_tiles():
             return "runs the products of oneDNN (AMX tiles)"
         return f"runs the products of oneDNN; not the compiled kernels, because {machine.missing_kernels()}"
@@ -200,6 +200,11 @@ class Native(Backend):
             reason = machine.missing_kernels()
             if reason is not None:
                 raise BackendError(f"the package needs compiled kernels, and there are none here: {reason}")
+            if any("::bf16_attention" in op for op in ops) and not machine.has_bf16_products():
+                raise BackendError(
+                    "the package multiplies attention in bfloat16, and this processor has no AVX-512 BF16; export the "
+                    "model here, or with backend='native{attention=float,branches=float}'"
+                )
         super().make_ready(ops)
 
     def kernel(self, layer: LayerPlan) -> str:
@@ -221,7 +226,7 @@ class Native(Backend):
         if layer.kind == "conv":
             return "fxquant::conv2d (reference, float)"
         if own:
-            return f"native vnni u8 x {self._weight(layer)}"
+            return f"native {_own().short} u8 x {self._weight(layer)}"
         return "onednn qlinear u8 x s8" + ("" if onednn_products.sums_exactly() else ", in two halves (no VNNI)")
 
     def attention_kernel(self, attention: AttentionPlan) -> str:
@@ -232,7 +237,7 @@ class Native(Backend):
         if kernels is not Kernels.COMPILED:
             return "aten float" if attention.bits is None else "fxquant::matmul (reference)"
         if attention.bits is not None:
-            return "native vnni attention u8 x s8"
+            return f"native {_own().short} attention u8 x s8"
         return "native attention, bf16 products" if self._uses_bf16() else "aten float"
 
     def _weight(self, layer: LayerPlan) -> str:
@@ -246,6 +251,13 @@ class Native(Backend):
 
     def _uses_bf16(self) -> bool:
         return self._bf16_attention and machine.has_bf16_products()
+
+
+def _own() -> machine.Instructions:
+    """The instructions of the compiled kernels, where these run."""
+    found = machine.instructions()
+    assert found is not None
+    return found
 
 
 def _tell_what_is_lost() -> None:

@@ -33,7 +33,7 @@ from fxquant.disk.files import digest
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fopenmp", "-w")
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w")
 _LIBRARIES = ("-ltorch", "-ltorch_cpu", "-lc10")
 
 
@@ -41,22 +41,25 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled here; the message says why."""
 
 
-def load() -> None:
+def load(flags: tuple[str, ...]) -> None:
     """Compile the kernels, unless they are compiled already, and register them.
+
+    Args:
+        flags: Flags of the compiler that say which instructions it may use. A process uses the same ones always.
 
     Raises:
         BuildError: If there is no compiler, or the compiler fails.
     """
-    reason = _loaded()
+    reason = _loaded(flags)
     if reason is not None:
         raise BuildError(reason)
 
 
 @functools.cache
-def _loaded() -> str | None:
+def _loaded(flags: tuple[str, ...]) -> str | None:
     """Why the library could not be loaded; None if it was."""
     try:
-        torch.ops.load_library(str(_library()))
+        torch.ops.load_library(str(_library(flags)))
     except (BuildError, OSError) as error:
         return str(error)
     return None
@@ -103,9 +106,9 @@ def kernel_folder() -> Path:
     return path
 
 
-def _library() -> Path:
+def _library(flags: tuple[str, ...]) -> Path:
     compiler = _compiler()
-    folder, name = kernel_folder(), f"native-{_digest(compiler)}"
+    folder, name = kernel_folder(), f"native-{_digest(compiler, flags)}"
     kept = _kept(folder, name)
     if kept is not None:
         return kept
@@ -113,7 +116,7 @@ def _library() -> Path:
     logger.warning("fxquant compiles its kernels with %s; this happens once", compiler)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compile(compiler, Path(scratch))
+            made = _compile(compiler, flags, Path(scratch))
             path = folder / f"{name}-{digest(made)}.so"
             made.replace(path)  # Atomic, because other processes may do the same.
     except OSError as error:
@@ -144,8 +147,8 @@ def _compiler() -> str:
         raise BuildError("there is no C++ compiler; install g++ or clang++, or name one in CXX") from error
 
 
-def _compile(compiler: str, folder: Path) -> Path:
-    flags = [*_FLAGS, *(f"-I{path}" for path in include_paths())]
+def _compile(compiler: str, instructions: tuple[str, ...], folder: Path) -> Path:
+    flags = [*_FLAGS, *instructions, *(f"-I{path}" for path in include_paths())]
     sources = sorted(SOURCES.glob("*.cpp"))
     objects = [folder / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
@@ -170,18 +173,18 @@ def _run(*command: str | Path) -> None:
         raise BuildError(f"{command[0]} fails to compile the kernels: {first}")
 
 
-def _digest(compiler: str) -> str:
+def _digest(compiler: str, flags: tuple[str, ...]) -> str:
     found = hashlib.sha256()
-    for part in _identity(compiler):
+    for part in _identity(compiler, flags):
         found.update(part.encode())
     return found.hexdigest()[:16]
 
 
-def _identity(compiler: str) -> Iterator[str]:
+def _identity(compiler: str, flags: tuple[str, ...]) -> Iterator[str]:
     for path in sorted(SOURCES.iterdir()):
         yield path.name
         yield path.read_text(encoding="utf-8")
-    yield " ".join(_FLAGS)
+    yield " ".join((*_FLAGS, *flags))
     yield compiler
     try:
         yield subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
@@ -189,5 +192,5 @@ def _identity(compiler: str) -> Iterator[str]:
         raise BuildError(f"{compiler} does not report its version: {error}") from error
     yield torch.__version__
     yield platform.machine()
-    # The code for -march=native depends on the processor, and machines may share the home folder.
+    # The code for -march=native and -mtune=native depends on the processor, and machines may share the home folder.
     yield str(sorted(torch.cpu.get_capabilities().items()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,21 +93,19 @@ def run_script(script: str, *arguments: str, **environment: str) -> str:
 def told() -> dict[str, str]:
     """What models tell in processes with limited oneDNN. Imported and traced once."""
     environments = [{"ONEDNN_MAX_CPU_ISA": isa} for isa in ISAS]
-    _, *parts = run_script(FORKED, json.dumps(environments)).split("=====\n")
+    said = run_script(FORKED, json.dumps(environments), ATEN_CPU_CAPABILITY="default")  # No compiled kernels.
+    _, *parts = said.split("=====\n")
     return dict(zip(ISAS, parts, strict=True))
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_right_without_vnni_and_says_what_is_lost(isa: str, told: dict[str, str]) -> None:
     exact, said, kernel, db = told[isa].splitlines()[-4:]
-    lost = "The fastest kernels are not used, because this processor has no (VNNI|AVX-512)"
-    assert re.search(lost, said) or exact == "True"
+    assert "The fastest kernels are not used, because this processor has no AVX2" in said or machine.has_tiles()
     if exact == "False":
         assert "without VNNI" in said
         assert "half the speed" in said
         assert "in two halves (no VNNI)" in kernel
-    elif machine.missing_kernels() is None:
-        assert said == "[]"
     assert isa != "AVX2" or exact == "False"
     assert float(db) > 45.0
 
@@ -146,16 +143,47 @@ def test_without_a_compiler_another_path_runs_and_says_so(tmp_path: Path) -> Non
     assert float(said.splitlines()[-1]) > 45.0
 
 
-def test_the_compiled_kernels_need_wide_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert "no AVX-512 instructions" in str(machine.missing_kernels.__wrapped__())
+def test_the_compiled_kernels_need_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert machine.instructions() is None
+    assert "no AVX2 instructions" in str(machine.missing_kernels.__wrapped__())
 
 
-@pytest.mark.exhaustive  # As without a compiler, for another reason.
-def test_without_wide_instructions_another_path_runs_and_says_so() -> None:
+@pytest.mark.parametrize(
+    ("capability", "vnni", "exact", "chosen"),
+    [
+        ("AVX512", True, True, "vnni"),
+        ("AVX512", True, False, "avx2"),  # ONEDNN_MAX_CPU_ISA forbids VNNI.
+        ("AVX512", False, False, "avx2"),
+        ("AVX2", True, True, "avx2"),  # ATEN_CPU_CAPABILITY forbids AVX-512.
+    ],
+)
+def test_the_best_instructions_that_are_allowed(
+    capability: str, vnni: bool, exact: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(onednn_products, "sums_exactly", lambda: exact)
+    found = machine.instructions()
+    assert found is not None
+    assert found.short == chosen
+    assert machine.has_bf16_products() == (chosen == "vnni")
+
+
+@pytest.mark.exhaustive  # On a machine with AVX-512 this compiles the kernels a second time.
+def test_the_kernels_of_avx2_are_right() -> None:
     said = run_script(ONE, ATEN_CPU_CAPABILITY="avx2")
-    assert "no AVX-512 instructions" in said
+    assert "native avx2 u8 x s8" in said
     assert float(said.splitlines()[-1]) > 45.0
+
+
+def test_attention_in_bfloat16_needs_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "missing_kernels", lambda: None)
+    monkeypatch.setattr(machine, "has_bf16_products", lambda: False)
+    with pytest.raises(BackendError, match=r"no AVX-512 BF16.*export the model here"):
+        Native().make_ready(["fxquant_native::vnni_linear", "fxquant_native::bf16_attention_values"])
 
 
 def test_compiled_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@
 
 namespace fxquant {
 
-constexpr int kQueries = 6;      // Rows of queries per tile: times four vectors, 24 accumulators.
+constexpr int kQueries = kWide ? 6 : 4;  // Rows of queries per tile: times four vectors, or one, 24 accumulators or 8.
 
 // acc[r][v] of R rows of factors, four bytes per step, and V vectors. `Bf16` or `Bytes` says what four bytes are.
 template <class Kind, int R, int V>
@@ -30,12 +30,12 @@ void tile(const char* rows, int64_t row_bytes, const char* vectors, int64_t step
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = Kind::zero();
   for (int64_t step = 0; step < steps; ++step) {
-    __m512i right[V];
+    Ints right[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) right[v] = _mm512_loadu_si512(vectors + step * step_bytes + v * 64);
+    for (int v = 0; v < V; ++v) right[v] = simd::loadu_si512(vectors + step * step_bytes + v * 64);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const __m512i left = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(rows + r * row_bytes + step * 4));
+      const Ints left = simd::set1_epi32(*reinterpret_cast<const int32_t*>(rows + r * row_bytes + step * 4));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) Kind::add(acc[r][v], left, right[v]);
     }
@@ -44,27 +44,27 @@ void tile(const char* rows, int64_t row_bytes, const char* vectors, int64_t step
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      _mm512_storeu_si512(static_cast<int32_t*>(out) + r * out_stride + v * kLanes, Kind::bits(acc[r][v]));
+      simd::storeu_si512(static_cast<int32_t*>(out) + r * out_stride + v * kLanes, Kind::bits(acc[r][v]));
 }
 
 #ifdef __AVX512BF16__
 struct Bf16 {
   static constexpr int64_t kEach = 2;  // Values per step.
   using Value = uint16_t;
-  using Sum = __m512;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static void add(Sum& sum, __m512i left, __m512i right) { add_products_bf16(sum, left, right); }
-  static __m512i bits(Sum sum) { return _mm512_castps_si512(sum); }
+  using Sum = Floats;
+  static Sum zero() { return simd::setzero_ps(); }
+  static void add(Sum& sum, Ints left, Ints right) { add_products_bf16(sum, left, right); }
+  static Ints bits(Sum sum) { return simd::castps_si512(sum); }
 };
 #endif
 
 struct Bytes {
   static constexpr int64_t kEach = 4;
   using Value = uint8_t;
-  using Sum = __m512i;
-  static Sum zero() { return _mm512_setzero_si512(); }
-  static void add(Sum& sum, __m512i left, __m512i right) { add_products_u8s8(sum, left, right); }
-  static __m512i bits(Sum sum) { return sum; }
+  using Sum = Ints;
+  static Sum zero() { return simd::setzero_si512(); }
+  static void add(Sum& sum, Ints left, Ints right) { add_products_u8s8(sum, left, right); }
+  static Ints bits(Sum sum) { return sum; }
 };
 
 template <class Kind, int R>
@@ -76,14 +76,18 @@ void some_rows(const char* rows, int64_t row_bytes, const char* vectors, int64_t
     kernel(rows, row_bytes, vectors + v * 64, step_bytes, steps, out + v * kLanes, out_stride);
     v += width;
   };
-  while (count - v >= 6 || count - v == 4) run(tile<Kind, R, 4>, 4);
-  if (count - v == 5) run(tile<Kind, R, 3>, 3);  // Splitting 5 into 3 and 2 keeps more sums in flight than 4 and 1.
-  if (count - v == 3) run(tile<Kind, R, 3>, 3);
-  if (count - v == 2) run(tile<Kind, R, 2>, 2);
-  if (count - v == 1) run(tile<Kind, R, 1>, 1);
+  if constexpr (!kWide) {
+    while (v < count) run(tile<Kind, R, 1>, 1);
+  } else {
+    while (count - v >= 6 || count - v == 4) run(tile<Kind, R, 4>, 4);
+    if (count - v == 5) run(tile<Kind, R, 3>, 3);  // Splitting 5 into 3 and 2 keeps more sums in flight than 4 and 1.
+    if (count - v == 3) run(tile<Kind, R, 3>, 3);
+    if (count - v == 2) run(tile<Kind, R, 2>, 2);
+    if (count - v == 1) run(tile<Kind, R, 1>, 1);
+  }
 }
 
-// Products of up to six rows of factors with `count` vectors, which are stored step by step.
+// Products of up to kQueries rows of factors with `count` vectors, which are stored step by step.
 template <class Kind>
 void product(int64_t row_count, const void* rows, int64_t row_bytes, const void* vectors, int64_t count, int64_t steps,
              void* out, int64_t out_stride) {
@@ -130,13 +134,6 @@ struct Heads {
   }
 };
 
-// One dword from each of 16 rows, which are `row_dwords` apart.
-inline __m512i gather_rows(const void* first, int64_t row_dwords) {
-  const __m512i steps = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                           _mm512_set1_epi32(static_cast<int32_t>(row_dwords)));
-  return _mm512_i32gather_epi32(steps, first, 4);
-}
-
 // The mask that is added to scores, in units of log2; may be none.
 class Mask {
  public:
@@ -175,12 +172,12 @@ class Mask {
 
 // The largest score of a row.
 inline float largest(const float* scores, int64_t keys) {
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 top = lowest;
+  const Floats lowest = simd::set1_ps(-std::numeric_limits<float>::infinity());
+  Floats top = lowest;
   int64_t k = 0;
-  for (; k + kLanes <= keys; k += kLanes) top = _mm512_max_ps(top, _mm512_loadu_ps(scores + k));
-  top = _mm512_max_ps(top, _mm512_mask_loadu_ps(lowest, first_lanes(keys - k), scores + k));
-  return _mm512_reduce_max_ps(top);
+  for (; k + kLanes <= keys; k += kLanes) top = simd::max_ps(top, simd::loadu_ps(scores + k));
+  top = simd::max_ps(top, simd::mask_loadu_ps(lowest, first_lanes(keys - k), scores + k));
+  return simd::reduce_max_ps(top);
 }
 
 // Calls `use` with 2**(score - largest), 16 powers at a time. Powers beyond `keys` are 0; if all keys are masked, all
@@ -188,24 +185,24 @@ inline float largest(const float* scores, int64_t keys) {
 template <class Use>
 inline __attribute__((always_inline)) float soften(const float* scores, int64_t keys, float largest, const Use& use) {
   if (largest == -std::numeric_limits<float>::infinity()) {
-    for (int64_t k = 0; k < keys; k += kLanes) use(k, _mm512_setzero_ps());
+    for (int64_t k = 0; k < keys; k += kLanes) use(k, simd::setzero_ps());
     return 0.0f;
   }
-  const __m512 highest = _mm512_set1_ps(largest);
-  __m512 total = _mm512_setzero_ps();
+  const Floats highest = simd::set1_ps(largest);
+  Floats total = simd::setzero_ps();
   int64_t k = 0;
   for (; k + kLanes <= keys; k += kLanes) {
-    const __m512 power = exp2<4>(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest));
+    const Floats power = exp2<4>(simd::sub_ps(simd::loadu_ps(scores + k), highest));
     use(k, power);
-    total = _mm512_add_ps(total, power);
+    total = simd::add_ps(total, power);
   }
   if (k < keys) {
-    const __m512 power = _mm512_maskz_mov_ps(first_lanes(keys - k),
-                                             exp2<4>(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest)));
+    const Floats power = simd::maskz_mov_ps(first_lanes(keys - k),
+                                             exp2<4>(simd::sub_ps(simd::loadu_ps(scores + k), highest)));
     use(k, power);
-    total = _mm512_add_ps(total, power);
+    total = simd::add_ps(total, power);
   }
-  return 1.0f / _mm512_reduce_add_ps(total);
+  return 1.0f / simd::reduce_add_ps(total);
 }
 
 // Writes rows of the result, real values or codes.
@@ -226,11 +223,11 @@ struct Output {
   }
 
   template <class T>
-  void write(int64_t batch, int64_t at, __mmask16 lanes, __m512 value) const {
+  void write(int64_t batch, int64_t at, Lanes lanes, Floats value) const {
     if (codes)
-      _mm_mask_storeu_epi8(static_cast<uint8_t*>(data) + at, lanes,
-                           quantize(value, _mm512_set1_ps(inverse_scale[batch]),
-                                    _mm512_set1_epi32(zero_point[batch]), _mm512_set1_epi32(qmax)));
+      simd::mask_storeu_epi8(static_cast<uint8_t*>(data) + at, lanes,
+                           quantize(value, simd::set1_ps(inverse_scale[batch]),
+                                    simd::set1_epi32(zero_point[batch]), simd::set1_epi32(qmax)));
     else
       store(static_cast<T*>(data) + at, lanes, value);
     if (values) store(values + at, lanes, value);

@@ -15,7 +15,7 @@ class Bf16Worker {
  public:
   Bf16Worker(const Heads<T>& q, const Heads<T>& k, const Heads<T>& v, const Mask& mask, float scale,
              const Output& output)
-      : q_(q), k_(k), v_(v), mask_(mask), scale_(_mm512_set1_ps(scale * kLog2E)), output_(output), keys_(k.tokens),
+      : q_(q), k_(k), v_(v), mask_(mask), scale_(simd::set1_ps(scale * kLog2E)), output_(output), keys_(k.tokens),
         depth_(q.channels), channels_(v.channels), key_vectors_(divide_up(keys_, kLanes)),
         channel_vectors_(divide_up(channels_, kLanes)), depth_steps_(divide_up(depth_, 2)),
         key_steps_(divide_up(keys_, 2)), width_(key_vectors_ * kLanes), wide_(channel_vectors_ * kLanes),
@@ -30,11 +30,11 @@ class Bf16Worker {
       const int64_t count = std::min(kLanes, keys_ - key);
       for (int64_t r = 0; r < count; ++r) {
         k_.prefetch(keys + std::min(key + r + kLanes, keys_ - 1) * k_.token_stride);
-        convert(keys + (key + r) * k_.token_stride, r, _mm512_set1_ps(1.0f));
+        convert(keys + (key + r) * k_.token_stride, r, simd::set1_ps(1.0f));
       }
       for (int64_t step = 0; step < depth_steps_; ++step)
-        _mm512_storeu_si512(packed_k_.data() + (step * width_ + key) * 2,
-                            gather_rows(rows_.data() + step * 2, depth_steps_));
+        simd::storeu_si512(packed_k_.data() + (step * width_ + key) * 2,
+                            simd::gather_rows(rows_.data() + step * 2, depth_steps_));
     }
     const T* values = v_.at(batch, head);
     for (int64_t key = 0; key < keys_; key += 2) {
@@ -43,11 +43,11 @@ class Bf16Worker {
       for (int64_t ahead = kLanes; ahead < kLanes + 2; ++ahead)
         v_.prefetch(values + std::min(key + ahead, keys_ - 1) * v_.token_stride);
       for (int64_t d = 0; d < channels_; d += kLanes) {
-        const __mmask16 lanes = first_lanes(channels_ - d);
-        const __m512i low = _mm512_cvtepu16_epi32(to_bf16(load(even + d, lanes)));
-        const __m512i high = odd ? _mm512_cvtepu16_epi32(to_bf16(load(odd + d, lanes))) : _mm512_setzero_si512();
-        _mm512_storeu_si512(packed_v_.data() + (key / 2 * wide_ + d) * 2,
-                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const Lanes lanes = first_lanes(channels_ - d);
+        const Ints low = simd::cvtepu16_epi32(to_bf16(load(even + d, lanes)));
+        const Ints high = odd ? simd::cvtepu16_epi32(to_bf16(load(odd + d, lanes))) : simd::setzero_si512();
+        simd::storeu_si512(packed_v_.data() + (key / 2 * wide_ + d) * 2,
+                            simd::or_si512(low, simd::slli_epi32(high, 16)));
       }
     }
   }
@@ -64,34 +64,34 @@ class Bf16Worker {
     for (int64_t r = 0; r < count; ++r) {
       float* scores = scores_.data() + r * width_;
       mask_.add(scores, batch_, head_, first + r, keys_);
-      inverses[r] = soften(scores, keys_, largest(scores, keys_), [&](int64_t k, __m512 power) __attribute__((always_inline)) {
+      inverses[r] = soften(scores, keys_, largest(scores, keys_), [&](int64_t k, Floats power) __attribute__((always_inline)) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(powers_.data() + r * width_ + k), to_bf16(power));
       });
     }
     product<Bf16>(count, powers_.data(), width_ * 2, packed_v_.data(), channel_vectors_, key_steps_, sums_.data(),
                   wide_);
     for (int64_t r = 0; r < count; ++r) {
-      const __m512 inverse = _mm512_set1_ps(inverses[r]);
+      const Floats inverse = simd::set1_ps(inverses[r]);
       const int64_t at = output_.row(batch_, head_, first + r);
       for (int64_t d = 0; d < channels_; d += kLanes)
         output_.template write<Out>(batch_, at + d, first_lanes(channels_ - d),
-                                  _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * wide_ + d), inverse));
+                                  simd::mul_ps(simd::loadu_ps(sums_.data() + r * wide_ + d), inverse));
     }
   }
 
  private:
   // Converts one row to bfloat16, `depth_steps_` dwords.
-  void convert(const T* from, int64_t row, __m512 factor) {
+  void convert(const T* from, int64_t row, Floats factor) {
     for (int64_t d = 0; d < depth_; d += kLanes) {
-      const __mmask16 lanes = first_lanes(depth_ - d);
-      _mm256_mask_storeu_epi16(rows_.data() + row * depth_steps_ * 2 + d, lanes,
-                               to_bf16(_mm512_mul_ps(load(from + d, lanes), factor)));
+      const Lanes lanes = first_lanes(depth_ - d);
+      simd::mask_storeu_epi16(rows_.data() + row * depth_steps_ * 2 + d, lanes,
+                               to_bf16(simd::mul_ps(load(from + d, lanes), factor)));
     }
   }
 
   const Heads<T>&q_, &k_, &v_;
   const Mask& mask_;
-  __m512 scale_;
+  Floats scale_;
   const Output& output_;
   int64_t keys_, depth_, channels_, key_vectors_, channel_vectors_, depth_steps_, key_steps_, width_, wide_;
   std::vector<uint16_t> packed_k_, packed_v_, rows_;

@@ -69,7 +69,7 @@ class UpPanel {
     for (int64_t byte = 0; byte < branch_.rank * branch_.bytes; byte += 64) __builtin_prefetch(from + byte);
   }
 
-  // Strength times the products of `count` rows, 1 to 12, float32 [count][32].
+  // Strength times the products of `count` rows, 1 to kFactorRows, float32 [count][32].
   void multiply(int64_t row, int64_t count, float* sums) const {
     const int64_t row_bytes = branch_.stride * branch_.bytes;
     factor_kernels(branch_.bf16, false)[count - 1](branch_.inner + row * row_bytes, row_bytes, panel_.data(), steps_,

@@ -1,7 +1,7 @@
 // The inner values `a x` of branches of low rank, for rows that a kernel quantizes.
 //
-// A worker writes up to 12 rows of x into its own memory while it quantizes them. Then they are multiplied with the
-// panels of `a`: twelve accumulators of 32 inner values need one load of `a` for two products of each row.
+// A worker writes up to kFactorRows rows of x into its own memory while it quantizes them. Then they are multiplied with the
+// panels of `a`: a tile needs one load of `a` for two products of each row.
 
 #pragma once
 
@@ -50,12 +50,12 @@ class Down {
   std::vector<char> scratch() const { return std::vector<char>(kDownRows * row_bytes_); }
 
   // Keeps 16 values of a row of the scratch memory.
-  void keep(char* row, int64_t channel, __m512 value) const {
+  void keep(char* row, int64_t channel, Floats value) const {
     if (bf16_) _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + channel * 2), to_bf16(value));
-    else _mm512_storeu_ps(row + channel * 4, value);
+    else simd::storeu_ps(row + channel * 4, value);
   }
 
-  // Inner values of `count` rows, 1 to 12, that are `row_bytes` apart, written to rows `row` and following of `inner`.
+  // Inner values of `count` rows, 1 to kFactorRows, that are `row_bytes` apart, written to rows `row` and following of `inner`.
   void multiply(const char* rows, int64_t row_bytes, int64_t count, void* inner, int64_t row) const {
     alignas(64) float sums[kDownRows * kFactorPanel];
     for (int64_t column = 0; column < width_; column += kFactorPanel) {
@@ -65,7 +65,7 @@ class Down {
       for (int64_t r = 0; r < count; ++r)
         for (int64_t c = 0; c < columns; c += kLanes) {
           const int64_t at = (row + r) * width_ + column + c;
-          const __m512 value = _mm512_loadu_ps(sums + r * kFactorPanel + c);
+          const Floats value = simd::loadu_ps(sums + r * kFactorPanel + c);
           if (bf16_) store(static_cast<c10::BFloat16*>(inner) + at, first_lanes(columns - c), value);
           else store(static_cast<float*>(inner) + at, first_lanes(columns - c), value);
         }

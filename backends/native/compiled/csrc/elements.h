@@ -27,12 +27,12 @@ alignas(64) constexpr float kNF4[kLanes] = {
 // Elements of 4 bits, looked up in a table of sixteen numbers.
 class Table {
  public:
-  explicit Table(const float* numbers) : numbers_(_mm512_load_ps(numbers)) {}
+  explicit Table(const float* numbers) : numbers_(simd::load_ps(numbers)) {}
 
-  __m512 operator()(__m512i codes) const { return _mm512_permutexvar_ps(codes, numbers_); }
+  Floats operator()(Ints codes) const { return simd::permutexvar_ps(codes, numbers_); }
 
  private:
-  __m512 numbers_;
+  Floats numbers_;
 };
 
 // Floats of 6 or 8 bits with a sign. Moved into the place of a half, they are too small by a constant power of two.
@@ -40,29 +40,29 @@ class SmallFloat {
  public:
   // `flips` says that the sign bit is stored inverted; `nan` is the magnitude that stands for NaN, or -1.
   SmallFloat(int exponent_bits, int mantissa_bits, int nan, bool flips)
-      : magnitude_(_mm512_set1_epi32((1 << (exponent_bits + mantissa_bits)) - 1)),
-        sign_(_mm512_set1_epi32(0x8000)),
-        flip_(_mm512_set1_epi32(flips ? 0x8000 : 0)),
-        nan_(_mm512_set1_epi32(nan)),
+      : magnitude_(simd::set1_epi32((1 << (exponent_bits + mantissa_bits)) - 1)),
+        sign_(simd::set1_epi32(0x8000)),
+        flip_(simd::set1_epi32(flips ? 0x8000 : 0)),
+        nan_(simd::set1_epi32(nan)),
         shift_(_mm_cvtsi32_si128(kHalfMantissa - mantissa_bits)),
         sign_shift_(_mm_cvtsi32_si128(15 - exponent_bits - mantissa_bits)),
-        power_(_mm512_set1_ps(static_cast<float>(1 << (kHalfBias - ((1 << (exponent_bits - 1)) - 1))))) {}
+        power_(simd::set1_ps(static_cast<float>(1 << (kHalfBias - ((1 << (exponent_bits - 1)) - 1))))) {}
 
-  __m512 operator()(__m512i codes) const {
-    const __m512i magnitude = _mm512_and_si512(codes, magnitude_);
-    const __m512i sign = _mm512_xor_si512(_mm512_and_si512(_mm512_sll_epi32(codes, sign_shift_), sign_), flip_);
-    const __m512i half = _mm512_or_si512(_mm512_sll_epi32(magnitude, shift_), sign);
-    const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), power_);
-    return _mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(magnitude, nan_),
-                              _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000)));
+  Floats operator()(Ints codes) const {
+    const Ints magnitude = simd::and_si512(codes, magnitude_);
+    const Ints sign = simd::xor_si512(simd::and_si512(simd::sll_epi32(codes, sign_shift_), sign_), flip_);
+    const Ints half = simd::or_si512(simd::sll_epi32(magnitude, shift_), sign);
+    const Floats value = simd::mul_ps(simd::cvtph_ps(simd::cvtepi32_epi16(half)), power_);
+    return simd::castsi512_ps(
+        simd::where_equal(magnitude, nan_, simd::set1_epi32(0x7FC00000), simd::castps_si512(value)));
   }
 
  private:
   static constexpr int kHalfMantissa = 10, kHalfBias = 15;
 
-  __m512i magnitude_, sign_, flip_, nan_;
+  Ints magnitude_, sign_, flip_, nan_;
   __m128i shift_, sign_shift_;
-  __m512 power_;
+  Floats power_;
 };
 
 constexpr int kNanE4M3 = 0x7F;
@@ -70,24 +70,23 @@ constexpr int kNanE4M3 = 0x7F;
 // Scales as they are stored.
 enum class ScaleKind { kFloat32, kE8M0, kE4M3 };
 
-inline __m512i widened(const uint8_t* bytes) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+inline Ints widened(const uint8_t* bytes) {
+  return simd::cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }
 
 // Sixteen scales, from number `at` on. Scales in e4m3 are multiplied by the scale of the tensor.
-inline __m512 load_scales(ScaleKind kind, const void* scales, int64_t at, __m512 global) {
+inline Floats load_scales(ScaleKind kind, const void* scales, int64_t at, Floats global) {
   switch (kind) {
     case ScaleKind::kFloat32:
-      return _mm512_loadu_ps(static_cast<const float*>(scales) + at);
+      return simd::loadu_ps(static_cast<const float*>(scales) + at);
     case ScaleKind::kE8M0: {  // 2**(code - 127), of which 2**-127 has no exponent; 255 is NaN.
-      const __m512i codes = widened(static_cast<const uint8_t*>(scales) + at);
-      __m512i bits = _mm512_slli_epi32(codes, 23);
-      bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(codes, codes), _mm512_set1_epi32(1 << 22));
-      const __mmask16 nan = _mm512_cmpeq_epi32_mask(codes, _mm512_set1_epi32(255));
-      return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7FC00000)));
+      const Ints codes = widened(static_cast<const uint8_t*>(scales) + at);
+      Ints bits = simd::slli_epi32(codes, 23);
+      bits = simd::where_equal(codes, simd::setzero_si512(), simd::set1_epi32(1 << 22), bits);
+      return simd::castsi512_ps(simd::where_equal(codes, simd::set1_epi32(255), simd::set1_epi32(0x7FC00000), bits));
     }
     case ScaleKind::kE4M3:
-      return _mm512_mul_ps(SmallFloat(4, 3, kNanE4M3, false)(widened(static_cast<const uint8_t*>(scales) + at)),
+      return simd::mul_ps(SmallFloat(4, 3, kNanE4M3, false)(widened(static_cast<const uint8_t*>(scales) + at)),
                            global);
   }
   return global;

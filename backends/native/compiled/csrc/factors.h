@@ -13,7 +13,7 @@
 
 namespace fxquant {
 
-constexpr int kFactorRows = 12;       // Rows per tile: 24 accumulators leave 8 registers for operands.
+constexpr int kFactorRows = kWide ? 12 : 6;  // Rows per tile: of 32 registers, 24 hold sums; of 16, 12.
 constexpr int64_t kFactorPanel = 32;  // Columns per panel.
 
 #ifdef __AVX512BF16__
@@ -26,42 +26,42 @@ constexpr bool kHasBf16 = false;
 inline int64_t factor_steps(int64_t depth, bool bf16) { return bf16 ? divide_up(depth, 2) : depth; }
 
 // Transposes 16 rows of 16 dwords.
-inline __attribute__((always_inline)) void transpose(__m512i (&v)[16]) {
-  __m512i t[16];
+inline __attribute__((always_inline)) void transpose(Ints (&v)[16]) {
+  Ints t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    t[i] = simd::unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = simd::unpackhi_epi32(v[i], v[i + 1]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4)
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      v[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + half + 2]);
-      v[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + half + 2]);
+      v[i + 2 * half] = simd::unpacklo_epi64(t[i + half], t[i + half + 2]);
+      v[i + 2 * half + 1] = simd::unpackhi_epi64(t[i + half], t[i + half + 2]);
     }
   // Now 128 bits number `n` of v[i + j] hold column 4 n + j of rows i to i + 3.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), odd = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
-    const __m512i more_even = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
-    const __m512i more_odd = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(even, more_even, 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
-    t[12 + j] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
+    const Ints even = simd::shuffle_i32x4<0x88>(v[j], v[4 + j]), odd = simd::shuffle_i32x4<0xdd>(v[j], v[4 + j]);
+    const Ints more_even = simd::shuffle_i32x4<0x88>(v[8 + j], v[12 + j]);
+    const Ints more_odd = simd::shuffle_i32x4<0xdd>(v[8 + j], v[12 + j]);
+    t[j] = simd::shuffle_i32x4<0x88>(even, more_even);
+    t[4 + j] = simd::shuffle_i32x4<0x88>(odd, more_odd);
+    t[8 + j] = simd::shuffle_i32x4<0xdd>(even, more_even);
+    t[12 + j] = simd::shuffle_i32x4<0xdd>(odd, more_odd);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
 // 16 dwords of a row of float32 values, from dword `step`; zeros after its end.
-inline __m512i factor_dwords(const float* row, int64_t depth, int64_t step, bool bf16) {
-  if (!bf16) return _mm512_castps_si512(load(row + step, first_lanes(depth - step)));
+inline Ints factor_dwords(const float* row, int64_t depth, int64_t step, bool bf16) {
+  if (!bf16) return simd::castps_si512(load(row + step, first_lanes(depth - step)));
   const int64_t at = 2 * step;
   const __m256i low = to_bf16(load(row + at, first_lanes(depth - at)));
   const __m256i high = to_bf16(load(row + at + kLanes, first_lanes(depth - at - kLanes)));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  return simd::join(low, high);
 }
 
 // Packs up to 32 columns of a factor; `row(column)` is the float32 row of a column, or null for zeros.
@@ -72,12 +72,12 @@ void pack_factor(int64_t depth, bool bf16, uint32_t* panel, const Row& row) {
     const float* rows[kLanes];
     for (int64_t c = 0; c < kLanes; ++c) rows[c] = row(first + c);
     for (int64_t step = 0; step < steps; step += kLanes) {
-      __m512i block[kLanes];
+      Ints block[kLanes];
       for (int64_t c = 0; c < kLanes; ++c)
-        block[c] = rows[c] ? factor_dwords(rows[c], depth, step, bf16) : _mm512_setzero_si512();
+        block[c] = rows[c] ? factor_dwords(rows[c], depth, step, bf16) : simd::setzero_si512();
       transpose(block);
       for (int64_t n = 0; n < std::min(kLanes, steps - step); ++n)
-        _mm512_storeu_si512(panel + (step + n) * kFactorPanel + first, block[n]);
+        simd::storeu_si512(panel + (step + n) * kFactorPanel + first, block[n]);
     }
   }
 }
@@ -86,28 +86,33 @@ void pack_factor(int64_t depth, bool bf16, uint32_t* panel, const Row& row) {
 template <int R, int V, bool kBf16>
 __attribute__((noinline)) void factor_products(const char* x, int64_t row_bytes, const uint32_t* panel, int64_t steps,
                                                float strength, float* sums) {
-  __m512 acc[R][V];
+  if constexpr (!kWide && V == 2) {  // One vector at a time, so that the registers hold all sums.
+    factor_products<R, 1, kBf16>(x, row_bytes, panel, steps, strength, sums);
+    factor_products<R, 1, kBf16>(x, row_bytes, panel + kLanes, steps, strength, sums + kLanes);
+    return;
+  }
+  Floats acc[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) acc[r][v] = simd::setzero_ps();
   for (int64_t step = 0; step < steps; ++step, panel += kFactorPanel) {
-    __m512i w[V];
+    Ints w[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       _mm_prefetch(reinterpret_cast<const char*>(panel + v * kLanes) + 1024, _MM_HINT_T0);
-      w[v] = _mm512_loadu_si512(panel + v * kLanes);
+      w[v] = simd::loadu_si512(panel + v * kLanes);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const __m512i value = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x + r * row_bytes + step * 4));
+      const Ints value = simd::set1_epi32(*reinterpret_cast<const int32_t*>(x + r * row_bytes + step * 4));
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
 #ifdef __AVX512BF16__
         if constexpr (kBf16) add_products_bf16(acc[r][v], value, w[v]);
         else
 #endif
-          acc[r][v] = _mm512_fmadd_ps(_mm512_castsi512_ps(value), _mm512_castsi512_ps(w[v]), acc[r][v]);
+          acc[r][v] = simd::fmadd_ps(simd::castsi512_ps(value), simd::castsi512_ps(w[v]), acc[r][v]);
       }
     }
   }
@@ -115,7 +120,7 @@ __attribute__((noinline)) void factor_products(const char* x, int64_t row_bytes,
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v)
-      _mm512_storeu_ps(sums + r * kFactorPanel + v * kLanes, _mm512_mul_ps(acc[r][v], _mm512_set1_ps(strength)));
+      simd::storeu_ps(sums + r * kFactorPanel + v * kLanes, simd::mul_ps(acc[r][v], simd::set1_ps(strength)));
 }
 
 using FactorProducts = void (*)(const char*, int64_t, const uint32_t*, int64_t, float, float*);
@@ -125,7 +130,7 @@ constexpr std::array<FactorProducts, kFactorRows> make_factor_products(std::inde
   return {factor_products<R + 1, V, kBf16>...};
 }
 
-// The products for 1 to 12 rows, of the first 16 or of all 32 columns of a panel.
+// The products for 1 to kFactorRows rows, of the first 16 or of all 32 columns of a panel.
 inline const std::array<FactorProducts, kFactorRows>& factor_kernels(bool bf16, bool half) {
   using Rows = std::make_index_sequence<kFactorRows>;
   static constexpr std::array<FactorProducts, kFactorRows> kernels[2][2] = {

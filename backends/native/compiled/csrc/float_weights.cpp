@@ -1,6 +1,6 @@
 // Linears of float inputs and weights in float formats of 4 to 8 bits, summed in float32.
 //
-// The weight is stored in panels as for vnni_linear (linear.cpp), its scales in panels too. Up to six rows of inputs
+// The weight is stored in panels as for vnni_linear (linear.cpp), its scales in panels too. Up to kFew rows of inputs
 // are multiplied with elements in registers; scales multiply the sums of groups. For more rows, 16 KiB of a panel are
 // decoded at a time, each weight as the reference decodes it, and then multiplied with all rows.
 
@@ -20,7 +20,7 @@ namespace fxquant {
 namespace {
 
 constexpr int64_t kPanel = kFactorPanel;
-constexpr int kFew = 6;                 // Rows that are multiplied with elements in registers.
+constexpr int kFew = kWide ? 6 : 3;     // Rows that are multiplied with elements in registers.
 constexpr int64_t kDwords = 128;        // Decoded dwords per output: 16 KiB per panel, half of a first-level cache.
 constexpr int64_t kMostRows = 512;      // Rows whose sums one worker holds.
 
@@ -34,10 +34,10 @@ struct Task {
   int64_t groups;
   ScaleKind kind;
   const void* scales;  // [panels][groups][32]
-  __m512 global;
+  Floats global;
   const float* bias;  // [panels * 32]
 
-  __m512 scales_of(int64_t panel, int64_t group, int v) const {
+  Floats scales_of(int64_t panel, int64_t group, int v) const {
     return load_scales(kind, scales, (panel * groups + group) * kPanel + v * kLanes, global);
   }
 };
@@ -51,11 +51,11 @@ inline __attribute__((always_inline)) void each_pair(const Element& element, con
   for (int64_t input = begin; input < end; input += kCodes) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const __m512i bytes = _mm512_loadu_si512(panel + input / kCodes * 128 + v * 64);
+      const Ints bytes = simd::loadu_si512(panel + input / kCodes * 128 + v * 64);
 #pragma GCC unroll 4
       for (int code = 0; code < kCodes; code += 2) {
         const int bit = code % 4 * 8 + code / 4 * 4;
-        use(input + code, v, element(_mm512_srli_epi32(bytes, bit)), element(_mm512_srli_epi32(bytes, bit + 8)));
+        use(input + code, v, element(simd::srli_epi32(bytes, bit)), element(simd::srli_epi32(bytes, bit + 8)));
       }
     }
   }
@@ -66,34 +66,34 @@ template <int R, bool kHalves, class Element>
 __attribute__((noinline)) void few_rows(const Task& task, const Element& element, int64_t panel, float* out) {
   const float* x = reinterpret_cast<const float*>(task.x);
   const int8_t* weight = task.weight + panel * task.panel_bytes;
-  __m512 total[R][2];
+  Floats total[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 2; ++v) total[r][v] = _mm512_loadu_ps(task.bias + panel * kPanel + v * kLanes);
+    for (int v = 0; v < 2; ++v) total[r][v] = simd::loadu_ps(task.bias + panel * kPanel + v * kLanes);
   for (int64_t group = 0; group < task.groups; ++group) {
-    __m512 acc[R][2];
+    Floats acc[R][2];
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = simd::setzero_ps();
     const int64_t begin = group * task.group, end = std::min(task.width, begin + task.group);
-    each_pair<kHalves>(element, weight, begin, end, [&](int64_t input, int v, __m512 w, __m512 next)
+    each_pair<kHalves>(element, weight, begin, end, [&](int64_t input, int v, Floats w, Floats next)
                            __attribute__((always_inline)) {
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const float* at = x + r * task.width + input;
-        acc[r][v] = _mm512_fmadd_ps(_mm512_set1_ps(at[0]), w, acc[r][v]);
-        acc[r][v] = _mm512_fmadd_ps(_mm512_set1_ps(at[1]), next, acc[r][v]);
+        acc[r][v] = simd::fmadd_ps(simd::set1_ps(at[0]), w, acc[r][v]);
+        acc[r][v] = simd::fmadd_ps(simd::set1_ps(at[1]), next, acc[r][v]);
       }
     });
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const __m512 scale = task.scales_of(panel, group, v);
+      const Floats scale = task.scales_of(panel, group, v);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) total[r][v] = _mm512_fmadd_ps(scale, acc[r][v], total[r][v]);
+      for (int r = 0; r < R; ++r) total[r][v] = simd::fmadd_ps(scale, acc[r][v], total[r][v]);
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * kPanel + v * kLanes, total[r][v]);
+    for (int v = 0; v < 2; ++v) simd::storeu_ps(out + r * kPanel + v * kLanes, total[r][v]);
 }
 
 // Decodes inputs [begin, end) of a panel: one dword of float32 per input and output, or of two bfloat16 of neighbours.
@@ -103,19 +103,19 @@ __attribute__((noinline)) void decode(const Task& task, const Element& element, 
   const int8_t* weight = task.weight + panel * task.panel_bytes;
   for (int64_t from = begin; from < end;) {
     const int64_t group = from / task.group, until = std::min(end, (group + 1) * task.group);
-    const __m512 scales[2] = {task.scales_of(panel, group, 0), task.scales_of(panel, group, 1)};
-    each_pair<kHalves>(element, weight, from, until, [&](int64_t input, int v, __m512 w, __m512 next)
+    const Floats scales[2] = {task.scales_of(panel, group, 0), task.scales_of(panel, group, 1)};
+    each_pair<kHalves>(element, weight, from, until, [&](int64_t input, int v, Floats w, Floats next)
                            __attribute__((always_inline)) {
-      w = _mm512_mul_ps(w, scales[v]);
-      next = _mm512_mul_ps(next, scales[v]);
+      w = simd::mul_ps(w, scales[v]);
+      next = simd::mul_ps(next, scales[v]);
       if constexpr (kBf16) {
-        const __m512i low = _mm512_cvtepu16_epi32(to_bf16(w)), high = _mm512_cvtepu16_epi32(to_bf16(next));
-        _mm512_storeu_si512(to + (input - begin) / 2 * kPanel + v * kLanes,
-                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const Ints low = simd::cvtepu16_epi32(to_bf16(w)), high = simd::cvtepu16_epi32(to_bf16(next));
+        simd::storeu_si512(to + (input - begin) / 2 * kPanel + v * kLanes,
+                            simd::or_si512(low, simd::slli_epi32(high, 16)));
       } else {
         uint32_t* at = to + (input - begin) * kPanel + v * kLanes;
-        _mm512_storeu_ps(at, w);
-        _mm512_storeu_ps(at + kPanel, next);
+        simd::storeu_ps(at, w);
+        simd::storeu_ps(at + kPanel, next);
       }
     });
     from = until;
@@ -141,7 +141,7 @@ void many_rows(const Task& task, const Element& element, int64_t panel, int64_t 
                                 factor_steps(end - begin, task.bf16), 1.0f, sums);
       for (int64_t at = 0; at < (bottom - top) * kPanel; at += kLanes) {
         float* to = out + top * kPanel + at;
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sums + at)));
+        simd::storeu_ps(to, simd::add_ps(simd::loadu_ps(to), simd::load_ps(sums + at)));
       }
     }
   }
@@ -227,13 +227,13 @@ at::Tensor float_weight_linear(const at::Tensor& x, const at::Tensor& weight, co
   const Task task{static_cast<const char*>(real.const_data_ptr()), rows, width, bf16,
                   static_cast<const int8_t*>(weight.const_data_ptr()), weight.size(1) * 128,
                   group_size ? group_size : width, w_scale.size(1), held.scales, w_scale.const_data_ptr(),
-                  _mm512_set1_ps(global), added.data()};
+                  simd::set1_ps(global), added.data()};
   const auto start = [&](auto* to) {
     const auto write = [&](int64_t panel, int64_t first, int64_t last, const float* values) {
       for (int64_t row = first; row < last; ++row)
         for (int64_t column = 0; column < kPanel; column += kLanes)
           store(to + row * out_features + panel * kPanel + column, first_lanes(out_features - panel * kPanel - column),
-                _mm512_loadu_ps(values + (row - first) * kPanel + column));
+                simd::loadu_ps(values + (row - first) * kPanel + column));
     };
     if (!held.table) run<false>(task, held.element(), panels, write);
     else if (halves) run<true>(task, Table(held.table), panels, write);

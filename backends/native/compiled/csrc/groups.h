@@ -48,35 +48,35 @@ void accumulate_groups(const Groups& groups, const uint8_t* codes, int64_t row_b
                        int64_t all_quads, int64_t column, const int32_t* code_sums, float* totals) {
   // A function of its own per group keeps the sums in registers; inlined here, the compiler spills them.
   constexpr auto product = accumulate<R, kHalves, kSubtracts>;
-  const __m512i spread = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
-  const __mmask16 lanes[2] = {first_lanes(groups.out - column), first_lanes(groups.out - column - kLanes)};
+  const Ints spread = simd::set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  const Lanes lanes[2] = {first_lanes(groups.out - column), first_lanes(groups.out - column - kLanes)};
   alignas(64) int32_t sums[R * kPanel];
   alignas(64) int8_t zero[2 * 64];
   std::fill_n(totals, R * kPanel, 0.0f);
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t begin = group * groups.quads, grid = group * groups.out + column;
     const auto zero_points = [&](int v) __attribute__((always_inline)) {
-      return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes[v], groups.zero_point + grid + v * kLanes));
+      return simd::cvtepu8_epi32(simd::maskz_loadu_epi8(lanes[v], groups.zero_point + grid + v * kLanes));
     };
     if constexpr (kSubtracts)
-      for (int v = 0; v < 2; ++v) _mm512_store_si512(zero + v * 64, _mm512_shuffle_epi8(zero_points(v), spread));
-    product(codes + begin * 4, row_bytes, panel + begin * (kHalves ? 64 : 128),
+      for (int v = 0; v < 2; ++v) simd::store_si512(zero + v * 64, simd::shuffle_epi8(zero_points(v), spread));
+    product(codes + begin * kQuadBytes<kHalves>, row_bytes, panel + begin * (kHalves ? 64 : 128),
             std::min(groups.quads, all_quads - begin), zero, sums);
     for (int v = 0; v < 2; ++v) {
-      const __m512 scale = _mm512_maskz_loadu_ps(lanes[v], groups.scale + grid + v * kLanes);
+      const Floats scale = simd::maskz_loadu_ps(lanes[v], groups.scale + grid + v * kLanes);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const int64_t at = r * kPanel + v * kLanes;
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + at));
-        _mm512_store_ps(totals + at, _mm512_fmadd_ps(sum, scale, _mm512_load_ps(totals + at)));
+        const Floats sum = simd::cvtepi32_ps(simd::load_si512(sums + at));
+        simd::store_ps(totals + at, simd::fmadd_ps(sum, scale, simd::load_ps(totals + at)));
       }
       if (kSubtracts || !code_sums) continue;
-      const __m512i shift = _mm512_sub_epi32(zero_points(v), _mm512_set1_epi32(128));
-      const __m512 step = _mm512_mul_ps(_mm512_cvtepi32_ps(shift), scale);
+      const Ints shift = simd::sub_epi32(zero_points(v), simd::set1_epi32(128));
+      const Floats step = simd::mul_ps(simd::cvtepi32_ps(shift), scale);
       for (int r = 0; r < R; ++r) {
         const int64_t at = r * kPanel + v * kLanes;
-        const __m512 sum = _mm512_set1_ps(static_cast<float>(code_sums[r * groups.count + group]));
-        _mm512_store_ps(totals + at, _mm512_fnmadd_ps(step, sum, _mm512_load_ps(totals + at)));
+        const Floats sum = simd::set1_ps(static_cast<float>(code_sums[r * groups.count + group]));
+        simd::store_ps(totals + at, simd::fnmadd_ps(step, sum, simd::load_ps(totals + at)));
       }
     }
   }

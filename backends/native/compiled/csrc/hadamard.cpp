@@ -19,27 +19,27 @@ namespace {
 
 // The sums and differences of lanes that are `kStep` apart: a, b become a + b, a - b.
 template <int kStep>
-inline __attribute__((always_inline)) __m512 within(__m512 x) {
-  __m512 other;
-  __mmask16 negative;
+inline __attribute__((always_inline)) Floats within(Floats x) {
+  Floats other;
+  Lanes negative;
   if constexpr (kStep == 1) {
-    other = _mm512_permute_ps(x, 0b10110001);
+    other = simd::permute_ps<0b10110001>(x);
     negative = 0xaaaa;
   } else if constexpr (kStep == 2) {
-    other = _mm512_permute_ps(x, 0b01001110);
+    other = simd::permute_ps<0b01001110>(x);
     negative = 0xcccc;
   } else if constexpr (kStep == 4) {
-    other = _mm512_shuffle_f32x4(x, x, 0b10110001);
+    other = simd::shuffle_f32x4<0b10110001>(x, x);
     negative = 0xf0f0;
   } else {
-    other = _mm512_shuffle_f32x4(x, x, 0b01001110);
+    other = simd::shuffle_f32x4<0b01001110>(x, x);
     negative = 0xff00;
   }
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, other), negative, other, x);
+  return simd::mask_sub_ps(simd::add_ps(x, other), negative, other, x);
 }
 
 // Steps of up to `block` within one vector.
-inline __attribute__((always_inline)) __m512 transform_vector(__m512 x, int64_t block) {
+inline __attribute__((always_inline)) Floats transform_vector(Floats x, int64_t block) {
   if (block > 1) x = within<1>(x);
   if (block > 2) x = within<2>(x);
   if (block > 4) x = within<4>(x);
@@ -50,26 +50,26 @@ inline __attribute__((always_inline)) __m512 transform_vector(__m512 x, int64_t 
 // Transforms a row of whole vectors in place. Blocks of less than a vector divide the vectors.
 void transform(float* row, int64_t width, int64_t block) {
   for (int64_t c = 0; c < width; c += kLanes)
-    _mm512_store_ps(row + c, transform_vector(_mm512_load_ps(row + c), block));
+    simd::store_ps(row + c, transform_vector(simd::load_ps(row + c), block));
   int64_t step = kLanes;
   for (; step * 4 <= block; step *= 4)  // Two steps at a time halve the loads and stores.
     for (int64_t base = 0; base < width; base += step * 4)
       for (int64_t c = base; c < base + step; c += kLanes) {
-        const __m512 a = _mm512_load_ps(row + c), b = _mm512_load_ps(row + c + step);
-        const __m512 d = _mm512_load_ps(row + c + 2 * step), e = _mm512_load_ps(row + c + 3 * step);
-        const __m512 ab = _mm512_add_ps(a, b), a_b = _mm512_sub_ps(a, b);
-        const __m512 de = _mm512_add_ps(d, e), d_e = _mm512_sub_ps(d, e);
-        _mm512_store_ps(row + c, _mm512_add_ps(ab, de));
-        _mm512_store_ps(row + c + step, _mm512_add_ps(a_b, d_e));
-        _mm512_store_ps(row + c + 2 * step, _mm512_sub_ps(ab, de));
-        _mm512_store_ps(row + c + 3 * step, _mm512_sub_ps(a_b, d_e));
+        const Floats a = simd::load_ps(row + c), b = simd::load_ps(row + c + step);
+        const Floats d = simd::load_ps(row + c + 2 * step), e = simd::load_ps(row + c + 3 * step);
+        const Floats ab = simd::add_ps(a, b), a_b = simd::sub_ps(a, b);
+        const Floats de = simd::add_ps(d, e), d_e = simd::sub_ps(d, e);
+        simd::store_ps(row + c, simd::add_ps(ab, de));
+        simd::store_ps(row + c + step, simd::add_ps(a_b, d_e));
+        simd::store_ps(row + c + 2 * step, simd::sub_ps(ab, de));
+        simd::store_ps(row + c + 3 * step, simd::sub_ps(a_b, d_e));
       }
   for (; step * 2 <= block; step *= 2)
     for (int64_t base = 0; base < width; base += step * 2)
       for (int64_t c = base; c < base + step; c += kLanes) {
-        const __m512 a = _mm512_load_ps(row + c), b = _mm512_load_ps(row + c + step);
-        _mm512_store_ps(row + c, _mm512_add_ps(a, b));
-        _mm512_store_ps(row + c + step, _mm512_sub_ps(a, b));
+        const Floats a = simd::load_ps(row + c), b = simd::load_ps(row + c + step);
+        simd::store_ps(row + c, simd::add_ps(a, b));
+        simd::store_ps(row + c + step, simd::sub_ps(a, b));
       }
 }
 
@@ -88,11 +88,11 @@ void rotate(const at::Tensor& x, const at::Tensor& signs, int64_t block, const W
     for (int64_t c = 0; c < whole; ++c) factors[c] = c < width ? sign[c] * factor : 0.0f;
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t c = 0; c < width; c += kLanes)
-        _mm512_store_ps(row + c, _mm512_mul_ps(load(from + r * width + c, first_lanes(width - c)),
-                                               _mm512_load_ps(factors + c)));
+        simd::store_ps(row + c, simd::mul_ps(load(from + r * width + c, first_lanes(width - c)),
+                                               simd::load_ps(factors + c)));
       transform(row, whole, block);
       for (int64_t c = 0; c < width; c += kLanes)
-        write(r, r * width + c, first_lanes(width - c), _mm512_load_ps(row + c));
+        write(r, r * width + c, first_lanes(width - c), simd::load_ps(row + c));
     }
   });
 }
@@ -120,7 +120,7 @@ at::Tensor hadamard(const at::Tensor& values, const at::Tensor& signs, int64_t b
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     T* to = result.mutable_data_ptr<T>();
-    rotate<T>(x, signs, block, [&](int64_t, int64_t at, __mmask16 lanes, __m512 y) { store(to + at, lanes, y); });
+    rotate<T>(x, signs, block, [&](int64_t, int64_t at, Lanes lanes, Floats y) { store(to + at, lanes, y); });
   });
   return result;
 }
@@ -133,18 +133,18 @@ at::Tensor hadamard_quantize(const at::Tensor& values, const at::Tensor& signs, 
   const int64_t rows = x.numel() / x.size(-1);
   const auto inverse = inverses(per_row<float>(out_scale, x, rows, "the scale of the result"));
   const auto zero_point = per_row<uint8_t, int32_t>(out_zero_point, x, rows, "the zero point of the result");
-  const __m512i highest = _mm512_set1_epi32(static_cast<int32_t>(qmax));
+  const Ints highest = simd::set1_epi32(static_cast<int32_t>(qmax));
   uint8_t* to = result.mutable_data_ptr<uint8_t>();
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    rotate<T>(x, signs, block, [&](int64_t r, int64_t at, __mmask16 lanes, __m512 y) {
+    rotate<T>(x, signs, block, [&](int64_t r, int64_t at, Lanes lanes, Floats y) {
       if constexpr (!std::is_same_v<T, float>) {  // As if the rotated values were stored before.
         alignas(64) T rounded[kLanes];
         store(rounded, 0xffff, y);
         y = load(rounded, 0xffff);
       }
-      _mm_mask_storeu_epi8(to + at, lanes,
-                           quantize(y, _mm512_set1_ps(inverse[r]), _mm512_set1_epi32(zero_point[r]), highest));
+      simd::mask_storeu_epi8(to + at, lanes,
+                           quantize(y, simd::set1_ps(inverse[r]), simd::set1_epi32(zero_point[r]), highest));
     });
   });
   return result;

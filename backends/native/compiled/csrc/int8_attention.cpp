@@ -41,7 +41,7 @@ class Int8Worker {
     batch_ = batch;
     head_ = head;
     const uint8_t* keys = k_.heads.at(batch, head);
-    const __m512i sign = _mm512_set1_epi8(static_cast<char>(kMiddle)), ones = _mm512_set1_epi8(1);
+    const Ints sign = simd::set1_epi8(static_cast<char>(kMiddle)), ones = simd::set1_epi8(1);
     // After the channels of a head, rows hold the middle, which becomes 0 when the middle is subtracted.
     std::fill(rows_.begin(), rows_.end(), static_cast<uint8_t>(kMiddle));
     for (int64_t key = 0; key < keys_; key += kLanes) {
@@ -50,14 +50,14 @@ class Int8Worker {
         k_.heads.prefetch(keys + std::min(key + r + kLanes, keys_ - 1) * k_.heads.token_stride);
         std::copy_n(keys + (key + r) * k_.heads.token_stride, depth_, rows_.data() + r * depth_steps_ * 4);
       }
-      __m512i sums = _mm512_setzero_si512();
+      Ints sums = simd::setzero_si512();
       for (int64_t step = 0; step < depth_steps_; ++step) {
-        const __m512i held = _mm512_xor_si512(gather_rows(rows_.data() + step * 4, depth_steps_), sign);
+        const Ints held = simd::xor_si512(simd::gather_rows(rows_.data() + step * 4, depth_steps_), sign);
         add_products_u8s8(sums, ones, held);
-        _mm512_storeu_si512(packed_k_.data() + (step * width_ + key) * 4, held);
+        simd::storeu_si512(packed_k_.data() + (step * width_ + key) * 4, held);
       }
-      _mm512_storeu_si512(key_offsets_.data() + key,
-                          _mm512_mullo_epi32(sums, _mm512_set1_epi32(q_.zero_point[batch])));
+      simd::storeu_si512(key_offsets_.data() + key,
+                          simd::mullo_epi32(sums, simd::set1_epi32(q_.zero_point[batch])));
     }
     const uint8_t* values = v_.heads.at(batch, head);
     for (int64_t key = 0; key < keys_; key += 4) {
@@ -66,7 +66,7 @@ class Int8Worker {
       for (int64_t d = 0; d < channels_; d += kLanes) {
         __m128i part[4];
         for (int64_t i = 0; i < 4; ++i)
-          part[i] = key + i < keys_ ? _mm_maskz_loadu_epi8(first_lanes(channels_ - d),
+          part[i] = key + i < keys_ ? simd::maskz_loadu_epi8(first_lanes(channels_ - d),
                                                            values + (key + i) * v_.heads.token_stride + d)
                                     : _mm_setzero_si128();
         const __m128i left[] = {_mm_unpacklo_epi8(part[0], part[1]), _mm_unpackhi_epi8(part[0], part[1])};
@@ -98,21 +98,21 @@ class Int8Worker {
         mask_.add(scores, batch_, head_, first + r, keys_);
         highest = largest(scores, keys_);
       }
-      const float inverse = soften(scores, keys_, highest, [&](int64_t k, __m512 power) __attribute__((always_inline)) {
-        _mm512_storeu_ps(scores + k, power);
+      const float inverse = soften(scores, keys_, highest, [&](int64_t k, Floats power) __attribute__((always_inline)) {
+        simd::storeu_ps(scores + k, power);
       });
       probability_sums_[r] = quantize_powers(r, inverse);
     }
     product<Bytes>(count, probabilities_.data(), width_, packed_v_.data(), channel_vectors_, key_steps_, sums_.data(),
                    wide_);
-    const __m512 scale = _mm512_set1_ps(softmax_scale_ * v_.scale[batch_]);
+    const Floats scale = simd::set1_ps(softmax_scale_ * v_.scale[batch_]);
     for (int64_t r = 0; r < count; ++r) {
-      const __m512i offset = _mm512_set1_epi32((v_.zero_point[batch_] - kMiddle) * probability_sums_[r]);
+      const Ints offset = simd::set1_epi32((v_.zero_point[batch_] - kMiddle) * probability_sums_[r]);
       const int64_t at = output_.row(batch_, head_, first + r);
       for (int64_t d = 0; d < channels_; d += kLanes) {
-        const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(sums_.data() + r * wide_ + d), offset);
+        const Ints total = simd::sub_epi32(simd::loadu_si512(sums_.data() + r * wide_ + d), offset);
         output_.template write<T>(batch_, at + d, first_lanes(channels_ - d),
-                                  _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
+                                  simd::mul_ps(simd::cvtepi32_ps(total), scale));
       }
     }
   }
@@ -125,35 +125,35 @@ class Int8Worker {
   // Converts the sums of products of one row to real scores in units of log2, in place. Returns the largest score.
   float scale_scores(int64_t r, int32_t query_sum) {
     const int32_t q_zero = q_.zero_point[batch_], k_zero = k_.zero_point[batch_] - kMiddle;
-    const __m512i fixed = _mm512_set1_epi32(k_zero * (query_sum - static_cast<int32_t>(depth_) * q_zero));
-    const __m512 scale = _mm512_set1_ps(q_.scale[batch_] * k_.scale[batch_] * kLog2E);
+    const Ints fixed = simd::set1_epi32(k_zero * (query_sum - static_cast<int32_t>(depth_) * q_zero));
+    const Floats scale = simd::set1_ps(q_.scale[batch_] * k_.scale[batch_] * kLog2E);
     float* scores = scores_.data() + r * width_;
     const auto real = [&](int64_t k) __attribute__((always_inline)) {
-      const __m512i offset = _mm512_add_epi32(fixed, _mm512_loadu_si512(key_offsets_.data() + k));
-      const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(scores + k), offset);
-      const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
-      _mm512_storeu_ps(scores + k, score);
+      const Ints offset = simd::add_epi32(fixed, simd::loadu_si512(key_offsets_.data() + k));
+      const Ints total = simd::sub_epi32(simd::loadu_si512(scores + k), offset);
+      const Floats score = simd::mul_ps(simd::cvtepi32_ps(total), scale);
+      simd::storeu_ps(scores + k, score);
       return score;
     };
-    __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    Floats top = simd::set1_ps(-std::numeric_limits<float>::infinity());
     int64_t k = 0;
-    for (; k + kLanes <= keys_; k += kLanes) top = _mm512_max_ps(top, real(k));
-    if (k < keys_) top = _mm512_mask_max_ps(top, first_lanes(keys_ - k), top, real(k));
-    return _mm512_reduce_max_ps(top);
+    for (; k + kLanes <= keys_; k += kLanes) top = simd::max_ps(top, real(k));
+    if (k < keys_) top = simd::mask_max_ps(top, first_lanes(keys_ - k), top, real(k));
+    return simd::reduce_max_ps(top);
   }
 
   // Makes the codes of the probabilities of one row. Returns the sum of the codes.
   int32_t quantize_powers(int64_t r, float inverse_sum) {
-    const __m512 inverse = _mm512_set1_ps(inverse_sum / softmax_scale_), highest = _mm512_set1_ps(softmax_qmax_);
+    const Floats inverse = simd::set1_ps(inverse_sum / softmax_scale_), highest = simd::set1_ps(softmax_qmax_);
     const float* powers = scores_.data() + r * width_;
-    __m512i sum = _mm512_setzero_si512();
+    Ints sum = simd::setzero_si512();
     for (int64_t k = 0; k < width_; k += kLanes) {
-      const __m512 code = _mm512_min_ps(_mm512_mul_ps(_mm512_loadu_ps(powers + k), inverse), highest);
-      const __m512i whole = _mm512_cvtps_epi32(code);
-      sum = _mm512_add_epi32(sum, whole);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(probabilities_.data() + r * width_ + k), _mm512_cvtepi32_epi8(whole));
+      const Floats code = simd::min_ps(simd::mul_ps(simd::loadu_ps(powers + k), inverse), highest);
+      const Ints whole = simd::cvtps_epi32(code);
+      sum = simd::add_epi32(sum, whole);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(probabilities_.data() + r * width_ + k), simd::cvtepi32_epi8(whole));
     }
-    return _mm512_reduce_add_epi32(sum);
+    return simd::reduce_add_epi32(sum);
   }
 
   const Codes &q_, &k_, &v_;

@@ -24,9 +24,6 @@
 namespace fxquant {
 namespace {
 
-constexpr int kRows = 12;                  // Rows per tile: 24 accumulators leave 8 registers for operands.
-constexpr int64_t kBlockBytes = 640 << 10; // Bytes of codes that stay in the second-level cache for all panels.
-
 enum class Activation { kNone, kGeluTanh, kSilu };
 
 template <bool kHalves, size_t... R>
@@ -36,16 +33,6 @@ constexpr std::array<Accumulate, kRows> make_accumulates(std::index_sequence<R..
 
 constexpr auto kWhole = make_accumulates<false>(std::make_index_sequence<kRows>());
 constexpr auto kHalf = make_accumulates<true>(std::make_index_sequence<kRows>());
-
-int32_t sum_of(const uint8_t* codes, int64_t count) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t k = 0; k < count; k += 64) {
-    const __mmask64 lanes = count - k >= 64 ? ~0ull : (1ull << (count - k)) - 1;
-    total = _mm512_dpbusd_epi32(total, _mm512_maskz_loadu_epi8(lanes, codes + k), ones);
-  }
-  return _mm512_reduce_add_epi32(total);
-}
 
 struct Linear {
   // The codes: rows of `row_bytes` bytes, of which the first `in` are used.
@@ -75,48 +62,48 @@ class Epilogue {
     for (int v = 0; v < 2; ++v) {
       lanes_[v] = first_lanes(linear.out - column - v * kLanes);
       if (linear.groups) {
-        real_sums_[v] = _mm512_maskz_loadu_ps(lanes_[v], linear.groups->w_sums + column + v * kLanes);
+        real_sums_[v] = simd::maskz_loadu_ps(lanes_[v], linear.groups->w_sums + column + v * kLanes);
         continue;
       }
-      w_scale_[v] = _mm512_loadu_ps(linear.w_scale + column + v * kLanes);
-      w_sums_[v] = _mm512_loadu_si512(linear.w_sums + column + v * kLanes);
-      if (linear.w_zero_point) w_zero_point_[v] = _mm512_loadu_si512(linear.w_zero_point + column + v * kLanes);
+      w_scale_[v] = simd::loadu_ps(linear.w_scale + column + v * kLanes);
+      w_sums_[v] = simd::loadu_si512(linear.w_sums + column + v * kLanes);
+      if (linear.w_zero_point) w_zero_point_[v] = simd::loadu_si512(linear.w_zero_point + column + v * kLanes);
     }
   }
 
-  __mmask16 lanes(int v) const { return lanes_[v]; }
+  Lanes lanes(int v) const { return lanes_[v]; }
 
-  void values(const int32_t* sums, int64_t row, int32_t code_sum, const float* branch, __m512 (&y)[2]) {
+  void values(const int32_t* sums, int64_t row, int32_t code_sum, const float* branch, Floats (&y)[2]) {
     const int32_t zero_point = linear_.zero_point[row];
     if (zero_point != last_) {
       last_ = zero_point;
-      for (int v = 0; v < 2; ++v) offset_[v] = _mm512_mullo_epi32(w_sums_[v], _mm512_set1_epi32(zero_point));
+      for (int v = 0; v < 2; ++v) offset_[v] = simd::mullo_epi32(w_sums_[v], simd::set1_epi32(zero_point));
     }
-    const __m512 scale = _mm512_set1_ps(linear_.scale[row]);
+    const Floats scale = simd::set1_ps(linear_.scale[row]);
     const int32_t real_sum = code_sum - static_cast<int32_t>(linear_.in) * zero_point;
     for (int v = 0; v < 2; ++v) {
-      __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(sums + v * kLanes), offset_[v]);
+      Ints total = simd::sub_epi32(simd::loadu_si512(sums + v * kLanes), offset_[v]);
       if (linear_.w_zero_point)
-        total = _mm512_sub_epi32(total, _mm512_mullo_epi32(w_zero_point_[v], _mm512_set1_epi32(real_sum)));
-      y[v] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), w_scale_[v]), scale);
+        total = simd::sub_epi32(total, simd::mullo_epi32(w_zero_point_[v], simd::set1_epi32(real_sum)));
+      y[v] = simd::mul_ps(simd::mul_ps(simd::cvtepi32_ps(total), w_scale_[v]), scale);
     }
     finish(row, branch, y);
   }
 
   // The same for a weight in groups, whose sums include its scales and zero points.
-  void values(const float* sums, int64_t row, const float* branch, __m512 (&y)[2]) const {
-    const __m512 scale = _mm512_set1_ps(linear_.scale[row]);
-    const __m512 zero_point = _mm512_set1_ps(static_cast<float>(linear_.zero_point[row]));
+  void values(const float* sums, int64_t row, const float* branch, Floats (&y)[2]) const {
+    const Floats scale = simd::set1_ps(linear_.scale[row]);
+    const Floats zero_point = simd::set1_ps(static_cast<float>(linear_.zero_point[row]));
     for (int v = 0; v < 2; ++v)
-      y[v] = _mm512_mul_ps(_mm512_fnmadd_ps(zero_point, real_sums_[v], _mm512_loadu_ps(sums + v * kLanes)), scale);
+      y[v] = simd::mul_ps(simd::fnmadd_ps(zero_point, real_sums_[v], simd::loadu_ps(sums + v * kLanes)), scale);
     finish(row, branch, y);
   }
 
  private:
-  void finish(int64_t row, const float* branch, __m512 (&y)[2]) const {
+  void finish(int64_t row, const float* branch, Floats (&y)[2]) const {
     for (int v = 0; v < 2; ++v) {
-      if (!linear_.bias.empty()) y[v] = _mm512_add_ps(y[v], load(linear_.bias[row] + column_ + v * kLanes, lanes_[v]));
-      if (branch) y[v] = _mm512_add_ps(y[v], _mm512_loadu_ps(branch + v * kLanes));
+      if (!linear_.bias.empty()) y[v] = simd::add_ps(y[v], load(linear_.bias[row] + column_ + v * kLanes, lanes_[v]));
+      if (branch) y[v] = simd::add_ps(y[v], simd::loadu_ps(branch + v * kLanes));
       if (linear_.activation == Activation::kGeluTanh) y[v] = gelu_tanh(y[v]);
       if (linear_.activation == Activation::kSilu) y[v] = silu(y[v]);
     }
@@ -124,9 +111,9 @@ class Epilogue {
 
   const Linear& linear_;
   int64_t column_;
-  __mmask16 lanes_[2];
-  __m512 w_scale_[2], real_sums_[2];
-  __m512i w_sums_[2], w_zero_point_[2], offset_[2];
+  Lanes lanes_[2];
+  Floats w_scale_[2], real_sums_[2];
+  Ints w_sums_[2], w_zero_point_[2], offset_[2];
   int32_t last_ = -1;
 };
 
@@ -158,9 +145,17 @@ void multiply(const Linear& linear, const Finish& finish) {
     alignas(64) int32_t sums[kRows * kPanel];
     alignas(64) float branch_sums[kRows * kPanel];
     alignas(64) float totals[kRows * kPanel];
-    int64_t summed = -1;
+    // The rows of a block as the kernels read them.
+    const int64_t row_bytes = linear.row_bytes * (linear.halves ? kQuadBytes<true> : kQuadBytes<false>) / 4;
+    std::vector<uint8_t> wide(row_bytes == linear.row_bytes ? 0 : block * row_bytes);
+    int64_t summed = -1, widened = -1;
     take([&](int64_t unit) {
       const int64_t first = unit / panels * block, count = std::min(block, linear.rows - first);
+      if (!wide.empty() && widened != first) {
+        for (int64_t r = 0; r < count; ++r)
+          widen(linear.codes + (first + r) * linear.row_bytes, linear.row_bytes, wide.data() + r * row_bytes);
+        widened = first;
+      }
       const int64_t panel = unit % panels;
       if ((linear.w_zero_point || (groups && groups->corrects)) && summed != first) {
         sum_codes(linear, first, count, code_sums);
@@ -175,17 +170,17 @@ void multiply(const Linear& linear, const Finish& finish) {
           finish.prefetch(first + r, panel * kPanel);
           if (linear.branch) up.prefetch(first + r);
         }
-        const uint8_t* codes = linear.codes + (first + top) * linear.row_bytes;
+        const uint8_t* codes = wide.empty() ? linear.codes + (first + top) * row_bytes : wide.data() + top * row_bytes;
         const int8_t* weight = linear.weight + panel * linear.panel_bytes;
         if (groups)
-          group_kernels[bottom - top - 1](*groups, codes, linear.row_bytes, weight, linear.quads, panel * kPanel,
+          group_kernels[bottom - top - 1](*groups, codes, row_bytes, weight, linear.quads, panel * kPanel,
                                           groups->corrects ? code_sums.data() + top * groups->count : nullptr, totals);
         else
-          kernels[bottom - top - 1](codes, linear.row_bytes, weight, linear.quads, nullptr, sums);
+          kernels[bottom - top - 1](codes, row_bytes, weight, linear.quads, nullptr, sums);
         if (linear.branch) up.multiply(first + top, bottom - top, branch_sums);
         for (int64_t r = top; r < bottom; ++r) {
           const float* branch = linear.branch ? branch_sums + (r - top) * kPanel : nullptr;
-          __m512 y[2];
+          Floats y[2];
           if (groups) epilogue.values(totals + (r - top) * kPanel, first + r, branch, y);
           else
             epilogue.values(sums + (r - top) * kPanel, first + r, linear.w_zero_point ? code_sums[r] : 0, branch, y);
@@ -212,10 +207,10 @@ struct Values {
     }
   }
 
-  void write(int64_t row, int64_t column, __mmask16 lanes, __m512 y) const {
+  void write(int64_t row, int64_t column, Lanes lanes, Floats y) const {
     const int64_t at = row * width + column;
-    if (!gates.empty()) y = _mm512_mul_ps(y, load(gates[row] + column, lanes));
-    if (added) y = _mm512_add_ps(y, load(added + at, lanes));
+    if (!gates.empty()) y = simd::mul_ps(y, load(gates[row] + column, lanes));
+    if (added) y = simd::add_ps(y, load(added + at, lanes));
     store(out + at, lanes, y);
   }
 };
@@ -225,13 +220,13 @@ struct Codes {
   int64_t width;
   std::vector<float> inverse_scale;
   std::vector<int32_t> zero_point;
-  __m512i highest;
+  Ints highest;
 
   void prefetch(int64_t row, int64_t column) const { __builtin_prefetch(out + row * width + column, 1); }
 
-  void write(int64_t row, int64_t column, __mmask16 lanes, __m512 y) const {
-    _mm_mask_storeu_epi8(out + row * width + column, lanes,
-                         quantize(y, _mm512_set1_ps(inverse_scale[row]), _mm512_set1_epi32(zero_point[row]), highest));
+  void write(int64_t row, int64_t column, Lanes lanes, Floats y) const {
+    simd::mask_storeu_epi8(out + row * width + column, lanes,
+                         quantize(y, simd::set1_ps(inverse_scale[row]), simd::set1_epi32(zero_point[row]), highest));
   }
 };
 
@@ -245,7 +240,7 @@ struct CodesAndValues {
     __builtin_prefetch(values + row * codes.width + column, 1);
   }
 
-  void write(int64_t row, int64_t column, __mmask16 lanes, __m512 y) const {
+  void write(int64_t row, int64_t column, Lanes lanes, Floats y) const {
     codes.write(row, column, lanes, y);
     store(values + row * codes.width + column, lanes, y);
   }
@@ -359,7 +354,7 @@ Results linear(bool keeps_values, const at::Tensor& xq, const at::Tensor& x_scal
     Codes written{result.mutable_data_ptr<uint8_t>(), out_features,
                   inverses(per_row<float>(*out_scale, result, task.rows, "the scale of the result")),
                   per_row<uint8_t, int32_t>(*out_zero_point, result, task.rows, "the zero point of the result"),
-                  _mm512_set1_epi32(static_cast<int32_t>(qmax))};
+                  simd::set1_epi32(static_cast<int32_t>(qmax))};
     if (keeps_values) multiply(task, CodesAndValues{std::move(written), values.mutable_data_ptr<c10::BFloat16>()});
     else multiply(task, written);
     return {result, values};

@@ -23,18 +23,18 @@ Statistics statistics(const T* row, int64_t channels, float eps, bool centered) 
   const float count = static_cast<float>(channels);
   float mean = 0.0f;
   if (centered) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t c = 0; c < channels; c += kLanes) sum = _mm512_add_ps(sum, load(row + c, first_lanes(channels - c)));
-    mean = _mm512_reduce_add_ps(sum) / count;
+    Floats sum = simd::setzero_ps();
+    for (int64_t c = 0; c < channels; c += kLanes) sum = simd::add_ps(sum, load(row + c, first_lanes(channels - c)));
+    mean = simd::reduce_add_ps(sum) / count;
   }
   // The second pass reads the first-level cache. Differences to the mean lose no precision if the mean is large.
-  __m512 squares = _mm512_setzero_ps();
+  Floats squares = simd::setzero_ps();
   for (int64_t c = 0; c < channels; c += kLanes) {
-    const __mmask16 lanes = first_lanes(channels - c);
-    const __m512 x = _mm512_maskz_sub_ps(lanes, load(row + c, lanes), _mm512_set1_ps(mean));
-    squares = _mm512_fmadd_ps(x, x, squares);
+    const Lanes lanes = first_lanes(channels - c);
+    const Floats x = simd::maskz_sub_ps(lanes, load(row + c, lanes), simd::set1_ps(mean));
+    squares = simd::fmadd_ps(x, x, squares);
   }
-  return {mean, 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / count + eps)};
+  return {mean, 1.0f / std::sqrt(simd::reduce_add_ps(squares) / count + eps)};
 }
 
 // What happens to a row before it is quantized; null where it has no such part.
@@ -48,7 +48,7 @@ template <class T, class Value>
 void write_codes(const T* from, int64_t rows, int64_t channels, const std::vector<float>& scales,
                  const std::vector<int32_t>& zero_points, int64_t qmax, uint8_t* to, const Down* down, void* inner,
                  const Value& value) {
-  const __m512i highest = _mm512_set1_epi32(static_cast<int32_t>(qmax));
+  const Ints highest = simd::set1_epi32(static_cast<int32_t>(qmax));
   const int64_t least = std::max<int64_t>(1, 16384 / (channels + (down ? down->work() / 32 : 0)));
   at::parallel_for(0, rows, least, [&](int64_t begin, int64_t end) {
     std::vector<char> kept = down ? down->scratch() : std::vector<char>();
@@ -57,13 +57,13 @@ void write_codes(const T* from, int64_t rows, int64_t channels, const std::vecto
       const int64_t top = begin + (end - begin) * tile / tiles, bottom = begin + (end - begin) * (tile + 1) / tiles;
       for (int64_t r = top; r < bottom; ++r) {
         const auto at = value(from + r * channels, r);
-        const __m512 scale = _mm512_set1_ps(scales[r]);
-        const __m512i zero_point = _mm512_set1_epi32(zero_points[r]);
+        const Floats scale = simd::set1_ps(scales[r]);
+        const Ints zero_point = simd::set1_epi32(zero_points[r]);
         for (int64_t c = 0; c < channels; c += kLanes) {
-          const __mmask16 lanes = first_lanes(channels - c);
-          const __m512 y = at(c, lanes);
-          if (down) down->keep(kept.data() + (r - top) * down->row_bytes(), c, _mm512_maskz_mov_ps(lanes, y));
-          _mm_mask_storeu_epi8(to + r * channels + c, lanes, quantize(y, scale, zero_point, highest));
+          const Lanes lanes = first_lanes(channels - c);
+          const Floats y = at(c, lanes);
+          if (down) down->keep(kept.data() + (r - top) * down->row_bytes(), c, simd::maskz_mov_ps(lanes, y));
+          simd::mask_storeu_epi8(to + r * channels + c, lanes, quantize(y, scale, zero_point, highest));
         }
       }
       if (down) down->multiply(kept.data(), down->row_bytes(), bottom - top, inner, top);
@@ -99,19 +99,19 @@ Results run(const at::Tensor& x, bool centered, double eps, const std::optional<
   const auto scales = inverses(per_row<float>(out_scale, input, rows, "the scale of the result"));
   const auto zero_points = per_row<uint8_t, int32_t>(out_zero_point, input, rows, "the zero point of the result");
   at::Tensor result = pooled(input.sizes(), input.options().dtype(at::kByte)), inner = inner_of(input, down);
-  const __m512 more = _mm512_set1_ps(static_cast<float>(plus));
+  const Floats more = simd::set1_ps(static_cast<float>(plus));
   write_codes(input.const_data_ptr<T>(), rows, channels, scales, zero_points, qmax, result.mutable_data_ptr<uint8_t>(),
               down, down ? inner.mutable_data_ptr() : nullptr, [&](const T* row, int64_t r) {
     const Statistics found = statistics(row, channels, static_cast<float>(eps), centered);
     const Row<T> own{weights.empty() ? nullptr : weights[r], biases.empty() ? nullptr : biases[r],
                      factors.empty() ? nullptr : factors[r], shifts.empty() ? nullptr : shifts[r]};
-    const __m512 mean = _mm512_set1_ps(found.mean), inverse = _mm512_set1_ps(found.inverse);
-    return [=](int64_t c, __mmask16 lanes) __attribute__((always_inline)) {
-      __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(row + c, lanes), mean), inverse);
-      if (own.weight) y = _mm512_mul_ps(y, load(own.weight + c, lanes));
-      if (own.bias) y = _mm512_add_ps(y, load(own.bias + c, lanes));
-      if (own.factor) y = _mm512_mul_ps(y, _mm512_add_ps(load(own.factor + c, lanes), more));
-      if (own.shift) y = _mm512_add_ps(y, load(own.shift + c, lanes));
+    const Floats mean = simd::set1_ps(found.mean), inverse = simd::set1_ps(found.inverse);
+    return [=](int64_t c, Lanes lanes) __attribute__((always_inline)) {
+      Floats y = simd::mul_ps(simd::sub_ps(load(row + c, lanes), mean), inverse);
+      if (own.weight) y = simd::mul_ps(y, load(own.weight + c, lanes));
+      if (own.bias) y = simd::add_ps(y, load(own.bias + c, lanes));
+      if (own.factor) y = simd::mul_ps(y, simd::add_ps(load(own.factor + c, lanes), more));
+      if (own.shift) y = simd::add_ps(y, load(own.shift + c, lanes));
       return y;
     };
   });
@@ -159,7 +159,7 @@ Results plain(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& ze
   write_codes(input.const_data_ptr<T>(), rows, channels, inverses(per_row<float>(scale, input, rows, "the scale")),
               per_row<uint8_t, int32_t>(zero_point, input, rows, "the zero point"), qmax,
               codes.mutable_data_ptr<uint8_t>(), &down, inner.mutable_data_ptr(), [](const T* row, int64_t) {
-    return [=](int64_t c, __mmask16 lanes) __attribute__((always_inline)) { return load(row + c, lanes); };
+    return [=](int64_t c, Lanes lanes) __attribute__((always_inline)) { return load(row + c, lanes); };
   });
   return {codes, inner};
 }

@@ -1,17 +1,18 @@
-// Sixteen lanes of AVX-512: loads and stores of every float dtype, exponentials, quantization.
-//
-// Products are written in assembler, because GCC copies the accumulators of the builtins to and from memory.
+// Sixteen lanes: loads and stores of every float dtype, exponentials, quantization. The instructions are those of
+// AVX-512 with VNNI where the compiler makes them, or else those of AVX2.
 
 #pragma once
 
-#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
-#error "this compiler makes no AVX-512 VNNI instructions for this processor"
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define FXQUANT_AVX512
+#include "avx512.h"
+#else
+#include "avx2.h"
 #endif
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -24,99 +25,74 @@ constexpr int64_t kLanes = 16;
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Lanes below `count`, which may be negative.
-inline __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1u);
+inline Lanes first_lanes(int64_t count) {
+  return static_cast<Lanes>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1u);
 }
 
-// acc += sum of four products of unsigned bytes and signed bytes, exactly.
-inline __attribute__((always_inline)) void add_products_u8s8(__m512i& acc, __m512i u8, __m512i s8) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+inline Floats load(const float* from, Lanes lanes) { return simd::maskz_loadu_ps(lanes, from); }
+
+inline Floats load(const c10::BFloat16* from, Lanes lanes) {
+  const Ints wide = simd::cvtepu16_epi32(simd::maskz_loadu_epi16(lanes, from));
+  return simd::castsi512_ps(simd::slli_epi32(wide, 16));
 }
 
-// The nearest bfloat16 values, ties to even.
-inline __m256i to_bf16(__m512 value) {
-#ifdef __AVX512BF16__
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-#else
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000)), 16));
-#endif
+inline Floats load(const c10::Half* from, Lanes lanes) {
+  return simd::cvtph_ps(simd::maskz_loadu_epi16(lanes, from));
 }
 
-#ifdef __AVX512BF16__
-// acc += sum of two products of bfloat16.
-inline __attribute__((always_inline)) void add_products_bf16(__m512& acc, __m512i a, __m512i b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-}
-#endif
+inline void store(float* to, Lanes lanes, Floats value) { simd::mask_storeu_ps(to, lanes, value); }
 
-inline __m512 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-
-inline __m512 load(const c10::BFloat16* from, __mmask16 lanes) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+inline void store(c10::BFloat16* to, Lanes lanes, Floats value) {
+  simd::mask_storeu_epi16(to, lanes, to_bf16(value));
 }
 
-inline __m512 load(const c10::Half* from, __mmask16 lanes) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from));
-}
-
-inline void store(float* to, __mmask16 lanes, __m512 value) { _mm512_mask_storeu_ps(to, lanes, value); }
-
-inline void store(c10::BFloat16* to, __mmask16 lanes, __m512 value) {
-  _mm256_mask_storeu_epi16(to, lanes, to_bf16(value));
-}
-
-inline void store(c10::Half* to, __mmask16 lanes, __m512 value) {
-  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+inline void store(c10::Half* to, Lanes lanes, Floats value) {
+  simd::mask_storeu_epi16(to, lanes, simd::cvtps_ph(value));
 }
 
 // 2**x, by a minimax polynomial of 2**rest on [-1/2, 1/2]. Degree 5 is as accurate as float32. Degree 4 has an error
 // of 3e-6, far below the resolution of bfloat16 and codes. About 0 below -126. The order of operands keeps NaN as NaN.
 template <int kDegree = 5>
-inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
+inline __attribute__((always_inline)) Floats exp2(Floats x) {
   static_assert(kDegree == 4 || kDegree == 5);
-  x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 rest = _mm512_sub_ps(x, whole);
+  x = simd::max_ps(simd::set1_ps(-126.0f), x);
+  const Floats whole = simd::round_ps(x);
+  const Floats rest = simd::sub_ps(x, whole);
   constexpr float five[] = {1.0f, 6.93146967e-1f, 2.40221197e-1f, 5.55071328e-2f, 9.67554154e-3f, 1.32764717e-3f};
   constexpr float four[] = {9.99999261e-1f, 6.93121815e-1f, 2.40247448e-1f, 5.59178621e-2f, 9.57010165e-3f};
   const float* terms = kDegree == 5 ? five : four;
-  __m512 y = _mm512_set1_ps(terms[kDegree]);
+  Floats y = simd::set1_ps(terms[kDegree]);
 #pragma GCC unroll 5
-  for (int term = kDegree - 1; term >= 0; --term) y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(terms[term]));
-  return _mm512_scalef_ps(y, whole);
+  for (int term = kDegree - 1; term >= 0; --term) y = simd::fmadd_ps(y, rest, simd::set1_ps(terms[term]));
+  return simd::scalef_ps(y, whole);
 }
 
 constexpr float kLog2E = 1.44269504088896341f;
 
 // x / (1 + 2**power). If 2**power overflows to infinity, the quotient is 0, as it should be.
-inline __attribute__((always_inline)) __m512 gated(__m512 x, __m512 power) {
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2<4>(power)));
+inline __attribute__((always_inline)) Floats gated(Floats x, Floats power) {
+  return simd::div_ps(x, simd::add_ps(simd::set1_ps(1.0f), exp2<4>(power)));
 }
 
-inline __attribute__((always_inline)) __m512 silu(__m512 x) {
-  return gated(x, _mm512_mul_ps(x, _mm512_set1_ps(-kLog2E)));
+inline __attribute__((always_inline)) Floats silu(Floats x) {
+  return gated(x, simd::mul_ps(x, simd::set1_ps(-kLog2E)));
 }
 
 // GELU by the tanh formula: x times the logistic function of 2 sqrt(2 / pi) (x + 0.044715 x**3).
-inline __attribute__((always_inline)) __m512 gelu_tanh(__m512 x) {
+inline __attribute__((always_inline)) Floats gelu_tanh(Floats x) {
   constexpr float linear = -kLog2E * 1.5957691216057308f, cubic = linear * 0.044715f;
-  const __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(cubic), _mm512_set1_ps(linear));
+  const Floats inner = simd::fmadd_ps(simd::mul_ps(x, x), simd::set1_ps(cubic), simd::set1_ps(linear));
   // The square of a value beyond 1e19 is infinite. The power is limited, so that the quotient is not NaN.
-  return gated(x, _mm512_min_ps(_mm512_set1_ps(1e4f), _mm512_mul_ps(x, inner)));
+  return gated(x, simd::min_ps(simd::set1_ps(1e4f), simd::mul_ps(x, inner)));
 }
 
 // Codes 0..qmax of `value`, ties rounded to even, as 16 bytes. `inverse` is one over the scale. The product with it
 // rounds once more than the quotient, so a code may differ only within 1e-7 of the middle between two codes.
-inline __attribute__((always_inline)) __m128i quantize(__m512 value, __m512 inverse, __m512i zero_point, __m512i qmax) {
+inline __attribute__((always_inline)) __m128i quantize(Floats value, Floats inverse, Ints zero_point, Ints qmax) {
   // Limits the value so that it fits an integer when rounded. A limit far below 2**24 would be enough.
-  const __m512 steps = _mm512_min_ps(_mm512_set1_ps(16777216.0f), _mm512_mul_ps(value, inverse));
-  const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(steps), zero_point);
-  return _mm512_cvtepi32_epi8(_mm512_min_epi32(_mm512_max_epi32(code, _mm512_setzero_si512()), qmax));
+  const Floats steps = simd::min_ps(simd::set1_ps(16777216.0f), simd::mul_ps(value, inverse));
+  const Ints code = simd::add_epi32(simd::cvtps_epi32(steps), zero_point);
+  return simd::cvtepi32_epi8(simd::min_epi32(simd::max_epi32(code, simd::setzero_si512()), qmax));
 }
 
 // One entry per row of `of`, from one number, or from numbers along the leading axes of `of`. The result is a table,

@@ -1,6 +1,6 @@
 // Linears of float inputs and weights of up to 8 bits, which become real values in registers, summed in float32.
 //
-// The weight is stored in panels as for vnni_linear (linear.cpp). It is read once for up to six rows of inputs. A
+// The weight is stored in panels as for vnni_linear (linear.cpp). It is read once for up to kTile rows of inputs. A
 // linear with one vector per sample, such as an embedding of timesteps, takes only the time of reading the weight.
 
 #include <ATen/Parallel.h>
@@ -18,35 +18,35 @@ namespace fxquant {
 namespace {
 
 constexpr int64_t kPanel = 32;
-constexpr int kTile = 6;  // Rows per tile.
+constexpr int kTile = kWide ? 6 : 3;  // Rows per tile.
 
 // Sums over quads [begin, end) of R rows times one panel, float32 [R][2].
 template <int R, bool kHalves>
 inline __attribute__((always_inline)) void accumulate(const float* x, int64_t stride, const int8_t* panel,
-                                                      int64_t begin, int64_t end, __m512 (&acc)[R][2]) {
-  const auto add = [&](int64_t quad, int v, __m512i bytes) __attribute__((always_inline)) {
+                                                      int64_t begin, int64_t end, Floats (&acc)[R][2]) {
+  const auto add = [&](int64_t quad, int v, Ints bytes) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const __m512 w = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, 24 - 8 * j), 24));
+      const Floats w = simd::cvtepi32_ps(simd::srai_epi32(simd::slli_epi32(bytes, 24 - 8 * j), 24));
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r)
-        acc[r][v] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride + quad * 4 + j]), w, acc[r][v]);
+        acc[r][v] = simd::fmadd_ps(simd::set1_ps(x[r * stride + quad * 4 + j]), w, acc[r][v]);
     }
   };
   if constexpr (kHalves) {
-    const __m512i low = _mm512_set1_epi8(15);
+    const Ints low = simd::set1_epi8(15);
     for (int64_t quad = begin; quad < end; quad += 2) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        const __m512i bytes = _mm512_loadu_si512(panel + quad * 64 + v * 64);
-        add(quad, v, _mm512_and_si512(bytes, low));
-        add(quad + 1, v, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+        const Ints bytes = simd::loadu_si512(panel + quad * 64 + v * 64);
+        add(quad, v, simd::and_si512(bytes, low));
+        add(quad + 1, v, simd::and_si512(simd::srli_epi16(bytes, 4), low));
       }
     }
   } else {
     for (int64_t quad = begin; quad < end; ++quad) {
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) add(quad, v, _mm512_loadu_si512(panel + quad * 128 + v * 64));
+      for (int v = 0; v < 2; ++v) add(quad, v, simd::loadu_si512(panel + quad * 128 + v * 64));
     }
   }
 }
@@ -63,32 +63,32 @@ struct WeightOnly {
 
 template <int R, bool kHalves>
 void tile(const WeightOnly& task, int64_t first, int64_t panel, float* out) {
-  __m512 total[R][2];
+  Floats total[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 2; ++v) total[r][v] = _mm512_loadu_ps(task.bias + panel * kPanel + v * kLanes);
+    for (int v = 0; v < 2; ++v) total[r][v] = simd::loadu_ps(task.bias + panel * kPanel + v * kLanes);
   for (int64_t group = 0; group < task.groups; ++group) {
-    __m512 acc[R][2];
+    Floats acc[R][2];
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = simd::setzero_ps();
     const int64_t begin = group * task.group_quads, end = std::min(task.quads, begin + task.group_quads);
     accumulate<R, kHalves>(task.x + first * task.stride, task.stride, task.weight + panel * task.panel_bytes, begin, end,
                            acc);
     const int64_t at = (panel * task.groups + group) * kPanel;
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const __m512 scale = _mm512_loadu_ps(task.scale + at + v * kLanes);
-      const __m512 zero_point = _mm512_loadu_ps(task.zero_point + at + v * kLanes);
+      const Floats scale = simd::loadu_ps(task.scale + at + v * kLanes);
+      const Floats zero_point = simd::loadu_ps(task.zero_point + at + v * kLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
-        const __m512 sum = _mm512_set1_ps(task.x_sums[(first + r) * task.groups + group]);
-        total[r][v] = _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero_point, sum, acc[r][v]), total[r][v]);
+        const Floats sum = simd::set1_ps(task.x_sums[(first + r) * task.groups + group]);
+        total[r][v] = simd::fmadd_ps(scale, simd::fnmadd_ps(zero_point, sum, acc[r][v]), total[r][v]);
       }
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * kPanel + v * kLanes, total[r][v]);
+    for (int v = 0; v < 2; ++v) simd::storeu_ps(out + r * kPanel + v * kLanes, total[r][v]);
 }
 
 using Tile = void (*)(const WeightOnly&, int64_t, int64_t, float*);
@@ -163,7 +163,7 @@ at::Tensor weight_only_linear(const at::Tensor& x, const at::Tensor& weight, con
             for (int64_t column = 0; column < kPanel; column += kLanes)
               store(to + r * out_features + panel * kPanel + column,
                     first_lanes(out_features - panel * kPanel - column),
-                    _mm512_load_ps(out + (r - top) * kPanel + column));
+                    simd::load_ps(out + (r - top) * kPanel + column));
         }
       }
     });

@@ -11,6 +11,7 @@ import pytest
 from fxquant.backends.native.compiled import build
 from fxquant.disk.files import digest
 
+FLAGS = ("-mavx2",)
 needs_owners = pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no owners here")
 
 
@@ -19,7 +20,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """An empty cache, a compiler that writes a few bytes, and what it has written so far."""
     made: list[Path] = []
 
-    def compile_(_: str, folder: Path) -> Path:
+    def compile_(_: str, __: tuple[str, ...], folder: Path) -> Path:
         path = folder / "library.so"
         path.write_bytes(b"library")
         made.append(path)
@@ -27,15 +28,15 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setenv("FXQUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "_compiler", lambda: "c++")
-    monkeypatch.setattr(build, "_digest", lambda _: "0123")
+    monkeypatch.setattr(build, "_digest", lambda *_: "0123")
     monkeypatch.setattr(build, "_compile", compile_)
     return made
 
 
 def test_it_is_compiled_once(compiled: list[Path]) -> None:
-    path = build._library()
+    path = build._library(FLAGS)
     assert path.name == f"native-0123-{digest(path)}.so"
-    assert build._library() == path
+    assert build._library(FLAGS) == path
     assert len(compiled) == 1
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -44,7 +45,7 @@ def test_it_is_compiled_once(compiled: list[Path]) -> None:
 def test_nobody_else_can_open_the_folder(compiled: list[Path]) -> None:
     before = os.umask(0)
     try:
-        folder = build._library().parent
+        folder = build._library(FLAGS).parent
     finally:
         os.umask(before)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -55,10 +56,10 @@ def test_nobody_else_can_open_the_folder(compiled: list[Path]) -> None:
 def test_a_damaged_library_is_compiled_again(
     compiled: list[Path], caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
-    path = build._library()
+    path = build._library(FLAGS)
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert build._library() == path
+        assert build._library(FLAGS) == path
     assert path.read_bytes() == b"library"
     assert len(compiled) == 2
     assert "is damaged and will be compiled again" in caplog.text
@@ -67,7 +68,7 @@ def test_a_damaged_library_is_compiled_again(
 def test_a_damaged_library_that_another_process_removes_first(
     compiled: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = build._library()
+    path = build._library(FLAGS)
     path.write_bytes(b"damaged")
     digest = build.digest
 
@@ -76,7 +77,7 @@ def test_a_damaged_library_that_another_process_removes_first(
         return digest(of)
 
     monkeypatch.setattr(build, "digest", late)
-    assert build._library().read_bytes() == b"library"
+    assert build._library(FLAGS).read_bytes() == b"library"
     assert len(compiled) == 2
 
 
@@ -84,17 +85,17 @@ def test_a_library_without_a_digest_is_not_loaded(compiled: list[Path]) -> None:
     folder = build.kernel_folder()
     for name in ("native-0123.so", "native-0123-planted.so"):
         (folder / name).write_bytes(b"planted")
-    assert build._library().read_bytes() == b"library"
+    assert build._library(FLAGS).read_bytes() == b"library"
     assert not (folder / "native-0123-planted.so").exists()
 
 
 @needs_owners
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
 def test_a_folder_that_others_can_write_to(compiled: list[Path], mode: int) -> None:
-    folder = build._library().parent
+    folder = build._library(FLAGS).parent
     folder.chmod(mode)
     with pytest.raises(build.BuildError, match=r"can be written to by others.*FXQUANT_CACHE"):
-        build._library()
+        build._library(FLAGS)
 
 
 @needs_owners
@@ -103,7 +104,7 @@ def test_a_folder_of_somebody_else(compiled: list[Path], monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "getuid", lambda: other)
     (build.cache_folder() / f"native-{other}").mkdir(parents=True)  # As anybody may in a shared folder.
     with pytest.raises(build.BuildError, match="belongs to another user"):
-        build._library()
+        build._library(FLAGS)
     assert not compiled
 
 
@@ -113,13 +114,13 @@ def test_a_link_in_place_of_the_folder(compiled: list[Path], tmp_path: Path) -> 
     build.cache_folder().mkdir()
     (build.cache_folder() / f"native-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(build.BuildError, match="is not a folder"):
-        build._library()
+        build._library(FLAGS)
 
 
 def test_a_folder_that_cannot_be_made(compiled: list[Path], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(build.BuildError, match=r"cannot be kept in .*FXQUANT_CACHE"):
-        build._library()
+        build._library(FLAGS)
 
 
 def test_a_user_without_a_home(compiled: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +128,8 @@ def test_a_user_without_a_home(compiled: list[Path], monkeypatch: pytest.MonkeyP
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", none)
-    assert build._library().exists()  # FXQUANT_CACHE is named.
+    assert build._library(FLAGS).exists()  # FXQUANT_CACHE is named.
     for name in ("FXQUANT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(build.BuildError, match=r"no home folder.*FXQUANT_CACHE"):
-        build._library()
+        build._library(FLAGS)
