@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fxquant.ir.origins import origin
     from fxquant.ir.roles import nodes_of
     from fxquant.memory.bound import limit_memory
+    from fxquant.parallel.parallelize import parallelize
+    from fxquant.parallel.plan import TensorParallelPlan, tensor_parallel_plan
     from fxquant.pipeline.recipes import Recipe, make_recipe
     from fxquant.planning.attribution import Attribution
     from fxquant.planning.layer_times import LayerTimes
@@ -65,6 +67,7 @@ __all__ = [
     "Sensitivities",
     "SpeedWarning",
     "Statistics",
+    "TensorParallelPlan",
     "attribute",
     "balance",
     "balance_pipeline",
@@ -89,6 +92,7 @@ __all__ = [
     "make_recipe",
     "nodes_of",
     "origin",
+    "parallelize",
     "profile",
     "report",
     "rewrite_history",
@@ -96,6 +100,7 @@ __all__ = [
     "save_pipeline",
     "search",
     "sensitivity",
+    "tensor_parallel_plan",
     "trace",
 ]
 
@@ -122,6 +127,7 @@ _HOMES = {
     "Sensitivities": "planning.sensitivities",
     "SpeedWarning": "errors",
     "Statistics": "statistics.collection",
+    "TensorParallelPlan": "parallel.plan",
     "attribute": "inspect.errors",
     "balance": "export.balance",
     "balance_pipeline": "export.balance_pipeline",
@@ -146,6 +152,7 @@ _HOMES = {
     "make_recipe": "pipeline.recipes",
     "nodes_of": "ir.roles",
     "origin": "ir.origins",
+    "parallelize": "parallel.parallelize",
     "profile": "inspect.profiling",
     "report": "inspect.report",
     "rewrite_history": "inspect.history",
@@ -153,6 +160,7 @@ _HOMES = {
     "save_pipeline": "storage.diffusers_io",
     "search": "allocation.search",
     "sensitivity": "allocation.measure",
+    "tensor_parallel_plan": "parallel.plan",
     "trace": "api",
 }
 

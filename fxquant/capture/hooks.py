@@ -26,7 +26,11 @@ _DIFFUSERS = (
         "keeps the weights elsewhere between calls",
         "load the model again, without group offloading",
     ),
-    (("cp_", "tensor_parallel"), "splits the model between devices", "load the model again, on one device"),
+    (
+        ("cp_", "context_parallel", "tensor_parallel"),
+        "splits the model between devices",
+        "load the model again, without enable_parallelism() (fxquant.parallelize divides a quantized model)",
+    ),
     (
         ("cache", "fbc_", "pyramid_attention"),
         "reuses what earlier steps computed, so that calls differ from each other",

@@ -27,7 +27,7 @@ def reshape_back(want: Want, output: Sequence[Any], source: Sequence[Any]) -> Wa
     size 1. Any other run is expanded to its full size and reshaped. If the size is open, as in ``[B*H]`` against
     ``[B, H]``, the run is expanded to a period after which the want repeats.
     """
-    runs = _runs(list(output), list(source))
+    runs = runs_of_axes(list(output), list(source))
     if runs is None:
         return None
     spread: list[int] = []
@@ -172,7 +172,7 @@ def settle_unread(want: Want) -> Want:
     return Want(np.where(want.scale == UNREAD, IDENTITY, want.scale), want.offset)
 
 
-def _runs(output: list[Any], source: list[Any]) -> list[tuple[list[int], list[int]]] | None:
+def runs_of_axes(output: list[Any], source: list[Any]) -> list[tuple[list[int], list[int]]] | None:
     """Cut two shapes of equal product into the shortest runs of axes of equal product; None where none is found."""
     runs: list[tuple[list[int], list[int]]] = []
     o = s = 0

@@ -40,7 +40,7 @@ from fxquant.runtime.lora import (
 )
 from fxquant.runtime.moving import Movable, Place
 from fxquant.runtime.offloading import is_offloading
-from fxquant.runtime.pretrained import Pretrained
+from fxquant.runtime.pretrained import Pretrained, refuse_part
 from fxquant.runtime.wrappers import unwrapped
 
 _WATCHED_CALLS = 64  # Number of calls whose timesteps are checked on a GPU.
@@ -67,11 +67,13 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         plan: What was decided; None for a model that was only traced.
         backend: What runs the graphs; None for a model that was only traced.
         shared: What the graphs decided about the tensors that they share.
+        parallel: For a model of which this rank holds a part: the ranks (:class:`fxquant.parallel.state.Parallel`).
         weights: For a model that was only traced: the original's, which graphs of later calls read. Otherwise empty.
     """
 
     graphs: nn.ModuleList
     plan: Plan | None
+    parallel: Any = None
 
     def __init__(
         self,
@@ -183,7 +185,12 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         return found
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the graphs captured in calibration, by name, as checkpoints store it."""
+        """Every tensor of the graphs captured in calibration, by name, as checkpoints store it.
+
+        Raises:
+            ConfigurationError: If this rank holds only a part of the model.
+        """
+        refuse_part(self.parallel)
         found: dict[str, torch.Tensor] = {}
         with self._at_home():
             for captured in self.lasting:
@@ -323,7 +330,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         GraphModel.__init__(
             clone, self.architecture, self._dtype, self.plan, self._make_graph, self.backend, self.weights, self.shared
         )
-        clone._place, clone._pieces = self._place, self._pieces
+        clone._place, clone._pieces, clone.parallel = self._place, self._pieces, self.parallel
         for captured in self.captured:
             clone.add(captured)
         copy_adapters(self, clone)
@@ -349,6 +356,7 @@ class GraphModel(Cacheable, Compilable, Pretrained, Movable):
         shared = copy.deepcopy(self.shared, memo)
         clone = GraphModel(self.architecture, self._dtype, plan, self._make_graph, self.backend, weights, shared)
         clone._place, clone._pieces = self._place.copy(), self._pieces and self._pieces.copy(self.backend)
+        clone.parallel = self.parallel
         clones: dict[str, torch.Tensor] = {}
         for captured in self.captured:
             for name, tensor in read_tensors(captured.module).items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fxquant.errors import ConfigurationError
 from fxquant.runtime.drop_in import refusal
 
 
@@ -33,6 +34,19 @@ class Pretrained(nn.Module):
         options |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
         pretrained.save_pretrained(self, save_directory, is_main_process, save_function, safe_serialization, **options)
 
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
+        """Refuse context and tensor parallelism of diffusers, which change modules and not graphs.
+
+        Raises:
+            ConfigurationError: Always; says what works instead.
+        """
+        raise ConfigurationError(
+            f"enable_parallelism({type(config).__name__}) does not work for a captured model: diffusers replaces the "
+            "attention of modules and divides the inputs of modules, and this model's attention is an op of a graph. "
+            "fxquant.parallelize(model, mesh) divides its layers and heads between ranks; to divide tokens, use the "
+            "float model"
+        )
+
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload a checkpoint to the Hugging Face Hub; see :func:`fxquant.storage.pretrained.push`."""
         from fxquant.storage import pretrained
@@ -56,3 +70,19 @@ class Pretrained(nn.Module):
         from fxquant.storage import pretrained
 
         return pretrained.from_pretrained(folder, **options)
+
+
+def refuse_part(parallel: Any) -> None:
+    """Refuse what needs the whole tensors of a model of which this rank holds a part.
+
+    Args:
+        parallel: The ranks of the model, or None for a whole model.
+
+    Raises:
+        ConfigurationError: If there are ranks.
+    """
+    if parallel is not None:
+        raise ConfigurationError(
+            "this model is tensor-parallel, and this rank holds a part of its tensors. Save, convert or change the "
+            "model that fxquant.parallelize was given, or load its checkpoint again"
+        )
