@@ -12,12 +12,13 @@ from torch import fx
 from fxquant.ir.arguments import args
 from fxquant.ir.meta import PROVENANCE
 from fxquant.ir.tensors import fake_mode_of
+from fxquant.numerics.formats import FORMATS
 from fxquant.numerics.grids import compute_dtype
 from fxquant.parallel import exchange
 from fxquant.parallel.cuts import Cut, Cuts, add_cut
 from fxquant.parallel.divisions import Division, shape_of
 from fxquant.parallel.linears import Linear
-from fxquant.parallel.rules import aligned, broadcast, passed
+from fxquant.parallel.rules import aligned, passed
 from fxquant.parallel.styles import Style, Styles
 
 aten, own = torch.ops.aten, torch.ops.fxquant
@@ -122,12 +123,10 @@ class _Insertion:
         self._cut_weight(linear, Division(1, style.runs))
         given = args(node)
         wide = compute_dtype(given.out_dtype if linear.holder is node else node.meta["val"].dtype)
-        scales: dict[fx.Node, Division] = {}
+        scales: dict[fx.Node, Division] = {}  # Others are the same for all channels.
         if linear.holder is node:
-            if linear.group and shape_of(given.x_scale)[-1] != 1:
-                scales = {given.x_scale: way.scaled(1, linear.group)}
-            else:
-                scales = broadcast([given.x_scale, given.x_zero_point, given.x_global], way, way.axis + 1)
+            block = FORMATS[given.x_format].block
+            scales = {given.x_scale: way.scaled(1, block)} if block else {}
         stored = {*linear.parts(), linear.holder, bias}
         for source in node.all_input_nodes:
             if source is linear.x:
@@ -136,8 +135,6 @@ class _Insertion:
                 self._read(node, source, scales.get(source))
         dtype = node.meta["val"].dtype
         node.args = args(node).replaced(bias=None, **({"out_dtype": wide} if linear.holder is node else {}))
-        if bias is not None:
-            self._read_for(bias)
         with self.graph.inserting_after(node):
             total = self.graph.call_function(exchange.summed, (node, self.seat.group))
         with self.graph.inserting_after(total):
@@ -236,9 +233,6 @@ class _Insertion:
     def _read(self, node: fx.Node, source: fx.Node, way: Division | None) -> None:
         """Let a node read a value divided in this way, or whole."""
         self._replace(node, source, self._as(source, way, node))
-
-    def _read_for(self, source: fx.Node) -> None:
-        self._whole(source)
 
     def _whole(self, source: Any) -> Any:
         return self._as(source, None) if isinstance(source, fx.Node) else source

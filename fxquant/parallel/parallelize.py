@@ -30,8 +30,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> GraphModel:
     """A quantized model of which each rank of a mesh holds and computes a part.
 
     All ranks call this with the same model, and then make the same calls of the result, with the same inputs. It takes
-    the place of the model, also in a pipeline, and returns the whole output on each rank. The model that was given stays
-    as it is; drop it to free the weights that this rank does not need.
+    the place of the model, also in a pipeline, and returns the whole output on each rank. The model that was given
+    stays as it is; drop it to free the weights that this rank does not need.
 
     :func:`tensor_parallel_plan` shows how each layer is divided. Codes of inputs are those of one process: ranges that
     are found at run time are those of the whole token. So outputs equal those of one process up to the rounding of sums
@@ -58,13 +58,14 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> GraphModel:
     if all(layer.style == "replicated" for layer in found.layers.values()):
         reason = next(iter(found.layers.values())).why if found.layers else "it has no quantized layers"
         raise ConfigurationError(
-            f"no quantized layer of this model can be divided between {mesh.size()} ranks ({reason}); use another number "
-            "of ranks, or run the model on one"
+            f"no quantized layer of this model can be divided between {mesh.size()} ranks ({reason}); use another "
+            "number of ranks, or run the model on one"
         )
     tensors = quantized.tensors()
     with Team(mesh.get_group(), quantized.runs_on) as team:
         calls = [captured.digest for captured in graphs]
-        same = {"plan": digest_of(plan.checked_json()), "kinds of call": calls, "weights": digest_of_tensors(tensors)}
+        decided = {key: value for key, value in plan.checked_json().items() if key != "passes"}  # These hold times.
+        same = {"plan": digest_of(decided), "kinds of call": calls, "weights": digest_of_tensors(tensors)}
         check_alike(team, {**versions(), **same})
     made = GraphModel(
         quantized.architecture, quantized.dtype, plan, quantized._make_graph, quantized.backend, shared=quantized.shared

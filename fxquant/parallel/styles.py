@@ -22,6 +22,7 @@ from fxquant.parallel.rules import items_of, passed
 aten, own = torch.ops.aten, torch.ops.fxquant
 
 _ATTENTION = (aten.scaled_dot_product_attention.default, own.matmul.default, aten.softmax.int)
+_SHOWN = 3  # Names of layers in a reason.
 _LEAST_AXES = 3  # [batch, tokens, channels]; sums over ranks of single vectors save nothing.
 
 
@@ -149,8 +150,9 @@ class _Chooser:
             raise Refused("no linear makes what it reads")
         if with_attention and not attention:
             return
-        makers = ", ".join(dict.fromkeys(other.name for other in self.seen))
-        why = f"reads channels of {makers}" if makers else "reads divided channels"
+        makers = [other.name for other in self.linears.values() if other in self.seen]
+        more = f" and {len(makers) - _SHOWN} more" if len(makers) > _SHOWN else ""
+        why = f"reads channels of {', '.join(makers[:_SHOWN])}{more}" if makers else "reads divided channels"
         styles[linear.weight] = self.styles.get(linear.weight, Style("row", runs, why))
         for other in self.seen:
             style = styles[other.weight]
@@ -200,8 +202,7 @@ class _Chooser:
             return held
         if not linear.is_quantized:
             return Style("whole", why="float")
-        reason = self.blocked.get(linear.weight) or f"gathered: {self._reason(linear)}"
-        style = Style("column", (linear.out,), reason)
+        style = Style("column", (linear.out,), self._reason(linear))
         try:
             self._set({}, linear, style)
         except Refused as refused:
@@ -209,9 +210,11 @@ class _Chooser:
         return style
 
     def _reason(self, linear: Linear) -> str:
+        """Why the output of a linear is gathered."""
         if len(shape_of(linear.x)) < _LEAST_AXES:
-            return "it reads one vector per sample"
-        return self.reasons.get(linear.weight, "ops need all of its channels")
+            return "reads one vector per sample"
+        reason = self.reasons.get(linear.weight, "ops need all of its channels")
+        return self.blocked.get(linear.weight, f"cannot be row-wise: {reason}")
 
 
 def _behind_layers(graph: fx.Graph) -> set[fx.Node]:

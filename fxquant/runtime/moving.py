@@ -64,6 +64,7 @@ class Movable(Walked):
     plan: Plan | None
     shared: SharedTensors
     weights: Mapping[str, Tensor]
+    parallel: Any
     tensors: Callable[[], dict[str, Tensor]]
     _make_graph: Callable[..., CapturedGraph]
     _dtype: torch.dtype
@@ -292,6 +293,11 @@ class Movable(Walked):
             check_dtype(dtype)
         if device is None:
             return
+        if self.parallel is not None and device.type != self.parallel.mesh.device_type:
+            raise ConfigurationError(
+                f"this model is tensor-parallel on a mesh of {self.parallel.mesh.device_type}; move the model that "
+                f"fxquant.parallelize was given to {device.type}, and divide it on a mesh of that device"
+            )
         if device.type == "meta":
             raise ConfigurationError(
                 "on the meta device a model would lose its tensors; delete the model, and read it again with "

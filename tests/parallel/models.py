@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import fxquant
 from fxquant.parallel.plan import TensorParallelPlan
+from fxquant.pipeline.recipes import make_recipe
 
 
 class Blocks(nn.Module):
@@ -54,7 +55,8 @@ def quantized(model: nn.Module, recipe: str = "dynamic-w8a8", width: int = 24, b
     def calibrate() -> None:
         model(x=x, timestep=torch.tensor([0.5, 0.25]))
 
-    return fxquant.compile(model.eval(), recipe=recipe, calibrate=calibrate, backend=backend)
+    every = make_recipe(recipe, layers="all")
+    return fxquant.compile(model.eval(), recipe=every, calibrate=calibrate, backend=backend)
 
 
 def kinds(plan: TensorParallelPlan) -> dict[str, str]:

@@ -142,7 +142,8 @@ def test_layers_used_twice_heads_that_do_not_fit_and_refusals() -> None:
             "one rank": "the mesh has one rank",
             "another device": "the mesh is of cuda and the model is on cpu",
             "nothing divides": "no quantized layer of this model can be divided",
-            "other weights": "has another weights of the model than rank 0",
+            "other weights": "than rank 0",
+            "context parallelism": "the model between devices; load the model again, without enable_parallelism()",
             "another backend": "kernels of backend 'native'",
         }
         assert found["errors"].keys() == wanted_messages.keys()

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fxquant
 from fxquant.planning.plan import tensor_bytes
+from fxquant.testing.models import calibration, tiny_flux
 from tests.parallel.models import Blocks, Odd, quantized
 
 
@@ -82,6 +83,7 @@ def edges(rank: int, size: int) -> dict[str, Any]:
         "another device": lambda: (model, _of_device(mesh, "cuda")),
         "nothing divides": lambda: (quantized(Odd(), width=5), mesh),
         "other weights": lambda: (quantized(Blocks(hidden=32, seed=rank)), mesh),
+        "context parallelism": lambda: (_with_context_parallelism(size), mesh),
         "another backend": lambda: (quantized(Blocks(), backend="native"), mesh),
     }
     errors = {}
@@ -98,3 +100,12 @@ def _of_device(mesh: Any, device: str) -> Any:
     changed = copy.copy(mesh)
     changed._device_type = device
     return changed
+
+
+def _with_context_parallelism(size: int) -> Any:
+    """Quantize a float model that diffusers divided by tokens."""
+    from diffusers import ContextParallelConfig
+
+    model = tiny_flux()
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))  # type: ignore[operator]
+    return fxquant.compile(model, recipe="dynamic-w8a8", calibrate=calibration(model))
