@@ -203,7 +203,8 @@ def _local_sizes(node: fx.Node, division: Division, size: int) -> dict[str, Any]
     """The arguments of a reshape in which the size along the divided axis is that of one rank."""
     if node.target is aten.flatten.using_ints:
         return {}
-    name = {aten.unflatten.int: "sizes", aten.reshape.default: "shape"}.get(node.target, "size")
+    names: dict[Any, str] = {aten.unflatten.int: "sizes", aten.reshape.default: "shape"}
+    name = names.get(node.target, "size")
     sizes = list(getattr(args(node), name))
     first = _axis(args(node).dim, source_of(node)) if node.target is aten.unflatten.int else 0
     place = division.axis - first
