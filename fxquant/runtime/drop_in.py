@@ -123,7 +123,10 @@ _ADVICE = {
     "hook": "a graph calls no submodules. Put hooks on the whole model",
     "offload": "call enable_group_offload of the whole model",
     "layerwise_casting": "its weights are already stored with few bits. Leave it out",
-    "parallel": "a graph runs on one device. Leave it out",
+    "parallel": (
+        "a graph runs on one device, and its attention is an op, not a module whose inputs can be divided. Divide "
+        "layers and heads between ranks with fxquant.parallelize(model, mesh)"
+    ),
     "compile": (
         "only models that fxquant.compile, fxquant.load and fxquant.trace return are compiled block by block; an "
         "ahead-of-time package is compiled already"

@@ -34,19 +34,6 @@ class Pretrained(nn.Module):
         options |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
         pretrained.save_pretrained(self, save_directory, is_main_process, save_function, safe_serialization, **options)
 
-    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
-        """Refuse context and tensor parallelism of diffusers, which change modules and not graphs.
-
-        Raises:
-            ConfigurationError: Always; says what works instead.
-        """
-        raise ConfigurationError(
-            f"enable_parallelism({type(config).__name__}) does not work for a captured model: diffusers replaces the "
-            "attention of modules and divides the inputs of modules, and this model's attention is an op of a graph. "
-            "fxquant.parallelize(model, mesh) divides its layers and heads between ranks; to divide tokens, use the "
-            "float model"
-        )
-
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload a checkpoint to the Hugging Face Hub; see :func:`fxquant.storage.pretrained.push`."""
         from fxquant.storage import pretrained

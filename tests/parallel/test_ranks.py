@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.errors import ConfigurationError
 from fxquant.pipeline.recipes import make_recipe
 from fxquant.testing.models import TINY, calibration, example_call
 from tests.distributed.ranks import run_ranks
@@ -149,10 +148,3 @@ def test_layers_used_twice_heads_that_do_not_fit_and_refusals() -> None:
         assert found["errors"].keys() == wanted_messages.keys()
         for what, text in wanted_messages.items():
             assert text in found["errors"][what], what
-
-
-def test_context_parallelism_of_diffusers_is_refused() -> None:
-    config = type("ContextParallelConfig", (), {})()
-    case = CASES["static"]
-    with pytest.raises(ConfigurationError, match=r"enable_parallelism\(ContextParallelConfig\).*fxquant.parallelize"):
-        case.quantized().enable_parallelism(config=config)

@@ -195,6 +195,6 @@ def test_parallelism_is_refused_by_name(flux: Pair) -> None:
     from diffusers import ContextParallelConfig
 
     expected = run(flux[1], flux_call())
-    with pytest.raises(DropInError, match="enable_parallelism: a graph runs on one device"):
+    with pytest.raises(DropInError, match=r"enable_parallelism: a graph runs on one device.*fxquant.parallelize"):
         flux[1].transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
     assert torch.equal(run(flux[1], flux_call()), expected)
