@@ -26,7 +26,7 @@ def test_attention_and_gated_feed_forward() -> None:
     ("model", "size", "layer", "style", "why"),
     [
         (Blocks(heads=3), 2, "out", "column-wise, gathered", "3 heads are not divisible by 2"),
-        (Blocks(hidden=33), 2, "down", "column-wise, gathered", "33 channels are not divisible by 2"),
+        (Blocks(hidden=33), 2, "down", "column-wise, gathered", "33 channels of down are not divisible by 2"),
         (Blocks(), 5, "qkv", "replicated", "72 channels of qkv are not divisible by 5"),
         (Blocks(times=2), 2, "out", "row-wise", "reads channels of qkv"),
     ],
