@@ -22,6 +22,9 @@ from fxquant.parallel.rules import items_of, passed
 aten, own = torch.ops.aten, torch.ops.fxquant
 
 _ATTENTION = (aten.scaled_dot_product_attention.default, own.matmul.default, aten.softmax.int)
+LARGE = 1 << 18
+"""Elements of a float weight from which it is divided."""
+
 _SHOWN = 3  # Names of layers in a reason.
 _LEAST_AXES = 3  # [batch, tokens, channels]; sums over ranks of single vectors save nothing.
 
@@ -200,8 +203,8 @@ class _Chooser:
         held = self.held.get(linear.weight)
         if held is not None:
             return held
-        if not linear.is_quantized:
-            return Style("whole", why="float")
+        if not linear.is_quantized and linear.out * linear.width < LARGE:
+            return Style("whole", why="float and small")
         style = Style("column", (linear.out,), self._reason(linear))
         try:
             self._set({}, linear, style)

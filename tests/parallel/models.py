@@ -48,7 +48,7 @@ class Odd(nn.Module):
         return self.only(x) * timestep[:, None, None]
 
 
-def quantized(model: nn.Module, recipe: str = "dynamic-w8a8", width: int = 24, backend: str = "fake-quant") -> Any:
+def quantized(model: nn.Module, recipe: str = "dynamic-w8a8", width: int = 24) -> Any:
     """A model of this file, quantized."""
     x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
 
@@ -56,7 +56,7 @@ def quantized(model: nn.Module, recipe: str = "dynamic-w8a8", width: int = 24, b
         model(x=x, timestep=torch.tensor([0.5, 0.25]))
 
     every = make_recipe(recipe, layers="all")
-    return fxquant.compile(model.eval(), recipe=every, calibrate=calibrate, backend=backend)
+    return fxquant.compile(model.eval(), recipe=every, calibrate=calibrate, backend="fake-quant")
 
 
 def kinds(plan: TensorParallelPlan) -> dict[str, str]:
