@@ -64,6 +64,7 @@ class _Insertion:
         self.local: dict[fx.Node, Division] = {}  # Whose recorded shape becomes that of one rank.
 
     def run(self) -> None:
+        weights = self._weights()
         for node in list(self.graph.nodes):
             self._tensor(node)
             linear = self.found.linears.get(node)
@@ -79,12 +80,20 @@ class _Insertion:
             elif node.target in (own.token_grid.default, own.token_scale.default) and self._ends_divided(node):
                 x = args(node).x
                 self._replace(node, x, self._call(exchange.extremes, (x, self.seat.group), x))
-            elif node.op != "get_attr" and node not in self.actual:
+            elif node.op != "get_attr" and node not in self.actual and node not in weights:
                 for source in node.all_input_nodes:
                     self._read(node, source, None)
         self._record_shapes()
         self.graph.lint()
         self.module.recompile()
+
+    def _weights(self) -> set[fx.Node]:
+        """The ops that make weights of divided linears from their parts."""
+        found: set[fx.Node] = set()
+        for linear in self.found.linears.values():
+            if self.found.styles[linear.weight].kind != "whole":
+                found.update(self._casts(linear) if linear.holder is None else {linear.holder} - {linear.node})
+        return found
 
     def _tensor(self, node: fx.Node) -> None:
         cut = self.cuts.get(str(node.target)) if node.op == "get_attr" and self.further else None
